@@ -1,0 +1,314 @@
+"""What an OpenELM model is made of: `OpenELMConfig`, and `layer_shapes`, the table of its uneven layers.
+
+OpenELM (arXiv:2404.14619) gives each layer its own number of attention heads and its own feed-forward width: both
+grow linearly with depth. Everything that follows from a configuration is a pure function here, without MLX.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from openelm_mlx.errors import ConfigError
+
+Multipliers = tuple[float, ...]
+
+
+class LayerShape(NamedTuple):
+    """One decoder layer: query heads, key/value heads, and the width of the feed-forward network."""
+
+    q_heads: int
+    kv_heads: int
+    ffn_dim: int
+
+
+@dataclass(frozen=True)
+class OpenELMConfig:
+    """The architecture of one model. Field names are those of Apple's config.json on Hugging Face.
+
+    `qkv_multipliers` and `ffn_multipliers` hold one number (all layers alike), two (the ends of a ramp) or one per
+    layer. `num_query_heads`, `num_kv_heads` and `ffn_dims` give the layers outright and win where they are set.
+    Raises `ConfigError` for anything that is not an OpenELM this engine computes exactly.
+    """
+
+    model_dim: int
+    head_dim: int
+    num_transformer_layers: int
+    vocab_size: int = 32000
+    num_gqa_groups: int = 4
+    qkv_multipliers: Multipliers = (0.5, 1.0)
+    ffn_multipliers: Multipliers = (0.5, 4.0)
+    ffn_dim_divisor: int = 256
+    num_query_heads: tuple[int, ...] = ()
+    num_kv_heads: tuple[int, ...] = ()
+    ffn_dims: tuple[int, ...] = ()
+    max_context_length: int = 2048
+    ffn_with_glu: bool = True
+    normalize_qk_projections: bool = True
+    share_input_output_layers: bool = True
+    rope_freq_constant: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    padding_index: int | None = None
+
+    model_type = "openelm"  # a class attribute, not a field: mlx-lm asks for it
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("model_dim", "head_dim", "num_transformer_layers", "vocab_size", "num_gqa_groups",
+                     "ffn_dim_divisor", "max_context_length"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+        if self.rms_norm_eps <= 0 or self.rope_freq_constant <= 0:
+            raise ConfigError("rms_norm_eps and rope_freq_constant must be above 0")
+        for number, shape in enumerate(layer_shapes(self)):
+            if min(shape) < 1 or shape.q_heads % shape.kv_heads:
+                raise ConfigError(
+                    f"layer {number} has {shape.q_heads} query heads, {shape.kv_heads} key/value heads and FFN width "
+                    f"{shape.ffn_dim}; each must be at least 1 and query heads a multiple of key/value heads"
+                )
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters as published: every tensor once, the tied head not counted again."""
+        return sum(math.prod(shape) for shape in expected_tensors(self).values())
+
+    @classmethod
+    def from_name(cls, name: str) -> OpenELMConfig:
+        """A published size: `270m`, `OpenELM-1_1B-Instruct`, `apple/OpenELM-3B` ... Raises `ConfigError`."""
+        key = normal_name(name)
+        if key not in PUBLISHED:
+            raise ConfigError(f"{name!r} is no published OpenELM size; known: {', '.join(PUBLISHED)}")
+        return cls(**PUBLISHED[key])
+
+    @classmethod
+    def from_hf_dict(cls, raw: Mapping[str, Any]) -> OpenELMConfig:
+        """From the content of a Hugging Face config.json. Raises `ConfigError` naming the key that does not fit."""
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"config.json must hold an object, not {type(raw).__name__}")
+        if raw.get("model_type", "openelm") != "openelm":
+            raise ConfigError(f"config.json says model_type {raw['model_type']!r}; this engine runs only 'openelm'")
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(raw.keys() - known - HF_KEYS_WITHOUT_MEANING_HERE - HF_KEYS_THAT_MUST_BE.keys()):
+            near = {key: get_close_matches(key, known, 1) for key in unknown}
+            raise ConfigError(
+                "config.json has keys this engine does not know: "
+                + ", ".join(f"{k} (did you mean {v[0]}?)" if v else k for k, v in near.items())
+            )
+        for key, allowed in HF_KEYS_THAT_MUST_BE.items():
+            if key in raw and raw[key] not in allowed:
+                raise ConfigError(f"config.json has {key} {raw[key]!r}; this engine computes only {allowed[0]!r}")
+        required = [f.name for f in fields(cls) if f.default is MISSING]
+        if missing := [name for name in required if name not in raw]:
+            raise ConfigError(f"config.json lacks {', '.join(missing)}")
+        values = {key: value for key, value in raw.items() if key in known and value is not None}
+        for key in ("bos_token_id", "eos_token_id"):
+            if isinstance(values.get(key), list) and values[key]:
+                values[key] = values[key][0]
+        return cls(**{key: normal_value(key, value) for key, value in values.items()})
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> OpenELMConfig:
+        """From a config.json. Raises `ConfigError` with the file's name when it cannot be read."""
+        return cls.from_hf_dict(read_json(Path(path)))
+
+    @classmethod
+    def from_corenet_yaml(cls, path: str | Path) -> OpenELMConfig:
+        """From a CoreNet YAML whose `model_name` is a published size; raises `ConfigError` otherwise."""
+        section = corenet_section(path)
+        base = dict(PUBLISHED.get(normal_name(str(section.get("model_name", ""))), {}))
+        if not base:
+            raise ConfigError(
+                f"{path}: model_name {section.get('model_name')!r} is no published size ({', '.join(PUBLISHED)}); "
+                "convert the checkpoint instead: its shapes are read off the tensors"
+            )
+        return cls(**base | corenet_overrides(section))
+
+    def to_hf_dict(self) -> dict[str, Any]:
+        """The content of config.json, with the per-layer lists that mlx-lm needs. Inverse of `from_hf_dict`."""
+        shapes = layer_shapes(self)
+        ffn_dims = [shape.ffn_dim for shape in shapes]
+        divisor = self.ffn_dim_divisor
+        if any(dim % divisor for dim in ffn_dims):
+            divisor = math.gcd(*ffn_dims)
+        result = {f.name: getattr(self, f.name) for f in fields(self)}
+        result |= {
+            "model_type": "openelm",
+            "architectures": ["OpenELMForCausalLM"],
+            "activation_fn_name": "swish",
+            "normalization_layer_name": "rms_norm",
+            "num_query_heads": [shape.q_heads for shape in shapes],
+            "num_kv_heads": [shape.kv_heads for shape in shapes],
+            "ffn_multipliers": [dim / self.model_dim for dim in ffn_dims],
+            "ffn_dim_divisor": divisor,
+            "qkv_multipliers": list(self.qkv_multipliers),
+        }
+        del result["ffn_dims"]
+        if self.padding_index is None:
+            del result["padding_index"]
+        return result
+
+
+def layer_shapes(c: OpenELMConfig) -> tuple[LayerShape, ...]:
+    """Heads and FFN width of each layer; they grow linearly with depth (arXiv:2404.14619, section 2).
+
+    Multipliers are rounded to 2 decimals and computed with Python floats, so every machine rounds alike.
+    The 270M, for example, has 12 query heads in 5 layers, 16 in 7 and 20 in 4.
+    """
+    n = c.num_transformer_layers
+    q_dims = [make_divisible(c.model_dim * m, c.head_dim * c.num_gqa_groups) for m in ramp(c.qkv_multipliers, n)]
+    computed = {
+        "num_query_heads": tuple(dim // c.head_dim for dim in q_dims),
+        "ffn_dims": tuple(make_divisible(c.model_dim * m, c.ffn_dim_divisor) for m in ramp(c.ffn_multipliers, n)),
+    }
+    q_heads = c.num_query_heads or computed["num_query_heads"]
+    kv_heads = c.num_kv_heads or tuple(q // c.num_gqa_groups for q in q_heads)
+    ffn_dims = c.ffn_dims or computed["ffn_dims"]
+    for name, column in (("num_query_heads", q_heads), ("num_kv_heads", kv_heads), ("ffn_dims", ffn_dims)):
+        if len(column) != n:
+            raise ConfigError(f"{name} has {len(column)} entries for {n} layers")
+    return tuple(LayerShape(*row) for row in zip(q_heads, kv_heads, ffn_dims, strict=True))
+
+
+def expected_tensors(c: OpenELMConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an unquantized checkpoint with its shape, under Hugging Face's names."""
+    tensors: dict[str, tuple[int, ...]] = {"transformer.token_embeddings.weight": (c.vocab_size, c.model_dim)}
+    for number, (q_heads, kv_heads, ffn_dim) in enumerate(layer_shapes(c)):
+        layer = f"transformer.layers.{number}."
+        tensors[layer + "attn.qkv_proj.weight"] = ((q_heads + 2 * kv_heads) * c.head_dim, c.model_dim)
+        if c.normalize_qk_projections:
+            tensors[layer + "attn.q_norm.weight"] = (c.head_dim,)
+            tensors[layer + "attn.k_norm.weight"] = (c.head_dim,)
+        tensors[layer + "attn.out_proj.weight"] = (c.model_dim, q_heads * c.head_dim)
+        tensors[layer + "ffn.proj_1.weight"] = (ffn_dim * (2 if c.ffn_with_glu else 1), c.model_dim)
+        tensors[layer + "ffn.proj_2.weight"] = (c.model_dim, ffn_dim)
+        tensors[layer + "ffn_norm.weight"] = (c.model_dim,)
+        tensors[layer + "attn_norm.weight"] = (c.model_dim,)
+    tensors["transformer.norm.weight"] = (c.model_dim,)
+    if not c.share_input_output_layers:
+        tensors["lm_head.weight"] = (c.vocab_size, c.model_dim)
+    return tensors
+
+
+def ramp(multipliers: Multipliers, n: int) -> Multipliers:
+    """One multiplier a layer: a single number repeated, a pair spread linearly (rounded to 2 decimals), or as given."""
+    if len(multipliers) == 1:
+        return multipliers * n
+    if len(multipliers) == 2 and n != 2:
+        low, high = multipliers
+        return tuple(round(low + (high - low) * i / max(n - 1, 1), 2) for i in range(n))
+    if len(multipliers) != n:
+        raise ConfigError(f"{len(multipliers)} multipliers for {n} layers; give 1, 2 or {n}")
+    return multipliers
+
+
+def make_divisible(value: float, divisor: int) -> int:
+    """The multiple of `divisor` nearest to `value`, never below it by more than 10 % (CoreNet, math_utils.py)."""
+    result = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return result + divisor if result < 0.9 * value else result
+
+
+def normal_name(name: str) -> str:
+    """`apple/OpenELM-1_1B-Instruct` -> `1.1b`: the size alone, as the tables here spell it."""
+    size = name.rsplit("/", 1)[-1].lower().replace("_", ".")
+    return re.sub(r"-instruct$", "", re.sub(r"^openelm-", "", size))
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {  # arXiv:2404.14619, appendix; corenet/modeling/models/language_modeling
+    "270m": {"num_transformer_layers": 16, "model_dim": 1280, "head_dim": 64},
+    "450m": {"num_transformer_layers": 20, "model_dim": 1536, "head_dim": 64},
+    "1.1b": {"num_transformer_layers": 28, "model_dim": 2048, "head_dim": 64},
+    "3b": {"num_transformer_layers": 36, "model_dim": 3072, "head_dim": 128},
+}
+
+HF_KEYS_THAT_MUST_BE: dict[str, tuple[Any, ...]] = {  # what Apple's class can vary and this engine does not compute
+    "activation_fn_name": ("swish", "silu"),
+    "normalization_layer_name": ("rms_norm",),
+}
+
+HF_KEYS_WITHOUT_MEANING_HERE = frozenset(
+    "model_type architectures auto_map dtype torch_dtype transformers_version use_cache initializer_range "
+    "rope_max_length quantization quantization_config pad_token_id tie_word_embeddings tokenizer_class "
+    "return_dict output_attentions output_hidden_states _name_or_path chunk_size_feed_forward id2label label2id "
+    "is_encoder_decoder problem_type".split()
+)
+
+_TUPLES = ("qkv_multipliers", "ffn_multipliers", "num_query_heads", "num_kv_heads", "ffn_dims")
+
+
+def normal_value(key: str, value: Any) -> Any:
+    """JSON's lists as tuples, one multiplier as a tuple of one."""
+    if key not in _TUPLES:
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    return (value,) if isinstance(value, (int, float)) and "multipliers" in key else value
+
+
+def check_types(config: OpenELMConfig) -> None:
+    """Frozen dataclasses take anything; JSON and YAML hold anything. Raise `ConfigError` for the first misfit."""
+    for item in fields(config):
+        value, kind = getattr(config, item.name), str(item.type)
+        if value is None and "None" in kind:
+            continue
+        if item.name in _TUPLES:
+            whole = "multipliers" not in item.name
+            fits = isinstance(value, tuple) and all(is_number(entry, whole) for entry in value)
+            what = "a list of whole numbers" if whole else "a list of numbers"
+        elif kind == "bool":
+            fits, what = isinstance(value, bool), "true or false"
+        else:
+            fits, what = is_number(value, whole=kind.startswith("int")), "a whole number" if "int" in kind else "a number"
+        if not fits:
+            raise ConfigError(f"{item.name} is {value!r}; it must be {what}")
+
+
+def is_number(value: Any, whole: bool) -> bool:
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 2**48
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `ConfigError` with the file's name."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold an object, not {type(raw).__name__}")
+    return raw
+
+
+def corenet_section(path: str | Path) -> dict[str, Any]:
+    """`model.language_modeling.general_gpt` of a CoreNet YAML. Raises `ConfigError` with the file's name."""
+    import yaml
+
+    try:
+        node: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from None
+    for key in ("model", "language_modeling", "general_gpt"):
+        node = node.get(key) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise ConfigError(f"{path} has no section model.language_modeling.general_gpt: no CoreNet language model")
+    known: Iterable[str] = ("model_name", "vocab_size", "max_context_length", "padding_index")
+    if unknown := sorted(str(key) for key in node.keys() - set(known)):
+        raise ConfigError(f"{path}: general_gpt has keys this engine does not know: {', '.join(unknown)}")
+    return node
+
+
+def corenet_overrides(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What a CoreNet YAML says itself about the model: sizes of vocabulary and context, padding row."""
+    names = ("vocab_size", "max_context_length", "padding_index")
+    return {name: section[name] for name in names if section.get(name) is not None}

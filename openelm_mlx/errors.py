@@ -1,0 +1,43 @@
+"""What can go wrong in a way the user can mend.
+
+Every class here derives from `OpenELMError`: the command line prints its text in one line, without a
+traceback, and exits with status 2. Anything else that escapes is a bug of this project.
+"""
+
+from __future__ import annotations
+
+
+class OpenELMError(Exception):
+    """A mistake the user can fix; its text says what was given, what is allowed and what to do next."""
+
+
+class ConfigError(OpenELMError):
+    """A model configuration that is malformed, contradictory or beyond what OpenELM is."""
+
+
+class CheckpointError(OpenELMError):
+    """Weights that are missing, superfluous, of the wrong shape, not finite or cut short."""
+
+
+class ConversionError(OpenELMError):
+    """A source that cannot be read as OpenELM, or a target that cannot be written."""
+
+
+class TokenizerError(OpenELMError):
+    """No tokenizer, a damaged one, or one that does not belong to the model."""
+
+
+class OptionError(OpenELMError):
+    """An option outside its range, unknown, or not valid together with another."""
+
+
+class PromptError(OpenELMError):
+    """A prompt that is empty, too long for the context, or a conversation out of order."""
+
+
+class CacheError(OpenELMError):
+    """A key/value cache that cannot do what was asked without giving wrong tokens."""
+
+
+class HubError(OpenELMError):
+    """A model that could not be found, downloaded or verified."""
