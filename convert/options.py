@@ -1,0 +1,61 @@
+"""Options of a conversion, validated once; the command line and Python build the same object."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from openelm_mlx.errors import OptionError
+from openelm_mlx.options import check_ranges
+
+DTYPES = ("float32", "bfloat16", "float16")
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to convert, where to, and how. Raises `OptionError` for the first field that is not allowed."""
+
+    source: Path = field(metadata={"help": "a CoreNet .pt file or a Hugging Face folder"})
+    target: Path = field(metadata={"help": "the model folder to write"})
+    dtype: str | None = field(
+        default=None, metadata={"help": "type of the weights; unset keeps the source's", "choices": DTYPES}
+    )
+    head_dim: int | None = field(
+        default=None, metadata={"help": "width of a head, where the tensors do not tell", "range": (2, 65536)}
+    )
+    rope_base: float | None = field(
+        default=None, metadata={"help": "base of the rotary embeddings; unset is 10000", "range": (1.0, 1e12)}
+    )
+    config: Path | None = field(default=None, metadata={"help": "CoreNet YAML or config.json of the source"})
+    tokenizer: Path | None = field(default=None, metadata={"help": "tokenizer.model; unset looks beside the source"})
+    bits: int | None = field(default=None, metadata={"help": "quantize to this many bits", "choices": BITS})
+    group_size: int = field(default=64, metadata={"help": "weights that share a scale", "choices": GROUP_SIZES})
+    force: bool = field(default=False, metadata={"help": "replace an existing model folder"})
+    verify: bool = field(default=False, metadata={"help": "compare the result with the source in float32"})
+    instruct: bool | None = field(
+        default=None, metadata={"help": "add the chat template; unset goes by 'instruct' in the source's name"}
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for name in ("source", "target", "config", "tokenizer"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, Path(value).expanduser())
+        for name, allowed in (("dtype", DTYPES), ("bits", BITS), ("group_size", GROUP_SIZES)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or value not in allowed):
+                raise OptionError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+        if self.rope_base is not None and not math.isfinite(self.rope_base):
+            raise OptionError(f"rope_base is {self.rope_base!r}; it must be finite")
+
+    @property
+    def is_instruct(self) -> bool:
+        """As asked for, otherwise by the word in the names of the source and its folder."""
+        if self.instruct is not None:
+            return self.instruct
+        source = self.source.absolute()
+        return any("instruct" in name.lower() for name in (source.name, source.parent.name, self.target.name))

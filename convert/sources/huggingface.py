@@ -1,0 +1,117 @@
+"""Read a Hugging Face folder: one safetensors file, or shards with an index. Headers first, data on demand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from openelm_mlx.convert.sources import TensorInfo
+from openelm_mlx.convert.sources.raw import itemsize, read_strided
+from openelm_mlx.errors import ConversionError
+
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
+}  # fmt: skip
+SAFETENSORS_DTYPE = {name: code for code, name in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+class Located(NamedTuple):
+    file: Path
+    start: int
+    info: TensorInfo
+
+
+class HuggingFaceFolder:
+    """The tensors of a folder, listed on opening and read one at a time. Raises `ConversionError`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._located: dict[str, Located] = {}
+        weight_map = read_index(self.path)
+        for file in weight_files(self.path, weight_map):
+            for name, located in read_header(file).items():
+                if name in self._located:
+                    raise ConversionError(f"{self.path} holds tensor {name} twice, in {file.name} too")
+                if weight_map is None or weight_map.get(name) == file.name:
+                    self._located[name] = located
+        if weight_map is not None and (missing := sorted(weight_map.keys() - self._located.keys())):
+            raise ConversionError(f"{self.path}: the index lists tensors no shard holds: {', '.join(missing[:3])}")
+        self.tensors = {name: located.info for name, located in self._located.items()}
+
+    def load(self, name: str) -> mx.array:
+        """The tensor `name` in the type it is stored in."""
+        file, start, (dtype, shape) = self._located[name]
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        return read_strided(file, start, math.prod(shape), dtype, shape, strides, 0)
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor -> shard of a sharded model, or None. A shard's name must be a plain file name."""
+    path = folder / "model.safetensors.index.json"
+    if not path.exists():
+        return None
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} cannot be read as JSON: {error}") from None
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{path} has no weight_map")
+    for shard in weight_map.values():
+        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\\0")
+        if not plain:
+            raise ConversionError(f"{path} points to {shard!r}; shards must be .safetensors files of this folder")
+    return weight_map
+
+
+def weight_files(folder: Path, weight_map: dict[str, str] | None) -> list[Path]:
+    if weight_map is not None:
+        files = [folder / shard for shard in sorted(set(weight_map.values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise ConversionError(f"{folder} lacks {', '.join(missing[:3])}, which its index lists")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / "model.safetensors") in files:
+        return [folder / "model.safetensors"]
+    if len(files) != 1:
+        raise ConversionError(f"{folder} holds {len(files)} safetensors files and no model.safetensors.index.json")
+    return files
+
+
+def read_header(path: Path) -> dict[str, Located]:
+    """The tensors of one file with their places, each checked to lie within it."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise ConversionError(f"{path} is truncated or no safetensors file")
+            raw: Any = json.loads(file.read(length))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} cannot be read as safetensors: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConversionError(f"{path} cannot be read as safetensors: its header is no object")
+    raw.pop("__metadata__", None)
+    return {name: locate(path, name, entry, 8 + length, size) for name, entry in raw.items()}
+
+
+def locate(path: Path, name: str, entry: Any, base: int, size: int) -> Located:
+    try:
+        code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise ConversionError(f"{path}: the header's entry of tensor {name} is malformed") from None
+    if code not in DTYPES:
+        raise ConversionError(f"{path}: tensor {name} has type {code}; readable are {', '.join(DTYPES)}")
+    if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
+        raise ConversionError(f"{path}: the header's entry of tensor {name} is malformed")
+    if end - start != math.prod(shape) * itemsize(DTYPES[code]):
+        raise ConversionError(f"{path}: tensor {name} of shape {shape} does not take {end - start} bytes")
+    if base + end > size:
+        raise ConversionError(f"{path} is truncated: tensor {name} ends at byte {base + end} of {size}")
+    return Located(path, base + start, TensorInfo(DTYPES[code], shape))

@@ -1,0 +1,49 @@
+"""Little-endian bytes in a file -> an MLX array, whatever the strides; half types go by way of their bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from openelm_mlx.errors import ConversionError
+
+NUMPY_CODE = {  # MLX's name -> what numpy reads; numpy has no bfloat16, so its bits travel as uint16
+    "float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int64": "<i8", "int32": "<i4",
+    "int16": "<i2", "int8": "i1", "uint8": "u1", "uint16": "<u2", "uint32": "<u4", "uint64": "<u8", "bool": "?",
+}  # fmt: skip
+
+
+def itemsize(dtype: str) -> int:
+    return np.dtype(NUMPY_CODE[dtype]).itemsize
+
+
+def read_strided(
+    path: Path, start: int, elements: int, dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
+) -> mx.array:
+    """A view of a storage of `elements` at byte `start`; strides and offset count elements and fit (caller checks)."""
+    code = np.dtype(NUMPY_CODE[dtype])
+    if 0 in shape:
+        return to_mlx(np.zeros(shape, code), dtype)
+    try:
+        storage = np.memmap(path, dtype=code, mode="r", offset=start, shape=(elements,))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from None
+    steps = tuple(step * code.itemsize for step in strides)
+    view = np.lib.stride_tricks.as_strided(storage[offset:], shape=shape, strides=steps, writeable=False)
+    return to_mlx(np.array(view, order="C", subok=False), dtype)
+
+
+def to_mlx(array: np.ndarray, dtype: str) -> mx.array:
+    if dtype == "bfloat16":
+        return mx.array(array).view(mx.bfloat16)
+    if dtype == "float64":  # MLX computes in float32 at most on the GPU; no published checkpoint needs more
+        return mx.array(array.astype(np.float32))
+    return mx.array(array)
+
+
+def to_bytes(array: mx.array) -> memoryview:
+    """The array's elements in C order, little-endian, as safetensors stores them."""
+    plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    return memoryview(np.ascontiguousarray(np.array(plain))).cast("B") if plain.size else memoryview(b"")
