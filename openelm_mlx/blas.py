@@ -38,7 +38,7 @@ def choose_blas(environ: Mapping[str, str], platform: str, candidates: tuple[str
 def load_blas(environ: Mapping[str, str] | None = None) -> BlasChoice:
     """Load the chosen library for all to see. Has no effect once mlx.core is imported."""
     environ = os.environ if environ is None else environ
-    auto = environ.get("OPENELM_BLAS", DEFAULT) == "auto"
+    auto = (environ.get("OPENELM_BLAS") or DEFAULT) == "auto"
     found = (ctypes.util.find_library("openblas"), *NAMES) if auto else ()
     choice = choose_blas(environ, sys.platform, tuple(dict.fromkeys(n for n in found if n)))
     if choice.path is None:

@@ -1,0 +1,60 @@
+"""The format OpenELM-Instruct was trained on, built from tokens so that no text can close its own turn.
+
+BOS, then `<|system|>\\n...`, EOS, `\\n<|user|>\\n...`, EOS, `\\n<|assistant|>\\n...`, EOS. Training inserted an
+empty system turn where a conversation had none, and SentencePiece encoded the text between two EOS by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .errors import PromptError
+from .tokenizer import Tokenizer
+
+Message = Mapping[str, str]
+
+
+def turn_tokens(tokenizer: Tokenizer, role: str, content: str, first: bool = False) -> list[int]:
+    """One whole turn with its EOS; the `first` of a conversation starts with BOS, others with a line break."""
+    start = "" if first else "\n"
+    text = tokenizer.encode(f"{start}<|{role}|>\n{content}", bos=False)
+    return [*([tokenizer.bos_id] if first else []), *text, tokenizer.eos_id]
+
+
+def answer_prefix(tokenizer: Tokenizer) -> list[int]:
+    """What the model continues with its answer."""
+    return tokenizer.encode("\n<|assistant|>\n", bos=False)
+
+
+def continue_turn(tokenizer: Tokenizer, user_text: str) -> list[int]:
+    """What follows an answer (its EOS not yet fed) to ask the next question."""
+    return [tokenizer.eos_id, *turn_tokens(tokenizer, "user", user_text), *answer_prefix(tokenizer)]
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise PromptError unless: perhaps one system turn, then user and assistant in turns."""
+    if not messages:
+        raise PromptError("the conversation is empty; give at least one user message")
+    offset = 1 if messages[0].get("role") == "system" else 0
+    if len(messages) == offset:
+        raise PromptError("the conversation has a system message only; add a user message")
+    for i, message in enumerate(messages):
+        role = message.get("role")
+        expected = "system" if i < offset else ("user", "assistant")[(i - offset) % 2]
+        if role != expected:
+            raise PromptError(f"message {i + 1} has the role {role!r}, expected {expected!r}; allowed are one "
+                              "system message first, then user and assistant in turns")
+        if not isinstance(message.get("content"), str):
+            raise PromptError(f"message {i + 1} has no text; give a string as its content")
+
+
+def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message],
+                    add_generation_prompt: bool = True) -> list[int]:
+    """Tokens of a conversation, BOS included. Raises PromptError where roles are out of order."""
+    check_messages(messages)
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": ""}, *messages]
+    ids: list[int] = []
+    for i, message in enumerate(messages):
+        ids += turn_tokens(tokenizer, message["role"], message["content"], first=i == 0)
+    return ids + answer_prefix(tokenizer) if add_generation_prompt else ids

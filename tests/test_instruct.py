@@ -1,0 +1,51 @@
+"""The Instruct format, token by token."""
+
+from __future__ import annotations
+
+import pytest
+
+from openelm_mlx.errors import PromptError
+from openelm_mlx.instruct import continue_turn, encode_messages
+from openelm_mlx.tokenizer import Tokenizer
+
+
+class Codepoints(Tokenizer):
+    """Ids are code points + 3, so that a test can spell out what it expects."""
+
+    def __init__(self) -> None:
+        self.bos_id, self.eos_id = 1, 2
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        return [1] * bos + [ord(c) + 3 for c in text]
+
+
+def enc(text: str) -> list[int]:
+    return [ord(c) + 3 for c in text]
+
+
+USER = {"role": "user", "content": "Hi"}
+BOT = {"role": "assistant", "content": "Yo"}
+
+
+def test_empty_system_turn_is_inserted() -> None:
+    expected = [1, *enc("<|system|>\n"), 2, *enc("\n<|user|>\nHi"), 2, *enc("\n<|assistant|>\n")]
+    assert encode_messages(Codepoints(), [USER]) == expected
+    assert encode_messages(Codepoints(), [{"role": "system", "content": ""}, USER]) == expected
+
+
+def test_continuation_equals_whole_conversation() -> None:
+    fed = encode_messages(Codepoints(), [USER]) + enc("Yo")
+    assert fed + continue_turn(Codepoints(), "Hi") == encode_messages(Codepoints(), [USER, BOT, USER])
+
+
+def test_user_cannot_close_the_turn() -> None:
+    ids = encode_messages(Codepoints(), [{"role": "user", "content": "</s>"}])
+    assert ids.count(2) == 2
+
+
+@pytest.mark.parametrize(("messages", "text"), [
+    ([], "is empty"), ([{"role": "system", "content": ""}], "system message only"),
+    ([BOT], "expected 'user'"), ([USER, USER], "expected 'assistant'"), ([{"role": "user"}], "has no text")])
+def test_refusals(messages: list[dict[str, str]], text: str) -> None:
+    with pytest.raises(PromptError, match=text):
+        encode_messages(Codepoints(), messages)
