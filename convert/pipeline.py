@@ -1,0 +1,230 @@
+"""The map of a conversion: source -> configuration -> plan -> folder beside the target -> rename."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from openelm_mlx import __version__
+from openelm_mlx.config import OpenELMConfig, expected_tensors
+from openelm_mlx.convert.folder import find_tokenizer, write_side_files
+from openelm_mlx.convert.infer import config_for
+from openelm_mlx.convert.names import check_coverage, renamed_tensors
+from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.quantize import check_quantizable, config_entry, planned, quantized
+from openelm_mlx.convert.sources import TensorInfo, TensorSource, open_source
+from openelm_mlx.convert.writer import nbytes, write_weights
+from openelm_mlx.errors import CheckpointError, ConversionError, TokenizerError
+
+Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, name of the one just written
+MAX_PADDING_ROWS = 256  # CoreNet pads 32000 tokens to 32128 rows; a larger gap is another tokenizer
+VOCABULARY_TENSORS = ("transformer.token_embeddings.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What was written. `verification` is set only when it was asked for."""
+
+    target: Path
+    config: OpenELMConfig
+    parameters: int
+    source_bytes: int
+    written_bytes: int
+    bits_per_weight: float
+    dropped_rows: int
+    verification: Mapping[str, float] | None = None
+
+
+def convert(options: ConvertOptions, progress: Progress | None = None) -> ConversionReport:
+    """Convert `options.source` into the folder `options.target`, which appears only when it is complete.
+
+    Raises `ConversionError`, `CheckpointError`, `ConfigError` or `TokenizerError`, and leaves nothing behind then or
+    when interrupted.
+    """
+    check_target(options)
+    source = open_source(options.source)                                            # 1. what is there
+    names = renamed_tensors(source.tensors)
+    shapes = {name: source.tensors[original].shape for name, original in names.items()}
+    config = config_for(options.source, shapes, options)                            # 2. what model it makes
+    check_coverage(shapes, expected_tensors(config))
+    tokenizer = find_tokenizer(options)
+    trimmed = trim_vocabulary(config, tokenizer)
+    plan = make_plan(source, names, trimmed, options)                               # 3. what will be written
+    report = make_report(source, config, trimmed, plan, options)
+    quantization = config_entry(options.bits, options.group_size) if options.bits else None
+    record = conversion_record(report, plan, options)
+    with staged(options) as folder:                                                 # 4. write beside, then rename
+        arrays = stream(source, names, expected_tensors(trimmed), options, progress)
+        write_weights(folder, plan, arrays)
+        write_side_files(folder, trimmed, tokenizer, quantization, record, options.is_instruct)
+        if options.verify:                                                          # 5. prove it
+            from openelm_mlx.convert.verify import verify_folder
+
+            report = replace(report, verification=verify_folder(folder, source, names, trimmed))
+    return report
+
+
+def check_target(options: ConvertOptions) -> None:
+    target = options.target
+    if target.exists() and not options.force:
+        raise ConversionError(f"{target} exists; choose another folder, or replace it with --force")
+    if target.exists():
+        ours = target.is_dir() and ((target / "config.json").is_file() or not any(target.iterdir()))
+        if not ours:
+            raise ConversionError(f"{target} is no model folder, so --force does not replace it; choose another one")
+        inputs = [p.resolve() for p in (options.source, options.config, options.tokenizer) if p is not None]
+        if any(path == target.resolve() or target.resolve() in path.parents for path in inputs):
+            raise ConversionError(f"{target} holds what is to be converted; choose another folder")
+
+
+def trim_vocabulary(config: OpenELMConfig, tokenizer: Path) -> OpenELMConfig:
+    """The configuration without the rows that pad the vocabulary. Raises `TokenizerError` for a mismatch."""
+    import sentencepiece
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).vocab_size()
+    except (OSError, RuntimeError) as error:
+        raise TokenizerError(f"{tokenizer} cannot be read as a SentencePiece model: {error}") from None
+    if not 0 <= config.vocab_size - pieces <= MAX_PADDING_ROWS:
+        raise TokenizerError(
+            f"{tokenizer} has {pieces} pieces, but the model {config.vocab_size} rows of embeddings: "
+            "this is another model's tokenizer; give the right one with --tokenizer"
+        )
+    padding = config.padding_index if config.padding_index is not None and config.padding_index < pieces else None
+    return replace(config, vocab_size=pieces, padding_index=padding)
+
+
+def make_plan(
+    source: TensorSource, names: Mapping[str, str], config: OpenELMConfig, options: ConvertOptions
+) -> dict[str, TensorInfo]:
+    """Every tensor to write with type and shape, in order; refuses before any work what cannot be done."""
+    shapes = expected_tensors(config)
+    if options.bits:
+        check_quantizable(shapes, options.group_size)
+    plan: dict[str, TensorInfo] = {}
+    for name, shape in shapes.items():
+        dtype = target_dtype(names[name], source.tensors[names[name]].dtype, config, options)
+        plan |= planned(name, TensorInfo(dtype, shape), options.bits, options.group_size)
+    return plan
+
+
+def target_dtype(name: str, stored: str, config: OpenELMConfig, options: ConvertOptions) -> str:
+    if stored not in ("float64", "float32", "float16", "bfloat16"):
+        raise CheckpointError(f"{name} holds {stored}; weights must be floating-point numbers")
+    dtype = options.dtype or stored.replace("float64", "float32")
+    if dtype == "float16" and config.model_dim >= 3072:
+        raise ConversionError("OpenELM-3B needs a wider range than float16 has; use --dtype bfloat16 or float32")
+    return dtype
+
+
+def stream(
+    source: TensorSource, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]],
+    options: ConvertOptions, progress: Progress | None,
+) -> Iterator[tuple[str, mx.array]]:  # fmt: skip
+    """The planned arrays one after another; only one source tensor is in memory at a time."""
+    for number, (name, shape) in enumerate(shapes.items(), start=1):
+        yield from quantized(name, final_array(source, names[name], name, shape, options), options.bits,
+                             options.group_size).items()  # fmt: skip
+        if progress is not None:
+            progress(number, len(shapes), name)
+
+
+def final_array(
+    source: TensorSource, original: str, name: str, shape: tuple[int, ...], options: ConvertOptions
+) -> mx.array:
+    array = source.load(original)
+    if name in VOCABULARY_TENSORS:
+        array = array[: shape[0]]
+    if not mx.isfinite(array).all().item():
+        raise CheckpointError(f"{original} holds NaN or infinite weights; the checkpoint is damaged")
+    if options.dtype is not None:
+        array = array.astype(getattr(mx, options.dtype))
+        if not mx.isfinite(array).all().item():
+            raise ConversionError(f"{original} overflows {options.dtype}; use --dtype bfloat16 or float32")
+    return array
+
+
+def make_report(
+    source: TensorSource, config: OpenELMConfig, trimmed: OpenELMConfig, plan: Mapping[str, TensorInfo],
+    options: ConvertOptions,
+) -> ConversionReport:  # fmt: skip
+    written = sum(map(nbytes, plan.values()))
+    return ConversionReport(
+        target=options.target,
+        config=trimmed,
+        parameters=trimmed.num_parameters,
+        source_bytes=sum(map(nbytes, source.tensors.values())),
+        written_bytes=written,
+        bits_per_weight=8 * written / trimmed.num_parameters,
+        dropped_rows=config.vocab_size - trimmed.vocab_size,
+    )
+
+
+def conversion_record(
+    report: ConversionReport, plan: Mapping[str, TensorInfo], options: ConvertOptions
+) -> dict[str, Any]:
+    """conversion.json: how the folder came about, without paths of the machine it was made on."""
+    return {
+        "tool": "openelm-mlx",
+        "version": __version__,
+        "source": options.source.absolute().name,
+        "parameters": report.parameters,
+        "dtype": next(info.dtype for name, info in plan.items() if name.endswith("norm.weight")),
+        "bits": options.bits,
+        "group_size": options.group_size if options.bits else None,
+        "bits_per_weight": round(report.bits_per_weight, 4),
+        "dropped_embedding_rows": report.dropped_rows,
+        "instruct": options.is_instruct,
+    }
+
+
+@contextlib.contextmanager
+def staged(options: ConvertOptions) -> Iterator[Path]:
+    """A folder beside the target that becomes the target on success and vanishes on any failure."""
+    target = options.target.absolute()
+    made = [p for p in reversed(target.parents) if not p.exists()]
+    partial: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        partial.chmod(0o755)
+        yield partial
+        replace_folder(partial, target, options.force)
+    except OSError as error:
+        discard(partial, made)
+        raise ConversionError(f"{options.target} cannot be written: {error.strerror or error}") from None
+    except BaseException:
+        discard(partial, made)
+        raise
+
+
+def replace_folder(partial: Path, target: Path, force: bool) -> None:
+    """Rename into place; what stood there goes only after the new folder has its name."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    if not force:
+        raise ConversionError(f"{target} exists; choose another folder, or replace it with --force")
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    target.rename(old)  # an empty folder may be replaced by a rename
+    try:
+        partial.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def discard(partial: Path | None, made: list[Path]) -> None:
+    if partial is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+    for folder in reversed(made):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
