@@ -1,0 +1,171 @@
+"""The OpenELM decoder in MLX. Module names are the checkpoint's names, so a checkpoint loads without a map.
+
+Layer (arXiv:2404.14619; corenet/modeling/models/language_modeling/general_gpt.py):
+    x = x + out_proj(attention(attn_norm(x)))
+    x = x + proj_2(silu(gate) * up)          [gate; up] = proj_1(ffn_norm(x))
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from openelm_mlx.cache import Cache, Mask, as_caches
+from openelm_mlx.config import LayerShape, OpenELMConfig, layer_shapes
+
+
+class Rotary(NamedTuple):
+    """Cosine and signed sine of the angles of a pass, [batch or 1, length, 1, 1 or 2, head_dim / 2], float32."""
+
+    cos: mx.array
+    sin: mx.array
+
+
+def rotary(positions: mx.array, head_dim: int, base: float) -> Rotary:
+    """Rotary embedding (arXiv:2104.09864) of positions [batch or 1, length], once a pass for all layers."""
+    half = head_dim // 2
+    frequencies = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(base) / half))
+    angles = positions.astype(mx.float32)[..., None, None, None] * frequencies  # [B, L, 1, 1, half]
+    return Rotary(mx.cos(angles), mx.sin(angles) * mx.array([[-1.0], [1.0]]))
+
+
+@partial(mx.compile, shapeless=True)
+def rotate(x, normed, swapped, weight, weight_swapped, is_value, cos, sin):  # type: ignore[no-untyped-def]
+    """Scale and rotate query and key heads, pass value heads through: one fused elementwise kernel in float32."""
+    turned = normed.astype(mx.float32) * weight * cos + swapped.astype(mx.float32) * weight_swapped * sin
+    return mx.where(is_value, x, turned.astype(x.dtype))
+
+
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
+
+
+def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
+    """residual + projection(x), as one kernel where the projection is a plain matrix."""
+    if type(projection) is nn.Linear and "bias" not in projection:
+        return mx.addmm(residual, x, projection.weight.T)
+    return residual + projection(x)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RMS-normalised queries and keys; heads of one layer, all in one projection."""
+
+    def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
+        super().__init__()
+        self.q_heads, self.kv_heads, _ = shape
+        self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
+        self.scale = config.head_dim**-0.5
+        heads = self.q_heads + 2 * self.kv_heads
+        self.qkv_proj = nn.Linear(config.model_dim, heads * config.head_dim, bias=False)  # rows: [q | k | v]
+        self.out_proj = nn.Linear(self.q_heads * config.head_dim, config.model_dim, bias=False)
+        self.normalize = config.normalize_qk_projections
+        if self.normalize:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self._table: tuple[Any, ...] = ()
+
+    def head_weights(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Per head: norm weight, the same with its halves swapped, and whether it is a value head.
+
+        Kept between calls, and made anew when training or loading puts other norm weights in place.
+        """
+        sources = (self.q_norm.weight, self.k_norm.weight) if self.normalize else (None, None)
+        if self._table and self._table[0] is sources[0] and self._table[1] is sources[1]:
+            return self._table[2]
+        half, rotated = self.head_dim // 2, self.q_heads + self.kv_heads
+        ones = mx.ones((self.head_dim,))
+        q, k = (ones if w is None else w.astype(mx.float32) for w in sources)
+        rows = [q[None]] * self.q_heads + [k[None]] * self.kv_heads + [ones[None]] * self.kv_heads
+        weight = mx.concatenate(rows).reshape(-1, 2, half)  # [heads, 2, half]
+        is_value = (mx.arange(weight.shape[0]) >= rotated)[:, None, None]
+        self._table = (*sources, (weight, weight[:, ::-1], is_value))
+        return self._table[2]
+
+    def __call__(self, x: mx.array, residual: mx.array, angles: Rotary, mask: Mask, cache: Cache) -> mx.array:
+        B, L, _ = x.shape
+        heads = self.qkv_proj(x).reshape(B, L, -1, self.head_dim)  # [B, L, q + 2 kv, head_dim]
+        normed = mx.fast.rms_norm(heads, None, self.eps) if self.normalize else heads  # value heads: unused
+        pairs = normed.reshape(B, L, -1, 2, self.head_dim // 2)
+        turned = rotate(heads.reshape(pairs.shape), pairs, pairs[..., ::-1, :], *self.head_weights(), *angles)
+        heads = turned.reshape(heads.shape).swapaxes(1, 2)  # [B, q + 2 kv, L, head_dim]
+        q, kv = heads[:, : self.q_heads], heads[:, self.q_heads :]
+        kv = kv.reshape(B, 2, self.kv_heads, L, self.head_dim).swapaxes(0, 1)  # [2, B, kv, L, head_dim]
+        out = cache.attend(q, kv, mask, self.scale)
+        return project_onto(residual, self.out_proj, out.swapaxes(1, 2).reshape(B, L, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, or a plain SiLU network where the configuration has no gate."""
+
+    def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
+        super().__init__()
+        self.gated = config.ffn_with_glu
+        self.proj_1 = nn.Linear(config.model_dim, shape.ffn_dim * (2 if self.gated else 1), bias=False)
+        self.proj_2 = nn.Linear(shape.ffn_dim, config.model_dim, bias=False)
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        x = self.proj_1(x)
+        x = swiglu(*mx.split(x, 2, axis=-1)) if self.gated else nn.silu(x)
+        return project_onto(residual, self.proj_2, x)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
+        super().__init__()
+        self.attn = Attention(config, shape)
+        self.ffn = FeedForward(config, shape)
+        self.attn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, angles: Rotary, mask: Mask, cache: Cache) -> mx.array:
+        x = self.attn(self.attn_norm(x), x, angles, mask, cache)
+        return self.ffn(self.ffn_norm(x), x)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: OpenELMConfig) -> None:
+        super().__init__()
+        self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
+        self.layers = [DecoderLayer(config, shape) for shape in layer_shapes(config)]
+        self.norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+
+
+class OpenELM(nn.Module):
+    """The language model. `model(tokens, cache)` also follows mlx-lm's calling convention."""
+
+    def __init__(self, config: OpenELMConfig) -> None:
+        super().__init__()
+        self.args = config
+        self.model_type = config.model_type
+        self.transformer = Transformer(config)
+        if not config.share_input_output_layers:
+            self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return self.transformer.layers
+
+    def hidden(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Normalised last hidden states [batch, length, model_dim] of token ids [batch, length]."""
+        caches = as_caches(cache, len(self.layers))
+        length = tokens.shape[1]
+        mask = caches[0].mask(length)
+        angles = rotary(caches[0].positions(length), self.args.head_dim, self.args.rope_freq_constant)
+        x = self.transformer.token_embeddings(tokens)
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            x = layer(x, angles, mask, layer_cache)
+        return self.transformer.norm(x)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits [batch, length, vocab] of hidden states; the head is the embedding matrix unless untied."""
+        if self.args.share_input_output_layers:
+            return self.transformer.token_embeddings.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+        return self.logits(self.hidden(tokens, cache))
