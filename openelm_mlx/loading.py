@@ -1,0 +1,194 @@
+"""A name becomes an `Engine`: model, tokenizer and configuration, checked before anything is computed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from openelm_mlx.blas import load_blas
+
+load_blas()  # takes effect only before MLX is imported
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+
+from openelm_mlx.config import OpenELMConfig, read_json  # noqa: E402
+from openelm_mlx.decode import Steps  # noqa: E402
+from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError  # noqa: E402
+from openelm_mlx.hub import resolve_model  # noqa: E402
+from openelm_mlx.model import OpenELM  # noqa: E402
+from openelm_mlx.tokenizer import Tokenizer  # noqa: E402
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+WIDE_MODEL_DIM = 3072  # OpenELM-3B and up: activations overflow float16 (CoreNet, mlx_examples/open_elm/README.md)
+
+
+@dataclass
+class Engine:
+    """A loaded model, ready to generate. Build and use it on one thread: lazy arrays do not cross threads."""
+
+    model: OpenELM
+    tokenizer: Tokenizer
+    config: OpenELMConfig
+    name: str
+    path: Path
+    quantization: dict[str, Any] | None = None
+    instruct: bool = False
+    steps: Steps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.steps = Steps(self.model)
+
+    @property
+    def vocab(self) -> int:
+        """Ids below this may be sampled: rows of the embedding that the tokenizer has no piece for are padding."""
+        return min(self.config.vocab_size, self.tokenizer.vocab_size)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+
+
+def load(
+    name: str | Path = "openelm-tiny",
+    dtype: str | None = None,
+    bits: int | None = None,
+    group_size: int = 64,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+) -> Engine:
+    """Load a model: folder, hub id, short name (`270m-instruct`) or the bundled `openelm-tiny`.
+
+    `dtype` is that of the activations (default: float32 on the CPU backend; on Metal the checkpoint's own, bfloat16
+    where it holds float32). `bits` quantizes a full-precision model while loading. Raises `HubError`, `ConfigError`,
+    `CheckpointError`, `TokenizerError` or `OptionError`.
+    """
+    resolved = resolve_model(str(name), revision=revision, tokenizer=None if tokenizer is None else str(tokenizer))
+    folder = resolved.folder
+    raw = read_json(folder / "config.json")
+    config = OpenELMConfig.from_hf_dict(raw)
+    weights = read_weights(folder)
+    quantization = raw.get("quantization") or raw.get("quantization_config")
+    if bits is not None and quantization:
+        raise OptionError(f"{name} is quantized already; --bits needs full-precision weights")
+    model = OpenELM(config)
+    if quantization:
+        nn.quantize(model, class_predicate=stored_quantization(quantization, weights), **default_form(quantization))
+    check_coverage(folder, model, weights)
+    model.load_weights([(key, cast(array, compute_dtype(config, weights, dtype))) for key, array in weights.items()])
+    if bits is not None:
+        quantize_now(model, bits, group_size)
+        quantization = {"bits": bits, "group_size": group_size}
+    model.eval()
+    mx.eval(model.parameters())
+    pieces = Tokenizer.from_file(resolved.tokenizer) if resolved.tokenizer else Tokenizer.from_folder(folder)
+    if pieces.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"{pieces.path} has {pieces.vocab_size} pieces but the model only {config.vocab_size} embeddings: "
+            "the tokenizer belongs to another model; pass the right one with --tokenizer"
+        )
+    return Engine(model, pieces, config, str(name), folder, quantization, speaks_instruct(folder, str(name)))
+
+
+def speaks_instruct(folder: Path, name: str) -> bool:
+    """Whether the model was trained on the Instruct format: it has a chat template, or says so in its name."""
+    if (folder / "chat_template.jinja").exists() or "instruct" in name.rsplit("/", 1)[-1].lower():
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.exists() and "chat_template" in read_json(settings)
+
+
+def read_weights(folder: Path) -> dict[str, mx.array]:
+    """The tensors of `model.safetensors`, or of the shards its index names. Raises `CheckpointError`."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} is no index of shards: {error!r}") from None
+        if bad := [name for name in names if Path(str(name)).name != name]:
+            raise CheckpointError(f"{index} names a file outside its folder: {bad[0]!r}")
+    weights: dict[str, mx.array] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no {name}; `openelm convert` makes a complete model folder")
+        try:
+            loaded = mx.load(str(folder / name))
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{folder / name} is damaged or cut short: {error}") from None
+        weights.update(loaded if isinstance(loaded, dict) else {})
+    return weights
+
+
+def default_form(quantization: dict[str, Any]) -> dict[str, Any]:
+    form = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
+    if not {"group_size", "bits"} <= form.keys():
+        raise ConfigError("config.json has a quantization without group_size and bits")
+    return form
+
+
+def stored_quantization(quantization: dict[str, Any], weights: dict[str, mx.array]) -> Any:
+    """Per layer: its own settings in config.json (mlx-lm's form), else the default where the file holds scales."""
+
+    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized"):
+            return False
+        own = quantization.get(path)
+        if isinstance(own, dict):
+            return own
+        return own is not False and f"{path}.scales" in weights
+
+    return predicate
+
+
+def quantize_now(model: OpenELM, bits: int, group_size: int) -> None:
+    try:
+        nn.quantize(model, group_size=group_size, bits=bits)
+    except ValueError as error:
+        raise OptionError(f"cannot quantize to {bits} bits in groups of {group_size}: {error}") from None
+
+
+def check_coverage(folder: Path, model: OpenELM, weights: dict[str, mx.array]) -> None:
+    """Every parameter must be in the file with its shape, and nothing else. Raises `CheckpointError`."""
+    expected = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or extra:
+        parts = [f"{len(names)} tensors {what}, first: {names[0]}" for what, names in
+                 (("missing", missing), ("unknown", extra)) if names]  # fmt: skip
+        raise CheckpointError(f"{folder}: " + "; ".join(parts) + ". Convert the original again with `openelm convert`")
+    for name, shape in expected.items():
+        if tuple(weights[name].shape) != tuple(shape):
+            raise CheckpointError(
+                f"{folder}: {name} has shape {list(weights[name].shape)}; config.json asks for {list(shape)}"
+            )
+
+
+def compute_dtype(config: OpenELMConfig, weights: dict[str, mx.array], asked: str | None) -> mx.Dtype:
+    """The type activations are computed in. Raises `OptionError` for float16 where the model overflows it."""
+    if asked is not None and asked not in DTYPES:
+        raise OptionError(f"dtype is {asked!r}; allowed: {', '.join(DTYPES)}")
+    stored = weights["transformer.norm.weight"].dtype
+    if asked is not None:
+        dtype = DTYPES[asked]
+    elif not mx.metal.is_available():
+        dtype = mx.float32  # the CPU backend emulates half types
+    else:
+        dtype = mx.bfloat16 if stored == mx.float32 else stored
+    if dtype == mx.float16 and config.model_dim >= WIDE_MODEL_DIM:
+        if asked is not None:
+            raise OptionError("OpenELM-3B needs a wider range than float16 has; use bfloat16, or float32 to check")
+        return mx.bfloat16
+    return dtype
+
+
+def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Packed integers stay; weights, scales and biases become `dtype`."""
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+

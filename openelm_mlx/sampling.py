@@ -1,0 +1,119 @@
+"""From logits to the next token, on the device. The order of the filters is stated once, in `filter_logits`.
+
+Randomness is a pure function of (seed, position): the noise for the token at a position does not depend on
+chunking, batching, caching or how many tokens were drawn before, so a seed always gives the same text.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from openelm_mlx.options import SamplingOptions
+
+NEVER = -float("inf")
+
+
+class History(NamedTuple):
+    """What the penalties look at, per sequence: tokens seen anywhere, and how often each was generated."""
+
+    seen: mx.array  # [B, vocab] bool, prompt and answer
+    generated: mx.array  # [B, vocab] float32, answer only
+
+    @classmethod
+    def of_prompt(cls, prompts: list[list[int]], vocab: int) -> History:
+        rows = [mx.zeros((vocab,), mx.bool_) for _ in prompts]
+        for row, prompt in zip(rows, prompts, strict=True):
+            row[mx.array([token for token in prompt if token < vocab] or [0])] = True
+        return cls(mx.stack(rows), mx.zeros((len(prompts), vocab)))
+
+    def plus(self, tokens: mx.array) -> History:
+        """After one more token a sequence, tokens [B]."""
+        one = mx.arange(self.seen.shape[1]) == tokens[:, None]
+        return History(self.seen | one, self.generated + one)
+
+
+def penalise(logits: mx.array, history: History, o: SamplingOptions) -> mx.array:
+    """Repetition penalty (arXiv:1909.05858) on prompt and answer; presence and frequency penalties on the answer."""
+    if o.repetition_penalty != 1.0:
+        scaled = mx.where(logits > 0, logits / o.repetition_penalty, logits * o.repetition_penalty)
+        logits = mx.where(history.seen, scaled, logits)
+    if o.presence_penalty or o.frequency_penalty:
+        logits = logits - o.presence_penalty * (history.generated > 0) - o.frequency_penalty * history.generated
+    return logits
+
+
+def filter_logits(logits: mx.array, options: SamplingOptions, history: History | None = None) -> mx.array:
+    """Logits [B, vocab] after every option but the draw itself: penalties, temperature, top-k, top-p, min-p.
+
+    softmax of the result is exactly the distribution that tokens are drawn from.
+    """
+    o = options
+    if history is not None:
+        logits = penalise(logits, history, o)
+    if o.greedy:
+        return mx.where(logits == logits.max(axis=-1, keepdims=True), logits, NEVER)
+    logits = logits / o.temperature
+    if 0 < o.top_k < logits.shape[-1]:
+        kth = mx.topk(logits, o.top_k, axis=-1).min(axis=-1, keepdims=True)
+        logits = mx.where(logits < kth, NEVER, logits)
+    if o.top_p < 1.0:
+        order = mx.argsort(-logits, axis=-1)
+        p = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
+        mass_before = mx.cumsum(p, axis=-1) - p
+        keep = (mass_before < o.top_p) | (mx.arange(p.shape[-1]) == 0)  # the likeliest token always stays
+        keep = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, keep, axis=-1)
+        logits = mx.where(keep, logits, NEVER)
+    if o.min_p > 0.0:
+        p = mx.softmax(logits, axis=-1)
+        logits = mx.where(p < o.min_p * p.max(axis=-1, keepdims=True), NEVER, logits)
+    return logits
+
+
+def new_seed() -> int:
+    return secrets.randbits(62)
+
+
+def seed_key(seed: int) -> mx.array:
+    """The key of one sequence, [1, 2] uint32: the two halves of the seed."""
+    return mx.array([[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF]], dtype=mx.uint32)
+
+
+def gumbel(keys: mx.array, positions: mx.array, vocab: int) -> mx.array:
+    """Gumbel noise [B, vocab] for the tokens at `positions` [B], a function of key [B, 2] and position alone."""
+    rows = []
+    for key, position in zip(mx.split(keys, keys.shape[0]), mx.split(positions, positions.shape[0]), strict=True):
+        mixed = key.reshape(2) + mx.concatenate([mx.zeros((1,), mx.uint32), position.astype(mx.uint32)])
+        rows.append(mx.random.gumbel((vocab,), key=mixed))
+    return mx.stack(rows)
+
+
+def draw(
+    logits: mx.array, options: SamplingOptions, keys: mx.array, positions: mx.array, history: History | None
+) -> mx.array:
+    """One token a sequence, [B] uint32, from float32 logits [B, vocab].
+
+    Sampling is argmax(logits + Gumbel noise), which draws exactly from softmax(logits). A greedy choice is the
+    argmax of the penalised logits, without noise.
+    """
+    if options.greedy:
+        return mx.argmax(logits if history is None else penalise(logits, history, options), axis=-1)
+    filtered = filter_logits(logits, options, history)
+    return mx.argmax(filtered + gumbel(keys, positions, logits.shape[-1]), axis=-1)
+
+
+class Logprobs(NamedTuple):
+    """Natural-log probabilities under the model itself, before any sampling option."""
+
+    chosen: mx.array  # [B]
+    top_tokens: mx.array  # [B, n]
+    top: mx.array  # [B, n]
+
+
+def logprobs(logits: mx.array, tokens: mx.array, n: int) -> Logprobs:
+    logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    order = mx.argsort(-logp, axis=-1)[:, : max(n, 1)]
+    chosen = mx.take_along_axis(logp, tokens[:, None], axis=-1)[:, 0]
+    return Logprobs(chosen, order[:, :n], mx.take_along_axis(logp, order, axis=-1)[:, :n])
