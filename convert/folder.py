@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.tokenizer_json import build_tokenizer_json, tokenizer_config
+
+from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import TokenizerError
 
 CHAT_TEMPLATE = """\
@@ -78,6 +79,6 @@ def model_card(record: dict[str, Any], instruct: bool) -> str:
         f"---\nlibrary_name: mlx\ntags:\n- mlx\n- openelm\n---\n\n# OpenELM for MLX\n\n"
         f"{record['parameters']:,} parameters, {kind}, {record['bits_per_weight']:.3f} bits per weight. Converted from "
         f"`{record['source']}` with openelm-mlx {record['version']}. {chat}\n"
-        "```\nopenelm chat PATH_OF_THIS_FOLDER\nmlx_lm.generate --model PATH_OF_THIS_FOLDER --prompt \"Once upon a time\"\n"
+        '```\nopenelm chat PATH_OF_THIS_FOLDER\nmlx_lm.generate --model PATH_OF_THIS_FOLDER --prompt "Once upon a time"\n'
         "```\n\nThe weights stay under the licence of the model they were converted from.\n"
     )

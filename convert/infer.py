@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.config import PUBLISHED, OpenELMConfig, corenet_overrides, corenet_section, normal_name
 from openelm_mlx.convert.options import ConvertOptions
+
+from openelm_mlx.config import PUBLISHED, OpenELMConfig, corenet_overrides, corenet_section, normal_name
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError
 
 Shapes = Mapping[str, tuple[int, ...]]  # under Hugging Face's names
@@ -37,7 +38,9 @@ def beside(source: Path, name: str) -> Path | None:
 
 def with_flags(config: OpenELMConfig, options: ConvertOptions) -> OpenELMConfig:
     if options.head_dim not in (None, config.head_dim):
-        raise ConversionError(f"--head-dim {options.head_dim} contradicts the configuration, which has {config.head_dim}")
+        raise ConversionError(
+            f"--head-dim {options.head_dim} contradicts the configuration, which has {config.head_dim}"
+        )
     return config if options.rope_base is None else replace(config, rope_freq_constant=options.rope_base)
 
 
@@ -54,7 +57,9 @@ def infer_config(
     vocab_size, model_dim = matrix(shapes, "transformer.token_embeddings.weight")
     norm = shapes.get(first + "attn.q_norm.weight")
     if norm is None and head_dim is None:
-        raise ConversionError("head_dim cannot be read off these tensors (no q_norm); give it as --head-dim, e.g. 64")
+        raise ConversionError(
+            "head_dim cannot be read off these tensors (no q_norm); give it as --head-dim, e.g. 64"
+        )
     if norm is not None and head_dim not in (None, norm[0]):
         raise ConversionError(f"--head-dim {head_dim} contradicts q_norm, which has {norm[0]} entries")
     width = head_dim if norm is None else norm[0]
@@ -84,10 +89,14 @@ def infer_config(
 def count_layers(shapes: Shapes) -> int:
     numbers = {int(m[1]) for name in shapes if (m := re.match(r"transformer\.layers\.(\d{1,4})\.", name))}
     if not numbers:
-        raise CheckpointError("this is no OpenELM checkpoint: it holds no tensor named layers.0.attn.qkv_proj.weight")
+        raise CheckpointError(
+            "this is no OpenELM checkpoint: it holds no tensor named layers.0.attn.qkv_proj.weight"
+        )
     if numbers != set(range(len(numbers))):
         gap = min(set(range(max(numbers) + 1)) - numbers)
-        raise CheckpointError(f"the checkpoint is incomplete: layer {gap} is missing and layer {max(numbers)} present")
+        raise CheckpointError(
+            f"the checkpoint is incomplete: layer {gap} is missing and layer {max(numbers)} present"
+        )
     return len(numbers)
 
 

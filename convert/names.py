@@ -7,11 +7,15 @@ from collections.abc import Iterable, Mapping
 
 from openelm_mlx.errors import CheckpointError, ConversionError
 
-RENAMES: tuple[tuple[str, str], ...] = (  # the first pattern that matches wins; a Hugging Face name matches none
+RENAMES: tuple[
+    tuple[str, str], ...
+] = (  # the first pattern that matches wins; a Hugging Face name matches none
     (r"^classifier\.", "lm_head."),
     (r"^(token_embeddings|layers|norm)\.", r"transformer.\1."),
 )
-COMPUTED = re.compile(r"\.inv_freq$|(^|\.)causal_mask$")  # buffers some exports carry; the engine computes them
+COMPUTED = re.compile(
+    r"\.inv_freq$|(^|\.)causal_mask$"
+)  # buffers some exports carry; the engine computes them
 ADAPTER = re.compile(r"\.base_layer\.|lora_|magnitude")
 
 
@@ -28,11 +32,15 @@ def renamed_tensors(names: Iterable[str]) -> dict[str, str]:
     result: dict[str, str] = {}
     for name in names:
         if ADAPTER.search(name):
-            raise ConversionError(f"the checkpoint holds an adapter ({name}); only whole models are converted: merge it first")
+            raise ConversionError(
+                f"the checkpoint holds an adapter ({name}); only whole models are converted: merge it first"
+            )
         if COMPUTED.search(name):
             continue
         if rename(name) in result:
-            raise ConversionError(f"the checkpoint holds both {result[rename(name)]} and {name}, which are one tensor")
+            raise ConversionError(
+                f"the checkpoint holds both {result[rename(name)]} and {name}, which are one tensor"
+            )
         result[rename(name)] = name
     return result
 
@@ -46,7 +54,9 @@ def check_coverage(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, 
         problems.append(f"{len(extra)} the model does not have ({', '.join(extra[:3])})")
     for name, shape in expected.items():
         if name in found and tuple(found[name]) != tuple(shape):
-            problems.append(f"{name} has shape {tuple(found[name])} where the configuration asks for {tuple(shape)}")
+            problems.append(
+                f"{name} has shape {tuple(found[name])} where the configuration asks for {tuple(shape)}"
+            )
             break
     if problems:
         raise CheckpointError("the tensors do not make this model: " + "; ".join(problems))

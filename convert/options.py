@@ -30,13 +30,18 @@ class ConvertOptions:
         default=None, metadata={"help": "base of the rotary embeddings; unset is 10000", "range": (1.0, 1e12)}
     )
     config: Path | None = field(default=None, metadata={"help": "CoreNet YAML or config.json of the source"})
-    tokenizer: Path | None = field(default=None, metadata={"help": "tokenizer.model; unset looks beside the source"})
+    tokenizer: Path | None = field(
+        default=None, metadata={"help": "tokenizer.model; unset looks beside the source"}
+    )
     bits: int | None = field(default=None, metadata={"help": "quantize to this many bits", "choices": BITS})
-    group_size: int = field(default=64, metadata={"help": "weights that share a scale", "choices": GROUP_SIZES})
+    group_size: int = field(
+        default=64, metadata={"help": "weights that share a scale", "choices": GROUP_SIZES}
+    )
     force: bool = field(default=False, metadata={"help": "replace an existing model folder"})
     verify: bool = field(default=False, metadata={"help": "compare the result with the source in float32"})
     instruct: bool | None = field(
-        default=None, metadata={"help": "add the chat template; unset goes by 'instruct' in the source's name"}
+        default=None,
+        metadata={"help": "add the chat template; unset goes by 'instruct' in the source's name"},
     )
 
     def __post_init__(self) -> None:

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-
-from openelm_mlx import __version__
-from openelm_mlx.config import OpenELMConfig, expected_tensors
 from openelm_mlx.convert.folder import find_tokenizer, write_side_files
 from openelm_mlx.convert.infer import config_for
 from openelm_mlx.convert.names import check_coverage, renamed_tensors
@@ -21,6 +18,9 @@ from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize import check_quantizable, config_entry, planned, quantized
 from openelm_mlx.convert.sources import TensorInfo, TensorSource, open_source
 from openelm_mlx.convert.writer import nbytes, write_weights
+
+from openelm_mlx import __version__
+from openelm_mlx.config import OpenELMConfig, expected_tensors
 from openelm_mlx.errors import CheckpointError, ConversionError, TokenizerError
 
 Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, name of the one just written
@@ -49,22 +49,22 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     when interrupted.
     """
     check_target(options)
-    source = open_source(options.source)                                            # 1. what is there
+    source = open_source(options.source)  # 1. what is there
     names = renamed_tensors(source.tensors)
     shapes = {name: source.tensors[original].shape for name, original in names.items()}
-    config = config_for(options.source, shapes, options)                            # 2. what model it makes
+    config = config_for(options.source, shapes, options)  # 2. what model it makes
     check_coverage(shapes, expected_tensors(config))
     tokenizer = find_tokenizer(options)
     trimmed = trim_vocabulary(config, tokenizer)
-    plan = make_plan(source, names, trimmed, options)                               # 3. what will be written
+    plan = make_plan(source, names, trimmed, options)  # 3. what will be written
     report = make_report(source, config, trimmed, plan, options)
     quantization = config_entry(options.bits, options.group_size) if options.bits else None
     record = conversion_record(report, plan, options)
-    with staged(options) as folder:                                                 # 4. write beside, then rename
+    with staged(options) as folder:  # 4. write beside, then rename
         arrays = stream(source, names, expected_tensors(trimmed), options, progress)
         write_weights(folder, plan, arrays)
         write_side_files(folder, trimmed, tokenizer, quantization, record, options.is_instruct)
-        if options.verify:                                                          # 5. prove it
+        if options.verify:  # 5. prove it
             from openelm_mlx.convert.verify import verify_folder
 
             report = replace(report, verification=verify_folder(folder, source, names, trimmed))
@@ -78,7 +78,9 @@ def check_target(options: ConvertOptions) -> None:
     if target.exists():
         ours = target.is_dir() and ((target / "config.json").is_file() or not any(target.iterdir()))
         if not ours:
-            raise ConversionError(f"{target} is no model folder, so --force does not replace it; choose another one")
+            raise ConversionError(
+                f"{target} is no model folder, so --force does not replace it; choose another one"
+            )
         inputs = [p.resolve() for p in (options.source, options.config, options.tokenizer) if p is not None]
         if any(path == target.resolve() or target.resolve() in path.parents for path in inputs):
             raise ConversionError(f"{target} holds what is to be converted; choose another folder")
@@ -97,7 +99,9 @@ def trim_vocabulary(config: OpenELMConfig, tokenizer: Path) -> OpenELMConfig:
             f"{tokenizer} has {pieces} pieces, but the model {config.vocab_size} rows of embeddings: "
             "this is another model's tokenizer; give the right one with --tokenizer"
         )
-    padding = config.padding_index if config.padding_index is not None and config.padding_index < pieces else None
+    padding = (
+        config.padding_index if config.padding_index is not None and config.padding_index < pieces else None
+    )
     return replace(config, vocab_size=pieces, padding_index=padding)
 
 
@@ -120,7 +124,9 @@ def target_dtype(name: str, stored: str, config: OpenELMConfig, options: Convert
         raise CheckpointError(f"{name} holds {stored}; weights must be floating-point numbers")
     dtype = options.dtype or stored.replace("float64", "float32")
     if dtype == "float16" and config.model_dim >= 3072:
-        raise ConversionError("OpenELM-3B needs a wider range than float16 has; use --dtype bfloat16 or float32")
+        raise ConversionError(
+            "OpenELM-3B needs a wider range than float16 has; use --dtype bfloat16 or float32"
+        )
     return dtype
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
-
 from openelm_mlx.convert.sources import TensorInfo
+
 from openelm_mlx.errors import ConversionError
 
 
@@ -15,9 +15,19 @@ def check_quantizable(shapes: Mapping[str, tuple[int, ...]], group_size: int) ->
     """Raise `ConversionError` naming the first matrix whose rows do not divide into groups."""
     for name, shape in shapes.items():
         if len(shape) == 2 and shape[1] % group_size:
-            fits = [str(size) for size in (128, 64, 32) if all(s[-1] % size == 0 for s in shapes.values() if len(s) == 2)]
-            remedy = f"use --group-size {' or '.join(fits)}" if fits else "no group size fits: convert without --bits"
-            raise ConversionError(f"{name} has rows of {shape[1]} weights, no multiple of group size {group_size}; {remedy}")
+            fits = [
+                str(size)
+                for size in (128, 64, 32)
+                if all(s[-1] % size == 0 for s in shapes.values() if len(s) == 2)
+            ]
+            remedy = (
+                f"use --group-size {' or '.join(fits)}"
+                if fits
+                else "no group size fits: convert without --bits"
+            )
+            raise ConversionError(
+                f"{name} has rows of {shape[1]} weights, no multiple of group size {group_size}; {remedy}"
+            )
 
 
 def planned(name: str, info: TensorInfo, bits: int | None, group_size: int) -> dict[str, TensorInfo]:

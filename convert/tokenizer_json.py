@@ -29,7 +29,11 @@ def build_tokenizer_json(path: Path) -> dict[str, Any]:
         raise TokenizerError(f"{path} cannot be read as a SentencePiece model: {error}") from None
     pieces = [spm.id_to_piece(i) for i in range(spm.vocab_size())]
     bos, eos, unk = (pieces[i] for i in (1, 2, 0))
-    ids = {pieces[i]: i for i in range(len(pieces)) if not (spm.is_byte(i) or spm.is_control(i) or spm.is_unknown(i))}
+    ids = {
+        pieces[i]: i
+        for i in range(len(pieces))
+        if not (spm.is_byte(i) or spm.is_control(i) or spm.is_unknown(i))
+    }
     content = {
         "version": "1.0",
         "truncation": None,

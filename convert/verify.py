@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
+from openelm_mlx.convert.sources import TensorSource
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors
-from openelm_mlx.convert.sources import TensorSource
 
 TEXT = "Once upon a time there was a little girl who lived in a house at the edge of a great forest with her mother."
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import mlx.core as mx
-
 from openelm_mlx.convert.sources import TensorInfo
 from openelm_mlx.convert.sources.huggingface import SAFETENSORS_DTYPE
 from openelm_mlx.convert.sources.raw import itemsize, to_bytes
@@ -38,7 +37,11 @@ def header(plan: Mapping[str, TensorInfo]) -> bytes:
     start = 0
     for name, info in plan.items():
         end = start + nbytes(info)
-        entries[name] = {"dtype": SAFETENSORS_DTYPE[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
+        entries[name] = {
+            "dtype": SAFETENSORS_DTYPE[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [start, end],
+        }
         start = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants data aligned to 8 bytes
@@ -46,7 +49,10 @@ def header(plan: Mapping[str, TensorInfo]) -> bytes:
 
 
 def write_weights(
-    folder: Path, plan: Mapping[str, TensorInfo], arrays: Iterable[tuple[str, mx.array]], limit: int = SHARD_BYTES
+    folder: Path,
+    plan: Mapping[str, TensorInfo],
+    arrays: Iterable[tuple[str, mx.array]],
+    limit: int = SHARD_BYTES,
 ) -> list[str]:
     """Write `arrays`, which come in the plan's order, as model.safetensors or shards; returns the file names."""
     shards = split(plan, limit)
@@ -61,12 +67,16 @@ def write_weights(
                 name, array = next(stream)
                 data = to_bytes(array)
                 if name != expected or len(data) != nbytes(info):
-                    raise RuntimeError(f"bug: planned {expected} of {nbytes(info)} bytes, got {name} of {len(data)}")
+                    raise RuntimeError(
+                        f"bug: planned {expected} of {nbytes(info)} bytes, got {name} of {len(data)}"
+                    )
                 file.write(data)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(map(nbytes, plan.values()))},
             "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
         }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=1) + "\n", encoding="utf-8"
+        )
     return names

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
-
 from openelm_mlx.convert import ConvertOptions, convert
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -43,7 +42,9 @@ def test_the_chat_template_gives_the_instruct_formats_ids():
     tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
 
     def ids(messages):
-        text = template.render(messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
+        text = template.render(
+            messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=True
+        )
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Good day. "}

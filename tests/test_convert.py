@@ -10,11 +10,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from safetensors.numpy import save_file
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors, layer_shapes
-from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, OptionError, TokenizerError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -30,7 +30,10 @@ def small_tokenizer(tmp_path_factory):
 
     def make(size: int) -> Path:
         path = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-        sentences = iter(["once upon a time there was a little girl who lived in a forest with a fox", "two birds flew"] * 9)
+        sentences = iter(
+            ["once upon a time there was a little girl who lived in a forest with a fox", "two birds flew"]
+            * 9
+        )
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences, model_prefix=str(path), vocab_size=size, model_type="bpe",
             normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
@@ -121,7 +124,9 @@ def test_quantized_weights_are_mlxs(bits, tmp_path):
     written = mx.load(str(tmp_path / "m" / "model.safetensors"))
     original = TorchCheckpoint(NANO / "checkpoint.pt").load("layers.1.ffn.proj_2.weight")
     stem = "transformer.layers.1.ffn.proj_2."
-    for part, want in zip(("weight", "scales", "biases"), mx.quantize(original, group_size=32, bits=bits), strict=True):
+    for part, want in zip(
+        ("weight", "scales", "biases"), mx.quantize(original, group_size=32, bits=bits), strict=True
+    ):
         assert mx.array_equal(written[stem + part], want)
     assert report.written_bytes == sum(array.nbytes for array in written.values())
     assert json.loads((tmp_path / "m" / "config.json").read_text())["quantization"] == {
@@ -158,8 +163,14 @@ N = "transformer.layers.2.attn.out_proj.weight"
     ("change", "message"),
     [
         (lambda t: t.pop(N), rf"1 missing \({N}\)"),
-        (lambda t: t.update({"transformer.extra": np.zeros(3)}), r"1 the model does not have \(transformer.extra\)"),
-        (lambda t: t.update({N: np.zeros((128, 64), np.float32)}), rf"{N} has shape \(128, 64\) where .* \(128, 128\)"),
+        (
+            lambda t: t.update({"transformer.extra": np.zeros(3)}),
+            r"1 the model does not have \(transformer.extra\)",
+        ),
+        (
+            lambda t: t.update({N: np.zeros((128, 64), np.float32)}),
+            rf"{N} has shape \(128, 64\) where .* \(128, 128\)",
+        ),
         (lambda t: t.update({N: np.full((128, 128), np.nan, np.float32)}), f"{N} holds NaN"),
         (lambda t: t.update({N: np.zeros((128, 128), np.int32)}), f"{N} holds int32"),
     ],
@@ -230,7 +241,9 @@ def test_ctrl_c_leaves_nothing(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "a" / "b"), progress=interrupt)
+        convert(
+            ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "a" / "b"), progress=interrupt
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,7 +256,9 @@ def test_full_disk_leaves_nothing(tmp_path):
         "try: convert(ConvertOptions(source=sys.argv[1], target=sys.argv[2]))\n"
         "except ConversionError as error: print(error)"
     )
-    run = subprocess.run([sys.executable, "-c", code, NANO / "checkpoint.pt", tmp_path / "m"], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, NANO / "checkpoint.pt", tmp_path / "m"], capture_output=True, text=True
+    )
     assert "cannot be written: File too large" in run.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -256,7 +271,9 @@ def test_unwritable_target(tmp_path):
 
 @pytest.mark.parametrize(("bits", "kl"), [(None, 1e-9), (8, 1e-3)])
 def test_verify_compares_with_the_source(tmp_path, bits, kl):
-    result = convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "m", bits=bits, verify=True)).verification
+    result = convert(
+        ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "m", bits=bits, verify=True)
+    ).verification
     assert abs(result["mean_kl_divergence"]) < max(kl, 1e-6)
     assert (result["max_logit_difference"] == 0) == (bits is None)
     assert result["top_1_agreement"] > 0.9

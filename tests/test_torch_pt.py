@@ -9,8 +9,8 @@ import zipfile
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
+
 from openelm_mlx.errors import ConversionError
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
@@ -52,7 +52,9 @@ class Writer(pickle._Pickler):
 
 def tensor(key, kind, elements, shape, strides, offset=0):
     storage = Storage(key, kind, elements)
-    return Call("torch._utils._rebuild_tensor_v2", storage, offset, shape, strides, False, collections.OrderedDict())
+    return Call(
+        "torch._utils._rebuild_tensor_v2", storage, offset, shape, strides, False, collections.OrderedDict()
+    )
 
 
 def write(path, state, storages, extra=(), root="archive"):
@@ -76,7 +78,9 @@ def test_shared_storage_strides_and_offset(tmp_path):
         "window": tensor("0", "FloatStorage", 24, (2, 3), (12, 2), offset=1),
         "scalar": tensor("0", "FloatStorage", 24, (), (), offset=5),
         "expanded": tensor("0", "FloatStorage", 24, (3, 2), (0, 1), offset=2),
-        "parameter": Call("torch._utils._rebuild_parameter", tensor("0", "FloatStorage", 24, (24,), (1,)), True, {}),
+        "parameter": Call(
+            "torch._utils._rebuild_parameter", tensor("0", "FloatStorage", 24, (24,), (1,)), True, {}
+        ),
     }
     file = TorchCheckpoint(write(tmp_path / "x.pt", state, {"0": data}))
     view = np.lib.stride_tricks.as_strided
@@ -144,7 +148,11 @@ def test_path_tricks_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"\x80\x02abc", "legacy format"), (b"hello", "no checkpoint of torch.save"), (b"PK\x03\x04abc", "truncated")],
+    [
+        (b"\x80\x02abc", "legacy format"),
+        (b"hello", "no checkpoint of torch.save"),
+        (b"PK\x03\x04abc", "truncated"),
+    ],
 )
 def test_other_files_are_explained(tmp_path, content, message):
     (tmp_path / "x.pt").write_bytes(content)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-
 from openelm_mlx.convert.sources import TensorInfo
 from openelm_mlx.convert.sources.raw import itemsize, read_strided
+
 from openelm_mlx.errors import ConversionError
 
 DTYPES = {
@@ -41,7 +41,9 @@ class HuggingFaceFolder:
                 if weight_map is None or weight_map.get(name) == file.name:
                     self._located[name] = located
         if weight_map is not None and (missing := sorted(weight_map.keys() - self._located.keys())):
-            raise ConversionError(f"{self.path}: the index lists tensors no shard holds: {', '.join(missing[:3])}")
+            raise ConversionError(
+                f"{self.path}: the index lists tensors no shard holds: {', '.join(missing[:3])}"
+            )
         self.tensors = {name: located.info for name, located in self._located.items()}
 
     def load(self, name: str) -> mx.array:
@@ -66,7 +68,9 @@ def read_index(folder: Path) -> dict[str, str] | None:
     for shard in weight_map.values():
         plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\\0")
         if not plain:
-            raise ConversionError(f"{path} points to {shard!r}; shards must be .safetensors files of this folder")
+            raise ConversionError(
+                f"{path} points to {shard!r}; shards must be .safetensors files of this folder"
+            )
     return weight_map
 
 
@@ -80,7 +84,9 @@ def weight_files(folder: Path, weight_map: dict[str, str] | None) -> list[Path]:
     if (folder / "model.safetensors") in files:
         return [folder / "model.safetensors"]
     if len(files) != 1:
-        raise ConversionError(f"{folder} holds {len(files)} safetensors files and no model.safetensors.index.json")
+        raise ConversionError(
+            f"{folder} holds {len(files)} safetensors files and no model.safetensors.index.json"
+        )
     return files
 
 

@@ -20,7 +20,13 @@ def itemsize(dtype: str) -> int:
 
 
 def read_strided(
-    path: Path, start: int, elements: int, dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
+    path: Path,
+    start: int,
+    elements: int,
+    dtype: str,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    offset: int,
 ) -> mx.array:
     """A view of a storage of `elements` at byte `start`; strides and offset count elements and fit (caller checks)."""
     code = np.dtype(NUMPY_CODE[dtype])

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-
 from openelm_mlx.convert.sources import TensorInfo
 from openelm_mlx.convert.sources.raw import itemsize, read_strided
+
 from openelm_mlx.errors import ConversionError
 
 STORAGE_DTYPES = {
@@ -83,7 +83,13 @@ class TorchCheckpoint:
         member = self._members[f"data/{record.storage.key}"]
         start = data_offset(self.path, member)
         return read_strided(
-            self.path, start, record.storage.elements, record.storage.dtype, record.shape, record.strides, record.offset
+            self.path,
+            start,
+            record.storage.elements,
+            record.storage.dtype,
+            record.shape,
+            record.strides,
+            record.offset,
         )
 
     def _check_bounds(self, name: str, record: TensorRecord) -> None:
@@ -98,8 +104,12 @@ class TorchCheckpoint:
             )
         numbers = (*record.shape, *record.strides, record.offset)
         if len(record.shape) != len(record.strides) or len(record.shape) > 8 or min(numbers) < 0:
-            raise ConversionError(f"{where} has an impossible shape {record.shape} with strides {record.strides}")
-        last = record.offset + sum((n - 1) * step for n, step in zip(record.shape, record.strides, strict=True))
+            raise ConversionError(
+                f"{where} has an impossible shape {record.shape} with strides {record.strides}"
+            )
+        last = record.offset + sum(
+            (n - 1) * step for n, step in zip(record.shape, record.strides, strict=True)
+        )
         if 0 not in record.shape and last >= storage.elements:
             raise ConversionError(f"{where} reaches element {last} of a storage of {storage.elements}")
         if math.prod(record.shape) * size > max(storage.elements * size, MAX_EXPANDED_BYTES):
@@ -114,17 +124,25 @@ def checked_members(path: Path, archive: zipfile.ZipFile) -> tuple[str, dict[str
     for info in archive.infolist():
         parts = info.filename.split("/")
         if "\\" in info.filename or len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
-            raise ConversionError(f"{path} holds a record named {info.filename!r}; torch writes none such: refused")
+            raise ConversionError(
+                f"{path} holds a record named {info.filename!r}; torch writes none such: refused"
+            )
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise ConversionError(f"{path}: record {info.filename!r} is compressed or encrypted; torch stores plainly")
+            raise ConversionError(
+                f"{path}: record {info.filename!r} is compressed or encrypted; torch stores plainly"
+            )
         if info.file_size != info.compress_size or info.header_offset + info.file_size > size:
-            raise ConversionError(f"{path}: record {info.filename!r} declares more bytes than the file has; truncated?")
+            raise ConversionError(
+                f"{path}: record {info.filename!r} declares more bytes than the file has; truncated?"
+            )
         name = info.filename.split("/", 1)[1]
         if name in members:
             raise ConversionError(f"{path} holds two records named {info.filename!r}: refused")
         members[name] = info
     if len(roots) != 1 or "data.pkl" not in members:
-        raise ConversionError(f"{path} is a zip file, but not a checkpoint of torch.save: it has no single NAME/data.pkl")
+        raise ConversionError(
+            f"{path} is a zip file, but not a checkpoint of torch.save: it has no single NAME/data.pkl"
+        )
     return roots.pop(), members
 
 
@@ -137,14 +155,18 @@ def check_byteorder(path: Path, archive: zipfile.ZipFile, members: Mapping[str, 
 def read_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
     """What data.pkl describes, with tensors as `TensorRecord`."""
     if info.file_size > MAX_PICKLE_BYTES:
-        raise ConversionError(f"{path}: data.pkl has {info.file_size} bytes; no state dict needs above {MAX_PICKLE_BYTES}")
+        raise ConversionError(
+            f"{path}: data.pkl has {info.file_size} bytes; no state dict needs above {MAX_PICKLE_BYTES}"
+        )
     try:
         return TensorUnpickler(io.BytesIO(archive.read(info)), str(path)).load()
     except ConversionError:
         raise
     except zipfile.BadZipFile:
         raise
-    except Exception as error:  # a damaged pickle can raise anything; none of it may reach the user as a traceback
+    except (
+        Exception
+    ) as error:  # a damaged pickle can raise anything; none of it may reach the user as a traceback
         raise ConversionError(f"{path}: data.pkl is damaged ({type(error).__name__}: {error})") from None
 
 
@@ -153,13 +175,17 @@ class RebuildTensor:
 
     __slots__ = ()
 
-    def __call__(
-        self, storage: Any, offset: Any, shape: Any, strides: Any, *ignored: Any
-    ) -> TensorRecord:
-        if not isinstance(storage, StorageRecord) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
+    def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *ignored: Any) -> TensorRecord:
+        if (
+            not isinstance(storage, StorageRecord)
+            or not isinstance(shape, tuple)
+            or not isinstance(strides, tuple)
+        ):
             raise ConversionError("data.pkl describes a tensor without a storage, a shape or strides")
         if any(type(number) is not int for number in (offset, *shape, *strides)):
-            raise ConversionError("data.pkl describes a tensor whose shape, strides or offset are no whole numbers")
+            raise ConversionError(
+                "data.pkl describes a tensor whose shape, strides or offset are no whole numbers"
+            )
         return TensorRecord(storage, offset, shape, strides)
 
 
@@ -216,18 +242,29 @@ class TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> StorageRecord:
         """torch's storages: ("storage", type, key, location, number of elements)."""
-        if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], StorageType):
+        if (
+            isinstance(pid, tuple)
+            and len(pid) == 5
+            and pid[0] == "storage"
+            and isinstance(pid[1], StorageType)
+        ):
             key, elements = str(pid[2]), pid[4]
             if re.fullmatch(r"\w{1,64}", key, re.ASCII) and type(elements) is int and elements >= 0:
                 return StorageRecord(pid[1].dtype, key, elements)
-        raise ConversionError(f"{self._where}: data.pkl refers to a storage in a form torch does not write: {pid!r:.100}")
+        raise ConversionError(
+            f"{self._where}: data.pkl refers to a storage in a form torch does not write: {pid!r:.100}"
+        )
 
 
 def state_dict_of(path: Path, state: Any) -> dict[str, TensorRecord]:
     """The tensors by name, found at the top or under one of the usual keys of a training checkpoint."""
     if isinstance(state, dict):
         inner = next((state[key] for key in NESTED_UNDER if isinstance(state.get(key), dict)), state)
-        odd = [str(name) for name, value in inner.items() if not (isinstance(value, TensorRecord) and type(name) is str)]
+        odd = [
+            str(name)
+            for name, value in inner.items()
+            if not (isinstance(value, TensorRecord) and type(name) is str)
+        ]
         if inner and not odd:
             return dict(inner)
         if inner:
