@@ -122,12 +122,11 @@ def decode(step: Callable[[State], State], state: State, caches: list[KVCache], 
     try:
         submit(state)
         for count in range(max_tokens):
-            current = state
+            current = state._replace(buffers=[])  # a held buffer could not be updated in place
             if count + 1 < max_tokens:
                 state = advance_one(step, state, caches, fed)
                 fed += 1
                 submit(state)
-            current = current._replace(buffers=[])  # held buffers could not be updated in place
             mx.eval(current.token)  # the one synchronisation a token; the next step is already running
             yield current
     finally:
