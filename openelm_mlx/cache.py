@@ -163,7 +163,7 @@ class ForeignCache:
             from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
             return quantized_scaled_dot_product_attention(
-                q, k, v, scale=scale, mask=mask, group_size=self.inner.group_size, bits=self.inner.bits
+                q, k, v, scale=scale, mask=mask, group_size=self.inner.group_size, bits=self.inner.bits  # type: ignore[arg-type]
             )
         return sdpa(q, k, v, mask, scale)
 

@@ -6,7 +6,7 @@ When the context is full the oldest turns go and the system turn stays, with a n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -71,20 +71,20 @@ class Conversation:
         self.notices.clear()
         self._cache = PromptCache.for_config(self.engine.config)
 
-    def send(self, text: str) -> Iterator[Event]:
+    def send(self, text: str) -> Generator[Event, None, None]:
         """Ask, and yield the answer as it comes. Raises `PromptError` when even this message alone is too long."""
         if not text.strip():
             raise PromptError("the message is empty; type something, or end the conversation")
         self.notices.clear()
         return self._answer(self._fit(text), text)
 
-    def _answer(self, prompt: list[int], text: str) -> Iterator[Event]:
+    def _answer(self, prompt: list[int], text: str) -> Generator[Event, None, None]:
         from openelm_mlx.generation import stream_generate
 
         answer = ""
         events = stream_generate(self.engine, prompt, self.sampling, self.options, prompt_cache=self._cache)
         try:
-            with closing(events):  # type: ignore[type-var]
+            with closing(events):
                 for event in events:
                     answer += event.text
                     yield event

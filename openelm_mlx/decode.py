@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -113,7 +113,7 @@ def prefill(
     return model.logits(last)
 
 
-def decode(step: Callable[[State], State], state: State, caches: list[KVCache], max_tokens: int) -> Iterator[State]:
+def decode(step: Callable[[State], State], state: State, caches: list[KVCache], max_tokens: int) -> Generator[State, None, None]:
     """Yield the state of each token from the first on, the device always one token ahead.
 
     On every way out (end, break, exception, close) the caches hold exactly the tokens fed and no work is in flight.
@@ -147,7 +147,7 @@ def advance_one(step: Callable[[State], State], state: State, caches: list[KVCac
         for cache, buffer in zip(caches, state.buffers, strict=True):
             cache.buffer = buffer
             cache.reserve(fed + 1)
-        state = state._replace(buffers=[cache.buffer for cache in caches])
+        state = state._replace(buffers=[cache.buffer for cache in caches if cache.buffer is not None])
     for cache in caches:
         cache.buffer = None  # the state owns the buffers while decoding: a second reference forbids updating in place
     return step(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,7 @@ def stream_generate(
     prompt_cache: PromptCache | None = None,
     progress: Progress | None = None,
     **overrides: Any,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Yield an `Event` a token. `overrides` are field names of either options class: `temperature=0.7`.
 
     `prompt_cache` is reused as far as its tokens agree with the prompt and holds prompt and answer afterwards.
@@ -90,7 +90,7 @@ def _generate(
     options: GenerationOptions,
     cache: PromptCache,
     progress: Progress | None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     seed = new_seed() if sampling.seed is None else sampling.seed
     room = min(options.max_tokens, engine.config.max_context_length - len(tokens) + 1)
     spec = StepSpec(sampling, engine.vocab, options.logprobs, options.compiled)
@@ -108,7 +108,7 @@ def _generate(
     try:
         with closing(decode(engine.steps.get(spec), state, cache.layers, room)) as states:
             for state in states:
-                token = int(state.token.item())
+                token = token_of(state)
                 clock.token()
                 produced.append(token)
                 # 5. ids -> text, held back while it could still become a stop string
@@ -153,12 +153,19 @@ def first_state(engine: Engine, spec: StepSpec, tokens: list[int], seed: int, ca
     return State(mx.array([tokens[-1]], dtype=mx.uint32), last, seed_key(seed), history, None, buffers)
 
 
+def token_of(state: State) -> int:
+    values: Any = state.token.tolist()
+    return int(values[0])
+
+
 def logprob_fields(state: State) -> tuple[float | None, tuple[tuple[int, float], ...]]:
     if state.logprobs is None:
         return None, ()
     chosen, top_tokens, top = state.logprobs
-    pairs = zip(top_tokens[0].tolist(), top[0].tolist(), strict=True)  # type: ignore[arg-type]
-    return float(chosen[0].item()), tuple((int(token), float(value)) for token, value in pairs)
+    ids: Any = top_tokens[0].tolist()
+    values: Any = top[0].tolist()
+    first: Any = chosen.tolist()
+    return first[0], tuple(zip(ids, values, strict=True))
 
 
 class TextFilter:

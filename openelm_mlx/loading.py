@@ -51,7 +51,7 @@ class Engine:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+        return sum(array.nbytes for array in parameters(self.model).values())
 
 
 def load(
@@ -95,6 +95,11 @@ def load(
     return Engine(model, pieces, config, str(name), folder, quantization, speaks_instruct(folder, str(name)))
 
 
+def parameters(model: OpenELM) -> dict[str, mx.array]:
+    """Every parameter of the model under its path, which is its name in a checkpoint."""
+    return dict(tree_flatten(model.parameters()))  # type: ignore[arg-type]
+
+
 def speaks_instruct(folder: Path, name: str) -> bool:
     """Whether the model was trained on the Instruct format: it has a chat template, or says so in its name."""
     if (folder / "chat_template.jinja").exists() or "instruct" in name.rsplit("/", 1)[-1].lower():
@@ -127,7 +132,7 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
 
 
 def default_form(quantization: dict[str, Any]) -> dict[str, Any]:
-    form = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
+    form: dict[str, Any] = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
     if not {"group_size", "bits"} <= form.keys():
         raise ConfigError("config.json has a quantization without group_size and bits")
     return form
@@ -156,7 +161,7 @@ def quantize_now(model: OpenELM, bits: int, group_size: int) -> None:
 
 def check_coverage(folder: Path, model: OpenELM, weights: dict[str, mx.array]) -> None:
     """Every parameter must be in the file with its shape, and nothing else. Raises `CheckpointError`."""
-    expected = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    expected = {name: array.shape for name, array in parameters(model).items()}
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or extra:
         parts = [f"{len(names)} tensors {what}, first: {names[0]}" for what, names in

@@ -1,0 +1,1 @@
+"""The command line: one small file a command. Nothing here loads MLX before a command runs."""

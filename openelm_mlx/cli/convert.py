@@ -1,0 +1,61 @@
+"""`openelm convert`: weights as Apple published them become a folder for MLX."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from openelm_mlx.cli.options import add_flags, from_args
+
+EXAMPLES = """examples:
+  openelm convert checkpoint.pt -o openelm-270m              CoreNet's file, config.yaml beside it if there is one
+  openelm convert apple/OpenELM-270M -o openelm-270m-4bit --bits 4
+  openelm convert mine.pt -o mine --head-dim 64 --tokenizer tokenizer.model --verify
+"""
+
+
+def register(commands: Any) -> None:
+    from openelm_mlx.convert.options import ConvertOptions
+
+    parser = commands.add_parser(
+        "convert", help="convert and quantize weights",
+        description="Write a model folder that this engine and mlx-lm load. A failed run leaves nothing behind.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("source", metavar="SOURCE", help="a CoreNet .pt file, a Hugging Face folder, a hub id or name")
+    parser.add_argument("-o", "--output", dest="target", metavar="FOLDER", required=True, help="folder to write")
+    add_flags(parser, ConvertOptions, skip=("source", "target"))
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from openelm_mlx.convert.options import ConvertOptions
+    from openelm_mlx.convert.pipeline import convert
+
+    if not Path(args.source).exists():
+        from openelm_mlx.hub import resolve_model
+
+        resolved = resolve_model(args.source, tokenizer=getattr(args, "tokenizer", None))
+        args.source = str(resolved.folder)
+        if resolved.tokenizer is not None:
+            args.tokenizer = str(resolved.tokenizer)
+    options = from_args(ConvertOptions, args)
+    columns = (TextColumn("converting"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        report = convert(
+            options, lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
+        )
+    print(
+        f"{report.target}: {report.parameters:,} parameters, {report.written_bytes:,} bytes, "
+        f"{report.bits_per_weight:.2f} bits per weight"
+    )
+    for name, value in (report.verification or {}).items():
+        print(f"{name.replace('_', ' ')}: {value:.6g}")
+    return 0

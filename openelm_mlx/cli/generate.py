@@ -1,0 +1,76 @@
+"""`openelm generate`: one prompt, one text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import closing
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from openelm_mlx.cli.options import add_flags, add_model_flags, from_args, load_model
+from openelm_mlx.options import GenerationOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from openelm_mlx.generation import GenerationStats
+
+EXAMPLES = """examples:
+  openelm generate "Once upon a time"
+  openelm generate "Once upon a time" --model 270m --temperature 0.7 --top-p 0.9 --seed 1
+  cat story.txt | openelm generate - --max-tokens 64 --json
+"""
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate", help="continue a text", description="Continue a text; it goes to stdout, statistics to stderr.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue, or - to read it from stdin")
+    parser.add_argument("--model", default="openelm-tiny", help="default: openelm-tiny")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_flags(parser, GenerationOptions)
+    add_flags(parser, SamplingOptions)
+    add_model_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    options, sampling = from_args(GenerationOptions, args), from_args(SamplingOptions, args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    engine = load_model(args.model, args)
+    from openelm_mlx.generation import stream_generate
+
+    events = []
+    with closing(stream_generate(engine, prompt, sampling, options)) as stream:
+        for event in stream:
+            events.append(event)
+            if not args.json:
+                print(event.text, end="", flush=True)
+    last = events[-1]
+    if args.json:
+        result = {
+            "model": engine.name,
+            "prompt": prompt,
+            "text": "".join(event.text for event in events),
+            "tokens": [event.token for event in events],
+            "finish_reason": last.finish_reason,
+            "stats": asdict(last.stats),
+        }
+        if options.logprobs is not None:
+            result["logprobs"] = [{"logprob": event.logprob, "top": event.top_logprobs} for event in events]
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print()
+        print(summary(last.stats), file=sys.stderr)
+    return 0
+
+
+def summary(stats: GenerationStats) -> str:
+    """One line of statistics, as generate and chat show it."""
+    return (
+        f"prompt {stats.prompt_tokens} tokens, first token after {stats.time_to_first_token_seconds:.2f} s; "
+        f"generated {stats.generation_tokens} at {stats.generation_tokens_per_second:.1f} tokens/s; "
+        f"peak memory {stats.peak_memory_bytes / 1e6:.0f} MB"
+    )

@@ -1,0 +1,88 @@
+"""Facts behind `openelm inspect`: computed from a configuration and the headers of safetensors files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from openelm_mlx.config import PUBLISHED, OpenELMConfig, expected_tensors, layer_shapes, normal_name
+from openelm_mlx.errors import CheckpointError
+
+PARTS = (("embedding", "token_embeddings"), ("head", "lm_head"), ("attention", "_proj"), ("feed-forward", ".proj_"))
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "U8": 1, "I8": 1, "I64": 8, "U16": 2}
+
+
+def inspect(name: str) -> dict[str, Any]:
+    """Everything `inspect` shows, as plain data. A published size needs no file; a folder needs its headers only."""
+    if not Path(name).exists() and normal_name(name) in PUBLISHED:
+        config = OpenELMConfig.from_name(name)
+        sizes = {tensor: 2 * math.prod(shape) for tensor, shape in expected_tensors(config).items()}
+        return describe(name, config, sizes, "bfloat16 weights and cache, as nothing was downloaded")
+    from openelm_mlx.hub import resolve_model
+
+    folder = resolve_model(name).folder
+    return describe(name, OpenELMConfig.from_file(folder / "config.json"), tensor_bytes(folder), "a bfloat16 cache")
+
+
+def describe(name: str, config: OpenELMConfig, sizes: dict[str, int], assumed: str) -> dict[str, Any]:
+    """All figures from the bytes of each tensor."""
+    shapes = layer_shapes(config)
+    total = sum(sizes.values())
+    layers = []
+    for number, shape in enumerate(shapes):
+        prefix = f"transformer.layers.{number}."
+        count = sum(math.prod(s) for tensor, s in expected_tensors(config).items() if tensor.startswith(prefix))
+        layers.append({**shape._asdict(), "parameters": count})
+    embedding = sum(size for tensor, size in sizes.items() if "token_embeddings" in tensor)
+    # an untied input embedding is looked up by row; a tied one is the head and is read whole
+    read = total if config.share_input_output_layers else total - embedding + embedding // config.vocab_size
+    return {
+        "name": name,
+        "model_dim": config.model_dim,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_context_length": config.max_context_length,
+        "layers_total": len(shapes),
+        "layers": layers,
+        "parameters": config.num_parameters,
+        "bytes": total,
+        "bits_per_weight": 8 * total / config.num_parameters,
+        "bytes_by_part": by_part(sizes),
+        "bytes_read_per_token": read,
+        "kv_bytes_per_token": sum(2 * 2 * shape.kv_heads * config.head_dim for shape in shapes),
+        "assumed": assumed,
+    }
+
+
+def by_part(sizes: dict[str, int]) -> dict[str, int]:
+    """Bytes of each part of the model; quantization's scales and biases apart from the weights they belong to."""
+    parts: dict[str, int] = {}
+    for tensor, size in sizes.items():
+        part = next((part for part, mark in PARTS if mark in tensor), "norms")
+        if tensor.endswith((".scales", ".biases")):
+            part = "scales and biases"
+        parts[part] = parts.get(part, 0) + size
+    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+def tensor_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of each tensor, from the headers of the folder's safetensors files. Raises `CheckpointError`."""
+    sizes: dict[str, int] = {}
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} has no model.safetensors; `openelm convert` makes a complete model folder")
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if length > path.stat().st_size:
+                    raise ValueError("its header is longer than the file")
+                header = json.loads(file.read(length))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    sizes[name] = DTYPE_BYTES[entry["dtype"]] * math.prod(entry["shape"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+    return sizes
