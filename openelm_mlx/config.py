@@ -236,11 +236,13 @@ HF_KEYS_THAT_MUST_BE: dict[str, tuple[Any, ...]] = {  # what Apple's class can v
 }
 
 HF_KEYS_WITHOUT_MEANING_HERE = frozenset(
-    "model_type architectures auto_map dtype torch_dtype transformers_version use_cache initializer_range "
-    "rope_max_length quantization quantization_config pad_token_id tie_word_embeddings tokenizer_class "
-    "return_dict output_attentions output_hidden_states _name_or_path chunk_size_feed_forward id2label label2id "
-    "is_encoder_decoder problem_type".split()
-)
+    (
+        "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
+        "initializer_range", "rope_max_length", "quantization", "quantization_config", "pad_token_id",
+        "tie_word_embeddings", "tokenizer_class", "return_dict", "output_attentions", "output_hidden_states",
+        "_name_or_path", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "problem_type",
+    )
+)  # fmt: skip
 
 _TUPLES = ("qkv_multipliers", "ffn_multipliers", "num_query_heads", "num_kv_heads", "ffn_dims")
 

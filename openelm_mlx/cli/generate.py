@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             "text": "".join(event.text for event in events),
             "tokens": [event.token for event in events],
             "finish_reason": last.finish_reason,
-            "stats": asdict(last.stats),
+            "stats": None if last.stats is None else asdict(last.stats),
         }
         if options.logprobs is not None:
             result["logprobs"] = [{"logprob": event.logprob, "top": event.top_logprobs} for event in events]
@@ -67,8 +67,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def summary(stats: GenerationStats) -> str:
+def summary(stats: GenerationStats | None) -> str:
     """One line of statistics, as generate and chat show it."""
+    if stats is None:
+        return "nothing was generated"
     return (
         f"prompt {stats.prompt_tokens} tokens, first token after {stats.time_to_first_token_seconds:.2f} s; "
         f"generated {stats.generation_tokens} at {stats.generation_tokens_per_second:.1f} tokens/s; "
