@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cache import PromptCache
 from openelm_mlx.errors import PromptError
-from openelm_mlx.instruct import encode_messages
+from openelm_mlx.instruct import answer_prefix, encode_messages, turn_tokens
 from openelm_mlx.options import GenerationOptions, SamplingOptions, with_overrides
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Conversation:
         self.messages: list[Message] = []
         self.notices: list[str] = []
         self._system = system
+        self._exchanges: list[list[int]] = []  # tokens of question and answer, as fed and generated
         self._cache = PromptCache.for_config(engine.config)
 
     @property
@@ -68,6 +69,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget every turn; the system turn stays."""
         self.messages.clear()
+        self._exchanges.clear()
         self.notices.clear()
         self._cache = PromptCache.for_config(self.engine.config)
 
@@ -81,14 +83,18 @@ class Conversation:
     def _answer(self, prompt: list[int], text: str) -> Generator[Event, None, None]:
         from openelm_mlx.generation import stream_generate
 
-        answer = ""
+        answer, tokens = "", []
         events = stream_generate(self.engine, prompt, self.sampling, self.options, prompt_cache=self._cache)
         try:
             with closing(events):
                 for event in events:
                     answer += event.text
+                    tokens.append(event.token)
                     yield event
         finally:
+            eos = self.engine.tokenizer.eos_id
+            said = [token for token in tokens if token is not None and token != eos]
+            self._exchanges.append([*self._question(text), *said, eos])
             self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
     def _fit(self, text: str) -> list[int]:
@@ -104,7 +110,7 @@ class Conversation:
                     f"the message needs {len(prompt)} tokens with its frame; {room} of {self.context_length} fit. "
                     "Shorten it"
                 )
-            del self.messages[:2]
+            del self.messages[:2], self._exchanges[:1]
             dropped += 1
         if dropped:
             turns = "turn was" if dropped == 1 else "turns were"
@@ -112,8 +118,12 @@ class Conversation:
         return prompt
 
     def _encode(self, text: str) -> list[int]:
-        head = [] if self._system is None else [{"role": "system", "content": self._system}]
-        return encode_messages(self.engine.tokenizer, [*head, *self.messages, {"role": "user", "content": text}])
+        """The tokens of `encode_messages`, except that answers stay as generated: the cache holds exactly those."""
+        head = turn_tokens(self.engine.tokenizer, "system", self._system or "", first=True)
+        return [*head, *(token for exchange in self._exchanges for token in exchange), *self._question(text)]
+
+    def _question(self, text: str) -> list[int]:
+        return [*turn_tokens(self.engine.tokenizer, "user", text), *answer_prefix(self.engine.tokenizer)]
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` needs to go on another day."""
@@ -132,4 +142,7 @@ class Conversation:
             raise PromptError("a saved conversation must alternate texts of 'user' and 'assistant', ending with an answer")
         conversation = cls(engine, system, **settings)
         conversation.messages = messages
+        for question, answer in zip(texts[0 : len(messages) : 2], texts[1 : len(messages) : 2], strict=True):
+            turn = turn_tokens(engine.tokenizer, "user", question)
+            conversation._exchanges.append([*turn, *turn_tokens(engine.tokenizer, "assistant", answer)])
         return conversation

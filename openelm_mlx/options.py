@@ -16,8 +16,6 @@ from openelm_mlx.errors import OptionError
 
 T = TypeVar("T")
 
-KV_CACHE_KINDS = ("default", "quantized-8", "quantized-4", "rotating")
-
 
 def check_ranges(options: Any) -> None:
     """Raise `OptionError` for the first field outside the inclusive ``metadata["range"]``; None means "unset"."""
@@ -89,12 +87,6 @@ class GenerationOptions:
         default=512, metadata={"help": "prompt tokens in one pass of the model", "range": (1, math.inf)}
     )
     compiled: bool = field(default=True, metadata={"help": "run the decode step compiled; off is its eager twin"})
-    kv_cache: str = field(
-        default="default", metadata={"help": "how keys and values are kept", "choices": KV_CACHE_KINDS}
-    )
-    kv_window: int = field(
-        default=512, metadata={"help": "tokens a rotating cache holds", "range": (16, math.inf)}
-    )
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -103,8 +95,6 @@ class GenerationOptions:
         object.__setattr__(self, "stop", tuple(self.stop))
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise OptionError(f"stop is {self.stop!r}; each stop string must be a text of at least one character")
-        if self.kv_cache not in KV_CACHE_KINDS:
-            raise OptionError(f"kv_cache is {self.kv_cache!r}; allowed: {', '.join(KV_CACHE_KINDS)}")
 
 
 def with_overrides(

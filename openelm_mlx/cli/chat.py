@@ -42,7 +42,7 @@ def register(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", default="openelm-tiny", help="default: openelm-tiny")
     parser.add_argument("--system", metavar="TEXT", help="the system turn")
     add_flags(parser, SamplingOptions)
-    add_flags(parser, GenerationOptions, skip=("logprobs", "kv_cache", "kv_window"))
+    add_flags(parser, GenerationOptions, skip=("logprobs",))
     add_model_flags(parser)
     parser.set_defaults(run=run)
 
