@@ -1,0 +1,81 @@
+"""Memory and machine: what a bug report needs, and what would slow this machine down. Metal parts are untested there."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def facts() -> dict[str, Any]:
+    """Plain facts about this machine, for `openelm doctor`. Bytes are bytes; what is unknown is None."""
+    from openelm_mlx.blas import load_blas
+
+    blas = load_blas()
+    import mlx.core as mx
+
+    metal = mx.metal.is_available()
+    device: Mapping[str, Any] = mx.device_info() if metal else {}
+    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
+    return {
+        "openelm_mlx": installed("openelm-mlx"),
+        "mlx": mx.__version__,
+        "mlx_lm": installed("mlx-lm"),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "system_version": platform.mac_ver()[0] or platform.release(),
+        "machine": platform.machine(),
+        "chip": device.get("device_name") or cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "backend": "metal" if metal else "cpu",
+        "wired_limit_bytes": device.get("max_recommended_working_set_size"),
+        "blas": str(blas.path or "MLX's own"),
+        "blas_reason": blas.reason,
+        "cxx_compiler": shutil.which("g++") or shutil.which("clang++"),
+        "model_cache": str(hub),
+        "free_disk_bytes": shutil.disk_usage(Path.home()).free,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def hints(found: Mapping[str, Any]) -> list[str]:
+    """What in these facts would make generation slow, each with its remedy."""
+    advice = []
+    if found["system"] == "Darwin" and found["machine"] == "x86_64":
+        advice.append("this Python runs under Rosetta or on Intel; install an arm64 Python to use Metal")
+    if found["system"] == "Linux" and found["blas"] == "MLX's own":
+        advice.append(
+            "MLX's reference BLAS is slow in float32; install OpenBLAS (apt install libopenblas0) "
+            "and set OPENELM_BLAS=auto"
+        )
+    if found["backend"] == "cpu" and not found["cxx_compiler"]:
+        advice.append("no C++ compiler: the compiled step runs unfused; install g++")
+    if found["load_average"] > (found["cores"] or 1):
+        advice.append(f"the machine is busy (load {found['load_average']:.1f}); close what else is running")
+    if found["memory_bytes"] < 8e9:
+        advice.append("less than 8 GB of memory: prefer 4-bit models (--bits 4)")
+    if found["free_disk_bytes"] < 10e9:
+        advice.append("less than 10 GB of disk free: the larger models will not fit")
+    return advice
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

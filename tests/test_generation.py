@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from openelm_mlx import generate, stream_generate
+from openelm_mlx.cache import KVCache, PromptCache
+from openelm_mlx.errors import CacheError, OptionError, PromptError
+from openelm_mlx.generation import TextFilter
+
+PROMPT = "Once upon a time"
+SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.1,
+           "presence_penalty": 0.1, "frequency_penalty": 0.1, "seed": 7}  # fmt: skip
+
+
+def tokens_of(engine, prompt=PROMPT, **settings):
+    return [event.token for event in stream_generate(engine, prompt, **settings)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "seed": 1}, SAMPLED])
+def test_compiled_equals_eager(tiny, settings):
+    assert tokens_of(tiny, max_tokens=24, **settings) == tokens_of(tiny, max_tokens=24, compiled=False, **settings)
+
+
+def test_greedy_equals_argmax_of_full_passes_across_a_cache_block(tiny):
+    prompt = tiny.tokenizer.encode(PROMPT * 62)[:250]
+    produced = tokens_of(tiny, prompt, max_tokens=12, ignore_eos=True)  # the 256-token block ends on the way
+    logits = tiny.model(mx.array([prompt + produced]))[0, len(prompt) - 1 : -1]
+    assert mx.argmax(logits, axis=-1).tolist() == produced
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_prefill_chunks_do_not_matter(tiny, chunk):
+    assert tokens_of(tiny, max_tokens=8, prefill_chunk=chunk) == tokens_of(tiny, max_tokens=8)
+
+
+def test_same_tokens_as_mlx_lm(tiny):
+    from mlx_lm import load as their_load
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import KVCache as TheirCache
+
+    model, tokenizer = their_load(str(tiny.path))
+    prompt = tiny.tokenizer.encode(PROMPT)
+    assert tokenizer.encode(PROMPT) == prompt
+    theirs = [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=24)]
+    assert tokens_of(tiny, max_tokens=24, ignore_eos=True) == theirs
+    caches = [TheirCache() for _ in tiny.model.layers]  # and our model, driven through their cache
+    whole = tiny.model(mx.array([prompt]))
+    parts = [tiny.model(mx.array([[token]]), caches) for token in prompt]
+    assert mx.abs(mx.concatenate(parts, axis=1) - whole).max().item() < 1e-3
+
+
+def test_reused_prefix_gives_the_same_tokens(tiny):
+    cache = PromptCache.for_config(tiny.config)
+    tokens_of(tiny, max_tokens=10, prompt_cache=cache)
+    longer = tiny.tokenizer.encode(PROMPT + " there was a king")
+    events = list(stream_generate(tiny, longer, max_tokens=8, prompt_cache=cache))
+    assert events[-1].stats.reused_tokens >= len(tiny.tokenizer.encode(PROMPT))
+    assert [event.token for event in events] == tokens_of(tiny, longer, max_tokens=8)
+
+
+def test_closing_midway_leaves_a_true_cache(tiny):
+    cache = PromptCache.for_config(tiny.config)
+    stream = stream_generate(tiny, PROMPT, max_tokens=50, prompt_cache=cache)
+    seen = [next(stream).token for _ in range(5)]
+    stream.close()
+    prompt = tiny.tokenizer.encode(PROMPT)
+    assert cache.tokens == prompt + seen and {layer.offset for layer in cache.layers} == {len(cache.tokens)}
+    assert tokens_of(tiny, prompt + seen, max_tokens=5, prompt_cache=cache) == tokens_of(tiny, max_tokens=10)[5:]
+
+
+def test_logprobs_are_the_models_own(tiny):
+    event = next(stream_generate(tiny, PROMPT, logprobs=3, max_tokens=2))
+    logits = np.array(tiny.model(mx.array([tiny.tokenizer.encode(PROMPT)]))[0, -1], dtype=np.float64)
+    expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+    assert event.logprob == pytest.approx(expected[event.token], abs=1e-3)
+    assert [token for token, _ in event.top_logprobs] == np.argsort(-expected)[:3].tolist()
+
+
+def test_counts_and_reasons(tiny):
+    last = list(stream_generate(tiny, PROMPT, max_tokens=5))[-1]
+    assert (last.finish_reason, last.stats.generation_tokens) == ("length", 5)
+    assert last.stats.prompt_tokens == len(tiny.tokenizer.encode(PROMPT))
+    whole = generate(tiny, PROMPT, max_tokens=20)
+    word = whole.split()[3]
+    assert generate(tiny, PROMPT, max_tokens=20, stop=word) == whole[: whole.index(word)]
+
+
+class Letters:
+    """A decoder whose tokens are characters."""
+
+    def push(self, token):
+        return chr(token)
+
+    def flush(self):
+        return ""
+
+
+def test_stop_strings_are_held_back_until_decided():
+    text = TextFilter(Letters(), ("END",))
+    assert [text.push(ord(c)) for c in "aENbEND"] == ["a", "", "", "ENb", "", "", ""] and text.stopped
+    text = TextFilter(Letters(), ("END",))
+    assert "".join(text.push(ord(c)) for c in "xEN") + text.flush() == "xEN"
+
+
+def test_padding_ids_are_never_sampled(tiny):
+    assert max(tokens_of(tiny, temperature=50.0, seed=0, max_tokens=64, ignore_eos=True)) < tiny.vocab
+
+
+def test_mistakes(tiny):
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        stream_generate(tiny, "")
+    with pytest.raises(PromptError, match="context holds 1024"):
+        stream_generate(tiny, [5] * 1025)
+    with pytest.raises(PromptError, match="token id 5000 is outside"):
+        stream_generate(tiny, [5000])
+    with pytest.raises(OptionError, match="did you mean 'temperature'"):
+        stream_generate(tiny, PROMPT, temprature=1)
+    with pytest.raises(OptionError, match="top_p is 1.5; allowed is a number from 0.0 to 1.0"):
+        stream_generate(tiny, PROMPT, top_p=1.5)
+    with pytest.raises(OptionError, match="each stop string"):
+        stream_generate(tiny, PROMPT, stop=("",))
+    with pytest.raises(CacheError, match="cannot forget 3 tokens of 0"):
+        KVCache().trim(3)
+    with pytest.raises(CacheError, match="entries for a model of 8 layers"):
+        tiny.model(mx.array([[1]]), [KVCache()])

@@ -1,0 +1,53 @@
+"""Logits of CoreNet's own PyTorch class, float32, against every way of running the model here."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from openelm_mlx.cache import StepCache, make_caches
+from openelm_mlx.convert.infer import config_for
+from openelm_mlx.convert.names import renamed_tensors
+from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.sources import open_source
+from openelm_mlx.model import OpenELM
+
+TOLERANCE = 1e-4
+FLAGS = {"noqknorm-gqa2": {"head_dim": 64}, "noglu-gqa2": {"rope_base": 500.0}}
+
+
+def load_golden(name: str, tmp_path):
+    path = GOLDEN / name / "checkpoint.pt"
+    source = open_source(path)
+    names = renamed_tensors(source.tensors)  # here -> there, or there -> here
+    there = {ours: theirs for ours, theirs in names.items()} if next(iter(names)).startswith(("transformer.", "lm_head")) else {
+        ours: theirs for theirs, ours in names.items()}  # fmt: skip
+    shapes = {ours: source.tensors[theirs].shape for ours, theirs in there.items()}
+    options = ConvertOptions(source=path, target=tmp_path / "unused", **FLAGS.get(name, {}))
+    model = OpenELM(config_for(path, shapes, options))
+    model.load_weights([(ours, source.load(theirs)) for ours, theirs in there.items()])
+    golden = np.load(GOLDEN / name / "golden.npz")
+    return model, mx.array(golden["input_ids"]), golden["logits"]
+
+
+@pytest.mark.parametrize(
+    "name", ["tied-gqa4", "untied-mha", "noqknorm-gqa2", "noglu-gqa2", "gpt-test", "openelm-nano", "openelm-tiny"]
+)
+def test_logits_equal_the_reference(name, tmp_path):
+    model, tokens, expected = load_golden(name, tmp_path)
+
+    def distance(logits: mx.array, wanted=expected) -> float:
+        return float(np.abs(np.array(logits) - wanted).max())
+
+    assert distance(model(tokens)) < TOLERANCE
+    for chunk in (1, 3, 7):
+        caches = make_caches(model.args)
+        parts = [model(tokens[:, i : i + chunk], caches) for i in range(0, tokens.shape[1], chunk)]
+        assert distance(mx.concatenate(parts, axis=1)) < TOLERANCE
+    caches = make_caches(model.args)
+    model(tokens[:, :-4], caches)
+    start = mx.array([tokens.shape[1] - 4] * tokens.shape[0])
+    fixed = [StepCache(cache.buffer, start) for cache in caches]
+    assert distance(model(tokens[:, -4:], fixed), expected[:, -4:]) < TOLERANCE

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from openelm_mlx.options import SamplingOptions
+from openelm_mlx.sampling import History, draw, filter_logits, seed_key
+
+LOGITS = np.array([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]], dtype=np.float32)
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def kept(**options):
+    return np.isfinite(np.array(filter_logits(mx.array(LOGITS), SamplingOptions(**options)))[0]).tolist()
+
+
+def test_each_filter_against_plain_arithmetic():
+    p = softmax(LOGITS[0])
+    assert kept(temperature=1.0) == [True] * 6
+    assert kept(temperature=1.0, top_k=2) == [True, True] + [False] * 4
+    assert kept(temperature=1.0, top_p=0.8) == ((np.cumsum(p) - p) < 0.8).tolist()
+    assert kept(temperature=1.0, top_p=0.0) == [True] + [False] * 5
+    assert kept(temperature=1.0, min_p=0.2) == (p >= 0.2 * p.max()).tolist()
+    assert kept() == [True] + [False] * 5
+    warm = np.array(filter_logits(mx.array(LOGITS), SamplingOptions(temperature=2.0)))
+    assert np.allclose(warm, LOGITS / 2)
+
+
+def test_penalties():
+    history = History.of_prompt([[0, 4]], 6).plus(mx.array([1])).plus(mx.array([1]))
+    options = SamplingOptions(temperature=1.0, repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    got = np.array(filter_logits(mx.array(LOGITS), options, history))[0]
+    assert np.allclose(got, [1.0, 0.5 - 0.5 - 0.5, 0.5, 0.0, -2.0, -3.0])
+
+
+def test_draws_follow_the_distribution():
+    options = SamplingOptions(temperature=1.0, top_k=4)
+    n = 4000
+    rows = mx.broadcast_to(mx.array(LOGITS), (50, 6))
+    keys = mx.broadcast_to(seed_key(11), (50, 2))
+    drawn = np.concatenate(
+        [np.array(draw(rows, options, keys, mx.arange(i * 50, i * 50 + 50), None)) for i in range(n // 50)]
+    )
+    counts = np.bincount(drawn, minlength=6)
+    expected = softmax(LOGITS[0, :4]) * n
+    assert counts[4:].sum() == 0
+    assert ((counts[:4] - expected) ** 2 / expected).sum() < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 + 5])
+def test_a_seed_fixes_the_draw_whatever_the_batch(seed):
+    options = SamplingOptions(temperature=1.0)
+    alone = [draw(mx.array(LOGITS), options, seed_key(seed), mx.array([p]), None).item() for p in range(20)]
+    rows, keys = mx.broadcast_to(mx.array(LOGITS), (20, 6)), mx.broadcast_to(seed_key(seed), (20, 2))
+    assert draw(rows, options, keys, mx.arange(20), None).tolist() == alone
