@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from openelm_mlx.chat import Conversation
+from openelm_mlx.cli.chat import Session
+from openelm_mlx.cli.main import COMMANDS, main
+from openelm_mlx.errors import OpenELMError
+from openelm_mlx.inspection import inspect
+from openelm_mlx.memory import facts, hints
+
+
+def run(*args, **settings):
+    return subprocess.run([sys.executable, "-m", "openelm_mlx", *args], capture_output=True, text=True, timeout=60, **settings)
+
+
+def test_help_loads_neither_engine_nor_hub():
+    code = ("import sys\nfrom openelm_mlx.cli.main import main\n"
+            "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+            "print([m for m in ('mlx', 'mlx.core', 'huggingface_hub', 'numpy', 'rich') if m in sys.modules])")  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.endswith("[]\n") and all(name in result.stdout for name in COMMANDS)
+
+
+def test_generate_prints_text_on_stdout_and_the_rest_on_stderr():
+    plain = run("generate", "Once upon a time", "--max-tokens", "8")
+    piped = run("generate", "-", "--max-tokens", "8", "--json", input="Once upon a time")
+    result = json.loads(piped.stdout)
+    assert plain.returncode == piped.returncode == 0
+    assert plain.stdout == result["text"] + "\n" and "tokens/s" in plain.stderr
+    assert len(result["tokens"]) == 8 == result["stats"]["generation_tokens"] and result["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["generate", ""], "the prompt is empty"),
+        (["generate", "x", "--model", "270n"], "did you mean"),
+        (["generate", "x", "--temperature", "-1"], "temperature is -1.0; allowed"),
+        (["convert", "no-such.pt", "-o", "x"], "unknown model 'no-such.pt'"),
+        (["inspect", "270x"], "did you mean"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(args, text, capsys):
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("openelm: ") and text in error and error.count("\n") == 1
+
+
+def test_chat_from_a_pipe_answers_one_message_a_line():
+    result = run("chat", "--max-tokens", "24", input="Hello!\n\n" + "word " * 2000 + "\nWho are you?\n")
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2 and all("OpenELM Tiny" in line for line in lines)
+    assert "Shorten it" in result.stderr and result.returncode == 2
+
+
+def test_commands_of_a_chat(tiny, tmp_path, capsys):
+    session = Session(Conversation(tiny, max_tokens=8))
+    assert session.command("/stats") == "no answer yet" and "/reset" in session.command("/help")
+    session.answer("Hello!")
+    assert capsys.readouterr().out.strip() and "tokens/s" in session.command("/stats") and "of 1024" in session.status()
+    assert session.command("/system Be brief.") == "system: Be brief."
+    session.command(f"/save {tmp_path / 'talk.json'}")
+    messages = session.conversation.messages
+    assert session.command("/reset") == "forgotten"
+    assert session.command(f"/load {tmp_path / 'talk.json'}") == "loaded 1 turns" and session.conversation.messages == messages
+    for line, text in (("/nonsense", "no command"), ("/load nowhere", "cannot read"), (f"/save {tmp_path}", "cannot write")):
+        with pytest.raises(OpenELMError, match=text):
+            session.command(line)
+
+
+def test_inspect(tiny, capsys):
+    assert main(["inspect", "1.1b"]) == 0
+    shown = capsys.readouterr().out
+    assert "1,079,891,456" in shown and shown.count("│ ") > 28
+    bundled = inspect("openelm-tiny")
+    assert bundled["bytes"] == tiny.nbytes == bundled["bytes_read_per_token"] == sum(bundled["bytes_by_part"].values())
+
+
+def test_doctor(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["facts"]
+    assert found["backend"] in ("metal", "cpu") and found["memory_bytes"] > 0
+    good = {"system": "Darwin", "machine": "arm64", "blas": "x", "backend": "metal", "cxx_compiler": None, "cores": 8,
+            "load_average": 1.0, "memory_bytes": 16e9, "free_disk_bytes": 100e9}  # fmt: skip
+    assert hints(good) == [] and set(good) <= set(facts())
+    slow = good | {"system": "Linux", "blas": "MLX's own", "backend": "cpu", "load_average": 9.0, "memory_bytes": 4e9}
+    assert [any(word in hint for hint in hints(slow)) for word in ("OPENELM_BLAS", "g++", "busy", "4-bit")] == [True] * 4
+    assert "Rosetta" in hints(good | {"machine": "x86_64"})[0]
