@@ -23,7 +23,7 @@ def facts() -> dict[str, Any]:
     hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
     return {
         "openelm_mlx": installed("openelm-mlx"),
-        "mlx": mx.__version__,
+        "mlx": installed("mlx"),
         "mlx_lm": installed("mlx-lm"),
         "python": platform.python_version(),
         "system": platform.system(),

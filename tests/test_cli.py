@@ -65,7 +65,7 @@ def test_commands_of_a_chat(tiny, tmp_path, capsys):
     assert capsys.readouterr().out.strip() and "tokens/s" in session.command("/stats") and "of 1024" in session.status()
     assert session.command("/system Be brief.") == "system: Be brief."
     session.command(f"/save {tmp_path / 'talk.json'}")
-    messages = session.conversation.messages
+    messages = list(session.conversation.messages)
     assert session.command("/reset") == "forgotten"
     assert session.command(f"/load {tmp_path / 'talk.json'}") == "loaded 1 turns" and session.conversation.messages == messages
     for line, text in (("/nonsense", "no command"), ("/load nowhere", "cannot read"), (f"/save {tmp_path}", "cannot write")):

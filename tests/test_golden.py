@@ -6,12 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import GOLDEN
-
-from openelm_mlx.cache import StepCache, make_caches
 from openelm_mlx.convert.infer import config_for
 from openelm_mlx.convert.names import renamed_tensors
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.sources import open_source
+
+from openelm_mlx.cache import StepCache, make_caches
 from openelm_mlx.model import OpenELM
 
 TOLERANCE = 1e-4
@@ -21,9 +21,9 @@ FLAGS = {"noqknorm-gqa2": {"head_dim": 64}, "noglu-gqa2": {"rope_base": 500.0}}
 def load_golden(name: str, tmp_path):
     path = GOLDEN / name / "checkpoint.pt"
     source = open_source(path)
-    names = renamed_tensors(source.tensors)  # here -> there, or there -> here
-    there = {ours: theirs for ours, theirs in names.items()} if next(iter(names)).startswith(("transformer.", "lm_head")) else {
-        ours: theirs for theirs, ours in names.items()}  # fmt: skip
+    there = renamed_tensors(source.tensors)
+    if not next(iter(there)).startswith("transformer."):
+        there = {ours: theirs for theirs, ours in there.items()}
     shapes = {ours: source.tensors[theirs].shape for ours, theirs in there.items()}
     options = ConvertOptions(source=path, target=tmp_path / "unused", **FLAGS.get(name, {}))
     model = OpenELM(config_for(path, shapes, options))

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import mlx.core as mx
+import pytest
+from conftest import GOLDEN
+from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.pipeline import convert
+
+from openelm_mlx import load
+from openelm_mlx.config import OpenELMConfig
+from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError
+from openelm_mlx.loading import compute_dtype
+
+NANO = GOLDEN / "openelm-nano"
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "nano"
+    convert(ConvertOptions(source=NANO / "checkpoint.pt", target=folder, tokenizer=NANO / "tokenizer.model"))
+    return folder
+
+
+def broken(nano, tmp_path, change):
+    folder = tmp_path / "broken"
+    shutil.copytree(nano, folder)
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    mx.eval(weights)
+    change(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+def test_quantizing_while_loading_equals_converting(nano, tmp_path):
+    target = tmp_path / "q"
+    convert(ConvertOptions(source=NANO / "checkpoint.pt", target=target, tokenizer=NANO / "tokenizer.model", bits=4))
+    tokens = mx.array([[1, 5, 9]])
+    assert mx.array_equal(load(nano, bits=4).model(tokens), load(target).model(tokens))
+    with pytest.raises(OptionError, match="quantized already"):
+        load(target, bits=4)
+
+
+def test_damaged_weights_are_named(nano, tmp_path):
+    name = "transformer.layers.0.attn.q_norm.weight"
+    with pytest.raises(CheckpointError, match="1 tensors missing, first: " + name):
+        load(broken(nano, tmp_path / "a", lambda w: w.pop(name)))
+    with pytest.raises(CheckpointError, match="1 tensors unknown, first: extra"):
+        load(broken(nano, tmp_path / "b", lambda w: w.update(extra=mx.zeros(3))))
+    with pytest.raises(CheckpointError, match=r"q_norm.weight has shape \[3\]"):
+        load(broken(nano, tmp_path / "c", lambda w: w.update({name: mx.zeros(3)})))
+    cut = tmp_path / "cut"
+    shutil.copytree(nano, cut)
+    data = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        load(cut)
+    (cut / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no model.safetensors"):
+        load(cut)
+
+
+def test_tokenizer_and_index_must_fit(nano, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(nano, folder)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (folder / name).unlink()
+    with pytest.raises(TokenizerError, match="--tokenizer"):
+        load(folder)
+    assert load(folder, tokenizer=NANO / "tokenizer.model").vocab == 4096
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../other.safetensors"}}))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        load(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization": {"bits": 4}}))
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(ConfigError, match="without group_size and bits"):
+        load(folder)
+
+
+def test_float16_is_refused_where_it_overflows():
+    weights = {"transformer.norm.weight": mx.zeros(1, dtype=mx.bfloat16)}
+    with pytest.raises(OptionError, match="wider range"):
+        compute_dtype(OpenELMConfig.from_name("3b"), weights, "float16")
+    assert compute_dtype(OpenELMConfig.from_name("270m"), weights, "float16") == mx.float16
+    with pytest.raises(OptionError, match="allowed: float32"):
+        compute_dtype(OpenELMConfig.from_name("270m"), weights, "int8")
