@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,4 +75,6 @@ def _explain(hub_id: str, error: Exception) -> str:
         return f"{hub_id} is private, gated or does not exist (HTTP {status}); check the id or log in: hf auth login"
     if status == 404:
         return f"{hub_id} or its revision was not found on the hub (HTTP 404); check the spelling"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full while fetching {hub_id}; free some space and run the same command, it resumes"
     return f"cannot fetch {hub_id} ({type(error).__name__}) and it is not cached; check the network and try again"

@@ -63,7 +63,7 @@ def test_commands_of_a_chat(tiny, tmp_path, capsys):
     assert session.command("/stats") == "no answer yet" and "/reset" in session.command("/help")
     session.answer("Hello!")
     assert capsys.readouterr().out.strip() and "tokens/s" in session.command("/stats") and "of 1024" in session.status()
-    assert session.command("/system Be brief.") == "system: Be brief."
+    assert session.command("/system Be brief.") == "system: Be brief." == session.command("/system")
     session.command(f"/save {tmp_path / 'talk.json'}")
     messages = list(session.conversation.messages)
     assert session.command("/reset") == "forgotten"

@@ -22,8 +22,6 @@ def load_golden(name: str, tmp_path):
     path = GOLDEN / name / "checkpoint.pt"
     source = open_source(path)
     there = renamed_tensors(source.tensors)
-    if not next(iter(there)).startswith("transformer."):
-        there = {ours: theirs for theirs, ours in there.items()}
     shapes = {ours: source.tensors[theirs].shape for ours, theirs in there.items()}
     options = ConvertOptions(source=path, target=tmp_path / "unused", **FLAGS.get(name, {}))
     model = OpenELM(config_for(path, shapes, options))

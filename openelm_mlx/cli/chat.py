@@ -25,7 +25,7 @@ EXAMPLES = """examples:
 
 HELP = """/help            this list
 /reset           forget the conversation; the system turn stays
-/system [TEXT]   show the system turn, or set it
+/system [TEXT]   show the system turn, set it, or remove it with "none"
 /save FILE       write the conversation as JSON
 /load FILE       go on with a saved one
 /stats           what the last answer cost
@@ -128,6 +128,7 @@ def history_file() -> Path:
     folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "openelm-mlx"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "history").open("a").close()
     except OSError:  # a home that cannot be written costs the history, not the chat
         return Path(os.devnull)
     return folder / "history"
@@ -172,7 +173,8 @@ class Session:
             talk.reset()
             return "forgotten"
         if name == "/system":
-            talk.system = rest or talk.system
+            if rest:
+                talk.system = None if rest == "none" else rest
             return f"system: {talk.system or '(empty)'}"
         if name == "/stats":
             from openelm_mlx.cli.generate import summary

@@ -71,8 +71,9 @@ def summary(stats: GenerationStats | None) -> str:
     """One line of statistics, as generate and chat show it."""
     if stats is None:
         return "nothing was generated"
+    rate = f" at {stats.generation_tokens_per_second:.1f} tokens/s" if stats.generation_tokens > 1 else ""
     return (
         f"prompt {stats.prompt_tokens} tokens, first token after {stats.time_to_first_token_seconds:.2f} s; "
-        f"generated {stats.generation_tokens} at {stats.generation_tokens_per_second:.1f} tokens/s; "
+        f"generated {stats.generation_tokens}{rate}; "
         f"peak memory {stats.peak_memory_bytes / 1e6:.0f} MB"
     )
