@@ -9,6 +9,7 @@ from conftest import GOLDEN
 from openelm_mlx.convert.infer import config_for
 from openelm_mlx.convert.names import renamed_tensors
 from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.pipeline import convert
 from openelm_mlx.convert.sources import open_source
 
 from openelm_mlx.cache import StepCache, make_caches
@@ -49,3 +50,15 @@ def test_logits_equal_the_reference(name, tmp_path):
     start = mx.array([tokens.shape[1] - 4] * tokens.shape[0])
     fixed = [StepCache(cache.buffer, start) for cache in caches]
     assert distance(model(tokens[:, -4:], fixed), expected[:, -4:]) < TOLERANCE
+
+
+def test_greedy_tokens_of_the_trained_model_equal_the_reference(tmp_path):
+    from openelm_mlx import load, stream_generate
+
+    folder = tmp_path / "tiny"
+    convert(ConvertOptions(source=GOLDEN / "openelm-tiny" / "checkpoint.pt", target=folder,
+                           tokenizer=GOLDEN / "openelm-nano" / "tokenizer.model"))  # fmt: skip
+    golden = np.load(GOLDEN / "openelm-tiny" / "golden.npz")
+    prompt, wanted = golden["input_ids"][0].tolist(), golden["greedy_ids"][0].tolist()
+    events = stream_generate(load(folder), prompt, max_tokens=len(wanted), ignore_eos=True)
+    assert [event.token for event in events] == wanted
