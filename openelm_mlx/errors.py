@@ -41,3 +41,7 @@ class CacheError(OpenELMError):
 
 class HubError(OpenELMError):
     """A model that could not be found, downloaded or verified."""
+
+
+class BenchmarkError(OpenELMError):
+    """A benchmark that cannot be run as asked, or a result file that is damaged or of another kind."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [path for folder in ("openelm_mlx", "convert", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+SOURCES = [path for folder in ("openelm_mlx", "convert", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -23,6 +23,7 @@ def test_no_assert_in_the_package_and_no_import_by_folder_name(path):
 
 def test_every_package_is_listed_for_the_wheel():
     listed = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for init in [*ROOT.glob("openelm_mlx/**/__init__.py"), *ROOT.glob("convert/**/__init__.py")]:
+    for init in [*ROOT.glob("openelm_mlx/**/__init__.py"), *ROOT.glob("convert/**/__init__.py"),
+                 *ROOT.glob("benchmarks/**/__init__.py")]:
         name = ".".join(init.parent.relative_to(ROOT).parts)
         assert f'"{name if name.startswith("openelm_mlx") else "openelm_mlx." + name}"' in listed
