@@ -73,7 +73,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def model_card(record: dict[str, Any], instruct: bool) -> str:
-    kind = f"{record['bits']}-bit (groups of {record['group_size']})" if record["bits"] else record["dtype"]
+    form = record["quantization"]
+    kind = f"{form['bits']}-bit ({form['mode']}, groups of {form['group_size']})" if form else record["dtype"]
     chat = "It speaks OpenELM's Instruct format; see `chat_template.jinja`.\n" if instruct else ""
     return (
         f"---\nlibrary_name: mlx\ntags:\n- mlx\n- openelm\n---\n\n# OpenELM for MLX\n\n"

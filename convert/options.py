@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from openelm_mlx.convert.forms import BITS, GROUP_SIZES, MODES, Form, make_form
+
 from openelm_mlx.errors import OptionError
 from openelm_mlx.options import check_ranges
 
 DTYPES = ("float32", "bfloat16", "float16")
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,11 @@ class ConvertOptions:
         default=None, metadata={"help": "tokenizer.model; unset looks beside the source"}
     )
     bits: int | None = field(default=None, metadata={"help": "quantize to this many bits", "choices": BITS})
-    group_size: int = field(
-        default=64, metadata={"help": "weights that share a scale", "choices": GROUP_SIZES}
+    group_size: int | None = field(
+        default=None, metadata={"help": "weights that share a scale; unset is 64", "choices": (16, *GROUP_SIZES)}
+    )
+    mode: str | None = field(
+        default=None, metadata={"help": "affine, or a block format with bits and groups of its own", "choices": tuple(MODES)}
     )
     force: bool = field(default=False, metadata={"help": "replace an existing model folder"})
     verify: bool = field(default=False, metadata={"help": "compare the result with the source in float32"})
@@ -50,12 +53,16 @@ class ConvertOptions:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, Path(value).expanduser())
-        for name, allowed in (("dtype", DTYPES), ("bits", BITS), ("group_size", GROUP_SIZES)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value not in allowed):
-                raise OptionError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise OptionError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        make_form(self.bits, self.group_size, self.mode)
         if self.rope_base is not None and not math.isfinite(self.rope_base):
             raise OptionError(f"rope_base is {self.rope_base!r}; it must be finite")
+
+    @property
+    def form(self) -> Form | None:
+        """The one form of every matrix, None where the weights stay whole."""
+        return make_form(self.bits, self.group_size, self.mode)
 
     @property
     def is_instruct(self) -> bool:

@@ -12,10 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 from openelm_mlx.convert.folder import find_tokenizer, write_side_files
+from openelm_mlx.convert.forms import Plan, check_divides, config_entry, matrices
 from openelm_mlx.convert.infer import config_for
 from openelm_mlx.convert.names import check_coverage, renamed_tensors
 from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.quantize import check_quantizable, config_entry, planned, quantized
+from openelm_mlx.convert.quantize import planned, quantized
 from openelm_mlx.convert.sources import TensorInfo, TensorSource, open_source
 from openelm_mlx.convert.writer import nbytes, write_weights
 
@@ -56,14 +57,14 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     check_coverage(shapes, expected_tensors(config))
     tokenizer = find_tokenizer(options)
     trimmed = trim_vocabulary(config, tokenizer)
-    plan = make_plan(source, names, trimmed, options)  # 3. what will be written
+    forms = plan_forms(trimmed, options)  # 3. what will be written
+    plan = make_plan(source, names, trimmed, forms, options)
     report = make_report(source, config, trimmed, plan, options)
-    quantization = config_entry(options.bits, options.group_size) if options.bits else None
     record = conversion_record(report, plan, options)
     with staged(options) as folder:  # 4. write beside, then rename
-        arrays = stream(source, names, expected_tensors(trimmed), options, progress)
+        arrays = stream(source, names, expected_tensors(trimmed), forms, options, progress)
         write_weights(folder, plan, arrays)
-        write_side_files(folder, trimmed, tokenizer, quantization, record, options.is_instruct)
+        write_side_files(folder, trimmed, tokenizer, config_entry(forms), record, options.is_instruct)
         if options.verify:  # 5. prove it
             from openelm_mlx.convert.verify import verify_folder
 
@@ -105,17 +106,23 @@ def trim_vocabulary(config: OpenELMConfig, tokenizer: Path) -> OpenELMConfig:
     return replace(config, vocab_size=pieces, padding_index=padding)
 
 
+def plan_forms(config: OpenELMConfig, options: ConvertOptions) -> Plan:
+    """The form of every matrix; refuses before any work what does not divide."""
+    shapes = expected_tensors(config)
+    forms = dict.fromkeys(matrices(shapes), options.form)
+    check_divides(forms, shapes)
+    return forms
+
+
 def make_plan(
-    source: TensorSource, names: Mapping[str, str], config: OpenELMConfig, options: ConvertOptions
+    source: TensorSource, names: Mapping[str, str], config: OpenELMConfig, forms: Plan, options: ConvertOptions
 ) -> dict[str, TensorInfo]:
     """Every tensor to write with type and shape, in order; refuses before any work what cannot be done."""
     shapes = expected_tensors(config)
-    if options.bits:
-        check_quantizable(shapes, options.group_size)
     plan: dict[str, TensorInfo] = {}
     for name, shape in shapes.items():
         dtype = target_dtype(names[name], source.tensors[names[name]].dtype, config, options)
-        plan |= planned(name, TensorInfo(dtype, shape), options.bits, options.group_size)
+        plan |= planned(name, TensorInfo(dtype, shape), forms.get(name.removesuffix(".weight")))
     return plan
 
 
@@ -132,12 +139,12 @@ def target_dtype(name: str, stored: str, config: OpenELMConfig, options: Convert
 
 def stream(
     source: TensorSource, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]],
-    options: ConvertOptions, progress: Progress | None,
+    forms: Plan, options: ConvertOptions, progress: Progress | None,
 ) -> Iterator[tuple[str, mx.array]]:  # fmt: skip
     """The planned arrays one after another; only one source tensor is in memory at a time."""
     for number, (name, shape) in enumerate(shapes.items(), start=1):
-        yield from quantized(name, final_array(source, names[name], name, shape, options), options.bits,
-                             options.group_size).items()  # fmt: skip
+        array = final_array(source, names[name], name, shape, options)
+        yield from quantized(name, array, forms.get(name.removesuffix(".weight"))).items()
         if progress is not None:
             progress(number, len(shapes), name)
 
@@ -183,8 +190,7 @@ def conversion_record(
         "source": options.source.absolute().name,
         "parameters": report.parameters,
         "dtype": next(info.dtype for name, info in plan.items() if name.endswith("norm.weight")),
-        "bits": options.bits,
-        "group_size": options.group_size if options.bits else None,
+        "quantization": None if options.form is None else options.form.as_config(),
         "bits_per_weight": round(report.bits_per_weight, 4),
         "dropped_embedding_rows": report.dropped_rows,
         "instruct": options.is_instruct,

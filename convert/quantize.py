@@ -1,58 +1,54 @@
-"""Uniform affine quantization: which tensors it takes, what they become, and the settings config.json records."""
+"""What a tensor becomes in its form: the arrays to write, and the float weights they stand for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import mlx.core as mx
+from openelm_mlx.convert.forms import Form
 from openelm_mlx.convert.sources import TensorInfo
 
-from openelm_mlx.errors import ConversionError
+PARTS = ("weight", "scales", "biases")
 
 
-def check_quantizable(shapes: Mapping[str, tuple[int, ...]], group_size: int) -> None:
-    """Raise `ConversionError` naming the first matrix whose rows do not divide into groups."""
-    for name, shape in shapes.items():
-        if len(shape) == 2 and shape[1] % group_size:
-            fits = [
-                str(size)
-                for size in (128, 64, 32)
-                if all(s[-1] % size == 0 for s in shapes.values() if len(s) == 2)
-            ]
-            remedy = (
-                f"use --group-size {' or '.join(fits)}"
-                if fits
-                else "no group size fits: convert without --bits"
-            )
-            raise ConversionError(
-                f"{name} has rows of {shape[1]} weights, no multiple of group size {group_size}; {remedy}"
-            )
-
-
-def planned(name: str, info: TensorInfo, bits: int | None, group_size: int) -> dict[str, TensorInfo]:
-    """What is written for the tensor `name`: itself, or packed weights with scales and biases (mx.quantize)."""
-    if bits is None or len(info.shape) != 2:
+def planned(name: str, info: TensorInfo, form: Form | None) -> dict[str, TensorInfo]:
+    """What is written for the tensor `name`: itself, or packed weights with scales and perhaps biases."""
+    if form is None:
         return {name: info}
     rows, columns = info.shape
-    side = TensorInfo(info.dtype, (rows, columns // group_size))
     stem = name.removesuffix("weight")
-    return {
-        name: TensorInfo("uint32", (rows, columns * bits // 32)),
-        stem + "scales": side,
-        stem + "biases": side,
-    }
+    groups = (rows, columns // form.group_size)
+    result = {name: TensorInfo("uint32", (rows, columns * form.bits // 32))}
+    if form.mode != "affine":
+        return result | {stem + "scales": TensorInfo("uint8", groups)}
+    return result | {stem + part: TensorInfo(info.dtype, groups) for part in ("scales", "biases")}
 
 
-def quantized(name: str, array: mx.array, bits: int | None, group_size: int) -> dict[str, mx.array]:
-    """The arrays that `planned` promised."""
-    if bits is None or array.ndim != 2:
+def quantized(name: str, array: mx.array, form: Form | None) -> dict[str, mx.array]:
+    """The arrays that `planned` promised, rounded to the nearest value of each group's grid (mlx.core.quantize)."""
+    if form is None:
         return {name: array}
     stem = name.removesuffix("weight")
-    packed = mx.quantize(array, group_size=group_size, bits=bits)
-    return dict(zip((name, stem + "scales", stem + "biases"), packed, strict=True))
+    packed = mx.quantize(array, group_size=form.group_size, bits=form.bits, mode=form.mode)
+    return {stem + part: value for part, value in zip(PARTS, packed, strict=False)}
 
 
-def config_entry(bits: int, group_size: int) -> dict[str, Any]:
-    """mlx-lm's form of `quantization` in config.json."""
-    return {"group_size": group_size, "bits": bits, "mode": "affine"}
+def restored(name: str, arrays: Mapping[str, mx.array], form: Form | None) -> mx.array:
+    """The float32 weights that the stored arrays of a tensor stand for."""
+    array = arrays[name]
+    if form is None:
+        return array.astype(mx.float32)
+    stem = name.removesuffix("weight")
+    scales, biases = arrays[stem + "scales"], arrays.get(stem + "biases")
+    if biases is not None:  # in float32: half types are rounded on the way otherwise
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    weights = mx.dequantize(
+        array, scales, biases, group_size=form.group_size, bits=form.bits, mode=form.mode, dtype=mx.float32
+    )
+    return weights
+
+
+def rounded(array: mx.array, form: Form | None, dtype: mx.Dtype) -> mx.array:
+    """The float32 weights that `array`, stored as `form` with scales in `dtype`, stands for."""
+    array = array.astype(dtype)
+    return restored("weight", quantized("weight", array, form), form)

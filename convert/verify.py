@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
+from openelm_mlx.convert.forms import read_plan
+from openelm_mlx.convert.quantize import restored
 from openelm_mlx.convert.sources import TensorSource
 
-from openelm_mlx.config import OpenELMConfig, expected_tensors
+from openelm_mlx.config import OpenELMConfig, expected_tensors, read_json
 
 TEXT = "Once upon a time there was a little girl who lived in a house at the edge of a great forest with her mother."
 
@@ -28,27 +30,18 @@ def verify_folder(
     written: dict[str, mx.array] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         written |= mx.load(str(file))
-    restored = {name: restore(name, written, shape) for name, shape in shapes.items()}
+    raw = read_json(folder / "config.json")
+    plan = read_plan(raw.get("quantization"), shapes, set(written))
+    ours = {name: restored(name, written, plan.get(name.removesuffix(".weight"))) for name in shapes}
     logits = []
-    for weights in (exact, restored):
+    for weights in (exact, ours):
         model = OpenELM(config)
         model.load_weights(list(weights.items()))
         logits.append(model(tokens).astype(mx.float32))
         mx.eval(logits[-1])
-    reference, ours = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in logits)
+    reference, ours_log = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in logits)
     return {
         "max_logit_difference": mx.abs(logits[0] - logits[1]).max().item(),
-        "mean_kl_divergence": (mx.exp(reference) * (reference - ours)).sum(axis=-1).mean().item(),
-        "top_1_agreement": (reference.argmax(-1) == ours.argmax(-1)).astype(mx.float32).mean().item(),
+        "mean_kl_divergence": (mx.exp(reference) * (reference - ours_log)).sum(axis=-1).mean().item(),
+        "top_1_agreement": (reference.argmax(-1) == ours_log.argmax(-1)).astype(mx.float32).mean().item(),
     }
-
-
-def restore(name: str, written: Mapping[str, mx.array], shape: tuple[int, ...]) -> mx.array:
-    """The float32 weights a stored tensor stands for; bits and group size follow from the shapes."""
-    array = written[name]
-    stem = name.removesuffix("weight")
-    if stem + "scales" not in written:
-        return array.astype(mx.float32)
-    scales, biases = (written[stem + part].astype(mx.float32) for part in ("scales", "biases"))
-    bits, group_size = array.shape[1] * 32 // shape[1], shape[1] // scales.shape[1]
-    return mx.dequantize(array, scales, biases, group_size=group_size, bits=bits)
