@@ -1,0 +1,72 @@
+"""Other engines that run the same weights: each optional, each behind the `Session` of timing.py.
+
+    mlx_lm.py           mlx-lm, on the same model folder
+    llama_cpp.py        llama.cpp, as its Python binding or its server, on a GGUF that our converter writes
+    torch_reference.py  OpenELM in PyTorch, written here to be read; on Apple's GPU or the CPU
+
+A peer answers only for its own tokens and times. Whether the tokens are ours, and so whether the times count, is for
+the harness to say.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openelm_mlx.errors import BenchmarkError, OptionError
+
+if TYPE_CHECKING:
+    from openelm_mlx.benchmarks.timing import Session
+
+MODULES = {"mlx-lm": "mlx_lm", "llama.cpp": "llama_cpp", "torch": "torch_reference"}
+PEERS = tuple(MODULES)
+
+
+def why_not(name: str) -> str | None:
+    """What keeps the peer `name` from running here, with its remedy, in one line; None where it runs.
+
+    Imports no engine. Raises `OptionError` for a name that is no peer.
+    """
+    if name not in PEERS:
+        raise OptionError(f"{name!r} is no peer; known: {', '.join(PEERS)}")
+    if name == "llama.cpp":
+        from openelm_mlx.benchmarks.peers.llama_server import find_server
+
+        if find_spec("llama_cpp") or find_server():
+            return None
+        return (
+            "neither llama-cpp-python nor llama-server is installed: `pip install llama-cpp-python` or "
+            "`brew install llama.cpp`, or name the program in OPENELM_LLAMA_CPP"
+        )
+    needed = {"mlx-lm": ("mlx_lm",), "torch": ("torch", "safetensors")}[name]
+    missing = [module.replace("_", "-") for module in needed if find_spec(module) is None]
+    return f"not installed: `pip install {' '.join(missing)}`" if missing else None
+
+
+def open_peer(name: str, folder: Path, dtype: str | None = None) -> Session:
+    """The peer `name` with the model of `folder` loaded, computing in `dtype` (None: what our loader would take).
+
+    `load_seconds` of the session counts from the start of reading the weights until all lie in memory, without the
+    import of the engine and without a tokenizer. Raises `OptionError` for an unknown name, `BenchmarkError` where the
+    peer is not usable or cannot load the model.
+    """
+    if reason := why_not(name):
+        raise BenchmarkError(f"{name} cannot run here: {reason}")
+    module = import_module(f"openelm_mlx.benchmarks.peers.{MODULES[name]}")
+    try:
+        session: Session = module.open_session(Path(folder), dtype_of(Path(folder), dtype))
+    except (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(f"{name} cannot load {folder}: {str(error) or type(error).__name__}") from error
+    return session
+
+
+def dtype_of(folder: Path, asked: str | None) -> str:
+    """The type our loader would compute in, by name. Raises what `load` raises for a type that does not fit."""
+    from openelm_mlx.config import OpenELMConfig
+    from openelm_mlx.loading import DTYPES, compute_dtype, read_weights
+
+    config = OpenELMConfig.from_file(folder / "config.json")
+    dtype = compute_dtype(config, read_weights(folder), asked)
+    return next(name for name, value in DTYPES.items() if value == dtype)

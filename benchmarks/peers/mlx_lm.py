@@ -1,0 +1,51 @@
+"""mlx-lm behind the `Session` of timing.py: its own model class, cache and loop on the same folder."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.utils import load_model
+from openelm_mlx.benchmarks.timing import Timed
+
+from openelm_mlx.loading import DTYPES, cast
+
+
+class MlxLm:
+    engine = "mlx-lm"
+
+    def __init__(self, model: nn.Module, load_seconds: float) -> None:
+        self.model, self.load_seconds, self.version = model, load_seconds, version("mlx-lm")
+        self.nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))  # type: ignore[union-attr]
+
+    def generate(self, prompt: list[int], tokens: int) -> Timed:
+        """Greedy is what `generate_step` does unasked. Memory is that of its weights and what the run added to them."""
+        found: list[int] = []
+        seconds: list[float] = []
+        mx.synchronize()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        with wired_limit(self.model, [generation_stream]):
+            start = perf_counter()
+            for token, _ in generate_step(mx.array(prompt), self.model, max_tokens=tokens):
+                seconds.append(perf_counter() - start)
+                found.append(int(token))
+        mx.synchronize(generation_stream)
+        return Timed(tuple(found), tuple(seconds), self.nbytes + mx.get_peak_memory() - before)
+
+    def close(self) -> None:
+        del self.model
+        mx.clear_cache()
+
+
+def open_session(folder: Path, dtype: str) -> MlxLm:
+    start = perf_counter()
+    model, _ = load_model(folder, lazy=True)
+    model.update(tree_map(lambda array: cast(array, DTYPES[dtype]), model.parameters()))
+    mx.eval(model.parameters())
+    return MlxLm(model, perf_counter() - start)
