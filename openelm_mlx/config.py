@@ -235,6 +235,8 @@ HF_KEYS_THAT_MUST_BE: dict[str, tuple[Any, ...]] = {  # what Apple's class can v
     "normalization_layer_name": ("rms_norm",),
 }
 
+MAX_YAML_BYTES = 1 << 18  # CoreNet's recipes have 5 KB
+
 HF_KEYS_WITHOUT_MEANING_HERE = frozenset(
     (
         "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
@@ -294,12 +296,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def corenet_section(path: str | Path) -> dict[str, Any]:
     """`model.language_modeling.general_gpt` of a CoreNet YAML. Raises `ConfigError` with the file's name."""
-    import yaml
-
-    try:
-        node: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from None
+    node: Any = read_yaml(path)
     for key in ("model", "language_modeling", "general_gpt"):
         node = node.get(key) if isinstance(node, dict) else None
     if not isinstance(node, dict):
@@ -308,6 +305,25 @@ def corenet_section(path: str | Path) -> dict[str, Any]:
     if unknown := sorted(str(key) for key in node.keys() - set(known)):
         raise ConfigError(f"{path}: general_gpt has keys this engine does not know: {', '.join(unknown)}")
     return node
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The content of a YAML file. Raises `ConfigError` with the file's name, also for one that would grow without end."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node: Any) -> None:
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                raise yaml.YAMLError("merge keys (<<) are not read here")  # nested, they double with every level
+
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_YAML_BYTES + 1)
+        if len(data) > MAX_YAML_BYTES:
+            raise ConfigError(f"{path} is no configuration: it has more than {MAX_YAML_BYTES} bytes")
+        return yaml.load(data.decode("utf-8"), Loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
 
 def corenet_overrides(section: Mapping[str, Any]) -> dict[str, Any]:
