@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.sources import TensorSource
+from openelm_mlx.convert.staging import UNFINISHED_CONFIG
 from openelm_mlx.convert.tokenizer_json import build_tokenizer_json, tokenizer_config
+from openelm_mlx.convert.tokenizer_model import TokenizerModel, read_tokenizer
 
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import TokenizerError
 
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- if not messages or messages[0]['role'] != 'system' -%}
@@ -31,17 +34,18 @@ CHAT_TEMPLATE = """\
 """
 
 
-def find_tokenizer(options: ConvertOptions) -> Path:
-    """`--tokenizer` (a file, or a folder with tokenizer.model), else beside the source. Raises `TokenizerError`."""
+def find_tokenizer(options: ConvertOptions, source: TensorSource) -> TokenizerModel:
+    """`--tokenizer` (a file or a folder), else what the source carries, else beside it. Raises `TokenizerError`."""
     given = options.tokenizer
+    if given is None and source.tokenizer is not None:
+        return source.tokenizer
     folder = options.source if options.source.is_dir() else options.source.parent
-    path = given if given is not None else folder / "tokenizer.model"
-    if path.is_dir():
-        path = path / "tokenizer.model"
-    if path.is_file():
-        return path
+    path = folder if given is None else given
+    found = [path] if path.is_file() else [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    if found:
+        return read_tokenizer(found[0])
     if given is not None:
-        raise TokenizerError(f"{path} does not exist; --tokenizer takes a SentencePiece tokenizer.model")
+        raise TokenizerError(f"{given} does not exist; --tokenizer takes a SentencePiece tokenizer.model")
     raise TokenizerError(
         f"no tokenizer.model beside {options.source}; give one with --tokenizer "
         "(OpenELM uses LLaMA's, 32000 pieces; its checkpoints do not contain it)"
@@ -49,7 +53,7 @@ def find_tokenizer(options: ConvertOptions) -> Path:
 
 
 def write_side_files(
-    folder: Path, config: OpenELMConfig, tokenizer: Path, quantization: dict[str, Any] | None,
+    folder: Path, config: OpenELMConfig, tokenizer: TokenizerModel, quantization: dict[str, Any] | None,
     record: dict[str, Any], instruct: bool,
 ) -> None:  # fmt: skip
     """Everything but the weights. Raises `TokenizerError` for a tokenizer other tools would read differently."""
@@ -57,8 +61,7 @@ def write_side_files(
     if quantization is not None:
         raw["quantization"] = quantization
         raw["quantization_config"] = quantization  # newer tools look here
-    write_json(folder / "config.json", raw)
-    shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    (folder / "tokenizer.model").write_bytes(tokenizer.data)
     content = json.dumps(build_tokenizer_json(tokenizer), ensure_ascii=False, separators=(",", ":"))
     (folder / "tokenizer.json").write_text(content + "\n", encoding="utf-8")
     write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
@@ -66,6 +69,7 @@ def write_side_files(
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     write_json(folder / "conversion.json", record)
     (folder / "README.md").write_text(model_card(record, instruct), encoding="utf-8")
+    write_json(folder / UNFINISHED_CONFIG, raw)
 
 
 def write_json(path: Path, content: Any) -> None:

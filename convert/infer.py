@@ -10,7 +10,7 @@ from typing import Any
 
 from openelm_mlx.convert.options import ConvertOptions
 
-from openelm_mlx.config import PUBLISHED, OpenELMConfig, corenet_overrides, corenet_section, normal_name
+from openelm_mlx.config import PUBLISHED, OpenELMConfig, corenet_overrides, corenet_section, normal_name, read_json
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError
 
 Shapes = Mapping[str, tuple[int, ...]]  # under Hugging Face's names
@@ -18,17 +18,31 @@ Shapes = Mapping[str, tuple[int, ...]]  # under Hugging Face's names
 
 def config_for(source: Path, shapes: Shapes, options: ConvertOptions) -> OpenELMConfig:
     """The source's configuration. Raises `ConfigError`, `CheckpointError` or `ConversionError`."""
-    path = options.config or beside(source, "config.json" if source.is_dir() else "config.yaml")
+    path = config_path(source, options)
     section: dict[str, Any] = {}
-    if path is None and source.is_dir():
-        raise ConversionError(f"{source} has no config.json; name one with --config")
-    if path is not None and path.suffix == ".json":
-        return with_flags(OpenELMConfig.from_file(path), options)
     if path is not None:
-        section = corenet_section(path)
-        if normal_name(str(section.get("model_name", ""))) in PUBLISHED:
-            return with_flags(OpenELMConfig.from_corenet_yaml(path), options)
+        raw = read_json(path) if path.suffix == ".json" else {}
+        if path.suffix == ".json" and not is_corenet_section(raw):
+            return with_flags(OpenELMConfig.from_hf_dict(raw), options)
+        section = {k: v for k, v in raw.items() if k != "quantization"} or corenet_section(path)
+        size = normal_name(str(section.get("model_name", "")))
+        if size in PUBLISHED:  # an adapted embedding leaves the head behind: what the tensors hold wins
+            tied = "lm_head.weight" not in shapes
+            published = OpenELMConfig(**PUBLISHED[size] | corenet_overrides(section) | {"share_input_output_layers": tied})
+            return with_flags(published, options)
     return infer_config(shapes, section, options.head_dim, options.rope_base)
+
+
+def config_path(source: Path, options: ConvertOptions) -> Path | None:
+    """`--config`, else config.json of a folder, else config.yaml beside the checkpoint."""
+    if options.config is not None or source.is_file():
+        return options.config or beside(source, "config.yaml")
+    return beside(source, "config.json") or beside(source, "config.yaml")
+
+
+def is_corenet_section(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of CoreNet's MLX port: the YAML's section, not Hugging Face's keys."""
+    return "model_name" in raw and "model_dim" not in raw
 
 
 def beside(source: Path, name: str) -> Path | None:

@@ -12,14 +12,23 @@ from openelm_mlx.errors import OptionError
 from openelm_mlx.options import check_ranges
 
 DTYPES = ("float32", "bfloat16", "float16")
+SOURCE_FORMATS = ("pt", "huggingface", "mlx", "corenet-mlx", "gguf")
+TARGET_FORMATS = ("mlx", "hf", "gguf")
+ADAPTER = ("merge", "keep")
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
     """What to convert, where to, and how. Raises `OptionError` for the first field that is not allowed."""
 
-    source: Path = field(metadata={"help": "a CoreNet .pt file or a Hugging Face folder"})
-    target: Path = field(metadata={"help": "the model folder to write"})
+    source: Path = field(metadata={"help": "a CoreNet .pt file, a model folder or a GGUF file"})
+    target: Path = field(metadata={"help": "the model folder, or GGUF file, to write"})
+    source_format: str | None = field(
+        default=None, metadata={"help": "what the source is; unset looks at it", "flag": "--from", "choices": SOURCE_FORMATS}
+    )
+    target_format: str = field(
+        default="mlx", metadata={"help": "what to write", "flag": "--to", "choices": TARGET_FORMATS}
+    )
     dtype: str | None = field(
         default=None, metadata={"help": "type of the weights; unset keeps the source's", "choices": DTYPES}
     )
@@ -32,6 +41,16 @@ class ConvertOptions:
     config: Path | None = field(default=None, metadata={"help": "CoreNet YAML or config.json of the source"})
     tokenizer: Path | None = field(
         default=None, metadata={"help": "tokenizer.model; unset looks beside the source"}
+    )
+    adapter: str | None = field(
+        default=None,
+        metadata={"help": "merge a LoRA or DoRA adapter (as if unset) or keep it in a folder of its own", "choices": ADAPTER},
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "strength of an adapter that has no YAML", "range": (0.0, 1e6)}
+    )
+    rank_stabilised: bool | None = field(
+        default=None, metadata={"help": "with --lora-alpha: divide it by the root of the rank (rsLoRA)"}
     )
     bits: int | None = field(default=None, metadata={"help": "quantize to this many bits", "choices": BITS})
     group_size: int | None = field(
@@ -53,8 +72,10 @@ class ConvertOptions:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, Path(value).expanduser())
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise OptionError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        for name, allowed in (("dtype", DTYPES), ("source_format", SOURCE_FORMATS), ("target_format", TARGET_FORMATS),
+                              ("adapter", ADAPTER)):  # fmt: skip
+            if getattr(self, name) not in (None, *allowed):
+                raise OptionError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         make_form(self.bits, self.group_size, self.mode)
         if self.rope_base is not None and not math.isfinite(self.rope_base):
             raise OptionError(f"rope_base is {self.rope_base!r}; it must be finite")

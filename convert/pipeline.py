@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from openelm_mlx.convert.folder import find_tokenizer, write_side_files
+from openelm_mlx.convert.adapters import ADAPTER_FOLDER, write_adapter
+from openelm_mlx.convert.folder import write_side_files
 from openelm_mlx.convert.forms import Plan, check_divides, config_entry, matrices
-from openelm_mlx.convert.infer import config_for
-from openelm_mlx.convert.names import check_coverage, renamed_tensors
+from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize import planned, quantized
-from openelm_mlx.convert.sources import TensorInfo, TensorSource, open_source
+from openelm_mlx.convert.sources import TensorInfo, TensorSource
+from openelm_mlx.convert.staging import check_target, staged
 from openelm_mlx.convert.writer import nbytes, write_weights
 
 from openelm_mlx import __version__
 from openelm_mlx.config import OpenELMConfig, expected_tensors
-from openelm_mlx.errors import CheckpointError, ConversionError, TokenizerError
+from openelm_mlx.errors import CheckpointError, ConversionError
 
 Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, name of the one just written
-MAX_PADDING_ROWS = 256  # CoreNet pads 32000 tokens to 32128 rows; a larger gap is another tokenizer
 VOCABULARY_TENSORS = ("transformer.token_embeddings.weight", "lm_head.weight")
 
 
@@ -50,60 +47,22 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     when interrupted.
     """
     check_target(options)
-    source = open_source(options.source)  # 1. what is there
-    names = renamed_tensors(source.tensors)
-    shapes = {name: source.tensors[original].shape for name, original in names.items()}
-    config = config_for(options.source, shapes, options)  # 2. what model it makes
-    check_coverage(shapes, expected_tensors(config))
-    tokenizer = find_tokenizer(options)
-    trimmed = trim_vocabulary(config, tokenizer)
+    opened = open_model(options)  # 1. what is there, 2. what model it makes
+    source, names, trimmed = opened.source, opened.names, opened.trimmed
     forms = plan_forms(trimmed, options)  # 3. what will be written
     plan = make_plan(source, names, trimmed, forms, options)
-    report = make_report(source, config, trimmed, plan, options)
+    report = make_report(source, opened.config, trimmed, plan, options)
     record = conversion_record(report, plan, options)
     with staged(options) as folder:  # 4. write beside, then rename
         arrays = stream(source, names, expected_tensors(trimmed), forms, options, progress)
         write_weights(folder, plan, arrays)
-        write_side_files(folder, trimmed, tokenizer, config_entry(forms), record, options.is_instruct)
+        write_side_files(folder, trimmed, opened.tokenizer, config_entry(forms), record, options.is_instruct)
+        write_kept_adapter(folder, opened, forms)
         if options.verify:  # 5. prove it
             from openelm_mlx.convert.verify import verify_folder
 
             report = replace(report, verification=verify_folder(folder, source, names, trimmed))
     return report
-
-
-def check_target(options: ConvertOptions) -> None:
-    target = options.target
-    if target.exists() and not options.force:
-        raise ConversionError(f"{target} exists; choose another folder, or replace it with --force")
-    if target.exists():
-        ours = target.is_dir() and ((target / "config.json").is_file() or not any(target.iterdir()))
-        if not ours:
-            raise ConversionError(
-                f"{target} is no model folder, so --force does not replace it; choose another one"
-            )
-        inputs = [p.resolve() for p in (options.source, options.config, options.tokenizer) if p is not None]
-        if any(path == target.resolve() or target.resolve() in path.parents for path in inputs):
-            raise ConversionError(f"{target} holds what is to be converted; choose another folder")
-
-
-def trim_vocabulary(config: OpenELMConfig, tokenizer: Path) -> OpenELMConfig:
-    """The configuration without the rows that pad the vocabulary. Raises `TokenizerError` for a mismatch."""
-    import sentencepiece
-
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).vocab_size()
-    except (OSError, RuntimeError) as error:
-        raise TokenizerError(f"{tokenizer} cannot be read as a SentencePiece model: {error}") from None
-    if not 0 <= config.vocab_size - pieces <= MAX_PADDING_ROWS:
-        raise TokenizerError(
-            f"{tokenizer} has {pieces} pieces, but the model {config.vocab_size} rows of embeddings: "
-            "this is another model's tokenizer; give the right one with --tokenizer"
-        )
-    padding = (
-        config.padding_index if config.padding_index is not None and config.padding_index < pieces else None
-    )
-    return replace(config, vocab_size=pieces, padding_index=padding)
 
 
 def plan_forms(config: OpenELMConfig, options: ConvertOptions) -> Plan:
@@ -197,46 +156,10 @@ def conversion_record(
     }
 
 
-@contextlib.contextmanager
-def staged(options: ConvertOptions) -> Iterator[Path]:
-    """A folder beside the target that becomes the target on success and vanishes on any failure."""
-    target = options.target.absolute()
-    made = [p for p in reversed(target.parents) if not p.exists()]
-    partial: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        partial.chmod(0o755)
-        yield partial
-        replace_folder(partial, target, options.force)
-    except OSError as error:
-        discard(partial, made)
-        raise ConversionError(f"{options.target} cannot be written: {error.strerror or error}") from None
-    except BaseException:
-        discard(partial, made)
-        raise
-
-
-def replace_folder(partial: Path, target: Path, force: bool) -> None:
-    """Rename into place; what stood there goes only after the new folder has its name."""
-    if not target.exists():
-        partial.rename(target)
-        return
-    if not force:
-        raise ConversionError(f"{target} exists; choose another folder, or replace it with --force")
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    target.rename(old)  # an empty folder may be replaced by a rename
-    try:
-        partial.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def discard(partial: Path | None, made: list[Path]) -> None:
-    if partial is not None:
-        shutil.rmtree(partial, ignore_errors=True)
-    for folder in reversed(made):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+def write_kept_adapter(folder: Path, opened: OpenedModel, forms: Plan) -> None:
+    """The folder `adapter`, where the adapter was not merged into the weights."""
+    if opened.adapters is not None and not opened.adapters.merge:
+        quantized_embedding = forms["transformer.token_embeddings"] is not None
+        config = opened.trimmed
+        write_adapter(folder / ADAPTER_FOLDER, opened.adapters, config.vocab_size, config.num_transformer_layers,
+                      quantized_embedding)  # fmt: skip

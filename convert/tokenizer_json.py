@@ -7,8 +7,9 @@ Other tools recognise a SentencePiece decoder by its exact four steps.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
+
+from openelm_mlx.convert.tokenizer_model import TokenizerModel
 
 from openelm_mlx.errors import TokenizerError
 
@@ -19,16 +20,13 @@ PROBES = (
 BYTE_PROBES = ("naïve café", "日本語 🙂", "\x00\x7f")
 
 
-def build_tokenizer_json(path: Path) -> dict[str, Any]:
-    """The content of tokenizer.json for the SentencePiece model at `path`; raises `TokenizerError`."""
-    import sentencepiece
-
-    try:
-        spm = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise TokenizerError(f"{path} cannot be read as a SentencePiece model: {error}") from None
+def build_tokenizer_json(model: TokenizerModel) -> dict[str, Any]:
+    """The content of tokenizer.json for a SentencePiece model; raises `TokenizerError`."""
+    spm = model.processor
+    if spm.vocab_size() < 3:
+        raise TokenizerError(f"{model.path} has {spm.vocab_size()} pieces; <unk>, <s> and </s> must be the first three")
     pieces = [spm.id_to_piece(i) for i in range(spm.vocab_size())]
-    bos, eos, unk = (pieces[i] for i in (1, 2, 0))
+    bos, unk = pieces[1], pieces[0]
     ids = {
         pieces[i]: i
         for i in range(len(pieces))
@@ -71,7 +69,7 @@ def build_tokenizer_json(path: Path) -> dict[str, Any]:
             "merges": merges(ids, [spm.get_score(i) for i in range(len(pieces))]),
         },
     }  # fmt: skip
-    check_ids(path, spm, content, eos)
+    check_ids(model, content)
     return content
 
 
@@ -95,25 +93,23 @@ def merges(ids: dict[str, int], scores: list[float]) -> list[list[str]]:
     return [[left, right] for *_, left, right in sorted(found)]
 
 
-def check_ids(path: Path, spm: Any, content: dict[str, Any], eos: str) -> None:
+def check_ids(model: TokenizerModel, content: dict[str, Any]) -> None:
     """Both tokenizers must agree on a few hard texts, or the model is of a kind this construction does not cover."""
     from tokenizers import Tokenizer
 
     other = Tokenizer.from_str(json.dumps(content))
     probes = PROBES + (BYTE_PROBES if content["model"]["byte_fallback"] else ())
     for text in probes:
-        if other.encode(text).ids != [1, *spm.encode(text)]:
+        if other.encode(text).ids != [1, *model.processor.encode(text)]:
             raise TokenizerError(
-                f"{path} is no SentencePiece model of LLaMA's kind (BPE, identity normalization, dummy prefix): "
+                f"{model.path} is no SentencePiece model of LLaMA's kind (BPE, identity normalization, dummy prefix): "
                 f"{text!r} would get other ids in tokenizer.json"
             )
 
 
-def tokenizer_config(path: Path) -> dict[str, Any]:
+def tokenizer_config(model: TokenizerModel) -> dict[str, Any]:
     """tokenizer_config.json: any Llama class would rebuild the normalizer wrongly (leading spaces)."""
-    import sentencepiece
-
-    spm = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    spm = model.processor
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": spm.id_to_piece(1),

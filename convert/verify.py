@@ -9,6 +9,7 @@ import mlx.core as mx
 from openelm_mlx.convert.forms import read_plan
 from openelm_mlx.convert.quantize import restored
 from openelm_mlx.convert.sources import TensorSource
+from openelm_mlx.convert.staging import config_of
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors, read_json
 
@@ -30,7 +31,7 @@ def verify_folder(
     written: dict[str, mx.array] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         written |= mx.load(str(file))
-    raw = read_json(folder / "config.json")
+    raw = read_json(config_of(folder))
     plan = read_plan(raw.get("quantization"), shapes, set(written))
     ours = {name: restored(name, written, plan.get(name.removesuffix(".weight"))) for name in shapes}
     logits = []

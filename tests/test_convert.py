@@ -196,10 +196,6 @@ def test_vocabulary_mismatch(tmp_path):
             source=GOLDEN / "tied-gqa4" / "checkpoint.pt")  # fmt: skip
 
 
-def test_adapters_are_refused(tmp_path):
-    refused(tmp_path, ConversionError, "holds an adapter", source=GOLDEN / "lora" / "checkpoint.pt")
-
-
 def test_truncated_source(tmp_path, nano_hf):
     source = tmp_path / "source"
     shutil.copytree(nano_hf, source)

@@ -9,6 +9,9 @@ from openelm_mlx.errors import ConversionError
 
 if TYPE_CHECKING:
     import mlx.core as mx
+    from openelm_mlx.convert.tokenizer_model import TokenizerModel
+
+    from openelm_mlx.config import OpenELMConfig
 
 
 class TensorInfo(NamedTuple):
@@ -23,25 +26,67 @@ class TensorSource(Protocol):
 
     path: Path
     tensors: dict[str, TensorInfo]
+    config: OpenELMConfig | None = None  # what the source itself says of its model; None: a file beside it, or the shapes
+    tokenizer: TokenizerModel | None = None  # where the source carries one
 
-    def load(self, name: str) -> mx.array: ...
+    def load(self, name: str) -> mx.array:
+        """The tensor `name` in the type it is stored in."""
+        ...
 
 
-def open_source(path: Path) -> TensorSource:
-    """The reader that fits `path`: a torch `.pt` file, or a folder of safetensors. Raises `ConversionError`."""
+def open_source(path: Path, source_format: str | None = None) -> TensorSource:
+    """The reader for what `path` holds, by its content, not its name. Raises `ConversionError`.
+
+    `source_format` (`--from`) forces one: pt, huggingface, mlx, corenet-mlx, gguf.
+    """
     from openelm_mlx.convert.sources.huggingface import HuggingFaceFolder
     from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 
-    if path.is_dir():
-        if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists():
-            return HuggingFaceFolder(path)
-        checkpoints = sorted(path.glob("*.pt"))
-        if len(checkpoints) == 1:
-            return TorchCheckpoint(checkpoints[0])
-        found = f"{len(checkpoints)} .pt files" if checkpoints else "neither safetensors nor a .pt file"
-        raise ConversionError(f"{path} holds {found}; give one .pt file or a Hugging Face folder")
     if not path.exists():
-        raise ConversionError(f"{path} does not exist; give a CoreNet .pt file or a Hugging Face folder")
-    if path.suffix == ".safetensors":
+        raise ConversionError(f"{path} does not exist; give {WANTED}")
+    kind = kind_of(path) if path.is_file() else None
+    if path.is_dir():
+        found = weight_files(path)
+        if source_format is not None:
+            found = {kind: files for kind, files in found.items() if kind == FILE_KIND[source_format]}
+        kind = next(iter(found), None)
+        if kind is None:
+            wanted = "nothing that --from " + source_format if source_format else "neither safetensors nor a .pt or GGUF file"
+            raise ConversionError(f"{path} holds {wanted}{' reads' if source_format else ''}; give {WANTED}")
+        if kind == "safetensors":
+            return HuggingFaceFolder(path)
+        if len(found[kind]) > 1:
+            raise ConversionError(f"{path} holds {len(found[kind])} {kind} files; name one of them")
+        path = found[kind][0]
+    elif kind == "safetensors" and source_format is None:
         raise ConversionError(f"{path} is one file of a model; give its folder, which also holds config.json")
+    if source_format is not None:
+        kind = FILE_KIND[source_format]
     return TorchCheckpoint(path)
+
+
+WANTED = "a CoreNet .pt file, a folder of safetensors or a GGUF file"
+FILE_KIND = {"pt": "pt", "huggingface": "safetensors", "mlx": "safetensors", "corenet-mlx": "safetensors", "gguf": "gguf"}
+
+
+def kind_of(path: Path) -> str | None:
+    """safetensors, gguf or pt, by the first bytes; None for anything else. Raises `ConversionError` if unreadable."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from None
+    if head[:4] == b"GGUF":
+        return "gguf"
+    if head[:4] == b"PK\x03\x04" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+        return "pt"  # a zip, or a bare pickle: torch's formats, new and old
+    return "safetensors" if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40 else None
+
+
+def weight_files(folder: Path) -> dict[str, list[Path]]:
+    """Files of weights in a folder by kind, the kind that loses nothing first."""
+    found: dict[str, list[Path]] = {"safetensors": [], "gguf": [], "pt": []}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and (kind := kind_of(path)) is not None:
+            found[kind].append(path)
+    return {kind: files for kind, files in found.items() if files}

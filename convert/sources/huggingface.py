@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from openelm_mlx.convert.sources import TensorInfo
+from openelm_mlx.convert.sources import TensorInfo, TensorSource
 from openelm_mlx.convert.sources.raw import itemsize, read_strided
 
 from openelm_mlx.errors import ConversionError
@@ -27,7 +27,7 @@ class Located(NamedTuple):
     info: TensorInfo
 
 
-class HuggingFaceFolder:
+class HuggingFaceFolder(TensorSource):
     """The tensors of a folder, listed on opening and read one at a time. Raises `ConversionError`."""
 
     def __init__(self, path: str | Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from openelm_mlx.convert.sources import TensorInfo
+from openelm_mlx.convert.sources import TensorInfo, TensorSource
 from openelm_mlx.convert.sources.raw import itemsize, read_strided
 
 from openelm_mlx.errors import ConversionError
@@ -53,7 +53,7 @@ class TensorRecord:
     strides: tuple[int, ...]
 
 
-class TorchCheckpoint:
+class TorchCheckpoint(TensorSource):
     """A state dict in a `.pt` file; tensors are listed on opening and read one at a time.
 
     Raises `ConversionError` when the file is not torch's zip format, is cut short, names a global outside the

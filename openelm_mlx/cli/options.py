@@ -19,16 +19,16 @@ def add_flags(parser: argparse.ArgumentParser, options: type, skip: tuple[str, .
 
 def add_flag(group: Any, item: Field[Any]) -> None:
     kind, default = str(item.type), None if item.default is MISSING else item.default
-    flag = "--" + item.name.replace("_", "-")
+    flag = item.metadata.get("flag") or "--" + item.name.replace("_", "-")
     text = item.metadata["help"] + ("" if default in (None, (), False, True) else f" (default {default})")
     if kind.startswith("bool"):
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        group.add_argument(flag, dest=item.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
     elif kind.startswith("tuple"):
-        group.add_argument(flag, action="append", metavar="TEXT", default=argparse.SUPPRESS, help=text)
+        group.add_argument(flag, dest=item.name, action="append", metavar="TEXT", default=argparse.SUPPRESS, help=text)
     else:
         reads = int if kind.startswith("int") else float if kind.startswith("float") else str
         group.add_argument(
-            flag, type=reads, choices=item.metadata.get("choices"), default=argparse.SUPPRESS, help=text,
+            flag, dest=item.name, type=reads, choices=item.metadata.get("choices"), default=argparse.SUPPRESS, help=text,
             metavar=None if "choices" in item.metadata else {int: "N", float: "X", str: "TEXT"}[reads],
         )  # fmt: skip
 

@@ -1,0 +1,149 @@
+"""Nothing half-written: the target appears, or replaces the old one, in one step of the file system, or not at all.
+
+Work goes on in a hidden neighbour `.NAME.partial-PID-*`, which no tool loads: its config.json gets that name last.
+What a killed run left behind is removed, or a half-done replacement undone, by the next run to the same target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from openelm_mlx.convert.options import ConvertOptions
+
+from openelm_mlx.errors import ConversionError
+
+CONFIG, UNFINISHED_CONFIG = "config.json", "config.json.partial"
+LINUX_EXCHANGE, LINUX_AT_FDCWD, MACOS_SWAP = 2, -100, 2  # renameat2(2), renamex_np(2)
+
+
+def check_target(options: ConvertOptions) -> None:
+    """Raise `ConversionError` for a target that stands in the way, is no model, or holds the source."""
+    target, what = options.target, "file" if options.target_format == "gguf" else "folder"
+    if not os.path.lexists(target):
+        return
+    if not options.force:
+        raise ConversionError(f"{target} exists; choose another {what}, or replace it with --force")
+    if options.target_format == "gguf":
+        if target.is_symlink() or not target.is_file():
+            raise ConversionError(f"{target} is no GGUF file, so --force does not replace it; choose another {what}")
+    elif target.is_symlink() or not (target.is_dir() and ((target / CONFIG).is_file() or not any(target.iterdir()))):
+        raise ConversionError(f"{target} is no model folder, so --force does not replace it; choose another {what}")
+    inputs = [p.resolve() for p in (options.source, options.config, options.tokenizer) if p is not None]
+    if any(path == target.resolve() or target.resolve() in path.parents for path in inputs):
+        raise ConversionError(f"{target} holds what is to be converted; choose another {what}")
+
+
+@contextlib.contextmanager
+def staged(options: ConvertOptions) -> Iterator[Path]:
+    """A folder beside the target that becomes the target on success and vanishes on any failure.
+
+    With a GGUF target, what becomes the target is the one file of that name in the folder.
+    """
+    target = options.target.absolute()
+    made = [p for p in reversed(target.parents) if not p.exists()]
+    partial: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(target)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=target.parent))
+        partial.chmod(0o755)
+        yield partial
+        finish(partial, target, options)
+    except OSError as error:
+        discard(partial, made)
+        raise ConversionError(f"{options.target} cannot be written: {error.strerror or error}") from None
+    except BaseException:
+        discard(partial, made)
+        raise
+
+
+def finish(partial: Path, target: Path, options: ConvertOptions) -> None:
+    """The last step: the finished work takes the target's name."""
+    if os.path.lexists(target) and not options.force:
+        raise ConversionError(f"{target} has appeared meanwhile; choose another one, or replace it with --force")
+    if options.target_format == "gguf":
+        (partial / target.name).replace(target)
+        partial.rmdir()
+        return
+    (partial / UNFINISHED_CONFIG).rename(partial / CONFIG)
+    if not target.exists():
+        partial.rename(target)
+    elif exchange(partial, target):
+        remove(partial)  # it holds what stood in the target
+    else:
+        replace_in_two_steps(partial, target)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two folders swap names at once; False where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        return bool(libc.renamex_np(names[0], names[1], ctypes.c_uint(MACOS_SWAP)) == 0)
+    if sys.platform == "linux" and hasattr(libc, "renameat2"):
+        at = ctypes.c_int(LINUX_AT_FDCWD)
+        return bool(libc.renameat2(at, names[0], at, names[1], ctypes.c_uint(LINUX_EXCHANGE)) == 0)
+    return False
+
+
+def replace_in_two_steps(partial: Path, target: Path) -> None:
+    """Where names cannot be swapped: a kill between the two renames is made good by `clear_leftovers`."""
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-{os.getpid()}-", dir=target.parent))
+    target.rename(old)  # an empty folder may be replaced by a rename
+    try:
+        partial.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    remove(old)
+
+
+def clear_leftovers(target: Path) -> None:
+    """Remove what killed runs left beside `target`; an old model they had moved aside gets its name back."""
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|old)-(\d{1,9})-\w+")
+    for path in target.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match is None or path.is_symlink() or alive(int(match[2])):
+            continue
+        if match[1] == "old" and not target.exists() and (path / CONFIG).is_file():
+            path.rename(target)
+        else:
+            remove(path)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM
+    return True
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder that may be killed in the middle of it: without config.json first, nothing loads the rest."""
+    with contextlib.suppress(OSError):
+        (folder / CONFIG).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def discard(partial: Path | None, made: list[Path]) -> None:
+    if partial is not None:
+        remove(partial)
+    for folder in reversed(made):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def config_of(folder: Path) -> Path:
+    """The configuration of a model folder, also of one that is still being written."""
+    unfinished = folder / UNFINISHED_CONFIG
+    return unfinished if unfinished.exists() else folder / CONFIG

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from formats import GOLDEN, NANO, mlx_lm_logits, our_logits, tokenizer_file
+from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.convert.adapters import AdaptedCheckpoint, LoraOptions
+from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
+
+from openelm_mlx.config import OpenELMConfig
+from openelm_mlx.errors import ConfigError, ConversionError, OptionError
+
+FIXTURES = ("lora", "lora-rs", "dora")
+
+
+def run(name, tmp_path, **fields):
+    return convert(ConvertOptions(**{
+        "source": GOLDEN / name / "checkpoint.pt", "target": tmp_path / "m", "tokenizer": tokenizer_file(tmp_path, 112), **fields
+    }))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_merged_logits_equal_the_reference(name, tmp_path):
+    golden = np.load(GOLDEN / name / "golden.npz")
+    run(name, tmp_path)
+    assert not OpenELMConfig.from_file(tmp_path / "m" / "config.json").share_input_output_layers
+    for logits in (our_logits, mlx_lm_logits):
+        assert np.abs(logits(tmp_path / "m", golden["input_ids"]) - golden["logits"]).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_adapters_kept_apart_give_the_same_logits_in_mlx_lm(name, tmp_path):
+    golden = np.load(GOLDEN / name / "golden.npz")
+    run(name, tmp_path, adapter="keep")
+    applied = mlx_lm_logits(tmp_path / "m", golden["input_ids"], tmp_path / "m" / "adapter")
+    assert np.abs(applied - golden["logits"]).max() < 1e-4
+    base = mlx_lm_logits(tmp_path / "m", golden["input_ids"])
+    assert np.abs(base - golden["logits"]).max() > 1e-2  # the folder itself holds the base
+
+
+def test_a_kept_adapter_on_a_quantized_base(tmp_path):
+    golden = np.load(GOLDEN / "lora" / "golden.npz")
+    run("lora", tmp_path, adapter="keep", bits=8, group_size=32)
+    applied = mlx_lm_logits(tmp_path / "m", golden["input_ids"], tmp_path / "m" / "adapter")
+    base = mlx_lm_logits(tmp_path / "m", golden["input_ids"])
+    errors = [np.abs(logits - golden["logits"]).mean() for logits in (applied, base)]
+    assert errors[0] < 0.1 * errors[1]
+    with pytest.raises(OptionError, match="no DoRA adapter to a quantized embedding; merge it"):
+        run("dora", tmp_path, adapter="keep", bits=8, group_size=32, target=tmp_path / "n")
+    assert not (tmp_path / "n").exists()
+
+
+def test_strength_by_flag_instead_of_yaml(tmp_path):
+    shutil.copy(GOLDEN / "lora-rs" / "checkpoint.pt", tmp_path / "x.pt")
+    with pytest.raises(ConversionError, match="strength is not in the tensors: .* --lora-alpha"):
+        run("lora-rs", tmp_path, source=tmp_path / "x.pt")
+    run("lora-rs", tmp_path, source=tmp_path / "x.pt", lora_alpha=8, rank_stabilised=True)
+    golden = np.load(GOLDEN / "lora-rs" / "golden.npz")
+    assert np.abs(our_logits(tmp_path / "m", golden["input_ids"]) - golden["logits"]).max() < 1e-4
+
+
+def test_ranks_and_scales_that_differ_by_layer(tmp_path):
+    """mlx-lm knows one rank and scale: padding and folding must not change what is computed."""
+    text = (GOLDEN / "lora" / "config.yaml").read_text().replace("lora_alpha: 16", "lora_alpha: 5", 1)
+    (tmp_path / "c.yaml").write_text(text)
+    run("lora", tmp_path, config=tmp_path / "c.yaml")
+    run("lora", tmp_path, config=tmp_path / "c.yaml", adapter="keep", target=tmp_path / "kept")
+    tokens = np.load(GOLDEN / "lora" / "golden.npz")["input_ids"]
+    settings = json.loads((tmp_path / "kept" / "adapter" / "adapter_config.json").read_text())
+    assert settings["lora_parameters"]["scale"] == 1.0
+    applied = mlx_lm_logits(tmp_path / "kept", tokens, tmp_path / "kept" / "adapter")
+    assert np.abs(applied - our_logits(tmp_path / "m", tokens)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("r: 8", "r: 9", "gives token_embeddings rank 9, but its tensors have rank 8"),
+        ("lora_alpha: 16", "lora_alpha: .nan", "needs lora_alpha, r and use_rslora as numbers"),
+        ("regex: .*token_embedding.*", "regex: (a+)+$", "the regex '.a\\+.\\+\\$' of model.lora.config is more than names"),
+        ("regex: .*token_embedding.*", "regex: nothing", "token_embeddings, whose strength is not in the tensors"),
+    ],
+)
+def test_a_yaml_that_does_not_fit(tmp_path, old, new, message):
+    text = (GOLDEN / "lora" / "config.yaml").read_text().replace(old, new, 1)
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises((ConfigError, ConversionError), match=message):
+        run("lora", tmp_path, config=tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("model: {lora: {config: 3}}", "model.lora.config must be a list"),
+     ("model: {lora: {config: [3]}}", "an entry of model.lora.config has no params")],
+)  # fmt: skip
+def test_a_yaml_of_other_form(tmp_path, content, message):
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        AdaptedCheckpoint(TorchCheckpoint(GOLDEN / "lora" / "checkpoint.pt"), LoraOptions(yaml=tmp_path / "c.yaml"))
+
+
+class Altered(TorchCheckpoint):
+    """The LoRA or DoRA fixture with a change to its list of tensors."""
+
+    def __init__(self, change, name="lora"):
+        super().__init__(GOLDEN / name / "checkpoint.pt")
+        change(self.tensors)
+
+
+Q = "layers.1.attn.qkv_proj."
+M = "token_embeddings.lora_magnitude_vector.lora"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("lora", lambda t: t.pop(Q + "base_layer.weight"), rf"adapter of {Q[:-1]} lacks base_layer.weight"),
+        ("lora", lambda t: t.pop(Q + "lora_B.lora.weight"), rf"adapter of {Q[:-1]} lacks lora_B"),
+        ("lora", lambda t: t.update({Q + "lora_A.other.weight": t[Q + "lora_A.lora.weight"]}), r"several adapters \(lora, other"),
+        ("lora", lambda t: t.update({Q + "lora_A.lora.weight": t["norm.weight"]}), r"has A of shape \(96,\) and B"),
+        ("dora", lambda t: t.update({Q + "lora_magnitude_vector.lora": t["norm.weight"]}), r"magnitudes of shape \(96,\) for 256 rows"),
+        ("dora", lambda t: t.update({M: t["norm.weight"]}), "is DoRA on an embedding, which CoreNet does not define"),
+    ],
+)
+def test_adapters_that_are_not_whole(name, change, message):
+    with pytest.raises(ConversionError, match=message):
+        AdaptedCheckpoint(Altered(change, name), LoraOptions(alpha=16.0))
+
+
+def test_flags_for_adapters_without_an_adapter(tmp_path):
+    with pytest.raises(OptionError, match="holds no adapter; leave out --adapter"):
+        convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "m", adapter="keep"))
+
+
+def test_a_merge_in_half_precision_rounds_once(tmp_path):
+    source = AdaptedCheckpoint(TorchCheckpoint(GOLDEN / "lora" / "checkpoint.pt"), LoraOptions(alpha=16.0))
+    run("lora", tmp_path, dtype="bfloat16")
+    written = mx.load(str(tmp_path / "m" / "model.safetensors"))
+    exact = source.load("layers.1.attn.qkv_proj.weight")
+    assert mx.array_equal(written["transformer.layers.1.attn.qkv_proj.weight"], exact.astype(mx.bfloat16))
