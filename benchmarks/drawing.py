@@ -1,0 +1,75 @@
+"""Colours, marks and axes that all pictures share. Works on matplotlib's axes without importing matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from openelm_mlx.benchmarks.results import Metric
+
+MARKERS = "osD^vP"
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+PARTS = ("embedding", "attention", "ffn", "norms", "scales", "kv")
+LOG_SPAN = 8  # values further apart than this go on a logarithmic axis
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture. Engines and parts take Okabe and Ito's colours, which colour-blind people tell apart;
+    engines differ in their marks too, and parts stand in one order."""
+
+    ink: str = "#1b1f24"
+    muted: str = "#59636e"
+    line: str = "#e1e5ea"
+    paper: str = "#ffffff"
+    engines: tuple[str, ...] = ("#0072b2", "#d55e00", "#009e73", "#b0578d")
+    parts: tuple[str, ...] = ("#e69f00", "#56b4e9", "#0072b2", "#8c939c", "#cc79a7", "#009e73")
+
+    def engine(self, index: int) -> str:
+        return self.engines[index % len(self.engines)]
+
+    def part(self, name: str) -> str:
+        return self.parts[PARTS.index(name)] if name in PARTS else self.muted
+
+
+LIGHT = Theme()
+DARK = Theme(
+    ink="#e6eaef", muted="#9aa5b1", line="#2d343d", paper="#14181d",
+    engines=("#56b4e9", "#f0a04b", "#2ec4a0", "#e29cc2"),
+    parts=("#e69f00", "#8fd0f5", "#2b8fcc", "#9aa3ae", "#e29cc2", "#2ec4a0"),
+)  # fmt: skip
+
+
+def dot(ax: Any, x: float, metric: Metric, colour: str, marker: str, label: str) -> None:
+    """The median, and a line from quartile to quartile."""
+    ax.plot([x, x], [metric.q1, metric.q3], color=colour, lw=2, alpha=0.6, solid_capstyle="round")
+    ax.plot([x], [metric.median], color=colour, marker=marker, ms=6.5, ls="", label=label)
+
+
+def note(ax: Any, text: str, at: tuple[float, float], theme: Theme, offset: tuple[float, float], **more: Any) -> None:
+    ax.annotate(text, at, xytext=offset, textcoords="offset points", fontsize=8, color=theme.muted, **more)
+
+
+def scale_y(ax: Any, values: Sequence[float]) -> None:
+    """From 0, or logarithmic where the values lie too far apart to be read beside each other."""
+    low, high = min(values), max(values)
+    if low > 0 and high / low > LOG_SPAN:
+        ax.set_yscale("log")
+        ax.set_ylim(low / 1.6, high * 1.6)
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+        ax.set_ylabel(f"{ax.get_ylabel()} (log scale)")
+    else:
+        ax.set_ylim(0, high * 1.12 or 1)
+
+
+def legend(ax: Any, theme: Theme, order: Sequence[str] = (), columns: int = 2) -> None:
+    """One entry a label, below the axes so that it covers nothing. None where there is only one thing to tell apart."""
+    handles, labels = ax.get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))
+    ranked = sorted(entries, key=lambda label: order.index(label) if label in order else len(order))
+    if len(ranked) > 1:
+        ax.legend(
+            [entries[label] for label in ranked], ranked, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns,
+            frameon=False, fontsize=8, labelcolor=theme.ink, handlelength=1.6, columnspacing=1.4,
+        )  # fmt: skip

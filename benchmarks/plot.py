@@ -1,0 +1,149 @@
+"""Pictures of a result document, by matplotlib: one file for `--plot`, or one small SVG a panel for the page."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openelm_mlx.benchmarks.drawing import DARK, LIGHT, Theme
+from openelm_mlx.benchmarks.panels import Panel, panels
+from openelm_mlx.benchmarks.results import Document
+
+from openelm_mlx.errors import BenchmarkError, OptionError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["DARK", "LIGHT", "panel_svg", "write_plot"]
+
+SUFFIXES = (".png", ".svg")
+COLUMNS, WIDTH, DPI = 3, 4.4, 160  # panels beside each other; inches a panel; dots per inch of a PNG
+FOOT, HEAD = 0.62, 0.62  # inches
+
+
+def write_plot(document: Document, path: str | Path) -> None:
+    """Draw all panels of the document into a PNG or SVG, by the suffix of `path`.
+
+    Raises `OptionError` for another suffix, `BenchmarkError` where matplotlib is missing, nothing was timed, or the
+    file cannot be written; an older file then stays whole.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise OptionError(f"--plot {path}: a picture ends in {' or '.join(SUFFIXES)}")
+    shown = panels(document)
+    if not shown:
+        raise BenchmarkError("nothing to draw: no row of this result has a decode rate, bytes or a ratio")
+    with style(LIGHT):
+        data = save(figure_of(document, shown), path.suffix.lower().lstrip("."))
+    replace(path, data)
+
+
+def panel_svg(panel: Panel, theme: Theme) -> bytes:
+    """One panel as an SVG without a background, its text as shapes: it needs no font. Raises as `write_plot`."""
+    with style(theme):
+        figure = new_figure(WIDTH, panel.height)
+        ax = figure.add_subplot()
+        panel.draw(ax, theme)
+        return save(figure, "svg", transparent=True)
+
+
+def figure_of(document: Document, shown: list[Panel]) -> Figure:
+    """Panels in rows of three, each row as high as its highest, with the machine and date underneath."""
+    columns = min(COLUMNS, len(shown))
+    rows = [shown[start : start + columns] for start in range(0, len(shown), columns)]
+    heights = [max(panel.height for panel in row) for row in rows]
+    figure = new_figure(columns * WIDTH, sum(heights) + HEAD + FOOT)
+    figure.get_layout_engine().set(rect=(0, FOOT / figure.get_figheight(), 1, 1 - (FOOT + HEAD) / figure.get_figheight()))
+    grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
+    for number, panel in enumerate(shown):
+        ax = figure.add_subplot(grid[number // columns, number % columns])
+        panel.draw(ax, LIGHT)
+        ax.set_title(panel.title)
+    top = figure.get_figheight()
+    figure.text(0.008 * COLUMNS / columns, 1 - 0.16 / top, "OpenELM benchmark", size=13, weight="bold", va="top", color=LIGHT.ink)
+    figure.text(0.008 * COLUMNS / columns, 0.14 / top, caption(document), size=8, va="bottom", color=LIGHT.muted, linespacing=1.5)
+    return figure
+
+
+def caption(document: Document) -> str:
+    """Two lines: machine and versions; date and how to read the marks. Says so when no Mac was measured."""
+    machine, versions = document.machine, document.versions
+    facts = [machine_line(machine), *(f"{name} {version}" for name, version in versions.items())]
+    marks = ["dots are medians, lines their quartiles", document.created[:10]]
+    if document.partial:
+        marks.insert(0, "PARTIAL RUN")
+    return " · ".join(fact for fact in facts if fact) + "\n" + " · ".join(marks)
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """`Apple M2 Max, 64 GB, macOS 15.1, gpu`; `Linux CPU result, not Apple silicon: ...` for the CPU backend there."""
+    memory = machine.get("memory_bytes")
+    facts = [machine.get("chip"), f"{memory / 2**30:.0f} GB" if isinstance(memory, (int, float)) and memory else None,
+             " ".join(str(machine[key]) for key in ("system", "system_version") if machine.get(key))]  # fmt: skip
+    line = ", ".join(str(fact) for fact in facts if fact)
+    return f"{LINUX}: {line}" if is_linux(machine) else line
+
+
+LINUX = "Linux CPU result, not Apple silicon"
+
+
+def is_linux(machine: dict[str, Any]) -> bool:
+    return str(machine.get("system", "")).lower() == "linux"
+
+
+# --- matplotlib
+
+
+@contextmanager
+def style(theme: Theme) -> Iterator[None]:
+    """matplotlib's settings for our pictures, put back afterwards. Raises `BenchmarkError` where it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise BenchmarkError("pictures need matplotlib: `pip install 'openelm-mlx[plot]'`") from None
+    settings = {
+        "text.parse_math": False,  # a model's name is text, whatever stands in it
+        "svg.hashsalt": "openelm-mlx",  # the same document gives the same file
+        "svg.fonttype": "path", "font.family": ["DejaVu Sans"], "font.size": 9, "axes.titlesize": 10,
+        "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 10, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": theme.line, "grid.linewidth": 0.7,
+        "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.edgecolor": theme.muted, "axes.facecolor": "none",
+        "xtick.color": theme.muted, "ytick.color": theme.muted, "xtick.labelcolor": theme.ink, "ytick.labelcolor": theme.ink,
+        "figure.facecolor": theme.paper, "lines.solid_capstyle": "round",
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of its own, outside pyplot's list of open ones."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, kind: str, transparent: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
+    figure.savefig(buffer, format=kind, dpi=DPI, transparent=transparent, metadata=metadata)
+    return buffer.getvalue()
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write whole or not at all. Raises `BenchmarkError`."""
+    temporary = ""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise BenchmarkError(f"cannot write {path}: {error.strerror}; give a file in a folder that exists") from None
