@@ -1,0 +1,65 @@
+"""The text on which quantization is measured and learned: the user's own, or what the exact model itself writes.
+
+A model's own samples show the distribution that quantization must keep, need no download and no licence, and are
+the same on every run: fixed prompts, fixed seed (data-free calibration: Liu et al., arXiv:2305.17888).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from openelm_mlx.cache import KVCache
+from openelm_mlx.errors import ConversionError
+from openelm_mlx.model import OpenELM
+from openelm_mlx.tokenizer import Tokenizer
+
+PROMPTS = (
+    "", "The", "In", "A", "It was", "This is", "When", "He said", "She", "There was once", "We", "How to", "I think",
+    "On the", "If you", "Once upon a time",
+)  # fmt: skip
+SEED = 17
+CONTROL = (0, 1, 2)  # unknown, BOS, EOS: a sample never ends early, so that every row is full
+
+
+def text_tokens(path: Path, tokenizer: Tokenizer, length: int, limit: int | None = None) -> mx.array:
+    """A text file as rows [n, length], each after BOS, at most `limit` rows spread evenly over the text.
+
+    Raises `ConversionError` for a file that cannot be read as UTF-8 or is shorter than one row.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    ids = tokenizer.encode(text, bos=False)
+    rows = [[1, *ids[start : start + length - 1]] for start in range(0, len(ids) - length + 2, length - 1)]
+    if not rows:
+        raise ConversionError(f"{path} has {len(ids)} tokens; at least {length - 1} are needed to measure anything")
+    if limit is not None and len(rows) > limit:
+        rows = [rows[number * len(rows) // limit] for number in range(limit)]
+    return mx.array(rows, dtype=mx.int32)
+
+
+def sampled_tokens(
+    model: OpenELM, tokenizer: Tokenizer, rows: int, length: int, seed: int = SEED,
+    progress: Callable[[int, int], None] | None = None,
+) -> mx.array:  # fmt: skip
+    """Rows [rows, length] that `model` writes at temperature 1 after each of `PROMPTS` in turn."""
+    prompts = [tokenizer.encode(PROMPTS[row % len(PROMPTS)], bos=True)[:length] for row in range(rows)]
+    banned = mx.zeros((model.args.vocab_size,))
+    banned[mx.array(CONTROL)] = -mx.inf
+    caches = [KVCache() for _ in model.layers]
+    key = mx.random.key(seed)
+    done = [mx.array([[ids[0]] for ids in prompts], dtype=mx.int32)]
+    for position in range(1, length):
+        logits = model(done[-1], caches)[:, -1].astype(mx.float32) + banned
+        key, draw = mx.random.split(key)
+        sampled = mx.random.categorical(logits, key=draw).astype(mx.int32)
+        given = mx.array([ids[position] if position < len(ids) else -1 for ids in prompts], dtype=mx.int32)
+        done.append(mx.where(given < 0, sampled, given)[:, None])
+        mx.eval(done[-1])
+        if progress is not None:
+            progress(position + 1, length)
+    return mx.concatenate(done, axis=1)
