@@ -8,7 +8,7 @@ Layer (arXiv:2404.14619; corenet/modeling/models/language_modeling/general_gpt.p
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -27,10 +27,25 @@ class Rotary(NamedTuple):
 
 def rotary(positions: mx.array, head_dim: int, base: float) -> Rotary:
     """Rotary embedding (arXiv:2104.09864) of positions [batch or 1, length], once a pass for all layers."""
+    rows = angles(positions[..., None, None, None], *angle_constants(head_dim, base))  # [B, L, 1, 3, half]
+    return Rotary(rows[..., :1, :], rows[..., 1:, :])
+
+
+@lru_cache(maxsize=8)
+def angle_constants(head_dim: int, base: float) -> tuple[mx.array, mx.array, mx.array]:
+    """Evaluated, so that no step computes them again: frequencies [half], and of the rows (cos, -sin, sin) which and sign."""
     half = head_dim // 2
     frequencies = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(base) / half))
-    angles = positions.astype(mx.float32)[..., None, None, None] * frequencies  # [B, L, 1, 1, half]
-    return Rotary(mx.cos(angles), mx.sin(angles) * mx.array([[-1.0], [1.0]]))
+    constants = frequencies, mx.array([[True], [False], [False]]), mx.array([[1.0], [-1.0], [1.0]])
+    mx.eval(constants)
+    return constants
+
+
+@partial(mx.compile, shapeless=True)
+def angles(positions, frequencies, is_cos, sign):  # type: ignore[no-untyped-def]
+    """Cosine, minus sine and sine in three rows: one fused kernel where each by itself would be one."""
+    turn = positions.astype(mx.float32) * frequencies
+    return mx.where(is_cos, mx.cos(turn), mx.sin(turn) * sign)
 
 
 @partial(mx.compile, shapeless=True)
@@ -50,6 +65,15 @@ def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.a
     if type(projection) is nn.Linear and "bias" not in projection:
         return mx.addmm(residual, x, projection.weight.T)
     return residual + projection(x)
+
+
+class Pass(NamedTuple):
+    """What all layers share in one pass; their activations are [batch * length, width], so projections are plain."""
+
+    batch: int
+    length: int
+    angles: Rotary
+    mask: Mask
 
 
 class Attention(nn.Module):
@@ -86,17 +110,27 @@ class Attention(nn.Module):
         self._table = (*sources, (weight, weight[:, ::-1], is_value))
         return self._table[2]
 
-    def __call__(self, x: mx.array, residual: mx.array, angles: Rotary, mask: Mask, cache: Cache) -> mx.array:
-        B, L, _ = x.shape
-        heads = self.qkv_proj(x).reshape(B, L, -1, self.head_dim)  # [B, L, q + 2 kv, head_dim]
-        normed = mx.fast.rms_norm(heads, None, self.eps) if self.normalize else heads  # value heads: unused
-        pairs = normed.reshape(B, L, -1, 2, self.head_dim // 2)
-        turned = rotate(heads.reshape(pairs.shape), pairs, pairs[..., ::-1, :], *self.head_weights(), *angles)
-        heads = turned.reshape(heads.shape).swapaxes(1, 2)  # [B, q + 2 kv, L, head_dim]
-        q, kv = heads[:, : self.q_heads], heads[:, self.q_heads :]
+    def __call__(self, x: mx.array, residual: mx.array, shared: Pass, cache: Cache) -> mx.array:
+        B, L, angles, mask = shared
+        x = self.qkv_proj(x)
+        pairs = (B, L, -1, 2, self.head_dim // 2)
+        heads = x.reshape(*pairs)  # [B, L, q + 2 kv, 2, head_dim / 2]
+        normed = heads
+        if self.normalize:  # value heads are normed for nothing: one kernel for all heads is what counts
+            normed = mx.fast.rms_norm(x.reshape(B, L, -1, self.head_dim), None, self.eps).reshape(*pairs)
+        turned = rotate(heads, normed, normed[..., ::-1, :], *self.head_weights(), *angles)
+        q, kv = mx.split(by_head(turned, B, L, self.head_dim), [self.q_heads], axis=1)
         kv = kv.reshape(B, 2, self.kv_heads, L, self.head_dim).swapaxes(0, 1)  # [2, B, kv, L, head_dim]
-        out = cache.attend(q, kv, mask, self.scale)
-        return project_onto(residual, self.out_proj, out.swapaxes(1, 2).reshape(B, L, -1))
+        out = cache.attend(q, kv, mask, self.scale)  # [B, q, L, head_dim]
+        out = out if L == 1 else out.swapaxes(1, 2)
+        return project_onto(residual, self.out_proj, out.reshape(B * L, -1))
+
+
+def by_head(x: mx.array, batch: int, length: int, head_dim: int) -> mx.array:
+    """[batch, length, heads, ...] as [batch, heads, length, head_dim]; for a single token a view, in one operation."""
+    if length == 1:
+        return x.reshape(batch, -1, 1, head_dim)
+    return x.reshape(batch, length, -1, head_dim).swapaxes(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -110,7 +144,12 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         x = self.proj_1(x)
-        x = swiglu(*mx.split(x, 2, axis=-1)) if self.gated else nn.silu(x)
+        if not self.gated:
+            x = nn.silu(x)
+        elif x.shape[0] == 1:  # halves as rows: split along a row, they would keep its stride, and be copied for proj_2
+            x = swiglu(*mx.split(x.reshape(2, -1), 2))
+        else:
+            x = swiglu(*mx.split(x, 2, axis=-1))
         return project_onto(residual, self.proj_2, x)
 
 
@@ -122,8 +161,8 @@ class DecoderLayer(nn.Module):
         self.attn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
         self.ffn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, angles: Rotary, mask: Mask, cache: Cache) -> mx.array:
-        x = self.attn(self.attn_norm(x), x, angles, mask, cache)
+    def __call__(self, x: mx.array, shared: Pass, cache: Cache) -> mx.array:
+        x = self.attn(self.attn_norm(x), x, shared, cache)
         return self.ffn(self.ffn_norm(x), x)
 
 
@@ -153,13 +192,13 @@ class OpenELM(nn.Module):
     def hidden(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Normalised last hidden states [batch, length, model_dim] of token ids [batch, length]."""
         caches = as_caches(cache, len(self.layers))
-        length = tokens.shape[1]
-        mask = caches[0].mask(length)
+        batch, length = tokens.shape
         angles = rotary(caches[0].positions(length), self.args.head_dim, self.args.rope_freq_constant)
-        x = self.transformer.token_embeddings(tokens)
+        shared = Pass(batch, length, angles, caches[0].mask(length))
+        x = self.transformer.token_embeddings(tokens.reshape(-1))
         for layer, layer_cache in zip(self.layers, caches, strict=True):
-            x = layer(x, angles, mask, layer_cache)
-        return self.transformer.norm(x)
+            x = layer(x, shared, layer_cache)
+        return self.transformer.norm(x).reshape(batch, length, -1)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits [batch, length, vocab] of hidden states; the head is the embedding matrix unless untied."""

@@ -1,0 +1,54 @@
+"""The ledgers side by side, for people."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from openelm_mlx.benchmarks.ledger import ABSORBED, Ledger
+from openelm_mlx.benchmarks.traced import Form
+
+UNTESTED = (
+    "Counted on the graph by the rules of MLX's Metal source; not run on Metal. Weights are read once; buffers are "
+    "updated in place."
+)
+
+
+def show(size: str, form: Form, context: int, ledgers: Sequence[Ledger], seconds: Mapping[str, float]) -> None:
+    """Print kernels by purpose and by primitive, bytes by part, and the host's time."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False)
+    what = f"OpenELM {size}, {form.dtype}" + (f", {form.bits} bits in groups of {form.group_size}" if form.bits else "")
+
+    def table(title: str, first: str, rows: Mapping[str, Sequence[str]], notes: Mapping[str, str] | None = None) -> None:
+        grid = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        grid.add_column(first, overflow="fold")
+        for entry in ledgers:
+            grid.add_column(entry.engine, justify="right")
+        if notes is not None:
+            grid.add_column("a kernel made for it could save it:", overflow="fold")
+        for name, cells in rows.items():
+            grid.add_row(name, *cells, *([] if notes is None else [notes.get(name, "")]))
+        console.print(grid)
+        console.print()
+
+    def merged(counters: Sequence[Mapping[str, int]]) -> dict[str, list[str]]:
+        names = sorted({name for c in counters for name in c}, key=lambda name: -max(c.get(name, 0) for c in counters))
+        return {name: [f"{c[name]:,}" if c.get(name) else "-" for c in counters] for name in names}
+
+    total = {"all": [str(entry.kernels) for entry in ledgers]}
+    table(f"{what}: kernels of one token at {context} tokens, by purpose", "for",
+          merged([e.by_purpose for e in ledgers]) | total, ABSORBED)  # fmt: skip
+    table("The same kernels by primitive", "primitive", merged([e.by_primitive for e in ledgers]) | total)
+    table("Bytes read, by part", "part", merged([e.bytes_read for e in ledgers])
+          | {"weights, keys, values": [f"{e.bytes_from_memory:,}" for e in ledgers]})  # fmt: skip
+    table("Bytes written", "part", merged([e.bytes_written for e in ledgers]))
+    if seconds:
+        peer = seconds["mlx-lm"]
+        console.print("Host time to build and submit a step, mx.fast calls as one primitive each:")
+        for name, value in seconds.items():
+            console.print(f"  {name:<24}{1e6 * value:7.0f} us   {value / peer:.2f} of mlx-lm's")
+        console.print()
+    console.print(UNTESTED)

@@ -1,0 +1,213 @@
+"""One decoded token as a function to trace: this engine's step, and mlx-lm's on its own model, cache and sampling.
+
+No weights are made: every parameter is a broadcast scalar of the right shape and type, whose bits are its number, so
+that a constant of the graph can be told from the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+from unittest.mock import patch
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from openelm_mlx.benchmarks.graph import Graph, Node, fuse, trace
+from openelm_mlx.benchmarks.standins import fused, like, one_primitive_each
+from openelm_mlx.cache import BLOCK
+from openelm_mlx.config import OpenELMConfig, layer_shapes
+from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.model import OpenELM
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How weights are stored and activations computed."""
+
+    dtype: str = "bfloat16"
+    bits: int | None = None
+    group_size: int = 64
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise BenchmarkError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """In mlx-lm's form, as in config.json."""
+        if self.bits is None:
+            return None
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def apply(self, model: nn.Module) -> None:
+        """Replace every parameter by a marked constant of this form; nothing is computed or allocated."""
+        if self.bits is not None:
+            try:
+                nn.quantize(model, group_size=self.group_size, bits=self.bits, mode=self.mode)
+            except ValueError as error:
+                raise BenchmarkError(f"cannot quantize to {self.bits} bits: {error}") from None
+        marked = []
+        for number, (name, array) in enumerate(tree_flatten(model.parameters())):  # type: ignore[misc]
+            floating = mx.issubdtype(array.dtype, mx.floating)
+            marked.append((name, mark(number, array.shape, DTYPES[self.dtype] if floating else array.dtype)))
+        model.update(tree_unflatten(marked))  # type: ignore[arg-type]
+
+
+def mark(number: int, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[dtype.size]
+    scalar = mx.array(number % 256**dtype.size, bits).view(dtype)
+    array = mx.broadcast_to(scalar, shape)
+    mx.eval(array)
+    return array
+
+
+def marked_as(array: mx.array, names: list[tuple[str, mx.array]]) -> str | None:
+    """The parameter a constant is, None where it is none."""
+    corner = array[(0,) * array.ndim] if array.ndim else array
+    bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}.get(array.dtype.size)
+    if bits is None or array.ndim == 0:
+        return None
+    number = int(corner.view(bits).item())
+    fits = [name for name, p in names[number::256**array.dtype.size] if p.shape == array.shape and p.dtype == array.dtype]
+    return fits[0] if fits else None
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The graph of one token, with the names of the parameters among its constants and of the caches among its inputs."""
+
+    engine: str
+    graph: Graph
+    parameters: dict[str, str]  # name in the graph -> parameter
+    caches: frozenset[str]  # names in the graph of keys and values
+    context: int  # tokens that the new one attends to, itself included
+    capacity: int
+
+    @cached_property
+    def makers(self) -> dict[str, Node]:
+        """The node that makes each array."""
+        return {out.name: node for node in self.graph.nodes for out in node.outputs}
+
+
+def our_model(config: OpenELMConfig, form: Form) -> OpenELM:
+    model = OpenELM(config)
+    form.apply(model)
+    for layer in model.layers:
+        mx.eval(layer.attn.head_weights())
+    return model
+
+
+def our_step(model: OpenELM, compiled: bool) -> Callable[[mx.array, mx.array, list[mx.array]], Any]:
+    """(token [1], position [1], keys and values a layer) -> the next token, position, keys and values."""
+    from openelm_mlx.decode import State, StepSpec, make_step
+    from openelm_mlx.options import SamplingOptions
+    from openelm_mlx.sampling import seed_key
+
+    step = make_step(model, StepSpec(SamplingOptions(), model.args.vocab_size, None, compiled))
+    key = seed_key(1)
+    mx.eval(key)
+
+    def run(token: mx.array, position: mx.array, buffers: list[mx.array]) -> Any:
+        after = step(State(token, position, key, None, None, buffers))
+        return after.token, after.position, after.buffers
+
+    return run
+
+
+def our_buffers(config: OpenELMConfig, context: int, dtype: mx.Dtype) -> list[mx.array]:
+    capacity = -(-context // BLOCK) * BLOCK
+    return [like((2, 1, shape.kv_heads, capacity, config.head_dim), dtype) for shape in layer_shapes(config)]
+
+
+def trace_ours(config: OpenELMConfig, form: Form, context: int = 64) -> Traced:
+    """The compiled step of this engine, greedy, as `context` tokens are attended to."""
+    model = our_model(config, form)
+    step, buffers = our_step(model, compiled=False), our_buffers(config, context, DTYPES[form.dtype])
+
+    def flat(token: mx.array, position: mx.array, *kv: mx.array) -> list[mx.array]:
+        token, position, kept = step(token, position, list(kv))
+        return [token, position, *kept]
+
+    with one_primitive_each(tagged=True):
+        graph = trace(flat, mx.array([1], mx.uint32), mx.array([context - 1]), *buffers)
+    return described("openelm-mlx", fuse(graph), model, 2, context, buffers[0].shape[3])
+
+
+def mlx_lm_model(config: OpenELMConfig, form: Form) -> nn.Module:
+    try:
+        from mlx_lm.models import openelm
+    except ImportError:
+        raise BenchmarkError("mlx-lm is not installed; `pip install mlx-lm`") from None
+    model = openelm.Model(openelm.ModelArgs.from_dict(config.to_hf_dict()))
+    form.apply(model)
+    return model
+
+
+def mlx_lm_step(model: nn.Module, caches: list[Any]) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
+    """What `generate_step` of mlx-lm does for a token, greedy: token [1] -> the next token and its log-probabilities."""
+
+    def run(token: mx.array) -> tuple[mx.array, mx.array]:
+        logits = model(token[None], cache=caches)[:, -1, :]
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        return mx.argmax(logprobs, axis=-1), logprobs.squeeze(0)
+
+    return run
+
+
+def mlx_lm_caches(config: OpenELMConfig, context: int, dtype: mx.Dtype) -> list[Any]:
+    """mlx-lm's own `KVCache`s, filled up to the new token."""
+    from mlx_lm.models.cache import KVCache
+
+    caches = []
+    for shape in layer_shapes(config):
+        cache = KVCache()
+        held = (1, shape.kv_heads, -(-context // cache.step) * cache.step, config.head_dim)
+        cache.keys, cache.values, cache.offset = like(held, dtype), like(held, dtype), context - 1
+        caches.append(cache)
+    return caches
+
+
+def trace_mlx_lm(config: OpenELMConfig, form: Form, context: int = 64) -> Traced:
+    """mlx-lm's model as its `generate_step` runs it: uncompiled, but for the activation it compiles by itself."""
+    from mlx_lm.models import openelm
+
+    model = mlx_lm_model(config, form)
+    caches = mlx_lm_caches(config, context, DTYPES[form.dtype])
+    buffers = [array for cache in caches for array in (cache.keys, cache.values)]
+    step = mlx_lm_step(model, caches)
+
+    def flat(token: mx.array, *kv: mx.array) -> list[mx.array]:
+        for cache, keys, values in zip(caches, kv[::2], kv[1::2], strict=True):
+            cache.keys, cache.values, cache.offset = keys, values, context - 1
+        token, logprobs = step(token)
+        return [token, logprobs, *(array for cache in caches for array in (cache.keys, cache.values))]
+
+    with ExitStack() as stack:
+        stack.enter_context(one_primitive_each(tagged=True))
+        stack.enter_context(patch.object(openelm, "swiglu", lambda gate, x: fused(x, gate, x)))
+        graph = trace(flat, mx.array([1], mx.uint32), *buffers)
+    return described("mlx-lm", graph, model, 1, context, buffers[0].shape[2])
+
+
+def described(engine: str, graph: Graph, model: nn.Module, first: int, context: int, capacity: int) -> Traced:
+    names: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    found = {name: marked_as(array, names) for name, array in graph.constants.items()}
+    caches = frozenset(array.name for array in graph.inputs[first:])
+    return Traced(engine, graph, {k: v for k, v in found.items() if v}, caches, context, capacity)
+
+
+def shrunk(config: OpenELMConfig) -> OpenELMConfig:
+    """As many layers, each of the least width: what the host does for a token stays, what the device computes goes."""
+    n = config.num_transformer_layers
+    return replace(
+        config, model_dim=64, head_dim=64, vocab_size=64, ffn_dims=(64,) * n, num_query_heads=(1,) * n,
+        num_kv_heads=(1,) * n, num_gqa_groups=1, ffn_dim_divisor=64, qkv_multipliers=(1.0,), ffn_multipliers=(1.0,),
+    )  # fmt: skip
