@@ -35,6 +35,10 @@ def versions() -> dict[str, str]:
     return {"openelm-mlx": found["openelm_mlx"] or "unknown", "mlx": found["mlx"] or "unknown", "python": found["python"]}
 
 
+def memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def loaded_blas() -> str | None:
     """The file name of an OpenBLAS in this process, which on Linux takes the place of MLX's own."""
     try:
@@ -91,10 +95,10 @@ def rest_notes(before: Mapping[str, Any], after: str | None, throttled: int | No
 
 def trial_notes(name: str, metric: Metric) -> list[str]:
     """What the trials themselves say against a figure: wide spread, or drift from the first to the last."""
-    words = name.replace("_", " ")
+    words = name.split("_")[0]
     notes = []
     if metric.spread > SPREAD:
-        notes.append(f"{words}: quartiles {metric.spread:.0%} of the median apart")
+        notes.append(f"{words}: quartiles {metric.spread:.0%} apart")
     change, sure = drift(metric.values)
     if sure and abs(change) > DRIFT:
         notes.append(f"{words}: {change:+.0%} from the first trial to the last")

@@ -11,13 +11,14 @@ from importlib import import_module
 from openelm_mlx import __version__
 from openelm_mlx.errors import OpenELMError
 
-COMMANDS = ("chat", "generate", "convert", "inspect", "doctor")
+COMMANDS = ("chat", "generate", "convert", "benchmark", "inspect", "doctor")
 
 EXAMPLES = """examples:
   openelm chat                                     talk to the bundled model
   openelm chat 270m-instruct                       talk to Apple's, downloaded once
   openelm generate "Once upon a time" --max-tokens 64
   openelm convert checkpoint.pt -o my-model --bits 4
+  openelm benchmark                                tokens per second on this machine
   openelm inspect 1.1b                             heads and widths of every layer
 
 MODEL is a folder, a hub id (owner/name), openelm-tiny, or one of

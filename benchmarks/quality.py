@@ -1,0 +1,40 @@
+"""What a width costs in truth: how far a model's predictions move from those of the same model in full precision."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from openelm_mlx.generation import stream_generate
+
+if TYPE_CHECKING:
+    from openelm_mlx.loading import Engine
+
+TOKENS, SEED = 512, 0
+
+
+def own_text(engine: Engine, tokens: int = TOKENS) -> list[int]:
+    """BOS and what the model itself then samples at temperature 1: text of the kind it is good at, always the same."""
+    tokens = min(tokens, engine.config.max_context_length)
+    start = [engine.tokenizer.bos_id]
+    with closing(
+        stream_generate(engine, start, temperature=1.0, seed=SEED, max_tokens=tokens - 1, ignore_eos=True)
+    ) as events:
+        return start + [event.token for event in events if event.token is not None]
+
+
+def divergence(reference: Engine, other: Engine, text: list[int]) -> tuple[float, float]:
+    """Mean KL divergence (nats) of the next-token distributions over `text`, and the share of equal likeliest tokens."""
+    p, q = (log_probabilities(engine, text) for engine in (reference, other))
+    loss = (mx.exp(p) * (p - q)).sum(axis=-1).mean()
+    agreement = (p.argmax(axis=-1) == q.argmax(axis=-1)).astype(mx.float32).mean()
+    mx.eval(loss, agreement)
+    return float(loss.item()), float(agreement.item())
+
+
+def log_probabilities(engine: Engine, text: list[int]) -> mx.array:
+    """[length, vocab], float32."""
+    logits = engine.model(mx.array([text]))[0, :, : engine.vocab].astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -1,0 +1,318 @@
+"""A run: options become cases, cases are loaded, timed and set down in a document, also when it is cut short."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from openelm_mlx.benchmarks import harness, machine
+from openelm_mlx.benchmarks.harness import Entry
+from openelm_mlx.benchmarks.results import Case, Document, Metric, Ratio, Row
+from openelm_mlx.benchmarks.suites import BenchmarkOptions, Point, Suite, settings, speculation_settings, work
+
+from openelm_mlx.errors import OpenELMError
+
+if TYPE_CHECKING:
+    from openelm_mlx.benchmarks.ours import OurSession
+    from openelm_mlx.benchmarks.timing import Session
+
+    from openelm_mlx.loading import Engine
+
+OURS = "openelm-mlx"
+
+
+class Progress(Protocol):
+    """Who watches a run: how much work there will be, and what of it is done."""
+
+    def total(self, work: float) -> None: ...
+    def tick(self, label: str, work: float) -> None: ...
+
+
+class Unwatched:
+    def total(self, work: float) -> None:
+        pass
+
+    def tick(self, label: str, work: float) -> None:
+        pass
+
+
+@dataclass
+class Weights:
+    """A loaded model of one width, and where peers and new processes find the same weights."""
+
+    engine: Engine
+    load_seconds: float | None  # None where they were made, not read
+    bits: int | None
+    random: bool
+    folder: Path | None = None
+
+    def case(self, point: Point, engine: str = OURS) -> Case:
+        from openelm_mlx.benchmarks.weights import bits_per_weight, dtype_name
+
+        return Case(
+            engine=engine, model=self.engine.name, dtype=dtype_name(self.engine), bits=self.bits,
+            bits_per_weight=round(bits_per_weight(self.engine), 4), prompt_tokens=point.prompt_tokens,
+            generation_tokens=point.generation_tokens, batch_size=point.batch_size, cache=point.cache,
+            speculation=point.speculation, random_weights=self.random,
+        )  # fmt: skip
+
+
+def run(options: BenchmarkOptions, progress: Progress | None = None) -> Document:
+    """Measure what `options` ask for. Ctrl-C ends the run, not the document: that is marked as partial.
+
+    Raises `OpenELMError` for a model that cannot be loaded or a case that our engine cannot run.
+    """
+    return Run(options, progress or Unwatched()).document()
+
+
+class Run:
+    """Rows, ratios and notes as they come."""
+
+    def __init__(self, options: BenchmarkOptions, progress: Progress) -> None:
+        self.options, self.progress = options, progress
+        self.suite: Suite = options.chosen()
+        self.points = options.points()
+        self.rows: list[Row] = []
+        self.ratios: list[Ratio] = []
+        self.notes: list[str] = []
+        self.drafts: dict[str, Engine] = {}
+
+    def document(self) -> Document:
+        before, throttled = machine.machine(), machine.throttle_count()
+        self.peers = self.usable_peers()
+        self.versions = machine.versions()
+        partial = False
+        try:
+            self.progress.total(self.planned())
+            with tempfile.TemporaryDirectory(prefix="openelm-benchmark-") as folder:
+                self.scratch = Path(folder)
+                for model in self.suite.models:
+                    for widths in self.groups(model):
+                        self.measure(model, widths)
+        except KeyboardInterrupt:
+            partial = True
+            self.notes.append("interrupted: only the trials that were finished are here")
+        heat = None if throttled is None else (machine.throttle_count() or 0) - throttled
+        notes = [*self.method(), *self.notes, *machine.rest_notes(before, machine.thermal_pressure(), heat)]
+        return Document(
+            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), command=self.options.command,
+            suite=self.options.suite, partial=partial, machine=before, versions=self.versions,
+            notes=tuple(dict.fromkeys(notes)), rows=tuple(self.rows), ratios=tuple(self.ratios),
+        )  # fmt: skip
+
+    def method(self) -> list[str]:
+        """How the figures came about, in the document itself."""
+        return [
+            f"median of {self.suite.trials} trials with the quartiles around it; "
+            "one warm-up run of each case comes before them and is not counted",
+            "trials of all cases of a model take turns; greedy tokens, end of text ignored, the prompt is part of a novel",
+        ]
+
+    def usable_peers(self) -> list[str]:
+        """Of the peers asked for, those that run here; a note says what the others lack."""
+        if not self.options.peers:
+            return []
+        from openelm_mlx.benchmarks.peers import why_not
+
+        found = []
+        for name in dict.fromkeys(self.options.peers):
+            reason = why_not(name)
+            if reason is None:
+                found.append(name)
+            else:
+                self.notes.append(f"{name} was left out: {reason}")
+        return found
+
+    def planned(self) -> float:
+        """All tokens there are to run, as the harness counts them."""
+        simple = [point for point in self.points if point.simple]
+        speed = sum(work(self.points)) + len(self.peers) * sum(work(simple)) if self.suite.speed else 0.0
+        startup = (1 + len(self.peers)) * self.points[0].prompt_tokens if self.suite.startup else 0.0
+        return len(self.suite.models) * len(self.suite.bits) * (
+            speed * (self.suite.trials + 1) + startup * self.suite.trials
+        )  # fmt: skip
+
+    def groups(self, model: str) -> list[tuple[int | None, ...]]:
+        """Widths of one model measured in turns: all of them where they fit into half of the memory, else one by one."""
+        from openelm_mlx.benchmarks.weights import facts_of
+
+        facts = facts_of(model, bool(self.options.random_weights))
+        widths = tuple(bits for bits in self.suite.bits if bits is None or facts.bits is None or bits < facts.bits)
+        if widths != self.suite.bits:
+            wide = ", ".join(str(bits) for bits in self.suite.bits if bits not in widths)
+            self.notes.append(f"{model} has {facts.bits}-bit weights already: {wide} bits left out, fewer bits made from those")
+        size = facts.config.num_parameters * sum((bits or 32) / 8 for bits in widths) * (1 + len(self.peers))
+        if len(widths) == 1 or size < machine.memory_bytes() / 2:
+            return [widths]
+        self.notes.append(f"{model}: the widths do not fit into memory together and were measured one after the other")
+        return [(bits,) for bits in widths]
+
+    def measure(self, model: str, widths: Sequence[int | None]) -> None:
+        """Load the model in these widths, time every point, and take down the rows, the last ones at an interrupt too."""
+        with ExitStack() as stack:
+            loaded = [stack.enter_context(self.weights(model, bits)) for bits in widths]
+            entries: list[Entry] = []
+            if self.suite.speed:
+                entries = [entry for weights in loaded for entry in self.entries(weights, stack)]
+            losses: dict[int | None, dict[str, list[float]]] = {}
+            try:
+                harness.measure(entries, self.suite.trials, self.progress.tick)
+                if self.suite.loss:
+                    losses = self.losses(loaded)
+            finally:
+                self.take_down(entries, losses)
+            if self.suite.startup:
+                for weights in loaded:
+                    self.startup(weights)
+
+    def take_down(self, entries: list[Entry], losses: dict[int | None, dict[str, list[float]]]) -> None:
+        start = len(self.rows)
+        for entry in entries:
+            extra = dict(losses.get(entry.case.bits, {})) if entry.case.engine == OURS else {}
+            if entry.session.load_seconds:
+                extra["load_seconds"] = [entry.session.load_seconds]
+            self.rows.append(harness.row_of(entry, extra))
+        self.ratios += [
+            replace(ratio, row=ratio.row + start, against=ratio.against + start) for ratio in harness.ratios_of(entries)
+        ]
+
+    @contextmanager
+    def weights(self, model: str, bits: int | None) -> Iterator[Weights]:
+        from openelm_mlx.benchmarks.weights import open_engine, random_engine
+
+        dtype, group_size, random = self.suite.dtype, self.options.group_size, bool(self.options.random_weights)
+        if random:
+            weights = Weights(random_engine(model, dtype, bits, group_size), None, bits, True)
+        else:
+            engine, seconds = open_engine(model, dtype, bits, group_size)
+            weights = Weights(engine, seconds, bits or uniform_bits(engine), False)
+            if bits is None:
+                weights.folder = engine.path
+        yield weights
+        del weights
+
+    def folder(self, weights: Weights) -> Path:
+        """Where others find these very weights; written to a scratch folder the first time, unless they came from one."""
+        from openelm_mlx.benchmarks.weights import write_folder
+
+        if weights.folder is None:
+            name = f"{weights.engine.name.replace('/', '-')}-{weights.bits}"
+            weights.folder = write_folder(weights.engine, self.scratch / name)
+        return weights.folder
+
+    def entries(self, weights: Weights, stack: ExitStack) -> list[Entry]:
+        """Our engine at every point that fits the model's context, the peers at those that are simple."""
+        from openelm_mlx.benchmarks.ours import prompt_ids
+
+        peers = [session for name in self.peers if (session := self.open_peer(name, weights)) is not None]
+        for session in peers:
+            stack.callback(session.close)
+        found: list[Entry] = []
+        limit = weights.engine.config.max_context_length
+        for point in self.points:
+            if point.prompt_tokens + point.generation_tokens - 1 > limit:
+                lengths = f"{point.prompt_tokens} + {point.generation_tokens} tokens"
+                self.notes.append(f"{weights.engine.name}: {lengths} left out, its context holds {limit}")
+                self.progress.tick(lengths, sum(work([point])) * (self.suite.trials + 1))
+                continue
+            prompt = prompt_ids(weights.engine, point.prompt_tokens)
+            session = self.our_session(weights, point)
+            stack.callback(session.close)
+            ours = Entry(weights.case(point), session, prompt)
+            found.append(ours)
+            if point.simple:
+                found += [Entry(weights.case(point, peer.engine), peer, prompt, against=ours) for peer in peers]
+        return found
+
+    def our_session(self, weights: Weights, point: Point) -> OurSession:
+        from openelm_mlx.benchmarks.ours import OurSession
+
+        draft = self.draft(speculation_settings(point.speculation)[1])
+        return OurSession(weights.engine, weights.load_seconds or 0.0, settings(point), point.batch_size, draft)
+
+    def draft(self, name: str | None) -> Engine | None:
+        """The model that drafts, loaded once."""
+        from openelm_mlx.benchmarks.weights import open_engine
+
+        if name is not None and name not in self.drafts:
+            self.drafts[name] = open_engine(name, self.suite.dtype, None)[0]
+        return None if name is None else self.drafts[name]
+
+    def open_peer(self, name: str, weights: Weights) -> Session | None:
+        from openelm_mlx.benchmarks.peers import open_peer
+        from openelm_mlx.benchmarks.weights import dtype_name
+
+        try:
+            session = open_peer(name, self.folder(weights), dtype_name(weights.engine))
+        except OpenELMError as error:
+            self.notes.append(f"{name} was left out: {error}")
+            return None
+        self.versions[name] = session.version
+        return session
+
+    def startup(self, weights: Weights) -> None:
+        """Rows of new processes: ours and each peer's, taking turns."""
+        from openelm_mlx.benchmarks.ours import prompt_ids
+        from openelm_mlx.benchmarks.startup import startup
+        from openelm_mlx.benchmarks.weights import dtype_name
+
+        point = replace(self.points[0], generation_tokens=1)
+        prompt, folder, dtype = prompt_ids(weights.engine, point.prompt_tokens), self.folder(weights), dtype_name(weights.engine)
+        seconds: dict[str, list[float]] = {name: [] for name in (OURS, *self.peers)}
+        tokens: dict[str, int] = {}
+        problems: dict[str, str] = {}
+        try:
+            for number in range(self.suite.trials + 1):  # the first fills the file cache
+                for name in list(seconds)[:: -1 if number % 2 else 1]:
+                    if name in problems:
+                        continue
+                    try:
+                        found, tokens[name] = startup(name, folder, dtype, prompt, weights.engine.tokenizer.path)
+                    except OpenELMError as error:
+                        if name == OURS:
+                            raise
+                        problems[name] = f"not timed: {error}"
+                        continue
+                    if number:
+                        seconds[name].append(found)
+                        self.progress.tick(f"{name} start-up", point.prompt_tokens)
+        finally:
+            for name, values in seconds.items():
+                agrees = None if name == OURS or name not in tokens else tokens[name] == tokens[OURS]
+                metrics = {"startup_seconds": Metric.of(values, "s")} if values and agrees is not False else {}
+                notes = [problems[name]] if name in problems else []
+                notes += ["not timed: its first token is another"] if agrees is False else []
+                parts_at = 0 if agrees is False else None
+                self.rows.append(
+                    Row(weights.case(point, name), metrics, agrees=agrees, parts_at=parts_at, notes=tuple(notes))
+                )
+
+    def losses(self, loaded: list[Weights]) -> dict[int | None, dict[str, list[float]]]:
+        """KL divergence and agreement of each width with the widest, on text that the widest samples."""
+        from openelm_mlx.benchmarks.quality import divergence, own_text
+
+        if loaded[0].random:
+            self.notes.append("no loss is given: that of random weights would say nothing of trained ones")
+            return {}
+        if len(loaded) < 2:
+            return {}
+        reference = loaded[0].engine
+        text = own_text(reference)
+        found = {}
+        for weights in loaded[1:]:
+            loss, agreement = divergence(reference, weights.engine, text)
+            found[weights.bits] = {"kl_mean": [loss], "top_1_agreement": [agreement]}
+        return found
+
+
+def uniform_bits(engine: Engine) -> int | None:
+    """The width of a folder that is quantized all alike."""
+    quantization = engine.quantization or {}
+    mixed = any(isinstance(value, dict) for value in quantization.values())
+    bits = quantization.get("bits")
+    return None if mixed or not isinstance(bits, int) else bits

@@ -1,0 +1,194 @@
+"""`openelm benchmark`: what this machine does with a model, how far that is from what it could, and who is faster."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openelm_mlx.benchmarks.suites import BITS, SIZES, SUITES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from openelm_mlx.benchmarks.results import Document
+    from openelm_mlx.benchmarks.run import Progress
+
+EXAMPLES = """examples:
+  openelm benchmark                                  the bundled model, under 2 minutes
+  openelm benchmark --suite quick --peers mlx-lm     and against mlx-lm, on the same weights
+  openelm benchmark 270m --bits 4 8 --prompt-tokens 64 512 --output mine.json
+  openelm benchmark --random-weights 1.1b --bits 4   a published size, nothing downloaded
+  openelm benchmark --suite paper --report paper.html --plot paper.png
+  openelm benchmark --compare before.json after.json exit status 1 if anything became slower
+  openelm benchmark --predict m3-max                 what a chip that you do not own would do
+
+The table shows medians with quartiles; what a result does not show, its notes say. On a terminal it is
+drawn, into a pipe or file it is Markdown: paste it into an issue as it is. Ctrl-C keeps what was measured.
+"""
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "benchmark", help="tokens per second, memory and loss, against peers and physics",
+        description="Measure a model on this machine.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("models", metavar="MODEL", nargs="*", help="default: openelm-tiny")
+    what = parser.add_argument_group("what to measure")
+    suites = "; ".join(f"{name}: {suite.help}" for name, suite in SUITES.items())
+    what.add_argument("--suite", choices=SUITES, default="quick", metavar="NAME", help=f"{suites} (default quick)")
+    what.add_argument("--random-weights", nargs="+", metavar="SIZE", default=(),
+                      help=f"published sizes with random weights, nothing downloaded: {', '.join(SIZES)}")
+    what.add_argument("--bits", nargs="+", type=int, metavar="N", default=(), help=f"widths of the weights: {BITS}")
+    what.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="with --bits (default 64)")
+    what.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="compute in this type")
+    what.add_argument("--prompt-tokens", nargs="+", type=int, metavar="N", default=(), help="lengths of the prompt")
+    what.add_argument("--generation-tokens", nargs="+", type=int, metavar="N", default=(), help="tokens after it")
+    what.add_argument("--batch-size", nargs="+", type=int, metavar="N", default=(), dest="batch_sizes",
+                      help="sequences at a time")
+    what.add_argument("--cache", nargs="+", metavar="KIND", default=(), dest="caches",
+                      help="how keys and values are kept: plain, kv8, kv4, window-N")
+    what.add_argument("--speculation", nargs="+", metavar="KIND", default=(), dest="speculations",
+                      help="none, prompt-lookup, 'draft MODEL'")
+    what.add_argument("--trials", type=int, metavar="N", help="counted runs of each case, at least 5")
+    what.add_argument("--minutes", type=float, metavar="N", default=30.0, help="of the soak suite (default 30)")
+    what.add_argument("--peers", metavar="NAMES", default="", help="also time these: mlx-lm,llama.cpp,torch")
+    out = parser.add_argument_group("what to write")
+    out.add_argument("--output", metavar="F.json", help="everything, for --compare and for benchmarks/results")
+    out.add_argument("--csv", metavar="F", help="one line a case")
+    out.add_argument("--markdown", metavar="F", help="the table")
+    out.add_argument("--plot", metavar="F.png", help="pictures, .png or .svg; needs matplotlib")
+    out.add_argument("--report", metavar="F.html", help="one page with tables, pictures and machine facts")
+    out.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    other = parser.add_argument_group("instead of measuring")
+    other.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="significant changes from A to B")
+    other.add_argument("--show", metavar="F.json", help="show, plot or report a result measured before")
+    other.add_argument("--predict", metavar="CHIP", help="expected tokens/s of a chip, as in m3-max; list shows them")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.compare:
+        return compare(*args.compare)
+    if args.predict:
+        return predict(args)
+    check_targets(args)
+    if args.show:
+        from openelm_mlx.benchmarks.results import load
+
+        document = load(args.show)
+    else:
+        document = measure(args)
+    write(document, args)
+    return 130 if document.partial and not args.show else 0
+
+
+def measure(args: argparse.Namespace) -> Document:
+    from openelm_mlx.benchmarks.run import run as run_benchmark
+    from openelm_mlx.benchmarks.suites import BenchmarkOptions
+
+    options = BenchmarkOptions(
+        models=tuple(args.models), suite=args.suite, random_weights=tuple(args.random_weights), bits=tuple(args.bits),
+        dtype=args.dtype, group_size=args.group_size, prompt_tokens=tuple(args.prompt_tokens),
+        generation_tokens=tuple(args.generation_tokens), batch_sizes=tuple(args.batch_sizes), caches=tuple(args.caches),
+        speculations=tuple(args.speculations), trials=args.trials, minutes=args.minutes,
+        peers=tuple(name.strip() for name in args.peers.split(",") if name.strip()), command=command_line(),
+    )  # fmt: skip
+    with progress_bar() as progress:
+        return run_benchmark(options, progress)
+
+
+def command_line() -> str:
+    """What the user typed, with paths cut to their last part: results are shared."""
+    words = [Path(word).name if "/" in word and Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["openelm", *words])
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress | None]:
+    """A bar with an estimate on a terminal's stderr; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("measuring"), BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(),
+               TextColumn("{task.description}"))  # fmt: skip
+    with Bars(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=3600) as bars:
+        yield Bar(bars, bars.add_task("loading", total=None))
+
+
+class Bar:
+    def __init__(self, bars: Any, task: Any) -> None:
+        self.bars, self.task = bars, task
+
+    def total(self, work: float) -> None:
+        self.bars.update(self.task, total=work)
+
+    def tick(self, label: str, work: float) -> None:
+        self.bars.update(self.task, advance=work, description=label)
+
+
+def check_targets(args: argparse.Namespace) -> None:
+    """Before anything is measured: whether it can be written afterwards. Raises `BenchmarkError`."""
+    from openelm_mlx.errors import BenchmarkError
+
+    for name in ("output", "csv", "markdown", "plot", "report"):
+        target = getattr(args, name)
+        if target and not Path(target).resolve().parent.is_dir():
+            raise BenchmarkError(f"--{name} {target}: its folder does not exist; make it first")
+    if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
+        raise BenchmarkError(f"--plot {args.plot}: give a name that ends in .png or .svg")
+
+
+def write(document: Document, args: argparse.Namespace) -> None:
+    """The files first, the most valuable one before the rest; then the table or JSON on stdout."""
+    from openelm_mlx.benchmarks import results, tables
+
+    if args.output:
+        results.save(document, args.output)
+    if args.csv:
+        results.write_text(args.csv, tables.csv_text(document))
+    if args.markdown:
+        results.write_text(args.markdown, tables.markdown(document))
+    if args.json:
+        print(results.to_json(document), end="")
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        tables.show(document, Console())
+    else:
+        print(tables.markdown(document), end="")
+    if args.plot:
+        from openelm_mlx.benchmarks.plot import write_plot
+
+        write_plot(document, Path(args.plot))
+    if args.report:
+        from openelm_mlx.benchmarks.report import write_report
+
+        write_report(document, Path(args.report))
+
+
+def compare(before: str, after: str) -> int:
+    """Exit status 1 where something has become significantly worse."""
+    from rich.console import Console
+
+    from openelm_mlx.benchmarks import compare as comparing
+    from openelm_mlx.benchmarks.results import load
+
+    comparison = comparing.compare(load(before), load(after))
+    if sys.stdout.isatty():
+        comparing.show(comparison, Console())
+    else:
+        print("\n".join(comparing.lines(comparison)))
+    return 1 if comparison.regressed else 0
+
+
+def predict(args: argparse.Namespace) -> int:
+    raise NotImplementedError
