@@ -55,12 +55,21 @@ def scale_y(ax: Any, values: Sequence[float]) -> None:
     """From 0, or logarithmic where the values lie too far apart to be read beside each other."""
     low, high = min(values), max(values)
     if low > 0 and high / low > LOG_SPAN:
-        ax.set_yscale("log")
+        log_y(ax, (1, 2, 5) if high / low < 100 else (1,))
         ax.set_ylim(low / 1.6, high * 1.6)
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
         ax.set_ylabel(f"{ax.get_ylabel()} (log scale)")
     else:
         ax.set_ylim(0, high * 1.12 or 1)
+
+
+def log_y(ax: Any, steps: Sequence[float] = (1,)) -> None:
+    """A logarithmic axis with plain numbers at `steps` of each decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=steps))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def legend(ax: Any, theme: Theme, order: Sequence[str] = (), columns: int = 2) -> None:

@@ -68,13 +68,13 @@ def metric_name(metric: str) -> str:
 
 
 def ratio_label(document: Document, number: int) -> str:
-    """`decode, openelm-mlx / mlx-lm`, and below it the model and width."""
+    """`decode, openelm-mlx / mlx-lm: 270m, 4-bit, 64 prompt`."""
     ratio = document.ratios[number]
     one, other = document.rows[ratio.row].case, document.rows[ratio.against].case
     names = f"{one.engine} / {other.engine}"
     if one.engine == other.engine:
         names = f"{setting(one)} / {setting(other)}"
-    return f"{metric_name(ratio.metric)}, {names}\n{model_name(one)}, {width(one)}, {one.prompt_tokens} prompt"
+    return f"{metric_name(ratio.metric)}, {names}: {model_name(one)}, {width(one)}, {one.prompt_tokens} prompt"
 
 
 def verdict(document: Document, number: int) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openelm_mlx.benchmarks.drawing import DASHES, MARKERS, PARTS, Theme, dot, legend, note, scale_y
+from openelm_mlx.benchmarks.drawing import DASHES, MARKERS, PARTS, Theme, dot, legend, log_y, note, scale_y
 from openelm_mlx.benchmarks.labels import (
     OURS,
     bits_of,
@@ -49,6 +49,7 @@ class Panel:
 
     kind: str
     title: str
+    model: str  # whose rows these are; empty where they are of several
     words: str
     draw: Callable[[Any, Theme], None]
     rows: float = 0
@@ -56,7 +57,7 @@ class Panel:
     @property
     def height(self) -> float:
         """Inches, axes and all."""
-        return max(3.3, 1.4 + 0.3 * self.rows)
+        return max(3.6, 1.7 + 0.3 * self.rows)
 
 
 def panels(document: Document) -> list[Panel]:
@@ -92,7 +93,8 @@ def speed(model: str, rows: Sequence[Row]) -> Panel | None:
                 ends.append(row.bound_tokens_per_second)
                 ax.plot([place - 0.4, place + 0.4], ends[-1:] * 2, color=theme.ink, lw=2, label="memory bound")
             if row.case.engine == OURS and row.percent_of_bound is not None:
-                note(ax, f"{row.percent_of_bound:.0f} %", (x, metric.median), theme, (-7, 0), ha="right", va="center")
+                below = row.percent_of_bound > 60  # beside the bound's bar there is no room above the dot
+                note(ax, f"{row.percent_of_bound:.0f} %", (x, metric.median), theme, (0, -15 if below else 7), ha="center")
         ax.set_xticks(range(len(widths)), widths)
         ax.set_xlim(-0.7, len(widths) - 0.3)
         scale_y(ax, ends)
@@ -103,7 +105,7 @@ def speed(model: str, rows: Sequence[Row]) -> Panel | None:
         + (f", {row.percent_of_bound:.0f} % of the memory bound" if row.percent_of_bound is not None else "")
         for row in rows
     )
-    return Panel("speed", f"{model}: speed and memory bound", f"Decode rate after {shortest} prompt tokens: {said}.", draw)
+    return Panel("speed", "Speed and memory bound", model, f"Decode rate after {shortest} prompt tokens: {said}.", draw)
 
 
 def parts(model: str, rows: Sequence[Row]) -> Panel | None:
@@ -121,7 +123,7 @@ def parts(model: str, rows: Sequence[Row]) -> Panel | None:
                 left += megabytes
             note(ax, number(left), (left, y), theme, (4, 0), va="center")
         ax.set_yticks(range(len(rows)), [width(row.case) for row in rows])
-        ax.set_ylim(len(rows) - 0.4, -0.6)
+        ax.set_ylim(max(len(rows), 3) - 0.4, -0.6)
         ax.margins(x=0.16)
         ax.set_xlabel("read for one token, MB")
         legend(ax, theme, PARTS, columns=3)
@@ -130,7 +132,7 @@ def parts(model: str, rows: Sequence[Row]) -> Panel | None:
         f"{width(row.case)}: " + ", ".join(f"{part} {number(size)} MB" for part, size in ordered(row.bytes_per_token))
         for row in rows
     )
-    return Panel("parts", f"{model}: bytes of a token, by part", f"{said}.", draw, rows=len(rows))
+    return Panel("parts", "Bytes of a token, by part", model, f"{said}.", draw, rows=len(rows))
 
 
 def layers(model: str, rows: Sequence[Row]) -> Panel | None:
@@ -156,7 +158,7 @@ def layers(model: str, rows: Sequence[Row]) -> Panel | None:
         legend(ax, theme, PARTS, columns=3)
 
     said = f"From {number(totals[0])} MB in the first layer to {number(totals[-1])} MB in the last."
-    return Panel("layers", f"{model}: bytes of a token, by layer ({width(row.case)})", said, draw)
+    return Panel("layers", f"Bytes of a token, by layer, {width(row.case)}", model, said, draw)
 
 
 def context(model: str, rows: Sequence[Row]) -> Panel | None:
@@ -192,7 +194,7 @@ def context(model: str, rows: Sequence[Row]) -> Panel | None:
         f"{number(some[-1].metrics[DECODE].median)} after {some[-1].case.prompt_tokens}"
         for (engine, form), some in lines.items()
     )
-    return Panel("context", f"{model}: decode rate and context", f"{said}.", draw)
+    return Panel("context", "Decode rate and context", model, f"{said}.", draw)
 
 
 def loss(model: str, rows: Sequence[Row]) -> Panel | None:
@@ -207,13 +209,13 @@ def loss(model: str, rows: Sequence[Row]) -> Panel | None:
             at = (row.case.bits_per_weight or 0.0, row.metrics["kl_mean"].median)
             ax.plot(*([end] for end in at), marker="o", ms=6.5, color=theme.engine(0), ls="")
             note(ax, width(row.case), at, theme, (6, 4))
-        ax.set_yscale("log")
+        log_y(ax)
         ax.margins(x=0.2, y=0.12)
         ax.set_xlabel("bits per weight")
         ax.set_ylabel("mean KL divergence, nats")
 
     said = "; ".join(f"{width(row.case)} {number(row.metrics['kl_mean'].median)} nats" for row in rows)
-    return Panel("loss", f"{model}: loss and size", f"Mean KL divergence from full precision: {said}.", draw)
+    return Panel("loss", "Loss and size", model, f"Mean KL divergence from full precision: {said}.", draw)
 
 
 def settings(model: str, rows: Sequence[Row]) -> Panel | None:
@@ -233,12 +235,12 @@ def settings(model: str, rows: Sequence[Row]) -> Panel | None:
             ax.plot([metric.q1, metric.q3], [y, y], color=theme.ink, lw=1.5)
             note(ax, number(metric.median), (max(metric.median, metric.q3), y), theme, (4, 0), va="center")
         ax.set_yticks(range(len(rows)), labels)
-        ax.set_ylim(len(rows) - 0.4, -0.6)
+        ax.set_ylim(max(len(rows), 3) - 0.4, -0.6)
         ax.margins(x=0.18)
         ax.set_xlabel("decode, tokens/s, all sequences")
 
     said = "; ".join(f"{label} {number(row.metrics[DECODE].median)} tokens/s" for label, row in zip(labels, rows, strict=True))
-    return Panel("settings", f"{model}: batches, caches, speculation", f"{said}.", draw, rows=len(rows))
+    return Panel("settings", "Batches, caches, speculation", model, f"{said}.", draw, rows=len(rows))
 
 
 def ratios(document: Document) -> Panel | None:
@@ -256,17 +258,22 @@ def ratios(document: Document) -> Panel | None:
             ax.plot([item.low, item.high], [y, y], color=colours[found], lw=2, alpha=0.6)
             ax.plot([item.ratio], [y], marker=marks[found], ms=6.5, color=colours[found], ls="", label=found)
             note(ax, f"{item.ratio:.2f}", (item.high, y), theme, (6, 0), va="center")
-        ax.set_yticks(range(len(shown)), [ratio_label(document, number) for number in range(len(shown))])
-        ax.set_ylim(len(shown) - 0.4, -0.6)
+            label = ratio_label(document, y)
+            text = ax.text(0, y - 0.32, label, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=theme.ink)
+            text.set_in_layout(False)  # it may stand over the axes' end
+            text.set_bbox({"facecolor": theme.paper, "edgecolor": "none", "pad": 1})
+        ax.set_yticks([])
+        ax.spines["left"].set_visible(False)
+        ax.set_ylim(max(len(shown), 3) - 0.5, -0.6)
         ax.margins(x=0.2)
         ax.set_xlabel("ratio of paired trials, 95 % interval")
         legend(ax, theme, list(marks), columns=3)
 
     said = "; ".join(
-        f"{ratio_label(document, number)} {item.ratio:.2f}, 95 % interval {item.low:.2f} to {item.high:.2f}".replace("\n", ", ")
+        f"{ratio_label(document, number)} {item.ratio:.2f}, 95 % interval {item.low:.2f} to {item.high:.2f}"
         for number, item in enumerate(shown)
     )
-    return Panel("ratios", "Ratios of paired trials", f"{said}.", draw, rows=1.5 * len(shown))
+    return Panel("ratios", "Ratios of paired trials", "", f"{said}.", draw, rows=1.3 * len(shown))
 
 
 # --- bytes

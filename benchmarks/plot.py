@@ -23,7 +23,7 @@ __all__ = ["DARK", "LIGHT", "panel_svg", "write_plot"]
 
 SUFFIXES = (".png", ".svg")
 COLUMNS, WIDTH, DPI = 3, 4.4, 160  # panels beside each other; inches a panel; dots per inch of a PNG
-FOOT, HEAD = 0.62, 0.62  # inches
+HEAD, FOOT, TITLE, MARGIN = 0.5, 0.6, 0.55, 0.12  # inches
 
 
 def write_plot(document: Document, path: str | Path) -> None:
@@ -44,30 +44,38 @@ def write_plot(document: Document, path: str | Path) -> None:
 
 
 def panel_svg(panel: Panel, theme: Theme) -> bytes:
-    """One panel as an SVG without a background, its text as shapes: it needs no font. Raises as `write_plot`."""
+    """One panel without its title as an SVG, its text as shapes: it needs no font. Raises as `write_plot`."""
     with style(theme):
-        figure = new_figure(WIDTH, panel.height)
-        ax = figure.add_subplot()
-        panel.draw(ax, theme)
+        figure = new_figure(WIDTH, panel.height - TITLE)
+        panel.draw(figure.add_subplot(), theme)
         return save(figure, "svg", transparent=True)
 
 
 def figure_of(document: Document, shown: list[Panel]) -> Figure:
-    """Panels in rows of three, each row as high as its highest, with the machine and date underneath."""
+    """Panels in rows of three, each row as high as its highest, with the machine and date underneath.
+
+    Each panel lies in a figure of its own, so that the long labels of one do not take room from the others.
+    """
     columns = min(COLUMNS, len(shown))
     rows = [shown[start : start + columns] for start in range(0, len(shown), columns)]
     heights = [max(panel.height for panel in row) for row in rows]
-    figure = new_figure(columns * WIDTH, sum(heights) + HEAD + FOOT)
-    figure.get_layout_engine().set(rect=(0, FOOT / figure.get_figheight(), 1, 1 - (FOOT + HEAD) / figure.get_figheight()))
-    grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
-    for number, panel in enumerate(shown):
-        ax = figure.add_subplot(grid[number // columns, number % columns])
-        panel.draw(ax, LIGHT)
-        ax.set_title(panel.title)
-    top = figure.get_figheight()
-    figure.text(0.008 * COLUMNS / columns, 1 - 0.16 / top, "OpenELM benchmark", size=13, weight="bold", va="top", color=LIGHT.ink)
-    figure.text(0.008 * COLUMNS / columns, 0.14 / top, caption(document), size=8, va="bottom", color=LIGHT.muted, linespacing=1.5)
+    figure = new_figure(max(columns, 2) * WIDTH, sum(heights) + HEAD + FOOT)
+    head, *bands, foot = figure.subfigures(len(rows) + 2, 1, height_ratios=[HEAD, *heights, FOOT], hspace=0)
+    left = MARGIN / figure.get_figwidth()
+    head.text(left, 0.5, "OpenELM benchmark", size=15, weight="bold", va="center", color=LIGHT.ink)
+    foot.text(left, 0.5, caption(document), size=8, va="center", color=LIGHT.muted, linespacing=1.6)
+    for band, row, height in zip(bands, rows, heights, strict=True):
+        cells = band.subfigures(1, columns, squeeze=False)[0]
+        for cell, panel in zip(cells, row, strict=False):
+            title, body = cell.subfigures(2, 1, height_ratios=[TITLE, height - TITLE], hspace=0)
+            title.text(MARGIN / WIDTH, 0.62, panel.title, size=10.5, weight="bold", color=LIGHT.ink, va="center")
+            title.text(MARGIN / WIDTH, 0.2, shortened(panel.model), size=8.5, color=LIGHT.muted, va="center")
+            panel.draw(body.add_subplot(), LIGHT)
     return figure
+
+
+def shortened(name: str, length: int = 56) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def caption(document: Document) -> str:
@@ -86,7 +94,7 @@ def machine_line(machine: dict[str, Any]) -> str:
     facts = [machine.get("chip"), f"{memory / 2**30:.0f} GB" if isinstance(memory, (int, float)) and memory else None,
              " ".join(str(machine[key]) for key in ("system", "system_version") if machine.get(key))]  # fmt: skip
     line = ", ".join(str(fact) for fact in facts if fact)
-    return f"{LINUX}: {line}" if is_linux(machine) else line
+    return shortened(f"{LINUX}: {line}" if is_linux(machine) else line, 120)
 
 
 LINUX = "Linux CPU result, not Apple silicon"
@@ -124,7 +132,9 @@ def new_figure(width: float, height: float) -> Figure:
     """A figure of its own, outside pyplot's list of open ones."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=MARGIN, h_pad=0.05)
+    return figure
 
 
 def save(figure: Figure, kind: str, transparent: bool = False) -> bytes:
