@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import mlx.core as mx
 from openelm_mlx.convert.adapters import AdaptedCheckpoint, LoraOptions, has_adapters
 from openelm_mlx.convert.folder import find_tokenizer
-from openelm_mlx.convert.infer import config_for, config_path
+from openelm_mlx.convert.forms import Form
+from openelm_mlx.convert.infer import config_for, config_path, with_flags
 from openelm_mlx.convert.names import check_coverage, renamed_tensors
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.sources import TensorSource, open_source
 from openelm_mlx.convert.tokenizer_model import TokenizerModel
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors
-from openelm_mlx.errors import OptionError, TokenizerError
+from openelm_mlx.errors import CheckpointError, OptionError, TokenizerError
 
 MAX_PADDING_ROWS = 256  # CoreNet pads 32000 tokens to 32128 rows; a larger gap is another tokenizer
 
@@ -33,13 +35,30 @@ class OpenedModel:
     def adapters(self) -> AdaptedCheckpoint | None:
         return self.source if isinstance(self.source, AdaptedCheckpoint) else None
 
+    @property
+    def stored_forms(self) -> dict[str, Form]:
+        """Hugging Face's stem -> the form a matrix is quantized in already."""
+        stems = {name.removesuffix(".weight"): original.removesuffix(".weight") for name, original in self.names.items()}
+        return {stem: self.source.forms[original] for stem, original in stems.items() if original in self.source.forms}
+
+    def packed(self, name: str, rows: int) -> dict[str, mx.array]:
+        """The stored arrays of a matrix among `stored_forms`, without the rows that pad the vocabulary."""
+        original, result = self.names[name], {}
+        for stored, array in self.source.packed(original).items():
+            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+                raise CheckpointError(f"{stored} holds NaN or infinite scales; the checkpoint is damaged")
+            part = stored.removeprefix(original.removesuffix("weight"))
+            result[name.removesuffix("weight") + part] = array[:rows]
+        return result
+
 
 def open_model(options: ConvertOptions) -> OpenedModel:
     """Raises `ConversionError`, `CheckpointError`, `ConfigError` or `TokenizerError`; reads no weights."""
     source = with_adapters(open_source(options.source, options.source_format), options)
     names = renamed_tensors(source.tensors)
     shapes = {name: source.tensors[original].shape for name, original in names.items()}
-    config = source.config or config_for(options.source, shapes, options)
+    own = source.config
+    config = with_flags(own, options) if own and not options.config else config_for(options.source, shapes, options)
     check_coverage(shapes, expected_tensors(config))
     tokenizer = find_tokenizer(options, source)
     return OpenedModel(source, names, config, trim_vocabulary(config, tokenizer), tokenizer)

@@ -30,7 +30,7 @@ class ConvertOptions:
         default="mlx", metadata={"help": "what to write", "flag": "--to", "choices": TARGET_FORMATS}
     )
     dtype: str | None = field(
-        default=None, metadata={"help": "type of the weights; unset keeps the source's", "choices": DTYPES}
+        default=None, metadata={"help": "type of the weights; unset keeps what there is, quantized or not", "choices": DTYPES}
     )
     head_dim: int | None = field(
         default=None, metadata={"help": "width of a head, where the tensors do not tell", "range": (2, 65536)}
@@ -77,6 +77,10 @@ class ConvertOptions:
             if getattr(self, name) not in (None, *allowed):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         make_form(self.bits, self.group_size, self.mode)
+        if self.target_format == "hf" and self.form is not None:
+            raise OptionError("--to hf writes whole weights; leave out --bits and --mode, or --to hf")
+        if self.target_format == "gguf" and (self.verify or self.adapter == "keep"):
+            raise OptionError("--to gguf writes one file of weights; leave out --verify and --adapter keep")
         if self.rope_base is not None and not math.isfinite(self.rope_base):
             raise OptionError(f"rope_base is {self.rope_base!r}; it must be finite")
 
@@ -84,6 +88,11 @@ class ConvertOptions:
     def form(self) -> Form | None:
         """The one form of every matrix, None where the weights stay whole."""
         return make_form(self.bits, self.group_size, self.mode)
+
+    @property
+    def keeps_forms(self) -> bool:
+        """Whether matrices that are quantized in the source stay as they are."""
+        return self.target_format == "mlx" and self.dtype is None
 
     @property
     def is_instruct(self) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 from openelm_mlx.convert.adapters import ADAPTER_FOLDER, write_adapter
-from openelm_mlx.convert.folder import write_side_files
-from openelm_mlx.convert.forms import Plan, check_divides, config_entry, matrices
+from openelm_mlx.convert.folder import CHAT_TEMPLATE, write_side_files
+from openelm_mlx.convert.forms import Form, Plan, check_divides, config_entry, matrices
 from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize import planned, quantized
@@ -49,13 +49,14 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     check_target(options)
     opened = open_model(options)  # 1. what is there, 2. what model it makes
     source, names, trimmed = opened.source, opened.names, opened.trimmed
-    forms = plan_forms(trimmed, options)  # 3. what will be written
+    if options.target_format == "gguf":
+        return convert_to_gguf(opened, options, progress)
+    forms = plan_forms(opened, options)  # 3. what will be written
     plan = make_plan(source, names, trimmed, forms, options)
     report = make_report(source, opened.config, trimmed, plan, options)
     record = conversion_record(report, plan, options)
     with staged(options) as folder:  # 4. write beside, then rename
-        arrays = stream(source, names, expected_tensors(trimmed), forms, options, progress)
-        write_weights(folder, plan, arrays)
+        write_weights(folder, plan, stream(opened, forms, options, progress), options.target_format)
         write_side_files(folder, trimmed, opened.tokenizer, config_entry(forms), record, options.is_instruct)
         write_kept_adapter(folder, opened, forms)
         if options.verify:  # 5. prove it
@@ -65,10 +66,30 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     return report
 
 
-def plan_forms(config: OpenELMConfig, options: ConvertOptions) -> Plan:
-    """The form of every matrix; refuses before any work what does not divide."""
-    shapes = expected_tensors(config)
-    forms = dict.fromkeys(matrices(shapes), options.form)
+def convert_to_gguf(opened: OpenedModel, options: ConvertOptions, progress: Progress | None) -> ConversionReport:
+    """Steps 3 and 4 for a GGUF file: whole tensors in, llama.cpp's types out."""
+    from openelm_mlx.convert.targets.gguf import check_gguf, gguf_type, write_gguf
+
+    forms: Plan = dict.fromkeys(matrices(expected_tensors(opened.trimmed)))
+    plan = make_plan(opened.source, opened.names, opened.trimmed, forms, options)
+    dtype = plan["transformer.token_embeddings.weight"].dtype
+    kind = gguf_type(dtype, options.bits, options.group_size, options.mode)
+    check_gguf(opened.trimmed, kind == "Q8_0")
+    with staged(options) as folder:
+        arrays = stream(opened, forms, options, progress)
+        template = CHAT_TEMPLATE if options.is_instruct else None
+        name = options.target.stem
+        written = write_gguf(folder / options.target.name, name, opened.trimmed, opened.tokenizer, kind, template, arrays)
+    report = make_report(opened.source, opened.config, opened.trimmed, plan, options)
+    return replace(report, written_bytes=written, bits_per_weight=8 * written / report.parameters)
+
+
+def plan_forms(opened: OpenedModel, options: ConvertOptions) -> Plan:
+    """The form of every matrix; refuses before any work what does not divide. Unasked, the source's forms are kept."""
+    shapes = expected_tensors(opened.trimmed)
+    forms: dict[str, Form | None] = dict.fromkeys(matrices(shapes), options.form)
+    if options.form is None and options.keeps_forms:
+        forms |= opened.stored_forms
     check_divides(forms, shapes)
     return forms
 
@@ -97,13 +118,18 @@ def target_dtype(name: str, stored: str, config: OpenELMConfig, options: Convert
 
 
 def stream(
-    source: TensorSource, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]],
-    forms: Plan, options: ConvertOptions, progress: Progress | None,
-) -> Iterator[tuple[str, mx.array]]:  # fmt: skip
+    opened: OpenedModel, forms: Plan, options: ConvertOptions, progress: Progress | None
+) -> Iterator[tuple[str, mx.array]]:
     """The planned arrays one after another; only one source tensor is in memory at a time."""
+    shapes, stored = expected_tensors(opened.trimmed), opened.stored_forms if options.dtype is None else {}
     for number, (name, shape) in enumerate(shapes.items(), start=1):
-        array = final_array(source, names[name], name, shape, options)
-        yield from quantized(name, array, forms.get(name.removesuffix(".weight"))).items()
+        stem = name.removesuffix(".weight")
+        form = forms.get(stem)
+        if form is not None and form == stored.get(stem):
+            yield from opened.packed(name, shape[0]).items()
+        else:
+            array = final_array(opened.source, opened.names[name], name, shape, options)
+            yield from quantized(name, array, form).items()
         if progress is not None:
             progress(number, len(shapes), name)
 

@@ -32,8 +32,8 @@ def split(plan: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> list[dict
     return shards
 
 
-def header(plan: Mapping[str, TensorInfo]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+def header(plan: Mapping[str, TensorInfo], target_format: str = "mlx") -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt" if target_format == "hf" else "mlx"}}
     start = 0
     for name, info in plan.items():
         end = start + nbytes(info)
@@ -52,6 +52,7 @@ def write_weights(
     folder: Path,
     plan: Mapping[str, TensorInfo],
     arrays: Iterable[tuple[str, mx.array]],
+    target_format: str = "mlx",
     limit: int = SHARD_BYTES,
 ) -> list[str]:
     """Write `arrays`, which come in the plan's order, as model.safetensors or shards; returns the file names."""
@@ -62,7 +63,7 @@ def write_weights(
     stream = iter(arrays)
     for file_name, shard in zip(names, shards, strict=True):
         with open(folder / file_name, "wb") as file:
-            file.write(header(shard))
+            file.write(header(shard, target_format))
             for expected, info in shard.items():
                 name, array = next(stream)
                 data = to_bytes(array)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -9,6 +10,7 @@ from openelm_mlx.errors import ConversionError
 
 if TYPE_CHECKING:
     import mlx.core as mx
+    from openelm_mlx.convert.forms import Form
     from openelm_mlx.convert.tokenizer_model import TokenizerModel
 
     from openelm_mlx.config import OpenELMConfig
@@ -28,10 +30,15 @@ class TensorSource(Protocol):
     tensors: dict[str, TensorInfo]
     config: OpenELMConfig | None = None  # what the source itself says of its model; None: a file beside it, or the shapes
     tokenizer: TokenizerModel | None = None  # where the source carries one
+    forms: Mapping[str, Form] = {}  # stems of matrices that are quantized in the source, in forms this project writes
 
     def load(self, name: str) -> mx.array:
-        """The tensor `name` in the type it is stored in."""
+        """The tensor `name` in the type it is stored in, whole: quantized matrices are dequantized."""
         ...
+
+    def packed(self, name: str) -> dict[str, mx.array]:
+        """The stored arrays of a matrix among `forms`, under their names."""
+        raise KeyError(name)
 
 
 def open_source(path: Path, source_format: str | None = None) -> TensorSource:
@@ -39,7 +46,6 @@ def open_source(path: Path, source_format: str | None = None) -> TensorSource:
 
     `source_format` (`--from`) forces one: pt, huggingface, mlx, corenet-mlx, gguf.
     """
-    from openelm_mlx.convert.sources.huggingface import HuggingFaceFolder
     from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 
     if not path.exists():
@@ -54,7 +60,7 @@ def open_source(path: Path, source_format: str | None = None) -> TensorSource:
             wanted = "nothing that --from " + source_format if source_format else "neither safetensors nor a .pt or GGUF file"
             raise ConversionError(f"{path} holds {wanted}{' reads' if source_format else ''}; give {WANTED}")
         if kind == "safetensors":
-            return HuggingFaceFolder(path)
+            return safetensors_folder(path)
         if len(found[kind]) > 1:
             raise ConversionError(f"{path} holds {len(found[kind])} {kind} files; name one of them")
         path = found[kind][0]
@@ -62,7 +68,26 @@ def open_source(path: Path, source_format: str | None = None) -> TensorSource:
         raise ConversionError(f"{path} is one file of a model; give its folder, which also holds config.json")
     if source_format is not None:
         kind = FILE_KIND[source_format]
+    if kind == "gguf":
+        from openelm_mlx.convert.sources.gguf import GGUFFile
+
+        return GGUFFile(path)
+    if kind == "safetensors":
+        raise ConversionError(f"{path} is no folder; --from {source_format} takes the folder of a model")
     return TorchCheckpoint(path)
+
+
+def safetensors_folder(path: Path) -> TensorSource:
+    from openelm_mlx.convert.sources.huggingface import HuggingFaceFolder
+    from openelm_mlx.convert.sources.quantized import QuantizedFolder, quantization_of
+
+    from openelm_mlx.config import read_json
+
+    source = HuggingFaceFolder(path)
+    if not any(name.endswith(".scales") for name in source.tensors):
+        return source
+    config = path / "config.json"
+    return QuantizedFolder(source, quantization_of(read_json(config)) if config.is_file() else None)
 
 
 WANTED = "a CoreNet .pt file, a folder of safetensors or a GGUF file"

@@ -1,0 +1,271 @@
+"""Read llama.cpp's GGUF files of architecture `openelm`: metadata and places first, tensors on demand.
+
+The layout is that of ggml's gguf.md, version 2 or 3; llama.cpp's conversion/openelm.py says which key and which tensor
+is what. It splits proj_1 into gate and up and permutes nothing. Block formats are decoded by the `gguf` package.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from openelm_mlx.convert.infer import infer_config
+from openelm_mlx.convert.sources import TensorInfo, TensorSource
+from openelm_mlx.convert.tokenizer_model import UNUSED, TokenizerModel, assemble
+
+from openelm_mlx.config import OpenELMConfig, layer_shapes
+from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, TokenizerError
+
+NAMES = {  # GGUF's stem -> Hugging Face's; blk.N. and transformer.layers.N. stand before the second group
+    "token_embd": "token_embeddings", "output_norm": "norm", "output": "lm_head",
+}  # fmt: skip
+LAYER_NAMES = {
+    "attn_norm": "attn_norm", "attn_qkv": "attn.qkv_proj", "attn_q_norm": "attn.q_norm", "attn_k_norm": "attn.k_norm",
+    "attn_output": "attn.out_proj", "ffn_norm": "ffn_norm", "ffn_gate": "ffn.proj_1", "ffn_up": "ffn.proj_1",
+    "ffn_down": "ffn.proj_2",
+}  # fmt: skip
+FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+STRING, ARRAY = 8, 9
+MAX_ENTRIES, MAX_TOKENS = 1 << 16, 1 << 20  # the 3B has 30 keys, 327 tensors, 32000 tokens
+CHUNK = 1 << 20  # weights decoded at a time: the package needs several copies
+
+
+class Place(NamedTuple):
+    """A tensor in the file: block format, shape (outermost first), first byte."""
+
+    kind: Any  # gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclass
+class Cursor:
+    """Reads a GGUF header forward; whatever would reach past the end raises `ConversionError`."""
+
+    data: mmap.mmap
+    path: Path
+    at: int = 0
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.data) - self.at:
+            raise ConversionError(f"{self.path} is truncated or damaged: its header needs bytes past the end, at {self.at}")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def number(self, code: str) -> int:
+        return int(struct.unpack(code, self.take(struct.calcsize(code)))[0])
+
+    def text(self) -> str:
+        return self.take(self.number("<Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind in SCALARS:
+            return np.frombuffer(self.take(np.dtype(SCALARS[kind]).itemsize), SCALARS[kind])[0].item()
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            raise ConversionError(f"{self.path}: its metadata has a value of unknown type {kind}, at byte {self.at}")
+        inner, count = self.number("<I"), self.number("<Q")
+        if count > MAX_TOKENS:
+            raise ConversionError(f"{self.path}: its metadata has a list of {count} entries; no OpenELM needs that many")
+        if inner in SCALARS:
+            size = np.dtype(SCALARS[inner]).itemsize
+            return np.frombuffer(self.take(count * size), SCALARS[inner]).tolist()
+        if inner != STRING:
+            raise ConversionError(f"{self.path}: its metadata has a list of unknown type {inner}, at byte {self.at}")
+        return [self.text() for _ in range(count)]
+
+
+class GGUFFile(TensorSource):
+    """A GGUF file as a checkpoint with Hugging Face's names. Raises `ConversionError` for what it cannot read.
+
+    All tensors have the type of the embedding: float32, float16 or bfloat16, and float32 where blocks are decoded,
+    which holds every value of every block format exactly. (Norms are float32 in the file whatever the rest is.)
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise ConversionError(f"{self.path} cannot be read: {error}") from None
+        cursor = Cursor(self._data, self.path)
+        self.metadata, places = read_header(cursor)
+        self._parts: dict[str, list[Place]] = {}
+        for name, place in places.items():
+            self._parts.setdefault(hugging_face_name(name), []).append(place)
+        embedding = self._parts.get("transformer.token_embeddings.weight")
+        self._dtype = FLOAT_TYPES.get(embedding[0].kind.name, "float32") if embedding else "float32"
+        self.tensors = {name: TensorInfo(self._dtype, self._joined(name, parts)) for name, parts in self._parts.items()}
+        self.config = self._read_config()
+        self.tokenizer = read_tokenizer(self.path, self.metadata)
+
+    def load(self, name: str) -> mx.array:
+        """The tensor `name`, decoded to the type all tensors of this file are given in."""
+        decoded = [mx.array(self._decode(place)).astype(getattr(mx, self._dtype)) for place in self._parts[name]]
+        return decoded[0] if len(decoded) == 1 else mx.concatenate(decoded)
+
+    def _decode(self, place: Place) -> np.ndarray:
+        from gguf import GGML_QUANT_SIZES
+        from gguf.quants import dequantize
+
+        block, size = GGML_QUANT_SIZES[place.kind]
+        rows, width = math.prod(place.shape[:-1]), place.shape[-1] // block * size
+        stored = np.frombuffer(self._data, np.uint8, rows * width, place.start).reshape(rows, width)
+        out = np.empty((rows, place.shape[-1]), np.float32)
+        step = max(1, CHUNK // place.shape[-1])
+        with np.errstate(all="ignore"):  # damaged blocks hold anything; NaN is refused when it is written
+            for row in range(0, rows, step):
+                out[row : row + step] = dequantize(stored[row : row + step], place.kind)
+        return out.reshape(place.shape)
+
+    def _joined(self, name: str, parts: list[Place]) -> tuple[int, ...]:
+        if len(parts) == 1:
+            return parts[0].shape
+        gate, up = (part.shape for part in parts[:2])
+        if len(parts) > 2 or len(gate) != 2 or gate != up:
+            raise ConversionError(f"{self.path}: the parts of {name} have shapes {gate} and {up}; they must be two alike")
+        return (2 * gate[0], gate[1])
+
+    def _read_config(self) -> OpenELMConfig:
+        """The shapes say what model it is; the metadata must agree, and adds what shapes cannot say."""
+        shapes = {name: info.shape for name, info in self.tensors.items()}
+        head_dim = self._number("attention.key_length", whole=True)
+        base, eps = self._number("rope.freq_base", 10000.0), self._number("attention.layer_norm_rms_epsilon", 1e-6)
+        section = {"max_context_length": self._number("context_length", 2048, whole=True)}
+        if "transformer.layers.0.attn.q_norm.weight" in shapes:
+            head_dim = None
+        try:
+            config = infer_config(shapes, section, head_dim, base)
+            config = replace(config, rms_norm_eps=eps)
+            described = [layer_shapes(config)[number] for number in range(config.num_transformer_layers)]
+        except (CheckpointError, ConfigError) as error:
+            raise ConversionError(f"{self.path}: {error}") from None
+        for key, column in (("attention.head_count", 0), ("attention.head_count_kv", 1), ("feed_forward_length", 2)):
+            stated = self.metadata.get(f"openelm.{key}", [])
+            stated = stated if isinstance(stated, list) else [stated] * len(described)
+            if stated and stated != [shape[column] for shape in described]:
+                raise ConversionError(f"{self.path}: its metadata says {key} {stated[:4]}..., its tensors say otherwise")
+        return config
+
+    def _number(self, key: str, default: float | None = None, whole: bool = False) -> Any:
+        """A number of the metadata; float32 as the decimal that was meant (1e-06, not 9.9999999747524e-07)."""
+        value = self.metadata.get(f"openelm.{key}", default)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0 \
+                or (whole and not isinstance(value, int)):  # fmt: skip
+            raise ConversionError(f"{self.path}: its metadata says openelm.{key} {str(value)[:40]}; it must be a number above 0")
+        with np.errstate(over="ignore"):
+            return value if whole else float(str(np.float32(value)))
+
+
+def read_header(cursor: Cursor) -> tuple[dict[str, Any], dict[str, Place]]:
+    """Metadata and places of the tensors, each checked to lie within the file."""
+    path = cursor.path
+    if cursor.take(4) != b"GGUF":
+        raise ConversionError(f"{path} is no GGUF file")
+    version = cursor.number("<I")
+    if version not in (2, 3):
+        what = "big-endian" if version in (2 << 24, 3 << 24) else f"of version {version}"
+        raise ConversionError(f"{path} is a GGUF file {what}; little-endian files of versions 2 and 3 are read")
+    num_tensors, num_keys = cursor.number("<Q"), cursor.number("<Q")
+    if max(num_tensors, num_keys) > MAX_ENTRIES:
+        raise ConversionError(f"{path} is damaged: it claims {num_tensors} tensors and {num_keys} keys")
+    metadata: dict[str, Any] = {}
+    for _ in range(num_keys):
+        key = cursor.text()
+        if key in metadata:
+            raise ConversionError(f"{path} is damaged: it has the key {key[:60]!r} twice")
+        metadata[key] = cursor.value(cursor.number("<I"))
+    check_model(path, metadata)
+    found = [read_place(cursor) for _ in range(num_tensors)]
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 8 or alignment > 1 << 20 or alignment % 8:
+        raise ConversionError(f"{path} is damaged: its alignment is {str(alignment)[:40]}")
+    base = -(-cursor.at // alignment) * alignment
+    places = {name: located(cursor, name, place, base) for name, place in found}
+    if len(places) != len(found):
+        raise ConversionError(f"{path} is damaged: it has a tensor twice")
+    return metadata, places
+
+
+def check_model(path: Path, metadata: dict[str, Any]) -> None:
+    architecture = metadata.get("general.architecture")
+    if architecture != "openelm":
+        raise ConversionError(f"{path} holds a model of architecture {str(architecture)[:40]!r}; only openelm is converted")
+    parts = metadata.get("split.count", 1)
+    if parts not in (0, 1):
+        raise ConversionError(f"{path} is one part of {str(parts)[:20]}; join them with llama-gguf-split --merge first")
+
+
+def read_place(cursor: Cursor) -> tuple[str, Place]:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import _type_traits
+
+    name, dims = cursor.text(), cursor.number("<I")
+    if not 1 <= dims <= 4:
+        raise ConversionError(f"{cursor.path}: tensor {name[:60]} has {dims} dimensions")
+    shape = tuple(cursor.number("<Q") for _ in range(dims))[::-1]
+    code, offset = cursor.number("<I"), cursor.number("<Q")
+    readable = {kind.value: kind for kind in GGML_QUANT_SIZES if kind.name in FLOAT_TYPES or kind in _type_traits}
+    if code not in readable:
+        names = {kind.value: kind.name for kind in GGMLQuantizationType}
+        raise ConversionError(
+            f"{cursor.path}: tensor {name[:60]} has type {names.get(code, code)}; readable are "
+            + ", ".join(kind.name for kind in readable.values())
+        )
+    return name, Place(readable[code], shape, offset)
+
+
+def located(cursor: Cursor, name: str, place: Place, base: int) -> Place:
+    from gguf import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[place.kind]
+    if min(place.shape) < 1 or place.shape[-1] % block:
+        raise ConversionError(f"{cursor.path}: tensor {name[:60]} of shape {place.shape} is not made of {place.kind.name} blocks")
+    start, end = base + place.start, base + place.start + math.prod(place.shape) // block * size
+    if end > len(cursor.data):
+        raise ConversionError(f"{cursor.path} is truncated: tensor {name[:60]} ends at byte {end} of {len(cursor.data)}")
+    return place._replace(start=start)
+
+
+def hugging_face_name(name: str) -> str:
+    """`blk.3.attn_qkv.weight` -> `transformer.layers.3.attn.qkv_proj.weight`; unknown names stay as they are."""
+    parts = name.split(".")
+    if len(parts) == 2 and parts[0] in NAMES and parts[1] == "weight":
+        return ("" if parts[0] == "output" else "transformer.") + NAMES[parts[0]] + ".weight"
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in LAYER_NAMES and parts[3] == "weight":
+        return f"transformer.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.weight"
+    return name
+
+
+def read_tokenizer(path: Path, metadata: dict[str, Any]) -> TokenizerModel | None:
+    """The SentencePiece model behind tokenizer.ggml.*, None if there is none. Raises `TokenizerError`."""
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind in (None, "none", "no_vocab"):
+        return None
+    tokens, scores, kinds = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type"))
+    ids = [metadata.get(f"tokenizer.ggml.{key}_token_id", n) for key, n in (("unknown", 0), ("bos", 1), ("eos", 2))]
+    if kind != "llama" or ids != [0, 1, 2]:
+        raise TokenizerError(f"{path} has a tokenizer of kind {str(kind)[:40]!r} with special ids {ids}, where OpenELM's "
+                             "is 'llama' with 0, 1, 2; give the right one with --tokenizer")  # fmt: skip
+    if not (whole(tokens, str) and whole(scores, (int, float)) and whole(kinds, int)) \
+            or not len(tokens) == len(scores) == len(kinds) >= 3:  # fmt: skip
+        raise TokenizerError(f"{path}: the lists of its tokenizer (tokens, scores, token_type) do not fit together")
+    size = len(tokens)
+    while size > 3 and kinds[size - 1] == UNUSED and tokens[size - 1].startswith("[PAD"):
+        size -= 1  # rows that pad the vocabulary have such names
+    return assemble(path, tokens[:size], scores[:size], kinds[:size])
+
+
+def whole(values: Any, kind: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
