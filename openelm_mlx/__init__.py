@@ -23,19 +23,25 @@ _HOME = {
     "OpenELMConfig": "config",
     "layer_shapes": "config",
     "Conversation": "chat",
-    "PromptCache": "cache",
+    "PromptCache": "prompt_cache",
+    "ModelDraft": "drafts",
+    "batch_generate": "batch",
+    "BatchEngine": "batch",
     "OpenELMError": "errors",
 }
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from openelm_mlx.cache import PromptCache
+    from openelm_mlx.batch import BatchEngine, batch_generate
     from openelm_mlx.chat import Conversation
     from openelm_mlx.config import OpenELMConfig, layer_shapes
+    from openelm_mlx.drafts import ModelDraft
     from openelm_mlx.errors import OpenELMError
     from openelm_mlx.generation import Event, generate, stream_generate
     from openelm_mlx.loading import Engine, load
     from openelm_mlx.options import GenerationOptions, SamplingOptions
+    from openelm_mlx.prompt_cache import PromptCache
+
 
 # In a bare clone `convert/` and `benchmarks/` lie beside this package instead of inside it.
 if (Path(__file__).parents[1] / "pyproject.toml").exists():

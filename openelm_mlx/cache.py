@@ -1,24 +1,24 @@
-"""Keys and values of the tokens already seen: the contract and its kinds.
+"""Keys and values of the tokens already seen: the contract and its sides.
 
-The model never asks which kind it holds. It asks for the positions of new tokens, for one mask a pass, and lets the
-cache attend: `attend` stores the new keys and values and returns the attention over everything held.
+The model never asks what it holds. It asks for the positions of new tokens, for one mask a pass, and lets the
+cache attend: `attend` stores the new keys and values and returns the attention over everything held. `KVCache` is
+the side that prefill and Python see, `StepCache` the same arrays inside a compiled step. In which form and in
+which slots tokens are kept is the `CacheKind` of both (kv.py).
 
 Keys and values share one buffer [2, batch, kv_heads, capacity, head_dim], so a decoded token writes both at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import mlx.core as mx
 
-from openelm_mlx.config import OpenELMConfig, layer_shapes
+from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import CacheError
+from openelm_mlx.kv import Arrays, CacheKind, Mask, Window, sdpa
 
 BLOCK = 256  # tokens by which a buffer grows: one new trace of the compiled step each time
-
-Mask = mx.array | str | None
 
 
 class Cache(Protocol):
@@ -31,11 +31,6 @@ class Cache(Protocol):
     def positions(self, length: int) -> mx.array: ...
     def mask(self, length: int) -> Mask: ...
     def attend(self, q: mx.array, kv: mx.array, mask: Mask, scale: float) -> mx.array: ...
-
-
-def sdpa(q: mx.array, k: mx.array, v: mx.array, mask: Mask, scale: float) -> mx.array:
-    """Attention of q [B, heads, L, D] over k, v [B, kv_heads, T, D]; grouped heads are native to the kernel."""
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
 def causal(length: int) -> Mask:
@@ -59,80 +54,160 @@ class NoCache:
 
 
 class KVCache:
-    """Grows in blocks, holds every token; `trim` is exact because later tokens only overwrite."""
+    """A cache of any kind, as prefill and Python see it: the offset is a number.
 
-    def __init__(self) -> None:
+    A growing one holds every token and grows in blocks; a window holds its fixed number of slots.
+    """
+
+    def __init__(self, kind: CacheKind | None = None) -> None:
+        self.kind = kind or CacheKind()
         self.offset = 0
-        self.buffer: mx.array | None = None  # [2, B, kv_heads, capacity, head_dim]
+        self.written = 0  # the highest offset there ever was: what a window has overwritten
+        self.arrays: Arrays = []  # of the store, each [2, B, kv_heads, capacity, width]; none before the first tokens
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.buffer is None else self.buffer.nbytes
+        return sum(array.nbytes for array in self.arrays)
 
     @property
     def capacity(self) -> int:
-        return 0 if self.buffer is None else self.buffer.shape[3]
+        return self.arrays[0].shape[3] if self.arrays else 0
 
     def positions(self, length: int) -> mx.array:
         return mx.arange(self.offset, self.offset + length)[None]
 
     def mask(self, length: int) -> Mask:
-        return causal(length)
+        layout = self.kind.layout
+        if not isinstance(layout, Window):
+            return causal(length)
+        new = self.positions(length)
+        held, ring_slots = new, new[0] >= layout.keep
+        if self.offset:  # what is held before this pass, then the pass itself
+            before = layout.held(mx.array([[self.offset - 1]]))
+            before = mx.where(before < self.offset, before, -1)  # kept slots not yet written
+            held = mx.concatenate([before, new], axis=1)
+            ring_slots = mx.concatenate([mx.arange(layout.capacity) >= layout.keep, ring_slots])
+        return layout.sees(new, held, ring_slots)[:, None]
 
-    def reserve(self, tokens: int, like: mx.array | None = None) -> None:
-        """Make room for `tokens` in all, rounded up to whole blocks; `like` gives shape and dtype at first."""
-        capacity = -(-tokens // BLOCK) * BLOCK
+    def reserve(self, tokens: int, like: Arrays | None = None) -> None:
+        """Make room for `tokens` in all, in whole blocks or the whole window; `like` gives shapes and types at first."""
+        layout = self.kind.layout
+        capacity = layout.capacity if isinstance(layout, Window) else -(-tokens // BLOCK) * BLOCK
         if capacity <= self.capacity:
             return
-        like = self.buffer if like is None else like
-        if like is None:
+        like = like or self.arrays
+        if not like:
             raise CacheError("an empty cache cannot be enlarged before its first tokens; prefill first")
-        shape = (*like.shape[:3], capacity - self.capacity, like.shape[4])
-        room = mx.zeros(shape, like.dtype)
-        self.buffer = room if self.buffer is None else mx.concatenate([self.buffer, room], axis=3)
+        rooms = [mx.zeros((*a.shape[:3], capacity - self.capacity, a.shape[4]), a.dtype) for a in like]
+        self.arrays = [mx.concatenate([a, b], axis=3) for a, b in zip(self.arrays, rooms, strict=True)] if self.arrays else rooms
 
     def attend(self, q: mx.array, kv: mx.array, mask: Mask, scale: float) -> mx.array:
-        end = self.offset + kv.shape[3]
-        self.reserve(end, like=kv)
-        buffer = self.buffer
-        if buffer is None:  # unreachable after reserve; tells the type checker so
-            raise CacheError("the cache has no buffer")
-        buffer[:, :, :, self.offset : end] = kv
-        self.offset = end
-        return sdpa(q, buffer[0, :, :, :end], buffer[1, :, :, :end], mask, scale)
+        new, end = self.kind.store.pack(kv), self.offset + kv.shape[3]
+        if isinstance(self.kind.layout, Window):
+            return self._attend_window(q, new, mask, scale, self.kind.layout)
+        self.reserve(end, like=new)
+        for buffer, part in zip(self.arrays, new, strict=True):
+            buffer[:, :, :, self.offset : end] = part
+        self.settle(end)
+        return self.kind.store.attend(q, [buffer[:, :, :, :end] for buffer in self.arrays], mask, scale)
+
+    def _attend_window(self, q: mx.array, new: Arrays, mask: Mask, scale: float, window: Window) -> mx.array:
+        """Attend to the slots and the pass itself, then write of the pass what later tokens can still see."""
+        seen = [mx.concatenate([a, b], axis=3) for a, b in zip(self.arrays, new, strict=True)] if self.offset else new
+        out = self.kind.store.attend(q, seen, mask, scale)
+        self.reserve(0, like=new)
+        end = self.offset + new[0].shape[3]
+        kept = [p for p in range(self.offset, end) if p < window.keep or p >= end - window.ring]
+        source, slots = mx.array(kept) - self.offset, window.slots(mx.array(kept))
+        for buffer, part in zip(self.arrays, new, strict=True):
+            buffer[:, :, :, slots] = mx.take(part, source, axis=3)
+        self.settle(end)
+        return out
+
+    def settle(self, offset: int, written: int = 0) -> None:
+        """Say how many tokens are held, after they (and up to `written`) were stored."""
+        self.offset, self.written = offset, max(self.written, offset, written)
+
+    def can_trim(self, n: int) -> bool:
+        """A window that has run over forgets at most what its slack still holds."""
+        layout = self.kind.layout
+        if not isinstance(layout, Window) or self.written <= layout.capacity:
+            return True
+        return self.written - (self.offset - n) <= layout.capacity - layout.size
 
     def trim(self, n: int) -> None:
-        """Forget the last n tokens. Raises `CacheError` when fewer are held."""
+        """Forget the last n tokens: later ones overwrite them. Raises `CacheError` when that would be a lie."""
         if not 0 <= n <= self.offset:
             raise CacheError(f"cannot forget {n} tokens of {self.offset}")
+        if not self.can_trim(n):
+            raise CacheError(f"cannot forget {n} tokens: the window has already dropped what came before them")
         self.offset -= n
+
+    def clear(self) -> None:
+        """Forget everything; the memory is kept for what comes."""
+        self.offset = self.written = 0
+
+
+class Place:
+    """Where the tokens of one pass go, computed once for all layers: positions, slots, mask."""
+
+    def __init__(self, offset: mx.array, kind: CacheKind, capacity: int) -> None:
+        self.offset, self.kind, self.capacity = offset, kind, capacity
+        self._positions: dict[int, mx.array] = {}
+        self._slots: dict[int, mx.array] = {}
+
+    def positions(self, length: int) -> mx.array:
+        if length not in self._positions:
+            self._positions[length] = self.offset[:, None] + mx.arange(length)
+        return self._positions[length]
+
+    def slots(self, length: int) -> mx.array:
+        """[1, B, 1, length, 1], to index a buffer's slots."""
+        if length not in self._slots:
+            self._slots[length] = self.kind.layout.slots(self.positions(length))[None, :, None, :, None]
+        return self._slots[length]
+
+    def mask(self, length: int) -> mx.array:
+        return self.kind.layout.visible(self.positions(length), self.capacity)[:, None]  # [B, 1, L, capacity]
 
 
 class StepCache:
-    """A `KVCache` seen from inside the compiled step: the buffer is fixed, the position an array [B].
+    """The arrays of a `KVCache` inside a compiled step: fixed in size, the position an array [B].
 
-    Attends to the whole buffer and masks what is not written yet, so shapes never change from token to token.
+    Attends to every slot and masks what is not in sight, so shapes never change from token to token.
     """
 
-    def __init__(self, buffer: mx.array, offset: mx.array) -> None:
-        self.buffer, self.offset = buffer, offset
+    def __init__(self, arrays: Arrays, place: Place) -> None:
+        self.arrays, self.place = arrays, place
+
+    @property
+    def offset(self) -> mx.array:
+        return self.place.offset
 
     @property
     def nbytes(self) -> int:
-        return self.buffer.nbytes
+        return sum(array.nbytes for array in self.arrays)
 
     def positions(self, length: int) -> mx.array:
-        return self.offset[:, None] + mx.arange(length)
+        return self.place.positions(length)
 
     def mask(self, length: int) -> Mask:
-        slots = mx.arange(self.buffer.shape[3])
-        return slots <= self.positions(length)[:, None, :, None]  # [B, 1, L, capacity]
+        return self.place.mask(length)
 
     def attend(self, q: mx.array, kv: mx.array, mask: Mask, scale: float) -> mx.array:
         # put_along_axis is one kernel on a GPU; slice_update with an array start is two.
-        index = self.positions(kv.shape[3])[None, :, None, :, None]
-        self.buffer = mx.put_along_axis(self.buffer, mx.broadcast_to(index, kv.shape), kv, axis=3)
-        return sdpa(q, self.buffer[0], self.buffer[1], mask, scale)
+        slots, store = self.place.slots(kv.shape[3]), self.place.kind.store
+        self.arrays = [
+            mx.put_along_axis(buffer, mx.broadcast_to(slots, part.shape), part, axis=3)
+            for buffer, part in zip(self.arrays, store.pack(kv), strict=True)
+        ]
+        return store.attend(q, self.arrays, mask, scale)
+
+
+def step_caches(buffers: list[Arrays], offset: mx.array, kind: CacheKind) -> list[StepCache]:
+    """The caches of a compiled step, one a layer, over the arrays of `KVCache`s; offset [B]."""
+    place = Place(offset, kind, buffers[0][0].shape[3])
+    return [StepCache(arrays, place) for arrays in buffers]
 
 
 class ForeignCache:
@@ -177,42 +252,5 @@ def as_caches(cache: list[Any] | None, layers: int) -> list[Cache]:
     return [c if hasattr(c, "attend") else NoCache() if c is None else ForeignCache(c) for c in cache]
 
 
-def make_caches(config: OpenELMConfig) -> list[KVCache]:
-    return [KVCache() for _ in range(config.num_transformer_layers)]
-
-
-def bytes_per_token(config: OpenELMConfig, itemsize: int) -> int:
-    """Bytes of keys and values that one token adds, over all layers."""
-    return sum(2 * shape.kv_heads * config.head_dim * itemsize for shape in layer_shapes(config))
-
-
-@dataclass
-class PromptCache:
-    """Caches together with the tokens they hold, so that a next prompt prefills only what is new."""
-
-    layers: list[KVCache]
-    tokens: list[int] = field(default_factory=list)
-
-    @classmethod
-    def for_config(cls, config: OpenELMConfig) -> PromptCache:
-        return cls(make_caches(config))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
-
-    def reuse(self, prompt: list[int]) -> int:
-        """Keep the longest common prefix with `prompt`, but never all of it: one token must be run for its logits.
-
-        held    [1, 5, 9, 4, 2]
-        prompt  [1, 5, 9, 7]      -> keeps 3, forgets 2, returns 3
-        """
-        common = 0
-        for held, wanted in zip(self.tokens, prompt[:-1], strict=False):
-            if held != wanted:
-                break
-            common += 1
-        for layer in self.layers:
-            layer.trim(layer.offset - common)
-        del self.tokens[common:]
-        return common
+def make_caches(config: OpenELMConfig, kind: CacheKind | None = None) -> list[KVCache]:
+    return [KVCache(kind) for _ in range(config.num_transformer_layers)]

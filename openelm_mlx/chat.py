@@ -10,12 +10,14 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.cache import PromptCache
 from openelm_mlx.errors import PromptError
 from openelm_mlx.instruct import answer_prefix, encode_messages, turn_tokens
+from openelm_mlx.kv import CacheKind
 from openelm_mlx.options import GenerationOptions, SamplingOptions, with_overrides
+from openelm_mlx.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
+    from openelm_mlx.drafts import ModelDraft
     from openelm_mlx.generation import Event
     from openelm_mlx.loading import Engine
 
@@ -38,15 +40,20 @@ class Conversation:
         system: str | None = None,
         sampling: SamplingOptions | None = None,
         options: GenerationOptions | None = None,
+        *,
+        draft: Engine | ModelDraft | None = None,
         **overrides: Any,
     ) -> None:
+        from openelm_mlx.drafts import ModelDraft
+
         self.engine = engine
         self.sampling, self.options = with_overrides(sampling, options, overrides)
+        self.draft = draft if draft is None or isinstance(draft, ModelDraft) else ModelDraft(engine, draft)
         self.messages: list[Message] = []
         self.notices: list[str] = []
         self._system = system
         self._exchanges: list[list[int]] = []  # tokens of question and answer, as fed and generated
-        self._cache = PromptCache.for_config(engine.config)
+        self._cache = self._new_cache()
 
     @property
     def system(self) -> str | None:
@@ -71,7 +78,10 @@ class Conversation:
         self.messages.clear()
         self._exchanges.clear()
         self.notices.clear()
-        self._cache = PromptCache.for_config(self.engine.config)
+        self._cache = self._new_cache()
+
+    def _new_cache(self) -> PromptCache:
+        return PromptCache.for_config(self.engine.config, CacheKind.of(self.engine.config, self.options))
 
     def send(self, text: str) -> Generator[Event, None, None]:
         """Ask, and yield the answer as it comes. Raises `PromptError` when even this message alone is too long."""
@@ -84,7 +94,7 @@ class Conversation:
         from openelm_mlx.generation import stream_generate
 
         answer, tokens = "", []
-        events = stream_generate(self.engine, prompt, self.sampling, self.options, prompt_cache=self._cache)
+        events = stream_generate(self.engine, prompt, self.sampling, self.options, prompt_cache=self._cache, draft=self.draft)
         try:
             with closing(events):
                 for event in events:

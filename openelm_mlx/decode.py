@@ -1,17 +1,18 @@
 """The device side of generation: the prompt in chunks, then one compiled step a token, pipelined.
 
-`Step` is the seam: ids in, id out, everything else state. Its eager twin runs the same function uncompiled.
+`make_step` is the seam: ids in, id out, everything else state. Its eager twin runs the same function uncompiled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from openelm_mlx.cache import KVCache, StepCache
+from openelm_mlx.cache import KVCache, step_caches
+from openelm_mlx.kv import Arrays, CacheKind
 from openelm_mlx.model import OpenELM
 from openelm_mlx.options import SamplingOptions
 from openelm_mlx.sampling import History, Logprobs, draw, logprobs
@@ -27,7 +28,15 @@ class State(NamedTuple):
     key: mx.array  # [B, 2] of the random numbers
     history: History | None
     logprobs: Logprobs | None
-    buffers: list[mx.array]  # keys and values, one a layer
+    buffers: list[Arrays]  # keys and values, one entry a layer
+
+
+class Drawn(NamedTuple):
+    """A token as the host sees it, with its log probability and the likeliest alternatives where asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,10 @@ class StepSpec:
     vocab: int  # ids from here on exist in the weights only, and are never sampled
     logprobs: int | None
     compiled: bool
+    kind: CacheKind = CacheKind()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampling", replace(self.sampling, seed=None))  # the seed is state, not code
 
 
 def choose(spec: StepSpec, logits: mx.array, state: State) -> State:
@@ -55,17 +68,17 @@ def make_step(model: OpenELM, spec: StepSpec) -> Callable[[State], State]:
 
     def step(arrays: list[Any]) -> list[Any]:
         token, position, key, history, buffers = arrays
-        caches = [StepCache(buffer, position) for buffer in buffers]
+        caches = step_caches(buffers, position, spec.kind)
         hidden = model.hidden(token[:, None], caches)
         state = State(token, position, key, History(*history) if history else None, None, [])
         after = choose(spec, model.logits(hidden)[:, -1], state)
-        return [after.token, after.position, _flat(after.history), _flat(after.logprobs), [c.buffer for c in caches]]
+        return [after.token, after.position, flat(after.history), flat(after.logprobs), [c.arrays for c in caches]]
 
     run = mx.compile(step) if spec.compiled else step
 
     def advance(state: State) -> State:
         token, position, history, detail, buffers = run(
-            [state.token, state.position, state.key, _flat(state.history), state.buffers]
+            [state.token, state.position, state.key, flat(state.history), state.buffers]
         )
         return State(
             token, position, state.key, History(*history) if history else None, Logprobs(*detail) if detail else None, buffers
@@ -74,27 +87,30 @@ def make_step(model: OpenELM, spec: StepSpec) -> Callable[[State], State]:
     return advance
 
 
-def _flat(group: tuple[mx.array, ...] | None) -> list[mx.array]:
+def flat(group: tuple[mx.array, ...] | None) -> list[mx.array]:
     """mx.compile flattens lists, not named tuples; an absent group is an empty list."""
     return [] if group is None else list(group)
 
 
 class Steps:
-    """The compiled steps of one model, the latest few specifications kept."""
+    """The compiled functions of one model, the latest few specifications kept."""
 
-    LIMIT = 8
+    LIMIT = 48
 
     def __init__(self, model: OpenELM) -> None:
         self.model = model
-        self._steps: dict[StepSpec, Callable[[State], State]] = {}
+        self._made: dict[Hashable, Any] = {}
 
     def get(self, spec: StepSpec) -> Callable[[State], State]:
-        spec = replace(spec, sampling=replace(spec.sampling, seed=None))  # the seed is state, not code
-        step = self._steps.pop(spec, None) or make_step(self.model, spec)
-        self._steps[spec] = step  # newest last
-        while len(self._steps) > self.LIMIT:
-            del self._steps[next(iter(self._steps))]
-        return step
+        return self.cached(spec, lambda: make_step(self.model, spec))
+
+    def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returned for this key, or returns now; the least recently used beyond the limit goes."""
+        made = self._made.pop(key) if key in self._made else make()
+        self._made[key] = made  # newest last
+        while len(self._made) > self.LIMIT:
+            del self._made[next(iter(self._made))]
+        return made
 
 
 def prefill(
@@ -107,47 +123,82 @@ def prefill(
     for start in range(0, len(tokens), chunk):
         hidden = model.hidden(mx.array([tokens[start : start + chunk]]), caches)
         last = hidden[:, -1]
-        mx.eval(last, [cache.buffer for cache in caches])
+        mx.eval(last, [cache.arrays for cache in caches])
         if progress is not None:
             progress(min(start + chunk, len(tokens)), len(tokens))
     return model.logits(last)
 
 
-def decode(step: Callable[[State], State], state: State, caches: list[KVCache], max_tokens: int) -> Generator[State, None, None]:
-    """Yield the state of each token from the first on, the device always one token ahead.
+def decode(step: Callable[[State], State], state: State, caches: list[KVCache], max_tokens: int) -> Generator[Drawn, None, None]:
+    """Yield each token from the first on, the device always one token ahead.
 
     On every way out (end, break, exception, close) the caches hold exactly the tokens fed and no work is in flight.
     """
-    fed = caches[0].offset
+    flight = Flight(step, state, caches)
     try:
         submit(state)
         for count in range(max_tokens):
-            current = state._replace(buffers=[])  # a held buffer could not be updated in place
+            current = flight.state._replace(buffers=[])  # a held buffer could not be updated in place
             if count + 1 < max_tokens:
-                state = advance_one(step, state, caches, fed)
-                fed += 1
-                submit(state)
-            mx.eval(current.token)  # the one synchronisation a token; the next step is already running
-            yield current
+                flight.advance()
+            yield read(current)  # the one synchronisation a token; the next step is already running
     finally:
+        flight.land()
+
+
+class Flight:
+    """The state of a decode in progress. While it lasts the state owns the buffers, and the caches are empty."""
+
+    def __init__(self, step: Callable[[State], State], state: State, caches: list[KVCache]) -> None:
+        self.step, self.caches = step, caches
+        self.state = state._replace(buffers=[cache.arrays for cache in caches])
+        self.fed = caches[0].offset
+        for cache in caches:
+            cache.arrays = []  # a second reference would forbid updating in place
+
+    def advance(self) -> None:
+        """Feed the newest token and start drawing the next."""
+        self.reserve(1)
+        self.state = self.step(self.state)
+        self.fed += 1
+        submit(self.state)
+
+    def reserve(self, tokens: int) -> None:
+        """Grow the buffers where their blocks do not hold `tokens` more."""
+        if self.fed + tokens <= self.state.buffers[0][0].shape[3]:
+            return
+        grown = []
+        for cache, arrays in zip(self.caches, self.state.buffers, strict=True):
+            cache.arrays = arrays
+            cache.reserve(self.fed + tokens)
+            grown.append(cache.arrays)
+            cache.arrays = []
+        self.state = self.state._replace(buffers=grown)
+
+    def land(self, written: int = 0) -> None:
+        """Wait for what is under way and give the buffers back."""
         mx.synchronize()
-        for cache, buffer in zip(caches, state.buffers, strict=False):
-            cache.buffer, cache.offset = buffer, fed
-        mx.eval(*[cache.buffer for cache in caches])
+        for cache, arrays in zip(self.caches, self.state.buffers, strict=True):
+            cache.arrays = arrays
+            cache.settle(self.fed, written)
+        mx.eval([cache.arrays for cache in self.caches])
 
 
 def submit(state: State) -> None:
     """Start computing a token. Never names the cache buffers here: that would copy them at every step."""
-    mx.async_eval(state.token, *_flat(state.logprobs))
+    mx.async_eval(state.token, *flat(state.logprobs))
 
 
-def advance_one(step: Callable[[State], State], state: State, caches: list[KVCache], fed: int) -> State:
-    """One step, after growing the buffers where the block is full."""
-    if fed + 1 > state.buffers[0].shape[3]:
-        for cache, buffer in zip(caches, state.buffers, strict=True):
-            cache.buffer = buffer
-            cache.reserve(fed + 1)
-        state = state._replace(buffers=[cache.buffer for cache in caches if cache.buffer is not None])
-    for cache in caches:
-        cache.buffer = None  # the state owns the buffers while decoding: a second reference forbids updating in place
-    return step(state)
+def read(state: State) -> Drawn:
+    """Wait for the token of a batch of one."""
+    values: Any = state.token.tolist()
+    return Drawn(int(values[0]), *logprob_fields(state.logprobs, 0))
+
+
+def logprob_fields(detail: Logprobs | None, row: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    if detail is None:
+        return None, ()
+    chosen: Any = detail.chosen[row].item()
+    ids: Any = detail.top_tokens[row].tolist()
+    values: Any = detail.top[row].tolist()
+    return chosen, tuple(zip(ids, values, strict=True))

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from openelm_mlx.cache import PromptCache
 from openelm_mlx.decode import Progress, State, StepSpec, choose, decode, prefill
-from openelm_mlx.errors import PromptError
+from openelm_mlx.errors import CacheError, PromptError
+from openelm_mlx.kv import CacheKind
 from openelm_mlx.options import GenerationOptions, SamplingOptions, with_overrides
+from openelm_mlx.prompt_cache import PromptCache
 from openelm_mlx.sampling import History, new_seed, seed_key
+from openelm_mlx.speculative import Chain, Draft, ModelDraft, PromptLookup, SpeculationCounts, speculate
 from openelm_mlx.tokenizer import StreamingDecoder
 
 if TYPE_CHECKING:
@@ -37,6 +39,14 @@ class GenerationStats:
     total_seconds: float
     peak_memory_bytes: int
     seed: int
+    drafted_tokens: int = 0  # proposed by a draft model or prompt lookup
+    accepted_tokens: int = 0  # of those, kept
+    target_passes: int = 0  # of the model itself, the prompt's excluded
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that a pass of the model gave; 1 without speculation, 0 where there was no pass."""
+        return (self.generation_tokens - 1) / self.target_passes if self.target_passes else 0.0
 
 
 @dataclass(frozen=True)
@@ -69,18 +79,25 @@ def stream_generate(
     options: GenerationOptions | None = None,
     *,
     prompt_cache: PromptCache | None = None,
+    draft: Engine | Draft | None = None,
     progress: Progress | None = None,
     **overrides: Any,
 ) -> Generator[Event, None, None]:
     """Yield an `Event` a token. `overrides` are field names of either options class: `temperature=0.7`.
 
     `prompt_cache` is reused as far as its tokens agree with the prompt and holds prompt and answer afterwards.
-    `progress(done, total)` is called after each prefilled chunk. Closing the iterator stops at once and leaves
-    nothing in flight. Raises `PromptError` (empty, too long, ids out of range) and `OptionError` before any work.
+    `draft` (a smaller engine with the same tokenizer, or a `ModelDraft` of one, which keeps its cache between calls)
+    and the option `prompt_lookup` speed up decoding without changing what is drawn. `progress(done, total)` is
+    called after each prefilled chunk. Closing the iterator stops at once and leaves nothing in flight.
+    Raises `PromptError` (empty, too long, ids out of range), `OptionError` and `CacheError` before any work.
     """
     sampling, options = with_overrides(sampling, options, overrides)
     tokens = prompt_tokens(engine, prompt)
-    return _generate(engine, tokens, sampling, options, prompt_cache or PromptCache.for_config(engine.config), progress)
+    kind = CacheKind.of(engine.config, options)
+    cache = PromptCache.for_config(engine.config, kind) if prompt_cache is None else prompt_cache
+    if cache.kind != kind:
+        raise CacheError(f"the prompt cache is of kind {cache.kind}, but the options ask for {kind}; make one for them")
+    return _generate(engine, tokens, sampling, options, cache, draft_for(engine, draft, options), progress)
 
 
 def _generate(
@@ -89,26 +106,29 @@ def _generate(
     sampling: SamplingOptions,
     options: GenerationOptions,
     cache: PromptCache,
+    draft: Draft | None,
     progress: Progress | None,
 ) -> Generator[Event, None, None]:
     seed = new_seed() if sampling.seed is None else sampling.seed
     room = min(options.max_tokens, engine.config.max_context_length - len(tokens) + 1)
-    spec = StepSpec(sampling, engine.vocab, options.logprobs, options.compiled)
-    clock = Clock()
+    spec = StepSpec(sampling, engine.vocab, options.logprobs, options.compiled, cache.kind)
+    clock, counts = Clock(), SpeculationCounts()
     # 1. keep what the cache already holds of this prompt
     reused = cache.reuse(tokens)
     # 2. the rest of the prompt, in chunks
     logits = prefill(engine.model, tokens[reused:], cache.layers, options.prefill_chunk, progress)
-    cache.tokens[:] = tokens
     # 3. the first token, from the prompt's last logits
-    state = choose(spec, logits, first_state(engine, spec, tokens, seed, cache))
-    # 4. the loop, one token ahead of us
+    state = choose(spec, logits, first_state(spec, [tokens], [seed]))
+    # 4. the loop, one token ahead of us or a draft at a time
+    if draft is None:
+        drawn = decode(engine.steps.get(spec), state, cache.layers, room)
+    else:
+        drawn = speculate(engine, spec, state, cache.layers, tokens, draft, room, counts)
     text = TextFilter(StreamingDecoder(engine.tokenizer), options.stop)
     produced: list[int] = []
     try:
-        with closing(decode(engine.steps.get(spec), state, cache.layers, room)) as states:
-            for state in states:
-                token = token_of(state)
+        with closing(drawn):
+            for token, logprob, top in drawn:
                 clock.token()
                 produced.append(token)
                 # 5. ids -> text, held back while it could still become a stop string
@@ -117,14 +137,23 @@ def _generate(
                 stopped, last = ended or text.stopped, len(produced) == room
                 if stopped or last:
                     break
-                yield Event(shown, token, *logprob_fields(state))
+                yield Event(shown, token, logprob, top)
     finally:
-        # the step already under way has fed the last token too; the cache says how far it came
-        cache.tokens.extend(produced[: cache.layers[0].offset - len(tokens)])
+        cache.hold(tokens + produced)
     # 6. the last event carries the reason and the statistics
     shown += "" if stopped else text.flush()
     reason = "stop" if stopped or text.stopped else "length"
-    yield Event(shown, token, *logprob_fields(state), reason, clock.stats(len(tokens), reused, len(produced), seed))
+    yield Event(shown, token, logprob, top, reason, clock.stats(len(tokens), reused, len(produced), seed, counts))
+
+
+def draft_for(engine: Engine, draft: Engine | Draft | None, options: GenerationOptions) -> Draft | None:
+    """What `draft=` and the options ask for: prompt lookup first, a model where nothing matches. Raises `OptionError`."""
+    from openelm_mlx.loading import Engine as LoadedEngine
+
+    model = ModelDraft(engine, draft) if isinstance(draft, LoadedEngine) else draft
+    lookup = PromptLookup(options.prompt_lookup) if options.prompt_lookup else None
+    found = [part for part in (lookup, model) if part is not None]
+    return None if not found else Chain(found, options.draft_tokens, options.adaptive_draft)
 
 
 def prompt_tokens(engine: Engine, prompt: str | Sequence[int]) -> list[int]:
@@ -145,27 +174,12 @@ def prompt_tokens(engine: Engine, prompt: str | Sequence[int]) -> list[int]:
     return tokens
 
 
-def first_state(engine: Engine, spec: StepSpec, tokens: list[int], seed: int, cache: PromptCache) -> State:
-    """The state before the first token is drawn: its position is that of the prompt's last token."""
-    history = History.of_prompt([tokens], spec.vocab) if spec.sampling.penalised else None
-    buffers = [layer.buffer for layer in cache.layers if layer.buffer is not None]
-    last = mx.array([len(tokens) - 1], dtype=mx.int32)
-    return State(mx.array([tokens[-1]], dtype=mx.uint32), last, seed_key(seed), history, None, buffers)
-
-
-def token_of(state: State) -> int:
-    values: Any = state.token.tolist()
-    return int(values[0])
-
-
-def logprob_fields(state: State) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    if state.logprobs is None:
-        return None, ()
-    chosen, top_tokens, top = state.logprobs
-    ids: Any = top_tokens[0].tolist()
-    values: Any = top[0].tolist()
-    first: Any = chosen.tolist()
-    return first[0], tuple(zip(ids, values, strict=True))
+def first_state(spec: StepSpec, prompts: list[list[int]], seeds: list[int]) -> State:
+    """The state before the first tokens are drawn: the positions are those of the prompts' last tokens."""
+    history = History.of_prompt(prompts, spec.vocab) if spec.sampling.penalised else None
+    newest = mx.array([tokens[-1] for tokens in prompts], dtype=mx.uint32)
+    last = mx.array([len(tokens) - 1 for tokens in prompts], dtype=mx.int32)
+    return State(newest, last, mx.concatenate([seed_key(seed) for seed in seeds]), history, None, [])
 
 
 class TextFilter:
@@ -217,7 +231,7 @@ class Clock:
         if self.tokens == 1:
             self.first = self.last
 
-    def stats(self, prompt: int, reused: int, produced: int, seed: int) -> GenerationStats:
+    def stats(self, prompt: int, reused: int, produced: int, seed: int, counts: SpeculationCounts) -> GenerationStats:
         to_first, after = self.first - self.start, self.last - self.first
         return GenerationStats(
             prompt_tokens=prompt,
@@ -229,4 +243,7 @@ class Clock:
             total_seconds=self.last - self.start,
             peak_memory_bytes=mx.get_peak_memory(),
             seed=seed,
+            drafted_tokens=counts.drafted,
+            accepted_tokens=counts.accepted,
+            target_passes=counts.passes or max(produced - 1, 0),
         )

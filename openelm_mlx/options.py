@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from openelm_mlx.errors import OptionError
 
 T = TypeVar("T")
+KV_BITS = (4, 8)
 
 
 def check_ranges(options: Any) -> None:
@@ -87,9 +88,30 @@ class GenerationOptions:
         default=512, metadata={"help": "prompt tokens in one pass of the model", "range": (1, math.inf)}
     )
     compiled: bool = field(default=True, metadata={"help": "run the decode step compiled; off is its eager twin"})
+    prompt_lookup: int = field(
+        default=0,
+        metadata={"help": "draft what followed the last time these N tokens were seen; 0 is off", "range": (0, 16)},
+    )
+    draft_tokens: int = field(
+        default=8, metadata={"help": "with a draft model or prompt lookup: draft at most this many", "range": (1, 16)}
+    )
+    adaptive_draft: bool = field(
+        default=True, metadata={"help": "draft less where little is accepted; off always drafts --draft-tokens"}
+    )
+    kv_bits: int | None = field(
+        default=None, metadata={"help": "quantize keys and values of the cache", "choices": KV_BITS}
+    )
+    kv_window: int | None = field(
+        default=None, metadata={"help": "attend to this many tokens only: the first and the latest", "range": (2, math.inf)}
+    )
+    kv_keep: int = field(default=4, metadata={"help": "with a window: keep this many first tokens", "range": (0, math.inf)})
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.kv_bits not in (None, *KV_BITS):
+            raise OptionError(f"kv_bits is {self.kv_bits!r}; allowed: {', '.join(map(str, KV_BITS))}")
+        if self.kv_window is not None and self.kv_window <= self.kv_keep:
+            raise OptionError(f"kv_window is {self.kv_window} and kv_keep {self.kv_keep}; the window must be the larger one")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))

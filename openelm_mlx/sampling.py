@@ -81,12 +81,17 @@ def seed_key(seed: int) -> mx.array:
     return mx.array([[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF]], dtype=mx.uint32)
 
 
-def gumbel(keys: mx.array, positions: mx.array, vocab: int) -> mx.array:
-    """Gumbel noise [B, vocab] for the tokens at `positions` [B], a function of key [B, 2] and position alone."""
+def keyed(key: mx.array, position: mx.array, stream: int = 0) -> mx.array:
+    """The random key of one draw, from the sequence's key [2] and a position [1]; streams are independent."""
+    offset = mx.array([stream * 0x9E3779B9 & 0xFFFFFFFF], dtype=mx.uint32)
+    return key.reshape(2) + mx.concatenate([offset, position.astype(mx.uint32)])
+
+
+def gumbel(keys: mx.array, positions: mx.array, vocab: int, stream: int = 0) -> mx.array:
+    """Gumbel noise [B, vocab] for the tokens at `positions` [B], a function of key [B, 2], position and stream alone."""
     rows = []
     for key, position in zip(mx.split(keys, keys.shape[0]), mx.split(positions, positions.shape[0]), strict=True):
-        mixed = key.reshape(2) + mx.concatenate([mx.zeros((1,), mx.uint32), position.astype(mx.uint32)])
-        rows.append(mx.random.gumbel((vocab,), key=mixed))
+        rows.append(mx.random.gumbel((vocab,), key=keyed(key, position, stream)))
     return mx.stack(rows)
 
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from openelm_mlx import generate, stream_generate
-from openelm_mlx.cache import KVCache, PromptCache
+from openelm_mlx.cache import KVCache
 from openelm_mlx.errors import CacheError, OptionError, PromptError
 from openelm_mlx.generation import TextFilter
+from openelm_mlx.prompt_cache import PromptCache
 
 PROMPT = "Once upon a time"
 SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.1,

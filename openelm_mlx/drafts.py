@@ -1,0 +1,253 @@
+"""Where drafts come from: the context itself, a smaller model, or one after the other; and how long they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import mlx.core as mx
+
+from openelm_mlx.cache import step_caches
+from openelm_mlx.decode import StepSpec, flat
+from openelm_mlx.errors import OptionError
+from openelm_mlx.kv import CacheKind
+from openelm_mlx.model import OpenELM
+from openelm_mlx.prompt_cache import PromptCache
+from openelm_mlx.sampling import History, filter_logits, gumbel
+
+if TYPE_CHECKING:
+    from openelm_mlx.loading import Engine
+
+DRAFT_STREAM = 1  # of the random numbers; verification has its own (speculative.py)
+
+
+class Request(NamedTuple):
+    """What a draft may look at: the text so far, and what the next tokens will be drawn with."""
+
+    known: list[int]
+    spec: StepSpec
+    key: mx.array  # [1, 2]
+    history: History | None
+
+
+class Proposal(NamedTuple):
+    """Drafted tokens [k] and the filtered logits [k, vocab] they were drawn from; None where they were certain."""
+
+    tokens: mx.array
+    logits: mx.array | None
+
+
+class Draft(Protocol):
+    """A source of guesses. `propose` may return None; after a proposal `record` says how many were accepted."""
+
+    cost: float  # of one drafted token, in passes of the target
+
+    def hopeful(self, known: list[int]) -> bool: ...
+    def propose(self, request: Request, length: int) -> Proposal | None: ...
+    def record(self, drafted: int, accepted: int) -> None: ...
+
+
+class PromptLookup:
+    """Guess what followed the last time the latest `ngram` tokens were seen.
+
+    known    the cat sat on a mat . the cat
+             ^^^^^^^ earlier match  ^^^^^^^ the latest two
+    draft    sat on a mat . the cat sat ...       (what runs over the end repeats: a loop goes on)
+    """
+
+    cost = 0.0
+
+    def __init__(self, ngram: int) -> None:
+        self.ngram = ngram
+        self._after: dict[tuple[int, ...], int] = {}  # an n-gram -> the place behind its latest occurrence
+        self._indexed = 0
+
+    def find(self, known: list[int]) -> int | None:
+        """The place behind the latest earlier occurrence of the last n-gram of `known`."""
+        n = self.ngram
+        for end in range(max(self._indexed, n), len(known)):
+            self._after[tuple(known[end - n : end])] = end
+        self._indexed = len(known)
+        return self._after.get(tuple(known[-n:])) if len(known) > n else None
+
+    def hopeful(self, known: list[int]) -> bool:
+        return self.find(known) is not None
+
+    def propose(self, request: Request, length: int) -> Proposal | None:
+        known, start = request.known, self.find(request.known)
+        if start is None:
+            return None
+        period = len(known) - start
+        return Proposal(mx.array([known[start + i % period] for i in range(length)], dtype=mx.uint32), None)
+
+    def record(self, drafted: int, accepted: int) -> None:
+        pass
+
+
+class ModelDraft:
+    """Guesses of a smaller model with the same tokenizer, drawn with the target's own sampling options.
+
+    Keeps its cache between generations, so that a conversation's draft model prefills only what is new too.
+    Raises `OptionError` when the tokenizers differ.
+    """
+
+    def __init__(self, target: Engine, draft: Engine) -> None:
+        if draft.tokenizer.fingerprint != target.tokenizer.fingerprint or draft.vocab != target.vocab:
+            raise OptionError(
+                f"the draft model {draft.name} has another tokenizer than {target.name}; a draft must share it token for token"
+            )
+        self.engine = draft
+        layers = len(draft.model.layers) / len(target.model.layers)
+        self.cost = (draft.nbytes / target.nbytes + layers) / 2  # a token costs bytes read and kernels launched
+        self._cache = PromptCache.for_config(draft.config)
+        self._base = self._fed = 0
+
+    def hopeful(self, known: list[int]) -> bool:
+        return len(known) < self.engine.config.max_context_length
+
+    def propose(self, request: Request, length: int) -> Proposal | None:
+        known = request.known
+        length = min(length, self.engine.config.max_context_length - len(known))
+        if length < 1:
+            return None
+        self._catch_up(known, length)
+        spec, cache = request.spec, self._cache
+        run = self.engine.steps.cached(
+            ("draft", spec, length), lambda: make_drafter(self.engine.model, spec, cache.kind, length)
+        )
+        arrays = [layer.arrays for layer in cache.layers]
+        for layer in cache.layers:
+            layer.arrays = []  # a second reference would forbid updating in place
+        position = mx.array([len(known) - 1], dtype=mx.int32)
+        tokens, logits, arrays = run([mx.array([known[-2:]]), position, request.key, flat(request.history), arrays])
+        for layer, held in zip(cache.layers, arrays, strict=True):
+            layer.arrays = held
+        self._base, self._fed = len(known), length - 1  # the last drafted token is never fed
+        cache.tokens[:] = known
+        return Proposal(tokens, None if spec.sampling.greedy else logits)
+
+    def record(self, drafted: int, accepted: int) -> None:
+        """Of what was fed, the accepted tokens stay; the next text says which they were."""
+        self._base += min(self._fed, accepted)
+        self._fed = 0
+
+    def _catch_up(self, known: list[int], length: int) -> None:
+        """Bring the cache to all but the last two tokens of `known`; those two start the draft."""
+        cache = self._cache
+        start = len(cache.tokens)
+        cache.tokens.extend(known[start : self._base])  # accepted drafts, fed while drafting
+        for layer in cache.layers:
+            layer.settle(len(cache.tokens) if layer.arrays else 0)
+        held = cache.reuse(known[:-1])
+        missing = known[held:-2] or ([] if cache.layers[0].arrays else known[:1])
+        for first in range(0, len(missing), 512):
+            hidden = self.engine.model.hidden(mx.array([missing[first : first + 512]]), cache.layers)
+            mx.eval(hidden, [layer.arrays for layer in cache.layers])
+        for layer in cache.layers:
+            layer.settle(len(known) - 2)
+            layer.reserve(len(known) + length)
+
+
+def make_drafter(model: OpenELM, spec: StepSpec, kind: CacheKind, length: int) -> Callable[[list[Any]], Any]:
+    """`length` draft steps as one function: no return to the host between them.
+
+    It starts with two tokens: after a wholly accepted draft the cache lacks the last one, and feeding it again in
+    every other case keeps the shapes, and costs no second pass.
+    """
+
+    def run(arrays: list[Any]) -> list[Any]:
+        pair, position, key, history, buffers = arrays
+        seen = History(*history) if history else None
+        caches = step_caches(buffers, position - 1, kind)
+        hidden = model.hidden(pair, caches)[:, -1:]
+        tokens, logits = [], []
+        for index in range(length):
+            row = model.logits(hidden)[:, 0, : spec.vocab].astype(mx.float32)
+            row = filter_logits(row, spec.sampling, seen)
+            noise = 0.0 if spec.sampling.greedy else gumbel(key, position + 1 + index, spec.vocab, DRAFT_STREAM)
+            token = mx.argmax(row + noise, axis=-1).astype(mx.uint32)
+            tokens.append(token)
+            logits.append(row)
+            seen = None if seen is None else seen.plus(token)
+            if index + 1 < length:
+                caches = step_caches([cache.arrays for cache in caches], position + 1 + index, kind)
+                hidden = model.hidden(token[:, None], caches)
+        return [mx.concatenate(tokens), mx.concatenate(logits), [cache.arrays for cache in caches]]
+
+    return mx.compile(run) if spec.compiled else run
+
+
+class DraftLength:
+    """How many tokens to draft, from what has been accepted; 0 while drafting does not pay.
+
+    With acceptance a per token, a draft of k gives (1 - a^(k+1)) / (1 - a) tokens (arXiv:2211.17192, eq. 1) for
+    1 + k (cost + EXTRA) passes. When no k pays, drafting pauses for PAUSE tokens, twice as long each time.
+    A pure function of what was accepted, so that a seed gives the same text on every run.
+    """
+
+    LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # each is a trace of its own, so not every number
+    EXTRA = 0.05  # passes that one more token in the target's pass costs; memory-bound devices take it almost free
+    MEMORY = 0.9  # weight of the past at each tested token
+    PAUSE, LONGEST_PAUSE = 16, 256
+
+    def __init__(self, limit: int, cost: float, adaptive: bool = True) -> None:
+        self.limit, self.cost, self.adaptive = limit, cost, adaptive
+        self.lengths = [k for k in self.LENGTHS if k <= limit]
+        self.acceptance = 0.7
+        self._resume, self._pause, self._probing = 0, self.PAUSE, False
+
+    def gain(self, k: int) -> float:
+        a = min(self.acceptance, 0.999)
+        return (1 - a ** (k + 1)) / (1 - a) / (1 + k * (self.cost + self.EXTRA))
+
+    def next(self, known: int) -> int:
+        """The length to draft when `known` tokens are there."""
+        if not self.adaptive:
+            return self.limit
+        if known < self._resume:
+            return 0
+        if self._probing:
+            return min(2, self.limit)
+        return max(self.lengths, key=self.gain)
+
+    def record(self, known: int, drafted: int, accepted: int) -> None:
+        tested = min(accepted + 1, drafted)  # tokens after the first rejection say nothing
+        for index in range(tested):
+            hit = 1.0 if index < accepted else 0.0
+            self.acceptance = self.MEMORY * self.acceptance + (1 - self.MEMORY) * hit
+        if self._probing and accepted:
+            self._probing, self._pause = False, self.PAUSE
+            self.acceptance = max(self.acceptance, 0.5)
+        elif self._probing or max(map(self.gain, self.lengths)) < 1:
+            self._resume, self._probing = known + self._pause, True
+            self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
+
+
+class Chain:
+    """Several drafts, the first that has a proposal; each with a length of its own."""
+
+    cost = 0.0
+
+    def __init__(self, drafts: list[Draft], limit: int, adaptive: bool = True) -> None:
+        self._parts = [(draft, DraftLength(limit, draft.cost, adaptive)) for draft in drafts]
+        self._active = self._parts[0]
+        self._known = 0
+
+    def hopeful(self, known: list[int]) -> bool:
+        """Whether a proposal for what follows `known` is likely; a look at the host's own lists, nothing is computed."""
+        return any(length.next(len(known)) and draft.hopeful(known) for draft, length in self._parts)
+
+    def propose(self, request: Request, length: int) -> Proposal | None:
+        self._known = len(request.known)
+        for part in self._parts:
+            asked = min(part[1].next(self._known), length)
+            proposal = part[0].propose(request, asked) if asked else None
+            if proposal is not None:
+                self._active = part
+                return proposal
+        return None
+
+    def record(self, drafted: int, accepted: int) -> None:
+        draft, length = self._active
+        draft.record(drafted, accepted)
+        length.record(self._known, drafted, accepted)

@@ -1,0 +1,165 @@
+"""How keys and values are kept: in which form (`Store`) and in which slots (`Layout`).
+
+A cache is one of each. Every array of a store has its slots on axis 3, [2, batch, kv_heads, slots, width], so that
+growing, slicing and writing are the same for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from openelm_mlx.errors import CacheError
+
+if TYPE_CHECKING:
+    from openelm_mlx.config import OpenELMConfig
+    from openelm_mlx.options import GenerationOptions
+
+Arrays = list[mx.array]
+Mask = mx.array | str | None
+
+SLACK = 32  # slots of a window beyond its size: drafts that are rejected overwrite nothing still in sight
+
+
+def sdpa(q: mx.array, k: mx.array, v: mx.array, mask: Mask, scale: float) -> mx.array:
+    """Attention of q [B, heads, L, D] over k, v [B, kv_heads, T, D]; grouped heads are native to the kernel."""
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def causal_mask(length: int, total: int) -> mx.array:
+    """[length, total], True where the last `length` of `total` tokens may look: at themselves and what is before."""
+    return mx.arange(total) <= mx.arange(total - length, total)[:, None]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Keys and values in the type they were computed in."""
+
+    def pack(self, kv: mx.array) -> Arrays:
+        return [kv]
+
+    def attend(self, q: mx.array, arrays: Arrays, mask: Mask, scale: float) -> mx.array:
+        return sdpa(q, arrays[0][0], arrays[0][1], mask, scale)
+
+    def bytes_per_head(self, head_dim: int, itemsize: int) -> float:
+        return head_dim * itemsize
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Affine-quantized keys and values, packed when they are written; attention reads them packed.
+
+    Every token attends to the packed form of every other, itself included, so the result does not depend on
+    where a prompt was cut into chunks.
+    """
+
+    bits: int
+    group_size: int
+
+    def pack(self, kv: mx.array) -> Arrays:
+        return list(mx.quantize(kv, group_size=self.group_size, bits=self.bits))
+
+    def attend(self, q: mx.array, arrays: Arrays, mask: Mask, scale: float) -> mx.array:
+        B, heads, L, D = q.shape
+        kv_heads, T = arrays[0].shape[2:4]
+        packed, scales, biases = arrays
+        form: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
+        q = (q * scale).reshape(B, kv_heads, -1, D)  # query heads of one key head side by side, [B, kv, rep * L, D]
+        scores = mx.quantized_matmul(q, packed[0], scales[0], biases[0], transpose=True, **form)
+        scores = scores.reshape(B, kv_heads, -1, L, T)
+        if isinstance(mask, str):
+            mask = causal_mask(L, T)
+        if mask is not None:
+            mask = mask if mask.ndim == 2 else mask[:, :, None]  # [B, 1, L, T] -> [B, 1, 1, L, T]
+            scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+        weights = mx.softmax(scores, axis=-1, precise=True).reshape(B, kv_heads, -1, T)
+        out = mx.quantized_matmul(weights, packed[1], scales[1], biases[1], transpose=False, **form)
+        return out.reshape(B, heads, L, D)
+
+    def bytes_per_head(self, head_dim: int, itemsize: int) -> float:
+        return head_dim * self.bits / 8 + 2 * itemsize * head_dim / self.group_size
+
+
+@dataclass(frozen=True)
+class Growing:
+    """The token at position p lies in slot p; every earlier token is seen."""
+
+    def slots(self, positions: mx.array) -> mx.array:
+        return positions
+
+    def visible(self, positions: mx.array, capacity: int) -> mx.array:
+        """[B, L, capacity], True for the slots that the tokens at positions [B, L] attend to."""
+        return mx.arange(capacity) <= positions[..., None]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The first `keep` tokens and the latest, `size` in all (attention sinks, arXiv:2309.17453; positions stay absolute).
+
+    Later tokens overwrite the oldest in a ring of slots behind the kept ones.
+    """
+
+    size: int
+    keep: int
+
+    @property
+    def capacity(self) -> int:
+        return self.size + SLACK
+
+    @property
+    def ring(self) -> int:
+        return self.capacity - self.keep
+
+    def slots(self, positions: mx.array) -> mx.array:
+        return mx.where(positions < self.keep, positions, self.keep + (positions - self.keep) % self.ring)
+
+    def held(self, newest: mx.array) -> mx.array:
+        """[B, capacity]: the position of the token in each slot when `newest` [B, 1] is the last; less than 0 or than
+        `keep` behind the kept slots: nothing yet."""
+        slots = mx.arange(self.capacity)
+        return mx.where(slots < self.keep, slots, newest - (newest - slots) % self.ring)
+
+    def sees(self, positions: mx.array, held: mx.array, ring_slots: mx.array) -> mx.array:
+        """[B, L, T]: whether the tokens at positions [B, L] attend to those at held [B, T]."""
+        p, h = positions[..., None], held[:, None]
+        recent = (h >= self.keep) & (h > p - (self.size - self.keep))
+        return (h <= p) & mx.where(ring_slots, recent, h >= 0)
+
+    def visible(self, positions: mx.array, capacity: int) -> mx.array:
+        return self.sees(positions, self.held(positions[:, -1:]), mx.arange(self.capacity) >= self.keep)
+
+
+Store = Plain | Quantized
+Layout = Growing | Window
+
+
+@dataclass(frozen=True)
+class CacheKind:
+    """What a compiled step must know of a cache; equal kinds share their steps."""
+
+    store: Store = Plain()
+    layout: Layout = Growing()
+
+    @classmethod
+    def of(cls, config: OpenELMConfig, options: GenerationOptions) -> CacheKind:
+        """The kind that `options` ask for. Raises `CacheError` where the model's shapes or context forbid it."""
+        store: Store = Plain()
+        if options.kv_bits is not None:
+            sizes = [size for size in (64, 32) if config.head_dim % size == 0]
+            if not sizes:
+                raise CacheError(
+                    f"kv_bits {options.kv_bits} needs heads of a multiple of 32; this model's have {config.head_dim}"
+                )
+            store = Quantized(options.kv_bits, sizes[0])
+        if options.kv_window is None:
+            return cls(store)
+        return cls(store, Window(options.kv_window, options.kv_keep))
+
+    def bytes_per_token(self, config: OpenELMConfig, itemsize: int) -> int:
+        """Bytes of keys and values that one token adds, over all layers."""
+        from openelm_mlx.config import layer_shapes
+
+        heads = sum(2 * shape.kv_heads for shape in layer_shapes(config))
+        return int(heads * self.store.bytes_per_head(config.head_dim, itemsize))

@@ -1,0 +1,168 @@
+"""Caches together with the tokens they hold: in memory between turns, in a file between days."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from openelm_mlx.cache import KVCache, make_caches
+from openelm_mlx.config import OpenELMConfig
+from openelm_mlx.errors import CacheError
+from openelm_mlx.kv import CacheKind, Window
+
+if TYPE_CHECKING:
+    from openelm_mlx.loading import Engine
+
+FORMAT = "openelm-mlx prompt cache 1"
+
+
+class PromptCache:
+    """One cache a layer and the tokens they hold, so that a next prompt prefills only what is new."""
+
+    def __init__(self, layers: list[KVCache], tokens: list[int] | None = None) -> None:
+        self.layers = layers
+        self.tokens = [] if tokens is None else tokens
+
+    @classmethod
+    def for_config(cls, config: OpenELMConfig, kind: CacheKind | None = None) -> PromptCache:
+        return cls(make_caches(config, kind))
+
+    @property
+    def kind(self) -> CacheKind:
+        return self.layers[0].kind
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def reuse(self, prompt: list[int]) -> int:
+        """Keep the longest common prefix with `prompt`, but never all of it: one token must be run for its logits.
+
+        held    [1, 5, 9, 4, 2]
+        prompt  [1, 5, 9, 7]      -> keeps 3, forgets 2, returns 3
+
+        A window that has dropped what it would have to return to starts anew: returns 0.
+        """
+        common = common_prefix(self.tokens, prompt[:-1])
+        surplus = self.layers[0].offset - common
+        if self.layers[0].can_trim(surplus):
+            for layer in self.layers:
+                layer.trim(surplus)
+        else:
+            common = 0
+            for layer in self.layers:
+                layer.clear()
+        del self.tokens[common:]
+        return common
+
+    def hold(self, tokens: list[int]) -> None:
+        """Say which tokens were fed, after generation. What the caches hold beyond them is forgotten, and of
+        `tokens` what they do not hold."""
+        fed = min(len(tokens), self.layers[0].offset)
+        self.tokens[:] = tokens[:fed]
+        for layer in self.layers:
+            layer.settle(fed)
+
+    def save(self, path: str | Path, engine: Engine) -> None:
+        """Write tokens, keys and values to a safetensors file with the fingerprint of `engine`; all or nothing.
+
+        Raises `CacheError` for an empty cache and for a path that cannot be written.
+        """
+        if not self.tokens:
+            raise CacheError("the cache is empty; there is nothing to save")
+        path = Path(path)
+        used = self.layers[0].offset if not isinstance(self.kind.layout, Window) else self.layers[0].capacity
+        arrays = {
+            f"{number}.{part}": mx.contiguous(array[:, :, :, :used])
+            for number, layer in enumerate(self.layers)
+            for part, array in enumerate(layer.arrays)
+        }
+        about = {
+            "format": FORMAT,
+            "kind": repr(self.kind),
+            "fingerprint": fingerprint(engine),
+            "offset": str(self.layers[0].offset),
+            "written": str(self.layers[0].written),
+            "tokens": json.dumps(self.tokens),
+        }
+        try:
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".safetensors", dir=path.parent)
+            os.close(handle)
+            try:
+                mx.save_safetensors(temporary, arrays, about)
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+        except (OSError, RuntimeError) as error:
+            raise CacheError(f"{path} cannot be written: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | Path, engine: Engine, kind: CacheKind | None = None) -> PromptCache:
+        """A saved cache. Raises `CacheError` when it was made by other weights, another tokenizer or kind, or is damaged."""
+        kind = kind or CacheKind()
+        try:
+            loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CacheError(f"{path} is no saved cache: {error}") from None
+        arrays, about = loaded
+        if about.get("format") != FORMAT:
+            raise CacheError(f"{path} is no saved cache of this engine (format {about.get('format')!r}, not {FORMAT!r})")
+        if about.get("fingerprint") != fingerprint(engine):
+            raise CacheError(
+                f"{path} was made with other weights or another tokenizer than {engine.name}'s; "
+                "delete it, or use the model it was made with"
+            )
+        if about.get("kind") != repr(kind):
+            raise CacheError(f"{path} holds a cache of kind {about.get('kind')}; asked for was {kind!r}. Give the same options")
+        cache = cls.for_config(engine.config, kind)
+        try:
+            cache._fill(arrays, about)
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise CacheError(f"{path} is damaged: {error!r}") from None
+        return cache
+
+    def _fill(self, arrays: dict[str, mx.array], about: dict[str, Any]) -> None:
+        tokens, offset, written = json.loads(about["tokens"]), int(about["offset"]), int(about["written"])
+        if not isinstance(tokens, list) or len(tokens) != offset:
+            raise ValueError(f"{offset} positions for {len(tokens)} tokens")
+        parts = len(self.kind.store.pack(mx.zeros((2, 1, 1, 1, 64))))
+        for number, layer in enumerate(self.layers):
+            stored = [arrays[f"{number}.{part}"] for part in range(parts)]
+            layer.reserve(offset, like=stored)
+            for buffer, saved in zip(layer.arrays, stored, strict=True):
+                buffer[:, :, :, : saved.shape[3]] = saved
+            layer.settle(offset, written)
+        self.tokens[:] = [int(token) for token in tokens]
+        mx.eval([layer.arrays for layer in self.layers])
+
+
+def common_prefix(held: list[int], wanted: list[int]) -> int:
+    for count, (ours, theirs) in enumerate(zip(held, wanted, strict=False)):
+        if ours != theirs:
+            return count
+    return min(len(held), len(wanted))
+
+
+def fingerprint(engine: Engine) -> str:
+    """sha256 over configuration, tokenizer and a checksum of every weight: what keys and values depend on.
+
+    The checksum of a tensor is the sum of its words (of its element's width) and their sum weighted by place, modulo 2^32.
+    """
+    from openelm_mlx.loading import parameters
+
+    digest = hashlib.sha256(json.dumps(engine.config.to_hf_dict(), sort_keys=True, default=str).encode())
+    digest.update(repr(sorted((engine.quantization or {}).items(), key=str)).encode())
+    digest.update(engine.tokenizer.fingerprint.encode())
+    for name, array in sorted(parameters(engine.model).items()):
+        words = array.reshape(-1).view({1: mx.uint8, 2: mx.uint16}.get(array.itemsize, mx.uint32)).astype(mx.uint32)
+        places = mx.arange(words.size, dtype=mx.uint32) % 65521 + 1
+        sums: Any = mx.stack([words.sum(), (words * places).sum()]).tolist()
+        digest.update(f"{name} {array.dtype} {array.shape} {sums}".encode())
+    return digest.hexdigest()
