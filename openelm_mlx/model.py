@@ -119,18 +119,18 @@ class Attention(nn.Module):
         if self.normalize:  # value heads are normed for nothing: one kernel for all heads is what counts
             normed = mx.fast.rms_norm(x.reshape(B, L, -1, self.head_dim), None, self.eps).reshape(*pairs)
         turned = rotate(heads, normed, normed[..., ::-1, :], *self.head_weights(), *angles)
-        q, kv = mx.split(by_head(turned, B, L, self.head_dim), [self.q_heads], axis=1)
-        kv = kv.reshape(B, 2, self.kv_heads, L, self.head_dim).swapaxes(0, 1)  # [2, B, kv, L, head_dim]
-        out = cache.attend(q, kv, mask, self.scale)  # [B, q, L, head_dim]
+        q, kv = mx.split(turned, [self.q_heads], axis=2)
+        if L == 1:  # reshaping does what transposing would, in one operation
+            q = q.reshape(B, -1, 1, self.head_dim)
+        else:
+            q = q.reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
+        if B * L == 1:
+            kv = kv.reshape(2, 1, -1, 1, self.head_dim)
+        else:
+            kv = kv.reshape(B, L, 2, -1, self.head_dim).transpose(2, 0, 3, 1, 4)
+        out = cache.attend(q, kv, mask, self.scale)  # q [B, heads, L, head_dim], kv [2, B, kv, L, head_dim]
         out = out if L == 1 else out.swapaxes(1, 2)
         return project_onto(residual, self.out_proj, out.reshape(B * L, -1))
-
-
-def by_head(x: mx.array, batch: int, length: int, head_dim: int) -> mx.array:
-    """[batch, length, heads, ...] as [batch, heads, length, head_dim]; for a single token a view, in one operation."""
-    if length == 1:
-        return x.reshape(batch, -1, 1, head_dim)
-    return x.reshape(batch, length, -1, head_dim).swapaxes(1, 2)
 
 
 class FeedForward(nn.Module):
