@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from dataclasses import replace
@@ -12,9 +13,10 @@ from openelm_mlx.benchmarks import bootstrap, harness, machine, ours
 from openelm_mlx.benchmarks.compare import compare, lines
 from openelm_mlx.benchmarks.harness import Entry, measure, ratios_of, row_of
 from openelm_mlx.benchmarks.ours import OurSession, prompt_ids
-from openelm_mlx.benchmarks.results import Case, Document, Metric, Row
+from openelm_mlx.benchmarks.results import Case, Document, Metric, Row, save
 from openelm_mlx.benchmarks.timing import Timed
 
+from openelm_mlx.cli.main import main
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.generation import Event, stream_generate
 
@@ -196,18 +198,41 @@ def test_an_interrupt_leaves_the_finished_trials():
     assert never.metrics == {} and never.notes == ("not timed: interrupted before its warm-up",)
 
 
-def test_the_same_thing_twice_is_no_difference_and_a_tenth_of_a_step_is_one():
-    """Real sleeps, 5 ms a step against 5.5 ms; all three take turns, so a busy machine slows them alike."""
-    entries = [Entry(CASE, Sleeper(step), [1] * 8) for step in (0.005, 0.005, 0.0055)]
-    measure(entries, 9, nothing)
+class Clocked(Sleeper):
+    """A session whose sleeps move a clock of its own, one step in a hundred off: what is injected is all that differs."""
+
+    def __init__(self, step, seed):
+        super().__init__(step)
+        self.random = random.Random(seed)
+
+    def generate(self, prompt, tokens):
+        seconds, now = [], 0.0
+        for i in range(tokens):
+            now += (self.first if i == 0 else self.step) * self.random.gauss(1, 0.01)
+            seconds.append(now)
+        return Timed(tuple(range(tokens)), tuple(seconds), 1000)
+
+
+def test_the_same_thing_twice_is_no_difference_and_a_tenth_of_a_step_is_one(tmp_path, capsys):
+    entries = [Entry(CASE, Clocked(step, seed), [1] * 8) for seed, step in enumerate((0.005, 0.005, 0.005 + 0.0005))]
+    for entry in entries:
+        measure([entry], 7, nothing)
     once, twice, slower = (document(entry) for entry in entries)
     same = compare(once, twice)
     assert not same.regressed and all(d.verdict == "same" for d in same.differences)
     worse = compare(once, slower)
     assert {d.metric for d in worse.differences if d.verdict == "worse"} == {"decode_tokens_per_second"} and worse.regressed
-    assert any(line.startswith("worse: stub none float32 8+9, decode tokens per second") for line in lines(worse))
+    assert lines(worse)[0].startswith("worse: stub none float32 8+9, decode tokens per second: 199")
     better = compare(slower, once)
     assert not better.regressed and {d.verdict for d in better.differences} == {"same", "better"}
+    files = [str(tmp_path / name) for name in ("a.json", "b.json", "c.json")]
+    for name, result in zip(files, (once, twice, slower), strict=True):
+        save(result, name)
+    assert main(["benchmark", "--compare", *files[:2]]) == 0
+    assert capsys.readouterr().out.startswith("4 of 4 figures show no significant difference; smallest change")
+    assert main(["benchmark", "--compare", files[0], files[2]]) == 1
+    assert "worse: stub" in capsys.readouterr().out
+    assert main(["benchmark", "--compare", files[2], files[0]]) == 0
 
 
 def simulated(step, generator, trials=7, noise=0.01):
@@ -219,8 +244,6 @@ def simulated(step, generator, trials=7, noise=0.01):
 
 
 def test_false_alarms_are_rare_and_a_tenth_is_seen_nearly_always():
-    import random
-
     generator = random.Random(1)
     alarms = sum(compare(simulated(0.01, generator), simulated(0.01, generator)).regressed for _ in range(60))
     seen = sum(compare(simulated(0.01, generator), simulated(0.011, generator)).regressed for _ in range(30))
@@ -248,8 +271,6 @@ def test_students_t(confidence, freedom, t):
 
 
 def test_an_interval_covers_the_true_median_as_often_as_it_says():
-    import random
-
     generator = random.Random(0)
     found = [bootstrap.interval([generator.gauss(0, 1) for _ in range(7)], seed=i) for i in range(100)]
     assert 0.9 <= statistics.mean(i.low <= 0 <= i.high for i in found) <= 1.0
