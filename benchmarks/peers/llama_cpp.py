@@ -1,3 +1,92 @@
-"""llama.cpp behind the `Session` of timing.py, on a GGUF that our converter writes from the model folder."""
+"""llama.cpp behind the `Session` of timing.py, on a GGUF that our converter writes from the model folder.
+
+Its Python binding (llama-cpp-python) where that is installed, else its llama-server; a program named in
+OPENELM_LLAMA_CPP wins over both. In float32 its cache is float32 too: the default float16 cache moves the logits.
+"""
 
 from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from openelm_mlx.benchmarks.peers.llama_server import VARIABLE, LlamaServer, find_server
+from openelm_mlx.benchmarks.timing import Timed, Session
+
+from openelm_mlx.config import OpenELMConfig
+
+
+class LlamaCpp:
+    """llama-cpp-python in this process. A session owns the folder that its GGUF lies in."""
+
+    engine = "llama.cpp"
+
+    def __init__(self, gguf: Path, context: int, dtype: str) -> None:
+        import llama_cpp
+
+        kind = llama_cpp.GGML_TYPE_F32 if dtype == "float32" else llama_cpp.GGML_TYPE_F16
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        start = perf_counter()
+        self.model: Any = llama_cpp.Llama(
+            str(gguf), n_ctx=context, n_gpu_layers=-1, type_k=kind, type_v=kind, verbose=False,
+            n_threads=cores, n_threads_batch=cores,
+        )  # fmt: skip
+        self.load_seconds = perf_counter() - start
+        self.version = f"python {llama_cpp.__version__}"
+
+    def generate(self, prompt: list[int], tokens: int) -> Timed:
+        found: list[int] = []
+        seconds: list[float] = []
+        self.model.reset()  # or it would reuse what it holds of the prompt
+        start = perf_counter()
+        for token in self.model.generate(prompt, temp=0.0):
+            seconds.append(perf_counter() - start)
+            found.append(int(token))
+            if len(found) == tokens:
+                break
+        return Timed(tuple(found), tuple(seconds))
+
+    def close(self) -> None:
+        self.model.close()
+
+
+class Owned:
+    """A session that takes its folder of files with it when it closes."""
+
+    def __init__(self, session: Session, folder: Path) -> None:
+        self.session, self.folder = session, folder
+        self.engine, self.version, self.load_seconds = session.engine, session.version, session.load_seconds
+
+    def generate(self, prompt: list[int], tokens: int) -> Timed:
+        return self.session.generate(prompt, tokens)
+
+    def close(self) -> None:
+        self.session.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_session(folder: Path, dtype: str) -> Session:
+    context = OpenELMConfig.from_file(folder / "config.json").max_context_length
+    work = Path(tempfile.mkdtemp(prefix="openelm-gguf-"))
+    try:
+        gguf = write_gguf(folder, dtype, work / "model.gguf")
+        program = find_server()
+        if program and (os.environ.get(VARIABLE) or find_spec("llama_cpp") is None):
+            cache = ("-ctk", "f32", "-ctv", "f32") if dtype == "float32" else ()
+            return Owned(LlamaServer(program, gguf, context, cache), work)
+        return Owned(LlamaCpp(gguf, context, dtype), work)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def write_gguf(folder: Path, dtype: str, path: Path) -> Path:
+    """The folder's weights in one GGUF; quantized ones expanded, so that the numbers stay the same."""
+    from openelm_mlx.convert import ConvertOptions, convert
+
+    convert(ConvertOptions(folder, path, target_format="gguf", dtype=dtype))
+    return path
