@@ -122,7 +122,7 @@ M = "token_embeddings.lora_magnitude_vector.lora"
         ("lora", lambda t: t.pop(Q + "lora_B.lora.weight"), rf"adapter of {Q[:-1]} lacks lora_B"),
         ("lora", lambda t: t.update({Q + "lora_A.other.weight": t[Q + "lora_A.lora.weight"]}), r"several adapters \(lora, other"),
         ("lora", lambda t: t.update({Q + "lora_A.lora.weight": t["norm.weight"]}), r"has A of shape \(96,\) and B"),
-        ("dora", lambda t: t.update({Q + "lora_magnitude_vector.lora": t["norm.weight"]}), r"magnitudes of shape \(96,\) for 256 rows"),
+        ("dora", lambda t: t.update({Q + "lora_magnitude_vector.lora": t["norm.weight"]}), r"\(96,\) for 256 rows"),
         ("dora", lambda t: t.update({M: t["norm.weight"]}), "is DoRA on an embedding, which CoreNet does not define"),
     ],
 )
