@@ -78,7 +78,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def model_card(record: dict[str, Any], instruct: bool) -> str:
     form = record["quantization"]
+    mixed = any(isinstance(entry, dict) for entry in (form or {}).values())
     kind = f"{form['bits']}-bit ({form['mode']}, groups of {form['group_size']})" if form else record["dtype"]
+    kind = "quantized by layer" if mixed else kind
     chat = "It speaks OpenELM's Instruct format; see `chat_template.jinja`.\n" if instruct else ""
     return (
         f"---\nlibrary_name: mlx\ntags:\n- mlx\n- openelm\n---\n\n# OpenELM for MLX\n\n"

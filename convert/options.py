@@ -15,6 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 SOURCE_FORMATS = ("pt", "huggingface", "mlx", "corenet-mlx", "gguf")
 TARGET_FORMATS = ("mlx", "hf", "gguf")
 ADAPTER = ("merge", "keep")
+CALIBRATIONS = ("gptq", "distill")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,29 @@ class ConvertOptions:
     mode: str | None = field(
         default=None, metadata={"help": "affine, or a block format with bits and groups of its own", "choices": tuple(MODES)}
     )
+    recipe: str | None = field(
+        default=None, metadata={"help": "forms by role: a built-in recipe's name, or a YAML file"}
+    )
+    target_bpw: float | None = field(
+        default=None,
+        metadata={"help": "measure every matrix in every form and choose the best ones of this many bits per weight",
+                  "range": (2.0, 16.0)},
+    )  # fmt: skip
+    calibrate: str | None = field(
+        default=None,
+        metadata={"help": "learn the rounding: gptq (error feedback, minutes) or distill (by gradient, longer and better)",
+                  "choices": CALIBRATIONS},
+    )  # fmt: skip
+    calibration_text: Path | None = field(
+        default=None, metadata={"help": "text to measure and learn on; unset is what the model itself writes"}
+    )
+    verify_text: Path | None = field(default=None, metadata={"help": "text to verify on; implies --verify"})
+    max_kl: float | None = field(
+        default=None,
+        metadata={"help": "fail, and write nothing, above this mean KL divergence in nats; implies --verify",
+                  "range": (0.0, math.inf)},
+    )  # fmt: skip
+    dry_run: bool = field(default=False, metadata={"help": "show the plan, sizes and memory needed, and write nothing"})
     force: bool = field(default=False, metadata={"help": "replace an existing model folder"})
     verify: bool = field(default=False, metadata={"help": "compare the result with the source in float32"})
     instruct: bool | None = field(
@@ -68,19 +92,21 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        for name in ("source", "target", "config", "tokenizer"):
+        for name in ("source", "target", "config", "tokenizer", "calibration_text", "verify_text"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, Path(value).expanduser())
         for name, allowed in (("dtype", DTYPES), ("source_format", SOURCE_FORMATS), ("target_format", TARGET_FORMATS),
-                              ("adapter", ADAPTER)):  # fmt: skip
+                              ("adapter", ADAPTER), ("calibrate", CALIBRATIONS)):  # fmt: skip
             if getattr(self, name) not in (None, *allowed):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
-        make_form(self.bits, self.group_size, self.mode)
-        if self.target_format == "hf" and self.form is not None:
+        check_quantization(self)
+        if self.target_format == "hf" and self.quantizes:
             raise OptionError("--to hf writes whole weights; leave out --bits and --mode, or --to hf")
-        if self.target_format == "gguf" and (self.verify or self.adapter == "keep"):
+        if self.target_format == "gguf" and (self.verifies or self.adapter == "keep"):
             raise OptionError("--to gguf writes one file of weights; leave out --verify and --adapter keep")
+        if self.target_format == "gguf" and (self.recipe or self.target_bpw or self.calibrate or self.dry_run):
+            raise OptionError("--to gguf knows one form for all; leave out --recipe, --target-bpw, --calibrate and --dry-run")
         if self.rope_base is not None and not math.isfinite(self.rope_base):
             raise OptionError(f"rope_base is {self.rope_base!r}; it must be finite")
 
@@ -88,6 +114,15 @@ class ConvertOptions:
     def form(self) -> Form | None:
         """The one form of every matrix, None where the weights stay whole."""
         return make_form(self.bits, self.group_size, self.mode)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any flag asks for a form of the matrices, uniform, by role or measured."""
+        return self.form is not None or self.recipe is not None or self.target_bpw is not None
+
+    @property
+    def verifies(self) -> bool:
+        return self.verify or self.verify_text is not None or self.max_kl is not None
 
     @property
     def keeps_forms(self) -> bool:
@@ -101,3 +136,16 @@ class ConvertOptions:
             return self.instruct
         source = self.source.absolute()
         return any("instruct" in name.lower() for name in (source.name, source.parent.name, self.target.name))
+
+
+def check_quantization(options: ConvertOptions) -> None:
+    """Raise `OptionError` for two ways to choose forms at once, or for calibration of nothing."""
+    uniform = make_form(options.bits, options.group_size, options.mode)
+    flags = {"--bits or --mode": uniform, "--recipe": options.recipe, "--target-bpw": options.target_bpw}
+    given = [flag for flag, value in flags.items() if value is not None]
+    if len(given) > 1:
+        raise OptionError(f"{' and '.join(given)} each choose the forms; give one of them")
+    if options.calibrate is not None and not given:
+        raise OptionError(f"--calibrate {options.calibrate} needs something to round; give {', '.join(flags)} too")
+    if options.calibration_text is not None and options.target_bpw is None and options.calibrate is None:
+        raise OptionError("--calibration-text is used by --target-bpw and --calibrate; give one of them too")

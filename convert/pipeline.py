@@ -14,6 +14,7 @@ from openelm_mlx.convert.forms import Form, Plan, check_divides, config_entry, m
 from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize import planned, quantized
+from openelm_mlx.convert.recipes import find_recipe
 from openelm_mlx.convert.sources import TensorInfo, TensorSource
 from openelm_mlx.convert.staging import check_target, staged
 from openelm_mlx.convert.writer import nbytes, write_weights
@@ -54,12 +55,12 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     forms = plan_forms(opened, options)  # 3. what will be written
     plan = make_plan(source, names, trimmed, forms, options)
     report = make_report(source, opened.config, trimmed, plan, options)
-    record = conversion_record(report, plan, options)
+    record = conversion_record(report, plan, forms, options)
     with staged(options) as folder:  # 4. write beside, then rename
         write_weights(folder, plan, stream(opened, forms, options, progress), options.target_format)
         write_side_files(folder, trimmed, opened.tokenizer, config_entry(forms), record, options.is_instruct)
         write_kept_adapter(folder, opened, forms)
-        if options.verify:  # 5. prove it
+        if options.verifies:  # 5. prove it
             from openelm_mlx.convert.verify import verify_folder
 
             report = replace(report, verification=verify_folder(folder, source, names, trimmed))
@@ -88,7 +89,9 @@ def plan_forms(opened: OpenedModel, options: ConvertOptions) -> Plan:
     """The form of every matrix; refuses before any work what does not divide. Unasked, the source's forms are kept."""
     shapes = expected_tensors(opened.trimmed)
     forms: dict[str, Form | None] = dict.fromkeys(matrices(shapes), options.form)
-    if options.form is None and options.keeps_forms:
+    if options.recipe is not None:
+        forms = find_recipe(options.recipe).plan(shapes)
+    elif not options.quantizes and options.keeps_forms:
         forms |= opened.stored_forms
     check_divides(forms, shapes)
     return forms
@@ -166,7 +169,7 @@ def make_report(
 
 
 def conversion_record(
-    report: ConversionReport, plan: Mapping[str, TensorInfo], options: ConvertOptions
+    report: ConversionReport, plan: Mapping[str, TensorInfo], forms: Plan, options: ConvertOptions
 ) -> dict[str, Any]:
     """conversion.json: how the folder came about, without paths of the machine it was made on."""
     return {
@@ -175,7 +178,7 @@ def conversion_record(
         "source": options.source.absolute().name,
         "parameters": report.parameters,
         "dtype": next(info.dtype for name, info in plan.items() if name.endswith("norm.weight")),
-        "quantization": None if options.form is None else options.form.as_config(),
+        "quantization": config_entry(forms),
         "bits_per_weight": round(report.bits_per_weight, 4),
         "dropped_embedding_rows": report.dropped_rows,
         "instruct": options.is_instruct,
