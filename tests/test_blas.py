@@ -28,3 +28,20 @@ def test_named_library_that_is_missing_is_refused() -> None:
 def test_off_loads_nothing() -> None:
     assert isinstance(load_blas({"OPENELM_BLAS": "off"}), BlasChoice)
     assert load_blas({"OPENELM_BLAS": "off"}).path is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
+def test_what_was_loaded_before_mlx_is_still_told_after_it() -> None:
+    code = """
+import sys
+from openelm_mlx.blas import load_blas
+first = load_blas({})
+import mlx.core
+print(load_blas({}) == first, load_blas({"OPENELM_BLAS": "off"}).path, load_blas({"OPENELM_BLAS": "/other.so"}).reason)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "True None mlx was imported first, too late for another BLAS\n"
+
+
+def test_a_system_library_is_looked_for_unless_told_otherwise() -> None:
+    assert choose_blas({}, "linux", ("a",)).path == "a"

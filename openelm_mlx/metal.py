@@ -1,0 +1,107 @@
+"""Metal settings that are known to pay: chosen by pure functions of what the chip is, and applied only where it fits.
+
+MLX commits a command buffer after a number of kernels, or of megabytes they touch (40 to 50 of each by default, by size
+of chip; mlx/backend/metal/device.cpp). Each boundary costs GPU time, which is much of a small model's token. Measured by
+others, not by this project, which has not run on Metal:
+
+- M3 Ultra: +5 % (20k tokens of context) and +7.7 % (short) decode at 1000 operations and 400 MB, same outputs and peak
+  memory; nothing on a dense 27B model (https://github.com/ml-explore/mlx/issues/4521)
+- M1 Ultra: +11 to 13 % on Gemma 3n at 1000 operations; M1 to M4 get it there by default, M5 does not, where it was flat
+  or slower (https://github.com/lablup/mlxcel/pull/360, .../pull/358)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+
+LIMITS = {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}  # the pair measured in issue 4521
+GENERATIONS = range(1, 5)  # M1 to M4
+WIRED_SINCE = 15  # macOS: before it mx.set_wired_limit has no effect
+
+
+@dataclass(frozen=True)
+class MetalSettings:
+    """Environment variables to set before MLX starts, and why these, or none."""
+
+    values: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.values.items()) or "MLX's own"
+
+
+def buffer_limits(chip: str | None, environ: Mapping[str, str]) -> MetalSettings:
+    """Command-buffer limits for a chip by its name ("Apple M3 Ultra"); what the user has set is never overruled.
+
+    buffer_limits("Apple M2 Pro", {}).values   -> {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}
+    buffer_limits("Apple M5", {}).values       -> {}
+    """
+    match = re.match(r"Apple M(\d+)\b", chip or "")
+    if match is None:
+        return MetalSettings(reason=f"only Apple's M1 to M4 gain by other limits; this is {chip or 'no Apple chip'}")
+    if int(match[1]) not in GENERATIONS:
+        return MetalSettings(reason=f"on {chip} MLX's own limits are as fast (lablup/mlxcel pull 358)")
+    if own := sorted(LIMITS.keys() & environ.keys()):
+        return MetalSettings(reason=f"you have set {', '.join(own)}")
+    return MetalSettings(dict(LIMITS), f"faster decoding on M1 to M4 (ml-explore/mlx issue 4521); this is {chip}")
+
+
+def wired_limit(recommended_bytes: int | None, system_version: str) -> int | None:
+    """Bytes that may stay wired, so that macOS does not page weights out between tokens: all that Metal recommends.
+
+    None where it cannot be set: no Metal, or a macOS before 15 (mlx-lm has the same rule in `wired_limit`).
+    """
+    major = re.match(r"\d+", system_version or "")
+    if not recommended_bytes or major is None or int(major[0]) < WIRED_SINCE:
+        return None
+    return recommended_bytes
+
+
+def chip_name() -> str | None:
+    """The processor's name as macOS tells it, without importing MLX; None elsewhere."""
+    if sys.platform != "darwin":
+        return None
+    try:
+        libc = ctypes.CDLL(None)
+        name, size = b"machdep.cpu.brand_string", ctypes.c_size_t(0)
+        libc.sysctlbyname(name, None, ctypes.byref(size), None, ctypes.c_size_t(0))
+        buffer = ctypes.create_string_buffer(size.value)
+        failed = libc.sysctlbyname(name, buffer, ctypes.byref(size), None, ctypes.c_size_t(0))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else buffer.value.decode(errors="replace") or None
+
+
+_applied: MetalSettings | None = None
+
+
+def set_buffer_limits(environ: MutableMapping[str, str] | None = None) -> MetalSettings:
+    """Put the limits for this chip into the environment, where MLX reads them when it starts; later calls tell the choice."""
+    global _applied
+    if _applied is None:
+        environ = os.environ if environ is None else environ
+        choice = buffer_limits(chip_name(), environ)
+        if choice.values and "mlx.core" in sys.modules:
+            choice = MetalSettings(reason="mlx was imported first, too late for other limits")
+        environ.update(choice.values)
+        _applied = choice
+    return _applied
+
+
+def set_wired_limit() -> int | None:
+    """Let the weights stay wired; the limit set, in bytes, or None. Untested on Metal."""
+    import platform
+
+    import mlx.core as mx
+
+    if not mx.metal.is_available():
+        return None
+    limit = wired_limit(int(mx.device_info().get("max_recommended_working_set_size", 0)), platform.mac_ver()[0])
+    if limit is not None:
+        mx.set_wired_limit(limit)
+    return limit
