@@ -89,10 +89,11 @@ def keyed(key: mx.array, position: mx.array, stream: int = 0) -> mx.array:
 
 def gumbel(keys: mx.array, positions: mx.array, vocab: int, stream: int = 0) -> mx.array:
     """Gumbel noise [B, vocab] for the tokens at `positions` [B], a function of key [B, 2], position and stream alone."""
-    rows = []
-    for key, position in zip(mx.split(keys, keys.shape[0]), mx.split(positions, positions.shape[0]), strict=True):
-        rows.append(mx.random.gumbel((vocab,), key=keyed(key, position, stream)))
-    return mx.stack(rows)
+    offsets = mx.full(positions.shape, stream * 0x9E3779B9 & 0xFFFFFFFF, dtype=mx.uint32)
+    mixed = keys + mx.stack([offsets, positions.astype(mx.uint32)], axis=1)
+    if keys.shape[0] == 1:
+        return mx.random.gumbel((vocab,), key=mixed[0])[None]
+    return mx.vmap(lambda key: mx.random.gumbel((vocab,), key=key))(mixed)  # one kernel for all rows
 
 
 def draw(
