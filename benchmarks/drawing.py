@@ -62,6 +62,10 @@ def scale_y(ax: Any, values: Sequence[float]) -> None:
         ax.set_ylim(0, high * 1.12 or 1)
 
 
+def shortened(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
 def log_y(ax: Any, steps: Sequence[float] = (1,)) -> None:
     """A logarithmic axis with plain numbers at `steps` of each decade."""
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -78,7 +82,8 @@ def legend(ax: Any, theme: Theme, order: Sequence[str] = (), columns: int = 2) -
     entries = dict(zip(labels, handles, strict=True))
     ranked = sorted(entries, key=lambda label: order.index(label) if label in order else len(order))
     if len(ranked) > 1:
+        handles, names = [entries[label] for label in ranked], [shortened(label, 24) for label in ranked]
         ax.legend(
-            [entries[label] for label in ranked], ranked, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns,
-            frameon=False, fontsize=8, labelcolor=theme.ink, handlelength=1.6, columnspacing=1.4,
+            handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, frameon=False, fontsize=8,
+            labelcolor=theme.ink, handlelength=1.6, columnspacing=1.4,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.benchmarks.drawing import DARK, LIGHT, Theme
+from openelm_mlx.benchmarks.drawing import DARK, LIGHT, Theme, shortened
 from openelm_mlx.benchmarks.panels import Panel, panels
 from openelm_mlx.benchmarks.results import Document
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["DARK", "LIGHT", "panel_svg", "write_plot"]
 
 SUFFIXES = (".png", ".svg")
-COLUMNS, WIDTH, DPI = 3, 4.4, 160  # panels beside each other; inches a panel; dots per inch of a PNG
+COLUMNS, DPI = 3, 160  # panels beside each other; dots per inch of a PNG
+WIDTH, PAGE_WIDTH = 4.4, 3.7  # inches of a panel: in one picture; on a page, where a telephone is 3.7 inches of CSS wide
 HEAD, FOOT, TITLE, MARGIN = 0.5, 0.6, 0.55, 0.12  # inches
 
 
@@ -46,7 +47,7 @@ def write_plot(document: Document, path: str | Path) -> None:
 def panel_svg(panel: Panel, theme: Theme) -> bytes:
     """One panel without its title as an SVG, its text as shapes: it needs no font. Raises as `write_plot`."""
     with style(theme):
-        figure = new_figure(WIDTH, panel.height - TITLE)
+        figure = new_figure(PAGE_WIDTH, panel.height - TITLE)
         panel.draw(figure.add_subplot(), theme)
         return save(figure, "svg", transparent=True)
 
@@ -69,13 +70,9 @@ def figure_of(document: Document, shown: list[Panel]) -> Figure:
         for cell, panel in zip(cells, row, strict=False):
             title, body = cell.subfigures(2, 1, height_ratios=[TITLE, height - TITLE], hspace=0)
             title.text(MARGIN / WIDTH, 0.62, panel.title, size=10.5, weight="bold", color=LIGHT.ink, va="center")
-            title.text(MARGIN / WIDTH, 0.2, shortened(panel.model), size=8.5, color=LIGHT.muted, va="center")
+            title.text(MARGIN / WIDTH, 0.2, shortened(panel.model, 56), size=8.5, color=LIGHT.muted, va="center")
             panel.draw(body.add_subplot(), LIGHT)
     return figure
-
-
-def shortened(name: str, length: int = 56) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def caption(document: Document) -> str:
@@ -116,8 +113,8 @@ def style(theme: Theme) -> Iterator[None]:
         raise BenchmarkError("pictures need matplotlib: `pip install 'openelm-mlx[plot]'`") from None
     settings = {
         "text.parse_math": False,  # a model's name is text, whatever stands in it
-        "svg.hashsalt": "openelm-mlx",  # the same document gives the same file
-        "svg.fonttype": "path", "font.family": ["DejaVu Sans"], "font.size": 9, "axes.titlesize": 10,
+        "svg.fonttype": "path",  # needs no font where it is shown
+        "font.family": ["DejaVu Sans"], "font.size": 9, "axes.titlesize": 10,
         "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 10, "axes.spines.top": False,
         "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": theme.line, "grid.linewidth": 0.7,
         "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.edgecolor": theme.muted, "axes.facecolor": "none",

@@ -128,7 +128,7 @@ def cards(document: Document) -> list[Card]:
         if not timed:
             continue
         best = max(timed, key=lambda row: row.metrics[DECODE].median)
-        lines = [f"{width(best.case)} weights, prompt of {best.case.prompt_tokens} tokens"]
+        lines = [f"{width(best.case)} weights, {best.case.prompt_tokens} prompt tokens"]
         if best.percent_of_bound is not None:
             lines.append(f"{best.percent_of_bound:.0f} % of what memory bandwidth allows")
         lines += [
@@ -137,7 +137,7 @@ def cards(document: Document) -> list[Card]:
             for item in document.ratios
             if item.metric == DECODE and document.rows[item.row] in timed and document.rows[item.against].case.engine != OURS
         ]
-        found.append(Card(model, number(best.metrics[DECODE].median), lines))
+        found.append(Card(model, metric_cell(best.metrics[DECODE], 1.0).text, lines))
     return found
 
 
@@ -148,7 +148,6 @@ def measured(model: str, rows: Sequence[Row]) -> Table:
     """All rows of a model: what was run, every metric of it, the share of the bound; notes numbered below."""
     names = [name for name in COLUMNS if any(name in row.metrics for row in rows)]
     bound = any(row.bound_tokens_per_second for row in rows)
-    peers = any(row.case.engine != OURS for row in rows)
     cases = {"engine": "text", "weights": "text", "setting": "text", "prompt": "number", "new": "number"}
     notes: list[str] = []
     lines = [case_cells(row, notes) for row in rows]
@@ -156,13 +155,12 @@ def measured(model: str, rows: Sequence[Row]) -> Table:
     lines = [[cell for place, cell in enumerate(line) if place not in same] for line in lines]
     head = [Cell(text, kind=kind) for place, (text, kind) in enumerate(cases.items()) if place not in same]
     head += [Cell(COLUMNS[name][0]) for name in names]
-    head += [Cell("memory bound tokens/s"), Cell("% of bound")] * bound + [Cell("same tokens", kind="text")] * peers
+    head += [Cell("memory bound tokens/s"), Cell("% of bound")] * bound
     for row, line in zip(rows, lines, strict=True):
         line += [metric_cell(row.metrics.get(name), COLUMNS[name][1]) for name in names]
         if bound:
-            line.append(Cell("" if row.bound_tokens_per_second is None else number(row.bound_tokens_per_second)))
-            line.append(Cell("" if row.percent_of_bound is None else f"{row.percent_of_bound:.0f}"))
-        line += [agreement(row)] * peers
+            rate, percent = row.bound_tokens_per_second, row.percent_of_bound
+            line += [Cell("" if rate is None else digits(rate, rate)), Cell("" if percent is None else f"{percent:.0f}")]
     case = rows[0].case
     told = {2: setting(case), 3: f"prompt of {case.prompt_tokens:,} tokens", 4: f"{case.generation_tokens:,} new tokens"}
     facts = [f"{told[place]} throughout" if place == 2 else told[place] for place in same]
@@ -172,8 +170,8 @@ def measured(model: str, rows: Sequence[Row]) -> Table:
 
 def case_cells(row: Row, notes: list[str]) -> list[Cell]:
     """What was run; its notes are added to `notes` and numbered."""
-    case, marks = row.case, " ".join(mark(notes, note) for note in row.notes)
-    texts = [Cell(case.engine, marks, "text"), Cell(width(case), weights(row), "text"), Cell(setting(case), "", "text")]
+    case, small = row.case, " ".join([agreement(row), *(mark(notes, note) for note in row.notes)]).strip()
+    texts = [Cell(case.engine, small, "text"), Cell(width(case), weights(row), "text"), Cell(setting(case), "", "text")]
     return texts + [Cell(f"{case.prompt_tokens:,}"), Cell(f"{case.generation_tokens:,}")]
 
 
@@ -197,13 +195,13 @@ def metric_cell(metric: Metric | None, divisor: float) -> Cell:
     return Cell(middle, "" if low == high else f"{low}\N{EN DASH}{high}")
 
 
-def agreement(row: Row) -> Cell:
+def agreement(row: Row) -> str:
     """What the check of a peer's tokens against ours gave."""
     if row.case.engine == OURS or (row.agrees is None and row.parts_at is None):
-        return Cell("", kind="text")
-    if row.agrees:
-        return Cell("yes", kind="good")
-    return Cell("no" if row.parts_at is None else f"parts at token {row.parts_at}", kind="bad")
+        return ""
+    if row.parts_at is not None:
+        return f"parts at token {row.parts_at}"
+    return "same tokens" if row.agrees else "other tokens"
 
 
 def ratio_table(document: Document) -> Table | None:
@@ -269,7 +267,7 @@ def assumptions(document: Document) -> list[str]:
         told.append("A peer ran the same weights and prompt. Its times count only where all its tokens are ours.")
     if is_linux(document.machine):
         told.append(
-            "MLX's CPU backend on Linux emulates half precision and has none of the GPU's kernels: nothing here tells a Mac's speed."
+            "MLX's CPU backend on Linux emulates half precision and has no GPU kernels: nothing here tells a Mac's speed."
         )
     if document.partial:
         told.append("The run was interrupted: cases and trials are missing.")

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars")  # fmt: skip
+
+# the browser takes commands on descriptor 3 and answers on 4
+ON_3_AND_4 = """import fcntl, os, sys
+read, write = (fcntl.fcntl(int(number), fcntl.F_DUPFD_CLOEXEC, 20) for number in sys.argv[1:3])
+os.dup2(read, 3), os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])"""
 
 
 def find_chromium() -> str | None:
@@ -29,11 +36,11 @@ class Browser:
         self.profile = tempfile.mkdtemp(prefix="chromium-")
         to_read, self.write_end = os.pipe()
         self.read_end, to_write = os.pipe()
-        command = [find_chromium() or "chromium", *FLAGS, f"--user-data-dir={self.profile}", "--remote-debugging-pipe", "about:blank"]
-        # the browser takes commands on descriptor 3 and answers on 4
-        wrapper = ["sh", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "sh", *command]
-        self.process = subprocess.Popen(wrapper, pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                        start_new_session=True)  # fmt: skip
+        command = [find_chromium() or "chromium", *FLAGS, f"--user-data-dir={self.profile}", "--remote-debugging-pipe"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ON_3_AND_4, str(to_read), str(to_write), *command, "about:blank"],
+            pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
         os.close(to_read)
         os.close(to_write)
         self.count, self.buffer, self.session = 0, b"", ""
