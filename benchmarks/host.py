@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 
 import mlx.core as mx
-
 from openelm_mlx.benchmarks.standins import one_primitive_each
 from openelm_mlx.benchmarks.traced import (
     DTYPES,
@@ -20,6 +19,7 @@ from openelm_mlx.benchmarks.traced import (
     our_step,
     shrunk,
 )
+
 from openelm_mlx.config import OpenELMConfig
 
 WARM_UP, CONTEXT = 10, 8
@@ -52,7 +52,7 @@ def host_seconds(config: OpenELMConfig, form: Form, steps: int) -> dict[str, flo
 
 
 def ours_in_turn(config: OpenELMConfig, form: Form, step: Callable[..., tuple[mx.array, mx.array, list[mx.array]]]):  # type: ignore[no-untyped-def]
-    buffers = [mx.zeros(b.shape, b.dtype) for b in our_buffers(config, 256, DTYPES[form.dtype])]
+    buffers = [[mx.zeros(a.shape, a.dtype) for a in arrays] for arrays in our_buffers(config, 256, DTYPES[form.dtype])]
     state = [mx.array([1], mx.uint32), mx.array([CONTEXT]), buffers]
     mx.eval(state)
 

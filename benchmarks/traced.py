@@ -16,12 +16,13 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-
 from openelm_mlx.benchmarks.graph import Graph, Node, fuse, trace
 from openelm_mlx.benchmarks.standins import fused, like, one_primitive_each
+
 from openelm_mlx.cache import BLOCK
 from openelm_mlx.config import OpenELMConfig, layer_shapes
 from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.kv import Arrays
 from openelm_mlx.model import OpenELM
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -105,7 +106,7 @@ def our_model(config: OpenELMConfig, form: Form) -> OpenELM:
     return model
 
 
-def our_step(model: OpenELM, compiled: bool) -> Callable[[mx.array, mx.array, list[mx.array]], Any]:
+def our_step(model: OpenELM, compiled: bool) -> Callable[[mx.array, mx.array, list[Arrays]], Any]:
     """(token [1], position [1], keys and values a layer) -> the next token, position, keys and values."""
     from openelm_mlx.decode import State, StepSpec, make_step
     from openelm_mlx.options import SamplingOptions
@@ -115,16 +116,16 @@ def our_step(model: OpenELM, compiled: bool) -> Callable[[mx.array, mx.array, li
     key = seed_key(1)
     mx.eval(key)
 
-    def run(token: mx.array, position: mx.array, buffers: list[mx.array]) -> Any:
+    def run(token: mx.array, position: mx.array, buffers: list[Arrays]) -> Any:
         after = step(State(token, position, key, None, None, buffers))
         return after.token, after.position, after.buffers
 
     return run
 
 
-def our_buffers(config: OpenELMConfig, context: int, dtype: mx.Dtype) -> list[mx.array]:
+def our_buffers(config: OpenELMConfig, context: int, dtype: mx.Dtype) -> list[Arrays]:
     capacity = -(-context // BLOCK) * BLOCK
-    return [like((2, 1, shape.kv_heads, capacity, config.head_dim), dtype) for shape in layer_shapes(config)]
+    return [[like((2, 1, shape.kv_heads, capacity, config.head_dim), dtype)] for shape in layer_shapes(config)]
 
 
 def trace_ours(config: OpenELMConfig, form: Form, context: int = 64) -> Traced:
@@ -133,12 +134,12 @@ def trace_ours(config: OpenELMConfig, form: Form, context: int = 64) -> Traced:
     step, buffers = our_step(model, compiled=False), our_buffers(config, context, DTYPES[form.dtype])
 
     def flat(token: mx.array, position: mx.array, *kv: mx.array) -> list[mx.array]:
-        token, position, kept = step(token, position, list(kv))
-        return [token, position, *kept]
+        token, position, kept = step(token, position, [[array] for array in kv])
+        return [token, position, *(array for arrays in kept for array in arrays)]
 
     with one_primitive_each(tagged=True):
-        graph = trace(flat, mx.array([1], mx.uint32), mx.array([context - 1]), *buffers)
-    return described("openelm-mlx", fuse(graph), model, 2, context, buffers[0].shape[3])
+        graph = trace(flat, mx.array([1], mx.uint32), mx.array([context - 1]), *(array for arrays in buffers for array in arrays))
+    return described("openelm-mlx", fuse(graph), model, 2, context, buffers[0][0].shape[3])
 
 
 def mlx_lm_model(config: OpenELMConfig, form: Form) -> nn.Module:

@@ -158,7 +158,8 @@ class Place:
 
     def positions(self, length: int) -> mx.array:
         if length not in self._positions:
-            self._positions[length] = self.offset[:, None] + mx.arange(length)
+            start = self.offset[:, None]
+            self._positions[length] = start if length == 1 else start + mx.arange(length)
         return self._positions[length]
 
     def slots(self, length: int) -> mx.array:

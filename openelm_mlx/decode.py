@@ -55,7 +55,9 @@ class StepSpec:
 
 def choose(spec: StepSpec, logits: mx.array, state: State) -> State:
     """The state after drawing the token that follows, from the logits [B, vocab or more] at the last position."""
-    logits = logits[:, : spec.vocab].astype(mx.float32)
+    logits = logits[:, : spec.vocab]
+    if not spec.sampling.greedy or state.history is not None or spec.logprobs is not None:
+        logits = logits.astype(mx.float32)  # which is the largest does not change by it
     position = state.position + 1
     token = draw(logits, spec.sampling, state.key, position, state.history).astype(mx.uint32)
     history = None if state.history is None else state.history.plus(token)

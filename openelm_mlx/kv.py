@@ -7,6 +7,7 @@ growing, slicing and writing are the same for all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -28,6 +29,20 @@ def sdpa(q: mx.array, k: mx.array, v: mx.array, mask: Mask, scale: float) -> mx.
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
+def halves(buffer: mx.array) -> tuple[mx.array, mx.array]:
+    """The keys and the values of a buffer [2, batch, ...], as views: an integer index would copy them."""
+    keys, values = mx.split(buffer.reshape(-1, *buffer.shape[2:]), 2)
+    return keys, values
+
+
+@lru_cache(maxsize=64)
+def slot_numbers(capacity: int) -> mx.array:
+    """0, 1, ... evaluated, so that no step computes them again."""
+    numbers = mx.arange(capacity)
+    mx.eval(numbers)
+    return numbers
+
+
 def causal_mask(length: int, total: int) -> mx.array:
     """[length, total], True where the last `length` of `total` tokens may look: at themselves and what is before."""
     return mx.arange(total) <= mx.arange(total - length, total)[:, None]
@@ -41,7 +56,7 @@ class Plain:
         return [kv]
 
     def attend(self, q: mx.array, arrays: Arrays, mask: Mask, scale: float) -> mx.array:
-        return sdpa(q, arrays[0][0], arrays[0][1], mask, scale)
+        return sdpa(q, *halves(arrays[0]), mask, scale)
 
     def bytes_per_head(self, head_dim: int, itemsize: int) -> float:
         return head_dim * itemsize
@@ -64,10 +79,10 @@ class Quantized:
     def attend(self, q: mx.array, arrays: Arrays, mask: Mask, scale: float) -> mx.array:
         B, heads, L, D = q.shape
         kv_heads, T = arrays[0].shape[2:4]
-        packed, scales, biases = arrays
+        keys, values = zip(*map(halves, arrays), strict=True)  # each: packed, scales, biases
         form: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
         q = (q * scale).reshape(B, kv_heads, -1, D)  # query heads of one key head side by side, [B, kv, rep * L, D]
-        scores = mx.quantized_matmul(q, packed[0], scales[0], biases[0], transpose=True, **form)
+        scores = mx.quantized_matmul(q, *keys, transpose=True, **form)
         scores = scores.reshape(B, kv_heads, -1, L, T)
         if isinstance(mask, str):
             mask = causal_mask(L, T)
@@ -75,7 +90,7 @@ class Quantized:
             mask = mask if mask.ndim == 2 else mask[:, :, None]  # [B, 1, L, T] -> [B, 1, 1, L, T]
             scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
         weights = mx.softmax(scores, axis=-1, precise=True).reshape(B, kv_heads, -1, T)
-        out = mx.quantized_matmul(weights, packed[1], scales[1], biases[1], transpose=False, **form)
+        out = mx.quantized_matmul(weights, *values, transpose=False, **form)
         return out.reshape(B, heads, L, D)
 
     def bytes_per_head(self, head_dim: int, itemsize: int) -> float:
@@ -91,7 +106,7 @@ class Growing:
 
     def visible(self, positions: mx.array, capacity: int) -> mx.array:
         """[B, L, capacity], True for the slots that the tokens at positions [B, L] attend to."""
-        return mx.arange(capacity) <= positions[..., None]
+        return slot_numbers(capacity) <= positions[..., None]
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,7 @@ class Window:
     def held(self, newest: mx.array) -> mx.array:
         """[B, capacity]: the position of the token in each slot when `newest` [B, 1] is the last; less than 0 or than
         `keep` behind the kept slots: nothing yet."""
-        slots = mx.arange(self.capacity)
+        slots = slot_numbers(self.capacity)
         return mx.where(slots < self.keep, slots, newest - (newest - slots) % self.ring)
 
     def sees(self, positions: mx.array, held: mx.array, ring_slots: mx.array) -> mx.array:
@@ -128,7 +143,7 @@ class Window:
         return (h <= p) & mx.where(ring_slots, recent, h >= 0)
 
     def visible(self, positions: mx.array, capacity: int) -> mx.array:
-        return self.sees(positions, self.held(positions[:, -1:]), mx.arange(self.capacity) >= self.keep)
+        return self.sees(positions, self.held(positions[:, -1:]), slot_numbers(self.capacity) >= self.keep)
 
 
 Store = Plain | Quantized
