@@ -94,6 +94,8 @@ class OurSession:
                     seconds.append(perf_counter() - start)
                     found.append(event.token)
                 stats = event.stats or stats
+        if stats is not None and (self.draft or self.options.prompt_lookup):
+            self.tokens_per_pass = stats.tokens_per_pass
         peak = None if stats is None else stats.peak_memory_bytes - others
         return Timed(tuple(found), tuple(seconds), peak)
 
@@ -102,12 +104,37 @@ class OurSession:
         return max(0, mx.get_active_memory() - self.model.nbytes - (self.draft.nbytes if self.draft else 0))
 
     def _batch(self, prompt: list[int], tokens: int) -> Timed:
-        raise NotImplementedError
+        """All sequences start together; what is taken down is the first one's, a step gives one token to each."""
+        from openelm_mlx.batch import BatchEngine
+
+        batch = BatchEngine(self.model, self.batch_size, self.options)
+        found: list[int] = []
+        seconds: list[float] = []
+        others = self._others()
+        mx.reset_peak_memory()
+        start = perf_counter()
+        try:
+            numbers = [batch.submit(turned(prompt, i), max_tokens=tokens, ignore_eos=True) for i in range(self.batch_size)]
+            while batch.busy:
+                for number, event in batch.step():
+                    if number == numbers[0] and event.token is not None:
+                        found.append(event.token)
+                seconds.append(perf_counter() - start)  # after the whole step: all its tokens are known
+        finally:
+            batch.close()
+        return Timed(tuple(found), tuple(seconds), mx.get_peak_memory() - others)
 
     def close(self) -> None:
         self._held = None
         del self.model, self.draft
         mx.clear_cache()
+
+
+def turned(prompt: list[int], by: int) -> list[int]:
+    """The prompt with its words in another order, BOS still first."""
+    words = prompt[1:]
+    cut = by % len(words) if words else 0
+    return [*prompt[:1], *words[cut:], *words[:cut]]
 
 
 def prompt_ids(engine: Engine, tokens: int, start: int = 0) -> list[int]:

@@ -31,6 +31,11 @@ class Point:
         """Whether a peer runs it too."""
         return self.batch_size == 1 and self.cache == "plain" and self.speculation is None
 
+    @property
+    def possible(self) -> bool:
+        """Batches go with neither windows nor speculation."""
+        return self.batch_size == 1 or (not self.cache.startswith("window") and self.speculation is None)
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -126,6 +131,8 @@ class BenchmarkOptions:
             cache_settings(cache)
         for kind in self.speculations:
             speculation_settings(kind)
+        if not self.points():
+            raise OptionError("batches go with neither windows nor speculation; add a batch size of 1, or leave one out")
 
     def chosen(self) -> Suite:
         """The suite with what these options say otherwise."""
@@ -147,7 +154,7 @@ class BenchmarkOptions:
             suite.prompt_tokens, suite.generation_tokens, suite.batch_sizes if self.batch_sizes else (1,),
             suite.caches if self.caches else ("plain",), suite.speculations if self.speculations else (None,),
         )  # fmt: skip
-        return [Point(*values) for values in product(*axes)]
+        return [point for point in (Point(*values) for values in product(*axes)) if point.possible]
 
 
 def lengths_only(suite: Suite) -> list[Point]:

@@ -1,0 +1,258 @@
+"""Half an hour of everything at random: does memory return, does speed hold, is every token still the right one?
+
+Generations of random prompts, sampling, cache kinds, speculation, batches and reused prompts, some cancelled midway.
+One in a hundred is run again on the eager twin (`compiled=False`), token by token. Between them, a fixed probe
+measures speed and memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from openelm_mlx.benchmarks.machine import drift
+from openelm_mlx.benchmarks.ours import OurSession, prompt_ids
+
+from openelm_mlx import PromptCache
+from openelm_mlx.batch import BatchEngine
+from openelm_mlx.generation import stream_generate
+from openelm_mlx.kv import CacheKind
+from openelm_mlx.options import GenerationOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from openelm_mlx.benchmarks.timing import Timed
+
+    from openelm_mlx.loading import Engine
+
+SAMPLE = 0.01  # share of generations that is checked against the eager twin
+PROBES = 60  # measurements of speed and memory over the whole time
+PROBE = (64, 32)  # tokens of the probe's prompt and answer
+WARM_UP = 0.05  # of the time, before the starting level is taken
+ARRAYS_MAY_GROW, PROCESS_MAY_GROW = 2**20, 64 * 2**20  # bytes; the process also by a tenth
+SPEED_MAY_FALL = 0.10
+
+
+@dataclass
+class Soak:
+    """What a soak saw. `failures` is empty where all was well."""
+
+    generations: Counter[str] = field(default_factory=Counter)  # by kind
+    tokens: int = 0
+    cancelled: int = 0
+    checked: int = 0
+    probes: list[Timed] = field(default_factory=list)
+    arrays: list[int] = field(default_factory=list)  # bytes of arrays alive at each probe
+    process: list[int] = field(default_factory=list)  # bytes the process holds at each probe
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def rates(self) -> list[float]:
+        return [rate for probe in self.probes if (rate := probe.decode_rate()) is not None]
+
+    def summary(self) -> list[str]:
+        """What was done and seen, in a few lines."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.generations.items()))
+        found = [f"{sum(self.generations.values())} generations ({kinds}), {self.tokens} tokens; {self.cancelled} cancelled "
+                 f"midway, {self.checked} repeated on the eager twin"]  # fmt: skip
+        if self.arrays:
+            found.append(f"arrays {self.arrays[0] / 1e6:.1f} MB at the start, {self.arrays[-1] / 1e6:.1f} MB at the end; "
+                         f"process {self.process[0] / 1e6:.0f} MB, {self.process[-1] / 1e6:.0f} MB")  # fmt: skip
+        if len(self.rates) > 4:
+            found.append(f"decode speed of the probe: {drift(self.rates)[0]:+.1%} from the first probe to the last")
+        return found
+
+    def judge(self) -> None:
+        """Add to the failures what memory and speed say."""
+        if self.arrays and self.arrays[-1] > self.arrays[0] + ARRAYS_MAY_GROW:
+            self.failures.append(f"memory did not return: arrays grew by {(self.arrays[-1] - self.arrays[0]) / 1e6:.1f} MB")
+        if self.process and self.process[-1] > 1.1 * self.process[0] + PROCESS_MAY_GROW:
+            self.failures.append(f"memory did not return: the process grew by {(self.process[-1] - self.process[0]) / 1e6:.0f} MB")
+        change, sure = trend(self.rates)
+        if sure and change < -SPEED_MAY_FALL:
+            self.failures.append(f"decode speed fell by {-change:.0%} from the first probe to the last")
+
+
+def trend(rates: list[float]) -> tuple[float, bool]:
+    """Change from the first third to the last, sure where even their quartiles keep apart."""
+    if len(rates) < 9:
+        return 0.0, False
+    third = len(rates) // 3
+    first, last = sorted(rates[:third]), sorted(rates[-third:])
+    change = last[third // 2] / first[third // 2] - 1
+    return change, last[third * 3 // 4] < first[third // 4]
+
+
+def soak(
+    engine: Engine,
+    minutes: float = 30.0,
+    seed: int = 0,
+    tick: Callable[[str, float], None] = lambda label, seconds: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Soak:
+    """Run for `minutes`, the same requests for the same `seed`. `tick` is told each request and the seconds it took.
+
+    A KeyboardInterrupt passes through; whoever catches it finds nothing in flight.
+    """
+    seen = Soak()
+    driver = Driver(engine, random.Random(seed), seen)
+    start = clock()
+    end, next_probe = start + 60 * minutes, start + WARM_UP * 60 * minutes
+    while (now := clock()) < end:
+        if now >= next_probe:
+            driver.probe()
+            next_probe += 60 * minutes / PROBES
+            kind = "probe"
+        else:
+            kind = driver.request()
+        tick(kind, clock() - now)
+    driver.probe()
+    seen.judge()
+    return seen
+
+
+class Driver:
+    """Draws requests and runs them."""
+
+    def __init__(self, engine: Engine, generator: random.Random, seen: Soak) -> None:
+        self.engine, self.random, self.seen = engine, generator, seen
+        self.session = OurSession(engine)
+        self.context = engine.config.max_context_length
+        self.kinds: tuple[Callable[[], None], ...] = (self.single, self.single, self.lookup, self.turn, self.batch)
+        self.turns: tuple[PromptCache, list[int], GenerationOptions] | None = None
+        self.since_check = 0
+
+    def request(self) -> str:
+        run = self.random.choice(self.kinds)
+        run()
+        self.seen.generations[run.__name__] += 1
+        return run.__name__
+
+    def probe(self) -> None:
+        """Speed and memory with nothing else alive."""
+        self.turns = None
+        prompt, tokens = prompt_ids(self.engine, min(PROBE[0], self.context // 2)), min(PROBE[1], self.context // 4)
+        self.session.generate(prompt, tokens)
+        timed = self.session.generate(prompt, tokens)
+        gc.collect()
+        mx.clear_cache()
+        self.seen.probes.append(timed)
+        self.seen.arrays.append(mx.get_active_memory())
+        self.seen.process.append(resident_bytes())
+
+    def prompt(self, most: int) -> list[int]:
+        count = self.random.randint(1, max(1, min(most, self.context // 2)))
+        if self.random.random() < 0.5:
+            return prompt_ids(self.engine, count, self.random.randrange(200))
+        return [self.random.randrange(3, self.engine.vocab) for _ in range(count)]
+
+    def sampling(self) -> SamplingOptions:
+        pick = self.random.choice
+        return SamplingOptions(
+            temperature=pick((0.0, 0.0, 0.7, 1.0)), top_k=pick((0, 0, 1, 40)), top_p=pick((1.0, 0.9)), min_p=pick((0.0, 0.05)),
+            repetition_penalty=pick((1.0, 1.0, 1.2)), frequency_penalty=pick((0.0, 0.0, 0.5)), seed=self.random.randrange(2**31),
+        )  # fmt: skip
+
+    def options(self, **settings: Any) -> GenerationOptions:
+        pick = self.random.choice
+        chosen: dict[str, Any] = {
+            "max_tokens": self.random.randint(1, 64), "ignore_eos": pick((True, False)), "logprobs": pick((None, None, 3)),
+            "prefill_chunk": pick((16, 64, 512)), "stop": pick(((), (), ("the",))), "kv_bits": pick((None, None, 8, 4)),
+        }  # fmt: skip
+        if chosen["kv_bits"] is None:
+            chosen["kv_window"] = pick((None, None, 32))
+        return GenerationOptions(**{**chosen, **settings})
+
+    def single(self) -> None:
+        self.run(self.prompt(200), self.sampling(), self.options())
+
+    def lookup(self) -> None:
+        """Prompt lookup, on a prompt that quotes itself."""
+        words = self.prompt(40)
+        self.run(words * self.random.randint(1, 3), self.sampling(), self.options(prompt_lookup=self.random.randint(1, 4)))
+
+    def turn(self) -> None:
+        """A conversation that goes on, or a new one: the prompt cache is kept between turns."""
+        if self.turns is None or len(self.turns[1]) > self.context // 2 or self.random.random() < 0.2:
+            options = self.options(logprobs=None)
+            self.turns = (PromptCache.for_config(self.engine.config, CacheKind.of(self.engine.config, options)), [], options)
+        cache, said, options = self.turns
+        said += self.prompt(24)
+        said += self.run(said, self.sampling(), options, cache)
+
+    def run(
+        self, prompt: list[int], sampling: SamplingOptions, options: GenerationOptions, cache: PromptCache | None = None
+    ) -> list[int]:
+        """One generation, perhaps cancelled, perhaps repeated on the eager twin; its tokens."""
+        stop_after = self.random.randint(0, 12) if self.random.random() < 0.2 else None
+        found: list[int] = []
+        with closing(stream_generate(self.engine, list(prompt), sampling, options, prompt_cache=cache)) as events:
+            for event in events:
+                if stop_after is not None and len(found) >= stop_after:
+                    self.seen.cancelled += 1
+                    break
+                if event.token is not None:
+                    found.append(event.token)
+        self.seen.tokens += len(found)
+        self.since_check += 1
+        if self.random.random() < SAMPLE or self.since_check > 2 / SAMPLE:
+            self.check(prompt, sampling, options, found)
+        return found
+
+    def check(self, prompt: list[int], sampling: SamplingOptions, options: GenerationOptions, found: list[int]) -> None:
+        """The same on the eager twin, without speculation and without a cache of earlier turns."""
+        self.since_check = 0
+        self.seen.checked += 1
+        twin = {**asdict(options), "compiled": False, "prompt_lookup": 0 if sampling.greedy else options.prompt_lookup}
+        with closing(stream_generate(self.engine, list(prompt), sampling, GenerationOptions(**twin))) as events:
+            expected = [event.token for _, event in zip(found, events, strict=False)]
+        if expected != found:
+            where = next(i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1])
+            self.seen.failures.append(
+                f"a wrong token: number {where} is {found[where]}, the eager twin says {expected[where]} "
+                f"(prompt of {len(prompt)} tokens, {sampling}, {options})"
+            )
+
+    def batch(self) -> None:
+        """Sequences that join and leave while others run; some are cancelled."""
+        options = self.options(kv_window=None, prompt_lookup=0)
+        batch = BatchEngine(self.engine, self.random.randint(2, 6), options)
+        requests: dict[int, tuple[list[int], SamplingOptions]] = {}
+        found: dict[int, list[int]] = {}
+        waiting = self.random.randint(2, 8)
+        try:
+            while batch.busy or waiting:
+                if waiting and self.random.random() < 0.5:
+                    prompt, sampling = self.prompt(80), self.sampling()
+                    number = batch.submit(prompt, sampling, options)
+                    requests[number], found[number] = (prompt, sampling), []
+                    waiting -= 1
+                for number, event in batch.step():
+                    if event.token is not None:
+                        found[number].append(event.token)
+                if found and self.random.random() < 0.02:
+                    self.seen.cancelled += batch.cancel(self.random.choice(list(found)))
+        finally:
+            batch.close()
+        self.seen.tokens += sum(map(len, found.values()))
+        if self.random.random() < 5 * SAMPLE:  # as often as its sequences would come up one by one
+            number = self.random.choice(list(requests))
+            self.check(*requests[number], options, found[number])
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds, as the system counts it."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        shown = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=False)
+        return 1024 * int(shown.stdout.strip() or 0)
