@@ -79,10 +79,10 @@ class Quantized:
     def attend(self, q: mx.array, arrays: Arrays, mask: Mask, scale: float) -> mx.array:
         B, heads, L, D = q.shape
         kv_heads, T = arrays[0].shape[2:4]
-        keys, values = zip(*map(halves, arrays), strict=True)  # each: packed, scales, biases
+        (k, k_scales, k_biases), (v, v_scales, v_biases) = zip(*map(halves, arrays), strict=True)
         form: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
         q = (q * scale).reshape(B, kv_heads, -1, D)  # query heads of one key head side by side, [B, kv, rep * L, D]
-        scores = mx.quantized_matmul(q, *keys, transpose=True, **form)
+        scores = mx.quantized_matmul(q, k, k_scales, k_biases, transpose=True, **form)
         scores = scores.reshape(B, kv_heads, -1, L, T)
         if isinstance(mask, str):
             mask = causal_mask(L, T)
@@ -90,7 +90,7 @@ class Quantized:
             mask = mask if mask.ndim == 2 else mask[:, :, None]  # [B, 1, L, T] -> [B, 1, 1, L, T]
             scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
         weights = mx.softmax(scores, axis=-1, precise=True).reshape(B, kv_heads, -1, T)
-        out = mx.quantized_matmul(weights, *values, transpose=False, **form)
+        out = mx.quantized_matmul(weights, v, v_scales, v_biases, transpose=False, **form)
         return out.reshape(B, heads, L, D)
 
     def bytes_per_head(self, head_dim: int, itemsize: int) -> float:
