@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-
 from openelm_mlx.benchmarks.standins import NAMES
 
 MAX_DEPTH, MAX_INPUTS = 11, 24  # max_compile_depth and max_compile_arrays of mlx/compile.cpp

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from openelm_mlx.benchmarks.graph import Array, Node
+
 from openelm_mlx.errors import BenchmarkError
 
 Shape = tuple[int, ...]

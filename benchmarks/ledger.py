@@ -21,6 +21,7 @@ from openelm_mlx.benchmarks.graph import Node
 from openelm_mlx.benchmarks.layout import VIEWS, Layout, after, kernels
 from openelm_mlx.benchmarks.roofline import part_of
 from openelm_mlx.benchmarks.traced import DTYPES, Form, Traced, trace_mlx_lm, trace_ours
+
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import OpenELMError
 

@@ -103,6 +103,9 @@ def our_model(config: OpenELMConfig, form: Form) -> OpenELM:
     form.apply(model)
     for layer in model.layers:
         mx.eval(layer.attn.head_weights())
+        for projection in (layer.attn.qkv_proj, layer.attn.out_proj, layer.ffn.proj_1, layer.ffn.proj_2):
+            if hasattr(projection, "transposed"):
+                mx.eval(projection.transposed())
     return model
 
 

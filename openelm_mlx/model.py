@@ -60,10 +60,27 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
+class Linear(nn.Linear):
+    """A projection without bias, which transposes its weight once and not at every token."""
+
+    def __init__(self, input_dims: int, output_dims: int) -> None:
+        super().__init__(input_dims, output_dims, bias=False)
+        self._kept: tuple[Any, ...] = ()
+
+    def transposed(self) -> mx.array:
+        """The weight [output, input] as [input, output]; a view, made anew when another weight is put in place."""
+        if not self._kept or self._kept[0] is not self.weight:
+            self._kept = (self.weight, self.weight.T)
+        return self._kept[1]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x @ self.transposed()
+
+
 def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
     """residual + projection(x), as one kernel where the projection is a plain matrix."""
-    if type(projection) is nn.Linear and "bias" not in projection:
-        return mx.addmm(residual, x, projection.weight.T)
+    if isinstance(projection, Linear):
+        return mx.addmm(residual, x, projection.transposed())
     return residual + projection(x)
 
 
@@ -85,8 +102,8 @@ class Attention(nn.Module):
         self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
         self.scale = config.head_dim**-0.5
         heads = self.q_heads + 2 * self.kv_heads
-        self.qkv_proj = nn.Linear(config.model_dim, heads * config.head_dim, bias=False)  # rows: [q | k | v]
-        self.out_proj = nn.Linear(self.q_heads * config.head_dim, config.model_dim, bias=False)
+        self.qkv_proj = Linear(config.model_dim, heads * config.head_dim)  # rows: [q | k | v]
+        self.out_proj = Linear(self.q_heads * config.head_dim, config.model_dim)
         self.normalize = config.normalize_qk_projections
         if self.normalize:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
@@ -139,8 +156,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
         super().__init__()
         self.gated = config.ffn_with_glu
-        self.proj_1 = nn.Linear(config.model_dim, shape.ffn_dim * (2 if self.gated else 1), bias=False)
-        self.proj_2 = nn.Linear(shape.ffn_dim, config.model_dim, bias=False)
+        self.proj_1 = Linear(config.model_dim, shape.ffn_dim * (2 if self.gated else 1))
+        self.proj_2 = Linear(shape.ffn_dim, config.model_dim)
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         x = self.proj_1(x)
@@ -183,7 +200,7 @@ class OpenELM(nn.Module):
         self.model_type = config.model_type
         self.transformer = Transformer(config)
         if not config.share_input_output_layers:
-            self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.model_dim, config.vocab_size)
 
     @property
     def layers(self) -> list[DecoderLayer]:
