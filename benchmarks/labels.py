@@ -68,13 +68,17 @@ def metric_name(metric: str) -> str:
 
 
 def ratio_label(document: Document, number: int) -> str:
-    """`decode, openelm-mlx / mlx-lm: 270m, 4-bit, 64 prompt`."""
+    """`decode, openelm-mlx / mlx-lm: 4-bit`; model and prompt too where the document's ratios differ in them."""
     ratio = document.ratios[number]
     one, other = document.rows[ratio.row].case, document.rows[ratio.against].case
     names = f"{one.engine} / {other.engine}"
     if one.engine == other.engine:
         names = f"{setting(one)} / {setting(other)}"
-    return f"{metric_name(ratio.metric)}, {names}: {model_name(one)}, {width(one)}, {one.prompt_tokens} prompt"
+    cases = [document.rows[item.row].case for item in document.ratios]
+    facts = [model_name(one)] if len({model_name(case) for case in cases}) > 1 else []
+    facts += [width(one)]
+    facts += [f"{one.prompt_tokens} prompt"] if len({case.prompt_tokens for case in cases}) > 1 else []
+    return f"{metric_name(ratio.metric)}, {names}: {', '.join(facts)}"
 
 
 def verdict(document: Document, number: int) -> str:

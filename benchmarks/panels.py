@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openelm_mlx.benchmarks.drawing import DASHES, MARKERS, PARTS, Theme, dot, legend, log_y, note, scale_y
+from openelm_mlx.benchmarks.drawing import DASHES, MARKERS, PARTS, Theme, dot, legend, log_y, note, scale_y, shortened
 from openelm_mlx.benchmarks.labels import (
     OURS,
     bits_of,
@@ -258,7 +258,7 @@ def ratios(document: Document) -> Panel | None:
             ax.plot([item.low, item.high], [y, y], color=colours[found], lw=2, alpha=0.6)
             ax.plot([item.ratio], [y], marker=marks[found], ms=6.5, color=colours[found], ls="", label=found)
             note(ax, f"{item.ratio:.2f}", (item.high, y), theme, (6, 0), va="center")
-            label = ratio_label(document, y)
+            label = shortened(ratio_label(document, y), 60)
             text = ax.text(0, y - 0.32, label, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=theme.ink)
             text.set_in_layout(False)  # it may stand over the axes' end
             text.set_bbox({"facecolor": theme.paper, "edgecolor": "none", "pad": 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,7 +233,12 @@ def facts(document: Document) -> list[tuple[str, str]]:
     more = {key: value for key, value in machine.items() if key not in FACTS and value is not None}
     found += [(key.replace("_", " "), fact(key, value)) for key, value in more.items()]
     found += list(document.versions.items())
-    return [*found, ("Measured", document.created), ("Suite", document.suite or "none, single cases")]
+    return [*found, ("Measured", when(document.created)), ("Suite", document.suite or "none, single cases")]
+
+
+def when(created: str) -> str:
+    """`2026-01-02T03:04:05Z` -> `2026-01-02 03:04 UTC`; what is written otherwise stays as it is."""
+    return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(:[\d.]+)?(Z|\+00:00)$", r"\1 \2 UTC", created)
 
 
 def fact(key: str, value: Any) -> str:

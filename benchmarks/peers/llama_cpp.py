@@ -9,15 +9,24 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from openelm_mlx.benchmarks.peers.llama_server import VARIABLE, LlamaServer, find_server
-from openelm_mlx.benchmarks.timing import Timed, Session
+from openelm_mlx.benchmarks.timing import Session, Timed
 
 from openelm_mlx.config import OpenELMConfig
+
+
+@cache
+def silence() -> Any:
+    """A log callback that drops what llama.cpp says while it works: the terminal belongs to the progress bar."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 class LlamaCpp:
@@ -28,6 +37,7 @@ class LlamaCpp:
     def __init__(self, gguf: Path, context: int, dtype: str) -> None:
         import llama_cpp
 
+        llama_cpp.llama_log_set(silence(), None)
         kind = llama_cpp.GGML_TYPE_F32 if dtype == "float32" else llama_cpp.GGML_TYPE_F16
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         start = perf_counter()
