@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = OpenELMConfig.from_name(options.size)
-        form = Form(options.dtype, options.bits, options.group_size)
+        form = Form(options.dtype, {"group_size": options.group_size, "bits": options.bits} if options.bits else None)
         ledgers = both(config, form, options.context)
         seconds = host_seconds(config, form, options.steps) if options.steps else {}
     except OpenELMError as error:

@@ -20,7 +20,7 @@ def show(size: str, form: Form, context: int, ledgers: Sequence[Ledger], seconds
     from rich.table import Table
 
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False)
-    what = f"OpenELM {size}, {form.dtype}" + (f", {form.bits} bits in groups of {form.group_size}" if form.bits else "")
+    what = f"OpenELM {size}, {form}"
 
     def table(title: str, first: str, rows: Mapping[str, Sequence[str]], notes: Mapping[str, str] | None = None) -> None:
         grid = Table(title=title, title_justify="left", box=None, pad_edge=False)

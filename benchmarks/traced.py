@@ -6,7 +6,7 @@ that a constant of the graph can be told from the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from openelm_mlx.benchmarks.graph import Graph, Node, fuse, trace
+from openelm_mlx.benchmarks.roofline import settings
 from openelm_mlx.benchmarks.standins import fused, like, one_primitive_each
 
 from openelm_mlx.cache import BLOCK
@@ -33,33 +34,33 @@ class Form:
     """How weights are stored and activations computed."""
 
     dtype: str = "bfloat16"
-    bits: int | None = None
-    group_size: int = 64
-    mode: str = "affine"
+    quantization: Mapping[str, Any] | None = None  # config.json's, in mlx-lm's form
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise BenchmarkError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
 
-    @property
-    def quantization(self) -> dict[str, Any] | None:
-        """In mlx-lm's form, as in config.json."""
-        if self.bits is None:
-            return None
-        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+    def __str__(self) -> str:
+        form = self.quantization
+        return self.dtype + (f", {form['bits']} bits in groups of {form['group_size']}" if form else "")
 
     def apply(self, model: nn.Module) -> None:
         """Replace every parameter by a marked constant of this form; nothing is computed or allocated."""
-        if self.bits is not None:
+        if self.quantization:
             try:
-                nn.quantize(model, group_size=self.group_size, bits=self.bits, mode=self.mode)
-            except ValueError as error:
-                raise BenchmarkError(f"cannot quantize to {self.bits} bits: {error}") from None
+                nn.quantize(model, class_predicate=lambda path, module: self.settings(path, module))
+            except (ValueError, TypeError) as error:
+                raise BenchmarkError(f"cannot quantize to {dict(self.quantization)}: {error}") from None
         marked = []
         for number, (name, array) in enumerate(tree_flatten(model.parameters())):  # type: ignore[misc]
             floating = mx.issubdtype(array.dtype, mx.floating)
             marked.append((name, mark(number, array.shape, DTYPES[self.dtype] if floating else array.dtype)))
         model.update(tree_unflatten(marked))  # type: ignore[arg-type]
+
+    def settings(self, path: str, module: nn.Module) -> dict[str, Any] | bool:
+        """How the layer at `path` is quantized, in the words of `nn.quantize`."""
+        own = settings(path, self.quantization) if hasattr(module, "to_quantized") else None
+        return False if own is None else {key: own[key] for key in ("group_size", "bits", "mode") if key in own}
 
 
 def mark(number: int, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

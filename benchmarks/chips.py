@@ -1,0 +1,111 @@
+"""Apple's M-series chips: GPU cores and nominal memory bandwidth, each row with its source.
+
+Bandwidth is Apple's own figure, in GB/s of 10^9 bytes, as the source quotes it. Chips that Apple sells under one name
+with two bandwidths are told apart by their GPU cores. Chips without a source are not listed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from openelm_mlx.errors import BenchmarkError
+
+LLAMA_CPP = "llama.cpp discussion 4167, table as in https://gist.github.com/jakehemmerle/3203efa01ac455c2a8a26669eb465af2"
+MAX_VARIANTS = "https://github.com/odysseus-dev/odysseus/issues/2573 (Apple's figures by GPU cores)"
+ULTRA_M3 = "Ars Technica, 'Apple announces M3 Ultra', March 2025 (its table: 60 or 80 GPU cores, 819.2 GB/s)"
+M4 = "https://gist.github.com/kellyshephard (chips_table.md: 8 cores) and https://mactrast.com/?p=168123 (10 cores, 120GB/s)"
+M4_PRO = "https://github.com/jaeseok614/llm-gpu-checker-ko/releases/tag/v7.21.3 (from support.apple.com/en-us/121555)"
+M5 = "https://the-decoder.com/apples-m5-chip-brings-faster-ai-to-macbook-ipad-and-vision-pro/ (Apple: 10 cores, 153 GB/s)"
+M5_PRO = "https://www.lowyat.net/2026/385170/apple-m5-pro-m5-max (Apple's press release: up to 20 cores, 307GB/s)"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip as sold: `name` is what `sysctl machdep.cpu.brand_string` and MLX's `device_name` say."""
+
+    name: str
+    gpu_cores: tuple[int, ...]  # what it is sold with, at this bandwidth
+    bandwidth_gb: float  # nominal, GB/s
+    source: str
+
+    @property
+    def short(self) -> str:
+        """As the command line spells it: "Apple M3 Max" -> m3-max."""
+        return self.name.removeprefix("Apple ").lower().replace(" ", "-")
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.bandwidth_gb * 1e9
+
+    @property
+    def generation(self) -> int:
+        return int(self.short.split("-")[0][1:])
+
+    @property
+    def tier(self) -> str:
+        """base, pro, max or ultra."""
+        return self.short.partition("-")[2] or "base"
+
+    def __str__(self) -> str:
+        cores = " or ".join(map(str, self.gpu_cores))
+        return f"{self.name}, {cores} GPU cores, {self.bandwidth_gb:g} GB/s"
+
+
+CHIPS = (
+    Chip("Apple M1", (7, 8), 68, LLAMA_CPP),
+    Chip("Apple M1 Pro", (14, 16), 200, LLAMA_CPP),
+    Chip("Apple M1 Max", (24, 32), 400, LLAMA_CPP),
+    Chip("Apple M1 Ultra", (48, 64), 800, LLAMA_CPP),
+    Chip("Apple M2", (8, 10), 100, LLAMA_CPP),
+    Chip("Apple M2 Pro", (16, 19), 200, LLAMA_CPP),
+    Chip("Apple M2 Max", (30, 38), 400, LLAMA_CPP),
+    Chip("Apple M2 Ultra", (60, 76), 800, LLAMA_CPP),
+    Chip("Apple M3", (8, 10), 100, LLAMA_CPP),
+    Chip("Apple M3 Pro", (14, 18), 150, LLAMA_CPP),
+    Chip("Apple M3 Max", (30,), 300, MAX_VARIANTS),
+    Chip("Apple M3 Max", (40,), 400, MAX_VARIANTS),
+    Chip("Apple M3 Ultra", (60, 80), 819, ULTRA_M3),
+    Chip("Apple M4", (8, 10), 120, M4),
+    Chip("Apple M4 Pro", (16, 20), 273, M4_PRO),
+    Chip("Apple M4 Max", (32,), 410, MAX_VARIANTS),
+    Chip("Apple M4 Max", (40,), 546, MAX_VARIANTS),
+    Chip("Apple M5", (10,), 153, M5),
+    Chip("Apple M5 Pro", (20,), 307, M5_PRO),
+    Chip("Apple M5 Max", (32,), 460, MAX_VARIANTS),
+    Chip("Apple M5 Max", (40,), 614, MAX_VARIANTS),
+)
+
+
+def find(name: str, gpu_cores: int | None = None) -> Chip:
+    """A chip by MLX's name or the short one, `m3-max`, with its GPU cores where they matter: `m3-max-30`.
+
+    Without them it is the one with the most cores. Raises `BenchmarkError` with the nearest names.
+    """
+    short = re.sub(r"[\s_]+", "-", name.strip().lower()).removeprefix("apple-")
+    if match := re.fullmatch(r"(m\d+(?:-[a-z]+)?)-(\d+)(?:-?cores?)?", short):
+        short, gpu_cores = match[1], int(match[2])
+    sold = [chip for chip in CHIPS if chip.short == short]
+    if not sold:
+        known = list(dict.fromkeys(chip.short for chip in CHIPS))
+        near = get_close_matches(short, known, 3, 0.5)
+        raise BenchmarkError(
+            f"no chip {name!r} in the table" + (f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}")
+        )
+    if gpu_cores is None:
+        return sold[-1]
+    fitting = [chip for chip in sold if gpu_cores in chip.gpu_cores]
+    if not fitting:
+        counts = " or ".join(str(count) for chip in sold for count in chip.gpu_cores)
+        raise BenchmarkError(f"{sold[0].name} with {gpu_cores} GPU cores is not in the table; it has {counts}")
+    return fitting[0]
+
+
+def nominal_bandwidth(device_name: str | None) -> float | None:
+    """Bytes a second of the chip MLX names, None for one not in the table. The largest where one name has two."""
+    try:
+        return find(device_name or "").bandwidth
+    except BenchmarkError:
+        return None
