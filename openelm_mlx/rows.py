@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
-from openelm_mlx.cache import BLOCK, KVCache, make_caches, step_caches
+from openelm_mlx.cache import KVCache, make_caches, step_caches
 from openelm_mlx.decode import flat
 from openelm_mlx.kv import Arrays, CacheKind
 from openelm_mlx.model import OpenELM
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
 
 PASS_TOKENS = 4096  # prompt tokens of all rows in one pass, so that activations stay small
+BLOCK = 64  # tokens by which rows grow: every row attends to all slots, so unused ones cost more than in one sequence
 
 
 @dataclass(frozen=True)
