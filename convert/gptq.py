@@ -28,6 +28,7 @@ class Codes:
     codes: np.ndarray
     scales: np.ndarray
     biases: np.ndarray
+    before: np.ndarray  # the codes before rounding, clipped to their range: where learning by gradient starts
 
     def dense(self) -> np.ndarray:
         """The float32 weights [rows, columns] these stand for."""
@@ -52,7 +53,8 @@ def error_feedback(
     rows, columns = weights.shape
     size, top = form.group_size, 2**form.bits - 1
     work = weights.astype(np.float32).copy()
-    result = Codes(form, np.zeros((rows, columns), np.uint8), *(np.zeros((rows, columns // size), np.float32) for _ in "sb"))
+    sides = [np.zeros((rows, columns // size), np.float32) for _ in ("scales", "biases")]
+    result = Codes(form, np.zeros((rows, columns), np.uint8), *sides, np.zeros((rows, columns), np.float32))
     importance = (1.0 / np.diag(factor) ** 2).astype(np.float32)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
@@ -64,8 +66,9 @@ def error_feedback(
                 scale, bias = fit_groups(values, importance[None, column : column + size], form, dtype)
                 result.scales[:, group], result.biases[:, group] = scale[:, 0], bias[:, 0]
             scale, bias = result.scales[:, group], result.biases[:, group]
-            codes = np.clip(np.rint((work[:, column] - bias) / np.where(scale == 0, 1.0, scale)), 0, top)
-            result.codes[:, column] = codes
+            place = np.clip((work[:, column] - bias) / np.where(scale == 0, 1.0, scale), 0, top)
+            codes = np.rint(place)
+            result.before[:, column], result.codes[:, column] = place, codes
             error = (work[:, column] - (codes * scale + bias)) / factor[column, column]
             work[:, column:end] -= error[:, None] * factor[column, column:end]
             errors[:, column - start] = error
