@@ -27,8 +27,10 @@ def config_for(source: Path, shapes: Shapes, options: ConvertOptions) -> OpenELM
         section = {k: v for k, v in raw.items() if k != "quantization"} or corenet_section(path)
         size = normal_name(str(section.get("model_name", "")))
         if size in PUBLISHED:  # an adapted embedding leaves the head behind: what the tensors hold wins
-            tied = "lm_head.weight" not in shapes
-            published = OpenELMConfig(**PUBLISHED[size] | corenet_overrides(section) | {"share_input_output_layers": tied})
+            rows = matrix(shapes, "transformer.token_embeddings.weight")[0]
+            held = {"share_input_output_layers": "lm_head.weight" not in shapes}
+            held |= {} if "vocab_size" in section else {"vocab_size": rows}
+            published = OpenELMConfig(**PUBLISHED[size] | corenet_overrides(section) | held)
             return with_flags(published, options)
     return infer_config(shapes, section, options.head_dim, options.rope_base)
 

@@ -40,7 +40,7 @@ def resolve_model(name: str, revision: str | None = None, tokenizer: str | Path 
                        "A folder or a hub id (owner/name) will do too")
     folder = _snapshot(hub_id, revision)
     if given is None and hub_id.startswith("apple/OpenELM-"):
-        given = _mirrored_tokenizer()
+        given = mirrored_tokenizer()
     return Resolved(folder, given)
 
 
@@ -53,7 +53,7 @@ def _snapshot(hub_id: str, revision: str | None) -> Path:
         raise HubError(_explain(hub_id, error)) from error
 
 
-def _mirrored_tokenizer() -> Path:
+def mirrored_tokenizer() -> Path:
     from huggingface_hub import hf_hub_download
 
     problems = []

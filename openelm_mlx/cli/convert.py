@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from typing import Any
 
@@ -11,6 +12,8 @@ from openelm_mlx.cli.options import add_flags, from_args
 EXAMPLES = """examples:
   openelm convert checkpoint.pt -o openelm-270m              CoreNet's file, config.yaml beside it if there is one
   openelm convert apple/OpenELM-270M -o openelm-270m-4bit --bits 4
+  openelm convert corenet:1.1b-lora -o commonsense            Apple's adapter, fetched and merged; also corenet-mlx:3b-4bit
+  openelm convert openelm-270m -o openelm-270m.gguf --to gguf --bits 8
   openelm convert mine.pt -o mine --head-dim 64 --tokenizer tokenizer.model --verify
 """
 
@@ -23,8 +26,10 @@ def register(commands: Any) -> None:
         description="Write a model folder that this engine and mlx-lm load. A failed run leaves nothing behind.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("source", metavar="SOURCE", help="a CoreNet .pt file, a Hugging Face folder, a hub id or name")
-    parser.add_argument("-o", "--output", dest="target", metavar="FOLDER", required=True, help="folder to write")
+    parser.add_argument("source", metavar="SOURCE",
+                        help="a .pt file, model folder or GGUF file, a hub id, or a name: 270m, corenet:270m ...")
+    parser.add_argument("-o", "--output", dest="target", metavar="PATH", required=True,
+                        help="folder to write, or GGUF file")  # fmt: skip
     add_flags(parser, ConvertOptions, skip=("source", "target"))
     parser.set_defaults(run=run)
 
@@ -35,10 +40,14 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from openelm_mlx.convert.catalog import is_published
     from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import convert
 
-    if not Path(args.source).exists():
+    signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # so that what is half-written is removed
+    if is_published(args.source) and not Path(args.source).exists():
+        args.source = download(args)
+    elif not Path(args.source).exists():
         from openelm_mlx.hub import resolve_model
 
         resolved = resolve_model(args.source, tokenizer=getattr(args, "tokenizer", None))
@@ -59,3 +68,23 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (report.verification or {}).items():
         print(f"{name.replace('_', ' ')}: {value:.6g}")
     return 0
+
+
+def download(args: argparse.Namespace) -> str:
+    """The path of what a name of the catalog stands for, fetched if need be, and its tokenizer with it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from openelm_mlx.convert.catalog import fetch_published
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task(args.source, total=None)
+        path = fetch_published(
+            args.source, lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
+        )
+    if getattr(args, "tokenizer", None) is None:
+        from openelm_mlx.hub import mirrored_tokenizer
+
+        args.tokenizer = str(mirrored_tokenizer())
+    return str(path)

@@ -1,0 +1,116 @@
+"""What Apple published of OpenELM outside Hugging Face, by name: CoreNet's checkpoints and its MLX folders.
+
+Addresses are those in apple/corenet's projects/openelm/README-pretraining.md and README-peft.md, and in
+mlx_examples/open_elm/README.md. The adapters' rank and alpha are those of projects/openelm/peft_configs.
+
+    corenet:1.1b          the pretrained checkpoint (average of the last five), also 270m, 450m, 3b
+    corenet:270m@100k     after 100,000 iterations: 50k to 300k by 50k, 330k to 350k by 5k
+    corenet:3b-lora       fine-tuned for commonsense reasoning with LoRA, or -dora
+    corenet-mlx:450m-4bit the folder for MLX, 4-bit or (without -4bit) half precision
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from openelm_mlx.convert.download import Progress, fetch
+
+from openelm_mlx.errors import HubError
+
+ROOT = "https://docs-assets.developer.apple.com/ml-research/models/corenet/v0.1.0/openelm/"
+SIZES = {"270m": "270M", "450m": "450M", "1.1b": "1.1B", "3b": "3B"}
+ITERATIONS = (50, 100, 150, 200, 250, 300, 330, 335, 340, 345, 350)
+PREFIXES = ("corenet:", "corenet-mlx:")
+LORA_YAML = """\
+  lora:
+    config:
+    - regex: .*
+      params: {r: 32, lora_alpha: 32, use_rslora: false}
+"""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One name of the catalog: files to fetch (path under `ROOT` -> name here), and the YAML that goes with a .pt."""
+
+    name: str
+    files: tuple[tuple[str, str], ...]
+    yaml: str | None
+
+    @property
+    def source(self) -> str:
+        """What to convert within the folder: the .pt file, or the folder itself."""
+        return self.files[0][1] if self.yaml is not None else "."
+
+
+def make_catalog() -> dict[str, Published]:
+    entries = []
+    for size, spelt in SIZES.items():
+        model = f"model:\n  language_modeling:\n    general_gpt:\n      model_name: OpenELM-{spelt.replace('.', '_')}\n"
+        checkpoints = {f"corenet:{size}": "average"}
+        checkpoints |= {f"corenet:{size}@{n}k": f"epoch_0_iter_{1000 * n - 1}" for n in ITERATIONS}
+        entries += [
+            Published(name, ((f"pretrained/{spelt}/checkpoint_{what}.pt", "checkpoint.pt"),), model)
+            for name, what in checkpoints.items()
+        ]
+        for kind in ("lora", "dora"):
+            file = (f"peft/openelm_{kind}_{spelt}.pt", "checkpoint.pt")
+            entries.append(Published(f"corenet:{size}-{kind}", (file,), model + LORA_YAML))
+        for kind in ("", "-4bit"):
+            files = tuple((f"mlx/{spelt}{kind}/{name}", name) for name in ("weights.safetensors", "config.json"))
+            entries.append(Published(f"corenet-mlx:{size}{kind}", files, None))
+    return {entry.name: entry for entry in entries}
+
+
+CATALOG = make_catalog()
+
+
+def is_published(name: str) -> bool:
+    return name.lower().startswith(PREFIXES)
+
+
+def fetch_published(name: str, progress: Progress | None = None, cache: Path | None = None, root: str = "") -> Path:
+    """Download what `name` stands for, or find it in the cache; returns the path to convert. Raises `HubError`."""
+    entry = CATALOG.get(name.lower())
+    if entry is None:
+        near = get_close_matches(name.lower(), CATALOG, 3) or [key for key in CATALOG if "@" not in key][:6]
+        raise HubError(f"{name!r} is nothing Apple published; did you mean {', '.join(near)}?")
+    folder = (cache or cache_folder()) / entry.name.replace(":", "-").replace("@", "-")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, local in entry.files:
+            fetch((root or ROOT) + path, folder / local, progress, inspect=readable_as(local))
+        if entry.yaml is not None:
+            (folder / "config.yaml").write_text(entry.yaml, encoding="utf-8")
+    except OSError as error:
+        raise HubError(f"{folder} cannot be written: {error.strerror or error}; set OPENELM_CACHE to another folder") from None
+    return folder / entry.source
+
+
+def readable_as(name: str) -> Callable[[Path], None]:
+    """A look at the structure of a file just fetched: a length the server lied about shows there."""
+    from openelm_mlx.convert.sources.huggingface import read_header
+    from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
+
+    from openelm_mlx.config import read_json
+
+    readers: dict[str, Callable[[Path], object]] = {".pt": TorchCheckpoint, ".safetensors": read_header, ".json": read_json}
+    reader = readers[Path(name).suffix]
+
+    def inspect(path: Path) -> None:
+        reader(path)
+
+    return inspect
+
+
+def cache_folder() -> Path:
+    """$OPENELM_CACHE, or `openelm-mlx` in the system's place for caches."""
+    if own := os.environ.get("OPENELM_CACHE"):
+        return Path(own).expanduser()
+    usual = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "openelm-mlx"
