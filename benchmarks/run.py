@@ -8,12 +8,20 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from openelm_mlx.benchmarks import harness, machine
 from openelm_mlx.benchmarks.harness import Entry
 from openelm_mlx.benchmarks.results import Case, Document, Metric, Ratio, Row
-from openelm_mlx.benchmarks.suites import BenchmarkOptions, Point, Suite, settings, speculation_settings, work
+from openelm_mlx.benchmarks.suites import (
+    BenchmarkOptions,
+    Point,
+    Suite,
+    cache_settings,
+    settings,
+    speculation_settings,
+    work,
+)
 
 from openelm_mlx.errors import OpenELMError
 
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
 
 OURS = "openelm-mlx"
+FAILED = "failed"  # begins the notes of a soak that saw something wrong
 
 
 class Progress(Protocol):
@@ -49,6 +58,7 @@ class Weights:
     load_seconds: float | None  # None where they were made, not read
     bits: int | None
     random: bool
+    stored: bool  # in the width that its folder has
     folder: Path | None = None
 
     def case(self, point: Point, engine: str = OURS) -> Case:
@@ -70,6 +80,11 @@ def run(options: BenchmarkOptions, progress: Progress | None = None) -> Document
     return Run(options, progress or Unwatched()).document()
 
 
+def failed(document: Document) -> bool:
+    """Whether a soak in it has seen something wrong."""
+    return any(note.startswith(f"{FAILED}: ") for row in document.rows for note in row.notes)
+
+
 class Run:
     """Rows, ratios and notes as they come."""
 
@@ -81,6 +96,7 @@ class Run:
         self.ratios: list[Ratio] = []
         self.notes: list[str] = []
         self.drafts: dict[str, Engine] = {}
+        self.bandwidth: float | None = None
 
     def document(self) -> Document:
         before, throttled = machine.machine(), machine.throttle_count()
@@ -88,6 +104,7 @@ class Run:
         self.versions = machine.versions()
         partial = False
         try:
+            before |= self.measure_bandwidth(before)
             self.progress.total(self.planned())
             with tempfile.TemporaryDirectory(prefix="openelm-benchmark-") as folder:
                 self.scratch = Path(folder)
@@ -105,8 +122,23 @@ class Run:
             notes=tuple(dict.fromkeys(notes)), rows=tuple(self.rows), ratios=tuple(self.ratios),
         )  # fmt: skip
 
+    def measure_bandwidth(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """What a copy reaches here, and what the maker says where that is known: the ground of every bound."""
+        from openelm_mlx.benchmarks.bandwidth import measure
+        from openelm_mlx.benchmarks.chips import nominal_bandwidth
+
+        if not self.suite.speed:
+            return {}
+        found = measure()
+        self.bandwidth = found.bytes_per_second
+        self.notes.append(f"bound: {self.bandwidth / 1e9:.1f} GB/s over the bytes that a token must read; {found.assumed}")
+        return {"bandwidth_bytes_per_second": self.bandwidth,
+                "nominal_bandwidth_bytes_per_second": nominal_bandwidth(facts.get("chip"))}  # fmt: skip
+
     def method(self) -> list[str]:
         """How the figures came about, in the document itself."""
+        if self.suite.soak:
+            return ["figures are those of a fixed probe between random generations, all of it on one engine"]
         return [
             f"median of {self.suite.trials} trials with the quartiles around it; "
             "one warm-up run of each case comes before them and is not counted",
@@ -133,9 +165,9 @@ class Run:
         simple = [point for point in self.points if point.simple]
         speed = sum(work(self.points)) + len(self.peers) * sum(work(simple)) if self.suite.speed else 0.0
         startup = (1 + len(self.peers)) * self.points[0].prompt_tokens if self.suite.startup else 0.0
-        return len(self.suite.models) * len(self.suite.bits) * (
-            speed * (self.suite.trials + 1) + startup * self.suite.trials
-        )  # fmt: skip
+        soak = 60 * self.options.minutes if self.suite.soak else 0.0  # whose work is counted in seconds
+        widths = len(self.suite.models) * len(self.suite.bits)
+        return widths * (speed * (self.suite.trials + 1) + startup * self.suite.trials + soak)
 
     def groups(self, model: str) -> list[tuple[int | None, ...]]:
         """Widths of one model measured in turns: all of them where they fit into half of the memory, else one by one."""
@@ -163,20 +195,24 @@ class Run:
             try:
                 harness.measure(entries, self.suite.trials, self.progress.tick)
                 if self.suite.loss:
-                    losses = self.losses(loaded)
+                    losses = self.losses(model, loaded)
             finally:
-                self.take_down(entries, losses)
-            if self.suite.startup:
-                for weights in loaded:
+                self.take_down(entries, loaded, losses)
+            for weights in loaded:
+                if self.suite.startup:
                     self.startup(weights)
+                if self.suite.soak:
+                    self.soak(weights)
 
-    def take_down(self, entries: list[Entry], losses: dict[int | None, dict[str, list[float]]]) -> None:
+    def take_down(
+        self, entries: list[Entry], loaded: list[Weights], losses: dict[int | None, dict[str, list[float]]]
+    ) -> None:
         start = len(self.rows)
         for entry in entries:
             extra = dict(losses.get(entry.case.bits, {})) if entry.case.engine == OURS else {}
             if entry.session.load_seconds:
                 extra["load_seconds"] = [entry.session.load_seconds]
-            self.rows.append(harness.row_of(entry, extra))
+            self.rows.append(bounded(harness.row_of(entry, extra), loaded, self.bandwidth))
         self.ratios += [
             replace(ratio, row=ratio.row + start, against=ratio.against + start) for ratio in harness.ratios_of(entries)
         ]
@@ -187,10 +223,10 @@ class Run:
 
         dtype, group_size, random = self.suite.dtype, self.options.group_size, bool(self.options.random_weights)
         if random:
-            weights = Weights(random_engine(model, dtype, bits, group_size), None, bits, True)
+            weights = Weights(random_engine(model, dtype, bits, group_size), None, bits, True, False)
         else:
             engine, seconds = open_engine(model, dtype, bits, group_size)
-            weights = Weights(engine, seconds, bits or uniform_bits(engine), False)
+            weights = Weights(engine, seconds, bits or uniform_bits(engine), False, bits is None)
             if bits is None:
                 weights.folder = engine.path
         yield weights
@@ -292,22 +328,67 @@ class Run:
                     Row(weights.case(point, name), metrics, agrees=agrees, parts_at=parts_at, notes=tuple(notes))
                 )
 
-    def losses(self, loaded: list[Weights]) -> dict[int | None, dict[str, list[float]]]:
-        """KL divergence and agreement of each width with the widest, on text that the widest samples."""
-        from openelm_mlx.benchmarks.quality import divergence, own_text
+    def soak(self, weights: Weights) -> None:
+        """A row of the probe's figures; what was seen, and what was wrong with it, are its notes."""
+        from openelm_mlx.benchmarks.soak import PROBE, Soak, soak
 
-        if loaded[0].random:
+        seen = Soak()
+        try:
+            soak(weights.engine, self.options.minutes, tick=self.progress.tick, seen=seen)
+        finally:
+            case = weights.case(Point(*PROBE))
+            entry = Entry(case, self.our_session(weights, Point(*PROBE)), [])
+            for timed in seen.probes:
+                for name, value in harness.figures(timed, case).items():
+                    entry.values.setdefault(name, []).append(value)
+            failures = [f"{FAILED}: {failure}" for failure in seen.failures]
+            self.rows.append(replace(harness.row_of(entry), notes=(*failures, *seen.summary())))
+
+    def losses(self, model: str, loaded: list[Weights]) -> dict[int | None, dict[str, list[float]]]:
+        """KL divergence and agreement of each width with the model as it is stored, on text that this one samples."""
+        from openelm_mlx.benchmarks.quality import divergence, own_text
+        from openelm_mlx.benchmarks.weights import open_engine
+
+        if self.options.random_weights:
             self.notes.append("no loss is given: that of random weights would say nothing of trained ones")
             return {}
-        if len(loaded) < 2:
-            return {}
-        reference = loaded[0].engine
+        reference = loaded[0].engine if loaded[0].stored else open_engine(model, self.suite.dtype, None)[0]
         text = own_text(reference)
+        self.notes.append(f"loss is against the model as stored, on {len(text)} tokens that it samples itself")
         found = {}
-        for weights in loaded[1:]:
-            loss, agreement = divergence(reference, weights.engine, text)
-            found[weights.bits] = {"kl_mean": [loss], "top_1_agreement": [agreement]}
+        for weights in loaded:
+            if not weights.stored:
+                loss, agreement = divergence(reference, weights.engine, text)
+                found[weights.bits] = {"kl_mean": [loss], "top_1_agreement": [agreement]}
         return found
+
+
+def bounded(row: Row, loaded: list[Weights], bandwidth: float | None) -> Row:
+    """The row with the bytes that one of its tokens reads and the rate that bandwidth allows for them.
+
+    One sequence without speculation: elsewhere a pass over the weights gives more than one token.
+    """
+    from openelm_mlx.benchmarks.roofline import bound, bytes_per_token
+
+    case = row.case
+    weights = next(weights for weights in loaded if weights.bits == case.bits)
+    if case.batch_size > 1 or case.speculation is not None:
+        return row
+    kept = cache_settings(case.cache)
+    context = case.prompt_tokens + case.generation_tokens // 2  # half way through the answer
+    parts = bytes_per_token(
+        weights.engine.config, case.dtype, weights.engine.quantization, min(context, kept.get("kv_window", context)),
+        kept.get("kv_bits"),
+    )  # fmt: skip
+    if bandwidth is None:
+        return replace(row, bytes_per_token=parts)
+    most = bound(parts, bandwidth)
+    rate = row.metrics.get("decode_tokens_per_second")
+    share = None if rate is None else 100 * rate.median / most
+    notes = row.notes
+    if share is not None and share > 100:
+        notes += (f"{share:.0f} % of the bound: these weights come from a cache that is faster than memory",)
+    return replace(row, bytes_per_token=parts, bound_tokens_per_second=most, percent_of_bound=share, notes=notes)
 
 
 def uniform_bits(engine: Engine) -> int | None:

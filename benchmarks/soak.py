@@ -41,6 +41,16 @@ WARM_UP = 0.05  # of the time, before the starting level is taken
 ARRAYS_MAY_GROW, PROCESS_MAY_GROW = 2**20, 64 * 2**20  # bytes; the process also by a tenth
 SPEED_MAY_FALL = 0.10
 
+# few, as each is a step to compile: what is random is which follows which, with what cache and how long
+SAMPLINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 1.0, "top_k": 40, "min_p": 0.05},
+    {"repetition_penalty": 1.2},
+    {"temperature": 0.8, "frequency_penalty": 0.5, "presence_penalty": 0.2},
+)
+
 
 @dataclass
 class Soak:
@@ -76,7 +86,8 @@ class Soak:
         if self.arrays and self.arrays[-1] > self.arrays[0] + ARRAYS_MAY_GROW:
             self.failures.append(f"memory did not return: arrays grew by {(self.arrays[-1] - self.arrays[0]) / 1e6:.1f} MB")
         if self.process and self.process[-1] > 1.1 * self.process[0] + PROCESS_MAY_GROW:
-            self.failures.append(f"memory did not return: the process grew by {(self.process[-1] - self.process[0]) / 1e6:.0f} MB")
+            grown = (self.process[-1] - self.process[0]) / 1e6
+            self.failures.append(f"memory did not return: the process grew by {grown:.0f} MB")
         change, sure = trend(self.rates)
         if sure and change < -SPEED_MAY_FALL:
             self.failures.append(f"decode speed fell by {-change:.0%} from the first probe to the last")
@@ -98,19 +109,20 @@ def soak(
     seed: int = 0,
     tick: Callable[[str, float], None] = lambda label, seconds: None,
     clock: Callable[[], float] = time.monotonic,
+    seen: Soak | None = None,
 ) -> Soak:
     """Run for `minutes`, the same requests for the same `seed`. `tick` is told each request and the seconds it took.
 
-    A KeyboardInterrupt passes through; whoever catches it finds nothing in flight.
+    `seen` is filled as it goes. A KeyboardInterrupt passes through; whoever catches it finds nothing in flight.
     """
-    seen = Soak()
+    seen = Soak() if seen is None else seen
     driver = Driver(engine, random.Random(seed), seen)
     start = clock()
     end, next_probe = start + 60 * minutes, start + WARM_UP * 60 * minutes
     while (now := clock()) < end:
         if now >= next_probe:
             driver.probe()
-            next_probe += 60 * minutes / PROBES
+            next_probe = clock() + 60 * minutes / PROBES
             kind = "probe"
         else:
             kind = driver.request()
@@ -156,16 +168,12 @@ class Driver:
         return [self.random.randrange(3, self.engine.vocab) for _ in range(count)]
 
     def sampling(self) -> SamplingOptions:
-        pick = self.random.choice
-        return SamplingOptions(
-            temperature=pick((0.0, 0.0, 0.7, 1.0)), top_k=pick((0, 0, 1, 40)), top_p=pick((1.0, 0.9)), min_p=pick((0.0, 0.05)),
-            repetition_penalty=pick((1.0, 1.0, 1.2)), frequency_penalty=pick((0.0, 0.0, 0.5)), seed=self.random.randrange(2**31),
-        )  # fmt: skip
+        return SamplingOptions(**self.random.choice(SAMPLINGS), seed=self.random.randrange(2**31))
 
     def options(self, **settings: Any) -> GenerationOptions:
         pick = self.random.choice
         chosen: dict[str, Any] = {
-            "max_tokens": self.random.randint(1, 64), "ignore_eos": pick((True, False)), "logprobs": pick((None, None, 3)),
+            "max_tokens": self.random.randint(1, 64), "ignore_eos": pick((True, False)), "logprobs": pick((*[None] * 7, 3)),
             "prefill_chunk": pick((16, 64, 512)), "stop": pick(((), (), ("the",))), "kv_bits": pick((None, None, 8, 4)),
         }  # fmt: skip
         if chosen["kv_bits"] is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.errors import BenchmarkError, OpenELMError
 
 if TYPE_CHECKING:
     from openelm_mlx.benchmarks.timing import Session
@@ -56,13 +56,18 @@ def open_session(task: dict[str, Any]) -> Session:
     return OurSession(engine)
 
 
-def main() -> None:
+def main() -> int:
     task = json.loads(sys.argv[1])
-    session = open_session(task)
-    timed = session.generate(task["prompt"], 1)
+    try:
+        session = open_session(task)
+        timed = session.generate(task["prompt"], 1)
+    except OpenELMError as error:
+        print(error, file=sys.stderr)
+        return 2
     print("token", timed.tokens[0], flush=True)
     session.close()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from contextlib import contextmanager
@@ -84,7 +85,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         document = measure(args)
     write(document, args)
-    return 130 if document.partial and not args.show else 0
+    if document.partial and not args.show:
+        return 130
+    from openelm_mlx.benchmarks.run import failed
+
+    return 1 if failed(document) else 0
 
 
 def measure(args: argparse.Namespace) -> Document:
@@ -104,8 +109,7 @@ def measure(args: argparse.Namespace) -> Document:
 
 def command_line() -> str:
     """What the user typed, with paths cut to their last part: results are shared."""
-    words = [Path(word).name if "/" in word and Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["openelm", *words])
+    return shlex.join(["openelm", *(re.sub(r"(^|=)/.*/", r"\1", word) for word in sys.argv[1:])])
 
 
 @contextmanager
@@ -191,4 +195,9 @@ def compare(before: str, after: str) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    """From a model of kernels and bytes, checked against the results that come with this package."""
+    from openelm_mlx import benchmarks
+    from openelm_mlx.benchmarks.predict_table import show
+
+    show(args.predict, args.random_weights or args.models, Path(benchmarks.__file__).parent / "results", args.json)
+    return 0

@@ -1,0 +1,208 @@
+"""`openelm benchmark` from end to end on the bundled model, short."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from openelm_mlx.benchmarks import bandwidth, machine, results, run, startup
+from openelm_mlx.benchmarks import soak as soaking
+from openelm_mlx.benchmarks.harness import label
+from openelm_mlx.benchmarks.suites import BenchmarkOptions
+from openelm_mlx.benchmarks.timing import Timed
+
+from openelm_mlx.cli.main import main
+from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.options import GenerationOptions, SamplingOptions
+
+
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch):
+    monkeypatch.setattr(bandwidth.measure, "__defaults__", (2**22, 3))
+
+
+SHORT = ["--prompt-tokens", "12", "--generation-tokens", "5"]
+
+
+def test_help_teaches_by_example_and_loads_nothing_heavy():
+    code = ("import sys\nfrom openelm_mlx.cli.main import main\n"
+            "try:\n    main(['benchmark', '--help'])\nexcept SystemExit:\n    pass\n"
+            "heavy = ('mlx.core', 'numpy', 'rich', 'openelm_mlx.benchmarks.results')\n"
+            "print([m for m in heavy if m in sys.modules])")  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.endswith("[]\n")
+    for example in ("openelm benchmark --suite quick --peers mlx-lm", "--compare before.json after.json"):
+        assert example in result.stdout
+
+
+def test_a_run_against_mlx_lm_ends_with_a_table_and_writes_all_files(tiny, tmp_path, capsys):
+    files = {name: str(tmp_path / f"x.{name}") for name in ("json", "csv", "md")}
+    written = ["--output", files["json"], "--csv", files["csv"], "--markdown", files["md"]]
+    assert main(["benchmark", *SHORT, "--peers", "mlx-lm", *written]) == 0
+    text = capsys.readouterr().out
+    document = results.load(files["json"])
+    ours, theirs = document.rows
+    assert (ours.case.engine, theirs.case.engine, theirs.agrees) == ("openelm-mlx", "mlx-lm", True)
+    assert len(ours.metrics["decode_tokens_per_second"].values) == 7 == len(theirs.metrics["prefill_tokens_per_second"].values)
+    assert {ratio.metric for ratio in document.ratios} == {name for name in ours.metrics if name in theirs.metrics} & {
+        "prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds"}  # fmt: skip
+    assert ours.percent_of_bound == pytest.approx(
+        100 * ours.metrics["decode_tokens_per_second"].median * sum(ours.bytes_per_token.values())
+        / document.machine["bandwidth_bytes_per_second"]
+    )  # fmt: skip
+    assert 0.99 < (sum(ours.bytes_per_token.values()) - ours.bytes_per_token["kv"]) / tiny.nbytes < 1.01
+    assert "| openelm-mlx |" in text and "openelm-mlx / mlx-lm" in text and "not counted" in text
+    assert text == Path(files["md"]).read_text() and Path(files["csv"]).read_text().startswith("engine,model")
+    assert {"mlx-lm", "mlx", "openelm-mlx"} <= document.versions.keys() and document.machine["cores"] == os.cpu_count()
+    assert main(["benchmark", "--show", files["json"], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(Path(files["json"]).read_text())
+    assert main(["benchmark", "--compare", files["json"], files["json"]]) == 0
+
+
+def test_every_kind_of_case_runs(capsys):
+    options = BenchmarkOptions(
+        prompt_tokens=(20,), generation_tokens=(6,), batch_sizes=(1, 2), caches=("kv8",),
+        speculations=("none", "prompt-lookup"), trials=5,
+    )  # fmt: skip
+    document = run.run(options)
+    labels = [label(row.case).removeprefix("openelm-mlx openelm-tiny 8-bit 20+6 ") for row in document.rows]
+    assert labels == ["kv8", "kv8 prompt-lookup", "batch 2 kv8"]
+    assert all("decode_tokens_per_second" in row.metrics for row in document.rows)
+    one, lookup, batch = (row.metrics for row in document.rows)
+    assert "tokens_per_pass" in lookup and "tokens_per_pass" not in one
+    assert "time_to_first_token_reused_seconds" in one and "time_to_first_token_reused_seconds" not in batch
+    assert batch["peak_memory_bytes"].median > one["peak_memory_bytes"].median
+
+
+def test_widths_are_made_from_the_stored_weights_and_their_loss_is_measured(monkeypatch):
+    from openelm_mlx.benchmarks import quality
+
+    monkeypatch.setattr(quality, "TOKENS", 32)
+    monkeypatch.setattr(quality.own_text, "__defaults__", (32,))
+    document = run.run(BenchmarkOptions(suite="bits", bits=(8, 4), prompt_tokens=(9,), generation_tokens=(2,), trials=5))
+    (row,) = document.rows
+    assert row.case.bits == 4 and row.metrics["kl_mean"].median > 0 and row.metrics["top_1_agreement"].median > 0.5
+    assert "openelm-tiny has 8-bit weights already: 8 bits left out, fewer bits made from those" in document.notes
+    assert "loss is against the model as stored, on 32 tokens that it samples itself" in document.notes
+
+
+def test_what_does_not_fit_the_context_is_left_out_and_said():
+    document = run.run(BenchmarkOptions(prompt_tokens=(8, 2000), generation_tokens=(3,), trials=5, peers=("mlx-lm", "mlx-lm")))
+    assert [row.case.prompt_tokens for row in document.rows] == [8, 8]
+    assert "openelm-tiny: 2000 + 3 tokens left out, its context holds 1024" in document.notes
+
+
+def test_a_peer_that_is_not_installed_is_left_out_with_the_remedy(monkeypatch):
+    from openelm_mlx.benchmarks import peers
+
+    monkeypatch.setattr(peers, "why_not", lambda name: "not installed: `pip install mlx-lm`")
+    document = run.run(BenchmarkOptions(prompt_tokens=(8,), generation_tokens=(2,), trials=5, peers=("mlx-lm",)))
+    assert "mlx-lm was left out: not installed: `pip install mlx-lm`" in document.notes and len(document.rows) == 1
+
+
+def test_ctrl_c_keeps_finished_trials_and_marks_them_partial(tmp_path, capsys, monkeypatch):
+    """A real SIGINT, in the midst of the fourth round."""
+    ticks = []
+
+    class Interrupting(run.Unwatched):
+        def tick(self, text, work):
+            ticks.append(text)
+            if len(ticks) == 2 * 4 + 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(run, "Unwatched", Interrupting)
+    file = tmp_path / "part.json"
+    options = ["benchmark", "--prompt-tokens", "8", "12", "--generation-tokens", "2", "--output", str(file)]
+    assert main(options) == 130
+    document = results.load(file)
+    counts = [len(row.metrics["decode_tokens_per_second"].values) for row in document.rows]
+    assert document.partial and all(3 <= count < 7 for count in counts)
+    assert "interrupted: only the trials that were finished are here" in document.notes
+    assert "partial:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trials", "3"], "trials is 3; allowed is a number from 5 up"),
+        (["--random-weights", "2b"], "no size '2b' was published"),
+        (["270n"], "did you mean"),
+        (["--peers", "vllm"], "'vllm' is no peer; known: mlx-lm, llama.cpp, torch"),
+        (["--output", "none/x.json"], "--output none/x.json: its folder does not exist; make it first"),
+        (["--plot", "x.gif"], "--plot x.gif: give a name that ends in .png or .svg"),
+        (["--compare", "a.json", "b.json"], "cannot read a.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["benchmark", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("openelm: ") and message in error and error.count("\n") == 1
+
+
+def test_a_new_process_gives_the_same_first_token(tiny):
+    from openelm_mlx.benchmarks.ours import OurSession, prompt_ids
+
+    prompt = prompt_ids(tiny, 12)
+    seconds, token = startup.startup("openelm-mlx", tiny.path, "float32", prompt, tiny.tokenizer.path)
+    assert (token,) == OurSession(tiny).generate(prompt, 1).tokens and seconds > 0.05
+    with pytest.raises(BenchmarkError, match="^openelm-mlx did not start up: unknown model 'no-such-folder'"):
+        startup.startup("openelm-mlx", Path("no-such-folder"), "float32", prompt)
+
+
+def test_the_command_in_a_result_names_no_folder_of_the_user(monkeypatch):
+    from openelm_mlx.cli.benchmark import command_line
+
+    words = ["benchmark", "/home/someone/my model", "--output=/home/someone/x.json", "apple/OpenELM-270M"]
+    monkeypatch.setattr(sys, "argv", ["openelm", *words])
+    assert command_line() == "openelm benchmark 'my model' --output=x.json apple/OpenELM-270M"
+
+
+def test_a_soak_of_a_few_requests_finds_nothing_wrong(tiny, monkeypatch):
+    monkeypatch.setattr(soaking, "SAMPLE", 1.0)  # all are repeated on the eager twin
+    monkeypatch.setattr(soaking, "SAMPLINGS", ({}, {"temperature": 1.0}))
+    monkeypatch.setattr(soaking, "PROBES", 2)
+    times = iter(range(10**6))  # a clock that ticks at each look, so that seconds stand for requests
+    seen = soaking.soak(tiny, minutes=0.25, seed=5, clock=lambda: next(times))
+    assert seen.failures == [] and 2 <= sum(seen.generations.values()) <= 6 and len(seen.probes) >= 2
+    assert seen.tokens > 0 and seen.checked >= 2 and seen.arrays[-1] <= seen.arrays[0] + 2**20
+    assert "repeated on the eager twin" in seen.summary()[0]
+
+
+def test_a_soak_sees_a_wrong_token(tiny):
+    seen = soaking.Soak()
+    driver = soaking.Driver(tiny, random.Random(0), seen)
+    driver.check([1, 5, 9], SamplingOptions(), GenerationOptions(max_tokens=3), [4095, 4095])
+    assert len(seen.failures) == 1 and seen.failures[0].startswith("a wrong token: number 0 is 4095, the eager twin says")
+
+
+def test_a_soak_judges_memory_and_speed():
+    steady = [Timed((1, 2), (1.0, 1.0 + 0.01)) for _ in range(12)]
+    slower = [Timed((1, 2), (1.0, 1.0 + 0.01 * (1 + i / 20))) for i in range(12)]
+    good = soaking.Soak(probes=steady, arrays=[10, 20], process=[100, 200])
+    bad = soaking.Soak(probes=slower, arrays=[0, 3 * 2**20], process=[10**8, 3 * 10**8])
+    good.judge()
+    bad.judge()
+    assert good.failures == []
+    assert bad.failures == [
+        "memory did not return: arrays grew by 3.1 MB", "memory did not return: the process grew by 200 MB",
+        "decode speed fell by 28% from the first probe to the last",
+    ]  # fmt: skip
+    assert soaking.trend([1.0] * 5) == (0.0, False)
+
+
+def test_a_chip_that_is_not_here_is_predicted_and_marked_so(capsys):
+    assert main(["benchmark", "270m", "--predict", "m3-max"]) == 0
+    text = capsys.readouterr().out
+    assert "predicted, not measured" in text and "270m" in text and "1.1b" not in text
+
+
+def test_machine_facts():
+    found = machine.machine()
+    assert found["cores"] == os.cpu_count() and found["memory_bytes"] == machine.memory_bytes() and "user" not in str(found)
