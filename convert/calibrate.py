@@ -16,6 +16,7 @@ from openelm_mlx.config import OpenELMConfig
 
 Progress = Callable[[int, int, str], None]
 BATCH = 8  # rows of tokens in one pass
+GPTQ_ROWS = 64  # more change the second moments little
 LAYER_MATRICES = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
 INPUT_DAMPING = 0.1  # for the tied embeddings: they are inputs too, where every column matters alike
 
@@ -27,10 +28,27 @@ class Learned:
     weights: dict[str, mx.array]
     codes: dict[str, Codes] = field(default_factory=dict)
     plan: Plan = field(default_factory=dict)
+    norms: dict[str, mx.array] = field(default_factory=dict)  # by tensor name, as stored
 
     def arrays(self, dtype: str) -> dict[str, dict[str, mx.array]]:
         """Tensor name -> what is to be stored for it; matrices in other forms are left to plain rounding."""
-        return {f"{stem}.weight": codes.arrays(f"{stem}.weight", getattr(mx, dtype)) for stem, codes in self.codes.items()}
+        codes = {f"{stem}.weight": codes for stem, codes in self.codes.items()}
+        return {name: own.arrays(name, getattr(mx, dtype)) for name, own in codes.items()} | {
+            name: {name: array} for name, array in self.norms.items()
+        }
+
+
+def calibrate(
+    method: str, config: OpenELMConfig, exact: Weights, plan: Plan, tokens: mx.array, dtype: str,
+    progress: Progress | None = None,
+) -> Learned:  # fmt: skip
+    """Learn the rounding of `plan` on tokens [rows, length]: `gptq`, or `distill`, which goes on from there."""
+    learned = calibrate_gptq(config, exact, plan, tokens[:GPTQ_ROWS], dtype, progress)
+    if method == "gptq":
+        return learned
+    from openelm_mlx.convert.distill import distill
+
+    return distill(config, exact, learned, tokens, dtype, progress=progress)
 
 
 def calibrate_gptq(

@@ -76,6 +76,9 @@ class ConvertOptions:
     calibration_text: Path | None = field(
         default=None, metadata={"help": "text to measure and learn on; unset is what the model itself writes"}
     )
+    calibration_tokens: int = field(
+        default=32768, metadata={"help": "tokens to learn on; measuring takes 2048 of them", "range": (257, 1 << 24)}
+    )
     verify_text: Path | None = field(default=None, metadata={"help": "text to verify on; implies --verify"})
     max_kl: float | None = field(
         default=None,
