@@ -91,9 +91,8 @@ def find(name: str, gpu_cores: int | None = None) -> Chip:
     if not sold:
         known = list(dict.fromkeys(chip.short for chip in CHIPS))
         near = get_close_matches(short, known, 3, 0.5)
-        raise BenchmarkError(
-            f"no chip {name!r} in the table" + (f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}")
-        )
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+        raise BenchmarkError(f"no chip {name!r} in the table; {hint}")
     if gpu_cores is None:
         return sold[-1]
     fitting = [chip for chip in sold if gpu_cores in chip.gpu_cores]

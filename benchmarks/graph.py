@@ -147,10 +147,10 @@ def collect(root: Array, made: dict[str, Node], readers: dict[str, list[str]], e
         if depth >= MAX_DEPTH or node is None or node.name not in FUSABLE or ends_elsewhere:
             outside.add(name)
             return
-        if depth and not all(reader in inside for reader in readers[name]):
-            if node.name != "Broadcast" or len(outside) >= MAX_INPUTS:  # a broadcast with other readers is split off
-                outside.add(name)
-                return
+        read_elsewhere = depth and not all(reader in inside for reader in readers[name])
+        if read_elsewhere and (node.name != "Broadcast" or len(outside) >= MAX_INPUTS):  # a broadcast would be split off
+            outside.add(name)
+            return
         if name in ends:
             outside.add(name)
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from openelm_mlx.benchmarks.graph import Array, Node
+from openelm_mlx.benchmarks.graph import BINARY, FUSABLE, UNARY, Node
 
 from openelm_mlx.errors import BenchmarkError
 
@@ -123,12 +123,11 @@ SIMPLE = {  # one kernel, whatever the layout of the inputs
     "Arange", "ArgReduce", "AsType", "Compiled", "Gather", "GatherAxis", "Scatter", "ScatterAxis", "SliceUpdate",
     "RandomBits", "Full", "Select",
 }  # fmt: skip
+ELEMENTWISE = FUSABLE | {"Compiled", "RMSNorm", "RoPE"}
 
 
 def kernels(node: Node, inputs: list[Layout]) -> int:
     """Kernels that a node launches on Metal, copies of inputs included. Raises `BenchmarkError` for what it does not know."""
-    from openelm_mlx.benchmarks.graph import BINARY, UNARY
-
     first = inputs[0] if inputs else None
     if node.name in VIEWS:
         return int(first is not None and view(node, first) is None)
@@ -189,24 +188,13 @@ def last_two_rows(x: Layout) -> bool:
 
 
 def after(node: Node, inputs: list[Layout]) -> list[Layout]:
-    """Layouts of a node's outputs."""
+    """Layouts of a node's outputs: a view's own, an elementwise kernel's as its inputs lie (common/compiled.cpp), else rows."""
     if node.name in VIEWS and inputs:
         found = view(node, inputs[0])
         if found is not None:
             return found
-    if node.name in ("Compiled", "Select") or (inputs and node.name not in ("Matmul", "AddMM", "QuantizedMatmul")):
+    if node.name in ELEMENTWISE:
         whole = [x for x, read in zip(inputs, node.inputs, strict=True) if read.shape == node.outputs[0].shape]
-        same = whole and all(x.strides == whole[0].strides for x in whole) and whole[0].contiguous
-        if same and elementwise(node):
+        if whole and whole[0].contiguous and all(x.strides == whole[0].strides for x in whole):
             return [whole[0]] * len(node.outputs)
     return [Layout.rows(out.shape) for out in node.outputs]
-
-
-def elementwise(node: Node) -> bool:
-    from openelm_mlx.benchmarks.graph import FUSABLE
-
-    return node.name == "Compiled" or node.name in FUSABLE or node.name in ("RMSNorm", "RoPE")
-
-
-def arrays_read(node: Node) -> tuple[Array, ...]:
-    return node.inputs

@@ -136,7 +136,7 @@ def purpose_of(node: Node, traced: Traced) -> str:
         return "embedding row" if node.name in ("Gather", "Dequantize") else "logits"
     if module.endswith("lm_head"):
         return "logits"
-    if module.endswith("_norm") or module.endswith("transformer.norm"):
+    if module.endswith(("_norm", "transformer.norm")):
         own = module.rsplit(".", 1)[-1]
         return {"attn_norm": "norm before attention", "ffn_norm": "norm before FFN", "norm": "last norm"}.get(
             own, "query and key norm"

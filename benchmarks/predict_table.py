@@ -38,7 +38,8 @@ def show(chip: str, sizes: Sequence[str] = (), results: Path | None = None, as_j
     rows = predictions(chip, sizes)
     checked = errors(sorted(results.glob("*.json"))) if results is not None and results.is_dir() else []
     if as_json:
-        print(json.dumps({"predicted": True, "chip": rows[0][2].chip.name, "assumed": ASSUMED, "rows": [as_dict(*r) for r in rows]}))
+        facts = {"predicted": True, "chip": rows[0][2].chip.name, "assumed": ASSUMED}
+        print(json.dumps({**facts, "rows": [as_dict(*row) for row in rows]}))
         return
     from rich.console import Console
     from rich.table import Table
@@ -61,8 +62,8 @@ def show(chip: str, sizes: Sequence[str] = (), results: Path | None = None, as_j
     print(f"- efficiency here {first.efficiency:.2f}; bandwidth from {first.chip.source}")
     if checked:
         for error in checked:
-            print(f"- checked on {error.chip.name}, {error.model}: measured {error.measured:.0f}, predicted {error.predicted:.0f} "
-                  f"({error.relative:+.0%})")  # fmt: skip
+            figures = f"measured {error.measured:.0f}, predicted {error.predicted:.0f} ({error.relative:+.0%})"
+            print(f"- checked on {error.chip.name}, {error.model}: {figures}")
     else:
         print("- no measured result on a chip of the table yet: the model's error is unknown")
 

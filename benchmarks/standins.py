@@ -72,9 +72,11 @@ def tag(value: float) -> mx.array:
     return array
 
 
-@cache
-def like(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """An evaluated array of this shape that takes no memory: a constant of the graph, not a kernel."""
+def blank(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """An evaluated array of this shape that takes no memory: not a kernel of a graph."""
     array = mx.broadcast_to(mx.zeros((), dtype), shape)
     mx.eval(array)
     return array
+
+
+like = cache(blank)  # for constants; what is written into must be an array of its own

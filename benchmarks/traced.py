@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from openelm_mlx.benchmarks.graph import Graph, Node, fuse, trace
 from openelm_mlx.benchmarks.roofline import settings
-from openelm_mlx.benchmarks.standins import fused, like, one_primitive_each
+from openelm_mlx.benchmarks.standins import blank, fused, one_primitive_each
 
 from openelm_mlx.cache import BLOCK
 from openelm_mlx.config import OpenELMConfig, layer_shapes
@@ -52,7 +52,8 @@ class Form:
             except (ValueError, TypeError) as error:
                 raise BenchmarkError(f"cannot quantize to {dict(self.quantization)}: {error}") from None
         marked = []
-        for number, (name, array) in enumerate(tree_flatten(model.parameters())):  # type: ignore[misc]
+        parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+        for number, (name, array) in enumerate(parameters):
             floating = mx.issubdtype(array.dtype, mx.floating)
             marked.append((name, mark(number, array.shape, DTYPES[self.dtype] if floating else array.dtype)))
         model.update(tree_unflatten(marked))  # type: ignore[arg-type]
@@ -77,9 +78,11 @@ def marked_as(array: mx.array, names: list[tuple[str, mx.array]]) -> str | None:
     bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}.get(array.dtype.size)
     if bits is None or array.ndim == 0:
         return None
-    number = int(corner.view(bits).item())
-    fits = [name for name, p in names[number::256**array.dtype.size] if p.shape == array.shape and p.dtype == array.dtype]
-    return fits[0] if fits else None
+    number = int(corner.view(bits).item())  # type: ignore[arg-type]
+    for name, parameter in names[number :: 256**array.dtype.size]:
+        if parameter.dtype == array.dtype and array.shape in (parameter.shape, parameter.shape[::-1]):  # as it is or transposed
+            return name
+    return None
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def our_step(model: OpenELM, compiled: bool) -> Callable[[mx.array, mx.array, li
 
 def our_buffers(config: OpenELMConfig, context: int, dtype: mx.Dtype) -> list[Arrays]:
     capacity = -(-context // BLOCK) * BLOCK
-    return [[like((2, 1, shape.kv_heads, capacity, config.head_dim), dtype)] for shape in layer_shapes(config)]
+    return [[blank((2, 1, shape.kv_heads, capacity, config.head_dim), dtype)] for shape in layer_shapes(config)]
 
 
 def trace_ours(config: OpenELMConfig, form: Form, context: int = 64) -> Traced:
@@ -175,7 +178,7 @@ def mlx_lm_caches(config: OpenELMConfig, context: int, dtype: mx.Dtype) -> list[
     for shape in layer_shapes(config):
         cache = KVCache()
         held = (1, shape.kv_heads, -(-context // cache.step) * cache.step, config.head_dim)
-        cache.keys, cache.values, cache.offset = like(held, dtype), like(held, dtype), context - 1
+        cache.keys, cache.values, cache.offset = blank(held, dtype), blank(held, dtype), context - 1
         caches.append(cache)
     return caches
 

@@ -1,0 +1,186 @@
+"""The ledger of a decoded token: counted by our rules, and held against MLX's own graph, strides and arithmetic."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from openelm_mlx.benchmarks import traced
+from openelm_mlx.benchmarks.graph import Array, Node, fuse, trace
+from openelm_mlx.benchmarks.host import host_seconds
+from openelm_mlx.benchmarks.layout import VIEWS, Layout, after, kernels
+from openelm_mlx.benchmarks.ledger import ledger, main
+from openelm_mlx.benchmarks.roofline import bytes_per_token
+from openelm_mlx.benchmarks.standins import one_primitive_each
+from openelm_mlx.benchmarks.traced import Form, trace_mlx_lm, trace_ours
+
+from openelm_mlx.config import OpenELMConfig
+from openelm_mlx.errors import BenchmarkError
+
+M270 = OpenELMConfig.from_name("270m")
+SMALL = replace(M270, num_transformer_layers=3)
+FOUR_BITS = {"group_size": 64, "bits": 4}
+FORMS = [Form("float32"), Form("bfloat16"), Form("bfloat16", FOUR_BITS)]
+
+
+def primitives_of(outputs: Any, path: Path) -> Counter[str]:
+    """Names of the primitives of a graph as MLX itself tells them."""
+    mx.export_to_dot(str(path), *outputs)
+    return Counter(re.findall(r'label ="(\w+)"', path.read_text()))
+
+
+def kernels_only(names: Counter[str]) -> Counter[str]:
+    stand_ins = {"Depends", "RMSNorm", "RoPE", "ScaledDotProductAttention", "Dequantize"}
+    return Counter({name: count for name, count in names.items() if name not in VIEWS | stand_ins})
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_kernels_of_the_compiled_step_are_those_mlx_fuses(form: Form, tmp_path: Path) -> None:
+    counted = trace_ours(SMALL, form)
+    with one_primitive_each():
+        step = traced.our_step(traced.our_model(SMALL, form), compiled=True)
+        buffers = traced.our_buffers(SMALL, 64, traced.DTYPES[form.dtype])
+        token, position, kept = step(mx.array([1], mx.uint32), mx.array([63]), buffers)
+        real = primitives_of([token, position, *(a for arrays in kept for a in arrays)], tmp_path / "g.dot")
+    assert kernels_only(Counter(node.fused_name for node in counted.graph.nodes)) == kernels_only(real)
+    assert any(len(node.parts) > 5 for node in counted.graph.nodes)
+    stand_ins = sum(node.name in ("RMSNorm", "ScaledDotProductAttention", "Dequantize") for node in counted.graph.nodes)
+    assert real["Depends"] == stand_ins
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_kernels_of_mlx_lm_are_those_of_its_eager_graph(form: Form, tmp_path: Path) -> None:
+    counted = Counter(node.fused_name for node in trace_mlx_lm(SMALL, form).graph.nodes)
+    with one_primitive_each():
+        caches = traced.mlx_lm_caches(SMALL, 64, traced.DTYPES[form.dtype])
+        outputs = traced.mlx_lm_step(traced.mlx_lm_model(SMALL, form), caches)(mx.array([1], mx.uint32))
+        real = primitives_of([*outputs, *(c.keys for c in caches), *(c.values for c in caches)], tmp_path / "g.dot")
+    activation = next(name for name in real if name.startswith("Compiled"))
+    real["Compiled"] = real.pop(activation)
+    assert kernels_only(counted) == kernels_only(real)
+
+
+@pytest.mark.parametrize(("form", "ours", "peer"), [
+    (FORMS[0], 11 * 16 + 7, 16 * 16 + 6), (FORMS[1], 11 * 16 + 7, 16 * 16 + 6), (FORMS[2], 13 * 16 + 10, 17 * 16 + 9),
+], ids=lambda value: str(value))  # fmt: skip
+def test_kernels_of_270m_counted_by_hand(form: Form, ours: int, peer: int) -> None:
+    """A layer of ours: 2 norms, 4 projections (2 of them with the residual), norm and rotation of q and k, storing, attention,
+    gate; quantized 2 residuals more. Once a token: embedding (4 quantized), angles, mask, position, norm, head, argmax.
+    """
+    mine, other = ledger(trace_ours(M270, form)), ledger(trace_mlx_lm(M270, form))
+    assert (mine.kernels, other.kernels) == (ours, peer)
+    assert mine.by_purpose["copy"] == mine.by_purpose["copy of keys or values"] == mine.by_purpose["other"] == 0
+    assert sum(mine.by_primitive.values()) == sum(mine.by_purpose.values()) == mine.kernels
+
+
+def test_a_split_gate_is_copied_for_a_quantized_projection() -> None:
+    """mlx-lm's gate keeps the row stride of what it was split from, and the quantized product of one row asks for its own."""
+    assert ledger(trace_mlx_lm(SMALL, FORMS[2])).by_purpose["copy"] == 3
+    x = mx.zeros((1, 1, 128))
+    gate, up = mx.split(x, 2, axis=-1)
+    product = mx.compile(lambda a, b: nn.silu(a) * b, shapeless=True)(gate, up)
+    mx.eval(product)
+    assert memoryview(product).strides == (512, 512, 4)
+
+
+@pytest.mark.parametrize("name", ["270m", "3b"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_bytes_on_the_graph_are_those_of_the_roofline(name: str, form: Form) -> None:
+    config, context = replace(OpenELMConfig.from_name(name), num_transformer_layers=4), 96
+    expected = bytes_per_token(config, form.dtype, form.quantization, context)
+    mine, peer = ledger(trace_ours(config, form, context)), ledger(trace_mlx_lm(config, form, context))
+    for part in ("embedding", "attention", "ffn", "scales", "kv"):
+        assert mine.bytes_read[part] == peer.bytes_read[part] == expected[part], part
+    assert peer.bytes_read["norms"] == expected["norms"]
+    assert mine.bytes_read["norms"] == expected["norms"] - per_head(config, form)  # q_norm and k_norm lie in tables of ours
+
+
+def per_head(config: OpenELMConfig, form: Form) -> int:
+    return 2 * config.head_dim * traced.DTYPES[form.dtype].size * config.num_transformer_layers
+
+
+def test_single_layers_may_be_quantized_their_own_way() -> None:
+    form = Form("bfloat16", FOUR_BITS | {"transformer.layers.0.ffn.proj_2": {"bits": 8, "group_size": 32},
+                                         "transformer.layers.1.ffn.proj_2": False})  # fmt: skip
+    entry = ledger(trace_ours(SMALL, form))
+    expected = bytes_per_token(SMALL, "bfloat16", form.quantization, 64)
+    assert entry.kernels == 13 * 3 + 10 - 1  # one residual is added by its unquantized projection
+    assert {part: entry.bytes_read[part] for part in ("ffn", "scales")} == {part: expected[part] for part in ("ffn", "scales")}
+
+
+VIEWED = [
+    lambda x: x.transpose(0, 2, 1, 3), lambda x: x[:, 2:5], lambda x: x[..., ::-1], lambda x: x.reshape(1, 6, 16),
+    lambda x: x.transpose(0, 2, 1, 3)[:, :, 1:3].reshape(1, 2, 4, 4), lambda x: mx.split(x, 2, axis=1)[1],
+    lambda x: mx.expand_dims(x, 2), lambda x: x[:1, :1].squeeze(0), lambda x: mx.broadcast_to(x[:, :1], (1, 6, 2, 8)),
+    lambda x: x.swapaxes(1, 2).reshape(1, 96), lambda x: x.transpose(3, 2, 1, 0).reshape(8, 12),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(VIEWED)))
+def test_strides_are_those_of_mlx(number: int) -> None:
+    x = mx.random.normal((1, 6, 2, 8))
+    real = VIEWED[number](x)
+    mx.eval(x, real)
+    graph = trace(lambda x: [VIEWED[number](x)], x)
+    layouts: dict[str, Layout] = {}
+    copies = 0
+    for node in graph.nodes:
+        inputs = [layouts.get(array.name, Layout.rows(array.shape)) for array in node.inputs]
+        copies += kernels(node, inputs)
+        layouts |= {out.name: layout for out, layout in zip(node.outputs, after(node, inputs), strict=True)}
+    found = layouts[graph.outputs[0].name]
+    strides = tuple(step // 4 for step in memoryview(real).strides or ())
+    matter = [i for i, n in enumerate(real.shape) if n > 1]
+    assert [found.strides[i] for i in matter] == [strides[i] for i in matter]
+    assert copies == (number in (4, 9, 10))  # what lies apart cannot be merged in place
+
+
+def test_a_primitive_without_a_rule_is_an_error() -> None:
+    array = Array("A", (4, 4), mx.float32)
+    with pytest.raises(BenchmarkError, match="does not know how many kernels FFT launches; add its rule"):
+        kernels(Node("FFT", (array,), (array,)), [Layout.rows((4, 4))])
+    with pytest.raises(BenchmarkError, match="does not know Load without inputs"):
+        kernels(Node("Load", (), (array,)), [])
+
+
+@pytest.mark.parametrize(("form", "message"), [
+    ({"dtype": "int8"}, "dtype is 'int8'; allowed: float32"),
+    ({"quantization": {"bits": 4, "group_size": 48}}, "cannot quantize to"),
+    ({"quantization": {"bits": "4"}}, "needs whole numbers bits and group_size"),
+])  # fmt: skip
+def test_forms_that_cannot_be(form: dict[str, Any], message: str) -> None:
+    with pytest.raises(BenchmarkError, match=message):
+        trace_ours(SMALL, Form(**form))
+
+
+def test_elementwise_neighbours_fuse_and_other_readers_stop_it() -> None:
+    def function(x: mx.array) -> list[mx.array]:
+        y = mx.exp(x) + 1
+        return [y * 2, y @ y]  # y is read by a product too, so it ends a kernel of its own
+
+    names = [node.fused_name for node in fuse(trace(function, mx.ones((4, 4)))).nodes if node.name not in VIEWS]
+    assert sorted(names) == ["CompiledBroadcastMultiply", "CompiledExpBroadcastAdd", "Matmul"]
+
+
+def test_the_host_builds_a_compiled_step_faster_than_an_eager_one() -> None:
+    """CPU time of the submitting thread, so a busy machine does not matter; the ledger prints the figures."""
+    seconds = host_seconds(replace(M270, num_transformer_layers=8), FORMS[0], steps=20)
+    assert seconds["openelm-mlx, compiled"] < 0.75 * seconds["mlx-lm"]
+    assert mx.fast.rms_norm(mx.array([[3.0]]), None, 1e-6).item() == pytest.approx(1)  # the stand-ins are gone
+
+
+def test_command_prints_both_ledgers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["270m", "--bits", "4", "--steps", "0", "--json"]) == 0
+    ours, peer = json.loads(capsys.readouterr().out)["ledgers"]
+    assert ours["engine"] == "openelm-mlx" and ours["kernels"] < peer["kernels"]
+    assert main(["270m", "--steps", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("by purpose", "RoPE", "of mlx-lm's", "not run on Metal", "same kernel"))
+    assert main(["7b"]) == 2 and "no published OpenELM size" in capsys.readouterr().err
