@@ -130,6 +130,7 @@ class Rows:
             return pad(mx.take(array, index, axis=axis), axis, count - len(rows))
 
         self.state = RowState.of([chosen(part, 0) for part in self.state.arrays])
+        self.detail = None if self.detail is None else Logprobs(*(chosen(part, 0) for part in self.detail))
         self.buffers = [[chosen(a, 1) for a in arrays] for arrays in self.buffers]
 
     def place(self, rows: list[int], state: RowState, caches: list[KVCache], count: int, lengths: list[int]) -> None:

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import pytest
+from small import random_engine
+
+from openelm_mlx import BatchEngine, batch_generate, stream_generate
+from openelm_mlx.batch import rows_for
+from openelm_mlx.errors import OptionError, PromptError
+from openelm_mlx.options import GenerationOptions, SamplingOptions
+
+PROMPTS = [[1] + [(5 * i + 11 * k) % 60 + 3 for i in range(3 + 9 * k)] for k in range(9)]
+SAMPLING = [
+    SamplingOptions(),
+    SamplingOptions(temperature=0.9, top_p=0.9, seed=1),
+    SamplingOptions(temperature=1.0, repetition_penalty=1.3, frequency_penalty=0.2, seed=2),
+] * 3
+OPTIONS = [GenerationOptions(max_tokens=5 + 7 * k, ignore_eos=True, logprobs=k if k in (2, 5) else None) for k in range(9)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return random_engine(tiny, seed=1)
+
+
+def alone(engine, k, sampling=None, options=None):
+    return list(stream_generate(engine, PROMPTS[k], sampling or SAMPLING[k], options or OPTIONS[k]))
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_each_sequence_is_its_single_run(engine, slots, compiled):
+    """Ragged lengths, own options, seeds and ends; with three slots most of them wait and join later."""
+    results = batch_generate(engine, PROMPTS, SAMPLING, OPTIONS, slots=slots, compiled=compiled)
+    for k, result in enumerate(results):
+        events = alone(engine, k)
+        assert list(result.tokens) == [event.token for event in events]
+        assert result.text == "".join(event.text for event in events) and result.finish_reason == "length"
+        assert result.stats.generation_tokens == len(events) and result.stats.prompt_tokens == len(PROMPTS[k])
+
+
+def test_a_joining_sequence_changes_nothing_and_events_are_complete(engine):
+    batch = BatchEngine(engine, slots=4)
+    events: dict[int, list] = {}
+    numbers = {}
+    for step in range(200):
+        if step % 5 == 0 and len(numbers) < len(PROMPTS):
+            k = len(numbers)
+            numbers[batch.submit(PROMPTS[k], SAMPLING[k], OPTIONS[k])] = k
+        for number, event in batch.step():
+            events.setdefault(number, []).append(event)
+        if len(numbers) == len(PROMPTS) and not batch.busy:
+            break
+    assert len(events) == len(PROMPTS) and batch.step() == []
+    for number, k in numbers.items():
+        single = alone(engine, k)
+        assert [event.token for event in events[number]] == [event.token for event in single]
+        assert [event.logprob for event in events[number]] == pytest.approx([event.logprob for event in single], abs=1e-4)
+        assert [len(event.top_logprobs) for event in events[number]] == [len(event.top_logprobs) for event in single]
+
+
+def test_cancelling_one_leaves_the_others(engine):
+    batch = BatchEngine(engine, slots=2)
+    numbers = [batch.submit(PROMPTS[k], SAMPLING[k], OPTIONS[8]) for k in range(4)]
+    tokens: dict[int, list] = {number: [] for number in numbers}
+    for step in range(300):
+        if step == 4:
+            assert batch.cancel(numbers[0]) and batch.cancel(numbers[3]) and not batch.cancel(numbers[0])
+        for number, event in batch.step():
+            tokens[number].append(event.token)
+        if not batch.busy:
+            break
+    assert len(tokens[numbers[0]]) == 4 and tokens[numbers[3]] == []
+    for k in (1, 2):
+        assert tokens[numbers[k]] == [event.token for event in alone(engine, k, options=OPTIONS[8])]
+    batch.submit(PROMPTS[0])
+    batch.step()
+    batch.close()
+    assert not batch.busy and alone(engine, 0)
+
+
+def test_quantized_caches_and_the_bundled_model_batch_too(tiny, engine):
+    results = batch_generate(engine, PROMPTS, kv_bits=8, max_tokens=6)
+    for k, result in enumerate(results):
+        single = stream_generate(engine, PROMPTS[k], kv_bits=8, max_tokens=6)
+        assert list(result.tokens) == [event.token for event in single]
+    texts = ["Once upon a time", "The king said", "It was"]
+    for text, result in zip(texts, batch_generate(tiny, texts, max_tokens=6, stop=("e",)), strict=True):
+        assert result.text == "".join(event.text for event in stream_generate(tiny, text, max_tokens=6, stop=("e",)))
+
+
+def test_a_wrong_prompt_fails_alone(engine):
+    results = batch_generate(engine, [PROMPTS[0], "", [1] * 999, PROMPTS[1]], max_tokens=3)
+    assert [result.error is None for result in results] == [True, False, False, True]
+    assert isinstance(results[1].error, PromptError) and "context holds 512" in str(results[2].error)
+    assert len(results[3].tokens) == 3
+
+
+def test_mistakes(engine):
+    with pytest.raises(OptionError, match="slots is 0; a batch needs at least 1"):
+        BatchEngine(engine, slots=0)
+    with pytest.raises(OptionError, match="sampling has 2 entries for 1 prompts; give one for all, or one each"):
+        batch_generate(engine, ["a"], [SamplingOptions()] * 2)
+    with pytest.raises(OptionError, match="kv_window does not go with batches"):
+        batch_generate(engine, ["a"], kv_window=20)
+    with pytest.raises(OptionError, match="prompt_lookup does not go with batches"):
+        BatchEngine(engine, options=GenerationOptions(prompt_lookup=2))
+    with pytest.raises(OptionError, match="kv_bits of a sequence differs"):
+        BatchEngine(engine).submit("a", kv_bits=8)
+    assert [rows_for(n) for n in (1, 2, 3, 5, 16)] == [1, 2, 4, 8, 16]
