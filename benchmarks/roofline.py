@@ -52,11 +52,11 @@ def bytes_per_token(
     tied = config.share_input_output_layers
     for tensor, shape in expected_tensors(config).items():
         weights, scales = matrix_bytes(tensor, shape, ITEMSIZE[dtype], quantization)
-        reads = 1.0
         if "token_embeddings" in tensor:  # one row is looked up; a tied matrix is the head too
-            reads = 1 / config.vocab_size + (1 if tied else 0)
-        parts[part_of(tensor)] += weights * reads
-        parts["scales"] += scales * reads
+            rows = shape[0]
+            weights, scales = (part / rows + (part if tied else 0) for part in (weights, scales))
+        parts[part_of(tensor)] += weights
+        parts["scales"] += scales
     head_bytes = head_dim_bytes(config.head_dim, ITEMSIZE[dtype], kv_bits, kv_group_size)
     parts["kv"] = sum(2 * shape.kv_heads * head_bytes for shape in layer_shapes(config)) * context_tokens
     return parts
