@@ -11,13 +11,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import GOLDEN
 from mlx.utils import tree_flatten
 from openelm_mlx.benchmarks import peers
+from openelm_mlx.benchmarks.peers.llama_gguf import Packed, blocks, write_gguf
 from openelm_mlx.benchmarks.peers.llama_server import LlamaServer, find_server
+from openelm_mlx.convert import ConvertOptions, convert
 
-from openelm_mlx import stream_generate
+from openelm_mlx import load, stream_generate
 from openelm_mlx.errors import BenchmarkError, OptionError
 from openelm_mlx.hub import BUNDLED
+from openelm_mlx.loading import parameters
 
 PROMPT = "Once upon a time there was a little fox who"
 TOKENS = 32
@@ -119,6 +123,44 @@ def test_the_reference_computes_what_corenet_computes(name, tmp_path):
         last = model(ids[7:], pieces, 7).numpy()
     assert np.abs(np.stack(logits) - expected[0]).max() < 1e-4
     assert np.abs(last - expected[0][-1]).max() < 1e-4
+
+
+# --- the GGUF that llama.cpp reads
+
+
+@pytest.mark.parametrize("bits", [4, 5])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_affine_weights_keep_their_integers_in_llama_cpps_blocks(bits, group_size):
+    """Against the reader of the gguf package: the same numbers, but for d and m in float16."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    words, scales, biases = mx.quantize(mx.random.normal((6, 128), key=mx.random.key(bits)), group_size=group_size, bits=bits)
+    scales, biases = scales.astype(mx.float16).astype(mx.float32), biases.astype(mx.float16).astype(mx.float32)
+    matrix = Packed(words, scales, biases, bits, group_size, "affine")
+    stored = dequantize(blocks(matrix), GGMLQuantizationType[matrix.kind])
+    assert np.abs(stored - np.array(matrix.expanded())).max() < 1e-6
+
+
+@pytest.mark.parametrize(("bits", "form"), [(None, "float32"), (4, "Q4_1"), (8, "8-bit as bfloat16")])
+def test_the_gguf_holds_the_weights_of_the_folder(bits, form, tmp_path):
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    source, folder = GOLDEN / "openelm-nano" / "checkpoint.pt", tmp_path / "nano"
+    convert(ConvertOptions(source, folder, bits=bits))
+    dtype = "bfloat16" if bits == 8 else "float32"
+    assert write_gguf(folder, dtype, tmp_path / "x.gguf") == form
+    ours = parameters(load(folder, "float32").model)
+    module = load(folder, "float32").model.transformer.layers[1].ffn.proj_1
+    expected = ours["transformer.layers.1.ffn.proj_1.weight"]
+    if bits:
+        expected = mx.dequantize(expected, module.scales, module.biases, module.group_size, module.bits)
+    tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "x.gguf").tensors}
+    halves = [tensors[f"blk.1.ffn_{half}.weight"] for half in ("gate", "up")]
+    stored = np.concatenate([dequantize(half.data, half.tensor_type) for half in halves])
+    assert np.abs(stored - np.array(expected)).max() < (1e-6 if bits is None else 2e-3)
+    assert len(tensors) == 2 + 4 * 9  # gate and up apart
 
 
 # --- llama-server, as a program that only looks like one

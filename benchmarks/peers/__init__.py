@@ -1,7 +1,7 @@
 """Other engines that run the same weights: each optional, each behind the `Session` of timing.py.
 
     mlx_lm.py           mlx-lm, on the same model folder
-    llama_cpp.py        llama.cpp, as its Python binding or its server, on a GGUF that our converter writes
+    llama_cpp.py        llama.cpp, as its Python binding or its server, on a GGUF with the same weights (llama_gguf.py)
     torch_reference.py  OpenELM in PyTorch, written here to be read; on Apple's GPU or the CPU
 
 A peer answers only for its own tokens and times. Whether the tokens are ours, and so whether the times count, is for
@@ -49,8 +49,8 @@ def open_peer(name: str, folder: Path, dtype: str | None = None) -> Session:
     """The peer `name` with the model of `folder` loaded, computing in `dtype` (None: what our loader would take).
 
     `load_seconds` of the session counts from the start of reading the weights until all lie in memory, without the
-    import of the engine and without a tokenizer. Raises `OptionError` for an unknown name, `BenchmarkError` where the
-    peer is not usable or cannot load the model.
+    import of the engine and without a tokenizer; `notes`, where a session has them, belong beside its figures. Raises
+    `OptionError` for an unknown name, `BenchmarkError` where the peer is not usable or cannot load the model.
     """
     if reason := why_not(name):
         raise BenchmarkError(f"{name} cannot run here: {reason}")

@@ -1,4 +1,4 @@
-"""llama.cpp behind the `Session` of timing.py, on a GGUF that our converter writes from the model folder.
+"""llama.cpp behind the `Session` of timing.py, on a GGUF with the very weights of the model folder.
 
 Its Python binding (llama-cpp-python) where that is installed, else its llama-server; a program named in
 OPENELM_LLAMA_CPP wins over both. In float32 its cache is float32 too: the default float16 cache moves the logits.
@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from openelm_mlx.benchmarks.peers.llama_gguf import write_gguf
 from openelm_mlx.benchmarks.peers.llama_server import VARIABLE, LlamaServer, find_server
 from openelm_mlx.benchmarks.timing import Session, Timed
 
@@ -30,7 +31,7 @@ def silence() -> Any:
 
 
 class LlamaCpp:
-    """llama-cpp-python in this process. A session owns the folder that its GGUF lies in."""
+    """llama-cpp-python in this process."""
 
     engine = "llama.cpp"
 
@@ -65,11 +66,13 @@ class LlamaCpp:
 
 
 class Owned:
-    """A session that takes its folder of files with it when it closes."""
+    """A session that takes its folder of files with it when it closes; its version tells the weights' form."""
 
-    def __init__(self, session: Session, folder: Path) -> None:
+    def __init__(self, session: Session, form: str, folder: Path) -> None:
         self.session, self.folder = session, folder
-        self.engine, self.version, self.load_seconds = session.engine, session.version, session.load_seconds
+        self.engine, self.load_seconds = session.engine, session.load_seconds
+        self.version = f"{session.version}, weights {form}"
+        self.notes = (f"llama.cpp has no type for these weights: they run {form}",) if " as " in form else ()
 
     def generate(self, prompt: list[int], tokens: int) -> Timed:
         return self.session.generate(prompt, tokens)
@@ -83,20 +86,14 @@ def open_session(folder: Path, dtype: str) -> Session:
     context = OpenELMConfig.from_file(folder / "config.json").max_context_length
     work = Path(tempfile.mkdtemp(prefix="openelm-gguf-"))
     try:
-        gguf = write_gguf(folder, dtype, work / "model.gguf")
+        gguf = work / "model.gguf"
+        form = write_gguf(folder, dtype, gguf)
         program = find_server()
         if program and (os.environ.get(VARIABLE) or find_spec("llama_cpp") is None):
             cache = ("-ctk", "f32", "-ctv", "f32") if dtype == "float32" else ()
-            return Owned(LlamaServer(program, gguf, context, cache), work)
-        return Owned(LlamaCpp(gguf, context, dtype), work)
+            return Owned(LlamaServer(program, gguf, context, cache), form, work)
+        return Owned(LlamaCpp(gguf, context, dtype), form, work)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
 
-
-def write_gguf(folder: Path, dtype: str, path: Path) -> Path:
-    """The folder's weights in one GGUF; quantized ones expanded, so that the numbers stay the same."""
-    from openelm_mlx.convert import ConvertOptions, convert
-
-    convert(ConvertOptions(folder, path, target_format="gguf", dtype=dtype))
-    return path

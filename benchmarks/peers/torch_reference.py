@@ -130,9 +130,12 @@ def dequantize(packed: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor,
 class TorchReference:
     engine = "torch"
 
-    def __init__(self, model: ReferenceOpenELM, load_seconds: float) -> None:
-        self.model, self.load_seconds, self.version = model, load_seconds, torch.__version__
+    def __init__(self, model: ReferenceOpenELM, load_seconds: float, expanded: bool = False) -> None:
+        self.model, self.load_seconds = model, load_seconds
         self.device = model.embedding.device.type
+        self.version = f"{torch.__version__} on {self.device}"
+        kind = str(model.embedding.dtype).removeprefix("torch.")
+        self.notes = (f"the PyTorch reference expands quantized weights to {kind}",) if expanded else ()
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], tokens: int) -> Timed:
@@ -162,4 +165,6 @@ def open_session(folder: Path, dtype: str) -> TorchReference:
     config, weights = read_folder(folder, DTYPES[dtype], device)
     if device == "mps":
         torch.mps.synchronize()
-    return TorchReference(ReferenceOpenELM(config, weights), perf_counter() - start)
+    seconds = perf_counter() - start
+    quantized = {"quantization", "quantization_config"} & read_json(folder / "config.json").keys()
+    return TorchReference(ReferenceOpenELM(config, weights), seconds, bool(quantized))
