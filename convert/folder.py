@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from openelm_mlx.convert.forms import Plan, config_entry
 from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.record import model_card
 from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.convert.staging import UNFINISHED_CONFIG
 from openelm_mlx.convert.tokenizer_json import build_tokenizer_json, tokenizer_config
@@ -53,12 +55,11 @@ def find_tokenizer(options: ConvertOptions, source: TensorSource) -> TokenizerMo
 
 
 def write_side_files(
-    folder: Path, config: OpenELMConfig, tokenizer: TokenizerModel, quantization: dict[str, Any] | None,
-    record: dict[str, Any], instruct: bool,
-) -> None:  # fmt: skip
+    folder: Path, config: OpenELMConfig, tokenizer: TokenizerModel, forms: Plan, record: dict[str, Any], instruct: bool
+) -> None:
     """Everything but the weights. Raises `TokenizerError` for a tokenizer other tools would read differently."""
     raw = config.to_hf_dict()
-    if quantization is not None:
+    if (quantization := config_entry(forms)) is not None:
         raw["quantization"] = quantization
         raw["quantization_config"] = quantization  # newer tools look here
     (folder / "tokenizer.model").write_bytes(tokenizer.data)
@@ -67,8 +68,7 @@ def write_side_files(
     write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
     if instruct:
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    write_json(folder / "conversion.json", record)
-    (folder / "README.md").write_text(model_card(record, instruct), encoding="utf-8")
+    write_record(folder, record, forms, instruct)
     write_json(folder / UNFINISHED_CONFIG, raw)
 
 
@@ -76,16 +76,6 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def model_card(record: dict[str, Any], instruct: bool) -> str:
-    form = record["quantization"]
-    mixed = any(isinstance(entry, dict) for entry in (form or {}).values())
-    kind = f"{form['bits']}-bit ({form['mode']}, groups of {form['group_size']})" if form else record["dtype"]
-    kind = "quantized by layer" if mixed else kind
-    chat = "It speaks OpenELM's Instruct format; see `chat_template.jinja`.\n" if instruct else ""
-    return (
-        f"---\nlibrary_name: mlx\ntags:\n- mlx\n- openelm\n---\n\n# OpenELM for MLX\n\n"
-        f"{record['parameters']:,} parameters, {kind}, {record['bits_per_weight']:.3f} bits per weight. Converted from "
-        f"`{record['source']}` with openelm-mlx {record['version']}. {chat}\n"
-        '```\nopenelm chat PATH_OF_THIS_FOLDER\nmlx_lm.generate --model PATH_OF_THIS_FOLDER --prompt "Once upon a time"\n'
-        "```\n\nThe weights stay under the licence of the model they were converted from.\n"
-    )
+def write_record(folder: Path, record: dict[str, Any], forms: Plan, instruct: bool) -> None:
+    write_json(folder / "conversion.json", record)
+    (folder / "README.md").write_text(model_card(record, forms, instruct), encoding="utf-8")

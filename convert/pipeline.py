@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from openelm_mlx.convert.adapters import ADAPTER_FOLDER, write_adapter
-from openelm_mlx.convert.folder import CHAT_TEMPLATE, write_side_files
-from openelm_mlx.convert.forms import Form, Plan, check_divides, config_entry, matrices
+from openelm_mlx.convert.folder import CHAT_TEMPLATE, write_record, write_side_files
+from openelm_mlx.convert.forms import Plan, matrices
 from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.planning import memory_needed, plan_quantization
 from openelm_mlx.convert.quantize import planned, quantized
-from openelm_mlx.convert.recipes import find_recipe
+from openelm_mlx.convert.record import SourceHash, conversion_record
 from openelm_mlx.convert.sources import TensorInfo, TensorSource
 from openelm_mlx.convert.staging import check_target, staged
 from openelm_mlx.convert.writer import nbytes, write_weights
 
-from openelm_mlx import __version__
 from openelm_mlx.config import OpenELMConfig, expected_tensors
 from openelm_mlx.errors import CheckpointError, ConversionError
 
@@ -38,6 +38,9 @@ class ConversionReport:
     written_bytes: int
     bits_per_weight: float
     dropped_rows: int
+    forms: Plan = field(default_factory=dict)
+    memory_bytes: int = 0  # an estimate of the peak, beside the interpreter
+    measured: Mapping[str, Any] = field(default_factory=dict)
     verification: Mapping[str, float] | None = None
 
 
@@ -52,19 +55,41 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     source, names, trimmed = opened.source, opened.names, opened.trimmed
     if options.target_format == "gguf":
         return convert_to_gguf(opened, options, progress)
-    forms = plan_forms(opened, options)  # 3. what will be written
+    first = "transformer.token_embeddings.weight"
+    dtype = target_dtype(names[first], source.tensors[names[first]].dtype, trimmed, options)
+    planning = plan_quantization(opened, dtype, options, progress)  # 3. what will be written
+    forms = planning.forms
     plan = make_plan(source, names, trimmed, forms, options)
     report = make_report(source, opened.config, trimmed, plan, options)
-    record = conversion_record(report, plan, forms, options)
-    with staged(options) as folder:  # 4. write beside, then rename
-        write_weights(folder, plan, stream(opened, forms, options, progress), options.target_format)
-        write_side_files(folder, trimmed, opened.tokenizer, config_entry(forms), record, options.is_instruct)
-        write_kept_adapter(folder, opened, forms)
-        if options.verifies:  # 5. prove it
-            from openelm_mlx.convert.verify import verify_folder
-
-            report = replace(report, verification=verify_folder(folder, source, names, trimmed))
+    report = replace(report, forms=forms, measured=planning.measured, memory_bytes=memory_needed(trimmed, options))
+    if options.dry_run:
+        return report
+    record = conversion_record(options, forms, dtype, report.parameters, report.written_bytes, report.dropped_rows,
+                               planning.measured)  # fmt: skip
+    hashes = SourceHash(options.source)
+    try:
+        with staged(options) as folder:  # 4. write beside, then rename
+            arrays = stream(opened, forms, options, progress, planning.learned)
+            write_weights(folder, plan, arrays, options.target_format)
+            write_side_files(folder, trimmed, opened.tokenizer, forms, record, options.is_instruct)
+            write_kept_adapter(folder, opened, forms)
+            if options.verifies:  # 5. prove it
+                report = replace(report, verification=verified(folder, opened, options))
+                record["verification"] = dict(report.verification or {})
+            record["source_sha256"] = hashes.result()
+            write_record(folder, record, forms, options.is_instruct)
+    finally:
+        hashes.stop()
     return report
+
+
+def verified(folder: Path, opened: OpenedModel, options: ConvertOptions) -> dict[str, float]:
+    """The losses of the written folder. Raises `ConversionError` above `--max-kl`."""
+    from openelm_mlx.convert.verify import check_bound, verify_folder
+
+    losses = verify_folder(folder, opened.source, opened.names, opened.trimmed, options.verify_text)
+    check_bound(losses, options.max_kl)
+    return losses
 
 
 def convert_to_gguf(opened: OpenedModel, options: ConvertOptions, progress: Progress | None) -> ConversionReport:
@@ -83,18 +108,6 @@ def convert_to_gguf(opened: OpenedModel, options: ConvertOptions, progress: Prog
         written = write_gguf(folder / options.target.name, name, opened.trimmed, opened.tokenizer, kind, template, arrays)
     report = make_report(opened.source, opened.config, opened.trimmed, plan, options)
     return replace(report, written_bytes=written, bits_per_weight=8 * written / report.parameters)
-
-
-def plan_forms(opened: OpenedModel, options: ConvertOptions) -> Plan:
-    """The form of every matrix; refuses before any work what does not divide. Unasked, the source's forms are kept."""
-    shapes = expected_tensors(opened.trimmed)
-    forms: dict[str, Form | None] = dict.fromkeys(matrices(shapes), options.form)
-    if options.recipe is not None:
-        forms = find_recipe(options.recipe).plan(shapes)
-    elif not options.quantizes and options.keeps_forms:
-        forms |= opened.stored_forms
-    check_divides(forms, shapes)
-    return forms
 
 
 def make_plan(
@@ -121,14 +134,17 @@ def target_dtype(name: str, stored: str, config: OpenELMConfig, options: Convert
 
 
 def stream(
-    opened: OpenedModel, forms: Plan, options: ConvertOptions, progress: Progress | None
+    opened: OpenedModel, forms: Plan, options: ConvertOptions, progress: Progress | None,
+    learned: Mapping[str, Mapping[str, mx.array]] | None = None,
 ) -> Iterator[tuple[str, mx.array]]:
     """The planned arrays one after another; only one source tensor is in memory at a time."""
     shapes, stored = expected_tensors(opened.trimmed), opened.stored_forms if options.dtype is None else {}
     for number, (name, shape) in enumerate(shapes.items(), start=1):
         stem = name.removesuffix(".weight")
         form = forms.get(stem)
-        if form is not None and form == stored.get(stem):
+        if learned and name in learned:
+            yield from learned[name].items()
+        elif form is not None and form == stored.get(stem):
             yield from opened.packed(name, shape[0]).items()
         else:
             array = final_array(opened.source, opened.names[name], name, shape, options)
@@ -166,23 +182,6 @@ def make_report(
         bits_per_weight=8 * written / trimmed.num_parameters,
         dropped_rows=config.vocab_size - trimmed.vocab_size,
     )
-
-
-def conversion_record(
-    report: ConversionReport, plan: Mapping[str, TensorInfo], forms: Plan, options: ConvertOptions
-) -> dict[str, Any]:
-    """conversion.json: how the folder came about, without paths of the machine it was made on."""
-    return {
-        "tool": "openelm-mlx",
-        "version": __version__,
-        "source": options.source.absolute().name,
-        "parameters": report.parameters,
-        "dtype": next(info.dtype for name, info in plan.items() if name.endswith("norm.weight")),
-        "quantization": config_entry(forms),
-        "bits_per_weight": round(report.bits_per_weight, 4),
-        "dropped_embedding_rows": report.dropped_rows,
-        "instruct": options.is_instruct,
-    }
 
 
 def write_kept_adapter(folder: Path, opened: OpenedModel, forms: Plan) -> None:

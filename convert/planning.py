@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from openelm_mlx.convert.allocate import Losses, choose, make_reference, measure, plan_bytes, true_loss
+from openelm_mlx.convert.allocate import Losses, choose, make_reference, measure, true_loss
 from openelm_mlx.convert.calibrate import calibrate
 from openelm_mlx.convert.calibration import row_length, sampled_tokens, text_tokens
 from openelm_mlx.convert.forms import Form, Plan, check_divides, matrices
@@ -116,7 +116,3 @@ def memory_needed(config: OpenELMConfig, options: ConvertOptions) -> int:
     if options.target_bpw is not None or options.calibrate is not None:
         return FLOAT32 * 3 * sum(sizes) + 6 * logits
     return FLOAT32 * (2 * sum(sizes) if options.verifies else 0) + FLOAT32 * 2 * max(sizes)
-
-
-def bits_per_weight(plan: Plan, config: OpenELMConfig, dtype: str) -> float:
-    return 8 * plan_bytes(plan, expected_tensors(config), dtype) / config.num_parameters

@@ -2,47 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
+from openelm_mlx.convert.dense import log_probs
 from openelm_mlx.convert.forms import read_plan
 from openelm_mlx.convert.quantize import restored
 from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.convert.staging import config_of
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors, read_json
+from openelm_mlx.errors import ConversionError
 
 TEXT = "Once upon a time there was a little girl who lived in a house at the edge of a great forest with her mother."
+ROW = 512  # tokens scored in one context, BOS included
+BATCH = 4  # rows in one pass
+Model = Callable[[mx.array], mx.array]
 
 
 def verify_folder(
-    folder: Path, source: TensorSource, names: Mapping[str, str], config: OpenELMConfig
+    folder: Path, source: TensorSource, names: Mapping[str, str], config: OpenELMConfig, text: Path | None = None
 ) -> dict[str, float]:
-    """Largest logit difference, mean KL divergence (nats) and agreement of the likeliest token, on a short text."""
+    """Losses of a written folder on the text of a file, or on a short one of our own; see `compare`.
+
+    Raises `ConversionError` for a file that is no text or too short to score.
+    """
     import sentencepiece
 
-    from openelm_mlx.model import OpenELM
-
     spm = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    tokens = mx.array([[1, *spm.encode(TEXT)][: config.max_context_length]])
+    batches = text_batches(spm.encode(TEXT if text is None else read_text(text)), min(ROW, config.max_context_length))
+    if not batches:
+        raise ConversionError(f"{text} has no text to verify on")
     shapes = expected_tensors(config)
     exact = {name: source.load(names[name])[: shape[0]].astype(mx.float32) for name, shape in shapes.items()}
+    return compare(dense_model(config, exact), dense_model(config, read_folder(folder, config)), batches)
+
+
+def compare(exact: Model, ours: Model, batches: Iterable[mx.array]) -> dict[str, float]:
+    """Two models on batches of token ids [rows, length]; both give logits [rows, length, vocab].
+
+    KL divergence is of the exact distribution from ours, in nats, over every position; agreement is of the likeliest
+    token; perplexity scores every token but the first of a row.
+    """
+    divergences, agree, difference, scores, counts = [], 0.0, 0.0, [0.0, 0.0], 0
+    for tokens in batches:
+        logits = [model(tokens).astype(mx.float32) for model in (exact, ours)]
+        reference, other = (log_probs(x) for x in logits)
+        divergences.append(np.array((mx.exp(reference) * (reference - other)).sum(axis=-1)).ravel())
+        agree += (reference.argmax(-1) == other.argmax(-1)).sum().item()
+        difference = max(difference, mx.abs(logits[0] - logits[1]).max().item())
+        for place, x in enumerate((reference, other)):
+            scores[place] += mx.take_along_axis(x[:, :-1], tokens[:, 1:, None], axis=-1).sum().item()
+        counts += tokens[:, 1:].size
+    all_of = np.concatenate(divergences)
+    return {
+        "tokens": counts,
+        "mean_kl_divergence": float(all_of.mean()),
+        "p99_kl_divergence": float(np.quantile(all_of, 0.99)),
+        "top_1_agreement": agree / all_of.size,
+        "perplexity": math.exp(-scores[1] / counts),
+        "perplexity_of_source": math.exp(-scores[0] / counts),
+        "max_logit_difference": difference,
+    }
+
+
+def check_bound(losses: Mapping[str, float], max_kl: float | None) -> None:
+    """Raise `ConversionError` where the mean KL divergence is above the bound."""
+    found = losses["mean_kl_divergence"]
+    if max_kl is not None and not found <= max_kl:
+        raise ConversionError(
+            f"the mean KL divergence is {found:.4g} nats, above --max-kl {max_kl:g}; nothing was written: "
+            "take more bits, --target-bpw or --calibrate"
+        )
+
+
+def text_batches(ids: list[int], length: int) -> list[mx.array]:
+    """All tokens in consecutive rows, each after BOS: full rows in batches, the shorter last one by itself."""
+    rows = [[1, *ids[start : start + length - 1]] for start in range(0, len(ids), length - 1)]
+    full = [row for row in rows if len(row) == length]
+    batches = [full[start : start + BATCH] for start in range(0, len(full), BATCH)]
+    batches += [[row] for row in rows[len(full) :]]
+    return [mx.array(batch, dtype=mx.int32) for batch in batches]
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+def read_folder(folder: Path, config: OpenELMConfig) -> dict[str, mx.array]:
+    """The float32 weights that a folder's stored tensors stand for."""
     written: dict[str, mx.array] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         written |= mx.load(str(file))
-    raw = read_json(config_of(folder))
-    plan = read_plan(raw.get("quantization"), shapes, set(written))
-    ours = {name: restored(name, written, plan.get(name.removesuffix(".weight"))) for name in shapes}
-    logits = []
-    for weights in (exact, ours):
-        model = OpenELM(config)
-        model.load_weights(list(weights.items()))
-        logits.append(model(tokens).astype(mx.float32))
-        mx.eval(logits[-1])
-    reference, ours_log = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in logits)
-    return {
-        "max_logit_difference": mx.abs(logits[0] - logits[1]).max().item(),
-        "mean_kl_divergence": (mx.exp(reference) * (reference - ours_log)).sum(axis=-1).mean().item(),
-        "top_1_agreement": (reference.argmax(-1) == ours_log.argmax(-1)).astype(mx.float32).mean().item(),
-    }
+    shapes = expected_tensors(config)
+    plan = read_plan(read_json(config_of(folder)).get("quantization"), shapes, set(written))
+    return {name: restored(name, written, plan.get(name.removesuffix(".weight"))) for name in shapes}
+
+
+def dense_model(config: OpenELMConfig, weights: Mapping[str, mx.array]) -> Model:
+    from openelm_mlx.model import OpenELM
+
+    model = OpenELM(config)
+    model.load_weights(list(weights.items()))
+    return model

@@ -95,10 +95,10 @@ def test_config_entry_is_read_back():
 @pytest.mark.parametrize("name", ["mixed", "mxfp4", "mxfp8", "nvfp4"])
 def test_mlx_lm_and_the_engine_compute_alike(name, tmp_path, monkeypatch):
     from mlx_lm import load as mlx_lm_load
-    from openelm_mlx.convert import pipeline
+    from openelm_mlx.convert import planning
 
     if name == "mixed":
-        monkeypatch.setattr(pipeline, "plan_forms", lambda config, options: mixed_plan(expected_tensors(config)))
+        monkeypatch.setattr(planning, "given_forms", lambda opened, options: mixed_plan(expected_tensors(opened.trimmed)))
     mode = None if name == "mixed" else name
     convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "m", mode=mode))
     tokens = mx.array([[1, 300, 17, 4000, 5]])

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cli.options import add_flags, from_args
+
+if TYPE_CHECKING:
+    from openelm_mlx.convert.pipeline import ConversionReport
 
 EXAMPLES = """examples:
   openelm convert checkpoint.pt -o openelm-270m              CoreNet's file, config.yaml beside it if there is one
   openelm convert apple/OpenELM-270M -o openelm-270m-4bit --bits 4
+  openelm convert 270m -o small --dtype bfloat16 --target-bpw 3.5 --calibrate gptq --max-kl 0.1
   openelm convert corenet:1.1b-lora -o commonsense            Apple's adapter, fetched and merged; also corenet-mlx:3b-4bit
   openelm convert openelm-270m -o openelm-270m.gguf --to gguf --bits 8
   openelm convert mine.pt -o mine --head-dim 64 --tokenizer tokenizer.model --verify
@@ -57,17 +61,44 @@ def run(args: argparse.Namespace) -> int:
     options = from_args(ConvertOptions, args)
     columns = (TextColumn("converting"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        report = convert(
-            options, lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
-        )
+        task, phase = bar.add_task("", total=None), 0
+
+        def show(done: int, total: int, name: str) -> None:
+            nonlocal phase
+            if total != phase:  # measuring, learning and writing count apart: so does the time they take
+                bar.reset(task)
+            phase = total
+            bar.update(task, completed=done, total=total, description=name)
+
+        report = convert(options, show)
+    show_report(report, options.dry_run)
+    return 0
+
+
+def show_report(report: ConversionReport, dry_run: bool) -> None:
+    """What was written, or would be: sizes, the form of every layer where they differ, losses."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from openelm_mlx.convert.record import form_rows, label
+
+    if len(set(report.forms.values())) > 1:
+        heads, rows = form_rows(report.forms)
+        table = Table(*heads, title="bits/group size", box=None)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
     print(
         f"{report.target}: {report.parameters:,} parameters, {report.written_bytes:,} bytes, "
         f"{report.bits_per_weight:.2f} bits per weight"
     )
+    if dry_run:
+        print(f"memory needed: about {report.memory_bytes / 1e6:,.0f} MB; nothing was written")
+    for name in ("sum_of_losses", "loss_together"):
+        if name in report.measured:
+            print(f"{label(name)} on calibration text: {report.measured[name]:.6g}")
     for name, value in (report.verification or {}).items():
-        print(f"{name.replace('_', ' ')}: {value:.6g}")
-    return 0
+        print(f"{label(name)}: {value:.6g}")
 
 
 def download(args: argparse.Namespace) -> str:
