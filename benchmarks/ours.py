@@ -95,7 +95,7 @@ class OurSession:
                     found.append(event.token)
                 stats = event.stats or stats
         if stats is not None and (self.draft or self.options.prompt_lookup):
-            self.tokens_per_pass = stats.tokens_per_pass
+            self.tokens_per_pass = stats.tokens_per_pass or 1.0  # 0: nothing was drafted, each pass gave its one token
         peak = None if stats is None else stats.peak_memory_bytes - others
         return Timed(tuple(found), tuple(seconds), peak)
 

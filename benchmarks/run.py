@@ -139,10 +139,11 @@ class Run:
         """How the figures came about, in the document itself."""
         if self.suite.soak:
             return ["figures are those of a fixed probe between random generations, all of it on one engine"]
+        lookup = any(point.speculation == "prompt-lookup" for point in self.points)
         return [
-            f"median of {self.suite.trials} trials with the quartiles around it; "
-            "one warm-up run of each case comes before them and is not counted",
+            f"medians of {self.suite.trials} trials; one warm-up run of each case comes before them and is not counted",
             "trials of all cases of a model take turns; greedy tokens, end of text ignored, the prompt is part of a novel",
+            *["prompt lookup pays where a text quotes itself, which the prompt does from its 267th token on"] * lookup,
         ]
 
     def usable_peers(self) -> list[str]:

@@ -27,10 +27,17 @@ COLUMNS = {
     "kl_mean": ("KL nats", 1.0),
     "top_1_agreement": ("same top-1", 1.0),
 }
+SHORT = {"tokens/s": "t/s", "first token": "first", "reused prefix": "reused", "tokens a pass": "t/pass"}  # explained below
 CASE_COLUMNS = {
     "engine": "engine", "model": "model", "dtype": "dtype", "bits": "bits", "prompt_tokens": "prompt",
-    "generation_tokens": "new", "batch_size": "batch", "cache": "cache", "speculation": "speculation",
+    "generation_tokens": "new", "setting": "setting",
 }  # fmt: skip
+LEGEND = {
+    "prefill_tokens_per_second": "t/s: tokens a second",
+    "time_to_first_token_seconds": "first: time to the first token",
+    "time_to_first_token_reused_seconds": "reused: the same with all but 8 tokens of the prompt in the cache",
+    "tokens_per_pass": "t/pass: tokens that one pass of the model gives",
+}
 
 
 class Grid(NamedTuple):
@@ -43,18 +50,28 @@ class Grid(NamedTuple):
 
 def grid(document: Document) -> Grid:
     """Rows with the case's facts that differ between them, then every metric that was measured."""
-    varied = [name for name in CASE_COLUMNS if len({getattr(row.case, name) for row in document.rows}) > 1]
-    varied = [name for name in CASE_COLUMNS if name in varied or name == "engine"]
+    varied = [name for name in CASE_COLUMNS if name == "engine" or len({case_cell(row.case, name) for row in document.rows}) > 1]
     measured = [name for name in COLUMNS if any(name in row.metrics for row in document.rows)]
-    bound = any(row.percent_of_bound is not None for row in document.rows)
-    head = [CASE_COLUMNS[name] for name in varied] + [COLUMNS[name][0] for name in measured] + ["% of bound"] * bound
-    rows = []
-    for row in document.rows:
-        cells = [fact(getattr(row.case, name)) for name in varied]
-        cells += [metric_cell(row, name) for name in measured]
-        cells += ["" if row.percent_of_bound is None else f"{row.percent_of_bound:.0f}"] * bound
-        rows.append(cells)
+    head = [CASE_COLUMNS[name] for name in varied] + [short(name) for name in measured]
+    rows = [
+        [case_cell(row.case, name) for name in varied] + [metric_cell(row, name) for name in measured] for row in document.rows
+    ]
+    if any(row.percent_of_bound is not None for row in document.rows):  # beside the rate that it judges
+        at = head.index(short("decode_tokens_per_second")) + 1
+        for cells, text in zip([head, *rows], ["bound", *(bound_cell(row) for row in document.rows)], strict=True):
+            cells.insert(at, text)
     return Grid(head, rows, len(varied))
+
+
+def short(name: str) -> str:
+    head = COLUMNS[name][0]
+    for long, brief in SHORT.items():
+        head = head.replace(long, brief)
+    return head
+
+
+def bound_cell(row: Row) -> str:
+    return "" if row.percent_of_bound is None else f"{row.percent_of_bound:.0f} %"
 
 
 def constants(document: Document) -> str:
@@ -63,22 +80,32 @@ def constants(document: Document) -> str:
         return "nothing was measured"
     case, words = document.rows[0].case, []
     for name in CASE_COLUMNS:
-        if name != "engine" and len({getattr(row.case, name) for row in document.rows}) == 1:
-            words.append(constant(name, getattr(case, name)))
+        if name != "engine" and len({case_cell(row.case, name) for row in document.rows}) == 1:
+            words.append(constant(name, case))
     return ", ".join(word for word in words if word)
 
 
-def constant(name: str, value: Any) -> str:
-    if name in ("cache", "speculation", "batch_size") and value in ("plain", None, 1):
-        return ""
+def constant(name: str, case: Case) -> str:
     if name == "bits":
-        return f"{value}-bit weights" if value else "unquantized weights"
-    words = {"prompt_tokens": "prompt of {} tokens", "generation_tokens": "{} new tokens", "batch_size": "batch of {}"}
-    return words.get(name, "{}").format(value)
+        return f"{case.bits}-bit weights" if case.bits else f"{case.dtype} weights" if case.bits_per_weight in (16, 32) else ""
+    words = {"prompt_tokens": "prompt of {} tokens", "generation_tokens": "{} new tokens"}
+    shown = case_cell(case, name)
+    return "" if shown == "plain" else words.get(name, "{}").format(shown)
 
 
-def fact(value: Any) -> str:
+def case_cell(case: Case, name: str) -> str:
+    if name == "setting":
+        return setting(case)
+    if name == "model" and case.random_weights:
+        return f"{case.model} (random)"
+    value = getattr(case, name)
     return "-" if value is None else str(value)
+
+
+def setting(case: Case) -> str:
+    """What sets a case apart from one plain sequence."""
+    parts = [f"batch {case.batch_size}"] * (case.batch_size > 1) + [case.cache] * (case.cache != "plain")
+    return ", ".join(parts + [case.speculation] * (case.speculation is not None)) or "plain"
 
 
 def metric_cell(row: Row, name: str) -> str:
@@ -91,10 +118,10 @@ def metric_cell(row: Row, name: str) -> str:
 
 
 def summary(metric: Metric, divisor: float) -> str:
-    """`81.3 (80.9-82.0)`: median and quartiles to as many digits as a reader can use; one trial has no quartiles."""
-    middle, low, high = (value / divisor for value in (metric.median, metric.q1, metric.q3))
-    shown = [digits(value, middle) for value in (middle, low, high)]
-    return shown[0] if len(metric.values) == 1 or shown[1] == shown[2] else f"{shown[0]} ({shown[1]}-{shown[2]})"
+    """`81.3 (4%)`: the median to three digits, and the interquartile range as a share of it where there is one."""
+    middle = metric.median / divisor
+    spread = f"{metric.spread:.0%}"
+    return digits(middle, middle) + ("" if spread == "0%" else f" ({spread})")
 
 
 def digits(value: float, scale: float) -> str:
@@ -109,7 +136,7 @@ def markdown(document: Document) -> str:
     lines = [*wrap(f"**{title(document)}**"), "", *wrap(constants(document)), ""]
     for part in parts(document, WIDTH):
         lines += [*table_lines(part), ""]
-    for note in [*document.notes, *row_notes(document)]:
+    for note in [*legend(document), *document.notes, *row_notes(document)]:
         lines += wrap(note, "- ")
     lines += ["", *wrap(f"`{document.command}`")] if document.command else []
     return "\n".join(lines).rstrip() + "\n"
@@ -170,15 +197,24 @@ def ratio_grid(document: Document) -> Grid:
         found.setdefault((ratio.row, ratio.against), {})[ratio.metric] = cell
     measured = [name for name in COLUMNS if any(name in cells for cells in found.values())]
     peers = [document.rows[peer].case for _, peer in found]
-    varied = [name for name in CASE_COLUMNS if name != "engine" and len({getattr(case, name) for case in peers}) > 1]
+    varied = [name for name in CASE_COLUMNS if name != "engine" and len({case_cell(case, name) for case in peers}) > 1]
     rows = [
-        [f"{document.rows[ours].case.engine} / {document.rows[peer].case.engine}"]
-        + [fact(getattr(document.rows[peer].case, name)) for name in varied]
+        [document.rows[peer].case.engine, *(case_cell(document.rows[peer].case, name) for name in varied)]
         + [cells.get(name, "") for name in measured]
-        for (ours, peer), cells in found.items()
+        for (_, peer), cells in found.items()
     ]
-    head = ["ratio (95 % interval)", *(CASE_COLUMNS[name] for name in varied)]
-    return Grid(head + [COLUMNS[name][0].rsplit(" ", 1)[0] for name in measured], rows, len(head))
+    head = [f"{document.rows[document.ratios[0].row].case.engine} /", *(CASE_COLUMNS[name] for name in varied)]
+    return Grid(head + [short(name).rsplit(" ", 1)[0] for name in measured], rows, len(head))
+
+
+def legend(document: Document) -> list[str]:
+    """What the heads of the columns stand for."""
+    words = [text for name, text in LEGEND.items() if any(name in row.metrics for row in document.rows)]
+    words += ["bound: share of what memory bandwidth allows"] * any(row.percent_of_bound is not None for row in document.rows)
+    found = ["; ".join([*words, "in brackets: interquartile range as a share of the median"])] if words else []
+    if document.ratios:
+        found.append("ratios to a peer have their 95 % interval in brackets; above 1 is faster, but slower for first")
+    return found
 
 
 def row_notes(document: Document) -> list[str]:
@@ -208,7 +244,7 @@ def show(document: Document, console: Console) -> None:
         for cells in part.rows:
             table.add_row(*(escape(cell) for cell in cells))
         console.print(table)
-    for note in [*document.notes, *row_notes(document)]:
+    for note in [*legend(document), *document.notes, *row_notes(document)]:
         console.print(f"[dim]- {escape(note)}[/dim]")
 
 

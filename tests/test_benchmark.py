@@ -113,7 +113,7 @@ def test_markdown_fits_80_columns_and_says_all(tmp_path):
     assert max(map(len, text.splitlines())) <= 80
     assert "**partial: A chip, 2 cores, 16 GiB, Linux, cpu backend" in text and "`openelm benchmark --peers mlx-lm,torch`" in text
     assert "openelm-tiny, float32, 8-bit weights, prompt of 64 tokens, 64 new tokens" in text
-    assert "| openelm-mlx |       100 (99.0-101) |" in text.replace("\n", " ") or "100 (99-101)" in text
+    assert "| engine      | decode t/s | bound | peak MB |" in text and "| openelm-mlx |   100 (2%) |  50 % |    15.0 |" in text
     assert "parts at 7" in text and "2.00 (1.90-2.10)" in text and "- a note" in text
     assert "torch openelm-tiny 8-bit 64+64: not timed: token 7 is 3, in" in text
     assert tables.markdown(Document("", "", ())).count("nothing was measured") == 1
@@ -124,7 +124,7 @@ def test_wide_tables_are_split_with_their_keys_repeated():
     rows = tuple(Row(replace(CASE, prompt_tokens=n), metrics, percent_of_bound=12.0) for n in (64, 512))
     text = tables.markdown(Document("", "", rows))
     heads = [line for line in text.splitlines() if line.startswith("| engine")]
-    assert len(heads) > 1 and all("prompt" in head for head in heads) and "% of bound" in heads[-1]
+    assert len(heads) > 1 and all("prompt" in head for head in heads) and any("bound" in head for head in heads)
     assert max(map(len, text.splitlines())) <= 80
     assert tables.COLUMNS.keys() == METRICS.keys()
 

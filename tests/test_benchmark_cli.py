@@ -57,7 +57,7 @@ def test_a_run_against_mlx_lm_ends_with_a_table_and_writes_all_files(tiny, tmp_p
         / document.machine["bandwidth_bytes_per_second"]
     )  # fmt: skip
     assert 0.99 < (sum(ours.bytes_per_token.values()) - ours.bytes_per_token["kv"]) / tiny.nbytes < 1.01
-    assert "| openelm-mlx |" in text and "openelm-mlx / mlx-lm" in text and "not counted" in text
+    assert "| openelm-mlx |" in text and "| openelm-mlx / |" in text and "not counted" in text
     assert text == Path(files["md"]).read_text() and Path(files["csv"]).read_text().startswith("engine,model")
     assert {"mlx-lm", "mlx", "openelm-mlx"} <= document.versions.keys() and document.machine["cores"] == os.cpu_count()
     assert main(["benchmark", "--show", files["json"], "--json"]) == 0
@@ -169,7 +169,7 @@ def test_a_soak_of_a_few_requests_finds_nothing_wrong(tiny, monkeypatch):
     monkeypatch.setattr(soaking, "SAMPLINGS", ({}, {"temperature": 1.0}))
     monkeypatch.setattr(soaking, "PROBES", 2)
     times = iter(range(10**6))  # a clock that ticks at each look, so that seconds stand for requests
-    seen = soaking.soak(tiny, minutes=0.25, seed=5, clock=lambda: next(times))
+    seen = soaking.soak(tiny, minutes=0.2, seed=5, clock=lambda: next(times))
     assert seen.failures == [] and 2 <= sum(seen.generations.values()) <= 6 and len(seen.probes) >= 2
     assert seen.tokens > 0 and seen.checked >= 2 and seen.arrays[-1] <= seen.arrays[0] + 2**20
     assert "repeated on the eager twin" in seen.summary()[0]
