@@ -31,6 +31,7 @@ CHUNK = 1 << 20
 MAX_BYTES = 1 << 38  # 274 GB; the largest published file has 12 GB
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 6  # in a row that bring nothing new
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 @dataclass
@@ -100,13 +101,13 @@ class Download:
         self.url, self.target, self.file, self.timeout, self.wait = url, target, file, timeout, wait
         self.progress = progress or (lambda done, total, name: None)
         self.state = state_of(Path(file.name))
-        self.offer = read_offer(self.state)
+        self.offer, self.restarts = read_offer(self.state), 0
         self.opener = urllib.request.build_opener(SameScheme)
 
     def run(self) -> str:
         """The SHA-256 of the whole file, which then ends at the file's position."""
         fruitless, problem = 0, ""
-        while fruitless < ATTEMPTS:
+        while max(fruitless, self.restarts) < ATTEMPTS:
             if fruitless:
                 self.wait(min(2.0**fruitless, 30.0))
             before = self.file.seek(0, os.SEEK_END)
@@ -115,22 +116,19 @@ class Download:
                     return file_hash(self.file)
                 problem = f"the connection ended after {self.file.tell()} of {self.offer.size} bytes"
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}"
+                problem = problem if error.code == 416 and problem else f"HTTP {error.code}"
                 if error.code not in (408, 416, 425, 429) and error.code < 500:
                     raise HubError(f"cannot fetch {self.url}: {problem}") from None
                 if error.code == 416:  # what is here is longer than what is there
                     self.start_over()
             except (OSError, http.client.HTTPException) as error:
-                if self.full(error):
+                if getattr(error, "errno", None) in DISK_FULL:
                     raise
                 problem = str(error) or type(error).__name__
             fruitless = 0 if self.file.seek(0, os.SEEK_END) > before else fruitless + 1
-        raise HubError(
-            f"cannot fetch {self.url}: {problem}; {self.file.tell()} bytes are kept, and the same command goes on from there"
-        )
-
-    def full(self, error: BaseException) -> bool:
-        return isinstance(error, OSError) and not isinstance(error, urllib.error.URLError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        kept = self.file.tell()
+        remedy = f"{kept} bytes are kept, and the same command goes on from there" if kept else "check the network, try again"
+        raise HubError(f"cannot fetch {self.url}: {problem}; {remedy}")
 
     def attempt(self, start: int) -> bool:
         """Ask for what is missing and write what comes; whether the file is whole then."""
@@ -152,7 +150,7 @@ class Download:
 
     def receive(self, response: Any) -> bool:
         done, total = self.file.seek(0, os.SEEK_END), self.offer.size
-        while block := response.read(CHUNK):
+        while block := response.read1(CHUNK):  # read() would lose what came before a stall
             done += len(block)
             if done > (MAX_BYTES if total is None else total):
                 self.start_over()
@@ -163,6 +161,7 @@ class Download:
         return total is None or done == total
 
     def start_over(self) -> None:
+        self.restarts += int(self.file.seek(0, os.SEEK_END) > 0)  # or a server could keep this going for ever
         self.file.truncate(0)
         self.remember(Offer(None, None))
 
@@ -192,7 +191,7 @@ def offered(response: Any) -> Answer:
         match = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", headers.get("Content-Range", ""))
         return Answer(int(match[2]), tag, int(match[1])) if match else Answer(None, tag, -1)
     length = headers.get("Content-Length", "")
-    return Answer(int(length) if re.fullmatch(r"\d{1,18}", length) else None, tag, 0)
+    return Answer(int(length) if re.fullmatch(r"\d{1,30}", length) else None, tag, 0)
 
 
 def check(target: Path, recorded: dict[str, Any], record: Path, progress: Progress | None) -> None:
