@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from openelm_mlx.config import PUBLISHED, OpenELMConfig, expected_tensors, layer_shapes, normal_name
-from openelm_mlx.errors import CheckpointError
+from openelm_mlx.errors import CacheError, CheckpointError
+from openelm_mlx.kv import CacheKind
+from openelm_mlx.options import KV_BITS, GenerationOptions
 
 PARTS = (("embedding", "token_embeddings"), ("head", "lm_head"), ("attention", "_proj"), ("feed-forward", ".proj_"))
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "U8": 1, "I8": 1, "I64": 8, "U16": 2}
@@ -51,9 +54,18 @@ def describe(name: str, config: OpenELMConfig, sizes: dict[str, int], assumed: s
         "bits_per_weight": 8 * total / config.num_parameters,
         "bytes_by_part": by_part(sizes),
         "bytes_read_per_token": read,
-        "kv_bytes_per_token": sum(2 * 2 * shape.kv_heads * config.head_dim for shape in shapes),
+        "kv_bytes_per_token": {name: kind.bytes_per_token(config, itemsize=2) for name, kind in cache_kinds(config).items()},
         "assumed": assumed,
     }
+
+
+def cache_kinds(config: OpenELMConfig) -> dict[str, CacheKind]:
+    """The caches a token can be kept in; one that the model's head width forbids is left out."""
+    kinds = {"16-bit": CacheKind()}
+    for bits in sorted(KV_BITS, reverse=True):
+        with contextlib.suppress(CacheError):
+            kinds[f"{bits}-bit (--kv-bits {bits})"] = CacheKind.of(config, GenerationOptions(kv_bits=bits))
+    return kinds
 
 
 def by_part(sizes: dict[str, int]) -> dict[str, int]:

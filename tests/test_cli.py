@@ -35,6 +35,19 @@ def test_generate_prints_text_on_stdout_and_the_rest_on_stderr():
     assert len(result["tokens"]) == 8 == result["stats"]["generation_tokens"] and result["finish_reason"] == "length"
 
 
+def test_speculation_and_a_cache_file_change_the_cost_only(tmp_path, capsys):
+    common = ["generate", "Once upon a time", "--max-tokens", "8", "--json"]
+    cache = ["--cache-file", str(tmp_path / "talk.safetensors")]
+    results = []
+    for flags in ([], ["--draft-model", "openelm-tiny"], ["--prompt-lookup", "2", *cache], cache):
+        assert main([*common, *flags]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert len({result["text"] for result in results}) == 1
+    assert results[1]["stats"]["accepted_tokens"] and results[1]["stats"]["target_passes"] < 7
+    assert results[3]["stats"]["reused_tokens"] == results[3]["stats"]["prompt_tokens"] - 1
+    assert main([*common, *cache, "--kv-bits", "8"]) == 2 and "Give the same options" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "text"),
     [

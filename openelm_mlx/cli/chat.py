@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.cli.options import add_flags, add_model_flags, from_args, load_model
+from openelm_mlx.cli.options import add_draft_flag, add_flags, add_model_flags, from_args, load_draft, load_model
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.options import GenerationOptions, SamplingOptions
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   openelm chat                                       the bundled model
   openelm chat 270m-instruct --system "Be brief." --temperature 0.7
+  openelm chat 3b-instruct --draft-model 270m-instruct   the same answers, sooner
   printf 'Hello!\\nTell me a story.\\n' | openelm chat   one message a line
 """
 
@@ -41,6 +42,7 @@ def register(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", nargs="?", default="openelm-tiny", help="default: openelm-tiny")
     parser.add_argument("--system", metavar="TEXT", help="the system turn")
+    add_draft_flag(parser)
     add_flags(parser, SamplingOptions)
     add_flags(parser, GenerationOptions, skip=("logprobs",))
     add_model_flags(parser)
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not engine.instruct:
         print(f"{args.model} is a base model: it was not trained to converse, only to continue text", file=sys.stderr)
-    session = Session(Conversation(engine, args.system, sampling, options))
+    session = Session(Conversation(engine, args.system, sampling, options, draft=load_draft(args)))
     return terminal(session) if sys.stdin.isatty() else lines(session)
 
 

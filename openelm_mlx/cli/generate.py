@@ -7,18 +7,24 @@ import json
 import sys
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.cli.options import add_flags, add_model_flags, from_args, load_model
+from openelm_mlx.cli.options import add_draft_flag, add_flags, add_model_flags, from_args, load_draft, load_model
 from openelm_mlx.options import GenerationOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from openelm_mlx.generation import GenerationStats
+    from openelm_mlx.loading import Engine
+    from openelm_mlx.prompt_cache import PromptCache
 
 EXAMPLES = """examples:
   openelm generate "Once upon a time"
   openelm generate "Once upon a time" --model 270m --temperature 0.7 --top-p 0.9 --seed 1
   cat story.txt | openelm generate - --max-tokens 64 --json
+  openelm generate "$(cat code.py)" --prompt-lookup 3        drafts from the prompt itself
+  openelm generate "Once" --model 3b --draft-model 270m      a small model drafts, the large one decides
+  openelm generate "$(cat long.txt)" --cache-file long.safetensors   the next run starts where this one ends
 """
 
 
@@ -29,6 +35,8 @@ def register(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue, or - to read it from stdin")
     parser.add_argument("--model", default="openelm-tiny", help="default: openelm-tiny")
+    add_draft_flag(parser)
+    parser.add_argument("--cache-file", metavar="FILE", help="start from the keys and values in FILE, and save them there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_flags(parser, GenerationOptions)
     add_flags(parser, SamplingOptions)
@@ -39,15 +47,18 @@ def register(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     options, sampling = from_args(GenerationOptions, args), from_args(SamplingOptions, args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    engine = load_model(args.model, args)
+    engine, draft = load_model(args.model, args), load_draft(args)
     from openelm_mlx.generation import stream_generate
 
+    cache = cache_from(args.cache_file, engine, options)
     events = []
-    with closing(stream_generate(engine, prompt, sampling, options)) as stream:
+    with closing(stream_generate(engine, prompt, sampling, options, prompt_cache=cache, draft=draft)) as stream:
         for event in stream:
             events.append(event)
             if not args.json:
                 print(event.text, end="", flush=True)
+    if args.cache_file is not None:
+        cache.save(args.cache_file, engine)
     last = events[-1]
     if args.json:
         result = {
@@ -67,13 +78,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def cache_from(path: str | None, engine: Engine, options: GenerationOptions) -> PromptCache:
+    """What was saved at `path`, or a new cache of the kind that the options ask for."""
+    from openelm_mlx.kv import CacheKind
+    from openelm_mlx.prompt_cache import PromptCache
+
+    kind = CacheKind.of(engine.config, options)
+    if path is not None and Path(path).exists():
+        return PromptCache.load(path, engine, kind)
+    return PromptCache.for_config(engine.config, kind)
+
+
 def summary(stats: GenerationStats | None) -> str:
     """One line of statistics, as generate and chat show it."""
     if stats is None:
         return "nothing was generated"
     rate = f" at {stats.generation_tokens_per_second:.1f} tokens/s" if stats.generation_tokens > 1 else ""
+    reused = f" ({stats.reused_tokens} of them from the cache)" if stats.reused_tokens else ""
+    if stats.drafted_tokens:
+        rate += f" ({stats.accepted_tokens} of {stats.drafted_tokens} drafted accepted, {stats.tokens_per_pass:.2f} a pass)"
     return (
-        f"prompt {stats.prompt_tokens} tokens, first token after {stats.time_to_first_token_seconds:.2f} s; "
+        f"prompt {stats.prompt_tokens} tokens{reused}, first token after {stats.time_to_first_token_seconds:.2f} s; "
         f"generated {stats.generation_tokens}{rate}; "
         f"peak memory {stats.peak_memory_bytes / 1e6:.0f} MB"
     )

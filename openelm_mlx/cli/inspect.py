@@ -58,5 +58,5 @@ def show(facts: dict[str, Any]) -> None:
     for part, size in facts["bytes_by_part"].items():
         print(f"  {part:<18}{size:,} bytes ({size / facts['bytes']:.1%})")
     print(f"a token reads       {facts['bytes_read_per_token']:,} bytes of weights")
-    print(f"a token adds        {facts['kv_bytes_per_token']:,} bytes of keys and values")
+    print("a token adds        " + "; ".join(f"{size:,} bytes {kind}" for kind, size in facts["kv_bytes_per_token"].items()))
     print(f"assumed             {facts['assumed']}")

@@ -49,6 +49,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
 
 
+def add_draft_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--draft-model", metavar="MODEL", help="a smaller model that drafts tokens; the text stays the same")
+
+
+def load_draft(args: argparse.Namespace) -> Any:
+    """The engine of `--draft-model`, or None."""
+    from openelm_mlx.loading import load
+
+    return None if args.draft_model is None else load(args.draft_model, args.dtype, tokenizer=args.tokenizer)
+
+
 def load_model(name: str, args: argparse.Namespace) -> Any:
     from openelm_mlx.loading import load
 
