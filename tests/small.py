@@ -15,7 +15,8 @@ def random_engine(like: Engine, seed: int, vocab: int = 64, dim: int = 64, layer
     """An engine of random weights; `spread` scales the logits, so that the choice is neither flat nor certain."""
     config = OpenELMConfig(
         vocab_size=vocab, model_dim=dim, head_dim=32, num_transformer_layers=layers, num_gqa_groups=2,
-        share_input_output_layers=False, qkv_multipliers=(1.0, 2.0), ffn_multipliers=(1.0, 2.0), ffn_dim_divisor=32, max_context_length=512,
+        share_input_output_layers=False, qkv_multipliers=(1.0, 2.0), ffn_multipliers=(1.0, 2.0), ffn_dim_divisor=32,
+        max_context_length=512,
     )  # fmt: skip
     mx.random.seed(seed)
     model = OpenELM(config)

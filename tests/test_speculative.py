@@ -126,7 +126,8 @@ def test_acceptance_is_the_sum_of_the_smaller_probability(certain):
     p, q = generator.dirichlet(np.ones(5), size=2)
     scores = mx.array(np.log(np.stack([p, p])).astype(np.float32))
     runs, hits, drawn = 3000, 0, np.zeros(5)
-    keep = mx.compile(lambda token, key: keep_sampled(scores, token, None if certain else mx.array(np.log(q)[None]), key, mx.array([4])))
+    q_logits = None if certain else mx.array(np.log(q)[None])
+    keep = mx.compile(lambda token, key: keep_sampled(scores, token, q_logits, key, mx.array([4])))
     for seed in range(runs):
         token = 2 if certain else generator.choice(5, p=q)
         tokens, count = keep(mx.array([token], dtype=mx.uint32), mx.array([[7, seed]], dtype=mx.uint32))
