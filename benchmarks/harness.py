@@ -139,7 +139,7 @@ def row_of(entry: Entry, extra: dict[str, list[float]] | None = None, **facts: A
     """The row of an entry: its finished trials summarised, `extra` metrics beside them, notes where trials disagree."""
     values = {**entry.values, **(extra or {})}
     metrics = {name: Metric.of(values[name], METRICS[name]) for name in METRICS if values.get(name)}
-    notes = list(entry.notes)
+    notes = [*getattr(entry.session, "notes", ()), *entry.notes]
     for name in ("prefill_tokens_per_second", "decode_tokens_per_second"):
         if name in metrics:
             notes += trial_notes(name, metrics[name])

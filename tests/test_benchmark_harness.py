@@ -144,6 +144,8 @@ def test_a_peer_that_parts_is_not_timed_and_the_row_says_where():
     ours_row, parted, agreed = (row_of(e) for e in (entry, *peers))
     assert other.calls == 1 and parted.metrics == {} and parted.parts_at == 2 and parted.agrees is False
     assert parted.notes == ("not timed: token 2 is 7, in stub 2",)
+    same.notes = ("weights expanded",)
+    assert row_of(peers[1]).notes[0] == "weights expanded"
     assert agreed.agrees is True and agreed.metrics and ours_row.agrees is None
     assert {(r.row, r.against) for r in ratios_of([entry, *peers])} == {(0, 2)}
 
