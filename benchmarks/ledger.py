@@ -14,7 +14,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from openelm_mlx.benchmarks.graph import Node
@@ -197,7 +197,7 @@ def both(config: OpenELMConfig, form: Form, context: int) -> list[Ledger]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from openelm_mlx.benchmarks.host import host_seconds
+    from openelm_mlx.benchmarks.host import host_times
     from openelm_mlx.benchmarks.ledger_table import show
 
     parser = argparse.ArgumentParser(prog="python -m openelm_mlx.benchmarks.ledger", description=(__doc__ or "").split("\n")[0])
@@ -213,14 +213,15 @@ def main(arguments: list[str] | None = None) -> int:
         config = OpenELMConfig.from_name(options.size)
         form = Form(options.dtype, {"group_size": options.group_size, "bits": options.bits} if options.bits else None)
         ledgers = both(config, form, options.context)
-        seconds = host_seconds(config, form, options.steps) if options.steps else {}
+        times = host_times(config, form, options.steps) if options.steps else {}
     except OpenELMError as error:
         print(f"ledger: {error}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps({"ledgers": [entry.as_dict() for entry in ledgers], "host_seconds": seconds}))
+        host = {name: asdict(t) for name, t in times.items()}
+        print(json.dumps({"ledgers": [entry.as_dict() for entry in ledgers], "host_seconds": host}))
     else:
-        show(options.size, form, options.context, ledgers, seconds)
+        show(options.size, form, options.context, ledgers, times)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
+from openelm_mlx.benchmarks.host import HostTime
 from openelm_mlx.benchmarks.ledger import ABSORBED, Ledger
 from openelm_mlx.benchmarks.traced import Form
 
@@ -14,7 +15,7 @@ UNTESTED = (
 )
 
 
-def show(size: str, form: Form, context: int, ledgers: Sequence[Ledger], seconds: Mapping[str, float]) -> None:
+def show(size: str, form: Form, context: int, ledgers: Sequence[Ledger], times: Mapping[str, HostTime]) -> None:
     """Print kernels by purpose and by primitive, bytes by part, and the host's time."""
     from rich.console import Console
     from rich.table import Table
@@ -45,10 +46,12 @@ def show(size: str, form: Form, context: int, ledgers: Sequence[Ledger], seconds
     table("Bytes read, by part", "part", merged([e.bytes_read for e in ledgers])
           | {"weights, keys, values": [f"{e.bytes_from_memory:,}" for e in ledgers]})  # fmt: skip
     table("Bytes written", "part", merged([e.bytes_written for e in ledgers]))
-    if seconds:
-        peer = seconds["mlx-lm"]
-        console.print("Host time to build and submit a step, mx.fast calls as one primitive each:")
-        for name, value in seconds.items():
-            console.print(f"  {name:<24}{1e6 * value:7.0f} us   {value / peer:.2f} of mlx-lm's")
+    if times:
+        peer = times["mlx-lm"]
+        console.print("Host time for a step, mx.fast calls as one primitive each (us, and as a share of mlx-lm's):")
+        for name, t in times.items():
+            pairs = [("build", t.build, peer.build), ("submit", t.submit, peer.submit), ("both", t.total, peer.total)]
+            figures = [f"{word} {1e6 * own:5.0f} ({own / other:.2f})" for word, own, other in pairs]
+            console.print(f"  {name:<22}  {'  '.join(figures)}")
         console.print()
     console.print(UNTESTED)
