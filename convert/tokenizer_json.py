@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from openelm_mlx.convert.tokenizer_model import TokenizerModel
+from openelm_mlx.convert.tokenizer_model import MAX_PIECE, TokenizerModel
 
 from openelm_mlx.errors import TokenizerError
 
@@ -27,6 +27,8 @@ def build_tokenizer_json(model: TokenizerModel) -> dict[str, Any]:
         raise TokenizerError(f"{model.path} has {spm.vocab_size()} pieces; <unk>, <s> and </s> must be the first three")
     pieces = [spm.id_to_piece(i) for i in range(spm.vocab_size())]
     bos, unk = pieces[1], pieces[0]
+    if (longest := max(map(len, pieces))) > MAX_PIECE:
+        raise TokenizerError(f"{model.path} has a piece of {longest} characters; OpenELM's tokenizer has at most 16")
     ids = {
         pieces[i]: i
         for i in range(len(pieces))

@@ -13,7 +13,8 @@ from openelm_mlx.errors import TokenizerError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece_model.proto; GGUF has the same
 KINDS = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
-MAX_TOKENIZER_BYTES = 64 << 20  # LLaMA's tokenizer.json has 1.8 MB
+MAX_TOKENIZER_BYTES = 16 << 20  # LLaMA's tokenizer.json has 1.8 MB
+MAX_PIECE = 128  # characters; LLaMA's longest has 16
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def from_tokenizer_json(path: Path, data: bytes) -> TokenizerModel:
     from openelm_mlx.convert.tokenizer_json import BYTE_PROBES, PROBES
 
     remedy = "give the original tokenizer.model with --tokenizer"
+    if b'"Regex"' in data:  # a hostile one could run for ever
+        raise TokenizerError(f"{path} is no tokenizer of LLaMA's kind: it has a regex; {remedy}")
     try:
         from tokenizers import Tokenizer
 
@@ -96,7 +99,9 @@ def from_tokenizer_json(path: Path, data: bytes) -> TokenizerModel:
         names = dict(special) | {number: piece for piece, number in vocab.items()}
         pieces = [names[number] for number in range(len(names))]
         made = ["".join(merge if isinstance(merge, list) else merge.split(" ")) for merge in merges]
-    except Exception as error:  # the tokenizers package raises bare exceptions, and JSON may hold anything
+    except BaseException as error:  # the tokenizers package raises bare exceptions and panics, and JSON may hold anything
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise TokenizerError(f"{path} is no BPE tokenizer that can be read ({error!r:.200}); {remedy}") from None
     ranks: dict[str, int] = {}
     for piece in made:

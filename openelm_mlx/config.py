@@ -66,6 +66,8 @@ class OpenELMConfig:
                      "ffn_dim_divisor", "max_context_length"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_transformer_layers > MAX_LAYERS:
+            raise ConfigError(f"num_transformer_layers is {self.num_transformer_layers}; it must be at most {MAX_LAYERS}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
         if self.rms_norm_eps <= 0 or self.rope_freq_constant <= 0:
@@ -236,6 +238,8 @@ HF_KEYS_THAT_MUST_BE: dict[str, tuple[Any, ...]] = {  # what Apple's class can v
 }
 
 MAX_YAML_BYTES = 1 << 18  # CoreNet's recipes have 5 KB
+MAX_JSON_BYTES = 4 << 20  # a sharded 3B's index has 40 KB
+MAX_LAYERS = 4096
 
 HF_KEYS_WITHOUT_MEANING_HERE = frozenset(
     (
@@ -284,7 +288,11 @@ def is_number(value: Any, whole: bool) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `ConfigError` with the file's name."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ConfigError(f"{path} is no configuration: it has more than {MAX_JSON_BYTES} bytes")
+        raw = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:

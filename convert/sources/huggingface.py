@@ -11,14 +11,16 @@ import mlx.core as mx
 from openelm_mlx.convert.sources import TensorInfo, TensorSource
 from openelm_mlx.convert.sources.raw import itemsize, read_strided
 
-from openelm_mlx.errors import ConversionError
+from openelm_mlx.config import read_json
+from openelm_mlx.errors import ConfigError, ConversionError
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
 }  # fmt: skip
 SAFETENSORS_DTYPE = {name: code for code, name in DTYPES.items()}
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 2 << 20  # the 3B's has 40 KB; the format allows 100 MB, which as JSON would take gigabytes
+MAX_NUMBER = 1 << 62
 
 
 class Located(NamedTuple):
@@ -59,10 +61,9 @@ def read_index(folder: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON: {error}") from None
-    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+        weight_map = read_json(path).get("weight_map")
+    except ConfigError as error:
+        raise ConversionError(str(error)) from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{path} has no weight_map")
     for shard in weight_map.values():
@@ -96,8 +97,10 @@ def read_header(path: Path) -> dict[str, Located]:
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            if size < 8 or length > size - 8:
                 raise ConversionError(f"{path} is truncated or no safetensors file")
+            if length > MAX_HEADER_BYTES:
+                raise ConversionError(f"{path} has a header of {length} bytes; no OpenELM needs above {MAX_HEADER_BYTES}")
             raw: Any = json.loads(file.read(length))
     except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path} cannot be read as safetensors: {error}") from None
@@ -112,9 +115,9 @@ def locate(path: Path, name: str, entry: Any, base: int, size: int) -> Located:
         code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise ConversionError(f"{path}: the header's entry of tensor {name} is malformed") from None
-    if code not in DTYPES:
-        raise ConversionError(f"{path}: tensor {name} has type {code}; readable are {', '.join(DTYPES)}")
-    if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
+    if not isinstance(code, str) or code not in DTYPES:
+        raise ConversionError(f"{path}: tensor {name} has type {str(code):.40}; readable are {', '.join(DTYPES)}")
+    if len(shape) > 8 or any(type(n) is not int or not 0 <= n < MAX_NUMBER for n in (*shape, start, end)):
         raise ConversionError(f"{path}: the header's entry of tensor {name} is malformed")
     if end - start != math.prod(shape) * itemsize(DTYPES[code]):
         raise ConversionError(f"{path}: tensor {name} of shape {shape} does not take {end - start} bytes")

@@ -1,56 +1,31 @@
 """Read torch's zip format (`torch.save`) without torch and without trust.
 
 A `.pt` is a zip: `NAME/data.pkl` pickles the structure, `NAME/data/KEY` holds each storage's raw bytes. The pickle
-machine here can build ordered dicts and tensors and nothing else: any other global is refused by name, so that
-opening a file never runs what somebody put in it.
+reader here (`safe_pickle`) builds dicts and tensors and nothing else: any other global is refused by name, so that
+opening a file never runs what somebody put in it. A record's checksum is compared when its tensor is loaded.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
-import re
+import stat
 import struct
 import zipfile
-from collections import OrderedDict
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 from openelm_mlx.convert.sources import TensorInfo, TensorSource
 from openelm_mlx.convert.sources.raw import itemsize, read_strided
+from openelm_mlx.convert.sources.safe_pickle import TensorRecord, read_state
 
 from openelm_mlx.errors import ConversionError
 
-STORAGE_DTYPES = {
-    "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "DoubleStorage": "float64",
-    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
-    "ByteStorage": "uint8", "BoolStorage": "bool",
-}  # fmt: skip
-MAX_PICKLE_BYTES = 64 << 20  # the 3B's is 60 KB
-MAX_EXPANDED_BYTES = 1 << 30  # a stride of 0 makes a tensor larger than its storage; bounded, not forbidden
+MAX_PICKLE_BYTES = 8 << 20  # the 3B's has 60 KB
+DAMAGED_ZIP = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error, zlib.error)
 NESTED_UNDER = ("model", "state_dict", "model_state_dict")
-
-
-class StorageRecord(NamedTuple):
-    """A storage in the archive: what type of element, under which key, how many."""
-
-    dtype: str
-    key: str
-    elements: int
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """A tensor as the pickle describes it: a strided window (in elements) on a storage."""
-
-    storage: StorageRecord
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
 
 
 class TorchCheckpoint(TensorSource):
@@ -62,15 +37,16 @@ class TorchCheckpoint(TensorSource):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._intact: set[str] = set()  # storages whose checksum has been compared
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                self._root, self._members = checked_members(self.path, archive)
+            with open_zip(self.path) as archive:
+                self._members = checked_members(self.path, archive)
                 check_byteorder(self.path, archive, self._members)
                 state = read_pickle(self.path, archive, self._members["data.pkl"])
-        except zipfile.BadZipFile:
-            raise ConversionError(not_a_zip(self.path)) from None
         except OSError as error:
             raise ConversionError(f"{self.path} cannot be read: {error.strerror or error}") from None
+        except DAMAGED_ZIP as error:
+            raise ConversionError(f"{self.path} is damaged: {str(error):.200}; download or copy it again") from None
         self._records = state_dict_of(self.path, state)
         self.tensors: dict[str, TensorInfo] = {}
         for name, record in self._records.items():
@@ -82,6 +58,9 @@ class TorchCheckpoint(TensorSource):
         record = self._records[name]
         member = self._members[f"data/{record.storage.key}"]
         start = data_offset(self.path, member)
+        if record.storage.key not in self._intact:
+            check_crc(self.path, member, start)
+            self._intact.add(record.storage.key)
         return read_strided(
             self.path,
             start,
@@ -112,12 +91,37 @@ class TorchCheckpoint(TensorSource):
         )
         if 0 not in record.shape and last >= storage.elements:
             raise ConversionError(f"{where} reaches element {last} of a storage of {storage.elements}")
-        if math.prod(record.shape) * size > max(storage.elements * size, MAX_EXPANDED_BYTES):
-            raise ConversionError(f"{where} of shape {record.shape} is far larger than its storage")
+        if math.prod(record.shape) > storage.elements:  # a stride of 0 can make any size out of one number
+            raise ConversionError(f"{where} of shape {record.shape} is larger than its storage")
 
 
-def checked_members(path: Path, archive: zipfile.ZipFile) -> tuple[str, dict[str, zipfile.ZipInfo]]:
-    """The archive's root folder and its records by name below it, once no name plays tricks."""
+def open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except DAMAGED_ZIP:
+        raise ConversionError(not_a_zip(path)) from None
+
+
+def check_crc(path: Path, member: zipfile.ZipInfo, start: int) -> None:
+    """Compare a record with its checksum; 0 stands for none. Raises `ConversionError`.
+
+    torch computes it unless told not to (torch.serialization.set_crc32_options): what does not match is damaged.
+    """
+    crc, left = 0, member.file_size
+    if member.CRC == 0:
+        return
+    with open(path, "rb") as file:
+        file.seek(start)
+        while left and (block := file.read(min(left, 1 << 20))):
+            crc, left = zlib.crc32(block, crc), left - len(block)
+    if crc != member.CRC:
+        raise ConversionError(
+            f"{path}: record {member.filename!r} does not match its checksum: the file is damaged; download or copy it again"
+        )
+
+
+def checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The archive's records by their names below its root folder, once no name plays tricks."""
     size = path.stat().st_size
     members: dict[str, zipfile.ZipInfo] = {}
     roots = {info.filename.split("/", 1)[0] for info in archive.infolist()}
@@ -127,6 +131,8 @@ def checked_members(path: Path, archive: zipfile.ZipFile) -> tuple[str, dict[str
             raise ConversionError(
                 f"{path} holds a record named {info.filename!r}; torch writes none such: refused"
             )
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise ConversionError(f"{path}: record {info.filename!r} is a link; torch writes none such: refused")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise ConversionError(
                 f"{path}: record {info.filename!r} is compressed or encrypted; torch stores plainly"
@@ -143,7 +149,7 @@ def checked_members(path: Path, archive: zipfile.ZipFile) -> tuple[str, dict[str
         raise ConversionError(
             f"{path} is a zip file, but not a checkpoint of torch.save: it has no single NAME/data.pkl"
         )
-    return roots.pop(), members
+    return members
 
 
 def check_byteorder(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> None:
@@ -158,102 +164,7 @@ def read_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> 
         raise ConversionError(
             f"{path}: data.pkl has {info.file_size} bytes; no state dict needs above {MAX_PICKLE_BYTES}"
         )
-    try:
-        return TensorUnpickler(io.BytesIO(archive.read(info)), str(path)).load()
-    except ConversionError:
-        raise
-    except zipfile.BadZipFile:
-        raise
-    except (
-        Exception
-    ) as error:  # a damaged pickle can raise anything; none of it may reach the user as a traceback
-        raise ConversionError(f"{path}: data.pkl is damaged ({type(error).__name__}: {error})") from None
-
-
-class RebuildTensor:
-    """Stands for torch._utils._rebuild_tensor_v2. An object without attributes: a pickle cannot alter it."""
-
-    __slots__ = ()
-
-    def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *ignored: Any) -> TensorRecord:
-        if (
-            not isinstance(storage, StorageRecord)
-            or not isinstance(shape, tuple)
-            or not isinstance(strides, tuple)
-        ):
-            raise ConversionError("data.pkl describes a tensor without a storage, a shape or strides")
-        if any(type(number) is not int for number in (offset, *shape, *strides)):
-            raise ConversionError(
-                "data.pkl describes a tensor whose shape, strides or offset are no whole numbers"
-            )
-        return TensorRecord(storage, offset, shape, strides)
-
-
-class RebuildParameter:
-    """Stands for torch._utils._rebuild_parameter: a parameter is its tensor here."""
-
-    __slots__ = ()
-
-    def __call__(self, tensor: Any, *ignored: Any) -> TensorRecord:
-        if not isinstance(tensor, TensorRecord):
-            raise ConversionError("data.pkl describes a parameter that is no tensor")
-        return tensor
-
-
-class StorageType:
-    """Stands for torch.FloatStorage and its like; known by identity, never called."""
-
-    __slots__ = ("_dtype",)
-
-    def __init__(self, dtype: str) -> None:
-        object.__setattr__(self, "_dtype", dtype)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise ConversionError("data.pkl tries to alter a storage type: refused")
-
-    @property
-    def dtype(self) -> str:
-        return self._dtype
-
-
-GLOBALS: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict,
-    "torch._utils._rebuild_tensor_v2": RebuildTensor(),
-    "torch._utils._rebuild_parameter": RebuildParameter(),
-    **{f"torch.{name}": StorageType(dtype) for name, dtype in STORAGE_DTYPES.items()},
-}
-
-
-class TensorUnpickler(pickle.Unpickler):
-    """A pickle machine that can make ordered dicts and tensors and refuses every other global by name."""
-
-    def __init__(self, stream: io.BytesIO, where: str) -> None:
-        super().__init__(stream, encoding="utf-8")
-        self._where = where
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return GLOBALS[f"{module}.{name}"]
-        except KeyError:
-            raise ConversionError(
-                f"{self._where} asks for the global {module}.{name}, which no state dict of tensors needs: refused. "
-                "Save it again as torch.save(model.state_dict(), path)"
-            ) from None
-
-    def persistent_load(self, pid: Any) -> StorageRecord:
-        """torch's storages: ("storage", type, key, location, number of elements)."""
-        if (
-            isinstance(pid, tuple)
-            and len(pid) == 5
-            and pid[0] == "storage"
-            and isinstance(pid[1], StorageType)
-        ):
-            key, elements = str(pid[2]), pid[4]
-            if re.fullmatch(r"\w{1,64}", key, re.ASCII) and type(elements) is int and elements >= 0:
-                return StorageRecord(pid[1].dtype, key, elements)
-        raise ConversionError(
-            f"{self._where}: data.pkl refers to a storage in a form torch does not write: {pid!r:.100}"
-        )
+    return read_state(archive.read(info), str(path))
 
 
 def state_dict_of(path: Path, state: Any) -> dict[str, TensorRecord]:

@@ -1,0 +1,201 @@
+"""The part of pickle that torch's state dicts use, and no more: reading one can neither run code nor exhaust memory.
+
+Python's own unpickler obeys any file: a memo index of ten digits makes it allocate for all indices below, a tuple of
+tuples used as a key is hashed for ever. Here each opcode (as `pickletools` decodes it) is a few lines that check what
+they get, and the number of opcodes is bounded.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from openelm_mlx.errors import ConversionError
+
+STORAGE_DTYPES = {
+    "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "DoubleStorage": "float64",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool",
+}  # fmt: skip
+MAX_OPCODES = 400_000  # the 3B's takes 10,000
+MAX_NUMBER = 1 << 62
+
+
+class StorageRecord(NamedTuple):
+    """A storage in the archive: what type of element, under which key, how many."""
+
+    dtype: str
+    key: str
+    elements: int
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A tensor as the pickle describes it: a strided window (in elements) on a storage."""
+
+    storage: StorageRecord
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Global(NamedTuple):
+    """A name the pickle asks for, among those below."""
+
+    name: str
+
+
+class Mark:
+    """Where a run of items on the stack begins."""
+
+
+REBUILD_TENSOR, REBUILD_PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+ORDERED_DICT = "collections.OrderedDict"
+STORAGES = {f"torch.{name}": dtype for name, dtype in STORAGE_DTYPES.items()}
+GLOBALS = {ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER, *STORAGES}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+PLAIN = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+IGNORED = {"PROTO", "FRAME"}
+
+
+def read_state(data: bytes, where: str) -> Any:
+    """What the pickle describes, with tensors as `TensorRecord`. Raises `ConversionError`."""
+    machine = Machine(where)
+    try:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if number >= MAX_OPCODES:
+                raise ConversionError(f"{where}: data.pkl has more than {MAX_OPCODES} opcodes; no state dict needs as many")
+            if opcode.name == "STOP":
+                return machine.pop()
+            machine.run(opcode.name, argument)
+    except (ValueError, IndexError, TypeError, UnicodeError, OverflowError) as error:
+        text = f"{type(error).__name__}: {str(error):.100}".splitlines()[0]
+        raise ConversionError(f"{where}: data.pkl is damaged ({text})") from None
+    raise ConversionError(f"{where}: data.pkl is damaged (it does not end)")
+
+
+class Machine:
+    """The stack and the memo of a pickle that is being read."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.steps: Mapping[str, Callable[[Any], None]] = {
+            "EMPTY_DICT": lambda _: self.push({}), "EMPTY_LIST": lambda _: self.push([]),
+            "EMPTY_TUPLE": lambda _: self.push(()), "MARK": lambda _: self.push(Mark),
+            "TUPLE": lambda _: self.push(tuple(self.items())), "TUPLE1": lambda _: self.push(self.last(1)),
+            "TUPLE2": lambda _: self.push(self.last(2)), "TUPLE3": lambda _: self.push(self.last(3)),
+            "BINGET": self.get, "LONG_BINGET": self.get, "BINPUT": self.put, "LONG_BINPUT": self.put,
+            "MEMOIZE": lambda _: self.put(len(self.memo)),
+            "GLOBAL": lambda argument: self.find(argument.replace(" ", ".", 1)),
+            "STACK_GLOBAL": lambda _: self.find_pair(*self.last(2)),
+            "BINPERSID": lambda _: self.push(self.storage(self.pop())), "REDUCE": lambda _: self.push(self.call()),
+            "BUILD": lambda _: self.drop(), "SETITEM": lambda _: self.set_items(self.last(2)),
+            "SETITEMS": lambda _: self.set_items(self.items()), "APPEND": lambda _: self.extend(self.last(1)),
+            "APPENDS": lambda _: self.extend(self.items()),
+        }  # fmt: skip
+
+    def run(self, name: str, argument: Any) -> None:
+        if name in PLAIN:
+            self.push(argument)
+        elif name in CONSTANTS:
+            self.push(CONSTANTS[name])
+        elif name in self.steps:
+            self.steps[name](argument)
+        elif name not in IGNORED:
+            raise ConversionError(f"{self.where}: data.pkl uses pickle's opcode {name}, which no state dict needs: refused")
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        if self.stack[-1] is Mark:
+            raise ValueError("an item is missing")
+        return self.stack.pop()
+
+    def last(self, count: int) -> tuple[Any, ...]:
+        return tuple(self.pop() for _ in range(count))[::-1]
+
+    def items(self) -> list[Any]:
+        found = []
+        while self.stack[-1] is not Mark:
+            found.append(self.stack.pop())
+        self.stack.pop()
+        return found[::-1]
+
+    def get(self, index: int) -> None:
+        if index not in self.memo:
+            raise ValueError(f"memo {index} was never stored")
+        self.push(self.memo[index])
+
+    def put(self, index: int) -> None:
+        if self.stack[-1] is Mark:
+            raise ValueError("a mark is stored")
+        self.memo[index] = self.stack[-1]
+
+    def drop(self) -> None:
+        """State of an object (a state dict's _metadata): nothing here has any."""
+        self.pop()
+
+    def set_items(self, pairs: Any) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict) or len(pairs) % 2:
+            raise ValueError("items are set in what is no dict")
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            if not isinstance(key, (str, int)):
+                raise ValueError("a key is neither text nor a number")
+            target[key] = value
+
+    def extend(self, values: Any) -> None:
+        if not isinstance(self.stack[-1], list):
+            raise ValueError("items are appended to what is no list")
+        self.stack[-1].extend(values)
+
+    def find(self, name: str) -> None:
+        if name not in GLOBALS:
+            raise ConversionError(
+                f"{self.where} asks for the global {name[:100]}, which no state dict of tensors needs: refused. "
+                "Save it again as torch.save(model.state_dict(), path)"
+            )
+        self.push(Global(name))
+
+    def find_pair(self, module: Any, name: Any) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError("a global has no name")
+        self.find(f"{module}.{name}")
+
+    def storage(self, pid: Any) -> StorageRecord:
+        """torch's storages: ("storage", type, key, location, number of elements)."""
+        if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], Global):
+            dtype, key, elements = STORAGES.get(pid[1].name), pid[2], pid[4]
+            named = isinstance(key, (str, int)) and re.fullmatch(r"\w{1,64}", str(key), re.ASCII)
+            if dtype and named and type(elements) is int and 0 <= elements < MAX_NUMBER:
+                return StorageRecord(dtype, str(key), elements)
+        raise ConversionError(f"{self.where}: data.pkl refers to a storage in a form torch does not write")
+
+    def call(self) -> Any:
+        function, arguments = self.last(2)
+        if not isinstance(function, Global) or not isinstance(arguments, tuple):
+            raise ValueError("what is called is no function")
+        if function.name == ORDERED_DICT and not arguments:
+            return {}
+        if function.name == REBUILD_TENSOR and len(arguments) >= 4:
+            return self.tensor(*arguments[:4])
+        if function.name == REBUILD_PARAMETER and arguments and isinstance(arguments[0], TensorRecord):
+            return arguments[0]
+        raise ConversionError(f"{self.where}: data.pkl calls {function.name} in a form torch does not write")
+
+    def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> TensorRecord:
+        if not (isinstance(storage, StorageRecord) and isinstance(shape, tuple) and isinstance(strides, tuple)):
+            raise ConversionError(f"{self.where}: data.pkl describes a tensor without a storage, a shape or strides")
+        if len(shape) > 8 or len(strides) > 8:
+            raise ConversionError(f"{self.where}: data.pkl describes a tensor of {len(shape)} dimensions")
+        if any(type(number) is not int or abs(number) > MAX_NUMBER for number in (offset, *shape, *strides)):
+            raise ConversionError(
+                f"{self.where}: data.pkl describes a tensor whose shape, strides or offset are no whole numbers"
+            )
+        return TensorRecord(storage, offset, shape, strides)
