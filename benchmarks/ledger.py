@@ -45,7 +45,7 @@ ABSORBED = {
     "log-probabilities": "not needed for a greedy token",
     "logits to float32": "written so by the head's kernel",
     "next token": "maximum kept by the head's kernel, then a tiny one",
-    "embedding row": "one kernel for weights, scales and biases",
+    "embedding row": "one kernel, also for quantized weights",
 }
 
 
@@ -68,7 +68,7 @@ class Ledger:
     def as_dict(self) -> dict[str, Any]:
         return {
             "engine": self.engine, "kernels": self.kernels,
-            "by_primitive": dict(self.by_primitive.most_common()), "by_purpose": dict(self.by_purpose.most_common()),
+            "by_primitive": dict(self.by_primitive), "by_purpose": dict(self.by_purpose),
             "bytes_read": dict(self.bytes_read), "bytes_written": dict(self.bytes_written),
         }  # fmt: skip
 

@@ -36,7 +36,7 @@ def show(size: str, form: Form, context: int, ledgers: Sequence[Ledger], times: 
         console.print()
 
     def merged(counters: Sequence[Mapping[str, int]]) -> dict[str, list[str]]:
-        names = sorted({name for c in counters for name in c}, key=lambda name: -max(c.get(name, 0) for c in counters))
+        names = dict.fromkeys(name for c in counters for name in c)  # as they run
         return {name: [f"{c[name]:,}" if c.get(name) else "-" for c in counters] for name in names}
 
     total = {"all": [str(entry.kernels) for entry in ledgers]}
