@@ -121,10 +121,16 @@ def progress_bar() -> Iterator[Progress | None]:
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
+    from rich.table import Column
 
-    columns = (TextColumn("measuring"), BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(),
-               TextColumn("{task.description}"))  # fmt: skip
-    with Bars(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=3600) as bars:
+    columns = (
+        BarColumn(20, table_column=Column(no_wrap=True)),
+        TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+    )
+    # drawn between trials only: a thread that draws during them would be measured with them
+    with Bars(*columns, console=Console(stderr=True), transient=True, auto_refresh=False, speed_estimate_period=3600) as bars:
         yield Bar(bars, bars.add_task("loading", total=None))
 
 
@@ -133,10 +139,10 @@ class Bar:
         self.bars, self.task = bars, task
 
     def total(self, work: float) -> None:
-        self.bars.update(self.task, total=work)
+        self.bars.update(self.task, total=work, refresh=True)
 
     def tick(self, label: str, work: float) -> None:
-        self.bars.update(self.task, advance=work, description=label)
+        self.bars.update(self.task, advance=work, description=label, refresh=True)
 
 
 def check_targets(args: argparse.Namespace) -> None:
