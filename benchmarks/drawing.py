@@ -68,12 +68,26 @@ def shortened(name: str, length: int) -> str:
 
 def log_y(ax: Any, steps: Sequence[float] = (1,)) -> None:
     """A logarithmic axis with plain numbers at `steps` of each decade."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=steps))
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    plain_numbers(ax.yaxis, steps)
+
+
+def log_ratio_x(ax: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis for ratios: half is as far from 1 as double."""
+    low, high = min(1.0, *values), max(1.0, *values)
+    ax.set_xscale("log")
+    span = high / low
+    ax.set_xlim(low / span**0.06, high * span**0.2)
+    plain_numbers(ax.xaxis, (1, 2, 5) if span > 4 else ())
+
+
+def plain_numbers(axis: Any, steps: Sequence[float]) -> None:
+    """Ticks at `steps` of each decade; without steps at even numbers, for less than a decade."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=steps) if steps else MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def legend(ax: Any, theme: Theme, order: Sequence[str] = (), columns: int = 2) -> None:
@@ -83,7 +97,7 @@ def legend(ax: Any, theme: Theme, order: Sequence[str] = (), columns: int = 2) -
     ranked = sorted(entries, key=lambda label: order.index(label) if label in order else len(order))
     if len(ranked) > 1:
         handles, names = [entries[label] for label in ranked], [shortened(label, 24) for label in ranked]
-        ax.legend(
-            handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, frameon=False, fontsize=8,
-            labelcolor=theme.ink, handlelength=1.6, columnspacing=1.4,
+        ax.figure.legend(
+            handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, labelcolor=theme.ink,
+            handlelength=1.6, columnspacing=1.4,
         )  # fmt: skip

@@ -18,7 +18,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openelm_mlx.benchmarks.drawing import DASHES, MARKERS, PARTS, Theme, dot, legend, log_y, note, scale_y, shortened
+from openelm_mlx.benchmarks.drawing import (
+    DASHES,
+    MARKERS,
+    PARTS,
+    Theme,
+    dot,
+    legend,
+    log_ratio_x,
+    log_y,
+    note,
+    scale_y,
+    shortened,
+)
 from openelm_mlx.benchmarks.labels import (
     OURS,
     bits_of,
@@ -40,7 +52,7 @@ from openelm_mlx.config import PUBLISHED, OpenELMConfig, layer_shapes, normal_na
 from openelm_mlx.hub import BUNDLED
 
 DECODE = "decode_tokens_per_second"
-BARS = 16  # rows of a panel of bars; more stand in the table alone
+BARS = 12  # rows of a panel of bars; more stand in the table alone
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class Panel:
     @property
     def height(self) -> float:
         """Inches, axes and all."""
-        return max(3.6, 1.7 + 0.3 * self.rows)
+        return max(3.6, 1.6 + 0.3 * self.rows)
 
 
 def panels(document: Document) -> list[Panel]:
@@ -173,6 +185,7 @@ def context(model: str, rows: Sequence[Row]) -> Panel | None:
     engines, widths = engines_ours_first(engine for engine, _ in lines), unique(form for _, form in lines)
 
     def draw(ax: Any, theme: Theme) -> None:
+        ends: list[float] = []
         for (engine, form), some in lines.items():
             index, x = engines.index(engine), [row.case.prompt_tokens for row in some]
             metrics = [row.metrics[DECODE] for row in some]
@@ -180,14 +193,16 @@ def context(model: str, rows: Sequence[Row]) -> Panel | None:
             ax.fill_between(x, [m.q1 for m in metrics], [m.q3 for m in metrics], color=theme.engine(index), alpha=0.2, lw=0)
             ax.plot(x, [m.median for m in metrics], color=theme.engine(index), marker=MARKERS[index % len(MARKERS)], ms=4.5,
                     label=label, ls=DASHES[widths.index(form) % len(DASHES)])  # fmt: skip
-            bounds = [row.bound_tokens_per_second for row in some]
-            if engine == OURS and len(widths) == 1 and all(bounds):
+            bounds = [row.bound_tokens_per_second for row in some if row.bound_tokens_per_second]
+            ends += [m.median for m in metrics]
+            if engine == OURS and len(widths) == 1 and len(bounds) == len(some):
+                ends += bounds
                 ax.plot(x, bounds, color=theme.ink, ls=":", lw=1.5, label="memory bound")
         ax.set_xlabel("prompt, tokens")
         ax.set_ylabel("decode, tokens/s")
         ax.set_xlim(left=0)
-        ax.set_ylim(bottom=0)
-        legend(ax, theme, columns=2)
+        scale_y(ax, ends)
+        legend(ax, theme, [*engines, "memory bound"], columns=3 if len(widths) == 1 else 2)
 
     said = "; ".join(
         f"{engine} {form} {number(some[0].metrics[DECODE].median)} tokens/s after {some[0].case.prompt_tokens} prompt tokens, "
@@ -244,36 +259,38 @@ def settings(model: str, rows: Sequence[Row]) -> Panel | None:
 
 
 def ratios(document: Document) -> Panel | None:
-    """Ratios of paired trials as dots with their intervals; 1 is parity, and what holds 1 is grey."""
-    shown = document.ratios[:BARS]
+    """Ratios of paired trials as dots with their intervals; 1 is parity, and what holds 1 is grey. Of many, decode's."""
+    shown = list(range(len(document.ratios)))
+    if len(shown) > BARS:
+        shown = [index for index in shown if document.ratios[index].metric == DECODE][:BARS]
     if not shown:
         return None
 
     def draw(ax: Any, theme: Theme) -> None:
         colours = {"better": theme.engine(0), "worse": theme.engine(1), "no difference": theme.muted}
         marks = {"better": "o", "worse": "s", "no difference": "D"}
+        log_ratio_x(ax, [end for index in shown for end in (document.ratios[index].low, document.ratios[index].high)])
         ax.axvline(1, color=theme.ink, lw=1)
-        for y, item in enumerate(shown):
-            found = verdict(document, y)
+        for y, index in enumerate(shown):
+            item, found = document.ratios[index], verdict(document, index)
             ax.plot([item.low, item.high], [y, y], color=colours[found], lw=2, alpha=0.6)
             ax.plot([item.ratio], [y], marker=marks[found], ms=6.5, color=colours[found], ls="", label=found)
             note(ax, f"{item.ratio:.2f}", (item.high, y), theme, (6, 0), va="center")
-            label = shortened(ratio_label(document, y), 60)
-            text = ax.text(0, y - 0.32, label, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=theme.ink)
+            label = shortened(ratio_label(document, index), 60)
+            text = ax.text(0, y - 0.34, label, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=theme.ink)
             text.set_in_layout(False)  # it may stand over the axes' end
             text.set_bbox({"facecolor": theme.paper, "edgecolor": "none", "pad": 1})
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
-        ax.set_ylim(max(len(shown), 3) - 0.5, -0.6)
-        ax.margins(x=0.2)
-        ax.set_xlabel("ratio of paired trials, 95 % interval")
+        ax.set_ylim(max(len(shown), 3) - 0.5, -0.7)
+        ax.set_xlabel("ratio, 95 % interval (log scale)")
         legend(ax, theme, list(marks), columns=3)
 
     said = "; ".join(
-        f"{ratio_label(document, number)} {item.ratio:.2f}, 95 % interval {item.low:.2f} to {item.high:.2f}"
-        for number, item in enumerate(shown)
+        f"{ratio_label(document, index)} {item.ratio:.2f}, 95 % interval {item.low:.2f} to {item.high:.2f}"
+        for index, item in ((index, document.ratios[index]) for index in shown)
     )
-    return Panel("ratios", "Ratios of paired trials", "", f"{said}.", draw, rows=1.3 * len(shown))
+    return Panel("ratios", "Ratios of paired trials", "", f"{said}.", draw, rows=1.4 * len(shown))
 
 
 # --- bytes

@@ -68,7 +68,10 @@ def figure_of(document: Document, shown: list[Panel]) -> Figure:
     for band, row, height in zip(bands, rows, heights, strict=True):
         cells = band.subfigures(1, columns, squeeze=False)[0]
         for cell, panel in zip(cells, row, strict=False):
-            title, body = cell.subfigures(2, 1, height_ratios=[TITLE, height - TITLE], hspace=0)
+            parts = [TITLE, panel.height - TITLE]
+            if panel.height < height:  # stays empty: a picture is not drawn out to its neighbour's height
+                parts.append(height - panel.height)
+            title, body = cell.subfigures(len(parts), 1, height_ratios=parts, hspace=0)[:2]
             title.text(MARGIN / WIDTH, 0.62, panel.title, size=10.5, weight="bold", color=LIGHT.ink, va="center")
             title.text(MARGIN / WIDTH, 0.2, shortened(panel.model, 56), size=8.5, color=LIGHT.muted, va="center")
             panel.draw(body.add_subplot(), LIGHT)

@@ -136,7 +136,10 @@ def cards(document: Document) -> list[Card]:
             f"{item.ratio:.2f} × {document.rows[item.against].case.engine}, {width(document.rows[item.row].case)} "
             f"({item.low:.2f}\N{EN DASH}{item.high:.2f})"
             for item in document.ratios
-            if item.metric == DECODE and document.rows[item.row] in timed and document.rows[item.against].case.engine != OURS
+            if item.metric == DECODE
+            and document.rows[item.row] in timed
+            and document.rows[item.row].case.prompt_tokens == best.case.prompt_tokens
+            and document.rows[item.against].case.engine != OURS
         ]
         found.append(Card(model, metric_cell(best.metrics[DECODE], 1.0).text, lines))
     return found
@@ -171,7 +174,8 @@ def measured(model: str, rows: Sequence[Row]) -> Table:
 
 def case_cells(row: Row, notes: list[str]) -> list[Cell]:
     """What was run; its notes are added to `notes` and numbered."""
-    case, small = row.case, " ".join([agreement(row), *(mark(notes, note) for note in row.notes)]).strip()
+    case, told = row.case, "; ".join(row.notes)
+    small = " ".join([agreement(row), mark(notes, told) if told else ""]).strip()
     texts = [Cell(case.engine, small, "text"), Cell(width(case), weights(row), "text"), Cell(setting(case), "", "text")]
     return texts + [Cell(f"{case.prompt_tokens:,}"), Cell(f"{case.generation_tokens:,}")]
 
@@ -247,7 +251,7 @@ def fact(key: str, value: Any) -> str:
             return f"{value / 1e9:.1f} GB/s"
         if key.endswith("_bytes"):
             return f"{value / 2**30:.0f} GiB"
-        return f"{value:g}"
+        return f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
     return str(value)
 
 
@@ -264,8 +268,8 @@ def assumptions(document: Document) -> list[str]:
         told += [
             "The memory bound is bandwidth over bytes a token: every weight, scale, key and value is read once a token, "
             "nothing is written, and arithmetic and kernel launches cost nothing.",
-            "Bandwidth is what a copy kernel of MLX reached on this machine, bytes read and written together; a chip's "
-            "nominal one is higher.",
+            "Bandwidth is what copying memory reached on this machine (MLX's copy kernel on a GPU), bytes read and written "
+            "together; a chip's nominal one is higher.",
         ]
     if any(row.case.random_weights for row in document.rows):
         told.append("Random weights have a model's shapes and cost what it costs; their text and losses mean nothing.")

@@ -58,7 +58,7 @@ def test_bytes_of_a_bar_add_up_and_stand_in_one_order():
     assert widths == ["float32", "8-bit", "4-bit", "3-bit"]
     top = [bar for bar in ax.patches if round(bar.get_y() + bar.get_height() / 2) == 0]
     assert sum(bar.get_width() for bar in top) * 1e6 == pytest.approx(sum(document.rows[0].bytes_per_token.values()))
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(PARTS)
+    assert [text.get_text() for text in ax.figure.legends[0].get_texts()] == list(PARTS)
 
 
 @pytest.mark.parametrize("model", ["270m", "3b", "openelm-tiny"])
@@ -88,6 +88,23 @@ def test_context_and_loss_and_settings_and_ratios_hold_their_figures():
     assert labels == ["plain", "batch 8", "quantized 8-bit cache", "prompt-lookup"]
     marks = [line.get_label() for line in axes_of(named(document, "ratios")).get_lines() if len(line.get_xdata()) == 1]
     assert marks == ["better", "better", "worse", "no difference"]  # a longer time to the first token is worse
+
+
+def test_of_many_ratios_those_of_decode_are_drawn():
+    document = rich_document()
+    ratios = document.ratios * 5
+    panel = named(replace(document, ratios=ratios), "ratios")
+    assert panel.words.count("decode") == 10 and "prefill" not in panel.words
+    ticks = axes_of(named(document, "ratios")).get_xticks()
+    assert any(tick == pytest.approx(1) for tick in ticks)
+
+
+def test_lines_far_below_their_bound_are_drawn_on_a_logarithmic_axis():
+    rows = [row(bits=4, prompt=prompt, decode=3.0) for prompt in (64, 256, 512)]
+    ax = axes_of(named(replace(rich_document(), rows=tuple(rows), ratios=()), "context"))
+    assert ax.get_yscale() == "log" and "log scale" in ax.get_ylabel()
+    low, high = ax.get_ylim()
+    assert low < 3.0 and high > rows[0].bound_tokens_per_second
 
 
 def test_widths_and_numbers_in_words():
