@@ -74,9 +74,10 @@ def log_y(ax: Any, steps: Sequence[float] = (1,)) -> None:
 
 def log_ratio_x(ax: Any, values: Sequence[float]) -> None:
     """A logarithmic axis for ratios: half is as far from 1 as double."""
-    low, high = min(1.0, *values), max(1.0, *values)
+    values = [1.0, *(value for value in values if value > 0)]
+    low, high = min(values), max(values)
     ax.set_xscale("log")
-    span = high / low
+    span = max(high / low, 1.01)
     ax.set_xlim(low / span**0.06, high * span**0.2)
     plain_numbers(ax.xaxis, (1, 2, 5) if span > 4 else ())
 

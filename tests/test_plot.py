@@ -99,6 +99,14 @@ def test_of_many_ratios_those_of_decode_are_drawn():
     assert any(tick == pytest.approx(1) for tick in ticks)
 
 
+def test_a_ratio_whose_interval_reaches_nothing_is_drawn_all_the_same():
+    document = rich_document()
+    wide = replace(document.ratios[0], low=-0.5, high=3.0)
+    assert panel_svg(named(replace(document, ratios=(wide,)), "ratios"), LIGHT).startswith(b"<?xml")
+    equal = replace(document.ratios[0], ratio=1.0, low=1.0, high=1.0)
+    assert panel_svg(named(replace(document, ratios=(equal,)), "ratios"), LIGHT).startswith(b"<?xml")
+
+
 def test_lines_far_below_their_bound_are_drawn_on_a_logarithmic_axis():
     rows = [row(bits=4, prompt=prompt, decode=3.0) for prompt in (64, 256, 512)]
     ax = axes_of(named(replace(rich_document(), rows=tuple(rows), ratios=()), "context"))
