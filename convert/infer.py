@@ -23,7 +23,7 @@ def config_for(source: Path, shapes: Shapes, options: ConvertOptions) -> OpenELM
     if path is not None:
         raw = read_json(path) if path.suffix == ".json" else {}
         if path.suffix == ".json" and not is_corenet_section(raw):
-            return with_flags(OpenELMConfig.from_hf_dict(raw), options)
+            return with_flags(OpenELMConfig.from_file(path), options)
         section = {k: v for k, v in raw.items() if k != "quantization"} or corenet_section(path)
         size = normal_name(str(section.get("model_name", "")))
         if size in PUBLISHED:  # an adapted embedding leaves the head behind: what the tensors hold wins

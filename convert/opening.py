@@ -16,7 +16,7 @@ from openelm_mlx.convert.sources import TensorSource, open_source
 from openelm_mlx.convert.tokenizer_model import TokenizerModel
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors
-from openelm_mlx.errors import CheckpointError, OptionError, TokenizerError
+from openelm_mlx.errors import CheckpointError, OpenELMError, OptionError, TokenizerError
 
 MAX_PADDING_ROWS = 256  # CoreNet pads 32000 tokens to 32128 rows; a larger gap is another tokenizer
 
@@ -46,22 +46,28 @@ class OpenedModel:
         original, result = self.names[name], {}
         for stored, array in self.source.packed(original).items():
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-                raise CheckpointError(f"{stored} holds NaN or infinite scales; the checkpoint is damaged")
+                raise CheckpointError(f"{self.source.path}: {stored} holds NaN or infinite scales; the checkpoint is damaged")
             part = stored.removeprefix(original.removesuffix("weight"))
             result[name.removesuffix("weight") + part] = array[:rows]
         return result
 
 
 def open_model(options: ConvertOptions) -> OpenedModel:
-    """Raises `ConversionError`, `CheckpointError`, `ConfigError` or `TokenizerError`; reads no weights."""
-    source = with_adapters(open_source(options.source, options.source_format), options)
-    names = renamed_tensors(source.tensors)
-    shapes = {name: source.tensors[original].shape for name, original in names.items()}
-    own = source.config
-    config = with_flags(own, options) if own and not options.config else config_for(options.source, shapes, options)
-    check_coverage(shapes, expected_tensors(config))
-    tokenizer = find_tokenizer(options, source)
-    return OpenedModel(source, names, config, trim_vocabulary(config, tokenizer), tokenizer)
+    """Raises an `OpenELMError` that names the file; reads no weights."""
+    try:
+        source = with_adapters(open_source(options.source, options.source_format), options)
+        names = renamed_tensors(source.tensors)
+        shapes = {name: source.tensors[original].shape for name, original in names.items()}
+        own = source.config
+        config = with_flags(own, options) if own and not options.config else config_for(options.source, shapes, options)
+        check_coverage(shapes, expected_tensors(config))
+        tokenizer = find_tokenizer(options, source)
+        return OpenedModel(source, names, config, trim_vocabulary(config, tokenizer), tokenizer)
+    except OpenELMError as error:
+        files = (options.source, options.config, options.tokenizer)
+        if any(str(path) in str(error) for path in files if path is not None):
+            raise
+        raise type(error)(f"{options.source}: {error}") from None
 
 
 def with_adapters(source: TensorSource, options: ConvertOptions) -> TensorSource:

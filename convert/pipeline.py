@@ -160,7 +160,7 @@ def final_array(
     if name in VOCABULARY_TENSORS:
         array = array[: shape[0]]
     if not mx.isfinite(array).all().item():
-        raise CheckpointError(f"{original} holds NaN or infinite weights; the checkpoint is damaged")
+        raise CheckpointError(f"{source.path}: {original} holds NaN or infinite weights; the checkpoint is damaged")
     if options.dtype is not None:
         array = array.astype(getattr(mx, options.dtype))
         if not mx.isfinite(array).all().item():

@@ -110,7 +110,7 @@ class OpenELMConfig:
             if key in raw and raw[key] not in allowed:
                 raise ConfigError(f"config.json has {key} {raw[key]!r}; this engine computes only {allowed[0]!r}")
         required = [f.name for f in fields(cls) if f.default is MISSING]
-        if missing := [name for name in required if name not in raw]:
+        if missing := [name for name in required if raw.get(name) is None]:
             raise ConfigError(f"config.json lacks {', '.join(missing)}")
         values = {key: value for key, value in raw.items() if key in known and value is not None}
         for key in ("bos_token_id", "eos_token_id"):
@@ -120,8 +120,12 @@ class OpenELMConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> OpenELMConfig:
-        """From a config.json. Raises `ConfigError` with the file's name when it cannot be read."""
-        return cls.from_hf_dict(read_json(Path(path)))
+        """From a config.json. Raises `ConfigError` with the file's name."""
+        raw = read_json(Path(path))
+        try:
+            return cls.from_hf_dict(raw)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
     def from_corenet_yaml(cls, path: str | Path) -> OpenELMConfig:
@@ -282,7 +286,7 @@ def check_types(config: OpenELMConfig) -> None:
 
 def is_number(value: Any, whole: bool) -> bool:
     kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 2**48
+    return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 2**48  # NaN is not below
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def open_source(path: Path, source_format: str | None = None) -> TensorSource:
 
     if not path.exists():
         raise ConversionError(f"{path} does not exist; give {WANTED}")
+    if not path.is_file() and not path.is_dir():  # a pipe would be waited for without end
+        raise ConversionError(f"{path} is neither a file nor a folder; give {WANTED}")
     kind = kind_of(path) if path.is_file() else None
     if path.is_dir():
         found = weight_files(path)
