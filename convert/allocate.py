@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
-from openelm_mlx.convert.dense import Weights, embed, head, kl_divergence, layer, layer_of, log_probs
+from openelm_mlx.convert.dense import Target, Weights, embed, head, kl_divergence, layer, layer_of, target
 from openelm_mlx.convert.forms import BITS, ITEMSIZE, Form, Plan, all_forms, matrices
 from openelm_mlx.convert.quantize import rounded
 
@@ -24,7 +24,7 @@ Progress = Callable[[int, int, str], None]
 Losses = dict[str, dict[Form | None, float]]  # stem -> form -> mean KL divergence in nats; None is whole and costs 0
 Moments = Mapping[str, mx.array]  # stem -> mean square of each input column, [columns]
 BATCH = 4  # rows of tokens in one pass: bounds the memory of logits
-BELOW, ABOVE = 2.0, 3.0  # widths measured around the target; the error of the rest tells its loss
+BELOW, ABOVE = 1.5, 1.5  # widths measured around the target; the error of the rest tells its loss
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Reference:
     weights: Weights
     batches: tuple[mx.array, ...]  # token ids [rows, length]
     states: tuple[tuple[mx.array, ...], ...]  # of each batch, the input of every layer
-    log_probs: tuple[mx.array, ...]
+    targets: tuple[Target, ...]
     moments: Moments
 
     def loss(self, weights: Weights, start: int = -1) -> float:
         """Mean KL divergence in nats of `weights`, equal to the exact ones before layer `start`."""
         total, count = 0.0, 0
-        for tokens, states, exact in zip(self.batches, self.states, self.log_probs, strict=True):
+        for tokens, states, exact in zip(self.batches, self.states, self.targets, strict=True):
             x = embed(weights, tokens) if start < 0 else states[start]
             for number in range(max(start, 0), self.config.num_transformer_layers):
                 x = layer(self.config, number, weights, x)
@@ -63,7 +63,7 @@ def make_reference(config: OpenELMConfig, weights: Weights, tokens: mx.array) ->
         xs = [embed(weights, batch)]
         for number in range(config.num_transformer_layers):
             xs.append(layer(config, number, weights, xs[-1], look))
-        exact.append(log_probs(head(config, weights, xs[-1], look)))
+        exact.append(target(head(config, weights, xs[-1], look)))
         states.append(tuple(xs[:-1]))
         mx.eval(xs, exact[-1], sums)
     moments = {stem: total / tokens.size for stem, total in sums.items()}

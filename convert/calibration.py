@@ -23,7 +23,7 @@ PROMPTS = (
 )  # fmt: skip
 SEED = 17
 LENGTH = 257  # tokens in a row: BOS and 256
-ROWS_AT_ONCE = 32  # sampled together; a row's text does not depend on how many rows are asked for
+ROWS_AT_ONCE = 16  # sampled together; a row's text does not depend on how many rows are asked for
 CONTROL = (0, 1, 2)  # unknown, BOS, EOS: a sample never ends early, so that every row is full
 
 

@@ -8,6 +8,7 @@ both to the same logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -84,6 +85,19 @@ def log_probs(scores: mx.array) -> mx.array:
     return scores - mx.logsumexp(scores, axis=-1, keepdims=True)
 
 
-def kl_divergence(reference: mx.array, scores: mx.array) -> mx.array:
-    """KL(reference || softmax(scores)) in nats per position; `reference` holds log probabilities."""
-    return (mx.exp(reference) * (reference - log_probs(scores))).sum(axis=-1)
+class Target(NamedTuple):
+    """The exact model's distributions: probabilities [..., vocab] and their negative entropy [...], in nats."""
+
+    probs: mx.array
+    negative_entropy: mx.array
+
+
+def target(scores: mx.array) -> Target:
+    logs = log_probs(scores)
+    probs = mx.exp(logs)
+    return Target(probs, (probs * logs).sum(axis=-1))
+
+
+def kl_divergence(exact: Target, scores: mx.array) -> mx.array:
+    """KL(exact || softmax(scores)) in nats per position: sum p log p - sum p s + log sum exp s, in few passes."""
+    return exact.negative_entropy + mx.logsumexp(scores, axis=-1) - (exact.probs * scores).sum(axis=-1)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 from openelm_mlx.convert.calibrate import Learned
-from openelm_mlx.convert.dense import Weights, embed, head, kl_divergence, layer, log_probs, logits
+from openelm_mlx.convert.dense import Target, Weights, embed, head, kl_divergence, layer, logits, target
 from openelm_mlx.convert.gptq import Codes
 from openelm_mlx.convert.grids import as_stored
 
@@ -84,7 +84,7 @@ def distill(
         changed = {name: exact[name] * (1 + share) for name, share in zip(norms, moved["norms"], strict=True)}
         return {**start.weights, **matrices, **changed}
 
-    def loss(moved: dict[str, Any], batch: mx.array, reference: mx.array) -> mx.array:
+    def loss(moved: dict[str, Any], batch: mx.array, reference: Target) -> mx.array:
         return kl_divergence(reference, logits(config, weights_of(moved), batch)).mean()
 
     rates = {"codes": schedule.codes, "scales": schedule.scales, "biases": 4 * schedule.scales}
@@ -96,7 +96,7 @@ def distill(
     order = rows_in_turn(len(tokens), steps * schedule.rows)
     for step in range(steps):
         rows = mx.array(order[step * schedule.rows : (step + 1) * schedule.rows])
-        reference = log_probs(head(config, exact, states[rows]))
+        reference = target(head(config, exact, states[rows]))
         value, slope = gradient(moved, tokens[rows], reference)
         moved, first, second = adam(moved, slope, first, second, scale_of, schedule, step, steps)
         mx.eval(moved, first, second, value)
