@@ -65,11 +65,17 @@ class Weights:
         from openelm_mlx.benchmarks.weights import bits_per_weight, dtype_name
 
         return Case(
-            engine=engine, model=self.engine.name, dtype=dtype_name(self.engine), bits=self.bits,
+            engine=engine, model=last_part(self.engine.name), dtype=dtype_name(self.engine), bits=self.bits,
             bits_per_weight=round(bits_per_weight(self.engine), 4), prompt_tokens=point.prompt_tokens,
             generation_tokens=point.generation_tokens, batch_size=point.batch_size, cache=point.cache,
-            speculation=point.speculation, random_weights=self.random,
+            speculation=None if point.speculation is None else last_part(point.speculation), random_weights=self.random,
         )  # fmt: skip
+
+
+def last_part(name: str) -> str:
+    """A folder without where it lies, which is nobody's business: `draft /home/me/nano` -> `draft nano`."""
+    kind, space, path = name.rpartition(" ") if name.startswith("draft ") else ("", "", name)
+    return f"{kind}{space}{Path(path).resolve().name}" if Path(path).is_dir() else name
 
 
 def run(options: BenchmarkOptions, progress: Progress | None = None) -> Document:
