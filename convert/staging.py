@@ -28,6 +28,8 @@ LINUX_EXCHANGE, LINUX_AT_FDCWD, MACOS_SWAP = 2, -100, 2  # renameat2(2), renamex
 def check_target(options: ConvertOptions) -> None:
     """Raise `ConversionError` for a target that stands in the way, is no model, or holds the source."""
     target, what = options.target, "file" if options.target_format == "gguf" else "folder"
+    if target.absolute().parent.is_dir() and not options.dry_run:
+        clear_leftovers(target.absolute())
     if not os.path.lexists(target):
         return
     if not options.force:
@@ -53,14 +55,14 @@ def staged(options: ConvertOptions) -> Iterator[Path]:
     partial: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(target)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=target.parent))
         partial.chmod(0o755)
         yield partial
         finish(partial, target, options)
     except OSError as error:
         discard(partial, made)
-        raise ConversionError(f"{options.target} cannot be written: {error.strerror or error}") from None
+        reason = error.strerror or f"{error}; is the disk full?"  # numpy tells the bytes only
+        raise ConversionError(f"{options.target} cannot be written: {reason}") from None
     except BaseException:
         discard(partial, made)
         raise
@@ -109,6 +111,11 @@ def replace_in_two_steps(partial: Path, target: Path) -> None:
 
 def clear_leftovers(target: Path) -> None:
     """Remove what killed runs left beside `target`; an old model they had moved aside gets its name back."""
+    with contextlib.suppress(OSError):  # what cannot be seen or moved stays
+        undo_and_remove(target)
+
+
+def undo_and_remove(target: Path) -> None:
     pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|old)-(\d{1,9})-\w+")
     for path in target.parent.iterdir():
         match = pattern.fullmatch(path.name)
