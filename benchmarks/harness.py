@@ -144,9 +144,9 @@ def row_of(entry: Entry, extra: dict[str, list[float]] | None = None, **facts: A
         if name in metrics:
             notes += trial_notes(name, metrics[name])
     if entry.timed and not entry.values:
-        notes.append("not timed: interrupted before its first trial")
+        notes.append("not timed: the run ended before its first trial")
     elif entry.warm is None and not entry.failed:
-        notes.append("not timed: interrupted before its warm-up")
+        notes.append("not timed: the run ended before its warm-up")
     agrees = entry.parts_at is None if entry.against is not None and entry.warm is not None else None
     return Row(entry.case, metrics, agrees=agrees, parts_at=entry.parts_at, notes=tuple(notes), **facts)
 

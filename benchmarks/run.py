@@ -23,7 +23,7 @@ from openelm_mlx.benchmarks.suites import (
     work,
 )
 
-from openelm_mlx.errors import OpenELMError
+from openelm_mlx.errors import BenchmarkError, OpenELMError
 
 if TYPE_CHECKING:
     from openelm_mlx.benchmarks.ours import OurSession
@@ -81,7 +81,8 @@ def last_part(name: str) -> str:
 def run(options: BenchmarkOptions, progress: Progress | None = None) -> Document:
     """Measure what `options` ask for. Ctrl-C ends the run, not the document: that is marked as partial.
 
-    Raises `OpenELMError` for a model that cannot be loaded or a case that our engine cannot run.
+    Of several models, one that cannot be loaded or run is left out with a note; raises its `OpenELMError` where there is
+    only one, and `BenchmarkError` where nothing at all could be measured.
     """
     return Run(options, progress or Unwatched()).document()
 
@@ -115,18 +116,29 @@ class Run:
             with tempfile.TemporaryDirectory(prefix="openelm-benchmark-") as folder:
                 self.scratch = Path(folder)
                 for model in self.suite.models:
-                    for widths in self.groups(model):
-                        self.measure(model, widths)
+                    self.model(model)
         except KeyboardInterrupt:
             partial = True
             self.notes.append("interrupted: only the trials that were finished are here")
         heat = None if throttled is None else (machine.throttle_count() or 0) - throttled
+        if not self.rows and not partial:
+            raise BenchmarkError("; ".join(self.notes) or "nothing was measured")
         notes = [*self.method(), *self.notes, *machine.rest_notes(before, machine.thermal_pressure(), heat)]
         return Document(
             created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), command=self.options.command,
             suite=self.options.suite, partial=partial, machine=before, versions=self.versions,
             notes=tuple(dict.fromkeys(notes)), rows=tuple(self.rows), ratios=tuple(self.ratios),
         )  # fmt: skip
+
+    def model(self, model: str) -> None:
+        """All widths of one model. One of several models that cannot be measured costs the others nothing."""
+        try:
+            for widths in self.groups(model):
+                self.measure(model, widths)
+        except OpenELMError as error:
+            if len(self.suite.models) == 1:
+                raise
+            self.notes.append(f"{model} was left out: {error}")
 
     def measure_bandwidth(self, facts: dict[str, Any]) -> dict[str, Any]:
         """What a copy reaches here, and what the maker says where that is known: the ground of every bound."""

@@ -98,6 +98,21 @@ def test_what_does_not_fit_the_context_is_left_out_and_said():
     assert "openelm-tiny: 2000 + 3 tokens left out, its context holds 1024" in document.notes
 
 
+def test_one_of_several_models_that_cannot_be_loaded_costs_the_others_nothing(capsys):
+    document = run.run(BenchmarkOptions(models=("270n", "openelm-tiny"), prompt_tokens=(8,), generation_tokens=(2,), trials=5))
+    assert len(document.rows) == 1 and any(note.startswith("270n was left out: unknown model '270n'") for note in document.notes)
+    assert main(["benchmark", "270n", "450n"]) == 2
+    assert "openelm: " in (error := capsys.readouterr().err) and "270n was left out" in error and "450n was left out" in error
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, capsys):
+    from openelm_mlx.cli import benchmark
+
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    assert main(["benchmark", "--plot", "x.png"]) == 2
+    assert "--plot needs matplotlib: `pip install 'openelm-mlx[plot]'`" in capsys.readouterr().err
+
+
 def test_a_peer_that_is_not_installed_is_left_out_with_the_remedy(monkeypatch):
     from openelm_mlx.benchmarks import peers
 

@@ -197,7 +197,7 @@ def test_an_interrupt_leaves_the_finished_trials():
     with pytest.raises(KeyboardInterrupt):
         measure([entry], 9, nothing)
     never = row_of(Entry(CASE, session, [1]))
-    assert never.metrics == {} and never.notes == ("not timed: interrupted before its warm-up",)
+    assert never.metrics == {} and never.notes == ("not timed: the run ended before its warm-up",)
 
 
 class Clocked(Sleeper):

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +156,8 @@ def check_targets(args: argparse.Namespace) -> None:
             raise BenchmarkError(f"--{name} {target}: its folder does not exist; make it first")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
         raise BenchmarkError(f"--plot {args.plot}: give a name that ends in .png or .svg")
+    if args.plot and find_spec("matplotlib") is None:
+        raise BenchmarkError("--plot needs matplotlib: `pip install 'openelm-mlx[plot]'`")
 
 
 def write(document: Document, args: argparse.Namespace) -> None:
