@@ -24,7 +24,7 @@ Progress = Callable[[int, int, str], None]
 Losses = dict[str, dict[Form | None, float]]  # stem -> form -> mean KL divergence in nats; None is whole and costs 0
 Moments = Mapping[str, mx.array]  # stem -> mean square of each input column, [columns]
 BATCH = 4  # rows of tokens in one pass: bounds the memory of logits
-BELOW, ABOVE = 1.5, 1.5  # widths measured around the target; the error of the rest tells its loss
+NEAR = 1.5  # bits around the target that are measured; of other widths the error tells the loss
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,15 @@ def make_reference(config: OpenELMConfig, weights: Weights, tokens: mx.array) ->
 
 def measure(
     reference: Reference, shapes: Mapping[str, tuple[int, ...]], dtype: str, target_bpw: float,
-    progress: Progress | None = None,
+    progress: Progress | None = None, spread: float = 0.0,
 ) -> Losses:  # fmt: skip
-    """The loss of every matrix in every form that divides its rows: widths near the target measured, others derived."""
+    """The loss of every matrix in every form that divides its rows: widths near the target measured, others derived.
+
+    `spread` widens what counts as near, for targets this far around `target_bpw`.
+    """
     losses: Losses = {}
     stems = matrices(shapes)
-    widths = [bits for bits in BITS if target_bpw - BELOW <= bits <= target_bpw + ABOVE] or [8]
+    widths = [bits for bits in BITS if abs(bits - target_bpw) <= NEAR + spread] or [8]
     weights = dict(reference.weights)
     for number, (stem, shape) in enumerate(stems.items()):
         name, exact = stem + ".weight", reference.weights[stem + ".weight"]

@@ -37,6 +37,12 @@ class Learned:
             name: {name: array} for name, array in self.norms.items()
         }
 
+    def stored_weights(self, dtype: str) -> dict[str, mx.array]:
+        """The float32 weights the stored tensors stand for, whole ones rounded to `dtype`."""
+        packed = {f"{stem}.weight" for stem, form in self.plan.items() if form is not None}
+        kind = getattr(mx, dtype)
+        return {name: a if name in packed else a.astype(kind).astype(mx.float32) for name, a in self.weights.items()}
+
 
 def calibrate(
     method: str, config: OpenELMConfig, exact: Weights, plan: Plan, tokens: mx.array, dtype: str,
