@@ -37,51 +37,74 @@ class Proposal(NamedTuple):
     logits: mx.array | None
 
 
+class Policy(Protocol):
+    """How many tokens to draft, from what has been accepted; 0 while drafting does not pay.
+
+    A pure function of tokens, never of time, so that a seed gives the same text on every run.
+    """
+
+    def next(self, known: list[int]) -> int: ...
+    def record(self, known: int, drafted: int, accepted: int) -> None: ...
+
+
 class Draft(Protocol):
     """A source of guesses. `propose` may return None; after a proposal `record` says how many were accepted."""
 
-    cost: float  # of one drafted token, in passes of the target
-
-    def hopeful(self, known: list[int]) -> bool: ...
+    def policy(self, limit: int, adaptive: bool) -> Policy: ...
     def propose(self, request: Request, length: int) -> Proposal | None: ...
     def record(self, drafted: int, accepted: int) -> None: ...
 
 
 class PromptLookup:
-    """Guess what followed the last time the latest `ngram` tokens were seen.
+    """Guess what followed the last time the latest tokens were seen: the latest `ngram` of them, or else fewer.
 
     known    the cat sat on a mat . the cat
              ^^^^^^^ earlier match  ^^^^^^^ the latest two
     draft    sat on a mat . the cat sat ...       (what runs over the end repeats: a loop goes on)
+
+    Guessing costs nothing, so it is done at every token, drafted or not: how often the first guess was right
+    is known, for each length of match, before the first draft is made.
     """
 
-    cost = 0.0
+    MEMORY = 0.8  # weight of the past at each guess
 
     def __init__(self, ngram: int) -> None:
         self.ngram = ngram
+        self.hits = [0.5] * (ngram + 1)  # by length of match: the share of right guesses, the latest weighing most
         self._after: dict[tuple[int, ...], int] = {}  # an n-gram -> the place behind its latest occurrence
-        self._indexed = 0
+        self._seen = 0
 
-    def find(self, known: list[int]) -> int | None:
-        """The place behind the latest earlier occurrence of the last n-gram of `known`."""
-        n = self.ngram
-        for end in range(max(self._indexed, n), len(known)):
-            self._after[tuple(known[end - n : end])] = end
-        self._indexed = len(known)
-        return self._after.get(tuple(known[-n:])) if len(known) > n else None
+    def find(self, known: list[int]) -> tuple[int, int] | None:
+        """The place behind the latest earlier occurrence of the longest matching end of `known`, and its length."""
+        for end in range(self._seen, len(known)):
+            guess = self._match(known, end)
+            if guess is not None:
+                place, n = guess
+                self.hits[n] = self.MEMORY * self.hits[n] + (1 - self.MEMORY) * (known[place] == known[end])
+            for n in range(1, min(self.ngram, end) + 1):
+                self._after[tuple(known[end - n : end])] = end
+        self._seen = len(known)
+        return self._match(known, len(known))
 
-    def hopeful(self, known: list[int]) -> bool:
-        return self.find(known) is not None
+    def _match(self, known: list[int], end: int) -> tuple[int, int] | None:
+        for n in range(min(self.ngram, end), 0, -1):
+            place = self._after.get(tuple(known[end - n : end]))
+            if place is not None:
+                return place, n
+        return None
+
+    def policy(self, limit: int, adaptive: bool) -> Policy:
+        return LookupLength(self, limit, adaptive)
 
     def propose(self, request: Request, length: int) -> Proposal | None:
-        known, start = request.known, self.find(request.known)
-        if start is None:
+        known, match = request.known, self.find(request.known)
+        if match is None:
             return None
-        period = len(known) - start
-        return Proposal(mx.array([known[start + i % period] for i in range(length)], dtype=mx.uint32), None)
+        place, period = match[0], len(known) - match[0]
+        return Proposal(mx.array([known[place + i % period] for i in range(length)], dtype=mx.uint32), None)
 
     def record(self, drafted: int, accepted: int) -> None:
-        pass
+        """Nothing to do: the tokens themselves tell."""
 
 
 class ModelDraft:
@@ -102,8 +125,8 @@ class ModelDraft:
         self._cache = PromptCache.for_config(draft.config)
         self._base = self._fed = 0
 
-    def hopeful(self, known: list[int]) -> bool:
-        return len(known) < self.engine.config.max_context_length
+    def policy(self, limit: int, adaptive: bool) -> Policy:
+        return DraftLength(limit, self.cost, adaptive)
 
     def propose(self, request: Request, length: int) -> Proposal | None:
         known = request.known
@@ -177,38 +200,59 @@ def make_drafter(model: OpenELM, spec: StepSpec, kind: CacheKind, length: int) -
     return mx.compile(run) if spec.compiled else run
 
 
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # each length is a trace of its own, so not every number
+EXTRA = 0.05  # passes that one more token in the target's pass costs; memory-bound devices take it almost free
+LEAVING = 0.15  # passes that a draft costs beside: the device is no longer one token ahead
+
+
+def gain(acceptance: float, k: int, cost: float) -> float:
+    """Tokens that drafting k gives for the price of one by one: (1 - a^(k+1)) / (1 - a) tokens, with a the acceptance
+    of each (arXiv:2211.17192, eq. 1), for 1 + LEAVING + k (cost + EXTRA) passes."""
+    a = min(acceptance, 0.999)
+    return (1 - a ** (k + 1)) / (1 - a) / (1 + LEAVING + k * (cost + EXTRA))
+
+
+class LookupLength:
+    """Drafts whenever the guesses of late, for a match as long as this one, promise a gain."""
+
+    def __init__(self, lookup: PromptLookup, limit: int, adaptive: bool = True) -> None:
+        self.lookup, self.limit, self.adaptive = lookup, limit, adaptive
+        self.lengths = [k for k in LENGTHS if k <= limit]
+
+    def next(self, known: list[int]) -> int:
+        match = self.lookup.find(known)
+        if match is None:
+            return 0
+        if not self.adaptive:
+            return self.limit
+        best = max(self.lengths, key=lambda k: gain(self.lookup.hits[match[1]], k, 0.0))
+        return best if gain(self.lookup.hits[match[1]], best, 0.0) > 1 else 0
+
+    def record(self, known: int, drafted: int, accepted: int) -> None:
+        """Nothing to do: the lookup counts its own hits."""
+
+
 class DraftLength:
-    """How many tokens to draft, from what has been accepted; 0 while drafting does not pay.
+    """For a draft that costs something. When no length pays, it pauses for PAUSE tokens, twice as long each time,
+    and then tries a short one."""
 
-    With acceptance a per token, a draft of k gives (1 - a^(k+1)) / (1 - a) tokens (arXiv:2211.17192, eq. 1) for
-    1 + k (cost + EXTRA) passes. When no k pays, drafting pauses for PAUSE tokens, twice as long each time.
-    A pure function of what was accepted, so that a seed gives the same text on every run.
-    """
-
-    LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # each is a trace of its own, so not every number
-    EXTRA = 0.05  # passes that one more token in the target's pass costs; memory-bound devices take it almost free
     MEMORY = 0.9  # weight of the past at each tested token
     PAUSE, LONGEST_PAUSE = 16, 256
 
     def __init__(self, limit: int, cost: float, adaptive: bool = True) -> None:
         self.limit, self.cost, self.adaptive = limit, cost, adaptive
-        self.lengths = [k for k in self.LENGTHS if k <= limit]
+        self.lengths = [k for k in LENGTHS if k <= limit]
         self.acceptance = 0.7
         self._resume, self._pause, self._probing = 0, self.PAUSE, False
 
-    def gain(self, k: int) -> float:
-        a = min(self.acceptance, 0.999)
-        return (1 - a ** (k + 1)) / (1 - a) / (1 + k * (self.cost + self.EXTRA))
-
-    def next(self, known: int) -> int:
-        """The length to draft when `known` tokens are there."""
+    def next(self, known: list[int]) -> int:
         if not self.adaptive:
             return self.limit
-        if known < self._resume:
+        if len(known) < self._resume:
             return 0
         if self._probing:
             return min(2, self.limit)
-        return max(self.lengths, key=self.gain)
+        return max(self.lengths, key=lambda k: gain(self.acceptance, k, self.cost))
 
     def record(self, known: int, drafted: int, accepted: int) -> None:
         tested = min(accepted + 1, drafted)  # tokens after the first rejection say nothing
@@ -217,30 +261,28 @@ class DraftLength:
             self.acceptance = self.MEMORY * self.acceptance + (1 - self.MEMORY) * hit
         if self._probing and accepted:
             self._probing, self._pause = False, self.PAUSE
-            self.acceptance = max(self.acceptance, 0.5)
-        elif self._probing or max(map(self.gain, self.lengths)) < 1:
+            self.acceptance = max(self.acceptance, 0.6)
+        elif self._probing or max(gain(self.acceptance, k, self.cost) for k in self.lengths) < 1:
             self._resume, self._probing = known + self._pause, True
             self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
 
 
 class Chain:
-    """Several drafts, the first that has a proposal; each with a length of its own."""
-
-    cost = 0.0
+    """Several drafts, the first that has a proposal; each with a policy of its own."""
 
     def __init__(self, drafts: list[Draft], limit: int, adaptive: bool = True) -> None:
-        self._parts = [(draft, DraftLength(limit, draft.cost, adaptive)) for draft in drafts]
+        self._parts = [(draft, draft.policy(limit, adaptive)) for draft in drafts]
         self._active = self._parts[0]
         self._known = 0
 
     def hopeful(self, known: list[int]) -> bool:
-        """Whether a proposal for what follows `known` is likely; a look at the host's own lists, nothing is computed."""
-        return any(length.next(len(known)) and draft.hopeful(known) for draft, length in self._parts)
+        """Whether a draft of what follows `known` would pay; a look at the host's own lists, nothing is computed."""
+        return any(policy.next(known) for _, policy in self._parts)
 
     def propose(self, request: Request, length: int) -> Proposal | None:
         self._known = len(request.known)
         for part in self._parts:
-            asked = min(part[1].next(self._known), length)
+            asked = min(part[1].next(request.known), length)
             proposal = part[0].propose(request, asked) if asked else None
             if proposal is not None:
                 self._active = part
@@ -248,6 +290,6 @@ class Chain:
         return None
 
     def record(self, drafted: int, accepted: int) -> None:
-        draft, length = self._active
+        draft, policy = self._active
         draft.record(drafted, accepted)
-        length.record(self._known, drafted, accepted)
+        policy.record(self._known, drafted, accepted)

@@ -106,7 +106,7 @@ def _generate(
     sampling: SamplingOptions,
     options: GenerationOptions,
     cache: PromptCache,
-    draft: Draft | None,
+    draft: Chain | None,
     progress: Progress | None,
 ) -> Generator[Event, None, None]:
     seed = new_seed() if sampling.seed is None else sampling.seed
@@ -146,13 +146,13 @@ def _generate(
     yield Event(shown, token, logprob, top, reason, clock.stats(len(tokens), reused, len(produced), seed, counts))
 
 
-def draft_for(engine: Engine, draft: Engine | Draft | None, options: GenerationOptions) -> Draft | None:
+def draft_for(engine: Engine, draft: Engine | Draft | None, options: GenerationOptions) -> Chain | None:
     """What `draft=` and the options ask for: prompt lookup first, a model where nothing matches. Raises `OptionError`."""
     from openelm_mlx.loading import Engine as LoadedEngine
 
     model = ModelDraft(engine, draft) if isinstance(draft, LoadedEngine) else draft
     lookup = PromptLookup(options.prompt_lookup) if options.prompt_lookup else None
-    found = [part for part in (lookup, model) if part is not None]
+    found: list[Draft] = [part for part in (lookup, model) if part is not None]
     return None if not found else Chain(found, options.draft_tokens, options.adaptive_draft)
 
 

@@ -43,7 +43,7 @@ def speculate(
     state: State,
     caches: list[KVCache],
     prompt: list[int],
-    draft: Draft,
+    draft: Chain,
     max_tokens: int,
     counts: SpeculationCounts,
 ) -> Generator[Drawn, None, None]:

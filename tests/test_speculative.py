@@ -10,7 +10,7 @@ import pytest
 from small import random_engine
 
 from openelm_mlx import ModelDraft, stream_generate
-from openelm_mlx.drafts import DraftLength, PromptLookup
+from openelm_mlx.drafts import EXTRA, LEAVING, DraftLength, PromptLookup, gain
 from openelm_mlx.errors import OptionError
 from openelm_mlx.options import SamplingOptions
 from openelm_mlx.sampling import History, filter_logits
@@ -146,27 +146,32 @@ def test_the_same_seed_gives_the_same_text(target, draft):
 def test_lookup_finds_the_latest_occurrence_and_repeats_a_loop():
     lookup = PromptLookup(2)
     known = [5, 6, 7, 8, 5, 6, 9, 5, 6]
-    assert lookup.find(known) == 6
+    assert lookup.find(known) == (6, 2)
     proposal = lookup.propose(type("R", (), {"known": known}), 5)
     assert proposal.tokens.tolist() == [9, 5, 6, 9, 5] and proposal.logits is None
     assert lookup.find([*known, 1]) is None and PromptLookup(3).find([1, 2, 3]) is None
+    assert PromptLookup(3).find([4, 5, 9, 5]) == (2, 1)  # no longer match: the latest one of length 1
+    looping, wild = PromptLookup(2), PromptLookup(2)
+    assert looping.policy(8, True).next([1, 2, 3] * 9) == 8 and looping.hits[2] > 0.9
+    noise = [int(x) for x in np.random.default_rng(0).integers(0, 9, 80)]
+    assert wild.policy(8, True).next(noise) == 0 and max(wild.hits[1:]) < 0.5
 
 
 def test_drafting_stops_while_it_loses_and_tries_again():
     length, asked = DraftLength(limit=8, cost=0.3), []
     for known in range(600):
-        k = length.next(known)
+        k = length.next([0] * known)
         asked.append(k)
         if k:
             length.record(known, k, 0)
     assert asked[0] and sum(k > 0 for k in asked) < 0.05 * len(asked) and any(asked[300:])
     for known in range(600, 1200):
-        k = length.next(known)
+        k = length.next([0] * known)
         if k:
             length.record(known, k, k)
-    assert k == 8 and DraftLength(5, 0.3, adaptive=False).next(0) == 5
+    assert k == 8 and DraftLength(5, 0.3, adaptive=False).next([]) == 5
     a, k = 0.7, 3
-    assert DraftLength(4, 0.0).gain(k) == pytest.approx(sum(a**i for i in range(k + 1)) / (1 + k * DraftLength.EXTRA))
+    assert gain(a, k, 0.1) == pytest.approx(sum(a**i for i in range(k + 1)) / (1 + LEAVING + k * (0.1 + EXTRA)))
 
 
 def test_mistakes(tiny, target):
