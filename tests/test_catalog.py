@@ -186,6 +186,21 @@ def test_a_length_that_is_too_short_shows_in_the_file(tmp_path):
     assert not list(tmp_path.rglob("checkpoint.pt")) and not list(tmp_path.rglob("*.record.json"))
 
 
+def test_more_than_was_promised(tmp_path):
+    def lie(handler, number):
+        if number == 1:
+            handler.answer(BODY, sent=100_000)
+            return True
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes 100000-699999/{len(BODY)}")
+        handler.end_headers()
+        handler.wfile.write(BODY)
+        return True
+
+    with serving({}, lie) as server, pytest.raises(HubError, match="sends more than the 700000 bytes it promised; not taken"):
+        get(server, tmp_path)
+
+
 def test_more_than_any_file_has(tmp_path):
     def lie(handler, number):
         handler.answer(b"x", length=1 << 60)

@@ -54,7 +54,7 @@ def open_source(path: Path, source_format: str | None = None) -> TensorSource:
         raise ConversionError(f"{path} is neither a file nor a folder; give {WANTED}")
     kind = kind_of(path) if path.is_file() else None
     if path.is_dir():
-        found = weight_files(path)
+        found = weights_by_kind(path)
         if source_format is not None:
             found = {kind: files for kind, files in found.items() if kind == FILE_KIND[source_format]}
         kind = next(iter(found), None)
@@ -110,7 +110,7 @@ def kind_of(path: Path) -> str | None:
     return "safetensors" if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40 else None
 
 
-def weight_files(folder: Path) -> dict[str, list[Path]]:
+def weights_by_kind(folder: Path) -> dict[str, list[Path]]:
     """Files of weights in a folder by kind, the kind that loses nothing first."""
     found: dict[str, list[Path]] = {"safetensors": [], "gguf": [], "pt": []}
     for path in sorted(folder.iterdir()):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from openelm_mlx.convert.sources import TensorInfo, TensorSource
+from openelm_mlx.convert.sources import TensorInfo, TensorSource, weights_by_kind
 from openelm_mlx.convert.sources.raw import itemsize, read_strided
 
 from openelm_mlx.config import read_json
@@ -81,7 +81,7 @@ def weight_files(folder: Path, weight_map: dict[str, str] | None) -> list[Path]:
         if missing := [file.name for file in files if not file.is_file()]:
             raise ConversionError(f"{folder} lacks {', '.join(missing[:3])}, which its index lists")
         return files
-    files = sorted(folder.glob("*.safetensors"))
+    files = weights_by_kind(folder).get("safetensors", [])
     if (folder / "model.safetensors") in files:
         return [folder / "model.safetensors"]
     if len(files) != 1:

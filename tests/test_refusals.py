@@ -1,0 +1,369 @@
+"""What readers and checks refuse, and the words in which they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zipfile
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from formats import GOLDEN, NANO, trained_tokenizer
+from openelm_mlx.convert import ConvertOptions
+from openelm_mlx.convert.infer import infer_config
+from openelm_mlx.convert.names import renamed_tensors
+from openelm_mlx.convert.sources import kind_of, open_source
+from openelm_mlx.convert.sources.gguf import GGUFFile
+from openelm_mlx.convert.sources.huggingface import HuggingFaceFolder
+from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
+from openelm_mlx.convert.tokenizer_json import build_tokenizer_json
+from openelm_mlx.convert.tokenizer_model import BYTE, CONTROL, NORMAL, UNKNOWN, TokenizerModel, assemble, read_tokenizer
+from openelm_mlx.convert.writer import write_weights
+
+from openelm_mlx.config import OpenELMConfig, expected_tensors, read_json, read_yaml
+from openelm_mlx.errors import ConfigError, ConversionError, OpenELMError, TokenizerError
+
+# safetensors
+
+
+def header(entries, data: bytes = bytes(64)) -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+GOOD = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header({"w": GOOD})[:30], "is truncated or no safetensors file"),
+        (header({"w": GOOD}, bytes(60)), "is truncated: tensor w ends at byte"),
+        (header(b"{" + b" " * (3 << 20)), "has a header of 3145729 bytes; no OpenELM needs above 2097152"),
+        (header(b'{"w": '), "cannot be read as safetensors: "),
+        (header(b'{"w": "\xff"}'), "cannot be read as safetensors: "),
+        (header(b"{" * 20), "cannot be read as safetensors: "),
+        (header({"w": {"dtype": "F32"}}), "the header's entry of tensor w is malformed"),
+        (header({"w": 3}), "the header's entry of tensor w is malformed"),
+        (header({"w": GOOD | {"shape": [-4, -4]}}), "the header's entry of tensor w is malformed"),
+        (header({"w": GOOD | {"shape": [1] * 9}}), "the header's entry of tensor w is malformed"),
+        (header({"w": GOOD | {"shape": [4, 4.0]}}), "the header's entry of tensor w is malformed"),
+        (header({"w": GOOD | {"shape": [4, True]}}), "the header's entry of tensor w is malformed"),
+        (header({"w": GOOD | {"data_offsets": [0]}}), "the header's entry of tensor w is malformed"),
+        (header({"w": GOOD | {"dtype": "F8_E4M3"}}), "tensor w has type F8_E4M3; readable are F64, F32, F16, BF16"),
+        (header({"w": GOOD | {"dtype": ["F32"]}}), r"tensor w has type \['F32'\]; readable are"),
+        (header({"w": GOOD | {"data_offsets": [64, 0]}}), r"tensor w of shape \(4, 4\) does not take -64 bytes"),
+    ],
+)
+def test_malformed_safetensors(tmp_path, content, message):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConversionError, match=message) as caught:
+        HuggingFaceFolder(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_safetensors_header_that_is_no_object(tmp_path):
+    from openelm_mlx.convert.sources.huggingface import read_header
+
+    (tmp_path / "x").write_bytes(header(b"[]"))
+    with pytest.raises(ConversionError, match="cannot be read as safetensors: its header is no object"):
+        read_header(tmp_path / "x")
+
+
+def test_indexes_that_do_not_fit(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    for name in ("a.safetensors", "b.safetensors"):
+        (tmp_path / name).write_bytes(header({"w": GOOD}))
+    with pytest.raises(ConversionError, match="holds 2 safetensors files and no model.safetensors.index.json"):
+        HuggingFaceFolder(tmp_path)
+    for content, message in (
+        ("[", "cannot be read as JSON"), ("{}", "has no weight_map"), ('{"weight_map": {}}', "has no weight_map"),
+        ('{"weight_map": {"w": "c.safetensors"}}', "lacks c.safetensors, which its index lists"),
+        ('{"weight_map": {"v": "a.safetensors"}}', "the index lists tensors no shard holds: v"),
+        ('{"weight_map": {"w": "a.safetensors", "x": "b.safetensors"}}', "holds tensor w twice, in b.safetensors too"),
+    ):  # fmt: skip
+        index.write_text(content)
+        with pytest.raises(ConversionError, match=message):
+            HuggingFaceFolder(tmp_path)
+
+
+def test_weights_of_any_file_name(tmp_path):
+    (tmp_path / "anything.bin").write_bytes(header({"w": GOOD}))
+    assert HuggingFaceFolder(tmp_path).load("w").shape == (4, 4)
+
+
+def test_a_file_removed_after_it_was_opened(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(header({"w": GOOD}))
+    source = HuggingFaceFolder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ConversionError, match="model.safetensors cannot be read: "):
+        source.load("w")
+
+
+def test_files_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*arguments, **fields):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "x.pt").write_bytes(b"PK\x03\x04")
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("zipfile.ZipFile", refuse)
+    for read in (kind_of, TorchCheckpoint, GGUFFile):
+        with pytest.raises(ConversionError, match=r"x.pt cannot be read: .*Permission denied"):
+            read(tmp_path / "x.pt")
+
+
+# .pt
+
+
+def zipped(path: Path, pickled: bytes, *extra, **fields) -> Path:
+    with zipfile.ZipFile(path, "w", **fields) as archive:
+        archive.writestr("a/data.pkl", pickled)
+        archive.writestr("a/data/0", bytes(64))
+        for name, data in extra:
+            archive.writestr(name, data)
+    return path
+
+
+PROTO = b"\x80\x02"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x10tQ"
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (b"}" * 400_002 + b".", "data.pkl has more than 400000 opcodes; no state dict needs as many"),
+        (PROTO + b"}", "data.pkl is damaged"),
+        (PROTO + b"}2.", "data.pkl uses pickle's opcode DUP, which no state dict needs: refused"),
+        (PROTO + b"(c__main__\nf\n.", "asks for the global __main__.f, which no state dict of tensors needs: refused"),
+        (PROTO + b"I3\n.", "uses pickle's opcode INT"),
+        (PROTO + b"(.", "damaged .ValueError: an item is missing"),
+        (PROTO + b"h\x07.", "damaged .ValueError: memo 7 was never stored"),
+        (PROTO + b"(q\x00.", "damaged .ValueError: a mark is stored"),
+        (PROTO + b"K\x01K\x02K\x03s.", "damaged .ValueError: items are set in what is no dict"),
+        (PROTO + b"})K\x01s.", "damaged .ValueError: a key is neither text nor a number"),
+        (PROTO + b"}K\x01a.", "damaged .ValueError: items are appended to what is no list"),
+        (PROTO + b"K\x01K\x02\x93.", "damaged .ValueError: a global has no name"),
+        (PROTO + b"K\x01)R.", "damaged .ValueError: what is called is no function"),
+        (PROTO + b".", "damaged .IndexError"),
+        (PROTO + b"ctorch\nFloatStorage\n)R.", "calls torch.FloatStorage in a form torch does not write"),
+        (PROTO + TENSOR + b"(K\x01K\x02K\x03K\x04tR.", "describes a tensor without a storage, a shape or strides"),
+        (PROTO + TENSOR + b"(" + STORAGE + b"K\x00(" + b"K\x01" * 9 + b"t)tR.", "describes a tensor of 9 dimensions"),
+        (PROTO + TENSOR + b"(" + STORAGE + b"K\x00(\x88t(K\x01ttR.", "whose shape, strides or offset are no whole numbers"),
+        (PROTO + b"K\x01Q.", "refers to a storage in a form torch does not write"),
+    ],
+)
+def test_pickles_that_no_state_dict_is(tmp_path, pickled, message):
+    with pytest.raises(ConversionError, match=message) as caught:
+        TorchCheckpoint(zipped(tmp_path / "x.pt", pickled))
+    assert str(tmp_path / "x.pt") in str(caught.value)
+
+
+def test_later_protocols_are_read(tmp_path):
+    """torch.save(..., pickle_protocol=4): frames, memoized strings, globals from the stack."""
+    text = b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x01w\x94"
+    text += b"\x8c\x0ctorch._utils\x94\x8c\x12_rebuild_tensor_v2\x94\x93\x94("
+    text += b"(\x8c\x07storage\x94\x8c\x05torch\x94\x8c\x0cFloatStorage\x94\x93\x94\x8c\x010\x94\x8c\x03cpu\x94K\x10tQ"
+    text += b"K\x00K\x04K\x04\x86\x94K\x04K\x01\x86\x94\x89}t\x94Rs."
+    assert TorchCheckpoint(zipped(tmp_path / "x.pt", text)).tensors["w"].shape == (4, 4)
+
+
+EMPTY = PROTO + b"}."
+
+
+@pytest.mark.parametrize(
+    ("extra", "fields", "message"),
+    [
+        ([], {"compression": zipfile.ZIP_DEFLATED}, "is compressed or encrypted; torch stores plainly"),
+        ([("a/byteorder", b"big")], {}, "was not saved on a little-endian machine; save it again on one"),
+        ([("a/byteorder", b"little" * 9)], {}, "was not saved on a little-endian machine"),
+        ([("b/x", b"")], {}, "is a zip file, but not a checkpoint of torch.save: it has no single NAME/data.pkl"),
+    ],
+)
+def test_zips_that_torch_does_not_write(tmp_path, extra, fields, message):
+    with pytest.raises(ConversionError, match=message):
+        TorchCheckpoint(zipped(tmp_path / "x.pt", EMPTY * 20, *extra, **fields))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_records_of_one_name(tmp_path):
+    with pytest.raises(ConversionError, match="holds two records named 'a/data/0': refused"):
+        TorchCheckpoint(zipped(tmp_path / "x.pt", EMPTY, ("a/data/0", b"")))
+
+
+def test_a_pickle_beyond_all_size(tmp_path):
+    with pytest.raises(ConversionError, match="data.pkl has 8388609 bytes; no state dict needs above 8388608"):
+        TorchCheckpoint(zipped(tmp_path / "x.pt", bytes((8 << 20) + 1)))
+
+
+def test_records_that_reach_past_the_file_or_are_damaged(tmp_path):
+    data = bytearray(zipped(tmp_path / "x.pt", EMPTY).read_bytes())
+    directory = data.index(b"PK\x01\x02")
+    longer = bytearray(data)
+    struct.pack_into("<2I", longer, directory + 20, 1 << 30, 1 << 30)
+    (tmp_path / "x.pt").write_bytes(longer)
+    with pytest.raises(ConversionError, match="declares more bytes than the file has; truncated"):
+        TorchCheckpoint(tmp_path / "x.pt")
+    damaged = bytearray(data)
+    damaged[data.index(EMPTY)] ^= 1
+    (tmp_path / "x.pt").write_bytes(damaged)
+    with pytest.raises(ConversionError, match="x.pt is damaged: Bad CRC-32 for file 'a/data.pkl'; download or copy it again"):
+        TorchCheckpoint(tmp_path / "x.pt")
+    (tmp_path / "x.pt").write_bytes((GOLDEN / "gpt-test" / "checkpoint.pt").read_bytes())
+    source = TorchCheckpoint(tmp_path / "x.pt")
+    whole = bytearray((tmp_path / "x.pt").read_bytes())
+    for member in source._members.values():
+        whole[member.header_offset] = 0
+    (tmp_path / "x.pt").write_bytes(whole)
+    with pytest.raises(ConversionError, match="record '.*/data/.*' is damaged; the file may be truncated"):
+        source.load(next(iter(source.tensors)))
+
+
+# shapes and names
+
+LAYER = {"transformer.layers.0." + name.split(".", 3)[3]: shape
+         for name, shape in expected_tensors(OpenELMConfig.from_name("270m")).items() if ".layers.0." in name}  # fmt: skip
+SHAPES = {"transformer.token_embeddings.weight": (32000, 1280)} | LAYER
+
+
+@pytest.mark.parametrize(
+    ("change", "head_dim", "message"),
+    [
+        ({}, 32, "--head-dim 32 contradicts q_norm, which has 64 entries"),
+        ({"transformer.layers.2.x": (1,)}, None, "the checkpoint is incomplete: layer 1 is missing and layer 2 present"),
+        ({"transformer.token_embeddings.weight": (9,)}, None, r"weight has shape \(9,\); it must be a matrix"),
+        ({"transformer.layers.0.attn.q_norm.weight": (50,)}, None, "layer 0: qkv_proj has 1152 rows and out_proj 768 columns"),
+    ],
+)
+def test_shapes_that_are_no_openelm(change, head_dim, message):
+    with pytest.raises(OpenELMError, match=message):
+        infer_config(SHAPES | change, {}, head_dim)
+
+
+def test_another_model_is_no_openelm():
+    with pytest.raises(OpenELMError, match="this is no OpenELM checkpoint: it holds no tensor named layers.0.attn.qkv_proj"):
+        infer_config({"model.layers.0.self_attn.q_proj.weight": (1, 1)}, {})
+
+
+def test_names_that_mean_one_tensor_or_none_known():
+    with pytest.raises(ConversionError, match="holds both norm.weight and transformer.norm.weight, which are one tensor"):
+        renamed_tensors(["norm.weight", "transformer.norm.weight"])
+    with pytest.raises(ConversionError, match="the checkpoint holds an adapter .*lora_C.weight.; only whole models"):
+        renamed_tensors(["layers.0.attn.qkv_proj.lora_C.weight"])
+
+
+# GGUF
+
+
+def gguf_bytes(*entries: bytes, tensors: tuple[bytes, ...] = ()) -> bytes:
+    text = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(entries) + 1)
+    return text + entry(b"general.architecture", 8, struct.pack("<Q7s", 7, b"openelm")) + b"".join((*entries, *tensors))
+
+
+def entry(name: bytes, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+
+
+def place(name: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I2QIQ", 2, 4, 4, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gguf_bytes(entry(b"x", 99, b"")), "its metadata has a value of unknown type 99, at byte"),
+        (gguf_bytes(entry(b"x", 9, struct.pack("<IQ", 4, 1 << 40))), "has a list of 1099511627776 entries; no OpenELM needs"),
+        (gguf_bytes(entry(b"x", 9, struct.pack("<IQ", 9, 1))), "its metadata has a list of unknown type 9, at byte"),
+        (gguf_bytes(entry(b"x", 0, b"a"), entry(b"x", 0, b"a")), "is damaged: it has the key 'x' twice"),
+        (gguf_bytes(entry(b"general.alignment", 4, struct.pack("<I", 3))), "is damaged: its alignment is 3"),
+        (gguf_bytes(tensors=(place(b"t"), place(b"t"))) + bytes(999), "is damaged: it has a tensor twice"),
+        (gguf_bytes(tensors=(place(b"token_embd.weight"),)) + bytes(999), "this is no OpenELM checkpoint"),
+        (gguf_bytes(entry(b"x", 8, struct.pack("<Q", 1 << 60))), "is truncated or damaged: its header needs bytes past the end"),
+    ],
+)
+def test_gguf_headers_that_no_tool_writes(tmp_path, content, message):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ConversionError, match=message) as caught:
+        GGUFFile(tmp_path / "x")
+    assert str(tmp_path / "x") in str(caught.value)
+
+
+# JSON, YAML, tokenizers
+
+
+def test_configurations_beyond_all_size(tmp_path):
+    (tmp_path / "c").write_bytes(b" " * ((4 << 20) + 1))
+    with pytest.raises(ConfigError, match="c is no configuration: it has more than 4194304 bytes"):
+        read_json(tmp_path / "c")
+    with pytest.raises(ConfigError, match="c is no configuration: it has more than 262144 bytes"):
+        read_yaml(tmp_path / "c")
+
+
+@pytest.mark.parametrize("text", ["a: &a {b: 1}\nc: {<<: *a}", "[" * 1500, "a: [", "\x00", "{a: b}: c", "a: 2020-99-99"])
+def test_yaml_that_is_not_read(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="c.yaml cannot be read as YAML: "):
+        read_yaml(tmp_path / "c.yaml")
+
+
+def test_layers_beyond_all_measure():
+    with pytest.raises(ConfigError, match="num_transformer_layers is 1000000; it must be at most 4096"):
+        OpenELMConfig(model_dim=64, head_dim=8, num_transformer_layers=1_000_000)
+
+
+def pieces(*names: str) -> TokenizerModel:
+    kinds = [UNKNOWN, CONTROL, CONTROL] + [NORMAL] * (len(names) - 3)
+    return assemble(Path("here"), names, [0.0] * len(names), kinds)
+
+
+def test_tokenizers_of_another_kind(tmp_path):
+    with pytest.raises(TokenizerError, match="here has a piece of 200 characters; OpenELM's tokenizer has at most 16"):
+        build_tokenizer_json(pieces("<unk>", "<s>", "</s>", "a" * 200))
+    with pytest.raises(TokenizerError, match="here has 2 pieces; <unk>, <s> and </s> must be the first three"):
+        build_tokenizer_json(assemble(Path("here"), ("<unk>", "a"), (0.0, 0.0), (UNKNOWN, NORMAL)))
+    import io
+
+    import sentencepiece
+
+    other = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["once upon a time"] * 9), model_writer=other, vocab_size=20,
+                                             model_type="unigram", minloglevel=2, hard_vocab_limit=False)  # fmt: skip
+    with pytest.raises(TokenizerError, match="is no SentencePiece model of LLaMA's kind .BPE, identity normalization, dummy"):
+        build_tokenizer_json(TokenizerModel(Path("here"), other.getvalue()))
+    (tmp_path / "tokenizer.json").write_text('{"pre_tokenizer": {"pattern": {"Regex": "(a+)+$"}}}')
+    with pytest.raises(TokenizerError, match="is no tokenizer of LLaMA's kind: it has a regex; give the original"):
+        read_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_bytes_pieces_are_told_by_their_kind():
+    model = pieces("<unk>", "<s>", "</s>", "▁", "a", "▁a")
+    assert model.processor.encode("a a") == [5, 5]
+    with_bytes = assemble(Path("x"), ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))], [0.0] * 259,
+                          [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256)  # fmt: skip
+    assert with_bytes.processor.encode("é")[-2:] == [3 + 0xC3, 3 + 0xA9]
+    assert TokenizerModel(Path("x"), trained_tokenizer(64)).num_pieces == 64
+
+
+def test_the_writer_holds_to_its_plan(tmp_path):
+    from openelm_mlx.convert.sources import TensorInfo
+
+    plan = {"a": TensorInfo("float32", (2, 2))}
+    for arrays in ([("a", mx.zeros((3,)))], [("b", mx.zeros((2, 2)))]):
+        with pytest.raises(RuntimeError, match="bug: planned a of 16 bytes, got"):
+            write_weights(tmp_path, plan, arrays)
+
+
+def test_a_source_that_is_quantized_has_packed_arrays_only_there():
+    source = TorchCheckpoint(NANO / "checkpoint.pt")
+    with pytest.raises(KeyError):
+        source.packed("norm.weight")
+    assert source.forms == {} and np.array(source.load("norm.weight")).ndim == 1
+
+
+def test_options_of_a_source_are_checked_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConversionError, match="is neither a file nor a folder; give a CoreNet .pt file"):
+        open_source(ConvertOptions(source=tmp_path / "pipe", target="x").source)
