@@ -47,10 +47,11 @@ class Host(Protocol):
 def host_times(config: OpenELMConfig, form: Form, steps: int) -> dict[str, HostTime]:
     """Our step, compiled and eager, and mlx-lm's: each in blocks of steps of its own, as it runs, the blocks in turns.
 
-    As many layers as `config` has, each of the least width; every `mx.fast` call is one primitive that computes
-    nothing, as on a GPU it is one kernel. What was submitted is awaited outside the clock.
+    As many layers as `config` has, each of the least width, in float32, which the CPU backend need not emulate; every
+    `mx.fast` call is one primitive that computes nothing, as on a GPU it is one kernel. What was submitted is awaited
+    outside the clock.
     """
-    small = shrunk(config)
+    small, form = shrunk(config), Form("float32", form.quantization)
     with one_primitive_each():
         hosts: dict[str, Host] = {
             "openelm-mlx, compiled": OurHost(small, form, compiled=True),
