@@ -97,7 +97,7 @@ def trace(function: Callable[..., Any], *arguments: mx.array) -> Graph:
 def untagged(node: Node, constants: dict[str, mx.array]) -> Node:
     """A stand-in under the name of what it stands for, without its tag."""
     if node.name == "Depends" and node.inputs[-1].constant and not node.inputs[-1].shape:
-        name = NAMES.get(float(constants[node.inputs[-1].name].item()))
+        name = NAMES.get(float(constants[node.inputs[-1].name].item()))  # type: ignore[arg-type]
         if name is not None:
             template = name in ("Dequantize", "Compiled")  # these read what follows; the first input only gives the shape
             return Node(name, node.inputs[template:-1], node.outputs)
