@@ -192,8 +192,9 @@ def lora_rules(path: Path) -> list[tuple[re.Pattern[str], float, int, bool]]:
         params = entry.get("params") if isinstance(entry, dict) else None
         if not isinstance(params, dict):
             raise ConfigError(f"{path}: an entry of model.lora.config has no params")
-        alpha, rank, stable = params.get("lora_alpha"), params.get("r"), params.get("use_rslora", False)
-        numbers = all(type(n) in (int, float) and math.isfinite(n) and abs(n) < 1e9 for n in (alpha, rank))
+        alpha: Any = params.get("lora_alpha")
+        rank, stable = params.get("r"), params.get("use_rslora", False)
+        numbers = all(type(n) in (int, float) and abs(n or 0) < 1e9 for n in (alpha, rank))
         if not numbers or type(rank) is not int or rank < 1 or type(stable) is not bool:
             raise ConfigError(f"{path}: model.lora.config needs lora_alpha, r and use_rslora as numbers and true or false")
         rules.append((plain_pattern(path, entry.get("regex")), alpha, rank, stable))
@@ -232,7 +233,7 @@ def write_adapter(
         keys.append(stem)
         a, b = checkpoint.factors(adapter)
         b = b if len(scales) == 1 else b * adapter.scale
-        a, b = mx.pad(a, ((0, 0), (0, rank - adapter.rank))), mx.pad(b, ((0, rank - adapter.rank), (0, 0)))
+        a, b = mx.pad(a, [(0, 0), (0, rank - adapter.rank)]), mx.pad(b, [(0, rank - adapter.rank), (0, 0)])
         arrays[f"{stem}.lora_a"] = a[:vocab_size] if adapter.embedding else a
         arrays[f"{stem}.lora_b"] = b
         if dora:

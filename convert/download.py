@@ -20,7 +20,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from email.message import Message
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,7 +44,7 @@ class Offer:
 class SameScheme(urllib.request.HTTPRedirectHandler):
     """Redirects are followed to http(s) only, and never from https to http."""
 
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Message, newurl: str) -> Any:
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str) -> Any:
         if not newurl.startswith("https://") and not (newurl.startswith("http://") and req.full_url.startswith("http://")):
             raise HubError(f"{req.full_url} redirects to {newurl[:200]}, which is not a safe address; not followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -28,7 +28,7 @@ def config_for(source: Path, shapes: Shapes, options: ConvertOptions) -> OpenELM
         size = normal_name(str(section.get("model_name", "")))
         if size in PUBLISHED:  # an adapted embedding leaves the head behind: what the tensors hold wins
             rows = matrix(shapes, "transformer.token_embeddings.weight")[0]
-            held = {"share_input_output_layers": "lm_head.weight" not in shapes}
+            held: dict[str, Any] = {"share_input_output_layers": "lm_head.weight" not in shapes}
             held |= {} if "vocab_size" in section else {"vocab_size": rows}
             published = OpenELMConfig(**PUBLISHED[size] | corenet_overrides(section) | held)
             return with_flags(published, options)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,7 @@ def read_tokenizer(path: Path) -> TokenizerModel:
 
 def assemble(path: Path, pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> TokenizerModel:
     """A BPE model of LLaMA's kind (identity normalization, dummy prefix) with these pieces. Raises `TokenizerError`."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
     for piece, score, kind in zip(pieces, scores, kinds, strict=True):
         proto.pieces.add(piece=piece, score=score, type=kind if kind in KINDS else NORMAL)
     spec = proto.trainer_spec

@@ -253,6 +253,9 @@ def read_tokenizer(path: Path, metadata: dict[str, Any]) -> TokenizerModel | Non
     kind = metadata.get("tokenizer.ggml.model")
     if kind in (None, "none", "no_vocab"):
         return None
+    tokens: Any
+    scores: Any
+    kinds: Any
     tokens, scores, kinds = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type"))
     ids = [metadata.get(f"tokenizer.ggml.{key}_token_id", n) for key, n in (("unknown", 0), ("bos", 1), ("eos", 2))]
     if kind != "llama" or ids != [0, 1, 2]:

@@ -52,4 +52,4 @@ def to_mlx(array: np.ndarray, dtype: str) -> mx.array:
 def to_bytes(array: mx.array) -> memoryview:
     """The array's elements in C order, little-endian, as safetensors stores them."""
     plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-    return memoryview(np.ascontiguousarray(np.array(plain))).cast("B") if plain.size else memoryview(b"")
+    return np.ascontiguousarray(np.array(plain)).data.cast("B") if plain.size else memoryview(b"")

@@ -84,8 +84,8 @@ def write_gguf(
         for original, array in arrays:
             names = gguf_names(original)
             chosen = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
-            for part in mx.split(array, len(names)) if len(names) > 1 else [array]:
-                writer.write_tensor_data(encoded(original, part, chosen))
+            for piece in mx.split(array, len(names)) if len(names) > 1 else [array]:
+                writer.write_tensor_data(encoded(original, piece, chosen))
     finally:
         writer.close()
     return total
@@ -95,7 +95,7 @@ def encoded(name: str, array: mx.array, kind: Any) -> np.ndarray:
     """The tensor's bytes in a GGUF type, encoded a few rows at a time."""
     from gguf.quants import quantize
 
-    if kind.name == "Q8_0" and mx.abs(array).max().item() > 127 * LARGEST_SCALE:
+    if kind.name == "Q8_0" and (mx.abs(array).max() > 127 * LARGEST_SCALE).item():
         raise ConversionError(f"{name} has weights beyond the range of Q8_0; use --dtype float32 without --bits")
     if array.ndim == 1:
         return np.array(array.astype(mx.float32))
