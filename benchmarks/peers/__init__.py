@@ -48,9 +48,10 @@ def why_not(name: str) -> str | None:
 def open_peer(name: str, folder: Path, dtype: str | None = None) -> Session:
     """The peer `name` with the model of `folder` loaded, computing in `dtype` (None: what our loader would take).
 
-    `load_seconds` of the session counts from the start of reading the weights until all lie in memory, without the
-    import of the engine and without a tokenizer; `notes`, where a session has them, belong beside its figures. Raises
-    `OptionError` for an unknown name, `BenchmarkError` where the peer is not usable or cannot load the model.
+    `load_seconds` of the session counts from the start of reading the weights until the engine is ready (llama.cpp maps
+    its file and reads it as it goes), without the import of the engine and without a tokenizer; `notes`, where a session
+    has them, belong beside its figures. Raises `OptionError` for an unknown name, `BenchmarkError` where the peer is not
+    usable or cannot load the model.
     """
     if reason := why_not(name):
         raise BenchmarkError(f"{name} cannot run here: {reason}")

@@ -109,7 +109,7 @@ def read_folder(folder: Path, dtype: torch.dtype, device: str) -> tuple[OpenELMC
             if form.get("mode", "affine") != "affine":
                 raise BenchmarkError(f"{module} is quantized as {form['mode']}; the PyTorch reference reads affine only")
             tensor = dequantize(tensor, stored[f"{module}.scales"], stored[f"{module}.biases"], int(form["bits"]))
-        weights[name] = tensor.to(device=device, dtype=dtype)
+        weights[name] = tensor.to(device=device, dtype=dtype, copy=True)  # or it would stay in the file until it is used
     return OpenELMConfig.from_hf_dict(raw), weights
 
 
