@@ -30,9 +30,9 @@ SEED = 17
 class Schedule:
     """Adam with a warm-up and a cosine to zero. Rates are relative: codes in steps of the grid, the rest in shares."""
 
-    epochs: float = 4.0  # passes over the calibration rows
+    epochs: float = 1.5  # passes over the calibration rows
     rows: int = 4  # in one step
-    codes: float = 0.02  # of a grid step
+    codes: float = 2e-3  # of a grid step
     scales: float = 2e-3  # of a scale; biases move in scales, four times as far
     norms: float = 1e-3  # of a norm's weight
     warm_up: int = 10

@@ -1,0 +1,41 @@
+"""A small model of the golden set, with a tokenizer of its size: what tests of quantization measure and learn on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+from openelm_mlx.convert.infer import infer_config
+from openelm_mlx.convert.names import renamed_tensors
+from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
+
+from openelm_mlx.config import OpenELMConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+FLAGS = {"noqknorm-gqa2": {"head_dim": 64}, "noglu-gqa2": {"rope_base": 500.0}}
+
+
+def small_model(name: str = "tied-gqa4") -> tuple[OpenELMConfig, dict[str, mx.array]]:
+    """Configuration and float32 weights under Hugging Face's names."""
+    source = TorchCheckpoint(GOLDEN / name / "checkpoint.pt")
+    names = renamed_tensors(source.tensors)
+    shapes = {new: source.tensors[old].shape for new, old in names.items()}
+    config = infer_config(shapes, {"vocab_size": shapes["transformer.token_embeddings.weight"][0], "max_context_length": 64},
+                          **FLAGS.get(name, {}))  # fmt: skip
+    return config, {new: source.load(old).astype(mx.float32) for new, old in names.items()}
+
+
+def random_tokens(config: OpenELMConfig, rows: int = 6, length: int = 32) -> mx.array:
+    return mx.random.randint(3, config.vocab_size, (rows, length), key=mx.random.key(5)).astype(mx.int32)
+
+
+def small_tokenizer(folder: Path, size: int = 128) -> Path:
+    """A SentencePiece model with `size` pieces."""
+    import sentencepiece
+
+    texts = ["once upon a time there was a little girl who lived in a forest with a fox", "two birds flew"] * 9
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=size, model_type="bpe",
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, hard_vocab_limit=True,
+    )  # fmt: skip
+    return folder / "tokenizer.model"
