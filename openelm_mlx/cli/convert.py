@@ -12,6 +12,7 @@ from openelm_mlx.cli.options import add_flags, from_args
 if TYPE_CHECKING:
     from openelm_mlx.convert.pipeline import ConversionReport
 
+WEIGHT_FILES = (".pt", ".pth", ".bin", ".gguf", ".safetensors")  # such a name is no hub id
 EXAMPLES = """examples:
   openelm convert checkpoint.pt -o openelm-270m              CoreNet's file, config.yaml beside it if there is one
   openelm convert apple/OpenELM-270M -o openelm-270m-4bit --bits 4
@@ -44,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from openelm_mlx.blas import load_blas
+
+    load_blas()  # before MLX is imported: measuring and learning run the whole model
     from openelm_mlx.convert.catalog import is_published
     from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import convert
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # so that what is half-written is removed
     if is_published(args.source) and not Path(args.source).exists():
         args.source = download(args)
-    elif not Path(args.source).exists():
+    elif not Path(args.source).exists() and Path(args.source).suffix not in WEIGHT_FILES:
         from openelm_mlx.hub import resolve_model
 
         resolved = resolve_model(args.source, tokenizer=getattr(args, "tokenizer", None))
