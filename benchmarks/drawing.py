@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,23 @@ DARK = Theme(
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A picture to be drawn: `draw(axes, theme)`. `words` says the same without a picture; `rows` sets the height."""
+
+    kind: str
+    title: str
+    model: str  # whose rows these are; empty where they are of several
+    words: str
+    draw: Callable[[Any, Theme], None]
+    rows: float = 0
+
+    @property
+    def height(self) -> float:
+        """Inches, axes and all."""
+        return max(3.6, 1.6 + 0.3 * self.rows)
+
+
 def dot(ax: Any, x: float, metric: Metric, colour: str, marker: str, label: str) -> None:
     """The median, and a line from quartile to quartile."""
     ax.plot([x, x], [metric.q1, metric.q3], color=colour, lw=2, alpha=0.6, solid_capstyle="round")
@@ -70,6 +87,11 @@ def log_y(ax: Any, steps: Sequence[float] = (1,)) -> None:
     """A logarithmic axis with plain numbers at `steps` of each decade."""
     ax.set_yscale("log")
     plain_numbers(ax.yaxis, steps)
+
+
+def log_x(ax: Any) -> None:
+    ax.set_xscale("log")
+    plain_numbers(ax.xaxis, (1,))
 
 
 def log_ratio_x(ax: Any, values: Sequence[float]) -> None:

@@ -1,7 +1,7 @@
 """What a result document has to show: one small picture for each question that its rows can answer.
 
-A panel knows its title, what it says in words, and how to draw itself on a matplotlib axes; plot.py sets panels into
-one picture, report.py into a page.
+A `Panel` knows its title, what it says in words, and how to draw itself on a matplotlib axes; plot.py sets panels into
+one picture, report.py into a page. Those of bytes are in byte_panels.py.
 
     speed      decode rate against the memory bound, by width of the weights and engine    one a model
     parts      bytes read for one token, by part of the model and width                    one a model
@@ -9,23 +9,25 @@ one picture, report.py into a page.
     context    decode rate against the length of the prompt                                one a model
     loss       KL divergence from full precision against size                              one a model
     settings   batches, cache kinds, speculation beside the plain run                      one a model
+    first      time to the first token: a new process, a warm one, a prompt held already   one a model
     ratios     two engines in paired trials, with 95 % intervals                           one in all
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+from openelm_mlx.benchmarks.byte_panels import layers, parts
 from openelm_mlx.benchmarks.drawing import (
     DASHES,
     MARKERS,
-    PARTS,
+    Panel,
     Theme,
     dot,
     legend,
     log_ratio_x,
+    log_x,
     log_y,
     note,
     scale_y,
@@ -33,9 +35,7 @@ from openelm_mlx.benchmarks.drawing import (
 )
 from openelm_mlx.benchmarks.labels import (
     OURS,
-    bits_of,
     engines_ours_first,
-    first_of_each_width,
     is_plain,
     model_name,
     number,
@@ -48,28 +48,12 @@ from openelm_mlx.benchmarks.labels import (
 )
 from openelm_mlx.benchmarks.results import Document, Row
 
-from openelm_mlx.config import PUBLISHED, OpenELMConfig, layer_shapes, normal_name
-from openelm_mlx.hub import BUNDLED
-
 DECODE = "decode_tokens_per_second"
+FIRST = {
+    "startup_seconds": "new process", "time_to_first_token_seconds": "warm",
+    "time_to_first_token_reused_seconds": "reused prefix",
+}  # fmt: skip
 BARS = 12  # rows of a panel of bars; more stand in the table alone
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A picture to be drawn: `draw(axes, theme)`. `words` says the same without a picture; `rows` sets the height."""
-
-    kind: str
-    title: str
-    model: str  # whose rows these are; empty where they are of several
-    words: str
-    draw: Callable[[Any, Theme], None]
-    rows: float = 0
-
-    @property
-    def height(self) -> float:
-        """Inches, axes and all."""
-        return max(3.6, 1.6 + 0.3 * self.rows)
 
 
 def panels(document: Document) -> list[Panel]:
@@ -77,7 +61,7 @@ def panels(document: Document) -> list[Panel]:
     found: list[Panel | None] = []
     for model in unique(model_name(row.case) for row in document.rows):
         rows = [row for row in document.rows if model_name(row.case) == model]
-        found += [make(model, rows) for make in (speed, parts, layers, context, loss, settings)]
+        found += [make(model, rows) for make in (speed, parts, layers, context, loss, settings, first)]
     return [panel for panel in (*found, ratios(document)) if panel is not None]
 
 
@@ -118,59 +102,6 @@ def speed(model: str, rows: Sequence[Row]) -> Panel | None:
         for row in rows
     )
     return Panel("speed", "Speed and memory bound", model, f"Decode rate after {shortest} prompt tokens: {said}.", draw)
-
-
-def parts(model: str, rows: Sequence[Row]) -> Panel | None:
-    """Stacked bars of the bytes that one decoded token reads."""
-    rows = [row for row in rows if row.bytes_per_token and row.case.engine == OURS and is_plain(row.case)]
-    rows = sorted(first_of_each_width(rows), key=lambda row: -bits_of(row.case))
-    if not rows:
-        return None
-
-    def draw(ax: Any, theme: Theme) -> None:
-        for y, row in enumerate(rows):
-            left = 0.0
-            for part, megabytes in ordered(row.bytes_per_token):
-                ax.barh(y, megabytes, 0.62, left, color=theme.part(part), label=part, edgecolor=theme.paper, lw=0.5)
-                left += megabytes
-            note(ax, number(left), (left, y), theme, (4, 0), va="center")
-        ax.set_yticks(range(len(rows)), [width(row.case) for row in rows])
-        ax.set_ylim(max(len(rows), 3) - 0.4, -0.6)
-        ax.margins(x=0.16)
-        ax.set_xlabel("read for one token, MB")
-        legend(ax, theme, PARTS, columns=3)
-
-    said = "; ".join(
-        f"{width(row.case)}: " + ", ".join(f"{part} {number(size)} MB" for part, size in ordered(row.bytes_per_token))
-        for row in rows
-    )
-    return Panel("parts", "Bytes of a token, by part", model, f"{said}.", draw, rows=len(rows))
-
-
-def layers(model: str, rows: Sequence[Row]) -> Panel | None:
-    """Bytes of attention, feed-forward network and keys and values by layer: each part's bytes, shared out by shape."""
-    rows = [row for row in rows if row.bytes_per_token and row.case.engine == OURS]
-    config = known_config(rows[0].case.model) if rows else None
-    if config is None:
-        return None
-    row = min(rows, key=lambda row: bits_of(row.case))
-    columns = layer_megabytes(config, row.bytes_per_token or {})
-    totals = [sum(sizes) for sizes in zip(*columns.values(), strict=True)]
-    if not totals:
-        return None
-
-    def draw(ax: Any, theme: Theme) -> None:
-        below = [0.0] * len(totals)
-        for part, sizes in columns.items():
-            ax.bar(range(1, len(below) + 1), sizes, 0.8, below, color=theme.part(part), label=part)
-            below = [low + more for low, more in zip(below, sizes, strict=True)]
-        ax.set_xlabel("layer")
-        ax.set_ylabel("read for one token, MB")
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        legend(ax, theme, PARTS, columns=3)
-
-    said = f"From {number(totals[0])} MB in the first layer to {number(totals[-1])} MB in the last."
-    return Panel("layers", f"Bytes of a token, by layer, {width(row.case)}", model, said, draw)
 
 
 def context(model: str, rows: Sequence[Row]) -> Panel | None:
@@ -258,6 +189,35 @@ def settings(model: str, rows: Sequence[Row]) -> Panel | None:
     return Panel("settings", "Batches, caches, speculation", model, f"{said}.", draw, rows=len(rows))
 
 
+def first(model: str, rows: Sequence[Row]) -> Panel | None:
+    """Time to the first token of each engine, where new processes were timed; of several widths the first."""
+    started = [row for row in rows if "startup_seconds" in row.metrics]
+    if not started:
+        return None
+    form, prompt = width(started[0].case), started[0].case.prompt_tokens
+    rows = [row for row in rows if is_plain(row.case) and width(row.case) == form and row.case.prompt_tokens == prompt]
+    found = [(name, row.case.engine, row.metrics[name]) for name in FIRST for row in rows if name in row.metrics]
+    names, engines = unique(name for name, _, _ in found), engines_ours_first(engine for _, engine, _ in found)
+
+    def draw(ax: Any, theme: Theme) -> None:
+        for name, engine, metric in found:
+            index = engines.index(engine)
+            y = names.index(name) + (index - (len(engines) - 1) / 2) * 0.2
+            ax.plot([1e3 * metric.q1, 1e3 * metric.q3], [y, y], color=theme.engine(index), lw=2, alpha=0.6)
+            ax.plot([1e3 * metric.median], [y], color=theme.engine(index), marker=MARKERS[index % len(MARKERS)], ms=6.5, ls="",
+                    label=engine)  # fmt: skip
+            note(ax, number(1e3 * metric.median), (1e3 * metric.q3, y), theme, (6, 0), va="center")
+        ax.set_yticks(range(len(names)), [FIRST[name] for name in names])
+        ax.set_ylim(len(names) - 0.4, -0.6)
+        ax.margins(x=0.2)
+        log_x(ax)
+        ax.set_xlabel("to the first token, ms (log scale)")
+        legend(ax, theme, engines, columns=3)
+
+    said = "; ".join(f"{engine}, {FIRST[name]}: {number(1e3 * metric.median)} ms" for name, engine, metric in found)
+    return Panel("first", f"Time to the first token, {form}", model, f"After {prompt} prompt tokens: {said}.", draw, rows=4)
+
+
 def ratios(document: Document) -> Panel | None:
     """Ratios of paired trials as dots with their intervals; 1 is parity, and what holds 1 is grey. Of many, decode's."""
     shown = list(range(len(document.ratios)))
@@ -291,37 +251,3 @@ def ratios(document: Document) -> Panel | None:
         for index, item in ((index, document.ratios[index]) for index in shown)
     )
     return Panel("ratios", "Ratios of paired trials", "", f"{said}.", draw, rows=1.4 * len(shown))
-
-
-# --- bytes
-
-
-def ordered(bytes_per_token: Mapping[str, float] | None) -> list[tuple[str, float]]:
-    """(part, megabytes) of what is read, known parts in their order first."""
-    found = {part: size / 1e6 for part, size in (bytes_per_token or {}).items() if size > 0}
-    return sorted(found.items(), key=lambda item: PARTS.index(item[0]) if item[0] in PARTS else len(PARTS))
-
-
-def layer_megabytes(config: OpenELMConfig, bytes_per_token: Mapping[str, float]) -> dict[str, list[float]]:
-    """Part -> megabytes a layer. A part's bytes are shared out by its share of parameters (of kv heads, for `kv`).
-
-    Exact where all layers of a part have one width; scales are left out, as they belong to attention and FFN alike.
-    """
-    shapes, gates = layer_shapes(config), 3 if config.ffn_with_glu else 2
-    weights = {
-        "attention": [2 * shape.q_heads + 2 * shape.kv_heads for shape in shapes],
-        "ffn": [gates * shape.ffn_dim for shape in shapes],
-        "kv": [shape.kv_heads for shape in shapes],
-    }
-    return {
-        part: [bytes_per_token[part] / 1e6 * share / sum(shares) for share in shares]
-        for part, shares in weights.items()
-        if bytes_per_token.get(part, 0) > 0
-    }
-
-
-def known_config(model: str) -> OpenELMConfig | None:
-    """The configuration of a published size or the bundled model. Nothing else is looked up for a name in a document."""
-    if normal_name(model) in PUBLISHED:
-        return OpenELMConfig.from_name(model)
-    return OpenELMConfig.from_file(BUNDLED / "config.json") if model == BUNDLED.name else None

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.benchmarks.drawing import DARK, LIGHT, Theme, shortened
-from openelm_mlx.benchmarks.panels import Panel, panels
+from openelm_mlx.benchmarks.drawing import DARK, LIGHT, Panel, Theme, shortened
+from openelm_mlx.benchmarks.panels import panels
 from openelm_mlx.benchmarks.results import Document
 
 from openelm_mlx.errors import BenchmarkError, OptionError
@@ -72,8 +72,8 @@ def figure_of(document: Document, shown: list[Panel]) -> Figure:
             if panel.height < height:  # stays empty: a picture is not drawn out to its neighbour's height
                 parts.append(height - panel.height)
             title, body = cell.subfigures(len(parts), 1, height_ratios=parts, hspace=0)[:2]
-            title.text(MARGIN / WIDTH, 0.62, panel.title, size=10.5, weight="bold", color=LIGHT.ink, va="center")
-            title.text(MARGIN / WIDTH, 0.2, shortened(panel.model, 56), size=8.5, color=LIGHT.muted, va="center")
+            title.text(left * columns, 0.62, panel.title, size=10.5, weight="bold", color=LIGHT.ink, va="center")
+            title.text(left * columns, 0.2, shortened(panel.model, 56), size=8.5, color=LIGHT.muted, va="center")
             panel.draw(body.add_subplot(), LIGHT)
     return figure
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openelm_mlx.benchmarks.drawing import Panel
 from openelm_mlx.benchmarks.labels import (
     OURS,
     is_plain,
@@ -20,7 +21,7 @@ from openelm_mlx.benchmarks.labels import (
     verdict,
     width,
 )
-from openelm_mlx.benchmarks.panels import DECODE, Panel, panels
+from openelm_mlx.benchmarks.panels import DECODE, panels
 from openelm_mlx.benchmarks.plot import DARK, LIGHT, LINUX, is_linux, panel_svg
 from openelm_mlx.benchmarks.results import Document, Metric, Row, write_text
 from openelm_mlx.benchmarks.tables import COLUMNS, digits

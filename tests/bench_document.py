@@ -61,6 +61,20 @@ def rich_document() -> Document:
                     {"openelm-mlx": "0.1.0", "mlx": "0.32.4", "python": "3.11"}, ("the machine was busy",), ratios)  # fmt: skip
 
 
+def startup_document() -> Document:
+    """Two engines, each in new processes and warm."""
+    seconds = {"openelm-mlx": (0.21, 0.011, 0.004), "mlx-lm": (1.4, 0.019, None)}
+    rows = []
+    for engine, (new, warm, reused) in seconds.items():
+        case = Case(engine, "openelm-tiny", "float32", 8, 8.5, 64, 64)
+        times = {"time_to_first_token_seconds": metric(warm, "s")}
+        if reused:
+            times["time_to_first_token_reused_seconds"] = metric(reused, "s")
+        started = {"startup_seconds": metric(new, "s")}
+        rows += [Row(case, times), Row(Case(*(*list(vars(case).values())[:6], 1)), started)]
+    return Document("2026-01-02T03:04:05Z", "openelm benchmark --suite startup", tuple(rows), "startup", machine=MACHINE)
+
+
 def sparse_document() -> Document:
     """One row, no bandwidth, a hostile name."""
     case = Case("openelm-mlx", NASTY, "bfloat16", None, None, 8, 8)

@@ -6,10 +6,11 @@ import builtins
 from dataclasses import replace
 
 import pytest
-from bench_document import NASTY, metric, rich_document, row, sparse_document
+from bench_document import NASTY, metric, rich_document, row, sparse_document, startup_document
+from openelm_mlx.benchmarks.byte_panels import known_config, layer_megabytes
 from openelm_mlx.benchmarks.drawing import DARK, LIGHT, PARTS
 from openelm_mlx.benchmarks.labels import number, width
-from openelm_mlx.benchmarks.panels import known_config, layer_megabytes, panels
+from openelm_mlx.benchmarks.panels import panels
 from openelm_mlx.benchmarks.plot import caption, new_figure, panel_svg, style, write_plot
 from openelm_mlx.benchmarks.results import Case, Document, Row
 
@@ -88,6 +89,15 @@ def test_context_and_loss_and_settings_and_ratios_hold_their_figures():
     assert labels == ["plain", "batch 8", "quantized 8-bit cache", "prompt-lookup"]
     marks = [line.get_label() for line in axes_of(named(document, "ratios")).get_lines() if len(line.get_xdata()) == 1]
     assert marks == ["better", "better", "worse", "no difference"]  # a longer time to the first token is worse
+
+
+def test_first_tokens_of_new_and_warm_processes_stand_beside_each_other():
+    ax = axes_of(named(startup_document(), "first"))
+    single = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
+    dots = {(line.get_label(), round(line.get_ydata()[0])): line.get_xdata()[0] for line in single}
+    assert dots == pytest.approx({("openelm-mlx", 0): 210, ("mlx-lm", 0): 1400, ("openelm-mlx", 1): 11, ("mlx-lm", 1): 19,
+                                  ("openelm-mlx", 2): 4})  # fmt: skip
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["new process", "warm", "reused prefix"]
 
 
 def test_of_many_ratios_those_of_decode_are_drawn():
