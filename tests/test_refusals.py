@@ -103,6 +103,16 @@ def test_a_file_removed_after_it_was_opened(tmp_path):
         source.load("w")
 
 
+def test_a_gguf_file_cut_after_it_was_opened(tmp_path):
+    from openelm_mlx.convert import convert
+
+    convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "x.gguf", target_format="gguf"))
+    source = GGUFFile(tmp_path / "x.gguf")
+    os.truncate(tmp_path / "x.gguf", 400_000)
+    with pytest.raises(ConversionError, match="x.gguf cannot be read: "):
+        source.load("transformer.token_embeddings.weight")
+
+
 def test_files_that_may_not_be_read(tmp_path, monkeypatch):
     def refuse(*arguments, **fields):
         raise PermissionError(13, "Permission denied")

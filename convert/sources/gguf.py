@@ -93,12 +93,10 @@ class GGUFFile(TensorSource):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                self.metadata, places = read_header(Cursor(data, self.path))
         except (OSError, ValueError) as error:
             raise ConversionError(f"{self.path} cannot be read: {error}") from None
-        cursor = Cursor(self._data, self.path)
-        self.metadata, places = read_header(cursor)
         self._parts: dict[str, list[Place]] = {}
         for name, place in places.items():
             self._parts.setdefault(hugging_face_name(name), []).append(place)
@@ -119,12 +117,16 @@ class GGUFFile(TensorSource):
 
         block, size = GGML_QUANT_SIZES[place.kind]
         rows, width = math.prod(place.shape[:-1]), place.shape[-1] // block * size
-        stored = np.frombuffer(self._data, np.uint8, rows * width, place.start).reshape(rows, width)
         out = np.empty((rows, place.shape[-1]), np.float32)
         step = max(1, CHUNK // place.shape[-1])
-        with np.errstate(all="ignore"):  # damaged blocks hold anything; NaN is refused when it is written
-            for row in range(0, rows, step):
-                out[row : row + step] = dequantize(stored[row : row + step], place.kind)
+        try:
+            with open(self.path, "rb") as file, np.errstate(all="ignore"):  # damaged blocks hold anything: NaN is refused later
+                file.seek(place.start)
+                for row in range(0, rows, step):
+                    stored = np.fromfile(file, np.uint8, min(step, rows - row) * width).reshape(-1, width)
+                    out[row : row + step] = dequantize(stored, place.kind)
+        except (OSError, ValueError) as error:
+            raise ConversionError(f"{self.path} cannot be read: {error}") from None
         return out.reshape(place.shape)
 
     def _joined(self, name: str, parts: list[Place]) -> tuple[int, ...]:
