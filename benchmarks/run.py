@@ -227,10 +227,13 @@ class Run:
         self, entries: list[Entry], loaded: list[Weights], losses: dict[int | None, dict[str, list[float]]]
     ) -> None:
         start = len(self.rows)
+        known: set[tuple[str, int | None]] = set()  # engines and widths that were loaded once for all their cases
         for entry in entries:
-            extra = dict(losses.get(entry.case.bits, {})) if entry.case.engine == OURS else {}
-            if entry.session.load_seconds:
+            key = (entry.case.engine, entry.case.bits)
+            extra = dict(losses.get(entry.case.bits, {})) if key[0] == OURS and key not in known else {}
+            if entry.session.load_seconds and key not in known:
                 extra["load_seconds"] = [entry.session.load_seconds]
+            known.add(key)
             self.rows.append(bounded(harness.row_of(entry, extra), loaded, self.bandwidth))
         self.ratios += [
             replace(ratio, row=ratio.row + start, against=ratio.against + start) for ratio in harness.ratios_of(entries)

@@ -162,7 +162,7 @@ def parts(document: Document, width: int) -> list[Grid]:
 
 
 def split(table: Grid, width: int) -> list[Grid]:
-    """Tables of at most `width` columns: the key columns again in each, then as many metrics as fit."""
+    """Tables of at most `width` columns: the key columns again in each, then as many metrics as fit; no empty rows."""
     sizes = [max(len(cells[i]) for cells in [table.head, *table.rows]) for i in range(len(table.head))]
     keys, parts = list(range(table.keys)), []
     chosen: list[int] = []
@@ -172,10 +172,12 @@ def split(table: Grid, width: int) -> list[Grid]:
             chosen = []
         chosen.append(i)
     parts.append(chosen)
-    return [
-        Grid([table.head[i] for i in [*keys, *part]], [[row[i] for i in [*keys, *part]] for row in table.rows], table.keys)
-        for part in parts
-    ]
+    found = []
+    for part in parts:
+        shown = [*keys, *part]
+        rows = [[row[i] for i in shown] for row in table.rows if not part or any(row[i] for i in part)]
+        found.append(Grid([table.head[i] for i in shown], rows, table.keys))
+    return found
 
 
 def table_lines(table: Grid) -> list[str]:

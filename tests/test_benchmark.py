@@ -129,6 +129,12 @@ def test_wide_tables_are_split_with_their_keys_repeated():
     assert tables.COLUMNS.keys() == METRICS.keys()
 
 
+def test_rows_without_a_figure_are_not_shown_in_that_part_of_the_table():
+    rows = [["a", "1", ""], ["b", "2", "3"]]
+    first, second = tables.split(tables.Grid(["engine", "one", "x" * 70], rows, 1), 80)
+    assert first.rows == [["a", "1"], ["b", "2"]] and second.rows == [["b", "3"]]
+
+
 def test_the_terminal_shows_the_same_cells():
     from rich.console import Console
 
