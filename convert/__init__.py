@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from openelm_mlx.convert.catalog import fetch_published
     from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import ConversionReport, convert
 
-__all__ = ["ConversionReport", "ConvertOptions", "convert"]
+__all__ = ["ConversionReport", "ConvertOptions", "convert", "fetch_published"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,6 +17,10 @@ def __getattr__(name: str) -> Any:
         from openelm_mlx.convert.options import ConvertOptions
 
         return ConvertOptions
+    if name == "fetch_published":
+        from openelm_mlx.convert.catalog import fetch_published
+
+        return fetch_published
     if name in __all__:
         from openelm_mlx.convert import pipeline
 

@@ -10,6 +10,7 @@ from openelm_mlx.convert.adapters import AdaptedCheckpoint, LoraOptions, has_ada
 from openelm_mlx.convert.folder import find_tokenizer
 from openelm_mlx.convert.forms import Form
 from openelm_mlx.convert.infer import config_for, config_path, with_flags
+from openelm_mlx.convert.mlx_adapters import FusedAdapter
 from openelm_mlx.convert.names import check_coverage, renamed_tensors
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.sources import TensorSource, open_source
@@ -64,13 +65,15 @@ def open_model(options: ConvertOptions) -> OpenedModel:
         tokenizer = find_tokenizer(options, source)
         return OpenedModel(source, names, config, trim_vocabulary(config, tokenizer), tokenizer)
     except OpenELMError as error:
-        files = (options.source, options.config, options.tokenizer)
+        files = (options.source, options.config, options.tokenizer, options.adapter_folder)
         if any(str(path) in str(error) for path in files if path is not None):
             raise
         raise type(error)(f"{options.source}: {error}") from None
 
 
 def with_adapters(source: TensorSource, options: ConvertOptions) -> TensorSource:
+    if options.adapter_folder is not None:
+        return FusedAdapter(source, options.adapter_folder)
     if has_adapters(source):
         path = config_path(options.source, options)
         yaml = None if path is None or path.suffix == ".json" else path

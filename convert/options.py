@@ -47,6 +47,9 @@ class ConvertOptions:
         default=None,
         metadata={"help": "merge a LoRA or DoRA adapter (as if unset) or keep it in a folder of its own", "choices": ADAPTER},
     )
+    adapter_folder: Path | None = field(
+        default=None, metadata={"help": "merge this adapter of mlx-lm's (adapters.safetensors, adapter_config.json)"}
+    )
     lora_alpha: float | None = field(
         default=None, metadata={"help": "strength of an adapter that has no YAML", "range": (0.0, 1e6)}
     )
@@ -95,7 +98,7 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        for name in ("source", "target", "config", "tokenizer", "calibration_text", "verify_text"):
+        for name in ("source", "target", "config", "tokenizer", "adapter_folder", "calibration_text", "verify_text"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, Path(value).expanduser())

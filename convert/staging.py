@@ -39,7 +39,8 @@ def check_target(options: ConvertOptions) -> None:
             raise ConversionError(f"{target} is no GGUF file, so --force does not replace it; choose another {what}")
     elif target.is_symlink() or not (target.is_dir() and ((target / CONFIG).is_file() or not any(target.iterdir()))):
         raise ConversionError(f"{target} is no model folder, so --force does not replace it; choose another {what}")
-    inputs = [p.resolve() for p in (options.source, options.config, options.tokenizer) if p is not None]
+    given = (options.source, options.config, options.tokenizer, options.adapter_folder)
+    inputs = [path.resolve() for path in given if path is not None]
     if any(path == target.resolve() or target.resolve() in path.parents for path in inputs):
         raise ConversionError(f"{target} holds what is to be converted; choose another {what}")
 

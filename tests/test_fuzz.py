@@ -190,6 +190,19 @@ def test_index_json(change):
     survives(lambda: everything(folder), str(folder))
 
 
+@given(damage(), st.sampled_from(["adapter_config.json", "adapters.safetensors"]))
+@settings(FUZZ, max_examples=40)
+def test_adapter_folders(change, file):
+    folder = SCRATCH / "adapter"
+    folder.mkdir(exist_ok=True)
+    stem, config = "transformer.layers.0.ffn.proj_2", {"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    arrays = {f"{stem}.lora_a": mx.ones((32, 2)), f"{stem}.lora_b": mx.ones((2, 32))}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+    (folder / file).write_bytes(damaged((folder / file).read_bytes(), change, 1 << 30))
+    survives(lambda: everything(tiny_folder(), adapter_folder=folder), str(folder))
+
+
 @given(damage(), st.sampled_from([300, -600, 1 << 30]))
 @settings(FUZZ, max_examples=30)
 def test_tokenizers(change, span):

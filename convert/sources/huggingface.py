@@ -50,9 +50,13 @@ class HuggingFaceFolder(TensorSource):
 
     def load(self, name: str) -> mx.array:
         """The tensor `name` in the type it is stored in."""
-        file, start, (dtype, shape) = self._located[name]
-        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        return read_strided(file, start, math.prod(shape), dtype, shape, strides, 0)
+        return load_located(self._located[name])
+
+
+def load_located(located: Located) -> mx.array:
+    file, start, (dtype, shape) = located
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return read_strided(file, start, math.prod(shape), dtype, shape, strides, 0)
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
