@@ -89,9 +89,12 @@ def log_y(ax: Any, steps: Sequence[float] = (1,)) -> None:
     plain_numbers(ax.yaxis, steps)
 
 
-def log_x(ax: Any) -> None:
+def log_x(ax: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis for values above 0, with plain numbers however close they lie."""
+    span = max(values) / min(values)
     ax.set_xscale("log")
-    plain_numbers(ax.xaxis, (1,))
+    ax.set_xlim(min(values) / 1.3, max(values) * max(1.3, span**0.25))
+    plain_numbers(ax.xaxis, (1,) if span > 100 else (1, 2, 5) if span > 2 else ())
 
 
 def log_ratio_x(ax: Any, values: Sequence[float]) -> None:

@@ -209,8 +209,7 @@ def first(model: str, rows: Sequence[Row]) -> Panel | None:
             note(ax, number(1e3 * metric.median), (1e3 * metric.q3, y), theme, (6, 0), va="center")
         ax.set_yticks(range(len(names)), [FIRST[name] for name in names])
         ax.set_ylim(len(names) - 0.4, -0.6)
-        ax.margins(x=0.2)
-        log_x(ax)
+        log_x(ax, [1e3 * max(end, 1e-6) for _, _, metric in found for end in (metric.q1, metric.q3)])
         ax.set_xlabel("to the first token, ms (log scale)")
         legend(ax, theme, engines, columns=3)
 

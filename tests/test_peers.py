@@ -54,6 +54,21 @@ def test_a_peer_gives_our_greedy_tokens(name, prompt, ours):
         session.close()
 
 
+@pytest.mark.skipif(peers.why_not("llama.cpp") is not None, reason="llama.cpp is not installed; it is an optional peer")
+def test_llama_cpp_opens_what_was_converted_before(prompt, ours, tmp_path):
+    path = peers.prepared("llama.cpp", BUNDLED, "float32", tmp_path)
+    session = peers.open_peer("llama.cpp", path, "float32")
+    assert session.generate(prompt, TOKENS).tokens == ours and "8-bit as float32" in session.version and session.notes
+    session.close()
+    assert path.is_file()
+
+
+def test_only_llama_cpp_needs_a_file_of_its_own(tmp_path):
+    assert peers.prepared("mlx-lm", BUNDLED, "float32", tmp_path) == BUNDLED
+    path = peers.prepared("llama.cpp", BUNDLED, "float16", tmp_path)
+    assert path.name == "8-bit as float16.gguf" and path.read_bytes()[:4] == b"GGUF"
+
+
 def test_mlx_lm_counts_its_own_weights_as_memory(tiny, prompt):
     before = mx.get_active_memory()
     session = peers.open_peer("mlx-lm", BUNDLED, "float32")
@@ -194,7 +209,7 @@ def program(path: Path, text: str) -> Path:
 
 
 def test_the_server_is_asked_and_its_clock_read(tmp_path):
-    server = LlamaServer(program(tmp_path / "llama-server", STUB.format(python=sys.executable)), tmp_path / "x.gguf", 64)
+    server = LlamaServer(program(tmp_path / "llama-server", STUB.format(python=sys.executable)), tmp_path / "x.gguf")
     try:
         timed = server.generate([1, 2], 10)
         assert timed.tokens == tuple(range(10)) and server.version == "4711"
@@ -210,7 +225,7 @@ def test_the_server_is_asked_and_its_clock_read(tmp_path):
 def test_a_server_that_cannot_start_says_why(tmp_path):
     broken = program(tmp_path / "llama-server", "#!/bin/sh\necho 'unknown model architecture: openelm'\nexit 3\n")
     with pytest.raises(BenchmarkError, match="ended with status 3: unknown model architecture: openelm"):
-        LlamaServer(broken, tmp_path / "x.gguf", 64)
+        LlamaServer(broken, tmp_path / "x.gguf")
 
 
 def test_the_server_is_found_beside_what_is_named(tmp_path, monkeypatch):

@@ -48,6 +48,8 @@ def why_not(name: str) -> str | None:
 def open_peer(name: str, folder: Path, dtype: str | None = None) -> Session:
     """The peer `name` with the model of `folder` loaded, computing in `dtype` (None: what our loader would take).
 
+    In place of a folder llama.cpp also takes a GGUF, and then needs a `dtype`.
+
     `load_seconds` of the session counts from the start of reading the weights until the engine is ready (llama.cpp maps
     its file and reads it as it goes), without the import of the engine and without a tokenizer; `notes`, where a session
     has them, belong beside its figures. Raises `OptionError` for an unknown name, `BenchmarkError` where the peer is not
@@ -57,10 +59,23 @@ def open_peer(name: str, folder: Path, dtype: str | None = None) -> Session:
         raise BenchmarkError(f"{name} cannot run here: {reason}")
     module = import_module(f"openelm_mlx.benchmarks.peers.{MODULES[name]}")
     try:
-        session: Session = module.open_session(Path(folder), dtype_of(Path(folder), dtype))
+        given = dtype if dtype is not None and folder.is_file() else dtype_of(folder, dtype)
+        session: Session = module.open_session(folder, given)
     except (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(f"{name} cannot load {folder}: {str(error) or type(error).__name__}") from error
     return session
+
+
+def prepared(name: str, folder: Path, dtype: str, scratch: Path) -> Path:
+    """What `open_peer` opens without converting it first: the folder itself, for llama.cpp a GGUF written into `scratch`.
+
+    For those who time the opening. Raises `ConversionError` for a model that the peer cannot express.
+    """
+    if name != "llama.cpp":
+        return folder
+    from openelm_mlx.benchmarks.peers.llama_cpp import prepare
+
+    return prepare(folder, dtype, scratch)
 
 
 def dtype_of(folder: Path, asked: str | None) -> str:

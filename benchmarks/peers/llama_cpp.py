@@ -19,8 +19,6 @@ from openelm_mlx.benchmarks.peers.llama_gguf import write_gguf
 from openelm_mlx.benchmarks.peers.llama_server import VARIABLE, LlamaServer, find_server
 from openelm_mlx.benchmarks.timing import Session, Timed
 
-from openelm_mlx.config import OpenELMConfig
-
 
 @cache
 def silence() -> Any:
@@ -35,7 +33,7 @@ class LlamaCpp:
 
     engine = "llama.cpp"
 
-    def __init__(self, gguf: Path, context: int, dtype: str) -> None:
+    def __init__(self, gguf: Path, dtype: str) -> None:
         import llama_cpp
 
         llama_cpp.llama_log_set(silence(), None)
@@ -43,7 +41,7 @@ class LlamaCpp:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         start = perf_counter()
         self.model: Any = llama_cpp.Llama(
-            str(gguf), n_ctx=context, n_gpu_layers=-1, type_k=kind, type_v=kind, verbose=False,
+            str(gguf), n_ctx=0, n_gpu_layers=-1, type_k=kind, type_v=kind, verbose=False,
             n_threads=cores, n_threads_batch=cores,
         )  # fmt: skip
         self.load_seconds = perf_counter() - start
@@ -68,7 +66,7 @@ class LlamaCpp:
 class Owned:
     """A session that takes its folder of files with it when it closes; its version tells the weights' form."""
 
-    def __init__(self, session: Session, form: str, folder: Path) -> None:
+    def __init__(self, session: Session, form: str, folder: Path | None) -> None:
         self.session, self.folder = session, folder
         self.engine, self.load_seconds = session.engine, session.load_seconds
         self.version = f"{session.version}, weights {form}"
@@ -79,21 +77,32 @@ class Owned:
 
     def close(self) -> None:
         self.session.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def open_session(folder: Path, dtype: str) -> Session:
-    context = OpenELMConfig.from_file(folder / "config.json").max_context_length
+def prepare(folder: Path, dtype: str, scratch: Path) -> Path:
+    """The folder's GGUF in `scratch`, named for the form of its weights."""
+    work = Path(tempfile.mkdtemp(prefix="gguf-", dir=scratch))
+    path = work / "model.gguf"
+    return path.rename(work / f"{write_gguf(folder, dtype, path)}.gguf")
+
+
+def open_session(source: Path, dtype: str) -> Session:
+    """Of a model folder, whose GGUF lives as long as the session; or of a GGUF that `prepare` wrote."""
+    if source.is_file():
+        return Owned(start(source, dtype), source.stem, None)
     work = Path(tempfile.mkdtemp(prefix="openelm-gguf-"))
     try:
-        gguf = work / "model.gguf"
-        form = write_gguf(folder, dtype, gguf)
-        program = find_server()
-        if program and (os.environ.get(VARIABLE) or find_spec("llama_cpp") is None):
-            cache = ("-ctk", "f32", "-ctv", "f32") if dtype == "float32" else ()
-            return Owned(LlamaServer(program, gguf, context, cache), form, work)
-        return Owned(LlamaCpp(gguf, context, dtype), form, work)
+        gguf = prepare(source, dtype, work)
+        return Owned(start(gguf, dtype), gguf.stem, work)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
 
+
+def start(gguf: Path, dtype: str) -> Session:
+    program = find_server()
+    if program and (os.environ.get(VARIABLE) or find_spec("llama_cpp") is None):
+        return LlamaServer(program, gguf, ("-ctk", "f32", "-ctv", "f32") if dtype == "float32" else ())
+    return LlamaCpp(gguf, dtype)

@@ -45,11 +45,14 @@ class LlamaServer:
 
     engine = "llama.cpp"
 
-    def __init__(self, program: Path, gguf: Path, context: int, options: Sequence[str] = ()) -> None:
-        """Start and wait until the model is loaded. Raises `BenchmarkError` with the program's last words."""
+    def __init__(self, program: Path, gguf: Path, options: Sequence[str] = ()) -> None:
+        """Start, with the model's own context, and wait until it is loaded.
+
+        Raises `BenchmarkError` with the program's last words.
+        """
         self.port = free_port()
         self.log = tempfile.TemporaryFile(mode="w+", errors="replace")
-        command = [str(program), "-m", str(gguf), "-c", str(context), "--host", "127.0.0.1", "--port", str(self.port),
+        command = [str(program), "-m", str(gguf), "-c", "0", "--host", "127.0.0.1", "--port", str(self.port),
                    "--parallel", "1", "-ngl", "999", "--no-warmup", *options]  # fmt: skip
         start = perf_counter()
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
