@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from openelm_mlx.cache import KVCache
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import ConversionError
-from openelm_mlx.model import OpenELM
+
+if TYPE_CHECKING:
+    from openelm_mlx.model import OpenELM
 
 Encode = Callable[[str], list[int]]  # text to ids, without BOS
 PROMPTS = (
@@ -67,6 +69,8 @@ def sampled_tokens(
 
 
 def sample_batch(model: OpenELM, prompts: list[list[int]], banned: mx.array, length: int, seed: int) -> mx.array:
+    from openelm_mlx.cache import KVCache
+
     caches = [KVCache() for _ in model.layers]
     key = mx.random.key(seed)
     done = [mx.array([ids[:1] for ids in prompts], dtype=mx.int32)]
