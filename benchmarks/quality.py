@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,18 @@ if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
 
 TOKENS, SEED = 512, 0
+
+
+def losses(
+    reference: Engine, others: Mapping[int | None, Engine]
+) -> tuple[dict[int | None, dict[str, list[float]]], int]:
+    """Metrics of each of `others` against `reference`, on text that this one samples; and how many tokens that has."""
+    text = own_text(reference)
+    found = {}
+    for bits, engine in others.items():
+        loss, agreement = divergence(reference, engine, text)
+        found[bits] = {"kl_mean": [loss], "top_1_agreement": [agreement]}
+    return found, len(text)
 
 
 def own_text(engine: Engine, tokens: int = TOKENS) -> list[int]:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from openelm_mlx.benchmarks import harness, machine
 from openelm_mlx.benchmarks.harness import Entry
-from openelm_mlx.benchmarks.results import Case, Document, Metric, Ratio, Row
+from openelm_mlx.benchmarks.results import Document, Ratio, Row
 from openelm_mlx.benchmarks.suites import (
     BenchmarkOptions,
     Point,
     Suite,
-    cache_settings,
     settings,
     speculation_settings,
     work,
@@ -26,13 +25,13 @@ from openelm_mlx.benchmarks.suites import (
 from openelm_mlx.errors import BenchmarkError, OpenELMError
 
 if TYPE_CHECKING:
+    from openelm_mlx.benchmarks.loaded import Weights
     from openelm_mlx.benchmarks.ours import OurSession
     from openelm_mlx.benchmarks.timing import Session
 
     from openelm_mlx.loading import Engine
 
 OURS = "openelm-mlx"
-FAILED = "failed"  # begins the notes of a soak that saw something wrong
 
 
 class Progress(Protocol):
@@ -50,34 +49,6 @@ class Unwatched:
         pass
 
 
-@dataclass
-class Weights:
-    """A loaded model of one width, and where peers and new processes find the same weights."""
-
-    engine: Engine
-    load_seconds: float | None  # None where they were made, not read
-    bits: int | None
-    random: bool
-    stored: bool  # in the width that its folder has
-    folder: Path | None = None
-
-    def case(self, point: Point, engine: str = OURS) -> Case:
-        from openelm_mlx.benchmarks.weights import bits_per_weight, dtype_name
-
-        return Case(
-            engine=engine, model=last_part(self.engine.name), dtype=dtype_name(self.engine), bits=self.bits,
-            bits_per_weight=round(bits_per_weight(self.engine), 4), prompt_tokens=point.prompt_tokens,
-            generation_tokens=point.generation_tokens, batch_size=point.batch_size, cache=point.cache,
-            speculation=None if point.speculation is None else last_part(point.speculation), random_weights=self.random,
-        )  # fmt: skip
-
-
-def last_part(name: str) -> str:
-    """A folder without where it lies, which is nobody's business: `draft /home/me/nano` -> `draft nano`."""
-    kind, space, path = name.rpartition(" ") if name.startswith("draft ") else ("", "", name)
-    return f"{kind}{space}{Path(path).resolve().name}" if Path(path).is_dir() else name
-
-
 def run(options: BenchmarkOptions, progress: Progress | None = None) -> Document:
     """Measure what `options` ask for. Ctrl-C ends the run, not the document: that is marked as partial.
 
@@ -89,7 +60,7 @@ def run(options: BenchmarkOptions, progress: Progress | None = None) -> Document
 
 def failed(document: Document) -> bool:
     """Whether a soak in it has seen something wrong."""
-    return any(note.startswith(f"{FAILED}: ") for row in document.rows for note in row.notes)
+    return any(note.startswith("failed: ") for row in document.rows for note in row.notes)
 
 
 class Run:
@@ -205,8 +176,13 @@ class Run:
 
     def measure(self, model: str, widths: Sequence[int | None]) -> None:
         """Load the model in these widths, time every point, and take down the rows, the last ones at an interrupt too."""
+        from openelm_mlx.benchmarks.loaded import open_weights
+        from openelm_mlx.benchmarks.soak import soak_row
+        from openelm_mlx.benchmarks.startup import startup_rows
+
         with ExitStack() as stack:
-            loaded = [stack.enter_context(self.weights(model, bits)) for bits in widths]
+            dtype, random = self.suite.dtype, bool(self.options.random_weights)
+            loaded = [open_weights(model, dtype, bits, self.options.group_size, random) for bits in widths]
             entries: list[Entry] = []
             if self.suite.speed:
                 entries = [entry for weights in loaded for entry in self.entries(weights, stack)]
@@ -219,13 +195,18 @@ class Run:
                 self.take_down(entries, loaded, losses)
             for weights in loaded:
                 if self.suite.startup:
-                    self.startup(weights)
+                    startup_rows(
+                        self.rows, weights, weights.written(self.scratch), self.points[0].prompt_tokens, self.suite.trials,
+                        self.peers, self.progress.tick,
+                    )  # fmt: skip
                 if self.suite.soak:
-                    self.soak(weights)
+                    soak_row(self.rows, weights, self.options.minutes, self.progress.tick)
 
     def take_down(
         self, entries: list[Entry], loaded: list[Weights], losses: dict[int | None, dict[str, list[float]]]
     ) -> None:
+        from openelm_mlx.benchmarks.loaded import bounded
+
         start = len(self.rows)
         known: set[tuple[str, int | None]] = set()  # engines and widths that were loaded once for all their cases
         for entry in entries:
@@ -238,30 +219,6 @@ class Run:
         self.ratios += [
             replace(ratio, row=ratio.row + start, against=ratio.against + start) for ratio in harness.ratios_of(entries)
         ]
-
-    @contextmanager
-    def weights(self, model: str, bits: int | None) -> Iterator[Weights]:
-        from openelm_mlx.benchmarks.weights import open_engine, random_engine
-
-        dtype, group_size, random = self.suite.dtype, self.options.group_size, bool(self.options.random_weights)
-        if random:
-            weights = Weights(random_engine(model, dtype, bits, group_size), None, bits, True, False)
-        else:
-            engine, seconds = open_engine(model, dtype, bits, group_size)
-            weights = Weights(engine, seconds, bits or uniform_bits(engine), False, bits is None)
-            if bits is None:
-                weights.folder = engine.path
-        yield weights
-        del weights
-
-    def folder(self, weights: Weights) -> Path:
-        """Where others find these very weights; written to a scratch folder the first time, unless they came from one."""
-        from openelm_mlx.benchmarks.weights import write_folder
-
-        if weights.folder is None:
-            name = f"{weights.engine.name.replace('/', '-')}-{weights.bits}"
-            weights.folder = write_folder(weights.engine, self.scratch / name)
-        return weights.folder
 
     def entries(self, weights: Weights, stack: ExitStack) -> list[Entry]:
         """Our engine at every point that fits the model's context, the peers at those that are simple."""
@@ -303,119 +260,24 @@ class Run:
 
     def open_peer(self, name: str, weights: Weights) -> Session | None:
         from openelm_mlx.benchmarks.peers import open_peer
-        from openelm_mlx.benchmarks.weights import dtype_name
 
         try:
-            session = open_peer(name, self.folder(weights), dtype_name(weights.engine))
+            session = open_peer(name, weights.written(self.scratch), weights.dtype)
         except OpenELMError as error:
             self.notes.append(f"{name} was left out: {error}")
             return None
         self.versions[name] = session.version
         return session
 
-    def startup(self, weights: Weights) -> None:
-        """Rows of new processes: ours and each peer's, taking turns."""
-        from openelm_mlx.benchmarks.ours import prompt_ids
-        from openelm_mlx.benchmarks.startup import startup
-        from openelm_mlx.benchmarks.weights import dtype_name
-
-        point = replace(self.points[0], generation_tokens=1)
-        prompt, folder, dtype = prompt_ids(weights.engine, point.prompt_tokens), self.folder(weights), dtype_name(weights.engine)
-        seconds: dict[str, list[float]] = {name: [] for name in (OURS, *self.peers)}
-        tokens: dict[str, int] = {}
-        problems: dict[str, str] = {}
-        try:
-            for number in range(self.suite.trials + 1):  # the first fills the file cache
-                for name in list(seconds)[:: -1 if number % 2 else 1]:
-                    if name in problems:
-                        continue
-                    try:
-                        found, tokens[name] = startup(name, folder, dtype, prompt, weights.engine.tokenizer.path)
-                    except OpenELMError as error:
-                        if name == OURS:
-                            raise
-                        problems[name] = f"not timed: {error}"
-                        continue
-                    if number:
-                        seconds[name].append(found)
-                        self.progress.tick(f"{name} start-up", point.prompt_tokens)
-        finally:
-            for name, values in seconds.items():
-                agrees = None if name == OURS or name not in tokens else tokens[name] == tokens[OURS]
-                metrics = {"startup_seconds": Metric.of(values, "s")} if values and agrees is not False else {}
-                notes = [problems[name]] if name in problems else []
-                notes += ["not timed: its first token is another"] if agrees is False else []
-                parts_at = 0 if agrees is False else None
-                self.rows.append(
-                    Row(weights.case(point, name), metrics, agrees=agrees, parts_at=parts_at, notes=tuple(notes))
-                )
-
-    def soak(self, weights: Weights) -> None:
-        """A row of the probe's figures; what was seen, and what was wrong with it, are its notes."""
-        from openelm_mlx.benchmarks.soak import PROBE, Soak, soak
-
-        seen = Soak()
-        try:
-            soak(weights.engine, self.options.minutes, tick=self.progress.tick, seen=seen)
-        finally:
-            case = weights.case(Point(*PROBE))
-            entry = Entry(case, self.our_session(weights, Point(*PROBE)), [])
-            for timed in seen.probes:
-                for name, value in harness.figures(timed, case).items():
-                    entry.values.setdefault(name, []).append(value)
-            failures = [f"{FAILED}: {failure}" for failure in seen.failures]
-            self.rows.append(replace(harness.row_of(entry), notes=(*failures, *seen.summary())))
-
     def losses(self, model: str, loaded: list[Weights]) -> dict[int | None, dict[str, list[float]]]:
-        """KL divergence and agreement of each width with the model as it is stored, on text that this one samples."""
-        from openelm_mlx.benchmarks.quality import divergence, own_text
+        """What each width loses, by width."""
+        from openelm_mlx.benchmarks.quality import losses
         from openelm_mlx.benchmarks.weights import open_engine
 
         if self.options.random_weights:
             self.notes.append("no loss is given: that of random weights would say nothing of trained ones")
             return {}
         reference = loaded[0].engine if loaded[0].stored else open_engine(model, self.suite.dtype, None)[0]
-        text = own_text(reference)
-        self.notes.append(f"loss is against the model as stored, on {len(text)} tokens that it samples itself")
-        found = {}
-        for weights in loaded:
-            if not weights.stored:
-                loss, agreement = divergence(reference, weights.engine, text)
-                found[weights.bits] = {"kl_mean": [loss], "top_1_agreement": [agreement]}
+        found, tokens = losses(reference, {weights.bits: weights.engine for weights in loaded if not weights.stored})
+        self.notes.append(f"loss is against the model as stored, on {tokens} tokens that it samples itself")
         return found
-
-
-def bounded(row: Row, loaded: list[Weights], bandwidth: float | None) -> Row:
-    """The row with the bytes that one of its tokens reads and the rate that bandwidth allows for them.
-
-    One sequence without speculation: elsewhere a pass over the weights gives more than one token.
-    """
-    from openelm_mlx.benchmarks.roofline import bound, bytes_per_token
-
-    case = row.case
-    weights = next(weights for weights in loaded if weights.bits == case.bits)
-    if case.batch_size > 1 or case.speculation is not None:
-        return row
-    kept = cache_settings(case.cache)
-    context = case.prompt_tokens + case.generation_tokens // 2  # half way through the answer
-    parts = bytes_per_token(
-        weights.engine.config, case.dtype, weights.engine.quantization, min(context, kept.get("kv_window", context)),
-        kept.get("kv_bits"),
-    )  # fmt: skip
-    if bandwidth is None:
-        return replace(row, bytes_per_token=parts)
-    most = bound(parts, bandwidth)
-    rate = row.metrics.get("decode_tokens_per_second")
-    share = None if rate is None else 100 * rate.median / most
-    notes = row.notes
-    if share is not None and share > 100:
-        notes += (f"{share:.0f} % of the bound: these weights come from a cache that is faster than memory",)
-    return replace(row, bytes_per_token=parts, bound_tokens_per_second=most, percent_of_bound=share, notes=notes)
-
-
-def uniform_bits(engine: Engine) -> int | None:
-    """The width of a folder that is quantized all alike."""
-    quantization = engine.quantization or {}
-    mixed = any(isinstance(value, dict) for value in quantization.values())
-    bits = quantization.get("bits")
-    return None if mixed or not isinstance(bits, int) else bits

@@ -15,13 +15,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+from openelm_mlx.benchmarks.harness import Entry, Tick, figures, row_of
 from openelm_mlx.benchmarks.machine import drift
 from openelm_mlx.benchmarks.ours import OurSession, prompt_ids
+from openelm_mlx.benchmarks.suites import Point
 
 from openelm_mlx import PromptCache
 from openelm_mlx.batch import BatchEngine
@@ -30,6 +32,8 @@ from openelm_mlx.kv import CacheKind
 from openelm_mlx.options import GenerationOptions, SamplingOptions
 
 if TYPE_CHECKING:
+    from openelm_mlx.benchmarks.loaded import Weights
+    from openelm_mlx.benchmarks.results import Row
     from openelm_mlx.benchmarks.timing import Timed
 
     from openelm_mlx.loading import Engine
@@ -107,7 +111,7 @@ def soak(
     engine: Engine,
     minutes: float = 30.0,
     seed: int = 0,
-    tick: Callable[[str, float], None] = lambda label, seconds: None,
+    tick: Tick = lambda label, seconds: None,
     clock: Callable[[], float] = time.monotonic,
     seen: Soak | None = None,
 ) -> Soak:
@@ -130,6 +134,21 @@ def soak(
     driver.probe()
     seen.judge()
     return seen
+
+
+def soak_row(rows: list[Row], weights: Weights, minutes: float, tick: Tick) -> None:
+    """Append a row of the probe's figures; what was seen, and what was wrong with it, are its notes."""
+    seen = Soak()
+    try:
+        soak(weights.engine, minutes, tick=tick, seen=seen)
+    finally:
+        case = weights.case(Point(*PROBE))
+        entry = Entry(case, OurSession(weights.engine), [])
+        for timed in seen.probes:
+            for name, value in figures(timed, case).items():
+                entry.values.setdefault(name, []).append(value)
+        failures = [f"failed: {failure}" for failure in seen.failures]
+        rows.append(replace(row_of(entry), notes=(*failures, *seen.summary())))
 
 
 class Driver:

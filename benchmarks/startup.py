@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from openelm_mlx.benchmarks.results import Metric, Row
+from openelm_mlx.benchmarks.suites import Point
+
 from openelm_mlx.errors import BenchmarkError, OpenELMError
 
 if TYPE_CHECKING:
+    from openelm_mlx.benchmarks.harness import Tick
+    from openelm_mlx.benchmarks.loaded import Weights
     from openelm_mlx.benchmarks.timing import Session
 
 TIMEOUT = 600
@@ -40,6 +46,41 @@ def startup(engine: str, folder: Path, dtype: str, prompt: list[int], tokenizer:
         reason = errors.strip().splitlines()[-1:] or [f"it ended with status {child.returncode}"]
         raise BenchmarkError(f"{engine} did not start up: {reason[0]}")
     return seconds, int(words[1])
+
+
+def startup_rows(
+    rows: list[Row], weights: Weights, folder: Path, prompt_tokens: int, trials: int, peers: Sequence[str], tick: Tick
+) -> None:
+    """Append a row for our engine and each peer: new processes that take turns; at an interrupt what is finished."""
+    from openelm_mlx.benchmarks.ours import prompt_ids
+
+    prompt, path = prompt_ids(weights.engine, prompt_tokens), weights.engine.tokenizer.path
+    tokenizer = path if path.exists() else None
+    seconds: dict[str, list[float]] = {name: [] for name in ("openelm-mlx", *peers)}
+    tokens: dict[str, int] = {}
+    problems: dict[str, str] = {}
+    try:
+        for number in range(trials + 1):  # the first fills the file cache
+            for name in [name for name in list(seconds)[:: -1 if number % 2 else 1] if name not in problems]:
+                try:
+                    found, tokens[name] = startup(name, folder, weights.dtype, prompt, tokenizer)
+                except OpenELMError as error:
+                    if name == "openelm-mlx":
+                        raise
+                    problems[name] = f"not timed: {error}"
+                    continue
+                if tokens[name] != tokens["openelm-mlx"]:
+                    problems[name] = f"not timed: token 0 is {tokens[name]}, in openelm-mlx {tokens['openelm-mlx']}"
+                elif number:
+                    seconds[name].append(found)
+                    tick(f"{name} start-up", prompt_tokens)
+    finally:
+        for name, values in seconds.items():
+            agrees = None if name == "openelm-mlx" or name not in tokens else name not in problems
+            metrics = {"startup_seconds": Metric.of(values, "s")} if values else {}
+            notes = (problems[name],) if name in problems else ()
+            case = weights.case(Point(prompt_tokens, 1), name)
+            rows.append(Row(case, metrics, agrees=agrees, parts_at=0 if agrees is False else None, notes=notes))
 
 
 def open_session(task: dict[str, Any]) -> Session:

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from openelm_mlx.benchmarks import bandwidth, machine, results, run, startup
+from openelm_mlx.benchmarks import bandwidth, machine, peers, results, run, startup
 from openelm_mlx.benchmarks import soak as soaking
 from openelm_mlx.benchmarks.harness import label
+from openelm_mlx.benchmarks.loaded import last_part
 from openelm_mlx.benchmarks.suites import BenchmarkOptions
 from openelm_mlx.benchmarks.timing import Timed
 
@@ -114,8 +115,6 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(mon
 
 
 def test_a_peer_that_is_not_installed_is_left_out_with_the_remedy(monkeypatch):
-    from openelm_mlx.benchmarks import peers
-
     monkeypatch.setattr(peers, "why_not", lambda name: "not installed: `pip install mlx-lm`")
     document = run.run(BenchmarkOptions(prompt_tokens=(8,), generation_tokens=(2,), trials=5, peers=("mlx-lm",)))
     assert "mlx-lm was left out: not installed: `pip install mlx-lm`" in document.notes and len(document.rows) == 1
@@ -169,6 +168,23 @@ def test_a_new_process_gives_the_same_first_token(tiny):
     assert (token,) == OurSession(tiny).generate(prompt, 1).tokens and seconds > 0.05
     with pytest.raises(BenchmarkError, match="^openelm-mlx did not start up: unknown model 'no-such-folder'"):
         startup.startup("openelm-mlx", Path("no-such-folder"), "float32", prompt)
+
+
+def test_the_startup_suite_takes_turns_with_peers_and_times_only_those_that_agree(tiny, monkeypatch):
+    ran = []
+
+    def child(engine, folder, dtype, prompt, tokenizer):
+        ran.append((engine, tokenizer))
+        return 0.5, 7 if engine == "openelm-mlx" else 8
+
+    monkeypatch.setattr(startup, "startup", child)
+    monkeypatch.setattr(peers, "why_not", lambda name: None)
+    document = run.run(BenchmarkOptions(suite="startup", trials=5, peers=("mlx-lm",)))
+    ours, theirs = document.rows
+    assert ours.metrics["startup_seconds"].values == (0.5,) * 5 and ours.case.generation_tokens == 1
+    assert theirs.metrics == {} and (theirs.agrees, theirs.parts_at) == (False, 0)
+    assert theirs.notes == ("not timed: token 0 is 8, in openelm-mlx 7",) and [name for name, _ in ran].count("mlx-lm") == 1
+    assert ran[0][1] == tiny.tokenizer.path
 
 
 def test_the_command_in_a_result_names_no_folder_of_the_user(monkeypatch):
@@ -226,7 +242,7 @@ def test_a_draft_model_by_folder_and_no_folder_named_in_the_result(tiny, tmp_pat
     (row,) = run.run(options).rows
     assert row.case.model == "openelm-tiny" and row.case.speculation == "draft openelm-tiny"
     assert row.metrics["tokens_per_pass"].median > 1  # it drafts for itself
-    assert run.last_part("apple/OpenELM-270M") == "apple/OpenELM-270M" and run.last_part("prompt-lookup") == "prompt-lookup"
+    assert last_part("apple/OpenELM-270M") == "apple/OpenELM-270M" and last_part("prompt-lookup") == "prompt-lookup"
 
 
 def test_machine_facts():
