@@ -189,3 +189,11 @@ def test_mistakes(tiny, engine):
         GenerationOptions(kv_window=4)
     with pytest.raises(CacheError, match="the prompt cache is of kind"):
         stream_generate(engine, "Once", kv_bits=8, prompt_cache=PromptCache.for_config(engine.config))
+
+
+def test_loss_of_a_kind(engine):
+    from openelm_mlx.benchmarks.kv_loss import kv_loss
+
+    losses = [kv_loss(engine, [TOKENS], kind, prompt=30) for kind in (KINDS["plain"], KINDS["8 bits"], KINDS["4 bits"])]
+    assert losses[0].kl == 0.0 and losses[0].top_1 == 1.0 and 0 < losses[1].kl < losses[2].kl
+    assert losses[0].bytes_per_token > losses[1].bytes_per_token > losses[2].bytes_per_token

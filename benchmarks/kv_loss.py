@@ -1,0 +1,84 @@
+"""What a kind of cache costs in quality: a text read through it, against the same text read through a plain one.
+
+    python -m openelm_mlx.benchmarks.kv_loss MODEL TEXT [--length 512] [--pieces 8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from openelm_mlx.blas import load_blas
+
+load_blas()  # takes effect only before MLX is imported
+
+import mlx.core as mx  # noqa: E402
+
+from openelm_mlx import load  # noqa: E402
+from openelm_mlx.cache import make_caches  # noqa: E402
+from openelm_mlx.errors import BenchmarkError  # noqa: E402
+from openelm_mlx.kv import CacheKind  # noqa: E402
+from openelm_mlx.loading import Engine  # noqa: E402
+from openelm_mlx.options import GenerationOptions  # noqa: E402
+
+
+class Loss(NamedTuple):
+    """Against a plain cache: mean KL divergence in nats, share of equal likeliest tokens, and bytes a token."""
+
+    kl: float
+    top_1: float
+    bytes_per_token: int
+
+
+def kv_loss(engine: Engine, pieces: list[list[int]], kind: CacheKind, prompt: int = 64) -> Loss:
+    """The loss over all tokens after the first `prompt` of each piece, fed in chunks of 64."""
+    kl = same = 0.0
+    count = 0
+    for tokens in pieces:
+        plain, ours = (read(engine, tokens, each)[prompt:] for each in (CacheKind(), kind))
+        reference, other = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (plain, ours))
+        kl += (mx.exp(reference) * (reference - other)).sum().item()
+        same += (reference.argmax(-1) == other.argmax(-1)).sum().item()
+        count += plain.shape[0]
+    return Loss(kl / count, same / count, kind.bytes_per_token(engine.config, itemsize=2))
+
+
+def read(engine: Engine, tokens: list[int], kind: CacheKind) -> mx.array:
+    """Logits [length, vocab] of a text fed through a cache of this kind."""
+    caches, parts = make_caches(engine.config, kind), []
+    for start in range(0, len(tokens), 64):
+        parts.append(engine.model(mx.array([tokens[start : start + 64]]), caches)[0].astype(mx.float32))
+        mx.eval(parts[-1])
+    return mx.concatenate(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="kv_loss", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--pieces", type=int, default=8)
+    args = parser.parse_args(argv)
+    engine = load(args.model)
+    ids = engine.tokenizer.encode(args.text.read_text(encoding="utf-8"), bos=False)
+    step = len(ids) // args.pieces
+    if step < args.length:
+        raise BenchmarkError(f"the text has {len(ids)} tokens, too few for {args.pieces} pieces of {args.length}")
+    pieces = [[engine.tokenizer.bos_id, *ids[i * step : i * step + args.length - 1]] for i in range(args.pieces)]
+    print("| cache | bytes a token, 16-bit model | mean KL (nats) | same likeliest token |\n|---|---:|---:|---:|")
+    half = args.length // 2
+    for name, options in (
+        ("8 bits", GenerationOptions(kv_bits=8)),
+        ("4 bits", GenerationOptions(kv_bits=4)),
+        (f"window of {half}", GenerationOptions(kv_window=half)),
+        (f"window of {half}, 8 bits", GenerationOptions(kv_window=half, kv_bits=8)),
+    ):
+        loss = kv_loss(engine, pieces, CacheKind.of(engine.config, options))
+        print(f"| {name} | {loss.bytes_per_token:,} | {loss.kl:.6f} | {loss.top_1:.2%} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The compiled step: traced once a block, in place, equal to its eager twin; and nothing left behind."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from small import random_engine
+
+from openelm_mlx import PromptCache, stream_generate
+from openelm_mlx import decode as decode_module
+from openelm_mlx.cache import make_caches
+from openelm_mlx.decode import StepSpec, choose, decode, make_step, prefill
+from openelm_mlx.generation import first_state
+from openelm_mlx.loading import Engine, cast, parameters
+from openelm_mlx.options import SamplingOptions
+
+PROMPT = [1, 9, 30, 12, 9, 30, 12, 9]
+
+
+def variant(tiny, dtype=mx.float32, bits=None) -> Engine:
+    engine = random_engine(tiny, seed=1)
+    engine.model.load_weights([(name, cast(array, dtype)) for name, array in parameters(engine.model).items()])
+    if bits is not None:
+        nn.quantize(engine.model, group_size=32, bits=bits)
+    mx.eval(engine.model.parameters())
+    return Engine(engine.model, engine.tokenizer, engine.config, "variant", engine.path)
+
+
+@pytest.mark.parametrize(
+    "dtype, bits", [(mx.float32, None), (mx.bfloat16, None), (mx.float16, None), (mx.bfloat16, 4), (mx.float32, 8)]
+)
+def test_compiled_equals_eager_for_every_type_and_width(tiny, dtype, bits):
+    engine = variant(tiny, dtype, bits)
+    for settings in ({}, {"temperature": 1.0, "seed": 2}, {"kv_bits": 8}):
+        runs = [
+            [e.token for e in stream_generate(engine, PROMPT, max_tokens=16, ignore_eos=True, compiled=compiled, **settings)]
+            for compiled in (True, False)
+        ]
+        assert runs[0] == runs[1], settings
+
+
+def test_a_step_is_traced_once_a_block_and_prefill_feeds_each_token_once(tiny, monkeypatch):
+    engine = random_engine(tiny, seed=1)
+    calls = []
+    hidden = type(engine.model).hidden
+
+    def counted(self, tokens, cache=None):
+        calls.append(tokens.shape[1])
+        return hidden(self, tokens, cache)
+
+    monkeypatch.setattr(type(engine.model), "hidden", counted)
+    events = list(stream_generate(engine, PROMPT, max_tokens=300, ignore_eos=True, prefill_chunk=3))
+    assert calls == [3, 3, 2, 1, 1] and len(events) == 300  # three chunks, and a trace for each of two blocks
+    calls.clear()
+    list(stream_generate(engine, PROMPT, max_tokens=300, ignore_eos=True))
+    assert calls == [8]  # nothing is traced again
+
+
+def test_unused_capacity_costs_no_memory_while_decoding(tiny):
+    engine = random_engine(tiny, seed=1)
+    grown = []
+    for capacity in (256, 16384):
+        caches = make_caches(engine.config)
+        spec = StepSpec(SamplingOptions(), engine.vocab, None, True)
+        logits = prefill(engine.model, PROMPT, caches, 512)
+        for cache in caches:
+            cache.reserve(capacity)
+        state = choose(spec, logits, first_state(spec, [PROMPT], [0]))
+        steps = decode(make_step(engine.model, spec), state, caches, 40)
+        for _ in range(10):
+            next(steps)
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        for _ in range(20):
+            next(steps)
+        grown.append(mx.get_peak_memory() - held)
+        steps.close()
+        del state, logits
+        buffers = sum(cache.nbytes for cache in caches)
+    assert grown[1] < grown[0] + buffers / 20  # one copy of one layer's buffer would be more
+
+
+def test_closing_anywhere_frees_the_memory_and_leaves_the_engine_usable(tiny):
+    engine = random_engine(tiny, seed=1)
+    wanted = [e.token for e in stream_generate(engine, PROMPT, max_tokens=12, ignore_eos=True)]
+    list(stream_generate(engine, PROMPT, max_tokens=3, draft=engine, ignore_eos=True))  # traces of speculation
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    for stop in range(12):
+        for settings in ({}, {"draft": engine}, {"prompt_lookup": 1}):
+            stream = stream_generate(engine, PROMPT, max_tokens=12, ignore_eos=True, **settings)
+            assert [next(stream).token for _ in range(stop)] == wanted[:stop]
+            stream.close()
+    assert mx.get_active_memory() <= before + 4096
+    assert [e.token for e in stream_generate(engine, PROMPT, max_tokens=12, ignore_eos=True)] == wanted
+
+
+def test_an_interrupt_while_waiting_for_a_token_leaves_a_true_cache(tiny, monkeypatch):
+    engine = random_engine(tiny, seed=1)
+    cache = PromptCache.for_config(engine.config)
+    stream = stream_generate(engine, PROMPT, max_tokens=30, ignore_eos=True, prompt_cache=cache)
+    seen = [next(stream).token for _ in range(4)]
+
+    def interrupted(state):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decode_module, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    assert cache.tokens == PROMPT + seen
+    rest = [e.token for e in stream_generate(engine, PROMPT + seen, max_tokens=5, ignore_eos=True, prompt_cache=cache)]
+    assert seen + rest == [e.token for e in stream_generate(engine, PROMPT, max_tokens=9, ignore_eos=True)]
