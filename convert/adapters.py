@@ -78,6 +78,10 @@ class AdaptedCheckpoint(TensorSource):
             self._original[f"{HEAD}.weight"] = f"{embedding}.base_layer.weight"
             self.tensors[f"{HEAD}.weight"] = self.tensors[f"{embedding}.weight"]
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._source.files
+
     def load(self, name: str) -> mx.array:
         """The tensor `name`, merged in float32 and rounded once to the type its base is stored in."""
         base = self._source.load(self._original[name])

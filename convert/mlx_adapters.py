@@ -17,6 +17,7 @@ from openelm_mlx.convert.sources.huggingface import Located, load_located, read_
 from openelm_mlx.config import read_json
 from openelm_mlx.errors import ConversionError
 
+ADAPTERS = "adapters.safetensors"
 LEAVES = ("lora_a", "lora_b", "m")
 EMBEDDING = "transformer.token_embeddings"
 
@@ -39,6 +40,10 @@ class FusedAdapter(TensorSource):
             self._check(name, parts)
         self.tensors = dict(source.tensors)
         self.forms = {stem: form for stem, form in source.forms.items() if f"{stem}.weight" not in self._parts}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (*self._source.files, self._folder / ADAPTERS)
 
     def packed(self, name: str) -> dict[str, mx.array]:
         return self._source.packed(name)
@@ -78,5 +83,5 @@ def read_adapter(folder: Path) -> tuple[float, dict[str, Located]]:
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < 1e9:
         raise ConversionError(f"{folder}: adapter_config.json has no number as lora_parameters.scale")
-    return float(scale), read_header(folder / "adapters.safetensors")
+    return float(scale), read_header(folder / ADAPTERS)
 

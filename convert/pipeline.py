@@ -15,7 +15,7 @@ from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.planning import memory_needed, plan_quantization
 from openelm_mlx.convert.quantize import planned, quantized
-from openelm_mlx.convert.record import SourceHash, conversion_record
+from openelm_mlx.convert.record import KEPT, MERGED, SourceHash, conversion_record
 from openelm_mlx.convert.sources import TensorInfo, TensorSource
 from openelm_mlx.convert.staging import check_target, staged
 from openelm_mlx.convert.writer import nbytes, write_weights
@@ -66,7 +66,9 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         return report
     record = conversion_record(options, forms, dtype, report.parameters, report.written_bytes, report.dropped_rows,
                                planning.measured)  # fmt: skip
-    hashes = SourceHash(options.source)
+    if opened.adapters is not None:
+        record["adapter"] = MERGED if opened.adapters.merge else KEPT
+    hashes = SourceHash(source.files)
     try:
         with staged(options) as folder:  # 4. write beside, then rename
             arrays = stream(opened, forms, options, progress, planning.learned)

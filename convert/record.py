@@ -6,7 +6,7 @@ import hashlib
 import platform
 import shlex
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from openelm_mlx.convert.recipes import number_of, role
 from openelm_mlx import __version__
 
 CHUNK = 1 << 22
-WEIGHT_FILES = ("*.safetensors", "*.pt", "*.gguf")
+MERGED, KEPT = "merged", "kept beside its base"
 
 
 class SourceHash:
     """SHA-256 of every weight file of a source, computed beside the conversion (hashing frees the interpreter)."""
 
-    def __init__(self, path: Path) -> None:
-        self.files = [path] if path.is_file() else sorted(f for kind in WEIGHT_FILES for f in path.glob(kind))
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.files = list(files)
         self._hashes: dict[str, str] = {}
         self._stop = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -107,6 +107,9 @@ def model_card(record: Mapping[str, Any], forms: Plan, instruct: bool) -> str:
     parts.append(f"With {versions}. {record['bytes']:,} bytes of weights.\n")
     for name, digest in record.get("source_sha256", {}).items():
         parts.append(f"- `{name}`: sha256 `{digest}`\n")
+    if record.get("adapter") == KEPT:
+        parts.append("\nThese are the weights of the base; the adapter lies in `adapter` "
+                     "(`mlx_lm.generate --adapter-path PATH_OF_THIS_FOLDER/adapter`).\n")  # fmt: skip
     if len(set(forms.values())) > 1:
         parts.append("\n" + form_table_markdown(forms) + "\n")
     if verification := record.get("verification"):

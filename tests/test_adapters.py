@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -40,6 +41,9 @@ def test_adapters_kept_apart_give_the_same_logits_in_mlx_lm(name, tmp_path):
     assert np.abs(applied - golden["logits"]).max() < 1e-4
     base = mlx_lm_logits(tmp_path / "m", golden["input_ids"])
     assert np.abs(base - golden["logits"]).max() > 1e-2  # the folder itself holds the base
+    record = json.loads((tmp_path / "m" / "conversion.json").read_text())
+    assert record["adapter"] == "kept beside its base"
+    assert "--adapter-path PATH_OF_THIS_FOLDER/adapter" in (tmp_path / "m" / "README.md").read_text()
 
 
 def test_a_kept_adapter_on_a_quantized_base(tmp_path):
@@ -190,6 +194,8 @@ def test_adapters_of_mlx_lm_merged_equal_applied(tmp_path, trained, kind):
     convert(ConvertOptions(source=trained / "base", target=tmp_path / "m", adapter_folder=trained / kind))
     assert np.abs(our_logits(tmp_path / "m", tokens) - applied).max() < 1e-4
     assert np.abs(our_logits(trained / "base", tokens) - applied).max() > 0.1
+    hashes = json.loads((tmp_path / "m" / "conversion.json").read_text())["source_sha256"]
+    assert hashes["adapters.safetensors"] == hashlib.sha256((trained / kind / "adapters.safetensors").read_bytes()).hexdigest()
     # into CoreNet's file, and into a quantized base, whose other matrices stay packed
     convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "pt", adapter_folder=trained / kind))
     assert (tmp_path / "pt" / "model.safetensors").read_bytes() == (tmp_path / "m" / "model.safetensors").read_bytes()

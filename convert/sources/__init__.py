@@ -32,6 +32,11 @@ class TensorSource(Protocol):
     tokenizer: TokenizerModel | None = None  # where the source carries one
     forms: Mapping[str, Form] = {}  # stems of matrices that are quantized in the source, in forms this project writes
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return (self.path,)
+
     def load(self, name: str) -> mx.array:
         """The tensor `name` in the type it is stored in, whole: quantized matrices are dequantized."""
         ...

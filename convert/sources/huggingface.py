@@ -48,6 +48,10 @@ class HuggingFaceFolder(TensorSource):
             )
         self.tensors = {name: located.info for name, located in self._located.items()}
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(sorted({located.file for located in self._located.values()}))
+
     def load(self, name: str) -> mx.array:
         """The tensor `name` in the type it is stored in."""
         return load_located(self._located[name])

@@ -52,6 +52,10 @@ class QuantizedFolder(TensorSource):
         if lost := sorted(stems - self._settings.keys()):
             raise ConversionError(f"{self.path}: {lost[0]}.scales has no weight beside it")
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._source.files
+
     def load(self, name: str) -> mx.array:
         """The tensor `name`; dequantized in float32 and rounded once to the type of its scales."""
         stem = name.removesuffix(".weight")
