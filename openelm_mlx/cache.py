@@ -154,7 +154,7 @@ class Place:
     def __init__(self, offset: mx.array, kind: CacheKind, capacity: int) -> None:
         self.offset, self.kind, self.capacity = offset, kind, capacity
         self._positions: dict[int, mx.array] = {}
-        self._slots: dict[int, mx.array] = {}
+        self._slots: dict[tuple[int, ...], mx.array] = {}
 
     def positions(self, length: int) -> mx.array:
         if length not in self._positions:
@@ -162,11 +162,12 @@ class Place:
             self._positions[length] = start if length == 1 else start + mx.arange(length)
         return self._positions[length]
 
-    def slots(self, length: int) -> mx.array:
-        """[1, B, 1, length, 1], to index a buffer's slots."""
-        if length not in self._slots:
-            self._slots[length] = self.kind.layout.slots(self.positions(length))[None, :, None, :, None]
-        return self._slots[length]
+    def slots(self, shape: tuple[int, ...]) -> mx.array:
+        """The slot of each entry of new keys and values of this shape, [2, B, kv_heads, length, width]; layers share it."""
+        if shape not in self._slots:
+            slots = self.kind.layout.slots(self.positions(shape[3]))
+            self._slots[shape] = mx.broadcast_to(slots[None, :, None, :, None], shape)
+        return self._slots[shape]
 
     def mask(self, length: int) -> mx.array:
         return self.kind.layout.visible(self.positions(length), self.capacity)[:, None]  # [B, 1, L, capacity]
@@ -197,9 +198,9 @@ class StepCache:
 
     def attend(self, q: mx.array, kv: mx.array, mask: Mask, scale: float) -> mx.array:
         # put_along_axis is one kernel on a GPU; slice_update with an array start is two.
-        slots, store = self.place.slots(kv.shape[3]), self.place.kind.store
+        store = self.place.kind.store
         self.arrays = [
-            mx.put_along_axis(buffer, mx.broadcast_to(slots, part.shape), part, axis=3)
+            mx.put_along_axis(buffer, self.place.slots(part.shape), part, axis=3)
             for buffer, part in zip(self.arrays, store.pack(kv), strict=True)
         ]
         return store.attend(q, self.arrays, mask, scale)
