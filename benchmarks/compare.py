@@ -7,6 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from openelm_mlx.benchmarks.bootstrap import Interval, interval
+from openelm_mlx.benchmarks.machine import BUSY
 from openelm_mlx.benchmarks.results import Case, Document, Metric, Row
 
 from openelm_mlx.errors import BenchmarkError
@@ -111,6 +112,9 @@ def warnings(before: Document, after: Document) -> list[str]:
     for document, when in ((before, "first"), (after, "second")):
         if document.partial:
             notes.append(f"the {when} result is partial: it was interrupted")
+        load, cores = document.machine.get("load_average"), document.machine.get("cores")
+        if isinstance(load, (int, float)) and isinstance(cores, int) and load > BUSY * cores:
+            notes.append(f"the machine was busy before the {when} run: load {load:.1f} on {cores} cores")
     missing = len({key(row) for row in before.rows} ^ {key(row) for row in after.rows})
     if missing:
         notes.append(f"{missing} cases are in one result only")

@@ -10,9 +10,11 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from openelm_mlx.benchmarks import results, tables, weights
+from openelm_mlx.benchmarks.loaded import Weights, bounded
 from openelm_mlx.benchmarks.ours import OurSession, prompt_ids
 from openelm_mlx.benchmarks.quality import divergence, own_text
 from openelm_mlx.benchmarks.results import METRICS, Case, Document, Metric, Ratio, Row
+from openelm_mlx.benchmarks.roofline import bytes_per_token
 from openelm_mlx.benchmarks.suites import SUITES, BenchmarkOptions, Point, cache_settings, settings, speculation_settings
 
 from openelm_mlx import load
@@ -252,3 +254,28 @@ def test_unquantized_weights_are_what_the_quantized_ones_stood_for(tiny):
     text = mx.array([prompt_ids(tiny, 20)])
     assert mx.allclose(engine.model(text), tiny.model(text), atol=1e-3)
     assert not [name for name in parameters(engine.model) if name.endswith("scales")]
+
+
+@pytest.mark.parametrize(("slower", "share"), [(1.0, 100.0), (1.25, 80.0), (0.5, 200.0)])
+def test_a_reader_as_fast_as_the_copy_reaches_the_bound_and_a_faster_one_is_explained(tiny, slower, share):
+    """A step that takes as long as a copy of its bytes is at 100 %; only a cache can be faster, and the row says so."""
+    bandwidth = 8e9
+    loaded = Weights(tiny, 0.1, 8, random=False, stored=True)
+    case = loaded.case(Point(64, 64))
+    seconds = slower * sum(bytes_per_token(tiny.config, "float32", tiny.quantization, 64 + 32).values()) / bandwidth
+    row = bounded(Row(case, {"decode_tokens_per_second": Metric.of([1 / seconds] * 5, "tokens/s")}), [loaded], bandwidth)
+    assert row.percent_of_bound == pytest.approx(share)
+    assert sum(row.bytes_per_token.values()) == pytest.approx(seconds * bandwidth / slower)
+    assert ("200 % of the bound: these weights come from a cache that is faster than memory" in row.notes) == (share > 100)
+
+
+def test_cache_kinds_change_the_bytes_and_batches_have_no_bound(tiny):
+    loaded = Weights(tiny, 0.1, 8, random=False, stored=True)
+    plain, packed, window, batch, lookup = (
+        bounded(Row(loaded.case(point)), [loaded], 1e9)
+        for point in (Point(512, 64), Point(512, 64, cache="kv8"), Point(512, 64, cache="window-64"), Point(512, 64, 4),
+                      Point(512, 64, speculation="prompt-lookup"))
+    )  # fmt: skip
+    assert plain.bytes_per_token["kv"] > 3 * packed.bytes_per_token["kv"] > window.bytes_per_token["kv"]
+    assert plain.percent_of_bound is None and plain.bound_tokens_per_second < packed.bound_tokens_per_second
+    assert batch.bytes_per_token is None and lookup.bound_tokens_per_second is None

@@ -256,10 +256,12 @@ def test_what_makes_two_results_hard_to_compare_is_said():
     row = Row(CASE, {"decode_tokens_per_second": Metric.of([1, 2, 3], "tokens/s")})
     other = Row(replace(CASE, prompt_tokens=9), row.metrics)
     before = Document("", "", (row,), machine={"chip": "a"}, versions={"mlx": "1"})
-    after = Document("", "", (row, other), machine={"chip": "b"}, versions={"mlx": "2"}, partial=True)
+    busy = {"chip": "b", "load_average": 7.25, "cores": 8}
+    after = Document("", "", (row, other), machine=busy, versions={"mlx": "2"}, partial=True)
     assert compare(before, after).notes == (
-        "another machine: chip a before, b after", "mlx 1 before, 2 after",
-        "the second result is partial: it was interrupted", "1 cases are in one result only",
+        "another machine: chip a before, b after", "another machine: cores None before, 8 after", "mlx 1 before, 2 after",
+        "the second result is partial: it was interrupted",
+        "the machine was busy before the second run: load 7.2 on 8 cores", "1 cases are in one result only",
     )  # fmt: skip
     with pytest.raises(BenchmarkError, match="no measurement in common; run the same suite"):
         compare(before, Document("", "", (other,)))
