@@ -52,6 +52,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     """
     check_target(options)
     opened = open_model(options)  # 1. what is there, 2. what model it makes
+    if opened.source.instruct and options.instruct is None:
+        options = replace(options, instruct=True)
     source, names, trimmed = opened.source, opened.names, opened.trimmed
     if options.target_format == "gguf":
         return convert_to_gguf(opened, options, progress)
@@ -128,7 +130,7 @@ def target_dtype(name: str, stored: str, config: OpenELMConfig, options: Convert
     if stored not in ("float64", "float32", "float16", "bfloat16"):
         raise CheckpointError(f"{name} holds {stored}; weights must be floating-point numbers")
     dtype = options.dtype or stored.replace("float64", "float32")
-    if dtype == "float16" and config.model_dim >= 3072:
+    if dtype == "float16" and config.model_dim >= 3072 and options.target_format != "gguf":  # llama.cpp computes in float32
         raise ConversionError(
             "OpenELM-3B needs a wider range than float16 has; use --dtype bfloat16 or float32"
         )

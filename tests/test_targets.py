@@ -226,6 +226,27 @@ def test_the_3b_is_never_written_in_float16(tmp_path):
         target_dtype("w", "bfloat16", OpenELMConfig.from_name("3b"), options)
 
 
+def test_the_3b_is_written_in_float16_for_llama_cpp(tmp_path):
+    from openelm_mlx.convert.pipeline import target_dtype
+
+    from openelm_mlx.config import OpenELMConfig
+
+    options = ConvertOptions(source=tmp_path, target="x", dtype="float16", target_format="gguf")
+    assert target_dtype("w", "bfloat16", OpenELMConfig.from_name("3b"), options) == "float16"
+
+
+def test_a_chat_template_goes_from_format_to_format(tmp_path, nano):
+    run(nano, tmp_path / "a", instruct=True)
+    run(tmp_path / "a", tmp_path / "b", bits=8)
+    run(tmp_path / "b", tmp_path / "c.gguf", target_format="gguf")
+    run(tmp_path / "c.gguf", tmp_path / "d")
+    template = (tmp_path / "a" / "chat_template.jinja").read_bytes()
+    for name in ("b", "d"):
+        assert (tmp_path / name / "chat_template.jinja").read_bytes() == template
+    run(tmp_path / "a", tmp_path / "e", instruct=False)
+    assert not (tmp_path / "e" / "chat_template.jinja").exists()
+
+
 def test_gguf_is_read_without_its_name(tmp_path, nano):
     run(nano, tmp_path / "anything", target_format="gguf")
     assert GGUFFile(tmp_path / "anything").config.model_dim == 128

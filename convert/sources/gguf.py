@@ -103,6 +103,7 @@ class GGUFFile(TensorSource):
         embedding = self._parts.get("transformer.token_embeddings.weight")
         self._dtype = FLOAT_TYPES.get(embedding[0].kind.name, "float32") if embedding else "float32"
         self.tensors = {name: TensorInfo(self._dtype, self._joined(name, parts)) for name, parts in self._parts.items()}
+        self.instruct = "tokenizer.chat_template" in self.metadata
         self.config = self._read_config()
         self.tokenizer = read_tokenizer(self.path, self.metadata)
 

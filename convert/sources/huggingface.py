@@ -35,6 +35,7 @@ class HuggingFaceFolder(TensorSource):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._located: dict[str, Located] = {}
+        self.instruct = (self.path / "chat_template.jinja").is_file()
         weight_map = read_index(self.path)
         for file in weight_files(self.path, weight_map):
             for name, located in read_header(file).items():

@@ -27,7 +27,7 @@ class QuantizedFolder(TensorSource):
 
     def __init__(self, source: TensorSource, quantization: Any) -> None:
         self.path = source.path
-        self._source = source
+        self._source, self.instruct = source, source.instruct
         self._settings: dict[str, tuple[int, int, str]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.forms: dict[str, Form] = {}
