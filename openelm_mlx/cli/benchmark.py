@@ -28,8 +28,9 @@ EXAMPLES = """examples:
   openelm benchmark --compare before.json after.json exit status 1 if anything became slower
   openelm benchmark --predict m3-max                 what a chip that you do not own would do
 
-The table shows medians with quartiles; what a result does not show, its notes say. On a terminal it is
-drawn, into a pipe or file it is Markdown: paste it into an issue as it is. Ctrl-C keeps what was measured.
+The table shows medians, with the interquartile range in brackets; its notes say how they came about. On a
+terminal it is drawn, into a pipe or file it is Markdown: paste it into an issue as it is. Ctrl-C keeps what
+was measured.
 """
 
 
@@ -45,7 +46,7 @@ def register(commands: Any) -> None:
     what.add_argument("--suite", choices=SUITES, default="quick", metavar="NAME", help=f"{suites} (default quick)")
     what.add_argument("--random-weights", nargs="+", metavar="SIZE", default=(),
                       help=f"published sizes with random weights, nothing downloaded: {', '.join(SIZES)}")
-    what.add_argument("--bits", nargs="+", type=int, metavar="N", default=(), help=f"widths of the weights: {BITS}")
+    what.add_argument("--bits", nargs="+", type=int, metavar="N", default=(), help=f"widths of the weights: {', '.join(map(str, BITS))}")
     what.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="with --bits (default 64)")
     what.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="compute in this type")
     what.add_argument("--prompt-tokens", nargs="+", type=int, metavar="N", default=(), help="lengths of the prompt")
