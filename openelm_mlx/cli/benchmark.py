@@ -46,7 +46,8 @@ def register(commands: Any) -> None:
     what.add_argument("--suite", choices=SUITES, default="quick", metavar="NAME", help=f"{suites} (default quick)")
     what.add_argument("--random-weights", nargs="+", metavar="SIZE", default=(),
                       help=f"published sizes with random weights, nothing downloaded: {', '.join(SIZES)}")
-    what.add_argument("--bits", nargs="+", type=int, metavar="N", default=(), help=f"widths of the weights: {', '.join(map(str, BITS))}")
+    what.add_argument("--bits", nargs="+", type=int, metavar="N", default=(),
+                      help=f"widths of the weights: {', '.join(map(str, BITS))}")
     what.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="with --bits (default 64)")
     what.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="compute in this type")
     what.add_argument("--prompt-tokens", nargs="+", type=int, metavar="N", default=(), help="lengths of the prompt")
