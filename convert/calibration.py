@@ -23,10 +23,15 @@ PROMPTS = (
     "", "The", "In", "A", "It was", "This is", "When", "He said", "She", "There was once", "We", "How to", "I think",
     "On the", "If you", "Once upon a time",
 )  # fmt: skip
+QUESTIONS = (
+    "Hello!", "What is the capital of France?", "Write a short poem about the sea.", "Explain how rain forms.",
+    "Give me three tips for sleeping well.", "Tell me a story about a fox.", "How do I bake bread?", "Who are you?",
+)  # fmt: skip
 SEED = 17
 LENGTH = 257  # tokens in a row: BOS and 256
 ROWS_AT_ONCE = 16  # sampled together; a row's text does not depend on how many rows are asked for
-CONTROL = (0, 1, 2)  # unknown, BOS, EOS: a sample never ends early, so that every row is full
+BOS, EOS = 1, 2
+CONTROL = (0, BOS, EOS)  # a plain sample never ends early, so that every row is full; an answer goes on with the next turn
 
 
 def row_length(config: OpenELMConfig) -> int:
@@ -43,7 +48,7 @@ def text_tokens(path: Path, encode: Encode, length: int, limit: int | None = Non
     except (OSError, UnicodeDecodeError) as error:
         raise ConversionError(f"{path} cannot be read as UTF-8 text: {error}") from None
     ids = encode(text)
-    rows = [[1, *ids[start : start + length - 1]] for start in range(0, len(ids) - length + 2, length - 1)]
+    rows = [[BOS, *ids[start : start + length - 1]] for start in range(0, len(ids) - length + 2, length - 1)]
     if not rows:
         raise ConversionError(f"{path} has {len(ids)} tokens; at least {length - 1} are needed to measure anything")
     if limit is not None and len(rows) > limit:
@@ -52,20 +57,38 @@ def text_tokens(path: Path, encode: Encode, length: int, limit: int | None = Non
 
 
 def sampled_tokens(
-    model: OpenELM, encode: Encode, rows: int, length: int, progress: Callable[[int, int, str], None] | None = None
-) -> mx.array:
-    """Rows [rows, length] that `model` writes at temperature 1 after each of `PROMPTS` in turn."""
-    prompts = [[1, *encode(PROMPTS[row % len(PROMPTS)])][:length] for row in range(rows)]
-    banned = mx.zeros((model.args.vocab_size,))
-    banned[mx.array(CONTROL)] = -mx.inf
+    model: OpenELM, encode: Encode, rows: int, length: int, progress: Callable[[int, int, str], None] | None = None,
+    instruct: bool = False,
+) -> mx.array:  # fmt: skip
+    """Rows [rows, length] that `model` writes at temperature 1 after each of `PROMPTS` in turn.
+
+    Of an Instruct model every other row is a conversation that starts with one of `QUESTIONS`.
+    """
     parts = []
-    for first in range(0, rows, ROWS_AT_ONCE):
-        given = prompts[first : first + ROWS_AT_ONCE]
-        given += [[1]] * (ROWS_AT_ONCE - len(given))  # so that draws are the same however many rows are wanted
-        parts.append(sample_batch(model, given, banned, length, SEED + first))
+    for first in range(0, rows, ROWS_AT_ONCE):  # whole batches: draws are the same however many rows are wanted
+        numbers = range(first, first + ROWS_AT_ONCE)
+        prompts = [prompt_ids(encode, number, instruct)[:length] for number in numbers]
+        banned = mx.zeros((ROWS_AT_ONCE, model.args.vocab_size))
+        for row, number in enumerate(numbers):
+            banned[row, mx.array((0, BOS) if asks(number, instruct) else CONTROL)] = -mx.inf
+        parts.append(sample_batch(model, prompts, banned, length, SEED + first))
         if progress is not None:
             progress(min(first + ROWS_AT_ONCE, rows), rows, "the model writes calibration text")
     return mx.concatenate(parts)[:rows]
+
+
+def asks(row: int, instruct: bool) -> bool:
+    return instruct and row % 2 == 1
+
+
+def prompt_ids(encode: Encode, row: int, instruct: bool) -> list[int]:
+    """The tokens a row begins with, BOS included."""
+    if not asks(row, instruct):
+        return [BOS, *encode(PROMPTS[row % len(PROMPTS)])]
+    question = QUESTIONS[row // 2 % len(QUESTIONS)]
+    turns = ("<|system|>\n", f"\n<|user|>\n{question}", "\n<|assistant|>\n")  # as openelm_mlx.instruct builds them
+    system, user, assistant = (encode(turn) for turn in turns)
+    return [BOS, *system, EOS, *user, EOS, *assistant]
 
 
 def sample_batch(model: OpenELM, prompts: list[list[int]], banned: mx.array, length: int, seed: int) -> mx.array:

@@ -90,7 +90,7 @@ def calibration_tokens(
         return text_tokens(options.calibration_text, encode, length, rows)
     model = OpenELM(opened.trimmed)
     model.load_weights(list(exact.items()))
-    return sampled_tokens(model, encode, rows, length, progress)
+    return sampled_tokens(model, encode, rows, length, progress, options.is_instruct)
 
 
 def text_name(options: ConvertOptions) -> str:

@@ -10,7 +10,7 @@ import pytest
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.allocate import make_reference, true_loss
 from openelm_mlx.convert.calibrate import calibrate
-from openelm_mlx.convert.calibration import CONTROL, sampled_tokens, text_tokens
+from openelm_mlx.convert.calibration import CONTROL, PROMPTS, QUESTIONS, prompt_ids, sampled_tokens, text_tokens
 from openelm_mlx.convert.distill import Schedule, distill
 from openelm_mlx.convert.forms import Form, matrices
 from openelm_mlx.convert.gptq import error_feedback
@@ -100,6 +100,15 @@ def test_samples_are_the_models_own_and_do_not_depend_on_how_many():
     assert many[1, 1].item() == 5 + len("The")
     greedy_like = mx.take_along_axis(model(many)[:, 4:-1], many[:, 5:, None], axis=-1).mean() - model(many).mean()
     assert greedy_like.item() > 0  # likelier than a token drawn evenly
+
+
+def test_an_instruct_model_also_answers(tiny):
+    from openelm_mlx.instruct import encode_messages
+
+    encode = lambda text: tiny.tokenizer.encode(text, bos=False)  # noqa: E731
+    want = encode_messages(tiny.tokenizer, [{"role": "user", "content": QUESTIONS[1]}])
+    assert prompt_ids(encode, 3, instruct=True) == want
+    assert prompt_ids(encode, 2, instruct=True) == prompt_ids(encode, 2, instruct=False) == [1, *encode(PROMPTS[2])]
 
 
 def test_calibration_text_of_a_user(tmp_path):
