@@ -31,6 +31,8 @@ LAYER_NAMES = {
     "ffn_down": "ffn.proj_2",
 }  # fmt: skip
 FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+READABLE = (*FLOAT_TYPES, *BLOCK_TYPES)
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
 MAX_ENTRIES, MAX_TOKENS = 1 << 16, 1 << 20  # the 3B has 30 keys, 327 tensors, 32000 tokens
@@ -211,22 +213,18 @@ def check_model(path: Path, metadata: dict[str, Any]) -> None:
 
 
 def read_place(cursor: Cursor) -> tuple[str, Place]:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    from gguf.quants import _type_traits
+    from gguf import GGMLQuantizationType
 
     name, dims = cursor.text(), cursor.number("<I")
     if not 1 <= dims <= 4:
         raise ConversionError(f"{cursor.path}: tensor {name[:60]} has {dims} dimensions")
     shape = tuple(cursor.number("<Q") for _ in range(dims))[::-1]
     code, offset = cursor.number("<I"), cursor.number("<Q")
-    readable = {kind.value: kind for kind in GGML_QUANT_SIZES if kind.name in FLOAT_TYPES or kind in _type_traits}
-    if code not in readable:
-        names = {kind.value: kind.name for kind in GGMLQuantizationType}
-        raise ConversionError(
-            f"{cursor.path}: tensor {name[:60]} has type {names.get(code, code)}; readable are "
-            + ", ".join(kind.name for kind in readable.values())
-        )
-    return name, Place(readable[code], shape, offset)
+    kinds = {kind.value: kind for kind in GGMLQuantizationType}
+    if code not in kinds or kinds[code].name not in READABLE:
+        kind = kinds[code].name if code in kinds else code
+        raise ConversionError(f"{cursor.path}: tensor {name[:60]} has type {kind}; readable are {', '.join(READABLE)}")
+    return name, Place(kinds[code], shape, offset)
 
 
 def located(cursor: Cursor, name: str, place: Place, base: int) -> Place:
