@@ -17,7 +17,8 @@ from openelm_mlx.sampling import History, filter_logits
 from openelm_mlx.speculative import along, keep_sampled
 
 PROMPT = [1, 9, 30, 12, 9, 30, 12, 9]
-SAMPLED = {"temperature": 0.9, "top_k": 4, "top_p": 0.95, "repetition_penalty": 1.2, "presence_penalty": 0.1}
+SAMPLED = {"temperature": 0.9, "top_k": 5, "top_p": 0.97, "min_p": 0.02, "repetition_penalty": 1.2, "presence_penalty": 0.1,
+           "frequency_penalty": 0.1}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
