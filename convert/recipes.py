@@ -59,12 +59,20 @@ class Recipe:
         return self.roles.get(role(name), self.default)
 
 
-BUILT_IN: dict[str, Recipe] = {  # the embeddings lie in every token's way twice: as input and as the tied head
-    "mixed-2-4": Recipe(Form(2, 32), {"token_embeddings": Form(4, 64), "attn.qkv_proj": Form(3, 64)}),
-    "mixed-3-4": Recipe(Form(3, 128), {"token_embeddings": Form(4, 64), "attn.out_proj": Form(4, 64)}),
-    "mixed-3-5": Recipe(Form(3, 128), {"token_embeddings": Form(5, 64), "attn.out_proj": Form(4, 64)}),
-    "mixed-4-6": Recipe(Form(4, 128), {"token_embeddings": Form(6, 64), "attn.out_proj": Form(5, 64)}),
-    "mixed-5-8": Recipe(Form(5, 128), {"token_embeddings": Form(8, 64), "attn.out_proj": Form(6, 64)}),
+BUILT_IN: dict[str, Recipe] = {  # what measuring OpenELM Tiny chose by role: more for embeddings and first layer
+    "mixed-2-4": Recipe(
+        Form(2, 128),
+        {"token_embeddings": Form(4, 128), "attn.qkv_proj": Form(3, 128), "ffn.proj_2": Form(3, 128)},
+        {"first": (1, Form(3, 64))},
+    ),
+    "mixed-3-4": Recipe(Form(3, 128), {"token_embeddings": Form(4, 128)}, {"first": (1, Form(4, 128))}),
+    "mixed-3-5": Recipe(
+        Form(3, 128),
+        {"token_embeddings": Form(5, 128), "attn.qkv_proj": Form(4, 128), "ffn.proj_2": Form(4, 128)},
+        {"first": (1, Form(5, 128))},
+    ),
+    "mixed-4-5": Recipe(Form(4, 128), {"token_embeddings": Form(5, 128)}, {"first": (1, Form(5, 128))}),
+    "mixed-5-6": Recipe(Form(5, 128), {"token_embeddings": Form(6, 128)}, {"first": (1, Form(6, 128))}),
 }
 
 

@@ -92,7 +92,7 @@ def test_a_dry_run_shows_and_writes_nothing(tmp_path, capsys):
     assert main(["convert", str(SOURCE), "-o", str(tmp_path / "a" / "m"), "--recipe", "mixed-3-5", "--dtype", "float16",
                  "--dry-run"]) in (0, None)  # fmt: skip
     shown = capsys.readouterr().out
-    assert "layer 3" in shown and "5/64" in shown and "memory needed: about" in shown and "nothing was written" in shown
+    assert "layer 3" in shown and "5/128" in shown and "memory needed: about" in shown and "nothing was written" in shown
     assert list(tmp_path.iterdir()) == []
     written = convert(ConvertOptions(SOURCE, tmp_path / "m", recipe="mixed-3-5", dtype="float16")).written_bytes
     assert f"{written:,} bytes" in shown
