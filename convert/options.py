@@ -96,6 +96,8 @@ class ConvertOptions:
         metadata={"help": "add the chat template; unset goes by 'instruct' in the source's name"},
     )
 
+    source_name: str | None = None  # what the source is called where its path says nothing: a hub id, a catalog's name
+
     def __post_init__(self) -> None:
         check_ranges(self)
         for name in ("source", "target", "config", "tokenizer", "adapter_folder", "calibration_text", "verify_text"):
@@ -115,6 +117,11 @@ class ConvertOptions:
             raise OptionError("--to gguf knows one form for all; leave out --recipe, --target-bpw, --calibrate and --dry-run")
         if self.rope_base is not None and not math.isfinite(self.rope_base):
             raise OptionError(f"rope_base is {self.rope_base!r}; it must be finite")
+
+    @property
+    def shown_source(self) -> str:
+        """The source without paths of the machine."""
+        return self.source_name or self.source.absolute().name
 
     @property
     def form(self) -> Form | None:

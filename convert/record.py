@@ -54,11 +54,11 @@ class SourceHash:
 
 def command_line(options: ConvertOptions) -> str:
     """The command that asks for these options; files by name only, without paths of the machine it ran on."""
-    words = ["openelm", "convert", options.source.absolute().name, "-o", options.target.name]
+    words = ["openelm", "convert", options.shown_source, "-o", options.target.name]
     for item in fields(options):
         value = getattr(options, item.name)
         default = None if item.default is MISSING else item.default
-        if item.name in ("source", "target", "force", "dry_run") or value == default:
+        if item.name in ("source", "target", "source_name", "force", "dry_run") or value == default:
             continue
         flag = item.metadata.get("flag") or "--" + item.name.replace("_", "-")
         if isinstance(value, bool):
@@ -79,7 +79,7 @@ def conversion_record(
         "version": __version__,
         "versions": {"mlx": mx.__version__, "python": platform.python_version()},
         "command": command_line(options),
-        "source": options.source.absolute().name,
+        "source": options.shown_source,
         "parameters": parameters,
         "dtype": dtype,
         "quantization": config_entry(forms),

@@ -374,6 +374,11 @@ def test_convert_by_name_on_the_command_line(tmp_path):
     environment = {**os.environ, "OPENELM_CACHE": str(tmp_path / "cache")}
     with serving({"/pretrained/270M/checkpoint_average.pt": (NANO / "checkpoint.pt").read_bytes()}) as server:
         run = subprocess.run([*command, server.url + "/", *arguments], capture_output=True, text=True, env=environment)
+        again = subprocess.run([*command, server.url + "/", *arguments], capture_output=True, text=True, env=environment)
+        assert len(server.requests) == 1
     assert run.returncode == 0, run.stderr
+    assert again.returncode == 2 and "exists; choose another folder, or replace it with --force" in again.stderr
+    record = json.loads((tmp_path / "m" / "conversion.json").read_text())
+    assert record["source"] == "corenet:270m" and record["command"].startswith("openelm convert corenet:270m -o m")
     convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "same"))
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()

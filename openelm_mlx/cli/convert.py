@@ -51,8 +51,11 @@ def run(args: argparse.Namespace) -> int:
     from openelm_mlx.convert.catalog import is_published
     from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import convert
+    from openelm_mlx.convert.staging import check_target
 
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # so that what is half-written is removed
+    check_target(from_args(ConvertOptions, args))  # before gigabytes are fetched
+    given = args.source
     if is_published(args.source) and not Path(args.source).exists():
         args.source = download(args)
     elif not Path(args.source).exists() and Path(args.source).suffix not in WEIGHT_FILES:
@@ -62,6 +65,10 @@ def run(args: argparse.Namespace) -> int:
         args.source = str(resolved.folder)
         if resolved.tokenizer is not None:
             args.tokenizer = str(resolved.tokenizer)
+    if args.source != given:  # a cache's path says nothing of the model
+        args.source_name = given
+        if "instruct" in given.lower() and not hasattr(args, "instruct"):
+            args.instruct = True
     options = from_args(ConvertOptions, args)
     columns = (TextColumn("converting"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
@@ -112,14 +119,14 @@ def download(args: argparse.Namespace) -> str:
 
     from openelm_mlx.convert.catalog import fetch_published
 
+    if getattr(args, "tokenizer", None) is None:
+        from openelm_mlx.hub import mirrored_tokenizer
+
+        args.tokenizer = str(mirrored_tokenizer())
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task(args.source, total=None)
         path = fetch_published(
             args.source, lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
         )
-    if getattr(args, "tokenizer", None) is None:
-        from openelm_mlx.hub import mirrored_tokenizer
-
-        args.tokenizer = str(mirrored_tokenizer())
     return str(path)
