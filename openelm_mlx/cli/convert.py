@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             args.instruct = True
     options = from_args(ConvertOptions, args)
     columns = (TextColumn("converting"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
         task, phase = bar.add_task("", total=None), 0
 
         def show(done: int, total: int, name: str) -> None:
@@ -124,7 +124,7 @@ def download(args: argparse.Namespace) -> str:
 
         args.tokenizer = str(mirrored_tokenizer())
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(args.source, total=None)
         path = fetch_published(
             args.source, lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
