@@ -167,6 +167,19 @@ def test_corenets_own_mlx_folders(tmp_path, bits):
     assert OpenELMConfig.from_file(target / "config.json").max_context_length == 64
 
 
+def test_packed_weights_mean_what_they_meant_in_mlx_0_10(tmp_path):
+    """mlx v0.10.0, mlx/ops.cpp, dequantize: eight 4-bit numbers a word, lowest first, times scale plus bias."""
+    source = corenet_mlx(tmp_path / "theirs", 4)
+    stem = "layers.1.ffn.proj_2."
+    stored = {part: np.array(a) for part in ("weight", "scales", "biases")
+              for a in [mx.load(str(source / "weights.safetensors"))[stem + part]]}  # fmt: skip
+    numbers = np.stack([(stored["weight"] >> shift) & 15 for shift in range(0, 32, 4)], axis=-1)
+    groups = numbers.reshape(*stored["scales"].shape, 32).astype(np.float32)
+    whole = groups * stored["scales"][..., None].astype(np.float32) + stored["biases"][..., None].astype(np.float32)
+    loaded = open_source(source).load(stem + "weight")
+    np.testing.assert_array_equal(np.array(loaded), whole.reshape(loaded.shape).astype(np.float16))
+
+
 def test_a_published_size_in_corenets_config(tmp_path):
     """`model_name` alone names the shapes there."""
     from openelm_mlx.convert.infer import config_for
