@@ -2,7 +2,8 @@
 
 A quantized matrix lies there as packed `weight` with `scales` and, in affine mode, `biases`; config.json says bits,
 group size and mode, for all layers or layer by layer. What lies so is given out whole, dequantized one tensor at a
-time (what MLX 0.10 packed for CoreNet's folders means the same today); `packed` hands over the stored arrays for a target of the very same form.
+time; `packed` hands over the stored arrays for a target of the very same form. (What MLX 0.10 packed for CoreNet's
+folders means the same today.)
 """
 
 from __future__ import annotations
