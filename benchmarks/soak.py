@@ -102,7 +102,7 @@ class Soak:
         if self.arrays and self.arrays[-1] > self.arrays[0] + ARRAYS_MAY_GROW:
             self.failures.append(f"memory did not return: arrays grew by {(self.arrays[-1] - self.arrays[0]) / 1e6:.1f} MB")
         grown = self.process[-1] - self.settled if self.process else 0
-        if grown > 0.05 * self.settled + PROCESS_MAY_GROW:
+        if grown and grown > 0.05 * self.settled + PROCESS_MAY_GROW:
             self.failures.append(f"memory did not return: the process grew by {grown / 1e6:.0f} MB in the second half")
         change, sure = trend(self.relative)
         if sure and change < -SPEED_MAY_FALL:
