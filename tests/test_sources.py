@@ -167,6 +167,14 @@ def test_corenets_own_mlx_folders(tmp_path, bits):
     assert OpenELMConfig.from_file(target / "config.json").max_context_length == 64
 
 
+def test_a_width_this_project_does_not_write_becomes_whole(tmp_path):
+    source = corenet_mlx(tmp_path / "theirs", 1)
+    assert open_source(source).forms == {}
+    written = weights(again(source, tmp_path / "m"))
+    name = "layers.1.ffn.proj_2.weight"
+    assert mx.array_equal(written["transformer." + name], open_source(source).load(name))
+
+
 def test_packed_weights_mean_what_they_meant_in_mlx_0_10(tmp_path):
     """mlx v0.10.0, mlx/ops.cpp, dequantize: eight 4-bit numbers a word, lowest first, times scale plus bias."""
     source = corenet_mlx(tmp_path / "theirs", 4)

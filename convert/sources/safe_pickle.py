@@ -68,13 +68,12 @@ def read_state(data: bytes, where: str) -> Any:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if number >= MAX_OPCODES:
                 raise ConversionError(f"{where}: data.pkl has more than {MAX_OPCODES} opcodes; no state dict needs as many")
-            if opcode.name == "STOP":
-                return machine.pop()
-            machine.run(opcode.name, argument)
+            if opcode.name != "STOP":  # after which there is no more
+                machine.run(opcode.name, argument)
+        return machine.pop()
     except (ValueError, IndexError, TypeError, UnicodeError, OverflowError) as error:
         text = f"{type(error).__name__}: {str(error):.100}".splitlines()[0]
         raise ConversionError(f"{where}: data.pkl is damaged ({text})") from None
-    raise ConversionError(f"{where}: data.pkl is damaged (it does not end)")
 
 
 class Machine:
