@@ -168,7 +168,8 @@ class Run:
         if widths != self.suite.bits:
             wide = ", ".join(str(bits) for bits in self.suite.bits if bits not in widths)
             self.notes.append(f"{model} has {facts.bits}-bit weights already: {wide} bits left out, fewer bits made from those")
-        size = facts.config.num_parameters * sum((bits or 32) / 8 for bits in widths) * (1 + len(self.peers))
+        whole = 16 if self.suite.dtype in ("bfloat16", "float16") else 32
+        size = facts.config.num_parameters * sum((bits or whole) / 8 for bits in widths) * (1 + len(self.peers))
         if len(widths) == 1 or size < machine.memory_bytes() / 2:
             return [widths]
         self.notes.append(f"{model}: the widths do not fit into memory together and were measured one after the other")

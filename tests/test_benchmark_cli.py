@@ -93,6 +93,17 @@ def test_widths_are_made_from_the_stored_weights_and_their_loss_is_measured(monk
     assert "loss is against the model as stored, on 32 tokens that it samples itself" in document.notes
 
 
+def test_widths_that_do_not_fit_into_memory_together_are_measured_one_by_one(monkeypatch):
+    options = BenchmarkOptions(suite="paper", random_weights=("3b",))
+    work = run.Run(options, run.Unwatched())
+    work.peers = []
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 64 * 2**30)
+    assert work.groups("3b") == [(None, 4)] and work.notes == []
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 8 * 2**30)
+    assert work.groups("3b") == [(None,), (4,)]
+    assert work.notes == ["3b: the widths do not fit into memory together and were measured one after the other"]
+
+
 def test_what_does_not_fit_the_context_is_left_out_and_said():
     document = run.run(BenchmarkOptions(prompt_tokens=(8, 2000), generation_tokens=(3,), trials=5, peers=("mlx-lm", "mlx-lm")))
     assert [row.case.prompt_tokens for row in document.rows] == [8, 8]

@@ -267,6 +267,14 @@ def test_what_makes_two_results_hard_to_compare_is_said():
         compare(before, Document("", "", (other,)))
 
 
+def test_group_sizes_tell_cases_apart_and_a_hair_does_not():
+    metrics = {"decode_tokens_per_second": Metric.of([1, 2, 3], "tokens/s")}
+    results = [Document("", "", (Row(replace(CASE, bits=4, bits_per_weight=bpw), metrics),)) for bpw in (4.5036, 4.5041, 5.0)]
+    assert len(compare(*results[:2]).differences) == 1
+    with pytest.raises(BenchmarkError, match="no measurement in common"):
+        compare(results[0], results[2])
+
+
 @pytest.mark.parametrize(  # from the tables of any statistics book
     ("confidence", "freedom", "t"), [(0.95, 1, 12.706), (0.95, 4, 2.776), (0.99, 5, 4.032), (0.95, 6, 2.447), (0.995, 9, 3.690)]
 )
