@@ -47,7 +47,7 @@ def layers(model: str, rows: Sequence[Row]) -> Panel | None:
     if config is None:
         return None
     row = min(rows, key=lambda row: bits_of(row.case))
-    columns = layer_megabytes(config, row.bytes_per_token or {})
+    columns, scales = layer_megabytes(config, row.bytes_per_token or {}), (row.bytes_per_token or {}).get("scales", 0)
     totals = [sum(sizes) for sizes in zip(*columns.values(), strict=True)]
     if not totals:
         return None
@@ -58,7 +58,7 @@ def layers(model: str, rows: Sequence[Row]) -> Panel | None:
             ax.bar(range(1, len(below) + 1), sizes, 0.8, below, color=theme.part(part), label=part)
             below = [low + more for low, more in zip(below, sizes, strict=True)]
         ax.set_xlabel("layer")
-        ax.set_ylabel("read for one token, MB")
+        ax.set_ylabel("MB read a token" + (", scales left out" if scales else ""))
         ax.xaxis.get_major_locator().set_params(integer=True)
         legend(ax, theme, PARTS, columns=3)
 

@@ -72,7 +72,7 @@ def scale_y(ax: Any, values: Sequence[float]) -> None:
     """From 0, or logarithmic where the values lie too far apart to be read beside each other."""
     low, high = min(values), max(values)
     if low > 0 and high / low > LOG_SPAN:
-        log_y(ax, (1, 2, 5) if high / low < 100 else (1,))
+        log_y(ax, (1, 2, 5) if high / low < 1000 else (1,))
         ax.set_ylim(low / 1.6, high * 1.6)
         ax.set_ylabel(f"{ax.get_ylabel()} (log scale)")
     else:

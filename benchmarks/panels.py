@@ -90,7 +90,8 @@ def speed(model: str, rows: Sequence[Row]) -> Panel | None:
                 ax.plot([place - 0.4, place + 0.4], ends[-1:] * 2, color=theme.ink, lw=2, label="memory bound")
             if row.case.engine == OURS and row.percent_of_bound is not None:
                 below = row.percent_of_bound > 60  # beside the bound's bar there is no room above the dot
-                note(ax, f"{row.percent_of_bound:.0f} %", (x, metric.median), theme, (0, -15 if below else 7), ha="center")
+                at = (x, min(metric.q1, metric.median) if below else max(metric.q3, metric.median))
+                note(ax, f"{row.percent_of_bound:.0f} %", at, theme, (0, -15 if below else 7), ha="center")
         ax.set_xticks(range(len(widths)), widths)
         ax.set_xlim(-0.7, len(widths) - 0.3)
         scale_y(ax, ends)
@@ -234,7 +235,7 @@ def ratios(document: Document) -> Panel | None:
             item, found = document.ratios[index], verdict(document, index)
             ax.plot([item.low, item.high], [y, y], color=colours[found], lw=2, alpha=0.6)
             ax.plot([item.ratio], [y], marker=marks[found], ms=6.5, color=colours[found], ls="", label=found)
-            note(ax, f"{item.ratio:.2f}", (item.high, y), theme, (6, 0), va="center")
+            note(ax, f"{item.ratio:.2f}", (item.high, y), theme, (6, 0), va="center", backgroundcolor=theme.paper)
             label = shortened(ratio_label(document, index), 60)
             text = ax.text(0, y - 0.34, label, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=theme.ink)
             text.set_in_layout(False)  # it may stand over the axes' end
