@@ -87,7 +87,7 @@ def constants(document: Document) -> str:
 
 def constant(name: str, case: Case) -> str:
     if name == "bits":
-        return f"{case.bits}-bit weights" if case.bits else f"{case.dtype} weights" if case.bits_per_weight in (16, 32) else ""
+        return f"{case.bits}-bit weights" if case.bits else ""
     words = {"prompt_tokens": "prompt of {} tokens", "generation_tokens": "{} new tokens"}
     shown = case_cell(case, name)
     return "" if shown == "plain" else words.get(name, "{}").format(shown)
