@@ -61,7 +61,8 @@ def figure_of(document: Document, shown: list[Panel]) -> Figure:
     rows = [shown[start : start + columns] for start in range(0, len(shown), columns)]
     heights = [max(panel.height for panel in row) for row in rows]
     figure = new_figure(max(columns, 2) * WIDTH, sum(heights) + HEAD + FOOT)
-    head, *bands, foot = figure.subfigures(len(rows) + 2, 1, height_ratios=[HEAD, *heights, FOOT], hspace=0)
+    strips: Any = figure.subfigures(len(rows) + 2, 1, height_ratios=[HEAD, *heights, FOOT], hspace=0)
+    head, *bands, foot = strips
     left = MARGIN / figure.get_figwidth()
     head.text(left, 0.5, "OpenELM benchmark", size=15, weight="bold", va="center", color=LIGHT.ink)
     foot.text(left, 0.5, caption(document), size=8, va="center", color=LIGHT.muted, linespacing=1.6)
@@ -114,7 +115,7 @@ def style(theme: Theme) -> Iterator[None]:
         import matplotlib
     except ImportError:
         raise BenchmarkError("pictures need matplotlib: `pip install 'openelm-mlx[plot]'`") from None
-    settings = {
+    settings: dict[Any, Any] = {
         "text.parse_math": False,  # a model's name is text, whatever stands in it
         "svg.fonttype": "path",  # needs no font where it is shown
         "font.family": ["DejaVu Sans"], "font.size": 9, "axes.titlesize": 10,
@@ -131,10 +132,9 @@ def style(theme: Theme) -> Iterator[None]:
 def new_figure(width: float, height: float) -> Figure:
     """A figure of its own, outside pyplot's list of open ones."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=MARGIN, h_pad=0.05)
-    return figure
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=MARGIN, h_pad=0.05))
 
 
 def save(figure: Figure, kind: str, transparent: bool = False) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,16 +22,18 @@ class MlxLm:
 
     def __init__(self, model: nn.Module, load_seconds: float) -> None:
         self.model, self.load_seconds, self.version = model, load_seconds, version("mlx-lm")
-        self.nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))  # type: ignore[union-attr]
+        parameters: Any = tree_flatten(model.parameters())
+        self.nbytes = sum(array.nbytes for _, array in parameters)
 
     def generate(self, prompt: list[int], tokens: int) -> Timed:
         """Greedy is what `generate_step` does unasked. Memory is that of its weights and what the run added to them."""
         found: list[int] = []
         seconds: list[float] = []
+        streams: Any = [generation_stream]
         mx.synchronize()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        with wired_limit(self.model, [generation_stream]):
+        with wired_limit(self.model, streams):
             start = perf_counter()
             for token, _ in generate_step(mx.array(prompt), self.model, max_tokens=tokens):
                 seconds.append(perf_counter() - start)
