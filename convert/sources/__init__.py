@@ -42,6 +42,10 @@ class TensorSource(Protocol):
         """The tensor `name` in the type it is stored in, whole: quantized matrices are dequantized."""
         ...
 
+    def rows(self, name: str, start: int, stop: int) -> mx.array:
+        """Some rows of the tensor `name`; a source that can read them alone does."""
+        return self.load(name)[start:stop]
+
     def packed(self, name: str) -> dict[str, mx.array]:
         """The stored arrays of a matrix among `forms`, under their names."""
         raise KeyError(name)

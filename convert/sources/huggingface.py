@@ -57,6 +57,11 @@ class HuggingFaceFolder(TensorSource):
         """The tensor `name` in the type it is stored in."""
         return load_located(self._located[name])
 
+    def rows(self, name: str, start: int, stop: int) -> mx.array:
+        file, begin, (dtype, shape) = self._located[name]
+        row = math.prod(shape[1:]) * itemsize(dtype)
+        return load_located(Located(file, begin + start * row, TensorInfo(dtype, (stop - start, *shape[1:]))))
+
 
 def load_located(located: Located) -> mx.array:
     file, start, (dtype, shape) = located

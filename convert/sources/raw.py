@@ -38,10 +38,11 @@ def read_strided(
         raise ConversionError(f"{path} cannot be read: {error}") from None
     steps = tuple(step * code.itemsize for step in strides)
     view = np.lib.stride_tricks.as_strided(storage[offset:], shape=shape, strides=steps, writeable=False)
-    return to_mlx(np.array(view, order="C", subok=False), dtype)
+    return to_mlx(view, dtype)
 
 
 def to_mlx(array: np.ndarray, dtype: str) -> mx.array:
+    """A copy in C order, whatever the strides."""
     if dtype == "bfloat16":
         return mx.array(array).view(mx.bfloat16)
     if dtype == "float64":  # MLX computes in float32 at most on the GPU; no published checkpoint needs more

@@ -13,6 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,22 @@ class TorchCheckpoint(TensorSource):
 
     def load(self, name: str) -> mx.array:
         """The tensor `name`, contiguous, in the type it is stored in."""
+        return self._read(self._records[name])
+
+    def rows(self, name: str, start: int, stop: int) -> mx.array:
         record = self._records[name]
-        member = self._members[f"data/{record.storage.key}"]
+        offset = record.offset + start * record.strides[0]
+        return self._read(replace(record, offset=offset, shape=(stop - start, *record.shape[1:])))
+
+    def _read(self, record: TensorRecord) -> mx.array:
+        storage = record.storage
+        member = self._members[f"data/{storage.key}"]
         start = data_offset(self.path, member)
-        if record.storage.key not in self._intact:
+        if storage.key not in self._intact:
             check_crc(self.path, member, start)
-            self._intact.add(record.storage.key)
+            self._intact.add(storage.key)
         return read_strided(
-            self.path,
-            start,
-            record.storage.elements,
-            record.storage.dtype,
-            record.shape,
-            record.strides,
-            record.offset,
+            self.path, start, storage.elements, storage.dtype, record.shape, record.strides, record.offset
         )
 
     def _check_bounds(self, name: str, record: TensorRecord) -> None:
