@@ -6,6 +6,7 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 RESAMPLES = 2000
@@ -20,19 +21,32 @@ class Interval(NamedTuple):
         return self.low <= other.high and other.low <= self.high
 
 
-def interval(values: Sequence[float], confidence: float = 0.95, resolution: float = 0.0, seed: int = 0) -> Interval:
+def standard_error(values: Sequence[float], seed: int = 0) -> float:
+    """Of the median of `values`, by resampling; a single value has none."""
+    if len(values) < 2:
+        raise ValueError("a standard error needs at least two trials")
+    return resampled_error(tuple(values), seed)
+
+
+@lru_cache(maxsize=1024)
+def resampled_error(values: tuple[float, ...], seed: int) -> float:
+    generator = random.Random(seed)
+    return statistics.pstdev(statistics.median(generator.choices(values, k=len(values))) for _ in range(RESAMPLES))
+
+
+def interval(
+    values: Sequence[float], confidence: float = 0.95, resolution: float = 0.0, least_error: float = 0.0, seed: int = 0
+) -> Interval:
     """The median of `values` with an interval that holds the true one with probability `confidence`.
 
     Half the width is Student's t times the bootstrap standard error of the median: percentiles of resampled medians
     would be too narrow for five trials (Hesterberg, arXiv:1411.5279, section 3), and cannot reach past the extremes.
-    `resolution` is the least half width, that of the instrument. Needs two values: a single one has no interval.
+    `least_error` is a standard error known from elsewhere, which a lucky few trials shall not undercut; `resolution` is
+    the least half width, that of the instrument. Needs two values.
     """
-    if len(values) < 2:
-        raise ValueError("an interval needs at least two trials")
-    generator = random.Random(seed)
-    medians = [statistics.median(generator.choices(values, k=len(values))) for _ in range(RESAMPLES)]
+    error = max(standard_error(values, seed), least_error)
     middle = statistics.median(values)
-    half = max(student_t(confidence, len(values) - 1) * statistics.pstdev(medians), resolution)
+    half = max(student_t(confidence, len(values) - 1) * error, resolution)
     return Interval(middle - half, middle, middle + half)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING
 
-from openelm_mlx.benchmarks.bootstrap import Interval, interval
+from openelm_mlx.benchmarks.bootstrap import Interval, interval, standard_error
 from openelm_mlx.benchmarks.machine import BUSY
 from openelm_mlx.benchmarks.results import Case, Document, Metric, Row
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 RESOLUTION = {"s": 1e-4, "bytes": 2**20, "nats": 1e-4, "share": 1e-3}  # least half width of an interval, by unit
+TIMED = ("s", "tokens/s")
 MACHINE = ("chip", "cores", "memory_bytes", "system", "backend", "blas")
 
 
@@ -65,15 +66,18 @@ def compare(before: Document, after: Document) -> Comparison:
     """Every metric that both documents have for the same case, over at least two trials each.
 
     A difference counts where the bootstrap intervals of the two medians do not overlap. Their confidence is raised with
-    the number of comparisons (Bonferroni), so that two runs of the same thing pass in all of them with 95 %.
+    the number of comparisons (Bonferroni), so that two runs of the same thing pass in all of them with 95 %. No time is
+    taken for surer than the typical one of its run: few trials that happen to lie close do not make a steady machine.
     Raises `BenchmarkError` when the documents have nothing in common.
     """
     pairs = list(common(before, after))
     if not pairs:
         raise BenchmarkError("the two results have no measurement in common; run the same suite on the same models twice")
     confidence = 1 - (1 - CONFIDENCE) / len(pairs)
+    noise = typical_error(before), typical_error(after)
     found = tuple(
-        Difference(case, name, bounds(a, confidence), bounds(b, confidence), a.higher_is_better) for case, name, a, b in pairs
+        Difference(case, name, bounds(a, confidence, noise[0]), bounds(b, confidence, noise[1]), a.higher_is_better)
+        for case, name, a, b in pairs
     )
     return Comparison(found, tuple(warnings(before, after)))
 
@@ -96,8 +100,20 @@ def key(row: Row) -> Case:
     return replace(row.case, bits_per_weight=None if bits is None else round(bits, 1))
 
 
-def bounds(metric: Metric, confidence: float) -> Interval:
-    return interval(metric.values, confidence, RESOLUTION.get(metric.unit, 0.0))
+def typical_error(document: Document) -> float:
+    """Median over the times and rates of a run of their standard error, as a share of the figure."""
+    metrics = [metric for row in document.rows for metric in row.metrics.values()]
+    found = [
+        standard_error(metric.values) / metric.median
+        for metric in metrics
+        if metric.unit in TIMED and len(metric.values) > 1 and metric.median > 0
+    ]
+    return median(found) if found else 0.0
+
+
+def bounds(metric: Metric, confidence: float, typical: float) -> Interval:
+    least = typical * metric.median if metric.unit in TIMED else 0.0
+    return interval(metric.values, confidence, RESOLUTION.get(metric.unit, 0.0), least)
 
 
 def warnings(before: Document, after: Document) -> list[str]:

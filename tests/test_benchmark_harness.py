@@ -267,6 +267,18 @@ def test_what_makes_two_results_hard_to_compare_is_said():
         compare(before, Document("", "", (other,)))
 
 
+def test_a_figure_whose_few_trials_happen_to_agree_is_no_surer_than_the_run():
+    noisy, close = Metric.of([80, 120, 95, 110, 70], "tokens/s"), Metric.of([99, 100, 101, 100, 99], "tokens/s")
+    slower = Metric.of([89, 90, 91, 90, 89], "tokens/s")
+    cases = [replace(CASE, prompt_tokens=n) for n in (1, 2, 3)]
+
+    def run_of(*metrics):
+        return Document("", "", tuple(Row(c, {"decode_tokens_per_second": m}) for c, m in zip(cases, metrics, strict=False)))
+
+    assert compare(run_of(close), run_of(slower)).regressed
+    assert not compare(run_of(close, noisy, noisy), run_of(slower, noisy, noisy)).regressed
+
+
 def test_group_sizes_tell_cases_apart_and_a_hair_does_not():
     metrics = {"decode_tokens_per_second": Metric.of([1, 2, 3], "tokens/s")}
     results = [Document("", "", (Row(replace(CASE, bits=4, bits_per_weight=bpw), metrics),)) for bpw in (4.5036, 4.5041, 5.0)]
