@@ -100,12 +100,14 @@ def test_the_plan_is_nearly_the_best_of_all_plans(seed):
 def test_a_folder_of_the_asked_size_loses_less_than_a_uniform_one(tmp_path):
     common = {"source": GOLDEN / "tied-gqa4" / "checkpoint.pt", "tokenizer": small_tokenizer(tmp_path), "dtype": F16}
     convert(ConvertOptions(target=tmp_path / "uniform", bits=4, group_size=64, **common))
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time there was a fox who lived in a forest with two birds " * 12)
     size = (tmp_path / "uniform" / "model.safetensors").stat().st_size
     uniform = mx.load(str(tmp_path / "uniform" / "model.safetensors"))
     bpw = 8 * sum(a.nbytes for a in uniform.values()) / 328768
-    dry = convert(ConvertOptions(target=tmp_path / "m", target_bpw=bpw, dry_run=True, **common))
+    dry = convert(ConvertOptions(target=tmp_path / "m", target_bpw=bpw, calibration_text=text, dry_run=True, **common))
     assert not (tmp_path / "m").exists() and dry.memory_bytes > 4 * 328768
-    report = convert(ConvertOptions(target=tmp_path / "m", target_bpw=bpw, **common))
+    report = convert(ConvertOptions(target=tmp_path / "m", target_bpw=bpw, calibration_text=text, **common))
     assert report.forms == dry.forms and report.bits_per_weight <= bpw + 1e-9
     assert (tmp_path / "m" / "model.safetensors").stat().st_size < size * 1.02  # headers differ
     config, weights = small_model()

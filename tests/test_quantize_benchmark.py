@@ -16,8 +16,10 @@ def test_the_table(tmp_path, capsys):
     small_tokenizer(tmp_path)
     text = tmp_path / "report.txt"
     text.write_text("once upon a time two birds flew in a forest with a fox " * 10)
+    mine = tmp_path / "mine.txt"
+    mine.write_text("there was a little girl who lived in a forest with two birds and a fox " * 40)
     status = quantization.main([str(tmp_path / "checkpoint.pt"), str(text), "--bits", "4", "--methods", "target-bpw", "gptq",
-                                "--peers", "mixed", "gptq", "--calibration-tokens", "1024",
+                                "--peers", "mixed", "gptq", "--calibration-text", str(mine),
                                 "--output", str(tmp_path / "rows.jsonl")])  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     by_method = {row["method"]: row for row in rows}
