@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from openelm_mlx.benchmarks.document import Row
 from openelm_mlx.benchmarks.drawing import PARTS, Panel, Theme, legend, note
 from openelm_mlx.benchmarks.labels import OURS, bits_of, first_of_each_width, is_plain, number, width
-from openelm_mlx.benchmarks.results import Row
 
 from openelm_mlx.config import PUBLISHED, OpenELMConfig, layer_shapes, normal_name
 from openelm_mlx.hub import BUNDLED

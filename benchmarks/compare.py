@@ -7,8 +7,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from openelm_mlx.benchmarks.bootstrap import Interval, interval, standard_error
+from openelm_mlx.benchmarks.document import Case, Document, Metric, Row
 from openelm_mlx.benchmarks.machine import BUSY
-from openelm_mlx.benchmarks.results import Case, Document, Metric, Row
 
 from openelm_mlx.errors import BenchmarkError
 

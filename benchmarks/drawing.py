@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openelm_mlx.benchmarks.results import Metric
+from openelm_mlx.benchmarks.document import Metric
 
 MARKERS = "osD^vP"
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from openelm_mlx.benchmarks.bootstrap import paired_ratio
+from openelm_mlx.benchmarks.document import METRICS, Case, Metric, Ratio, Row
 from openelm_mlx.benchmarks.machine import trial_notes
-from openelm_mlx.benchmarks.results import METRICS, Case, Metric, Ratio, Row
 from openelm_mlx.benchmarks.suites import MIN_TRIALS
 from openelm_mlx.benchmarks.timing import Session, Timed
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from openelm_mlx.blas import load_blas
 
@@ -39,8 +39,9 @@ def kv_loss(engine: Engine, pieces: list[list[int]], kind: CacheKind, prompt: in
     for tokens in pieces:
         plain, ours = (read(engine, tokens, each)[prompt:] for each in (CacheKind(), kind))
         reference, other = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (plain, ours))
-        kl += (mx.exp(reference) * (reference - other)).sum().item()
-        same += (reference.argmax(-1) == other.argmax(-1)).sum().item()
+        divergence: Any = (mx.exp(reference) * (reference - other)).sum().item()
+        equal: Any = (reference.argmax(-1) == other.argmax(-1)).sum().item()
+        kl, same = kl + divergence, same + equal
         count += plain.shape[0]
     return Loss(kl / count, same / count, kind.bytes_per_token(engine.config, itemsize=2))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from openelm_mlx.benchmarks.results import METRICS, Case, Document, Row
+from openelm_mlx.benchmarks.document import METRICS, Case, Document, Row
 
 OURS = "openelm-mlx"
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openelm_mlx.benchmarks.results import Case, Row
+from openelm_mlx.benchmarks.document import Case, Row
 from openelm_mlx.benchmarks.roofline import bound, bytes_per_token
 from openelm_mlx.benchmarks.suites import Point, cache_settings
 from openelm_mlx.benchmarks.weights import bits_per_weight, dtype_name, open_engine, random_engine, write_folder

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.benchmarks.results import Metric
+from openelm_mlx.benchmarks.document import Metric
 
 FACTS = ("chip", "machine", "cores", "memory_bytes", "system", "system_version", "backend", "blas", "load_average")
 THERMAL_LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")  # OSThermalNotification.h

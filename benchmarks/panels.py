@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from openelm_mlx.benchmarks.byte_panels import layers, parts
+from openelm_mlx.benchmarks.document import Document, Row
 from openelm_mlx.benchmarks.drawing import (
     DASHES,
     MARKERS,
@@ -46,7 +47,6 @@ from openelm_mlx.benchmarks.labels import (
     width,
     widths_by_size,
 )
-from openelm_mlx.benchmarks.results import Document, Row
 
 DECODE = "decode_tokens_per_second"
 FIRST = {

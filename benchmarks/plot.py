@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openelm_mlx.benchmarks.document import Document
 from openelm_mlx.benchmarks.drawing import DARK, LIGHT, Panel, Theme, shortened
 from openelm_mlx.benchmarks.panels import panels
-from openelm_mlx.benchmarks.results import Document
 
 from openelm_mlx.errors import BenchmarkError, OptionError
 

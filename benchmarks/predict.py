@@ -133,7 +133,7 @@ def errors(results: Iterable[Path]) -> list[Error]:
 
     Files that are no results, and machines that are not in the table, are passed over.
     """
-    from openelm_mlx.benchmarks.results import load
+    from openelm_mlx.benchmarks.document import load
 
     found = []
     for path in results:

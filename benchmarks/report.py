@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openelm_mlx.benchmarks.document import Document, Metric, Row, write_text
 from openelm_mlx.benchmarks.drawing import Panel
 from openelm_mlx.benchmarks.labels import (
     OURS,
@@ -23,7 +24,6 @@ from openelm_mlx.benchmarks.labels import (
 )
 from openelm_mlx.benchmarks.panels import DECODE, panels
 from openelm_mlx.benchmarks.plot import DARK, LIGHT, LINUX, is_linux, panel_svg
-from openelm_mlx.benchmarks.results import Document, Metric, Row, write_text
 from openelm_mlx.benchmarks.tables import COLUMNS, digits
 
 from openelm_mlx.errors import BenchmarkError

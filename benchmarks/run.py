@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from openelm_mlx.benchmarks import harness, machine
+from openelm_mlx.benchmarks.document import Document, Ratio, Row
 from openelm_mlx.benchmarks.harness import Entry
-from openelm_mlx.benchmarks.results import Document, Ratio, Row
 from openelm_mlx.benchmarks.suites import (
     BenchmarkOptions,
     Point,

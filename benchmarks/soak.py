@@ -31,8 +31,8 @@ from openelm_mlx.kv import CacheKind
 from openelm_mlx.options import GenerationOptions, SamplingOptions
 
 if TYPE_CHECKING:
+    from openelm_mlx.benchmarks.document import Row
     from openelm_mlx.benchmarks.loaded import Weights
-    from openelm_mlx.benchmarks.results import Row
     from openelm_mlx.benchmarks.timing import Timed
 
     from openelm_mlx.loading import Engine

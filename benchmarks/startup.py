@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.benchmarks.results import Metric, Row
+from openelm_mlx.benchmarks.document import Metric, Row
 from openelm_mlx.benchmarks.suites import Point
 
 from openelm_mlx.errors import BenchmarkError, OpenELMError

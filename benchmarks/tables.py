@@ -7,7 +7,7 @@ import io
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openelm_mlx.benchmarks.results import METRICS, Case, Document, Metric, Row
+from openelm_mlx.benchmarks.document import METRICS, Case, Document, Metric, Row
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +105,8 @@ def case_cell(case: Case, name: str) -> str:
 def setting(case: Case) -> str:
     """What sets a case apart from one plain sequence."""
     parts = [f"batch {case.batch_size}"] * (case.batch_size > 1) + [case.cache] * (case.cache != "plain")
-    return ", ".join(parts + [case.speculation] * (case.speculation is not None)) or "plain"
+    parts += [] if case.speculation is None else [case.speculation]
+    return ", ".join(parts) or "plain"
 
 
 def metric_cell(row: Row, name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openelm_mlx.benchmarks.results import Case, Document, Metric, Ratio, Row
+from openelm_mlx.benchmarks.document import Case, Document, Metric, Ratio, Row
 
 NASTY = "</title><img src=x onerror=alert(1)>$x^2$&'\""
 MACHINE = {"chip": "Made-up chip", "cores": 2, "memory_bytes": 24 * 2**30, "system": "Linux", "system_version": "6.1",

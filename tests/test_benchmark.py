@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from openelm_mlx.benchmarks import results, tables, weights
+from openelm_mlx.benchmarks import document as results
+from openelm_mlx.benchmarks import tables, weights
+from openelm_mlx.benchmarks.document import METRICS, Case, Document, Metric, Ratio, Row
 from openelm_mlx.benchmarks.loaded import Weights, bounded
 from openelm_mlx.benchmarks.ours import OurSession, prompt_ids
 from openelm_mlx.benchmarks.quality import divergence, own_text
-from openelm_mlx.benchmarks.results import METRICS, Case, Document, Metric, Ratio, Row
 from openelm_mlx.benchmarks.roofline import bytes_per_token
 from openelm_mlx.benchmarks.suites import SUITES, BenchmarkOptions, Point, cache_settings, settings, speculation_settings
 

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from openelm_mlx.benchmarks import bandwidth, machine, peers, results, run, startup
+from openelm_mlx.benchmarks import bandwidth, machine, peers, run, startup
+from openelm_mlx.benchmarks import document as results
 from openelm_mlx.benchmarks import soak as soaking
 from openelm_mlx.benchmarks.harness import label
 from openelm_mlx.benchmarks.loaded import last_part
@@ -34,7 +35,7 @@ SHORT = ["--prompt-tokens", "12", "--generation-tokens", "5"]
 def test_help_teaches_by_example_and_loads_nothing_heavy():
     code = ("import sys\nfrom openelm_mlx.cli.main import main\n"
             "try:\n    main(['benchmark', '--help'])\nexcept SystemExit:\n    pass\n"
-            "heavy = ('mlx.core', 'numpy', 'rich', 'openelm_mlx.benchmarks.results')\n"
+            "heavy = ('mlx.core', 'numpy', 'rich', 'openelm_mlx.benchmarks.document')\n"
             "print([m for m in heavy if m in sys.modules])")  # fmt: skip
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.endswith("[]\n")

@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 from openelm_mlx.benchmarks import bootstrap, harness, machine, ours
 from openelm_mlx.benchmarks.compare import compare, lines
+from openelm_mlx.benchmarks.document import Case, Document, Metric, Row, save
 from openelm_mlx.benchmarks.harness import Entry, measure, ratios_of, row_of
 from openelm_mlx.benchmarks.ours import OurSession, prompt_ids
-from openelm_mlx.benchmarks.results import Case, Document, Metric, Row, save
 from openelm_mlx.benchmarks.timing import Timed
 
 from openelm_mlx.cli.main import main

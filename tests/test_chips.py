@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from openelm_mlx.benchmarks.chips import CHIPS, find, nominal_bandwidth
+from openelm_mlx.benchmarks.document import Case, Document, Metric, Row, save
 from openelm_mlx.benchmarks.predict import EVIDENCE, LATENCY, efficiency, errors, predict
 from openelm_mlx.benchmarks.predict_table import predictions, show
-from openelm_mlx.benchmarks.results import Case, Document, Metric, Row, save
 from openelm_mlx.benchmarks.roofline import bound, bytes_per_token
 
 from openelm_mlx.config import OpenELMConfig

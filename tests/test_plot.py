@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 from bench_document import NASTY, metric, rich_document, row, sparse_document, startup_document
 from openelm_mlx.benchmarks.byte_panels import known_config, layer_megabytes
+from openelm_mlx.benchmarks.document import Case, Document, Row
 from openelm_mlx.benchmarks.drawing import DARK, LIGHT, PARTS
 from openelm_mlx.benchmarks.labels import number, width
 from openelm_mlx.benchmarks.panels import panels
 from openelm_mlx.benchmarks.plot import caption, new_figure, panel_svg, style, write_plot
-from openelm_mlx.benchmarks.results import Case, Document, Row
 
 from openelm_mlx.config import expected_tensors
 from openelm_mlx.errors import BenchmarkError, OptionError

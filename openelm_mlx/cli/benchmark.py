@@ -16,7 +16,7 @@ from openelm_mlx.benchmarks.suites import BITS, SIZES, SUITES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from openelm_mlx.benchmarks.results import Document
+    from openelm_mlx.benchmarks.document import Document
     from openelm_mlx.benchmarks.run import Progress
 
 EXAMPLES = """examples:
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         return predict(args)
     check_targets(args)
     if args.show:
-        from openelm_mlx.benchmarks.results import load
+        from openelm_mlx.benchmarks.document import load
 
         document = load(args.show)
     else:
@@ -164,16 +164,17 @@ def check_targets(args: argparse.Namespace) -> None:
 
 def write(document: Document, args: argparse.Namespace) -> None:
     """The files first, the most valuable one before the rest; then the table or JSON on stdout."""
-    from openelm_mlx.benchmarks import results, tables
+    from openelm_mlx.benchmarks import tables
+    from openelm_mlx.benchmarks.document import save, to_json, write_text
 
     if args.output:
-        results.save(document, args.output)
+        save(document, args.output)
     if args.csv:
-        results.write_text(args.csv, tables.csv_text(document))
+        write_text(args.csv, tables.csv_text(document))
     if args.markdown:
-        results.write_text(args.markdown, tables.markdown(document))
+        write_text(args.markdown, tables.markdown(document))
     if args.json:
-        print(results.to_json(document), end="")
+        print(to_json(document), end="")
     elif sys.stdout.isatty():
         from rich.console import Console
 
@@ -195,7 +196,7 @@ def compare(before: str, after: str) -> int:
     from rich.console import Console
 
     from openelm_mlx.benchmarks import compare as comparing
-    from openelm_mlx.benchmarks.results import load
+    from openelm_mlx.benchmarks.document import load
 
     comparison = comparing.compare(load(before), load(after))
     if sys.stdout.isatty():
