@@ -197,7 +197,7 @@ class Run:
             for weights in loaded:
                 if self.suite.startup:
                     startup_rows(
-                        self.rows, weights, weights.written(self.scratch), self.points[0].prompt_tokens, self.suite.trials,
+                        self.rows, weights, self.scratch, self.points[0].prompt_tokens, self.suite.trials,
                         self.peers, self.progress.tick,
                     )  # fmt: skip
                 if self.suite.soak:

@@ -49,21 +49,32 @@ def startup(engine: str, folder: Path, dtype: str, prompt: list[int], tokenizer:
 
 
 def startup_rows(
-    rows: list[Row], weights: Weights, folder: Path, prompt_tokens: int, trials: int, peers: Sequence[str], tick: Tick
+    rows: list[Row], weights: Weights, scratch: Path, prompt_tokens: int, trials: int, peers: Sequence[str], tick: Tick
 ) -> None:
-    """Append a row for our engine and each peer: new processes that take turns; at an interrupt what is finished."""
+    """Append a row for our engine and each peer: new processes that take turns; at an interrupt what is finished.
+
+    What a peer needs converted is written into `scratch` beforehand: that is not its start-up.
+    """
     from openelm_mlx.benchmarks.ours import prompt_ids
+    from openelm_mlx.benchmarks.peers import prepared
 
     prompt, path = prompt_ids(weights.engine, prompt_tokens), weights.engine.tokenizer.path
     tokenizer = path if path.exists() else None
     seconds: dict[str, list[float]] = {name: [] for name in ("openelm-mlx", *peers)}
     tokens: dict[str, int] = {}
     problems: dict[str, str] = {}
+    folder = weights.written(scratch)
+    places = {"openelm-mlx": folder}
+    for name in peers:
+        try:
+            places[name] = prepared(name, folder, weights.dtype, scratch)
+        except OpenELMError as error:
+            problems[name] = f"not timed: {error}"
     try:
         for number in range(trials + 1):  # the first fills the file cache
             for name in [name for name in list(seconds)[:: -1 if number % 2 else 1] if name not in problems]:
                 try:
-                    found, tokens[name] = startup(name, folder, weights.dtype, prompt, tokenizer)
+                    found, tokens[name] = startup(name, places[name], weights.dtype, prompt, tokenizer)
                 except OpenELMError as error:
                     if name == "openelm-mlx":
                         raise
