@@ -205,5 +205,7 @@ class Session:
             data = json.loads(Path(name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise OpenELMError(f"cannot read {name!r}: {error}") from None
-        self.conversation = Conversation.from_json(talk.engine, data, sampling=talk.sampling, options=talk.options)
+        self.conversation = Conversation.from_json(
+            talk.engine, data, sampling=talk.sampling, options=talk.options, draft=talk.draft
+        )
         return f"loaded {len(self.conversation.messages) // 2} turns"
