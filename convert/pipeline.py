@@ -81,6 +81,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
             if options.verifies:  # 5. prove it
                 report = replace(report, verification=verified(folder, opened, options))
                 record["verification"] = dict(report.verification or {})
+                record["verification_text"] = None if options.verify_text is None else options.verify_text.name
             record["source_sha256"] = hashes.result()
             write_record(folder, record, forms, options.is_instruct)
     finally:

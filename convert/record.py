@@ -113,9 +113,9 @@ def model_card(record: Mapping[str, Any], forms: Plan, instruct: bool) -> str:
     if len(set(forms.values())) > 1:
         parts.append("\n" + form_table_markdown(forms) + "\n")
     if verification := record.get("verification"):
-        parts.append(f"\nAgainst the source in float32, on {verification.get('text', 'a short text')}:\n\n")
+        parts.append(f"\nAgainst the source in float32, on {record.get('verification_text') or 'a short text'}:\n\n")
         parts.append("| | |\n|---|---|\n")
-        parts += [f"| {label(key)} | {value:.6g} |\n" for key, value in verification.items() if not isinstance(value, str)]
+        parts += [f"| {label(key)} | {value:.6g} |\n" for key, value in verification.items()]
     parts.append("\nThe weights stay under the licence of the model they were converted from.\n")
     return "".join(parts)
 

@@ -73,7 +73,7 @@ def test_losses_and_origin_are_recorded(tmp_path):
     assert record["command"] == "openelm convert checkpoint.pt -o m --bits 8 --verify-text mine.txt --max-kl 0.1"
     assert record["bytes"] == report.written_bytes and set(record["versions"]) == {"mlx", "python"}
     card = (tmp_path / "m" / "README.md").read_text()
-    assert f"{report.verification['mean_kl_divergence']:.6g}" in card and record["command"] in card
+    assert "on mine.txt:" in card and f"{report.verification['mean_kl_divergence']:.6g}" in card and record["command"] in card
     assert record["source_sha256"]["checkpoint.pt"] in card
 
 
