@@ -17,7 +17,7 @@ from openelm_mlx.convert.quantize import rounded
 from small_model import GOLDEN, random_tokens, small_model, small_tokenizer
 
 from openelm_mlx.config import expected_tensors
-from openelm_mlx.errors import OptionError
+from openelm_mlx.errors import CheckpointError, OptionError
 from openelm_mlx.model import OpenELM
 
 F16 = "float16"
@@ -117,3 +117,14 @@ def test_a_folder_of_the_asked_size_loses_less_than_a_uniform_one(tmp_path):
     assert record["calibration"]["sum_of_losses"] == pytest.approx(record["calibration"]["loss_together"], rel=0.5)
     assert set(record["calibration"]["loss_of_each"]) == set(report.forms)
     assert "| layer 2 |" in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_weights_that_are_no_numbers_are_refused_before_measuring(tmp_path):
+    folder = tmp_path / "source"
+    convert(ConvertOptions(GOLDEN / "tied-gqa4" / "checkpoint.pt", folder, tokenizer=small_tokenizer(tmp_path)))
+    tensors = mx.load(str(folder / "model.safetensors"))
+    tensors["transformer.norm.weight"][0] = mx.nan
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    with pytest.raises(CheckpointError, match="transformer.norm.weight holds NaN"):
+        convert(ConvertOptions(folder, tmp_path / "m", dtype=F16, target_bpw=4.0))
+    assert not (tmp_path / "m").exists()
