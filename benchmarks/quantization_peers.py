@@ -50,7 +50,8 @@ def mixed(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Va
 
     def work() -> Result:
         model, config = loaded(folder)
-        quantize_model(model, config, 64, bits, quant_predicate=mixed_quant_predicate_builder(name, model))
+        predicate: Any = mixed_quant_predicate_builder(name, model)  # takes the configuration too; its types do not say so
+        quantize_model(model, config, 64, bits, quant_predicate=predicate)
         return stored(model)
 
     yield f"mlx-lm {name}", work
@@ -90,13 +91,15 @@ def awq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Vari
     """Not for OpenELM as it comes; with a configuration for it and an object that answers as its code asks."""
 
     def work() -> Result:
-        from mlx_lm.quant.awq import AWQConfig, ScaleConfig, awq_quantize
+        from mlx_lm.quant import awq
 
+        scale: Any = awq.ScaleConfig  # wants names of modules; its types say modules
         model, _ = loaded(folder)
-        config = AWQConfig(embed="token_embeddings", lm_head="lm_head", no_clip=["qkv_proj"], scale_configs=[
-            ScaleConfig(block="attn", prev="attn_norm", layers=["qkv_proj"], kwargs=["mask"]),
-            ScaleConfig(block="ffn", prev="ffn_norm", layers=["proj_1"])])  # fmt: skip
-        awq_quantize(Shim(model), tokens[:8], config, group_size=64, bits=bits, embed_group_size=64, embed_bits=bits, n_grid=8)
+        config = awq.AWQConfig(embed="token_embeddings", lm_head="lm_head", no_clip=["qkv_proj"], scale_configs=[
+            scale(block="attn", prev="attn_norm", layers=["qkv_proj"], kwargs=["mask"]),
+            scale(block="ffn", prev="ffn_norm", layers=["proj_1"])])  # fmt: skip
+        awq.awq_quantize(Shim(model), tokens[:8], config, group_size=64, bits=bits, embed_group_size=64, embed_bits=bits,
+                         n_grid=8)  # fmt: skip
         return stored(model)
 
     yield "mlx-lm awq (with a configuration of ours)", work
@@ -132,22 +135,24 @@ def gptq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Var
     yield f"mlx-lm gptq {linear} bits, embeddings {fallback}", work
 
 
-def dwq(folder: Path, tokens: mx.array, bits: int, budget: int, rate: float = 1e-4) -> Iterator[Variant]:
-    """Uniform quantization with scales and biases distilled, one pass over the calibration text."""
+def dwq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Variant]:
+    """Uniform quantization with scales and biases distilled, one pass over the calibration text, at two rates."""
+    for rate in (1e-5, 1e-4):
 
-    def work() -> Result:
-        import mlx.optimizers as optimizers
-        from mlx_lm.quant.dwq import dwq_quantize
+        def work(rate: float = rate) -> Result:
+            import mlx.optimizers as optimizers
+            from mlx_lm.quant.dwq import dwq_quantize
 
-        exact, _ = loaded(folder)
-        model, _ = loaded(folder)
-        nn.quantize(model, 64, bits)
-        rows = [(row, 0) for row in tokens.tolist()]
-        dwq_quantize(model, lambda batch, index, split: exact(batch), optimizers.Adam(rate, bias_correction=True), rows[4:],
-                     rows[:4], batch_size=4, max_seq_length=len(rows[0][0]), seed=17, dtype=mx.float32)  # fmt: skip
-        return stored(model)
+            exact, _ = loaded(folder)
+            model, _ = loaded(folder)
+            nn.quantize(model, 64, bits)
+            rows = [(row, 0) for row in tokens.tolist()]
+            optimizer = optimizers.Adam(rate, bias_correction=True)
+            dwq_quantize(model, lambda batch, index, split: exact(batch), optimizer, rows[4:], rows[:4], batch_size=4,
+                         max_seq_length=len(rows[0][0]), seed=17, dtype=mx.float32)  # fmt: skip
+            return stored(model)
 
-    yield f"mlx-lm dwq, rate {rate:g}", work
+        yield f"mlx-lm dwq, rate {rate:g}", work
 
 
 TOOLS = {"mixed": mixed, "dynamic_quant": dynamic, "awq": awq, "gptq": gptq, "dwq": dwq}
