@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-PACKAGES := openelm_mlx convert
+# The tree as it is installed, for the type checker: convert and benchmarks lie beside the package here, inside it there.
+TYPES := build/types
 
 .PHONY: chat test clean help
 help:
@@ -33,7 +34,8 @@ chat: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/mypy -p openelm_mlx
+	@rm -rf $(TYPES) && mkdir -p $(TYPES) && cp -R openelm_mlx $(TYPES) && cp -R convert benchmarks $(TYPES)/openelm_mlx
+	MYPYPATH=$(TYPES) $(BIN)/mypy -p openelm_mlx
 	$(BIN)/python -m pytest
 
 clean:

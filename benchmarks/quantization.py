@@ -17,7 +17,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from openelm_mlx.blas import load_blas
 
@@ -75,7 +77,8 @@ class Judge:
         for tokens, exact in zip(self.batches, self.targets, strict=True):
             scores = logits(self.config, weights, tokens)
             divergences.append(np.array(kl_divergence(exact, scores)).ravel())
-            agree += (exact.probs.argmax(-1) == scores.argmax(-1)).sum().item()
+            same: Any = (exact.probs.argmax(-1) == scores.argmax(-1)).sum().item()
+            agree += same
         found = np.concatenate(divergences)
         return float(found.mean()), float(np.quantile(found, 0.99)), agree / found.size
 
@@ -111,22 +114,29 @@ def run(model: Path, text: Path, args: argparse.Namespace) -> Iterator[Row]:
                 try:
                     weights, size = work()
                 except Exception as error:  # a tool of others may fail in any way; the table says how
-                    return Row(bits, method, 0, 0, *[math.nan] * 4, 0, f"does not run: {error}"[:120])
+                    nothing = math.nan
+                    note = f"does not run: {error}"[:120]
+                    return Row(bits, method, 0, 0, nothing, nothing, nothing, nothing, 0, note)
                 seconds = time.perf_counter() - start
                 found = judge(weights)
                 base = found[0] if method == "uniform" else base
                 return Row(bits, method, size, 8 * size / opened.trimmed.num_parameters, *found, found[0] / base, seconds)
 
-            yield row("uniform", lambda plan=uniform: (nearest(exact, plan), plan_bytes(plan, shapes, DTYPE)))
+            def rounded(plan: Plan) -> tuple[Weights, int]:
+                return nearest(exact, plan), plan_bytes(plan, shapes, DTYPE)
+
+            def learned(method: str, plan: Plan) -> tuple[Weights, int]:
+                found = calibrate(method, opened.trimmed, exact, plan, tokens, DTYPE, progress)
+                return found.stored_weights(DTYPE), plan_bytes(plan, shapes, DTYPE)
+
+            yield row("uniform", partial(rounded, uniform))
             if losses is not None:
                 plan = choose(losses, shapes, DTYPE, bpw)
                 if "target-bpw" in args.methods:
-                    yield row("target-bpw", lambda plan=plan: (nearest(exact, plan), plan_bytes(plan, shapes, DTYPE)))
+                    yield row("target-bpw", partial(rounded, plan))
                 for method in ("gptq", "distill"):
                     if method in args.methods:
-                        yield row(f"target-bpw + {method}", lambda plan=plan, method=method: (
-                            calibrate(method, opened.trimmed, exact, plan, tokens, DTYPE, progress).stored_weights(DTYPE),
-                            plan_bytes(plan, shapes, DTYPE)))  # fmt: skip
+                        yield row(f"target-bpw + {method}", partial(learned, method, plan))
             for name, tool in peers.TOOLS.items():
                 if name in args.peers:
                     for variant, work in tool(folder, tokens, bits, budget):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 from openelm_mlx.convert.dense import Target, Weights, embed, head, kl_divergence, layer, layer_of, target
@@ -45,7 +46,8 @@ class Reference:
             x = embed(weights, tokens) if start < 0 else states[start]
             for number in range(max(start, 0), self.config.num_transformer_layers):
                 x = layer(self.config, number, weights, x)
-            total += kl_divergence(exact, head(self.config, weights, x)).sum().item()
+            divergence: Any = kl_divergence(exact, head(self.config, weights, x)).sum().item()
+            total += divergence
             count += tokens.size
         return total / count
 
@@ -106,7 +108,8 @@ def probe_group(columns: int) -> int:
 def weighted_error(exact: mx.array, other: mx.array, moments: mx.array | None) -> float:
     """Mean square error of the products with inputs of these second moments, were their columns independent."""
     square = mx.square(exact - other)
-    return max((square if moments is None else square * moments).mean().item(), 1e-30)
+    mean: Any = (square if moments is None else square * moments).mean().item()
+    return max(mean, 1e-30)
 
 
 def interpolated(points: list[tuple[float, float]], error: float) -> float:

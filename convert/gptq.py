@@ -53,8 +53,8 @@ def error_feedback(
     rows, columns = weights.shape
     size, top = form.group_size, 2**form.bits - 1
     work = weights.astype(np.float32).copy()
-    sides = [np.zeros((rows, columns // size), np.float32) for _ in ("scales", "biases")]
-    result = Codes(form, np.zeros((rows, columns), np.uint8), *sides, np.zeros((rows, columns), np.float32))
+    scales, biases = (np.zeros((rows, columns // size), np.float32) for _ in ("scales", "biases"))
+    result = Codes(form, np.zeros((rows, columns), np.uint8), scales, biases, np.zeros((rows, columns), np.float32))
     importance = (1.0 / np.diag(factor) ** 2).astype(np.float32)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)

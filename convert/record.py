@@ -8,10 +8,10 @@ import shlex
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from openelm_mlx.convert.forms import Form, Plan, config_entry
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.recipes import number_of, role
@@ -77,7 +77,7 @@ def conversion_record(
     return {
         "tool": "openelm-mlx",
         "version": __version__,
-        "versions": {"mlx": mx.__version__, "python": platform.python_version()},
+        "versions": {"mlx": version("mlx"), "python": platform.python_version()},
         "command": command_line(options),
         "source": options.shown_source,
         "parameters": parameters,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -52,10 +53,12 @@ def compare(exact: Model, ours: Model, batches: Iterable[mx.array]) -> dict[str,
         logits = [model(tokens).astype(mx.float32) for model in (exact, ours)]
         reference, other = (log_probs(x) for x in logits)
         divergences.append(np.array((mx.exp(reference) * (reference - other)).sum(axis=-1)).ravel())
-        agree += (reference.argmax(-1) == other.argmax(-1)).sum().item()
-        difference = max(difference, mx.abs(logits[0] - logits[1]).max().item())
+        same: Any = (reference.argmax(-1) == other.argmax(-1)).sum().item()
+        largest: Any = mx.abs(logits[0] - logits[1]).max().item()
+        agree, difference = agree + same, max(difference, largest)
         for place, x in enumerate((reference, other)):
-            scores[place] += mx.take_along_axis(x[:, :-1], tokens[:, 1:, None], axis=-1).sum().item()
+            score: Any = mx.take_along_axis(x[:, :-1], tokens[:, 1:, None], axis=-1).sum().item()
+            scores[place] += score
         counts += tokens[:, 1:].size
     all_of = np.concatenate(divergences)
     return {
@@ -99,7 +102,8 @@ def read_folder(folder: Path, config: OpenELMConfig) -> dict[str, mx.array]:
     """The float32 weights that a folder's stored tensors stand for."""
     written: dict[str, mx.array] = {}
     for file in sorted(folder.glob("model*.safetensors")):
-        written |= mx.load(str(file))
+        arrays: Any = mx.load(str(file))
+        written |= arrays
     shapes = expected_tensors(config)
     plan = read_plan(read_json(config_of(folder)).get("quantization"), shapes, set(written))
     return {name: restored(name, written, plan.get(name.removesuffix(".weight"))) for name in shapes}

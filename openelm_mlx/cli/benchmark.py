@@ -195,7 +195,7 @@ def compare(before: str, after: str) -> int:
     """Exit status 1 where something has become significantly worse."""
     from rich.console import Console
 
-    from openelm_mlx.benchmarks import compare as comparing
+    import openelm_mlx.benchmarks.compare as comparing
     from openelm_mlx.benchmarks.document import load
 
     comparison = comparing.compare(load(before), load(after))
