@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from openelm_mlx import Conversation
@@ -29,15 +31,16 @@ def test_first_prompt_is_the_instruct_format(tiny):
 
 
 def test_full_context_drops_the_oldest_turns_and_says_so(tiny):
-    talk = Conversation(tiny, system="Be brief.", max_tokens=8)
+    small = replace(tiny, config=replace(tiny.config, max_context_length=256))
+    talk = Conversation(small, system="Be brief.", max_tokens=8)
     for number in range(4):
-        ask(talk, f"Number {number}. " + "word " * 280)
+        ask(talk, f"Number {number}. " + "word " * 22)
     assert talk.notices == ["the context is full: the 1 oldest turn was dropped"]
     assert talk.messages[0]["content"].startswith("Number 1") and talk.context_used <= talk.context_length
     head = encode_messages(tiny.tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}])
     assert talk._cache.tokens[:5] == head[:5]
     with pytest.raises(PromptError, match="Shorten it"):
-        talk.send("word " * 2000)
+        talk.send("word " * 500)
 
 
 def test_stopping_an_answer_keeps_the_conversation(tiny):
