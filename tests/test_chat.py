@@ -44,7 +44,7 @@ def test_full_context_drops_the_oldest_turns_and_says_so(tiny):
 
 
 def test_stopping_an_answer_keeps_the_conversation(tiny):
-    talk = Conversation(tiny)
+    talk = Conversation(tiny, max_tokens=12)
     stream = talk.send("Tell me a story.")
     part = next(stream).text + next(stream).text
     stream.close()
