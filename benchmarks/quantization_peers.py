@@ -146,7 +146,8 @@ def dwq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Vari
             exact, _ = loaded(folder)
             model, _ = loaded(folder)
             nn.quantize(model, 64, bits)
-            rows = [(row, 0) for row in tokens.tolist()]
+            texts: Any = tokens.tolist()
+            rows = [(row, 0) for row in texts]
             optimizer = optimizers.Adam(rate, bias_correction=True)
             dwq_quantize(model, lambda batch, index, split: exact(batch), optimizer, rows[4:], rows[:4], batch_size=4,
                          max_seq_length=len(rows[0][0]), seed=17, dtype=mx.float32)  # fmt: skip
