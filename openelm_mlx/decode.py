@@ -120,15 +120,16 @@ def prefill(
 ) -> mx.array:
     """Run the prompt through the model in chunks; logits [1, vocab] after its last token.
 
-    Only the last position goes through the head, and the last chunk gives the first token: no extra pass.
+    Only the last position goes through the last layer's FFN and the head, and the last chunk gives the first token:
+    no extra pass.
     """
     for start in range(0, len(tokens), chunk):
-        hidden = model.hidden(mx.array([tokens[start : start + chunk]]), caches)
-        last = hidden[:, -1]
-        mx.eval(last, [cache.arrays for cache in caches])
+        hidden = model.hidden(mx.array([tokens[start : start + chunk]]), caches, last=True)
+        final = start + chunk >= len(tokens)
+        mx.eval([hidden] if final else [], [cache.arrays for cache in caches])  # of other chunks only keys and values
         if progress is not None:
             progress(min(start + chunk, len(tokens)), len(tokens))
-    return model.logits(last)
+    return model.logits(hidden)[:, -1]
 
 
 def decode(step: Callable[[State], State], state: State, caches: list[KVCache], max_tokens: int) -> Generator[Drawn, None, None]:

@@ -63,14 +63,15 @@ class PromptLookup:
     draft    sat on a mat . the cat sat ...       (what runs over the end repeats: a loop goes on)
 
     Guessing costs nothing, so it is done at every token, drafted or not: how often the first guess was right
-    is known, for each length of match, before the first draft is made.
+    is known, for each length of match, before the first draft is made; nothing is drafted before a guess came true.
     """
 
     MEMORY = 0.8  # weight of the past at each guess
+    PRIOR = 0.1  # share of right guesses before there was one
 
     def __init__(self, ngram: int) -> None:
         self.ngram = ngram
-        self.hits = [0.5] * (ngram + 1)  # by length of match: the share of right guesses, the latest weighing most
+        self.hits = [self.PRIOR] * (ngram + 1)  # by length of match: the share of right guesses, the latest weighing most
         self._after: dict[tuple[int, ...], int] = {}  # an n-gram -> the place behind its latest occurrence
         self._seen = 0
 

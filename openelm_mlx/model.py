@@ -127,7 +127,7 @@ class Attention(nn.Module):
         self._table = (*sources, (weight, weight[:, ::-1], is_value))
         return self._table[2]
 
-    def __call__(self, x: mx.array, residual: mx.array, shared: Pass, cache: Cache) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array, shared: Pass, cache: Cache, last: bool = False) -> mx.array:
         B, L, angles, mask = shared
         x = self.qkv_proj(x)
         pairs = (B, L, -1, 2, self.head_dim // 2)
@@ -145,6 +145,9 @@ class Attention(nn.Module):
             kv = kv.reshape(2, 1, -1, 1, self.head_dim)
         else:
             kv = kv.reshape(B, L, 2, -1, self.head_dim).transpose(2, 0, 3, 1, 4)
+        if last and L > 1:  # keys and values of all tokens, but an answer for the last one only
+            q, mask, L = q[:, :, -1:], mask[..., -1:, :] if isinstance(mask, mx.array) else None, 1
+            residual = residual.reshape(B, -1, residual.shape[-1])[:, -1]
         out = cache.attend(q, kv, mask, self.scale)  # q [B, heads, L, head_dim], kv [2, B, kv, L, head_dim]
         out = out if L == 1 else out.swapaxes(1, 2)
         return project_onto(residual, self.out_proj, out.reshape(B * L, -1))
@@ -178,8 +181,8 @@ class DecoderLayer(nn.Module):
         self.attn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
         self.ffn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, shared: Pass, cache: Cache) -> mx.array:
-        x = self.attn(self.attn_norm(x), x, shared, cache)
+    def __call__(self, x: mx.array, shared: Pass, cache: Cache, last: bool = False) -> mx.array:
+        x = self.attn(self.attn_norm(x), x, shared, cache, last)
         return self.ffn(self.ffn_norm(x), x)
 
 
@@ -206,16 +209,19 @@ class OpenELM(nn.Module):
     def layers(self) -> list[DecoderLayer]:
         return self.transformer.layers
 
-    def hidden(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
-        """Normalised last hidden states [batch, length, model_dim] of token ids [batch, length]."""
+    def hidden(self, tokens: mx.array, cache: list[Any] | None = None, last: bool = False) -> mx.array:
+        """Normalised last hidden states [batch, length, model_dim] of token ids [batch, length].
+
+        With `last`, only the last position's, [batch, 1, model_dim]: the last layer then computes no other.
+        """
         caches = as_caches(cache, len(self.layers))
         batch, length = tokens.shape
         angles = rotary(caches[0].positions(length), self.args.head_dim, self.args.rope_freq_constant)
         shared = Pass(batch, length, angles, caches[0].mask(length))
         x = self.transformer.token_embeddings(tokens.reshape(-1))
         for layer, layer_cache in zip(self.layers, caches, strict=True):
-            x = layer(x, shared, layer_cache)
-        return self.transformer.norm(x).reshape(batch, length, -1)
+            x = layer(x, shared, layer_cache, last and layer is self.layers[-1])
+        return self.transformer.norm(x).reshape(batch, -1, x.shape[-1])
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits [batch, length, vocab] of hidden states; the head is the embedding matrix unless untied."""

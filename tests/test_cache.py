@@ -66,6 +66,9 @@ def test_chunks_and_steps_equal_one_masked_pass(engine, kind):
         parts = [engine.model(mx.array([TOKENS[i : i + chunk]]), caches) for i in range(0, len(TOKENS), chunk)]
         assert close(kind, mx.concatenate(parts, axis=1), wanted)
     caches = make_caches(engine.config, kind)
+    engine.model.hidden(mx.array([TOKENS[:60]]), caches, last=True)
+    assert close(kind, engine.model.logits(engine.model.hidden(mx.array([TOKENS[60:]]), caches, last=True)), wanted[:, -1:])
+    caches = make_caches(engine.config, kind)
     engine.model(mx.array([TOKENS[:10]]), caches)
     for cache in caches:
         cache.reserve(len(TOKENS))

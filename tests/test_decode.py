@@ -45,9 +45,9 @@ def test_a_step_is_traced_once_a_block_and_prefill_feeds_each_token_once(tiny, m
     calls = []
     hidden = type(engine.model).hidden
 
-    def counted(self, tokens, cache=None):
+    def counted(self, tokens, cache=None, last=False):
         calls.append(tokens.shape[1])
-        return hidden(self, tokens, cache)
+        return hidden(self, tokens, cache, last)
 
     monkeypatch.setattr(type(engine.model), "hidden", counted)
     events = list(stream_generate(engine, PROMPT, max_tokens=300, ignore_eos=True, prefill_chunk=3))
