@@ -214,7 +214,9 @@ def gain(acceptance: float, k: int, cost: float) -> float:
 
 
 class LookupLength:
-    """Drafts whenever the guesses of late, for a match as long as this one, promise a gain."""
+    """Drafts whenever the guesses of late, for a match as long as this one, promise a clear gain."""
+
+    MARGIN = 1.2  # a few lucky guesses are no pattern, and a rejected draft costs most where passes are not memory-bound
 
     def __init__(self, lookup: PromptLookup, limit: int, adaptive: bool = True) -> None:
         self.lookup, self.limit, self.adaptive = lookup, limit, adaptive
@@ -227,7 +229,7 @@ class LookupLength:
         if not self.adaptive:
             return self.limit
         best = max(self.lengths, key=lambda k: gain(self.lookup.hits[match[1]], k, 0.0))
-        return best if gain(self.lookup.hits[match[1]], best, 0.0) > 1 else 0
+        return best if gain(self.lookup.hits[match[1]], best, 0.0) > self.MARGIN else 0
 
     def record(self, known: int, drafted: int, accepted: int) -> None:
         """Nothing to do: the lookup counts its own hits."""
