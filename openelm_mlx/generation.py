@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from openelm_mlx.decode import Progress, State, StepSpec, choose, decode, prefill
+from openelm_mlx.drafts import Chain, Draft, ModelDraft, PromptLookup
 from openelm_mlx.errors import CacheError, PromptError
 from openelm_mlx.kv import CacheKind
 from openelm_mlx.options import GenerationOptions, SamplingOptions, with_overrides
 from openelm_mlx.prompt_cache import PromptCache
 from openelm_mlx.sampling import History, new_seed, seed_key
-from openelm_mlx.speculative import Chain, Draft, ModelDraft, PromptLookup, SpeculationCounts, speculate
+from openelm_mlx.speculative import SpeculationCounts, speculate
 from openelm_mlx.tokenizer import StreamingDecoder
 
 if TYPE_CHECKING:

@@ -16,14 +16,12 @@ import mlx.core as mx
 
 from openelm_mlx.cache import KVCache, step_caches
 from openelm_mlx.decode import Drawn, Flight, State, StepSpec, flat, logprob_fields, read, submit
-from openelm_mlx.drafts import Chain, Draft, ModelDraft, PromptLookup, Proposal, Request
+from openelm_mlx.drafts import Chain, Proposal, Request
 from openelm_mlx.model import OpenELM
 from openelm_mlx.sampling import NEVER, History, Logprobs, filter_logits, gumbel, keyed, logprobs
 
 if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
-
-__all__ = ["Chain", "Draft", "ModelDraft", "PromptLookup", "SpeculationCounts", "speculate"]
 
 ACCEPT_STREAM = 2  # of the random numbers; 0 draws tokens, 1 drafts them
 

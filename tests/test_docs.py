@@ -33,5 +33,4 @@ def test_commands_parse(page):
             line = line.removeprefix("$ ").strip()
             if line.startswith("openelm "):
                 words = shlex.split(line.replace("$(cat ", "(cat "), comments=True)
-                words = [word for word in words if word not in ("...",)]
-                parser.parse_args(words[1:])
+                assert callable(parser.parse_args(words[1:]).run)
