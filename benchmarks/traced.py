@@ -24,7 +24,7 @@ from openelm_mlx.cache import BLOCK
 from openelm_mlx.config import OpenELMConfig, layer_shapes
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.kv import Arrays
-from openelm_mlx.model import OpenELM
+from openelm_mlx.model import OpenELM, Transposed
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -105,11 +105,14 @@ class Traced:
 def our_model(config: OpenELMConfig, form: Form) -> OpenELM:
     model = OpenELM(config)
     form.apply(model)
+    return ready(model)
+
+
+def ready(model: OpenELM) -> OpenELM:
+    """Make what the model derives from its weights once, so that no graph holds it."""
     for layer in model.layers:
         mx.eval(layer.attn.head_weights())
-        for projection in (layer.attn.qkv_proj, layer.attn.out_proj, layer.ffn.proj_1, layer.ffn.proj_2):
-            if hasattr(projection, "transposed"):
-                mx.eval(projection.transposed())
+    mx.eval([module.transposed() for module in model.modules() if isinstance(module, Transposed)])
     return model
 
 
@@ -132,7 +135,7 @@ def our_step(model: OpenELM, compiled: bool) -> Callable[[mx.array, mx.array, li
 
 def our_buffers(config: OpenELMConfig, context: int, dtype: mx.Dtype) -> list[Arrays]:
     capacity = -(-context // BLOCK) * BLOCK
-    return [[blank((2, 1, shape.kv_heads, capacity, config.head_dim), dtype)] for shape in layer_shapes(config)]
+    return [[blank((1, 2 * shape.kv_heads, capacity, config.head_dim), dtype)] for shape in layer_shapes(config)]
 
 
 def trace_ours(config: OpenELMConfig, form: Form, context: int = 64) -> Traced:
@@ -146,7 +149,7 @@ def trace_ours(config: OpenELMConfig, form: Form, context: int = 64) -> Traced:
 
     with one_primitive_each(tagged=True):
         graph = trace(flat, mx.array([1], mx.uint32), mx.array([context - 1]), *(array for arrays in buffers for array in arrays))
-    return described("openelm-mlx", fuse(graph), model, 2, context, buffers[0][0].shape[3])
+    return described("openelm-mlx", fuse(graph), model, 2, context, buffers[0][0].shape[-2])
 
 
 def mlx_lm_model(config: OpenELMConfig, form: Form) -> nn.Module:

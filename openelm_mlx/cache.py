@@ -5,7 +5,7 @@ cache attend: `attend` stores the new keys and values and returns the attention 
 the side that prefill and Python see, `StepCache` the same arrays inside a compiled step. In which form and in
 which slots tokens are kept is the `CacheKind` of both (kv.py).
 
-Keys and values share one buffer [2, batch, kv_heads, capacity, head_dim], so a decoded token writes both at once.
+Keys and values share one buffer, so a decoded token writes both at once; kv.py says how it is laid out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import CacheError
-from openelm_mlx.kv import Arrays, CacheKind, Mask, Window, sdpa
+from openelm_mlx.kv import Arrays, CacheKind, Mask, Window, halves, sdpa
 
 BLOCK = 256  # tokens by which a buffer grows: one new trace of the compiled step each time
 
@@ -50,7 +50,7 @@ class NoCache:
         return causal(length)
 
     def attend(self, q: mx.array, kv: mx.array, mask: Mask, scale: float) -> mx.array:
-        return sdpa(q, kv[0], kv[1], mask, scale)
+        return sdpa(q, *halves(kv), mask, scale)
 
 
 class KVCache:
@@ -63,7 +63,7 @@ class KVCache:
         self.kind = kind or CacheKind()
         self.offset = 0
         self.written = 0  # the highest offset there ever was: what a window has overwritten
-        self.arrays: Arrays = []  # of the store, each [2, B, kv_heads, capacity, width]; none before the first tokens
+        self.arrays: Arrays = []  # of the store; none before the first tokens
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +71,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        return self.arrays[0].shape[3] if self.arrays else 0
+        return self.arrays[0].shape[-2] if self.arrays else 0
 
     def positions(self, length: int) -> mx.array:
         return mx.arange(self.offset, self.offset + length)[None]
@@ -98,29 +98,29 @@ class KVCache:
         like = like or self.arrays
         if not like:
             raise CacheError("an empty cache cannot be enlarged before its first tokens; prefill first")
-        rooms = [mx.zeros((*a.shape[:3], capacity - self.capacity, a.shape[4]), a.dtype) for a in like]
-        self.arrays = [mx.concatenate([a, b], axis=3) for a, b in zip(self.arrays, rooms, strict=True)] if self.arrays else rooms
+        rooms = [mx.zeros((*a.shape[:-2], capacity - self.capacity, a.shape[-1]), a.dtype) for a in like]
+        self.arrays = [mx.concatenate([a, b], axis=-2) for a, b in zip(self.arrays, rooms, strict=True)] if self.arrays else rooms
 
     def attend(self, q: mx.array, kv: mx.array, mask: Mask, scale: float) -> mx.array:
-        new, end = self.kind.store.pack(kv), self.offset + kv.shape[3]
+        new, end = self.kind.store.pack(kv), self.offset + kv.shape[-2]
         if isinstance(self.kind.layout, Window):
             return self._attend_window(q, new, mask, scale, self.kind.layout)
         self.reserve(end, like=new)
         for buffer, part in zip(self.arrays, new, strict=True):
-            buffer[:, :, :, self.offset : end] = part
+            buffer[..., self.offset : end, :] = part
         self.settle(end)
-        return self.kind.store.attend(q, [buffer[:, :, :, :end] for buffer in self.arrays], mask, scale)
+        return self.kind.store.attend(q, [buffer[..., :end, :] for buffer in self.arrays], mask, scale)
 
     def _attend_window(self, q: mx.array, new: Arrays, mask: Mask, scale: float, window: Window) -> mx.array:
         """Attend to the slots and the pass itself, then write of the pass what later tokens can still see."""
-        seen = [mx.concatenate([a, b], axis=3) for a, b in zip(self.arrays, new, strict=True)] if self.offset else new
+        seen = [mx.concatenate([a, b], axis=-2) for a, b in zip(self.arrays, new, strict=True)] if self.offset else new
         out = self.kind.store.attend(q, seen, mask, scale)
         self.reserve(0, like=new)
-        end = self.offset + new[0].shape[3]
+        end = self.offset + new[0].shape[-2]
         kept = [p for p in range(self.offset, end) if p < window.keep or p >= end - window.ring]
         source, slots = mx.array(kept) - self.offset, window.slots(mx.array(kept))
         for buffer, part in zip(self.arrays, new, strict=True):
-            buffer[:, :, :, slots] = mx.take(part, source, axis=3)
+            buffer[..., slots, :] = mx.take(part, source, axis=-2)
         self.settle(end)
         return out
 
@@ -163,14 +163,14 @@ class Place:
         return self._positions[length]
 
     def slots(self, shape: tuple[int, ...]) -> mx.array:
-        """The slot of each entry of new keys and values of this shape, [2, B, kv_heads, length, width]; layers share it."""
+        """The slot of each entry of new keys and values of this shape; layers of equal widths share it."""
         if shape not in self._slots:
-            slots = self.kind.layout.slots(self.positions(shape[3]))
-            self._slots[shape] = mx.broadcast_to(slots[None, :, None, :, None], shape)
+            slots = self.kind.layout.slots(self.positions(shape[-2]))
+            self._slots[shape] = mx.broadcast_to(slots[:, None, :, None], shape)
         return self._slots[shape]
 
     def mask(self, length: int) -> mx.array:
-        return self.kind.layout.visible(self.positions(length), self.capacity)[:, None]  # [B, 1, L, capacity]
+        return self.kind.layout.visible(self.positions(length), self.capacity)
 
 
 class StepCache:
@@ -200,7 +200,7 @@ class StepCache:
         # put_along_axis is one kernel on a GPU; slice_update with an array start is two.
         store = self.place.kind.store
         self.arrays = [
-            mx.put_along_axis(buffer, self.place.slots(part.shape), part, axis=3)
+            mx.put_along_axis(buffer, self.place.slots(part.shape), part, axis=-2)
             for buffer, part in zip(self.arrays, store.pack(kv), strict=True)
         ]
         return store.attend(q, self.arrays, mask, scale)
@@ -208,7 +208,7 @@ class StepCache:
 
 def step_caches(buffers: list[Arrays], offset: mx.array, kind: CacheKind) -> list[StepCache]:
     """The caches of a compiled step, one a layer, over the arrays of `KVCache`s; offset [B]."""
-    place = Place(offset, kind, buffers[0][0].shape[3])
+    place = Place(offset, kind, buffers[0][0].shape[-2])
     return [StepCache(arrays, place) for arrays in buffers]
 
 
@@ -235,7 +235,7 @@ class ForeignCache:
         return self.inner.make_mask(length, return_array=False, window_size=None)
 
     def attend(self, q: mx.array, kv: mx.array, mask: Mask, scale: float) -> mx.array:
-        k, v = self.inner.update_and_fetch(kv[0], kv[1])
+        k, v = self.inner.update_and_fetch(*halves(kv))
         if hasattr(self.inner, "bits"):  # quantized keys and values need mlx-lm's own attention
             from mlx_lm.models.base import quantized_scaled_dot_product_attention
 

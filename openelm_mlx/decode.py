@@ -71,9 +71,9 @@ def make_step(model: OpenELM, spec: StepSpec) -> Callable[[State], State]:
     def step(arrays: list[Any]) -> list[Any]:
         token, position, key, history, buffers = arrays
         caches = step_caches(buffers, position, spec.kind)
-        hidden = model.hidden(token[:, None], caches)
+        hidden = model.hidden(token, caches, last=True)
         state = State(token, position, key, History(*history) if history else None, None, [])
-        after = choose(spec, model.logits(hidden)[:, -1], state)
+        after = choose(spec, model.logits(hidden), state)
         return [after.token, after.position, flat(after.history), flat(after.logprobs), [c.arrays for c in caches]]
 
     run = mx.compile(step) if spec.compiled else step
@@ -129,7 +129,7 @@ def prefill(
         mx.eval([hidden] if final else [], [cache.arrays for cache in caches])  # of other chunks only keys and values
         if progress is not None:
             progress(min(start + chunk, len(tokens)), len(tokens))
-    return model.logits(hidden)[:, -1]
+    return model.logits(hidden)
 
 
 def decode(step: Callable[[State], State], state: State, caches: list[KVCache], max_tokens: int) -> Generator[Drawn, None, None]:
@@ -168,7 +168,7 @@ class Flight:
 
     def reserve(self, tokens: int) -> None:
         """Grow the buffers where their blocks do not hold `tokens` more."""
-        if self.fed + tokens <= self.state.buffers[0][0].shape[3]:
+        if self.fed + tokens <= self.state.buffers[0][0].shape[-2]:
             return
         grown = []
         for cache, arrays in zip(self.caches, self.state.buffers, strict=True):

@@ -183,10 +183,10 @@ def make_drafter(model: OpenELM, spec: StepSpec, kind: CacheKind, length: int) -
         pair, position, key, history, buffers = arrays
         seen = History(*history) if history else None
         caches = step_caches(buffers, position - 1, kind)
-        hidden = model.hidden(pair, caches)[:, -1:]
+        hidden = model.hidden(pair, caches, last=True)
         tokens, logits = [], []
         for index in range(length):
-            row = model.logits(hidden)[:, 0, : spec.vocab].astype(mx.float32)
+            row = model.logits(hidden)[:, : spec.vocab].astype(mx.float32)
             row = filter_logits(row, spec.sampling, seen)
             noise = 0.0 if spec.sampling.greedy else gumbel(key, position + 1 + index, spec.vocab, DRAFT_STREAM)
             token = mx.argmax(row + noise, axis=-1).astype(mx.uint32)
@@ -195,7 +195,7 @@ def make_drafter(model: OpenELM, spec: StepSpec, kind: CacheKind, length: int) -
             seen = None if seen is None else seen.plus(token)
             if index + 1 < length:
                 caches = step_caches([cache.arrays for cache in caches], position + 1 + index, kind)
-                hidden = model.hidden(token[:, None], caches)
+                hidden = model.hidden(token, caches, last=True)
         return [mx.concatenate(tokens), mx.concatenate(logits), [cache.arrays for cache in caches]]
 
     return mx.compile(run) if spec.compiled else run

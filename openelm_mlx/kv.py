@@ -1,7 +1,9 @@
 """How keys and values are kept: in which form (`Store`) and in which slots (`Layout`).
 
-A cache is one of each. Every array of a store has its slots on axis 3, [2, batch, kv_heads, slots, width], so that
-growing, slicing and writing are the same for all of them.
+A cache is one of each. An array of a store holds keys and values, so that a token writes both at once: of one sequence
+[1, 2 * kv_heads, slots, width], the heads of the keys before those of the values, as the projection gives them; of
+several [2, batch, kv_heads, slots, width], as attention reads keys only with the heads of a batch side by side. Slots
+are the last axis but one of both, so growing, slicing and writing are the same for all.
 """
 
 from __future__ import annotations
@@ -30,9 +32,22 @@ def sdpa(q: mx.array, k: mx.array, v: mx.array, mask: Mask, scale: float) -> mx.
 
 
 def halves(buffer: mx.array) -> tuple[mx.array, mx.array]:
-    """The keys and the values of a buffer [2, batch, ...], as views: an integer index would copy them."""
-    keys, values = mx.split(buffer.reshape(-1, *buffer.shape[2:]), 2)
+    """The keys and the values of a buffer, [batch, kv_heads, slots, width] each, as views."""
+    if buffer.ndim == 4:
+        keys, values = mx.split(buffer, 2, axis=1)
+    else:
+        keys, values = (half.squeeze(0) for half in mx.split(buffer, 2))  # an integer index would copy them
     return keys, values
+
+
+def by_row(buffer: mx.array) -> mx.array:
+    """A buffer as [2, batch, kv_heads, slots, width], also where it holds one sequence."""
+    return buffer if buffer.ndim == 5 else mx.unflatten(buffer, 1, (2, -1)).swapaxes(0, 1)
+
+
+def by_count(buffer: mx.array) -> mx.array:
+    """A buffer [2, batch, kv_heads, slots, width] in the form for its number of sequences."""
+    return buffer if buffer.shape[1] > 1 else buffer.swapaxes(0, 1).flatten(1, 2)
 
 
 @lru_cache(maxsize=64)
@@ -78,8 +93,8 @@ class Quantized:
 
     def attend(self, q: mx.array, arrays: Arrays, mask: Mask, scale: float) -> mx.array:
         B, heads, L, D = q.shape
-        kv_heads, T = arrays[0].shape[2:4]
         (k, k_scales, k_biases), (v, v_scales, v_biases) = zip(*map(halves, arrays), strict=True)
+        kv_heads, T = k.shape[1:3]
         form: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
         q = (q * scale).reshape(B, kv_heads, -1, D)  # query heads of one key head side by side, [B, kv, rep * L, D]
         scores = mx.quantized_matmul(q, k, k_scales, k_biases, transpose=True, **form)
@@ -105,8 +120,8 @@ class Growing:
         return positions
 
     def visible(self, positions: mx.array, capacity: int) -> mx.array:
-        """[B, L, capacity], True for the slots that the tokens at positions [B, L] attend to."""
-        return slot_numbers(capacity) <= positions[..., None]
+        """[B, 1, L, capacity], True for the slots that the tokens at positions [B, L] attend to."""
+        return slot_numbers(capacity) <= positions[:, None, :, None]
 
 
 @dataclass(frozen=True)
@@ -143,7 +158,7 @@ class Window:
         return (h <= p) & mx.where(ring_slots, recent, h >= 0)
 
     def visible(self, positions: mx.array, capacity: int) -> mx.array:
-        return self.sees(positions, self.held(positions[:, -1:]), slot_numbers(self.capacity) >= self.keep)
+        return self.sees(positions, self.held(positions[:, -1:]), slot_numbers(self.capacity) >= self.keep)[:, None]
 
 
 Store = Plain | Quantized

@@ -16,43 +16,46 @@ import mlx.nn as nn
 
 from openelm_mlx.cache import Cache, Mask, as_caches
 from openelm_mlx.config import LayerShape, OpenELMConfig, layer_shapes
+from openelm_mlx.kv import by_row
+
+VALUE = 1e30  # marks a value head in a table of norm weights: no weight is as large
 
 
-class Rotary(NamedTuple):
-    """Cosine and signed sine of the angles of a pass, [batch or 1, length, 1, 1 or 2, head_dim / 2], float32."""
+def rotary(positions: mx.array, head_dim: int, base: float) -> mx.array:
+    """Rotary embedding (arXiv:2104.09864) of positions [batch or 1, length], once a pass for all layers.
 
-    cos: mx.array
-    sin: mx.array
-
-
-def rotary(positions: mx.array, head_dim: int, base: float) -> Rotary:
-    """Rotary embedding (arXiv:2104.09864) of positions [batch or 1, length], once a pass for all layers."""
-    rows = angles(positions[..., None, None, None], *angle_constants(head_dim, base))  # [B, L, 1, 3, half]
-    return Rotary(rows[..., :1, :], rows[..., 1:, :])
+    [batch or 1, length, 1, 2, head_dim / 2] complex64, by which `rotate` multiplies. Complex, because each input of a
+    kernel costs the host time: here and in `Attention.head_weights` one array holds two numbers an element.
+    """
+    return turns(positions[..., None, None, None], frequencies(head_dim, base))
 
 
 @lru_cache(maxsize=8)
-def angle_constants(head_dim: int, base: float) -> tuple[mx.array, mx.array, mx.array]:
-    """Evaluated, so that no step computes them again: frequencies [half], and of the rows (cos, -sin, sin) which and sign."""
+def frequencies(head_dim: int, base: float) -> mx.array:
+    """[2, head_dim / 2] radians per position, forwards and backwards; evaluated, so that no step computes them again."""
     half = head_dim // 2
-    frequencies = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(base) / half))
-    constants = frequencies, mx.array([[True], [False], [False]]), mx.array([[1.0], [-1.0], [1.0]])
-    mx.eval(constants)
-    return constants
+    forwards = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(base) / half))
+    both = mx.stack([forwards, -forwards])
+    mx.eval(both)
+    return both
 
 
 @partial(mx.compile, shapeless=True)
-def angles(positions, frequencies, is_cos, sign):  # type: ignore[no-untyped-def]
-    """Cosine, minus sine and sine in three rows: one fused kernel where each by itself would be one."""
-    turn = positions.astype(mx.float32) * frequencies
-    return mx.where(is_cos, mx.cos(turn), mx.sin(turn) * sign)
+def turns(positions, radians):  # type: ignore[no-untyped-def]
+    """exp(i * angle), as one fused kernel."""
+    angles = positions.astype(mx.float32) * radians
+    return mx.cos(angles) + 1j * mx.sin(angles)
 
 
 @partial(mx.compile, shapeless=True)
-def rotate(x, normed, swapped, weight, weight_swapped, is_value, cos, sin):  # type: ignore[no-untyped-def]
-    """Scale and rotate query and key heads, pass value heads through: one fused elementwise kernel in float32."""
-    turned = normed.astype(mx.float32) * weight * cos + swapped.astype(mx.float32) * weight_swapped * sin
-    return mx.where(is_value, x, turned.astype(x.dtype))
+def rotate(x, normed, swapped, weights, turn):  # type: ignore[no-untyped-def]
+    """Scale and rotate query and key heads, pass value heads through: one fused elementwise kernel in float32.
+
+    Of a pair (a, b), a becomes Re((a + ib) exp(i angle)) and b becomes Re((b + ia) exp(-i angle)).
+    """
+    own, partner = mx.real(weights), mx.imag(weights)
+    pair = normed.astype(mx.float32) * own + 1j * (swapped.astype(mx.float32) * partner)
+    return mx.where(own == VALUE, x, mx.real(pair * turn).astype(x.dtype))
 
 
 @partial(mx.compile, shapeless=True)
@@ -60,12 +63,12 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
-class Linear(nn.Linear):
-    """A projection without bias, which transposes its weight once and not at every token."""
+class Transposed(nn.Module):
+    """A module that transposes its weight once and not at every token."""
 
-    def __init__(self, input_dims: int, output_dims: int) -> None:
-        super().__init__(input_dims, output_dims, bias=False)
-        self._kept: tuple[Any, ...] = ()
+    def __init__(self, *shape: int, **options: Any) -> None:
+        super().__init__(*shape, **options)  # that of nn.Linear or nn.Embedding
+        self._kept: tuple[mx.array, ...] = ()
 
     def transposed(self) -> mx.array:
         """The weight [output, input] as [input, output]; a view, made anew when another weight is put in place."""
@@ -73,7 +76,21 @@ class Linear(nn.Linear):
             self._kept = (self.weight, self.weight.T)
         return self._kept[1]
 
+
+class Linear(Transposed, nn.Linear):
+    """A projection without bias."""
+
+    def __init__(self, input_dims: int, output_dims: int) -> None:
+        super().__init__(input_dims, output_dims, bias=False)
+
     def __call__(self, x: mx.array) -> mx.array:
+        return x @ self.transposed()
+
+
+class Embedding(Transposed, nn.Embedding):
+    """The rows of the tokens, and the head where it is tied to them."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
         return x @ self.transposed()
 
 
@@ -89,7 +106,7 @@ class Pass(NamedTuple):
 
     batch: int
     length: int
-    angles: Rotary
+    turn: mx.array  # of `rotary`
     mask: Mask
 
 
@@ -110,45 +127,42 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self._table: tuple[Any, ...] = ()
 
-    def head_weights(self) -> tuple[mx.array, mx.array, mx.array]:
-        """Per head: norm weight, the same with its halves swapped, and whether it is a value head.
+    def head_weights(self) -> mx.array:
+        """[heads, 2, head_dim / 2] complex64: the norm weight of each element, and as imaginary part that of the one it
+        turns with; `VALUE` in value heads.
 
         Kept between calls, and made anew when training or loading puts other norm weights in place.
         """
         sources = (self.q_norm.weight, self.k_norm.weight) if self.normalize else (None, None)
         if self._table and self._table[0] is sources[0] and self._table[1] is sources[1]:
             return self._table[2]
-        half, rotated = self.head_dim // 2, self.q_heads + self.kv_heads
         ones = mx.ones((self.head_dim,))
-        q, k = (ones if w is None else w.astype(mx.float32) for w in sources)
-        rows = [q[None]] * self.q_heads + [k[None]] * self.kv_heads + [ones[None]] * self.kv_heads
-        weight = mx.concatenate(rows).reshape(-1, 2, half)  # [heads, 2, half]
-        is_value = (mx.arange(weight.shape[0]) >= rotated)[:, None, None]
-        self._table = (*sources, (weight, weight[:, ::-1], is_value))
+        q, k = (ones if weight is None else weight.astype(mx.float32) for weight in sources)
+        rows = [q] * self.q_heads + [k] * self.kv_heads + [ones * VALUE] * self.kv_heads
+        weights = mx.stack(rows).reshape(len(rows), 2, -1)
+        self._table = (*sources, weights + 1j * weights[:, ::-1])
         return self._table[2]
 
     def __call__(self, x: mx.array, residual: mx.array, shared: Pass, cache: Cache, last: bool = False) -> mx.array:
-        B, L, angles, mask = shared
+        B, L, turn, mask = shared
         x = self.qkv_proj(x)
         pairs = (B, L, -1, 2, self.head_dim // 2)
         heads = x.reshape(*pairs)  # [B, L, q + 2 kv, 2, head_dim / 2]
         normed = heads
         if self.normalize:  # value heads are normed for nothing: one kernel for all heads is what counts
             normed = mx.fast.rms_norm(x.reshape(B, L, -1, self.head_dim), None, self.eps).reshape(*pairs)
-        turned = rotate(heads, normed, normed[..., ::-1, :], *self.head_weights(), *angles)
-        q, kv = mx.split(turned, [self.q_heads], axis=2)
+        turned = rotate(heads, normed, normed[..., ::-1, :], self.head_weights(), turn)
         if L == 1:  # reshaping does what transposing would, in one operation
-            q = q.reshape(B, -1, 1, self.head_dim)
+            turned = turned.reshape(B, -1, 1, self.head_dim)
         else:
-            q = q.reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
-        if B * L == 1:
-            kv = kv.reshape(2, 1, -1, 1, self.head_dim)
-        else:
-            kv = kv.reshape(B, L, 2, -1, self.head_dim).transpose(2, 0, 3, 1, 4)
+            turned = turned.reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
+        q, kv = mx.split(turned, [self.q_heads], axis=1)
+        if B > 1:
+            kv = by_row(kv)
         if last and L > 1:  # keys and values of all tokens, but an answer for the last one only
             q, mask, L = q[:, :, -1:], mask[..., -1:, :] if isinstance(mask, mx.array) else None, 1
             residual = residual.reshape(B, -1, residual.shape[-1])[:, -1]
-        out = cache.attend(q, kv, mask, self.scale)  # q [B, heads, L, head_dim], kv [2, B, kv, L, head_dim]
+        out = cache.attend(q, kv, mask, self.scale)  # q [B, heads, L, head_dim], kv as kv.py lays it out
         out = out if L == 1 else out.swapaxes(1, 2)
         return project_onto(residual, self.out_proj, out.reshape(B * L, -1))
 
@@ -189,7 +203,7 @@ class DecoderLayer(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: OpenELMConfig) -> None:
         super().__init__()
-        self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
+        self.token_embeddings = Embedding(config.vocab_size, config.model_dim)
         self.layers = [DecoderLayer(config, shape) for shape in layer_shapes(config)]
         self.norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
 
@@ -210,21 +224,22 @@ class OpenELM(nn.Module):
         return self.transformer.layers
 
     def hidden(self, tokens: mx.array, cache: list[Any] | None = None, last: bool = False) -> mx.array:
-        """Normalised last hidden states [batch, length, model_dim] of token ids [batch, length].
+        """Normalised last hidden states [batch, length, model_dim] of token ids [batch, length], or [batch] for one each.
 
-        With `last`, only the last position's, [batch, 1, model_dim]: the last layer then computes no other.
+        With `last`, only the last position's, [batch, model_dim]: the last layer then computes no other.
         """
         caches = as_caches(cache, len(self.layers))
-        batch, length = tokens.shape
-        angles = rotary(caches[0].positions(length), self.args.head_dim, self.args.rope_freq_constant)
-        shared = Pass(batch, length, angles, caches[0].mask(length))
+        batch, length = tokens.shape if tokens.ndim == 2 else (tokens.size, 1)
+        turn = rotary(caches[0].positions(length), self.args.head_dim, self.args.rope_freq_constant)
+        shared = Pass(batch, length, turn, caches[0].mask(length))
         x = self.transformer.token_embeddings(tokens.reshape(-1))
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x = layer(x, shared, layer_cache, last and layer is self.layers[-1])
-        return self.transformer.norm(x).reshape(batch, -1, x.shape[-1])
+        x = self.transformer.norm(x)
+        return x if last else x.reshape(batch, length, -1)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Logits [batch, length, vocab] of hidden states; the head is the embedding matrix unless untied."""
+        """Logits [..., vocab] of hidden states [..., model_dim]; the head is the embedding matrix unless untied."""
         if self.args.share_input_output_layers:
             return self.transformer.token_embeddings.as_linear(hidden)
         return self.lm_head(hidden)

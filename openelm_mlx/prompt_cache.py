@@ -19,7 +19,7 @@ from openelm_mlx.kv import CacheKind, Window
 if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
 
-FORMAT = "openelm-mlx prompt cache 1"
+FORMAT = "openelm-mlx prompt cache 2"
 
 
 class PromptCache:
@@ -79,7 +79,7 @@ class PromptCache:
         path = Path(path)
         used = self.layers[0].offset if not isinstance(self.kind.layout, Window) else self.layers[0].capacity
         arrays = {
-            f"{number}.{part}": mx.contiguous(array[:, :, :, :used])
+            f"{number}.{part}": mx.contiguous(array[..., :used, :])
             for number, layer in enumerate(self.layers)
             for part, array in enumerate(layer.arrays)
         }
@@ -132,12 +132,12 @@ class PromptCache:
         tokens, offset, written = json.loads(about["tokens"]), int(about["offset"]), int(about["written"])
         if not isinstance(tokens, list) or len(tokens) != offset:
             raise ValueError(f"{offset} positions for {len(tokens)} tokens")
-        parts = len(self.kind.store.pack(mx.zeros((2, 1, 1, 1, 64))))
+        parts = len(self.kind.store.pack(mx.zeros((1, 2, 1, 64))))
         for number, layer in enumerate(self.layers):
             stored = [arrays[f"{number}.{part}"] for part in range(parts)]
             layer.reserve(offset, like=stored)
             for buffer, saved in zip(layer.arrays, stored, strict=True):
-                buffer[:, :, :, : saved.shape[3]] = saved
+                buffer[..., : saved.shape[-2], :] = saved
             layer.settle(offset, written)
         self.tokens[:] = [int(token) for token in tokens]
         mx.eval([layer.arrays for layer in self.layers])

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from openelm_mlx.cache import KVCache, make_caches, step_caches
 from openelm_mlx.decode import flat
-from openelm_mlx.kv import Arrays, CacheKind
+from openelm_mlx.kv import Arrays, CacheKind, by_count, by_row
 from openelm_mlx.model import OpenELM
 from openelm_mlx.options import SamplingOptions
 from openelm_mlx.sampling import History, Logprobs, draw, logprobs
@@ -76,7 +76,7 @@ def make_rows_step(model: OpenELM, spec: RowsSpec) -> Callable[[list[Any]], Any]
     def step(arrays: list[Any]) -> list[Any]:
         token, position, key, which, alive, history, buffers = arrays
         caches = step_caches(buffers, position, spec.kind)
-        logits = model.logits(model.hidden(token[:, None], caches))[:, -1]
+        logits = model.logits(model.hidden(token, caches, last=True))
         state = RowState(token, position, key, which, alive, History(*history) if history else None)
         after, detail = choose_rows(spec, logits, state)
         return [after.token, after.position, flat(after.history), flat(detail), [c.arrays for c in caches]]
@@ -99,7 +99,7 @@ class Rows:
 
     @property
     def capacity(self) -> int:
-        return self.buffers[0][0].shape[3] if self.buffers else 0
+        return self.buffers[0][0].shape[-2] if self.buffers else 0
 
     def advance(self) -> None:
         """Feed the newest tokens and start drawing the next."""
@@ -118,7 +118,7 @@ class Rows:
         """Room for `tokens` in every row, in whole blocks."""
         extra = -(-tokens // BLOCK) * BLOCK - self.capacity
         if self.buffers and extra > 0:
-            self.buffers = [[pad(a, 3, extra) for a in arrays] for arrays in self.buffers]
+            self.buffers = [[pad(a, a.ndim - 2, extra) for a in arrays] for arrays in self.buffers]
 
     def resize(self, rows: list[int], count: int) -> None:
         """Keep `rows` in this order as 0, 1, ..., and add unused ones up to `count`."""
@@ -131,7 +131,7 @@ class Rows:
 
         self.state = RowState.of([chosen(part, 0) for part in self.state.arrays])
         self.detail = None if self.detail is None else Logprobs(*(chosen(part, 0) for part in self.detail))
-        self.buffers = [[chosen(a, 1) for a in arrays] for arrays in self.buffers]
+        self.buffers = [[by_count(chosen(by_row(a), 1)) for a in arrays] for arrays in self.buffers]
 
     def place(self, rows: list[int], state: RowState, caches: list[KVCache], count: int, lengths: list[int]) -> None:
         """Put prefilled sequences into `rows`; at first, `count` rows are made."""
@@ -139,7 +139,7 @@ class Rows:
         if self.state is None:
             self.state = RowState.of([mx.zeros((count, *part.shape[1:]), part.dtype) for part in state.arrays])
             room = -(-tokens // BLOCK) * BLOCK
-            self.buffers = [[mx.zeros((2, count, a.shape[2], room, a.shape[4]), a.dtype) for a in c.arrays] for c in caches]
+            self.buffers = [[blank_rows(by_row(a), count, room) for a in cache.arrays] for cache in caches]
         self.reserve(tokens)
         index = mx.array(rows, dtype=mx.int32)
         mine = self.state.arrays
@@ -147,10 +147,11 @@ class Rows:
             mine[number][index] = new
         self.state = RowState.of(mine)
         for arrays, cache in zip(self.buffers, caches, strict=True):
-            for own, new in zip(arrays, cache.arrays, strict=True):
+            for part, (own, new) in enumerate(zip(map(by_row, arrays), map(by_row, cache.arrays), strict=True)):
                 used = min(new.shape[3], own.shape[3])
                 for number, row in enumerate(rows):
                     own[:, row, :, :used] = new[:, number, :, :used]
+                arrays[part] = by_count(own)
 
     def bury(self, row: int) -> None:
         """Nobody uses this row any more."""
@@ -158,6 +159,11 @@ class Rows:
             alive = self.state.alive
             alive[mx.array([row])] = 0
             self.state = self.state._replace(alive=alive)
+
+
+def blank_rows(like: mx.array, count: int, room: int) -> mx.array:
+    """Empty slots for `count` sequences, of the heads and the type of `like` [2, batch, kv_heads, slots, width]."""
+    return by_count(mx.zeros((2, count, like.shape[2], room, like.shape[4]), like.dtype))
 
 
 def pad(array: mx.array, axis: int, extra: int) -> mx.array:

@@ -46,7 +46,8 @@ def reference(engine, kind):
             if isinstance(kind.store, Quantized):
                 form = {"group_size": kind.store.group_size, "bits": kind.store.bits}
                 kv = mx.dequantize(*mx.quantize(kv, **form), **form)
-            return mx.fast.scaled_dot_product_attention(q, kv[0], kv[1], scale=scale, mask=mask)
+            k, v = mx.split(kv, 2, axis=1)
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
     return engine.model(mx.array([TOKENS]), [Whole() for _ in engine.model.layers])
 
@@ -54,7 +55,8 @@ def reference(engine, kind):
 def close(kind, logits, wanted):
     """Equal to rounding; where values are packed, one that lies between two steps may round either way."""
     distance = mx.abs(logits - wanted)
-    return distance.mean().item() < 1e-4 and distance.max().item() < (1e-4 if isinstance(kind.store, Plain) else 0.1)
+    mean, most = (1e-4, 1e-4) if isinstance(kind.store, Plain) else (1e-3, 0.1)
+    return distance.mean().item() < mean and distance.max().item() < most
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -67,7 +69,7 @@ def test_chunks_and_steps_equal_one_masked_pass(engine, kind):
         assert close(kind, mx.concatenate(parts, axis=1), wanted)
     caches = make_caches(engine.config, kind)
     engine.model.hidden(mx.array([TOKENS[:60]]), caches, last=True)
-    assert close(kind, engine.model.logits(engine.model.hidden(mx.array([TOKENS[60:]]), caches, last=True)), wanted[:, -1:])
+    assert close(kind, engine.model.logits(engine.model.hidden(mx.array([TOKENS[60:]]), caches, last=True)), wanted[:, -1])
     caches = make_caches(engine.config, kind)
     engine.model(mx.array([TOKENS[:10]]), caches)
     for cache in caches:
