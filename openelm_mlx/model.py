@@ -53,8 +53,8 @@ def rotate(x, normed, swapped, weights, turn):  # type: ignore[no-untyped-def]
 
     Of a pair (a, b), a becomes Re((a + ib) exp(i angle)) and b becomes Re((b + ia) exp(-i angle)).
     """
-    own, partner = mx.real(weights), mx.imag(weights)
-    pair = normed.astype(mx.float32) * own + 1j * (swapped.astype(mx.float32) * partner)
+    own = mx.real(weights)
+    pair = normed.astype(mx.float32) * own + swapped.astype(mx.float32) * (weights - own)
     return mx.where(own == VALUE, x, mx.real(pair * turn).astype(x.dtype))
 
 
