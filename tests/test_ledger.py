@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +15,7 @@ import mlx.nn as nn
 import pytest
 from openelm_mlx.benchmarks import traced
 from openelm_mlx.benchmarks.graph import Array, Node, fuse, trace
-from openelm_mlx.benchmarks.host import host_times
+from openelm_mlx.benchmarks.host import host_times, undisturbed
 from openelm_mlx.benchmarks.layout import VIEWS, Layout, after, kernels
 from openelm_mlx.benchmarks.ledger import ledger, main
 from openelm_mlx.benchmarks.roofline import bytes_per_token
@@ -185,3 +186,14 @@ def test_command_prints_both_ledgers(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("by purpose", "RoPE", "of mlx-lm's", "not run on Metal", "same kernel"))
     assert main(["7b"]) == 2 and "no published OpenELM size" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux lets a process choose its cores")
+def test_the_clock_has_one_core_for_itself_and_gives_the_others_back() -> None:
+    before = os.sched_getaffinity(0), os.sched_getscheduler(0)
+    with pytest.raises(ZeroDivisionError), undisturbed():
+        mx.eval(mx.zeros(3) + 1)
+        threads = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+        assert len(threads) > 1 and {tuple(os.sched_getaffinity(thread)) for thread in threads} == {(max(before[0]),)}
+        raise ZeroDivisionError
+    assert (os.sched_getaffinity(0), os.sched_getscheduler(0)) == before
