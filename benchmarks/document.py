@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
-import tempfile
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.files import replacing
 
 SCHEMA = "openelm-mlx benchmark 1"
 
@@ -128,22 +127,15 @@ def to_json(document: Document) -> str:
 
 def save(document: Document, path: str | Path) -> None:
     """Write the document as JSON. Raises `BenchmarkError` where that is impossible; an older file then stays whole."""
-    write_text(path, to_json(document))
+    write_file(path, to_json(document))
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Replace `path` by `text`, whole or not at all. Raises `BenchmarkError`."""
-    path = Path(path)
-    temporary = ""
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Replace `path` by `content`, whole or not at all. Raises `BenchmarkError`."""
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with replacing(path) as new:
+            new.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         raise BenchmarkError(f"cannot write {path}: {error.strerror}; give a file in a folder that exists") from None
 
 

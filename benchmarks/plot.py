@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.benchmarks.document import Document
+from openelm_mlx.benchmarks.document import Document, write_file
 from openelm_mlx.benchmarks.drawing import DARK, LIGHT, Panel, Theme, shortened
 from openelm_mlx.benchmarks.panels import panels
 
@@ -41,7 +39,7 @@ def write_plot(document: Document, path: str | Path) -> None:
         raise BenchmarkError("nothing to draw: no row of this result has a decode rate, bytes or a ratio")
     with style(LIGHT):
         data = save(figure_of(document, shown), path.suffix.lower().lstrip("."))
-    replace(path, data)
+    write_file(path, data)
 
 
 def panel_svg(panel: Panel, theme: Theme) -> bytes:
@@ -142,18 +140,3 @@ def save(figure: Figure, kind: str, transparent: bool = False) -> bytes:
     metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
     figure.savefig(buffer, format=kind, dpi=DPI, transparent=transparent, metadata=metadata)
     return buffer.getvalue()
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Write whole or not at all. Raises `BenchmarkError`."""
-    temporary = ""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise BenchmarkError(f"cannot write {path}: {error.strerror}; give a file in a folder that exists") from None

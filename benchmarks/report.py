@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.benchmarks.document import Document, Metric, Row, write_text
+from openelm_mlx.benchmarks.document import Document, Metric, Row, write_file
 from openelm_mlx.benchmarks.drawing import Panel
 from openelm_mlx.benchmarks.labels import (
     OURS,
@@ -69,7 +69,7 @@ def write_report(document: Document, path: str | Path) -> None:
 
     Raises `BenchmarkError` where the file cannot be written; an older file then stays whole.
     """
-    write_text(path, render(document))
+    write_file(path, render(document))
 
 
 def render(document: Document) -> str:

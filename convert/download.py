@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from openelm_mlx.errors import HubError, OpenELMError
+from openelm_mlx.files import replacing
 
 Progress = Callable[[int, int | None, str], None]  # bytes there, bytes in all (None: not said), file name
 CHUNK = 1 << 20
@@ -242,6 +243,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """All of it or nothing, like every file here."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    with replacing(path) as new:
+        new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -53,7 +53,7 @@ def rotate(x, normed, swapped, weights, turn):  # type: ignore[no-untyped-def]
 
     Of a pair (a, b), a becomes Re((a + ib) exp(i angle)) and b becomes Re((b + ia) exp(-i angle)).
     """
-    own = mx.real(weights)
+    own = mx.real(weights)  # so `weights - own` is i times the partner's
     pair = normed.astype(mx.float32) * own + swapped.astype(mx.float32) * (weights - own)
     return mx.where(own == VALUE, x, mx.real(pair * turn).astype(x.dtype))
 

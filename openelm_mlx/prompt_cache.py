@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ import mlx.core as mx
 from openelm_mlx.cache import KVCache, make_caches
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import CacheError
+from openelm_mlx.files import replacing
 from openelm_mlx.kv import CacheKind, Window
 
 if TYPE_CHECKING:
@@ -76,7 +75,6 @@ class PromptCache:
         """
         if not self.tokens:
             raise CacheError("the cache is empty; there is nothing to save")
-        path = Path(path)
         used = self.layers[0].offset if not isinstance(self.kind.layout, Window) else self.layers[0].capacity
         arrays = {
             f"{number}.{part}": mx.contiguous(array[..., :used, :])
@@ -92,14 +90,8 @@ class PromptCache:
             "tokens": json.dumps(self.tokens),
         }
         try:
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".safetensors", dir=path.parent)
-            os.close(handle)
-            try:
-                mx.save_safetensors(temporary, arrays, about)
-                os.replace(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
+            with replacing(path, suffix=".safetensors") as new:
+                mx.save_safetensors(str(new), arrays, about)
         except (OSError, RuntimeError) as error:
             raise CacheError(f"{path} cannot be written: {error}") from None
 

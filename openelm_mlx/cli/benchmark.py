@@ -165,14 +165,14 @@ def check_targets(args: argparse.Namespace) -> None:
 def write(document: Document, args: argparse.Namespace) -> None:
     """The files first, the most valuable one before the rest; then the table or JSON on stdout."""
     from openelm_mlx.benchmarks import tables
-    from openelm_mlx.benchmarks.document import save, to_json, write_text
+    from openelm_mlx.benchmarks.document import save, to_json, write_file
 
     if args.output:
         save(document, args.output)
     if args.csv:
-        write_text(args.csv, tables.csv_text(document))
+        write_file(args.csv, tables.csv_text(document))
     if args.markdown:
-        write_text(args.markdown, tables.markdown(document))
+        write_file(args.markdown, tables.markdown(document))
     if args.json:
         print(to_json(document), end="")
     elif sys.stdout.isatty():
