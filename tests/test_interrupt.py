@@ -9,13 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
 import pytest
-from formats import NANO, tokenizer_file
+from formats import NANO, random_folder
 from openelm_mlx.convert import ConvertOptions, convert
 
-from openelm_mlx.config import OpenELMConfig, expected_tensors
 from openelm_mlx.errors import ConversionError
 
 # One process that has imported everything forks a child for each event of the file system (opening, renaming,
@@ -83,15 +80,7 @@ for number in range(1, 500, int(stride)):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A model so small that a conversion takes milliseconds."""
-    folder = tmp_path_factory.mktemp("source")
-    config = OpenELMConfig(model_dim=32, head_dim=8, num_transformer_layers=1, vocab_size=64, num_gqa_groups=1,
-                           ffn_dim_divisor=32, qkv_multipliers=(1.0,), ffn_multipliers=(1.0,))  # fmt: skip
-    rng = np.random.default_rng(0)
-    arrays = {n: mx.array(rng.normal(0, 0.1, s).astype(np.float32)) for n, s in expected_tensors(config).items()}
-    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
-    (folder / "config.json").write_text(json.dumps(config.to_hf_dict()))
-    tokenizer_file(folder, 64).rename(folder / "tokenizer.model")
-    return folder
+    return random_folder(tmp_path_factory.mktemp("source"))
 
 
 def interrupted(source: Path, tmp_path: Path, kind: str, name: str, steps: str, stride: int = 1) -> list[dict]:
@@ -229,5 +218,3 @@ def test_sigterm_on_the_command_line_leaves_nothing(tmp_path, source):
     run = subprocess.run([sys.executable, "-c", code, source, "-o", tmp_path / "model"], capture_output=True, text=True)
     assert run.returncode == 143 and list(tmp_path.iterdir()) == []
     assert "Traceback" not in run.stderr
-
-
