@@ -111,8 +111,8 @@ class ConvertOptions:
         check_quantization(self)
         if self.target_format == "hf" and self.quantizes:
             raise OptionError("--to hf writes whole weights; leave out --bits and --mode, or --to hf")
-        if self.target_format == "gguf" and (self.verifies or self.adapter == "keep"):
-            raise OptionError("--to gguf writes one file of weights; leave out --verify and --adapter keep")
+        if self.target_format == "gguf" and self.adapter == "keep":
+            raise OptionError("--to gguf writes one file of weights; leave out --adapter keep")
         if self.target_format == "gguf" and (self.recipe or self.target_bpw or self.calibrate or self.dry_run):
             raise OptionError("--to gguf knows one form for all; leave out --recipe, --target-bpw, --calibrate and --dry-run")
         if self.rope_base is not None and not math.isfinite(self.rope_base):

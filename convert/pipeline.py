@@ -90,17 +90,17 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     return report
 
 
-def verified(folder: Path, opened: OpenedModel, options: ConvertOptions) -> dict[str, float]:
-    """The losses of the written folder. Raises `ConversionError` above `--max-kl`."""
-    from openelm_mlx.convert.verify import check_bound, verify_folder
+def verified(path: Path, opened: OpenedModel, options: ConvertOptions) -> dict[str, float]:
+    """The losses of what was written to `path`. Raises `ConversionError` above `--max-kl`."""
+    from openelm_mlx.convert.verify import check_bound, verify
 
-    losses = verify_folder(folder, opened.source, opened.names, opened.trimmed, options.verify_text)
-    check_bound(losses, options.max_kl)
+    losses = verify(path, opened, options.verify_text)
+    check_bound(losses, options.max_kl, options.target_format)
     return losses
 
 
 def convert_to_gguf(opened: OpenedModel, options: ConvertOptions, progress: Progress | None) -> ConversionReport:
-    """Steps 3 and 4 for a GGUF file: whole tensors in, llama.cpp's types out."""
+    """Steps 3 to 5 for a GGUF file: whole tensors in, llama.cpp's types out. The format has no place for the losses."""
     from openelm_mlx.convert.targets.gguf import check_gguf, gguf_type, write_gguf
 
     forms: Plan = dict.fromkeys(matrices(expected_tensors(opened.trimmed)))
@@ -111,10 +111,11 @@ def convert_to_gguf(opened: OpenedModel, options: ConvertOptions, progress: Prog
     with staged(options) as folder:
         arrays = stream(opened, forms, options, progress)
         template = CHAT_TEMPLATE if options.is_instruct else None
-        name = options.target.stem
-        written = write_gguf(folder / options.target.name, name, opened.trimmed, opened.tokenizer, kind, template, arrays)
+        path, name = folder / options.target.name, options.target.stem
+        written = write_gguf(path, name, opened.trimmed, opened.tokenizer, kind, template, arrays)
+        losses = verified(path, opened, options) if options.verifies else None
     report = make_report(opened.source, opened.config, opened.trimmed, plan, options)
-    return replace(report, written_bytes=written, bits_per_weight=8 * written / report.parameters)
+    return replace(report, written_bytes=written, bits_per_weight=8 * written / report.parameters, verification=losses)
 
 
 def make_plan(

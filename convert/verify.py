@@ -1,9 +1,10 @@
-"""Prove a conversion: the written folder, read back, against the source's own weights in float32."""
+"""Prove a conversion: the written folder or GGUF file, read back, against the source's own weights in float32."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import mlx.core as mx
 import numpy as np
 from openelm_mlx.convert.dense import log_probs
 from openelm_mlx.convert.forms import read_plan
+from openelm_mlx.convert.opening import OpenedModel
+from openelm_mlx.convert.planning import exact_weights
 from openelm_mlx.convert.quantize import restored
-from openelm_mlx.convert.sources import TensorSource
+from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.staging import config_of
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors, read_json
@@ -24,22 +27,26 @@ BATCH = 4  # rows in one pass
 Model = Callable[[mx.array], mx.array]
 
 
-def verify_folder(
-    folder: Path, source: TensorSource, names: Mapping[str, str], config: OpenELMConfig, text: Path | None = None
-) -> dict[str, float]:
-    """Losses of a written folder on the text of a file, or on a short one of our own; see `compare`.
+@dataclass(frozen=True)
+class Written:
+    """What was written, read back: its own configuration, and the float32 weights that its stored tensors stand for."""
+
+    config: OpenELMConfig
+    weights: Mapping[str, mx.array]
+
+
+def verify(path: Path, opened: OpenedModel, text: Path | None = None) -> dict[str, float]:
+    """Losses of what was written to `path` on the text of a file, or on a short one of our own; see `compare`.
 
     Raises `ConversionError` for a file that is no text or too short to score.
     """
-    import sentencepiece
-
-    spm = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    batches = text_batches(spm.encode(TEXT if text is None else read_text(text)), min(ROW, config.max_context_length))
+    ids = opened.tokenizer.processor.encode(TEXT if text is None else read_text(text))
+    batches = text_batches(ids, min(ROW, opened.trimmed.max_context_length))
     if not batches:
         raise ConversionError(f"{text} has no text to verify on")
-    shapes = expected_tensors(config)
-    exact = {name: source.load(names[name])[: shape[0]].astype(mx.float32) for name, shape in shapes.items()}
-    return compare(dense_model(config, exact), dense_model(config, read_folder(folder, config)), batches)
+    exact = dense_model(opened.trimmed, exact_weights(opened))
+    written = read_folder(path) if path.is_dir() else read_gguf(path)
+    return compare(exact, dense_model(written.config, written.weights), batches)
 
 
 def compare(exact: Model, ours: Model, batches: Iterable[mx.array]) -> dict[str, float]:
@@ -72,13 +79,15 @@ def compare(exact: Model, ours: Model, batches: Iterable[mx.array]) -> dict[str,
     }
 
 
-def check_bound(losses: Mapping[str, float], max_kl: float | None) -> None:
+def check_bound(losses: Mapping[str, float], max_kl: float | None, target_format: str = "mlx") -> None:
     """Raise `ConversionError` where the mean KL divergence is above the bound."""
     found = losses["mean_kl_divergence"]
+    better = "take more bits, --target-bpw or --calibrate"
+    if target_format != "mlx":  # the others have few forms or none, and lose nothing in float32
+        better = "take --dtype float32, without --bits"
     if max_kl is not None and not found <= max_kl:
         raise ConversionError(
-            f"the mean KL divergence is {found:.4g} nats, above --max-kl {max_kl:g}; nothing was written: "
-            "take more bits, --target-bpw or --calibrate"
+            f"the mean KL divergence is {found:.4g} nats, above --max-kl {max_kl:g}; nothing was written: {better}"
         )
 
 
@@ -98,15 +107,20 @@ def read_text(path: Path) -> str:
         raise ConversionError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
-def read_folder(folder: Path, config: OpenELMConfig) -> dict[str, mx.array]:
-    """The float32 weights that a folder's stored tensors stand for."""
+def read_folder(folder: Path) -> Written:
+    config = OpenELMConfig.from_file(config_of(folder))
     written: dict[str, mx.array] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         arrays: Any = mx.load(str(file))
         written |= arrays
     shapes = expected_tensors(config)
     plan = read_plan(read_json(config_of(folder)).get("quantization"), shapes, set(written))
-    return {name: restored(name, written, plan.get(name.removesuffix(".weight"))) for name in shapes}
+    return Written(config, {name: restored(name, written, plan.get(name.removesuffix(".weight"))) for name in shapes})
+
+
+def read_gguf(path: Path) -> Written:
+    file = GGUFFile(path)
+    return Written(file.config, {name: file.load_exact(name) for name in expected_tensors(file.config)})
 
 
 def dense_model(config: OpenELMConfig, weights: Mapping[str, mx.array]) -> Model:

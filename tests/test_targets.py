@@ -157,7 +157,7 @@ def test_models_that_llama_cpp_cannot_express(tmp_path, name, what):
     ("fields", "message"),
     [
         ({"target_format": "hf", "bits": 4}, "--to hf writes whole weights"),
-        ({"target_format": "gguf", "verify": True}, "--to gguf writes one file of weights"),
+        ({"target_format": "gguf", "adapter": "keep"}, "--to gguf writes one file of weights; leave out --adapter keep"),
         ({"target_format": "gguf", "bits": 4}, "--to gguf writes F32, F16, BF16 .--dtype. and Q8_0 .--bits 8."),
         ({"target_format": "onnx"}, "target_format is 'onnx'; allowed: mlx, hf, gguf"),
         ({"source_format": "x"}, "source_format is 'x'; allowed: pt, huggingface, mlx, corenet-mlx, gguf"),

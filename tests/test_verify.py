@@ -15,7 +15,7 @@ from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.record import command_line
 from openelm_mlx.convert.verify import check_bound, compare, text_batches
 
-from openelm_mlx.errors import ConversionError, OptionError
+from openelm_mlx.errors import ConversionError
 
 NANO = Path(__file__).parent / "golden" / "openelm-nano"
 SOURCE = NANO / "checkpoint.pt"
@@ -102,5 +102,3 @@ def test_the_command_is_written_as_it_would_be_typed():
     options = ConvertOptions("/x/a b.pt", "/y/m", instruct=False, target_bpw=3.5, calibrate="gptq", recipe=None)
     assert command_line(options) == "openelm convert 'a b.pt' -o m --target-bpw 3.5 --calibrate gptq --no-instruct"
     assert "--to hf" in command_line(ConvertOptions("a", "b", target_format="hf"))
-    with pytest.raises(OptionError, match="--to gguf writes one file"):
-        ConvertOptions("a", "b", target_format="gguf", max_kl=0.1)

@@ -106,12 +106,19 @@ class GGUFFile(TensorSource):
         self._dtype = FLOAT_TYPES.get(embedding[0].kind.name, "float32") if embedding else "float32"
         self.tensors = {name: TensorInfo(self._dtype, self._joined(name, parts)) for name, parts in self._parts.items()}
         self.instruct = "tokenizer.chat_template" in self.metadata
-        self.config = self._read_config()
+        self.config: OpenELMConfig = self._read_config()
         self.tokenizer = read_tokenizer(self.path, self.metadata)
 
     def load(self, name: str) -> mx.array:
         """The tensor `name`, decoded to the type all tensors of this file are given in."""
-        decoded = [mx.array(self._decode(place)).astype(getattr(mx, self._dtype)) for place in self._parts[name]]
+        return self._load(name, getattr(mx, self._dtype))
+
+    def load_exact(self, name: str) -> mx.array:
+        """The tensor `name` in float32: also norms beside half types, which `load` rounds, as they lie in the file."""
+        return self._load(name, mx.float32)
+
+    def _load(self, name: str, dtype: mx.Dtype) -> mx.array:
+        decoded = [mx.array(self._decode(place)).astype(dtype) for place in self._parts[name]]
         return decoded[0] if len(decoded) == 1 else mx.concatenate(decoded)
 
     def _decode(self, place: Place) -> np.ndarray:
