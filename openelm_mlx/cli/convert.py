@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   openelm convert apple/OpenELM-270M -o openelm-270m-4bit --bits 4
   openelm convert 270m -o small --dtype bfloat16 --target-bpw 3.5 --calibrate gptq --max-kl 0.1
   openelm convert corenet:1.1b-lora -o commonsense            Apple's adapter, fetched and merged; also corenet-mlx:3b-4bit
-  openelm convert openelm-270m -o openelm-270m.gguf --to gguf --bits 8
+  openelm convert openelm-270m -o openelm-270m.gguf --to gguf --bits 8 --max-kl 0.01
   openelm convert mine.pt -o mine --head-dim 64 --tokenizer tokenizer.model --verify
 """
 
