@@ -18,7 +18,8 @@ load_blas()  # takes effect only before MLX is imported
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
-from openelm_mlx.config import PUBLISHED, OpenELMConfig, normal_name, read_json  # noqa: E402
+from openelm_mlx.config import PUBLISHED, OpenELMConfig, normal_name  # noqa: E402
+from openelm_mlx.config_files import read_json  # noqa: E402
 from openelm_mlx.errors import BenchmarkError  # noqa: E402
 from openelm_mlx.hub import BUNDLED, resolve_model  # noqa: E402
 from openelm_mlx.loading import DTYPES, Engine, load, parameters, quantize_now  # noqa: E402

@@ -97,7 +97,7 @@ def readable_as(name: str) -> Callable[[Path], None]:
     from openelm_mlx.convert.sources.huggingface import read_header
     from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 
-    from openelm_mlx.config import read_json
+    from openelm_mlx.config_files import read_json
 
     readers: dict[str, Callable[[Path], object]] = {".pt": TorchCheckpoint, ".safetensors": read_header, ".json": read_json}
     reader = readers[Path(name).suffix]

@@ -14,7 +14,7 @@ from openelm_mlx.convert.names import rename
 from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.convert.sources.huggingface import Located, load_located, read_header
 
-from openelm_mlx.config import read_json
+from openelm_mlx.config_files import read_json
 from openelm_mlx.errors import ConversionError
 
 ADAPTERS = "adapters.safetensors"

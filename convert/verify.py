@@ -18,7 +18,8 @@ from openelm_mlx.convert.quantize import restored
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.staging import config_of
 
-from openelm_mlx.config import OpenELMConfig, expected_tensors, read_json
+from openelm_mlx.config import OpenELMConfig, expected_tensors
+from openelm_mlx.config_files import read_json
 from openelm_mlx.errors import ConversionError
 
 TEXT = "Once upon a time there was a little girl who lived in a house at the edge of a great forest with her mother."

@@ -18,7 +18,8 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from openelm_mlx.config import OpenELMConfig, read_json  # noqa: E402
+from openelm_mlx.config import OpenELMConfig  # noqa: E402
+from openelm_mlx.config_files import read_json  # noqa: E402
 from openelm_mlx.decode import Steps  # noqa: E402
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError  # noqa: E402
 from openelm_mlx.hub import resolve_model  # noqa: E402

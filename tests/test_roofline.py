@@ -8,7 +8,8 @@ import pytest
 from openelm_mlx.benchmarks.bandwidth import measure
 from openelm_mlx.benchmarks.roofline import PARTS, bound, bytes_per_token, part_of
 
-from openelm_mlx.config import OpenELMConfig, read_json
+from openelm_mlx.config import OpenELMConfig
+from openelm_mlx.config_files import read_json
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.inspection import tensor_bytes
 from openelm_mlx.loading import Engine

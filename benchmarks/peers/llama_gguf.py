@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from openelm_mlx.config import OpenELMConfig, expected_tensors, read_json
+from openelm_mlx.config import OpenELMConfig, expected_tensors
+from openelm_mlx.config_files import read_json
 from openelm_mlx.loading import DTYPES, read_weights
 
 BLOCK = 32

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from openelm_mlx.benchmarks.timing import Timed
 from safetensors.torch import load_file
 
-from openelm_mlx.config import OpenELMConfig, layer_shapes, read_json
+from openelm_mlx.config import OpenELMConfig, layer_shapes
+from openelm_mlx.config_files import read_json
 from openelm_mlx.errors import BenchmarkError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -93,7 +93,7 @@ def safetensors_folder(path: Path) -> TensorSource:
     from openelm_mlx.convert.sources.huggingface import HuggingFaceFolder
     from openelm_mlx.convert.sources.quantized import QuantizedFolder, quantization_of
 
-    from openelm_mlx.config import read_json
+    from openelm_mlx.config_files import read_json
 
     source = HuggingFaceFolder(path)
     if not any(name.endswith(".scales") for name in source.tensors):

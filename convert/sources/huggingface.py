@@ -11,7 +11,7 @@ import mlx.core as mx
 from openelm_mlx.convert.sources import TensorInfo, TensorSource, weights_by_kind
 from openelm_mlx.convert.sources.raw import itemsize, read_strided
 
-from openelm_mlx.config import read_json
+from openelm_mlx.config_files import read_json
 from openelm_mlx.errors import ConfigError, ConversionError
 
 DTYPES = {
