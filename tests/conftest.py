@@ -1,9 +1,10 @@
+"""Models that many tests use."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from formats import NANO, again
 
 from openelm_mlx import load
 from openelm_mlx.loading import Engine
@@ -20,4 +21,6 @@ def tiny() -> Engine:
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden nano model as a folder of this project."""
+    from formats import NANO, again  # not above: it imports MLX, and openelm_mlx loads a faster BLAS before that
+
     return again(NANO / "checkpoint.pt", tmp_path_factory.mktemp("nano") / "nano")
