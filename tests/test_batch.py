@@ -88,6 +88,23 @@ def test_quantized_caches_and_the_bundled_model_batch_too(tiny, engine):
         assert result.text == "".join(event.text for event in stream_generate(tiny, text, max_tokens=6, stop=("e",)))
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_batch_grows_from_one_row_to_many_and_back(engine, bits):
+    """One sequence keeps its keys and values in another form than several do."""
+    wanted = {k: GenerationOptions(max_tokens=length, ignore_eos=True, kv_bits=bits) for k, length in enumerate((40, 4, 9, 20))}
+    batch = BatchEngine(engine, 8, wanted[0])
+    tokens: dict[int, list[int]] = {batch.submit(PROMPTS[0], SAMPLING[0], wanted[0]): []}
+    step = 0
+    while batch.busy:
+        for number, event in batch.step():
+            tokens[number].append(event.token)
+        step += 1
+        if step in (3, 4, 17):
+            tokens[batch.submit(PROMPTS[len(tokens)], SAMPLING[len(tokens)], wanted[len(tokens)])] = []
+    for k, found in enumerate(tokens.values()):
+        assert found == [event.token for event in alone(engine, k, options=wanted[k])]
+
+
 def test_a_wrong_prompt_fails_alone(engine):
     results = batch_generate(engine, [PROMPTS[0], "", [1] * 999, PROMPTS[1]], max_tokens=3)
     assert [result.error is None for result in results] == [True, False, False, True]
