@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from golden_set import NANO
 
 from openelm_mlx import load
 from openelm_mlx.loading import Engine
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +20,6 @@ def tiny() -> Engine:
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden nano model as a folder of this project."""
-    from formats import NANO, again  # not above: it imports MLX, and openelm_mlx loads a faster BLAS before that
+    from formats import again  # not above: it imports MLX, and openelm_mlx loads a faster BLAS before that
 
     return again(NANO / "checkpoint.pt", tmp_path_factory.mktemp("nano") / "nano")

@@ -1,4 +1,4 @@
-"""What the tests of formats share: golden fixtures, tokenizers of any size, a small model folder, what a written folder holds."""
+"""What the tests of formats share: tokenizers of any size, a small model folder, what a written folder holds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from openelm_mlx.convert.opening import open_model
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors
 
-GOLDEN = Path(__file__).parent / "golden"
-NANO = GOLDEN / "openelm-nano"
 CORPUS = ("once upon a time there was a little girl who lived in a forest with a fox", "two birds flew")
 TINY = OpenELMConfig(model_dim=32, head_dim=8, num_transformer_layers=1, vocab_size=64, num_gqa_groups=1, ffn_dim_divisor=32,
                      qkv_multipliers=(1.0,), ffn_multipliers=(1.0,))  # fmt: skip
@@ -35,8 +33,9 @@ def trained_tokenizer(size: int) -> bytes:
     return model.getvalue()
 
 
-def tokenizer_file(folder: Path, size: int) -> Path:
-    path = folder / f"tokenizer-{size}.model"
+def tokenizer_file(folder: Path, size: int = 128) -> Path:
+    """That of `size` pieces, as tokenizer.model in the folder."""
+    path = folder / "tokenizer.model"
     path.write_bytes(trained_tokenizer(size))
     return path
 
@@ -48,7 +47,7 @@ def random_folder(folder: Path, config: OpenELMConfig = TINY, seed: int = 0, spr
     arrays = {n: mx.array(rng.normal(0, spread, s).astype(np.float32)) for n, s in expected_tensors(config).items()}
     mx.save_safetensors(str(folder / "model.safetensors"), arrays)
     (folder / "config.json").write_text(json.dumps(config.to_hf_dict()))
-    tokenizer_file(folder, config.vocab_size).rename(folder / "tokenizer.model")
+    tokenizer_file(folder, config.vocab_size)
     return folder
 
 

@@ -1,18 +1,14 @@
-"""A small model of the golden set, with a tokenizer of its size: what tests of quantization measure and learn on."""
+"""A small model of the golden set: what tests of quantization measure and learn on."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
+from golden_set import FLAGS, GOLDEN
 from openelm_mlx.convert.infer import infer_config
 from openelm_mlx.convert.names import renamed_tensors
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 
 from openelm_mlx.config import OpenELMConfig
-
-GOLDEN = Path(__file__).parent / "golden"
-FLAGS = {"noqknorm-gqa2": {"head_dim": 64}, "noglu-gqa2": {"rope_base": 500.0}}
 
 
 def small_model(name: str = "tied-gqa4") -> tuple[OpenELMConfig, dict[str, mx.array]]:
@@ -27,15 +23,3 @@ def small_model(name: str = "tied-gqa4") -> tuple[OpenELMConfig, dict[str, mx.ar
 
 def random_tokens(config: OpenELMConfig, rows: int = 6, length: int = 32) -> mx.array:
     return mx.random.randint(3, config.vocab_size, (rows, length), key=mx.random.key(5)).astype(mx.int32)
-
-
-def small_tokenizer(folder: Path, size: int = 128) -> Path:
-    """A SentencePiece model with `size` pieces."""
-    import sentencepiece
-
-    texts = ["once upon a time there was a little girl who lived in a forest with a fox", "two birds flew"] * 9
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=size, model_type="bpe",
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, hard_vocab_limit=True,
-    )  # fmt: skip
-    return folder / "tokenizer.model"

@@ -7,7 +7,8 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from formats import GOLDEN, NANO, mlx_lm_logits, our_logits, tokenizer_file
+from formats import mlx_lm_logits, our_logits, tokenizer_file
+from golden_set import GOLDEN, NANO
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.adapters import AdaptedCheckpoint, LoraOptions
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint

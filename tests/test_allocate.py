@@ -9,12 +9,14 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from formats import tokenizer_file
+from golden_set import GOLDEN
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.allocate import choose, hull, interpolated, make_reference, measure, plan_bytes, true_loss
 from openelm_mlx.convert.dense import kl_divergence, logits, target
 from openelm_mlx.convert.forms import Form, matrices
 from openelm_mlx.convert.quantize import rounded
-from small_model import GOLDEN, random_tokens, small_model, small_tokenizer
+from small_model import random_tokens, small_model
 
 from openelm_mlx.config import expected_tensors
 from openelm_mlx.errors import CheckpointError, OptionError
@@ -98,7 +100,7 @@ def test_the_plan_is_nearly_the_best_of_all_plans(seed):
 
 
 def test_a_folder_of_the_asked_size_loses_less_than_a_uniform_one(tmp_path):
-    common = {"source": GOLDEN / "tied-gqa4" / "checkpoint.pt", "tokenizer": small_tokenizer(tmp_path), "dtype": F16}
+    common = {"source": GOLDEN / "tied-gqa4" / "checkpoint.pt", "tokenizer": tokenizer_file(tmp_path), "dtype": F16}
     convert(ConvertOptions(target=tmp_path / "uniform", bits=4, group_size=64, **common))
     text = tmp_path / "text.txt"
     text.write_text("once upon a time there was a fox who lived in a forest with two birds " * 12)
@@ -121,7 +123,7 @@ def test_a_folder_of_the_asked_size_loses_less_than_a_uniform_one(tmp_path):
 
 def test_weights_that_are_no_numbers_are_refused_before_measuring(tmp_path):
     folder = tmp_path / "source"
-    convert(ConvertOptions(GOLDEN / "tied-gqa4" / "checkpoint.pt", folder, tokenizer=small_tokenizer(tmp_path)))
+    convert(ConvertOptions(GOLDEN / "tied-gqa4" / "checkpoint.pt", folder, tokenizer=tokenizer_file(tmp_path)))
     tensors = mx.load(str(folder / "model.safetensors"))
     tensors["transformer.norm.weight"][0] = mx.nan
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)

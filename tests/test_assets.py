@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+from golden_set import GOLDEN, NANO
 from openelm_mlx.convert import ConvertOptions, convert
 
-GOLDEN = Path(__file__).parent / "golden"
 BUNDLED = Path(__file__).parents[1] / "openelm_mlx" / "assets" / "openelm-tiny"
 
 
@@ -21,7 +21,7 @@ def test_the_bundled_model_is_small_and_complete():
 
 def test_the_bundled_model_is_what_its_command_makes(tmp_path):
     convert(ConvertOptions(source=GOLDEN / "openelm-tiny" / "checkpoint.pt", target=tmp_path / "m", bits=8, instruct=True,
-                           tokenizer=GOLDEN / "openelm-nano" / "tokenizer.model"))  # fmt: skip
+                           tokenizer=NANO / "tokenizer.model"))  # fmt: skip
     for path in (tmp_path / "m").iterdir():
         if path.suffix in (".jinja", ".json", ".model") and path.name != "conversion.json":
             assert path.read_bytes() == (BUNDLED / path.name).read_bytes(), path.name

@@ -7,6 +7,8 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from formats import tokenizer_file
+from golden_set import GOLDEN
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.allocate import make_reference, true_loss
 from openelm_mlx.convert.calibrate import calibrate
@@ -16,7 +18,7 @@ from openelm_mlx.convert.forms import Form, matrices
 from openelm_mlx.convert.gptq import error_feedback
 from openelm_mlx.convert.grids import fit_groups, pack
 from openelm_mlx.convert.quantize import restored
-from small_model import GOLDEN, random_tokens, small_model, small_tokenizer
+from small_model import random_tokens, small_model
 
 from openelm_mlx import load
 from openelm_mlx.config import expected_tensors
@@ -132,7 +134,7 @@ def test_a_calibrated_folder_is_what_was_learned(method, tmp_path):
 
     text = tmp_path / "text.txt"
     text.write_text("once upon a time two birds flew in a forest with a fox who lived there " * 80)
-    common = {"source": GOLDEN / "tied-gqa4" / "checkpoint.pt", "tokenizer": small_tokenizer(tmp_path), "dtype": "float16",
+    common = {"source": GOLDEN / "tied-gqa4" / "checkpoint.pt", "tokenizer": tokenizer_file(tmp_path), "dtype": "float16",
               "bits": 3, "group_size": 32, "verify_text": text}  # fmt: skip
     plain = convert(ConvertOptions(target=tmp_path / "plain", **common))
     report = convert(ConvertOptions(target=tmp_path / "m", calibrate=method, calibration_text=text,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from formats import GOLDEN, NANO
+from golden_set import GOLDEN, NANO
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.catalog import CATALOG, ROOT, cache_folder, fetch_published, is_published
 from range_server import serving

@@ -10,6 +10,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from formats import tokenizer_file
+from golden_set import FLAGS, GOLDEN, NANO
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from safetensors.numpy import save_file
@@ -17,45 +19,13 @@ from safetensors.numpy import save_file
 from openelm_mlx.config import OpenELMConfig, expected_tensors, layer_shapes
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, OptionError, TokenizerError
 
-GOLDEN = Path(__file__).parent / "golden"
-NANO = GOLDEN / "openelm-nano"
-FLAGS = {"noqknorm-gqa2": {"head_dim": 64}, "noglu-gqa2": {"rope_base": 500}}
 PLAIN = ("tied-gqa4", "untied-mha", "noqknorm-gqa2", "noglu-gqa2", "gpt-test")
 
 
-@pytest.fixture(scope="session")
-def small_tokenizer(tmp_path_factory):
-    """A SentencePiece model with as many pieces as a golden fixture has rows."""
-    import sentencepiece
-
-    def make(size: int) -> Path:
-        path = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-        sentences = iter(
-            ["once upon a time there was a little girl who lived in a forest with a fox", "two birds flew"]
-            * 9
-        )
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences, model_prefix=str(path), vocab_size=size, model_type="bpe",
-            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-            hard_vocab_limit=True,
-        )  # fmt: skip
-        return path.with_suffix(".model")
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def nano_hf(tmp_path_factory) -> Path:
-    """The nano model as a Hugging Face folder, unquantized."""
-    target = tmp_path_factory.mktemp("hf") / "nano"
-    convert(ConvertOptions(source=NANO / "checkpoint.pt", target=target))
-    return target
-
-
-def broken(nano_hf: Path, tmp_path: Path, change) -> Path:
+def broken(nano: Path, tmp_path: Path, change) -> Path:
     """A copy of the nano folder whose tensors `change` altered."""
     source = tmp_path / "source"
-    shutil.copytree(nano_hf, source)
+    shutil.copytree(nano, source)
     tensors = {name: np.array(array) for name, array in mx.load(str(source / "model.safetensors")).items()}
     change(tensors)
     save_file(tensors, source / "model.safetensors")
@@ -72,9 +42,9 @@ def refused(tmp_path: Path, error, message: str, **fields) -> None:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_shapes_are_read_off_the_tensors(name, tmp_path, small_tokenizer):
+def test_shapes_are_read_off_the_tensors(name, tmp_path):
     arch = json.loads((GOLDEN / name / "arch.json").read_text())
-    tokenizer = small_tokenizer(arch["vocab_size"]) if arch["vocab_size"] > 30 else None
+    tokenizer = tokenizer_file(tmp_path, arch["vocab_size"]) if arch["vocab_size"] > 30 else None
     report = convert(ConvertOptions(source=GOLDEN / name / "checkpoint.pt", target=tmp_path / "m", tokenizer=tokenizer,
                                     **FLAGS.get(name, {})))  # fmt: skip
     config = OpenELMConfig.from_file(tmp_path / "m" / "config.json")
@@ -97,12 +67,12 @@ def test_head_dim_is_asked_for_by_name(tmp_path):
     refused(tmp_path, ConversionError, "--head-dim", source=GOLDEN / "noqknorm-gqa2" / "checkpoint.pt")
 
 
-def test_mlx_lm_gives_the_golden_tokens(tmp_path, nano_hf):
+def test_mlx_lm_gives_the_golden_tokens(tmp_path, nano):
     from mlx_lm import load
     from mlx_lm.generate import generate_step
 
     golden = np.load(NANO / "golden.npz")
-    model, tokenizer = load(str(nano_hf))
+    model, tokenizer = load(str(nano))
     prompt = mx.array(golden["input_ids"][0])
     logits = np.array(model(prompt[None]))
     assert np.abs(logits - golden["logits"]).max() < 1e-4
@@ -134,9 +104,10 @@ def test_quantized_weights_are_mlxs(bits, tmp_path):
     }  # fmt: skip
 
 
-def test_rows_that_do_not_divide_are_refused_by_name(tmp_path, small_tokenizer):
+def test_rows_that_do_not_divide_are_refused_by_name(tmp_path):
     refused(tmp_path, ConversionError, "token_embeddings.weight has rows of 96 weights.*use --group-size 32|proj_2",
-            source=GOLDEN / "untied-mha" / "checkpoint.pt", tokenizer=small_tokenizer(112), bits=4, group_size=128)  # fmt: skip
+            source=GOLDEN / "untied-mha" / "checkpoint.pt", tokenizer=tokenizer_file(tmp_path, 112),
+            bits=4, group_size=128)  # fmt: skip
 
 
 def test_a_source_without_tokenizer(tmp_path):
@@ -144,16 +115,16 @@ def test_a_source_without_tokenizer(tmp_path):
             source=GOLDEN / "tied-gqa4" / "checkpoint.pt")  # fmt: skip
 
 
-def test_padded_embeddings_are_trimmed(tmp_path, nano_hf):
+def test_padded_embeddings_are_trimmed(tmp_path, nano):
     def pad(tensors):
         name = "transformer.token_embeddings.weight"
         tensors[name] = np.concatenate([tensors[name], np.zeros((128, 128), np.float32)])
 
-    source = broken(nano_hf, tmp_path, pad)
+    source = broken(nano, tmp_path, pad)
     raw = json.loads((source / "config.json").read_text()) | {"vocab_size": 4224}
     (source / "config.json").write_text(json.dumps(raw))
     assert convert(ConvertOptions(source=source, target=tmp_path / "m")).dropped_rows == 128
-    assert (tmp_path / "m" / "model.safetensors").read_bytes() == (nano_hf / "model.safetensors").read_bytes()
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == (nano / "model.safetensors").read_bytes()
 
 
 N = "transformer.layers.2.attn.out_proj.weight"
@@ -175,17 +146,17 @@ N = "transformer.layers.2.attn.out_proj.weight"
         (lambda t: t.update({N: np.zeros((128, 128), np.int32)}), f"{N} holds int32"),
     ],
 )
-def test_wrong_tensors_are_named(tmp_path, nano_hf, change, message):
-    refused(tmp_path, CheckpointError, message, source=broken(nano_hf, tmp_path, change))
+def test_wrong_tensors_are_named(tmp_path, nano, change, message):
+    refused(tmp_path, CheckpointError, message, source=broken(nano, tmp_path, change))
 
 
-def test_overflowing_float16(tmp_path, nano_hf):
-    source = broken(nano_hf, tmp_path, lambda t: t.update({N: np.full((128, 128), 1e6, np.float32)}))
+def test_overflowing_float16(tmp_path, nano):
+    source = broken(nano, tmp_path, lambda t: t.update({N: np.full((128, 128), 1e6, np.float32)}))
     refused(tmp_path, ConversionError, "overflows float16", source=source, dtype="float16")
 
 
-def test_misspelt_config_field(tmp_path, nano_hf):
-    source = broken(nano_hf, tmp_path, lambda t: None)
+def test_misspelt_config_field(tmp_path, nano):
+    source = broken(nano, tmp_path, lambda t: None)
     raw = json.loads((source / "config.json").read_text()) | {"head_dmi": 64}
     (source / "config.json").write_text(json.dumps(raw))
     refused(tmp_path, ConfigError, "head_dmi .did you mean head_dim", source=source)
@@ -196,17 +167,17 @@ def test_vocabulary_mismatch(tmp_path):
             source=GOLDEN / "tied-gqa4" / "checkpoint.pt")  # fmt: skip
 
 
-def test_truncated_source(tmp_path, nano_hf):
+def test_truncated_source(tmp_path, nano):
     source = tmp_path / "source"
-    shutil.copytree(nano_hf, source)
+    shutil.copytree(nano, source)
     data = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(data[:-1000])
     refused(tmp_path, ConversionError, "is truncated", source=source)
 
 
-def test_shards_with_path_tricks(tmp_path, nano_hf):
+def test_shards_with_path_tricks(tmp_path, nano):
     source = tmp_path / "source"
-    shutil.copytree(nano_hf, source)
+    shutil.copytree(nano, source)
     index = {"weight_map": {"transformer.norm.weight": "../model.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(tmp_path, ConversionError, "shards must be .safetensors files of this folder", source=source)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from formats import GOLDEN, NANO, TINY, everything, random_folder, tokenizer_file
+from formats import TINY, everything, random_folder, tokenizer_file
+from golden_set import GOLDEN, NANO
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openelm_mlx.convert import ConvertOptions, convert

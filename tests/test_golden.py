@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from golden_set import FLAGS, GOLDEN, NANO
 from openelm_mlx.convert.infer import config_for
 from openelm_mlx.convert.names import renamed_tensors
 from openelm_mlx.convert.options import ConvertOptions
@@ -16,7 +16,6 @@ from openelm_mlx.cache import make_caches, step_caches
 from openelm_mlx.model import OpenELM
 
 TOLERANCE = 1e-4
-FLAGS = {"noqknorm-gqa2": {"head_dim": 64}, "noglu-gqa2": {"rope_base": 500.0}}
 
 
 def load_golden(name: str, tmp_path):
@@ -61,7 +60,7 @@ def test_greedy_tokens_of_the_trained_model_equal_the_reference(tmp_path):
 
     folder = tmp_path / "tiny"
     convert(ConvertOptions(source=GOLDEN / "openelm-tiny" / "checkpoint.pt", target=folder,
-                           tokenizer=GOLDEN / "openelm-nano" / "tokenizer.model"))  # fmt: skip
+                           tokenizer=NANO / "tokenizer.model"))  # fmt: skip
     golden = np.load(GOLDEN / "openelm-tiny" / "golden.npz")
     prompt, wanted = golden["input_ids"][0].tolist(), golden["greedy_ids"][0].tolist()
     events = stream_generate(load(folder), prompt, max_tokens=len(wanted), ignore_eos=True)

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from formats import NANO, random_folder
+from formats import random_folder
+from golden_set import NANO
 from openelm_mlx.convert import ConvertOptions, convert
 
 from openelm_mlx.errors import ConversionError

@@ -5,7 +5,7 @@ import shutil
 
 import mlx.core as mx
 import pytest
-from conftest import GOLDEN
+from golden_set import NANO
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.pipeline import convert
 
@@ -13,15 +13,6 @@ from openelm_mlx import load
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError
 from openelm_mlx.loading import compute_dtype
-
-NANO = GOLDEN / "openelm-nano"
-
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "nano"
-    convert(ConvertOptions(source=NANO / "checkpoint.pt", target=folder, tokenizer=NANO / "tokenizer.model"))
-    return folder
 
 
 def broken(nano, tmp_path, change):

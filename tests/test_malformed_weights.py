@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from formats import GOLDEN, NANO
+from golden_set import GOLDEN, NANO
 from openelm_mlx.convert import ConvertOptions
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.sources.huggingface import HuggingFaceFolder

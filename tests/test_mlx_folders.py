@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from formats import GOLDEN, NANO, again, mlx_lm_logits, our_logits, tokenizer_file, weights
+from formats import again, mlx_lm_logits, our_logits, tokenizer_file, weights
+from golden_set import GOLDEN, NANO
 from openelm_mlx.convert import ConvertOptions
 from openelm_mlx.convert.sources import open_source
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint

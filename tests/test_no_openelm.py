@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from formats import NANO, again, trained_tokenizer
+from formats import again, trained_tokenizer
+from golden_set import NANO
 from openelm_mlx.convert.infer import infer_config
 from openelm_mlx.convert.names import renamed_tensors
 from openelm_mlx.convert.tokenizer_json import build_tokenizer_json

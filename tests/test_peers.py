@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from golden_set import NANO
 from mlx.utils import tree_flatten
 from openelm_mlx.benchmarks import peers
 from openelm_mlx.benchmarks.peers.llama_gguf import Packed, blocks, write_gguf
@@ -162,7 +162,7 @@ def test_the_gguf_holds_the_weights_of_the_folder(bits, form, tmp_path):
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    source, folder = GOLDEN / "openelm-nano" / "checkpoint.pt", tmp_path / "nano"
+    source, folder = NANO / "checkpoint.pt", tmp_path / "nano"
     convert(ConvertOptions(source, folder, bits=bits))
     dtype = "bfloat16" if bits == 8 else "float32"
     assert write_gguf(folder, dtype, tmp_path / "x.gguf") == form

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from golden_set import NANO
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.forms import Form, all_forms, check_divides, config_entry, make_form, matrices, read_plan
 from openelm_mlx.convert.quantize import planned, quantized, restored
@@ -17,8 +17,6 @@ from openelm_mlx.convert.writer import nbytes
 from openelm_mlx import load
 from openelm_mlx.config import OpenELMConfig, expected_tensors
 from openelm_mlx.errors import ConversionError, OptionError
-
-NANO = Path(__file__).parent / "golden" / "openelm-nano"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -7,13 +7,14 @@ import math
 import shutil
 
 import pytest
+from formats import tokenizer_file
+from golden_set import GOLDEN
 from openelm_mlx.benchmarks import quantization
-from small_model import GOLDEN, small_tokenizer
 
 
 def test_the_table(tmp_path, capsys):
     shutil.copy(GOLDEN / "tied-gqa4" / "checkpoint.pt", tmp_path)
-    small_tokenizer(tmp_path)
+    tokenizer_file(tmp_path)
     text = tmp_path / "report.txt"
     text.write_text("once upon a time two birds flew in a forest with a fox " * 10)
     mine = tmp_path / "mine.txt"
@@ -36,7 +37,7 @@ def test_the_table(tmp_path, capsys):
 
 
 def test_a_missing_text_is_told(tmp_path, capsys):
-    small_tokenizer(tmp_path)
+    tokenizer_file(tmp_path)
     shutil.copy(GOLDEN / "tied-gqa4" / "checkpoint.pt", tmp_path)
     with pytest.raises(SystemExit) as stopped:
         quantization.main([str(tmp_path / "checkpoint.pt"), str(tmp_path / "none.txt")])

@@ -6,7 +6,8 @@ import os
 import shutil
 
 import pytest
-from formats import NANO, again, everything, weights
+from formats import again, everything, weights
+from golden_set import NANO
 from openelm_mlx.convert import ConvertOptions
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.sources import kind_of, open_source

@@ -7,7 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from formats import GOLDEN, NANO, tokenizer_file
+from formats import tokenizer_file
+from golden_set import GOLDEN
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.sources import TensorInfo
 from openelm_mlx.convert.sources.gguf import GGUFFile
@@ -20,13 +21,6 @@ N = "transformer.layers.2.ffn.proj_1.weight"
 
 def run(source, target, **fields):
     return convert(ConvertOptions(source=source, target=target, **fields))
-
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("nano") / "nano"
-    run(NANO / "checkpoint.pt", target)
-    return target
 
 
 def weights(folder: Path) -> dict[str, mx.array]:

@@ -2,18 +2,16 @@ from __future__ import annotations
 
 import collections
 import io
-import os
 import pickle
 import zipfile
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from golden_set import GOLDEN
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 
 from openelm_mlx.errors import ConversionError
-
-GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 
 
 class Global:
@@ -161,7 +159,7 @@ def test_other_files_are_explained(tmp_path, content, message):
 
 
 def test_a_truncated_file(tmp_path):
-    whole = open(os.path.join(GOLDEN, "tied-gqa4", "checkpoint.pt"), "rb").read()
+    whole = (GOLDEN / "tied-gqa4" / "checkpoint.pt").read_bytes()
     (tmp_path / "x.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConversionError, match="is truncated"):
         TorchCheckpoint(tmp_path / "x.pt")
