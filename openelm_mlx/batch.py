@@ -193,11 +193,9 @@ class BatchEngine:
         )
         state, detail = choose_rows(spec, logits, state)
         rows = self._free_rows(len(group))
-        device.place(rows, state, caches, len(self._rows), [len(tokens) for tokens in prompts])
+        device.place(rows, state, detail, caches, len(self._rows), [len(tokens) for tokens in prompts])
         for row, one in zip(rows, group, strict=True):
             self._rows[row] = one
-        if spec.logprobs is not None and detail is not None:
-            device.detail = merge(device.detail, detail, rows, len(self._rows))
 
     def _free_rows(self, wanted: int) -> list[int]:
         """Unused rows; more are made, in powers of two, where too few are left."""
@@ -228,24 +226,6 @@ def like_lengths(new: list[Running]) -> list[list[Running]]:
         else:
             groups.append([one])
     return groups
-
-
-def merge(held: Any, new: Any, rows: list[int], count: int) -> Any:
-    """Log probabilities of the placed rows beside those of the rows that were there; widths may differ."""
-    index = mx.array(rows, dtype=mx.int32)
-    merged = []
-    for number, part in enumerate(new):
-        own = mx.zeros((count, *part.shape[1:]), part.dtype)
-        if held is not None:
-            old = held[number]
-            if old.ndim == 2:
-                width = min(old.shape[1], own.shape[1])
-                own[: old.shape[0], :width] = old[:, :width]
-            else:
-                own[: old.shape[0]] = old
-        own[index] = part
-        merged.append(own)
-    return type(new)(*merged)
 
 
 @dataclass(frozen=True)

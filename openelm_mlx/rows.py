@@ -133,7 +133,9 @@ class Rows:
         self.detail = None if self.detail is None else Logprobs(*(chosen(part, 0) for part in self.detail))
         self.buffers = [[by_count(chosen(by_row(a), 1)) for a in arrays] for arrays in self.buffers]
 
-    def place(self, rows: list[int], state: RowState, caches: list[KVCache], count: int, lengths: list[int]) -> None:
+    def place(
+        self, rows: list[int], state: RowState, detail: Logprobs | None, caches: list[KVCache], count: int, lengths: list[int]
+    ) -> None:
         """Put prefilled sequences into `rows`; at first, `count` rows are made."""
         tokens = max(lengths) + 1
         if self.state is None:
@@ -152,6 +154,8 @@ class Rows:
                 for number, row in enumerate(rows):
                     own[:, row, :, :used] = new[:, number, :, :used]
                 arrays[part] = by_count(own)
+        if detail is not None:
+            self.detail = merged(self.detail, detail, index, self.count)
 
     def bury(self, row: int) -> None:
         """Nobody uses this row any more."""
@@ -164,6 +168,17 @@ class Rows:
 def blank_rows(like: mx.array, count: int, room: int) -> mx.array:
     """Empty slots for `count` sequences, of the heads and the type of `like` [2, batch, kv_heads, slots, width]."""
     return by_count(mx.zeros((2, count, like.shape[2], room, like.shape[4]), like.dtype))
+
+
+def merged(held: Logprobs | None, new: Logprobs, rows: mx.array, count: int) -> Logprobs:
+    """The log probabilities of the placed rows beside those that were there, which may list fewer or more."""
+    parts = [mx.zeros((count, *part.shape[1:]), part.dtype) for part in new]
+    for own, old in zip(parts, held or (), strict=held is not None):
+        there = tuple(slice(min(sizes)) for sizes in zip(old.shape, own.shape, strict=True))
+        own[there] = old[there]
+    for own, part in zip(parts, new, strict=True):
+        own[rows] = part
+    return Logprobs(*parts)
 
 
 def pad(array: mx.array, axis: int, extra: int) -> mx.array:
