@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from openelm_mlx.benchmarks import bandwidth, machine, peers, run, startup
+from openelm_mlx.benchmarks import bandwidth, drift, machine, peers, run, startup
 from openelm_mlx.benchmarks import document as results
 from openelm_mlx.benchmarks import soak as soaking
 from openelm_mlx.benchmarks.harness import label
@@ -220,7 +220,7 @@ def test_a_soak_of_a_few_requests_finds_nothing_wrong(tiny, monkeypatch):
 
 
 def test_a_soak_sees_a_wrong_token(tiny):
-    seen = soaking.Soak()
+    seen = drift.Soak()
     driver = soaking.Driver(tiny, random.Random(0), seen)
     driver.check([1, 5, 9], SamplingOptions(), GenerationOptions(max_tokens=3), [4095, 4095])
     assert len(seen.failures) == 1 and seen.failures[0].startswith("a wrong token: number 0 is 4095, the eager twin says")
@@ -230,8 +230,8 @@ def test_a_soak_judges_memory_and_speed():
     steady = [Timed((1, 2), (1.0, 1.0 + 0.01)) for _ in range(12)]
     slower = [Timed((1, 2), (1.0, 1.0 + 0.01 * (1 + i / 20))) for i in range(12)]
     still = [0.01] * 12
-    good = soaking.Soak(probes=steady, references=still, arrays=[10, 20], process=[100, 10**8, 10**8])
-    bad = soaking.Soak(probes=slower, references=still, arrays=[0, 3 * 2**20], process=[10**7, 10**8, 3 * 10**8])
+    good = drift.Soak(probes=steady, references=still, arrays=[10, 20], process=[100, 10**8, 10**8])
+    bad = drift.Soak(probes=slower, references=still, arrays=[0, 3 * 2**20], process=[10**7, 10**8, 3 * 10**8])
     good.judge()
     bad.judge()
     assert good.failures == []
@@ -239,10 +239,10 @@ def test_a_soak_judges_memory_and_speed():
         "memory did not return: arrays grew by 3.1 MB", "memory did not return: the process grew by 200 MB in the second half",
         "decode speed fell by 28% against a fixed work timed beside it",
     ]  # fmt: skip
-    hot = soaking.Soak(probes=slower, references=[0.01 * (1 + i / 20) for i in range(12)])
+    hot = drift.Soak(probes=slower, references=[0.01 * (1 + i / 20) for i in range(12)])
     hot.judge()
     assert hot.failures == [] and "-27.6%; relative to a fixed work timed beside them -0.0%" in hot.summary()[-1]
-    assert soaking.trend([1.0] * 5) == (0.0, False)
+    assert drift.trend([1.0] * 5) == (0.0, False)
 
 
 def test_a_chip_that_is_not_here_is_predicted_and_marked_so(capsys):
