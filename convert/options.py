@@ -113,8 +113,8 @@ class ConvertOptions:
             raise OptionError("--to hf writes whole weights; leave out --bits and --mode, or --to hf")
         if self.target_format == "gguf" and self.adapter == "keep":
             raise OptionError("--to gguf writes one file of weights; leave out --adapter keep")
-        if self.target_format == "gguf" and (self.recipe or self.target_bpw or self.calibrate or self.dry_run):
-            raise OptionError("--to gguf knows one form for all; leave out --recipe, --target-bpw, --calibrate and --dry-run")
+        if self.target_format == "gguf" and (self.recipe or self.target_bpw or self.calibrate):
+            raise OptionError("--to gguf knows one form for all; leave out --recipe, --target-bpw and --calibrate")
         if self.rope_base is not None and not math.isfinite(self.rope_base):
             raise OptionError(f"rope_base is {self.rope_base!r}; it must be finite")
 

@@ -64,7 +64,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     planning = plan_quantization(opened, dtype, options, progress)  # 3. what will be written
     forms = planning.forms
     plan = make_plan(source, names, trimmed, forms, options)
-    report = make_report(source, opened.config, trimmed, plan, options)
+    report = make_report(source, opened.config, trimmed, sum(map(nbytes, plan.values())), options)
     report = replace(report, forms=forms, measured=planning.measured, memory_bytes=memory_needed(trimmed, options))
     if options.dry_run:
         return report
@@ -101,21 +101,24 @@ def verified(path: Path, opened: OpenedModel, options: ConvertOptions) -> dict[s
 
 def convert_to_gguf(opened: OpenedModel, options: ConvertOptions, progress: Progress | None) -> ConversionReport:
     """Steps 3 to 5 for a GGUF file: whole tensors in, llama.cpp's types out. The format has no place for the losses."""
-    from openelm_mlx.convert.targets.gguf import check_gguf, gguf_type, write_gguf
+    from openelm_mlx.convert.targets.gguf import check_gguf, gguf_layout, gguf_type, write_gguf
 
     forms: Plan = dict.fromkeys(matrices(expected_tensors(opened.trimmed)))
     plan = make_plan(opened.source, opened.names, opened.trimmed, forms, options)
     dtype = plan["transformer.token_embeddings.weight"].dtype
     kind = gguf_type(dtype, options.bits, options.group_size, options.mode)
     check_gguf(opened.trimmed, kind == "Q8_0")
+    written = sum(tensor.nbytes for tensor in gguf_layout(opened.trimmed, kind))
+    report = make_report(opened.source, opened.config, opened.trimmed, written, options)
+    report = replace(report, memory_bytes=memory_needed(opened.trimmed, options))
+    if options.dry_run:
+        return report
     with staged(options) as folder:
         arrays = stream(opened, forms, options, progress)
         template = CHAT_TEMPLATE if options.is_instruct else None
         path, name = folder / options.target.name, options.target.stem
-        written = write_gguf(path, name, opened.trimmed, opened.tokenizer, kind, template, arrays)
-        losses = verified(path, opened, options) if options.verifies else None
-    report = make_report(opened.source, opened.config, opened.trimmed, plan, options)
-    return replace(report, written_bytes=written, bits_per_weight=8 * written / report.parameters, verification=losses)
+        write_gguf(path, name, opened.trimmed, opened.tokenizer, kind, template, arrays)
+        return replace(report, verification=verified(path, opened, options) if options.verifies else None)
 
 
 def make_plan(
@@ -210,10 +213,8 @@ def all_finite(array: mx.array) -> bool:
 
 
 def make_report(
-    source: TensorSource, config: OpenELMConfig, trimmed: OpenELMConfig, plan: Mapping[str, TensorInfo],
-    options: ConvertOptions,
-) -> ConversionReport:  # fmt: skip
-    written = sum(map(nbytes, plan.values()))
+    source: TensorSource, config: OpenELMConfig, trimmed: OpenELMConfig, written: int, options: ConvertOptions
+) -> ConversionReport:
     return ConversionReport(
         target=options.target,
         config=trimmed,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from golden_set import NANO
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.forms import Form
 from openelm_mlx.convert.recipes import BUILT_IN, Recipe, find_recipe, read_recipe
@@ -14,7 +14,6 @@ from openelm_mlx.convert.recipes import BUILT_IN, Recipe, find_recipe, read_reci
 from openelm_mlx.config import OpenELMConfig, expected_tensors
 from openelm_mlx.errors import ConfigError, OptionError
 
-NANO = Path(__file__).parent / "golden" / "openelm-nano"
 SHAPES = expected_tensors(OpenELMConfig.from_name("270m"))
 YAML = """
 default: {bits: 3, group_size: 128}

@@ -65,6 +65,8 @@ def test_a_quantized_folder_as_hf_is_whole(tmp_path, nano):
     ("F32", {}), ("F16", {"dtype": "float16"}), ("BF16", {"dtype": "bfloat16"}), ("Q8_0", {"bits": 8}),
 ])  # fmt: skip
 def test_mlx_to_gguf_to_mlx_within_the_formats_rounding(tmp_path, nano, kind, fields):
+    planned = run(nano, tmp_path / "x.gguf", target_format="gguf", dry_run=True, **fields)
+    assert list(tmp_path.iterdir()) == [] and planned.memory_bytes > 0
     report = run(nano, tmp_path / "x.gguf", target_format="gguf", **fields)
     run(tmp_path / "x.gguf", tmp_path / "back")
     before, after = weights(nano), weights(tmp_path / "back")
@@ -78,7 +80,7 @@ def test_mlx_to_gguf_to_mlx_within_the_formats_rounding(tmp_path, nano, kind, fi
             largest = mx.abs(blocks).max(axis=1, keepdims=True)
             assert (error <= largest * (0.5 / 127 + 2**-11 + 1e-6)).all().item()
             assert error.max().item() > 0
-    assert report.written_bytes == sum(_nbytes(tmp_path / "x.gguf"))
+    assert planned.written_bytes == report.written_bytes == sum(_nbytes(tmp_path / "x.gguf"))
 
 
 def _nbytes(path):

@@ -7,17 +7,16 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from golden_set import NANO
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.record import command_line
 from openelm_mlx.convert.verify import check_bound, compare, text_batches
 
 from openelm_mlx.errors import ConversionError
 
-NANO = Path(__file__).parent / "golden" / "openelm-nano"
 SOURCE = NANO / "checkpoint.pt"
 
 

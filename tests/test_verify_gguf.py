@@ -8,13 +8,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from golden_set import NANO
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.verify import check_bound, verify
 
 from openelm_mlx.errors import ConversionError
 
-SOURCE = Path(__file__).parent / "golden" / "openelm-nano" / "checkpoint.pt"
+SOURCE = NANO / "checkpoint.pt"
 
 
 def run(source: Path, target: Path, **fields):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -57,38 +57,53 @@ def gguf_names(name: str) -> tuple[str, ...]:
     return tuple(f"blk.{parts[1]}.{stem}.weight" for stem in stems)
 
 
-def write_gguf(
-    path: Path, name: str, config: OpenELMConfig, tokenizer: TokenizerModel, kind: str, chat_template: str | None,
-    arrays: Iterable[tuple[str, mx.array]],
-) -> int:  # fmt: skip
-    """Write the whole file; `arrays` come in the order of `expected_tensors`. Returns the bytes of all tensors."""
+class Stored(NamedTuple):
+    """A tensor of the file: its type is one of gguf.GGMLQuantizationType."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Any
+    nbytes: int
+
+
+def gguf_layout(config: OpenELMConfig, kind: str) -> list[Stored]:
+    """The tensors of the file in its order: matrices of type `kind`, vectors in float32."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, "openelm")
-    add_metadata(writer, name, config, kind)
-    add_tokenizer(writer, tokenizer, chat_template)
-    total = 0
+    tensors = []
     for original, shape in expected_tensors(config).items():
         names = gguf_names(original)
         part = (shape[0] // len(names), *shape[1:])
         chosen = gguf.GGMLQuantizationType[kind if len(shape) == 2 else "F32"]
         block, size = gguf.GGML_QUANT_SIZES[chosen]
-        stored = math.prod(part) // block * size
-        for part_name in names:
-            writer.add_tensor_info(part_name, part, np.dtype(np.float32), stored, chosen)
-            total += stored
+        tensors += [Stored(name, part, chosen, math.prod(part) // block * size) for name in names]
+    return tensors
+
+
+def write_gguf(
+    path: Path, name: str, config: OpenELMConfig, tokenizer: TokenizerModel, kind: str, chat_template: str | None,
+    arrays: Iterable[tuple[str, mx.array]],
+) -> None:  # fmt: skip
+    """Write the whole file; `arrays` come in the order of `expected_tensors`."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "openelm")
+    add_metadata(writer, name, config, kind)
+    add_tokenizer(writer, tokenizer, chat_template)
+    layout = gguf_layout(config, kind)
+    for tensor in layout:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind)
+    kinds = {tensor.name: tensor.kind for tensor in layout}
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for original, array in arrays:
             names = gguf_names(original)
-            chosen = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
-            for piece in mx.split(array, len(names)) if len(names) > 1 else [array]:
-                writer.write_tensor_data(encoded(original, piece, chosen))
+            for part_name, piece in zip(names, mx.split(array, len(names)), strict=True):
+                writer.write_tensor_data(encoded(original, piece, kinds[part_name]))
     finally:
         writer.close()
-    return total
 
 
 def encoded(name: str, array: mx.array, kind: Any) -> np.ndarray:
