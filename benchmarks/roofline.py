@@ -10,8 +10,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from openelm_mlx.config import OpenELMConfig, expected_tensors, layer_shapes
+from openelm_mlx.config import OpenELMConfig, expected_tensors
 from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.kv import CacheKind
+from openelm_mlx.options import GenerationOptions
 
 PARTS = ("embedding", "attention", "ffn", "norms", "scales", "kv")
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -34,13 +36,12 @@ def bytes_per_token(
     quantization: Mapping[str, Any] | None = None,
     context_tokens: int = 0,
     kv_bits: int | None = None,
-    kv_group_size: int = 64,
 ) -> dict[str, float]:
     """Bytes read for one token that attends to `context_tokens` tokens (itself included), by part.
 
     `dtype` is that of activations, norms, unquantized matrices, scales, and of keys and values unless `kv_bits` says
     otherwise. `quantization` is config.json's, in mlx-lm's form: a default, and settings or false for single layers.
-    Raises `BenchmarkError` for a dtype or a setting it cannot size.
+    Raises `BenchmarkError` for a dtype or a setting it cannot size, `CacheError` for heads that `kv_bits` does not fit.
 
         bytes_per_token(OpenELMConfig.from_name("270m"), "bfloat16", {"bits": 4, "group_size": 64}, 64)
     """
@@ -57,8 +58,8 @@ def bytes_per_token(
             weights, scales = (part / rows + (part if tied else 0) for part in (weights, scales))
         parts[part_of(tensor)] += weights
         parts["scales"] += scales
-    head_bytes = head_dim_bytes(config.head_dim, ITEMSIZE[dtype], kv_bits, kv_group_size)
-    parts["kv"] = sum(2 * shape.kv_heads * head_bytes for shape in layer_shapes(config)) * context_tokens
+    kind = CacheKind.of(config, GenerationOptions(kv_bits=kv_bits))
+    parts["kv"] = float(kind.bytes_per_token(config, ITEMSIZE[dtype]) * context_tokens)
     return parts
 
 
@@ -87,13 +88,6 @@ def settings(path: str, quantization: Mapping[str, Any] | None) -> Mapping[str, 
     if not isinstance(own, Mapping) or not isinstance(own.get("bits"), int) or not isinstance(own.get("group_size"), int):
         raise BenchmarkError(f"quantization of {path} is {own!r}; it needs whole numbers bits and group_size")
     return own
-
-
-def head_dim_bytes(head_dim: int, itemsize: int, kv_bits: int | None, group_size: int) -> float:
-    """Bytes of one head's key, or value, of one token."""
-    if kv_bits is None:
-        return head_dim * itemsize
-    return head_dim * kv_bits / 8 + 2 * itemsize * head_dim / min(group_size, head_dim)
 
 
 def bound(bytes_read: float | Mapping[str, float], bandwidth: float) -> float:

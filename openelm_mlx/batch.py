@@ -180,6 +180,7 @@ class BatchEngine:
         device.spec = spec
 
     def _prefill(self, group: list[Running]) -> None:
+        self.engine.steps.refresh()
         device, spec = self._device, self._device.spec
         prompts = [one.tokens for one in group]
         logits, caches = prefill_rows(self.engine, prompts, self.kind, self.options.prefill_chunk)

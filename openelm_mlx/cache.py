@@ -117,6 +117,7 @@ class KVCache:
         out = self.kind.store.attend(q, seen, mask, scale)
         self.reserve(0, like=new)
         end = self.offset + new[0].shape[-2]
+        self.settle(self.offset, end)  # first: were this interrupted, the slots count as overwritten
         kept = [p for p in range(self.offset, end) if p < window.keep or p >= end - window.ring]
         source, slots = mx.array(kept) - self.offset, window.slots(mx.array(kept))
         for buffer, part in zip(self.arrays, new, strict=True):
@@ -252,6 +253,13 @@ def as_caches(cache: list[Any] | None, layers: int) -> list[Cache]:
     if len(cache) != layers:
         raise CacheError(f"the cache has {len(cache)} entries for a model of {layers} layers; make one for this model")
     return [c if hasattr(c, "attend") else NoCache() if c is None else ForeignCache(c) for c in cache]
+
+
+def level(caches: list[KVCache]) -> None:
+    """Give all the room of the roomiest, as a step asks: an interrupted pass may have enlarged some only."""
+    most = max(cache.capacity for cache in caches)
+    for cache in caches:
+        cache.reserve(most)
 
 
 def make_caches(config: OpenELMConfig, kind: CacheKind | None = None) -> list[KVCache]:

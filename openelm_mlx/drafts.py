@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
-from openelm_mlx.cache import step_caches
+from openelm_mlx.cache import level, step_caches
 from openelm_mlx.decode import StepSpec, flat
 from openelm_mlx.errors import OptionError
 from openelm_mlx.kv import CacheKind
@@ -48,11 +48,10 @@ class Policy(Protocol):
 
 
 class Draft(Protocol):
-    """A source of guesses. `propose` may return None; after a proposal `record` says how many were accepted."""
+    """A source of guesses. `propose` may return None; which were accepted, the next request's tokens tell."""
 
     def policy(self, limit: int, adaptive: bool) -> Policy: ...
     def propose(self, request: Request, length: int) -> Proposal | None: ...
-    def record(self, drafted: int, accepted: int) -> None: ...
 
 
 class PromptLookup:
@@ -104,9 +103,6 @@ class PromptLookup:
         place, period = match[0], len(known) - match[0]
         return Proposal(mx.array([known[place + i % period] for i in range(length)], dtype=mx.uint32), None)
 
-    def record(self, drafted: int, accepted: int) -> None:
-        """Nothing to do: the tokens themselves tell."""
-
 
 class ModelDraft:
     """Guesses of a smaller model with the same tokenizer, drawn with the target's own sampling options.
@@ -116,7 +112,7 @@ class ModelDraft:
     """
 
     def __init__(self, target: Engine, draft: Engine) -> None:
-        if draft.tokenizer.fingerprint != target.tokenizer.fingerprint or draft.vocab != target.vocab:
+        if not draft.tokenizer.same_pieces(target.tokenizer) or draft.vocab != target.vocab:
             raise OptionError(
                 f"the draft model {draft.name} has another tokenizer than {target.name}; a draft must share it token for token"
             )
@@ -124,9 +120,10 @@ class ModelDraft:
         layers = len(draft.model.layers) / len(target.model.layers)
         self.cost = (draft.nbytes / target.nbytes + layers) / 2  # a token costs bytes read and kernels launched
         self._cache = PromptCache.for_config(draft.config)
-        self._base = self._fed = 0
+        self._fed: mx.array | None = None  # tokens of the latest draft that the cache holds
 
     def policy(self, limit: int, adaptive: bool) -> Policy:
+        self.engine.steps.refresh()
         return DraftLength(limit, self.cost, adaptive)
 
     def propose(self, request: Request, length: int) -> Proposal | None:
@@ -146,20 +143,17 @@ class ModelDraft:
         tokens, logits, arrays = run([mx.array([known[-2:]]), position, request.key, flat(request.history), arrays])
         for layer, held in zip(cache.layers, arrays, strict=True):
             layer.arrays = held
-        self._base, self._fed = len(known), length - 1  # the last drafted token is never fed
         cache.tokens[:] = known
+        self._fed = tokens[:-1]  # the last drafted token is never fed
         return Proposal(tokens, None if spec.sampling.greedy else logits)
-
-    def record(self, drafted: int, accepted: int) -> None:
-        """Of what was fed, the accepted tokens stay; the next text says which they were."""
-        self._base += min(self._fed, accepted)
-        self._fed = 0
 
     def _catch_up(self, known: list[int], length: int) -> None:
         """Bring the cache to all but the last two tokens of `known`; those two start the draft."""
         cache = self._cache
-        start = len(cache.tokens)
-        cache.tokens.extend(known[start : self._base])  # accepted drafts, fed while drafting
+        fed, self._fed = self._fed, None
+        if fed is not None:
+            drafted: Any = fed.tolist()
+            cache.tokens.extend(drafted)  # of which `reuse` keeps what was accepted
         for layer in cache.layers:
             layer.settle(len(cache.tokens) if layer.arrays else 0)
         held = cache.reuse(known[:-1])
@@ -170,6 +164,7 @@ class ModelDraft:
         for layer in cache.layers:
             layer.settle(len(known) - 2)
             layer.reserve(len(known) + length)
+        level(cache.layers)
 
 
 def make_drafter(model: OpenELM, spec: StepSpec, kind: CacheKind, length: int) -> Callable[[list[Any]], Any]:
@@ -275,7 +270,7 @@ class Chain:
 
     def __init__(self, drafts: list[Draft], limit: int, adaptive: bool = True) -> None:
         self._parts = [(draft, draft.policy(limit, adaptive)) for draft in drafts]
-        self._active = self._parts[0]
+        self._active = self._parts[0][1]  # the policy of the latest proposal
         self._known = 0
 
     def hopeful(self, known: list[int]) -> bool:
@@ -284,15 +279,13 @@ class Chain:
 
     def propose(self, request: Request, length: int) -> Proposal | None:
         self._known = len(request.known)
-        for part in self._parts:
-            asked = min(part[1].next(request.known), length)
-            proposal = part[0].propose(request, asked) if asked else None
+        for draft, policy in self._parts:
+            asked = min(policy.next(request.known), length)
+            proposal = draft.propose(request, asked) if asked else None
             if proposal is not None:
-                self._active = part
+                self._active = policy
                 return proposal
         return None
 
     def record(self, drafted: int, accepted: int) -> None:
-        draft, policy = self._active
-        draft.record(drafted, accepted)
-        policy.record(self._known, drafted, accepted)
+        self._active.record(self._known, drafted, accepted)

@@ -116,22 +116,23 @@ def _generate(
     clock, counts = Clock(), SpeculationCounts()
     # 1. keep what the cache already holds of this prompt
     reused = cache.reuse(tokens)
-    # 2. the rest of the prompt, in chunks
-    logits = prefill(engine.model, tokens[reused:], cache.layers, options.prefill_chunk, progress)
-    # 3. the first token, from the prompt's last logits
-    state = choose(spec, logits, first_state(spec, [tokens], [seed]))
-    # 4. the loop, one token ahead of us or a draft at a time
-    if draft is None:
-        drawn = decode(engine.steps.get(spec), state, cache.layers, room)
-    else:
-        drawn = speculate(engine, spec, state, cache.layers, tokens, draft, room, counts)
     text = TextFilter(StreamingDecoder(engine.tokenizer), options.stop)
     produced: list[int] = []
     try:
+        # 2. the rest of the prompt, in chunks
+        logits = prefill(engine.model, tokens[reused:], cache.layers, options.prefill_chunk, progress)
+        # 3. the first token, from the prompt's last logits
+        state = choose(spec, logits, first_state(spec, [tokens], [seed]))
+        # 4. the loop, one token ahead of us or a draft at a time
+        if draft is None:
+            drawn = decode(engine.steps.get(spec), state, cache.layers, room)
+        else:
+            drawn = speculate(engine, spec, state, cache.layers, tokens, draft, room, counts)
         with closing(drawn):
             for token, logprob, top in drawn:
                 clock.token()
                 produced.append(token)
+                top = top[: options.logprobs]
                 # 5. ids -> text, held back while it could still become a stop string
                 ended = token == engine.config.eos_token_id and not options.ignore_eos
                 shown = text.flush() if ended else text.push(token)

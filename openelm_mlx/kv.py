@@ -183,8 +183,8 @@ class CacheKind:
                     f"kv_bits {options.kv_bits} needs heads of a multiple of 32; this model's have {config.head_dim}"
                 )
             store = Quantized(options.kv_bits, sizes[0])
-        if options.kv_window is None:
-            return cls(store)
+        if options.kv_window is None or options.kv_window >= config.max_context_length:
+            return cls(store)  # a window that no context fills would only take memory
         return cls(store, Window(options.kv_window, options.kv_keep))
 
     def bytes_per_token(self, config: OpenELMConfig, itemsize: int) -> int:

@@ -151,7 +151,7 @@ def stored_quantization(quantization: dict[str, Any], weights: dict[str, mx.arra
         own = quantization.get(path)
         if isinstance(own, dict):
             return own
-        return own is not False and f"{path}.scales" in weights
+        return f"{path}.scales" in weights
 
     return predicate
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from openelm_mlx.cache import KVCache, make_caches
-from openelm_mlx.config import OpenELMConfig
+from openelm_mlx.config import OpenELMConfig, layer_shapes
 from openelm_mlx.errors import CacheError
 from openelm_mlx.files import replacing
 from openelm_mlx.kv import CacheKind, Window
@@ -48,11 +48,10 @@ class PromptCache:
 
         A window that has dropped what it would have to return to starts anew: returns 0.
         """
-        common = common_prefix(self.tokens, prompt[:-1])
-        surplus = self.layers[0].offset - common
-        if self.layers[0].can_trim(surplus):
+        common = min(common_prefix(self.tokens, prompt[:-1]), self._held())
+        if all(layer.can_trim(layer.offset - common) for layer in self.layers):
             for layer in self.layers:
-                layer.trim(surplus)
+                layer.trim(layer.offset - common)
         else:
             common = 0
             for layer in self.layers:
@@ -60,10 +59,14 @@ class PromptCache:
         del self.tokens[common:]
         return common
 
+    def _held(self) -> int:
+        """Tokens that every layer holds: after an interrupt amid a pass some are ahead, or have no arrays."""
+        return min(layer.offset if layer.arrays else 0 for layer in self.layers)
+
     def hold(self, tokens: list[int]) -> None:
         """Say which tokens were fed, after generation. What the caches hold beyond them is forgotten, and of
         `tokens` what they do not hold."""
-        fed = min(len(tokens), self.layers[0].offset)
+        fed = min(len(tokens), self._held())
         self.tokens[:] = tokens[:fed]
         for layer in self.layers:
             layer.settle(fed)
@@ -115,23 +118,29 @@ class PromptCache:
             raise CacheError(f"{path} holds a cache of kind {about.get('kind')}; asked for was {kind!r}. Give the same options")
         cache = cls.for_config(engine.config, kind)
         try:
-            cache._fill(arrays, about)
-        except (KeyError, ValueError, TypeError, IndexError) as error:
+            cache._fill(arrays, about, engine)
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise CacheError(f"{path} is damaged: {error!r}") from None
         return cache
 
-    def _fill(self, arrays: dict[str, mx.array], about: dict[str, Any]) -> None:
+    def _fill(self, arrays: dict[str, mx.array], about: dict[str, Any], engine: Engine) -> None:
         tokens, offset, written = json.loads(about["tokens"]), int(about["offset"]), int(about["written"])
-        if not isinstance(tokens, list) or len(tokens) != offset:
+        if not isinstance(tokens, list) or not 0 < len(tokens) == offset:
             raise ValueError(f"{offset} positions for {len(tokens)} tokens")
-        parts = len(self.kind.store.pack(mx.zeros((1, 2, 1, 64))))
-        for number, layer in enumerate(self.layers):
-            stored = [arrays[f"{number}.{part}"] for part in range(parts)]
+        if any(type(token) is not int or not 0 <= token < engine.config.vocab_size for token in tokens):
+            raise ValueError("tokens outside the vocabulary")
+        layout = self.kind.layout
+        slots = layout.capacity if isinstance(layout, Window) else offset
+        for number, (layer, shape) in enumerate(zip(self.layers, layer_shapes(engine.config), strict=True)):
+            like = self.kind.store.pack(mx.zeros((1, 2 * shape.kv_heads, slots, engine.config.head_dim)))
+            stored = [arrays[f"{number}.{part}"] for part in range(len(like))]
+            if wrong := [a.shape for a, b in zip(stored, like, strict=True) if a.shape != b.shape]:
+                raise ValueError(f"keys and values of layer {number} have the shape {wrong[0]}")
             layer.reserve(offset, like=stored)
             for buffer, saved in zip(layer.arrays, stored, strict=True):
-                buffer[..., : saved.shape[-2], :] = saved
+                buffer[..., :slots, :] = saved
             layer.settle(offset, written)
-        self.tokens[:] = [int(token) for token in tokens]
+        self.tokens[:] = tokens
         mx.eval([layer.arrays for layer in self.layers])
 
 

@@ -57,6 +57,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self._pieces)
 
+    def same_pieces(self, other: Tokenizer) -> bool:
+        """Whether every id stands for the same text in both, whatever file they were read from."""
+        return self._pieces == other._pieces
+
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of `text`, dummy prefix included, after the start token where `bos`."""
         ids = list(self._encoder(text))

@@ -105,6 +105,34 @@ def test_a_batch_grows_from_one_row_to_many_and_back(engine, bits):
         assert found == [event.token for event in alone(engine, k, options=wanted[k])]
 
 
+@pytest.mark.parametrize("most", [0, 2])
+def test_log_probabilities_of_the_chosen_tokens_alone(engine, most):
+    options = [GenerationOptions(max_tokens=6, ignore_eos=True, logprobs=wanted) for wanted in (0, most, None)]
+    batch = BatchEngine(engine, 2)
+    events: dict[int, list] = {batch.submit(PROMPTS[k], SAMPLING[k], options[k]): [] for k in range(3)}
+    while batch.busy:
+        for number, event in batch.step():
+            events[number].append(event)
+    for k, found in enumerate(events.values()):
+        single = alone(engine, k, options=options[k])
+        assert [event.token for event in found] == [event.token for event in single]
+        assert {len(event.top_logprobs) for event in (*found, *single)} == {(0, most, 0)[k]}
+        for one, other in zip(found, single, strict=True):
+            assert one.logprob == (None if k == 2 else pytest.approx(other.logprob, abs=1e-4))
+
+
+def test_rows_that_nobody_uses_stand_still(engine):
+    """Else their positions would run past the buffers, whose slots belong to others there."""
+    batch = BatchEngine(engine, 6)
+    for k in range(6):  # of eight rows, two were never used, and one soon is not
+        batch.submit(PROMPTS[k], max_tokens=30 if k else 2, ignore_eos=True)
+    seen = []
+    while batch.busy:
+        batch.step()
+        seen.append(batch._device.state.position.tolist() if batch._device.state else [])
+    assert sorted(late - early for early, late in zip(seen[4], seen[20], strict=True)) == [0, 0, 0, 16, 16, 16, 16, 16]
+
+
 def test_a_wrong_prompt_fails_alone(engine):
     results = batch_generate(engine, [PROMPTS[0], "", [1] * 999, PROMPTS[1]], max_tokens=3)
     assert [result.error is None for result in results] == [True, False, False, True]

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import copy
+import json
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from small import random_engine
@@ -125,6 +129,21 @@ def test_a_full_window_starts_anew_for_another_prompt(engine):
         assert shared == [event.token for event in stream_generate(engine, prompt, **options)]
 
 
+def test_what_a_cache_forgot_or_overwrote():
+    cache = KVCache(KINDS["window"])
+    cache.settle(500)
+    cache.settle(480)  # of 20 drafts none was kept, but they were written
+    assert cache.can_trim(SLACK - 20) and not cache.can_trim(SLACK - 19)
+    cache.clear()
+    cache.settle(10)
+    assert cache.can_trim(10)
+
+
+def test_a_window_that_no_context_fills_is_a_plain_cache(engine):
+    kinds = [CacheKind.of(engine.config, GenerationOptions(kv_window=size, kv_bits=8)).layout for size in (511, 512, 10**9)]
+    assert kinds == [Window(511, 4), KINDS["plain"].layout, KINDS["plain"].layout]
+
+
 def test_bytes_per_token_are_those_of_the_arrays(engine):
     for kind in KINDS.values():
         caches = make_caches(engine.config, kind)
@@ -138,9 +157,11 @@ def test_a_saved_cache_goes_on_where_it_ended(engine, tmp_path, kind):
     options = GenerationOptions(ignore_eos=True, max_tokens=10, **kind)
     cache = PromptCache.for_config(engine.config, CacheKind.of(engine.config, options))
     said = [event.token for event in stream_generate(engine, TOKENS[:50], None, options, prompt_cache=cache)]
+    for layer in cache.layers:
+        layer.settle(layer.offset, layer.offset + 3)  # as after drafts that were rejected
     cache.save(tmp_path / "talk.safetensors", engine)
     again = PromptCache.load(tmp_path / "talk.safetensors", engine, cache.kind)
-    assert again.tokens == cache.tokens
+    assert again.tokens == cache.tokens and again.layers[0].written == cache.layers[0].written
     events = list(stream_generate(engine, [*TOKENS[:50], *said, 5], None, options, prompt_cache=again))
     assert events[-1].stats.reused_tokens == 59
     assert [e.token for e in events] == [e.token for e in stream_generate(engine, [*TOKENS[:50], *said, 5], None, options)]
@@ -163,7 +184,14 @@ def test_saved_caches_are_refused_where_they_do_not_belong(tiny, engine, tmp_pat
     weight[3, 5] = before + 1e-3  # a single weight
     with pytest.raises(CacheError, match="other weights"):
         PromptCache.load(path, engine)
-    weight[3, 5] = before
+    weight[3, 5], weight[3, 6] = weight[3, 6].item(), before  # two that changed places
+    with pytest.raises(CacheError, match="other weights"):
+        PromptCache.load(path, engine)
+    weight[3, 6], weight[3, 5] = weight[3, 5].item(), before
+    for other in (replace(engine, quantization={"bits": 8}), replace(engine, tokenizer=copy.copy(engine.tokenizer))):
+        other.tokenizer.fingerprint += "0" * (other.quantization is None)
+        with pytest.raises(CacheError, match="other weights or another tokenizer"):
+            PromptCache.load(path, other)
     with pytest.raises(CacheError, match="Give the same options"):
         PromptCache.load(path, engine, CacheKind(Quantized(8, 32)))
     data = path.read_bytes()
@@ -176,6 +204,40 @@ def test_saved_caches_are_refused_where_they_do_not_belong(tiny, engine, tmp_pat
         PromptCache.load(path, engine)
     with pytest.raises(CacheError, match="no saved cache"):
         PromptCache.load(tmp_path / "nowhere", engine)
+
+
+def test_a_cache_saved_between_the_tokens_of_one_draft_is_whole(engine, tmp_path):
+    cache = PromptCache.for_config(engine.config)
+    stream = stream_generate(engine, TOKENS[:9], draft=engine, draft_tokens=4, adaptive_draft=False, prompt_cache=cache)
+    seen = [next(stream).token for _ in range(3)]
+    stream.close()
+    cache.save(tmp_path / "talk.safetensors", engine)
+    assert PromptCache.load(tmp_path / "talk.safetensors", engine).tokens == cache.tokens == TOKENS[:9] + seen
+
+
+@pytest.mark.parametrize("kind", [CacheKind(), CacheKind(Quantized(8, 32)), CacheKind(Plain(), Window(20, 3))], ids=str)
+def test_saved_caches_that_someone_changed_are_refused(engine, tmp_path, kind):
+    cache = PromptCache(make_caches(engine.config, kind))
+    options = {"kv_bits": getattr(kind.store, "bits", None), "max_tokens": 2}
+    options |= {"kv_window": 20, "kv_keep": 3} if isinstance(kind.layout, Window) else {}
+    list(stream_generate(engine, TOKENS[:9], prompt_cache=cache, **options))
+    cache.save(tmp_path / "whole.safetensors", engine)
+    arrays, about = mx.load(str(tmp_path / "whole.safetensors"), return_metadata=True)
+    assert PromptCache.load(tmp_path / "whole.safetensors", engine, kind).tokens == cache.tokens
+    tokens = cache.tokens
+    for change, fields, what in (
+        (lambda a: a[..., :5, :], {}, "layer 0 have the shape"), (lambda a: a[:, :1], {}, "layer 0 have the shape"),
+        (lambda a: mx.concatenate([a, a]), {}, "layer 0 have the shape"), (lambda a: a[..., 0], {}, "layer 0 have the shape"),
+        (lambda a: a, {"tokens": json.dumps([1.5] * len(tokens))}, "tokens outside the vocabulary"),
+        (lambda a: a, {"tokens": json.dumps([64] * len(tokens))}, "tokens outside the vocabulary"),
+        (lambda a: a, {"tokens": json.dumps(tokens[1:])}, f"{len(tokens)} positions for {len(tokens) - 1} tokens"),
+        (lambda a: a, {"tokens": "[]", "offset": "0"}, "0 positions for 0 tokens"),
+        (lambda a: a, {"tokens": "[" * 10**5}, "Recursion"), (lambda a: a, {"tokens": "{}"}, "positions for"),
+    ):  # fmt: skip
+        changed = {name: mx.contiguous(change(array)) for name, array in arrays.items()}
+        mx.save_safetensors(str(tmp_path / "changed.safetensors"), changed, {**about, **fields})
+        with pytest.raises(CacheError, match=f"is damaged: .*{what}"):
+            PromptCache.load(tmp_path / "changed.safetensors", engine, kind)
 
 
 def test_the_tenth_turn_prefills_its_own_message_only(tiny):

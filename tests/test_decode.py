@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from small import random_engine
 
-from openelm_mlx import PromptCache, stream_generate
+from openelm_mlx import ModelDraft, PromptCache, batch_generate, stream_generate
 from openelm_mlx import decode as decode_module
 from openelm_mlx.cache import make_caches
 from openelm_mlx.decode import StepSpec, choose, decode, make_step, prefill
 from openelm_mlx.generation import first_state
+from openelm_mlx.kv import CacheKind
 from openelm_mlx.loading import Engine, cast, parameters
-from openelm_mlx.options import SamplingOptions
+from openelm_mlx.options import GenerationOptions, SamplingOptions
 
 PROMPT = [1, 9, 30, 12, 9, 30, 12, 9]
 
@@ -66,11 +69,12 @@ def test_unused_capacity_costs_no_memory_while_decoding(tiny):
         logits = prefill(engine.model, PROMPT, caches, 512)
         for cache in caches:
             cache.reserve(capacity)
+        mx.eval([cache.arrays for cache in caches])
         state = choose(spec, logits, first_state(spec, [PROMPT], [0]))
+        held = mx.get_active_memory()  # buffers included: a copy of one would come on top
         steps = decode(make_step(engine.model, spec), state, caches, 40)
         for _ in range(10):
             next(steps)
-        held = mx.get_active_memory()
         mx.reset_peak_memory()
         for _ in range(20):
             next(steps)
@@ -78,7 +82,7 @@ def test_unused_capacity_costs_no_memory_while_decoding(tiny):
         steps.close()
         del state, logits
         buffers = sum(cache.nbytes for cache in caches)
-    assert grown[1] < grown[0] + buffers / 20  # one copy of one layer's buffer would be more
+    assert grown[1] < grown[0] + buffers / 10  # one copy of one layer's buffer would be half
 
 
 def test_closing_anywhere_frees_the_memory_and_leaves_the_engine_usable(tiny):
@@ -112,3 +116,75 @@ def test_an_interrupt_while_waiting_for_a_token_leaves_a_true_cache(tiny, monkey
     assert cache.tokens == PROMPT + seen
     rest = [e.token for e in stream_generate(engine, PROMPT + seen, max_tokens=5, ignore_eos=True, prompt_cache=cache)]
     assert seen + rest == [e.token for e in stream_generate(engine, PROMPT, max_tokens=9, ignore_eos=True)]
+
+
+def interrupted_at(engine, layer, run):
+    """`run()` until this layer is called; KeyboardInterrupt there, once."""
+    kind, wanted = type(engine.model.layers[layer]), engine.model.layers[layer]
+    whole = kind.__call__
+
+    def call(self, *arguments):
+        if self is wanted:
+            raise KeyboardInterrupt
+        return whole(self, *arguments)
+
+    kind.__call__ = call
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    finally:
+        kind.__call__ = whole
+
+
+@pytest.mark.parametrize("kind", [{}, {"kv_bits": 8}, {"kv_window": 24}], ids=str)
+@pytest.mark.parametrize("held", [0, 40])
+@pytest.mark.parametrize("drafting", [False, True])
+def test_an_interrupt_amid_a_pass_leaves_a_true_cache(tiny, kind, held, drafting):
+    """Layers before the interrupted one are a prompt and a block of slots ahead of those behind it."""
+    engine, draft = random_engine(tiny, seed=1), random_engine(tiny, seed=2)
+    options = GenerationOptions(max_tokens=8, ignore_eos=True, prefill_chunk=300, **kind)
+    cache, kept = PromptCache.for_config(engine.config, CacheKind.of(engine.config, options)), ModelDraft(engine, draft)
+    begun = [(7 * i * i + 3 * i) % 64 for i in range(40)]
+
+    def tokens(prompt, **settings):
+        return [event.token for event in stream_generate(engine, prompt, None, options, **settings)]
+
+    if held:
+        tokens(begun, prompt_cache=cache, draft=kept)
+    for longer in (begun[:20] + PROMPT * 50, begun + PROMPT):
+        interrupted_at(draft if drafting else engine, 1, lambda: tokens(longer, prompt_cache=cache, draft=kept))  # noqa: B023
+        for prompt in (begun[:20] + [5, 6], begun[:20] + PROMPT * 2, begun):
+            again = PromptCache(copy.deepcopy(cache.layers), list(cache.tokens))
+            assert tokens(prompt, prompt_cache=again, draft=kept) == tokens(prompt)
+    assert tokens(begun, prompt_cache=cache) == tokens(begun)
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.0.attn.q_norm.weight", "layers.1.attn.k_norm.weight", "layers.1.ffn.proj_1.weight", "norm.weight",
+             "token_embeddings.weight"],
+)  # fmt: skip
+def test_new_weights_count_from_the_next_generation_on(tiny, name):
+    changed = f"transformer.{name}"
+    engine = random_engine(tiny, seed=1)
+    list(stream_generate(engine, PROMPT, max_tokens=2, draft=engine))
+    before = [e.token for e in stream_generate(engine, PROMPT, max_tokens=20, ignore_eos=True)]
+    weights = parameters(engine.model)
+    new = weights[changed] * mx.random.uniform(0.2, 3.0, weights[changed].shape, key=mx.random.key(3))
+    engine.model.load_weights([(changed, new)], strict=False)
+    fresh = random_engine(tiny, seed=1)
+    fresh.model.load_weights([(changed, new)], strict=False)
+    for settings in ({"compiled": False}, {}, {"draft": engine}):
+        found, wanted = ([e.token for e in stream_generate(one, PROMPT, max_tokens=20, ignore_eos=True, **settings)]
+                         for one in (engine, fresh))  # fmt: skip
+        assert found == wanted != before
+    (batched,) = batch_generate(engine, [PROMPT], max_tokens=20, ignore_eos=True)
+    assert list(batched.tokens) == wanted
+
+
+def test_the_steps_used_last_are_kept(tiny, monkeypatch):
+    steps = random_engine(tiny, seed=1).steps
+    monkeypatch.setattr(steps, "LIMIT", 2)
+    made = [steps.cached(key, object) for key in "aba"]
+    assert made[2] is made[0]
+    steps.cached("c", object)
+    assert steps.cached("a", object) is made[0] and steps.cached("b", object) is not made[1]

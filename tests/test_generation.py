@@ -3,6 +3,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from small import random_engine
 
 from openelm_mlx import generate, stream_generate
 from openelm_mlx.cache import KVCache
@@ -88,6 +89,12 @@ def test_counts_and_reasons(tiny):
     assert generate(tiny, PROMPT, max_tokens=20, stop=word) == whole[: whole.index(word)]
 
 
+def test_the_context_is_used_to_its_last_token(tiny):
+    engine = random_engine(tiny, seed=1)
+    last = list(stream_generate(engine, [5] * (engine.config.max_context_length - 2), max_tokens=50, ignore_eos=True))[-1]
+    assert (last.finish_reason, last.stats.generation_tokens) == ("length", 3)  # the third is never fed
+
+
 class Letters:
     """A decoder whose tokens are characters."""
 
@@ -106,7 +113,10 @@ def test_stop_strings_are_held_back_until_decided():
 
 
 def test_padding_ids_are_never_sampled(tiny):
-    assert max(tokens_of(tiny, temperature=50.0, seed=0, max_tokens=64, ignore_eos=True)) < tiny.vocab
+    padded = random_engine(tiny, seed=1, vocab=tiny.tokenizer.vocab_size + 1000)
+    for settings in ({"temperature": 50.0, "seed": 0}, {"prompt_lookup": 1, "draft_tokens": 2}):
+        found = [e.token for e in stream_generate(padded, PROMPT, max_tokens=64, ignore_eos=True, **settings)]
+        assert max(found) < padded.vocab == tiny.tokenizer.vocab_size
 
 
 def test_mistakes(tiny):

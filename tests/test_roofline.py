@@ -10,7 +10,7 @@ from openelm_mlx.benchmarks.roofline import PARTS, bound, bytes_per_token, part_
 
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.config_files import read_json
-from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.errors import BenchmarkError, CacheError
 from openelm_mlx.inspection import tensor_bytes
 from openelm_mlx.loading import Engine
 
@@ -60,6 +60,10 @@ def test_an_untied_head_is_read_whole_and_the_embedding_by_the_row() -> None:
 def test_quantized_keys_and_values() -> None:
     whole, packed = (bytes_per_token(ONE, "bfloat16", None, 100, kv_bits=bits)["kv"] for bits in (None, 8))
     assert (whole, packed) == (2 * 2 * 64 * 100, 2 * (64 + 4) * 100)
+    odd = OpenELMConfig(**{**ONE.__dict__, "head_dim": 96})  # groups of 32, as 64 do not divide it
+    assert bytes_per_token(odd, "bfloat16", None, 100, kv_bits=8)["kv"] == 2 * (96 + 12) * 100
+    with pytest.raises(CacheError, match="kv_bits 8 needs heads of a multiple of 32; this model's have 40"):
+        bytes_per_token(OpenELMConfig(**{**ONE.__dict__, "head_dim": 40}), "bfloat16", None, 100, kv_bits=8)
 
 
 def test_the_bundled_model_reads_what_its_file_holds(tiny: Engine) -> None:

@@ -3,18 +3,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from small import random_engine
 
-from openelm_mlx import ModelDraft, stream_generate
-from openelm_mlx.drafts import EXTRA, LEAVING, DraftLength, PromptLookup, gain
+from openelm_mlx import ModelDraft, PromptCache, stream_generate
+from openelm_mlx.drafts import DRAFT_STREAM, EXTRA, LEAVING, DraftLength, PromptLookup, gain
 from openelm_mlx.errors import OptionError
-from openelm_mlx.options import SamplingOptions
-from openelm_mlx.sampling import History, filter_logits
+from openelm_mlx.kv import CacheKind
+from openelm_mlx.options import GenerationOptions, SamplingOptions
+from openelm_mlx.sampling import History, filter_logits, gumbel, seed_key
 from openelm_mlx.speculative import along, keep_sampled
+from openelm_mlx.tokenizer import Tokenizer
 
 PROMPT = [1, 9, 30, 12, 9, 30, 12, 9]
 SAMPLED = {"temperature": 0.9, "top_k": 5, "top_p": 0.97, "min_p": 0.02, "repetition_penalty": 1.2, "presence_penalty": 0.1,
@@ -75,8 +78,6 @@ def test_logprobs_stop_and_reuse_go_with_speculation(target, draft):
 
 
 def test_closing_between_the_tokens_of_one_draft_leaves_a_true_cache(target):
-    from openelm_mlx.prompt_cache import PromptCache
-
     cache = PromptCache.for_config(target.config)
     stream = stream_generate(target, PROMPT, draft=target, draft_tokens=4, adaptive_draft=False, prompt_cache=cache)
     seen = [next(stream).token for _ in range(4)]
@@ -119,6 +120,54 @@ def test_sampled_tokens_follow_the_exact_joint_distribution(tiny):
         chi, freedom = chi + (rare[1] - rare[0]) ** 2 / rare[0], freedom + 1
     z = (chi - freedom) / math.sqrt(2 * freedom)
     assert freedom > 5 and abs(z) < 4, (chi, freedom)
+
+
+def test_a_window_knows_how_far_drafts_have_overwritten_it(target, draft):
+    cache = PromptCache.for_config(target.config, CacheKind.of(target.config, GenerationOptions(kv_window=24)))
+    stream = stream_generate(target, PROMPT, draft=draft, draft_tokens=16, adaptive_draft=False, kv_window=24, max_tokens=60,
+                             ignore_eos=True, prompt_cache=cache)  # fmt: skip
+    for _ in range(30):
+        next(stream)
+    stream.close()
+    assert cache.layers[0].written >= cache.layers[0].offset + 14  # nearly all of each draft was rejected
+
+
+def test_a_draft_model_is_not_asked_beyond_its_own_context(target):
+    short = replace(target, config=replace(target.config, max_context_length=len(PROMPT) + 6))
+    tokens, stats = run(target, draft=short, max_tokens=30, draft_tokens=4, adaptive_draft=False)
+    assert tokens == run(target, max_tokens=30)[0] and 0 < stats.drafted_tokens <= 6
+
+
+def test_a_draft_model_keeps_what_was_accepted(target, monkeypatch):
+    """Its cache is fed one new pair of tokens a draft, not the accepted ones again."""
+    fed, whole = [], target.model.hidden
+    monkeypatch.setattr(type(target.model), "hidden", lambda model, tokens, *rest, **named: (
+        fed.append(tokens.size), whole(tokens, *rest, **named))[1])  # fmt: skip
+    draft = ModelDraft(target, target)
+    run(target, draft=draft, max_tokens=41, draft_tokens=4, adaptive_draft=False, compiled=False)
+    assert set(fed[2:]) == {2, 1, 5}  # after both prompts: pairs and single tokens of the draft, and five to verify
+
+
+def test_verification_is_independent_of_the_draw(target):
+    """Two drafted tokens against the product of their distributions: noise that serves twice would show here."""
+    p, q = np.random.default_rng(0).dirichlet(np.ones(5), size=2)
+    scores, q_logits = mx.array(np.log([p] * 3).astype(np.float32)), mx.array(np.log([q] * 2).astype(np.float32))
+    place = mx.array([4])
+
+    def one(key):
+        drafted = [mx.argmax(q_logits[k] + gumbel(key, place + 1 + k, 5, DRAFT_STREAM)[0]) for k in range(2)]
+        tokens, count = keep_sampled(scores, mx.stack(drafted).astype(mx.uint32), q_logits, key, place)
+        return mx.concatenate([tokens, count[None].astype(mx.uint32)])
+
+    draw, runs = mx.compile(one), 6000
+    found = np.array(mx.stack([draw(seed_key(seed * 2654435761)) for seed in range(runs)]))
+    pairs = found[found[:, 3] >= 1]  # where the first was accepted, the second says nothing of the first
+    expected, seen = np.outer(np.bincount(pairs[:, 0], minlength=5), p), np.zeros((5, 5))
+    np.add.at(seen, (pairs[:, 0], pairs[:, 1]), 1)
+    often = expected > 5
+    for observed, wanted in ((np.bincount(found[:, 0], minlength=5), runs * p), (seen[often], expected[often])):
+        freedom = wanted.size - 1
+        assert ((observed - wanted) ** 2 / wanted).sum() < freedom + 4 * math.sqrt(2 * freedom)
 
 
 @pytest.mark.parametrize("certain", [False, True])
@@ -173,6 +222,15 @@ def test_drafting_stops_while_it_loses_and_tries_again():
     assert k == 8 and DraftLength(5, 0.3, adaptive=False).next([]) == 5
     a, k = 0.7, 3
     assert gain(a, k, 0.1) == pytest.approx(sum(a**i for i in range(k + 1)) / (1 + LEAVING + k * (0.1 + EXTRA)))
+
+
+def test_a_tokenizer_is_the_same_from_either_file(tiny):
+    folder = tiny.tokenizer.path.parent
+    model, json = (Tokenizer.from_file(folder / name) for name in ("tokenizer.model", "tokenizer.json"))
+    assert model.fingerprint != json.fingerprint
+    tokens = [event.token for event in stream_generate(replace(tiny, tokenizer=model), "Once", max_tokens=6)]
+    draft = replace(tiny, tokenizer=json)
+    assert [e.token for e in stream_generate(replace(tiny, tokenizer=model), "Once", max_tokens=6, draft=draft)] == tokens
 
 
 def test_mistakes(tiny, target):
