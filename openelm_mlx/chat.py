@@ -17,6 +17,7 @@ from openelm_mlx.options import GenerationOptions, SamplingOptions, with_overrid
 from openelm_mlx.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
+    from openelm_mlx.decode import Progress
     from openelm_mlx.drafts import ModelDraft
     from openelm_mlx.generation import Event
     from openelm_mlx.loading import Engine
@@ -83,18 +84,24 @@ class Conversation:
     def _new_cache(self) -> PromptCache:
         return PromptCache.for_config(self.engine.config, CacheKind.of(self.engine.config, self.options))
 
-    def send(self, text: str) -> Generator[Event, None, None]:
-        """Ask, and yield the answer as it comes. Raises `PromptError` when even this message alone is too long."""
+    def send(self, text: str, progress: Progress | None = None) -> Generator[Event, None, None]:
+        """Ask, and yield the answer as it comes. Raises `PromptError` when even this message alone is too long.
+
+        `progress(done, total)` is called after each prefilled chunk of the prompt.
+        """
         if not text.strip():
             raise PromptError("the message is empty; type something, or end the conversation")
         self.notices.clear()
-        return self._answer(self._fit(text), text)
+        return self._answer(self._fit(text), text, progress)
 
-    def _answer(self, prompt: list[int], text: str) -> Generator[Event, None, None]:
+    def _answer(self, prompt: list[int], text: str, progress: Progress | None) -> Generator[Event, None, None]:
         from openelm_mlx.generation import stream_generate
 
         answer, tokens = "", []
-        events = stream_generate(self.engine, prompt, self.sampling, self.options, prompt_cache=self._cache, draft=self.draft)
+        events = stream_generate(
+            self.engine, prompt, self.sampling, self.options,
+            prompt_cache=self._cache, draft=self.draft, progress=progress,
+        )  # fmt: skip
         try:
             with closing(events):
                 for event in events:

@@ -65,3 +65,12 @@ def test_saved_and_loaded(tiny):
         talk.send("  ")
     talk.reset()
     assert talk.messages == [] and talk.context_used == 0
+
+
+def test_progress_of_a_prompt_counts_what_is_new(tiny):
+    talk, seen = Conversation(tiny, max_tokens=2, prefill_chunk=4), []
+    list(talk.send("Hello!"))
+    held = talk.context_used
+    *_, last = talk.send("Who are you?", progress=lambda done, total: seen.append((done, total)))
+    total = last.stats.prompt_tokens - held
+    assert seen == [(min(done + 4, total), total) for done in range(0, total, 4)]
