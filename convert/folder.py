@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from openelm_mlx.convert.forms import Plan, config_entry
+from openelm_mlx.convert.licence import Licence
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.record import model_card
 from openelm_mlx.convert.sources import TensorSource
@@ -55,8 +57,9 @@ def find_tokenizer(options: ConvertOptions, source: TensorSource) -> TokenizerMo
 
 
 def write_side_files(
-    folder: Path, config: OpenELMConfig, tokenizer: TokenizerModel, forms: Plan, record: dict[str, Any], instruct: bool
-) -> None:
+    folder: Path, config: OpenELMConfig, tokenizer: TokenizerModel, forms: Plan,
+    record: dict[str, Any], instruct: bool, licence: Licence,
+) -> None:  # fmt: skip
     """Everything but the weights. Raises `TokenizerError` for a tokenizer other tools would read differently."""
     raw = config.to_hf_dict()
     if (quantization := config_entry(forms)) is not None:
@@ -68,6 +71,8 @@ def write_side_files(
     write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
     if instruct:
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    for path in licence.files:
+        shutil.copyfile(path, folder / path.name)
     write_record(folder, record, forms, instruct)
     write_json(folder / UNFINISHED_CONFIG, raw)
 

@@ -28,6 +28,7 @@ class FusedAdapter(TensorSource):
     def __init__(self, source: TensorSource, folder: Path) -> None:
         self.path, self._source, self._folder = source.path, source, folder
         self.config, self.tokenizer, self.instruct = source.config, source.tokenizer, source.instruct
+        self.licence = source.licence
         self._scale, self._located = read_adapter(folder)
         self._parts: dict[str, dict[str, str]] = {}  # name in the source -> leaf -> name in the adapter
         originals = {rename(name): name for name in source.tensors}

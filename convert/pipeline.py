@@ -12,6 +12,7 @@ import numpy as np
 from openelm_mlx.convert.adapters import ADAPTER_FOLDER, write_adapter
 from openelm_mlx.convert.folder import CHAT_TEMPLATE, write_record, write_side_files
 from openelm_mlx.convert.forms import Form, Plan, matrices
+from openelm_mlx.convert.licence import licence_of
 from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.planning import memory_needed, plan_quantization
@@ -70,6 +71,9 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         return report
     record = conversion_record(options, forms, dtype, report.parameters, report.written_bytes, report.dropped_rows,
                                planning.measured)  # fmt: skip
+    licence = licence_of(opened.source, options)
+    if licence.entries:
+        record["license"] = licence.entries
     if opened.adapters is not None:
         record["adapter"] = MERGED if opened.adapters.merge else KEPT
     hashes = SourceHash(source.files)
@@ -77,7 +81,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         with staged(options) as folder:  # 4. write beside, then rename
             arrays = stream(opened, forms, options, progress, planning.learned)
             write_weights(folder, plan, arrays, options.target_format)
-            write_side_files(folder, trimmed, opened.tokenizer, forms, record, options.is_instruct)
+            write_side_files(folder, trimmed, opened.tokenizer, forms, record, options.is_instruct,
+                             licence)  # fmt: skip
             write_kept_adapter(folder, opened, forms)
             if options.verifies:  # 5. prove it
                 report = replace(report, verification=verified(folder, opened, options))
@@ -117,7 +122,8 @@ def convert_to_gguf(opened: OpenedModel, options: ConvertOptions, progress: Prog
         arrays = stream(opened, forms, options, progress)
         template = CHAT_TEMPLATE if options.is_instruct else None
         path, name = folder / options.target.name, options.target.stem
-        write_gguf(path, name, opened.trimmed, opened.tokenizer, kind, template, arrays)
+        terms = licence_of(opened.source, options).without_files
+        write_gguf(path, name, opened.trimmed, opened.tokenizer, kind, template, arrays, terms)
         return replace(report, verification=verified(path, opened, options) if options.verifies else None)
 
 

@@ -97,7 +97,7 @@ def model_card(record: Mapping[str, Any], forms: Plan, instruct: bool) -> str:
     kind = record["dtype"] if not kinds else str(next(iter(kinds))) if len(kinds) == 1 else "quantized by layer"
     chat = "It speaks OpenELM's Instruct format; see `chat_template.jinja`.\n" if instruct else ""
     parts = [
-        f"---\nlibrary_name: mlx\ntags:\n- mlx\n- openelm\n---\n\n# OpenELM for MLX\n\n"
+        f"---\n{card_entries(record)}---\n\n# OpenELM for MLX\n\n"
         f"{record['parameters']:,} parameters, {kind}, {record['bits_per_weight']:.3f} bits per weight. Converted from "
         f"`{record['source']}` with openelm-mlx {record['version']}. {chat}\n"
         '```\nopenelm chat PATH_OF_THIS_FOLDER\nmlx_lm.generate --model PATH_OF_THIS_FOLDER --prompt "Once upon a time"\n'
@@ -118,6 +118,14 @@ def model_card(record: Mapping[str, Any], forms: Plan, instruct: bool) -> str:
         parts += [f"| {label(key)} | {value:.6g} |\n" for key, value in verification.items()]
     parts.append("\nThe weights stay under the licence of the model they were converted from.\n")
     return "".join(parts)
+
+
+def card_entries(record: Mapping[str, Any]) -> str:
+    """The card's front matter, as Hugging Face reads it."""
+    import yaml
+
+    entries = {**record.get("license", {}), "library_name": "mlx", "tags": ["mlx", "openelm"]}
+    return str(yaml.safe_dump(entries, sort_keys=False))
 
 
 def label(key: str) -> str:

@@ -16,7 +16,7 @@ BUNDLED = Path(__file__).parent / "assets" / "openelm-tiny"
 SHORT_NAMES = {size.lower() + kind.lower(): f"apple/OpenELM-{size}{kind}"
                for size in ("270M", "450M", "1_1B", "3B") for kind in ("", "-Instruct")}
 SHORT_NAMES = {name.replace("_", "."): hub_id for name, hub_id in SHORT_NAMES.items()}
-PATTERNS = ["*.safetensors", "*.json", "tokenizer.*", "*.jinja"]
+PATTERNS = ["*.safetensors", "*.json", "tokenizer.*", "*.jinja", "LICENSE*", "README.md"]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class TensorSource(Protocol):
     config: OpenELMConfig | None = None  # what the source itself says of its model; None: a file beside it, or the shapes
     tokenizer: TokenizerModel | None = None  # where the source carries one
     instruct: bool = False  # whether the source has a chat template
+    licence: Mapping[str, str] = {}  # what the source itself says of its licence, by licence.KEYS
     forms: Mapping[str, Form] = {}  # stems of matrices that are quantized in the source, in forms this project writes
 
     @property

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 from openelm_mlx.convert.infer import infer_config
+from openelm_mlx.convert.licence import KEYS
 from openelm_mlx.convert.sources import TensorInfo, TensorSource
 from openelm_mlx.convert.tokenizer_model import UNUSED, TokenizerModel, assemble
 
@@ -106,6 +107,8 @@ class GGUFFile(TensorSource):
         self._dtype = FLOAT_TYPES.get(embedding[0].kind.name, "float32") if embedding else "float32"
         self.tensors = {name: TensorInfo(self._dtype, self._joined(name, parts)) for name, parts in self._parts.items()}
         self.instruct = "tokenizer.chat_template" in self.metadata
+        said = {key: self.metadata.get(f"general.{key.replace('_', '.')}") for key in KEYS}
+        self.licence = {key: text for key, text in said.items() if isinstance(text, str) and text}
         self.config: OpenELMConfig = self._read_config()
         self.tokenizer = read_tokenizer(self.path, self.metadata)
 

@@ -7,7 +7,7 @@ the tokenizer goes along. The file itself is laid out by the `gguf` package.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,13 +82,18 @@ def gguf_layout(config: OpenELMConfig, kind: str) -> list[Stored]:
 
 def write_gguf(
     path: Path, name: str, config: OpenELMConfig, tokenizer: TokenizerModel, kind: str, chat_template: str | None,
-    arrays: Iterable[tuple[str, mx.array]],
+    arrays: Iterable[tuple[str, mx.array]], licence: Mapping[str, str],
 ) -> None:  # fmt: skip
-    """Write the whole file; `arrays` come in the order of `expected_tensors`."""
+    """Write the whole file; `arrays` come in the order of `expected_tensors`.
+
+    `licence` has the keys of a model card.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, "openelm")
     add_metadata(writer, name, config, kind)
+    for key, value in licence.items():
+        writer.add_string(f"general.{key.replace('_', '.')}", value)
     add_tokenizer(writer, tokenizer, chat_template)
     layout = gguf_layout(config, kind)
     for tensor in layout:
