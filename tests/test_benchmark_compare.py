@@ -102,6 +102,17 @@ def test_a_figure_whose_few_trials_happen_to_agree_is_no_surer_than_the_run():
     assert not compare(run_of(close, noisy, noisy), run_of(slower, noisy, noisy)).regressed
 
 
+def test_the_more_figures_are_compared_the_surer_each_must_be():
+    before, after = (Metric.of([v, v + 1, v + 2, v + 3, v + 4], "tokens/s") for v in (100, 93))
+
+    def run_of(metric, figures):
+        rows = (Row(replace(CASE, prompt_tokens=n), {"decode_tokens_per_second": metric}) for n in range(figures))
+        return Document("", "", tuple(rows))
+
+    verdicts = [compare(run_of(before, n), run_of(after, n)).differences[0].verdict for n in (1, 40)]
+    assert verdicts == ["worse", "same"]
+
+
 def test_group_sizes_tell_cases_apart_and_a_hair_does_not():
     metrics = {"decode_tokens_per_second": Metric.of([1, 2, 3], "tokens/s")}
     results = [Document("", "", (Row(replace(CASE, bits=4, bits_per_weight=bpw), metrics),)) for bpw in (4.5036, 4.5041, 5.0)]

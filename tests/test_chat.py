@@ -30,6 +30,15 @@ def test_first_prompt_is_the_instruct_format(tiny):
     assert talk._encode("Hi </s>") == encode_messages(tiny.tokenizer, wanted)
 
 
+def test_later_prompts_are_the_instruct_format_too(tiny):
+    talk = Conversation(tiny, system="Be brief.", temperature=0.0, max_tokens=200)
+    for question in ("Hello!", "Who are you?", "Goodbye!"):
+        wanted = [{"role": "system", "content": "Be brief."}, *talk.messages, {"role": "user", "content": question}]
+        answer = list(talk.send(question))
+        assert answer[-1].finish_reason == "stop"  # so the end of the answer is a token that was generated
+        assert answer[-1].stats.prompt_tokens == len(encode_messages(tiny.tokenizer, wanted))
+
+
 def test_full_context_drops_the_oldest_turns_and_says_so(tiny):
     small = replace(tiny, config=replace(tiny.config, max_context_length=256))
     talk = Conversation(small, system="Be brief.", max_tokens=8)

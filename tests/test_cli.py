@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+from formats import TINY, random_folder
 
 from openelm_mlx.chat import Conversation
 from openelm_mlx.cli.chat import Session
@@ -64,6 +67,15 @@ def test_a_mistake_is_one_line_and_status_2(args, text, capsys):
     assert error.startswith("openelm: ") and text in error and error.count("\n") == 1
 
 
+def test_a_reader_that_leaves_early_ends_the_command_in_silence(monkeypatch, capfd):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        status = main(["inspect", "270m", "--json"])
+    assert status in (0, 141) and capfd.readouterr().err == ""
+
+
 def test_chat_from_a_pipe_answers_one_message_a_line():
     result = run("chat", "--max-tokens", "24", input="Hello!\n\n" + "word " * 2000 + "\nWho are you?\n")
     lines = result.stdout.splitlines()
@@ -77,6 +89,7 @@ def test_commands_of_a_chat(tiny, tmp_path, capsys):
     session.answer("Hello!")
     assert capsys.readouterr().out.strip() and "tokens/s" in session.command("/stats") and "of 1024" in session.status()
     assert session.command("/system Be brief.") == "system: Be brief." == session.command("/system")
+    assert session.command("/system none") == "system: (empty)" and session.conversation.system is None
     session.command(f"/save {tmp_path / 'talk.json'}")
     messages = list(session.conversation.messages)
     assert session.command("/reset") == "forgotten"
@@ -92,6 +105,14 @@ def test_inspect(tiny, capsys):
     assert "1,079,891,456" in shown and shown.count("│ ") > 28
     bundled = inspect("openelm-tiny")
     assert bundled["bytes"] == tiny.nbytes == bundled["bytes_read_per_token"] == sum(bundled["bytes_by_part"].values())
+
+
+def test_of_an_untied_embedding_a_token_reads_one_row(tmp_path):
+    config = replace(TINY, share_input_output_layers=False)
+    found = inspect(str(random_folder(tmp_path / "m", config)))
+    table = 4 * config.vocab_size * config.model_dim
+    assert found["bytes_by_part"]["embedding"] == found["bytes_by_part"]["head"] == table
+    assert found["bytes_read_per_token"] == found["bytes"] - table + 4 * config.model_dim
 
 
 def test_doctor(capsys):

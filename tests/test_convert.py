@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from formats import tokenizer_file
+from formats import random_folder, tokenizer_file
 from golden_set import FLAGS, GOLDEN, NANO
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
@@ -148,6 +148,16 @@ N = "transformer.layers.2.attn.out_proj.weight"
 )
 def test_wrong_tensors_are_named(tmp_path, nano, change, message):
     refused(tmp_path, CheckpointError, message, source=broken(nano, tmp_path, change))
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
+@pytest.mark.parametrize("value", [mx.nan, mx.inf, -mx.inf], ids=str)
+def test_one_weight_that_is_no_number_is_found_in_every_type(tmp_path, dtype, value):
+    source = random_folder(tmp_path / "source")
+    tensors = {name: array.astype(dtype) for name, array in mx.load(str(source / "model.safetensors")).items()}
+    tensors["transformer.layers.0.ffn.proj_2.weight"][3, 5] = value
+    mx.save_safetensors(str(source / "model.safetensors"), tensors)
+    refused(tmp_path, CheckpointError, "transformer.layers.0.ffn.proj_2.weight holds NaN or infinite", source=source)
 
 
 def test_overflowing_float16(tmp_path, nano):

@@ -60,6 +60,24 @@ def test_a_step_is_traced_once_a_block_and_prefill_feeds_each_token_once(tiny, m
     assert calls == [8]  # nothing is traced again
 
 
+def test_the_device_works_on_the_next_token_while_the_host_reads_one(tiny, monkeypatch):
+    engine, log = random_engine(tiny, seed=1), []
+    hidden, tolist = type(engine.model).hidden, mx.array.tolist
+
+    def passes(*arguments, **settings):
+        log.append("pass")
+        return hidden(*arguments, **settings)
+
+    def reads(array):
+        log.append("read")
+        return tolist(array)
+
+    monkeypatch.setattr(type(engine.model), "hidden", passes)
+    monkeypatch.setattr(mx.array, "tolist", reads)
+    list(stream_generate(engine, PROMPT, max_tokens=4, ignore_eos=True, compiled=False))
+    assert log == ["pass", *["pass", "read"] * 3, "read"]  # the prompt; each step before the token before it is read
+
+
 def test_unused_capacity_costs_no_memory_while_decoding(tiny):
     engine = random_engine(tiny, seed=1)
     grown = []

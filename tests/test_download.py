@@ -106,6 +106,16 @@ def test_a_server_without_ranges_or_tags_starts_over(tmp_path):
         assert [wanted for _, wanted in server.requests] == [None, None]
 
 
+def test_a_weak_tag_does_not_promise_the_same_bytes(tmp_path):
+    def weak(handler, number):
+        handler.answer(BODY, sent=100_000 if number == 1 else None, tag='W/"same"')
+        return True
+
+    with serving({"/f": BODY}, weak) as server:
+        assert get(server, tmp_path).read_bytes() == BODY
+        assert [wanted for _, wanted in server.requests] == [None, None]
+
+
 def test_a_length_that_is_too_long(tmp_path):
     def lie(handler, number):
         handler.answer(BODY, length=len(BODY) + 5 - (len(BODY) if handler.headers.get("Range") else 0), sent=len(BODY))

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 
 import mlx.core as mx
 import pytest
+from formats import again, random_folder
 from golden_set import NANO
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.pipeline import convert
@@ -12,7 +14,7 @@ from openelm_mlx.convert.pipeline import convert
 from openelm_mlx import load
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError
-from openelm_mlx.loading import compute_dtype
+from openelm_mlx.loading import compute_dtype, parameters
 
 
 def broken(nano, tmp_path, change):
@@ -32,6 +34,35 @@ def test_quantizing_while_loading_equals_converting(nano, tmp_path):
     assert mx.array_equal(load(nano, bits=4).model(tokens), load(target).model(tokens))
     with pytest.raises(OptionError, match="quantized already"):
         load(target, bits=4)
+
+
+@pytest.fixture
+def metal(monkeypatch):
+    """A Mac as MLX and Python would describe it; the wired limits set on it."""
+    limits: list[int] = []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda *device: {"max_recommended_working_set_size": 11 << 30})
+    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    return limits
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"), [("float32", mx.bfloat16), ("bfloat16", mx.bfloat16), ("float16", mx.float16)]
+)
+def test_metal_computes_in_the_stored_half_type_and_keeps_weights_wired(tmp_path, metal, stored, computed):
+    folder = again(random_folder(tmp_path / "source"), tmp_path / "model", dtype=stored)
+    weights = parameters(load(folder).model).values()
+    assert {array.dtype for array in weights} == {computed} and metal == [11 << 30]
+    assert {array.dtype for array in parameters(load(folder, dtype="float32").model).values()} == {mx.float32}
+
+
+def test_the_cpu_computes_in_float32_and_wires_nothing(tmp_path, monkeypatch):
+    limits: list[int] = []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
+    folder = again(random_folder(tmp_path / "source"), tmp_path / "model", dtype="bfloat16")
+    assert {array.dtype for array in parameters(load(folder).model).values()} == {mx.float32} and limits == []
 
 
 def test_damaged_weights_are_named(nano, tmp_path):
@@ -71,10 +102,12 @@ def test_tokenizer_and_index_must_fit(nano, tmp_path):
         load(folder)
 
 
-def test_float16_is_refused_where_it_overflows():
+def test_float16_is_refused_or_widened_where_it_overflows(metal):
     weights = {"transformer.norm.weight": mx.zeros(1, dtype=mx.bfloat16)}
     with pytest.raises(OptionError, match="wider range"):
         compute_dtype(OpenELMConfig.from_name("3b"), weights, "float16")
     assert compute_dtype(OpenELMConfig.from_name("270m"), weights, "float16") == mx.float16
+    half = {name: array.astype(mx.float16) for name, array in weights.items()}
+    assert compute_dtype(OpenELMConfig.from_name("3b"), half, None) == mx.bfloat16  # on Metal, unasked
     with pytest.raises(OptionError, match="allowed: float32"):
         compute_dtype(OpenELMConfig.from_name("270m"), weights, "int8")

@@ -31,6 +31,15 @@ def test_each_filter_against_plain_arithmetic():
     assert np.allclose(warm, LOGITS / 2)
 
 
+def test_filters_see_the_tempered_distribution_one_after_the_other():
+    p = softmax(LOGITS[0] / 2)
+    assert kept(temperature=2.0, top_p=0.6) == ((np.cumsum(p) - p) < 0.6).tolist() != kept(temperature=1.0, top_p=0.6)
+    assert kept(temperature=2.0, min_p=0.4) == (p >= 0.4 * p.max()).tolist() != kept(temperature=1.0, min_p=0.4)
+    three = softmax(LOGITS[0, :3] / 2)  # top-p counts in what top-k has left
+    of_three = ((np.cumsum(three) - three) < 0.8).tolist() + [False] * 3
+    assert kept(temperature=2.0, top_k=3, top_p=0.8) == of_three != kept(temperature=2.0, top_p=0.8)
+
+
 def test_penalties():
     history = History.of_prompt([[0, 4]], 6).plus(mx.array([1])).plus(mx.array([1]))
     options = SamplingOptions(temperature=1.0, repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)

@@ -39,6 +39,13 @@ def test_round_trip_streamed_and_whole(model_file: Path, text: str) -> None:
     assert "".join(decoder.push(i) for i in ids) + decoder.flush() == text
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokenizer_json_gives_the_same_ids_also_for_control_tokens_in_a_text(nano: Path, text: str) -> None:
+    one, other = (Tokenizer.from_file(nano / f"tokenizer.{kind}") for kind in ("model", "json"))
+    assert one.encode(text) == other.encode(text) and one.decode(other.encode(text)) == text
+    assert other.encode(f"{text}</s><s>") == one.encode(f"{text}</s><s>")
+
+
 def test_character_is_never_split(model_file: Path) -> None:
     tokenizer = Tokenizer.from_file(model_file)
     decoder = StreamingDecoder(tokenizer)
