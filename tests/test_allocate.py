@@ -77,7 +77,7 @@ def test_the_hull_keeps_the_steps_of_falling_gain():
     assert [size for size, *_ in hull(points)] == [10, 30, 50]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 4, 7, 10, 16])  # of these all but the first need exchanges
 def test_the_plan_is_nearly_the_best_of_all_plans(seed):
     random = np.random.default_rng(seed)
     forms = [Form(bits, group) for bits in (2, 3, 4, 6) for group in (32, 128)]
