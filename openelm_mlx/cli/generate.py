@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cli.options import add_draft_flag, add_flags, add_model_flags, from_args, load_draft, load_model
+from openelm_mlx.cli.streams import Waiting, utf8_stdin
 from openelm_mlx.options import GenerationOptions, SamplingOptions
 
 if TYPE_CHECKING:
-    from openelm_mlx.generation import GenerationStats
+    from openelm_mlx.generation import Event, GenerationStats
     from openelm_mlx.loading import Engine
     from openelm_mlx.prompt_cache import PromptCache
 
@@ -27,14 +28,24 @@ EXAMPLES = """examples:
   openelm generate "$(cat long.txt)" --cache-file long.safetensors   the next run starts where this one ends
 """
 
+DESCRIPTION = """Continue a text; it goes to stdout, statistics to stderr. Without a temperature
+decoding is greedy; `openelm chat` uses the settings that the model brings along.
+A prompt should end with a word rather than with a space."""
+
+SPACE_HINT = (
+    "the prompt ends with a space, which belongs to the start of the next word here: the model has seldom seen a text "
+    "cut after it and may go on badly. Leave it out"
+)
+
 
 def register(commands: Any) -> None:
     parser = commands.add_parser(
-        "generate", help="continue a text", description="Continue a text; it goes to stdout, statistics to stderr.",
+        "generate", help="continue a text", description=DESCRIPTION,
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue, or - to read it from stdin")
     parser.add_argument("--model", default="openelm-tiny", help="default: openelm-tiny")
+    parser.add_argument("--keep-newline", action="store_true", help="a line break that ends stdin is part of the prompt")
     add_draft_flag(parser)
     parser.add_argument("--cache-file", metavar="FILE", help="start from the keys and values in FILE, and save them there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -46,16 +57,21 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options, sampling = from_args(GenerationOptions, args), from_args(SamplingOptions, args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = read_prompt(args)
     engine, draft = load_model(args.model, args), load_draft(args)
     from openelm_mlx.generation import stream_generate
 
     cache = cache_from(args.cache_file, engine, options)
     events = []
-    with closing(stream_generate(engine, prompt, sampling, options, prompt_cache=cache, draft=draft)) as stream:
+    with Waiting("prompt") as waiting, closing(stream_generate(
+        engine, prompt, sampling, options, prompt_cache=cache, draft=draft, progress=waiting.progress
+    )) as stream:  # fmt: skip
         for event in stream:
             events.append(event)
-            if not args.json:
+            if args.json:
+                waiting.say(f"{len(events)} tokens")
+            else:
+                waiting.end()
                 print(event.text, end="", flush=True)
     if args.cache_file is not None:
         cache.save(args.cache_file, engine)
@@ -67,15 +83,48 @@ def run(args: argparse.Namespace) -> int:
             "text": "".join(event.text for event in events),
             "tokens": [event.token for event in events],
             "finish_reason": last.finish_reason,
+            "context_full": context_full(last, options),
             "stats": None if last.stats is None else asdict(last.stats),
         }
         if options.logprobs is not None:
-            result["logprobs"] = [{"logprob": event.logprob, "top": event.top_logprobs} for event in events]
+            result["logprobs"] = [logprobs(engine, event) for event in events]
         print(json.dumps(result, ensure_ascii=False))
     else:
         print()
+        if context_full(last, options):
+            print(f"the text ends here because the context of {engine.config.max_context_length} tokens is full", file=sys.stderr)
         print(summary(last.stats), file=sys.stderr)
     return 0
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The argument, or all of stdin for "-"; a hint goes to stderr where the prompt ends with a space."""
+    prompt: str = args.prompt
+    if prompt == "-":
+        prompt = utf8_stdin().read()
+        if not args.keep_newline:
+            prompt = prompt.removesuffix("\n")
+    if prompt.endswith(" "):
+        print(f"openelm: {SPACE_HINT}", file=sys.stderr)
+    return prompt
+
+
+def context_full(last: Event, options: GenerationOptions) -> bool:
+    """Whether the text was cut because no further token fits, rather than at `max_tokens`."""
+    generated = 0 if last.stats is None else last.stats.generation_tokens
+    return last.finish_reason == "length" and generated < options.max_tokens
+
+
+def logprobs(engine: Engine, event: Event) -> dict[str, Any]:
+    """The log probability of a token, and the likeliest tokens with their texts."""
+    top = [{"token": token, "text": text_of(engine, token), "logprob": value} for token, value in event.top_logprobs]
+    text = None if event.token is None else text_of(engine, event.token)
+    return {"token": event.token, "text": text, "logprob": event.logprob, "top": top}
+
+
+def text_of(engine: Engine, token: int) -> str:
+    """What a token spells by itself, its leading space kept; a part of a character shows as U+FFFD."""
+    return engine.tokenizer.piece_bytes(token).decode("utf-8", "replace")
 
 
 def cache_from(path: str | None, engine: Engine, options: GenerationOptions) -> PromptCache:

@@ -6,6 +6,8 @@ import argparse
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
+from openelm_mlx.cli.streams import Waiting
+
 T = TypeVar("T")
 
 
@@ -57,10 +59,14 @@ def load_draft(args: argparse.Namespace) -> Any:
     """The engine of `--draft-model`, or None."""
     from openelm_mlx.loading import load
 
-    return None if args.draft_model is None else load(args.draft_model, args.dtype, tokenizer=args.tokenizer)
+    if args.draft_model is None:
+        return None
+    with Waiting(f"loading {args.draft_model}"):
+        return load(args.draft_model, args.dtype, tokenizer=args.tokenizer)
 
 
 def load_model(name: str, args: argparse.Namespace) -> Any:
     from openelm_mlx.loading import load
 
-    return load(name, args.dtype, args.bits, args.group_size, args.tokenizer, args.revision)
+    with Waiting(f"loading {name}"):
+        return load(name, args.dtype, args.bits, args.group_size, args.tokenizer, args.revision)

@@ -1,0 +1,86 @@
+"""Standard input as UTF-8, output that cannot fail on a character, and a sign of life on the terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from types import TracebackType
+from typing import Any, TextIO
+
+from openelm_mlx.errors import PromptError
+
+PATIENCE_SECONDS = 0.5  # a wait shorter than this needs no sign
+
+
+def utf8_stdin() -> TextIO:
+    """Standard input, read as UTF-8 whatever the locale says; bytes that are none become lone surrogates.
+
+    The tokenizer refuses those with one line that names the place. Raises `PromptError` where stdin is closed.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise PromptError("standard input is closed; give the text as an argument")
+    reconfigure: Any = getattr(sys.stdin, "reconfigure", None)  # a stand-in such as StringIO has none
+    if reconfigure is not None:
+        reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
+
+
+def printable(text: str) -> str:
+    """The text without lone surrogates, which no stream can write."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def moves_cursor(stream: TextIO | None) -> bool:
+    """Whether `stream` is a terminal that knows the usual escape sequences."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+
+
+class Waiting:
+    """One line on stderr that says what is waited for; it comes after half a second and goes with the wait.
+
+    with Waiting("loading 3b"): ...     Only a terminal shows it.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.shown, self.over = text, False, False
+        self.lock = threading.Lock()  # the timer has a thread of its own
+        self.timer = threading.Timer(PATIENCE_SECONDS, self._show)
+        self.timer.daemon = True
+
+    def __enter__(self) -> Waiting:
+        if moves_cursor(sys.stderr):
+            self.timer.start()
+        return self
+
+    def say(self, text: str) -> None:
+        """What is waited for now."""
+        with self.lock:
+            self.text = text
+            if self.shown:
+                self._write()
+
+    def progress(self, done: int, total: int) -> None:
+        """Part of a prompt is prefilled, in tokens; this is what `stream_generate(progress=...)` calls."""
+        self.say(f"prompt: {done} of {total} tokens")
+
+    def end(self) -> None:
+        """Take the line away; further calls change nothing."""
+        self.timer.cancel()
+        with self.lock:
+            if self.shown and not self.over:
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self.over = True
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end()
+
+    def _show(self) -> None:
+        with self.lock:
+            if not self.over:
+                self.shown = True
+                self._write()
+
+    def _write(self) -> None:
+        if not self.over:
+            print(f"\r\x1b[K{self.text} ...", end="", file=sys.stderr, flush=True)
