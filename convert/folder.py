@@ -17,6 +17,7 @@ from openelm_mlx.convert.tokenizer_json import build_tokenizer_json, tokenizer_c
 from openelm_mlx.convert.tokenizer_model import TokenizerModel, read_tokenizer
 
 from openelm_mlx.config import OpenELMConfig
+from openelm_mlx.config_files import GENERATION_CONFIG, chat_sampling, generation_config
 from openelm_mlx.errors import TokenizerError
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -58,7 +59,7 @@ def find_tokenizer(options: ConvertOptions, source: TensorSource) -> TokenizerMo
 
 def write_side_files(
     folder: Path, config: OpenELMConfig, tokenizer: TokenizerModel, forms: Plan,
-    record: dict[str, Any], instruct: bool, licence: Licence,
+    record: dict[str, Any], instruct: bool, licence: Licence, sampling: dict[str, Any],
 ) -> None:  # fmt: skip
     """Everything but the weights. Raises `TokenizerError` for a tokenizer other tools would read differently."""
     raw = config.to_hf_dict()
@@ -71,10 +72,21 @@ def write_side_files(
     write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
     if instruct:
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_json(folder / GENERATION_CONFIG, sampling)
     for path in licence.files:
         shutil.copyfile(path, folder / path.name)
     write_record(folder, record, forms, instruct)
     write_json(folder / UNFINISHED_CONFIG, raw)
+
+
+def sampling_defaults(source: Path, config: OpenELMConfig) -> dict[str, Any]:
+    """What generation_config.json will say: what it says beside the source, Apple's defaults where that is nothing.
+
+    Raises `ConfigError` for a file that could not be loaded again.
+    """
+    folder = source if source.is_dir() else source.parent
+    chat_sampling(folder)
+    return {**generation_config(folder), "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
 
 
 def write_json(path: Path, content: Any) -> None:

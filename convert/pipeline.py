@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from openelm_mlx.convert.adapters import ADAPTER_FOLDER, write_adapter
-from openelm_mlx.convert.folder import CHAT_TEMPLATE, write_record, write_side_files
+from openelm_mlx.convert.folder import CHAT_TEMPLATE, sampling_defaults, write_record, write_side_files
 from openelm_mlx.convert.forms import Form, Plan, matrices
 from openelm_mlx.convert.licence import licence_of
 from openelm_mlx.convert.opening import OpenedModel, open_model
@@ -60,6 +60,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     source, names, trimmed = opened.source, opened.names, opened.trimmed
     if options.target_format == "gguf":
         return convert_to_gguf(opened, options, progress)
+    sampling = sampling_defaults(options.source, trimmed)
     first = "transformer.token_embeddings.weight"
     dtype = target_dtype(names[first], source.tensors[names[first]].dtype, trimmed, options)
     planning = plan_quantization(opened, dtype, options, progress)  # 3. what will be written
@@ -82,7 +83,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
             arrays = stream(opened, forms, options, progress, planning.learned)
             write_weights(folder, plan, arrays, options.target_format)
             write_side_files(folder, trimmed, opened.tokenizer, forms, record, options.is_instruct,
-                             licence)  # fmt: skip
+                             licence, sampling)  # fmt: skip
             write_kept_adapter(folder, opened, forms)
             if options.verifies:  # 5. prove it
                 report = replace(report, verification=verified(folder, opened, options))

@@ -7,8 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.errors import ConfigError
+from openelm_mlx.errors import ConfigError, OptionError
+from openelm_mlx.options import SamplingOptions
 
+GENERATION_CONFIG = "generation_config.json"
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+APPLES_DEFAULTS: Mapping[str, Any] = {"do_sample": False, "repetition_penalty": 1.2}  # of the examples in its model cards
 MAX_YAML_BYTES = 1 << 18  # CoreNet's recipes have 5 KB
 MAX_JSON_BYTES = 4 << 20  # a sharded 3B's index has 40 KB
 
@@ -28,6 +32,32 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold an object, not {type(raw).__name__}")
     return raw
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """What generation_config.json in `folder` says, with Apple's defaults where it does not say how tokens are drawn."""
+    path = folder / GENERATION_CONFIG
+    raw = read_json(path) if path.exists() else {}
+    silent = all(raw.get(key) is None for key in ("do_sample", *SAMPLING_KEYS))
+    return {**raw, **APPLES_DEFAULTS} if silent else raw
+
+
+def chat_sampling(folder: Path) -> SamplingOptions:
+    """How a chat with the model in `folder` draws tokens unless told otherwise.
+
+    Keys and meaning are those of Hugging Face's GenerationConfig: the choice is greedy unless `do_sample` is true, the
+    temperature then 1 where it is not given. Raises `ConfigError` for a damaged file and values out of range.
+    """
+    raw = generation_config(folder)
+    sample = raw.get("do_sample")
+    if sample is not None and not isinstance(sample, bool):
+        raise ConfigError(f"{folder / GENERATION_CONFIG}: do_sample is {sample!r}; it must be true or false")
+    given = {key: raw[key] for key in SAMPLING_KEYS if raw.get(key) is not None}
+    try:
+        options = SamplingOptions(**{"temperature": 1.0, **given})
+    except OptionError as error:
+        raise ConfigError(f"{folder / GENERATION_CONFIG}: {error}") from None
+    return options if sample else SamplingOptions(repetition_penalty=options.repetition_penalty)
 
 
 def corenet_section(path: str | Path) -> dict[str, Any]:

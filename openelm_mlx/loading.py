@@ -19,11 +19,12 @@ import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from openelm_mlx.config import OpenELMConfig  # noqa: E402
-from openelm_mlx.config_files import read_json  # noqa: E402
+from openelm_mlx.config_files import APPLES_DEFAULTS, chat_sampling, read_json  # noqa: E402
 from openelm_mlx.decode import Steps  # noqa: E402
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError  # noqa: E402
 from openelm_mlx.hub import resolve_model  # noqa: E402
 from openelm_mlx.model import OpenELM  # noqa: E402
+from openelm_mlx.options import SamplingOptions  # noqa: E402
 from openelm_mlx.tokenizer import Tokenizer  # noqa: E402
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -41,6 +42,7 @@ class Engine:
     path: Path
     quantization: dict[str, Any] | None = None
     instruct: bool = False
+    chat_sampling: SamplingOptions = SamplingOptions(repetition_penalty=APPLES_DEFAULTS["repetition_penalty"])
     steps: Steps = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +77,7 @@ def load(
     folder = resolved.folder
     raw = read_json(folder / "config.json")
     config = OpenELMConfig.from_hf_dict(raw)
+    sampling = chat_sampling(folder)
     weights = read_weights(folder)
     quantization = raw.get("quantization") or raw.get("quantization_config")
     if bits is not None and quantization:
@@ -96,7 +99,8 @@ def load(
             f"{pieces.path} has {pieces.vocab_size} pieces but the model only {config.vocab_size} embeddings: "
             "the tokenizer belongs to another model; pass the right one with --tokenizer"
         )
-    return Engine(model, pieces, config, str(name), folder, quantization, speaks_instruct(folder, str(name)))
+    instruct = speaks_instruct(folder, str(name))
+    return Engine(model, pieces, config, str(name), folder, quantization, instruct, sampling)
 
 
 def parameters(model: OpenELM) -> dict[str, mx.array]:

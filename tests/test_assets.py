@@ -14,7 +14,7 @@ def test_the_bundled_model_is_small_and_complete():
     names = {path.name for path in BUNDLED.iterdir()}
     assert names >= {
         "config.json", "model.safetensors", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "README.md", "conversion.json", "SOURCE.md",
+        "generation_config.json", "chat_template.jinja", "README.md", "conversion.json", "SOURCE.md",
     }  # fmt: skip
     assert sum(path.stat().st_size for path in BUNDLED.iterdir()) < 8_000_000
 

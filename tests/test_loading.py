@@ -15,6 +15,7 @@ from openelm_mlx import load
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError
 from openelm_mlx.loading import compute_dtype, parameters
+from openelm_mlx.options import SamplingOptions
 
 
 def broken(nano, tmp_path, change):
@@ -111,3 +112,42 @@ def test_float16_is_refused_or_widened_where_it_overflows(metal):
     assert compute_dtype(OpenELMConfig.from_name("3b"), half, None) == mx.bfloat16  # on Metal, unasked
     with pytest.raises(OptionError, match="allowed: float32"):
         compute_dtype(OpenELMConfig.from_name("270m"), weights, "int8")
+
+
+@pytest.mark.parametrize(
+    ("stated", "wanted"),
+    [
+        (None, {"repetition_penalty": 1.2}),  # Apple's own examples
+        ({"bos_token_id": 1, "top_k": None}, {"repetition_penalty": 1.2}),
+        ({"do_sample": False, "temperature": 0.6, "top_k": 5}, {}),
+        ({"temperature": 0.6, "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),  # greedy, as Hugging Face has it
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "max_length": 9},
+         {"temperature": 0.6, "top_k": 5, "top_p": 0.9, "min_p": 0.1}),
+    ],
+)  # fmt: skip
+def test_a_folder_says_how_its_model_chats(tmp_path, stated, wanted):
+    folder = random_folder(tmp_path / "m")
+    if stated is not None:
+        (folder / "generation_config.json").write_text(json.dumps(stated))
+    assert load(folder).chat_sampling == SamplingOptions(**wanted)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "generation_config.json cannot be read as JSON"),
+        ("[]", "generation_config.json must hold an object, not list"),
+        ('{"do_sample": 1}', "generation_config.json: do_sample is 1; it must be true or false"),
+        ('{"temperature": "hot"}', "generation_config.json: temperature is 'hot'; allowed is a number from 0.0 to 100.0"),
+        ('{"do_sample": true, "top_p": 2}', "generation_config.json: top_p is 2; allowed is a number from 0.0 to 1.0"),
+        ('{"repetition_penalty": 0}', "generation_config.json: repetition_penalty is 0; allowed is"),
+    ],
+)
+def test_a_damaged_generation_config_is_named(tmp_path, content, message):
+    folder = random_folder(tmp_path / "m")
+    (folder / "generation_config.json").write_text(content)
+    for use in (lambda: load(folder), lambda: again(folder, tmp_path / "again")):
+        with pytest.raises(ConfigError, match=message):
+            use()
+    assert not (tmp_path / "again").exists()

@@ -9,15 +9,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from formats import again, mlx_lm_logits, our_logits, tokenizer_file, weights
+from formats import again, mlx_lm_logits, our_logits, random_folder, tokenizer_file, weights
 from golden_set import GOLDEN, NANO
 from openelm_mlx.convert import ConvertOptions
 from openelm_mlx.convert.sources import open_source
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.convert.tokenizer_model import read_tokenizer
 
+from openelm_mlx import load
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import ConversionError, OpenELMError
+from openelm_mlx.options import SamplingOptions
 
 N = "transformer.layers.2.ffn.proj_1"
 
@@ -170,3 +172,20 @@ def test_a_source_that_is_quantized_has_packed_arrays_only_there():
     with pytest.raises(KeyError):
         source.packed("norm.weight")
     assert source.forms == {} and np.array(source.load("norm.weight")).ndim == 1
+
+
+def test_how_a_model_chats_goes_along_and_mlx_lm_reads_the_folder(tmp_path):
+    """Apple's defaults where the source has none of its own; the end of text is the configuration's in any case."""
+    from mlx_lm.utils import load as mlx_lm_load
+
+    source = random_folder(tmp_path / "source")
+    written = json.loads((again(source, tmp_path / "a") / "generation_config.json").read_text())
+    assert written == {"do_sample": False, "repetition_penalty": 1.2, "bos_token_id": 1, "eos_token_id": 2}
+    stated = {"do_sample": True, "temperature": 0.6, "eos_token_id": 7, "transformers_version": "4.39.3"}
+    (source / "generation_config.json").write_text(json.dumps(stated))
+    target = again(source, tmp_path / "b", dtype="float16")
+    written = json.loads((target / "generation_config.json").read_text())
+    assert written == stated | {"bos_token_id": 1, "eos_token_id": 2}
+    assert load(target).chat_sampling == load(source).chat_sampling == SamplingOptions(temperature=0.6)
+    _, tokenizer = mlx_lm_load(str(target))
+    assert set(tokenizer.eos_token_ids) == {2}

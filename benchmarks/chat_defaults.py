@@ -1,0 +1,150 @@
+"""Which sampling a model's chat should start with: stories told under several settings, counted for loops and judged.
+
+    python -m openelm_mlx.benchmarks.chat_defaults MODEL JUDGE ANSWERS.jsonl [--settings NAME ...]
+
+JUDGE is the same model unquantized: the perplexity of the answers is taken under it. ANSWERS collects the answers, a
+line a setting; what it holds already is not generated again, so a run that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from openelm_mlx.blas import load_blas
+
+load_blas()  # takes effect only before MLX is imported
+
+import mlx.core as mx  # noqa: E402
+
+from openelm_mlx import batch_generate, load  # noqa: E402
+from openelm_mlx.chat import encode_messages  # noqa: E402
+from openelm_mlx.loading import Engine  # noqa: E402
+from openelm_mlx.options import SamplingOptions  # noqa: E402
+
+PROMPTS = (
+    "Tell me a story about a king.",
+    "Tell me a story about a dog.",
+    "Tell me a story.",
+    "Tell me a story about a princess who could not laugh.",
+    "Tell me a story about a poor fisherman and his wife.",
+    "Tell me a story about two brothers.",
+    "Tell me about a witch who lived in the forest.",
+    "Tell me a story about a clever fox.",
+    "Tell me a fairy tale about a golden bird.",
+    "Tell me a story about a boy who went to sea.",
+    "What did the old woman find in the well?",
+    "Tell me a story about a wolf and three sheep.",
+    "Tell me a story about a garden.",
+    "Write a story about a horse that could speak.",
+    "Tell me how the prince came home.",
+    "Tell me a story about the moon.",
+    "Tell me a story about a giant and a tailor.",
+    "Tell me a long story about a castle by the sea.",
+    "Who lived in the little house?",
+    "Tell me a story about a girl who was lost in the snow.",
+)
+SEEDS = (1, 2, 3)
+SETTINGS = {
+    "greedy": SamplingOptions(),
+    "greedy, penalty 1.2": SamplingOptions(repetition_penalty=1.2),
+    "temperature 0.5, penalty 1.1": SamplingOptions(temperature=0.5, repetition_penalty=1.1),
+    "temperature 0.5, penalty 1.2": SamplingOptions(temperature=0.5, repetition_penalty=1.2),
+    "temperature 0.7, penalty 1.1": SamplingOptions(temperature=0.7, repetition_penalty=1.1),
+    "temperature 0.7, penalty 1.2": SamplingOptions(temperature=0.7, repetition_penalty=1.2),
+    "temperature 0.7, top-p 0.9, penalty 1.1": SamplingOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.1),
+    "temperature 0.7, min-p 0.1, penalty 1.1": SamplingOptions(temperature=0.7, min_p=0.1, repetition_penalty=1.1),
+}
+MAX_TOKENS = 256  # what a chat gives an answer unless told otherwise
+GRAM, MAY_OCCUR, WORDS = 6, 2, 60  # a loop is a 6-gram of words seen more often; shorter answers must have ended
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to one prompt with one seed."""
+
+    prompt: list[int]
+    tokens: list[int]
+    text: str
+    ended: bool  # by the end-of-text token
+
+    @property
+    def words(self) -> int:
+        return len(self.text.split())
+
+    @property
+    def loops(self) -> bool:
+        """Whether some sequence of six words occurs more than twice."""
+        words = self.text.lower().split()
+        grams = Counter(tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1))
+        return max(grams.values(), default=0) > MAY_OCCUR
+
+    @property
+    def too_short(self) -> bool:
+        return not self.ended and self.words < WORDS
+
+
+def answers(engine: Engine, sampling: SamplingOptions) -> list[Answer]:
+    """The first answer of a conversation to every prompt with every seed; a greedy one does not depend on the seed."""
+    seeds = SEEDS[:1] if sampling.greedy else SEEDS
+    prompts = [encode_messages(engine.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS for _ in seeds]
+    samplings = [replace(sampling, seed=seed) for _ in PROMPTS for seed in seeds]
+    results = batch_generate(engine, prompts, samplings, slots=20, max_tokens=MAX_TOKENS)
+    eos = engine.config.eos_token_id
+    return [Answer(prompt, list(result.tokens), result.text, result.tokens[-1] == eos)
+            for prompt, result in zip(prompts, results, strict=True)]  # fmt: skip
+
+
+def perplexity(judge: Engine, found: Sequence[Answer]) -> float:
+    """The perplexity of all answers' tokens, each after its prompt, under `judge` at temperature 1."""
+    loss, count = 0.0, 0
+    for answer in found:
+        logits = judge.model(mx.array([answer.prompt + answer.tokens[:-1]]))[0, len(answer.prompt) - 1 :, : judge.vocab]
+        scores = logits.astype(mx.float32) - mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
+        found_here: Any = mx.take_along_axis(scores, mx.array(answer.tokens)[:, None], axis=-1).sum().item()
+        loss -= found_here
+        count += len(answer.tokens)
+    return math.exp(loss / count)
+
+
+def row(name: str, found: Sequence[Answer], judge: Engine) -> str:
+    """One line of the table."""
+    words = [answer.words for answer in found]
+    return (
+        f"| {name} | {sum(answer.loops for answer in found)} of {len(found)} "
+        f"| {sum(answer.too_short for answer in found)} | {sum(answer.ended for answer in found)} "
+        f"| {median(words):g} ({min(words)}-{max(words)}) | {perplexity(judge, found):.1f} |"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="chat_defaults", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("judge")
+    parser.add_argument("answers", type=Path)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
+    args = parser.parse_args(argv)
+    engine, judge = load(args.model), load(args.judge)
+    lines = args.answers.read_text(encoding="utf-8").splitlines() if args.answers.exists() else []
+    known = {name: [Answer(**fields) for fields in found] for name, found in map(json.loads, lines)}
+    print("| setting | answers that loop | too short | ended | words: median (range) | perplexity |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for name in args.settings:
+        if name not in known:
+            known[name] = answers(engine, SETTINGS[name])
+            with args.answers.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([name, [vars(answer) for answer in known[name]]]) + "\n")
+        print(row(name, known[name], judge), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
