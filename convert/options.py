@@ -9,7 +9,7 @@ from pathlib import Path
 from openelm_mlx.convert.forms import BITS, GROUP_SIZES, MODES, Form, make_form
 
 from openelm_mlx.errors import OptionError
-from openelm_mlx.options import check_ranges
+from openelm_mlx.options import check_fields, explained
 
 DTYPES = ("float32", "bfloat16", "float16")
 SOURCE_FORMATS = ("pt", "huggingface", "mlx", "corenet-mlx", "gguf")
@@ -18,6 +18,7 @@ ADAPTER = ("merge", "keep")
 CALIBRATIONS = ("gptq", "distill")
 
 
+@explained()
 @dataclass(frozen=True)
 class ConvertOptions:
     """What to convert, where to, and how. Raises `OptionError` for the first field that is not allowed."""
@@ -99,15 +100,7 @@ class ConvertOptions:
     source_name: str | None = None  # what the source is called where its path says nothing: a hub id, a catalog's name
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        for name in ("source", "target", "config", "tokenizer", "adapter_folder", "calibration_text", "verify_text"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, Path(value).expanduser())
-        for name, allowed in (("dtype", DTYPES), ("source_format", SOURCE_FORMATS), ("target_format", TARGET_FORMATS),
-                              ("adapter", ADAPTER), ("calibrate", CALIBRATIONS)):  # fmt: skip
-            if getattr(self, name) not in (None, *allowed):
-                raise OptionError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        check_fields(self)
         check_quantization(self)
         if self.target_format == "hf" and self.quantizes:
             raise OptionError("--to hf writes whole weights; leave out --bits and --mode, or --to hf")
@@ -115,8 +108,6 @@ class ConvertOptions:
             raise OptionError("--to gguf writes one file of weights; leave out --adapter keep")
         if self.target_format == "gguf" and (self.recipe or self.target_bpw or self.calibrate):
             raise OptionError("--to gguf knows one form for all; leave out --recipe, --target-bpw and --calibrate")
-        if self.rope_base is not None and not math.isfinite(self.rope_base):
-            raise OptionError(f"rope_base is {self.rope_base!r}; it must be finite")
 
     @property
     def shown_source(self) -> str:

@@ -13,31 +13,55 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "loading",
+    "BatchEngine": "batch",
+    "BatchResult": "batch",
+    "Conversation": "chat",
     "Engine": "loading",
-    "generate": "generation",
-    "stream_generate": "generation",
     "Event": "generation",
     "GenerationOptions": "options",
-    "SamplingOptions": "options",
-    "OpenELMConfig": "config",
-    "layer_shapes": "config",
-    "Conversation": "chat",
-    "PromptCache": "prompt_cache",
+    "GenerationStats": "generation",
     "ModelDraft": "drafts",
-    "batch_generate": "batch",
-    "BatchEngine": "batch",
+    "OpenELMConfig": "config",
     "OpenELMError": "errors",
+    "PromptCache": "prompt_cache",
+    "SamplingOptions": "options",
+    "batch_generate": "batch",
+    "encode_messages": "instruct",
+    "generate": "generation",
+    "layer_shapes": "config",
+    "load": "loading",
+    "stream_generate": "generation",
 }
-__all__ = sorted(_HOME)
+_MODULES = ("chat", "config", "convert", "errors")  # `openelm_mlx.errors.OptionError` without a second import
+__all__ = [  # written out: type checkers and editors read it
+    "BatchEngine",
+    "BatchResult",
+    "Conversation",
+    "Engine",
+    "Event",
+    "GenerationOptions",
+    "GenerationStats",
+    "ModelDraft",
+    "OpenELMConfig",
+    "OpenELMError",
+    "PromptCache",
+    "SamplingOptions",
+    "batch_generate",
+    "encode_messages",
+    "generate",
+    "layer_shapes",
+    "load",
+    "stream_generate",
+]
 
 if TYPE_CHECKING:
-    from openelm_mlx.batch import BatchEngine, batch_generate
+    from openelm_mlx.batch import BatchEngine, BatchResult, batch_generate
     from openelm_mlx.chat import Conversation
     from openelm_mlx.config import OpenELMConfig, layer_shapes
     from openelm_mlx.drafts import ModelDraft
     from openelm_mlx.errors import OpenELMError
-    from openelm_mlx.generation import Event, generate, stream_generate
+    from openelm_mlx.generation import Event, GenerationStats, generate, stream_generate
+    from openelm_mlx.instruct import encode_messages
     from openelm_mlx.loading import Engine, load
     from openelm_mlx.options import GenerationOptions, SamplingOptions
     from openelm_mlx.prompt_cache import PromptCache
@@ -51,6 +75,10 @@ if (Path(__file__).parents[1] / "pyproject.toml").exists():
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"openelm_mlx.{_HOME[name]}"), name)
-    if name in ("chat", "config", "convert", "errors"):  # `openelm_mlx.chat.encode_messages` without a second import
+    if name in _MODULES:
         return import_module(f"openelm_mlx.{name}")
     raise AttributeError(f"module 'openelm_mlx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -13,14 +13,20 @@ from openelm_mlx.decode import logprob_fields
 from openelm_mlx.errors import OpenELMError, OptionError
 from openelm_mlx.generation import Clock, Event, GenerationStats, TextFilter, prompt_tokens
 from openelm_mlx.kv import CacheKind
-from openelm_mlx.options import GenerationOptions, SamplingOptions, with_overrides
+from openelm_mlx.options import GenerationOptions, SamplingOptions, explained, with_overrides
 from openelm_mlx.rows import Rows, RowsSpec, RowState, choose_rows, prefill_rows
 from openelm_mlx.sampling import History, new_seed, seed_key
 from openelm_mlx.speculative import SpeculationCounts
 from openelm_mlx.tokenizer import StreamingDecoder
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from openelm_mlx.loading import Engine
+    from openelm_mlx.options import Settings
+
+SHARED = ("prefill_chunk", "compiled", "kv_bits")  # options of the batch: one pass and one cache serve all its rows
+ALONE = ("kv_window", "prompt_lookup", "draft_tokens", "adaptive_draft")  # what one sequence at a time can have
 
 
 class Running:
@@ -60,8 +66,8 @@ class BatchEngine:
     """
 
     def __init__(self, engine: Engine, slots: int = 16, options: GenerationOptions | None = None) -> None:
-        if slots < 1:
-            raise OptionError(f"slots is {slots}; a batch needs at least 1")
+        if not isinstance(slots, int) or slots < 1:
+            raise OptionError(f"slots is {slots!r}; a batch needs at least 1")
         self.engine, self.slots, self.options = engine, slots, options or GenerationOptions()
         self.kind = self._kind(self.options)
         self._waiting: deque[Running] = deque()
@@ -79,12 +85,17 @@ class BatchEngine:
         prompt: str | Sequence[int],
         sampling: SamplingOptions | None = None,
         options: GenerationOptions | None = None,
-        **overrides: Any,
+        **settings: Unpack[Settings],
     ) -> int:
         """Queue a prompt; returns the number that its events carry. Raises `PromptError` and `OptionError`."""
-        sampling, options = with_overrides(sampling, options or self.options, overrides)
-        if self._kind(options) != self.kind:
-            raise OptionError("kv_bits of a sequence differs from the batch's; give it to the BatchEngine")
+        sampling, options = with_overrides(sampling, self.options if options is None else options, settings)
+        self._kind(options)
+        for name in SHARED:
+            given, shared = getattr(options, name), getattr(self.options, name)
+            if given != shared:
+                raise OptionError(
+                    f"{name} of a sequence is {given}, that of its batch {shared}; give it to the BatchEngine"
+                )
         tokens = prompt_tokens(self.engine, prompt)
         self._numbers += 1
         self._waiting.append(Running(self._numbers, self.engine, tokens, sampling, options))
@@ -131,10 +142,9 @@ class BatchEngine:
         mx.synchronize()
 
     def _kind(self, options: GenerationOptions) -> CacheKind:
-        if options.kv_window is not None:
-            raise OptionError("kv_window does not go with batches; leave it out, or generate one by one")
-        if options.prompt_lookup:
-            raise OptionError("prompt_lookup does not go with batches; leave it out, or generate one by one")
+        for name in ALONE:
+            if getattr(options, name) != getattr(GenerationOptions, name):
+                raise OptionError(f"{name} does not go with batches; leave it out, or generate one by one")
         return CacheKind.of(self.engine.config, options)
 
     def _spec(self, extra: Sequence[Running] = ()) -> RowsSpec:
@@ -240,6 +250,7 @@ class BatchResult:
     error: OpenELMError | None = None
 
 
+@explained(SamplingOptions, GenerationOptions)
 def batch_generate(
     engine: Engine,
     prompts: Sequence[str | Sequence[int]],
@@ -247,17 +258,20 @@ def batch_generate(
     options: GenerationOptions | Sequence[GenerationOptions] | None = None,
     *,
     slots: int = 16,
-    **overrides: Any,
+    **settings: Unpack[Settings],
 ) -> list[BatchResult]:
     """Continue many prompts, up to `slots` of them at a time; results in the order of the prompts.
 
-    `sampling` and `options` are one for all or one each. A prompt that cannot be run gives a result with `error`
-    and does not disturb the others. Raises `OptionError` for options that are wrong for all.
+    >>> texts = [result.text for result in batch_generate(engine, ["Once upon", "A dog"], max_tokens=32)]
+
+    `sampling` and `options` are one for all or one each; `settings` are options by their names and hold for all. A
+    prompt that cannot be run gives a result with `error` and does not disturb the others. Raises `OptionError` for
+    options that are wrong for all.
     """
     each_sampling = spread("sampling", sampling, len(prompts))
     each_options = spread("options", options, len(prompts))
     first = next((one for one in each_options if one is not None), None)
-    _, shared = with_overrides(None, first, {k: v for k, v in overrides.items() if k in GenerationOptions.__dataclass_fields__})
+    _, shared = with_overrides(None, first, {k: v for k, v in settings.items() if k in GenerationOptions.__dataclass_fields__})
     batch = BatchEngine(engine, slots, shared)
     texts: list[str] = [""] * len(prompts)
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -266,7 +280,7 @@ def batch_generate(
     try:
         for place, prompt in enumerate(prompts):
             try:
-                places[batch.submit(prompt, each_sampling[place], each_options[place], **overrides)] = place
+                places[batch.submit(prompt, each_sampling[place], each_options[place], **settings)] = place
             except OpenELMError as error:
                 results[place] = BatchResult("", (), None, None, error)
         while batch.busy:

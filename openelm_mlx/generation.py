@@ -14,14 +14,17 @@ from openelm_mlx.decode import Progress, State, StepSpec, choose, decode, prefil
 from openelm_mlx.drafts import Chain, Draft, ModelDraft, PromptLookup
 from openelm_mlx.errors import CacheError, PromptError
 from openelm_mlx.kv import CacheKind
-from openelm_mlx.options import GenerationOptions, SamplingOptions, with_overrides
+from openelm_mlx.options import GenerationOptions, SamplingOptions, explained, with_overrides
 from openelm_mlx.prompt_cache import PromptCache
 from openelm_mlx.sampling import History, new_seed, seed_key
 from openelm_mlx.speculative import SpeculationCounts, speculate
 from openelm_mlx.tokenizer import StreamingDecoder
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of type checkers; nothing to install
+
     from openelm_mlx.loading import Engine
+    from openelm_mlx.options import Settings
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,32 @@ class Event:
     stats: GenerationStats | None = None
 
 
+@explained(SamplingOptions, GenerationOptions)
 def generate(
     engine: Engine,
     prompt: str | Sequence[int],
     sampling: SamplingOptions | None = None,
     options: GenerationOptions | None = None,
-    **settings: Any,
+    *,
+    prompt_cache: PromptCache | None = None,
+    draft: Engine | Draft | None = None,
+    progress: Progress | None = None,
+    **settings: Unpack[Settings],
 ) -> str:
-    """The whole text that follows `prompt`; arguments and errors are those of `stream_generate`."""
-    return "".join(event.text for event in stream_generate(engine, prompt, sampling, options, **settings))
+    """The whole text that follows `prompt`; arguments and errors are those of `stream_generate`.
+
+    >>> engine = load("openelm-tiny")
+    >>> text = generate(engine, "Once upon a time", max_tokens=64, temperature=0.7, seed=1)
+
+    `settings` are options by their names; they replace those of `sampling` and `options`.
+    """
+    events = stream_generate(
+        engine, prompt, sampling, options, prompt_cache=prompt_cache, draft=draft, progress=progress, **settings
+    )
+    return "".join(event.text for event in events)
 
 
+@explained(SamplingOptions, GenerationOptions)
 def stream_generate(
     engine: Engine,
     prompt: str | Sequence[int],
@@ -82,9 +100,14 @@ def stream_generate(
     prompt_cache: PromptCache | None = None,
     draft: Engine | Draft | None = None,
     progress: Progress | None = None,
-    **overrides: Any,
+    **settings: Unpack[Settings],
 ) -> Generator[Event, None, None]:
-    """Yield an `Event` a token. `overrides` are field names of either options class: `temperature=0.7`.
+    """Yield an `Event` a token.
+
+    >>> for event in stream_generate(engine, "Once upon a time", max_tokens=64):
+    ...     print(event.text, end="", flush=True)
+
+    `settings` are options by their names; they replace those of `sampling` and `options`.
 
     `prompt_cache` is reused as far as its tokens agree with the prompt and holds prompt and answer afterwards.
     `draft` (a smaller engine with the same tokenizer, or a `ModelDraft` of one, which keeps its cache between calls)
@@ -92,12 +115,12 @@ def stream_generate(
     called after each prefilled chunk. Closing the iterator stops at once and leaves nothing in flight.
     Raises `PromptError` (empty, too long, ids out of range), `OptionError` and `CacheError` before any work.
     """
-    sampling, options = with_overrides(sampling, options, overrides)
+    sampling, options = with_overrides(sampling, options, settings)
     tokens = prompt_tokens(engine, prompt)
     kind = CacheKind.of(engine.config, options)
     cache = PromptCache.for_config(engine.config, kind) if prompt_cache is None else prompt_cache
     if cache.kind != kind:
-        raise CacheError(f"the prompt cache is of kind {cache.kind}, but the options ask for {kind}; make one for them")
+        raise CacheError(f"the prompt cache holds {cache.kind}, but the options ask for {kind}; make one for them")
     return _generate(engine, tokens, sampling, options, cache, draft_for(engine, draft, options), progress)
 
 
@@ -150,9 +173,8 @@ def _generate(
 
 def draft_for(engine: Engine, draft: Engine | Draft | None, options: GenerationOptions) -> Chain | None:
     """What `draft=` and the options ask for: prompt lookup first, a model where nothing matches. Raises `OptionError`."""
-    from openelm_mlx.loading import Engine as LoadedEngine
-
-    model = ModelDraft(engine, draft) if isinstance(draft, LoadedEngine) else draft
+    options.check_draft(draft is not None)
+    model: Any = draft if draft is None or hasattr(draft, "propose") else ModelDraft(engine, draft)
     lookup = PromptLookup(options.prompt_lookup) if options.prompt_lookup else None
     found: list[Draft] = [part for part in (lookup, model) if part is not None]
     return None if not found else Chain(found, options.draft_tokens, options.adaptive_draft)

@@ -172,6 +172,16 @@ class CacheKind:
     store: Store = Plain()
     layout: Layout = Growing()
 
+    def __str__(self) -> str:
+        """As messages name it: "8-bit keys and values, group 64, window 512 of which the first 4 stay"."""
+        store = self.store
+        form = "plain keys and values"
+        if isinstance(store, Quantized):
+            form = f"{store.bits}-bit keys and values, group {store.group_size}"
+        if isinstance(self.layout, Window):
+            form += f", window {self.layout.size} of which the first {self.layout.keep} stay"
+        return form
+
     @classmethod
     def of(cls, config: OpenELMConfig, options: GenerationOptions) -> CacheKind:
         """The kind that `options` ask for. Raises `CacheError` where the model's shapes or context forbid it."""

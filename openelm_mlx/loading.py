@@ -31,7 +31,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 WIDE_MODEL_DIM = 3072  # OpenELM-3B and up: activations overflow float16 (CoreNet, mlx_examples/open_elm/README.md)
 
 
-@dataclass
+@dataclass(repr=False)
 class Engine:
     """A loaded model, ready to generate. Build and use it on one thread: lazy arrays do not cross threads."""
 
@@ -47,6 +47,11 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.steps = Steps(self.model)
+
+    def __repr__(self) -> str:
+        """One line: <Engine openelm-tiny: 6.5 M parameters, 6.9 MB, context 1024>"""
+        size = f"{self.config.num_parameters / 1e6:,.1f} M parameters, {self.nbytes / 1e6:,.1f} MB"
+        return f"<Engine {self.name}: {size}, context {self.config.max_context_length}>"
 
     @property
     def vocab(self) -> int:

@@ -7,32 +7,112 @@ help text and the allowed range of each field.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
 
 from openelm_mlx.errors import OptionError
 
 T = TypeVar("T")
 KV_BITS = (4, 8)
+COARSEST_GREEDY = 1e-6  # a temperature below it tells no two logits apart that float32 does not; far below it overflows
+UNFIT = object()
+KINDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "a text", "Path": "a path",
+         "tuple[str, ...]": "a text of at least one character, or a list of such texts"}  # fmt: skip
 
 
-def check_ranges(options: Any) -> None:
-    """Raise `OptionError` for the first field outside the inclusive ``metadata["range"]``; None means "unset"."""
+def check_fields(options: Any) -> None:
+    """Check every field of a dataclass by its annotation and its metadata, and store it in the annotated type.
+
+    A number that loses nothing by it is converted: of numpy or MLX to Python's, 4.0 to 4 for an integer. Raises
+    `OptionError` for the first field of another type, outside the inclusive ``metadata["range"]``, or not one of
+    ``metadata["choices"]``. None is allowed where the annotation says so.
+    """
     for item in fields(options):
-        value = getattr(options, item.name)
-        if value is None or "range" not in item.metadata:
-            continue
-        low, high = item.metadata["range"]
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not low <= value <= high:
-            upper = "" if high == math.inf else f" to {high}"
-            raise OptionError(
-                f"{item.name} is {value!r}; allowed is a number from {low}{upper}" + (" up" if not upper else "")
-            )
+        given = getattr(options, item.name)
+        value = as_annotated(str(item.type), given)
+        if value is UNFIT or not within(item, value):
+            raise OptionError(f"{item.name} is {shown(given)}; {allowed(item)}")
+        object.__setattr__(options, item.name, value)
 
 
+def as_annotated(annotation: str, given: Any) -> Any:
+    """`given` in the type that `annotation` names, UNFIT where it is of another or would have to be rounded."""
+    kind, _, rest = annotation.partition(" | ")
+    if given is None:
+        return None if rest == "None" else UNFIT
+    if kind == "Path":
+        return Path(given).expanduser() if isinstance(given, (str, os.PathLike)) else UNFIT
+    if kind == "str":
+        return given if isinstance(given, str) else UNFIT
+    if kind == "tuple[str, ...]":
+        texts = (given,) if isinstance(given, str) else given
+        fits = isinstance(texts, (list, tuple)) and all(isinstance(text, str) and text for text in texts)
+        return tuple(texts) if fits else UNFIT
+    number = given.item() if getattr(given, "shape", None) == () else given  # the scalars of numpy and MLX
+    if kind == "bool" or isinstance(number, bool):
+        return number if kind == "bool" and isinstance(number, bool) else UNFIT
+    if not isinstance(number, (int, float)):
+        return UNFIT
+    if kind == "float":
+        return float(number) if abs(number) <= sys.float_info.max else UNFIT  # NaN is not, either
+    return int(number) if isinstance(number, int) or number.is_integer() else UNFIT
+
+
+def within(item: Field[Any], value: Any) -> bool:
+    if value is None:
+        return True
+    if "choices" in item.metadata:
+        return value in item.metadata["choices"]
+    low, high = item.metadata.get("range", (value, value))
+    return bool(low <= value <= high)
+
+
+def allowed(item: Field[Any]) -> str:
+    """What a field may be, as a part of a sentence: "allowed is a whole number from 1 to 16, or None"."""
+    kind, _, rest = str(item.type).partition(" | ")
+    none = ", or None" if rest == "None" else ""
+    if "choices" in item.metadata:
+        return f"allowed: {', '.join(map(str, item.metadata['choices']))}{none}"
+    low, high = item.metadata.get("range", (None, None))
+    limits = "" if low is None else f" from {low} up" if high == math.inf else f" from {low} to {high}"
+    return f"allowed is {KINDS[kind]}{limits}{none}"
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it: one line, not long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def explained(*options: type) -> Callable[[T], T]:
+    """Decorator: the docstring ends with every field of `options`, or of the decorated dataclass, and its meaning.
+
+    `help` and notebooks show it. The texts stand in the metadata of the fields only.
+    """
+
+    def explain(target: T) -> T:
+        classes = options or ((target,) if is_dataclass(target) else ())
+        lines = [line for cls in classes for item in fields(cls) if "help" in item.metadata for line in explanation(item)]
+        target.__doc__ = "\n".join([(target.__doc__ or "").rstrip(), "", "Options:", *lines])
+        return target
+
+    return explain
+
+
+def explanation(item: Field[Any]) -> list[str]:
+    default = "" if item.default is MISSING else f" = {item.default!r}"
+    limits = f"; {allowed(item)}" if item.metadata.keys() & {"range", "choices"} else ""
+    text = textwrap.wrap(item.metadata["help"] + limits, 72)
+    return [f"    {item.name}: {item.type}{default}", *(f"        {line}" for line in text)]
+
+
+@explained()
 @dataclass(frozen=True)
 class SamplingOptions:
     """How the next token is drawn from the logits; the order of the filters is stated in `sampling.filter_logits`."""
@@ -60,17 +140,18 @@ class SamplingOptions:
     )
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_fields(self)
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0 or self.top_k == 1
+        return self.temperature < COARSEST_GREEDY or self.top_k == 1
 
     @property
     def penalised(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+@explained()
 @dataclass(frozen=True)
 class GenerationOptions:
     """When generation stops, what is reported with each token, and how the engine runs."""
@@ -107,23 +188,79 @@ class GenerationOptions:
     kv_keep: int = field(default=4, metadata={"help": "with a window: keep this many first tokens", "range": (0, math.inf)})
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.kv_bits not in (None, *KV_BITS):
-            raise OptionError(f"kv_bits is {self.kv_bits!r}; allowed: {', '.join(map(str, KV_BITS))}")
+        check_fields(self)
+        if self.kv_window is None and self.kv_keep != GenerationOptions.kv_keep:
+            raise OptionError(f"kv_keep is {self.kv_keep}, but there is no window; give kv_window too, or leave it out")
         if self.kv_window is not None and self.kv_window <= self.kv_keep:
-            raise OptionError(f"kv_window is {self.kv_window} and kv_keep {self.kv_keep}; the window must be the larger one")
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        if any(not isinstance(text, str) or not text for text in self.stop):
-            raise OptionError(f"stop is {self.stop!r}; each stop string must be a text of at least one character")
+            raise OptionError(
+                f"kv_window is {self.kv_window} and kv_keep {self.kv_keep}; the window must be the larger one"
+            )
+
+    def check_draft(self, drafts: bool) -> None:
+        """Raise `OptionError` where the length of drafts was set and there are none: no model, and no lookup here."""
+        for name in ("draft_tokens", "adaptive_draft"):
+            value = getattr(self, name)
+            if not drafts and not self.prompt_lookup and value != getattr(GenerationOptions, name):
+                raise OptionError(f"{name} is {value}, but nothing drafts; give a draft model or prompt_lookup too")
+
+
+class Settings(TypedDict, total=False):
+    """Every option as a keyword, for type checkers and editors: `**settings: Unpack[Settings]`.
+
+    These are the fields of `SamplingOptions` and `GenerationOptions` with the same texts; defaults stand there.
+    """
+
+    temperature: float
+    """0 is greedy"""
+    top_k: int
+    """keep the k likeliest tokens; 0 keeps all"""
+    top_p: float
+    """keep the smallest set of tokens with this mass"""
+    min_p: float
+    """drop tokens below this share of the likeliest one"""
+    repetition_penalty: float
+    """divide the score of tokens seen in prompt or answer; 1 is off"""
+    presence_penalty: float
+    """subtracted from the score of tokens already generated"""
+    frequency_penalty: float
+    """subtracted once for each time a token was generated"""
+    seed: int | None
+    """same seed, same tokens; unset draws a new one"""
+    max_tokens: int
+    """stop after this many tokens"""
+    stop: str | Sequence[str]
+    """stop before this text; may be given several times"""
+    ignore_eos: bool
+    """go on past the end-of-text token"""
+    logprobs: int | None
+    """report log probabilities: of the chosen token and of this many likeliest"""
+    prefill_chunk: int
+    """prompt tokens in one pass of the model"""
+    compiled: bool
+    """run the decode step compiled; off is its eager twin"""
+    prompt_lookup: int
+    """draft what followed the last time these N tokens were seen; 0 is off"""
+    draft_tokens: int
+    """with a draft model or prompt lookup: draft at most this many"""
+    adaptive_draft: bool
+    """draft less where little is accepted; off always drafts --draft-tokens"""
+    kv_bits: int | None
+    """quantize keys and values of the cache"""
+    kv_window: int | None
+    """attend to this many tokens only: the first and the latest"""
+    kv_keep: int
+    """with a window: keep this many first tokens"""
 
 
 def with_overrides(
     sampling: SamplingOptions | None, options: GenerationOptions | None, overrides: Mapping[str, Any]
 ) -> tuple[SamplingOptions, GenerationOptions]:
     """Both option objects with the named fields replaced; an unknown name raises `OptionError` with the nearest."""
-    sampling, options = sampling or SamplingOptions(), options or GenerationOptions()
+    sampling = SamplingOptions() if sampling is None else sampling
+    options = GenerationOptions() if options is None else options
+    for name, given, kind in (("sampling", sampling, SamplingOptions), ("options", options, GenerationOptions)):
+        if not isinstance(given, kind):
+            raise OptionError(f"{name} is {shown(given)}; allowed is one made by {kind.__name__}(...), or keywords")
     names = {f.name: 0 for f in fields(sampling)} | {f.name: 1 for f in fields(options)}
     for name in overrides:
         if name not in names:

@@ -18,7 +18,7 @@ from openelm_mlx.kv import CacheKind, Window
 if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
 
-FORMAT = "openelm-mlx prompt cache 2"
+FORMAT = "openelm-mlx prompt cache 3"
 
 
 class PromptCache:
@@ -86,7 +86,7 @@ class PromptCache:
         }
         about = {
             "format": FORMAT,
-            "kind": repr(self.kind),
+            "kind": str(self.kind),
             "fingerprint": fingerprint(engine),
             "offset": str(self.layers[0].offset),
             "written": str(self.layers[0].written),
@@ -108,14 +108,17 @@ class PromptCache:
             raise CacheError(f"{path} is no saved cache: {error}") from None
         arrays, about = loaded
         if about.get("format") != FORMAT:
-            raise CacheError(f"{path} is no saved cache of this engine (format {about.get('format')!r}, not {FORMAT!r})")
+            raise CacheError(
+                f"{path} is no saved cache of this version: its format is {about.get('format')!r}, not {FORMAT!r}. "
+                "Give another file, or move it away"
+            )
         if about.get("fingerprint") != fingerprint(engine):
             raise CacheError(
                 f"{path} was made with other weights or another tokenizer than {engine.name}'s; "
                 "delete it, or use the model it was made with"
             )
-        if about.get("kind") != repr(kind):
-            raise CacheError(f"{path} holds a cache of kind {about.get('kind')}; asked for was {kind!r}. Give the same options")
+        if about.get("kind") != str(kind):
+            raise CacheError(f"{path} holds {about.get('kind')}; asked for are {kind}. Give the same options")
         cache = cls.for_config(engine.config, kind)
         try:
             cache._fill(arrays, about, engine)

@@ -149,6 +149,9 @@ def test_mistakes(engine):
         batch_generate(engine, ["a"], kv_window=20)
     with pytest.raises(OptionError, match="prompt_lookup does not go with batches"):
         BatchEngine(engine, options=GenerationOptions(prompt_lookup=2))
-    with pytest.raises(OptionError, match="kv_bits of a sequence differs"):
-        BatchEngine(engine).submit("a", kv_bits=8)
+    for name, value in (("kv_bits", 8), ("prefill_chunk", 7), ("compiled", False)):
+        with pytest.raises(OptionError, match=f"{name} of a sequence is {value}, that of its batch .*; give it to the"):
+            BatchEngine(engine).submit("a", **{name: value})
+    with pytest.raises(OptionError, match="draft_tokens does not go with batches"):
+        BatchEngine(engine).submit("a", draft_tokens=3)
     assert [rows_for(n) for n in (1, 2, 3, 5, 16)] == [1, 2, 4, 8, 16]

@@ -130,7 +130,7 @@ def test_mistakes(tiny):
         stream_generate(tiny, PROMPT, temprature=1)
     with pytest.raises(OptionError, match="top_p is 1.5; allowed is a number from 0.0 to 1.0"):
         stream_generate(tiny, PROMPT, top_p=1.5)
-    with pytest.raises(OptionError, match="each stop string"):
+    with pytest.raises(OptionError, match="allowed is a text of at least one character"):
         stream_generate(tiny, PROMPT, stop=("",))
     with pytest.raises(CacheError, match="cannot forget 3 tokens of 0"):
         KVCache().trim(3)

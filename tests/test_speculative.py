@@ -236,5 +236,10 @@ def test_a_tokenizer_is_the_same_from_either_file(tiny):
 def test_mistakes(tiny, target):
     with pytest.raises(OptionError, match="has another tokenizer than openelm-tiny; a draft must share it"):
         stream_generate(tiny, "Once", draft=target)
-    with pytest.raises(OptionError, match="draft_tokens is 99; allowed is a number from 1 to 16"):
+    with pytest.raises(OptionError, match="draft_tokens is 99; allowed is a whole number from 1 to 16"):
         stream_generate(tiny, "Once", draft_tokens=99)
+    with pytest.raises(OptionError, match="draft is 'openelm-tiny'; allowed is a loaded model"):
+        stream_generate(tiny, "Once", draft="openelm-tiny")
+    for name, value in (("draft_tokens", 3), ("adaptive_draft", False)):
+        with pytest.raises(OptionError, match=f"{name} is {value}, but nothing drafts; give a draft model or prompt_lookup"):
+            stream_generate(tiny, "Once", **{name: value})
