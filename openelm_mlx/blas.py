@@ -34,11 +34,12 @@ def choose_blas(environ: Mapping[str, str], platform: str, candidates: tuple[str
     return BlasChoice(candidates[0], "found on this system")
 
 
-_loaded: dict[str, BlasChoice] = {}  # what was asked for -> what was loaded for it, before MLX was imported
+_loaded: dict[str, BlasChoice] = {}  # what was asked for -> what came of it, before MLX was imported
 
 
 def load_blas(environ: Mapping[str, str] | None = None) -> BlasChoice:
-    """Load the chosen library for all to see. Once mlx.core is imported it loads nothing, and tells what was loaded."""
+    """Load the chosen library for all to see. Once mlx.core is imported it loads nothing, and
+    tells what came of the first call. Raises `OptionError` for a path that cannot be loaded."""
     environ = os.environ if environ is None else environ
     wish = environ.get("OPENELM_BLAS") or DEFAULT
     if wish in _loaded:
@@ -59,4 +60,5 @@ def load_blas(environ: Mapping[str, str] | None = None) -> BlasChoice:
     if not auto:
         raise OptionError(f"OPENELM_BLAS={choice.path} cannot be loaded ({problem}); "
                           "give auto, off, or the path of a libopenblas.so")
-    return BlasChoice(None, "no OpenBLAS found; install libopenblas0-pthread")
+    _loaded[wish] = choose_blas(environ, sys.platform, ())
+    return _loaded[wish]

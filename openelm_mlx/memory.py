@@ -41,9 +41,14 @@ def facts() -> dict[str, Any]:
         "blas_reason": blas.reason,
         "cxx_compiler": shutil.which("g++") or shutil.which("clang++"),
         "model_cache": str(hub),
-        "free_disk_bytes": shutil.disk_usage(Path.home()).free,
+        "free_disk_bytes": free_bytes(Path(hub)),
         "load_average": os.getloadavg()[0],
     }
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free where `folder` is or would be made: a home that does not exist is no reason to fail."""
+    return shutil.disk_usage(next(above for above in (folder, *folder.parents) if os.path.exists(above))).free
 
 
 def hints(found: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from openelm_mlx import blas
 from openelm_mlx.blas import BlasChoice, choose_blas, load_blas
 from openelm_mlx.errors import OptionError
 
@@ -18,7 +19,7 @@ def test_choice(wish: str, platform: str, found: tuple[str, ...], path: str | No
     assert choose_blas({"OPENELM_BLAS": wish}, platform, found).path == path
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
+@pytest.mark.needs("Linux")
 def test_named_library_that_is_missing_is_refused() -> None:
     code = "from openelm_mlx.blas import load_blas; load_blas({'OPENELM_BLAS': '/no/such.so'})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -30,17 +31,26 @@ def test_off_loads_nothing() -> None:
     assert load_blas({"OPENELM_BLAS": "off"}).path is None
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
-def test_what_was_loaded_before_mlx_is_still_told_after_it() -> None:
-    code = """
-import sys
-from openelm_mlx.blas import load_blas
-first = load_blas({})
+@pytest.mark.needs("Linux")
+@pytest.mark.with_or_without("OpenBLAS")
+@pytest.mark.parametrize("names", [blas.NAMES, ("libnothing.so",)], ids=["system", "none"])
+def test_what_came_of_it_before_mlx_is_still_told_after_it(names: tuple[str, ...]) -> None:
+    code = f"""
+import pathlib
+from openelm_mlx import blas
+blas.NAMES = {names}
+first = blas.load_blas({{}})
 import mlx.core
-print(load_blas({}) == first, load_blas({"OPENELM_BLAS": "off"}).path, load_blas({"OPENELM_BLAS": "/other.so"}).reason)
+print(blas.load_blas({{}}) == first, blas.load_blas({{"OPENELM_BLAS": "off"}}).path)
+print(blas.load_blas({{"OPENELM_BLAS": "/other.so"}}).reason)
+print(first.path, "openblas" in pathlib.Path("/proc/self/maps").read_text(), first.reason)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == "True None mlx was imported first, too late for another BLAS\n"
+    told, late, found = run.stdout.splitlines()
+    assert told == "True None" and late == "mlx was imported first, too late for another BLAS"
+    assert found in (f"{names[0]} True found on this system", f"{names[-1]} True found on this system",
+                     "None False no OpenBLAS found; install libopenblas0-pthread")
+    assert names == blas.NAMES or found.startswith("None")
 
 
 def test_a_system_library_is_looked_for_unless_told_otherwise() -> None:
