@@ -1,4 +1,4 @@
-"""Models that many tests use."""
+"""Models that many tests use, and what is said of tests that were skipped."""
 
 from __future__ import annotations
 
@@ -7,10 +7,26 @@ from pathlib import Path
 
 import pytest
 from golden_set import NANO
+from optional import skip_without, skipped_line
 
 from openelm_mlx import load
 from openelm_mlx.hub import resolve_model
 from openelm_mlx.loading import Engine
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*names): skipped where one of these is missing; see tests/optional.py")
+    config.addinivalue_line("markers", "with_or_without(*names): holds with and without these; see tests/optional.py")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    skip_without(item)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.stats.get("skipped", [])
+    if line := skipped_line(report.longrepr[2] for report in reports if isinstance(report.longrepr, tuple)):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -261,6 +261,7 @@ def test_a_draft_model_by_folder_and_no_folder_named_in_the_result(tiny, tmp_pat
     assert last_part("apple/OpenELM-270M") == "apple/OpenELM-270M" and last_part("prompt-lookup") == "prompt-lookup"
 
 
+@pytest.mark.with_or_without("OpenBLAS", "a C++ compiler", "a writable home")
 def test_machine_facts():
     found = machine.machine()
     assert found["cores"] == os.cpu_count() and found["memory_bytes"] == machine.memory_bytes() and "user" not in str(found)

@@ -7,6 +7,7 @@ import copy
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from optional import compiles
 from small import random_engine
 
 from openelm_mlx import ModelDraft, PromptCache, batch_generate, stream_generate
@@ -43,7 +44,9 @@ def test_compiled_equals_eager_for_every_type_and_width(tiny, dtype, bits):
         assert runs[0] == runs[1], settings
 
 
+@pytest.mark.with_or_without("a C++ compiler")
 def test_a_step_is_traced_once_a_block_and_prefill_feeds_each_token_once(tiny, monkeypatch):
+    """Without a compiler MLX traces nothing and calls the step for each token."""
     engine = random_engine(tiny, seed=1)
     calls = []
     hidden = type(engine.model).hidden
@@ -54,10 +57,11 @@ def test_a_step_is_traced_once_a_block_and_prefill_feeds_each_token_once(tiny, m
 
     monkeypatch.setattr(type(engine.model), "hidden", counted)
     events = list(stream_generate(engine, PROMPT, max_tokens=300, ignore_eos=True, prefill_chunk=3))
-    assert calls == [3, 3, 2, 1, 1] and len(events) == 300  # three chunks, and a trace for each of two blocks
+    assert calls[:3] == [3, 3, 2] and set(calls[3:]) == {1} and len(events) == 300  # three chunks
+    assert len(calls[3:]) == (2 if compiles() else 299)  # a trace for each of two blocks
     calls.clear()
     list(stream_generate(engine, PROMPT, max_tokens=300, ignore_eos=True))
-    assert calls == [8]  # nothing is traced again
+    assert calls == [8] + [1] * (0 if compiles() else 299)  # nothing is traced again
 
 
 def test_the_device_works_on_the_next_token_while_the_host_reads_one(tiny, monkeypatch):

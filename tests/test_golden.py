@@ -16,6 +16,7 @@ from openelm_mlx.cache import make_caches, step_caches
 from openelm_mlx.model import OpenELM
 
 TOLERANCE = 1e-4
+pytestmark = pytest.mark.with_or_without("OpenBLAS", "a C++ compiler")
 
 
 def load_golden(name: str, tmp_path):

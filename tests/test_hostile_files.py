@@ -114,7 +114,7 @@ for path in map(Path, sys.argv[1:]):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is limited on Linux only")
+@pytest.mark.needs("Linux")  # nothing else limits the memory of a process
 def test_bombs_are_refused_in_little_time_and_memory(tmp_path):
     """One process for all, with 400 MB above its imports and 60 s of CPU in all."""
     for name in BOMBS:

@@ -56,7 +56,7 @@ def test_after_mlx_has_started_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -
     assert "too late" in set_buffer_limits(environ).reason and environ == {}
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="elsewhere than on macOS")
+@pytest.mark.needs("another system than macOS")
 def test_no_chip_and_no_setting_off_macos() -> None:
     assert chip_name() is None
     code = "import os; before = dict(os.environ); import openelm_mlx.loading; print(dict(os.environ) == before)"

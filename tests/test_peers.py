@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,7 +25,6 @@ from openelm_mlx.loading import parameters
 PROMPT = "Once upon a time there was a little fox who"
 TOKENS = 32
 
-needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="PyTorch is not installed; it is an optional peer")
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +37,9 @@ def ours(tiny, prompt) -> tuple[int, ...]:
     return tuple(event.token for event in stream_generate(tiny, prompt, max_tokens=TOKENS, ignore_eos=True))
 
 
-@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("name", [
+    name if name == "mlx-lm" else pytest.param(name, marks=pytest.mark.needs(name)) for name in peers.PEERS])
 def test_a_peer_gives_our_greedy_tokens(name, prompt, ours):
-    if reason := peers.why_not(name):
-        pytest.skip(f"{name}: {reason}")
     session = peers.open_peer(name, BUNDLED, "float32")
     try:
         first, again = session.generate(prompt, TOKENS), session.generate(prompt, TOKENS)
@@ -54,7 +51,7 @@ def test_a_peer_gives_our_greedy_tokens(name, prompt, ours):
         session.close()
 
 
-@pytest.mark.skipif(peers.why_not("llama.cpp") is not None, reason="llama.cpp is not installed; it is an optional peer")
+@pytest.mark.needs("llama.cpp")
 def test_llama_cpp_opens_what_was_converted_before(prompt, ours, tmp_path):
     path = peers.prepared("llama.cpp", BUNDLED, "float32", tmp_path)
     session = peers.open_peer("llama.cpp", path, "float32")
@@ -107,7 +104,7 @@ def test_unknown_missing_and_damaged(tmp_path, monkeypatch):
 # --- the PyTorch reference
 
 
-@needs_torch
+@pytest.mark.needs("torch")
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_the_reference_expands_quantized_weights_as_mlx_does(bits):
     import torch
@@ -119,7 +116,7 @@ def test_the_reference_expands_quantized_weights_as_mlx_does(bits):
     assert np.allclose(dequantize(words, *floats, bits=bits).numpy(), np.array(ours), atol=1e-6)
 
 
-@needs_torch
+@pytest.mark.needs("torch")
 @pytest.mark.parametrize("name", ["tied-gqa4", "untied-mha", "noqknorm-gqa2", "noglu-gqa2", "gpt-test", "openelm-tiny"])
 def test_the_reference_computes_what_corenet_computes(name, tmp_path):
     """One token at a time through its cache, and the prompt in two pieces, against logits of CoreNet's own class."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from optional import skipped_line
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("openelm_mlx", "convert", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -27,3 +30,42 @@ def test_every_package_is_listed_for_the_wheel():
                  *ROOT.glob("benchmarks/**/__init__.py")]:
         name = ".".join(init.parent.relative_to(ROOT).parts)
         assert f'"{name if name.startswith("openelm_mlx") else "openelm_mlx." + name}"' in listed
+
+
+def test_what_was_skipped_is_said_in_one_line():
+    reasons = ["Skipped: wants Chromium", "Skipped: wants Linux", "Skipped: wants Chromium"]
+    assert skipped_line(reasons) == "3 skipped: 2 want Chromium, 1 wants Linux"
+    assert skipped_line([]) is None
+
+
+# a Python that makes a virtual environment whose pip says a lot, and fails where a file `broken` lies
+PYTHON = """#!/bin/sh
+if [ "$2" = venv ]; then mkdir -p .venv/bin && cp "$0" .venv/bin/python; fi
+if [ "$3" = install ]; then
+    seq 100
+    [ ! -e broken ] || { echo "no such package" >&2; exit 1; }
+fi
+if [ "$2" = pip ] && [ "$3" = --version ]; then echo "pip 99"; fi
+"""
+
+
+@pytest.mark.parametrize("folder", ["plain", "with a blank"])
+def test_make_installs_in_one_line_and_shows_the_end_of_its_log_when_it_fails(folder, tmp_path):
+    work = tmp_path / folder
+    work.mkdir()
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, work)
+    (work / "python").write_text(PYTHON)
+    (work / "python").chmod(0o755)
+    (work / "broken").touch()
+    make = ["make", "PYTHON=./python", ".venv/installed"]
+    failed = subprocess.run(make, cwd=work, capture_output=True, text=True)
+    lines = failed.stderr.splitlines()
+    assert failed.returncode == 2 and lines[0].startswith("installing ") and "no such package" in lines
+    assert "installing failed; the whole log is .venv/install.log" in lines and len(lines) < 25
+    assert not (work / ".venv/installed").exists()
+    (work / "broken").unlink()
+    done = subprocess.run(make, cwd=work, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert (work / ".venv/install.log").read_text().splitlines()[:2] == ["pip 99", "1"]
+    assert "is up to date" in subprocess.run(make, cwd=work, capture_output=True, text=True).stdout

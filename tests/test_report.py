@@ -9,13 +9,11 @@ from html.parser import HTMLParser
 
 import pytest
 from bench_document import NASTY, rich_document, sparse_document
-from browser import Browser, find_chromium
+from browser import Browser
 from openelm_mlx.benchmarks.report import render, write_report
 from test_plot import without_matplotlib
 
 from openelm_mlx.errors import BenchmarkError
-
-needs_chromium = pytest.mark.skipif(find_chromium() is None, reason="no Chromium or Chrome on this machine to open the page with")
 
 
 class Reader(HTMLParser):
@@ -117,7 +115,7 @@ def contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-@needs_chromium
+@pytest.mark.needs("Chromium")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [375, 1280])
 @pytest.mark.parametrize("page", ["rich", "sparse"])
@@ -136,7 +134,7 @@ def test_the_page_in_a_browser(browser, pages, page, width, dark):
     assert browser.value("document.images[0].currentSrc != document.images[0].src") == dark  # the dark source was taken
 
 
-@needs_chromium
+@pytest.mark.needs("Chromium")
 def test_the_browser_would_have_complained(browser, tmp_path):
     """What the test above relies on: errors, broken pictures and requests do reach it."""
     page = tmp_path / "bad.html"

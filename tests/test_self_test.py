@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import pytest
 
 from openelm_mlx import load
 from openelm_mlx.cli.main import main
 from openelm_mlx.generation import prompt_tokens
 from openelm_mlx.self_test import PROMPT, TOKENS
+
+pytestmark = pytest.mark.with_or_without("OpenBLAS", "a C++ compiler", "a writable home")
 
 
 def test_the_expected_tokens_are_those_of_whole_passes_and_no_other_comes_near():
