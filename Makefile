@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+LOG := $(VENV)/install.log
+PIP_FLAGS := --disable-pip-version-check --no-input
 # The tree as it is installed, for the type checker: convert and benchmarks lie beside the package here, inside it there.
 TYPES := build/types
 
@@ -12,21 +13,24 @@ help:
 	@echo "make test   lint, types and tests, as CI runs them"
 	@echo "make clean  remove the virtual environment and caches"
 
-$(VENV)/ready:
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("openelm-mlx needs Python 3.10 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)")'
-	@echo "creating $(VENV) ..." >&2
-	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --upgrade pip
+# $(call install,WHAT): make the virtual environment where there is no whole one, and install WHAT into it. What pip says
+# goes to a log, of which the end is shown when something fails. A later run of make ends what was interrupted.
+define install
+@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("openelm-mlx needs Python 3.10 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+@mkdir -p $(VENV)
+@echo "installing openelm-mlx into $(VENV), once (log: $(LOG)) ..." >&2
+@{ $(BIN)/python -m pip --version || $(PYTHON) -m venv $(VENV); } >$(LOG) 2>&1 && \
+	$(BIN)/python -m pip install $(PIP_FLAGS) 'pip>=21.3' >>$(LOG) 2>&1 && \
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '$(1)' >>$(LOG) 2>&1 || \
+	{ tail -n 20 $(LOG) >&2; echo "installing failed; the whole log is $(LOG)" >&2; exit 1; }
+endef
+
+$(VENV)/installed: pyproject.toml
+	$(call install,.)
 	@touch $@
 
-$(VENV)/installed: pyproject.toml | $(VENV)/ready
-	@echo "installing openelm-mlx (once) ..." >&2
-	@$(PIP) install --editable .
-	@touch $@
-
-$(VENV)/installed-dev: pyproject.toml | $(VENV)/ready
-	@echo "installing openelm-mlx with its development tools (once) ..." >&2
-	@$(PIP) install --editable '.[dev]'
+$(VENV)/installed-dev: pyproject.toml
+	$(call install,.[dev])
 	@touch $(VENV)/installed $@
 
 chat: $(VENV)/installed
