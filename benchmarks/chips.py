@@ -102,9 +102,12 @@ def find(name: str, gpu_cores: int | None = None) -> Chip:
     return fitting[0]
 
 
-def nominal_bandwidth(device_name: str | None) -> float | None:
-    """Bytes a second of the chip MLX names, None for one not in the table. The largest where one name has two."""
+def nominal_bandwidth(device_name: str | None, gpu_cores: int | None = None) -> float | None:
+    """Bytes a second of the chip MLX names, None for one not in the table.
+
+    Without its GPU cores it is the largest where one name has two.
+    """
     try:
-        return find(device_name or "").bandwidth
+        return find(device_name or "", gpu_cores).bandwidth
     except BenchmarkError:
         return None

@@ -12,6 +12,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from openelm_mlx.benchmarks.bootstrap import paired_ratio
+
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.files import replacing
 
@@ -158,8 +160,12 @@ def from_json(data: Any) -> Document:
     if schema != SCHEMA:
         raise BenchmarkError(f"schema is {schema!r}; this version reads {SCHEMA!r}")
     document: Document = build(Document, data, "")
+    bandwidth = document.machine.get("bandwidth_bytes_per_second")
     for number, row in enumerate(document.rows):
         check_row(row, f"rows[{number}]")
+        if row.bound_tokens_per_second and row.bytes_per_token and isinstance(bandwidth, float):
+            bound = bandwidth / sum(row.bytes_per_token.values())
+            follows(row.bound_tokens_per_second, bound, f"rows[{number}].bound_tokens_per_second")
     for number, ratio in enumerate(document.ratios):
         check_ratio(ratio, document, f"ratios[{number}]")
     return document
@@ -177,13 +183,22 @@ def check_row(row: Row, place: str) -> None:
             raise BenchmarkError(f"{here}.values is empty; a metric needs at least one trial")
         truth = Metric.of(metric.values, metric.unit)
         for part in ("median", "q1", "q3"):
-            if not math.isclose(getattr(metric, part), getattr(truth, part), rel_tol=1e-6, abs_tol=1e-12):
-                raise BenchmarkError(
-                    f"{here}.{part} is {getattr(metric, part)}, but that of its values is {getattr(truth, part)}"
-                )
+            follows(getattr(metric, part), getattr(truth, part), f"{here}.{part}")
     for count in ("prompt_tokens", "generation_tokens", "batch_size"):
         if getattr(row.case, count) < 1:
             raise BenchmarkError(f"{place}.case.{count} is {getattr(row.case, count)}; allowed is a number from 1 up")
+    rate = row.metrics.get("decode_tokens_per_second")
+    if row.percent_of_bound is not None:
+        if rate is None or not row.bound_tokens_per_second:
+            raise BenchmarkError(f"{place}.percent_of_bound needs a decode rate and a bound above 0")
+        share = 100 * rate.median / row.bound_tokens_per_second
+        follows(row.percent_of_bound, share, f"{place}.percent_of_bound")
+
+
+def follows(given: float, truth: float, place: str) -> None:
+    """Raise `BenchmarkError` for a summary that is not the one of its values."""
+    if not math.isclose(given, truth, rel_tol=1e-6, abs_tol=1e-12):
+        raise BenchmarkError(f"{place} is {given}, but that of its values is {truth}")
 
 
 def check_ratio(ratio: Ratio, document: Document, place: str) -> None:
@@ -193,6 +208,11 @@ def check_ratio(ratio: Ratio, document: Document, place: str) -> None:
             raise BenchmarkError(f"{place}.{name} is {index}; the document has {len(document.rows)} rows")
         if ratio.metric not in document.rows[index].metrics:
             raise BenchmarkError(f"{place}.metric is {ratio.metric!r}, which rows[{index}] has not measured")
+    trials = [document.rows[index].metrics[ratio.metric].values for index in (ratio.row, ratio.against)]
+    if min(map(len, trials)) < 2 or min(map(min, trials)) <= 0:
+        raise BenchmarkError(f"{place} needs two trials above 0 of either row")
+    for name, truth in zip(("low", "ratio", "high"), paired_ratio(*trials), strict=True):
+        follows(getattr(ratio, name), truth, f"{place}.{name}")
 
 
 def build(kind: Any, value: Any, place: str) -> Any:

@@ -1,4 +1,4 @@
-"""A loaded model on its way through a run: what case it makes, where its folder is, what memory allows it."""
+"""A loaded model on its way through a run: what case it makes, where its folder is, what bounds it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def uniform_bits(engine: Engine) -> int | None:
 
 
 def bounded(row: Row, loaded: list[Weights], bandwidth: float | None) -> Row:
-    """The row with the bytes that one of its tokens reads and the rate that bandwidth allows for them.
+    """The row with the bytes that one of its tokens reads and the rate at which a copy moves as many.
 
     One sequence without speculation: elsewhere a pass over the weights gives more than one token.
     """
@@ -92,5 +92,5 @@ def bounded(row: Row, loaded: list[Weights], bandwidth: float | None) -> Row:
     share = None if rate is None else 100 * rate.median / most
     notes = row.notes
     if share is not None and share > 100:
-        notes += (f"{share:.0f} % of the bound: these weights come from a cache that is faster than memory",)
+        notes += (f"{share:.0f} % of the bound: reading was faster here than the copy it stands on",)
     return replace(row, bytes_per_token=parts, bound_tokens_per_second=most, percent_of_bound=share, notes=notes)

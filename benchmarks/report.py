@@ -132,7 +132,7 @@ def cards(document: Document) -> list[Card]:
         best = max(timed, key=lambda row: row.metrics[DECODE].median)
         lines = [f"{width(best.case)} weights, {best.case.prompt_tokens} prompt tokens"]
         if best.percent_of_bound is not None:
-            lines.append(f"{best.percent_of_bound:.0f} % of what memory bandwidth allows")
+            lines.append(f"{best.percent_of_bound:.0f} % of the rate of a copy")
         lines += [
             f"{item.ratio:.2f} × {document.rows[item.against].case.engine}, {width(document.rows[item.row].case)} "
             f"({item.low:.2f}\N{EN DASH}{item.high:.2f})"
@@ -270,7 +270,7 @@ def assumptions(document: Document) -> list[str]:
             "The memory bound is bandwidth over bytes a token: every weight, scale, key and value is read once a token, "
             "nothing is written, and arithmetic and kernel launches cost nothing.",
             "Bandwidth is what copying memory reached on this machine (MLX's copy kernel on a GPU), bytes read and written "
-            "together; a chip's nominal one is higher.",
+            "together; a chip's nominal one is higher. Reading alone can be faster than a copy, so a share may pass 100 %.",
         ]
     if any(row.case.random_weights for row in document.rows):
         told.append("Random weights have a model's shapes and cost what it costs; their text and losses mean nothing.")

@@ -1,4 +1,4 @@
-"""Bytes that one decoded token must read, by part of the model, and the tokens a second that memory bandwidth allows.
+"""Bytes that one decoded token must read, by part of the model, and the tokens a second that a bandwidth gives.
 
 Every weight is read once a token, whatever the kernels: batch size one does no work twice. From the configuration
 alone; the ledger counts the same bytes on the graph, and a test holds both equal.
@@ -91,7 +91,11 @@ def settings(path: str, quantization: Mapping[str, Any] | None) -> Mapping[str, 
 
 
 def bound(bytes_read: float | Mapping[str, float], bandwidth: float) -> float:
-    """Tokens a second that cannot be exceeded at this bandwidth, bytes a second (arXiv:2211.05102, section 2.1)."""
+    """Tokens a second where `bytes_read` come at `bandwidth`, bytes a second (arXiv:2211.05102, section 2.1).
+
+    Decoding stays below it if nothing reads faster: a measured copy need not be the fastest reader, nor memory the
+    place where small weights come from.
+    """
     total = sum(bytes_read.values()) if isinstance(bytes_read, Mapping) else bytes_read
     if total <= 0 or bandwidth <= 0:
         raise BenchmarkError(f"bytes and bandwidth must be above 0, not {total} and {bandwidth}")

@@ -122,7 +122,7 @@ class Run:
         self.bandwidth = found.bytes_per_second
         self.notes.append(f"bound: {self.bandwidth / 1e9:.1f} GB/s over the bytes that a token must read; {found.assumed}")
         return {"bandwidth_bytes_per_second": self.bandwidth,
-                "nominal_bandwidth_bytes_per_second": nominal_bandwidth(facts.get("chip"))}  # fmt: skip
+                "nominal_bandwidth_bytes_per_second": nominal_bandwidth(facts.get("chip"), facts.get("gpu_cores"))}  # fmt: skip
 
     def method(self) -> list[str]:
         """How the figures came about, in the document itself."""

@@ -213,7 +213,9 @@ def ratio_grid(document: Document) -> Grid:
 def legend(document: Document) -> list[str]:
     """What the heads of the columns stand for."""
     words = [text for name, text in LEGEND.items() if any(name in row.metrics for row in document.rows)]
-    words += ["bound: share of what memory bandwidth allows"] * any(row.percent_of_bound is not None for row in document.rows)
+    words += ["bound: share of the rate at which a copy moves as many bytes"] * any(
+        row.percent_of_bound is not None for row in document.rows
+    )
     found = ["; ".join([*words, "in brackets: interquartile range as a share of the median"])] if words else []
     if document.ratios:
         found.append("ratios to a peer have their 95 % interval in brackets; above 1 is faster, but slower for first")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from openelm_mlx.benchmarks.bootstrap import paired_ratio
 from openelm_mlx.benchmarks.document import Case, Document, Metric, Ratio, Row
 
 NASTY = "</title><img src=x onerror=alert(1)>$x^2$&'\""
@@ -15,11 +18,12 @@ def metric(median: float, unit: str = "tokens/s", spread: float = 0.03) -> Metri
 
 def row(model="openelm-tiny", bits=None, prompt=64, decode=100.0, engine="openelm-mlx", kl=None, **more) -> Row:
     weight = more.pop("bits_per_weight", 32.0 if bits is None else bits + 0.5)
+    prefill, spread = more.pop("prefill", 9 * decode), 0.03 if engine == "openelm-mlx" else 0.01
     agrees, notes = more.pop("agrees", None), more.pop("notes", ())
     metrics = {
-        "decode_tokens_per_second": metric(decode),
-        "prefill_tokens_per_second": metric(decode * 9),
-        "time_to_first_token_seconds": metric(prompt / decode / 9, "s"),
+        "decode_tokens_per_second": metric(decode, spread=spread),
+        "prefill_tokens_per_second": metric(prefill, spread=spread),
+        "time_to_first_token_seconds": metric(prompt / prefill, "s", spread),
         "peak_memory_bytes": metric(3.1e6 * weight, "bytes", 0.0),
     }
     if kl is not None:
@@ -35,6 +39,11 @@ def row(model="openelm-tiny", bits=None, prompt=64, decode=100.0, engine="openel
     return Row(case, metrics, read, bound, 100 * decode / bound if bound else None, agrees, None, notes)
 
 
+def ratio(rows: Sequence[Row], name: str, ours: int, peer: int) -> Ratio:
+    low, middle, high = paired_ratio(*(rows[number].metrics[name].values for number in (ours, peer)))
+    return Ratio(name, ours, peer, middle, low, high)
+
+
 def rich_document() -> Document:
     rows = [
         row(decode=210, kl=0.0),
@@ -42,8 +51,8 @@ def rich_document() -> Document:
         row(bits=4, decode=610, kl=3.1e-2),
         row(bits=3, decode=640, kl=2.2e-1, notes=("decode: quartiles 14 % of the median apart",)),
         *(row(bits=4, prompt=prompt, decode=610 - prompt / 4) for prompt in (256, 512, 960)),
-        row(decode=150, engine="mlx-lm", agrees=True),
-        row(bits=4, decode=560, engine="mlx-lm", agrees=True),
+        row(decode=150, prefill=2300, engine="mlx-lm", agrees=True),
+        row(bits=4, decode=560, prefill=5500, engine="mlx-lm", agrees=True),
         Row(Case("torch", "openelm-tiny", "float32", 4, 4.5, 64, 64), agrees=False, parts_at=17, notes=("17: 5, ours 9",)),
         row(bits=4, decode=2400, batch_size=8),
         row(bits=4, decode=590, cache="quantized 8-bit"),
@@ -51,12 +60,11 @@ def rich_document() -> Document:
         row("1.1b", bits=4, decode=11, prompt=32, random_weights=True),
         row("1.1b", decode=2.4, prompt=32, random_weights=True),
     ]
-    ratios = (
-        Ratio("decode_tokens_per_second", 0, 7, 1.4, 1.33, 1.46),
-        Ratio("decode_tokens_per_second", 2, 8, 1.09, 1.04, 1.13),
-        Ratio("time_to_first_token_seconds", 0, 7, 1.21, 1.02, 1.4),
-        Ratio("prefill_tokens_per_second", 2, 8, 1.01, 0.97, 1.05),
-    )
+    ratios = tuple(
+        ratio(rows, *pair)
+        for pair in (("decode_tokens_per_second", 0, 7), ("decode_tokens_per_second", 2, 8),
+                     ("time_to_first_token_seconds", 0, 7), ("prefill_tokens_per_second", 2, 8))
+    )  # fmt: skip
     return Document("2026-01-02T03:04:05Z", "openelm benchmark --suite quick", tuple(rows), "quick", False, MACHINE,
                     {"openelm-mlx": "0.1.0", "mlx": "0.32.4", "python": "3.11"}, ("the machine was busy",), ratios)  # fmt: skip
 
