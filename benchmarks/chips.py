@@ -17,7 +17,11 @@ MAX_VARIANTS = "https://github.com/odysseus-dev/odysseus/issues/2573 (Apple's fi
 ULTRA_M3 = "Ars Technica, 'Apple announces M3 Ultra', March 2025 (its table: 60 or 80 GPU cores, 819.2 GB/s)"
 M4 = "https://gist.github.com/kellyshephard (chips_table.md: 8 cores) and https://mactrast.com/?p=168123 (10 cores, 120GB/s)"
 M4_PRO = "https://github.com/jaeseok614/llm-gpu-checker-ko/releases/tag/v7.21.3 (from support.apple.com/en-us/121555)"
-M5 = "https://the-decoder.com/apples-m5-chip-brings-faster-ai-to-macbook-ipad-and-vision-pro/ (Apple: 10 cores, 153 GB/s)"
+M5 = (
+    "https://the-decoder.com/apples-m5-chip-brings-faster-ai-to-macbook-ipad-and-vision-pro/ (Apple: 10 cores, 153 GB/s) "
+    "and https://gist.github.com/kellyshephard (chips_table.md: 8 cores)"
+)
+M6 = "https://github.com/midudev/canirun.ai/pull/26 (Apple, 25 August 2026: M6 12 cores, 170 GB/s; M5 Ultra 80 cores, 1.2 TB/s)"
 M5_PRO = "https://www.lowyat.net/2026/385170/apple-m5-pro-m5-max (Apple's press release: up to 20 cores, 307GB/s)"
 
 
@@ -72,10 +76,12 @@ CHIPS = (
     Chip("Apple M4 Pro", (16, 20), 273, M4_PRO),
     Chip("Apple M4 Max", (32,), 410, MAX_VARIANTS),
     Chip("Apple M4 Max", (40,), 546, MAX_VARIANTS),
-    Chip("Apple M5", (10,), 153, M5),
+    Chip("Apple M5", (8, 10), 153, M5),
     Chip("Apple M5 Pro", (20,), 307, M5_PRO),
     Chip("Apple M5 Max", (32,), 460, MAX_VARIANTS),
     Chip("Apple M5 Max", (40,), 614, MAX_VARIANTS),
+    Chip("Apple M5 Ultra", (80,), 1200, M6),
+    Chip("Apple M6", (12,), 170, M6),
 )
 
 

@@ -4,7 +4,8 @@
 
 - kernels: counted on the graph of one token of this engine (ledger.py)
 - latency: 2.5 us. A chain of 3,200 tiny dependent kernels took 7.7 to 8.8 ms on an M3 Ultra
-  (https://github.com/ml-explore/mlx/issues/4521); taken as the same on every chip
+  (https://github.com/ml-explore/mlx/issues/4521). It is taken for every chip, though an M1 Ultra
+  seems to need more (KNOWN_ERRORS)
 - bytes: every weight once, keys and values of the context (roofline.py)
 - bandwidth: nominal (chips.py)
 - efficiency: the share of nominal bandwidth that decoding reaches on Metal, by tier of chip: the median over the rows of
@@ -37,9 +38,22 @@ EVIDENCE: dict[tuple[str, int], float] = {
 }  # fmt: skip
 ASSUMED = (
     "predicted, not measured: kernels x 2.5 us + bytes / (nominal bandwidth x efficiency)",
-    "kernels counted on the graph; 2.5 us each from an M3 Ultra (ml-explore/mlx issue 4521), the same on every chip",
+    "kernels counted on the graph; 2.5 us each as on an M3 Ultra (ml-explore/mlx issue 4521), taken for every chip",
     "efficiency by tier of chip, from llama.cpp's table for Llama 7B in F16 (ggml-org/llama.cpp discussion 4167)",
     "batch of one, greedy, no speculation; kernels and memory traffic do not overlap; the host keeps up; no throttling",
+)
+
+# The formula against rates of other MLX engines, with the kernels and bytes of the models they ran:
+# https://github.com/lablup/mlxcel/tree/main/benchmarks pylm_m1ultra_2026-09-06.csv and
+# pylm_m5max_2026-09-06.csv (mlx-lm 0.31.3), metal_m1ultra_2026-09-08.csv (mlxcel 0.7.0-beta.1);
+# https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/BENCHMARKS.md and .../mlx-lm/pull/1569;
+# https://github.com/waybarrios/vllm-mlx/issues/531.
+KNOWN_ERRORS = (
+    "this engine has not been measured on any chip of the table; rates of other MLX engines are public",
+    "against 33 of those the formula is off by a median of 13 %: -20 to +4 % on M3 to M5, -10 to +97 % "
+    "on an M1 Ultra, small 4-bit models worst (sources: benchmarks/predict.py)",
+    "OpenELM 1.1b-instruct in 4 bits, M1 Ultra: mlxcel reached 279 tokens/s "
+    "(https://github.com/lablup/mlxcel/tree/main/benchmarks); predicted for this engine are 464",
 )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openelm_mlx.benchmarks.chips import CHIPS, find
-from openelm_mlx.benchmarks.predict import ASSUMED, Prediction, errors, predict
+from openelm_mlx.benchmarks.predict import ASSUMED, KNOWN_ERRORS, Prediction, errors, predict
 
 from openelm_mlx.config import PUBLISHED, OpenELMConfig
 
@@ -38,7 +38,8 @@ def show(chip: str, sizes: Sequence[str] = (), results: Path | None = None, as_j
     rows = predictions(chip, sizes)
     checked = errors(sorted(results.glob("*.json"))) if results is not None and results.is_dir() else []
     if as_json:
-        facts = {"predicted": True, "chip": rows[0][2].chip.name, "assumed": ASSUMED}
+        facts = {"predicted": True, "chip": rows[0][2].chip.name, "assumed": ASSUMED,
+                 "known_errors": KNOWN_ERRORS}  # fmt: skip
         print(json.dumps({**facts, "rows": [as_dict(*row) for row in rows]}))
         return
     from rich.console import Console
@@ -60,12 +61,11 @@ def show(chip: str, sizes: Sequence[str] = (), results: Path | None = None, as_j
     for line in ASSUMED:
         print(f"- {line}")
     print(f"- efficiency here {first.efficiency:.2f}; bandwidth from {first.chip.source}")
-    if checked:
-        for error in checked:
-            figures = f"measured {error.measured:.0f}, predicted {error.predicted:.0f} ({error.relative:+.0%})"
-            print(f"- checked on {error.chip.name}, {error.model}: {figures}")
-    else:
-        print("- no measured result on a chip of the table yet: the model's error is unknown")
+    for error in checked:
+        figures = f"measured {error.measured:.0f}, predicted {error.predicted:.0f} ({error.relative:+.0%})"
+        print(f"- checked on {error.chip.name}, {error.model}: {figures}")
+    for line in KNOWN_ERRORS[bool(checked) :]:  # the first says that nothing was checked
+        print(f"- {line}")
 
 
 def as_dict(size: str, form: str, p: Prediction) -> dict[str, Any]:

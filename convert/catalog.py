@@ -1,4 +1,6 @@
-"""What Apple published of OpenELM outside Hugging Face, by name: CoreNet's checkpoints and its MLX folders.
+"""Weights of OpenELM outside Hugging Face, by name: CoreNet's checkpoints and its MLX folders.
+
+Full training checkpoints (with the optimizer's state) have no name here; by file they convert too.
 
 Addresses are those in apple/corenet's projects/openelm/README-pretraining.md and README-peft.md, and in
 mlx_examples/open_elm/README.md. The adapters' rank and alpha are those of projects/openelm/peft_configs.
@@ -79,7 +81,7 @@ def fetch_published(name: str, progress: Progress | None = None, cache: Path | N
     entry = CATALOG.get(name.lower())
     if entry is None:
         near = get_close_matches(name.lower(), CATALOG, 3) or [key for key in CATALOG if "@" not in key][:6]
-        raise HubError(f"{name!r} is nothing Apple published; did you mean {', '.join(near)}?")
+        raise HubError(f"{name!r} is no name of weights that Apple published; did you mean {', '.join(near)}?")
     folder = (cache or cache_folder()) / entry.name.replace(":", "-").replace("@", "-")
     try:
         folder.mkdir(parents=True, exist_ok=True)

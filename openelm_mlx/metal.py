@@ -6,8 +6,10 @@ others, not by this project, which has not run on Metal:
 
 - M3 Ultra: +5 % (20k tokens of context) and +7.7 % (short) decode at 1000 operations and 400 MB, same outputs and peak
   memory; nothing on a dense 27B model (https://github.com/ml-explore/mlx/issues/4521)
-- M1 Ultra: +11 to 13 % on Gemma 3n at 1000 operations; M1 to M4 get it there by default, M5 does not, where it was flat
-  or slower (https://github.com/lablup/mlxcel/pull/360, .../pull/358)
+- M1 Ultra: +11 to 13 % on Gemma 3n at 1000 operations; M1 to M4 get it there by default, M5 does not: on an M5
+  Max it was flat or slower (https://github.com/lablup/mlxcel/pull/360, .../pull/358)
+- 400 MB have no other evidence than that M3 Ultra. 2000 were best for a large mixture of experts on
+  an M1 Ultra, and smaller machines failed to start with it (vllm-project/vllm-metal 578, 637, 585)
 """
 
 from __future__ import annotations
@@ -45,10 +47,17 @@ def buffer_limits(chip: str | None, environ: Mapping[str, str]) -> MetalSettings
     if match is None:
         return MetalSettings(reason=f"only Apple's M1 to M4 gain by other limits; this is {chip or 'no Apple chip'}")
     if int(match[1]) not in GENERATIONS:
-        return MetalSettings(reason=f"on {chip} MLX's own limits are as fast (lablup/mlxcel pull 358)")
+        return MetalSettings(reason=f"MLX's own limits stay on {chip}: {elsewhere(int(match[1]))}")
     if own := sorted(LIMITS.keys() & environ.keys()):
         return MetalSettings(reason=f"you have set {', '.join(own)}")
     return MetalSettings(dict(LIMITS), f"faster decoding on M1 to M4 (ml-explore/mlx issue 4521); this is {chip}")
+
+
+def elsewhere(generation: int) -> str:
+    """What is known of other limits on chips of a generation that does not get them."""
+    if generation == 5:
+        return "others gained nothing on an M5 Max (lablup/mlxcel pull 358)"
+    return "no others were measured on this chip"
 
 
 def wired_limit(recommended_bytes: int | None, system_version: str) -> int | None:

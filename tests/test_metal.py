@@ -19,7 +19,8 @@ def test_m1_to_m4_get_longer_command_buffers(chip: str) -> None:
 
 
 @pytest.mark.parametrize(("chip", "words"), [
-    ("Apple M5", "MLX's own limits are as fast"), ("Apple M5 Max", "pull 358"), ("Apple M10", "MLX's own"),
+    ("Apple M5", "stay on Apple M5: others gained nothing on an M5 Max"), ("Apple M5 Max", "pull 358"),
+    ("Apple M6", "stay on Apple M6: no others were measured on this chip"), ("Apple M10", "MLX's own"),
     ("AMD EPYC", "this is AMD EPYC"), ("Intel(R) Core(TM) M3-7Y32", "only Apple's"), (None, "no Apple chip")])  # fmt: skip
 def test_other_chips_keep_what_mlx_chooses(chip: str | None, words: str) -> None:
     choice = buffer_limits(chip, {})
