@@ -208,10 +208,12 @@ def check_ratio(ratio: Ratio, document: Document, place: str) -> None:
             raise BenchmarkError(f"{place}.{name} is {index}; the document has {len(document.rows)} rows")
         if ratio.metric not in document.rows[index].metrics:
             raise BenchmarkError(f"{place}.metric is {ratio.metric!r}, which rows[{index}] has not measured")
-    trials = [document.rows[index].metrics[ratio.metric].values for index in (ratio.row, ratio.against)]
-    if min(map(len, trials)) < 2 or min(map(min, trials)) <= 0:
+    ours, theirs = (
+        document.rows[index].metrics[ratio.metric].values for index in (ratio.row, ratio.against)
+    )
+    if min(len(ours), len(theirs)) < 2 or min(*ours, *theirs) <= 0:
         raise BenchmarkError(f"{place} needs two trials above 0 of either row")
-    for name, truth in zip(("low", "ratio", "high"), paired_ratio(*trials), strict=True):
+    for name, truth in zip(("low", "ratio", "high"), paired_ratio(ours, theirs), strict=True):
         follows(getattr(ratio, name), truth, f"{place}.{name}")
 
 

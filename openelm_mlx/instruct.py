@@ -1,7 +1,10 @@
-"""The format OpenELM-Instruct was trained on, built from tokens so that no text can close its own turn.
+"""OpenELM-Instruct's format by its published recipe, in tokens, so that no text can close its own turn.
 
-BOS, then `<|system|>\\n...`, EOS, `\\n<|user|>\\n...`, EOS, `\\n<|assistant|>\\n...`, EOS. Training inserted an
-empty system turn where a conversation had none, and SentencePiece encoded the text between two EOS by itself.
+BOS, then `<|system|>\\n...`, EOS, `\\n<|user|>\\n...`, EOS, `\\n<|assistant|>\\n...`, EOS. The recipe
+(apple/corenet, projects/openelm/instruction_tuning/openelm-instruct.yaml) has this template and trains with
+huggingface/alignment-handbook at 70769f9 of 2024-04-11, whose `maybe_insert_system_message` puts an empty
+system turn where a conversation has none. That the text between two EOS is encoded by itself, dummy prefix
+included, is how Hugging Face's fast Llama tokenizer treats special tokens. The training was not rerun here.
 """
 
 from __future__ import annotations
