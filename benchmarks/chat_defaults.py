@@ -60,11 +60,19 @@ SETTINGS = {
     "temperature 0.5, penalty 1.2": SamplingOptions(temperature=0.5, repetition_penalty=1.2),
     "temperature 0.7, penalty 1.1": SamplingOptions(temperature=0.7, repetition_penalty=1.1),
     "temperature 0.7, penalty 1.2": SamplingOptions(temperature=0.7, repetition_penalty=1.2),
-    "temperature 0.7, top-p 0.9, penalty 1.1": SamplingOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.1),
-    "temperature 0.7, min-p 0.1, penalty 1.1": SamplingOptions(temperature=0.7, min_p=0.1, repetition_penalty=1.1),
+    "temperature 0.7, top-p 0.9, penalty 1.1": SamplingOptions(
+        temperature=0.7, top_p=0.9, repetition_penalty=1.1
+    ),
+    "temperature 0.7, min-p 0.1, penalty 1.1": SamplingOptions(
+        temperature=0.7, min_p=0.1, repetition_penalty=1.1
+    ),
 }
 MAX_TOKENS = 256  # what a chat gives an answer unless told otherwise
-GRAM, MAY_OCCUR, WORDS = 6, 2, 60  # a loop is a 6-gram of words seen more often; shorter answers must have ended
+GRAM, MAY_OCCUR, WORDS = (
+    6,
+    2,
+    60,
+)  # a loop is a 6-gram of words seen more often; shorter answers must have ended
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,11 @@ class Answer:
 def answers(engine: Engine, sampling: SamplingOptions) -> list[Answer]:
     """The first answer of a conversation to every prompt with every seed; a greedy one does not depend on the seed."""
     seeds = SEEDS[:1] if sampling.greedy else SEEDS
-    prompts = [encode_messages(engine.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS for _ in seeds]
+    prompts = [
+        encode_messages(engine.tokenizer, [{"role": "user", "content": text}])
+        for text in PROMPTS
+        for _ in seeds
+    ]
     samplings = [replace(sampling, seed=seed) for _ in PROMPTS for seed in seeds]
     results = batch_generate(engine, prompts, samplings, slots=20, max_tokens=MAX_TOKENS)
     eos = engine.config.eos_token_id
@@ -107,9 +119,15 @@ def perplexity(judge: Engine, found: Sequence[Answer]) -> float:
     """The perplexity of all answers' tokens, each after its prompt, under `judge` at temperature 1."""
     loss, count = 0.0, 0
     for answer in found:
-        logits = judge.model(mx.array([answer.prompt + answer.tokens[:-1]]))[0, len(answer.prompt) - 1 :, : judge.vocab]
-        scores = logits.astype(mx.float32) - mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
-        found_here: Any = mx.take_along_axis(scores, mx.array(answer.tokens)[:, None], axis=-1).sum().item()
+        logits = judge.model(mx.array([answer.prompt + answer.tokens[:-1]]))[
+            0, len(answer.prompt) - 1 :, : judge.vocab
+        ]
+        scores = logits.astype(mx.float32) - mx.logsumexp(
+            logits.astype(mx.float32), axis=-1, keepdims=True
+        )
+        found_here: Any = (
+            mx.take_along_axis(scores, mx.array(answer.tokens)[:, None], axis=-1).sum().item()
+        )
         loss -= found_here
         count += len(answer.tokens)
     return math.exp(loss / count)
@@ -126,16 +144,22 @@ def row(name: str, found: Sequence[Answer], judge: Engine) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="chat_defaults", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="chat_defaults", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("judge")
     parser.add_argument("answers", type=Path)
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
+    parser.add_argument(
+        "--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME"
+    )
     args = parser.parse_args(argv)
     engine, judge = load(args.model), load(args.judge)
     lines = args.answers.read_text(encoding="utf-8").splitlines() if args.answers.exists() else []
     known = {name: [Answer(**fields) for fields in found] for name, found in map(json.loads, lines)}
-    print("| setting | answers that loop | too short | ended | words: median (range) | perplexity |")
+    print(
+        "| setting | answers that loop | too short | ended | words: median (range) | perplexity |"
+    )
     print("|---|---:|---:|---:|---:|---:|")
     for name in args.settings:
         if name not in known:

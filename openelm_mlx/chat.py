@@ -52,7 +52,9 @@ class Request:
     question: str
     prompt: list[int]
     kept: tuple[Exchange, ...]
-    dropped_tokens: int  # of all exchanges that the context had no room for, those of earlier requests included
+    dropped_tokens: (
+        int  # of all exchanges that the context had no room for, those of earlier requests included
+    )
     attempt: int
     notices: list[str]
 
@@ -82,14 +84,22 @@ class Conversation:
         self.engine = engine
         chosen, self.options = with_overrides(sampling or engine.chat_sampling, options, overrides)
         self._sampling = seeded(chosen)
-        self.draft = draft if draft is None or isinstance(draft, ModelDraft) else ModelDraft(engine, draft)
+        self.draft = (
+            draft if draft is None or isinstance(draft, ModelDraft) else ModelDraft(engine, draft)
+        )
         self.notices: list[str] = []
         self.system = system
         self._exchanges: tuple[Exchange, ...] = ()
         self._dropped_tokens = 0
-        self._cache = PromptCache.for_config(engine.config, CacheKind.of(engine.config, self.options))
-        self._request: Request | None = None  # the latest: an older one that has not begun may not begin any more
-        self._events: ref[Generator[Event, None, None]] | None = None  # weak: an iterator that is let go closes itself
+        self._cache = PromptCache.for_config(
+            engine.config, CacheKind.of(engine.config, self.options)
+        )
+        self._request: Request | None = (
+            None  # the latest: an older one that has not begun may not begin any more
+        )
+        self._events: ref[Generator[Event, None, None]] | None = (
+            None  # weak: an iterator that is let go closes itself
+        )
 
     @property
     def system(self) -> str | None:
@@ -184,28 +194,43 @@ class Conversation:
 
     def _check_idle(self) -> None:
         if self._answering():
-            raise PromptError("an answer is still being given; read it to its end, or end it with stop()")
+            raise PromptError(
+                "an answer is still being given; read it to its end, or end it with stop()"
+            )
 
     def _begin(self, request: Request, progress: Progress | None) -> Generator[Event, None, None]:
         """The events of the answer; whatever can be wrong with the options is raised before anything changes."""
         from openelm_mlx.generation import stream_generate
 
         kind = CacheKind.of(self.engine.config, self.options)
-        cache = self._cache if self._cache.kind == kind else PromptCache.for_config(self.engine.config, kind)
+        cache = (
+            self._cache
+            if self._cache.kind == kind
+            else PromptCache.for_config(self.engine.config, kind)
+        )
         events = stream_generate(
             self.engine, request.prompt, self._sampling_of(request), self.options,
             prompt_cache=cache, draft=self.draft, progress=progress,
         )  # fmt: skip
         answer = self._answer(request, events)
-        self._cache, self._request, self._events, self.notices = cache, request, ref(answer), request.notices
+        self._cache, self._request, self._events, self.notices = (
+            cache,
+            request,
+            ref(answer),
+            request.notices,
+        )
         return answer
 
     def _sampling_of(self, request: Request) -> SamplingOptions:
         return replace(self.sampling, seed=(self.sampling.seed or 0) + request.attempt)
 
-    def _answer(self, request: Request, events: Generator[Event, None, None]) -> Generator[Event, None, None]:
+    def _answer(
+        self, request: Request, events: Generator[Event, None, None]
+    ) -> Generator[Event, None, None]:
         if request is not self._request:
-            raise PromptError("the conversation went on before this answer began; send the message again")
+            raise PromptError(
+                "the conversation went on before this answer began; send the message again"
+            )
         shown, tokens = "", []
         try:
             with closing(events):
@@ -217,7 +242,10 @@ class Conversation:
             if tokens:  # else the prefill failed or was interrupted: nothing was said
                 said = [token for token in tokens if token is not None]
                 exchange = self._exchange(request.question, shown, said, request.attempt)
-                self._exchanges, self._dropped_tokens = (*request.kept, exchange), request.dropped_tokens
+                self._exchanges, self._dropped_tokens = (
+                    (*request.kept, exchange),
+                    request.dropped_tokens,
+                )
             else:
                 self.notices = []
 
@@ -238,16 +266,19 @@ class Conversation:
         room_for_answer = min(ANSWER_ROOM, length // 4, self.options.max_tokens)
         room = length - room_for_answer
         if len(head) + len(asked) > room:
-            what = "message" if len(asked) >= len(head) else "system turn"
+            parts = [("the message", len(asked)), ("the system turn", len(head))]
+            (what, most), (other, rest) = sorted(parts, key=lambda part: -part[1])
             raise PromptError(
-                f"the {what} is too long: the message takes {len(asked)} tokens and the system turn {len(head)}; "
-                f"together {room} of the context's {length} may be taken. Shorten the {what}"
+                f"{what} is too long: it takes {most} tokens and {other} {rest}; "
+                f"together at most {room} of the context's {length} fit. Shorten it"
             )
         used = len(head) + size(exchanges) + len(asked)
         # the answer fills some of the half as well: as much as the shortest one did, for all one knows
         half = length // 2 - min([room_for_answer, *(one.answer_tokens for one in exchanges)])
         gone = 0
-        while used > room or (0 < gone < len(exchanges) - 1 and used - len(exchanges[gone].tokens) >= half):
+        while used > room or (
+            0 < gone < len(exchanges) - 1 and used - len(exchanges[gone].tokens) >= half
+        ):
             used -= len(exchanges[gone].tokens)
             gone += 1
         turns = "oldest turn was" if gone == 1 else f"{gone} oldest turns were"
@@ -262,7 +293,10 @@ class Conversation:
         return turn_tokens(self.engine.tokenizer, "system", self.system or "", first=True)
 
     def _question(self, text: str) -> list[int]:
-        return [*turn_tokens(self.engine.tokenizer, "user", text), *answer_prefix(self.engine.tokenizer)]
+        return [
+            *turn_tokens(self.engine.tokenizer, "user", text),
+            *answer_prefix(self.engine.tokenizer),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` needs to go on another day: the texts, and the tokens that the model is fed of them."""
@@ -270,7 +304,9 @@ class Conversation:
             "format": FORMAT,
             "system": self.system,
             "messages": self.messages,
-            "exchanges": [{"tokens": list(one.tokens), "attempt": one.attempt} for one in self._exchanges],
+            "exchanges": [
+                {"tokens": list(one.tokens), "attempt": one.attempt} for one in self._exchanges
+            ],
             "dropped_tokens": self._dropped_tokens,
         }
 
@@ -284,12 +320,20 @@ class Conversation:
             form, system, saved = data.get("format"), data["system"], data["messages"]
             messages = [(m["role"], m["content"]) for m in saved]
         except (AttributeError, KeyError, TypeError):
-            raise PromptError("this is no saved conversation: it needs the keys 'system' and 'messages'") from None
+            raise PromptError(
+                "this is no saved conversation: it needs the keys 'system' and 'messages'"
+            ) from None
         if form not in READABLE:
-            raise PromptError(f"this saved conversation has the format {form!r}; readable are those up to {FORMAT!r}")
+            raise PromptError(
+                f"this saved conversation has the format {form!r}; readable are those up to {FORMAT!r}"
+            )
         roles, texts = [role for role, _ in messages], [text for _, text in messages]
-        if roles != ["user", "assistant"] * (len(roles) // 2) or not all(isinstance(text, str) for text in texts):
-            raise PromptError("a saved conversation must alternate texts of 'user' and 'assistant', ending with an answer")
+        if roles != ["user", "assistant"] * (len(roles) // 2) or not all(
+            isinstance(text, str) for text in texts
+        ):
+            raise PromptError(
+                "a saved conversation must alternate texts of 'user' and 'assistant', ending with an answer"
+            )
         talk = cls(engine, system, **settings)
         details = data.get("exchanges")
         if not isinstance(details, list) or len(details) != len(texts) // 2:
@@ -301,12 +345,22 @@ class Conversation:
     def _restored(self, question: str, answer: str, detail: Any) -> Exchange:
         """A saved exchange, with its own tokens where they are those of its texts."""
         detail = detail if isinstance(detail, dict) else {}
-        tokens, asked, tokenizer = detail.get("tokens"), self._question(question), self.engine.tokenizer
+        tokens, asked, tokenizer = (
+            detail.get("tokens"),
+            self._question(question),
+            self.engine.tokenizer,
+        )
         said: list[int] = []
-        if isinstance(tokens, list) and tokens[: len(asked)] == asked and tokens[-1] == tokenizer.eos_id:
+        if (
+            isinstance(tokens, list)
+            and tokens[: len(asked)] == asked
+            and tokens[-1] == tokenizer.eos_id
+        ):
             said = tokens[len(asked) : -1]
         known = all(type(token) is int and 0 <= token < self.engine.vocab for token in said)
-        return self._exchange(question, answer, said if known else [], natural(detail.get("attempt")))
+        return self._exchange(
+            question, answer, said if known else [], natural(detail.get("attempt"))
+        )
 
 
 def seeded(sampling: SamplingOptions, seed: int | None = None) -> SamplingOptions:
@@ -334,11 +388,15 @@ def as_shown(tokenizer: Tokenizer, shown: str, said: Sequence[int]) -> list[int]
     shown  "I am th"        (the stop string "e" was found, or the answer was stopped)
     said   "I", " am", " the", ...  -> "I", " am", and " th" encoded
     """
-    visible = [token for token in said if tokenizer.piece_bytes(token)]  # no EOS and no BOS inside a turn
+    visible = [
+        token for token in said if tokenizer.piece_bytes(token)
+    ]  # no EOS and no BOS inside a turn
     if tokenizer.decode(visible) == shown:
         return visible
     text, count = shown.encode(), len(visible)
-    while not starts_with(text, start := b"".join(map(tokenizer.piece_bytes, visible[:count])).removeprefix(b" ")):
+    while not starts_with(
+        text, start := b"".join(map(tokenizer.piece_bytes, visible[:count])).removeprefix(b" ")
+    ):
         count -= 1
     return visible[:count] + continuation(tokenizer, text[len(start) :].decode())
 

@@ -66,14 +66,16 @@ class Terminal:
 
 
 def test_a_conversation_on_a_terminal(tiny, tmp_path):
-    with closing(Terminal("chat", "--max-tokens", "400", "--ignore-eos", home=str(tmp_path))) as terminal:
+    greedy = ("--temperature", "0", "--repetition-penalty", "1")
+    with closing(Terminal("chat", "--max-tokens", "400", "--ignore-eos", *greedy, home=str(tmp_path))) as terminal:
         talk(tiny, terminal)
 
 
 def talk(tiny, terminal):
     terminal.wait_for("Ctrl-D leaves")
     terminal.wait_for("›")
-    wanted = "".join(event.text for event in Conversation(tiny, max_tokens=12).send("Hello!"))
+    events = Conversation(tiny, max_tokens=12, temperature=0.0, repetition_penalty=1.0).send("Hello!")
+    wanted = "".join(event.text for event in events)
     terminal.type("Hello!")
     terminal.wait_for(re.escape(wanted[:12]))
     terminal.type("", "ctrl-c")  # the answer stops, the conversation stays
