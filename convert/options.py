@@ -9,9 +9,8 @@ from pathlib import Path
 from openelm_mlx.convert.forms import BITS, GROUP_SIZES, MODES, Form, make_form
 
 from openelm_mlx.errors import OptionError
-from openelm_mlx.options import check_fields, explained
+from openelm_mlx.options import DTYPES, check_fields, explained
 
-DTYPES = ("float32", "bfloat16", "float16")
 SOURCE_FORMATS = ("pt", "huggingface", "mlx", "corenet-mlx", "gguf")
 TARGET_FORMATS = ("mlx", "hf", "gguf")
 ADAPTER = ("merge", "keep")
@@ -49,7 +48,8 @@ class ConvertOptions:
         metadata={"help": "merge a LoRA or DoRA adapter (as if unset) or keep it in a folder of its own", "choices": ADAPTER},
     )
     adapter_folder: Path | None = field(
-        default=None, metadata={"help": "merge this adapter of mlx-lm's (adapters.safetensors, adapter_config.json)"}
+        default=None, metadata={"help": "merge this adapter of mlx-lm's (adapters.safetensors, adapter_config.json)",
+                                 "metavar": "FOLDER"}
     )
     lora_alpha: float | None = field(
         default=None, metadata={"help": "strength of an adapter that has no YAML", "range": (0.0, 1e6)}
@@ -65,7 +65,7 @@ class ConvertOptions:
         default=None, metadata={"help": "affine, or a block format with bits and groups of its own", "choices": tuple(MODES)}
     )
     recipe: str | None = field(
-        default=None, metadata={"help": "forms by role: a built-in recipe's name, or a YAML file"}
+        default=None, metadata={"help": "forms by role: a built-in recipe's name, or a YAML file", "metavar": "NAME|FILE"}
     )
     target_bpw: float | None = field(
         default=None,

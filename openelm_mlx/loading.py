@@ -24,7 +24,7 @@ from openelm_mlx.decode import Steps  # noqa: E402
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError  # noqa: E402
 from openelm_mlx.hub import resolve_model  # noqa: E402
 from openelm_mlx.model import OpenELM  # noqa: E402
-from openelm_mlx.options import SamplingOptions  # noqa: E402
+from openelm_mlx.options import ModelOptions, SamplingOptions  # noqa: E402
 from openelm_mlx.tokenizer import Tokenizer  # noqa: E402
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -66,7 +66,7 @@ class Engine:
 
 def load(
     name: str | Path = "openelm-tiny",
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     bits: int | None = None,
     group_size: int = 64,
     tokenizer: str | Path | None = None,
@@ -74,10 +74,13 @@ def load(
 ) -> Engine:
     """Load a model: folder, hub id, short name (`270m-instruct`) or the bundled `openelm-tiny`.
 
-    `dtype` is that of the activations (default: float32 on the CPU backend; on Metal the checkpoint's own, bfloat16
-    where it holds float32). `bits` quantizes a full-precision model while loading. Raises `HubError`, `ConfigError`,
-    `CheckpointError`, `TokenizerError` or `OptionError`.
+    `dtype` is that of the activations, by name or MLX's own (default: float32 on the CPU backend; on Metal the
+    checkpoint's own, bfloat16 where it holds float32). `bits` quantizes a full-precision model while loading. Raises
+    `HubError`, `ConfigError`, `CheckpointError`, `TokenizerError` or `OptionError`.
     """
+    if isinstance(dtype, mx.Dtype):
+        dtype = str(dtype).rpartition(".")[2]
+    ModelOptions(dtype, bits, group_size, tokenizer, revision)  # type: ignore[arg-type]  # a text becomes a path
     resolved = resolve_model(str(name), revision=revision, tokenizer=None if tokenizer is None else str(tokenizer))
     folder = resolved.folder
     raw = read_json(folder / "config.json")

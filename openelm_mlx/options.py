@@ -20,6 +20,7 @@ from openelm_mlx.errors import OptionError
 
 T = TypeVar("T")
 KV_BITS = (4, 8)
+DTYPES = ("float32", "bfloat16", "float16")
 COARSEST_GREEDY = 1e-6  # a temperature below it tells no two logits apart that float32 does not; far below it overflows
 UNFIT = object()
 KINDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "a text", "Path": "a path",
@@ -202,6 +203,25 @@ class GenerationOptions:
             value = getattr(self, name)
             if not drafts and not self.prompt_lookup and value != getattr(GenerationOptions, name):
                 raise OptionError(f"{name} is {value}, but nothing drafts; give a draft model or prompt_lookup too")
+
+
+@explained()
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is loaded."""
+
+    dtype: str | None = field(default=None, metadata={"help": "compute in this type", "choices": DTYPES})
+    bits: int | None = field(default=None, metadata={"help": "quantize while loading", "choices": (2, 3, 4, 5, 6, 8)})
+    group_size: int = field(default=64, metadata={"help": "with bits: weights that share a scale", "choices": (32, 64, 128)})
+    tokenizer: Path | None = field(default=None, metadata={"help": "a tokenizer.model from elsewhere"})
+    revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit on the hub", "metavar": "REV"}
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.bits is None and self.group_size != ModelOptions.group_size:
+            raise OptionError(f"group_size is {self.group_size}, but nothing is quantized here; give bits too")
 
 
 class Settings(TypedDict, total=False):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
+from typing import TextIO
 
 from openelm_mlx import __version__
+from openelm_mlx.cli.options import Parser
+from openelm_mlx.cli.streams import all_characters
 from openelm_mlx.errors import OpenELMError
 
 COMMANDS = ("chat", "generate", "convert", "benchmark", "inspect", "doctor")
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # what a stream that is full or gone answers
 
 EXAMPLES = """examples:
   openelm chat                                     talk to the bundled model
@@ -27,35 +33,73 @@ MODEL is a folder, a hub id (owner/name), openelm-tiny, or one of
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="openelm",
         description="Apple's OpenELM language models on MLX.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"openelm-mlx {__version__}")
+    parser.set_defaults(run=lambda args: parser.print_help())
+    parser.add_argument("-V", "--version", action="version", version=f"openelm-mlx {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name in COMMANDS:
         import_module(f"openelm_mlx.cli.{name}").register(commands)
+    helper = commands.add_parser("help", help="this page, or that of a command")
+    helper.add_argument("command", metavar="COMMAND", nargs="?", choices=commands.choices)
+    helper.set_defaults(run=lambda args: commands.choices.get(args.command, parser).print_help())
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if not hasattr(args, "run"):
-        parser.print_help()
-        return 0
+    """Run a command; its exit status, 2 for a mistake of the user's and for output that cannot be written."""
+    occupy_closed_streams()
+    if sys.stdout is None:
+        say("openelm: standard output is closed, so no result can be shown; leave out `>&-`, or write `>/dev/null`")
+        return 2
+    all_characters(sys.stdout)
     try:
-        status = int(args.run(args) or 0)
-        sys.stdout.flush()
-        return status
+        try:
+            args = build_parser().parse_args(argv)
+            return int(args.run(args) or 0)
+        finally:
+            sys.stdout.flush()
     except OpenELMError as error:
-        print(f"openelm: {error}", file=sys.stderr)
+        say(f"openelm: {error}")
         return 2
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        say("")
         return 130
-    except BrokenPipeError:  # the reader left, as `| head` does; nothing more may be written, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader left, as `| head` does
+        abandon(sys.stdout)
         return 0
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        abandon(sys.stdout)
+        say(f"openelm: the output cannot be written: {error.strerror}")
+        return 2
+
+
+def occupy_closed_streams() -> None:
+    """Give the numbers 0, 1 and 2 away where they are free: else a model's file would get one, and be taken for a stream."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # print(file=None) would write to stdout
+
+
+def say(text: str) -> None:
+    """One line on stderr, if that can be written."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        abandon(sys.stderr)
+
+
+def abandon(stream: TextIO) -> None:
+    """Let what is left in a stream go nowhere: it would fail once more at exit, with a traceback."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -3,12 +3,74 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import MISSING, Field, fields
-from typing import Any, TypeVar
+import sys
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, asdict, fields
+from difflib import get_close_matches
+from typing import Any, NoReturn, TypeVar
 
 from openelm_mlx.cli.streams import Waiting
+from openelm_mlx.options import GenerationOptions, ModelOptions
 
 T = TypeVar("T")
+OTHER_NAMES = {"bench": "benchmark", "complete": "generate", "info": "inspect", "list": "models", "ls": "models",
+               "pull": "models", "quantize": "convert", "rm": "models", "run": "chat", "show": "inspect"}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """Says every mistake in one line, with the nearest option, command or choice where there is one."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def print_help(self, file: Any = None) -> None:
+        """As the base class, but a stream that cannot be written is no secret."""
+        (file or sys.stdout).write(self.format_help())
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As the base class, but nothing is left over: a subcommand knows its own options best."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        if rest and rest[0].startswith("-"):
+            flag = rest[0].partition("=")[0]
+            self.error(f"unknown option {flag}{did_you_mean(flag, self._option_string_actions)}")
+        if rest:
+            self.error(f"unexpected argument {rest[0]!r}")
+        return namespace, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        choices = [str(choice) for choice in action.choices]
+        hint = did_you_mean(str(value), choices) or f"; allowed: {', '.join(choices)}"
+        if action.option_strings:
+            raise argparse.ArgumentError(None, f"{action.option_strings[0]} is {value!r}{hint}")
+        raise argparse.ArgumentError(None, f"{value!r} is no {str(action.metavar).lower()}{hint}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known word that `word` was meant to be; nothing where none is near."""
+    known = list(known)
+    near = [OTHER_NAMES[word]] if OTHER_NAMES.get(word) in known else get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def whole(text: str) -> int:
+    """The type of flags that take an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def real(text: str) -> float:
+    """The type of flags that take a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
+FORMS: dict[str, tuple[Any, str]] = {"int": (whole, "N"), "float": (real, "X"), "str": (str, "TEXT"), "Path": (str, "FILE")}
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type, skip: tuple[str, ...] = ()) -> None:
@@ -28,11 +90,11 @@ def add_flag(group: Any, item: Field[Any]) -> None:
     elif kind.startswith("tuple"):
         group.add_argument(flag, dest=item.name, action="append", metavar="TEXT", default=argparse.SUPPRESS, help=text)
     else:
-        reads = int if kind.startswith("int") else float if kind.startswith("float") else str
+        reads, metavar = FORMS[kind.partition(" | ")[0]]
         group.add_argument(
             flag, dest=item.name, type=reads, choices=item.metadata.get("choices"), default=argparse.SUPPRESS, help=text,
-            metavar=None if "choices" in item.metadata else {int: "N", float: "X", str: "TEXT"}[reads],
-        )  # fmt: skip
+            metavar=item.metadata.get("metavar", None if "choices" in item.metadata else metavar),
+        )
 
 
 def from_args(options: type[T], args: argparse.Namespace, **defaults: Any) -> T:
@@ -43,12 +105,7 @@ def from_args(options: type[T], args: argparse.Namespace, **defaults: Any) -> T:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """How a model is loaded, the same for every command that runs one."""
-    group = parser.add_argument_group("model options")
-    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="compute in this type")
-    group.add_argument("--bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="quantize while loading")
-    group.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="with --bits (default 64)")
-    group.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model from elsewhere")
-    group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    add_flags(parser, ModelOptions)
 
 
 def add_draft_flag(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +118,16 @@ def load_draft(args: argparse.Namespace) -> Any:
 
     if args.draft_model is None:
         return None
+    options = from_args(ModelOptions, args)
     with Waiting(f"loading {args.draft_model}"):
-        return load(args.draft_model, args.dtype, tokenizer=args.tokenizer)
+        return load(args.draft_model, options.dtype, tokenizer=options.tokenizer)
 
 
 def load_model(name: str, args: argparse.Namespace) -> Any:
+    """The engine of `name`. Raises `OptionError`, before it loads, for options that have nothing to act on."""
+    options = from_args(ModelOptions, args)
+    from_args(GenerationOptions, args).check_draft(args.draft_model is not None)
     from openelm_mlx.loading import load
 
     with Waiting(f"loading {name}"):
-        return load(name, args.dtype, args.bits, args.group_size, args.tokenizer, args.revision)
+        return load(name, **asdict(options))

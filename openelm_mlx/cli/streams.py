@@ -26,6 +26,13 @@ def utf8_stdin() -> TextIO:
     return sys.stdin
 
 
+def all_characters(stream: TextIO) -> None:
+    """Let `stream` write every text: what its encoding lacks becomes a question mark."""
+    reconfigure: Any = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
 def printable(text: str) -> str:
     """The text without lone surrogates, which no stream can write."""
     return text.encode("utf-8", "replace").decode("utf-8")
