@@ -13,7 +13,6 @@ mlx_examples/open_elm/README.md. The adapters' rank and alpha are those of proje
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +22,12 @@ from pathlib import Path
 from openelm_mlx.convert.download import Progress, fetch
 
 from openelm_mlx.errors import HubError
+from openelm_mlx.hub import mirrored_tokenizer
+from openelm_mlx.model_cache import cache_folder, converted, recall
 
 ROOT = "https://docs-assets.developer.apple.com/ml-research/models/corenet/v0.1.0/openelm/"
 SIZES = {"270m": "270M", "450m": "450M", "1.1b": "1.1B", "3b": "3B"}
 ITERATIONS = (50, 100, 150, 200, 250, 300, 330, 335, 340, 345, 350)
-PREFIXES = ("corenet:", "corenet-mlx:")
 LORA_YAML = """\
   lora:
     config:
@@ -72,26 +72,58 @@ def make_catalog() -> dict[str, Published]:
 CATALOG = make_catalog()
 
 
-def is_published(name: str) -> bool:
-    return name.lower().startswith(PREFIXES)
+def published(name: str) -> Published:
+    """The entry of the catalog, before anything is fetched. Raises `HubError`."""
+    entry = CATALOG.get(name.lower())
+    if entry is None:
+        near = get_close_matches(name.lower(), CATALOG, 3) or [key for key in CATALOG if "@" not in key][:6]
+        raise HubError(f"{name!r} is no name of weights that Apple published; did you mean {', '.join(near)}? `openelm models` lists all names")
+    return entry
+
+
+def fetched_folder(entry: Published, cache: Path | None = None) -> Path:
+    return (cache or cache_folder()) / entry.name.replace(":", "-").replace("@", "-")
 
 
 def fetch_published(name: str, progress: Progress | None = None, cache: Path | None = None, root: str = "") -> Path:
     """Download what `name` stands for, or find it in the cache; returns the path to convert. Raises `HubError`."""
-    entry = CATALOG.get(name.lower())
-    if entry is None:
-        near = get_close_matches(name.lower(), CATALOG, 3) or [key for key in CATALOG if "@" not in key][:6]
-        raise HubError(f"{name!r} is no name of weights that Apple published; did you mean {', '.join(near)}?")
-    folder = (cache or cache_folder()) / entry.name.replace(":", "-").replace("@", "-")
+    entry = published(name)
+    folder = fetched_folder(entry, cache)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, local in entry.files:
             fetch((root or ROOT) + path, folder / local, progress, inspect=readable_as(local))
-        if entry.yaml is not None:
-            (folder / "config.yaml").write_text(entry.yaml, encoding="utf-8")
+        yaml = folder / "config.yaml"
+        if entry.yaml is not None and not (yaml.is_file() and yaml.read_text(encoding="utf-8") == entry.yaml):
+            yaml.write_text(entry.yaml, encoding="utf-8")
     except OSError as error:
         raise HubError(f"{folder} cannot be written: {error.strerror or error}; set OPENELM_CACHE to another folder") from None
     return folder / entry.source
+
+
+def fetch_with_bar(name: str) -> Path:
+    """`fetch_published` with its progress shown on a terminal's stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    published(name)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(name, total=None)
+        return fetch_published(
+            name, lambda done, total, file: bar.update(task, completed=done, total=total, description=file)
+        )
+
+
+def published_model(name: str, tokenizer: Path | None = None) -> Path:
+    """The model folder that a name of the catalog becomes, fetched and converted the first time."""
+    entry = published(name)
+    source = fetched_folder(entry) / entry.source
+    if (known := recall(source, tokenizer)) is not None:
+        return known
+    if tokenizer is None:
+        mirrored_tokenizer()  # before gigabytes are fetched that would be of no use without it
+    return converted(fetch_with_bar(name), tokenizer, entry.name)
 
 
 def readable_as(name: str) -> Callable[[Path], None]:
@@ -108,11 +140,3 @@ def readable_as(name: str) -> Callable[[Path], None]:
         reader(path)
 
     return inspect
-
-
-def cache_folder() -> Path:
-    """$OPENELM_CACHE, or `openelm-mlx` in the system's place for caches."""
-    if own := os.environ.get("OPENELM_CACHE"):
-        return Path(own).expanduser()
-    usual = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "openelm-mlx"

@@ -5,10 +5,14 @@ from __future__ import annotations
 import difflib
 import errno
 import hashlib
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import HubError
+from .errors import HubError, OptionError
+from .model_cache import WEIGHT_SUFFIXES, converted, loadable
 
 TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
 MIRRORS = ("mlx-community/OpenELM-270M", "mlx-community/OpenELM-270M-Instruct")
@@ -16,65 +20,162 @@ BUNDLED = Path(__file__).parent / "assets" / "openelm-tiny"
 SHORT_NAMES = {size.lower() + kind.lower(): f"apple/OpenELM-{size}{kind}"
                for size in ("270M", "450M", "1_1B", "3B") for kind in ("", "-Instruct")}
 SHORT_NAMES = {name.replace("_", "."): hub_id for name, hub_id in SHORT_NAMES.items()}
-PATTERNS = ["*.safetensors", "*.json", "tokenizer.*", "*.jinja", "LICENSE*", "README.md"]
+LICENCE = ["LICENSE*", "README.md"]
+PATTERNS = ["*.safetensors", "*.json", "tokenizer.*", "*.jinja", *LICENCE]
+CORENET = "corenet"  # names of the converter's catalog begin so, with -mlx and a colon
+FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".yaml", ".yml", ".npz", ".model", ".txt", ".zip")  # no hub id ends so
+MODELS = "a folder, a .gguf file, a CoreNet checkpoint (.pt), a hub id (owner/name) or a name from `openelm models`"
 
 
 @dataclass(frozen=True)
 class Resolved:
+    """Where a model lies. `tokenizer` is None where it lies in the folder."""
+
     folder: Path
-    tokenizer: Path | None  # None: look in the folder
+    tokenizer: Path | None
 
 
 def resolve_model(name: str, revision: str | None = None, tokenizer: str | Path | None = None) -> Resolved:
-    """Folder of a bundled, local, short-named or hub model; downloads what is missing. Raises HubError."""
-    given = Path(tokenizer) if tokenizer else None
+    """The folder of a bundled, local, short-named, CoreNet's or hub model; fetches and converts what is not there yet.
+
+    `revision` is a branch, tag or commit on the hub. Raises `HubError` for what cannot be found or fetched, another
+    `OpenELMError` for what is found and is no model.
+    """
+    given = Path(os.path.expanduser(tokenizer)) if tokenizer else None
+    here, hub_id = Path(os.path.expanduser(name)), None
+    if name != "openelm-tiny" and not (name and os.path.exists(here)) and not is_published(name):
+        hub_id = hub_id_of(name)
+    if hub_id is None and revision is not None:
+        raise OptionError(f"--revision {revision} chooses a version on the hub; {name} does not come from there")
     if name == "openelm-tiny":
         return Resolved(BUNDLED, given)
-    if Path(name).is_dir():
-        return Resolved(Path(name), given)
-    hub_id = SHORT_NAMES.get(name.lower(), name)
-    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
-        names = ["openelm-tiny", *SHORT_NAMES]
-        close = difflib.get_close_matches(name.lower(), names, n=3) or names
-        raise HubError(f"unknown model {name!r}; did you mean {', '.join(close)}? "
-                       "A folder or a hub id (owner/name) will do too")
-    folder = _snapshot(hub_id, revision)
+    if hub_id is None and os.path.exists(here):
+        return Resolved(here, given) if here.is_dir() and loadable(here) else Resolved(converted(here, given), None)
+    if hub_id is None:
+        from openelm_mlx.convert.catalog import published_model
+
+        return Resolved(published_model(name, given), None)
+    folder = snapshot(hub_id, revision)
     if given is None and hub_id.startswith("apple/OpenELM-"):
         given = mirrored_tokenizer()
-    return Resolved(folder, given)
+    return Resolved(folder, given) if loadable(folder) else Resolved(converted(folder, given, hub_id), None)
 
 
-def _snapshot(hub_id: str, revision: str | None) -> Path:
+def is_published(name: str) -> bool:
+    """Whether `name` has the form of the converter's catalog; `published` there says whether it names anything."""
+    return name.lower().startswith((f"{CORENET}:", f"{CORENET}-mlx:"))
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether `name` can only be meant as a file or folder, and is no business of the hub's."""
+    suffix = os.path.splitext(name)[1].lower()
+    return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1 or suffix in FILE_SUFFIXES
+
+
+def hub_id_of(name: str) -> str:
+    """The id on the hub, by its short name or as it is. Raises `HubError`, with suggestions, for what is none."""
+    if looks_like_path(name):
+        raise HubError(f"there is no file or folder {name}; a model is {MODELS}")
+    hub_id = SHORT_NAMES.get(name.lower(), name)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id, re.ASCII) and ".." not in hub_id and "--" not in hub_id:
+        return hub_id
+    names = ["openelm-tiny", *SHORT_NAMES]
+    close = difflib.get_close_matches(name.lower(), names, n=3) or names
+    raise HubError(f"unknown model {name!r}; did you mean {', '.join(close)}? A model is {MODELS}")
+
+
+def snapshot(hub_id: str, revision: str | None = None, patterns: list[str] = PATTERNS) -> Path:
+    """The folder of a hub's model, fetched if need be. Raises `HubError` that names the cause."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=PATTERNS))
-    except Exception as error:
-        raise HubError(_explain(hub_id, error)) from error
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's client and what lies beneath it raise all kinds
+        try:  # a cache that lacks nothing but the licence will do, too
+            known = [pattern for pattern in patterns if pattern not in LICENCE]
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=known, local_files_only=True))
+        except Exception:
+            raise HubError(explain(hub_id, revision, error)) from error
+    if patterns is PATTERNS and not any(folder.glob("*.safetensors")):
+        raise HubError(f"{hub_id} has no safetensors on the hub, or was fetched in part only; see its page, or "
+                       f"`openelm models remove {hub_id}` and fetch it again")  # fmt: skip
+    return folder
 
 
 def mirrored_tokenizer() -> Path:
-    from huggingface_hub import hf_hub_download
-
+    """LLaMA's tokenizer.model, which Apple's repositories do not contain. Raises `HubError`."""
     problems = []
     for mirror in MIRRORS:
         try:
-            path = Path(hf_hub_download(mirror, "tokenizer.model"))
-        except Exception as error:
-            problems.append(_explain(mirror, error))
+            path = snapshot(mirror, patterns=["tokenizer.model"]) / "tokenizer.model"
+        except HubError as error:
+            problems.append(str(error))
+            if status_of(error) is None:  # the hub itself is out of reach, so is the other mirror
+                break
             continue
-        if hashlib.sha256(path.read_bytes()).hexdigest() == TOKENIZER_SHA256:
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == TOKENIZER_SHA256:
             return path
-        problems.append(f"{mirror}: tokenizer.model has the wrong hash")
-    raise HubError(f"no mirror gave the tokenizer ({'; '.join(problems)}); pass --tokenizer")
+        problems.append(f"{mirror}: tokenizer.model is missing or has the wrong hash")
+    raise HubError(f"no mirror gave the tokenizer ({'; '.join(problems)}); give one with --tokenizer")
 
 
-def _explain(hub_id: str, error: Exception) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
+    """One line: what failed and what to do about it, from the exception and those beneath it."""
+    from huggingface_hub import constants, errors
+
+    causes = list(chain(error))
+    texts = [str(cause) for cause in causes]
+    status, partial = status_of(error), getattr(errors, "IncompleteSnapshotError", ())
+    if any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+        return f"the disk is full while fetching {hub_id}; free some space and run the same command, it resumes"
+    if any(isinstance(cause, PermissionError) for cause in causes):
+        return f"{constants.HF_HUB_CACHE} cannot be written, so {hub_id} cannot be fetched; set HF_HUB_CACHE to another folder"
+    if any(isinstance(cause, partial) for cause in causes):
+        where = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        return (f"{hub_id} is on this disk in part only, and {where}; run the same command with a network and it fetches the "
+                f"rest, or `openelm models remove {hub_id}`")  # fmt: skip
+    if constants.HF_HUB_OFFLINE:
+        return f"{hub_id} is not on this disk, and HF_HUB_OFFLINE is set; unset it to fetch the model"
+    if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
+        return (f"{hub_id} is gated (HTTP {status}): accept its terms at {constants.ENDPOINT}/{hub_id}, "
+                "then log in: hf auth login")  # fmt: skip
+    if any(isinstance(cause, errors.RevisionNotFoundError) for cause in causes):
+        return f"{hub_id} has no revision {revision!r} on the hub (HTTP {status}); check the spelling"
     if status in (401, 403):
         return f"{hub_id} is private, gated or does not exist (HTTP {status}); check the id or log in: hf auth login"
     if status == 404:
-        return f"{hub_id} or its revision was not found on the hub (HTTP 404); check the spelling"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full while fetching {hub_id}; free some space and run the same command, it resumes"
-    return f"cannot fetch {hub_id} ({type(error).__name__}) and it is not cached; check the network and try again"
+        return f"{hub_id} was not found on the hub (HTTP 404); check the spelling{near_folder(hub_id)}"
+    if status == 429:
+        return f"the hub limits how often it may be asked (HTTP 429); wait some minutes, or log in: hf auth login ({hub_id})"
+    if status is not None:
+        return f"{constants.ENDPOINT} answered with HTTP {status} for {hub_id}; try again later"
+    if any("CERTIFICATE_VERIFY_FAILED" in text for text in texts):
+        return (f"the certificate of {constants.ENDPOINT} cannot be verified, so {hub_id} was not fetched; behind a proxy that "
+                "reads TLS set SSL_CERT_FILE to its certificate, and check this machine's date")  # fmt: skip
+    endpoint = f"{constants.ENDPOINT} (HF_ENDPOINT)" if os.environ.get("HF_ENDPOINT") else constants.ENDPOINT
+    reason = next((text.splitlines()[0] for text in reversed(texts) if text), "no answer")
+    return (f"{hub_id} is not on this disk and {endpoint} cannot be reached ({reason[:200]}); check the network and any proxy, "
+            f"then try again{near_folder(hub_id)}")  # fmt: skip
+
+
+def near_folder(hub_id: str) -> str:
+    """A hint for a mistyped path such as models/270m, which reads like a hub id."""
+    return f"; there is no folder {hub_id} here either" if Path(hub_id).parent.is_dir() else ""
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception and what caused it, the innermost last."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an exception or a cause of it carries."""
+    for cause in chain(error):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+    return None

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from golden_set import GOLDEN, NANO
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.catalog import CATALOG, ROOT, cache_folder, fetch_published, is_published
+from openelm_mlx.convert.catalog import CATALOG, ROOT, cache_folder, fetch_published
 from range_server import serving
 
 from openelm_mlx.errors import HubError
+from openelm_mlx.hub import is_published
 
 
 def test_every_published_file_has_its_name():

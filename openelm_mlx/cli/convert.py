@@ -12,7 +12,6 @@ from openelm_mlx.cli.options import add_flags, from_args
 if TYPE_CHECKING:
     from openelm_mlx.convert.pipeline import ConversionReport
 
-WEIGHT_FILES = (".pt", ".pth", ".bin", ".gguf", ".safetensors")  # such a name is no hub id
 EXAMPLES = """examples:
   openelm convert checkpoint.pt -o openelm-270m              CoreNet's file, config.yaml beside it if there is one
   openelm convert apple/OpenELM-270M -o openelm-270m-4bit --bits 4
@@ -48,19 +47,22 @@ def run(args: argparse.Namespace) -> int:
     from openelm_mlx.blas import load_blas
 
     load_blas()  # before MLX is imported: measuring and learning run the whole model
-    from openelm_mlx.convert.catalog import is_published
+    from openelm_mlx.convert.catalog import fetch_with_bar, published
     from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import convert
     from openelm_mlx.convert.staging import check_target
+    from openelm_mlx.hub import is_published, looks_like_path, mirrored_tokenizer, resolve_model
 
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # so that what is half-written is removed
-    check_target(from_args(ConvertOptions, args))  # before gigabytes are fetched
-    given = args.source
-    if is_published(args.source) and not Path(args.source).exists():
-        args.source = download(args)
-    elif not Path(args.source).exists() and Path(args.source).suffix not in WEIGHT_FILES:
-        from openelm_mlx.hub import resolve_model
-
+    given, here = args.source, Path(args.source).expanduser().exists()
+    if is_published(given) and not here:  # names and target are checked before gigabytes are fetched
+        published(given)
+    check_target(from_args(ConvertOptions, args))
+    if is_published(given) and not here:
+        if getattr(args, "tokenizer", None) is None:
+            args.tokenizer = str(mirrored_tokenizer())
+        args.source = str(fetch_with_bar(given))
+    elif not here and not looks_like_path(given):
         resolved = resolve_model(args.source, tokenizer=getattr(args, "tokenizer", None))
         args.source = str(resolved.folder)
         if resolved.tokenizer is not None:
@@ -110,23 +112,3 @@ def show_report(report: ConversionReport, dry_run: bool) -> None:
             print(f"{label(name)} on calibration text: {report.measured[name]:.6g}")
     for name, value in (report.verification or {}).items():
         print(f"{label(name)}: {value:.6g}")
-
-
-def download(args: argparse.Namespace) -> str:
-    """The path of what a name of the catalog stands for, fetched if need be, and its tokenizer with it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    from openelm_mlx.convert.catalog import fetch_published
-
-    if getattr(args, "tokenizer", None) is None:
-        from openelm_mlx.hub import mirrored_tokenizer
-
-        args.tokenizer = str(mirrored_tokenizer())
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(args.source, total=None)
-        path = fetch_published(
-            args.source, lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
-        )
-    return str(path)

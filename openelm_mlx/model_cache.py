@@ -1,0 +1,375 @@
+"""What convert takes runs as it is: it is converted once, without loss, into a cache and found there again.
+
+    ~/.cache/openelm-mlx/converted/     (~/Library/Caches on macOS; $XDG_CACHE_HOME and $OPENELM_CACHE move it)
+      checkpoint-1a2b3c4d5e6f7a8b/      a model folder, named for the SHA-256 of everything that went into it
+      checkpoint-1a2b3c4d5e6f7a8b.lock  shared while a process uses the folder, exclusive while one makes or removes it
+      index/*.json                      source path -> folder, with size and times of every file that was read
+
+The index saves hashing a file again; what it does not know, or what changed since, is hashed. So a moved or touched
+copy is found by its content, and a changed file is never taken for what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from openelm_mlx import __version__
+from openelm_mlx.errors import ConversionError, OptionError, TokenizerError
+from openelm_mlx.files import replacing
+
+if TYPE_CHECKING:
+    from openelm_mlx.convert.options import ConvertOptions
+
+WEIGHT_SUFFIXES = (".gguf", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+# what convert reads beside the weights
+SIDE_FILES = ("config.json", "config.yaml", "tokenizer.model", "tokenizer.json", "chat_template.jinja",
+              "generation_config.json")  # fmt: skip
+DEFAULT_LIMIT_GB = 50.0  # four conversions of the 3B in float32
+SETTLED_SECONDS = 2.0  # a file changed later than this may change again within one tick of its file system's clock
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that cannot lock
+LLAMA_ROWS = range(32000, 32257)  # rows of an embedding that LLaMA's tokenizer fits, padding included
+
+_held: dict[Path, IO[str]] = {}  # locks of the folders this process uses, to its end
+_temporary: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One folder of the cache. `used` is in seconds since the epoch; `sources` are paths or names it was made from."""
+
+    folder: Path
+    nbytes: int
+    used: float
+    sources: tuple[str, ...]
+
+
+def cache_folder() -> Path:
+    """$OPENELM_CACHE, or `openelm-mlx` in the system's place for caches."""
+    if own := os.environ.get("OPENELM_CACHE"):
+        return Path(os.path.expanduser(own))
+    home = Path(os.path.expanduser("~"))
+    usual = home / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "openelm-mlx"
+
+
+def conversions_folder() -> Path:
+    return cache_folder() / "converted"
+
+
+def limit_bytes() -> float:
+    """The size the cache is kept under, from $OPENELM_CACHE_GB. Raises `OptionError`."""
+    given = os.environ.get("OPENELM_CACHE_GB") or str(DEFAULT_LIMIT_GB)
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = -1.0
+    if not 0 <= limit < float("inf"):
+        raise OptionError(f"OPENELM_CACHE_GB is {given!r}; give a number of gigabytes, for example {DEFAULT_LIMIT_GB:g}")
+    return limit * 1e9
+
+
+def loadable(folder: Path) -> bool:
+    """Whether the engine loads this folder as it is, or, where it is damaged, says best what is wrong with it."""
+    index = folder / "model.safetensors.index.json"
+    if not (folder / "config.json").is_file() or not (index.is_file() or (folder / "model.safetensors").is_file()):
+        return False
+    try:
+        if index.is_file():
+            names = json.loads(index.read_bytes())["weight_map"]
+        else:
+            with open(folder / "model.safetensors", "rb") as file:
+                names = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 24)))
+        return not any(str(name).startswith(("token_embeddings.", "layers.")) for name in names)  # CoreNet's names
+    except (OSError, ValueError, LookupError, TypeError):
+        return True
+
+
+def converted(source: Path, tokenizer: Path | None = None, name: str | None = None) -> Path:
+    """The model folder that `source` becomes: found in the cache, or converted into it now.
+
+    `name` is what the user called the source, where it is no path. Raises an `OpenELMError` for what convert does not
+    take, and where the result cannot be written.
+    """
+    limit = limit_bytes()
+    source = Path(os.path.abspath(source))
+    if (known := recall(source, tokenizer)) is not None:
+        return known
+    from openelm_mlx.convert.opening import open_model
+    from openelm_mlx.convert.options import ConvertOptions
+
+    instruct = any("instruct" in word.lower() for word in (source.name, source.parent.name, name or ""))
+    options = ConvertOptions(source=source, target=source, tokenizer=tokenizer or missing_tokenizer(source),
+                             source_name=name, instruct=instruct or None)  # fmt: skip
+    opened = open_model(options)
+    read = [*opened.source.files, *watched(source)]
+    read += [] if tokenizer is None else [opened.tokenizer.path]
+    before = {str(path): state(path) for path in read}
+    whole = opened.source.tokenizer is not None  # a GGUF file needs nothing beside it
+    beside = [path for path in watched(source) if path.name in SIDE_FILES and path.is_file()]
+    key = content_key(opened.source.files, () if whole else beside, opened.tokenizer.data, instruct)
+    label = re.sub(r"[^\w.-]+", "-", name or (source.stem if source.is_file() else source.name)).strip(".-")
+    folder = conversions_folder() / f"{label or 'model'}-{key}"
+    if not writable(folder.parent) and not complete(folder):
+        folder = temporary_folder(folder)
+
+    def make() -> None:
+        convert_into(folder, options, name or str(source))
+        if before != {str(path): state(path) for path in read}:
+            remove_folder(folder)
+            raise ConversionError(f"{source} changed while it was converted; run the command again")
+        make_room(folder, limit)
+
+    hold(folder, make)
+    remember(source, tokenizer, folder, before, name)
+    return folder
+
+
+def recall(source: Path, tokenizer: Path | None = None) -> Path | None:
+    """The conversion of `source` if the index knows it and nothing that was read for it has changed since."""
+    source = Path(os.path.abspath(source))
+    record = read_record(record_path(source, tokenizer))
+    files, folder = record.get("files"), conversions_folder() / str(record.get("folder"))
+    if record.get("version") != __version__ or not isinstance(files, dict) or not complete(folder):
+        return None
+    if any(str(path) not in files for path in watched(source)) or any(state(Path(p)) != s for p, s in files.items()):
+        return None
+    try:
+        hold(folder, lambda: None)
+    except ConversionError:  # it has just been removed
+        return None
+    return folder
+
+
+def missing_tokenizer(source: Path) -> Path | None:
+    """LLaMA's tokenizer from a mirror, for a checkpoint that has its vocabulary and no tokenizer; None otherwise.
+
+    Raises `ConversionError` for what convert cannot read, and `TokenizerError` where no mirror can be reached.
+    """
+    from openelm_mlx.convert.sources import open_source
+    from openelm_mlx.errors import HubError
+    from openelm_mlx.hub import mirrored_tokenizer
+
+    opened, folder = open_source(source), source if source.is_dir() else source.parent
+    if opened.tokenizer is not None or any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        return None
+    rows = [info.shape[0] for name, info in opened.tensors.items() if name.endswith("token_embeddings.weight")]
+    if not rows or rows[0] not in LLAMA_ROWS:
+        return None
+    try:
+        return mirrored_tokenizer()
+    except HubError as error:
+        raise TokenizerError(f"there is no tokenizer beside {source}, and {error}") from None
+
+
+def convert_into(folder: Path, options: ConvertOptions, shown: str) -> None:
+    from dataclasses import replace
+
+    from openelm_mlx.convert.pipeline import convert
+
+    print(f"openelm: converting {shown} once, into {folder}; to keep it: openelm convert {shlex.quote(shown)} -o FOLDER",
+          file=sys.stderr)  # fmt: skip
+    try:
+        convert(replace(options, target=folder))
+    except ConversionError as error:
+        if complete(folder):  # another process was faster, on a file system without locks
+            return
+        if str(folder) not in str(error):
+            raise
+        raise ConversionError(f"{error}; free some space (`openelm models` shows what is kept), or set OPENELM_CACHE "
+                              "to another folder") from None  # fmt: skip
+
+
+def hold(folder: Path, make: Callable[[], None]) -> None:
+    """Have `folder` made at most once, by this process or another, and keep it while this process lives."""
+    if folder in _held and complete(folder):
+        return
+    for _ in range(5):  # more than once only where the folder is removed at the same moment
+        try:
+            file = open(lock_path(folder), "a" if writable(folder.parent) else "r")
+        except OSError:  # a cache that others prepared and nobody can write, without locks
+            break
+        try:
+            lock(file, fcntl.LOCK_SH, f"openelm: waiting for another process that converts into {folder}")
+            if not complete(folder):
+                lock(file, fcntl.LOCK_EX)
+                if not complete(folder):
+                    make()
+                lock(file, fcntl.LOCK_SH)
+            if complete(folder) and same_file(file, lock_path(folder)):
+                with contextlib.suppress(OSError):
+                    os.utime(lock_path(folder))  # when it was used last
+                _held[folder], file = file, _held.get(folder, file)
+                return
+        finally:
+            if _held.get(folder) is not file:
+                file.close()
+    if not complete(folder):
+        raise ConversionError(f"{folder} was removed at once by another process; run the command again")
+
+
+def lock(file: IO[str], kind: int, notice: str = "") -> None:
+    try:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if notice:
+                print(notice, file=sys.stderr)
+            fcntl.flock(file, kind)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+
+
+def same_file(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def conversions() -> list[Conversion]:
+    """What is in the cache, the one used longest ago first."""
+    root = conversions_folder()
+    sources: dict[str, list[str]] = {}
+    for path in root.glob("index/*.json"):
+        record = read_record(path)
+        sources.setdefault(str(record.get("folder")), []).append(str(record.get("name") or record.get("source")))
+    found = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        if not folder.name.startswith(".") and complete(folder):
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            marked = lock_path(folder) if lock_path(folder).exists() else folder
+            found.append(Conversion(folder, size, marked.stat().st_mtime, tuple(sorted(sources.get(folder.name, ())))))
+    return sorted(found, key=lambda one: one.used)
+
+
+def make_room(keep: Path, limit: float) -> None:
+    """Remove what was used longest ago until the cache is under its limit; never `keep`, nor what a process uses."""
+    from openelm_mlx.convert.staging import clear_leftovers
+
+    for path in keep.parent.glob(".*.partial-*"):  # of runs that were killed
+        clear_leftovers(keep.parent / path.name[1:].rsplit(".partial-", 1)[0])
+    kept = conversions()
+    total = sum(one.nbytes for one in kept)
+    for one in kept:
+        if total > limit and one.folder != keep and remove(one.folder):
+            total -= one.nbytes
+
+
+def remove(folder: Path) -> bool:
+    """Remove a conversion and what the index says of it; False where a process uses it."""
+    try:
+        with open(lock_path(folder), "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_folder(folder)
+            for path in folder.parent.glob("index/*.json"):
+                if read_record(path).get("folder") == folder.name:
+                    path.unlink(missing_ok=True)
+            lock_path(folder).unlink(missing_ok=True)
+    except OSError:
+        return False
+    return not folder.exists()
+
+
+def remove_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / "config.json").unlink()  # a removal that is cut short leaves nothing that loads
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def complete(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def writable(root: Path) -> bool:
+    """Whether files can be made in the cache; it is made itself if need be."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return True
+    except OSError:
+        return False
+
+
+def temporary_folder(folder: Path) -> Path:
+    """A place for this process alone, where the cache cannot be written. Raises `ConversionError`."""
+    try:
+        _temporary.append(tempfile.TemporaryDirectory(prefix="openelm-"))
+    except OSError as error:
+        raise ConversionError(f"neither {folder.parent} nor a temporary folder can be written ({error.strerror or error}); "
+                              "set OPENELM_CACHE to a folder that can") from None  # fmt: skip
+    print(f"openelm: {folder.parent} cannot be written, so this conversion is for this run only; "
+          "set OPENELM_CACHE to a folder that can", file=sys.stderr)  # fmt: skip
+    return Path(_temporary[-1].name) / folder.name
+
+
+def content_key(weights: Iterable[Path], beside: Iterable[Path], tokenizer: bytes, instruct: bool) -> str:
+    """16 hex digits for the content of everything that a conversion depends on, wherever it lies."""
+    weights = list(weights)
+    digest = hashlib.sha256(f"{__version__} {instruct} {hashlib.sha256(tokenizer).hexdigest()}".encode())
+    for path in [*weights, *beside]:
+        digest.update(f"\n{'' if [path] == weights else path.name} ".encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def watched(source: Path) -> list[Path]:
+    """The files whose coming, going or changing may change what `source` becomes."""
+    folder = source if source.is_dir() else source.parent
+    weights = [path for path in folder.iterdir() if path.suffix.lower() in WEIGHT_SUFFIXES] if source.is_dir() else [source]
+    return [*weights, *(folder / name for name in SIDE_FILES)]
+
+
+def state(path: Path) -> list[int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def lock_path(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def record_path(source: Path, tokenizer: Path | None) -> Path:
+    what = f"{source}\n{'' if tokenizer is None else os.path.abspath(tokenizer)}"
+    return conversions_folder() / "index" / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:32]}.json"
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
+
+
+def remember(source: Path, tokenizer: Path | None, folder: Path, files: dict[str, Any], name: str | None) -> None:
+    """Write the index's entry. Without it the source is hashed again: so too where a file changed a moment ago."""
+    newest = max((times[1] for times in files.values() if times), default=0) / 1e9
+    if folder.parent != conversions_folder() or newest > time.time() - SETTLED_SECONDS:
+        return
+    path = record_path(source, tokenizer)
+    content = {"version": __version__, "source": str(source), "name": name, "folder": folder.name, "files": files}
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as new:
+            new.write_text(json.dumps(content) + "\n", encoding="utf-8")
