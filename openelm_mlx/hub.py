@@ -68,8 +68,9 @@ def is_published(name: str) -> bool:
 
 def looks_like_path(name: str) -> bool:
     """Whether `name` can only be meant as a file or folder, and is no business of the hub's."""
-    suffix = os.path.splitext(name)[1].lower()
-    return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1 or suffix in FILE_SUFFIXES
+    if name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1:
+        return True
+    return os.path.splitext(name)[1].lower() in FILE_SUFFIXES
 
 
 def hub_id_of(name: str) -> str:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from openelm_mlx import __version__
-from openelm_mlx.errors import ConversionError, OptionError, TokenizerError
+from openelm_mlx.errors import CheckpointError, ConversionError, OptionError, TokenizerError
 from openelm_mlx.files import replacing
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def converted(source: Path, tokenizer: Path | None = None, name: str | None = No
     from openelm_mlx.convert.opening import open_model
     from openelm_mlx.convert.options import ConvertOptions
 
+    check_kind(source)
     instruct = any("instruct" in word.lower() for word in (source.name, source.parent.name, name or ""))
     options = ConvertOptions(source=source, target=source, tokenizer=tokenizer or missing_tokenizer(source),
                              source_name=name, instruct=instruct or None)  # fmt: skip
@@ -123,7 +124,8 @@ def converted(source: Path, tokenizer: Path | None = None, name: str | None = No
     beside = [path for path in watched(source) if path.name in SIDE_FILES and path.is_file()]
     key = content_key(opened.source.files, () if whole else beside, opened.tokenizer.data, instruct)
     label = re.sub(r"[^\w.-]+", "-", name or (source.stem if source.is_file() else source.name)).strip(".-")
-    folder = conversions_folder() / f"{label or 'model'}-{key}"
+    same = filter(complete, conversions_folder().glob(f"*-{key}"))  # a copy of it under another name
+    folder = next(same, conversions_folder() / f"{label or 'model'}-{key}")
     if not writable(folder.parent) and not complete(folder):
         folder = temporary_folder(folder)
 
@@ -153,6 +155,18 @@ def recall(source: Path, tokenizer: Path | None = None) -> Path | None:
     except ConversionError:  # it has just been removed
         return None
     return folder
+
+
+def check_kind(source: Path) -> None:
+    """Raise `CheckpointError` for a folder without weights, or a file that was never meant to be a model."""
+    from openelm_mlx.convert.sources import kind_of, weights_by_kind
+    from openelm_mlx.hub import MODELS
+
+    if source.is_dir() and not weights_by_kind(source):
+        raise CheckpointError(f"{source} has no model.safetensors with config.json, and no checkpoint.pt or .gguf file that "
+                              "could be converted; a model is " + MODELS)  # fmt: skip
+    if source.is_file() and source.suffix.lower() not in WEIGHT_SUFFIXES and kind_of(source) is None:
+        raise CheckpointError(f"{source} is a file, but no model; a model is {MODELS}")
 
 
 def missing_tokenizer(source: Path) -> Path | None:
@@ -200,7 +214,7 @@ def hold(folder: Path, make: Callable[[], None]) -> None:
         return
     for _ in range(5):  # more than once only where the folder is removed at the same moment
         try:
-            file = open(lock_path(folder), "a" if writable(folder.parent) else "r")
+            file: IO[str] = open(lock_path(folder), "a" if writable(folder.parent) else "r")
         except OSError:  # a cache that others prepared and nobody can write, without locks
             break
         try:

@@ -15,10 +15,10 @@ from openelm_mlx.errors import HubError
 from openelm_mlx.hub import BUNDLED, MIRRORS, SHORT_NAMES, resolve_model
 
 
-def test_names_and_suggestions(tmp_path: Path) -> None:
+def test_names_and_suggestions(nano: Path) -> None:
     assert SHORT_NAMES["1.1b-instruct"] == "apple/OpenELM-1_1B-Instruct" and len(SHORT_NAMES) == 8
     assert resolve_model("openelm-tiny").folder == BUNDLED
-    assert resolve_model(str(tmp_path)).folder == tmp_path
+    assert resolve_model(str(nano)).folder == nano
     with pytest.raises(HubError, match="did you mean .*270m"):
         resolve_model("270n")
 

@@ -116,6 +116,8 @@ def kind_of(path: Path) -> str | None:
         raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from None
     if head[:4] == b"GGUF":
         return "gguf"
+    if path.suffix == ".npz":
+        return None  # a zip too, of numpy's arrays
     if head[:4] == b"PK\x03\x04" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
         return "pt"  # a zip, or a bare pickle: torch's formats, new and old
     return "safetensors" if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40 else None
