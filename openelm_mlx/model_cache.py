@@ -120,9 +120,9 @@ def converted(source: Path, tokenizer: Path | None = None, name: str | None = No
     read = [*opened.source.files, *watched(source)]
     read += [] if tokenizer is None else [opened.tokenizer.path]
     before = {str(path): state(path) for path in read}
-    whole = opened.source.tokenizer is not None  # a GGUF file needs nothing beside it
-    beside = [path for path in watched(source) if path.name in SIDE_FILES and path.is_file()]
-    key = content_key(opened.source.files, () if whole else beside, opened.tokenizer.data, instruct)
+    names = SIDE_FILES if opened.source.tokenizer is None else SIDE_FILES[-1:]  # a GGUF file says the rest itself
+    beside = [path for path in watched(source) if path.name in names and path.is_file()]
+    key = content_key(opened.source.files, beside, opened.tokenizer.data, instruct)
     label = re.sub(r"[^\w.-]+", "-", name or (source.stem if source.is_file() else source.name)).strip(".-")
     same = filter(complete, conversions_folder().glob(f"*-{key}"))  # a copy of it under another name
     folder = next(same, conversions_folder() / f"{label or 'model'}-{key}")
