@@ -77,7 +77,8 @@ def published(name: str) -> Published:
     entry = CATALOG.get(name.lower())
     if entry is None:
         near = get_close_matches(name.lower(), CATALOG, 3) or [key for key in CATALOG if "@" not in key][:6]
-        raise HubError(f"{name!r} is no name of weights that Apple published; did you mean {', '.join(near)}? `openelm models` lists all names")
+        raise HubError(f"{name!r} is no name of weights that Apple published; did you mean {', '.join(near)}? "
+                       "`openelm models` lists all names")  # fmt: skip
     return entry
 
 
