@@ -1,9 +1,10 @@
-"""Which sampling a model's chat should start with: stories told under several settings, counted for loops and judged.
+"""Which sampling should a model's chat start with? Stories told under several settings, and judged.
 
-    python -m openelm_mlx.benchmarks.chat_defaults MODEL JUDGE ANSWERS.jsonl [--settings NAME ...]
+    python -m openelm_mlx.benchmarks.chat_defaults MODEL JUDGE ANSWERS.jsonl [--own]
 
-JUDGE is the same model unquantized: the perplexity of the answers is taken under it. ANSWERS collects the answers, a
-line a setting; what it holds already is not generated again, so a run that was cut off goes on where it stopped.
+JUDGE is the same model unquantized: under it the perplexity of the answers is taken. ANSWERS
+collects the answers, one line a setting. What the file holds already is not generated again, so a
+run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import cast
 
 from openelm_mlx.blas import load_blas
 
@@ -53,26 +54,19 @@ PROMPTS = (
     "Tell me a story about a girl who was lost in the snow.",
 )
 SEEDS = (1, 2, 3)
-SETTINGS = {
-    "greedy": SamplingOptions(),
-    "greedy, penalty 1.2": SamplingOptions(repetition_penalty=1.2),
-    "temperature 0.5, penalty 1.1": SamplingOptions(temperature=0.5, repetition_penalty=1.1),
-    "temperature 0.5, penalty 1.2": SamplingOptions(temperature=0.5, repetition_penalty=1.2),
-    "temperature 0.7, penalty 1.1": SamplingOptions(temperature=0.7, repetition_penalty=1.1),
-    "temperature 0.7, penalty 1.2": SamplingOptions(temperature=0.7, repetition_penalty=1.2),
-    "temperature 0.7, top-p 0.9, penalty 1.1": SamplingOptions(
-        temperature=0.7, top_p=0.9, repetition_penalty=1.1
-    ),
-    "temperature 0.7, min-p 0.1, penalty 1.1": SamplingOptions(
-        temperature=0.7, min_p=0.1, repetition_penalty=1.1
-    ),
-}
+GRID = (
+    SamplingOptions(),
+    SamplingOptions(repetition_penalty=1.2),
+    SamplingOptions(temperature=0.5, repetition_penalty=1.1),
+    SamplingOptions(temperature=0.5, repetition_penalty=1.2),
+    SamplingOptions(temperature=0.7, repetition_penalty=1.1),
+    SamplingOptions(temperature=0.7, repetition_penalty=1.2),
+    SamplingOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.1),
+    SamplingOptions(temperature=0.7, min_p=0.1, repetition_penalty=1.1),
+)
 MAX_TOKENS = 256  # what a chat gives an answer unless told otherwise
-GRAM, MAY_OCCUR, WORDS = (
-    6,
-    2,
-    60,
-)  # a loop is a 6-gram of words seen more often; shorter answers must have ended
+GRAM, MAY_OCCUR = 6, 2  # an answer loops when a sequence of six words occurs more than twice
+WORDS = 60  # an answer of fewer words must have ended by itself
 
 
 @dataclass(frozen=True)
@@ -101,13 +95,10 @@ class Answer:
 
 
 def answers(engine: Engine, sampling: SamplingOptions) -> list[Answer]:
-    """The first answer of a conversation to every prompt with every seed; a greedy one does not depend on the seed."""
+    """The first answer of a chat to every prompt, with every seed unless it does not matter."""
     seeds = SEEDS[:1] if sampling.greedy else SEEDS
-    prompts = [
-        encode_messages(engine.tokenizer, [{"role": "user", "content": text}])
-        for text in PROMPTS
-        for _ in seeds
-    ]
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS for _ in seeds]
+    prompts = [encode_messages(engine.tokenizer, messages) for messages in chats]
     samplings = [replace(sampling, seed=seed) for _ in PROMPTS for seed in seeds]
     results = batch_generate(engine, prompts, samplings, slots=20, max_tokens=MAX_TOKENS)
     eos = engine.config.eos_token_id
@@ -116,21 +107,24 @@ def answers(engine: Engine, sampling: SamplingOptions) -> list[Answer]:
 
 
 def perplexity(judge: Engine, found: Sequence[Answer]) -> float:
-    """The perplexity of all answers' tokens, each after its prompt, under `judge` at temperature 1."""
+    """Perplexity of all answers' tokens, each after its prompt, under `judge` at temperature 1."""
     loss, count = 0.0, 0
     for answer in found:
-        logits = judge.model(mx.array([answer.prompt + answer.tokens[:-1]]))[
-            0, len(answer.prompt) - 1 :, : judge.vocab
-        ]
-        scores = logits.astype(mx.float32) - mx.logsumexp(
-            logits.astype(mx.float32), axis=-1, keepdims=True
-        )
-        found_here: Any = (
-            mx.take_along_axis(scores, mx.array(answer.tokens)[:, None], axis=-1).sum().item()
-        )
-        loss -= found_here
+        text = mx.array([answer.prompt + answer.tokens[:-1]])
+        logits = judge.model(text)[0, len(answer.prompt) - 1 :, : judge.vocab].astype(mx.float32)
+        scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        chosen = mx.take_along_axis(scores, mx.array(answer.tokens)[:, None], axis=-1)
+        loss -= cast(float, chosen.sum().item())
         count += len(answer.tokens)
     return math.exp(loss / count)
+
+
+def label(sampling: SamplingOptions) -> str:
+    """The options that differ from their defaults, except the seed."""
+    given = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
+    plain = vars(SamplingOptions())
+    changed = [f"{name} {value}" for name, value in given.items() if value != plain[name]]
+    return ", ".join(["greedy"] * sampling.greedy + changed)
 
 
 def row(name: str, found: Sequence[Answer], judge: Engine) -> str:
@@ -150,23 +144,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model")
     parser.add_argument("judge")
     parser.add_argument("answers", type=Path)
-    parser.add_argument(
-        "--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME"
-    )
+    parser.add_argument("--own", action="store_true", help="only the model's own defaults")
     args = parser.parse_args(argv)
     engine, judge = load(args.model), load(args.judge)
     lines = args.answers.read_text(encoding="utf-8").splitlines() if args.answers.exists() else []
-    known = {name: [Answer(**fields) for fields in found] for name, found in map(json.loads, lines)}
-    print(
-        "| setting | answers that loop | too short | ended | words: median (range) | perplexity |"
-    )
+    known = {name: [Answer(**parts) for parts in found] for name, found in map(json.loads, lines)}
+    print("| sampling | loops | too short | ended | words: median (range) | perplexity |")
     print("|---|---:|---:|---:|---:|---:|")
-    for name in args.settings:
+    own = engine.chat_sampling
+    for sampling in dict.fromkeys((own,) if args.own else (*GRID, own)):
+        name = label(sampling)
         if name not in known:
-            known[name] = answers(engine, SETTINGS[name])
+            known[name] = answers(engine, sampling)
             with args.answers.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([name, [vars(answer) for answer in known[name]]]) + "\n")
-        print(row(name, known[name], judge), flush=True)
+        print(row(name + " (the model's own)" * (sampling == own), known[name], judge), flush=True)
     return 0
 
 

@@ -1,7 +1,8 @@
 """A conversation: messages in the Instruct format, and a cache that is fed only what is new.
 
-Every exchange keeps the tokens that the model is fed of it: the question's, then the answer as it was generated, as far
-as the user saw it. When the context is full the oldest exchanges go, the system turn stays, and a notice tells of it.
+Every exchange keeps its tokens: those of the question, then those of the answer as it was
+generated, as far as the user saw it. When the context is full, the oldest exchanges are dropped,
+the system turn stays, and a notice says so.
 """
 
 from __future__ import annotations
@@ -10,21 +11,24 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from inspect import GEN_RUNNING, GEN_SUSPENDED, getgeneratorstate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import ref
 
 from openelm_mlx.errors import PromptError
 from openelm_mlx.instruct import answer_prefix, encode_messages, turn_tokens
 from openelm_mlx.kv import CacheKind
-from openelm_mlx.options import GenerationOptions, SamplingOptions, with_overrides
+from openelm_mlx.options import GenerationOptions, SamplingOptions, explained, with_overrides
 from openelm_mlx.prompt_cache import PromptCache
 from openelm_mlx.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of type checkers; nothing to install
+
     from openelm_mlx.decode import Progress
     from openelm_mlx.drafts import ModelDraft
     from openelm_mlx.generation import Event
     from openelm_mlx.loading import Engine
+    from openelm_mlx.options import Settings
 
 __all__ = ["Conversation", "encode_messages"]
 
@@ -36,7 +40,7 @@ READABLE = (None, "openelm-mlx conversation 1", FORMAT)  # files of the first fo
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answer as the user saw them, and the tokens that the model is fed of both."""
+    """A question, its answer as the user saw it, and the tokens that the model is fed for both."""
 
     question: str
     answer: str
@@ -47,26 +51,28 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Request:
-    """An answer that is about to be given: what it follows, and what becomes of the conversation once it begins."""
+    """An answer that is to be generated, and what the conversation becomes once it has begun."""
 
     question: str
     prompt: list[int]
     kept: tuple[Exchange, ...]
-    dropped_tokens: (
-        int  # of all exchanges that the context had no room for, those of earlier requests included
-    )
+    dropped_tokens: int  # of all exchanges so far that the context had no room for
     attempt: int
     notices: list[str]
 
 
+@explained(SamplingOptions, GenerationOptions)
 class Conversation:
     """Exchanges of user and assistant over one cache.
 
-    `send(text)` yields events; `messages` grows by the question and the answer once the answer ends, also when it was
-    stopped midway by closing the iterator. What an answer that never began would have changed stays as it was.
-    `notices` holds what the user should be told since the last `send`. Without `sampling` the model's own defaults for
-    chat hold (`engine.chat_sampling`), and `overrides` go on top. The seed is drawn once, here, where none is given.
-    `options` and `sampling` may be replaced between two messages.
+    `send(text)` yields events. When the answer ends, also because the iterator was closed midway,
+    `messages` has grown by the question and by what was shown of the answer. Where the answer did
+    not even begin, nothing has changed. `notices` holds what the user should be told since the last
+    `send`.
+
+    `sampling` defaults to the model's own defaults for chat (`engine.chat_sampling`); `settings`
+    are field names of either options class and go on top. A seed is drawn here where none is given.
+    `options` and `sampling` may be replaced between messages.
     """
 
     def __init__(
@@ -77,33 +83,29 @@ class Conversation:
         options: GenerationOptions | None = None,
         *,
         draft: Engine | ModelDraft | None = None,
-        **overrides: Any,
+        **settings: Unpack[Settings],
     ) -> None:
         from openelm_mlx.drafts import ModelDraft
 
         self.engine = engine
-        chosen, self.options = with_overrides(sampling or engine.chat_sampling, options, overrides)
+        chosen, self.options = with_overrides(sampling or engine.chat_sampling, options, settings)
         self._sampling = seeded(chosen)
-        self.draft = (
-            draft if draft is None or isinstance(draft, ModelDraft) else ModelDraft(engine, draft)
-        )
+        ready = draft is None or isinstance(draft, ModelDraft)
+        self.draft = draft if ready else ModelDraft(engine, cast("Engine", draft))
         self.notices: list[str] = []
         self.system = system
         self._exchanges: tuple[Exchange, ...] = ()
         self._dropped_tokens = 0
-        self._cache = PromptCache.for_config(
-            engine.config, CacheKind.of(engine.config, self.options)
-        )
-        self._request: Request | None = (
-            None  # the latest: an older one that has not begun may not begin any more
-        )
-        self._events: ref[Generator[Event, None, None]] | None = (
-            None  # weak: an iterator that is let go closes itself
-        )
+        kind = CacheKind.of(engine.config, self.options)
+        self._cache = PromptCache.for_config(engine.config, kind)
+        # the latest request: an earlier one that has not begun may not begin any more
+        self._request: Request | None = None
+        # a weak reference: an iterator that nobody holds any longer closes itself
+        self._events: ref[Generator[Event, None, None]] | None = None
 
     @property
     def system(self) -> str | None:
-        """The system turn. A new one holds from the next message on, for the whole conversation so far."""
+        """The system turn. A new one replaces the old one from the next message on."""
         return self._system
 
     @system.setter
@@ -114,7 +116,7 @@ class Conversation:
 
     @property
     def sampling(self) -> SamplingOptions:
-        """How answers are drawn; its seed is never None: replaced by options without one, the seed stays."""
+        """How answers are drawn. It always has a seed: new options without one keep the old one."""
         return self._sampling
 
     @sampling.setter
@@ -133,7 +135,9 @@ class Conversation:
     @property
     def context_used(self) -> int:
         """Tokens of the context that the conversation takes; 0 before the first answer."""
-        return len(self._head()) + size(self._exchanges) if self._exchanges else 0
+        if not self._exchanges:
+            return 0
+        return len(self._head()) + sum(len(one.tokens) for one in self._exchanges)
 
     @property
     def context_length(self) -> int:
@@ -143,8 +147,10 @@ class Conversation:
     def send(self, text: str, progress: Progress | None = None) -> Generator[Event, None, None]:
         """Ask, and yield the answer as it comes.
 
-        `progress(done, total)` is called after each prefilled chunk of the prompt. Raises `PromptError`, at once and
-        without a change, for a message that cannot fit beside the system turn and while another answer is being given.
+        `progress(done, total)` is called after each prefilled chunk of the prompt. Raises
+        `PromptError` at once, and changes nothing, where the message is empty or does not fit
+        beside the system turn, and while another answer is being generated; `OptionError` where
+        `options` do not go together.
         """
         self._check_idle()
         if not isinstance(text, str):
@@ -154,9 +160,10 @@ class Conversation:
         return self._begin(self._fit(text, self._exchanges), progress)
 
     def regenerate(self, progress: Progress | None = None) -> Generator[Event, None, None]:
-        """Answer the last message once more, with other random numbers; the new answer takes the old one's place.
+        """Answer the last message again with other random numbers; the new answer replaces the old
+        one.
 
-        Raises `PromptError` where nothing was answered yet, and as `send` does.
+        Raises `PromptError` where nothing has been answered yet, and as `send` does.
         """
         self._check_idle()
         if not self._exchanges:
@@ -168,7 +175,7 @@ class Conversation:
         return self._begin(request, progress)
 
     def undo(self) -> str:
-        """Drop the last exchange and return its question. Raises `PromptError` where there is none."""
+        """Drop the last exchange and return its question. Raises `PromptError` if there is none."""
         self._check_idle()
         if not self._exchanges:
             raise PromptError("there is nothing to undo; the conversation has no exchange yet")
@@ -177,7 +184,7 @@ class Conversation:
         return last.question
 
     def stop(self) -> None:
-        """End the answer that is being given, if one is; the conversation keeps what was shown of it."""
+        """End the answer that is being generated, if any; what was shown of it is kept."""
         events = self._events() if self._events else None
         if events is not None and self._answering():
             events.close()
@@ -194,31 +201,23 @@ class Conversation:
 
     def _check_idle(self) -> None:
         if self._answering():
-            raise PromptError(
-                "an answer is still being given; read it to its end, or end it with stop()"
-            )
+            what = "an answer is still being generated"
+            raise PromptError(f"{what}; read it to its end, or end it with stop()")
 
     def _begin(self, request: Request, progress: Progress | None) -> Generator[Event, None, None]:
-        """The events of the answer; whatever can be wrong with the options is raised before anything changes."""
+        """Yield the events of the answer. Wrong options raise here, before anything has changed."""
         from openelm_mlx.generation import stream_generate
 
         kind = CacheKind.of(self.engine.config, self.options)
-        cache = (
-            self._cache
-            if self._cache.kind == kind
-            else PromptCache.for_config(self.engine.config, kind)
-        )
+        same = self._cache.kind == kind
+        cache = self._cache if same else PromptCache.for_config(self.engine.config, kind)
         events = stream_generate(
             self.engine, request.prompt, self._sampling_of(request), self.options,
             prompt_cache=cache, draft=self.draft, progress=progress,
         )  # fmt: skip
         answer = self._answer(request, events)
-        self._cache, self._request, self._events, self.notices = (
-            cache,
-            request,
-            ref(answer),
-            request.notices,
-        )
+        self._cache, self._request, self._events = cache, request, ref(answer)
+        self.notices = request.notices
         return answer
 
     def _sampling_of(self, request: Request) -> SamplingOptions:
@@ -228,9 +227,8 @@ class Conversation:
         self, request: Request, events: Generator[Event, None, None]
     ) -> Generator[Event, None, None]:
         if request is not self._request:
-            raise PromptError(
-                "the conversation went on before this answer began; send the message again"
-            )
+            what = "the conversation went on before this answer began"
+            raise PromptError(f"{what}; send the message again")
         shown, tokens = "", []
         try:
             with closing(events):
@@ -242,25 +240,23 @@ class Conversation:
             if tokens:  # else the prefill failed or was interrupted: nothing was said
                 said = [token for token in tokens if token is not None]
                 exchange = self._exchange(request.question, shown, said, request.attempt)
-                self._exchanges, self._dropped_tokens = (
-                    (*request.kept, exchange),
-                    request.dropped_tokens,
-                )
+                self._exchanges = (*request.kept, exchange)
+                self._dropped_tokens = request.dropped_tokens
             else:
                 self.notices = []
 
     def _exchange(self, question: str, shown: str, said: Sequence[int], attempt: int) -> Exchange:
-        """An exchange whose answer is fed as generated where that reads as it was shown, else encoded anew."""
+        """The exchange; its answer keeps the tokens of `said` as far as they read as `shown`."""
         tokenizer, asked = self.engine.tokenizer, self._question(question)
         tokens = [*asked, *as_shown(tokenizer, shown, said), tokenizer.eos_id]
         return Exchange(question, shown, tuple(tokens), len(tokens) - len(asked), attempt)
 
     def _fit(self, text: str, exchanges: tuple[Exchange, ...], attempt: int = 0) -> Request:
-        """The request for the next answer. Raises `PromptError` where the message does not fit at all.
+        """Request the next answer. Raises `PromptError` if the message alone does not fit.
 
-        Once the context is full, exchanges are dropped until half of it is free: the rest has to be prefilled anew,
-        because its positions change, and then many messages follow at their own cost. The last exchange goes only
-        where it must.
+        Once the context is full, exchanges are dropped until about half of it is free. What is kept
+        has to be prefilled again, as its positions change; after that many messages cost only their
+        own tokens. The last exchange is dropped only if it does not fit.
         """
         head, asked, length = self._head(), self._question(text), self.context_length
         room_for_answer = min(ANSWER_ROOM, length // 4, self.options.max_tokens)
@@ -272,34 +268,29 @@ class Conversation:
                 f"{what} is too long: it takes {most} tokens and {other} {rest}; "
                 f"together at most {room} of the context's {length} fit. Shorten it"
             )
-        used = len(head) + size(exchanges) + len(asked)
-        # the answer fills some of the half as well: as much as the shortest one did, for all one knows
+        sizes = [len(one.tokens) for one in exchanges]
+        used = len(head) + sum(sizes) + len(asked)
+        # the answer fills some of the half; it is expected to be as long as the shortest one so far
         half = length // 2 - min([room_for_answer, *(one.answer_tokens for one in exchanges)])
         gone = 0
-        while used > room or (
-            0 < gone < len(exchanges) - 1 and used - len(exchanges[gone].tokens) >= half
-        ):
-            used -= len(exchanges[gone].tokens)
+        while used > room or (0 < gone < len(sizes) - 1 and used - sizes[gone] >= half):
+            used -= sizes[gone]
             gone += 1
         turns = "oldest turn was" if gone == 1 else f"{gone} oldest turns were"
-        kept = exchanges[gone:]
-        return Request(
-            text, [*head, *(token for one in kept for token in one.tokens), *asked], kept,
-            self._dropped_tokens + size(exchanges[:gone]), attempt,
-            [f"the context is full: the {turns} dropped"] if gone else [],
-        )  # fmt: skip
+        notices = [f"the context is full: the {turns} dropped"] if gone else []
+        kept, dropped = exchanges[gone:], self._dropped_tokens + sum(sizes[:gone])
+        prompt = [*head, *(token for one in kept for token in one.tokens), *asked]
+        return Request(text, prompt, kept, dropped, attempt, notices)
 
     def _head(self) -> list[int]:
         return turn_tokens(self.engine.tokenizer, "system", self.system or "", first=True)
 
     def _question(self, text: str) -> list[int]:
-        return [
-            *turn_tokens(self.engine.tokenizer, "user", text),
-            *answer_prefix(self.engine.tokenizer),
-        ]
+        tokenizer = self.engine.tokenizer
+        return [*turn_tokens(tokenizer, "user", text), *answer_prefix(tokenizer)]
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` needs to go on another day: the texts, and the tokens that the model is fed of them."""
+        """Everything `from_json` needs: the texts and the tokens that the model is fed for them."""
         return {
             "format": FORMAT,
             "system": self.system,
@@ -312,9 +303,10 @@ class Conversation:
 
     @classmethod
     def from_json(cls, engine: Engine, data: Any, **settings: Any) -> Conversation:
-        """A saved conversation; `settings` are arguments of the class. Raises `PromptError` for anything else.
+        """Restore a saved conversation; `settings` are arguments of the class.
 
-        Saved tokens that do not read as the saved texts, as those of another tokenizer, are made anew from the texts.
+        Saved tokens that do not read as the saved texts, such as those of another tokenizer, are
+        replaced by the texts encoded. Raises `PromptError` for data that is no saved conversation.
         """
         try:
             form, system, saved = data.get("format"), data["system"], data["messages"]
@@ -325,14 +317,16 @@ class Conversation:
             ) from None
         if form not in READABLE:
             raise PromptError(
-                f"this saved conversation has the format {form!r}; readable are those up to {FORMAT!r}"
+                f"this saved conversation has the format {form!r}; "
+                f"this version reads formats up to {FORMAT!r}. Update openelm-mlx"
             )
         roles, texts = [role for role, _ in messages], [text for _, text in messages]
         if roles != ["user", "assistant"] * (len(roles) // 2) or not all(
             isinstance(text, str) for text in texts
         ):
             raise PromptError(
-                "a saved conversation must alternate texts of 'user' and 'assistant', ending with an answer"
+                "a saved conversation must alternate texts of 'user' and 'assistant', "
+                "ending with an answer"
             )
         talk = cls(engine, system, **settings)
         details = data.get("exchanges")
@@ -343,7 +337,7 @@ class Conversation:
         return talk
 
     def _restored(self, question: str, answer: str, detail: Any) -> Exchange:
-        """A saved exchange, with its own tokens where they are those of its texts."""
+        """A saved exchange, with its saved tokens where they read as its texts."""
         detail = detail if isinstance(detail, dict) else {}
         tokens, asked, tokenizer = (
             detail.get("tokens"),
@@ -372,18 +366,13 @@ def seeded(sampling: SamplingOptions, seed: int | None = None) -> SamplingOption
     return replace(sampling, seed=new_seed() if seed is None else seed)
 
 
-def size(exchanges: Sequence[Exchange]) -> int:
-    """Tokens that the exchanges take."""
-    return sum(len(exchange.tokens) for exchange in exchanges)
-
-
 def natural(value: Any) -> int:
-    """A count from a saved file, 0 where there is none."""
+    """A count from a saved file; 0 where there is none."""
     return value if type(value) is int and value >= 0 else 0
 
 
 def as_shown(tokenizer: Tokenizer, shown: str, said: Sequence[int]) -> list[int]:
-    """Tokens that read as `shown`: those generated, as long as they do, and what is left of the text encoded.
+    """Tokens that read as `shown`: the generated ones as far as they do, then the rest, encoded.
 
     shown  "I am th"        (the stop string "e" was found, or the answer was stopped)
     said   "I", " am", " the", ...  -> "I", " am", and " th" encoded

@@ -241,7 +241,7 @@ def test_one_answer_at_a_time(small):
     for use in (lambda: talk.send("second"), talk.regenerate, talk.undo, talk.reset):
         with pytest.raises(
             PromptError,
-            match=r"an answer is still being given; read it to its end, or end it with stop\(\)",
+            match=r"an answer is still being generated; read it to its end, or end it with stop\(\)",
         ):
             use()
     assert talk.messages == []
