@@ -36,6 +36,13 @@ def continue_turn(tokenizer: Tokenizer, user_text: str) -> list[int]:
 
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise PromptError unless: perhaps one system turn, then user and assistant in turns."""
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        raise PromptError(f"the messages are of type {type(messages).__name__}; give a list of them, each a dict with "
+                          "the keys 'role' and 'content'")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise PromptError(f"message {i + 1} is of type {type(message).__name__}; give a dict with the keys 'role' "
+                              "and 'content'")
     if not messages:
         raise PromptError("the conversation is empty; give at least one user message")
     offset = 1 if messages[0].get("role") == "system" else 0

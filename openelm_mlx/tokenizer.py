@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import json
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import TokenizerError
+from .errors import PromptError, TokenizerError
+
+Encoder = Callable[[str, bool], list[int]]  # text, and whether it continues earlier text
 
 SPACE = "▁"  # SentencePiece's mark for a space
+# Appended to a serialized SentencePiece model, this overrides one field of it, as protocol buffers merge what follows:
+# normalizer_spec (field 3, 2 bytes) { add_dummy_prefix (field 3): false }
+NO_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
 
 
 class Tokenizer:
     """A LLaMA-style tokenizer. User text is never parsed for control tokens such as `</s>`."""
 
-    def __init__(self, pieces: list[bytes], encoder: Any, path: Path, fingerprint: str,
+    def __init__(self, pieces: list[bytes], encoder: Encoder, path: Path, fingerprint: str,
                  bos_id: int = 1, eos_id: int = 2):
         self._pieces = pieces
         self._encoder = encoder
@@ -61,9 +69,21 @@ class Tokenizer:
         """Whether every id stands for the same text in both, whatever file they were read from."""
         return self._pieces == other._pieces
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of `text`, dummy prefix included, after the start token where `bos`."""
-        ids = list(self._encoder(text))
+    def encode(self, text: str, bos: bool = True, continued: bool = False) -> list[int]:
+        """Ids of `text` after the start token where `bos`; dummy prefix included, unless the text goes on from earlier
+        text (`continued`): then decode(earlier ids + these) is the joined text.
+
+        Raises `PromptError` for what is no text, or has lone surrogates, which UTF-8 cannot express.
+        """
+        if not isinstance(text, str):
+            raise PromptError(f"the text is of type {type(text).__name__}; give a str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the text is not valid UTF-8: character {error.start + 1} is the lone surrogate "
+                              f"{text[error.start]!a}. Convert what it came from to UTF-8 first, for example with "
+                              "iconv -f latin1 -t utf-8") from None
+        ids = list(self._encoder(text, continued))
         return [self.bos_id, *ids] if bos else ids
 
     def piece_bytes(self, token: int) -> bytes:
@@ -79,12 +99,28 @@ class Tokenizer:
 
 
 class StreamingDecoder:
-    """Text of tokens as they come: never half a character, never a space lost."""
+    """Text of tokens as they come, never half a character: what decode(prompt + tokens) adds to decode(prompt).
 
-    def __init__(self, tokenizer: Tokenizer, at_start: bool = True):
+    Without a `prompt` the tokens begin the text: the dummy prefix's space is left out. A character that a prompt breaks
+    off is part of the prompt's text, as the replacement character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()):
         self._tokenizer = tokenizer
-        self._at_start = at_start
+        self._at_start, self._told = True, 0
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in prompt:
+            self.push(token)
+        self._told = len(self._pending.decode("utf-8", errors="replace"))  # characters that the prompt's text ends with
+
+    @property
+    def pending(self) -> bool:
+        """Whether half a character waits for its other half."""
+        return bool(self._pending)
+
+    @property
+    def _pending(self) -> bytes:
+        return self._utf8.getstate()[0]
 
     def push(self, token: int) -> str:
         """Text that is safe to print now."""
@@ -92,37 +128,51 @@ class StreamingDecoder:
         if data and self._at_start:
             data = data.removeprefix(b" ")
             self._at_start = False
-        return self._utf8.decode(data)
+        return self._new(self._utf8.decode(data))
 
     def flush(self) -> str:
         """A replacement character for a dangling byte, or nothing."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
-        return text
+        return self._new(text)
+
+    def _new(self, text: str) -> str:
+        told, self._told = self._told, max(self._told - len(text), 0)
+        return text[told:]
 
 
 def _as_bytes(piece: str, is_byte: bool) -> bytes:
     return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE, " ").encode()
 
 
-def _read_sentencepiece(data: bytes) -> tuple[list[bytes], Any, int, int]:
+def _read_sentencepiece(data: bytes) -> tuple[list[bytes], Encoder, int, int]:
     from sentencepiece import SentencePieceProcessor
 
-    model = SentencePieceProcessor()
-    model.LoadFromSerializedProto(data)
+    @cache
+    def processor(continued: bool) -> Any:
+        made = SentencePieceProcessor()
+        made.LoadFromSerializedProto(data + NO_DUMMY_PREFIX if continued else data)
+        return made
+
+    model = processor(False)
     count = model.GetPieceSize()
     silent = {i for i in range(count) if model.IsControl(i)}
     names = model.IdToPiece(list(range(count)))
     pieces = [b"" if i in silent else " \u2047 ".encode() if model.IsUnknown(i)
               else _as_bytes(name, model.IsByte(i)) for i, name in enumerate(names)]
-    return pieces, model.EncodeAsIds, model.bos_id(), model.eos_id()
+    return pieces, lambda text, continued: processor(continued).EncodeAsIds(text), model.bos_id(), model.eos_id()
 
 
-def _read_json(data: bytes) -> tuple[list[bytes], Any, int, int]:
+def _read_json(data: bytes) -> tuple[list[bytes], Encoder, int, int]:
     from tokenizers import Tokenizer as Fast
 
-    fast = Fast.from_str(data.decode())
-    fast.encode_special_tokens = True  # "</s>" in a user's text is spelled out
+    @cache
+    def tokenizer(continued: bool) -> Any:
+        made = Fast.from_str(_without_dummy_prefix(data) if continued else data.decode())
+        made.encode_special_tokens = True  # "</s>" in a user's text is spelled out
+        return made
+
+    fast = tokenizer(False)
     special = {i for i, t in fast.get_added_tokens_decoder().items() if t.special}
     names = [fast.id_to_token(i) or "" for i in range(fast.get_vocab_size())]
     pieces = [" \u2047 ".encode() if n == "<unk>" else b"" if i in special
@@ -131,4 +181,20 @@ def _read_json(data: bytes) -> tuple[list[bytes], Any, int, int]:
     bos, eos = fast.token_to_id("<s>"), fast.token_to_id("</s>")
     if bos is None or eos is None:
         raise ValueError("it has no <s> or no </s>")
-    return pieces, lambda text: fast.encode(text, add_special_tokens=False).ids, bos, eos
+    return pieces, lambda text, continued: tokenizer(continued).encode(text, add_special_tokens=False).ids, bos, eos
+
+
+def _without_dummy_prefix(data: bytes) -> str:
+    """A tokenizer.json with no step that prepends a space: "Prepend" among the normalizers, or a "Metaspace"."""
+    def changed(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        if part.get("type") == "Metaspace":
+            return {**part, "prepend_scheme": "never"}
+        nested = {key: [one for one in map(changed, part[key]) if one is not None]
+                  for key in ("normalizers", "pretokenizers") if key in part}
+        return None if part.get("type") == "Prepend" else {**part, **nested}
+
+    content = json.loads(data)
+    steps = {key: changed(content.get(key)) for key in ("normalizer", "pre_tokenizer")}
+    return json.dumps({**content, **steps})

@@ -15,7 +15,7 @@ class Codepoints(Tokenizer):
     def __init__(self) -> None:
         self.bos_id, self.eos_id = 1, 2
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
+    def encode(self, text: str, bos: bool = True, continued: bool = False) -> list[int]:
         return [1] * bos + [ord(c) + 3 for c in text]
 
 
@@ -45,6 +45,9 @@ def test_user_cannot_close_the_turn() -> None:
 
 @pytest.mark.parametrize(("messages", "text"), [
     ([], "is empty"), ([{"role": "system", "content": ""}], "system message only"),
+    (USER, "the messages are of type dict; give a list of them"), ("Hi", "the messages are of type str"),
+    (None, "the messages are of type NoneType"), (["Hi"], "message 1 is of type str; give a dict"),
+    ([USER, ("assistant", "Yo")], "message 2 is of type tuple; give a dict"),
     ([BOT], "expected 'user'"), ([USER, USER], "expected 'assistant'"), ([{"role": "user"}], "has no text")])
 def test_refusals(messages: list[dict[str, str]], text: str) -> None:
     with pytest.raises(PromptError, match=text):
