@@ -50,7 +50,7 @@ class StepSpec:
     kind: CacheKind = CacheKind()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sampling", replace(self.sampling, seed=None))  # the seed is state, not code
+        object.__setattr__(self, "sampling", replace(self.sampling, seed=None, stream=0))  # state, not code
 
 
 def choose(spec: StepSpec, logits: mx.array, state: State) -> State:

@@ -14,12 +14,10 @@ from openelm_mlx.kv import CacheKind
 from openelm_mlx.model import OpenELM
 from openelm_mlx.options import shown
 from openelm_mlx.prompt_cache import PromptCache
-from openelm_mlx.sampling import History, filter_logits, gumbel
+from openelm_mlx.sampling import DRAFTING, History, filter_logits, gumbel
 
 if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
-
-DRAFT_STREAM = 1  # of the random numbers; verification has its own (speculative.py)
 
 
 class Request(NamedTuple):
@@ -186,7 +184,7 @@ def make_drafter(model: OpenELM, spec: StepSpec, kind: CacheKind, length: int) -
         for index in range(length):
             row = model.logits(hidden)[:, : spec.vocab].astype(mx.float32)
             row = filter_logits(row, spec.sampling, seen)
-            noise = 0.0 if spec.sampling.greedy else gumbel(key, position + 1 + index, spec.vocab, DRAFT_STREAM)
+            noise = 0.0 if spec.sampling.greedy else gumbel(key, position + 1 + index, spec.vocab, DRAFTING)
             token = mx.argmax(row + noise, axis=-1).astype(mx.uint32)
             tokens.append(token)
             logits.append(row)

@@ -139,6 +139,10 @@ class SamplingOptions:
     seed: int | None = field(
         default=None, metadata={"help": "same seed, same tokens; unset draws a new one", "range": (0, 2**63 - 1)}
     )
+    stream: int = field(
+        default=0,
+        metadata={"help": "independent noise under the same seed: sample i of n, retry j", "range": (0, 2**31 - 1)},
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

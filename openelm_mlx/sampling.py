@@ -1,12 +1,15 @@
 """From logits to the next token, on the device. The order of the filters is stated once, in `filter_logits`.
 
-Randomness is a pure function of (seed, position): the noise for the token at a position does not depend on
-chunking, batching, caching or how many tokens were drawn before, so a seed always gives the same text.
+Randomness is a pure function of seed, stream and position in the text, counted from BOS: the noise for a token does
+not depend on chunking, batching, caching or how many tokens were drawn before, so a seed always gives the same text.
+Seed and stream are hashed: those of adjacent ones have nothing in common.
 """
 
 from __future__ import annotations
 
 import secrets
+import struct
+from hashlib import blake2b
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -14,6 +17,7 @@ import mlx.core as mx
 from openelm_mlx.options import SamplingOptions
 
 NEVER = -float("inf")
+DRAWING, DRAFTING, ACCEPTING = range(3)  # what noise is for: the same position has another for each
 
 
 class History(NamedTuple):
@@ -76,21 +80,24 @@ def new_seed() -> int:
     return secrets.randbits(62)
 
 
-def seed_key(seed: int) -> mx.array:
-    """The key of one sequence, [1, 2] uint32: the two halves of the seed."""
-    return mx.array([[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF]], dtype=mx.uint32)
+def seed_key(seed: int, stream: int = 0, offset: int = 0) -> mx.array:
+    """The key of one sequence, [1, 2] uint32: a hash of seed and stream.
+
+    `offset` tokens of the text are no longer in the prompt: noise at position p is that at p + offset without it.
+    """
+    high, low = struct.unpack("<2I", blake2b(struct.pack("<2Q", seed, stream), digest_size=8).digest())
+    return mx.array([[high, low + offset & 0xFFFFFFFF]], dtype=mx.uint32)
 
 
-def keyed(key: mx.array, position: mx.array, stream: int = 0) -> mx.array:
-    """The random key of one draw, from the sequence's key [2] and a position [1]; streams are independent."""
-    offset = mx.array([stream * 0x9E3779B9 & 0xFFFFFFFF], dtype=mx.uint32)
-    return key.reshape(2) + mx.concatenate([offset, position.astype(mx.uint32)])
+def keyed(keys: mx.array, positions: mx.array, purpose: int) -> mx.array:
+    """Random keys [B, 2], one a draw, from the sequences' keys [B, 2], positions [B] and what the noise is for."""
+    purposes = mx.full(positions.shape, purpose * 0x9E3779B9 & 0xFFFFFFFF, dtype=mx.uint32)
+    return keys + mx.stack([purposes, positions.astype(mx.uint32)], axis=1)
 
 
-def gumbel(keys: mx.array, positions: mx.array, vocab: int, stream: int = 0) -> mx.array:
-    """Gumbel noise [B, vocab] for the tokens at `positions` [B], a function of key [B, 2], position and stream alone."""
-    offsets = mx.full(positions.shape, stream * 0x9E3779B9 & 0xFFFFFFFF, dtype=mx.uint32)
-    mixed = keys + mx.stack([offsets, positions.astype(mx.uint32)], axis=1)
+def gumbel(keys: mx.array, positions: mx.array, vocab: int, purpose: int = DRAWING) -> mx.array:
+    """Gumbel noise [B, vocab] for the tokens at `positions` [B], a function of key [B, 2], position and purpose alone."""
+    mixed = keyed(keys, positions, purpose)
     if keys.shape[0] == 1:
         return mx.random.gumbel((vocab,), key=mixed[0])[None]
     return mx.vmap(lambda key: mx.random.gumbel((vocab,), key=key))(mixed)  # one kernel for all rows

@@ -18,12 +18,10 @@ from openelm_mlx.cache import KVCache, step_caches
 from openelm_mlx.decode import Drawn, Flight, State, StepSpec, flat, logprob_fields, read, submit
 from openelm_mlx.drafts import Chain, Proposal, Request
 from openelm_mlx.model import OpenELM
-from openelm_mlx.sampling import NEVER, History, Logprobs, filter_logits, gumbel, keyed, logprobs
+from openelm_mlx.sampling import ACCEPTING, NEVER, History, Logprobs, filter_logits, gumbel, keyed, logprobs
 
 if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
-
-ACCEPT_STREAM = 2  # of the random numbers; 0 draws tokens, 1 drafts them
 
 
 @dataclass
@@ -165,7 +163,8 @@ def keep_sampled(
     q = one.astype(mx.float32) if q_logits is None else mx.softmax(q_logits, axis=-1)
     p_drafted, q_drafted = (mx.where(one, x, 0.0).sum(axis=-1) for x in (p[:k], q))
     places = position + 1 + mx.arange(k)
-    u = mx.concatenate([mx.random.uniform(shape=(1,), key=keyed(key, place, ACCEPT_STREAM)) for place in mx.split(places, k)])
+    keys = mx.split(keyed(key, places, ACCEPTING), k)
+    u = mx.concatenate([mx.random.uniform(shape=(1,), key=one[0]) for one in keys])
     count = mx.cumprod((u * q_drafted < p_drafted).astype(mx.int32)).sum()
     residual = mx.concatenate([mx.maximum(p[:k] - q, 0.0), p[k:]])
     row, own = (mx.take(x, count[None], axis=0) for x in (residual, p))  # [1, vocab]
