@@ -19,7 +19,7 @@ _HOME = {
     "Engine": "loading",
     "Event": "generation",
     "GenerationOptions": "options",
-    "GenerationStats": "generation",
+    "GenerationStats": "stats",
     "ModelDraft": "drafts",
     "OpenELMConfig": "config",
     "OpenELMError": "errors",
@@ -60,11 +60,12 @@ if TYPE_CHECKING:
     from openelm_mlx.config import OpenELMConfig, layer_shapes
     from openelm_mlx.drafts import ModelDraft
     from openelm_mlx.errors import OpenELMError
-    from openelm_mlx.generation import Event, GenerationStats, generate, stream_generate
+    from openelm_mlx.generation import Event, generate, stream_generate
     from openelm_mlx.instruct import encode_messages
     from openelm_mlx.loading import Engine, load
     from openelm_mlx.options import GenerationOptions, SamplingOptions
     from openelm_mlx.prompt_cache import PromptCache
+    from openelm_mlx.stats import GenerationStats
 
 
 # In a bare clone `convert/` and `benchmarks/` lie beside this package instead of inside it.

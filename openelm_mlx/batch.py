@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from openelm_mlx.decode import logprob_fields
-from openelm_mlx.errors import OpenELMError, OptionError
-from openelm_mlx.generation import Clock, Event, GenerationStats, TextFilter, prompt_tokens
+from openelm_mlx.errors import OpenELMError, OptionError, PromptError
+from openelm_mlx.generation import Event, Prompt, TextFilter, decoder_after, prompt_tokens
 from openelm_mlx.kv import CacheKind
 from openelm_mlx.options import GenerationOptions, SamplingOptions, explained, with_overrides
 from openelm_mlx.rows import Rows, RowsSpec, RowState, choose_rows, prefill_rows
 from openelm_mlx.sampling import History, new_seed, seed_key
 from openelm_mlx.speculative import SpeculationCounts
-from openelm_mlx.tokenizer import StreamingDecoder
+from openelm_mlx.stats import Clock, GenerationStats, Reader
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,15 +32,19 @@ ALONE = ("kv_window", "prompt_lookup", "draft_tokens", "adaptive_draft")  # what
 class Running:
     """One sequence: its request, and on the host's side how far it came."""
 
-    def __init__(self, number: int, engine: Engine, tokens: list[int], sampling: SamplingOptions, options: GenerationOptions):
+    def __init__(
+        self, number: int, engine: Engine, tokens: list[int], sampling: SamplingOptions, options: GenerationOptions,
+        reader: Reader,
+    ) -> None:  # fmt: skip
         self.number, self.tokens, self.options = number, tokens, options
         self.seed = new_seed() if sampling.seed is None else sampling.seed
-        self.sampling = replace(sampling, seed=None)
+        self.key = seed_key(self.seed, sampling.stream)
+        self.sampling = replace(sampling, seed=None, stream=0)
         self.room = min(options.max_tokens, engine.config.max_context_length - len(tokens) + 1)
-        self.text = TextFilter(StreamingDecoder(engine.tokenizer), options.stop)
+        self.text = TextFilter(decoder_after(engine, tokens), options.stop)
         self.eos = None if options.ignore_eos else engine.config.eos_token_id
         self.produced = 0
-        self.clock = Clock()
+        self.clock = Clock(reader)
 
     def take(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> Event:
         """The event of its next token; the last one carries reason and statistics."""
@@ -53,7 +57,7 @@ class Running:
             return Event(shown, token, logprob, top)
         shown += "" if stopped else self.text.flush()
         reason = "stop" if stopped or self.text.stopped else "length"
-        stats = self.clock.stats(len(self.tokens), 0, self.produced, self.seed, SpeculationCounts())
+        stats = self.clock.stats(len(self.tokens), 0, self.seed, SpeculationCounts())
         return Event(shown, token, logprob, top, reason, stats)
 
 
@@ -73,6 +77,7 @@ class BatchEngine:
         self._waiting: deque[Running] = deque()
         self._rows: list[Running | None] = []
         self._numbers = 0
+        self._reader = Reader()
         self._device = Rows(engine, self._spec())
 
     @property
@@ -82,7 +87,7 @@ class BatchEngine:
 
     def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         sampling: SamplingOptions | None = None,
         options: GenerationOptions | None = None,
         **settings: Unpack[Settings],
@@ -98,7 +103,7 @@ class BatchEngine:
                 )
         tokens = prompt_tokens(self.engine, prompt)
         self._numbers += 1
-        self._waiting.append(Running(self._numbers, self.engine, tokens, sampling, options))
+        self._waiting.append(Running(self._numbers, self.engine, tokens, sampling, options, self._reader))
         return self._numbers
 
     def cancel(self, number: int) -> bool:
@@ -113,6 +118,7 @@ class BatchEngine:
 
     def step(self) -> list[tuple[int, Event]]:
         """Admit what waits, draw one token for every running sequence; (number, event) for each."""
+        self._reader.back()
         self._admit()
         live = [(row, running) for row, running in enumerate(self._rows) if running is not None]
         device = self._device
@@ -132,6 +138,7 @@ class BatchEngine:
             events.append((running.number, event))
             if event.finish_reason:
                 self._retire(row)
+        self._reader.leave()
         return events
 
     def close(self) -> None:
@@ -190,6 +197,8 @@ class BatchEngine:
         device.spec = spec
 
     def _prefill(self, group: list[Running]) -> None:
+        for one in group:
+            one.clock.start()
         self.engine.steps.refresh()
         device, spec = self._device, self._device.spec
         prompts = [one.tokens for one in group]
@@ -197,7 +206,7 @@ class BatchEngine:
         state = RowState(
             token=mx.array([tokens[-1] for tokens in prompts], dtype=mx.uint32),
             position=mx.array([len(tokens) - 1 for tokens in prompts], dtype=mx.int32),
-            key=mx.concatenate([seed_key(one.seed) for one in group]),
+            key=mx.concatenate([one.key for one in group]),
             which=mx.array([spec.samplings.index(one.sampling) for one in group], dtype=mx.int32),
             alive=mx.ones((len(group),), dtype=mx.int32),
             history=History.of_prompt(prompts, spec.vocab) if spec.penalised else None,
@@ -253,7 +262,7 @@ class BatchResult:
 @explained(SamplingOptions, GenerationOptions)
 def batch_generate(
     engine: Engine,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[Prompt],
     sampling: SamplingOptions | Sequence[SamplingOptions] | None = None,
     options: GenerationOptions | Sequence[GenerationOptions] | None = None,
     *,
@@ -266,8 +275,10 @@ def batch_generate(
 
     `sampling` and `options` are one for all or one each; `settings` are options by their names and hold for all. A
     prompt that cannot be run gives a result with `error` and does not disturb the others. Raises `OptionError` for
-    options that are wrong for all.
+    options that are wrong for all, and `PromptError` where `prompts` is one text.
     """
+    if isinstance(prompts, str):
+        raise PromptError("prompts is one text; give a list of prompts, also for a single one: [text]")
     each_sampling = spread("sampling", sampling, len(prompts))
     each_options = spread("options", options, len(prompts))
     first = next((one for one in each_options if one is not None), None)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Sequence
+import operator
+from collections.abc import Generator, Iterable, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
 from openelm_mlx.decode import Progress, State, StepSpec, choose, decode, prefill
 from openelm_mlx.drafts import Chain, Draft, ModelDraft, PromptLookup
-from openelm_mlx.errors import CacheError, PromptError
+from openelm_mlx.errors import CacheError, OptionError, PromptError
+from openelm_mlx.instruct import Message, answer_prefix, encode_messages
 from openelm_mlx.kv import CacheKind
 from openelm_mlx.options import GenerationOptions, SamplingOptions, explained, with_overrides
-from openelm_mlx.prompt_cache import PromptCache
+from openelm_mlx.prompt_cache import PromptCache, common_prefix, continued_ids
 from openelm_mlx.sampling import History, new_seed, seed_key
 from openelm_mlx.speculative import SpeculationCounts, speculate
+from openelm_mlx.stats import Clock, GenerationStats
 from openelm_mlx.tokenizer import StreamingDecoder
 
 if TYPE_CHECKING:
@@ -26,31 +28,7 @@ if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
     from openelm_mlx.options import Settings
 
-
-@dataclass(frozen=True)
-class GenerationStats:
-    """What one generation cost. Rates are tokens per second; a rate nothing was measured for is 0.
-
-    The first token belongs to the prompt's time, so the generation rate counts the tokens after it.
-    """
-
-    prompt_tokens: int
-    reused_tokens: int  # of the prompt, found in the cache
-    generation_tokens: int
-    prompt_tokens_per_second: float  # of those prefilled
-    generation_tokens_per_second: float
-    time_to_first_token_seconds: float
-    total_seconds: float
-    peak_memory_bytes: int
-    seed: int
-    drafted_tokens: int = 0  # proposed by a draft model or prompt lookup
-    accepted_tokens: int = 0  # of those, kept
-    target_passes: int = 0  # of the model itself, the prompt's excluded
-
-    @property
-    def tokens_per_pass(self) -> float:
-        """Tokens that a pass of the model gave; 1 without speculation, 0 where there was no pass."""
-        return (self.generation_tokens - 1) / self.target_passes if self.target_passes else 0.0
+Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, or the messages of a conversation
 
 
 @dataclass(frozen=True)
@@ -68,7 +46,7 @@ class Event:
 @explained(SamplingOptions, GenerationOptions)
 def generate(
     engine: Engine,
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     sampling: SamplingOptions | None = None,
     options: GenerationOptions | None = None,
     *,
@@ -93,13 +71,14 @@ def generate(
 @explained(SamplingOptions, GenerationOptions)
 def stream_generate(
     engine: Engine,
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     sampling: SamplingOptions | None = None,
     options: GenerationOptions | None = None,
     *,
     prompt_cache: PromptCache | None = None,
     draft: Engine | Draft | None = None,
     progress: Progress | None = None,
+    position_offset: int = 0,
     **settings: Unpack[Settings],
 ) -> Generator[Event, None, None]:
     """Yield an `Event` a token.
@@ -109,19 +88,27 @@ def stream_generate(
 
     `settings` are options by their names; they replace those of `sampling` and `options`.
 
-    `prompt_cache` is reused as far as its tokens agree with the prompt and holds prompt and answer afterwards.
+    A `prompt` is text, token ids or a list of messages `{"role": ..., "content": ...}`. The text of all events is what
+    the tokens add to the prompt's text, its leading space included; only an answer in the Instruct format starts without.
+
+    `prompt_cache` is reused as far as its tokens agree with the prompt and holds prompt and answer afterwards. A prompt
+    of text goes on from the tokens it holds where their text is the beginning of the prompt's.
     `draft` (a smaller engine with the same tokenizer, or a `ModelDraft` of one, which keeps its cache between calls)
     and the option `prompt_lookup` speed up decoding without changing what is drawn. `progress(done, total)` is
-    called after each prefilled chunk. Closing the iterator stops at once and leaves nothing in flight.
-    Raises `PromptError` (empty, too long, ids out of range), `OptionError` and `CacheError` before any work.
+    called after each prefilled chunk. `position_offset` is how many tokens of the text, at its beginning, are no longer
+    in the prompt: random numbers are those of the whole text. Closing the iterator stops at once and leaves nothing in
+    flight. Raises `PromptError` (empty, too long, no text nor ids), `OptionError` and `CacheError` before any work.
     """
     sampling, options = with_overrides(sampling, options, settings)
-    tokens = prompt_tokens(engine, prompt)
+    if type(position_offset) is not int or position_offset < 0:
+        raise OptionError(f"position_offset is {position_offset!r}; allowed is a whole number from 0 up")
     kind = CacheKind.of(engine.config, options)
     cache = PromptCache.for_config(engine.config, kind) if prompt_cache is None else prompt_cache
     if cache.kind != kind:
         raise CacheError(f"the prompt cache holds {cache.kind}, but the options ask for {kind}; make one for them")
-    return _generate(engine, tokens, sampling, options, cache, draft_for(engine, draft, options), progress)
+    tokens = prompt_tokens(engine, prompt, cache.tokens)
+    chain = draft_for(engine, draft, options)
+    return _generate(engine, tokens, sampling, options, cache, chain, progress, position_offset)
 
 
 def _generate(
@@ -132,20 +119,21 @@ def _generate(
     cache: PromptCache,
     draft: Chain | None,
     progress: Progress | None,
+    position_offset: int,
 ) -> Generator[Event, None, None]:
     seed = new_seed() if sampling.seed is None else sampling.seed
     room = min(options.max_tokens, engine.config.max_context_length - len(tokens) + 1)
     spec = StepSpec(sampling, engine.vocab, options.logprobs, options.compiled, cache.kind)
-    clock, counts = Clock(), SpeculationCounts()
+    clock, counts = Clock().start(), SpeculationCounts()
     # 1. keep what the cache already holds of this prompt
     reused = cache.reuse(tokens)
-    text = TextFilter(StreamingDecoder(engine.tokenizer), options.stop)
+    text = TextFilter(decoder_after(engine, tokens), options.stop)
     produced: list[int] = []
     try:
         # 2. the rest of the prompt, in chunks
         logits = prefill(engine.model, tokens[reused:], cache.layers, options.prefill_chunk, progress)
         # 3. the first token, from the prompt's last logits
-        state = choose(spec, logits, first_state(spec, [tokens], [seed]))
+        state = choose(spec, logits, first_state(spec, tokens, seed_key(seed, sampling.stream, position_offset)))
         # 4. the loop, one token ahead of us or a draft at a time
         if draft is None:
             drawn = decode(engine.steps.get(spec), state, cache.layers, room)
@@ -162,13 +150,15 @@ def _generate(
                 stopped, last = ended or text.stopped, len(produced) == room
                 if stopped or last:
                     break
+                clock.reader.leave()
                 yield Event(shown, token, logprob, top)
+                clock.reader.back()
     finally:
         cache.hold(tokens + produced)
     # 6. the last event carries the reason and the statistics
     shown += "" if stopped else text.flush()
     reason = "stop" if stopped or text.stopped else "length"
-    yield Event(shown, token, logprob, top, reason, clock.stats(len(tokens), reused, len(produced), seed, counts))
+    yield Event(shown, token, logprob, top, reason, clock.stats(len(tokens), reused, seed, counts))
 
 
 def draft_for(engine: Engine, draft: Engine | Draft | None, options: GenerationOptions) -> Chain | None:
@@ -180,36 +170,76 @@ def draft_for(engine: Engine, draft: Engine | Draft | None, options: GenerationO
     return None if not found else Chain(found, options.draft_tokens, options.adaptive_draft)
 
 
-def prompt_tokens(engine: Engine, prompt: str | Sequence[int]) -> list[int]:
-    """Ids of a prompt: text after BOS, or ids as given. Raises `PromptError`."""
+def prompt_tokens(engine: Engine, prompt: Prompt, held: Sequence[int] = ()) -> list[int]:
+    """Ids of a prompt: text after BOS, ids as given, messages in the Instruct format. Raises `PromptError`.
+
+    Text goes on from the ids `held` in a cache, where that keeps more of them than encoding all of it.
+    """
+    limit = engine.config.max_context_length
     if isinstance(prompt, str):
         if not prompt:
             raise PromptError("the prompt is empty; give at least one character")
         tokens = engine.tokenizer.encode(prompt)
+        more = continued_ids(engine.tokenizer, held, prompt)
+        gains = common_prefix(held, more) > common_prefix(held, tokens) and len(more) <= limit
+        if gains and engine.tokenizer.decode(more) == engine.tokenizer.decode(tokens):
+            tokens = more
+    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+        tokens = encode_messages(engine.tokenizer, cast("Sequence[Message]", prompt))
     else:
-        tokens = [int(token) for token in prompt]
-        if not tokens:
-            raise PromptError("the prompt is empty; give at least one token")
+        tokens = token_ids(prompt)
         if wrong := [token for token in tokens if not 0 <= token < engine.config.vocab_size]:
             raise PromptError(f"token id {wrong[0]} is outside the vocabulary of {engine.config.vocab_size}")
-    limit = engine.config.max_context_length
     if len(tokens) > limit:
         raise PromptError(f"the prompt has {len(tokens)} tokens; the model's context holds {limit}. Shorten the prompt")
     return tokens
 
 
-def first_state(spec: StepSpec, prompts: list[list[int]], seeds: list[int]) -> State:
-    """The state before the first tokens are drawn: the positions are those of the prompts' last tokens."""
-    history = History.of_prompt(prompts, spec.vocab) if spec.sampling.penalised else None
-    newest = mx.array([tokens[-1] for tokens in prompts], dtype=mx.uint32)
-    last = mx.array([len(tokens) - 1 for tokens in prompts], dtype=mx.int32)
-    return State(newest, last, mx.concatenate([seed_key(seed) for seed in seeds]), history, None, [])
+def token_ids(given: Any) -> list[int]:
+    """A list of ids from any iterable of integers, arrays of numpy and MLX included. Raises `PromptError`."""
+    listed = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(given, (bytes, bytearray, memoryview, Mapping, Set)) or not isinstance(listed, Iterable):
+        raise PromptError(
+            f"the prompt is of type {type(given).__name__}; give text, a list of token ids or a list of messages"
+        )
+    ids = []
+    for place, token in enumerate(listed, 1):
+        try:
+            if isinstance(token, bool):
+                raise TypeError
+            ids.append(operator.index(token))
+        except TypeError:
+            raise PromptError(
+                f"number {place} of the prompt is of type {type(token).__name__}; a list is one of token ids, which are "
+                "integers, or of messages. Give text as one string"
+            ) from None
+    if not ids:
+        raise PromptError("the prompt is empty; give at least one token")
+    return ids
+
+
+def first_state(spec: StepSpec, prompt: list[int], key: mx.array) -> State:
+    """The state before the first token is drawn: the position is that of the prompt's last token."""
+    history = History.of_prompt([prompt], spec.vocab) if spec.sampling.penalised else None
+    newest, last = mx.array(prompt[-1:], dtype=mx.uint32), mx.array([len(prompt) - 1], dtype=mx.int32)
+    return State(newest, last, key, history, None, [])
+
+
+def decoder_after(engine: Engine, prompt: list[int]) -> StreamingDecoder:
+    """What decodes the tokens that follow a prompt: an answer in the Instruct format is a text of its own."""
+    frame = answer_prefix(engine.tokenizer)
+    if prompt[-len(frame) :] == frame:
+        return StreamingDecoder(engine.tokenizer)
+    return StreamingDecoder(engine.tokenizer, [token for token in prompt if token < engine.tokenizer.vocab_size])
 
 
 class TextFilter:
     """Decoded text on its way out. What could be the start of a stop string waits until it is decided.
 
     stop "END":  "...the E" shows "...the ", "N" shows nothing, "joy" shows "ENjoy", "D" stops for good.
+
+    Of several stop strings the match that begins first in the text wins, however the text is cut into tokens: a shorter
+    match waits while a longer one that began before it may still come true.
     """
 
     def __init__(self, decoder: StreamingDecoder, stop: tuple[str, ...]) -> None:
@@ -226,48 +256,11 @@ class TextFilter:
         if self.stopped:
             return ""
         text = self.held + text
-        self.held = ""
-        hits = [text.index(stop) for stop in self.stop if stop in text]
-        if hits:
-            self.stopped = True
-            return text[: min(hits)]
-        if final:
-            return text
+        match = min((text.index(stop) for stop in self.stop if stop in text), default=len(text))
         longest = max((len(stop) - 1 for stop in self.stop), default=0)
-        for size in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self.stop):
-                self.held = text[-size:]
-                return text[:-size]
-        return text
-
-
-class Clock:
-    """Time to the first token, and from it to the last."""
-
-    def __init__(self) -> None:
-        mx.reset_peak_memory()
-        self.start = self.first = self.last = time.perf_counter()
-        self.tokens = 0
-
-    def token(self) -> None:
-        self.last = time.perf_counter()
-        self.tokens += 1
-        if self.tokens == 1:
-            self.first = self.last
-
-    def stats(self, prompt: int, reused: int, produced: int, seed: int, counts: SpeculationCounts) -> GenerationStats:
-        to_first, after = self.first - self.start, self.last - self.first
-        return GenerationStats(
-            prompt_tokens=prompt,
-            reused_tokens=reused,
-            generation_tokens=produced,
-            prompt_tokens_per_second=(prompt - reused) / to_first if to_first else 0.0,
-            generation_tokens_per_second=(produced - 1) / after if after else 0.0,
-            time_to_first_token_seconds=to_first,
-            total_seconds=self.last - self.start,
-            peak_memory_bytes=mx.get_peak_memory(),
-            seed=seed,
-            drafted_tokens=counts.drafted,
-            accepted_tokens=counts.accepted,
-            target_passes=counts.passes or max(produced - 1, 0),
-        )
+        first = match if final else max(len(text) - longest, 0)
+        undecided = [place for place in range(first, match) if any(stop.startswith(text[place:]) for stop in self.stop)]
+        end = undecided[0] if undecided else match
+        self.stopped = end == match < len(text)
+        self.held = "" if self.stopped else text[end:]
+        return text[:end]

@@ -250,6 +250,8 @@ class Settings(TypedDict, total=False):
     """subtracted once for each time a token was generated"""
     seed: int | None
     """same seed, same tokens; unset draws a new one"""
+    stream: int
+    """independent noise under the same seed: sample i of n, retry j"""
     max_tokens: int
     """stop after this many tokens"""
     stop: str | Sequence[str]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from openelm_mlx.config import OpenELMConfig, layer_shapes
 from openelm_mlx.errors import CacheError
 from openelm_mlx.files import replacing
 from openelm_mlx.kv import CacheKind, Window
+from openelm_mlx.tokenizer import StreamingDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
@@ -147,11 +150,38 @@ class PromptCache:
         mx.eval([layer.arrays for layer in self.layers])
 
 
-def common_prefix(held: list[int], wanted: list[int]) -> int:
+def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
     for count, (ours, theirs) in enumerate(zip(held, wanted, strict=False)):
         if ours != theirs:
             return count
     return min(len(held), len(wanted))
+
+
+def continued_ids(tokenizer: Tokenizer, held: Sequence[int], text: str) -> list[int]:
+    """Ids of `text` that begin with as many of `held` as stand for its beginning; the rest is encoded as what follows.
+
+    held    <s> Once upon a ti me                (as they were generated, where "time" is a piece, too)
+    text    Once upon a time there was
+    ids     <s> Once upon a ti me | there was
+
+    Where `held` goes on otherwise than `text`, the ids are kept up to the last word that both share.
+    """
+    if not held or held[0] != tokenizer.bos_id:
+        return tokenizer.encode(text)
+    ours = list(takewhile(lambda token: token < tokenizer.vocab_size and tokenizer.piece_bytes(token), held[1:]))
+    decoder, place, kept, seam = StreamingDecoder(tokenizer), 0, 0, 0  # `ours` ends at a control token: texts have none
+    for count, token in enumerate(ours, 1):
+        shown = decoder.push(token)
+        if not text.startswith(shown, place):
+            break
+        place += len(shown)
+        if not decoder.pending and not text[place : place + 1].strip():  # a space follows, or nothing
+            kept, seam = count, place
+    else:
+        shown = decoder.flush()
+        if text.startswith(shown, place):
+            kept, seam = len(ours), place + len(shown)
+    return [*held[: kept + 1], *tokenizer.encode(text[seam:], bos=False, continued=kept > 0)]
 
 
 def fingerprint(engine: Engine) -> str:

@@ -145,6 +145,8 @@ def test_mistakes(engine):
         BatchEngine(engine, slots=0)
     with pytest.raises(OptionError, match="sampling has 2 entries for 1 prompts; give one for all, or one each"):
         batch_generate(engine, ["a"], [SamplingOptions()] * 2)
+    with pytest.raises(PromptError, match=r"prompts is one text; give a list of prompts, also for a single one: \[text\]"):
+        batch_generate(engine, "hi")
     with pytest.raises(OptionError, match="kv_window does not go with batches"):
         batch_generate(engine, ["a"], kv_window=20)
     with pytest.raises(OptionError, match="prompt_lookup does not go with batches"):

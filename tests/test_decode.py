@@ -18,6 +18,7 @@ from openelm_mlx.generation import first_state
 from openelm_mlx.kv import CacheKind
 from openelm_mlx.loading import Engine, cast, parameters
 from openelm_mlx.options import GenerationOptions, SamplingOptions
+from openelm_mlx.sampling import seed_key
 
 PROMPT = [1, 9, 30, 12, 9, 30, 12, 9]
 
@@ -92,7 +93,7 @@ def test_unused_capacity_costs_no_memory_while_decoding(tiny):
         for cache in caches:
             cache.reserve(capacity)
         mx.eval([cache.arrays for cache in caches])
-        state = choose(spec, logits, first_state(spec, [PROMPT], [0]))
+        state = choose(spec, logits, first_state(spec, PROMPT, seed_key(0)))
         held = mx.get_active_memory()  # buffers included: a copy of one would come on top
         steps = decode(make_step(engine.model, spec), state, caches, 40)
         for _ in range(10):

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import random
+import time
+from array import array
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from small import random_engine
 
-from openelm_mlx import generate, stream_generate
+from openelm_mlx import BatchEngine, batch_generate, generate, stream_generate
 from openelm_mlx.cache import KVCache
 from openelm_mlx.errors import CacheError, OptionError, PromptError
 from openelm_mlx.generation import TextFilter
+from openelm_mlx.instruct import encode_messages
 from openelm_mlx.prompt_cache import PromptCache
 
 PROMPT = "Once upon a time"
@@ -80,6 +85,80 @@ def test_logprobs_are_the_models_own(tiny):
     assert [token for token, _ in event.top_logprobs] == np.argsort(-expected)[:3].tolist()
 
 
+@pytest.mark.parametrize("prompt", ["Once upon", "The king and the", "Once upon a tim", "a\n", " "])
+def test_prompt_and_text_are_the_text_of_all_ids(tiny, prompt):
+    """The space that begins a word is part of a completion, alone and in a batch, at once and token by token."""
+    ids = tiny.tokenizer.encode(prompt)
+    events = list(stream_generate(tiny, prompt, max_tokens=6))
+    text = "".join(event.text for event in events)
+    assert prompt + text == tiny.tokenizer.decode(ids + [event.token for event in events])
+    assert generate(tiny, ids, max_tokens=6) == text == batch_generate(tiny, [prompt], max_tokens=6)[0].text
+    assert prompt != "Once upon" or text.startswith(" a time")
+
+
+def test_an_answer_to_messages_begins_without_its_space(tiny):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
+    ids = encode_messages(tiny.tokenizer, messages)
+    events = list(stream_generate(tiny, messages, max_tokens=6))
+    assert events[-1].stats.prompt_tokens == len(ids)
+    text = "".join(event.text for event in events)
+    assert text == tiny.tokenizer.decode([event.token for event in events]) and not text.startswith(" ")
+    assert batch_generate(tiny, [messages, ids], max_tokens=6)[0].text == text == generate(tiny, ids, max_tokens=6)
+
+
+def test_a_prompt_that_extends_the_cached_text_reuses_every_cached_token(tiny):
+    """As a seed drew them, the tokens are not those that their text would be encoded to."""
+    cache, settings = PromptCache.for_config(tiny.config), {"temperature": 1.5, "seed": 3}
+    whole = list(stream_generate(tiny, PROMPT, max_tokens=24, **settings))
+    text = PROMPT + generate(tiny, PROMPT, max_tokens=16, prompt_cache=cache, **settings)
+    held = list(cache.tokens)
+    assert held != tiny.tokenizer.encode(text)[: len(held)]  # else this test shows nothing
+    events = list(stream_generate(tiny, text, max_tokens=8, prompt_cache=cache, **settings))
+    assert events[-1].stats.reused_tokens == len(held) and cache.tokens[: len(held)] == held
+    assert [event.token for event in events] == [event.token for event in whole[16:]]
+    more = text + "".join(event.text for event in events) + "\nOnce more"
+    held = list(cache.tokens)
+    last = list(stream_generate(tiny, more, max_tokens=2, prompt_cache=cache))[-1]
+    assert last.stats.reused_tokens == len(held) and tiny.tokenizer.decode(cache.tokens).startswith(more)
+
+
+def held_after(tiny, ids):
+    """A cache that holds exactly these tokens."""
+    cache = PromptCache.for_config(tiny.config)
+    list(stream_generate(tiny, ids, max_tokens=1, prompt_cache=cache))
+    assert cache.tokens == ids
+    return cache
+
+
+@pytest.mark.parametrize("held, prompt, dropped", [
+    (("On", "ce up", "on"), "Once upon", 1),  # the very text: its last token is run again
+    (("On", "ce up", "on"), "Once upon a", 0),
+    (("On", "ce up", "on a", " time"), "Once upon a mouse", 1),  # up to the last word that both have
+    (("On", "ce up", "on", "</s>"), "Once upon a", 1),  # an answer that ended: text goes on before its EOS
+    (("Once ", "\n"), "Once \nupon", 0),
+])  # fmt: skip
+def test_what_a_prompt_of_text_keeps_of_the_cached_tokens(tiny, held, prompt, dropped):
+    ids = tiny.tokenizer.encode(held[0])
+    for part in held[1:]:
+        ids += [2] if part == "</s>" else tiny.tokenizer.encode(part, bos=False, continued=True)
+    cache = held_after(tiny, ids)
+    stats = list(stream_generate(tiny, prompt, max_tokens=1, prompt_cache=cache))[-1].stats
+    assert (stats.reused_tokens, tiny.tokenizer.decode(cache.tokens)) == (len(ids) - dropped, prompt)
+    stats = list(stream_generate(tiny, "Another text", max_tokens=1, prompt_cache=cache))[-1].stats
+    assert stats.reused_tokens == 1 and cache.tokens == tiny.tokenizer.encode("Another text")
+
+
+def test_cached_text_that_ends_amid_a_character_goes_on(tiny):
+    ids = tiny.tokenizer.encode("A 🦙")[:-2]
+    cache = held_after(tiny, ids)
+    shown = tiny.tokenizer.decode(ids)
+    assert shown.endswith("\ufffd")
+    last = list(stream_generate(tiny, shown + " is", max_tokens=1, prompt_cache=cache))[-1]
+    assert last.stats.reused_tokens == len(ids) and tiny.tokenizer.decode(cache.tokens) == shown + " is"
+    stats = list(stream_generate(tiny, "A 🦙 is", max_tokens=1, prompt_cache=cache))[-1].stats
+    assert stats.reused_tokens >= 2 and tiny.tokenizer.decode(cache.tokens) == "A 🦙 is"
+
+
 def test_counts_and_reasons(tiny):
     last = list(stream_generate(tiny, PROMPT, max_tokens=5))[-1]
     assert (last.finish_reason, last.stats.generation_tokens) == ("length", 5)
@@ -112,11 +191,111 @@ def test_stop_strings_are_held_back_until_decided():
     assert "".join(text.push(ord(c)) for c in "xEN") + text.flush() == "xEN"
 
 
+def test_the_earliest_match_in_the_text_wins_however_it_is_cut():
+    generator = random.Random(1)
+
+    class Cuts(Letters):
+        def push(self, token):
+            return token
+
+    for _ in range(3000):
+        text = "".join(generator.choice("aabbc") for _ in range(generator.randint(0, 10)))
+        stop = tuple("".join(generator.choice("abc") for _ in range(generator.randint(1, 4))) for _ in range(3))
+        first = min((text.index(one) for one in stop if one in text), default=None)
+        filtered, shown, left = TextFilter(Cuts(), stop), "", text
+        while left and not filtered.stopped:
+            size = generator.randint(1, 4)
+            shown, left = shown + filtered.push(left[:size]), left[size:]
+            assert text.startswith(shown)
+        shown += filtered.flush()
+        assert (shown, filtered.stopped) == (text[:first], first is not None), (text, stop)
+
+
+class Slow:
+    """`time.perf_counter` with a reader that needs ten seconds for every event, without anybody waiting for them."""
+
+    def __init__(self, monkeypatch):
+        self.seconds, real = 0.0, time.perf_counter
+        monkeypatch.setattr(time, "perf_counter", lambda: real() + self.seconds)
+
+    def read(self, events):
+        for event in events:
+            self.seconds += 10
+            yield event
+
+
+@pytest.mark.parametrize("settings", [{}, {"prompt_lookup": 1}])
+def test_a_slow_reader_does_not_lower_the_rate(tiny, monkeypatch, settings):
+    stats = list(Slow(monkeypatch).read(stream_generate(tiny, PROMPT, max_tokens=20, **settings)))[-1].stats
+    assert stats.total_seconds > 190 and stats.generation_tokens_per_second > 1  # 0.1 with the reader's time
+
+
+def test_a_request_of_a_batch_is_timed_from_when_it_runs(tiny, monkeypatch):
+    slow, batch = Slow(monkeypatch), BatchEngine(tiny, slots=1)
+    numbers = [batch.submit(PROMPT, max_tokens=8) for _ in range(2)]
+    found = {}
+    while batch.busy:
+        found |= {number: event.stats for number, event in slow.read(batch.step())}
+    first, second = (found[number] for number in numbers)
+    assert first.waiting_seconds < 1 and second.waiting_seconds > 70
+    assert max(first.time_to_first_token_seconds, second.time_to_first_token_seconds) < 5
+    assert min(first.generation_tokens_per_second, second.generation_tokens_per_second) > 1
+
+
+def test_the_peak_of_memory_outlives_the_start_of_a_neighbour(tiny):
+    long = stream_generate(tiny, PROMPT, max_tokens=8)
+    next(long)
+    big = mx.zeros((40 << 20,), mx.uint8)
+    mx.eval(big)
+    del big
+    mx.clear_cache()
+    short = list(stream_generate(tiny, PROMPT, max_tokens=2))[-1].stats
+    assert list(long)[-1].stats.peak_memory_bytes - short.peak_memory_bytes > 30 << 20
+
+
+def test_random_numbers_are_those_of_the_whole_text(tiny):
+    """A model without context: its tokens are the noise alone, so that a dropped turn must change nothing."""
+    flat = random_engine(tiny, seed=1, spread=0.0)
+    settings = {"temperature": 1.0, "seed": 4, "max_tokens": 12, "ignore_eos": True}
+    whole = tokens_of(flat, [1] * 30, **settings)
+    for drafted in ({}, {"draft": random_engine(tiny, seed=2), "draft_tokens": 2}):
+        long, short = (tokens_of(flat, [1] * n, position_offset=30 - n, **settings, **drafted) for n in (30, 11))
+        assert long == short and (drafted or long == whole)
+    with pytest.raises(OptionError, match="position_offset is -1; allowed is a whole number from 0 up"):
+        stream_generate(flat, [1], position_offset=-1)
+
+
 def test_padding_ids_are_never_sampled(tiny):
     padded = random_engine(tiny, seed=1, vocab=tiny.tokenizer.vocab_size + 1000)
     for settings in ({"temperature": 50.0, "seed": 0}, {"prompt_lookup": 1, "draft_tokens": 2}):
         found = [e.token for e in stream_generate(padded, PROMPT, max_tokens=64, ignore_eos=True, **settings)]
         assert max(found) < padded.vocab == tiny.tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("ids", [
+    (1, 5), range(1, 3), np.array([1, 5]), mx.array([1, 5]), [np.int64(1), mx.array(5)], array("i", [1, 5])])  # fmt: skip
+def test_ids_are_integers_of_any_kind(tiny, ids):
+    assert tokens_of(tiny, ids, max_tokens=1) == tokens_of(tiny, [int(token) for token in ids], max_tokens=1)
+
+
+@pytest.mark.parametrize("prompt, text", [
+    (b"abc", "the prompt is of type bytes; give text, a list of token ids or a list of messages"),
+    (None, "the prompt is of type NoneType"), (5, "the prompt is of type int"),
+    ({"role": "user"}, "the prompt is of type dict"),
+    ([1, 2.7], "number 2 of the prompt is of type float; a list is one of token ids, which are integers"),
+    (["5"], "number 1 of the prompt is of type str.*Give text as one string"),
+    ([True], "of type bool"), ([1, None], "of type NoneType"),
+    (np.array([1.0]), "of type float"), (mx.array([[1]]), "of type list"), (mx.array([True]), "of type bool"),
+    (np.array([]), "give at least one token"), ([{"role": "user", "content": "x"}, "y"], "message 2 is of type str"),
+    ("caf\udce9", "character 4 is the lone surrogate"),
+    ([{"role": "user", "content": "\ud83d"}], "lone surrogate"),
+    ([{"role": "system", "content": "\ud83d"}, {"role": "user", "content": "x"}], "lone surrogate"),
+])  # fmt: skip
+def test_what_is_no_prompt_is_refused(tiny, prompt, text):
+    with pytest.raises(PromptError, match=text):
+        stream_generate(tiny, prompt)
+    with pytest.raises(PromptError, match=text):
+        BatchEngine(tiny).submit(prompt)
 
 
 def test_mistakes(tiny):

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from small import random_engine
 
+from openelm_mlx import batch_generate, stream_generate
 from openelm_mlx.options import SamplingOptions
 from openelm_mlx.sampling import History, draw, filter_logits, seed_key
 
@@ -67,3 +71,57 @@ def test_a_seed_fixes_the_draw_whatever_the_batch(seed):
     alone = [draw(mx.array(LOGITS), options, seed_key(seed), mx.array([p]), None).item() for p in range(20)]
     rows, keys = mx.broadcast_to(mx.array(LOGITS), (20, 6)), mx.broadcast_to(seed_key(seed), (20, 2))
     assert draw(rows, options, keys, mx.arange(20), None).tolist() == alone
+
+
+VOCAB, SIDE = 64, 101  # 100 x 100 pairs of neighbours, and the tokens between which they are
+
+
+def agreement_bound(pairs: int) -> float:
+    """How many of so many pairs of independent, even draws from the vocabulary may agree: one set in a billion has more."""
+    mean = pairs / VOCAB
+    return mean + 6 * math.sqrt(mean * (1 - 1 / VOCAB))
+
+
+def agreements(one: np.ndarray, other: np.ndarray) -> list[int]:
+    """Equal tokens of two rows [sequences, positions], the other one shifted by up to three positions."""
+    cut = [(slice(max(0, lag), SIDE - 1 + min(0, lag)), slice(max(0, -lag), SIDE - 1 + min(0, -lag))) for lag in range(-3, 4)]
+    return [int((one[:, mine] == other[:, theirs]).sum()) for mine, theirs in cut]
+
+
+@pytest.fixture(scope="module")
+def flat(tiny):
+    """All logits are equal, so that its tokens show the noise and nothing else."""
+    return random_engine(tiny, seed=1, vocab=VOCAB, layers=1, spread=0.0)
+
+
+def test_neighbouring_seeds_streams_and_positions_are_as_good_as_unrelated_ones(flat):
+    settings = {"max_tokens": SIDE - 1, "ignore_eos": True, "slots": 512}
+    groups = {
+        "seeds": [(seed, 0) for seed in range(SIDE)],
+        "streams": [(0, stream) for stream in range(SIDE)],
+        "unrelated": [(seed * 7919**3 % 2**61, seed * 104729 % 2**31) for seed in range(1, SIDE + 1)],
+        "both": [(seed, SIDE - seed) for seed in range(SIDE)],
+    }
+    rows = [SamplingOptions(temperature=1.0, seed=seed, stream=stream) for pairs in groups.values() for seed, stream in pairs]
+    tokens = np.array([result.tokens for result in batch_generate(flat, [[1]] * len(rows), rows, **settings)])
+    drawn = dict(zip(groups, tokens.reshape(len(groups), SIDE, SIDE - 1), strict=True))
+    assert (drawn["seeds"][0] == drawn["streams"][0]).all()  # the very same seed and stream
+    for name, one in drawn.items():
+        assert max(agreements(one[1:], one[:-1])) < agreement_bound((SIDE - 1) ** 2), name
+        assert (one[:, 1:] == one[:, :-1]).sum() < agreement_bound(SIDE * (SIDE - 2)), name  # positions beside each other
+    across = agreements(drawn["seeds"][1:], drawn["streams"][1:])
+    assert max(across) < agreement_bound((SIDE - 1) ** 2)
+    counts = np.bincount(tokens.ravel(), minlength=VOCAB)
+    expected = (tokens.size - 2 * (SIDE - 1)) / VOCAB  # two sequences come three times, which widens the sum a little
+    assert ((counts - expected) ** 2 / expected).sum() < VOCAB + 6 * math.sqrt(2 * VOCAB)
+
+
+def test_neighbouring_seeds_are_unrelated_in_drafts_too(flat, tiny):
+    """A draft that is always right: every token was drawn by the draft's noise, or after it by the target's."""
+    rows = [
+        [event.token for event in stream_generate(flat, [1], temperature=1.0, seed=seed, max_tokens=SIDE - 1, ignore_eos=True,
+                                                  draft=flat, draft_tokens=16, adaptive_draft=False)]
+        for seed in range(12)
+    ]  # fmt: skip
+    tokens = np.array(rows)
+    assert max(agreements(tokens[1:], tokens[:-1])) < agreement_bound(11 * (SIDE - 1))
