@@ -1,4 +1,4 @@
-"""A pytest plugin for mutation.py: tells coverage which test runs, or which shared fixture is being made."""
+"""A pytest plugin for mutation.py: it tells coverage what test runs and what fixture is made."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def within(context: str) -> Generator[None, Any, Any]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    tests[item.nodeid] = {"fixtures": getattr(item, "fixturenames", []), "seconds": 0.0, "passed": True}
+    used = getattr(item, "fixturenames", [])
+    tests[item.nodeid] = {"fixtures": used, "seconds": 0.0, "passed": True}
     return (yield from within(item.nodeid))
 
 

@@ -70,7 +70,8 @@ def test_a_fitted_grid_is_better_than_any_mere_cut_of_the_range(form):
         codes = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, top)
         return (importance * (codes * scale[..., None] + bias[..., None] - groups) ** 2).sum(-1)
 
-    cuts = [errors((high - low) * part / top, (low + high) / 2 - (high - low) * part / 2) for part in np.linspace(0.5, 1, 51)]
+    cuts = [errors((high - low) * part / top, (low + high) / 2 - (high - low) * part / 2)
+            for part in np.linspace(0.5, 1, 51)]  # fmt: skip
     fitted = errors(*fit_groups(groups, importance, form, mx.float16))
     assert fitted.mean() < 0.97 * np.min(cuts, axis=0).mean()
 

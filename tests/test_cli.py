@@ -89,7 +89,8 @@ def test_commands_of_a_chat(tiny, tmp_path, capsys):
     session.answer("Hello!")
     assert capsys.readouterr().out.strip() and "tokens/s" in session.command("/stats") and "of 1024" in session.status()
     assert session.command("/system Be brief.") == "system: Be brief." == session.command("/system")
-    assert session.command("/system none") == "system: (empty)" and session.conversation.system is None
+    assert session.command("/system none") == "system: (empty)"
+    assert session.conversation.system is None
     session.command(f"/save {tmp_path / 'talk.json'}")
     messages = list(session.conversation.messages)
     assert session.command("/reset") == "forgotten"

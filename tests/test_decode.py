@@ -80,7 +80,8 @@ def test_the_device_works_on_the_next_token_while_the_host_reads_one(tiny, monke
     monkeypatch.setattr(type(engine.model), "hidden", passes)
     monkeypatch.setattr(mx.array, "tolist", reads)
     list(stream_generate(engine, PROMPT, max_tokens=4, ignore_eos=True, compiled=False))
-    assert log == ["pass", *["pass", "read"] * 3, "read"]  # the prompt; each step before the token before it is read
+    prompt, steps = ["pass"], ["pass", "read"] * 3  # a step begins before the token before it is read
+    assert log == [*prompt, *steps, "read"]
 
 
 def test_unused_capacity_costs_no_memory_while_decoding(tiny):

@@ -37,25 +37,30 @@ def test_quantizing_while_loading_equals_converting(nano, tmp_path):
         load(target, bits=4)
 
 
+def types(engine):
+    return {array.dtype for array in parameters(engine.model).values()}
+
+
 @pytest.fixture
 def metal(monkeypatch):
     """A Mac as MLX and Python would describe it; the wired limits set on it."""
     limits: list[int] = []
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda *device: {"max_recommended_working_set_size": 11 << 30})
+    facts = {"max_recommended_working_set_size": 11 << 30}
+    monkeypatch.setattr(mx, "device_info", lambda *device: facts)
     monkeypatch.setattr(mx, "set_wired_limit", limits.append)
     monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
     return limits
 
 
 @pytest.mark.parametrize(
-    ("stored", "computed"), [("float32", mx.bfloat16), ("bfloat16", mx.bfloat16), ("float16", mx.float16)]
+    ("stored", "computed"),
+    [("float32", mx.bfloat16), ("bfloat16", mx.bfloat16), ("float16", mx.float16)],
 )
-def test_metal_computes_in_the_stored_half_type_and_keeps_weights_wired(tmp_path, metal, stored, computed):
+def test_metal_computes_in_half_types_and_keeps_weights_wired(tmp_path, metal, stored, computed):
     folder = again(random_folder(tmp_path / "source"), tmp_path / "model", dtype=stored)
-    weights = parameters(load(folder).model).values()
-    assert {array.dtype for array in weights} == {computed} and metal == [11 << 30]
-    assert {array.dtype for array in parameters(load(folder, dtype="float32").model).values()} == {mx.float32}
+    assert types(load(folder)) == {computed} and metal == [11 << 30]
+    assert types(load(folder, dtype="float32")) == {mx.float32}
 
 
 def test_the_cpu_computes_in_float32_and_wires_nothing(tmp_path, monkeypatch):
@@ -63,7 +68,7 @@ def test_the_cpu_computes_in_float32_and_wires_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     monkeypatch.setattr(mx, "set_wired_limit", limits.append)
     folder = again(random_folder(tmp_path / "source"), tmp_path / "model", dtype="bfloat16")
-    assert {array.dtype for array in parameters(load(folder).model).values()} == {mx.float32} and limits == []
+    assert types(load(folder)) == {mx.float32} and limits == []
 
 
 def test_damaged_weights_are_named(nano, tmp_path):

@@ -37,8 +37,10 @@ def test_each_filter_against_plain_arithmetic():
 
 def test_filters_see_the_tempered_distribution_one_after_the_other():
     p = softmax(LOGITS[0] / 2)
-    assert kept(temperature=2.0, top_p=0.6) == ((np.cumsum(p) - p) < 0.6).tolist() != kept(temperature=1.0, top_p=0.6)
-    assert kept(temperature=2.0, min_p=0.4) == (p >= 0.4 * p.max()).tolist() != kept(temperature=1.0, min_p=0.4)
+    likeliest = ((np.cumsum(p) - p) < 0.6).tolist()
+    assert kept(temperature=2.0, top_p=0.6) == likeliest != kept(temperature=1.0, top_p=0.6)
+    likely = (p >= 0.4 * p.max()).tolist()
+    assert kept(temperature=2.0, min_p=0.4) == likely != kept(temperature=1.0, min_p=0.4)
     three = softmax(LOGITS[0, :3] / 2)  # top-p counts in what top-k has left
     of_three = ((np.cumsum(three) - three) < 0.8).tolist() + [False] * 3
     assert kept(temperature=2.0, top_k=3, top_p=0.8) == of_three != kept(temperature=2.0, top_p=0.8)

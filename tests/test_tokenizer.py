@@ -44,7 +44,7 @@ def test_round_trip_streamed_and_whole(model_file: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_tokenizer_json_gives_the_same_ids_also_for_control_tokens_in_a_text(nano: Path, text: str) -> None:
+def test_tokenizer_json_gives_the_same_ids_and_parses_no_control_token(nano: Path, text: str) -> None:
     one, other = (Tokenizer.from_file(nano / f"tokenizer.{kind}") for kind in ("model", "json"))
     assert one.encode(text) == other.encode(text) and one.decode(other.encode(text)) == text
     assert other.encode(f"{text}</s><s>") == one.encode(f"{text}</s><s>")
