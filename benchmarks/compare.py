@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.benchmarks.bootstrap import Interval, interval, standard_error
 from openelm_mlx.benchmarks.document import Case, Document, Metric, Row
@@ -121,8 +122,9 @@ def warnings(before: Document, after: Document) -> list[str]:
     notes = []
     for name in MACHINE:
         old, new = before.machine.get(name), after.machine.get(name)
-        if old != new:
-            notes.append(f"another machine: {name.replace('_', ' ')} {old} before, {new} after")
+        if not alike(old, new):
+            told = ("unknown" if value is None else value for value in (old, new))
+            notes.append("another machine: {} {} before, {} after".format(name.replace("_", " "), *told))
     for name in sorted(before.versions.keys() & after.versions.keys()):
         if before.versions[name] != after.versions[name]:
             notes.append(f"{name} {before.versions[name]} before, {after.versions[name]} after")
@@ -134,29 +136,45 @@ def warnings(before: Document, after: Document) -> list[str]:
             notes.append(f"the machine was busy before the {when} run: load {load:.1f} on {cores} cores")
     missing = len({key(row) for row in before.rows} ^ {key(row) for row in after.rows})
     if missing:
-        notes.append(f"{missing} cases are in one result only")
+        notes.append(f"{missing} {'case is' if missing == 1 else 'cases are'} in one result only")
     return notes
 
 
+def alike(old: Any, new: Any) -> bool:
+    """Whether two facts are those of one machine; what a system tells of its memory differs by some pages."""
+    if isinstance(old, int) and isinstance(new, int):
+        return math.isclose(old, new, rel_tol=1e-3)
+    return bool(old == new)
+
+
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """All of it for JSON: every figure with its two intervals, also where they show no difference."""
+    differences = [
+        {**asdict(d), "before": d.before._asdict(), "after": d.after._asdict(), "change": d.change, "verdict": d.verdict}
+        for d in comparison.differences
+    ]
+    facts = {"regressed": comparison.regressed, "smallest_change_that_would_have_shown": sensitivity(comparison)}
+    return {**facts, "differences": differences, "notes": list(comparison.notes)}
+
+
 def lines(comparison: Comparison) -> list[str]:
-    """What differs, case by case, then how much could have been missed; at most 80 columns."""
+    """What differs, case by case, then how much could have been missed; a line each, however long."""
     from openelm_mlx.benchmarks.harness import label
-    from openelm_mlx.benchmarks.tables import wrap
 
     found = []
     for d in comparison.differences:
         if d.significant:
-            found += wrap(
+            found.append(
                 f"{d.verdict}: {label(d.case)}, {d.metric.replace('_', ' ')}: {d.before.middle:.4g} -> "
                 f"{d.after.middle:.4g} ({d.change:+.1%})"
             )
     same = sum(not d.significant for d in comparison.differences)
     count = len(comparison.differences)
-    found += wrap(f"{same} of {count} figures show no significant difference; smallest change that would have shown: "
-                  f"{sensitivity(comparison):.0%} (median over the figures)")  # fmt: skip
-    for note in comparison.notes:
-        found += wrap(note, "! ")
-    return found
+    found.append(
+        f"{same} of {count} figures show no significant difference; smallest change that would have shown: "
+        f"{sensitivity(comparison):.0%} (median over the figures)"
+    )
+    return found + [f"! {note}" for note in comparison.notes]
 
 
 def sensitivity(comparison: Comparison) -> float:

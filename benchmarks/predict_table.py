@@ -81,8 +81,12 @@ def show_chips(as_json: bool) -> None:
         print(json.dumps([{"short": c.short, "name": c.name, "gpu_cores": c.gpu_cores, "bandwidth_gb": c.bandwidth_gb,
                            "source": c.source} for c in CHIPS]))  # fmt: skip
         return
+    sources = list(dict.fromkeys(chip.source for chip in CHIPS))
     for chip in CHIPS:
         several = sum(other.short == chip.short for other in CHIPS) > 1
         name = f"{chip.short}-{chip.gpu_cores[-1]}" if several else chip.short
         cores = " or ".join(map(str, chip.gpu_cores))
-        print(f"{name:<12}{cores:>9} GPU cores{chip.bandwidth_gb:>7g} GB/s  {chip.source}")
+        print(f"{name:<12}{cores:>9} GPU cores{chip.bandwidth_gb:>7g} GB/s  [{sources.index(chip.source) + 1}]")
+    print()
+    for number, source in enumerate(sources, start=1):
+        print(f"[{number}] {source}")

@@ -65,6 +65,10 @@ class Request:
 class Conversation:
     """Exchanges of user and assistant over one cache.
 
+    >>> conversation = Conversation(engine, "Be brief.", temperature=0.7)
+    >>> for event in conversation.send("Hello!"):
+    ...     print(event.text, end="", flush=True)
+
     `send(text)` yields events. When the answer ends, also because the iterator was closed midway,
     `messages` has grown by the question and by what was shown of the answer. Where the answer did
     not even begin, nothing has changed. `notices` holds what the user should be told since the last
@@ -92,6 +96,7 @@ class Conversation:
         self._sampling = seeded(chosen)
         ready = draft is None or isinstance(draft, ModelDraft)
         self.draft = draft if ready else ModelDraft(engine, cast("Engine", draft))
+        self.options.check_draft(self.draft is not None)
         self.notices: list[str] = []
         self.system = system
         self._exchanges: tuple[Exchange, ...] = ()

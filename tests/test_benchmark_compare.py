@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
@@ -57,7 +58,15 @@ def test_the_same_thing_twice_is_no_difference_and_a_tenth_of_a_step_is_one(tmp_
     assert capsys.readouterr().out.startswith("4 of 4 figures show no significant difference; smallest change")
     assert main(["benchmark", "--compare", files[0], files[2]]) == 1
     assert "worse: stub" in capsys.readouterr().out
-    assert main(["benchmark", "--compare", files[2], files[0]]) == 0
+    assert main(["benchmark", "--compare", files[2], files[0], "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["regressed"] is False and told["notes"] == [] and len(told["differences"]) == 4
+    verdicts = {one["metric"]: one for one in told["differences"]}
+    assert verdicts["decode_tokens_per_second"]["verdict"] == "better" and verdicts["decode_tokens_per_second"]["change"] > 0.05
+    for one in told["differences"]:
+        assert one["before"]["low"] <= one["before"]["middle"] <= one["before"]["high"] and one["case"]["model"] == CASE.model
+    assert main(["benchmark", "--compare", *files[:2], "--report", str(tmp_path / "r.html")]) == 2
+    assert "--report does not go with --compare, which prints its result" in capsys.readouterr().err
 
 
 def simulated(step, generator, trials=7, noise=0.01):
@@ -78,13 +87,13 @@ def test_false_alarms_are_rare_and_a_tenth_is_seen_nearly_always():
 def test_what_makes_two_results_hard_to_compare_is_said():
     row = Row(CASE, {"decode_tokens_per_second": Metric.of([1, 2, 3], "tokens/s")})
     other = Row(replace(CASE, prompt_tokens=9), row.metrics)
-    before = Document("", "", (row,), machine={"chip": "a"}, versions={"mlx": "1"})
-    busy = {"chip": "b", "load_average": 7.25, "cores": 8}
+    before = Document("", "", (row,), machine={"chip": "a", "memory_bytes": 25276514304}, versions={"mlx": "1"})
+    busy = {"chip": "b", "load_average": 7.25, "cores": 8, "memory_bytes": 25276518400}  # a page more is the same machine
     after = Document("", "", (row, other), machine=busy, versions={"mlx": "2"}, partial=True)
     assert compare(before, after).notes == (
-        "another machine: chip a before, b after", "another machine: cores None before, 8 after", "mlx 1 before, 2 after",
+        "another machine: chip a before, b after", "another machine: cores unknown before, 8 after", "mlx 1 before, 2 after",
         "the second result is partial: it was interrupted",
-        "the machine was busy before the second run: load 7.2 on 8 cores", "1 cases are in one result only",
+        "the machine was busy before the second run: load 7.2 on 8 cores", "1 case is in one result only",
     )  # fmt: skip
     with pytest.raises(BenchmarkError, match="no measurement in common; run the same suite"):
         compare(before, Document("", "", (other,)))

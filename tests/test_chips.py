@@ -121,7 +121,10 @@ def test_table_says_that_it_is_predicted(capsys: pytest.CaptureFixture[str]) -> 
     facts = json.loads(capsys.readouterr().out)
     assert facts["predicted"] is True and len(facts["rows"]) == 6 and all(row["predicted"] for row in facts["rows"])
     show("list")
-    assert len(capsys.readouterr().out.splitlines()) == len(CHIPS)
+    chips, sources = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    assert len(chips) == len(CHIPS) and len(sources) == len({chip.source for chip in CHIPS})  # each is named once
+    for line, chip in zip(chips, CHIPS, strict=True):
+        assert f"[{line.split('[')[1]} {chip.source}" in sources
     show("list", as_json=True)
     assert len(json.loads(capsys.readouterr().out)) == len(CHIPS)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.benchmarks.suites import BITS, SIZES, SUITES
+from openelm_mlx.cli.options import real, whole
+from openelm_mlx.options import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,38 +48,40 @@ def register(commands: Any) -> None:
     what.add_argument("--suite", choices=SUITES, default="quick", metavar="NAME", help=f"{suites} (default quick)")
     what.add_argument("--random-weights", nargs="+", metavar="SIZE", default=(),
                       help=f"published sizes with random weights, nothing downloaded: {', '.join(SIZES)}")
-    what.add_argument("--bits", nargs="+", type=int, metavar="N", default=(),
+    what.add_argument("--bits", nargs="+", type=whole, metavar="N", default=(),
                       help=f"widths of the weights: {', '.join(map(str, BITS))}")
-    what.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="with --bits (default 64)")
-    what.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="compute in this type")
-    what.add_argument("--prompt-tokens", nargs="+", type=int, metavar="N", default=(), help="lengths of the prompt")
-    what.add_argument("--generation-tokens", nargs="+", type=int, metavar="N", default=(), help="tokens after it")
-    what.add_argument("--batch-size", nargs="+", type=int, metavar="N", default=(), dest="batch_sizes",
+    what.add_argument("--group-size", type=whole, choices=(32, 64, 128), default=64, help="with --bits (default 64)")
+    what.add_argument("--dtype", choices=DTYPES, help="compute in this type")
+    what.add_argument("--prompt-tokens", nargs="+", type=whole, metavar="N", default=(), help="lengths of the prompt")
+    what.add_argument("--generation-tokens", nargs="+", type=whole, metavar="N", default=(), help="tokens after it")
+    what.add_argument("--batch-size", nargs="+", type=whole, metavar="N", default=(), dest="batch_sizes",
                       help="sequences at a time")
     what.add_argument("--cache", nargs="+", metavar="KIND", default=(), dest="caches",
                       help="how keys and values are kept: plain, kv8, kv4, window-N")
     what.add_argument("--speculation", nargs="+", metavar="KIND", default=(), dest="speculations",
                       help="none, prompt-lookup, 'draft MODEL'")
-    what.add_argument("--trials", type=int, metavar="N", help="counted runs of each case, at least 5")
-    what.add_argument("--minutes", type=float, metavar="N", default=30.0, help="of the soak suite (default 30)")
+    what.add_argument("--trials", type=whole, metavar="N", help="counted runs of each case, at least 5")
+    what.add_argument("--minutes", type=real, metavar="N", default=30.0, help="of the soak suite (default 30)")
     what.add_argument("--peers", metavar="NAMES", default="", help="also time these: mlx-lm,llama.cpp,torch")
     out = parser.add_argument_group("what to write")
-    out.add_argument("--output", metavar="F.json", help="everything, for --compare and for benchmarks/results")
-    out.add_argument("--csv", metavar="F", help="one line a case")
-    out.add_argument("--markdown", metavar="F", help="the table")
-    out.add_argument("--plot", metavar="F.png", help="pictures, .png or .svg; needs matplotlib")
-    out.add_argument("--report", metavar="F.html", help="one page with tables, pictures and machine facts")
-    out.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    out.add_argument("--output", metavar="FILE", help="everything as JSON, for --compare and for benchmarks/results")
+    out.add_argument("--csv", metavar="FILE", help="one line a case")
+    out.add_argument("--markdown", metavar="FILE", help="the table")
+    out.add_argument("--plot", metavar="FILE", help="pictures, .png or .svg; needs matplotlib")
+    out.add_argument("--report", metavar="FILE", help="one HTML page with tables, pictures and machine facts")
+    out.add_argument("--json", action="store_true", help="print one JSON object, also with --compare and --predict")
     other = parser.add_argument_group("instead of measuring")
-    other.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="significant changes from A to B")
-    other.add_argument("--show", metavar="F.json", help="show, plot or report a result measured before")
+    other.add_argument("--compare", nargs=2, metavar="FILE", help="significant changes from the first result to the second")
+    other.add_argument("--show", metavar="FILE", help="show, plot or report a result measured before")
     other.add_argument("--predict", metavar="CHIP", help="expected tokens/s of a chip, as in m3-max; list shows them")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    refuse_outputs(args)
     if args.compare:
-        return compare(*args.compare)
+        before, after = args.compare
+        return compare(before, after, args.json)
     if args.predict:
         return predict(args)
     check_targets(args)
@@ -93,6 +97,16 @@ def run(args: argparse.Namespace) -> int:
     from openelm_mlx.benchmarks.run import failed
 
     return 1 if failed(document) else 0
+
+
+def refuse_outputs(args: argparse.Namespace) -> None:
+    """Raise `OptionError` for files that would not be written: comparisons and predictions are printed only."""
+    from openelm_mlx.errors import OptionError
+
+    for name in ("output", "csv", "markdown", "plot", "report"):
+        if getattr(args, name) and (args.compare or args.predict):
+            what = "--compare" if args.compare else "--predict"
+            raise OptionError(f"--{name} does not go with {what}, which prints its result; use --json, or > FILE")
 
 
 def measure(args: argparse.Namespace) -> Document:
@@ -191,15 +205,19 @@ def write(document: Document, args: argparse.Namespace) -> None:
         write_report(document, Path(args.report))
 
 
-def compare(before: str, after: str) -> int:
+def compare(before: str, after: str, as_json: bool) -> int:
     """Exit status 1 where something has become significantly worse."""
-    from rich.console import Console
+    import json
 
     import openelm_mlx.benchmarks.compare as comparing
     from openelm_mlx.benchmarks.document import load
 
     comparison = comparing.compare(load(before), load(after))
-    if sys.stdout.isatty():
+    if as_json:
+        print(json.dumps(comparing.as_dict(comparison)))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
         comparing.show(comparison, Console())
     else:
         print("\n".join(comparing.lines(comparison)))
