@@ -1,36 +1,104 @@
-"""The Python shown in README and docs runs as it stands; the commands shown exist."""
+"""The Python shown in README and docs runs as it stands, the commands exist, and the figures are the measured ones."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from readme_table import RESULTS, filled
 
 from openelm_mlx.cli.main import build_parser
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / RESULTS / "README.md"])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROSE = " ".join(README.split())
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def commands(line: str) -> Iterator[list[str]]:
+    """The commands of a line of shell, without what is set before them and the files they are led to."""
+    words = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
+    words.whitespace_split = True
+    command: list[str] = []
+    for word in words:
+        if word in ("|", ";", "&&"):
+            yield command
+            command = []
+        elif word in ("<", ">"):
+            next(words)
+        elif command or not re.fullmatch(r"[A-Z_]+=\S*", word):
+            command.append(word)
+    yield command
+
+
+PYTHON = [page for page in PAGES if blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
 def test_python_runs(page, capsys):
     for code in blocks(page, "python"):
         exec(compile(code, page.name, "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_commands_parse(page):
     parser = build_parser()
-    for block in blocks(page, "console"):
+    for block in blocks(page, "(?:console|text)?"):
         for line in re.sub(r"\\\n", " ", block).splitlines():
-            line = line.removeprefix("$ ").strip()
-            if line.startswith("openelm "):
-                words = shlex.split(line.replace("$(cat ", "(cat "), comments=True)
-                assert callable(parser.parse_args(words[1:]).run)
+            if not re.match(r" *(\$ |openelm |python -m |printf )", line):
+                continue
+            for command in commands(line.strip()):
+                if command[:1] == ["openelm"]:
+                    assert callable(parser.parse_args(command[1:]).run), line
+                elif command[:2] == ["python", "-m"]:
+                    assert find_spec(command[2]), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_index():
+    for page in PAGES[1:]:
+        assert f"]({page.relative_to(ROOT)})" in README, page.name
+
+
+def test_the_figures_are_those_of_the_result_files():
+    assert filled(README) == README, "run `python tests/readme_table.py`, which writes what is right"
+
+
+def test_result_files_read_as_they_say():
+    from openelm_mlx.benchmarks.document import load
+    from openelm_mlx.benchmarks.tables import markdown
+
+    for file in (ROOT / RESULTS).glob("*.json"):
+        assert file.with_suffix(".md").read_text(encoding="utf-8") == markdown(load(file)), (
+            f"run `openelm benchmark --show {file.name} --markdown {file.stem}.md`"
+        )
+
+
+def test_the_gain_of_calibration_is_that_of_the_table():
+    table = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    left = re.findall(r"^\| \S+ \| `--target-bpw --calibrate .* (\S+) \|$", table, re.MULTILINE)
+    shares = sorted(map(float, left))
+    assert len(shares) == 6
+    assert f"{shares[0]:.2f} to {shares[-1]:.2f} of the loss of uniform quantization" in PROSE
+
+
+def test_kernels_are_those_of_the_ledger_shown():
+    ledger = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    counts = dict.fromkeys(re.findall(r"^all +(\d+) +(\d+)$", ledger, re.MULTILINE))
+    (ours, theirs), (ours_4_bits, theirs_4_bits) = counts
+    assert f"{ours} against {theirs}, and {ours_4_bits} against {theirs_4_bits} at 4 bits" in PROSE
