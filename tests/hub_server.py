@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+CERTIFICATE = Path(__file__).parent / "hub_certificate.pem"  # of 127.0.0.1, signed by itself, with its key: of no use elsewhere
 COMMIT = "a" * 40
 
 
 class Hub:
-    """Serves `files[repo][name]`; `cut` names files whose first body breaks off; `status[repo]` refuses a repo."""
+    """Serves `files[repo][name]`; `cut` names files whose first body breaks off; `status[repo]` refuses a repo.
 
-    def __init__(self, files: dict[str, dict[str, bytes]]) -> None:
+    The only revision is main. With `tls` it speaks HTTPS, under a certificate that nobody trusts.
+    """
+
+    def __init__(self, files: dict[str, dict[str, bytes]], tls: bool = False) -> None:
         self.files, self.cut, self.status = files, set(), {}
         self.log: list[tuple[str, str, str | None]] = []  # method, path, Range
         hub = self
@@ -31,7 +37,11 @@ class Hub:
                 return
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.server.server_address[1]}"
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(CERTIFICATE)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
@@ -42,6 +52,8 @@ class Hub:
         if repo in self.status or repo not in self.files:
             code, error = self.status.get(repo, (404, "RepoNotFound"))
             return self.send(request, code, b"{}", {"X-Error-Code": error}, body)
+        if "revision" in parts and parts[-1] != "main":
+            return self.send(request, 404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
         if parts[0] == "api" and parts[4] == "tree":
             tree = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in self.files[repo].items()]
             return self.send(request, 200, json.dumps(tree).encode(), {}, body)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 from hub_server import Hub
 
+from openelm_mlx.cli.main import main
 from openelm_mlx.errors import HubError
 from openelm_mlx.hub import BUNDLED, MIRRORS, SHORT_NAMES, resolve_model
 
@@ -70,7 +73,89 @@ def test_a_wrong_tokenizer_is_refused(hub, tmp_path):
     assert "HubError" in (said := resolve(hub.url, tmp_path, sha="0" * 64)) and "tokenizer" in said
 
 
-@pytest.mark.parametrize(("status", "word"), [((401, "GatedRepo"), "log in"), ((404, "RepoNotFound"), "check the spelling")])
-def test_refusals_say_what_to_do(hub, tmp_path, status, word):
-    hub.status["apple/OpenELM-270M"] = status
-    assert "HubError" in (said := resolve(hub.url, tmp_path)) and word in said.lower()
+REFUSALS = {  # repo -> HTTP status, the hub's code, what is said of it
+    "x/gated": (403, "GatedRepo", r"x/gated is gated \(HTTP 403\): accept its terms at http://127.*/x/gated, then log in"),
+    "x/private": (401, "RepoNotFound", r"x/private is private, gated or does not exist \(HTTP 401\); check the id or log in"),
+    "x/missing": (404, "RepoNotFound", r"x/missing was not found on the hub \(HTTP 404\); check the spelling"),
+    "x/limited": (429, "", r"the hub limits how often it may be asked \(HTTP 429\); wait some minutes, or log in"),
+    "x/broken": (500, "", r"http://127.* answered with HTTP 500 for x/broken; try again later"),
+    "apple/OpenELM-270M#last": (404, "", r"apple/OpenELM-270M has no revision 'last' on the hub \(HTTP 404\)"),
+}
+
+
+def messages(url, home, *names, **environ):
+    """What is said of each name, which may end with #REVISION, by one process; the last line is the seconds it took."""
+    code = ("import sys, time\nfrom openelm_mlx.hub import resolve_model\nfrom openelm_mlx.errors import OpenELMError\n"
+            "import huggingface_hub\nstart = time.monotonic()\n"
+            "for name in sys.argv[1:]:\n    name, _, revision = name.partition('#')\n"
+            "    try:\n        print(resolve_model(name, revision or None).folder)\n"
+            "    except OpenELMError as error:\n        print(error)\nprint(time.monotonic() - start)")  # fmt: skip
+    settings = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OPENELM_CACHE": str(home / "ours")}
+    ran = subprocess.run([sys.executable, "-c", code, *names], env=os.environ | settings | environ, capture_output=True,
+                         text=True, timeout=60)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    said = ran.stdout.splitlines()
+    assert len(said) == len(names) + 1 and "Error" not in ran.stdout
+    return said
+
+
+def test_refusals_name_their_cause(hub, tmp_path):
+    hub.status.update({repo: (status, code) for repo, (status, code, _) in REFUSALS.items()})
+    hub.files["x/no-weights"] = {"config.json": b"{}"}
+    said = messages(hub.url, tmp_path, *REFUSALS, "x/no-weights")
+    for line, (_, _, wanted) in zip(said, REFUSALS.values(), strict=False):
+        assert re.match(wanted, line), line
+    assert said[-2].startswith("x/no-weights has no safetensors on the hub")
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(hub, tmp_path):
+    closed = socket.socket()
+    closed.bind(("127.0.0.1", 0))  # and does not listen
+    url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    here, tokenizer, seconds = messages(url, tmp_path, "x/y", "corenet:270m")
+    assert re.match(rf"x/y is not on this disk and {url} \(HF_ENDPOINT\) cannot be reached \(.*refused\); check the net", here)
+    assert tokenizer.startswith(f"no mirror gave the tokenizer ({MIRRORS[0]} is not on this disk and {url} ")
+    assert tokenizer.endswith("; give one with --tokenizer")
+    assert MIRRORS[1] not in tokenizer and float(seconds) < 10
+    assert "not on this disk, and HF_HUB_OFFLINE is set; unset it" in messages(hub.url, tmp_path, "x/y", HF_HUB_OFFLINE="1")[0]
+    assert hub.log == []
+
+
+def test_a_certificate_that_nobody_trusts(tmp_path):
+    served = Hub({}, tls=True)
+    try:
+        said = messages(served.url, tmp_path, "x/y")[0]
+    finally:
+        served.server.shutdown()
+        served.server.server_close()
+    assert said.startswith(f"the certificate of {served.url} cannot be verified, so x/y was not fetched; behind a proxy")
+    assert "SSL_CERT_FILE" in said
+
+
+def test_a_model_that_is_here_in_part(hub, tmp_path):
+    """The largest file is lost, as when a download was ended; what is missing for nobody's use does no harm."""
+    files = hub.files["x/y"] = MODEL | {"tokenizer.model": b"the tokenizer", "LICENSE": b"free"}
+    folder = Path(messages(hub.url, tmp_path, "x/y")[0])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(files.keys() - {"modeling_openelm.py"})
+    (folder / "LICENSE").unlink()
+    assert messages(hub.url, tmp_path, "x/y", HF_HUB_OFFLINE="1")[0] == str(folder)
+    (folder / "model.safetensors").unlink()
+    said = messages(hub.url, tmp_path, "x/y", HF_HUB_OFFLINE="1")[0]
+    assert re.match(r"x/y is on this disk in part only, and HF_HUB_OFFLINE is set; run the same command with a network", said)
+    assert said.endswith("or `openelm models remove x/y`")
+    assert messages(hub.url, tmp_path, "x/y")[0] == str(folder) and (folder / "model.safetensors").is_file()
+
+
+def test_names_are_checked_before_anything_is_fetched(hub, tmp_path, capsys):
+    names = ("corenet:270mm", "270m@last", "owner/na me", "a/..b")
+    assert all("x/" not in line for line in messages(hub.url, tmp_path, *names))
+    assert hub.log == []
+    assert main(["convert", "corenet:270mm", "-o", str(tmp_path / "x")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "did you mean corenet:270m," in said and "`openelm models` lists all names" in said
+
+
+def test_a_folder_of_that_name_is_hinted_at(hub, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert messages(hub.url, tmp_path, "models/270m")[0].endswith("; there is no folder models/270m here either")
