@@ -49,6 +49,17 @@ class Published:
         """What to convert within the folder: the .pt file, or the folder itself."""
         return self.files[0][1] if self.yaml is not None else "."
 
+    @property
+    def about(self) -> str:
+        """What the name stands for, in a line."""
+        if self.yaml is None:
+            return "CoreNet's folder for MLX, " + ("4-bit" if self.name.endswith("-4bit") else "half precision")
+        size, _, iterations = self.name.partition("@")
+        if iterations:
+            return f"CoreNet's checkpoint after {iterations[:-1]},000 iterations"
+        kind = {"lora": "LoRA", "dora": "DoRA"}.get(size.rpartition("-")[2])
+        return f"fine-tuned for commonsense reasoning with {kind}" if kind else "CoreNet's pretrained checkpoint"
+
 
 def make_catalog() -> dict[str, Published]:
     entries = []

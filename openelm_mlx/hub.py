@@ -7,8 +7,9 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import HubError, OptionError
@@ -118,6 +119,30 @@ def mirrored_tokenizer() -> Path:
             return path
         problems.append(f"{mirror}: tokenizer.model is missing or has the wrong hash")
     raise HubError(f"no mirror gave the tokenizer ({'; '.join(problems)}); give one with --tokenizer")
+
+
+def hub_cache() -> Path:
+    """Where the hub's client keeps what it fetched, as the environment tells it."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser()
+
+
+def cached_repositories() -> dict[str, Path]:
+    """Hub id -> folder of every model in the hub's cache, also of one whose download was cut at once."""
+    return {path.name.removeprefix("models--").replace("--", "/"): path
+            for path in sorted(hub_cache().glob("models--*--*")) if path.is_dir()}  # fmt: skip
+
+
+def remove_repository(hub_id: str) -> None:
+    """Remove all revisions of a model from the hub's cache. Raises `OSError`."""
+    from huggingface_hub import scan_cache_dir
+
+    folder, found = cached_repositories()[hub_id], scan_cache_dir()
+    alone = replace(found, repos=frozenset(repo for repo in found.repos if repo.repo_path == folder))  # copies share revisions
+    alone.delete_revisions(*(revision.commit_hash for repo in alone.repos for revision in repo.revisions)).execute()
+    if folder.exists():  # what a cut download left is no revision
+        shutil.rmtree(folder)
 
 
 def explain(hub_id: str, revision: str | None, error: BaseException) -> str:

@@ -14,14 +14,15 @@ from typing import Any
 def facts() -> dict[str, Any]:
     """Plain facts about this machine, for `openelm doctor`. Bytes are bytes; what is unknown is None."""
     from openelm_mlx.blas import load_blas
+    from openelm_mlx.hub import hub_cache
     from openelm_mlx.metal import LIMITS, set_buffer_limits, wired_limit
+    from openelm_mlx.model_cache import conversions, conversions_folder
 
     blas, limits = load_blas(), set_buffer_limits()
     import mlx.core as mx
 
     metal = mx.metal.is_available()
     device: Mapping[str, Any] = mx.device_info() if metal else {}
-    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
     return {
         "openelm_mlx": installed("openelm-mlx"),
         "mlx": installed("mlx"),
@@ -40,8 +41,10 @@ def facts() -> dict[str, Any]:
         "blas": str(blas.path or "MLX's own"),
         "blas_reason": blas.reason,
         "cxx_compiler": shutil.which("g++") or shutil.which("clang++"),
-        "model_cache": str(hub),
-        "free_disk_bytes": free_bytes(Path(hub)),
+        "hub_cache": str(hub_cache()),
+        "converted_cache": str(conversions_folder()),
+        "converted_cache_bytes": sum(one.nbytes for one in conversions()),
+        "free_disk_bytes": free_bytes(hub_cache()),
         "load_average": os.getloadavg()[0],
     }
 
@@ -70,6 +73,15 @@ def hints(found: Mapping[str, Any]) -> list[str]:
     if found["free_disk_bytes"] < 10e9:
         advice.append("less than 10 GB of disk free: the larger models will not fit")
     return advice
+
+
+def size_text(nbytes: float) -> str:
+    """A size for people, in decimal units: 25.3 GB."""
+    units = iter(("bytes", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while nbytes >= 999.95 and unit != "TB":
+        nbytes, unit = nbytes / 1000, next(units)
+    return f"{nbytes:.0f} bytes" if unit == "bytes" else f"{nbytes:.1f} {unit}"
 
 
 def installed(package: str) -> str | None:

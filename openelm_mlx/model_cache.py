@@ -377,12 +377,14 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def remember(source: Path, tokenizer: Path | None, folder: Path, files: dict[str, Any], name: str | None) -> None:
-    """Write the index's entry. Without it the source is hashed again: so too where a file changed a moment ago."""
-    newest = max((times[1] for times in files.values() if times), default=0) / 1e9
-    if folder.parent != conversions_folder() or newest > time.time() - SETTLED_SECONDS:
+    """Write the index's entry; without `files` where one changed a moment ago, so that the source is hashed again."""
+    if folder.parent != conversions_folder():
         return
+    newest = max((times[1] for times in files.values() if times), default=0) / 1e9
+    settled = newest <= time.time() - SETTLED_SECONDS
     path = record_path(source, tokenizer)
-    content = {"version": __version__, "source": str(source), "name": name, "folder": folder.name, "files": files}
+    content = {"version": __version__, "source": str(source), "name": name, "folder": folder.name,
+               "files": files if settled else None}  # fmt: skip
     with contextlib.suppress(OSError):
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as new:

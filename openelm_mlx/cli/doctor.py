@@ -18,7 +18,7 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from openelm_mlx.memory import facts, hints
+    from openelm_mlx.memory import facts, hints, size_text
     from openelm_mlx.self_test import TOKENS, matching_tokens
 
     found = facts()
@@ -33,9 +33,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"facts": found, "hints": advice}, default=str))
         return 0
-    width = max(map(len, found))
-    for name, value in found.items():
-        print(f"{name.replace('_', ' '):<{width}}  {value}")
+    shown = {name.removesuffix("_bytes"): size_text(value) if name.endswith("_bytes") and value is not None else value
+             for name, value in found.items() if name != "converted_cache_bytes"}  # fmt: skip
+    shown["converted_cache"] = f"{found['converted_cache']} ({size_text(found['converted_cache_bytes'])})"
+    shown["load_average"] = f"{found['load_average']:.1f}"
+    width = max(map(len, shown))
+    for name, value in shown.items():
+        print(f"{name.replace('_', ' '):<{width}}  {'none' if value is None else value}")
     print()
     print("\n".join(f"! {hint}" for hint in advice) or "nothing found that would be wrong or slow on this machine")
     return 0

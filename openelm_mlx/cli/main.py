@@ -16,7 +16,7 @@ from openelm_mlx.cli.options import Parser
 from openelm_mlx.cli.streams import all_characters
 from openelm_mlx.errors import OpenELMError
 
-COMMANDS = ("chat", "generate", "convert", "benchmark", "inspect", "doctor")
+COMMANDS = ("chat", "generate", "convert", "benchmark", "inspect", "models", "doctor")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # what a stream that is full or gone answers
 
 EXAMPLES = """examples:
@@ -27,8 +27,9 @@ EXAMPLES = """examples:
   openelm benchmark                                tokens per second on this machine
   openelm inspect 1.1b                             heads and widths of every layer
 
-MODEL is a folder, a hub id (owner/name), openelm-tiny, or one of
-270m 450m 1.1b 3b, each also with -instruct.
+MODEL is a folder, a .gguf file, a CoreNet checkpoint (.pt), a hub id
+(owner/name), openelm-tiny, or one of 270m 450m 1.1b 3b, each also with
+-instruct; `openelm models` lists all names.
 """
 
 
