@@ -94,7 +94,8 @@ def test_every_option_is_a_keyword_with_type_and_text():
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings")[1:]
     texts = {name.target.id: text.value.value for name, text in zip(body[::2], body[1::2], strict=True)}
     assert texts == {item.name: item.metadata["help"] for item in FIELDS}
-    for function in (openelm_mlx.generate, openelm_mlx.stream_generate, openelm_mlx.batch_generate):
+    functions = (openelm_mlx.generate, openelm_mlx.stream_generate, openelm_mlx.batch_generate, openelm_mlx.Conversation)
+    for function in functions:
         words = " ".join(function.__doc__.split())
         assert all(f"{item.name}: {item.type}" in words and item.metadata["help"] in words for item in FIELDS)
         assert ">>> " in words and "Unpack[Settings]" in str(inspect.signature(function))

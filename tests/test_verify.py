@@ -97,6 +97,25 @@ def test_a_dry_run_shows_and_writes_nothing(tmp_path, capsys):
     assert f"{written:,} bytes" in shown
 
 
+def test_json_of_a_conversion_is_what_its_record_says(tmp_path, capsys):
+    from openelm_mlx.cli.main import main
+
+    command = ["convert", str(SOURCE), "-o", str(tmp_path / "m"), "--bits", "4", "--json"]
+    assert main([*command, "--dry-run"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["written"] is False and planned["verification"] is None and not (tmp_path / "m").exists()
+    assert main([*command, "--verify"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    record = json.loads((tmp_path / "m" / "conversion.json").read_text())
+    shared = ("parameters", "bytes", "dropped_embedding_rows", "quantization", "verification")
+    assert {key: told[key] for key in shared} == {key: record[key] for key in shared}
+    assert told["target"] == str(tmp_path / "m") and told["bits_per_weight"] == pytest.approx(record["bits_per_weight"], abs=1e-4)
+    assert planned == {**told, "written": False, "verification": None, "memory_bytes": planned["memory_bytes"]}
+    assert main(["convert", str(SOURCE), "-o", str(tmp_path / "m.gguf"), "--to", "gguf", "--bits", "8", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert "quantization" not in told and 8 < told["bits_per_weight"] < 10
+
+
 def test_the_command_is_written_as_it_would_be_typed():
     options = ConvertOptions("/x/a b.pt", "/y/m", instruct=False, target_bpw=3.5, calibrate="gptq", recipe=None)
     assert command_line(options) == "openelm convert 'a b.pt' -o m --target-bpw 3.5 --calibrate gptq --no-instruct"

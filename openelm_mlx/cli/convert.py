@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from openelm_mlx.cli.options import add_flags, from_args
 
 if TYPE_CHECKING:
+    from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import ConversionReport
 
 EXAMPLES = """examples:
@@ -34,6 +36,7 @@ def register(commands: Any) -> None:
                         help="a .pt file, model folder or GGUF file, a hub id, or a name: 270m, corenet:270m ...")
     parser.add_argument("-o", "--output", dest="target", metavar="PATH", required=True,
                         help="folder to write, or GGUF file")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object: sizes, forms and losses")
     add_flags(parser, ConvertOptions, skip=("source", "target"))
     parser.set_defaults(run=run)
 
@@ -84,8 +87,27 @@ def run(args: argparse.Namespace) -> int:
             bar.update(task, completed=done, total=total, description=name)
 
         report = convert(options, show)
-    show_report(report, options.dry_run)
+    if args.json:
+        print(json.dumps(as_dict(report, options)))
+    else:
+        show_report(report, options.dry_run)
     return 0
+
+
+def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]:
+    """The report for JSON, under the names of conversion.json."""
+    from openelm_mlx.convert.forms import config_entry
+
+    found = {
+        "target": str(report.target), "written": not options.dry_run, "parameters": report.parameters,
+        "source_bytes": report.source_bytes, "bytes": report.written_bytes, "bits_per_weight": report.bits_per_weight,
+        "dropped_embedding_rows": report.dropped_rows, "quantization": config_entry(report.forms),
+        "memory_bytes": report.memory_bytes, "calibration": dict(report.measured),
+        "verification": None if report.verification is None else dict(report.verification),
+    }  # fmt: skip
+    if options.target_format == "gguf":
+        del found["quantization"]  # llama.cpp's types are no forms of MLX
+    return found
 
 
 def show_report(report: ConversionReport, dry_run: bool) -> None:
