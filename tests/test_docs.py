@@ -12,6 +12,7 @@ import pytest
 from readme_table import RESULTS, filled
 
 from openelm_mlx.cli.main import build_parser
+from openelm_mlx.config import PUBLISHED, OpenELMConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / RESULTS / "README.md"])
@@ -102,3 +103,11 @@ def test_kernels_are_those_of_the_ledger_shown():
     counts = dict.fromkeys(re.findall(r"^all +(\d+) +(\d+)$", ledger, re.MULTILINE))
     (ours, theirs), (ours_4_bits, theirs_4_bits) = counts
     assert f"{ours} against {theirs}, and {ours_4_bits} against {theirs_4_bits} at 4 bits" in PROSE
+
+
+def test_sizes_are_those_of_the_configurations():
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    for name in PUBLISHED:
+        config = OpenELMConfig.from_name(name)
+        facts = (f"{config.num_parameters:,}", config.num_transformer_layers, config.max_context_length)
+        assert f"| `{name}` | " + " | ".join(map(str, facts)) + " |" in text
