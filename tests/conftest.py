@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,3 +57,13 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from formats import again  # not above: it imports MLX, and openelm_mlx loads a faster BLAS before that
 
     return again(NANO / "checkpoint.pt", tmp_path_factory.mktemp("nano") / "nano")
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """Give bytes to the next command as its standard input."""
+
+    def give(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
+
+    return give

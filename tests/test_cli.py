@@ -9,10 +9,7 @@ from dataclasses import replace
 import pytest
 from formats import TINY, random_folder
 
-from openelm_mlx.chat import Conversation
-from openelm_mlx.cli.chat import Session
 from openelm_mlx.cli.main import COMMANDS, main
-from openelm_mlx.errors import OpenELMError
 from openelm_mlx.inspection import inspect
 from openelm_mlx.memory import facts, hints
 
@@ -74,30 +71,6 @@ def test_a_reader_that_leaves_early_ends_the_command_in_silence(monkeypatch, cap
         monkeypatch.setattr(sys, "stdout", gone)
         status = main(["inspect", "270m", "--json"])
     assert status in (0, 141) and capfd.readouterr().err == ""
-
-
-def test_chat_from_a_pipe_answers_one_message_a_line():
-    result = run("chat", "--max-tokens", "24", input="Hello!\n\n" + "word " * 2000 + "\nWho are you?\n")
-    lines = result.stdout.splitlines()
-    assert len(lines) == 2 and all("OpenELM Tiny" in line for line in lines)
-    assert "Shorten it" in result.stderr and result.returncode == 2
-
-
-def test_commands_of_a_chat(tiny, tmp_path, capsys):
-    session = Session(Conversation(tiny, max_tokens=8))
-    assert session.command("/stats") == "no answer yet" and "/reset" in session.command("/help")
-    session.answer("Hello!")
-    assert capsys.readouterr().out.strip() and "tokens/s" in session.command("/stats") and "of 1024" in session.status()
-    assert session.command("/system Be brief.") == "system: Be brief." == session.command("/system")
-    assert session.command("/system none") == "system: (empty)"
-    assert session.conversation.system is None
-    session.command(f"/save {tmp_path / 'talk.json'}")
-    messages = list(session.conversation.messages)
-    assert session.command("/reset") == "forgotten"
-    assert session.command(f"/load {tmp_path / 'talk.json'}") == "loaded 1 turns" and session.conversation.messages == messages
-    for line, text in (("/nonsense", "no command"), ("/load nowhere", "cannot read"), (f"/save {tmp_path}", "cannot write")):
-        with pytest.raises(OpenELMError, match=text):
-            session.command(line)
 
 
 def test_inspect(tiny, capsys):

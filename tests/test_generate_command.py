@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pty
 import sys
 
-import pytest
-
 from openelm_mlx.cli.main import main
 from openelm_mlx.cli.streams import Waiting
-
-
-@pytest.fixture
-def stdin(monkeypatch):
-    """Give bytes to the next command as its standard input."""
-
-    def give(data: bytes) -> None:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
-
-    return give
 
 
 def generated(capsys, *arguments: str) -> dict:

@@ -1,4 +1,4 @@
-"""The chat on a real pseudo-terminal: a message, an interrupted answer, a command, Ctrl-D."""
+"""The chat on a real pseudo-terminal: what only a terminal shows, and how it is left."""
 
 from __future__ import annotations
 
@@ -7,36 +7,48 @@ import os
 import pty
 import re
 import select
+import signal
+import struct
 import subprocess
 import sys
 import termios
 import time
 from contextlib import closing
 
+import pytest
+
 from openelm_mlx import Conversation
 
-KEYS = {"enter": b"\r", "ctrl-c": b"\x03", "ctrl-d": b"\x04"}
+KEYS = {"enter": b"\r", "ctrl-c": b"\x03", "ctrl-d": b"\x04", "tab": b"\t"}
+
+
+GREEDY = ("--temperature", "0")
+STATUS = re.compile(r"\x1b7.*?\x1b8", re.DOTALL)  # the line below an answer
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[D78]")
 
 
 class Terminal:
     def __init__(self, *arguments: str, home: str) -> None:
-        self.screen, side = pty.openpty()
-        environment = {**os.environ, "TERM": "xterm", "XDG_STATE_HOME": home, "HOME": home, "COLUMNS": "100", "LINES": "40"}
+        self.screen, self.side = pty.openpty()
+        fcntl.ioctl(self.side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        self.before = termios.tcgetattr(self.side)
+        environment = {**os.environ, "TERM": "xterm", "XDG_STATE_HOME": home, "HOME": home}
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "openelm_mlx", *arguments], stdin=side, stdout=side, stderr=side, env=environment,
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            [sys.executable, "-m", "openelm_mlx", *arguments], stdin=self.side, stdout=self.side, stderr=self.side,
+            env=environment, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
-        os.close(side)
-        self.shown = ""
+        self.raw, self.taken = "", 0
 
-    def wait_for(self, pattern: str, seconds: float = 60) -> str:
-        """What was shown up to the first match; it is taken off."""
+    def wait_for(self, pattern: str, seconds: float = 30, of: str = "text") -> str:
+        """What was shown up to the first match; it is taken off. `of="raw"` looks at the status line as well."""
         end = time.monotonic() + seconds
-        while not (match := re.search(pattern, self.shown)):
-            assert time.monotonic() < end, f"no {pattern!r} in {self.shown[-2000:]!r}"
+        while True:
+            shown = self.raw if of == "raw" else ESCAPES.sub("", STATUS.sub("", self.raw))[self.taken :]
+            if match := re.search(pattern, shown):
+                self.taken += match.end() if of == "text" else 0
+                return shown[: match.end()]
+            assert time.monotonic() < end, f"no {pattern!r} in {shown[-2000:]!r}"
             self.read()
-        before, self.shown = self.shown[: match.end()], self.shown[match.end() :]
-        return before
 
     def read(self) -> None:
         if not select.select([self.screen], [], [], 0.2)[0]:
@@ -47,7 +59,11 @@ class Terminal:
             return
         if b"\x1b[6n" in data:  # prompt_toolkit asks where the cursor is
             os.write(self.screen, b"\x1b[1;1R")
-        self.shown += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data.decode("utf-8", "replace"))
+        self.raw += data.decode("utf-8", "replace")
+
+    def restored(self) -> bool:
+        """Whether the terminal echoes and makes lines as before the chat."""
+        return termios.tcgetattr(self.side) == self.before
 
     def type(self, text: str, key: str = "enter") -> None:
         os.write(self.screen, text.encode() + KEYS[key])
@@ -63,28 +79,73 @@ class Terminal:
         self.child.kill()
         self.child.wait()
         os.close(self.screen)
+        os.close(self.side)
 
 
-def test_a_conversation_on_a_terminal(tiny, tmp_path):
-    greedy = ("--temperature", "0", "--repetition-penalty", "1")
-    with closing(Terminal("chat", "--max-tokens", "400", "--ignore-eos", *greedy, home=str(tmp_path))) as terminal:
-        talk(tiny, terminal)
+@pytest.fixture
+def terminal(tmp_path):
+    """A chat whose answers go on until they are cut."""
+    with closing(Terminal("chat", *GREEDY, "--max-tokens", "400", "--ignore-eos", home=str(tmp_path))) as terminal:
+        shown = terminal.wait_for("leaves")
+        assert "million parameters" in shown and "context 1024" in shown and "greedy" in shown
+        terminal.wait_for("›")
+        yield terminal
 
 
-def talk(tiny, terminal):
-    terminal.wait_for("Ctrl-D leaves")
-    terminal.wait_for("›")
-    events = Conversation(tiny, max_tokens=12, temperature=0.0, repetition_penalty=1.0).send("Hello!")
-    wanted = "".join(event.text for event in events)
+def test_a_conversation_on_a_terminal(tiny, terminal, tmp_path):
+    # an answer is stopped; the conversation goes on, and the cost of what there was is told
+    wanted = "".join(event.text for event in Conversation(tiny, max_tokens=12, temperature=0).send("Hello!"))
     terminal.type("Hello!")
-    terminal.wait_for(re.escape(wanted[:12]))
-    terminal.type("", "ctrl-c")  # the answer stops, the conversation stays
+    terminal.wait_for(re.escape(wanted[:8]))
+    terminal.type("", "ctrl-c")
+    terminal.wait_for(r"\[stopped\]")
     terminal.wait_for("›")
-    terminal.type("/help")
-    terminal.wait_for("stops an answer")  # the end of the list
+    terminal.type("/sta", "tab")
+    terminal.wait_for("ts")  # the prompt draws what is new only
+    terminal.type("")
+    terminal.wait_for("stopped after [0-9]+ tokens")
     terminal.wait_for("›")
-    terminal.type("/nonsense")
-    terminal.wait_for("no command")
-    terminal.wait_for("›")  # before the prompt is there, Ctrl-D would be nobody's
-    terminal.type("", "ctrl-d")
-    assert terminal.status() == 0
+    # what is typed while an answer runs is not shown amid it and waits for the prompt
+    terminal.type("/set max_t", "tab")
+    terminal.wait_for("okens")
+    terminal.type(" 60")
+    terminal.wait_for("max_tokens: 60")
+    terminal.wait_for("›")
+    terminal.type("Hello!")
+    terminal.wait_for(r"› Hello!\s+\w+")
+    terminal.type("/show")
+    assert "/show" not in terminal.wait_for("the answer was cut at 60 tokens")
+    terminal.wait_for("model .* parameters")
+    terminal.wait_for("›")
+    # what is not UTF-8 is refused in one line, and is no reason to leave
+    os.write(terminal.screen, b"caf\xe9 au lait\r")
+    terminal.wait_for("openelm: .*UTF-8")
+    terminal.wait_for("›")
+    # nothing is overwritten unasked
+    terminal.type("/sav ~/talk.json")
+    terminal.wait_for("did you mean /save")
+    (tmp_path / "talk.json").write_text("old")
+    terminal.wait_for("›")
+    terminal.type("/save ~/talk.json")
+    terminal.wait_for("replace it")
+    terminal.type("")  # no is what Enter alone says
+    terminal.wait_for("not saved")
+    assert (tmp_path / "talk.json").read_text() == "old"
+    terminal.wait_for("›")
+    terminal.type("/save ~/ta", "tab")
+    terminal.wait_for("lk.json")
+    terminal.type("")
+    terminal.wait_for("replace it")
+    terminal.type("y")
+    terminal.wait_for("saved 2 exchanges")
+    terminal.wait_for("›")
+    terminal.type("", "ctrl-d")  # before the prompt is there it would be nobody's
+    assert terminal.status() == 0 and terminal.restored()
+
+
+def test_a_killed_chat_leaves_the_terminal_as_it_was(terminal):
+    terminal.type("Hello!")
+    terminal.wait_for("Ctrl-C stops", of="raw")
+    assert not terminal.restored()
+    os.kill(terminal.child.pid, signal.SIGTERM)
+    assert terminal.status() == 128 + signal.SIGTERM and terminal.restored()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cli.options import add_draft_flag, add_flags, add_model_flags, from_args, load_draft, load_model
-from openelm_mlx.cli.streams import Waiting, utf8_stdin
+from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin
 from openelm_mlx.options import GenerationOptions, SamplingOptions
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options, sampling = from_args(GenerationOptions, args), from_args(SamplingOptions, args)
+    all_characters(sys.stdout)
     prompt = read_prompt(args)
     engine, draft = load_model(args.model, args), load_draft(args)
     from openelm_mlx.generation import stream_generate

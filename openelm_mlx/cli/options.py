@@ -99,8 +99,13 @@ def add_flag(group: Any, item: Field[Any]) -> None:
 
 def from_args(options: type[T], args: argparse.Namespace, **defaults: Any) -> T:
     """The dataclass, with what was given on the command line over `defaults` over its own defaults."""
-    given = {f.name: getattr(args, f.name) for f in fields(options) if hasattr(args, f.name)}  # type: ignore[arg-type]
-    return options(**{**defaults, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}})
+    return options(**{**defaults, **given_fields(options, args)})
+
+
+def given_fields(options: type, args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the dataclass that were given on the command line."""
+    given = {f.name: getattr(args, f.name) for f in fields(options) if hasattr(args, f.name)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,9 @@ class WordWrap:
         self.word, self.word_width = "", 0  # the part of a word that ends at the cursor
 
     def push(self, text: str) -> str:
-        """The text with its line breaks; control characters, which could command the terminal, become U+FFFD."""
+        """The text with its line breaks. Control characters, which could command the terminal, become U+FFFD, and so do
+        lone surrogates, which no stream can write.
+        """
         self._resize()
         return "".join(map(self._character, text))
 
@@ -45,7 +47,7 @@ class WordWrap:
             return self._blank(1 if char == " " else TAB - self.column % TAB)
         if char == "\ufe0f":  # draws the character before as a picture, two columns wide
             return self._take(char, 1) if self.column < self.width else ""
-        if ord(char) < 32 or 127 <= ord(char) < 160:
+        if ord(char) < 32 or 127 <= ord(char) < 160 or 0xD800 <= ord(char) < 0xE000:
             char = "\ufffd"
         size = cell_len(char)
         if self.column + size <= self.width:

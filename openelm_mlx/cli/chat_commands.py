@@ -1,0 +1,260 @@
+"""The commands of a chat: each is a line that begins with a slash, at the prompt and in a pipe alike."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable
+from dataclasses import Field, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from openelm_mlx.cli.session import Session, facts, settings
+from openelm_mlx.errors import OpenELMError, OptionError, PromptError
+from openelm_mlx.files import replacing
+from openelm_mlx.options import GenerationOptions, SamplingOptions, with_overrides
+
+KEYS = """Enter sends, Alt-Enter or a \\ at the end of a line starts a new one, Tab completes commands and paths.
+Ctrl-C stops an answer. A message that begins with a slash is written with two: //usr is a folder."""
+
+BYTES_PER_TOKEN = 256  # more than any token spells: a file longer than the context at this rate cannot fit
+SETTINGS: dict[str, Field[Any]] = {
+    item.name: item for kind in (SamplingOptions, GenerationOptions) for item in fields(kind)
+    if "help" in item.metadata and item.name != "logprobs"
+}  # fmt: skip
+SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+
+
+@dataclass(frozen=True)
+class Command:
+    """Names of a command, what may follow it, and what it does; `run` returns False where the chat is to end."""
+
+    names: tuple[str, ...]
+    argument: str
+    help: str
+    act: Callable[[Session, str], Any]
+
+    def run(self, session: Session, rest: str) -> Any:
+        if rest and not self.argument:
+            raise OptionError(f"{self.names[0]} takes nothing after it, but {rest!r} was given")
+        if not rest and self.argument.startswith("FILE"):
+            raise OptionError(f"{self.names[0]} needs a file, as in {self.names[0]} notes.txt")
+        return self.act(session, rest)
+
+
+def show_help(session: Session, rest: str) -> None:
+    rows = [(f"{' '.join(command.names)} {command.argument}", command.help) for command in COMMANDS]
+    width = max(len(left) for left, _ in rows)
+    session.say("\n".join([*(f"{left:<{width}}  {right}" for left, right in rows), "", KEYS]))
+
+
+def show(session: Session, rest: str) -> None:
+    talk = session.conversation
+    exchanges = len(talk.messages) // 2
+    rows = {
+        "model": facts(talk.engine),
+        "system": talk.system or "(empty)",
+        "sampling": settings(talk.sampling),
+        "answers": f"at most {talk.options.max_tokens} tokens",
+        "context": f"{talk.context_used} of {talk.context_length} tokens, {counted(exchanges, 'exchange')}",
+    }
+    session.say("\n".join(f"{name:<10}{text}" for name, text in rows.items()))
+
+
+def set_option(session: Session, rest: str) -> None:
+    """`NAME VALUE`; `NAME` alone shows it, nothing shows all."""
+    talk = session.conversation
+    name, _, value = rest.replace("=", " ", 1).partition(" ")
+    name, value = name.lower().replace("-", "_"), value.strip()
+    if not name:
+        rows = [f"{known:<20}{shown(session, known):<12}{item.metadata['help']}" for known, item in SETTINGS.items()]
+        session.say("\n".join(rows))
+        return
+    if name not in SETTINGS:
+        near = get_close_matches(name, SETTINGS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise OptionError(f"there is no setting {name!r}{hint} (/set lists them)")
+    if value:
+        given = {name: parsed(SETTINGS[name], value)}
+        talk.sampling, talk.options = with_overrides(talk.sampling, talk.options, given)
+    session.say(f"{name}: {shown(session, name)}")
+    if value and talk.sampling.greedy and name in ("top_k", "top_p", "min_p", "seed"):
+        session.say("answers are greedy, so this changes nothing until /set temperature")
+
+
+def parsed(item: Field[Any], value: str) -> Any:
+    """The value of a setting; what is no number stays a text, which the options refuse with the range allowed."""
+    kind = str(item.type)
+    if item.name == "seed" and value.lower() in ("random", "new", "none"):
+        from openelm_mlx.sampling import new_seed
+
+        return new_seed()
+    if kind.startswith("tuple"):
+        return () if value.lower() == "none" else (value,)
+    if value.lower() == "none" and "None" in kind:
+        return None
+    if kind.startswith("bool"):
+        if value.lower() not in SWITCHES:
+            raise OptionError(f"{item.name} is {value!r}; allowed: on, off")
+        return SWITCHES[value.lower()]
+    try:
+        return int(value) if kind.startswith("int") else float(value)
+    except ValueError:
+        return value
+
+
+def shown(session: Session, name: str) -> str:
+    """The value of a setting as /set takes it."""
+    talk = session.conversation
+    value = getattr(talk.sampling if hasattr(talk.sampling, name) else talk.options, name)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value in (None, ()) else value[0] if isinstance(value, tuple) and len(value) == 1 else str(value)
+
+
+def set_system(session: Session, rest: str) -> None:
+    talk = session.conversation
+    if rest:
+        talk.engine.tokenizer.encode(rest)  # refuses what is not UTF-8 now rather than at the next message
+        talk.system = None if rest == "none" else rest
+    session.say(f"system: {talk.system or '(empty)'}")
+
+
+def reset(session: Session, rest: str) -> None:
+    session.conversation.reset()
+    session.say("forgotten")
+
+
+def undo(session: Session, rest: str) -> None:
+    session.say(f"taken back: {short(session.conversation.undo())}")
+
+
+def regenerate(session: Session, rest: str) -> None:
+    session.answer(session.conversation.regenerate)
+
+
+def read(session: Session, rest: str) -> None:
+    """A file as a message; what follows its name is a question after its text."""
+    path, question = split_path(rest)
+    text = text_of(path, BYTES_PER_TOKEN * session.conversation.context_length).rstrip("\n")
+    session.send(f"{text}\n\n{question}" if question else text)
+
+
+def save(session: Session, rest: str) -> None:
+    path = given_path(rest)
+    if path.exists():
+        if not path.is_file():
+            raise OptionError(f"{rest} is no ordinary file; give another name")
+        if session.confirm is None:
+            raise OptionError(f"{rest} exists already; give another name, or remove it")
+        if not session.confirm(f"{rest} exists already; replace it?"):
+            session.say("not saved")
+            return
+    try:
+        with replacing(path) as file:
+            file.write_text(json.dumps(session.conversation.to_json(), indent=1), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(f"cannot write {rest}: {reason}; give a file, as in /save talk.json") from None
+    session.say(f"saved {counted(len(session.conversation.messages) // 2, 'exchange')} in {rest}")
+
+
+def load(session: Session, rest: str) -> None:
+    from openelm_mlx.chat import Conversation
+
+    old = session.conversation
+    try:
+        data = json.loads(text_of(given_path(rest)))
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{rest} is no saved conversation: {error}") from None
+    talk = Conversation.from_json(old.engine, data, sampling=old.sampling, options=old.options, draft=old.draft)
+    session.conversation, session.stats, session.meter.tokens = talk, None, 0
+    lines = [f"loaded {counted(len(talk.messages) // 2, 'exchange')}, system: {short(talk.system or '(empty)')}"]
+    lines += [f"{mark} {short(message['content'])}" for mark, message in zip("› ", talk.messages[-2:], strict=False)]
+    session.say("\n".join(lines))
+
+
+def stats(session: Session, rest: str) -> None:
+    from openelm_mlx.cli.generate import summary
+
+    stopped = f"the answer was stopped after {session.meter}" if session.meter.tokens else "no answer yet"
+    session.say(summary(session.stats) if session.stats else stopped)
+
+
+def leave(session: Session, rest: str) -> bool:
+    return False
+
+
+COMMANDS = (
+    Command(("/help", "/?"), "", "this list", show_help),
+    Command(("/show",), "", "the model, the system turn, the settings, the context", show),
+    Command(("/set",), "[NAME VALUE]", "change a setting, as in /set temperature 0.8; alone: list them", set_option),
+    Command(("/system",), "[TEXT]", 'show the system turn, set it, or remove it with "none"', set_system),
+    Command(("/regenerate", "/regen"), "", "another answer to the last message", regenerate),
+    Command(("/undo",), "", "take back the last message and its answer", undo),
+    Command(("/reset", "/clear"), "", "forget the conversation; the system turn and the settings stay", reset),
+    Command(("/read",), "FILE [QUESTION]", "send the text of a file, with a question after it", read),
+    Command(("/save",), "FILE", "write the conversation as JSON", save),
+    Command(("/load",), "FILE", "go on with a saved one", load),
+    Command(("/stats",), "", "what the last answer cost", stats),
+    Command(("/exit", "/quit", "/bye"), "", "leave (also Ctrl-D)", leave),
+)
+BY_NAME = {name: command for command in COMMANDS for name in command.names}
+
+
+def find(name: str) -> Command | None:
+    """The command of this name, whatever its case."""
+    return BY_NAME.get(name.lower())
+
+
+def unknown(name: str) -> OpenELMError:
+    """What to say of a name that is no command."""
+    near = get_close_matches(name.lower(), BY_NAME, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return OptionError(f"{name} is no command; {hint}/help lists them, and a message may begin with //")
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def short(text: str) -> str:
+    """The text in at most one line."""
+    return textwrap.shorten(text, 72, placeholder=" ...")
+
+
+def given_path(name: str) -> Path:
+    """The path that was typed: quotes around it go, ~ is the home folder."""
+    if len(name) > 1 and name[0] == name[-1] and name[0] in "\"'":
+        name = name[1:-1]
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise OptionError(f"{name} names a home folder that is not known; give the whole path") from None
+
+
+def split_path(text: str) -> tuple[Path, str]:
+    """The longest beginning of `text` that names a file, and the rest; a name with blanks needs no quotes."""
+    words = text.split(" ")
+    for count in range(len(words), 0, -1):
+        path = given_path(" ".join(words[:count]))
+        if path.exists():
+            return path, " ".join(words[count:]).strip()
+    return given_path(words[0]), ""
+
+
+def text_of(path: Path, most: int | None = None) -> str:
+    """The text of a file of at most `most` bytes. Raises `PromptError` with one line for whatever is wrong with it."""
+    try:
+        if path.exists() and not path.is_file():
+            raise PromptError(f"{path} is no ordinary file; give a file of text")
+        if most is not None and path.stat().st_size > most:
+            raise PromptError(f"{path} has {path.stat().st_size:,} bytes, far more than the context holds; give a part")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it, as with iconv -f latin1 -t utf-8"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise PromptError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None

@@ -1,0 +1,121 @@
+"""A conversation as its user meets it: a line is a message or a command, and an answer is shown as it comes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import closing, nullcontext
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from openelm_mlx.cli.display import Display, Meter, StopKey, columns
+from openelm_mlx.cli.streams import moves_cursor, printable
+from openelm_mlx.cli.wrap import WordWrap
+from openelm_mlx.options import SamplingOptions
+
+if TYPE_CHECKING:
+    from openelm_mlx.chat import Conversation
+    from openelm_mlx.generation import Event, GenerationStats
+
+    Ask = Callable[[Callable[[int, int], None]], Generator[Event, None, None]]
+
+
+class Session:
+    """A conversation, what was measured of its last answer, and where its texts go.
+
+    `dialogue` is someone at a terminal: Ctrl-C stops an answer only, an unknown command is not sent as a message, and
+    `confirm` asks a question for yes or no. Otherwise answers alone go to stdout, all the rest to stderr.
+    """
+
+    def __init__(
+        self, conversation: Conversation, dialogue: bool = False, confirm: Callable[[str], bool] | None = None
+    ) -> None:
+        self.conversation, self.dialogue, self.confirm = conversation, dialogue, confirm
+        self.stats: GenerationStats | None = None
+        self.meter = Meter()
+
+    def say(self, text: str) -> None:
+        """Everything but answers."""
+        out = sys.stdout if self.dialogue and sys.stdout.isatty() else sys.stderr
+        text = WordWrap(columns).push(text) if moves_cursor(out) else printable(text)
+        print(text, file=out, flush=True)
+
+    def handle(self, line: str) -> bool:
+        """Send a message or run a command; False after one that leaves. Raises `OpenELMError`."""
+        from openelm_mlx.cli.chat_commands import find, unknown
+
+        if line.startswith("/") and not line.startswith("//"):
+            name, *rest = line.split(maxsplit=1)
+            command = find(name)
+            if command is not None:
+                return command.run(self, rest[0].strip() if rest else "") is not False
+            if self.dialogue:
+                raise unknown(name)
+        self.send(line[1:] if line.startswith("//") else line)
+        return True
+
+    def send(self, text: str) -> None:
+        """Show the answer to a message."""
+        self.answer(lambda progress: self.conversation.send(text, progress))
+
+    def answer(self, ask: Ask) -> None:
+        """Show an answer as it comes. Ctrl-C in a dialogue ends this answer, not the conversation."""
+        display, stop, meter = Display(self.dialogue), StopKey(), Meter()
+
+        def progress(done: int, total: int) -> None:
+            stop.check()
+            display.progress(done, total)
+
+        events = ask(progress)
+        for notice in self.conversation.notices:
+            self.say(f"[{notice}]")
+        last: Event | None = None
+        with stop if self.dialogue else nullcontext(), display:
+            try:
+                with closing(events):
+                    for event in events:
+                        meter.token()
+                        display.write(event.text, str(meter))
+                        last = event
+                        if event.finish_reason is None:
+                            stop.check()
+            except KeyboardInterrupt:
+                if not self.dialogue:
+                    raise
+                display.write(" [stopped]" if last else "[stopped before the answer began; the message is taken back]")
+        self.stats, self.meter = None if last is None else last.stats, meter
+        if last is not None and last.finish_reason == "length":
+            self._tell_of_the_cut()
+
+    def _tell_of_the_cut(self) -> None:
+        talk = self.conversation
+        if self.stats is not None and self.stats.generation_tokens < talk.options.max_tokens:
+            self.say("[the context is full: the answer ends here]")
+        elif self.dialogue:
+            self.say(f"[the answer was cut at {talk.options.max_tokens} tokens; /set max_tokens N allows more]")
+
+    def status(self) -> str:
+        """The line below the prompt: speed of the last answer, context in use."""
+        talk = self.conversation
+        speed = f"{self.stats.generation_tokens_per_second:.1f} tokens/s | " if self.stats else ""
+        return f" {printable(talk.engine.name)} | {speed}context {talk.context_used} of {talk.context_length}"
+
+
+def facts(engine: Any) -> str:
+    """A model in one line: its size, its precision and its context."""
+    bits = 8 * engine.nbytes / engine.config.num_parameters
+    return (
+        f"{engine.name}: {engine.config.num_parameters / 1e6:,.1f} million parameters, {bits:.1f} bits per weight, "
+        f"context {engine.config.max_context_length} tokens"
+    )
+
+
+def settings(sampling: SamplingOptions) -> str:
+    """What differs from plain greedy decoding, under the names that /set takes, and the seed."""
+    first = "greedy" if sampling.greedy else f"temperature {sampling.temperature:g}"
+    others = [
+        f"{item.name} {getattr(sampling, item.name):g}" for item in fields(sampling)
+        if item.name not in ("temperature", "seed") and "help" in item.metadata
+        and getattr(sampling, item.name) != item.default
+    ]  # fmt: skip
+    return ", ".join([first, *others, f"seed {sampling.seed}"])

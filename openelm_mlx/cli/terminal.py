@@ -1,0 +1,178 @@
+"""The dialogue on a terminal: a prompt with history and completion, and a keyboard that is silent between prompts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import termios
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.output import create_output
+
+from openelm_mlx.cli.chat_commands import COMMANDS, SETTINGS, find
+from openelm_mlx.cli.session import Session, facts, settings
+from openelm_mlx.cli.streams import moves_cursor, printable
+from openelm_mlx.errors import OpenELMError
+
+if TYPE_CHECKING:
+    from openelm_mlx.chat import Conversation
+
+PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # a paste arrives in brackets, so that its lines stay together
+
+
+def dialogue(conversation: Conversation) -> int:
+    """Prompt, answer, repeat; history is kept across sessions."""
+    output = create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
+    session = Session(conversation, dialogue=True)
+    prompts: PromptSession[str] = PromptSession(
+        history=History(str(history_file())), key_bindings=key_bindings(), multiline=True, output=output,
+        bottom_toolbar=session.status, prompt_continuation="… ", completer=Lines(), complete_while_typing=False,
+        enable_suspend=True,
+    )  # fmt: skip
+
+    def confirm(question: str) -> bool:
+        with suppress(KeyboardInterrupt, EOFError):
+            asked: PromptSession[str] = PromptSession(output=output)
+            return asked.prompt(f"{printable(question)} [y/N] ").strip().lower() in ("y", "yes")
+        return False
+
+    session.confirm = confirm
+    with SilentKeys() as keys:
+        session.say(f"{facts(conversation.engine)}\n{settings(conversation.sampling)}, "
+                    f"at most {conversation.options.max_tokens} tokens an answer\n"
+                    "/help lists commands, /exit or Ctrl-D leaves")  # fmt: skip
+        while True:
+            try:
+                text = prompts.prompt("› ").strip()
+                keys.bracket_pastes()
+                if text and not session.handle(text):
+                    return 0
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return 0
+            except OpenELMError as error:
+                session.say(f"openelm: {error}")
+            session.say("")
+
+
+def key_bindings() -> KeyBindings:
+    """Enter sends unless the line ends with a backslash; Alt-Enter always breaks the line."""
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: Any) -> None:
+        buffer = event.current_buffer
+        if buffer.document.current_line_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def newline(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+class Lines(Completer):
+    """Completes commands, the paths after those that take a file, and the settings after /set."""
+
+    def __init__(self) -> None:
+        self.paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        text = document.text_before_cursor
+        if not text.startswith("/") or "\n" in text:
+            return
+        name, blank, rest = text.partition(" ")
+        command = find(name)
+        if not blank:
+            for known in COMMANDS:
+                for full in known.names:
+                    if full.startswith(name.lower()):
+                        yield Completion(full, -len(name), display_meta=known.help)
+        elif command is not None and command.argument.startswith("FILE"):
+            yield from self.paths.get_completions(Document(rest.lstrip()), complete_event)
+        elif command is not None and command.argument.startswith("[NAME") and " " not in rest:
+            for setting, item in SETTINGS.items():
+                if setting.startswith(rest.lower()):
+                    yield Completion(setting, -len(rest), display_meta=item.metadata["help"])
+
+
+class History(FileHistory):
+    """Earlier messages in a file of UTF-8; what is no text is kept with replacement characters."""
+
+    def store_string(self, string: str) -> None:
+        super().store_string(printable(string))
+
+
+def history_file() -> Path:
+    """Where earlier messages are remembered: $XDG_STATE_HOME/openelm-mlx/history."""
+    try:
+        folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "openelm-mlx"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "history").open("a").close()
+    except (OSError, RuntimeError):  # a home that is unknown or cannot be written costs the history, not the chat
+        return Path(os.devnull)
+    return folder / "history"
+
+
+class SilentKeys:
+    """What is typed while an answer runs is not shown amid it; it waits for the next prompt.
+
+    The terminal is as before after every way out, the signals that end or suspend a process included.
+    """
+
+    ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+    def __enter__(self) -> SilentKeys:
+        self.terminal = sys.stdin.fileno()
+        self.before = termios.tcgetattr(self.terminal)
+        self.handlers = {number: signal.signal(number, self._end) for number in self.ENDING}
+        self.handlers[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._suspend)
+        self._silence()
+        return self
+
+    def bracket_pastes(self) -> None:
+        """Keep the lines of a paste together during an answer too; each prompt ends with turning that off."""
+        if moves_cursor(sys.stdout):
+            print(PASTE_ON, end="", flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _silence(self) -> None:
+        """No echo, no lines made by the terminal (they end at 4,095 bytes), Enter arrives as the prompt knows it."""
+        mode = termios.tcgetattr(self.terminal)
+        mode[0] &= ~termios.ICRNL
+        mode[3] &= ~(termios.ECHO | termios.ICANON)
+        mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
+        termios.tcsetattr(self.terminal, termios.TCSANOW, mode)
+
+    def _restore(self) -> None:
+        with suppress(OSError, termios.error):  # the terminal may be gone
+            if moves_cursor(sys.stdout):
+                print(PASTE_OFF, end="", flush=True)
+            termios.tcsetattr(self.terminal, termios.TCSANOW, self.before)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    def _suspend(self, number: int, frame: FrameType | None) -> None:
+        self._restore()
+        os.kill(os.getpid(), signal.SIGSTOP)  # and here it goes on, after fg
+        self._silence()
