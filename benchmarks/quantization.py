@@ -34,12 +34,13 @@ from openelm_mlx.convert.calibrate import calibrate  # noqa: E402
 from openelm_mlx.convert.dense import kl_divergence, logits, target  # noqa: E402
 from openelm_mlx.convert.forms import Form, Plan, matrices  # noqa: E402
 from openelm_mlx.convert.opening import OpenedModel, open_model  # noqa: E402
-from openelm_mlx.convert.planning import MEASURE_TOKENS, calibration_tokens, exact_weights  # noqa: E402
+from openelm_mlx.convert.planning import MEASURE_TOKENS, exact_weights, given_tokens, written_tokens  # noqa: E402
 from openelm_mlx.convert.quantize import rounded  # noqa: E402
-from openelm_mlx.convert.verify import read_text, text_batches  # noqa: E402
+from openelm_mlx.convert.verify import text_batches  # noqa: E402
 
 from openelm_mlx.config import expected_tensors  # noqa: E402
 from openelm_mlx.errors import OpenELMError  # noqa: E402
+from openelm_mlx.files import check_writable, read_text  # noqa: E402
 
 DTYPE = "float16"
 Weights = dict[str, mx.array]
@@ -67,7 +68,7 @@ class Judge:
     def __init__(self, opened: OpenedModel, exact: Weights, text: Path) -> None:
         self.config = opened.trimmed
         length = min(512, self.config.max_context_length)
-        self.batches = text_batches(opened.tokenizer.processor.encode(read_text(text)), length)
+        self.batches = text_batches(opened.tokenizer.processor.encode(read_text(text, "TEXT")), length)
         self.targets = [target(logits(self.config, exact, tokens)) for tokens in self.batches]
         mx.eval(self.targets)
 
@@ -93,7 +94,8 @@ def run(model: Path, text: Path, args: argparse.Namespace) -> Iterator[Row]:
         shapes = expected_tensors(opened.trimmed)
         judge = Judge(opened, exact, text)
         say(f"{sum(tokens.size for tokens in judge.batches)} positions of {text.name} are judged")
-        tokens = calibration_tokens(opened, exact, options, None)
+        given = given_tokens(opened, options)
+        tokens = written_tokens(opened, exact, options, None) if given is None else given
         say(f"{tokens.size} tokens of calibration text")
         reference = make_reference(opened.trimmed, exact, tokens[: max(1, MEASURE_TOKENS // tokens.shape[1])])
         losses = None
@@ -183,6 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rows = []
     try:
+        if args.output is not None:
+            check_writable(args.output, "--output")
         for row in run(args.model, args.text, args):
             rows.append(row)
             say(markdown([row]).splitlines()[-1] + f" {row.seconds:.0f} s")

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import ConversionError
+from openelm_mlx.files import read_text
 
 if TYPE_CHECKING:
     from openelm_mlx.model import OpenELM
@@ -41,13 +42,9 @@ def row_length(config: OpenELMConfig) -> int:
 def text_tokens(path: Path, encode: Encode, length: int, limit: int | None = None) -> mx.array:
     """A text file as rows [n, length], each after BOS, at most `limit` rows spread evenly over the text.
 
-    Raises `ConversionError` for a file that cannot be read as UTF-8 or is shorter than one row.
+    Raises `OptionError` for a file that cannot be read as UTF-8, `ConversionError` for one shorter than a row.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    ids = encode(text)
+    ids = encode(read_text(path, "--calibration-text"))
     rows = [[BOS, *ids[start : start + length - 1]] for start in range(0, len(ids) - length + 2, length - 1)]
     if not rows:
         raise ConversionError(f"{path} has {len(ids)} tokens; at least {length - 1} are needed to measure anything")

@@ -19,7 +19,8 @@ from openelm_mlx.convert.planning import memory_needed, plan_quantization
 from openelm_mlx.convert.quantize import planned, quantized
 from openelm_mlx.convert.record import KEPT, MERGED, SourceHash, conversion_record
 from openelm_mlx.convert.sources import TensorInfo, TensorSource
-from openelm_mlx.convert.staging import check_target, staged
+from openelm_mlx.convert.staging import check_inputs, check_target, staged
+from openelm_mlx.convert.verify import check_bound, verification_text, verify
 from openelm_mlx.convert.writer import nbytes, write_weights
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors
@@ -54,12 +55,14 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     when interrupted.
     """
     check_target(options)
+    check_inputs(options)
     opened = open_model(options)  # 1. what is there, 2. what model it makes
     if opened.source.instruct and options.instruct is None:
         options = replace(options, instruct=True)
     source, names, trimmed = opened.source, opened.names, opened.trimmed
+    judged_on = verification_text(opened, options.verify_text) if options.verifies else []  # a bad text is found here
     if options.target_format == "gguf":
-        return convert_to_gguf(opened, options, progress)
+        return convert_to_gguf(opened, options, judged_on, progress)
     sampling = sampling_defaults(options.source, trimmed)
     first = "transformer.token_embeddings.weight"
     dtype = target_dtype(names[first], source.tensors[names[first]].dtype, trimmed, options)
@@ -86,7 +89,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
                              licence, sampling)  # fmt: skip
             write_kept_adapter(folder, opened, forms)
             if options.verifies:  # 5. prove it
-                report = replace(report, verification=verified(folder, opened, options))
+                report = replace(report, verification=verified(folder, opened, judged_on, options))
                 record["verification"] = dict(report.verification or {})
                 record["verification_text"] = None if options.verify_text is None else options.verify_text.name
             record["source_sha256"] = hashes.result()
@@ -96,16 +99,16 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     return report
 
 
-def verified(path: Path, opened: OpenedModel, options: ConvertOptions) -> dict[str, float]:
+def verified(path: Path, opened: OpenedModel, batches: list[mx.array], options: ConvertOptions) -> dict[str, float]:
     """The losses of what was written to `path`. Raises `ConversionError` above `--max-kl`."""
-    from openelm_mlx.convert.verify import check_bound, verify
-
-    losses = verify(path, opened, options.verify_text)
+    losses = verify(path, opened, batches)
     check_bound(losses, options.max_kl, options.target_format)
     return losses
 
 
-def convert_to_gguf(opened: OpenedModel, options: ConvertOptions, progress: Progress | None) -> ConversionReport:
+def convert_to_gguf(
+    opened: OpenedModel, options: ConvertOptions, judged_on: list[mx.array], progress: Progress | None
+) -> ConversionReport:
     """Steps 3 to 5 for a GGUF file: whole tensors in, llama.cpp's types out. The format has no place for the losses."""
     from openelm_mlx.convert.targets.gguf import check_gguf, gguf_layout, gguf_type, write_gguf
 
@@ -125,7 +128,7 @@ def convert_to_gguf(opened: OpenedModel, options: ConvertOptions, progress: Prog
         path, name = folder / options.target.name, options.target.stem
         terms = licence_of(opened.source, options).without_files
         write_gguf(path, name, opened.trimmed, opened.tokenizer, kind, template, arrays, terms)
-        return replace(report, verification=verified(path, opened, options) if options.verifies else None)
+        return replace(report, verification=verified(path, opened, judged_on, options) if options.verifies else None)
 
 
 def make_plan(

@@ -39,8 +39,9 @@ def plan_quantization(opened: OpenedModel, dtype: str, options: ConvertOptions, 
         forms = given_forms(opened, options)
         if options.calibrate is None or options.dry_run:
             return Planned(forms)
+    given = given_tokens(opened, options)
     exact = exact_weights(opened)
-    tokens = calibration_tokens(opened, exact, options, progress)
+    tokens = written_tokens(opened, exact, options, progress) if given is None else given
     measured: dict[str, Any] = {"calibration_tokens": tokens.size, "calibration_text": text_name(options)}
     if options.target_bpw is not None:
         shapes = expected_tensors(opened.trimmed)
@@ -76,21 +77,31 @@ def exact_weights(opened: OpenedModel) -> dict[str, mx.array]:
     return weights
 
 
-def calibration_tokens(
+def given_tokens(opened: OpenedModel, options: ConvertOptions) -> mx.array | None:
+    """Rows of token ids of the user's text, None where there is none."""
+    if options.calibration_text is None:
+        return None
+    rows, length = calibration_shape(opened, options)
+    return text_tokens(options.calibration_text, opened.tokenizer.processor.encode, length, rows)
+
+
+def written_tokens(
     opened: OpenedModel, exact: Mapping[str, mx.array], options: ConvertOptions, progress: Progress | None
 ) -> mx.array:
-    """Rows of token ids: the user's text, or what the exact model writes."""
+    """Rows of token ids that the exact model writes."""
     from openelm_mlx.model import OpenELM
 
-    length = row_length(opened.trimmed)
-    wanted = MEASURE_TOKENS if options.calibrate is None or options.dry_run else options.calibration_tokens
-    rows = max(1, wanted // length)
-    encode = opened.tokenizer.processor.encode
-    if options.calibration_text is not None:
-        return text_tokens(options.calibration_text, encode, length, rows)
+    rows, length = calibration_shape(opened, options)
     model = OpenELM(opened.trimmed)
     model.load_weights(list(exact.items()))
-    return sampled_tokens(model, encode, rows, length, progress, options.is_instruct)
+    return sampled_tokens(model, opened.tokenizer.processor.encode, rows, length, progress, options.is_instruct)
+
+
+def calibration_shape(opened: OpenedModel, options: ConvertOptions) -> tuple[int, int]:
+    """Rows to calibrate on, and tokens in a row."""
+    length = row_length(opened.trimmed)
+    wanted = MEASURE_TOKENS if options.calibrate is None or options.dry_run else options.calibration_tokens
+    return max(1, wanted // length), length
 
 
 def text_name(options: ConvertOptions) -> str:

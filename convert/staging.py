@@ -18,16 +18,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.recipes import find_recipe
 
 from openelm_mlx.errors import ConversionError
+from openelm_mlx.files import check_writable, read_text
 
 CONFIG, UNFINISHED_CONFIG = "config.json", "config.json.partial"
 LINUX_EXCHANGE, LINUX_AT_FDCWD, MACOS_SWAP = 2, -100, 2  # renameat2(2), renamex_np(2)
 
 
 def check_target(options: ConvertOptions) -> None:
-    """Raise `ConversionError` for a target that stands in the way, is no model, or holds the source."""
+    """Raise `ConversionError` for a target that stands in the way, is no model, or holds the source; `OptionError` for
+    one that cannot be written."""
     target, what = options.target, "file" if options.target_format == "gguf" else "folder"
+    if not options.dry_run:
+        check_writable(target, "--output", folder=True)
     if target.absolute().parent.is_dir() and not options.dry_run:
         clear_leftovers(target.absolute())
     if not os.path.lexists(target):
@@ -43,6 +48,15 @@ def check_target(options: ConvertOptions) -> None:
     inputs = [path.resolve() for path in given if path is not None]
     if any(path == target.resolve() or target.resolve() in path.parents for path in inputs):
         raise ConversionError(f"{target} holds what is to be converted; choose another {what}")
+
+
+def check_inputs(options: ConvertOptions) -> None:
+    """Raise `OptionError` or `ConfigError` for a text or recipe that cannot be read, before anything is fetched."""
+    for path, flag in ((options.verify_text, "--verify-text"), (options.calibration_text, "--calibration-text")):
+        if path is not None:
+            read_text(path, flag)
+    if options.recipe is not None:
+        find_recipe(options.recipe)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from openelm_mlx.convert.staging import config_of
 from openelm_mlx.config import OpenELMConfig, expected_tensors
 from openelm_mlx.config_files import read_json
 from openelm_mlx.errors import ConversionError
+from openelm_mlx.files import read_text
 
 TEXT = "Once upon a time there was a little girl who lived in a house at the edge of a great forest with her mother."
 ROW = 512  # tokens scored in one context, BOS included
@@ -36,15 +37,21 @@ class Written:
     weights: Mapping[str, mx.array]
 
 
-def verify(path: Path, opened: OpenedModel, text: Path | None = None) -> dict[str, float]:
-    """Losses of what was written to `path` on the text of a file, or on a short one of our own; see `compare`.
+def verification_text(opened: OpenedModel, text: Path | None = None) -> list[mx.array]:
+    """Batches of token ids [rows, length] from a file, or from a short text of our own.
 
-    Raises `ConversionError` for a file that is no text or too short to score.
+    Raises `OptionError` for a file that is no text, `ConversionError` for an empty one.
     """
-    ids = opened.tokenizer.processor.encode(TEXT if text is None else read_text(text))
+    ids = opened.tokenizer.processor.encode(TEXT if text is None else read_text(text, "--verify-text"))
     batches = text_batches(ids, min(ROW, opened.trimmed.max_context_length))
     if not batches:
         raise ConversionError(f"{text} has no text to verify on")
+    return batches
+
+
+def verify(path: Path, opened: OpenedModel, batches: Iterable[mx.array] | None = None) -> dict[str, float]:
+    """Losses of what was written to `path` on batches of token ids, or on a short text of our own; see `compare`."""
+    batches = verification_text(opened) if batches is None else batches
     exact = dense_model(opened.trimmed, exact_weights(opened))
     written = read_folder(path) if path.is_dir() else read_gguf(path)
     return compare(exact, dense_model(written.config, written.weights), batches)
@@ -99,13 +106,6 @@ def text_batches(ids: list[int], length: int) -> list[mx.array]:
     batches = [full[start : start + BATCH] for start in range(0, len(full), BATCH)]
     batches += [[row] for row in rows[len(full) :]]
     return [mx.array(batch, dtype=mx.int32) for batch in batches]
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
 def read_folder(folder: Path) -> Written:

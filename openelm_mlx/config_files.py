@@ -88,6 +88,8 @@ def read_yaml(path: str | Path) -> Any:
         if len(data) > MAX_YAML_BYTES:
             raise ConfigError(f"{path} is no configuration: it has more than {MAX_YAML_BYTES} bytes")
         return yaml.load(data.decode("utf-8"), Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 

@@ -98,8 +98,10 @@ class PromptCache:
         try:
             with replacing(path, suffix=".safetensors") as new:
                 mx.save_safetensors(str(new), arrays, about)
-        except (OSError, RuntimeError) as error:
-            raise CacheError(f"{path} cannot be written: {error}") from None
+        except OSError as error:
+            raise CacheError(f"{path} cannot be written: {error.strerror}") from None
+        except RuntimeError as error:  # MLX tells the name that it was given
+            raise CacheError(f"{path} cannot be written: {str(error).replace(str(new), str(path))}") from None
 
     @classmethod
     def load(cls, path: str | Path, engine: Engine, kind: CacheKind | None = None) -> PromptCache:

@@ -7,12 +7,13 @@ once more on a machine that has none of these things.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import pytest
 from browser import find_chromium
@@ -47,6 +48,13 @@ def writable_home() -> bool:
         return False
 
 
+def permissions_hold() -> bool:
+    """Root may write where nobody may."""
+    with TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        return not os.access(folder, os.W_OK)
+
+
 OPTIONAL: dict[str, Callable[[], bool]] = {
     "a C++ compiler": compiles,
     "Chromium": lambda: find_chromium() is not None,
@@ -54,6 +62,7 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
     "torch": lambda: peer("torch"),
     "OpenBLAS": lambda: load_blas().path is not None,
     "a writable home": writable_home,
+    "another user than root": permissions_hold,
     "Linux": lambda: sys.platform.startswith("linux"),
     "another system than macOS": lambda: sys.platform != "darwin",
 }

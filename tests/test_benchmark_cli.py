@@ -160,7 +160,7 @@ def test_ctrl_c_keeps_finished_trials_and_marks_them_partial(tmp_path, capsys, m
         (["--random-weights", "2b"], "no size '2b' was published"),
         (["270n"], "did you mean"),
         (["--peers", "vllm"], "'vllm' is no peer; known: mlx-lm, llama.cpp, torch"),
-        (["--output", "none/x.json"], "--output none/x.json: its folder does not exist; make it first"),
+        (["--output", "none/x.json"], "--output none/x.json cannot be written: its folder does not exist; make it first"),
         (["--plot", "x.gif"], "--plot x.gif: give a name that ends in .png or .svg"),
         (["--compare", "a.json", "b.json"], "cannot read a.json"),
     ],

@@ -22,7 +22,7 @@ from small_model import random_tokens, small_model
 
 from openelm_mlx import load
 from openelm_mlx.config import expected_tensors
-from openelm_mlx.errors import ConversionError
+from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.model import OpenELM
 
 AFFINE = [Form(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -138,9 +138,9 @@ def test_calibration_text_of_a_user(tmp_path):
     with pytest.raises(ConversionError, match="mine.txt has 11 tokens; at least 40 are needed"):
         text_tokens(path, encode, 41)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConversionError, match="cannot be read as UTF-8"):
+    with pytest.raises(OptionError, match="cannot be read as UTF-8"):
         text_tokens(path, encode, 4)
-    with pytest.raises(ConversionError, match="cannot be read"):
+    with pytest.raises(OptionError, match="cannot be read: No such file"):
         text_tokens(tmp_path / "none.txt", encode, 4)
 
 

@@ -243,7 +243,7 @@ def test_full_disk_leaves_nothing(tmp_path):
 
 def test_unwritable_target(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConversionError, match="cannot be written"):
+    with pytest.raises(OptionError, match="file is no folder"):
         convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "file" / "m"))
 
 

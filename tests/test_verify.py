@@ -15,7 +15,7 @@ from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.record import command_line
 from openelm_mlx.convert.verify import check_bound, compare, text_batches
 
-from openelm_mlx.errors import ConversionError
+from openelm_mlx.errors import ConversionError, OptionError
 
 SOURCE = NANO / "checkpoint.pt"
 
@@ -80,7 +80,7 @@ def test_losses_and_origin_are_recorded(tmp_path):
 def test_texts_that_cannot_be_verified_on(content, tmp_path):
     path = tmp_path / "text"
     path.write_bytes(content)
-    with pytest.raises(ConversionError, match="text (has no text to verify on|cannot be read as UTF-8)"):
+    with pytest.raises((ConversionError, OptionError), match="text (has no text to verify on|cannot be read as UTF-8)"):
         convert(ConvertOptions(SOURCE, tmp_path / "m", verify_text=path))
     assert not (tmp_path / "m").exists()
 

@@ -16,7 +16,7 @@ from openelm_mlx.cli.options import real, whole
 from openelm_mlx.options import DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from openelm_mlx.benchmarks.document import Document
     from openelm_mlx.benchmarks.run import Progress
@@ -163,13 +163,13 @@ class Bar:
 
 
 def check_targets(args: argparse.Namespace) -> None:
-    """Before anything is measured: whether it can be written afterwards. Raises `BenchmarkError`."""
+    """Before anything is measured: whether it can be written afterwards. Raises `OptionError` or `BenchmarkError`."""
     from openelm_mlx.errors import BenchmarkError
+    from openelm_mlx.files import check_writable
 
     for name in ("output", "csv", "markdown", "plot", "report"):
-        target = getattr(args, name)
-        if target and not Path(target).resolve().parent.is_dir():
-            raise BenchmarkError(f"--{name} {target}: its folder does not exist; make it first")
+        if (target := getattr(args, name)) is not None:
+            check_writable(target, f"--{name}")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
         raise BenchmarkError(f"--plot {args.plot}: give a name that ends in .png or .svg")
     if args.plot and find_spec("matplotlib") is None:
@@ -177,17 +177,43 @@ def check_targets(args: argparse.Namespace) -> None:
 
 
 def write(document: Document, args: argparse.Namespace) -> None:
-    """The files first, the most valuable one before the rest; then the table or JSON on stdout."""
-    from openelm_mlx.benchmarks import tables
-    from openelm_mlx.benchmarks.document import save, to_json, write_file
+    """The table or JSON on stdout, then the files, the most valuable one first: what fails takes nothing else along.
 
-    if args.output:
-        save(document, args.output)
-    if args.csv:
-        write_file(args.csv, tables.csv_text(document))
-    if args.markdown:
-        write_file(args.markdown, tables.markdown(document))
-    if args.json:
+    Raises `BenchmarkError` for all files that could not be written.
+    """
+    from openelm_mlx.benchmarks import tables
+    from openelm_mlx.benchmarks.document import save, write_file
+    from openelm_mlx.benchmarks.plot import write_plot
+    from openelm_mlx.benchmarks.report import write_report
+    from openelm_mlx.errors import BenchmarkError, OpenELMError
+
+    writers: dict[str, Callable[[str], None]] = {
+        "output": lambda path: save(document, path),
+        "csv": lambda path: write_file(path, tables.csv_text(document)),
+        "markdown": lambda path: write_file(path, tables.markdown(document)),
+        "plot": lambda path: write_plot(document, Path(path)),
+        "report": lambda path: write_report(document, Path(path)),
+    }
+    problems = []
+    try:
+        show(document, args.json)
+    finally:  # a reader of stdout who has left keeps no file from being written
+        for name, writer in writers.items():
+            if (path := getattr(args, name)) is not None:
+                try:
+                    writer(path)
+                except OpenELMError as error:
+                    problems.append(f"--{name}: {error}")
+    if problems:
+        raise BenchmarkError("; ".join(problems))
+
+
+def show(document: Document, as_json: bool) -> None:
+    """The result on stdout: JSON, a drawn table on a terminal, or Markdown."""
+    from openelm_mlx.benchmarks import tables
+    from openelm_mlx.benchmarks.document import to_json
+
+    if as_json:
         print(to_json(document), end="")
     elif sys.stdout.isatty():
         from rich.console import Console
@@ -195,14 +221,7 @@ def write(document: Document, args: argparse.Namespace) -> None:
         tables.show(document, Console())
     else:
         print(tables.markdown(document), end="")
-    if args.plot:
-        from openelm_mlx.benchmarks.plot import write_plot
-
-        write_plot(document, Path(args.plot))
-    if args.report:
-        from openelm_mlx.benchmarks.report import write_report
-
-        write_report(document, Path(args.report))
+    sys.stdout.flush()
 
 
 def compare(before: str, after: str, as_json: bool) -> int:

@@ -53,14 +53,16 @@ def run(args: argparse.Namespace) -> int:
     from openelm_mlx.convert.catalog import fetch_with_bar, published
     from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import convert
-    from openelm_mlx.convert.staging import check_target
+    from openelm_mlx.convert.staging import check_inputs, check_target
     from openelm_mlx.hub import is_published, looks_like_path, mirrored_tokenizer, resolve_model
 
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # so that what is half-written is removed
     given, here = args.source, Path(args.source).expanduser().exists()
     if is_published(given) and not here:  # names and target are checked before gigabytes are fetched
         published(given)
-    check_target(from_args(ConvertOptions, args))
+    asked = from_args(ConvertOptions, args)
+    check_target(asked)
+    check_inputs(asked)
     if is_published(given) and not here:
         if getattr(args, "tokenizer", None) is None:
             args.tokenizer = str(mirrored_tokenizer())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cli.options import add_draft_flag, add_flags, add_model_flags, from_args, load_draft, load_model
 from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin
+from openelm_mlx.files import check_writable
 from openelm_mlx.options import GenerationOptions, SamplingOptions
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def register(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     options, sampling = from_args(GenerationOptions, args), from_args(SamplingOptions, args)
     all_characters(sys.stdout)
+    if args.cache_file is not None:
+        check_writable(args.cache_file, "--cache-file")
     prompt = read_prompt(args)
     engine, draft = load_model(args.model, args), load_draft(args)
     from openelm_mlx.generation import stream_generate
@@ -74,8 +77,6 @@ def run(args: argparse.Namespace) -> int:
             else:
                 waiting.end()
                 print(event.text, end="", flush=True)
-    if args.cache_file is not None:
-        cache.save(args.cache_file, engine)
     last = events[-1]
     if args.json:
         result = {
@@ -95,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         if context_full(last, options):
             print(f"the text ends here because the context of {engine.config.max_context_length} tokens is full", file=sys.stderr)
         print(summary(last.stats), file=sys.stderr)
+    if args.cache_file is not None:
+        cache.save(args.cache_file, engine)
     return 0
 
 
