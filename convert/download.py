@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from openelm_mlx.errors import HubError, OpenELMError
+from openelm_mlx.errors import HubError, OpenELMError, reason
 from openelm_mlx.files import replacing
 
 Progress = Callable[[int, int | None, str], None]  # bytes there, bytes in all (None: not said), file name
@@ -124,7 +124,7 @@ class Download:
             except (OSError, http.client.HTTPException) as error:
                 if getattr(error, "errno", None) in DISK_FULL:
                     raise
-                problem = str(error) or type(error).__name__
+                problem = reason(error)
             fruitless = 0 if self.file.seek(0, os.SEEK_END) > before else fruitless + 1
         kept = self.file.tell()
         remedy = f"{kept} bytes are kept, and the same command goes on from there" if kept else "check the network, try again"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.errors import ConfigError, OptionError
+from openelm_mlx.errors import ConfigError, OptionError, reason
 from openelm_mlx.options import SamplingOptions
 
 GENERATION_CONFIG = "generation_config.json"
@@ -91,7 +91,7 @@ def read_yaml(path: str | Path) -> Any:
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+        raise ConfigError(f"{path} cannot be read as YAML: {reason(error)}") from None
 
 
 def corenet_overrides(section: Mapping[str, Any]) -> dict[str, Any]:

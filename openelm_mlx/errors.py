@@ -45,3 +45,9 @@ class HubError(OpenELMError):
 
 class BenchmarkError(OpenELMError):
     """A benchmark that cannot be run as asked, or a result file that is damaged or of another kind."""
+
+
+def reason(error: Exception) -> str:
+    """What an error of Python or of a library says: one line, without the name of its class."""
+    text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return text.partition("\n")[0].strip() or "it gave no reason"

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from openelm_mlx.config import OpenELMConfig  # noqa: E402
 from openelm_mlx.config_files import APPLES_DEFAULTS, chat_sampling, read_json  # noqa: E402
 from openelm_mlx.decode import Steps  # noqa: E402
-from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError  # noqa: E402
+from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError, reason  # noqa: E402
 from openelm_mlx.hub import resolve_model  # noqa: E402
 from openelm_mlx.model import OpenELM  # noqa: E402
 from openelm_mlx.options import ModelOptions, SamplingOptions  # noqa: E402
@@ -132,7 +132,7 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is no index of shards: {error!r}") from None
+            raise CheckpointError(f"{index} is no index of shards: {reason(error)}") from None
         if bad := [name for name in names if Path(str(name)).name != name]:
             raise CheckpointError(f"{index} names a file outside its folder: {bad[0]!r}")
     weights: dict[str, mx.array] = {}

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from openelm_mlx.cache import KVCache, make_caches
 from openelm_mlx.config import OpenELMConfig, layer_shapes
-from openelm_mlx.errors import CacheError
+from openelm_mlx.errors import CacheError, reason
 from openelm_mlx.files import replacing
 from openelm_mlx.kv import CacheKind, Window
 from openelm_mlx.tokenizer import StreamingDecoder, Tokenizer
@@ -128,7 +128,7 @@ class PromptCache:
         try:
             cache._fill(arrays, about, engine)
         except (KeyError, ValueError, TypeError, RecursionError) as error:
-            raise CacheError(f"{path} is damaged: {error!r}") from None
+            raise CacheError(f"{path} is damaged: {reason(error)}") from None
         return cache
 
     def _fill(self, arrays: dict[str, mx.array], about: dict[str, Any], engine: Engine) -> None:

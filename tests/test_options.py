@@ -15,7 +15,7 @@ from openelm_mlx.convert import ConvertOptions
 
 import openelm_mlx
 from openelm_mlx import GenerationOptions, SamplingOptions, generate, options
-from openelm_mlx.errors import OptionError
+from openelm_mlx.errors import OptionError, reason
 from openelm_mlx.options import Settings, with_overrides
 
 FIELDS = [*fields(SamplingOptions), *fields(GenerationOptions)]
@@ -121,3 +121,8 @@ def test_public_names_are_listed_resolve_and_have_docstrings():
 
 def test_an_engine_prints_as_one_line(tiny):
     assert repr(tiny) == "<Engine openelm-tiny: 6.5 M parameters, 7.3 MB, context 1024>"
+
+
+def test_errors_of_others_are_told_without_the_names_of_classes():
+    assert reason(KeyError("tokens")) == "'tokens' is missing"
+    assert reason(ValueError("of one\nand two")) == "of one" and reason(ValueError()) == "it gave no reason"

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openelm_mlx.errors import BenchmarkError, OptionError
+from openelm_mlx.errors import BenchmarkError, OptionError, reason
 
 if TYPE_CHECKING:
     from openelm_mlx.benchmarks.timing import Session
@@ -55,14 +55,14 @@ def open_peer(name: str, folder: Path, dtype: str | None = None) -> Session:
     has them, belong beside its figures. Raises `OptionError` for an unknown name, `BenchmarkError` where the peer is not
     usable or cannot load the model.
     """
-    if reason := why_not(name):
-        raise BenchmarkError(f"{name} cannot run here: {reason}")
+    if obstacle := why_not(name):
+        raise BenchmarkError(f"{name} cannot run here: {obstacle}")
     module = import_module(f"openelm_mlx.benchmarks.peers.{MODULES[name]}")
     try:
         given = dtype if dtype is not None and folder.is_file() else dtype_of(folder, dtype)
         session: Session = module.open_session(folder, given)
     except (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise BenchmarkError(f"{name} cannot load {folder}: {str(error) or type(error).__name__}") from error
+        raise BenchmarkError(f"{name} cannot load {folder}: {reason(error)}") from error
     return session
 
 

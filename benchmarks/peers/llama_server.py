@@ -22,7 +22,7 @@ from typing import Any
 
 from openelm_mlx.benchmarks.timing import Timed
 
-from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.errors import BenchmarkError, reason
 
 VARIABLE = "OPENELM_LLAMA_CPP"
 START_SECONDS, ANSWER_SECONDS = 120, 600
@@ -86,7 +86,7 @@ class LlamaServer:
             found = [int(token) for token in answer["tokens"]]
             first, rest = answer["timings"]["prompt_ms"] / 1000, answer["timings"]["predicted_ms"] / 1000
         except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
-            raise BenchmarkError(f"llama-server gave no tokens with times: {error!r}; {self.last_words()}") from None
+            raise BenchmarkError(f"llama-server gave no tokens with times: {reason(error)}; {self.last_words()}") from None
         if status != 200 or len(found) != tokens:
             raise BenchmarkError(f"llama-server gave {len(found)} tokens of {tokens} (status {status})")
         steps = max(tokens - 1, 1)

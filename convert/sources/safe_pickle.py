@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from openelm_mlx.errors import ConversionError
+from openelm_mlx.errors import ConversionError, reason
 
 STORAGE_DTYPES = {
     "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "DoubleStorage": "float64",
@@ -72,8 +72,7 @@ def read_state(data: bytes, where: str) -> Any:
                 machine.run(opcode.name, argument)
         return machine.pop()
     except (ValueError, IndexError, TypeError, UnicodeError, OverflowError) as error:
-        text = f"{type(error).__name__}: {str(error):.100}".splitlines()[0]
-        raise ConversionError(f"{where}: data.pkl is damaged ({text})") from None
+        raise ConversionError(f"{where}: data.pkl is damaged ({reason(error):.100})") from None
 
 
 class Machine:
