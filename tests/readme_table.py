@@ -12,6 +12,10 @@ from openelm_mlx.benchmarks.document import Case, Document, load
 ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
 BEGIN, END = "<!-- computed from benchmarks/results -->\n", "<!-- end -->\n"
+MADE = {  # how to make a folder that was measured
+    "openelm-tiny-float32": "openelm convert tests/golden/openelm-tiny/checkpoint.pt -o openelm-tiny-float32 "
+                            "--tokenizer tests/golden/openelm-nano/tokenizer.model",
+}  # fmt: skip
 DECODE, FIRST = "decode_tokens_per_second", "time_to_first_token_seconds"
 
 
@@ -25,7 +29,10 @@ def block() -> str:
         for case, peer, decode, first in ratios(document):
             link = f"[{what(case)}]({RESULTS}/{path.stem}.md); {blas(document)}; {bandwidth(document)}"
             lines.append(f"| {link} | {peer} | {decode} | {first} |")
-    commands = dict.fromkeys(command(document) for document in files.values())
+    commands: dict[str, None] = {}  # in order, each once
+    for document in files.values():
+        made = {row.case.model for row in document.rows} & MADE.keys()
+        commands |= dict.fromkeys(map(wrapped, [*(MADE[name] for name in made), command(document)]))
     return "\n".join([*lines, "", "```console", *(f"$ {line}" for line in commands), "```", ""])
 
 
@@ -67,9 +74,13 @@ def command(document: Document) -> str:
     for flag in ("--output", "--markdown"):
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
-    line = ("OPENELM_BLAS=off " if blas(document) == "MLX's own" else "") + shlex.join(words)
+    return ("OPENELM_BLAS=off " if blas(document) == "MLX's own" else "") + shlex.join(words)
+
+
+def wrapped(line: str) -> str:
+    """A command on lines of at most 100 columns, broken before a flag, not before its value."""
     held = line.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}--", " --")
-    lines = textwrap.wrap(held, 94, break_on_hyphens=False)  # before a flag, not before its value
+    lines = textwrap.wrap(held, 94, break_on_hyphens=False)
     return " \\\n    ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
