@@ -48,9 +48,10 @@ class Weights:
 
 
 def last_part(name: str) -> str:
-    """A folder without where it lies, which is nobody's business: `draft /home/me/nano` -> `draft nano`."""
+    """A folder or file without where it lies, which is nobody's business: `draft /home/me/nano` -> `draft nano`."""
     kind, space, path = name.rpartition(" ") if name.startswith("draft ") else ("", "", name)
-    return f"{kind}{space}{Path(path).resolve().name}" if Path(path).is_dir() else name
+    here = Path(path).expanduser()
+    return f"{kind}{space}{here.resolve().name}" if here.exists() else name
 
 
 def open_weights(model: str, dtype: str | None, bits: int | None, group_size: int, random: bool) -> Weights:

@@ -25,6 +25,7 @@ LICENCE = ["LICENSE*", "README.md"]
 PATTERNS = ["*.safetensors", "*.json", "tokenizer.*", "*.jinja", *LICENCE]
 CORENET = "corenet"  # names of the converter's catalog begin so, with -mlx and a colon
 FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".yaml", ".yml", ".npz", ".model", ".txt", ".zip")  # no hub id ends so
+UNWRITABLE = (PermissionError, NotADirectoryError, FileExistsError)
 MODELS = "a folder, a .gguf file, a CoreNet checkpoint (.pt), a hub id (owner/name) or a name from `openelm models`"
 
 
@@ -152,9 +153,9 @@ def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
     causes = list(chain(error))
     texts = [str(cause) for cause in causes]
     status, partial = status_of(error), getattr(errors, "IncompleteSnapshotError", ())
-    if any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+    if any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) for cause in causes):
         return f"the disk is full while fetching {hub_id}; free some space and run the same command, it resumes"
-    if any(isinstance(cause, PermissionError) for cause in causes):
+    if any(isinstance(cause, UNWRITABLE) and cause.filename for cause in causes):  # without: of a connection
         return f"{constants.HF_HUB_CACHE} cannot be written, so {hub_id} cannot be fetched; set HF_HUB_CACHE to another folder"
     if any(isinstance(cause, partial) for cause in causes):
         where = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"

@@ -72,11 +72,12 @@ def load(
     tokenizer: str | Path | None = None,
     revision: str | None = None,
 ) -> Engine:
-    """Load a model: folder, hub id, short name (`270m-instruct`) or the bundled `openelm-tiny`.
+    """Load a model: a folder, a file that convert takes (.gguf, .pt), a hub id, or a name from `openelm models`.
 
-    `dtype` is that of the activations, by name or MLX's own (default: float32 on the CPU backend; on Metal the
-    checkpoint's own, bfloat16 where it holds float32). `bits` quantizes a full-precision model while loading. Raises
-    `HubError`, `ConfigError`, `CheckpointError`, `TokenizerError` or `OptionError`.
+    A file, and a folder that the engine does not load as it is, is converted once into a cache. `dtype` is that of the
+    activations, by name or MLX's own (default: float32 on the CPU backend; on Metal the checkpoint's own, bfloat16
+    where it holds float32). `bits` quantizes a full-precision model while loading. Raises `HubError`, `ConfigError`,
+    `CheckpointError`, `ConversionError`, `TokenizerError` or `OptionError`.
     """
     if isinstance(dtype, mx.Dtype):
         dtype = str(dtype).rpartition(".")[2]

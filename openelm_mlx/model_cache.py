@@ -130,7 +130,7 @@ def converted(source: Path, tokenizer: Path | None = None, name: str | None = No
         folder = temporary_folder(folder)
 
     def make() -> None:
-        convert_into(folder, options, name or str(source))
+        convert_into(folder, options, name or str(source), tokenizer)
         if before != {str(path): state(path) for path in read}:
             remove_folder(folder)
             raise ConversionError(f"{source} changed while it was converted; run the command again")
@@ -169,7 +169,7 @@ def check_kind(source: Path) -> None:
         raise CheckpointError(f"{source} is a file, but no model; a model is {MODELS}")
 
 
-def missing_tokenizer(source: Path) -> Path | None:
+def missing_tokenizer(source: Path, source_format: str | None = None) -> Path | None:
     """LLaMA's tokenizer from a mirror, for a checkpoint that has its vocabulary and no tokenizer; None otherwise.
 
     Raises `ConversionError` for what convert cannot read, and `TokenizerError` where no mirror can be reached.
@@ -178,7 +178,8 @@ def missing_tokenizer(source: Path) -> Path | None:
     from openelm_mlx.errors import HubError
     from openelm_mlx.hub import mirrored_tokenizer
 
-    opened, folder = open_source(source), source if source.is_dir() else source.parent
+    folder = source if source.is_dir() else source.parent
+    opened = open_source(source, source_format)
     if opened.tokenizer is not None or any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         return None
     rows = [info.shape[0] for name, info in opened.tensors.items() if name.endswith("token_embeddings.weight")]
@@ -190,13 +191,16 @@ def missing_tokenizer(source: Path) -> Path | None:
         raise TokenizerError(f"there is no tokenizer beside {source}, and {error}") from None
 
 
-def convert_into(folder: Path, options: ConvertOptions, shown: str) -> None:
+def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path | None) -> None:
+    """Convert, after a line that says so; `given` is the tokenizer that the user chose."""
     from dataclasses import replace
 
     from openelm_mlx.convert.pipeline import convert
 
-    print(f"openelm: converting {shown} once, into {folder}; to keep it: openelm convert {shlex.quote(shown)} -o FOLDER",
-          file=sys.stderr)  # fmt: skip
+    command = ["openelm", "convert", shown, "-o", "FOLDER"]
+    if given is not None:
+        command += ["--tokenizer", str(given)]
+    print(f"openelm: converting {shown} once, into {folder}; to keep it: {shlex.join(command)}", file=sys.stderr)
     try:
         convert(replace(options, target=folder))
     except ConversionError as error:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from formats import TINY, random_folder
 from hub_server import Hub
+from huggingface_hub import constants
+from openelm_mlx.convert.tokenizer_model import assemble
 
 from openelm_mlx.cli.main import main
+from openelm_mlx.config import expected_tensors
 from openelm_mlx.errors import HubError
 from openelm_mlx.hub import BUNDLED, MIRRORS, SHORT_NAMES, resolve_model
 
@@ -83,9 +90,12 @@ REFUSALS = {  # repo -> HTTP status, the hub's code, what is said of it
 }
 
 
-def messages(url, home, *names, **environ):
+def messages(url, home, *names, sha=SHA, largest_file=-1, **environ):
     """What is said of each name, which may end with #REVISION, by one process; the last line is the seconds it took."""
-    code = ("import sys, time\nfrom openelm_mlx.hub import resolve_model\nfrom openelm_mlx.errors import OpenELMError\n"
+    code = (f"import sys, time, resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest_file}, {largest_file}))\n"
+            f"from openelm_mlx import hub\nhub.TOKENIZER_SHA256 = {sha!r}\n"
+            "from openelm_mlx.hub import resolve_model\nfrom openelm_mlx.errors import OpenELMError\n"
             "import huggingface_hub\nstart = time.monotonic()\n"
             "for name in sys.argv[1:]:\n    name, _, revision = name.partition('#')\n"
             "    try:\n        print(resolve_model(name, revision or None).folder)\n"
@@ -119,6 +129,39 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(hub, tmp_path):
     assert MIRRORS[1] not in tokenizer and float(seconds) < 10
     assert "not on this disk, and HF_HUB_OFFLINE is set; unset it" in messages(hub.url, tmp_path, "x/y", HF_HUB_OFFLINE="1")[0]
     assert hub.log == []
+
+
+def test_a_disk_that_is_full_and_a_cache_that_cannot_be_written(hub, tmp_path):
+    """A limit on the size of files stands in for a full disk."""
+    hub.files["x/y"] = MODEL
+    said = messages(hub.url, tmp_path / "a", "x/y", largest_file=1_000_000)[0]
+    assert said == "the disk is full while fetching x/y; free some space and run the same command, it resumes"
+    (tmp_path / "file").write_text("")
+    said = messages(hub.url, tmp_path / "file", "x/y")[0]
+    assert said.endswith("cannot be written, so x/y cannot be fetched; set HF_HUB_CACHE to another folder")
+
+
+def test_a_checkpoint_with_llamas_vocabulary_gets_llamas_tokenizer(hub, tmp_path, capsys, monkeypatch):
+    """As a model and for convert; the offline switch is told where it is in the way."""
+    folder, pieces = tmp_path / "m", ["<unk>", "<s>", "</s>", *(f"piece{n}" for n in range(31997))]
+    tokenizer = assemble(folder, pieces, [0.0] * 32000, [2, 3, 3] + [1] * 31997).data
+    hub.files[MIRRORS[0]] = {"tokenizer.model": tokenizer}
+    random_folder(folder)
+    config = replace(TINY, vocab_size=32000)
+    arrays = {name: mx.zeros(shape) for name, shape in expected_tensors(config).items()}
+    mx.save_safetensors(str(folder / "weights.safetensors"), arrays)
+    (folder / "config.json").write_text(json.dumps(config.to_hf_dict()))
+    for name in ("tokenizer.model", "model.safetensors"):
+        (folder / name).unlink()
+    sha = hashlib.sha256(tokenizer).hexdigest()
+    assert "HF_HUB_OFFLINE is set" in (said := messages(hub.url, tmp_path, str(folder), HF_HUB_OFFLINE="1", sha=sha)[0])
+    assert said.startswith(f"there is no tokenizer beside {folder}, and no mirror gave the tokenizer (")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(["convert", str(folder), "-o", str(tmp_path / "x")]) == 2
+    assert said.split(" (")[0] in capsys.readouterr().err
+    made = Path(messages(hub.url, tmp_path, str(folder), sha=sha)[0])
+    assert made.parent == tmp_path / "ours" / "converted" and (made / "tokenizer.model").read_bytes() == tokenizer
+    assert messages(hub.url, tmp_path, str(folder), HF_HUB_OFFLINE="1", sha=sha)[0] == str(made)
 
 
 def test_a_certificate_that_nobody_trusts(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,9 +15,12 @@ import mlx.core as mx
 import pytest
 from formats import again
 from golden_set import NANO
+from openelm_mlx.benchmarks.loaded import last_part
+from openelm_mlx.benchmarks.weights import facts_of
 from openelm_mlx.convert.staging import CONFIG
 
 from openelm_mlx import load
+from openelm_mlx.cli.main import main
 from openelm_mlx.errors import CheckpointError, ConversionError, HubError, OpenELMError, OptionError
 from openelm_mlx.hub import resolve_model
 from openelm_mlx.model_cache import conversions
@@ -124,6 +128,35 @@ def test_a_source_that_changes_meanwhile_is_not_kept(tmp_path, cache, monkeypatc
             resolve_model(str(folder))
     assert conversions() == []
     assert resolve_model(str(folder)).folder.is_dir()
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
+    folder = checkpoint(tmp_path / "a")
+    cache.mkdir(parents=True)
+    killed = cache / ".b-0123456789abcdef.partial-999999999-x"  # by a process that is no more
+    killed.mkdir()
+
+    class Writer:
+        def write(self, text: str) -> int:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", Writer())
+        with pytest.raises(KeyboardInterrupt):
+            resolve_model(str(folder))
+    assert conversions() == [] and run(folder).communicate(timeout=60)[0].startswith(str(cache))  # no lock is left either
+    assert len(conversions()) == 1 and not killed.exists()
+
+
+def test_inspect_and_benchmark_take_the_same_models(nano, tmp_path, cache, capsys):
+    path = again(nano, tmp_path / "nano.gguf", target_format="gguf")
+    shown = []
+    for model in (nano, path):
+        assert main(["inspect", str(model), "--json"]) == 0
+        shown.append(json.loads(capsys.readouterr().out) | {"name": ""})
+    assert shown[0] == shown[1]
+    assert facts_of(str(path), random=False) == facts_of(str(nano), random=False)
+    assert last_part(str(path)) == "nano.gguf"  # where it lies is nobody's business
 
 
 def run(*sources: Path, **environ: str) -> subprocess.Popen[str]:

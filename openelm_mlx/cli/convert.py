@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -42,40 +43,25 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from openelm_mlx.blas import load_blas
 
     load_blas()  # before MLX is imported: measuring and learning run the whole model
-    from openelm_mlx.convert.catalog import fetch_with_bar, published
+    from openelm_mlx.convert.catalog import published
     from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import convert
     from openelm_mlx.convert.staging import check_inputs, check_target
-    from openelm_mlx.hub import is_published, looks_like_path, mirrored_tokenizer, resolve_model
+    from openelm_mlx.hub import is_published
 
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # so that what is half-written is removed
-    given, here = args.source, Path(args.source).expanduser().exists()
-    if is_published(given) and not here:  # names and target are checked before gigabytes are fetched
-        published(given)
+    if is_published(args.source) and not os.path.exists(args.source):
+        published(args.source)  # names and target are checked before gigabytes are fetched
     asked = from_args(ConvertOptions, args)
     check_target(asked)
     check_inputs(asked)
-    if is_published(given) and not here:
-        if getattr(args, "tokenizer", None) is None:
-            args.tokenizer = str(mirrored_tokenizer())
-        args.source = str(fetch_with_bar(given))
-    elif not here and not looks_like_path(given):
-        resolved = resolve_model(args.source, tokenizer=getattr(args, "tokenizer", None))
-        args.source = str(resolved.folder)
-        if resolved.tokenizer is not None:
-            args.tokenizer = str(resolved.tokenizer)
-    if args.source != given:  # a cache's path says nothing of the model
-        args.source_name = given
-        if "instruct" in given.lower() and not hasattr(args, "instruct"):
-            args.instruct = True
+    find_source(args)
     options = from_args(ConvertOptions, args)
     columns = (TextColumn("converting"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
@@ -94,6 +80,32 @@ def run(args: argparse.Namespace) -> int:
     else:
         show_report(report, options.dry_run)
     return 0
+
+
+def find_source(args: argparse.Namespace) -> None:
+    """Put a path in the place of a source's name, fetched if need be, and a mirror's tokenizer where none lies there."""
+    from pathlib import Path
+
+    from openelm_mlx.convert.catalog import fetch_with_bar
+    from openelm_mlx.hub import is_published, looks_like_path, mirrored_tokenizer, resolve_model
+    from openelm_mlx.model_cache import missing_tokenizer
+
+    given, path = args.source, Path(os.path.expanduser(args.source))
+    tokenizer = getattr(args, "tokenizer", None)
+    if path.exists():
+        tokenizer = tokenizer or missing_tokenizer(path, getattr(args, "source_format", None))
+    elif is_published(given):
+        tokenizer = tokenizer or mirrored_tokenizer()
+        args.source = str(fetch_with_bar(given))
+    elif not looks_like_path(given):
+        resolved = resolve_model(given, tokenizer=tokenizer)
+        args.source, tokenizer = str(resolved.folder), resolved.tokenizer or tokenizer
+    if tokenizer is not None:
+        args.tokenizer = str(tokenizer)
+    if args.source != given:  # a cache's path says nothing of the model
+        args.source_name = given
+        if "instruct" in given.lower() and not hasattr(args, "instruct"):
+            args.instruct = True
 
 
 def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]:
