@@ -198,7 +198,6 @@ class Conversation:
         """Forget every exchange; the system turn stays."""
         self._check_idle()
         self._exchanges, self._dropped_tokens, self._request, self.notices = (), 0, None, []
-        self._cache = PromptCache.for_config(self.engine.config, self._cache.kind)
 
     def _answering(self) -> bool:
         events = self._events() if self._events else None

@@ -163,6 +163,10 @@ def test_files_of_other_times_and_tokenizers(small):
         assert small.tokenizer.decode(fed(Conversation.from_json(small, changed))[0]).endswith(
             "\nGood day."
         )
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "日本"}]
+    cut = Conversation.from_json(small, {"system": None, "messages": said}).to_json()
+    del cut["exchanges"][0]["tokens"][-2]  # the last byte of a character
+    assert reads_as(small, fed(Conversation.from_json(small, cut))[0], "日本")
     for fields in (
         {"exchanges": []},
         {"exchanges": 5},
@@ -297,21 +301,17 @@ def test_full_context_drops_the_oldest_turns_and_says_so(small):
 
 
 def test_turns_stay_cheap_when_the_context_is_full(small):
-    """50 messages of 45 tokens after the context of 1024 has filled: on average at most 3 x as much is prefilled."""
-    talk, filling, costs, message = (
-        Conversation(with_context(small, 1024), "Be kind.", max_tokens=16),
-        True,
-        [],
-        "word " * 24,
-    )
+    """50 messages of 45 tokens to a full context of 1024: at most 3 x as much is prefilled."""
+    talk = Conversation(with_context(small, 1024), "Be kind.", max_tokens=16)
+    costs, used = [], []
     while len(costs) < 50:
-        _, stats = ask(talk, message)
-        filling = filling and not talk.notices
-        if not filling:
+        _, stats = ask(talk, "word " * 24)
+        if talk.notices or costs:  # from the first drop on
             costs.append(stats.prompt_tokens - stats.reused_tokens)
-            assert 512 <= talk.context_used <= 1024
+            used.append(talk.context_used)
     new = min(costs)
     assert 40 <= new <= 50 and sum(costs) <= 3 * new * len(costs)
+    assert 512 <= min(used) < 512 + 2 * new and max(used) <= 1024
 
 
 def test_a_conversation_has_a_seed_and_keeps_it(small):
