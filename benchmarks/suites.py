@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 from openelm_mlx.errors import OptionError
+from openelm_mlx.options import check_fields
 
 MIN_TRIALS = 5
 BITS = (2, 3, 4, 5, 6, 8)
@@ -113,6 +114,7 @@ class BenchmarkOptions:
     command: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.suite not in SUITES:
             raise OptionError(f"suite is {self.suite!r}; allowed: {', '.join(SUITES)}")
         if self.models and self.random_weights:
@@ -132,6 +134,10 @@ class BenchmarkOptions:
             cache_settings(cache)
         for kind in self.speculations:
             speculation_settings(kind)
+        if self.group_size != BenchmarkOptions.group_size and not any(self.chosen().bits):
+            raise OptionError(f"group_size is {self.group_size}, but nothing is quantized here; give bits too")
+        if self.minutes != BenchmarkOptions.minutes and not SUITES[self.suite].soak:
+            raise OptionError(f"minutes is {self.minutes:g}, but only the soak suite runs by the clock; give --suite soak too")
         if not self.points():
             raise OptionError("batches go with neither windows nor speculation; add a batch size of 1, or leave one out")
 

@@ -153,3 +153,7 @@ def check_quantization(options: ConvertOptions) -> None:
         raise OptionError(f"--calibrate {options.calibrate} needs something to round; give {', '.join(flags)} too")
     if options.calibration_text is not None and options.target_bpw is None and options.calibrate is None:
         raise OptionError("--calibration-text is used by --target-bpw and --calibrate; give one of them too")
+    if options.calibration_tokens != ConvertOptions.calibration_tokens and options.calibrate is None:
+        raise OptionError("--calibration-tokens is used by --calibrate; give that too")
+    if options.rank_stabilised is not None and options.lora_alpha is None:
+        raise OptionError("--rank-stabilised is used by --lora-alpha; give that too")

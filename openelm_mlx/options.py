@@ -24,7 +24,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 COARSEST_GREEDY = 1e-6  # a temperature below it tells no two logits apart that float32 does not; far below it overflows
 UNFIT = object()
 KINDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "a text", "Path": "a path",
-         "tuple[str, ...]": "a text of at least one character, or a list of such texts"}  # fmt: skip
+         "tuple[str, ...]": "a text of at least one character, or a list of such texts",
+         "tuple[int, ...]": "a whole number, or a list of such numbers"}  # fmt: skip
 
 
 def check_fields(options: Any) -> None:
@@ -51,10 +52,10 @@ def as_annotated(annotation: str, given: Any) -> Any:
         return Path(given).expanduser() if isinstance(given, (str, os.PathLike)) else UNFIT
     if kind == "str":
         return given if isinstance(given, str) else UNFIT
-    if kind == "tuple[str, ...]":
-        texts = (given,) if isinstance(given, str) else given
-        fits = isinstance(texts, (list, tuple)) and all(isinstance(text, str) and text for text in texts)
-        return tuple(texts) if fits else UNFIT
+    if kind.startswith("tuple["):
+        parts = given if isinstance(given, (list, tuple)) else (given,)
+        found = tuple(as_annotated(kind[len("tuple[") : -len(", ...]")], part) for part in parts)
+        return UNFIT if UNFIT in found or "" in found else found
     number = given.item() if getattr(given, "shape", None) == () else given  # the scalars of numpy and MLX
     if kind == "bool" or isinstance(number, bool):
         return number if kind == "bool" and isinstance(number, bool) else UNFIT
@@ -118,7 +119,10 @@ def explanation(item: Field[Any]) -> list[str]:
 class SamplingOptions:
     """How the next token is drawn from the logits; the order of the filters is stated in `sampling.filter_logits`."""
 
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy", "range": (0.0, 100.0)})
+    temperature: float = field(
+        default=0.0,
+        metadata={"help": "0 is greedy: top-k, top-p and min-p then change nothing", "range": (0.0, 100.0)},
+    )
     top_k: int = field(default=0, metadata={"help": "keep the k likeliest tokens; 0 keeps all", "range": (0, math.inf)})
     top_p: float = field(
         default=1.0, metadata={"help": "keep the smallest set of tokens with this mass", "range": (0.0, 1.0)}
@@ -150,6 +154,12 @@ class SamplingOptions:
     @property
     def greedy(self) -> bool:
         return self.temperature < COARSEST_GREEDY or self.top_k == 1
+
+    @property
+    def idle(self) -> list[str]:
+        """The names of the filters that were set and change nothing, because the choice is greedy."""
+        names = ("top_k", "top_p", "min_p") if self.greedy else ()
+        return [name for name in names if getattr(self, name) != getattr(SamplingOptions, name) and self.top_k != 1]
 
     @property
     def penalised(self) -> bool:
@@ -235,7 +245,7 @@ class Settings(TypedDict, total=False):
     """
 
     temperature: float
-    """0 is greedy"""
+    """0 is greedy: top-k, top-p and min-p then change nothing"""
     top_k: int
     """keep the k likeliest tokens; 0 keeps all"""
     top_p: float

@@ -15,6 +15,7 @@ from openelm_mlx.convert import ConvertOptions
 
 import openelm_mlx
 from openelm_mlx import GenerationOptions, SamplingOptions, generate, options
+from openelm_mlx.cli.main import main
 from openelm_mlx.errors import OptionError, reason
 from openelm_mlx.options import Settings, with_overrides
 
@@ -71,6 +72,20 @@ def test_options_of_a_conversion_are_checked_likewise(tmp_path):
                               ("rope_base", float("inf"), "a number from 1.0 to")):  # fmt: skip
         with pytest.raises(OptionError, match=f"{name} is {given!r}; allowed is {text}"):
             ConvertOptions(**({"source": "a", "target": "b"} | {name: given}))
+
+
+def test_parts_of_a_conversion_that_nothing_uses_are_refused():
+    for given, text in (({"calibration_tokens": 512, "target_bpw": 4.0}, "--calibration-tokens is used by --calibrate"),
+                        ({"rank_stabilised": True}, "--rank-stabilised is used by --lora-alpha")):  # fmt: skip
+        with pytest.raises(OptionError, match=text):
+            ConvertOptions("a", "b", **given)
+
+
+def test_filters_that_a_greedy_choice_ignores_are_named(capsys):
+    assert SamplingOptions(top_p=0.9, min_p=0.1).idle == ["top_p", "min_p"] and SamplingOptions(top_k=5).idle == ["top_k"]
+    assert not SamplingOptions(temperature=1, top_p=0.9).idle and not SamplingOptions(top_k=1).idle
+    assert main(["generate", "Once", "--max-tokens", "1", "--top-p", "0.9", "--min-p", "0.1"]) == 0
+    assert "openelm: without a --temperature decoding is greedy; ignored: --top-p, --min-p\n" in capsys.readouterr().err
 
 
 def test_objects_of_another_kind_are_refused(tiny):

@@ -61,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
     all_characters(sys.stdout)
     if args.cache_file is not None:
         check_writable(args.cache_file, "--cache-file")
+    if sampling.idle:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sampling.idle)
+        print(f"openelm: without a --temperature decoding is greedy; ignored: {flags}", file=sys.stderr)
     prompt = read_prompt(args)
     engine, draft = load_model(args.model, args), load_draft(args)
     from openelm_mlx.generation import stream_generate
