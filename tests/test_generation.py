@@ -97,6 +97,11 @@ def test_prompt_and_text_are_the_text_of_all_ids(tiny, prompt):
 
 
 def test_an_answer_to_messages_begins_without_its_space(tiny):
+    noise = random_engine(tiny, seed=1, vocab=tiny.tokenizer.vocab_size, spread=0.0)  # whose answers begin with any token
+    question, decode = [{"role": "user", "content": "Hi"}], tiny.tokenizer.decode
+    first = [next(stream_generate(noise, question, max_tokens=1, temperature=1.0, seed=seed)) for seed in range(20)]
+    assert [event.text for event in first] == [decode([event.token]) for event in first]
+    assert any(tiny.tokenizer.piece_bytes(event.token).startswith(b" ") for event in first)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
     ids = encode_messages(tiny.tokenizer, messages)
     events = list(stream_generate(tiny, messages, max_tokens=6))
@@ -133,7 +138,7 @@ def held_after(tiny, ids):
 @pytest.mark.parametrize("held, prompt, dropped", [
     (("On", "ce up", "on"), "Once upon", 1),  # the very text: its last token is run again
     (("On", "ce up", "on"), "Once upon a", 0),
-    (("On", "ce up", "on a", " time"), "Once upon a mouse", 1),  # up to the last word that both have
+    (("On", "ce up", "on a", " m", "o", "use"), "Once upon a mole", 3),  # up to the last word that both have
     (("On", "ce up", "on", "</s>"), "Once upon a", 1),  # an answer that ended: text goes on before its EOS
     (("Once ", "\n"), "Once \nupon", 0),
 ])  # fmt: skip
