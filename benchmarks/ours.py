@@ -110,19 +110,19 @@ class OurSession:
         batch = BatchEngine(self.model, self.batch_size, self.options)
         found: list[int] = []
         seconds: list[float] = []
-        others = self._others()
-        mx.reset_peak_memory()
+        others, peak = self._others(), 0
         start = perf_counter()
         try:
             numbers = [batch.submit(turned(prompt, i), max_tokens=tokens, ignore_eos=True) for i in range(self.batch_size)]
             while batch.busy:
                 for number, event in batch.step():
+                    peak = max(peak, event.stats.peak_memory_bytes if event.stats else 0)
                     if number == numbers[0] and event.token is not None:
                         found.append(event.token)
                 seconds.append(perf_counter() - start)  # after the whole step: all its tokens are known
         finally:
             batch.close()
-        return Timed(tuple(found), tuple(seconds), mx.get_peak_memory() - others)
+        return Timed(tuple(found), tuple(seconds), peak - others)
 
     def close(self) -> None:
         self._held = None

@@ -145,7 +145,11 @@ class SamplingOptions:
     )
     stream: int = field(
         default=0,
-        metadata={"help": "independent noise under the same seed: sample i of n, retry j", "range": (0, 2**31 - 1)},
+        metadata={
+            "help": "independent noise under the same seed: sample i of n, retry j",
+            "range": (0, 2**31 - 1),
+            "flag": "--seed-stream",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -204,6 +208,9 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for text in self.stop:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise OptionError(f"stop is {text!a}; that is not valid UTF-8, so no generated text contains it")
         if self.kv_window is None and self.kv_keep != GenerationOptions.kv_keep:
             raise OptionError(f"kv_keep is {self.kv_keep}, but there is no window; give kv_window too, or leave it out")
         if self.kv_window is not None and self.kv_window <= self.kv_keep:

@@ -316,6 +316,8 @@ def test_mistakes(tiny):
         stream_generate(tiny, PROMPT, top_p=1.5)
     with pytest.raises(OptionError, match="allowed is a text of at least one character"):
         stream_generate(tiny, PROMPT, stop=("",))
+    with pytest.raises(OptionError, match=r"stop is 'caf\\udce9'; that is not valid UTF-8, so no generated text contains it"):
+        stream_generate(tiny, PROMPT, stop="caf\udce9")
     with pytest.raises(CacheError, match="cannot forget 3 tokens of 0"):
         KVCache().trim(3)
     with pytest.raises(CacheError, match="entries for a model of 8 layers"):
