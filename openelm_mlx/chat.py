@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from inspect import GEN_RUNNING, GEN_SUSPENDED, getgeneratorstate
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from openelm_mlx.errors import PromptError
@@ -94,8 +94,9 @@ class Conversation:
         self.engine = engine
         chosen, self.options = with_overrides(sampling or engine.chat_sampling, options, settings)
         self._sampling = seeded(chosen)
-        ready = draft is None or isinstance(draft, ModelDraft)
-        self.draft = draft if ready else ModelDraft(engine, cast("Engine", draft))
+        if draft is not None and not isinstance(draft, ModelDraft):
+            draft = ModelDraft(engine, draft)
+        self.draft: ModelDraft | None = draft
         self.options.check_draft(self.draft is not None)
         self.notices: list[str] = []
         self.system = system

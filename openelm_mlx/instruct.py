@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .errors import PromptError
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, check_text
 
 Message = Mapping[str, str]
 
 
 def turn_tokens(tokenizer: Tokenizer, role: str, content: str, first: bool = False) -> list[int]:
     """One whole turn with its EOS; the `first` of a conversation starts with BOS, others with a line break."""
+    check_text(content)  # here, where the place it names is one in the user's text
     start = "" if first else "\n"
     text = tokenizer.encode(f"{start}<|{role}|>\n{content}", bos=False)
     return [*([tokenizer.bos_id] if first else []), *text, tokenizer.eos_id]

@@ -73,16 +73,9 @@ class Tokenizer:
         """Ids of `text` after the start token where `bos`; dummy prefix included, unless the text goes on from earlier
         text (`continued`): then decode(earlier ids + these) is the joined text.
 
-        Raises `PromptError` for what is no text, or has lone surrogates, which UTF-8 cannot express.
+        Raises `PromptError` as `check_text` does.
         """
-        if not isinstance(text, str):
-            raise PromptError(f"the text is of type {type(text).__name__}; give a str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise PromptError(f"the text is not valid UTF-8: character {error.start + 1} is the lone surrogate "
-                              f"{text[error.start]!a}. Convert what it came from to UTF-8 first, for example with "
-                              "iconv -f latin1 -t utf-8") from None
+        check_text(text)
         ids = list(self._encoder(text, continued))
         return [self.bos_id, *ids] if bos else ids
 
@@ -96,6 +89,18 @@ class Tokenizer:
         """Text of `ids`, without the dummy prefix's space."""
         data = b"".join(self.piece_bytes(int(i)) for i in ids)
         return data.removeprefix(b" ").decode("utf-8", errors="replace")
+
+
+def check_text(text: str) -> None:
+    """Raise `PromptError` for what is no text, or has lone surrogates, which UTF-8 cannot express."""
+    if not isinstance(text, str):
+        raise PromptError(f"the text is of type {type(text).__name__}; give a str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"the text is not valid UTF-8: character {error.start + 1} is the lone surrogate "
+                          f"{text[error.start]!a}. Convert what it came from to UTF-8 first, for example with "
+                          "iconv -f latin1 -t utf-8") from None
 
 
 class StreamingDecoder:

@@ -40,7 +40,7 @@ def test_a_line_that_cannot_be_answered_is_one_line_of_error(tiny, chat):
     status, out, err = chat("Hello!", "word " * 2000, b"caf\xe9 au lait", "Who are you?")
     assert status == 2 and out == answers(tiny, "Hello!", "Who are you?")
     long, bad = err.splitlines()
-    assert "Shorten" in long and "UTF-8" in bad
+    assert "Shorten" in long and "UTF-8: character 4 " in bad
 
 
 def test_commands_in_a_pipe_speak_on_stderr(tiny, chat):
@@ -80,6 +80,7 @@ def test_set_changes_what_the_next_answer_uses(tiny, chat):
         ("/set top_p 1.5", "top_p is 1.5"),
         ("/set max_tokens 0", "max_tokens is 0"),
         ("/set ignore_eos maybe", "allowed: on, off"),
+        ("/set draft_tokens 4", "nothing drafts"),
         ("/reset now", "takes nothing after it"),
         ("/save", "/save needs a file"),
         ("/save .", "is no ordinary file"),

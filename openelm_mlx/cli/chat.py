@@ -65,32 +65,31 @@ def run(args: argparse.Namespace) -> int:
     if args.json and args.prompt is None:
         raise OptionError("--json prints one answer: give the message with -p TEXT")
     all_characters(sys.stdout)
-    if args.prompt == "-":
-        args.prompt = utf8_stdin().read().removesuffix("\n")
-    conversation = opened(args)
     if args.prompt is not None:
-        return one_answer(conversation, args.prompt, args.json)
-    if utf8_stdin().isatty():
-        from openelm_mlx.cli.terminal import dialogue
+        text = utf8_stdin().read().removesuffix("\n") if args.prompt == "-" else args.prompt
+        return one_answer(opened(args), text, args.json)
+    if not utf8_stdin().isatty():
+        return lines(opened(args))
+    from openelm_mlx.cli.terminal import dialogue
 
-        return dialogue(conversation)
-    return lines(conversation)
+    return dialogue(opened(args))
 
 
 def opened(args: argparse.Namespace) -> Conversation:
     """The conversation that the command line asks for; whatever is wrong with it is raised before a model is loaded."""
     options, given = from_args(GenerationOptions, args), given_fields(SamplingOptions, args)
     SamplingOptions(**given)
+    from openelm_mlx.tokenizer import check_text
+
     system = args.system
     if args.system_file is not None:
         from openelm_mlx.cli.chat_commands import given_path, text_of
 
         system = text_of(given_path(args.system_file)).rstrip("\n")
+    check_text(system or "")
     engine, draft = load_model(args.model, args), load_draft(args)
     from openelm_mlx.chat import Conversation
 
-    if system:
-        engine.tokenizer.encode(system)  # refuses text that is not UTF-8 before the first message
     if not engine.instruct:
         print(
             f"{args.model} has no chat template, as a model that was trained to continue text, not to converse; "
@@ -101,6 +100,7 @@ def opened(args: argparse.Namespace) -> Conversation:
 
 def one_answer(conversation: Conversation, text: str, as_json: bool) -> int:
     """Answer one message. With `as_json` the object holds what `generate(engine, messages)` takes, and the cost."""
+    from openelm_mlx.cli.generate import context_full
     from openelm_mlx.cli.session import Session
 
     if not as_json:
@@ -115,6 +115,7 @@ def one_answer(conversation: Conversation, text: str, as_json: bool) -> int:
         "answer": conversation.messages[-1]["content"],
         "messages": [*system, *conversation.messages],
         "finish_reason": last.finish_reason,
+        "context_full": context_full(last, conversation.options),
         "sampling": asdict(conversation.sampling),
         "seed": conversation.sampling.seed,
         "stats": None if last.stats is None else asdict(last.stats),

@@ -59,11 +59,15 @@ def show(session: Session, rest: str) -> None:
         "answers": f"at most {talk.options.max_tokens} tokens",
         "context": f"{talk.context_used} of {talk.context_length} tokens, {counted(exchanges, 'exchange')}",
     }
+    if talk.draft is not None:
+        rows["drafts"] = facts(talk.draft.engine)
     session.say("\n".join(f"{name:<10}{text}" for name, text in rows.items()))
 
 
 def set_option(session: Session, rest: str) -> None:
     """`NAME VALUE`; `NAME` alone shows it, nothing shows all."""
+    from openelm_mlx.kv import CacheKind
+
     talk = session.conversation
     name, _, value = rest.replace("=", " ", 1).partition(" ")
     name, value = name.lower().replace("-", "_"), value.strip()
@@ -76,8 +80,11 @@ def set_option(session: Session, rest: str) -> None:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise OptionError(f"there is no setting {name!r}{hint} (/set lists them)")
     if value:
-        given = {name: parsed(SETTINGS[name], value)}
-        talk.sampling, talk.options = with_overrides(talk.sampling, talk.options, given)
+        change = {name: parsed(SETTINGS[name], value)}
+        sampling, options = with_overrides(talk.sampling, talk.options, change)
+        options.check_draft(talk.draft is not None)
+        CacheKind.of(talk.engine.config, options)  # refuses a cache that this model cannot have
+        talk.sampling, talk.options = sampling, options
     session.say(f"{name}: {shown(session, name)}")
     if value and talk.sampling.greedy and name in ("top_k", "top_p", "min_p", "seed"):
         session.say("answers are greedy, so this changes nothing until /set temperature")
@@ -114,9 +121,11 @@ def shown(session: Session, name: str) -> str:
 
 
 def set_system(session: Session, rest: str) -> None:
+    from openelm_mlx.tokenizer import check_text
+
     talk = session.conversation
     if rest:
-        talk.engine.tokenizer.encode(rest)  # refuses what is not UTF-8 now rather than at the next message
+        check_text(rest)  # now rather than at the next message
         talk.system = None if rest == "none" else rest
     session.say(f"system: {talk.system or '(empty)'}")
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from openelm_mlx.cli.streams import Waiting, moves_cursor, printable
+from openelm_mlx.cli.streams import Waiting, columns, moves_cursor, printable
 from openelm_mlx.cli.wrap import WordWrap
 
 ERASE_BELOW = "\x1b[J"
@@ -27,7 +26,7 @@ class Display:
     def __init__(self, live: bool) -> None:
         capable = moves_cursor(sys.stdout)
         self.live = live and capable
-        self.wrap = WordWrap(columns) if capable else None
+        self.wrap = WordWrap(lambda: columns(sys.stdout)) if capable else None
         self.waiting = Waiting("prompt")
 
     def __enter__(self) -> Display:
@@ -58,16 +57,8 @@ class Display:
         print(ERASE_BELOW if self.live else "", flush=True)
 
     def _draw(self, text: str, status: str) -> None:
-        line = f" {status} | Ctrl-C stops "[: columns() - 1]
+        line = f" {status} | Ctrl-C stops "[: columns(sys.stdout) - 1]
         print(ERASE_BELOW, text, BELOW.format(line), sep="", end="", flush=True)
-
-
-def columns() -> int:
-    """Width of the terminal now; COLUMNS, which shutil prefers, does not follow a resized window."""
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80
 
 
 class Meter:

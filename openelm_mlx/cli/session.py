@@ -8,8 +8,9 @@ from contextlib import closing, nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.cli.display import Display, Meter, StopKey, columns
-from openelm_mlx.cli.streams import moves_cursor, printable
+from openelm_mlx.cli.display import Display, Meter, StopKey
+from openelm_mlx.cli.generate import context_full
+from openelm_mlx.cli.streams import columns, moves_cursor, printable
 from openelm_mlx.cli.wrap import WordWrap
 from openelm_mlx.options import SamplingOptions
 
@@ -37,7 +38,7 @@ class Session:
     def say(self, text: str) -> None:
         """Everything but answers."""
         out = sys.stdout if self.dialogue and sys.stdout.isatty() else sys.stderr
-        text = WordWrap(columns).push(text) if moves_cursor(out) else printable(text)
+        text = WordWrap(lambda: columns(out)).push(text) if moves_cursor(out) else printable(text)
         print(text, file=out, flush=True)
 
     def handle(self, line: str) -> bool:
@@ -85,14 +86,14 @@ class Session:
                 display.write(" [stopped]" if last else "[stopped before the answer began; the message is taken back]")
         self.stats, self.meter = None if last is None else last.stats, meter
         if last is not None and last.finish_reason == "length":
-            self._tell_of_the_cut()
+            self._tell_of_the_cut(last)
 
-    def _tell_of_the_cut(self) -> None:
-        talk = self.conversation
-        if self.stats is not None and self.stats.generation_tokens < talk.options.max_tokens:
+    def _tell_of_the_cut(self, last: Event) -> None:
+        options = self.conversation.options
+        if context_full(last, options):
             self.say("[the context is full: the answer ends here]")
         elif self.dialogue:
-            self.say(f"[the answer was cut at {talk.options.max_tokens} tokens; /set max_tokens N allows more]")
+            self.say(f"[the answer was cut at {options.max_tokens} tokens; /set max_tokens N allows more]")
 
     def status(self) -> str:
         """The line below the prompt: speed of the last answer, context in use."""

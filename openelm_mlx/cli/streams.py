@@ -19,7 +19,7 @@ def utf8_stdin() -> TextIO:
     The tokenizer refuses those with one line that names the place. Raises `PromptError` where stdin is closed.
     """
     if sys.stdin is None or sys.stdin.closed:
-        raise PromptError("standard input is closed; give the text as an argument")
+        raise PromptError("standard input is closed; give the text on the command line")
     reconfigure: Any = getattr(sys.stdin, "reconfigure", None)  # a stand-in such as StringIO has none
     if reconfigure is not None:
         reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -43,10 +43,20 @@ def moves_cursor(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
 
 
+def columns(stream: TextIO) -> int:
+    """Width of the terminal now; COLUMNS, which shutil prefers, does not follow a resized window."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
 class Waiting:
     """One line on stderr that says what is waited for; it comes after half a second and goes with the wait.
 
     with Waiting("loading 3b"): ...     Only a terminal shows it.
+
+    The cursor rests at its start, so that whatever else is written there takes its place.
     """
 
     def __init__(self, text: str) -> None:
@@ -90,4 +100,5 @@ class Waiting:
 
     def _write(self) -> None:
         if not self.over:
-            print(f"\r\x1b[K{self.text} ...", end="", file=sys.stderr, flush=True)
+            line = printable(f"{self.text} ...")[: columns(sys.stderr) - 1]
+            print(f"\r\x1b[K{line}\r", end="", file=sys.stderr, flush=True)
