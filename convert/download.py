@@ -15,6 +15,9 @@ import json
 import os
 import re
 import shutil
+import socket
+import ssl
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -25,12 +28,14 @@ from typing import IO, Any
 
 from openelm_mlx.errors import HubError, OpenELMError, reason
 from openelm_mlx.files import replacing
+from openelm_mlx.hub import CERTIFICATE_REMEDY
 
 Progress = Callable[[int, int | None, str], None]  # bytes there, bytes in all (None: not said), file name
 CHUNK = 1 << 20
 MAX_BYTES = 1 << 38  # 274 GB; the largest published file has 12 GB
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 6  # in a row that bring nothing new
+UNREACHABLE = (socket.gaierror, ConnectionRefusedError, ssl.SSLCertVerificationError)
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -101,7 +106,7 @@ class Download:
         self.url, self.target, self.file, self.timeout, self.wait = url, target, file, timeout, wait
         self.progress = progress or (lambda done, total, name: None)
         self.state = state_of(Path(file.name))
-        self.offer, self.restarts = read_offer(self.state), 0
+        self.offer, self.restarts, self.reached = read_offer(self.state), 0, False
         self.opener = urllib.request.build_opener(SameScheme)
 
     def run(self) -> str:
@@ -109,13 +114,17 @@ class Download:
         fruitless, problem = 0, ""
         while max(fruitless, self.restarts) < ATTEMPTS:
             if fruitless:
-                self.wait(min(2.0**fruitless, 30.0))
+                seconds = min(2.0**fruitless, 30.0)
+                again = f"attempt {fruitless + 1} of {ATTEMPTS} in {seconds:.0f} s"
+                print(f"openelm: {self.url}: {problem}; {again}", file=sys.stderr)
+                self.wait(seconds)
             before = self.file.seek(0, os.SEEK_END)
             try:
                 if self.attempt(before):
                     return file_hash(self.file)
                 problem = f"the connection ended after {self.file.tell()} of {self.offer.size} bytes"
             except urllib.error.HTTPError as error:
+                self.reached = True
                 problem = problem if error.code == 416 and problem else f"HTTP {error.code}"
                 if error.code not in (408, 416, 425, 429) and error.code < 500:
                     raise HubError(f"cannot fetch {self.url}: {problem}") from None
@@ -124,10 +133,15 @@ class Download:
             except (OSError, http.client.HTTPException) as error:
                 if getattr(error, "errno", None) in DISK_FULL:
                     raise
-                problem = reason(error)
+                cause = getattr(error, "reason", error)  # urllib wraps what went wrong
+                problem = reason(cause if isinstance(cause, Exception) else error)
+                if not self.reached and isinstance(cause, UNREACHABLE):
+                    break  # it will be so in a minute, too
             fruitless = 0 if self.file.seek(0, os.SEEK_END) > before else fruitless + 1
         kept = self.file.tell()
         remedy = f"{kept} bytes are kept, and the same command goes on from there" if kept else "check the network, try again"
+        if "CERTIFICATE_VERIFY_FAILED" in problem:
+            problem, remedy = "its certificate cannot be verified", CERTIFICATE_REMEDY
         raise HubError(f"cannot fetch {self.url}: {problem}; {remedy}")
 
     def attempt(self, start: int) -> bool:
@@ -136,6 +150,7 @@ class Download:
         if start and self.offer.tag:  # without a tag nobody can tell whether it is still the same file
             headers |= {"Range": f"bytes={start}-", "If-Range": self.offer.tag}
         with self.opener.open(urllib.request.Request(self.url, headers=headers), timeout=self.timeout) as response:
+            self.reached = True
             offer = offered(response)
             if response.status == 206 and (offer.begin != start or offer.size != self.offer.size):
                 self.start_over()

@@ -25,6 +25,7 @@ LICENCE = ["LICENSE*", "README.md"]
 PATTERNS = ["*.safetensors", "*.json", "tokenizer.*", "*.jinja", *LICENCE]
 CORENET = "corenet"  # names of the converter's catalog begin so, with -mlx and a colon
 FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".yaml", ".yml", ".npz", ".model", ".txt", ".zip")  # no hub id ends so
+CERTIFICATE_REMEDY = "behind a proxy that reads TLS set SSL_CERT_FILE to its certificate, and check this machine's date"
 UNWRITABLE = (PermissionError, NotADirectoryError, FileExistsError)
 MODELS = "a folder, a .gguf file, a CoreNet checkpoint (.pt), a hub id (owner/name) or a name from `openelm models`"
 
@@ -177,8 +178,7 @@ def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
     if status is not None:
         return f"{constants.ENDPOINT} answered with HTTP {status} for {hub_id}; try again later"
     if any("CERTIFICATE_VERIFY_FAILED" in text for text in texts):
-        return (f"the certificate of {constants.ENDPOINT} cannot be verified, so {hub_id} was not fetched; behind a proxy that "
-                "reads TLS set SSL_CERT_FILE to its certificate, and check this machine's date")  # fmt: skip
+        return f"the certificate of {constants.ENDPOINT} cannot be verified, so {hub_id} was not fetched; {CERTIFICATE_REMEDY}"
     endpoint = f"{constants.ENDPOINT} (HF_ENDPOINT)" if os.environ.get("HF_ENDPOINT") else constants.ENDPOINT
     reason = next((text.splitlines()[0] for text in reversed(texts) if text), "no answer")
     return (f"{hub_id} is not on this disk and {endpoint} cannot be reached ({reason[:200]}); check the network and any proxy, "

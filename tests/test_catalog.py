@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from golden_set import GOLDEN, NANO
-from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.convert import ConvertOptions, catalog, convert
 from openelm_mlx.convert.catalog import CATALOG, ROOT, cache_folder, fetch_published
 from range_server import serving
 
+from openelm_mlx import load
 from openelm_mlx.errors import HubError
 from openelm_mlx.hub import is_published
 
@@ -75,6 +77,23 @@ def test_a_name_becomes_a_model_folder(tmp_path):
     source.with_name("config.yaml").write_text(yaml)
     adapted = AdaptedCheckpoint(TorchCheckpoint(source), LoraOptions(yaml=source.with_name("config.yaml")))
     assert {adapter.scale for adapter in adapted.adapters.values()} == {1.0}
+
+
+def test_a_name_is_a_model(nano, tmp_path, monkeypatch, capsys):
+    """CoreNet's folder for MLX, served from here; once it is converted, neither server nor download is needed."""
+    monkeypatch.setenv("OPENELM_CACHE", str(tmp_path))
+    (nano_config := tmp_path / "c.json").write_text(json.dumps({"model_name": "nano", "max_context_length": 512}))
+    tokens, files = mx.array([[1, 5, 9]]), {"config.json": nano_config, "weights.safetensors": nano / "model.safetensors"}
+    with serving({f"/mlx/450M/{name}": path.read_bytes() for name, path in files.items()}) as server:
+        monkeypatch.setattr(catalog, "ROOT", server.url + "/")
+        engine = load("corenet-mlx:450m", tokenizer=NANO / "tokenizer.model")
+    assert mx.array_equal(engine.model(tokens), load(nano).model(tokens)) and engine.name == "corenet-mlx:450m"
+    assert "to keep it: openelm convert corenet-mlx:450m -o FOLDER --tokenizer " in capsys.readouterr().err
+    os.utime(tmp_path / "corenet-mlx-450m" / "weights.safetensors", (1, 1))  # so that it counts as settled
+    os.utime(tmp_path / "corenet-mlx-450m" / "config.json", (1, 1))
+    assert fetch_published("corenet-mlx:450m") == tmp_path / "corenet-mlx-450m"
+    again = load("CoreNet-MLX:450M", tokenizer=NANO / "tokenizer.model")
+    assert again.path == engine.path and capsys.readouterr().err == ""
 
 
 def test_convert_by_name_on_the_command_line(tmp_path):

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from hub_server import Hub
 from openelm_mlx.convert.download import ATTEMPTS, fetch
 from range_server import serving
 
@@ -219,11 +220,35 @@ def test_a_part_longer_than_the_file_starts_over(tmp_path):
         assert get(server, tmp_path).read_bytes() == BODY
 
 
-def test_nobody_listens(tmp_path):
+def test_nobody_listens(tmp_path, capsys):
+    """That is told at once: it would be so at the sixth attempt, too."""
     with serving({}) as server:
         pass
-    with pytest.raises(HubError, match="cannot fetch .*Connection refused.*; check the network, try again"):
-        get(server, tmp_path)
+    waited = []
+    with pytest.raises(HubError, match=r"/f: \[Errno \d+\] Connection refused; check the network, try again"):
+        fetch(server.url + "/f", tmp_path / "f", wait=waited.append)
+    assert waited == [] and capsys.readouterr().err == ""
+
+
+def test_a_certificate_that_nobody_trusts(tmp_path):
+    hub = Hub({}, tls=True)
+    try:
+        with pytest.raises(HubError, match="its certificate cannot be verified; behind a proxy that reads TLS set SSL_CERT_FILE"):
+            fetch(hub.url + "/f", tmp_path / "f", wait=lambda seconds: pytest.fail("tried again"))
+    finally:
+        hub.server.shutdown()
+        hub.server.server_close()
+
+
+def test_waiting_is_told(tmp_path, capsys):
+    def fail_once(handler, number):
+        if number == 1:
+            handler.send_error(503)
+        return number == 1
+
+    with serving({"/f": BODY}, fail_once) as server:
+        assert get(server, tmp_path).read_bytes() == BODY
+    assert capsys.readouterr().err == f"openelm: {server.url}/f: HTTP 503; attempt 2 of {ATTEMPTS} in 2 s\n"
 
 
 def test_a_file_damaged_or_replaced_later_is_noticed(tmp_path):
