@@ -1,4 +1,4 @@
-"""The licence of the weights goes along with a conversion: what the source says, and nothing more."""
+"""The licence of the weights goes along with a conversion: what the source says, no more."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CORENET = {
 
 @dataclass(frozen=True)
 class Licence:
-    """Entries of a model card, by `KEYS`, and the files with the text; empty where nothing is known."""
+    """Entries of a model card, by `KEYS`, and the files with the text; empty where none is known."""
 
     entries: dict[str, str]
     files: tuple[Path, ...]
@@ -38,7 +38,7 @@ class Licence:
 
 
 def licence_of(source: TensorSource, options: ConvertOptions) -> Licence:
-    """What the weights say of their licence, else the card beside them, else Apple's for Apple's names."""
+    """What the weights say, else the card beside them, else Apple's terms for Apple's names."""
     folder = options.source if options.source.is_dir() else options.source.parent
     files = tuple(path for path in sorted(folder.glob("LICEN[SC]E*")) if path.is_file())
     entries = dict(source.licence) or front_matter(folder / "README.md")

@@ -1,4 +1,4 @@
-"""The figures of README, computed from the result files. `python tests/readme_table.py` writes them into README."""
+"""README's figures, computed from the result files; `python tests/readme_table.py` writes them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
 BEGIN, END = "<!-- computed from benchmarks/results -->\n", "<!-- end -->\n"
 MADE = {  # how to make a folder that was measured
-    "openelm-tiny-float32": "openelm convert tests/golden/openelm-tiny/checkpoint.pt -o openelm-tiny-float32 "
-                            "--tokenizer tests/golden/openelm-nano/tokenizer.model",
+    "openelm-tiny-float32": "openelm convert tests/golden/openelm-tiny/checkpoint.pt "
+                            "-o openelm-tiny-float32 --tokenizer tests/golden/openelm-nano/tokenizer.model",
 }  # fmt: skip
 DECODE, FIRST = "decode_tokens_per_second", "time_to_first_token_seconds"
 
@@ -24,11 +24,12 @@ def block() -> str:
     files = {path: load(path) for path in (ROOT / RESULTS).glob("*.json")}
     order = sorted(files, key=lambda path: (files[path].rows[0].case.random_weights, path.stem))
     files = {path: files[path] for path in order}
-    lines = ["| what ran; BLAS; copy of memory | against | decoding | first token |", "|---|---|---:|---:|"]
+    lines = ["| what ran; BLAS; copy of memory | against | decoding | first token |"]
+    lines.append("|---|---|---:|---:|")
     for path, document in files.items():
         for case, peer, decode, first in ratios(document):
-            link = f"[{what(case)}]({RESULTS}/{path.stem}.md); {blas(document)}; {bandwidth(document)}"
-            lines.append(f"| {link} | {peer} | {decode} | {first} |")
+            ran = f"[{what(case)}]({RESULTS}/{path.stem}.md); {blas(document)}; {copied(document)}"
+            lines.append(f"| {ran} | {peer} | {decode} | {first} |")
     commands: dict[str, None] = {}  # in order, each once
     for document in files.values():
         made = {row.case.model for row in document.rows} & MADE.keys()
@@ -37,12 +38,12 @@ def block() -> str:
 
 
 def ratios(document: Document) -> Iterator[tuple[Case, str, str, str]]:
-    """The case, the peer, and how many times as fast as the peer this engine is: decoding, to the first token."""
+    """The case, the peer, and how many times as fast as it this engine decodes and begins."""
     for index, row in enumerate(document.rows):
         found = {
-            (ratio.metric, document.rows[ratio.against].case.engine): (ratio.ratio, ratio.low, ratio.high)
-            for ratio in document.ratios
-            if ratio.row == index
+            (one.metric, document.rows[one.against].case.engine): (one.ratio, one.low, one.high)
+            for one in document.ratios
+            if one.row == index
         }
         for peer in dict.fromkeys(name for _, name in found):
             middle, low, high = found[FIRST, peer]  # ours over theirs, of a time
@@ -56,7 +57,8 @@ def times(middle: float, low: float, high: float) -> str:
 def what(case: Case) -> str:
     weights = f"{case.bits} bits" if case.bits else case.dtype
     random = ", random weights" if case.random_weights else ""
-    return f"{case.model}{random}, {weights}, {case.prompt_tokens} + {case.generation_tokens} tokens"
+    tokens = f"{case.prompt_tokens} + {case.generation_tokens} tokens"
+    return f"{case.model}{random}, {weights}, {tokens}"
 
 
 def blas(document: Document) -> str:
@@ -64,7 +66,7 @@ def blas(document: Document) -> str:
     return "OpenBLAS" if "openblas" in name else name
 
 
-def bandwidth(document: Document) -> str:
+def copied(document: Document) -> str:
     return f"{document.machine['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"
 
 

@@ -1,4 +1,4 @@
-"""The Python shown in README and docs runs as it stands, the commands exist, and the figures are the measured ones."""
+"""The Python in README and docs runs as it stands, commands exist, figures are the measured ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(line: str) -> Iterator[list[str]]:
-    """The commands of a line of shell, without what is set before them and the files they are led to."""
+    """The commands of a line of shell, without variables before them and files after `<` and `>`."""
     words = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
     words.whitespace_split = True
     command: list[str] = []
@@ -81,7 +81,7 @@ def test_every_page_is_in_the_index():
 
 
 def test_the_figures_are_those_of_the_result_files():
-    assert filled(README) == README, "run `python tests/readme_table.py`, which writes what is right"
+    assert filled(README) == README, "`python tests/readme_table.py` writes what is right"
 
 
 def test_result_files_read_as_they_say():
@@ -113,5 +113,5 @@ def test_sizes_are_those_of_the_configurations():
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     for name in PUBLISHED:
         config = OpenELMConfig.from_name(name)
-        facts = (f"{config.num_parameters:,}", config.num_transformer_layers, config.max_context_length)
-        assert f"| `{name}` | " + " | ".join(map(str, facts)) + " |" in text
+        layers, context = config.num_transformer_layers, config.max_context_length
+        assert f"| `{name}` | {config.num_parameters:,} | {layers} | {context} |" in text
