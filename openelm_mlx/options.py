@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -101,7 +102,7 @@ def explained(*options: type) -> Callable[[T], T]:
     def explain(target: T) -> T:
         classes = options or ((target,) if is_dataclass(target) else ())
         lines = [line for cls in classes for item in fields(cls) if "help" in item.metadata for line in explanation(item)]
-        target.__doc__ = "\n".join([(target.__doc__ or "").rstrip(), "", "Options:", *lines])
+        target.__doc__ = "\n".join([cleandoc(target.__doc__ or ""), "", "Options:", *lines])
         return target
 
     return explain

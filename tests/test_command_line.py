@@ -28,6 +28,8 @@ def stopped(capsys, *argv):
         (["generate", "x", "--kv-bit=8", "--max-tokns=3"], "generate: unknown option --max-tokns; did you mean --max-tokens?"),
         (["--verson"], "openelm: unknown option --verson; did you mean --version?"),
         (["generate", "x", "y"], "generate: unexpected argument 'y'"),
+        (["chat", "tiny", "How are you?"], "chat: unexpected argument 'How are you?'; a message is given with -p"),
+        (["list"], "'list' is no command; did you mean models?"),
         (["cht"], "openelm: 'cht' is no command; did you mean chat?"),
         (["quantize"], "'quantize' is no command; did you mean convert?"),
         (["nonsense"], "'nonsense' is no command; allowed: chat, generate, convert, "),
@@ -85,7 +87,7 @@ def test_help_of_all_and_of_one(capsys):
 
 
 def test_where_a_file_is_meant_help_says_file():
-    files = {"--tokenizer", "--config", "--verify-text", "--calibration-text", "--cache-file", "--recipe",
+    files = {"--tokenizer", "--config", "--verify-text", "--calibration-text", "--cache-file", "--recipe", "--system-file",
              "--output", "--csv", "--markdown", "--plot", "--report", "--compare", "--show"}
     commands = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     found = [(flag, str(action.metavar)) for parser in commands.choices.values() for action in parser._actions

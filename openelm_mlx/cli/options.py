@@ -34,7 +34,8 @@ class Parser(argparse.ArgumentParser):
             flag = rest[0].partition("=")[0]
             self.error(f"unknown option {flag}{did_you_mean(flag, self._option_string_actions)}")
         if rest:
-            self.error(f"unexpected argument {rest[0]!r}")
+            message = "; a message is given with -p" if "-p" in self._option_string_actions else ""
+            self.error(f"unexpected argument {rest[0]!r}{message}")
         return namespace, rest
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
