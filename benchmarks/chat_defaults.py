@@ -120,7 +120,7 @@ def perplexity(judge: Engine, found: Sequence[Answer]) -> float:
 
 
 def label(sampling: SamplingOptions) -> str:
-    """The options that differ from their defaults, except the seed."""
+    """The options that differ from their defaults."""
     given = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
     plain = vars(SamplingOptions())
     changed = [f"{name} {value}" for name, value in given.items() if value != plain[name]]
