@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Conversation", "encode_messages"]
 
 Message = dict[str, str]
+STREAMS = 2**31
 ANSWER_ROOM = 64  # tokens of context kept free for an answer, or a quarter of a small context
 FORMAT = "openelm-mlx conversation 2"
 READABLE = (None, "openelm-mlx conversation 1", FORMAT)  # files of the first format have no tokens
@@ -219,6 +220,7 @@ class Conversation:
         events = stream_generate(
             self.engine, request.prompt, self._sampling_of(request), self.options,
             prompt_cache=cache, draft=self.draft, progress=progress,
+            position_offset=request.dropped_tokens,
         )  # fmt: skip
         answer = self._answer(request, events)
         self._cache, self._request, self._events = cache, request, ref(answer)
@@ -226,7 +228,8 @@ class Conversation:
         return answer
 
     def _sampling_of(self, request: Request) -> SamplingOptions:
-        return replace(self.sampling, seed=(self.sampling.seed or 0) + request.attempt)
+        """The stream counts on from the chat's own, so that every attempt has noise of its own."""
+        return replace(self.sampling, stream=(self.sampling.stream + request.attempt) % STREAMS)
 
     def _answer(
         self, request: Request, events: Generator[Event, None, None]
@@ -392,12 +395,8 @@ def as_shown(tokenizer: Tokenizer, shown: str, said: Sequence[int]) -> list[int]
         text, start := b"".join(map(tokenizer.piece_bytes, visible[:count])).removeprefix(b" ")
     ):
         count -= 1
-    return visible[:count] + continuation(tokenizer, text[len(start) :].decode())
-
-
-def continuation(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokens of a text that goes on from another: without a dummy prefix."""
-    return turn_tokens(tokenizer, "assistant", text)[len(answer_prefix(tokenizer)) : -1]
+    rest = tokenizer.encode(text[len(start) :].decode(), bos=False, continued=True)
+    return visible[:count] + rest
 
 
 def starts_with(text: bytes, start: bytes) -> bool:
