@@ -67,9 +67,9 @@ class Reader:
 
     def back(self) -> None:
         """Called when the reader asks for more."""
-        away = time.perf_counter() - self._left
-        waited, self._wait = self._wait, False
-        if self._left and away > self.SLOW:
+        away = time.perf_counter() - self._left if self._left else 0.0
+        waited, self._wait, self._left = self._wait, False, 0.0
+        if away > self.SLOW:
             self._slow += 1
             self._wait = self._slow & self._slow - 1 == 0  # a power of two
             self.away += away

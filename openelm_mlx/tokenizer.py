@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -110,12 +110,15 @@ class StreamingDecoder:
     off is part of the prompt's text, as the replacement character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()):
-        self._tokenizer = tokenizer
-        self._at_start, self._told = True, 0
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+        tail = b""
+        for token in reversed(prompt):
+            tail = tokenizer.piece_bytes(token) + tail
+            if len(tail) >= 4:  # no character has more bytes
+                break
+        self._tokenizer, self._at_start = tokenizer, not tail
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in prompt:
-            self.push(token)
+        self._utf8.decode(tail)
         self._told = len(self._pending.decode("utf-8", errors="replace"))  # characters that the prompt's text ends with
 
     @property
