@@ -40,7 +40,7 @@ def facts() -> dict[str, Any]:
         "command_buffers_reason": limits.reason,
         "blas": str(blas.path or "MLX's own"),
         "blas_reason": blas.reason,
-        "cxx_compiler": shutil.which("g++") or shutil.which("clang++"),
+        "cxx_compiler": shutil.which("g++"),  # the one that MLX calls
         "hub_cache": str(hub_cache()),
         "converted_cache": str(conversions_folder()),
         "converted_cache_bytes": sum(one.nbytes for one in conversions()),

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from formats import TINY, random_folder
+from optional import compiles
 
 from openelm_mlx.cli.main import COMMANDS, main
 from openelm_mlx.inspection import inspect
@@ -94,6 +95,7 @@ def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["facts"]
     assert found["self_test"].startswith("16 of 16 ")
+    assert found["backend"] == "metal" or (found["cxx_compiler"] is not None) == compiles()
     assert found["backend"] in ("metal", "cpu") and found["memory_bytes"] > 0
     good = {"system": "Darwin", "machine": "arm64", "blas": "x", "backend": "metal", "cxx_compiler": None, "cores": 8,
             "load_average": 1.0, "memory_bytes": 16e9, "free_disk_bytes": 100e9}  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from bench_document import rich_document
@@ -55,6 +56,15 @@ def test_a_text_that_is_too_short_is_told_before_anything_is_measured(tmp_path):
     with pytest.raises(ConversionError, match="empty.txt has no text to verify on"):
         convert(options, lambda *progress: seen.append(progress))
     assert seen == []
+
+
+def test_a_text_may_come_from_a_pipe(tmp_path):
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"Once upon a time there was a fox.")
+    os.close(write_end)
+    report = convert(ConvertOptions(NANO / "checkpoint.pt", tmp_path / "m", verify_text=Path(f"/dev/fd/{read_end}")))
+    os.close(read_end)
+    assert report.verification["tokens"] > 5
 
 
 def test_why_a_file_cannot_be_written(tmp_path):
