@@ -347,22 +347,13 @@ class Conversation:
     def _restored(self, question: str, answer: str, detail: Any) -> Exchange:
         """A saved exchange, with its saved tokens where they read as its texts."""
         detail = detail if isinstance(detail, dict) else {}
-        tokens, asked, tokenizer = (
-            detail.get("tokens"),
-            self._question(question),
-            self.engine.tokenizer,
-        )
-        said: list[int] = []
-        if (
-            isinstance(tokens, list)
-            and tokens[: len(asked)] == asked
-            and tokens[-1] == tokenizer.eos_id
-        ):
-            said = tokens[len(asked) : -1]
+        tokens: Any = detail.get("tokens")
+        asked = self._question(question)
+        own = isinstance(tokens, list) and tokens[: len(asked)] == asked
+        said = tokens[len(asked) : -1] if own else []
         known = all(type(token) is int and 0 <= token < self.engine.vocab for token in said)
-        return self._exchange(
-            question, answer, said if known else [], natural(detail.get("attempt"))
-        )
+        attempt = natural(detail.get("attempt"))
+        return self._exchange(question, answer, said if known else [], attempt)
 
 
 def seeded(sampling: SamplingOptions, seed: int | None = None) -> SamplingOptions:
@@ -390,13 +381,11 @@ def as_shown(tokenizer: Tokenizer, shown: str, said: Sequence[int]) -> list[int]
     ]  # no EOS and no BOS inside a turn
     if tokenizer.decode(visible) == shown:
         return visible
-    text, count = shown.encode(), len(visible)
-    while not starts_with(
-        text, start := b"".join(map(tokenizer.piece_bytes, visible[:count])).removeprefix(b" ")
-    ):
-        count -= 1
+    text, parts = shown.encode(), [tokenizer.piece_bytes(token) for token in visible]
+    while not starts_with(text, start := b"".join(parts).removeprefix(b" ")):
+        parts.pop()
     rest = tokenizer.encode(text[len(start) :].decode(), bos=False, continued=True)
-    return visible[:count] + rest
+    return visible[: len(parts)] + rest
 
 
 def starts_with(text: bytes, start: bytes) -> bool:

@@ -52,7 +52,7 @@ def reads_as(engine, tokens, shown):
 
 
 def next_prompt(talk, text):
-    """What the model should be fed next, put together here from the system turn, the saved tokens and the message."""
+    """What the model should be fed next: the system turn, the saved tokens and the message."""
     messages = [{"role": "system", "content": talk.system or ""}, {"role": "user", "content": text}]
     ids, eos = encode_messages(talk.engine.tokenizer, messages), talk.engine.tokenizer.eos_id
     head = ids.index(eos) + 1
@@ -97,10 +97,14 @@ def test_the_first_prompt_is_the_instruct_format(small):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_tokens": 40, **PLAIN}, {"max_tokens": 3}, {"max_tokens": 12, "ignore_eos": True, **PLAIN},
-     {"max_tokens": 20, "stop": ("e",), **PLAIN}],
+    [
+        {"max_tokens": 40, **PLAIN},
+        {"max_tokens": 3},
+        {"max_tokens": 12, "ignore_eos": True, **PLAIN},
+        {"max_tokens": 20, "stop": ("e",), **PLAIN},
+    ],
     ids=["end of text", "length", "past the end of text", "stop string"],
-)  # fmt: skip
+)
 def test_a_turn_is_fed_as_it_was_shown_with_one_end_of_text(tiny, settings):
     talk, eos = Conversation(tiny, seed=1, **settings), tiny.tokenizer.eos_id
     shown = [answer(talk.send(text)) for text in ("Hello!", "Tell me a story about a king.")]
@@ -112,7 +116,7 @@ def test_a_turn_is_fed_as_it_was_shown_with_one_end_of_text(tiny, settings):
 
 
 def test_what_was_not_shown_is_not_fed(small):
-    """An answer stopped after any of its tokens: also amid a character, whose bytes wait for the rest of it."""
+    """An answer stopped after any of its tokens, also amid the bytes of a character."""
     noise = {"temperature": 100.0, "seed": 4, "max_tokens": 60, "ignore_eos": True}
     held_back = 0
     events = list(Conversation(small, **noise).send("Hi"))
@@ -141,40 +145,40 @@ def test_live_and_reloaded_conversations_are_fed_the_same(small):
         assert ask(again, "four")[0] == ask(live, "four")[0] and fed(again) == fed(live)
 
 
-def test_files_of_other_times_and_tokenizers(small):
-    old = {"format": "openelm-mlx conversation 1", "system": None,
-           "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Good day."}]}  # fmt: skip
-    talk = Conversation.from_json(small, old)
-    assert next_prompt(talk, "x") == encode_messages(
-        small.tokenizer, [*old["messages"], {"role": "user", "content": "x"}]
-    )
+def said(text):
+    return [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+
+
+def restored(engine, text, tokens):
+    """What is fed of a saved exchange with the answer `text` and these tokens."""
+    data = {"system": None, "messages": said(text), "exchanges": [{"tokens": tokens}]}
+    return fed(Conversation.from_json(engine, data))[0]
+
+
+def test_files_of_other_times_are_encoded_as_the_instruct_format(small):
+    old = {"format": "openelm-mlx conversation 1", "system": None, "messages": said("Good day.")}
+    talk, more = Conversation.from_json(small, old), {"role": "user", "content": "x"}
+    assert next_prompt(talk, "x") == encode_messages(small.tokenizer, [*said("Good day."), more])
     good = talk.to_json()
-    for tokens in (
-        [5, 6, 7],
-        "text",
-        [],
-        [*fed(talk)[0][:-3], 9, 9, 2],
-        [*fed(talk)[0][:-1], 10**9, 2],
-        [None],
-        [-1.5, "a"],
-    ):
-        changed = json.loads(json.dumps(good))
-        changed["exchanges"][0]["tokens"] = tokens
-        assert small.tokenizer.decode(fed(Conversation.from_json(small, changed))[0]).endswith(
-            "\nGood day."
-        )
-    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "日本"}]
-    cut = Conversation.from_json(small, {"system": None, "messages": said}).to_json()
-    del cut["exchanges"][0]["tokens"][-2]  # the last byte of a character
-    assert reads_as(small, fed(Conversation.from_json(small, cut))[0], "日本")
-    for fields in (
-        {"exchanges": []},
-        {"exchanges": 5},
-        {"exchanges": [7]},
-        {"dropped_tokens": -1},
-        {"dropped_tokens": "x"},
-    ):
-        assert Conversation.from_json(small, good | fields).to_json() == good
+    for key, damaged in (("exchanges", ([], 5, [7])), ("dropped_tokens", (-1, "x"))):
+        for value in damaged:
+            assert Conversation.from_json(small, good | {key: value}).to_json() == good
+
+
+def test_saved_tokens_are_fed_as_far_as_they_read_as_the_saved_texts(small):
+    encoded = restored(small, "Good day.", None)
+    asked = encoded[: -1 - len(small.tokenizer.encode("Good day.", bos=False, continued=True))]
+    wrong = ([5, 6], "text", [], [None], [-1.5, "a"], [*encoded[:-1], 10**9, 2], encoded[:-1])
+    for tokens in wrong:
+        assert restored(small, "Good day.", tokens) == encoded
+    assert reads_as(small, restored(small, "Good day.", [*encoded[:-3], 9, 9, 2]), "Good day.")
+    cut = restored(small, "日本", None)
+    del cut[-2]  # the last byte of a character
+    assert reads_as(small, restored(small, "日本", cut), "日本")
+    spaced = [*asked, *small.tokenizer.encode("Good day.", bos=False)]  # begins with a space
+    assert spaced != encoded[:-1] and restored(small, "Good day.", [*spaced, 2]) == [*spaced, 2]
+    kept = restored(small, "Good day.", [*spaced[:-1], 2])
+    assert kept[: len(spaced) - 1] == spaced[:-1] and reads_as(small, kept, "Good day.")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +249,7 @@ def test_one_answer_at_a_time(small):
     for use in (lambda: talk.send("second"), talk.regenerate, talk.undo, talk.reset):
         with pytest.raises(
             PromptError,
-            match=r"an answer is still being generated; read it to its end, or end it with stop\(\)",
+            match=r"still being generated; read it to its end, or end it with stop\(\)",
         ):
             use()
     assert talk.messages == []
@@ -301,7 +305,7 @@ def test_full_context_drops_the_oldest_turns_and_says_so(small):
 
 
 def test_a_dropped_turn_shifts_no_noise(tiny):
-    """A model that finds all tokens equally likely says what the noise says, with and without what was dropped."""
+    """A model to which all tokens are equally likely says what the noise says."""
     flat = random_engine(tiny, 3, vocab=4096, spread=0.0)
     short, long = (
         Conversation(with_context(flat, length), temperature=1.0, seed=8, max_tokens=6)
