@@ -13,7 +13,7 @@ from openelm_mlx.decode import logprob_fields
 from openelm_mlx.errors import OpenELMError, OptionError, PromptError
 from openelm_mlx.generation import Event, Prompt, TextFilter, decoder_after, prompt_tokens
 from openelm_mlx.kv import CacheKind
-from openelm_mlx.options import GenerationOptions, SamplingOptions, explained, with_overrides
+from openelm_mlx.options import GenerationOptions, SamplingOptions, check_loaded, explained, shown, with_overrides
 from openelm_mlx.rows import Rows, RowsSpec, RowState, choose_rows, prefill_rows
 from openelm_mlx.sampling import History, new_seed, seed_key
 from openelm_mlx.speculative import SpeculationCounts
@@ -70,9 +70,10 @@ class BatchEngine:
     """
 
     def __init__(self, engine: Engine, slots: int = 16, options: GenerationOptions | None = None) -> None:
+        check_loaded("engine", engine)
         if not isinstance(slots, int) or slots < 1:
             raise OptionError(f"slots is {slots!r}; a batch needs at least 1")
-        self.engine, self.slots, self.options = engine, slots, options or GenerationOptions()
+        self.engine, self.slots, self.options = engine, slots, with_overrides(None, options, {})[1]
         self.kind = self._kind(self.options)
         self._waiting: deque[Running] = deque()
         self._rows: list[Running | None] = []
@@ -282,7 +283,7 @@ def batch_generate(
     each_sampling = spread("sampling", sampling, len(prompts))
     each_options = spread("options", options, len(prompts))
     first = next((one for one in each_options if one is not None), None)
-    _, shared = with_overrides(None, first, {k: v for k, v in settings.items() if k in GenerationOptions.__dataclass_fields__})
+    _, shared = with_overrides(None, first, settings)
     batch = BatchEngine(engine, slots, shared)
     texts: list[str] = [""] * len(prompts)
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -311,6 +312,8 @@ def spread(name: str, given: Any, count: int) -> list[Any]:
     """One for each prompt. Raises `OptionError` when there are too many or too few."""
     if given is None or isinstance(given, (SamplingOptions, GenerationOptions)):
         return [given] * count
+    if not isinstance(given, (list, tuple)):
+        raise OptionError(f"{name} is {shown(given)}; give one for all, or a list of one each")
     if len(given) != count:
         raise OptionError(f"{name} has {len(given)} entries for {count} prompts; give one for all, or one each")
     return list(given)

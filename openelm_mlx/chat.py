@@ -17,7 +17,7 @@ from weakref import ref
 from openelm_mlx.errors import PromptError
 from openelm_mlx.instruct import answer_prefix, encode_messages, turn_tokens
 from openelm_mlx.kv import CacheKind
-from openelm_mlx.options import GenerationOptions, SamplingOptions, explained, with_overrides
+from openelm_mlx.options import GenerationOptions, SamplingOptions, check_loaded, explained, with_overrides
 from openelm_mlx.prompt_cache import PromptCache
 from openelm_mlx.tokenizer import Tokenizer
 
@@ -92,6 +92,7 @@ class Conversation:
     ) -> None:
         from openelm_mlx.drafts import ModelDraft
 
+        check_loaded("engine", engine)
         self.engine = engine
         chosen, self.options = with_overrides(sampling or engine.chat_sampling, options, settings)
         self._sampling = seeded(chosen)

@@ -12,7 +12,7 @@ from openelm_mlx.decode import StepSpec, flat
 from openelm_mlx.errors import OptionError
 from openelm_mlx.kv import CacheKind
 from openelm_mlx.model import OpenELM
-from openelm_mlx.options import shown
+from openelm_mlx.options import check_loaded
 from openelm_mlx.prompt_cache import PromptCache
 from openelm_mlx.sampling import DRAFTING, History, filter_logits, gumbel
 
@@ -111,8 +111,7 @@ class ModelDraft:
     """
 
     def __init__(self, target: Engine, draft: Engine) -> None:
-        if not hasattr(draft, "tokenizer"):
-            raise OptionError(f"draft is {shown(draft)}; allowed is a loaded model, as in draft=load('openelm-tiny')")
+        check_loaded("draft", draft)
         if not draft.tokenizer.same_pieces(target.tokenizer) or draft.vocab != target.vocab:
             raise OptionError(
                 f"the draft model {draft.name} has another tokenizer than {target.name}; a draft must share it token for token"

@@ -15,7 +15,7 @@ from openelm_mlx.drafts import Chain, Draft, ModelDraft, PromptLookup
 from openelm_mlx.errors import CacheError, OptionError, PromptError
 from openelm_mlx.instruct import Message, answer_prefix, encode_messages
 from openelm_mlx.kv import CacheKind
-from openelm_mlx.options import GenerationOptions, SamplingOptions, explained, with_overrides
+from openelm_mlx.options import GenerationOptions, SamplingOptions, check_loaded, explained, shown, with_overrides
 from openelm_mlx.prompt_cache import PromptCache, common_prefix, continued_ids
 from openelm_mlx.sampling import History, new_seed, seed_key
 from openelm_mlx.speculative import SpeculationCounts, speculate
@@ -99,7 +99,10 @@ def stream_generate(
     in the prompt: random numbers are those of the whole text. Closing the iterator stops at once and leaves nothing in
     flight. Raises `PromptError` (empty, too long, no text nor ids), `OptionError` and `CacheError` before any work.
     """
+    check_loaded("engine", engine)
     sampling, options = with_overrides(sampling, options, settings)
+    if not isinstance(prompt_cache, PromptCache | None):
+        raise OptionError(f"prompt_cache is {shown(prompt_cache)}; allowed is a PromptCache")
     if type(position_offset) is not int or position_offset < 0:
         raise OptionError(f"position_offset is {position_offset!r}; allowed is a whole number from 0 up")
     kind = CacheKind.of(engine.config, options)

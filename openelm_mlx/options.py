@@ -93,6 +93,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def check_loaded(name: str, engine: Any) -> None:
+    """Raise `OptionError` for what is no `Engine`, above all for the name of a model."""
+    if not hasattr(engine, "tokenizer"):
+        raise OptionError(f"{name} is {shown(engine)}; allowed is a loaded model, as in {name} = load('openelm-tiny')")
+
+
 def explained(*options: type) -> Callable[[T], T]:
     """Decorator: the docstring ends with every field of `options`, or of the decorated dataclass, and its meaning.
 

@@ -14,7 +14,15 @@ import pytest
 from openelm_mlx.convert import ConvertOptions
 
 import openelm_mlx
-from openelm_mlx import GenerationOptions, SamplingOptions, generate, options
+from openelm_mlx import (
+    BatchEngine,
+    Conversation,
+    GenerationOptions,
+    SamplingOptions,
+    batch_generate,
+    generate,
+    options,
+)
 from openelm_mlx.cli.main import main
 from openelm_mlx.errors import OptionError, reason
 from openelm_mlx.options import Settings, with_overrides
@@ -93,6 +101,17 @@ def test_objects_of_another_kind_are_refused(tiny):
         generate(tiny, "Once", {"temperature": 1})
     with pytest.raises(OptionError, match=r"options is SamplingOptions\(.*; allowed is one made by GenerationOptions"):
         generate(tiny, "Once", options=SamplingOptions())
+    with pytest.raises(OptionError, match="options is 5; allowed is one made by GenerationOptions"):
+        BatchEngine(tiny, options=5)
+    with pytest.raises(OptionError, match="sampling is 5; give one for all, or a list of one each"):
+        batch_generate(tiny, ["Once"], 5)
+    with pytest.raises(OptionError, match="did you mean 'temperature'"):  # wrong for all
+        batch_generate(tiny, ["Once"], temprature=1)
+    with pytest.raises(OptionError, match="prompt_cache is 5; allowed is a PromptCache"):
+        generate(tiny, "Once", prompt_cache=5)
+    for call in (lambda name: generate(name, "Once"), BatchEngine, Conversation):
+        with pytest.raises(OptionError, match=r"engine is 'openelm-tiny'; allowed is a loaded model, as in engine = load\('"):
+            call("openelm-tiny")
 
 
 def test_a_temperature_too_small_to_divide_by_is_greedy(tiny):
