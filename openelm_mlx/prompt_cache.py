@@ -100,8 +100,8 @@ class PromptCache:
                 mx.save_safetensors(str(new), arrays, about)
         except OSError as error:
             raise CacheError(f"{path} cannot be written: {error.strerror}") from None
-        except RuntimeError as error:  # MLX tells the name that it was given
-            raise CacheError(f"{path} cannot be written: {str(error).replace(str(new), str(path))}") from None
+        except RuntimeError as error:  # MLX's
+            raise CacheError(f"{path} cannot be written: {error}") from None
 
     @classmethod
     def load(cls, path: str | Path, engine: Engine, kind: CacheKind | None = None) -> PromptCache:

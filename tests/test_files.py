@@ -84,6 +84,12 @@ def test_why_a_file_cannot_be_written(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "link", "there"]
 
 
+@pytest.mark.needs("Linux")
+def test_a_folder_in_which_nobody_can_make_a_file():
+    with pytest.raises(OptionError, match=r"^--csv /proc/x cannot be written: .*; give another place$"):
+        check_writable("/proc/x", "--csv")  # root is told that it may write there
+
+
 @pytest.mark.needs("another user than root")
 def test_protected_files_and_folders(tmp_path):
     (tmp_path / "file").touch(0o444)
