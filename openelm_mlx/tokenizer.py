@@ -98,9 +98,12 @@ def check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise PromptError(f"the text is not valid UTF-8: character {error.start + 1} is the lone surrogate "
-                          f"{text[error.start]!a}. Convert what it came from to UTF-8 first, for example with "
-                          "iconv -f latin1 -t utf-8") from None
+        lone = text[error.start]
+        advice = ("Convert what it came from to UTF-8 first, for example with iconv -f latin1 -t utf-8"
+                  if "\udc80" <= lone <= "\udcff"  # a byte, in the form that Python gives those it cannot decode
+                  else "It is half a character of UTF-16; give the other half with it, or neither")
+        raise PromptError(f"the text is not valid UTF-8: character {error.start + 1} is the lone surrogate {lone!a}. "
+                          f"{advice}") from None
 
 
 class StreamingDecoder:

@@ -99,6 +99,8 @@ def test_streamed_after_a_prompt_is_what_is_added_to_its_text(tokenizer: Tokeniz
 def test_what_is_no_utf8_is_refused(tokenizer: Tokenizer, continued: bool) -> None:
     with pytest.raises(PromptError, match=r"character 4 is the lone surrogate '\\udce9'.* iconv -f latin1 -t utf-8"):
         tokenizer.encode("caf\udce9", continued=continued)
+    with pytest.raises(PromptError, match=r"'\\ud83d'\. It is half a character of UTF-16; give the other half with it"):
+        tokenizer.encode("half an emoji \ud83d", continued=continued)
     with pytest.raises(PromptError, match="the text is of type bytes; give a str"):
         tokenizer.encode(b"cafe", continued=continued)  # type: ignore[arg-type]
 
