@@ -23,7 +23,7 @@ from openelm_mlx import load
 from openelm_mlx.cli.main import main
 from openelm_mlx.errors import CheckpointError, ConversionError, HubError, OpenELMError, OptionError
 from openelm_mlx.hub import resolve_model
-from openelm_mlx.model_cache import conversions
+from openelm_mlx.model_cache import conversions, recall
 
 LONG_AGO = time.time() - 60
 
@@ -112,6 +112,15 @@ def test_a_change_of_the_same_size_and_time_is_seen(tmp_path, cache):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
     assert resolve_model(str(folder)).folder != first
+
+
+def test_a_file_of_this_moment_is_hashed_again(tmp_path, cache):
+    """On a file system whose clock ticks in seconds it may change once more without a trace."""
+    folder = checkpoint(tmp_path / "a")
+    first = resolve_model(str(folder)).folder
+    assert recall(folder) == first
+    os.utime(folder / "checkpoint.pt")
+    assert resolve_model(str(folder)).folder == first and recall(folder) is None
 
 
 def test_a_source_that_changes_meanwhile_is_not_kept(tmp_path, cache, monkeypatch):
