@@ -94,6 +94,8 @@ def test_a_name_is_a_model(nano, tmp_path, monkeypatch, capsys):
     assert fetch_published("corenet-mlx:450m") == tmp_path / "corenet-mlx-450m"
     again = load("CoreNet-MLX:450M", tokenizer=NANO / "tokenizer.model")
     assert again.path == engine.path and capsys.readouterr().err == ""
+    (tmp_path / "corenet-mlx-450m" / "config.json.record.json").unlink()  # without it the file would be fetched again
+    assert load("corenet-mlx:450m", tokenizer=NANO / "tokenizer.model").path == engine.path
 
 
 def test_convert_by_name_on_the_command_line(tmp_path):

@@ -123,6 +123,13 @@ def test_a_file_of_this_moment_is_hashed_again(tmp_path, cache):
     assert resolve_model(str(folder)).folder == first and recall(folder) is None
 
 
+def test_another_version_converts_again(tmp_path, cache, monkeypatch):
+    folder = checkpoint(tmp_path / "a")
+    first = resolve_model(str(folder)).folder
+    monkeypatch.setattr("openelm_mlx.model_cache.__version__", "9.9")
+    assert resolve_model(str(folder)).folder != first
+
+
 def test_a_source_that_changes_meanwhile_is_not_kept(tmp_path, cache, monkeypatch):
     folder = checkpoint(tmp_path / "a")
 
