@@ -23,14 +23,15 @@ KEYS = {"enter": b"\r", "ctrl-c": b"\x03", "ctrl-d": b"\x04", "tab": b"\t"}
 
 
 GREEDY = ("--temperature", "0")
-STATUS = re.compile(r"\x1b7.*?\x1b8", re.DOTALL)  # the line below an answer
-ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[D78]")
+STATUS = re.compile(r"\x1b\[J|\x1bD\x1b\[A\x1b7.*?\x1b8", re.DOTALL)  # the line below an answer
+BACK = re.compile(r"\x1b\[(\d+)D\x1b\[K")
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Terminal:
     def __init__(self, *arguments: str, home: str) -> None:
         self.screen, self.side = pty.openpty()
-        fcntl.ioctl(self.side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        self.resize(100)
         self.before = termios.tcgetattr(self.side)
         environment = {**os.environ, "TERM": "xterm", "XDG_STATE_HOME": home, "HOME": home}
         self.child = subprocess.Popen(
@@ -39,11 +40,14 @@ class Terminal:
         )  # fmt: skip
         self.raw, self.taken = "", 0
 
+    def resize(self, columns: int) -> None:
+        fcntl.ioctl(self.side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+
     def wait_for(self, pattern: str, seconds: float = 30, of: str = "text") -> str:
         """What was shown up to the first match; it is taken off. `of="raw"` looks at the status line as well."""
         end = time.monotonic() + seconds
         while True:
-            shown = self.raw if of == "raw" else ESCAPES.sub("", STATUS.sub("", self.raw))[self.taken :]
+            shown = self.raw if of == "raw" else seen(self.raw)[self.taken :]
             if match := re.search(pattern, shown):
                 self.taken += match.end() if of == "text" else 0
                 return shown[: match.end()]
@@ -90,6 +94,14 @@ def terminal(tmp_path):
         assert "million parameters" in shown and "context 1024" in shown and "greedy" in shown
         terminal.wait_for("›")
         yield terminal
+
+
+def seen(raw: str) -> str:
+    """The text without the status line; what the chat goes back over, to write it on the next line, is gone."""
+    raw = STATUS.sub("", raw)
+    while back := BACK.search(raw):
+        raw = raw[: back.start() - int(back[1])] + raw[back.end() :]
+    return ESCAPES.sub("", raw)
 
 
 def test_a_conversation_on_a_terminal(tiny, terminal, tmp_path):
@@ -144,8 +156,12 @@ def test_a_conversation_on_a_terminal(tiny, terminal, tmp_path):
 
 
 def test_a_killed_chat_leaves_the_terminal_as_it_was(terminal):
+    terminal.resize(30)
     terminal.type("Hello!")
     terminal.wait_for("Ctrl-C stops", of="raw")
     assert not terminal.restored()
+    answer = terminal.wait_for(r"› Hello!\s+(\w.*\n){3}")  # of a narrow window; the terminal wraps nothing by itself
+    *lines, rest = answer.split("Hello!", 1)[1].replace("\r", "").lstrip("\n").split("\n")
+    assert len(lines) == 3 and rest == "" and all(20 < len(line) < 30 for line in lines)
     os.kill(terminal.child.pid, signal.SIGTERM)
     assert terminal.status() == 128 + signal.SIGTERM and terminal.restored()

@@ -83,7 +83,7 @@ class Session:
             except KeyboardInterrupt:
                 if not self.dialogue:
                     raise
-                display.write(" [stopped]" if last else "[stopped before the answer began; the message is taken back]")
+                display.write(" [stopped]" if last else "[stopped before the answer began; the conversation is as before]")
         self.stats, self.meter = None if last is None else last.stats, meter
         if last is not None and last.finish_reason == "length":
             self._tell_of_the_cut(last)
