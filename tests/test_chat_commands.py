@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from formats import random_folder
 
 from openelm_mlx import Conversation
 from openelm_mlx.cli.main import main
@@ -50,8 +51,9 @@ def test_commands_in_a_pipe_speak_on_stderr(tiny, chat):
 
 
 def test_a_slash_that_begins_no_command_begins_a_message(tiny, chat):
-    talk = ("/usr/bin is a folder?", "/help")
-    assert chat("/usr/bin is a folder?", "//help")[:2] == (0, answers(tiny, *talk))
+    status, out, err = chat("/usr/bin is a folder?", "//help", "/undo", "/undo")
+    assert (status, out) == (0, answers(tiny, "/usr/bin is a folder?", "/help"))
+    assert err == "taken back: /help\ntaken back: /usr/bin is a folder?\n"
 
 
 def test_help_names_every_command_and_setting(chat):
@@ -70,6 +72,13 @@ def test_set_changes_what_the_next_answer_uses(tiny, chat):
     drawn = chat("/set temperature 2", "/set seed 11", "Hello!")[1]
     assert drawn == answers(tiny, "Hello!", temperature=2.0, seed=11) != answers(tiny, "Hello!")
     assert "changes nothing until" in chat("/set temperature 0", "/set top_p 0.5")[2]
+
+
+def test_set_refuses_a_cache_that_the_model_cannot_have(chat, tmp_path):
+    folder = random_folder(tmp_path / "base")  # a base model, and its heads are too narrow
+    status, out, err = chat("/set kv_bits 8", "/set kv_bits", flags=(str(folder),))
+    assert (status, out) == (2, "") and "has no chat template" in err
+    assert "multiple of 32" in err and err.endswith("kv_bits: none\n")
 
 
 @pytest.mark.parametrize(

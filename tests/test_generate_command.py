@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -32,6 +33,14 @@ def test_a_trailing_space_gets_a_hint_on_stderr(capsys):
     assert "ends with a space" in capsys.readouterr().err
     assert main(["generate", "Once upon", "--max-tokens", "1"]) == 0
     assert "space" not in capsys.readouterr().err
+
+
+def test_a_terminal_of_another_encoding_shows_question_marks(monkeypatch):
+    ascii = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii)
+    assert main(["generate", "caf\u00e9", "--max-tokens", "1", "--json"]) == 0
+    ascii.seek(0)
+    assert json.loads(ascii.read())["prompt"] == "caf?"
 
 
 def test_a_closed_stdin_is_one_line(monkeypatch, capsys):

@@ -127,6 +127,7 @@ def test_a_conversation_on_a_terminal(tiny, terminal, tmp_path):
     terminal.wait_for(r"› Hello!\s+\w+")
     terminal.type("/show")
     assert "/show" not in terminal.wait_for("the answer was cut at 60 tokens")
+    assert " 60 tokens at " in terminal.raw  # in the line below the answer
     terminal.wait_for("model .* parameters")
     terminal.wait_for("›")
     # what is not UTF-8 is refused in one line, and is no reason to leave

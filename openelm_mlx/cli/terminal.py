@@ -112,7 +112,7 @@ class Lines(Completer):
 
 
 class History(FileHistory):
-    """Earlier messages in a file of UTF-8; what is no text is kept with replacement characters."""
+    """Earlier messages in a file; lone surrogates, which prompt_toolkit before 3.0.53 cannot write, are replaced."""
 
     def store_string(self, string: str) -> None:
         super().store_string(printable(string))
