@@ -53,7 +53,10 @@ def resolve_model(name: str, revision: str | None = None, tokenizer: str | Path 
     if name == "openelm-tiny":
         return Resolved(BUNDLED, given)
     if hub_id is None and os.path.exists(here):
-        return Resolved(here, given) if here.is_dir() and loadable(here) else Resolved(converted(here, given), None)
+        try:
+            return Resolved(here, given) if here.is_dir() and loadable(here) else Resolved(converted(here, given), None)
+        except OSError as error:
+            raise HubError(f"{name} cannot be read: {error.strerror or error}") from None
     if hub_id is None:
         from openelm_mlx.convert.catalog import published_model
 

@@ -19,12 +19,13 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "U8"
 
 def inspect(name: str) -> dict[str, Any]:
     """Everything `inspect` shows, as plain data. A published size needs no file; a folder needs its headers only."""
-    if not Path(name).exists() and normal_name(name) in PUBLISHED:
+    from openelm_mlx.hub import resolve_model
+
+    apples = "/" not in name or name.lower().startswith("apple/")
+    if apples and normal_name(name) in PUBLISHED and not Path(name).exists():
         config = OpenELMConfig.from_name(name)
         sizes = {tensor: 2 * math.prod(shape) for tensor, shape in expected_tensors(config).items()}
         return describe(name, config, sizes, "bfloat16 weights and cache, as nothing was downloaded")
-    from openelm_mlx.hub import resolve_model
-
     folder = resolve_model(name).folder
     return describe(name, OpenELMConfig.from_file(folder / "config.json"), tensor_bytes(folder), "a bfloat16 cache")
 

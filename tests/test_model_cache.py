@@ -23,6 +23,7 @@ from openelm_mlx import load
 from openelm_mlx.cli.main import main
 from openelm_mlx.errors import CheckpointError, ConversionError, HubError, OpenELMError, OptionError
 from openelm_mlx.hub import resolve_model
+from openelm_mlx.inspection import inspect
 from openelm_mlx.model_cache import conversions, recall
 
 LONG_AGO = time.time() - 60
@@ -247,6 +248,20 @@ def test_what_is_there_and_no_model_says_so(tmp_path):
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03")
     with pytest.raises(OpenELMError, match="cut.gguf is truncated or damaged"):
         resolve_model(str(tmp_path / "cut.gguf"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_says_so(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(HubError, match="closed cannot be read: Permission denied"):
+        resolve_model(str(tmp_path / "closed"))
+
+
+def test_inspect_tells_a_path_from_a_published_size(tmp_path):
+    assert inspect("270m")["parameters"] == inspect("apple/OpenELM-270M-Instruct")["parameters"] > 270e6
+    for name in ("./270m", f"{tmp_path}/270m", "~/OpenELM-1_1B"):
+        with pytest.raises(HubError, match=f"there is no file or folder {name}"):
+            inspect(name)
 
 
 def test_a_checkpoint_without_its_tokenizer(tmp_path, cache):
