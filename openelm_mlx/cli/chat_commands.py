@@ -6,17 +6,18 @@ import json
 import textwrap
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from openelm_mlx.cli.options import did_you_mean
 from openelm_mlx.cli.session import Session, facts, settings
 from openelm_mlx.errors import OpenELMError, OptionError, PromptError
 from openelm_mlx.files import replacing
 from openelm_mlx.options import GenerationOptions, SamplingOptions, with_overrides
 
-KEYS = """Enter sends, Alt-Enter or a \\ at the end of a line starts a new one, Tab completes commands and paths.
-Ctrl-C stops an answer. A message that begins with a slash is written with two: //usr is a folder."""
+KEYS = """Enter sends; Alt-Enter, or a \\ at the end of a line, starts a new one.
+Tab completes commands, paths and settings. Ctrl-C stops an answer.
+A message that begins with a slash is written with two: //usr is a folder."""
 
 BYTES_PER_TOKEN = 256  # more than any token spells: a file longer than the context at this rate cannot fit
 SETTINGS: dict[str, Field[Any]] = {
@@ -76,9 +77,7 @@ def set_option(session: Session, rest: str) -> None:
         session.say("\n".join(rows))
         return
     if name not in SETTINGS:
-        near = get_close_matches(name, SETTINGS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise OptionError(f"there is no setting {name!r}{hint} (/set lists them)")
+        raise OptionError(f"there is no setting {name!r}{did_you_mean(name, SETTINGS)} (/set lists them)")
     if value:
         change = {name: parsed(SETTINGS[name], value)}
         sampling, options = with_overrides(talk.sampling, talk.options, change)
@@ -198,11 +197,11 @@ def leave(session: Session, rest: str) -> bool:
 COMMANDS = (
     Command(("/help", "/?"), "", "this list", show_help),
     Command(("/show",), "", "the model, the system turn, the settings, the context", show),
-    Command(("/set",), "[NAME VALUE]", "change a setting, as in /set temperature 0.8; alone: list them", set_option),
+    Command(("/set",), "[NAME VALUE]", "change a setting (/set temperature 0.8), or list all", set_option),
     Command(("/system",), "[TEXT]", 'show the system turn, set it, or remove it with "none"', set_system),
     Command(("/regenerate", "/regen"), "", "another answer to the last message", regenerate),
     Command(("/undo",), "", "take back the last message and its answer", undo),
-    Command(("/reset", "/clear"), "", "forget the conversation; the system turn and the settings stay", reset),
+    Command(("/reset", "/clear"), "", "forget the conversation, not the system turn", reset),
     Command(("/read",), "FILE [QUESTION]", "send the text of a file, with a question after it", read),
     Command(("/save",), "FILE", "write the conversation as JSON", save),
     Command(("/load",), "FILE", "go on with a saved one", load),
@@ -219,9 +218,8 @@ def find(name: str) -> Command | None:
 
 def unknown(name: str) -> OpenELMError:
     """What to say of a name that is no command."""
-    near = get_close_matches(name.lower(), BY_NAME, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return OptionError(f"{name} is no command; {hint}/help lists them, and a message may begin with //")
+    hint = did_you_mean(name.lower(), BY_NAME)
+    return OptionError(f"{name} is no command{hint} (/help lists them; // begins a message with one slash)")
 
 
 def counted(number: int, noun: str) -> str:
