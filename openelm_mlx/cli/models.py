@@ -63,7 +63,8 @@ def show(models: list[Kept], limit: float) -> None:
             size = "-" if one.path is None else size_text(one.nbytes)
             rows.append((one.name, size, one.about + (" (fetched in part)" if one.partial else "")))
     iterations = sorted({int(one.name.rpartition("@")[2][:-1]) for one in models if "@" in one.name})
-    rows.append(("corenet:270m@50k", "", f"also 450m, 1.1b, 3b; after {', '.join(f'{n}k' for n in iterations)} iterations"))
+    steps = ", ".join(f"@{n}k" for n in iterations)
+    rows.append(("corenet:SIZE@50k", "-", f"CoreNet's checkpoints in training, of each size: {steps}"))
     print_rows(rows)
     kept = [one for one in models if one.kind == "converted"]
     if kept:
