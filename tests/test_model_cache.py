@@ -229,7 +229,9 @@ def test_a_disk_that_fills_up(tmp_path, cache, monkeypatch):
 
 @pytest.mark.parametrize("name", ["./nothing", "../nothing/", "~/nothing", "/nothing", "nothing.gguf", "some/nothing.pt",
                                   "a/b/c", r"a\b", "~nobody/nothing"])  # fmt: skip
-def test_what_looks_like_a_path_is_not_asked_of_the_hub(name):
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(HubError) as raised:
         resolve_model(name)
     assert str(raised.value).startswith(f"there is no file or folder {name}; a model is a folder, a .gguf file")
