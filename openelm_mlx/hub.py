@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import HubError, OptionError
-from .model_cache import WEIGHT_SUFFIXES, converted, loadable
+from .model_cache import converted
+from .model_paths import WEIGHT_SUFFIXES, loadable
 
 TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
 MIRRORS = ("mlx-community/OpenELM-270M", "mlx-community/OpenELM-270M-Instruct")

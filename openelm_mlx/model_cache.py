@@ -29,20 +29,19 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from openelm_mlx import __version__
-from openelm_mlx.errors import CheckpointError, ConversionError, OptionError, TokenizerError
+from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import replacing
+from openelm_mlx.model_paths import WEIGHT_SUFFIXES, check_kind, missing_tokenizer
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.options import ConvertOptions
 
-WEIGHT_SUFFIXES = (".gguf", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 # what convert reads beside the weights
 SIDE_FILES = ("config.json", "config.yaml", "tokenizer.model", "tokenizer.json", "chat_template.jinja",
               "generation_config.json")  # fmt: skip
 DEFAULT_LIMIT_GB = 50.0  # four conversions of the 3B in float32
 SETTLED_SECONDS = 2.0  # a file changed later than this may change again within one tick of its file system's clock
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that cannot lock
-LLAMA_ROWS = range(32000, 32257)  # rows of an embedding that LLaMA's tokenizer fits, padding included
 
 _held: dict[Path, IO[str]] = {}  # locks of the folders this process uses, to its end
 _temporary: list[tempfile.TemporaryDirectory[str]] = []
@@ -81,22 +80,6 @@ def limit_bytes() -> float:
     if not 0 <= limit < float("inf"):
         raise OptionError(f"OPENELM_CACHE_GB is {given!r}; give a number of gigabytes, for example {DEFAULT_LIMIT_GB:g}")
     return limit * 1e9
-
-
-def loadable(folder: Path) -> bool:
-    """Whether the engine loads this folder as it is, or, where it is damaged, says best what is wrong with it."""
-    index = folder / "model.safetensors.index.json"
-    if not (folder / "config.json").is_file() or not (index.is_file() or (folder / "model.safetensors").is_file()):
-        return False
-    try:
-        if index.is_file():
-            names = json.loads(index.read_bytes())["weight_map"]
-        else:
-            with open(folder / "model.safetensors", "rb") as file:
-                names = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 24)))
-        return not any(str(name).startswith(("token_embeddings.", "layers.")) for name in names)  # CoreNet's names
-    except (OSError, ValueError, LookupError, TypeError):
-        return True
 
 
 def converted(source: Path, tokenizer: Path | None = None, name: str | None = None) -> Path:
@@ -155,40 +138,6 @@ def recall(source: Path, tokenizer: Path | None = None) -> Path | None:
     except ConversionError:  # it has just been removed
         return None
     return folder
-
-
-def check_kind(source: Path) -> None:
-    """Raise `CheckpointError` for a folder without weights, or a file that was never meant to be a model."""
-    from openelm_mlx.convert.sources import kind_of, weights_by_kind
-    from openelm_mlx.hub import MODELS
-
-    if source.is_dir() and not weights_by_kind(source):
-        raise CheckpointError(f"{source} has no model.safetensors with config.json, and no checkpoint.pt or .gguf file that "
-                              "could be converted; a model is " + MODELS)  # fmt: skip
-    if source.is_file() and source.suffix.lower() not in WEIGHT_SUFFIXES and kind_of(source) is None:
-        raise CheckpointError(f"{source} is a file, but no model; a model is {MODELS}")
-
-
-def missing_tokenizer(source: Path, source_format: str | None = None) -> Path | None:
-    """LLaMA's tokenizer from a mirror, for a checkpoint that has its vocabulary and no tokenizer; None otherwise.
-
-    Raises `ConversionError` for what convert cannot read, and `TokenizerError` where no mirror can be reached.
-    """
-    from openelm_mlx.convert.sources import open_source
-    from openelm_mlx.errors import HubError
-    from openelm_mlx.hub import mirrored_tokenizer
-
-    folder = source if source.is_dir() else source.parent
-    opened = open_source(source, source_format)
-    if opened.tokenizer is not None or any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-        return None
-    rows = [info.shape[0] for name, info in opened.tensors.items() if name.endswith("token_embeddings.weight")]
-    if not rows or rows[0] not in LLAMA_ROWS:
-        return None
-    try:
-        return mirrored_tokenizer()
-    except HubError as error:
-        raise TokenizerError(f"there is no tokenizer beside {source}, and {error}") from None
 
 
 def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path | None) -> None:

@@ -88,7 +88,7 @@ def find_source(args: argparse.Namespace) -> None:
 
     from openelm_mlx.convert.catalog import fetch_with_bar
     from openelm_mlx.hub import is_published, looks_like_path, mirrored_tokenizer, resolve_model
-    from openelm_mlx.model_cache import missing_tokenizer
+    from openelm_mlx.model_paths import missing_tokenizer
 
     given, path = args.source, Path(os.path.expanduser(args.source))
     tokenizer = getattr(args, "tokenizer", None)
