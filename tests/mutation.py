@@ -269,6 +269,8 @@ def main() -> int:
     if args.seed not in (None, seed):
         parser.error(f"{folder} has seed {seed}; name another --session for another seed")
     print(f"seed {seed}, session {folder}", flush=True)
+    # a shell's job in the background ignores SIGINT, and so would the tests that send one
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with use_db(str(folder / "session.sqlite")) as database:
         try:
             go_on(Session(folder, time.monotonic() + 60 * args.minutes), database, seed, args.count)
