@@ -90,8 +90,9 @@ def test_what_cannot_be_sized(arguments: dict[str, Any], message: str) -> None:
 
 def test_bound() -> None:
     assert bound({"ffn": 300.0, "kv": 100.0}, 2000.0) == bound(400, 2000) == 5
-    with pytest.raises(BenchmarkError, match="must be above 0"):
-        bound({}, 1e9)
+    for read, bandwidth in (({}, 1e9), (400, 0.0), (400, -1.0), (-400, 1e9)):
+        with pytest.raises(BenchmarkError, match="must be above 0"):
+            bound(read, bandwidth)
 
 
 def test_copy_bandwidth_is_that_of_a_copy() -> None:
