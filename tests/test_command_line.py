@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 
@@ -95,7 +94,7 @@ def test_where_a_file_is_meant_help_says_file():
     assert {flag for flag, _ in found} == files and all("FILE" in metavar for _, metavar in found)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.needs("/dev/full")
 def test_output_that_cannot_be_written_is_one_line(monkeypatch, capsys):
     for argv in (["inspect", "270m", "--json"], ["help"], ["inspect", "270m"]):
         with open("/dev/full", "w") as full, monkeypatch.context() as patch:
