@@ -14,12 +14,13 @@ help:
 	@echo "make clean  remove the virtual environment and caches"
 
 # $(call install,WHAT): make the virtual environment where there is no whole one, and install WHAT into it. What pip says
-# goes to a log, of which the end is shown when something fails. A later run of make ends what was interrupted.
+# goes to a log, of which the end is shown when something fails. A later run of make ends what was interrupted: the script
+# `activate` is what an environment gets last.
 define install
 @$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("openelm-mlx needs Python 3.10 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 @mkdir -p $(VENV)
 @echo "installing openelm-mlx into $(VENV), once (log: $(LOG)) ..." >&2
-@{ $(BIN)/python -m pip --version || $(PYTHON) -m venv $(VENV); } >$(LOG) 2>&1 && \
+@{ { [ -f $(BIN)/activate ] && $(BIN)/python -m pip --version; } || $(PYTHON) -m venv $(VENV); } >$(LOG) 2>&1 && \
 	$(BIN)/python -m pip install $(PIP_FLAGS) 'pip>=21.3' >>$(LOG) 2>&1 && \
 	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '$(1)' >>$(LOG) 2>&1 || \
 	{ tail -n 20 $(LOG) >&2; echo "installing failed; the whole log is $(LOG)" >&2; exit 1; }

@@ -42,7 +42,7 @@ def test_what_was_skipped_is_said_in_one_line():
 
 # a Python that makes a virtual environment whose pip says a lot, and fails where a file `broken` lies
 PYTHON = """#!/bin/sh
-if [ "$2" = venv ]; then mkdir -p .venv/bin && cp "$0" .venv/bin/python; fi
+if [ "$2" = venv ]; then mkdir -p .venv/bin && cp "$0" .venv/bin/python && touch .venv/bin/activate; fi
 if [ "$3" = install ]; then
     seq 100
     [ ! -e broken ] || { echo "no such package" >&2; exit 1; }
@@ -72,4 +72,7 @@ def test_make_installs_in_one_line_and_shows_the_end_of_its_log_when_it_fails(fo
     done = make()
     assert done.returncode == 0 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert (work / ".venv/install.log").read_text().splitlines()[:2] == ["pip 99", "1"]
+    (work / ".venv/installed").unlink()
+    (work / ".venv/bin/activate").unlink()  # an interrupt between pip and the last scripts of the environment
+    assert make().returncode == 0 and (work / ".venv/bin/activate").exists()
     assert "is up to date" in make().stdout
