@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from inspect import cleandoc
@@ -252,6 +252,14 @@ class ModelOptions:
             raise OptionError(f"group_size is {self.group_size}, but nothing is quantized here; give bits too")
 
 
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that `word` was meant to be: the only one it begins, else the most similar."""
+    known = list(known)
+    begun = [name for name in known if name.startswith(word)]
+    near = begun if len(begun) == 1 else get_close_matches(word, known, 1)
+    return near[0] if near else None
+
+
 class Settings(TypedDict, total=False):
     """Every option as a keyword, for type checkers and editors: `**settings: Unpack[Settings]`.
 
@@ -314,9 +322,10 @@ def with_overrides(
     names = {f.name: 0 for f in fields(sampling)} | {f.name: 1 for f in fields(options)}
     for name in overrides:
         if name not in names:
-            near = get_close_matches(name, names, 1)
+            near = nearest(name, names)
             raise OptionError(
-                f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}")
+                f"unknown option {name!r}"
+                + (f"; did you mean {near!r}?" if near else f"; known: {', '.join(names)}")
             )
     return (
         replace(sampling, **{k: v for k, v in overrides.items() if names[k] == 0}),

@@ -85,6 +85,8 @@ def test_set_refuses_a_cache_that_the_model_cannot_have(chat, tmp_path):
     ("line", "text"),
     [
         ("/set temprature 1", "did you mean temperature?"),
+        ("/set temp 1", "did you mean temperature?"),
+        ("/set num_predict 9", "did you mean max_tokens?"),
         ("/set temperature hot", "temperature is 'hot'"),
         ("/set top_p 1.5", "top_p is 1.5"),
         ("/set max_tokens 0", "max_tokens is 0"),

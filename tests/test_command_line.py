@@ -37,7 +37,10 @@ def stopped(capsys, *argv):
         (["generate", "x", "--bits", "7"], "--bits is 7; allowed: 2, 3, 4, 5, 6, 8"),
         (["generate", "x", "--max-tokens", "4x"], "argument --max-tokens: '4x' is no whole number"),
         (["generate", "x", "--temperature", "hot"], "argument --temperature: 'hot' is no number"),
-        (["generate"], "the following arguments are required: PROMPT"),
+        (["generate"], "one of the arguments PROMPT -p/--prompt is required"),
+        (["generate", "Once", "upon"], "put a prompt of several words in quotes"),
+        (["chat", "--model", "openelm-tiny"], "--model is no option here; give MODEL without it"),
+        (["chat", "--n-predict", "9"], "did you mean --max-tokens? See openelm chat --help"),
     ],
 )
 def test_a_slip_is_one_line_with_what_was_meant(argv, text, capsys):
@@ -73,6 +76,19 @@ def test_how_a_model_is_loaded_is_checked_first(tiny):
             load("no-such-model", **settings)
     with pytest.raises(OptionError, match="draft is 'openelm-tiny'; allowed is a loaded model"):
         ModelDraft(tiny, "openelm-tiny")
+
+
+def test_a_prompt_may_be_a_flag_as_in_chat(capsys):
+    assert main(["generate", "Once", "--max-tokens", "3"]) == 0
+    as_argument = capsys.readouterr().out
+    assert main(["generate", "-p", "Once", "--max-tokens", "3"]) == 0
+    assert capsys.readouterr().out == as_argument
+
+
+def test_a_message_in_place_of_a_model(capsys):
+    assert main(["chat", "How are you?"]) == 2
+    said = "openelm: there is no model 'How are you?'; a message is given with -p\n"
+    assert capsys.readouterr().err == said
 
 
 def test_help_of_all_and_of_one(capsys):

@@ -107,6 +107,8 @@ def test_objects_of_another_kind_are_refused(tiny):
         batch_generate(tiny, ["Once"], 5)
     with pytest.raises(OptionError, match="did you mean 'temperature'"):  # wrong for all
         batch_generate(tiny, ["Once"], temprature=1)
+    with pytest.raises(OptionError, match="did you mean 'temperature'"):  # and not 'stream'
+        batch_generate(tiny, ["Once"], temp=1)
     with pytest.raises(OptionError, match="prompt_cache is 5; allowed is a PromptCache"):
         generate(tiny, "Once", prompt_cache=5)
     for call in (lambda name: generate(name, "Once"), BatchEngine, Conversation):

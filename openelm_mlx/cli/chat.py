@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cli.options import (
+    MODEL_HELP,
     add_draft_flag,
     add_flags,
     add_model_flags,
@@ -24,9 +26,9 @@ from openelm_mlx.options import GenerationOptions, SamplingOptions
 if TYPE_CHECKING:
     from openelm_mlx.chat import Conversation
 
-DESCRIPTION = """Talk to a model. Sampling options that are not given are those that the model brings
-along; the first lines of the chat show them. Answers go to stdout, all the rest to stderr
-where stdin or stdout is no terminal."""
+DESCRIPTION = """Talk to a model. Sampling options that are not given are the model's own defaults, which
+the first lines of the chat show. Where stdin or stdout is not a terminal, answers go to
+stdout and everything else to stderr."""
 
 EXAMPLES = """examples:
   openelm chat                                       the bundled model
@@ -48,7 +50,10 @@ def register(commands: Any) -> None:
         "chat", help="talk to a model", description=DESCRIPTION,
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", nargs="?", default="openelm-tiny", help="default: openelm-tiny")
+    parser.of_stray_words = "; a message is given with -p"
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", default="openelm-tiny", help=MODEL_HELP
+    )
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this message and end; - reads it from stdin")
     parser.add_argument("--json", action="store_true", help="with -p: print one JSON object")
     system = parser.add_mutually_exclusive_group()
@@ -79,6 +84,8 @@ def opened(args: argparse.Namespace) -> Conversation:
     """The conversation that the command line asks for; whatever is wrong with it is raised before a model is loaded."""
     options, given = from_args(GenerationOptions, args), given_fields(SamplingOptions, args)
     SamplingOptions(**given)
+    if " " in args.model.strip() and not os.path.exists(os.path.expanduser(args.model)):
+        raise OptionError(f"there is no model {args.model!r}; a message is given with -p")
     from openelm_mlx.tokenizer import check_text
 
     system = args.system

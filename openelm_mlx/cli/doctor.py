@@ -10,7 +10,7 @@ from typing import Any
 def register(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
-        help="facts about this machine",
+        help="check this machine; what a bug report needs",
         description="What a bug report needs, whether this device computes what it should, what is slow here, and the remedy.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")

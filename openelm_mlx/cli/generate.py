@@ -10,7 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.cli.options import add_draft_flag, add_flags, add_model_flags, from_args, load_draft, load_model
+from openelm_mlx.cli.options import (
+    MODEL_HELP,
+    add_draft_flag,
+    add_flags,
+    add_model_flags,
+    from_args,
+    load_draft,
+    load_model,
+)
 from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin
 from openelm_mlx.files import check_writable
 from openelm_mlx.options import GenerationOptions, SamplingOptions
@@ -30,12 +38,12 @@ EXAMPLES = """examples:
 """
 
 DESCRIPTION = """Continue a text; it goes to stdout, statistics to stderr. Without a temperature
-decoding is greedy; `openelm chat` uses the settings that the model brings along.
+decoding is greedy; `openelm chat` uses the model's own defaults instead.
 A prompt should end with a word rather than with a space."""
 
 SPACE_HINT = (
-    "the prompt ends with a space, which belongs to the start of the next word here: the model has seldom seen a text "
-    "cut after it and may go on badly. Leave it out"
+    "the prompt ends with a space, but a space belongs to the word after it, "
+    "so the model may continue badly; leave it out"
 )
 
 
@@ -44,8 +52,13 @@ def register(commands: Any) -> None:
         "generate", help="continue a text", description=DESCRIPTION,
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue, or - to read it from stdin")
-    parser.add_argument("--model", default="openelm-tiny", help="default: openelm-tiny")
+    parser.of_stray_words = "; put a prompt of several words in quotes"
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument(
+        "words", metavar="PROMPT", nargs="?", help="the text to continue, or - to read it from stdin"
+    )
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the same, as openelm chat takes it")
+    parser.add_argument("--model", default="openelm-tiny", help=MODEL_HELP)
     parser.add_argument("--keep-newline", action="store_true", help="a line break that ends stdin is part of the prompt")
     add_draft_flag(parser)
     parser.add_argument("--cache-file", metavar="FILE", help="start from the keys and values in FILE, and save them there")
@@ -106,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 def read_prompt(args: argparse.Namespace) -> str:
     """The argument, or all of stdin for "-"; a hint goes to stderr where the prompt ends with a space."""
-    prompt: str = args.prompt
+    prompt: str = args.words if args.prompt is None else args.prompt
     if prompt == "-":
         prompt = utf8_stdin().read()
         if not args.keep_newline:

@@ -7,6 +7,8 @@ import json
 import sys
 from typing import Any
 
+from openelm_mlx.cli.options import MODEL_HELP
+
 EXAMPLES = """examples:
   openelm inspect 1.1b                 a published size, nothing downloaded
   openelm inspect my-model --json
@@ -19,7 +21,9 @@ def register(commands: Any) -> None:
         description="Heads and widths of each layer, parameters, bytes by part. Reads no weights, only their headers.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", nargs="?", default="openelm-tiny")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", default="openelm-tiny", help=MODEL_HELP
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 

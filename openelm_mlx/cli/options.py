@@ -6,22 +6,34 @@ import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, asdict, fields
-from difflib import get_close_matches
 from typing import Any, NoReturn, TypeVar
 
 from openelm_mlx.cli.streams import Waiting
-from openelm_mlx.options import GenerationOptions, ModelOptions
+from openelm_mlx.options import GenerationOptions, ModelOptions, nearest
 
 T = TypeVar("T")
-OTHER_NAMES = {"bench": "benchmark", "complete": "generate", "info": "inspect", "list": "models", "ls": "models",
-               "pull": "models", "quantize": "convert", "rm": "models", "run": "chat", "show": "inspect"}  # fmt: skip
+MODEL_HELP = "a name from `openelm models`, a folder or a file (default openelm-tiny)"
+# what other programs call it: commands, then flags, then settings
+OTHER_NAMES = {
+    "bench": "benchmark", "complete": "generate", "info": "inspect", "list": "models",
+    "ls": "models", "pull": "models", "quantize": "convert", "rm": "models", "run": "chat",
+    "show": "inspect",
+    "-n": "--max-tokens", "--n-predict": "--max-tokens", "--q-bits": "--bits", "-q": "--bits",
+    "n_predict": "max_tokens", "num_predict": "max_tokens",
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
-    """Says every mistake in one line, with the nearest option, command or choice where there is one."""
+    """Says every mistake in one line, with the nearest option, command or choice where there is one.
+
+    `of_stray_words` ends the error for an argument too many: where the command expects such words.
+    """
+
+    of_stray_words = ""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        see = " See" if message.endswith("?") else "; see"
+        self.exit(2, f"{self.prog}: {message}{see} {self.prog} --help\n")
 
     def print_help(self, file: Any = None) -> None:
         """As the base class, but a stream that cannot be written is no secret."""
@@ -32,10 +44,11 @@ class Parser(argparse.ArgumentParser):
         namespace, rest = super().parse_known_args(args, namespace)
         if rest and rest[0].startswith("-"):
             flag = rest[0].partition("=")[0]
+            if flag in ("-m", "--model") and any(a.dest == "model" for a in self._actions):
+                self.error(f"{flag} is no option here; give MODEL without it")
             self.error(f"unknown option {flag}{did_you_mean(flag, self._option_string_actions)}")
         if rest:
-            message = "; a message is given with -p" if "-p" in self._option_string_actions else ""
-            self.error(f"unexpected argument {rest[0]!r}{message}")
+            self.error(f"unexpected argument {rest[0]!r}{self.of_stray_words}")
         return namespace, rest
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -51,8 +64,8 @@ class Parser(argparse.ArgumentParser):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of an error message: the known word that `word` was meant to be; nothing where none is near."""
     known = list(known)
-    near = [OTHER_NAMES[word]] if OTHER_NAMES.get(word) in known else get_close_matches(word, known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = OTHER_NAMES[word] if OTHER_NAMES.get(word) in known else nearest(word, known)
+    return f"; did you mean {near}?" if near else ""
 
 
 def whole(text: str) -> int:
