@@ -57,12 +57,12 @@ SEEDS = (1, 2, 3)
 GRID = (
     SamplingOptions(),
     SamplingOptions(repetition_penalty=1.2),
-    SamplingOptions(temperature=0.5, repetition_penalty=1.1),
     SamplingOptions(temperature=0.5, repetition_penalty=1.2),
-    SamplingOptions(temperature=0.7, repetition_penalty=1.1),
     SamplingOptions(temperature=0.7, repetition_penalty=1.2),
-    SamplingOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.1),
+    SamplingOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.2),
     SamplingOptions(temperature=0.7, min_p=0.1, repetition_penalty=1.1),
+    SamplingOptions(temperature=0.7, min_p=0.1, repetition_penalty=1.15),
+    SamplingOptions(temperature=0.7, min_p=0.1, repetition_penalty=1.2),
 )
 MAX_TOKENS = 256  # what a chat gives an answer unless told otherwise
 GRAM, MAY_OCCUR = 6, 2  # an answer loops when a sequence of six words occurs more than twice
