@@ -241,7 +241,7 @@ def test_saved_caches_that_someone_changed_are_refused(engine, tmp_path, kind):
 
 
 def test_the_tenth_turn_prefills_its_own_message_only(tiny):
-    conversation = Conversation(tiny, max_tokens=6, ignore_eos=True)
+    conversation = Conversation(tiny, max_tokens=6, ignore_eos=True, temperature=0.0)
     prefilled = []
     for _ in range(10):
         stats = list(conversation.send("Hi"))[-1].stats
