@@ -88,8 +88,9 @@ def hub_id_of(name: str) -> str:
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id, re.ASCII) and ".." not in hub_id and "--" not in hub_id:
         return hub_id
     names = ["openelm-tiny", *SHORT_NAMES]
-    close = difflib.get_close_matches(name.lower(), names, n=3) or names
-    raise HubError(f"unknown model {name!r}; did you mean {', '.join(close)}? A model is {MODELS}")
+    close = difflib.get_close_matches(name.lower(), names, n=3)
+    meant = f"did you mean {', '.join(close)}? A" if close else "a"
+    raise HubError(f"unknown model {name!r}; {meant} model is {MODELS}")
 
 
 def snapshot(hub_id: str, revision: str | None = None, patterns: list[str] = PATTERNS) -> Path:

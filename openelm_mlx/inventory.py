@@ -83,7 +83,7 @@ def matching(name: str) -> list[Kept]:
     if not found and (path := cached_repositories().get(hub_id)):
         found = [Kept("hub", hub_id, "from the hub", path, size_of(path))]
     if not found:
-        raise HubError(f"nothing of {name} is on this disk; `openelm models` lists what is")
+        raise HubError(f"{name} is not on this disk; `openelm models` lists what is")
     return found
 
 

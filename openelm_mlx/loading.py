@@ -24,7 +24,7 @@ from openelm_mlx.decode import Steps  # noqa: E402
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError, reason  # noqa: E402
 from openelm_mlx.hub import resolve_model  # noqa: E402
 from openelm_mlx.model import OpenELM  # noqa: E402
-from openelm_mlx.options import ModelOptions, SamplingOptions  # noqa: E402
+from openelm_mlx.options import ModelOptions, SamplingOptions, shown  # noqa: E402
 from openelm_mlx.tokenizer import Tokenizer  # noqa: E402
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -81,6 +81,9 @@ def load(
     """
     if isinstance(dtype, mx.Dtype):
         dtype = str(dtype).rpartition(".")[2]
+    if not isinstance(name, (str, Path)):
+        allowed = "allowed is a name, or a path to a folder or file"
+        raise OptionError(f"the model is {shown(name)}; {allowed}")
     ModelOptions(dtype, bits, group_size, tokenizer, revision)  # type: ignore[arg-type]  # a text becomes a path
     resolved = resolve_model(str(name), revision=revision, tokenizer=None if tokenizer is None else str(tokenizer))
     folder = resolved.folder

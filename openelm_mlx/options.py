@@ -203,7 +203,7 @@ class GenerationOptions:
         default=8, metadata={"help": "with a draft model or prompt lookup: draft at most this many", "range": (1, 16)}
     )
     adaptive_draft: bool = field(
-        default=True, metadata={"help": "draft less where little is accepted; off always drafts --draft-tokens"}
+        default=True, metadata={"help": "draft less where little is accepted; off always drafts the whole length"}
     )
     kv_bits: int | None = field(
         default=None, metadata={"help": "quantize keys and values of the cache", "choices": KV_BITS}
@@ -301,7 +301,7 @@ class Settings(TypedDict, total=False):
     draft_tokens: int
     """with a draft model or prompt lookup: draft at most this many"""
     adaptive_draft: bool
-    """draft less where little is accepted; off always drafts --draft-tokens"""
+    """draft less where little is accepted; off always drafts the whole length"""
     kv_bits: int | None
     """quantize keys and values of the cache"""
     kv_window: int | None

@@ -74,6 +74,8 @@ def test_how_a_model_is_loaded_is_checked_first(tiny):
                            ({"revision": 5}, "revision is 5")):  # fmt: skip
         with pytest.raises(OptionError, match=text):
             load("no-such-model", **settings)
+    with pytest.raises(OptionError, match="the model is None; allowed is a name, or a path"):
+        load(None)
     with pytest.raises(OptionError, match="draft is 'openelm-tiny'; allowed is a loaded model"):
         ModelDraft(tiny, "openelm-tiny")
 

@@ -78,4 +78,4 @@ def test_a_wait_shows_on_a_terminal_and_is_taken_away(monkeypatch):
             shown += os.read(screen, 4096)
         shown += os.read(screen, 4096)
     os.close(screen)
-    assert shown.decode().split("\r\x1b[K") == ["", "loading a model ...\r", "prompt: 512 of 2048 tokens ...\r", ""]
+    assert shown.decode().split("\r\x1b[K") == ["", "loading a model ...\r", "reading the prompt: 512 of 2048 tokens ...\r", ""]

@@ -31,6 +31,8 @@ def test_names_and_suggestions(nano: Path) -> None:
     assert resolve_model(str(nano)).folder == nano
     with pytest.raises(HubError, match="did you mean .*270m"):
         resolve_model("270n")
+    with pytest.raises(HubError, match="^unknown model 'wizard'; a model is a folder, "):
+        resolve_model("wizard")
 
 
 SHA = hashlib.sha256(b"the tokenizer").hexdigest()

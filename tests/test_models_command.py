@@ -117,8 +117,8 @@ def test_removing_asks_first(disk, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "said"), [
-    ("270m", "nothing of 270m is on this disk; `openelm models` lists what is"),
-    ("nonsense", "nothing of nonsense is on this disk"),
+    ("270m", "270m is not on this disk; `openelm models` lists what is"),
+    ("nonsense", "nonsense is not on this disk"),
     ("openelm-tiny", "openelm-tiny comes with openelm-mlx and stays as long as it does"),
     ("corenet:270mm", "did you mean corenet:270m, "),
 ])  # fmt: skip

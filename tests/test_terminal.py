@@ -117,6 +117,13 @@ def test_a_conversation_on_a_terminal(tiny, terminal, tmp_path):
     terminal.type("")
     terminal.wait_for("stopped after [0-9]+ tokens")
     terminal.wait_for("›")
+    # Ctrl-C with nothing to stop says how to leave; a table keeps its columns
+    terminal.type("", "ctrl-c")
+    terminal.wait_for("Ctrl-D or /exit leaves")
+    terminal.wait_for("›")
+    terminal.type("/set")
+    terminal.wait_for(r"prompt_lookup +0 .*\n {30,}\w")
+    terminal.wait_for("›")
     # what is typed while an answer runs is not shown amid it and waits for the prompt
     terminal.type("/set max_t", "tab")
     terminal.wait_for("okens")

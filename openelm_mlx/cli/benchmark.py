@@ -65,7 +65,7 @@ def register(commands: Any) -> None:
     what.add_argument("--peers", metavar="NAMES", default="", help="also time these: mlx-lm,llama.cpp,torch")
     out = parser.add_argument_group("what to write")
     out.add_argument("--output", metavar="FILE", help="everything as JSON, for --compare and for benchmarks/results")
-    out.add_argument("--csv", metavar="FILE", help="one line a case")
+    out.add_argument("--csv", metavar="FILE", help="one line per case")
     out.add_argument("--markdown", metavar="FILE", help="the table")
     out.add_argument("--plot", metavar="FILE", help="pictures, .png or .svg; needs matplotlib")
     out.add_argument("--report", metavar="FILE", help="one HTML page with tables, pictures and machine facts")

@@ -113,7 +113,7 @@ def one_answer(conversation: Conversation, text: str, as_json: bool) -> int:
     if not as_json:
         Session(conversation).send(text)
         return 0
-    with Waiting("prompt") as waiting:
+    with Waiting("reading the prompt") as waiting:
         for event in conversation.send(text, waiting.progress):
             last = event
     system = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]

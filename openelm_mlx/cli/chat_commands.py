@@ -45,9 +45,10 @@ class Command:
 
 
 def show_help(session: Session, rest: str) -> None:
-    rows = [(f"{' '.join(command.names)} {command.argument}", command.help) for command in COMMANDS]
-    width = max(len(left) for left, _ in rows)
-    session.say("\n".join([*(f"{left:<{width}}  {right}" for left, right in rows), "", KEYS]))
+    session.say_table(
+        (f"{' '.join(command.names)} {command.argument}", command.help) for command in COMMANDS
+    )
+    session.say(f"\n{KEYS}")
 
 
 def show(session: Session, rest: str) -> None:
@@ -62,7 +63,7 @@ def show(session: Session, rest: str) -> None:
     }
     if talk.draft is not None:
         rows["drafts"] = facts(talk.draft.engine)
-    session.say("\n".join(f"{name:<10}{text}" for name, text in rows.items()))
+    session.say_table(rows.items())
 
 
 def set_option(session: Session, rest: str) -> None:
@@ -73,8 +74,9 @@ def set_option(session: Session, rest: str) -> None:
     name, _, value = rest.replace("=", " ", 1).partition(" ")
     name, value = name.lower().replace("-", "_"), value.strip()
     if not name:
-        rows = [f"{known:<20}{shown(session, known):<12}{item.metadata['help']}" for known, item in SETTINGS.items()]
-        session.say("\n".join(rows))
+        session.say_table(
+            (known, shown(session, known), item.metadata["help"]) for known, item in SETTINGS.items()
+        )
         return
     if name not in SETTINGS:
         raise OptionError(f"there is no setting {name!r}{did_you_mean(name, SETTINGS)} (/set lists them)")

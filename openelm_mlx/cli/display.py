@@ -27,11 +27,11 @@ class Display:
         capable = moves_cursor(sys.stdout)
         self.live = live and capable
         self.wrap = WordWrap(lambda: columns(sys.stdout)) if capable else None
-        self.waiting = Waiting("prompt")
+        self.waiting = Waiting("reading the prompt")
 
     def __enter__(self) -> Display:
         if self.live:
-            self._draw("", "prompt")
+            self._draw("", "reading the prompt")
         else:
             self.waiting.__enter__()
         return self
@@ -39,7 +39,7 @@ class Display:
     def progress(self, done: int, total: int) -> None:
         """Part of the prompt is prefilled, in tokens."""
         if self.live:
-            self._draw("", f"prompt: {done} of {total} tokens")
+            self._draw("", f"reading the prompt: {done} of {total} tokens")
         else:
             self.waiting.progress(done, total)
 

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
     cache = cache_from(args.cache_file, engine, options)
     events = []
-    with Waiting("prompt") as waiting, closing(stream_generate(
+    with Waiting("reading the prompt") as waiting, closing(stream_generate(
         engine, prompt, sampling, options, prompt_cache=cache, draft=draft, progress=waiting.progress
     )) as stream:  # fmt: skip
         for event in stream:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator
+import textwrap
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing, nullcontext
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from openelm_mlx.cli.display import Display, Meter, StopKey
 from openelm_mlx.cli.generate import context_full
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from openelm_mlx.generation import Event, GenerationStats
 
     Ask = Callable[[Callable[[int, int], None]], Generator[Event, None, None]]
+
+NARROWEST = 20  # columns that a text needs to be wrapped beside another
 
 
 class Session:
@@ -35,11 +38,31 @@ class Session:
         self.stats: GenerationStats | None = None
         self.meter = Meter()
 
+    @property
+    def out(self) -> TextIO:
+        """The stream of everything but answers."""
+        return sys.stdout if self.dialogue and sys.stdout.isatty() else sys.stderr
+
     def say(self, text: str) -> None:
-        """Everything but answers."""
-        out = sys.stdout if self.dialogue and sys.stdout.isatty() else sys.stderr
+        """Show a text that is no answer, wrapped on a terminal."""
+        out = self.out
         text = WordWrap(lambda: columns(out)).push(text) if moves_cursor(out) else printable(text)
         print(text, file=out, flush=True)
+
+    def say_table(self, rows: Iterable[tuple[str, ...]]) -> None:
+        """Say rows of columns; on a terminal the last column is wrapped within itself."""
+        rows, out = list(rows), self.out
+        widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)][:-1]
+        room = columns(out) - 1 - sum(widths) if moves_cursor(out) else 0
+        indent = "\n" + " " * sum(widths)
+        lines = []
+        for *first, last in rows:
+            left = "".join(f"{text:<{width}}" for text, width in zip(first, widths, strict=True))
+            parts = last.split("\n")
+            if room >= NARROWEST:
+                parts = [part for text in parts for part in textwrap.wrap(text, room) or [""]]
+            lines.append(left + indent.join(parts))
+        self.say("\n".join(lines))
 
     def handle(self, line: str) -> bool:
         """Send a message or run a command; False after one that leaves. Raises `OpenELMError`."""

@@ -79,7 +79,7 @@ class Waiting:
 
     def progress(self, done: int, total: int) -> None:
         """Part of a prompt is prefilled, in tokens; this is what `stream_generate(progress=...)` calls."""
-        self.say(f"prompt: {done} of {total} tokens")
+        self.say(f"reading the prompt: {done} of {total} tokens")
 
     def end(self) -> None:
         """Take the line away; further calls change nothing."""

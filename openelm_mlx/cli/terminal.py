@@ -49,7 +49,7 @@ def dialogue(conversation: Conversation) -> int:
     session.confirm = confirm
     with SilentKeys() as keys:
         session.say(f"{facts(conversation.engine)}\n{settings(conversation.sampling)}, "
-                    f"at most {conversation.options.max_tokens} tokens an answer\n"
+                    f"at most {conversation.options.max_tokens} tokens per answer\n"
                     "/help lists commands, /exit or Ctrl-D leaves")  # fmt: skip
         while True:
             try:
@@ -58,6 +58,8 @@ def dialogue(conversation: Conversation) -> int:
                 if text and not session.handle(text):
                     return 0
             except KeyboardInterrupt:
+                if not prompts.default_buffer.text:  # else it took back a line that was begun
+                    session.say("(Ctrl-D or /exit leaves)")
                 continue
             except EOFError:
                 return 0
@@ -99,10 +101,10 @@ class Lines(Completer):
         name, blank, rest = text.partition(" ")
         command = find(name)
         if not blank:
-            for known in COMMANDS:
-                for full in known.names:
-                    if full.startswith(name.lower()):
-                        yield Completion(full, -len(name), display_meta=known.help)
+            for known in COMMANDS:  # each once, by the first of its names that fits
+                fitting = [full for full in known.names if full.startswith(name.lower())]
+                for full in fitting[:1]:
+                    yield Completion(full, -len(name), display_meta=known.help)
         elif command is not None and command.argument.startswith("FILE"):
             yield from self.paths.get_completions(Document(rest.lstrip()), complete_event)
         elif command is not None and command.argument.startswith("[NAME") and " " not in rest:
