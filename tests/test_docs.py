@@ -115,3 +115,15 @@ def test_sizes_are_those_of_the_configurations():
         config = OpenELMConfig.from_name(name)
         layers, context = config.num_transformer_layers, config.max_context_length
         assert f"| `{name}` | {config.num_parameters:,} | {layers} | {context} |" in text
+
+
+def test_the_defaults_of_the_bundled_models_chat_are_those_of_its_folder():
+    from openelm_mlx.cli.session import settings
+    from openelm_mlx.config_files import chat_sampling
+    from openelm_mlx.hub import BUNDLED
+
+    defaults, _, _ = settings(chat_sampling(BUNDLED)).partition(", seed")
+    assert f"\n{defaults}, seed " in README
+    for page in ("docs/chat.md", "CHANGELOG.md"):
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert f"`{defaults}`" in text, page
