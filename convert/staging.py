@@ -20,7 +20,7 @@ from pathlib import Path
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.recipes import find_recipe
 
-from openelm_mlx.errors import ConversionError
+from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import check_writable, read_text
 
 CONFIG, UNFINISHED_CONFIG = "config.json", "config.json.partial"
@@ -28,9 +28,16 @@ LINUX_EXCHANGE, LINUX_AT_FDCWD, MACOS_SWAP = 2, -100, 2  # renameat2(2), renamex
 
 
 def check_target(options: ConvertOptions) -> None:
-    """Raise `ConversionError` for a target that stands in the way, is no model, or holds the source; `OptionError` for
-    one that cannot be written."""
+    """Raise an error before any work where the target cannot be what was asked for.
+
+    `ConversionError`: it stands in the way, is no model, or holds the source. `OptionError`: it
+    cannot be written, or has the name of a GGUF file and is to be a folder.
+    """
     target, what = options.target, "file" if options.target_format == "gguf" else "folder"
+    if options.target_format != "gguf" and target.suffix.lower() == ".gguf":
+        raise OptionError(
+            f"--output {target} names a GGUF file, but a folder was asked for; give --to gguf too"
+        )
     if not options.dry_run:
         check_writable(target, "--output", folder=True)
     if target.absolute().parent.is_dir() and not options.dry_run:

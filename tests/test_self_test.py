@@ -28,7 +28,7 @@ def test_a_wrong_kernel_is_seen_and_said(capsys, monkeypatch):
     monkeypatch.setattr("openelm_mlx.model.rotate", lambda x, normed, swapped, weights, turn: x)
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert "16 of 16" not in shown and "! this device computes something else than it should; update" in shown
+    assert "16 of 16" not in shown and "! this device computes wrong results; update" in shown
 
 
 def test_the_facts_are_printed_where_mlx_fails(capsys, monkeypatch):

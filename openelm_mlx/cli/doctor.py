@@ -1,4 +1,4 @@
-"""`openelm doctor`: what a bug report needs, whether this machine computes rightly, and what would slow it down."""
+"""`openelm doctor`: what a bug report needs, whether this machine computes correctly, what slows it down."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import argparse
 import json
 from typing import Any
 
+PACKAGES = {"openelm_mlx": "openelm-mlx", "mlx_lm": "mlx-lm"}
+
 
 def register(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="check this machine; what a bug report needs",
-        description="What a bug report needs, whether this device computes what it should, what is slow here, and the remedy.",
+        description="Show what a bug report needs, whether this device computes correctly, what slows it "
+        "down, and the remedy.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -29,7 +32,11 @@ def run(args: argparse.Namespace) -> int:
         right, found["self_test"] = 0, f"MLX failed: {error}"
     advice = hints(found)
     if right < len(TOKENS):
-        advice.insert(0, "this device computes something else than it should; update the system and mlx, then report this page")
+        advice.insert(
+            0,
+            "this device computes wrong results; update the system and mlx, and if that does not "
+            "help, report this page",
+        )
     if args.json:
         print(json.dumps({"facts": found, "hints": advice}, default=str))
         return 0
@@ -38,8 +45,10 @@ def run(args: argparse.Namespace) -> int:
     shown["converted_cache"] = f"{found['converted_cache']} ({size_text(found['converted_cache_bytes'])})"
     shown["load_average"] = f"{found['load_average']:.1f}"
     width = max(map(len, shown))
-    for name, value in shown.items():
-        print(f"{name.replace('_', ' '):<{width}}  {'none' if value is None else value}")
+    for key, value in shown.items():
+        name = PACKAGES.get(key) or key.replace("_", " ")
+        print(f"{name:<{width}}  {'none' if value is None else value}")
     print()
-    print("\n".join(f"! {hint}" for hint in advice) or "nothing found that would be wrong or slow on this machine")
+    fine = "this machine computes correctly, and nothing was found that would slow it down"
+    print("\n".join(f"! {hint}" for hint in advice) or fine)
     return 0
