@@ -71,7 +71,7 @@ class BatchEngine:
 
     def __init__(self, engine: Engine, slots: int = 16, options: GenerationOptions | None = None) -> None:
         check_loaded("engine", engine)
-        if not isinstance(slots, int) or slots < 1:
+        if type(slots) is not int or slots < 1:
             raise OptionError(f"slots is {slots!r}; a batch needs at least 1")
         self.engine, self.slots, self.options = engine, slots, with_overrides(None, options, {})[1]
         self.kind = self._kind(self.options)
@@ -278,8 +278,10 @@ def batch_generate(
     prompt that cannot be run gives a result with `error` and does not disturb the others. Raises `OptionError` for
     options that are wrong for all, and `PromptError` where `prompts` is one text.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, bytes)):
         raise PromptError("prompts is one text; give a list of prompts, also for a single one: [text]")
+    if not hasattr(prompts, "__getitem__") or not hasattr(prompts, "__len__"):
+        raise PromptError(f"prompts is {shown(prompts)}; give a list of prompts")
     each_sampling = spread("sampling", sampling, len(prompts))
     each_options = spread("options", options, len(prompts))
     first = next((one for one in each_options if one is not None), None)

@@ -19,7 +19,7 @@ from openelm_mlx.instruct import answer_prefix, encode_messages, turn_tokens
 from openelm_mlx.kv import CacheKind
 from openelm_mlx.options import GenerationOptions, SamplingOptions, check_loaded, explained, with_overrides
 from openelm_mlx.prompt_cache import PromptCache
-from openelm_mlx.tokenizer import Tokenizer
+from openelm_mlx.tokenizer import Tokenizer, check_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of type checkers; nothing to install
@@ -94,7 +94,8 @@ class Conversation:
 
         check_loaded("engine", engine)
         self.engine = engine
-        chosen, self.options = with_overrides(sampling or engine.chat_sampling, options, settings)
+        sampling = engine.chat_sampling if sampling is None else sampling
+        chosen, self._options = with_overrides(sampling, options, settings)
         self._sampling = seeded(chosen)
         if draft is not None and not isinstance(draft, ModelDraft):
             draft = ModelDraft(engine, draft)
@@ -120,6 +121,7 @@ class Conversation:
     def system(self, text: str | None) -> None:
         if text is not None and not isinstance(text, str):
             raise PromptError(f"the system turn is {text!r}; give a text, or None for an empty one")
+        check_text(text or "")
         self._system = text
 
     @property
@@ -129,7 +131,16 @@ class Conversation:
 
     @sampling.setter
     def sampling(self, sampling: SamplingOptions) -> None:
-        self._sampling = seeded(sampling, self._sampling.seed)
+        self._sampling = seeded(with_overrides(sampling, None, {})[0], self._sampling.seed)
+
+    @property
+    def options(self) -> GenerationOptions:
+        """When answers stop and how the engine runs, from the next message on."""
+        return self._options
+
+    @options.setter
+    def options(self, options: GenerationOptions) -> None:
+        self._options = with_overrides(None, options, {})[1]
 
     @property
     def messages(self) -> list[Message]:
@@ -337,6 +348,8 @@ class Conversation:
                 "a saved conversation must alternate texts of 'user' and 'assistant', "
                 "ending with an answer"
             )
+        for text in texts:
+            check_text(text)
         talk = cls(engine, system, **settings)
         details = data.get("exchanges")
         if not isinstance(details, list) or len(details) != len(texts) // 2:

@@ -111,6 +111,7 @@ class ModelDraft:
     """
 
     def __init__(self, target: Engine, draft: Engine) -> None:
+        check_loaded("target", target)
         check_loaded("draft", draft)
         if not draft.tokenizer.same_pieces(target.tokenizer) or draft.vocab != target.vocab:
             raise OptionError(

@@ -103,6 +103,8 @@ def stream_generate(
     sampling, options = with_overrides(sampling, options, settings)
     if not isinstance(prompt_cache, PromptCache | None):
         raise OptionError(f"prompt_cache is {shown(prompt_cache)}; allowed is a PromptCache")
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress is {shown(progress)}; allowed is a function of two numbers, or None")
     if type(position_offset) is not int or position_offset < 0:
         raise OptionError(f"position_offset is {position_offset!r}; allowed is a whole number from 0 up")
     kind = CacheKind.of(engine.config, options)

@@ -188,6 +188,17 @@ def test_saved_tokens_are_fed_as_far_as_they_read_as_the_saved_texts(small):
         ([], "no saved conversation"),
         ({"system": None, "messages": [5]}, "no saved conversation"),
         ({"system": None, "messages": [{"role": "user", "content": "x"}]}, "ending with an answer"),
+        (
+            {
+                "system": None,
+                "messages": [
+                    {"role": "user", "content": "x"},
+                    {"role": "assistant", "content": "a\udcff"},
+                ],
+            },
+            r"not valid UTF-8: character 2 is the lone surrogate",
+        ),
+        ({"system": "\ud800", "messages": []}, r"not valid UTF-8: character 1 is the lone surr"),
         ({"system": 5, "messages": []}, "the system turn is 5; give a text, or None"),
         (
             {"format": "openelm-mlx conversation 3", "system": None, "messages": []},

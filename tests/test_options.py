@@ -18,13 +18,15 @@ from openelm_mlx import (
     BatchEngine,
     Conversation,
     GenerationOptions,
+    ModelDraft,
     SamplingOptions,
     batch_generate,
     generate,
     options,
+    stream_generate,
 )
 from openelm_mlx.cli.main import main
-from openelm_mlx.errors import OptionError, reason
+from openelm_mlx.errors import OptionError, PromptError, reason
 from openelm_mlx.options import Settings, with_overrides
 
 FIELDS = [*fields(SamplingOptions), *fields(GenerationOptions)]
@@ -111,9 +113,28 @@ def test_objects_of_another_kind_are_refused(tiny):
         batch_generate(tiny, ["Once"], temp=1)
     with pytest.raises(OptionError, match="prompt_cache is 5; allowed is a PromptCache"):
         generate(tiny, "Once", prompt_cache=5)
+    with pytest.raises(OptionError, match="progress is True; allowed is a function of two numbers, or None"):
+        stream_generate(tiny, "Once", progress=True)
+    with pytest.raises(OptionError, match="target is None; allowed is a loaded model"):
+        ModelDraft(None, tiny)
+    with pytest.raises(OptionError, match="slots is True"):
+        BatchEngine(tiny, slots=True)
+    with pytest.raises(PromptError, match="prompts is 5; give a list of prompts"):
+        batch_generate(tiny, 5)
     for call in (lambda name: generate(name, "Once"), BatchEngine, Conversation):
         with pytest.raises(OptionError, match=r"engine is 'openelm-tiny'; allowed is a loaded model, as in engine = load\('"):
             call("openelm-tiny")
+
+
+def test_options_of_a_conversation_are_checked_when_they_are_given(tiny):
+    talk = Conversation(tiny)
+    for value in (0, False, "", {}):  # and not taken for none given
+        with pytest.raises(OptionError, match="allowed is one made by SamplingOptions"):
+            Conversation(tiny, sampling=value)
+    with pytest.raises(OptionError, match="sampling is GenerationOptions"):
+        talk.sampling = GenerationOptions()
+    with pytest.raises(OptionError, match=r"options is \{'max_tokens': 1\}; allowed is one made by GenerationOptions"):
+        talk.options = {"max_tokens": 1}
 
 
 def test_a_temperature_too_small_to_divide_by_is_greedy(tiny):

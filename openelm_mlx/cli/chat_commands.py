@@ -122,11 +122,8 @@ def shown(session: Session, name: str) -> str:
 
 
 def set_system(session: Session, rest: str) -> None:
-    from openelm_mlx.tokenizer import check_text
-
     talk = session.conversation
     if rest:
-        check_text(rest)  # now rather than at the next message
         talk.system = None if rest == "none" else rest
     session.say(f"system: {talk.system or '(empty)'}")
 
