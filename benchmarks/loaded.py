@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,8 +51,8 @@ class Weights:
 def last_part(name: str) -> str:
     """A folder or file without where it lies, which is nobody's business: `draft /home/me/nano` -> `draft nano`."""
     kind, space, path = name.rpartition(" ") if name.startswith("draft ") else ("", "", name)
-    here = Path(path).expanduser()
-    return f"{kind}{space}{here.resolve().name}" if here.exists() else name
+    here = Path(os.path.expanduser(path))
+    return f"{kind}{space}{here.resolve().name}" if os.path.exists(here) else name
 
 
 def open_weights(model: str, dtype: str | None, bits: int | None, group_size: int, random: bool) -> Weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ def startup_rows(
     from openelm_mlx.benchmarks.peers import prepared
 
     prompt, path = prompt_ids(weights.engine, prompt_tokens), weights.engine.tokenizer.path
-    tokenizer = path if path.exists() else None
+    tokenizer = path if os.path.exists(path) else None
     seconds: dict[str, list[float]] = {name: [] for name in ("openelm-mlx", *peers)}
     tokens: dict[str, int] = {}
     problems: dict[str, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def find_tokenizer(options: ConvertOptions, source: TensorSource) -> TokenizerMo
         return source.tokenizer
     folder = options.source if options.source.is_dir() else options.source.parent
     path = folder if given is None else given
-    found = [path] if path.is_file() else [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    found = [path] if os.path.isfile(path) else [path / name for name in TOKENIZER_FILES if os.path.isfile(path / name)]
     if found:
         return read_tokenizer(found[0])
     if given is not None:

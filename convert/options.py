@@ -112,7 +112,8 @@ class ConvertOptions:
     @property
     def shown_source(self) -> str:
         """The source without paths of the machine."""
-        return self.source_name or self.source.absolute().name
+        name = self.source_name or self.source.absolute().name
+        return name.encode("utf-8", "replace").decode("utf-8")  # the record of a conversion is UTF-8
 
     @property
     def form(self) -> Form | None:

@@ -12,6 +12,7 @@ The most particular line wins: one matrix, then first and last layers, then the 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -96,8 +97,8 @@ def find_recipe(name: str) -> Recipe:
     """A built-in recipe, or the YAML file of that path. Raises `OptionError` or `ConfigError`."""
     if name in BUILT_IN:
         return BUILT_IN[name]
-    path = Path(name).expanduser()
-    if path.suffix.lower() in (".yaml", ".yml") or path.is_file():
+    path = Path(os.path.expanduser(name))
+    if path.suffix.lower() in (".yaml", ".yml") or os.path.isfile(path):
         return read_recipe(path)
     raise OptionError(
         f"recipe is {name!r}; known: {', '.join(BUILT_IN)}, or the path of a .yaml file{hint(name, BUILT_IN)}"

@@ -60,7 +60,7 @@ def check_target(options: ConvertOptions) -> None:
 def check_inputs(options: ConvertOptions) -> None:
     """Raise `OptionError` or `ConfigError` for a text or recipe that cannot be read, before anything is fetched."""
     for path, flag in ((options.verify_text, "--verify-text"), (options.calibration_text, "--calibration-text")):
-        if path is not None and (path.is_file() or not path.exists()):  # a pipe can be read only once
+        if path is not None and (os.path.isfile(path) or not os.path.exists(path)):  # a pipe can be read only once
             read_text(path, flag)
     if options.recipe is not None:
         find_recipe(options.recipe)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from openelm_mlx.errors import OptionError
+from openelm_mlx.options import fit_path
 
 
 @contextmanager
@@ -40,11 +41,20 @@ def replacing(path: str | Path, suffix: str = "") -> Iterator[Path]:
         raise
 
 
+def name_for_mlx(path: str | Path) -> str:
+    """The path as MLX takes it. Raises `OptionError` where it is no UTF-8: MLX says "std::bad_cast" then."""
+    if not fit_path(path):
+        raise OptionError(f"{str(path)!r} is no name in UTF-8, and MLX opens no other; rename it, or its folder")
+    return str(path)
+
+
 def check_writable(path: str | Path, flag: str, folder: bool = False) -> None:
     """Ask before the work whether `path` can be written after it. Raises `OptionError` that names `flag` and `path`.
 
     With `folder` it is to become a folder, and missing folders above it may be made too.
     """
+    if not str(path):
+        raise OptionError(f"{flag} is empty; give a path")
     try:
         problem = why_not_writable(Path(path), folder)
     except OSError as error:

@@ -82,8 +82,9 @@ def looks_like_path(name: str) -> bool:
 
 def hub_id_of(name: str) -> str:
     """The id on the hub, by its short name or as it is. Raises `HubError`, with suggestions, for what is none."""
-    if looks_like_path(name):
-        raise HubError(f"there is no file or folder {name}; a model is {MODELS}")
+    link = os.path.islink(os.path.expanduser(name))
+    if link or looks_like_path(name):
+        raise HubError(f"there is no file or folder {name}{' behind this link' if link else ''}; a model is {MODELS}")
     hub_id = SHORT_NAMES.get(name.lower(), name)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id, re.ASCII) and ".." not in hub_id and "--" not in hub_id:
         return hub_id
@@ -132,7 +133,7 @@ def hub_cache() -> Path:
     """Where the hub's client keeps what it fetched, as the environment tells it."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser()
+    return Path(os.path.expanduser(constants.HF_HUB_CACHE))
 
 
 def cached_repositories() -> dict[str, Path]:
@@ -159,6 +160,8 @@ def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
     causes = list(chain(error))
     texts = [str(cause) for cause in causes]
     status, partial = status_of(error), getattr(errors, "IncompleteSnapshotError", ())
+    if any(isinstance(cause, errors.HFValidationError) for cause in causes):
+        return f"{hub_id} is no id of the hub (owner/name): {texts[-1].splitlines()[0].rstrip('.')[:200]}; check the spelling"
     if any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) for cause in causes):
         return f"the disk is full while fetching {hub_id}; free some space and run the same command, it resumes"
     if any(isinstance(cause, UNWRITABLE) and cause.filename for cause in causes):  # without: of a connection
@@ -192,7 +195,7 @@ def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
 
 def near_folder(hub_id: str) -> str:
     """A hint for a mistyped path such as models/270m, which reads like a hub id."""
-    return f"; there is no folder {hub_id} here either" if Path(hub_id).parent.is_dir() else ""
+    return f"; there is no folder {hub_id} here either" if os.path.isdir(os.path.dirname(hub_id)) else ""
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

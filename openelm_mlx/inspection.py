@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def inspect(name: str) -> dict[str, Any]:
     from openelm_mlx.hub import resolve_model
 
     apples = "/" not in name or name.lower().startswith("apple/")
-    if apples and normal_name(name) in PUBLISHED and not Path(name).exists():
+    if apples and normal_name(name) in PUBLISHED and not os.path.exists(name):
         config = OpenELMConfig.from_name(name)
         sizes = {tensor: 2 * math.prod(shape) for tensor, shape in expected_tensors(config).items()}
         return describe(name, config, sizes, "bfloat16 weights and cache, as nothing was downloaded")

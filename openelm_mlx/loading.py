@@ -22,6 +22,7 @@ from openelm_mlx.config import OpenELMConfig  # noqa: E402
 from openelm_mlx.config_files import APPLES_DEFAULTS, chat_sampling, read_json  # noqa: E402
 from openelm_mlx.decode import Steps  # noqa: E402
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError, reason  # noqa: E402
+from openelm_mlx.files import name_for_mlx  # noqa: E402
 from openelm_mlx.hub import resolve_model  # noqa: E402
 from openelm_mlx.model import OpenELM  # noqa: E402
 from openelm_mlx.options import ModelOptions, SamplingOptions, shown  # noqa: E402
@@ -144,7 +145,7 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}; `openelm convert` makes a complete model folder")
         try:
-            loaded = mx.load(str(folder / name))
+            loaded = mx.load(name_for_mlx(folder / name))
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{folder / name} is damaged or cut short: {error}") from None
         weights.update(loaded if isinstance(loaded, dict) else {})

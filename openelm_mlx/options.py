@@ -24,7 +24,7 @@ KV_BITS = (4, 8)
 DTYPES = ("float32", "bfloat16", "float16")
 COARSEST_GREEDY = 1e-6  # a temperature below it tells no two logits apart that float32 does not; far below it overflows
 UNFIT = object()
-KINDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "a text", "Path": "a path",
+KINDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "a text", "Path": "a path in UTF-8",
          "tuple[str, ...]": "a text of at least one character, or a list of such texts",
          "tuple[int, ...]": "a whole number, or a list of such numbers"}  # fmt: skip
 
@@ -50,9 +50,9 @@ def as_annotated(annotation: str, given: Any) -> Any:
     if given is None:
         return None if rest == "None" else UNFIT
     if kind == "Path":
-        return Path(given).expanduser() if isinstance(given, (str, os.PathLike)) else UNFIT
+        return Path(os.path.expanduser(given)) if isinstance(given, (str, os.PathLike)) and fit_path(given) else UNFIT
     if kind == "str":
-        return given if isinstance(given, str) else UNFIT
+        return str(given) if isinstance(given, str) else UNFIT
     if kind.startswith("tuple["):
         parts = given if isinstance(given, (list, tuple)) else (given,)
         found = tuple(as_annotated(kind[len("tuple[") : -len(", ...]")], part) for part in parts)
@@ -65,6 +65,12 @@ def as_annotated(annotation: str, given: Any) -> Any:
     if kind == "float":
         return float(number) if abs(number) <= sys.float_info.max else UNFIT  # NaN is not, either
     return int(number) if isinstance(number, int) or number.is_integer() else UNFIT
+
+
+def fit_path(given: str | os.PathLike[str]) -> bool:
+    """Whether this may name a file: MLX opens names in UTF-8 only, which another encoding's are not."""
+    name = os.fspath(given)
+    return isinstance(name, str) and name != "" and not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in name)
 
 
 def within(item: Field[Any], value: Any) -> bool:
@@ -89,7 +95,7 @@ def allowed(item: Field[Any]) -> str:
 
 def shown(value: Any) -> str:
     """A value as an error quotes it: one line, not long."""
-    text = " ".join(repr(value).split())
+    text = " ".join(repr(str(value) if isinstance(value, Path) else value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 from openelm_mlx.cache import KVCache, make_caches
 from openelm_mlx.config import OpenELMConfig, layer_shapes
 from openelm_mlx.errors import CacheError, reason
-from openelm_mlx.files import replacing
+from openelm_mlx.files import name_for_mlx, replacing
 from openelm_mlx.kv import CacheKind, Window
 from openelm_mlx.tokenizer import StreamingDecoder, Tokenizer
 
@@ -97,7 +97,7 @@ class PromptCache:
         }
         try:
             with replacing(path, suffix=".safetensors") as new:
-                mx.save_safetensors(str(new), arrays, about)
+                mx.save_safetensors(name_for_mlx(new), arrays, about)
         except OSError as error:
             raise CacheError(f"{path} cannot be written: {error.strerror}") from None
         except RuntimeError as error:  # MLX's
@@ -108,7 +108,7 @@ class PromptCache:
         """A saved cache. Raises `CacheError` when it was made by other weights, another tokenizer or kind, or is damaged."""
         kind = kind or CacheKind()
         try:
-            loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+            loaded: Any = mx.load(name_for_mlx(path), format="safetensors", return_metadata=True)
         except (OSError, RuntimeError, ValueError) as error:
             raise CacheError(f"{path} is no saved cache: {error}") from None
         arrays, about = loaded

@@ -133,6 +133,10 @@ def test_read_sends_a_file(tiny, chat, tmp_path, monkeypatch):
     (tmp_path / "my notes.txt").write_text("Hello!\n")
     assert chat("/read ~/my notes.txt", "/read '~/my notes.txt'")[1] == answers(tiny, "Hello!", "Hello!")
     assert chat("/read ~/my notes.txt Who are you?")[1] == answers(tiny, "Hello!\n\nWho are you?")
+    question = "Who are you, and why? " * 13 + "Say!"  # with the path longer than a name of a file may be
+    assert chat(f"/read ~/my notes.txt {question}")[1] == answers(tiny, f"Hello!\n\n{question}")
+    status, _, err = chat(f"/read {'x' * 300}", f"/save {'x' * 300}")
+    assert status == 2 and err.count("File name too long") == 2 and err.count("\n") == 2
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "huge").write_bytes(b"x" * 2_000_000)
     status, _, err = chat("/read ~/latin", "/read ~/huge", f"/read {tmp_path}")

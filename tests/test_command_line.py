@@ -26,6 +26,7 @@ def stopped(capsys, *argv):
         (["chat", "--temprature", "0.7"], "openelm chat: unknown option --temprature; did you mean --temperature?"),
         (["generate", "x", "--kv-bit=8", "--max-tokns=3"], "generate: unknown option --max-tokns; did you mean --max-tokens?"),
         (["--verson"], "openelm: unknown option --verson; did you mean --version?"),
+        (["generate", "x", "--", "--bits=4"], "generate: --bits comes after --, where nothing is an option; give it before"),
         (["generate", "x", "y"], "generate: unexpected argument 'y'"),
         (["chat", "tiny", "How are you?"], "chat: unexpected argument 'How are you?'; a message is given with -p"),
         (["list"], "'list' is no command; did you mean models?"),
@@ -119,6 +120,10 @@ def test_output_that_cannot_be_written_is_one_line(monkeypatch, capsys):
             patch.setattr(sys, "stdout", full)
             assert main(argv) == 2
         assert capsys.readouterr().err == "openelm: the output cannot be written: No space left on device\n"
+    with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:  # as under PYTHONUNBUFFERED
+        patch.setattr(sys, "stdout", full)
+        assert main(["-V"]) == 2
+    assert capsys.readouterr().err == "openelm: the output cannot be written: No space left on device\n"
     with open("/dev/full", "w") as full, open("/dev/full", "w") as too, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
         patch.setattr(sys, "stderr", too)

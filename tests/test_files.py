@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +40,26 @@ def test_what_cannot_be_written_is_told_before_the_work(flag, words, capsys):
     shown = capsys.readouterr()
     assert shown.err == f"openelm: {flag} {BELOW_A_FILE} cannot be written: /dev/null is no folder; give another place\n"
     assert shown.out == ""
+
+
+def test_names_that_mlx_cannot_open_are_told_before_the_work(tmp_path, monkeypatch, capsys, nano):
+    latin = tmp_path / os.fsdecode("caf\xe9".encode("latin-1"))
+    try:
+        latin.mkdir()
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    monkeypatch.chdir(latin)
+    for words in (["--cache-file", "kept"], ["--model", str(nano), "--cache-file", str(latin / "kept")]):
+        assert main(["generate", "Once", "--max-tokens", "1", *words]) == 2
+        shown = capsys.readouterr()
+        assert "is no name in UTF-8, and MLX opens no other; rename it, or its folder" in shown.err and shown.out == ""
+    shutil.copytree(nano, latin, dirs_exist_ok=True)
+    assert main(["generate", "Once", "--max-tokens", "1", "--model", str(latin)]) == 2
+    assert "is no name in UTF-8" in capsys.readouterr().err
+    assert main(["convert", ".", "-o", "../again"]) == 0  # what is read here has its own name in UTF-8
+    assert json.loads((tmp_path / "again" / "conversion.json").read_text(encoding="utf-8"))["source"] == "caf?"
+    assert main(["generate", "Once", "--cache-file", ""]) == 2
+    assert capsys.readouterr().err == "openelm: --cache-file is empty; give a path\n"
 
 
 @pytest.mark.parametrize(("flag", "words", "message"), UNREADABLE, ids=[flag for flag, _, _ in UNREADABLE])

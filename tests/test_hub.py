@@ -35,6 +35,16 @@ def test_names_and_suggestions(nano: Path) -> None:
         resolve_model("wizard")
 
 
+def test_a_name_that_cannot_be_one_is_told_without_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("270m").symlink_to("gone")
+    with pytest.raises(HubError, match="there is no file or folder 270m behind this link; a model is"):
+        resolve_model("270m")
+    for name in ("apple/OpenELM.", "apple/OpenELM.git", "a" * 97 + "/b"):
+        with pytest.raises(HubError, match=rf"{re.escape(name)} is no id of the hub \(owner/name\): Repo.id .*; check the"):
+            resolve_model(name)
+
+
 SHA = hashlib.sha256(b"the tokenizer").hexdigest()
 MODEL = {"config.json": b'{"model_type": "openelm"}', "model.safetensors": b"w" * 3_000_000, "modeling_openelm.py": b"x"}
 

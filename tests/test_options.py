@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
@@ -78,9 +79,11 @@ def test_another_type_or_range_is_refused_with_name_value_and_what_is_allowed(na
 def test_options_of_a_conversion_are_checked_likewise(tmp_path):
     made = ConvertOptions(str(tmp_path), tmp_path / "x", bits=np.int64(4), tokenizer="~/t.model")
     assert made.source == tmp_path and type(made.bits) is int and made.tokenizer == Path.home() / "t.model"
-    for name, given, text in (("source", 5, "a path"), ("dry_run", "yes", "True or False"), ("recipe", 5, "a text, or None"),
+    for name, given, text in (("source", 5, "a path in UTF-8"), ("target", "", "a path"), ("tokenizer", "a\0", "a path"),
+                              ("source", "a\udcff", "a path"), ("dry_run", "yes", "True or False"),
+                              ("recipe", 5, "a text, or None"),
                               ("rope_base", float("inf"), "a number from 1.0 to")):  # fmt: skip
-        with pytest.raises(OptionError, match=f"{name} is {given!r}; allowed is {text}"):
+        with pytest.raises(OptionError, match=re.escape(f"{name} is {given!r}; allowed is {text}")):
             ConvertOptions(**({"source": "a", "target": "b"} | {name: given}))
 
 

@@ -77,6 +77,14 @@ def test_files_that_may_not_be_read(tmp_path, monkeypatch):
             read(tmp_path / "x.pt")
 
 
+def test_a_file_that_is_empty_or_not_what_its_name_says(tmp_path):
+    for name, data, text in (("x.gguf", b"", "x.gguf is empty; fetch or copy it again"), ("x.pt", b"", "x.pt is empty"),
+                             ("X.GGUF", b"version https://git-lfs", "X.GGUF is no GGUF file")):  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ConversionError, match=text):
+            open_source(tmp_path / name)
+
+
 def test_options_of_a_source_are_checked_before_it_is_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConversionError, match="is neither a file nor a folder; give a CoreNet .pt file"):

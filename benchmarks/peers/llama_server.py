@@ -34,7 +34,7 @@ def find_server() -> Path | None:
     if not named:
         found = shutil.which("llama-server")
         return Path(found) if found else None
-    path = Path(named).expanduser()
+    path = Path(os.path.expanduser(named))
     folder = path if path.is_dir() else path.parent
     candidates = [path] if path.name.startswith("llama-server") else [folder / "llama-server", folder / "bin" / "llama-server"]
     return next((p for p in candidates if p.is_file() and os.access(p, os.X_OK)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -59,9 +60,9 @@ def open_source(path: Path, source_format: str | None = None) -> TensorSource:
     """
     from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 
-    if not path.exists():
+    if not os.path.exists(path):
         raise ConversionError(f"{path} does not exist; give {WANTED}")
-    if not path.is_file() and not path.is_dir():  # a pipe would be waited for without end
+    if not os.path.isfile(path) and not os.path.isdir(path):  # a pipe would be waited for without end
         raise ConversionError(f"{path} is neither a file nor a folder; give {WANTED}")
     kind = kind_of(path) if path.is_file() else None
     if path.is_dir():
@@ -81,7 +82,9 @@ def open_source(path: Path, source_format: str | None = None) -> TensorSource:
         raise ConversionError(f"{path} is one file of a model; give its folder, which also holds config.json")
     if source_format is not None:
         kind = FILE_KIND[source_format]
-    if kind == "gguf":
+    if kind is None and path.stat().st_size == 0:
+        raise ConversionError(f"{path} is empty; fetch or copy it again")
+    if kind == "gguf" or (kind is None and path.suffix.lower() == ".gguf"):
         from openelm_mlx.convert.sources.gguf import GGUFFile
 
         return GGUFFile(path)

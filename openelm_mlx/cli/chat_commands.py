@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
@@ -150,8 +151,8 @@ def read(session: Session, rest: str) -> None:
 
 def save(session: Session, rest: str) -> None:
     path = given_path(rest)
-    if path.exists():
-        if not path.is_file():
+    if os.path.exists(path):
+        if not os.path.isfile(path):
             raise OptionError(f"{rest} is no ordinary file; give another name")
         if session.confirm is None:
             raise OptionError(f"{rest} exists already; give another name, or remove it")
@@ -245,7 +246,7 @@ def split_path(text: str) -> tuple[Path, str]:
     words = text.split(" ")
     for count in range(len(words), 0, -1):
         path = given_path(" ".join(words[:count]))
-        if path.exists():
+        if os.path.exists(path):  # Path's own raises where a question is longer than a name may be
             return path, " ".join(words[count:]).strip()
     return given_path(words[0]), ""
 
@@ -253,7 +254,7 @@ def split_path(text: str) -> tuple[Path, str]:
 def text_of(path: Path, most: int | None = None) -> str:
     """The text of a file of at most `most` bytes. Raises `PromptError` with one line for whatever is wrong with it."""
     try:
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise PromptError(f"{path} is no ordinary file; give a file of text")
         if most is not None and path.stat().st_size > most:
             raise PromptError(f"{path} has {path.stat().st_size:,} bytes, far more than the context holds; give a part")

@@ -92,7 +92,7 @@ def find_source(args: argparse.Namespace) -> None:
 
     given, path = args.source, Path(os.path.expanduser(args.source))
     tokenizer = getattr(args, "tokenizer", None)
-    if path.exists():
+    if os.path.exists(path):
         tokenizer = tokenizer or missing_tokenizer(path, getattr(args, "source_format", None))
     elif is_published(given):
         tokenizer = tokenizer or mirrored_tokenizer()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cli.options import (
@@ -20,7 +20,7 @@ from openelm_mlx.cli.options import (
     load_model,
 )
 from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin
-from openelm_mlx.files import check_writable
+from openelm_mlx.files import check_writable, name_for_mlx
 from openelm_mlx.options import GenerationOptions, SamplingOptions
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     all_characters(sys.stdout)
     if args.cache_file is not None:
         check_writable(args.cache_file, "--cache-file")
+        name_for_mlx(os.path.realpath(args.cache_file))
     if sampling.idle:
         flags = ", ".join("--" + name.replace("_", "-") for name in sampling.idle)
         print(f"openelm: without a --temperature decoding is greedy; ignored: {flags}", file=sys.stderr)
@@ -153,7 +154,7 @@ def cache_from(path: str | None, engine: Engine, options: GenerationOptions) -> 
     from openelm_mlx.prompt_cache import PromptCache
 
     kind = CacheKind.of(engine.config, options)
-    if path is not None and Path(path).exists():
+    if path is not None and os.path.exists(path):
         return PromptCache.load(path, engine, kind)
     return PromptCache.for_config(engine.config, kind)
 

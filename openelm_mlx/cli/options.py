@@ -35,9 +35,10 @@ class Parser(argparse.ArgumentParser):
         see = " See" if message.endswith("?") else "; see"
         self.exit(2, f"{self.prog}: {message}{see} {self.prog} --help\n")
 
-    def print_help(self, file: Any = None) -> None:
-        """As the base class, but a stream that cannot be written is no secret."""
-        (file or sys.stdout).write(self.format_help())
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """As the base class, but a stream that cannot be written is no secret: help and version are results."""
+        if message:
+            (file or sys.stderr).write(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As the base class, but nothing is left over: a subcommand knows its own options best."""
@@ -46,6 +47,8 @@ class Parser(argparse.ArgumentParser):
             flag = rest[0].partition("=")[0]
             if flag in ("-m", "--model") and any(a.dest == "model" for a in self._actions):
                 self.error(f"{flag} is no option here; give MODEL without it")
+            if flag in self._option_string_actions:
+                self.error(f"{flag} comes after --, where nothing is an option; give it before")
             self.error(f"unknown option {flag}{did_you_mean(flag, self._option_string_actions)}")
         if rest:
             self.error(f"unexpected argument {rest[0]!r}{self.of_stray_words}")
