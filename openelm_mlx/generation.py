@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Generator, Iterable, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from openelm_mlx.prompt_cache import PromptCache, common_prefix, continued_ids
 from openelm_mlx.sampling import History, new_seed, seed_key
 from openelm_mlx.speculative import SpeculationCounts, speculate
 from openelm_mlx.stats import Clock, GenerationStats
-from openelm_mlx.tokenizer import StreamingDecoder
+from openelm_mlx.tokenizer import StreamingDecoder, as_id
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of type checkers; nothing to install
@@ -210,9 +209,7 @@ def token_ids(given: Any) -> list[int]:
     ids = []
     for place, token in enumerate(listed, 1):
         try:
-            if isinstance(token, bool):
-                raise TypeError
-            ids.append(operator.index(token))
+            ids.append(as_id(token))
         except TypeError:
             raise PromptError(
                 f"number {place} of the prompt is of type {type(token).__name__}; a list is one of token ids, which are "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,21 @@ class Tokenizer:
             raise TokenizerError(f"token {token} lies outside the vocabulary of {len(self._pieces)}")
         return self._pieces[token]
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, without the dummy prefix's space."""
-        data = b"".join(self.piece_bytes(int(i)) for i in ids)
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, without the dummy prefix's space. Raises `TokenizerError` for what are no ids of this tokenizer."""
+        listed: Any = ids.tolist() if hasattr(ids, "tolist") else ids
+        try:
+            data = b"".join(self.piece_bytes(as_id(token)) for token in listed)
+        except TypeError:
+            raise TokenizerError("only token ids, which are integers, can be decoded; give a list of them") from None
         return data.removeprefix(b" ").decode("utf-8", errors="replace")
+
+
+def as_id(token: Any) -> int:
+    """A token id, of numpy too, as Python's integer. Raises `TypeError` for a bool and for what is no integer."""
+    if isinstance(token, bool):
+        raise TypeError("a bool is no token id")
+    return operator.index(token)
 
 
 def check_text(text: str) -> None:

@@ -130,3 +130,6 @@ def test_refusals(model_file: Path, tmp_path: Path) -> None:
         Tokenizer.from_file(tmp_path / "bad.model")
     with pytest.raises(TokenizerError, match="outside the vocabulary of 330"):
         Tokenizer.from_file(model_file).piece_bytes(330)
+    for wrong in ([9, 2.0], ["9"], [True], [None], "9", 9, None):
+        with pytest.raises(TokenizerError, match="only token ids, which are integers, can be decoded"):
+            Tokenizer.from_file(model_file).decode(wrong)
