@@ -24,7 +24,8 @@ from openelm_mlx.convert.verify import check_bound, verification_text, verify
 from openelm_mlx.convert.writer import nbytes, write_weights
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors
-from openelm_mlx.errors import CheckpointError, ConversionError
+from openelm_mlx.errors import CheckpointError, ConversionError, OptionError
+from openelm_mlx.options import shown
 
 Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, name of the one just written
 CHUNK_BYTES = 16 << 20  # rows are quantized this many source bytes at a time: small enough for caches and for reused memory
@@ -56,9 +57,11 @@ class ConversionReport:
 def convert(options: ConvertOptions, progress: Progress | None = None) -> ConversionReport:
     """Convert `options.source` into the folder `options.target`, which appears only when it is complete.
 
-    Raises `ConversionError`, `CheckpointError`, `ConfigError` or `TokenizerError`, and leaves nothing behind then or
-    when interrupted.
+    Raises `ConversionError`, `CheckpointError`, `ConfigError`, `TokenizerError` or `OptionError`, and leaves nothing
+    behind then or when interrupted.
     """
+    if not isinstance(options, ConvertOptions):
+        raise OptionError(f"options is {shown(options)}; allowed is one made by ConvertOptions(source, target)")
     check_target(options)
     check_inputs(options)
     opened = open_model(options)  # 1. what is there, 2. what model it makes

@@ -72,7 +72,7 @@ class BatchEngine:
     def __init__(self, engine: Engine, slots: int = 16, options: GenerationOptions | None = None) -> None:
         check_loaded("engine", engine)
         if type(slots) is not int or slots < 1:
-            raise OptionError(f"slots is {slots!r}; a batch needs at least 1")
+            raise OptionError(f"slots is {shown(slots)}; allowed is a whole number from 1 up")
         self.engine, self.slots, self.options = engine, slots, with_overrides(None, options, {})[1]
         self.kind = self._kind(self.options)
         self._waiting: deque[Running] = deque()

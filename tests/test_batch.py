@@ -141,8 +141,9 @@ def test_a_wrong_prompt_fails_alone(engine):
 
 
 def test_mistakes(engine):
-    with pytest.raises(OptionError, match="slots is 0; a batch needs at least 1"):
-        BatchEngine(engine, slots=0)
+    for slots in (0, 2.5):
+        with pytest.raises(OptionError, match=rf"slots is {slots}; allowed is a whole number from 1 up"):
+            BatchEngine(engine, slots=slots)
     with pytest.raises(OptionError, match="sampling has 2 entries for 1 prompts; give one for all, or one each"):
         batch_generate(engine, ["a"], [SamplingOptions()] * 2)
     with pytest.raises(PromptError, match=r"prompts is one text; give a list of prompts, also for a single one: \[text\]"):

@@ -12,7 +12,7 @@ from typing import get_type_hints
 import mlx.core as mx
 import numpy as np
 import pytest
-from openelm_mlx.convert import ConvertOptions
+from openelm_mlx.convert import ConvertOptions, convert
 
 import openelm_mlx
 from openelm_mlx import (
@@ -114,6 +114,8 @@ def test_objects_of_another_kind_are_refused(tiny):
         batch_generate(tiny, ["Once"], temprature=1)
     with pytest.raises(OptionError, match="did you mean 'temperature'"):  # and not 'stream'
         batch_generate(tiny, ["Once"], temp=1)
+    with pytest.raises(OptionError, match=r"options is 'checkpoint.pt'; allowed is one made by ConvertOptions\(source, target\)"):
+        convert("checkpoint.pt", "m")
     with pytest.raises(OptionError, match="prompt_cache is 5; allowed is a PromptCache"):
         generate(tiny, "Once", prompt_cache=5)
     with pytest.raises(OptionError, match="progress is True; allowed is a function of two numbers, or None"):
