@@ -22,7 +22,7 @@ from openelm_mlx.prompt_cache import PromptCache
 from openelm_mlx.tokenizer import Tokenizer, check_text
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack  # of type checkers; nothing to install
+    from typing_extensions import Unpack  # only type checkers import it; nothing to install
 
     from openelm_mlx.decode import Progress
     from openelm_mlx.drafts import ModelDraft
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Conversation", "encode_messages"]
 
 Message = dict[str, str]
-STREAMS = 2**31
+STREAMS = 2**31  # the number of streams under one seed: SamplingOptions.stream is below it
 ANSWER_ROOM = 64  # tokens of context kept free for an answer, or a quarter of a small context
 FORMAT = "openelm-mlx conversation 2"
 READABLE = (None, "openelm-mlx conversation 1", FORMAT)  # files of the first format have no tokens
@@ -52,7 +52,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Request:
-    """An answer that is to be generated, and what the conversation becomes once it has begun."""
+    """An answer to be generated, and what the conversation becomes once the answer has begun."""
 
     question: str
     prompt: list[int]
@@ -64,7 +64,7 @@ class Request:
 
 @explained(SamplingOptions, GenerationOptions)
 class Conversation:
-    """Exchanges of user and assistant over one cache.
+    """A conversation of user and assistant over one cache.
 
     >>> conversation = Conversation(engine, "Be brief.", temperature=0.7)
     >>> for event in conversation.send("Hello!"):
@@ -144,7 +144,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """The conversation that the model still sees, as texts; a list of its own, made anew."""
+        """What the model still sees, as a new list of {"role", "content"} dictionaries."""
         return [
             {"role": role, "content": text}
             for exchange in self._exchanges
@@ -164,7 +164,7 @@ class Conversation:
         return self.engine.config.max_context_length
 
     def send(self, text: str, progress: Progress | None = None) -> Generator[Event, None, None]:
-        """Ask, and yield the answer as it comes.
+        """Send a message, and yield the events of its answer.
 
         `progress(done, total)` is called after each prefilled chunk of the prompt. Raises
         `PromptError` at once, and changes nothing, where the message is empty or does not fit
@@ -179,8 +179,7 @@ class Conversation:
         return self._begin(self._fit(text, self._exchanges), progress)
 
     def regenerate(self, progress: Progress | None = None) -> Generator[Event, None, None]:
-        """Answer the last message again with other random numbers; the new answer replaces the old
-        one.
+        """Answer the last message anew, with other random numbers, in place of its answer.
 
         Raises `PromptError` where nothing has been answered yet, and as `send` does.
         """
@@ -240,7 +239,7 @@ class Conversation:
         return answer
 
     def _sampling_of(self, request: Request) -> SamplingOptions:
-        """The stream counts on from the chat's own, so that every attempt has noise of its own."""
+        """Return the sampling of one attempt: each has its own stream, and so its own noise."""
         return replace(self.sampling, stream=(self.sampling.stream + request.attempt) % STREAMS)
 
     def _answer(
@@ -266,13 +265,13 @@ class Conversation:
                 self.notices = []
 
     def _exchange(self, question: str, shown: str, said: Sequence[int], attempt: int) -> Exchange:
-        """The exchange; its answer keeps the tokens of `said` as far as they read as `shown`."""
+        """Return the exchange; it keeps the tokens of `said` as far as they read as `shown`."""
         tokenizer, asked = self.engine.tokenizer, self._question(question)
         tokens = [*asked, *as_shown(tokenizer, shown, said), tokenizer.eos_id]
         return Exchange(question, shown, tuple(tokens), len(tokens) - len(asked), attempt)
 
     def _fit(self, text: str, exchanges: tuple[Exchange, ...], attempt: int = 0) -> Request:
-        """Request the next answer. Raises `PromptError` if the message alone does not fit.
+        """Return the request for an answer. Raises `PromptError` if the message alone does not fit.
 
         Once the context is full, exchanges are dropped until about half of it is free. What is kept
         has to be prefilled again, as its positions change; after that many messages cost only their
@@ -310,7 +309,7 @@ class Conversation:
         return [*turn_tokens(tokenizer, "user", text), *answer_prefix(tokenizer)]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything `from_json` needs: the texts and the tokens that the model is fed for them."""
+        """Return what `from_json` needs: the texts, and the tokens that the model is fed."""
         return {
             "format": FORMAT,
             "system": self.system,
@@ -359,7 +358,7 @@ class Conversation:
         return talk
 
     def _restored(self, question: str, answer: str, detail: Any) -> Exchange:
-        """A saved exchange, with its saved tokens where they read as its texts."""
+        """Return a saved exchange, with its saved tokens where they read as its texts."""
         detail = detail if isinstance(detail, dict) else {}
         tokens: Any = detail.get("tokens")
         asked = self._question(question)
@@ -371,7 +370,7 @@ class Conversation:
 
 
 def seeded(sampling: SamplingOptions, seed: int | None = None) -> SamplingOptions:
-    """The same options with a seed: their own, else the one given, else a new one."""
+    """Return the options with a seed: their own, else the one given, else a new one."""
     from openelm_mlx.sampling import new_seed
 
     if sampling.seed is not None:
@@ -380,19 +379,18 @@ def seeded(sampling: SamplingOptions, seed: int | None = None) -> SamplingOption
 
 
 def natural(value: Any) -> int:
-    """A count from a saved file; 0 where there is none."""
+    """Return a count from a saved file, or 0 where `value` is none."""
     return value if type(value) is int and value >= 0 else 0
 
 
 def as_shown(tokenizer: Tokenizer, shown: str, said: Sequence[int]) -> list[int]:
-    """Tokens that read as `shown`: the generated ones as far as they do, then the rest, encoded.
+    """Return tokens that read as `shown`: those of `said` that do, then the rest, encoded.
 
     shown  "I am th"        (the stop string "e" was found, or the answer was stopped)
     said   "I", " am", " the", ...  -> "I", " am", and " th" encoded
     """
-    visible = [
-        token for token in said if tokenizer.piece_bytes(token)
-    ]  # no EOS and no BOS inside a turn
+    # BOS and EOS spell nothing, and have no place inside a turn
+    visible = [token for token in said if tokenizer.piece_bytes(token)]
     if tokenizer.decode(visible) == shown:
         return visible
     text, parts = shown.encode(), [tokenizer.piece_bytes(token) for token in visible]
@@ -403,5 +401,5 @@ def as_shown(tokenizer: Tokenizer, shown: str, said: Sequence[int]) -> list[int]
 
 
 def starts_with(text: bytes, start: bytes) -> bool:
-    """Whether UTF-8 `text` begins with `start` and goes on with a whole character."""
+    """Tell whether UTF-8 `text` begins with `start` and goes on with a whole character."""
     return text.startswith(start) and not 0x80 <= (text[len(start) :] or b" ")[0] < 0xC0

@@ -1,4 +1,8 @@
-"""The map: a prompt goes in, events come out. Chat, generate, benchmarks and servers all call `stream_generate`."""
+"""The map of the engine: a prompt goes in, events come out.
+
+Chat, generate, benchmarks and servers all call `stream_generate`; `_generate` is the path of a
+token, in six numbered steps.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ from openelm_mlx.stats import Clock, GenerationStats
 from openelm_mlx.tokenizer import StreamingDecoder, as_id
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack  # of type checkers; nothing to install
+    from typing_extensions import Unpack  # only type checkers import it; nothing to install
 
     from openelm_mlx.loading import Engine
     from openelm_mlx.options import Settings
@@ -32,7 +36,10 @@ Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, or the mess
 
 @dataclass(frozen=True)
 class Event:
-    """One token and the text that became safe to print with it; the last event has `finish_reason` and `stats`."""
+    """One token, and the text that became safe to print with it.
+
+    Only the last event has `finish_reason` and `stats`.
+    """
 
     text: str
     token: int | None
@@ -54,12 +61,12 @@ def generate(
     progress: Progress | None = None,
     **settings: Unpack[Settings],
 ) -> str:
-    """The whole text that follows `prompt`; arguments and errors are those of `stream_generate`.
+    """Return the text that follows `prompt`. Arguments and errors are those of `stream_generate`.
 
     >>> engine = load("openelm-tiny")
     >>> text = generate(engine, "Once upon a time", max_tokens=64, temperature=0.7, seed=1)
 
-    `settings` are options by their names; they replace those of `sampling` and `options`.
+    `settings` are options by name; they replace those in `sampling` and `options`.
     """
     events = stream_generate(
         engine, prompt, sampling, options, prompt_cache=prompt_cache, draft=draft, progress=progress, **settings
@@ -80,12 +87,12 @@ def stream_generate(
     position_offset: int = 0,
     **settings: Unpack[Settings],
 ) -> Generator[Event, None, None]:
-    """Yield an `Event` a token.
+    """Yield one `Event` per token.
 
     >>> for event in stream_generate(engine, "Once upon a time", max_tokens=64):
     ...     print(event.text, end="", flush=True)
 
-    `settings` are options by their names; they replace those of `sampling` and `options`.
+    `settings` are options by name; they replace those in `sampling` and `options`.
 
     A `prompt` is text, token ids or a list of messages `{"role": ..., "content": ...}`. The text of all events is what
     the tokens add to the prompt's text, its leading space included; only an answer in the Instruct format starts without.
@@ -166,7 +173,10 @@ def _generate(
 
 
 def draft_for(engine: Engine, draft: Engine | Draft | None, options: GenerationOptions) -> Chain | None:
-    """What `draft=` and the options ask for: prompt lookup first, a model where nothing matches. Raises `OptionError`."""
+    """Return the drafts that `draft=` and the options ask for, or None. Raises `OptionError`.
+
+    Prompt lookup comes first; a draft model is asked where lookup finds nothing.
+    """
     options.check_draft(draft is not None)
     model: Any = draft if draft is None or hasattr(draft, "propose") else ModelDraft(engine, draft)
     lookup = PromptLookup(options.prompt_lookup) if options.prompt_lookup else None
@@ -175,9 +185,10 @@ def draft_for(engine: Engine, draft: Engine | Draft | None, options: GenerationO
 
 
 def prompt_tokens(engine: Engine, prompt: Prompt, held: Sequence[int] = ()) -> list[int]:
-    """Ids of a prompt: text after BOS, ids as given, messages in the Instruct format. Raises `PromptError`.
+    """Return the ids of a prompt: BOS and text, ids as given, or messages in the Instruct format.
 
-    Text goes on from the ids `held` in a cache, where that keeps more of them than encoding all of it.
+    Text goes on from the ids `held` in a cache, where that reuses more of them than encoding the
+    text anew. Raises `PromptError`.
     """
     limit = engine.config.max_context_length
     if isinstance(prompt, str):
@@ -200,7 +211,10 @@ def prompt_tokens(engine: Engine, prompt: Prompt, held: Sequence[int] = ()) -> l
 
 
 def token_ids(given: Any) -> list[int]:
-    """A list of ids from any iterable of integers, arrays of numpy and MLX included. Raises `PromptError`."""
+    """Return a list of ids from any iterable of integers, also a numpy or MLX array.
+
+    Raises `PromptError`.
+    """
     listed = given.tolist() if hasattr(given, "tolist") else given
     if isinstance(given, (bytes, bytearray, memoryview, Mapping, Set)) or not isinstance(listed, Iterable):
         raise PromptError(
@@ -221,14 +235,17 @@ def token_ids(given: Any) -> list[int]:
 
 
 def first_state(spec: StepSpec, prompt: list[int], key: mx.array) -> State:
-    """The state before the first token is drawn: the position is that of the prompt's last token."""
+    """Return the state before the first token is drawn, at the prompt's last position."""
     history = History.of_prompt([prompt], spec.vocab) if spec.sampling.penalised else None
     newest, last = mx.array(prompt[-1:], dtype=mx.uint32), mx.array([len(prompt) - 1], dtype=mx.int32)
     return State(newest, last, key, history, None, [])
 
 
 def decoder_after(engine: Engine, prompt: list[int]) -> StreamingDecoder:
-    """What decodes the tokens that follow a prompt: an answer in the Instruct format is a text of its own."""
+    """Return a decoder for the tokens that follow a prompt.
+
+    An answer in the Instruct format is a text of its own; any other continues the prompt's text.
+    """
     frame = answer_prefix(engine.tokenizer)
     if prompt[-len(frame) :] == frame:
         return StreamingDecoder(engine.tokenizer)
@@ -236,7 +253,7 @@ def decoder_after(engine: Engine, prompt: list[int]) -> StreamingDecoder:
 
 
 class TextFilter:
-    """Decoded text on its way out. What could be the start of a stop string waits until it is decided.
+    """Holds decoded text back while its end could still be the beginning of a stop string.
 
     stop "END":  "...the E" shows "...the ", "N" shows nothing, "joy" shows "ENjoy", "D" stops for good.
 

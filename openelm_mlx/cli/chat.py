@@ -81,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def opened(args: argparse.Namespace) -> Conversation:
-    """The conversation that the command line asks for; whatever is wrong with it is raised before a model is loaded."""
+    """Return the conversation that the command line asks for.
+
+    Raises an `OpenELMError` for whatever is wrong with the options before it loads a model.
+    """
     options, given = from_args(GenerationOptions, args), given_fields(SamplingOptions, args)
     SamplingOptions(**given)
     if " " in args.model.strip() and not os.path.exists(os.path.expanduser(args.model)):
@@ -106,7 +109,7 @@ def opened(args: argparse.Namespace) -> Conversation:
 
 
 def one_answer(conversation: Conversation, text: str, as_json: bool) -> int:
-    """Answer one message. With `as_json` the object holds what `generate(engine, messages)` takes, and the cost."""
+    """Answer one message. The JSON object has `messages` as `generate(engine, ...)` takes them."""
     from openelm_mlx.cli.generate import context_full
     from openelm_mlx.cli.session import Session
 
@@ -132,7 +135,10 @@ def one_answer(conversation: Conversation, text: str, as_json: bool) -> int:
 
 
 def lines(conversation: Conversation) -> int:
-    """One message or command a line; what cannot be done is said on stderr, and the conversation goes on."""
+    """Run one message or command per line of stdin; return the exit status.
+
+    What cannot be done is said on stderr, and the conversation goes on.
+    """
     from openelm_mlx.cli.session import Session
 
     session, status = Session(conversation), 0

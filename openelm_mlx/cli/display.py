@@ -1,4 +1,4 @@
-"""An answer on its way to stdout: words are wrapped on a terminal, and a status line stands below while it runs."""
+"""Shows an answer on stdout: on a terminal with words wrapped, and a status line below."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Display:
         return self
 
     def progress(self, done: int, total: int) -> None:
-        """Part of the prompt is prefilled, in tokens."""
+        """Say how many tokens of the prompt are prefilled."""
         if self.live:
             self._draw("", f"reading the prompt: {done} of {total} tokens")
         else:
             self.waiting.progress(done, total)
 
     def write(self, text: str, status: str = "") -> None:
-        """A piece of the answer, and what the status line says from now on."""
+        """Show a piece of the answer, and what the status line says from now on."""
         self.waiting.end()
         text = self.wrap.push(text) if self.wrap else printable(text)
         if self.live:
@@ -62,7 +62,7 @@ class Display:
 
 
 class Meter:
-    """Tokens of an answer and their rate, while it runs and after it was stopped."""
+    """Counts the tokens of an answer, and their rate, while it runs and after it was stopped."""
 
     def __init__(self) -> None:
         self.tokens, self.first, self.last = 0, 0.0, 0.0
@@ -78,9 +78,10 @@ class Meter:
 
 
 class StopKey:
-    """Ctrl-C while an answer runs: the first asks for its end, which comes at the next token or prefilled chunk.
+    """Turns Ctrl-C into a request to end the answer at the next token or prefilled chunk.
 
-    So nothing is torn in the middle of a pass. A second one, before that, is a `KeyboardInterrupt`.
+    So nothing is torn in the middle of a pass. A second Ctrl-C before that is a
+    `KeyboardInterrupt`.
     """
 
     def __init__(self) -> None:

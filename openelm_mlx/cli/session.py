@@ -1,4 +1,4 @@
-"""A conversation as its user meets it: a line is a message or a command, and an answer is shown as it comes."""
+"""A conversation as its user meets it: a line is a message or a command, answers are streamed."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from openelm_mlx.chat import Conversation
     from openelm_mlx.generation import Event, GenerationStats
 
+    # takes progress(done, total), and returns the events of an answer
     Ask = Callable[[Callable[[int, int], None]], Generator[Event, None, None]]
 
 NARROWEST = 20  # columns that a text needs to be wrapped beside another
 
 
 class Session:
-    """A conversation, what was measured of its last answer, and where its texts go.
+    """Runs the lines of a conversation, and shows its answers and everything else.
 
-    `dialogue` is someone at a terminal: Ctrl-C stops an answer only, an unknown command is not sent as a message, and
-    `confirm` asks a question for yes or no. Otherwise answers alone go to stdout, all the rest to stderr.
+    `dialogue` says that someone sits at a terminal: Ctrl-C then stops an answer only, an unknown
+    command is not sent as a message, and `confirm` asks a question for yes or no. Without it,
+    answers go to stdout and everything else to stderr. `stats` are those of the last answer.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Session:
 
     @property
     def out(self) -> TextIO:
-        """The stream of everything but answers."""
+        """The stream for everything but answers."""
         return sys.stdout if self.dialogue and sys.stdout.isatty() else sys.stderr
 
     def say(self, text: str) -> None:
@@ -65,7 +67,10 @@ class Session:
         self.say("\n".join(lines))
 
     def handle(self, line: str) -> bool:
-        """Send a message or run a command; False after one that leaves. Raises `OpenELMError`."""
+        """Send a message or run a command; return False after a command that ends the chat.
+
+        Raises `OpenELMError`.
+        """
         from openelm_mlx.cli.chat_commands import find, unknown
 
         if line.startswith("/") and not line.startswith("//"):
@@ -79,7 +84,7 @@ class Session:
         return True
 
     def send(self, text: str) -> None:
-        """Show the answer to a message."""
+        """Send a message and show its answer."""
         self.answer(lambda progress: self.conversation.send(text, progress))
 
     def answer(self, ask: Ask) -> None:
@@ -119,14 +124,14 @@ class Session:
             self.say(f"[the answer was cut at {options.max_tokens} tokens; /set max_tokens N allows more]")
 
     def status(self) -> str:
-        """The line below the prompt: speed of the last answer, context in use."""
+        """Return the line below the prompt: the last answer's speed, and the context in use."""
         talk = self.conversation
         speed = f"{self.stats.generation_tokens_per_second:.1f} tokens/s | " if self.stats else ""
         return f" {printable(talk.engine.name)} | {speed}context {talk.context_used} of {talk.context_length}"
 
 
 def facts(engine: Any) -> str:
-    """A model in one line: its size, its precision and its context."""
+    """Describe a model in one line: its size, its precision and its context."""
     bits = 8 * engine.nbytes / engine.config.num_parameters
     return (
         f"{engine.name}: {engine.config.num_parameters / 1e6:,.1f} million parameters, {bits:.1f} bits per weight, "
@@ -135,7 +140,7 @@ def facts(engine: Any) -> str:
 
 
 def settings(sampling: SamplingOptions) -> str:
-    """What differs from plain greedy decoding, under the names that /set takes, and the seed."""
+    """List the settings that differ from greedy decoding, by their names in /set, and the seed."""
     first = "greedy" if sampling.greedy else f"temperature {sampling.temperature:g}"
     others = [
         f"{item.name} {getattr(sampling, item.name):g}" for item in fields(sampling)
