@@ -40,10 +40,10 @@ class Resolved:
 
 
 def resolve_model(name: str, revision: str | None = None, tokenizer: str | Path | None = None) -> Resolved:
-    """The folder of a bundled, local, short-named, CoreNet's or hub model; fetches and converts what is not there yet.
+    """Find the folder of a model by its name or path; fetch and convert what is not there yet.
 
-    `revision` is a branch, tag or commit on the hub. Raises `HubError` for what cannot be found or fetched, another
-    `OpenELMError` for what is found and is no model.
+    `revision` is a branch, tag or commit on the hub. Raises `HubError` for what cannot be found or
+    fetched, another `OpenELMError` for what is found and is no model.
     """
     given = Path(os.path.expanduser(tokenizer)) if tokenizer else None
     here, hub_id = Path(os.path.expanduser(name)), None
@@ -69,19 +69,25 @@ def resolve_model(name: str, revision: str | None = None, tokenizer: str | Path 
 
 
 def is_published(name: str) -> bool:
-    """Whether `name` has the form of the converter's catalog; `published` there says whether it names anything."""
+    """Tell whether `name` has the form of the converter's catalog.
+
+    Whether it names anything there, `convert.catalog.published` says.
+    """
     return name.lower().startswith((f"{CORENET}:", f"{CORENET}-mlx:"))
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether `name` can only be meant as a file or folder, and is no business of the hub's."""
+    """Tell whether `name` can only be meant as a file or folder, so that the hub is not asked."""
     if name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1:
         return True
     return os.path.splitext(name)[1].lower() in FILE_SUFFIXES
 
 
 def hub_id_of(name: str) -> str:
-    """The id on the hub, by its short name or as it is. Raises `HubError`, with suggestions, for what is none."""
+    """Return the hub id of a short name, or `name` where it is an id.
+
+    Raises `HubError`, with suggestions, for any other name.
+    """
     link = os.path.islink(os.path.expanduser(name))
     if link or looks_like_path(name):
         raise HubError(f"there is no file or folder {name}{' behind this link' if link else ''}; a model is {MODELS}")
@@ -95,13 +101,13 @@ def hub_id_of(name: str) -> str:
 
 
 def snapshot(hub_id: str, revision: str | None = None, patterns: list[str] = PATTERNS) -> Path:
-    """The folder of a hub's model, fetched if need be. Raises `HubError` that names the cause."""
+    """Return the folder of a hub's model, fetched if need be. Raises `HubError` with the cause."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client and what lies beneath it raise all kinds
-        try:  # a cache that lacks nothing but the licence will do, too
+        try:  # a cached copy that lacks only the licence will do
             known = [pattern for pattern in patterns if pattern not in LICENCE]
             folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=known, local_files_only=True))
         except Exception:
@@ -113,7 +119,7 @@ def snapshot(hub_id: str, revision: str | None = None, patterns: list[str] = PAT
 
 
 def mirrored_tokenizer() -> Path:
-    """LLaMA's tokenizer.model, which Apple's repositories do not contain. Raises `HubError`."""
+    """Fetch LLaMA's tokenizer.model, which Apple's repositories lack. Raises `HubError`."""
     problems = []
     for mirror in MIRRORS:
         try:
@@ -130,14 +136,14 @@ def mirrored_tokenizer() -> Path:
 
 
 def hub_cache() -> Path:
-    """Where the hub's client keeps what it fetched, as the environment tells it."""
+    """Return the folder in which the hub's client keeps what it fetched."""
     from huggingface_hub import constants
 
     return Path(os.path.expanduser(constants.HF_HUB_CACHE))
 
 
 def cached_repositories() -> dict[str, Path]:
-    """Hub id -> folder of every model in the hub's cache, also of one whose download was cut at once."""
+    """Map hub ids to folders in the hub's cache, those of downloads that were cut included."""
     return {path.name.removeprefix("models--").replace("--", "/"): path
             for path in sorted(hub_cache().glob("models--*--*")) if path.is_dir()}  # fmt: skip
 
@@ -154,7 +160,7 @@ def remove_repository(hub_id: str) -> None:
 
 
 def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
-    """One line: what failed and what to do about it, from the exception and those beneath it."""
+    """Say in one line what failed and what to do, from the exception and those beneath it."""
     from huggingface_hub import constants, errors
 
     causes = list(chain(error))
@@ -194,12 +200,12 @@ def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
 
 
 def near_folder(hub_id: str) -> str:
-    """A hint for a mistyped path such as models/270m, which reads like a hub id."""
+    """Return a hint for a mistyped path such as models/270m, which reads like a hub id."""
     return f"; there is no folder {hub_id} here either" if os.path.isdir(os.path.dirname(hub_id)) else ""
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception and what caused it, the innermost last."""
+    """Yield the exception and its causes, the innermost last."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -208,7 +214,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an exception or a cause of it carries."""
+    """Return the HTTP status that an exception or one of its causes carries, if any."""
     for cause in chain(error):
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(status, int):

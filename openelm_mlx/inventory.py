@@ -69,7 +69,10 @@ def converted() -> list[Kept]:
 
 
 def matching(name: str) -> list[Kept]:
-    """What `name` stands for on this disk, the conversions made from it included. Raises `HubError` where it is nothing."""
+    """List what `name` stands for on this disk, with the conversions made from it.
+
+    Raises `HubError` where there is nothing.
+    """
     if name == "openelm-tiny":
         raise HubError("openelm-tiny comes with openelm-mlx and stays as long as it does")
     if is_published(name):

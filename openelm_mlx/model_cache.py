@@ -1,12 +1,13 @@
-"""What convert takes runs as it is: it is converted once, without loss, into a cache and found there again.
+"""The cache that lets whatever convert takes run as it is: converted once, without loss.
 
     ~/.cache/openelm-mlx/converted/     (~/Library/Caches on macOS; $XDG_CACHE_HOME and $OPENELM_CACHE move it)
       checkpoint-1a2b3c4d5e6f7a8b/      a model folder, named for the SHA-256 of everything that went into it
       checkpoint-1a2b3c4d5e6f7a8b.lock  shared while a process uses the folder, exclusive while one makes or removes it
       index/*.json                      source path -> folder, with size and times of every file that was read
 
-The index saves hashing a file again; what it does not know, or what changed since, is hashed. So a moved or touched
-copy is found by its content, and a changed file is never taken for what it was.
+The index saves hashing a file again. A file that it does not know, or that changed since, is
+hashed: so a moved or touched copy is found by its content, and a changed file is never taken for
+the old one.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ _temporary: list[tempfile.TemporaryDirectory[str]] = []
 
 @dataclass(frozen=True)
 class Conversion:
-    """One folder of the cache. `used` is in seconds since the epoch; `sources` are paths or names it was made from."""
+    """One folder of the cache.
+
+    `used` is in seconds since the epoch; `sources` are the paths or names that it was made from.
+    """
 
     folder: Path
     nbytes: int
@@ -58,7 +62,7 @@ class Conversion:
 
 
 def cache_folder() -> Path:
-    """$OPENELM_CACHE, or `openelm-mlx` in the system's place for caches."""
+    """Return $OPENELM_CACHE, or the folder `openelm-mlx` where the system keeps caches."""
     if own := os.environ.get("OPENELM_CACHE"):
         return Path(os.path.expanduser(own))
     home = Path(os.path.expanduser("~"))
@@ -71,7 +75,7 @@ def conversions_folder() -> Path:
 
 
 def limit_bytes() -> float:
-    """The size the cache is kept under, from $OPENELM_CACHE_GB. Raises `OptionError`."""
+    """Return the size to keep the cache under, from $OPENELM_CACHE_GB. Raises `OptionError`."""
     given = os.environ.get("OPENELM_CACHE_GB") or str(DEFAULT_LIMIT_GB)
     try:
         limit = float(given)
@@ -83,7 +87,7 @@ def limit_bytes() -> float:
 
 
 def converted(source: Path, tokenizer: Path | None = None, name: str | None = None) -> Path:
-    """The model folder that `source` becomes: found in the cache, or converted into it now.
+    """Return the model folder of `source`, found in the cache or converted into it now.
 
     `name` is what the user called the source, where it is no path. Raises an `OpenELMError` for what convert does not
     take, and where the result cannot be written.
@@ -125,7 +129,7 @@ def converted(source: Path, tokenizer: Path | None = None, name: str | None = No
 
 
 def recall(source: Path, tokenizer: Path | None = None) -> Path | None:
-    """The conversion of `source` if the index knows it and nothing that was read for it has changed since."""
+    """Return the conversion of `source` if the index knows it and no file for it has changed."""
     source = Path(os.path.abspath(source))
     record = read_record(record_path(source, tokenizer))
     files, folder = record.get("files"), conversions_folder() / str(record.get("folder"))
@@ -141,7 +145,7 @@ def recall(source: Path, tokenizer: Path | None = None) -> Path | None:
 
 
 def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path | None) -> None:
-    """Convert, after a line that says so; `given` is the tokenizer that the user chose."""
+    """Say so in one line, and convert; `given` is the tokenizer that the user chose."""
     from dataclasses import replace
 
     from openelm_mlx.convert.pipeline import convert
@@ -162,7 +166,7 @@ def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path 
 
 
 def hold(folder: Path, make: Callable[[], None]) -> None:
-    """Have `folder` made at most once, by this process or another, and keep it while this process lives."""
+    """Let `folder` be made at most once, by this process or another, and hold it until the end."""
     if folder in _held and complete(folder):
         return
     for _ in range(5):  # more than once only where the folder is removed at the same moment
@@ -190,6 +194,8 @@ def hold(folder: Path, make: Callable[[], None]) -> None:
 
 
 def lock(file: IO[str], kind: int, notice: str = "") -> None:
+    """Lock `file`, printing `notice` if that takes waiting; do nothing where files cannot be locked."""
+    """Lock `file`; print `notice` if that takes waiting. Where files cannot be locked, pass."""
     try:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -203,6 +209,8 @@ def lock(file: IO[str], kind: int, notice: str = "") -> None:
 
 
 def same_file(file: IO[str], path: Path) -> bool:
+    """Tell whether `path` still names the open `file`: another process may have removed it."""
+    """Tell whether `path` still names the open `file`: another process may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
@@ -210,7 +218,7 @@ def same_file(file: IO[str], path: Path) -> bool:
 
 
 def conversions() -> list[Conversion]:
-    """What is in the cache, the one used longest ago first."""
+    """List the conversions in the cache, the one used longest ago first."""
     root = conversions_folder()
     sources: dict[str, list[str]] = {}
     for path in root.glob("index/*.json"):
@@ -226,7 +234,10 @@ def conversions() -> list[Conversion]:
 
 
 def make_room(keep: Path, limit: float) -> None:
-    """Remove what was used longest ago until the cache is under its limit; never `keep`, nor what a process uses."""
+    """Remove what was used longest ago until the cache is under its limit.
+
+    `keep`, and what a process uses, stays.
+    """
     from openelm_mlx.convert.staging import clear_leftovers
 
     for path in keep.parent.glob(".*.partial-*"):  # of runs that were killed
@@ -239,7 +250,7 @@ def make_room(keep: Path, limit: float) -> None:
 
 
 def remove(folder: Path) -> bool:
-    """Remove a conversion and what the index says of it; False where a process uses it."""
+    """Remove a conversion and its entries in the index; return False where a process uses it."""
     try:
         with open(lock_path(folder), "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -260,11 +271,13 @@ def remove_folder(folder: Path) -> None:
 
 
 def complete(folder: Path) -> bool:
+    """Tell whether a conversion was finished: its config.json is written last."""
+    """Tell whether a conversion was finished: its config.json is written last."""
     return (folder / "config.json").is_file()
 
 
 def writable(root: Path) -> bool:
-    """Whether files can be made in the cache; it is made itself if need be."""
+    """Tell whether files can be made in the cache, which is made first if need be."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
@@ -274,7 +287,10 @@ def writable(root: Path) -> bool:
 
 
 def temporary_folder(folder: Path) -> Path:
-    """A place for this process alone, where the cache cannot be written. Raises `ConversionError`."""
+    """Return a folder for this process alone, as the cache cannot be written.
+
+    Raises `ConversionError`.
+    """
     try:
         _temporary.append(tempfile.TemporaryDirectory(prefix="openelm-"))
     except OSError as error:
@@ -286,7 +302,7 @@ def temporary_folder(folder: Path) -> Path:
 
 
 def content_key(weights: Iterable[Path], beside: Iterable[Path], tokenizer: bytes, instruct: bool) -> str:
-    """16 hex digits for the content of everything that a conversion depends on, wherever it lies."""
+    """Hash the content of everything that a conversion depends on, to 16 hex digits."""
     weights = list(weights)
     digest = hashlib.sha256(f"{__version__} {instruct} {hashlib.sha256(tokenizer).hexdigest()}".encode())
     for path in [*weights, *beside]:
@@ -298,13 +314,15 @@ def content_key(weights: Iterable[Path], beside: Iterable[Path], tokenizer: byte
 
 
 def watched(source: Path) -> list[Path]:
-    """The files whose coming, going or changing may change what `source` becomes."""
+    """List the files whose coming, going or changing may change what `source` becomes."""
     folder = source if source.is_dir() else source.parent
     weights = [path for path in folder.iterdir() if path.suffix.lower() in WEIGHT_SUFFIXES] if source.is_dir() else [source]
     return [*weights, *(folder / name for name in SIDE_FILES)]
 
 
 def state(path: Path) -> list[int] | None:
+    """Return what tells that a file has changed: size, times and inode; None where there is none."""
+    """Return what shows that a file has changed: size, times, inode. None where it is missing."""
     try:
         found = path.stat()
     except OSError:
@@ -330,7 +348,10 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def remember(source: Path, tokenizer: Path | None, folder: Path, files: dict[str, Any], name: str | None) -> None:
-    """Write the index's entry; without `files` where one changed a moment ago, so that the source is hashed again."""
+    """Write the index's entry.
+
+    Where a file changed a moment ago the entry has no `files`, so that the source is hashed again.
+    """
     if folder.parent != conversions_folder():
         return
     newest = max((times[1] for times in files.values() if times), default=0) / 1e9

@@ -12,7 +12,10 @@ LLAMA_ROWS = range(32000, 32257)  # rows of an embedding that LLaMA's tokenizer 
 
 
 def loadable(folder: Path) -> bool:
-    """Whether the engine loads this folder as it is, or, where it is damaged, says best what is wrong with it."""
+    """Tell whether the engine should load this folder as it is, without a conversion.
+
+    A damaged folder counts as loadable: loading says best what is wrong with it.
+    """
     index = folder / "model.safetensors.index.json"
     if not (folder / "config.json").is_file() or not (index.is_file() or (folder / "model.safetensors").is_file()):
         return False

@@ -83,7 +83,7 @@ def within(item: Field[Any], value: Any) -> bool:
 
 
 def allowed(item: Field[Any]) -> str:
-    """What a field may be, as a part of a sentence: "allowed is a whole number from 1 to 16, or None"."""
+    """Say what a field may be, as in "allowed is a whole number from 1 to 16, or None"."""
     kind, _, rest = str(item.type).partition(" | ")
     none = ", or None" if rest == "None" else ""
     if "choices" in item.metadata:
@@ -94,21 +94,22 @@ def allowed(item: Field[Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as an error quotes it: one line, not long."""
+    """Quote a value for an error: in one line, and not a long one."""
     text = " ".join(repr(str(value) if isinstance(value, Path) else value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_loaded(name: str, engine: Any) -> None:
-    """Raise `OptionError` for what is no `Engine`, above all for the name of a model."""
+    """Raise `OptionError` for anything but an `Engine`, above all for the name of a model."""
     if not hasattr(engine, "tokenizer"):
         raise OptionError(f"{name} is {shown(engine)}; allowed is a loaded model, as in {name} = load('openelm-tiny')")
 
 
 def explained(*options: type) -> Callable[[T], T]:
-    """Decorator: the docstring ends with every field of `options`, or of the decorated dataclass, and its meaning.
+    """Decorate a function or class so that its docstring ends with all options and their meanings.
 
-    `help` and notebooks show it. The texts stand in the metadata of the fields only.
+    The options are the fields of the classes `options`, or of the decorated dataclass; their texts
+    come from the metadata of the fields. `help` and notebooks show them.
     """
 
     def explain(target: T) -> T:
@@ -130,7 +131,10 @@ def explanation(item: Field[Any]) -> list[str]:
 @explained()
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is drawn from the logits; the order of the filters is stated in `sampling.filter_logits`."""
+    """How the next token is drawn from the logits.
+
+    `sampling.filter_logits` states the order of the filters.
+    """
 
     temperature: float = field(
         default=0.0,
@@ -174,7 +178,7 @@ class SamplingOptions:
 
     @property
     def idle(self) -> list[str]:
-        """The names of the filters that were set and change nothing, because the choice is greedy."""
+        """Names of the filters that were set but change nothing, because the choice is greedy."""
         names = ("top_k", "top_p", "min_p") if self.greedy else ()
         return [name for name in names if getattr(self, name) != getattr(SamplingOptions, name) and self.top_k != 1]
 
@@ -232,7 +236,10 @@ class GenerationOptions:
             )
 
     def check_draft(self, drafts: bool) -> None:
-        """Raise `OptionError` where the length of drafts was set and there are none: no model, and no lookup here."""
+        """Raise `OptionError` where the length of drafts was set and nothing drafts.
+
+        `drafts` says whether there is a draft model; these options know of prompt lookup.
+        """
         for name in ("draft_tokens", "adaptive_draft"):
             value = getattr(self, name)
             if not drafts and not self.prompt_lookup and value != getattr(GenerationOptions, name):
@@ -269,7 +276,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 class Settings(TypedDict, total=False):
     """Every option as a keyword, for type checkers and editors: `**settings: Unpack[Settings]`.
 
-    These are the fields of `SamplingOptions` and `GenerationOptions` with the same texts; defaults stand there.
+    The keys are the fields of `SamplingOptions` and `GenerationOptions`, with the same texts. Those
+    classes hold the defaults.
     """
 
     temperature: float
@@ -319,7 +327,10 @@ class Settings(TypedDict, total=False):
 def with_overrides(
     sampling: SamplingOptions | None, options: GenerationOptions | None, overrides: Mapping[str, Any]
 ) -> tuple[SamplingOptions, GenerationOptions]:
-    """Both option objects with the named fields replaced; an unknown name raises `OptionError` with the nearest."""
+    """Return both option objects with the named fields replaced.
+
+    An unknown name raises `OptionError` with the nearest known one.
+    """
     sampling = SamplingOptions() if sampling is None else sampling
     options = GenerationOptions() if options is None else options
     for name, given, kind in (("sampling", sampling, SamplingOptions), ("options", options, GenerationOptions)):

@@ -30,7 +30,10 @@ SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False,
 
 @dataclass(frozen=True)
 class Command:
-    """Names of a command, what may follow it, and what it does; `run` returns False where the chat is to end."""
+    """A command: its names, what may follow it, and what it does.
+
+    `run` returns False where the chat is to end.
+    """
 
     names: tuple[str, ...]
     argument: str
@@ -68,7 +71,7 @@ def show(session: Session, rest: str) -> None:
 
 
 def set_option(session: Session, rest: str) -> None:
-    """`NAME VALUE`; `NAME` alone shows it, nothing shows all."""
+    """Change the setting of `NAME VALUE`; show that of `NAME` alone; list all without a name."""
     from openelm_mlx.kv import CacheKind
 
     talk = session.conversation
@@ -93,7 +96,10 @@ def set_option(session: Session, rest: str) -> None:
 
 
 def parsed(item: Field[Any], value: str) -> Any:
-    """The value of a setting; what is no number stays a text, which the options refuse with the range allowed."""
+    """Read the value of a setting.
+
+    A text that is no number is returned as it is: the options refuse it, and say what is allowed.
+    """
     kind = str(item.type)
     if item.name == "seed" and value.lower() in ("random", "new", "none"):
         from openelm_mlx.sampling import new_seed
@@ -114,7 +120,7 @@ def parsed(item: Field[Any], value: str) -> Any:
 
 
 def shown(session: Session, name: str) -> str:
-    """The value of a setting as /set takes it."""
+    """Write the value of a setting as /set takes it."""
     talk = session.conversation
     value = getattr(talk.sampling if hasattr(talk.sampling, name) else talk.options, name)
     if isinstance(value, bool):
@@ -143,7 +149,7 @@ def regenerate(session: Session, rest: str) -> None:
 
 
 def read(session: Session, rest: str) -> None:
-    """A file as a message; what follows its name is a question after its text."""
+    """Send the text of a file; what follows its name is a question, put after the text."""
     path, question = split_path(rest)
     text = text_of(path, BYTES_PER_TOKEN * session.conversation.context_length).rstrip("\n")
     session.send(f"{text}\n\n{question}" if question else text)
@@ -212,12 +218,12 @@ BY_NAME = {name: command for command in COMMANDS for name in command.names}
 
 
 def find(name: str) -> Command | None:
-    """The command of this name, whatever its case."""
+    """Return the command of this name, in whatever case, or None."""
     return BY_NAME.get(name.lower())
 
 
 def unknown(name: str) -> OpenELMError:
-    """What to say of a name that is no command."""
+    """Return the error for a name that is no command."""
     hint = did_you_mean(name.lower(), BY_NAME)
     return OptionError(f"{name} is no command{hint} (/help lists them; // begins a message with one slash)")
 
@@ -227,12 +233,12 @@ def counted(number: int, noun: str) -> str:
 
 
 def short(text: str) -> str:
-    """The text in at most one line."""
+    """Shorten a text to at most one line."""
     return textwrap.shorten(text, 72, placeholder=" ...")
 
 
 def given_path(name: str) -> Path:
-    """The path that was typed: quotes around it go, ~ is the home folder."""
+    """Return the path that was typed, without quotes around it; ~ is the home folder."""
     if len(name) > 1 and name[0] == name[-1] and name[0] in "\"'":
         name = name[1:-1]
     try:
@@ -242,7 +248,7 @@ def given_path(name: str) -> Path:
 
 
 def split_path(text: str) -> tuple[Path, str]:
-    """The longest beginning of `text` that names a file, and the rest; a name with blanks needs no quotes."""
+    """Split off the longest beginning that names a file: a name with blanks needs no quotes."""
     words = text.split(" ")
     for count in range(len(words), 0, -1):
         path = given_path(" ".join(words[:count]))
@@ -252,7 +258,7 @@ def split_path(text: str) -> tuple[Path, str]:
 
 
 def text_of(path: Path, most: int | None = None) -> str:
-    """The text of a file of at most `most` bytes. Raises `PromptError` with one line for whatever is wrong with it."""
+    """Return the text of a file of at most `most` bytes. Raises `PromptError`."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise PromptError(f"{path} is no ordinary file; give a file of text")

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The argument, or all of stdin for "-"; a hint goes to stderr where the prompt ends with a space."""
+    """Return the prompt, all of stdin for "-"; print a hint where it ends with a space."""
     prompt: str = args.words if args.prompt is None else args.prompt
     if prompt == "-":
         prompt = utf8_stdin().read()
@@ -131,7 +131,7 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def context_full(last: Event, options: GenerationOptions) -> bool:
-    """Whether the text was cut because no further token fits, rather than at `max_tokens`."""
+    """Tell whether the text was cut because no further token fits, rather than at `max_tokens`."""
     generated = 0 if last.stats is None else last.stats.generation_tokens
     return last.finish_reason == "length" and generated < options.max_tokens
 
@@ -144,12 +144,12 @@ def logprobs(engine: Engine, event: Event) -> dict[str, Any]:
 
 
 def text_of(engine: Engine, token: int) -> str:
-    """What a token spells by itself, its leading space kept; a part of a character shows as U+FFFD."""
+    """Return what a token spells alone, with its leading space; parts of characters as U+FFFD."""
     return engine.tokenizer.piece_bytes(token).decode("utf-8", "replace")
 
 
 def cache_from(path: str | None, engine: Engine, options: GenerationOptions) -> PromptCache:
-    """What was saved at `path`, or a new cache of the kind that the options ask for."""
+    """Load the cache saved at `path`, or make one of the kind that the options ask for."""
     from openelm_mlx.kv import CacheKind
     from openelm_mlx.prompt_cache import PromptCache
 

@@ -36,12 +36,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}{see} {self.prog} --help\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """As the base class, but a stream that cannot be written is no secret: help and version are results."""
+        """Print help or a version; unlike the base class, raise where the stream cannot be written."""
         if message:
             (file or sys.stderr).write(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As the base class, but nothing is left over: a subcommand knows its own options best."""
+        """Parse as the base class does, and refuse here whatever is left over.
+
+        So the error comes from the subcommand, which knows its own options best.
+        """
         namespace, rest = super().parse_known_args(args, namespace)
         if rest and rest[0].startswith("-"):
             flag = rest[0].partition("=")[0]
@@ -65,7 +68,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known word that `word` was meant to be; nothing where none is near."""
+    """End an error message with the known word that was meant, or with nothing if none is near."""
     known = list(known)
     near = OTHER_NAMES[word] if OTHER_NAMES.get(word) in known else nearest(word, known)
     return f"; did you mean {near}?" if near else ""
@@ -91,7 +94,7 @@ FORMS: dict[str, tuple[Any, str]] = {"int": (whole, "N"), "float": (real, "X"), 
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type, skip: tuple[str, ...] = ()) -> None:
-    """One `--flag` for each field of the dataclass `options` that has help in its metadata."""
+    """Add one `--flag` for each field of the dataclass `options` that has help in its metadata."""
     group = parser.add_argument_group(options.__name__.removesuffix("Options").lower() + " options")
     for item in fields(options):
         if item.name not in skip and "help" in item.metadata:
@@ -115,18 +118,18 @@ def add_flag(group: Any, item: Field[Any]) -> None:
 
 
 def from_args(options: type[T], args: argparse.Namespace, **defaults: Any) -> T:
-    """The dataclass, with what was given on the command line over `defaults` over its own defaults."""
+    """Make the dataclass: the command line goes over `defaults`, which go over its own."""
     return options(**{**defaults, **given_fields(options, args)})
 
 
 def given_fields(options: type, args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of the dataclass that were given on the command line."""
+    """Return the fields of the dataclass that were given on the command line."""
     given = {f.name: getattr(args, f.name) for f in fields(options) if hasattr(args, f.name)}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """How a model is loaded, the same for every command that runs one."""
+    """Add the flags for loading a model, the same for every command that runs one."""
     add_flags(parser, ModelOptions)
 
 
@@ -135,7 +138,7 @@ def add_draft_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def load_draft(args: argparse.Namespace) -> Any:
-    """The engine of `--draft-model`, or None."""
+    """Load the engine of `--draft-model`; None where the flag was not given."""
     from openelm_mlx.loading import load
 
     if args.draft_model is None:
@@ -146,7 +149,10 @@ def load_draft(args: argparse.Namespace) -> Any:
 
 
 def load_model(name: str, args: argparse.Namespace) -> Any:
-    """The engine of `name`. Raises `OptionError`, before it loads, for options that have nothing to act on."""
+    """Load the engine of `name`.
+
+    Raises `OptionError` before it loads for options that have nothing to act on.
+    """
     options = from_args(ModelOptions, args)
     from_args(GenerationOptions, args).check_draft(args.draft_model is not None)
     from openelm_mlx.loading import load

@@ -1,4 +1,4 @@
-"""Standard input as UTF-8, output that cannot fail on a character, and a sign of life on the terminal."""
+"""Standard input as UTF-8, output that fails on no character, and a sign of life while waiting."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ PATIENCE_SECONDS = 0.5  # a wait shorter than this needs no sign
 
 
 def utf8_stdin() -> TextIO:
-    """Standard input, read as UTF-8 whatever the locale says; bytes that are none become lone surrogates.
+    """Return standard input, read as UTF-8 whatever the locale says.
 
-    The tokenizer refuses those with one line that names the place. Raises `PromptError` where stdin is closed.
+    Bytes that are not UTF-8 become lone surrogates, which the tokenizer refuses with one line that
+    names the place. Raises `PromptError` where stdin is closed.
     """
     if sys.stdin is None or sys.stdin.closed:
         raise PromptError("standard input is closed; give the text on the command line")
@@ -34,17 +35,20 @@ def all_characters(stream: TextIO) -> None:
 
 
 def printable(text: str) -> str:
-    """The text without lone surrogates, which no stream can write."""
+    """Replace the lone surrogates in a text, which no stream can write."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def moves_cursor(stream: TextIO | None) -> bool:
-    """Whether `stream` is a terminal that knows the usual escape sequences."""
+    """Tell whether `stream` is a terminal that knows the usual escape sequences."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
 
 
 def columns(stream: TextIO) -> int:
-    """Width of the terminal now; COLUMNS, which shutil prefers, does not follow a resized window."""
+    """Return the width of the terminal now.
+
+    COLUMNS, which shutil prefers, does not follow a resized window.
+    """
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):
@@ -52,11 +56,12 @@ def columns(stream: TextIO) -> int:
 
 
 class Waiting:
-    """One line on stderr that says what is waited for; it comes after half a second and goes with the wait.
+    """A line on a terminal's stderr that says what is going on.
 
-    with Waiting("loading 3b"): ...     Only a terminal shows it.
+        with Waiting("loading 3b"): ...
 
-    The cursor rests at its start, so that whatever else is written there takes its place.
+    It appears after half a second and goes with the wait. The cursor rests at its start, so that
+    whatever else is written there takes its place.
     """
 
     def __init__(self, text: str) -> None:
@@ -71,14 +76,14 @@ class Waiting:
         return self
 
     def say(self, text: str) -> None:
-        """What is waited for now."""
+        """Change what the line says."""
         with self.lock:
             self.text = text
             if self.shown:
                 self._write()
 
     def progress(self, done: int, total: int) -> None:
-        """Part of a prompt is prefilled, in tokens; this is what `stream_generate(progress=...)` calls."""
+        """Say how many tokens of a prompt are prefilled, as `stream_generate(progress=)` asks."""
         self.say(f"reading the prompt: {done} of {total} tokens")
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""The dialogue on a terminal: a prompt with history and completion, and a keyboard that is silent between prompts."""
+"""The dialogue on a terminal: a prompt with history and completion, silent keys between prompts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # a paste arrives in bracket
 
 
 def dialogue(conversation: Conversation) -> int:
-    """Prompt, answer, repeat; history is kept across sessions."""
+    """Prompt, answer, repeat, until the user leaves; history is kept across sessions."""
     output = create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
     session = Session(conversation, dialogue=True)
     prompts: PromptSession[str] = PromptSession(
@@ -114,14 +114,17 @@ class Lines(Completer):
 
 
 class History(FileHistory):
-    """Earlier messages in a file; lone surrogates, which prompt_toolkit before 3.0.53 cannot write, are replaced."""
+    """Keeps earlier messages in a file.
+
+    Lone surrogates, which prompt_toolkit before 3.0.53 cannot write, are replaced.
+    """
 
     def store_string(self, string: str) -> None:
         super().store_string(printable(string))
 
 
 def history_file() -> Path:
-    """Where earlier messages are remembered: $XDG_STATE_HOME/openelm-mlx/history."""
+    """Return the file of earlier messages: $XDG_STATE_HOME/openelm-mlx/history."""
     try:
         folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "openelm-mlx"
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,9 +135,9 @@ def history_file() -> Path:
 
 
 class SilentKeys:
-    """What is typed while an answer runs is not shown amid it; it waits for the next prompt.
+    """Keeps what is typed during an answer from being shown amid it: it waits for the next prompt.
 
-    The terminal is as before after every way out, the signals that end or suspend a process included.
+    The terminal is restored on every way out, also by signals that end or suspend the process.
     """
 
     ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -158,7 +161,9 @@ class SilentKeys:
             signal.signal(number, handler)
 
     def _silence(self) -> None:
-        """No echo, no lines made by the terminal (they end at 4,095 bytes), Enter arrives as the prompt knows it."""
+        """Turn off echo, and lines made by the terminal, which end at 4,095 bytes; let Enter arrive
+        as the prompt knows it.
+        """
         mode = termios.tcgetattr(self.terminal)
         mode[0] &= ~termios.ICRNL
         mode[3] &= ~(termios.ECHO | termios.ICANON)

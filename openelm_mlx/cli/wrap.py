@@ -1,4 +1,4 @@
-"""Words that arrive in pieces, wrapped at the edge of a terminal: a word that no longer fits moves to the next line."""
+"""Wraps words that arrive in pieces: one that no longer fits in the line moves to the next."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TAB = 8
 
 
 class WordWrap:
-    """What to write for each piece of text so that no word breaks at the edge.
+    """Says what to write for each piece of text so that no word breaks at the edge.
 
         width 10   "the quick" -> "the quick", " bro" -> " ", then back over "bro": a new line, "bro"; "wn" -> "wn"
 
@@ -24,14 +24,16 @@ class WordWrap:
         self.word, self.word_width = "", 0  # the part of a word that ends at the cursor
 
     def push(self, text: str) -> str:
-        """The text with its line breaks. Control characters, which could command the terminal, become U+FFFD, and so do
-        lone surrogates, which no stream can write.
+        """Return the text with its line breaks.
+
+        Control characters, which could command the terminal, and lone surrogates, which no stream
+        can write, become U+FFFD.
         """
         self._resize()
         return "".join(map(self._character, text))
 
     def _resize(self) -> None:
-        """A narrower window: the terminal has folded the line, and what it did with the word is not known."""
+        """Follow a new width. In a narrower window the terminal has folded the line its own way."""
         width = max(self.columns() - 1, 1)
         if width < self.column:
             self.column %= width + 1
@@ -61,7 +63,7 @@ class WordWrap:
         return back + self._take(char, size)
 
     def _blank(self, size: int) -> str:
-        """Spaces; at the edge they are the line break that comes with the next word."""
+        """Return spaces; at the edge nothing, as a line break comes there with the next word."""
         self._new_word()
         if self.column + size > self.width:
             self.column = self.width
