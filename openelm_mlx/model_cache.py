@@ -194,7 +194,6 @@ def hold(folder: Path, make: Callable[[], None]) -> None:
 
 
 def lock(file: IO[str], kind: int, notice: str = "") -> None:
-    """Lock `file`, printing `notice` if that takes waiting; do nothing where files cannot be locked."""
     """Lock `file`; print `notice` if that takes waiting. Where files cannot be locked, pass."""
     try:
         try:
@@ -209,7 +208,6 @@ def lock(file: IO[str], kind: int, notice: str = "") -> None:
 
 
 def same_file(file: IO[str], path: Path) -> bool:
-    """Tell whether `path` still names the open `file`: another process may have removed it."""
     """Tell whether `path` still names the open `file`: another process may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
@@ -272,7 +270,6 @@ def remove_folder(folder: Path) -> None:
 
 def complete(folder: Path) -> bool:
     """Tell whether a conversion was finished: its config.json is written last."""
-    """Tell whether a conversion was finished: its config.json is written last."""
     return (folder / "config.json").is_file()
 
 
@@ -321,7 +318,6 @@ def watched(source: Path) -> list[Path]:
 
 
 def state(path: Path) -> list[int] | None:
-    """Return what tells that a file has changed: size, times and inode; None where there is none."""
     """Return what shows that a file has changed: size, times, inode. None where it is missing."""
     try:
         found = path.stat()

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}{see} {self.prog} --help\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Print help or a version; unlike the base class, raise where the stream cannot be written."""
+        """Print help or a version. Unlike the base class, raise where it cannot be written."""
         if message:
             (file or sys.stderr).write(message)
 
