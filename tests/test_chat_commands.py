@@ -35,6 +35,7 @@ def answers(engine, *messages: str, **options) -> str:
 
 def test_each_line_of_a_pipe_is_a_message(tiny, chat):
     assert chat("Hello!", "", "Who are you?") == (0, answers(tiny, "Hello!", "Who are you?"), "")
+    assert chat("Hello!\r", "\r", "Who are you?\r") == chat("Hello!", "Who are you?")  # lines of Windows
 
 
 def test_a_line_that_cannot_be_answered_is_one_line_of_error(tiny, chat):
@@ -164,7 +165,7 @@ def test_one_question_and_out(tiny, stdin, capsys, tmp_path):
     wanted = answers(tiny, "Hello!\nWho are you?", system="Be brief.")
     assert main([*ask, "-p", "Hello!\nWho are you?"]) == 0
     assert capsys.readouterr() == (wanted, "")
-    stdin(b"Hello!\nWho are you?\n")
+    stdin(b"Hello!\nWho are you?\r\n")
     assert main([*ask, "-p", "-", "--json", "--seed", "5"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["answer"] + "\n" == wanted and result["seed"] == 5 == result["stats"]["seed"]

@@ -21,6 +21,7 @@ def test_the_line_break_that_ends_a_pipe_is_no_part_of_the_prompt(stdin, capsys)
     for data, flags, prompt in (
         (b"Once upon\n", [], "Once upon"),
         (b"Once upon\n\n", [], "Once upon\n"),
+        (b"Once upon\r\n", [], "Once upon"),
         (b"Once upon\n", ["--keep-newline"], "Once upon\n"),
         ("caf\u00e9 \u72ac".encode(), [], "caf\u00e9 \u72ac"),  # UTF-8 whatever the locale
     ):

@@ -19,7 +19,7 @@ from openelm_mlx.cli.options import (
     load_draft,
     load_model,
 )
-from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin
+from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin, without_line_end
 from openelm_mlx.errors import OpenELMError, OptionError
 from openelm_mlx.options import GenerationOptions, SamplingOptions
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError("--json prints one answer: give the message with -p TEXT")
     all_characters(sys.stdout)
     if args.prompt is not None:
-        text = utf8_stdin().read().removesuffix("\n") if args.prompt == "-" else args.prompt
+        text = without_line_end(utf8_stdin().read()) if args.prompt == "-" else args.prompt
         return one_answer(opened(args), text, args.json)
     if not utf8_stdin().isatty():
         return lines(opened(args))
@@ -146,7 +146,7 @@ def lines(conversation: Conversation) -> int:
         if not line.strip():
             continue
         try:
-            if not session.handle(line.rstrip("\n")):
+            if not session.handle(without_line_end(line)):
                 break
         except OpenELMError as error:
             print(f"openelm: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ from openelm_mlx.cli.options import (
     load_draft,
     load_model,
 )
-from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin
+from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin, without_line_end
 from openelm_mlx.files import check_writable, name_for_mlx
 from openelm_mlx.options import GenerationOptions, SamplingOptions
 
@@ -124,7 +124,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     if prompt == "-":
         prompt = utf8_stdin().read()
         if not args.keep_newline:
-            prompt = prompt.removesuffix("\n")
+            prompt = without_line_end(prompt)
     if prompt.endswith(" "):
         print(f"openelm: {SPACE_HINT}", file=sys.stderr)
     return prompt

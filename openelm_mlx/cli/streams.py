@@ -27,6 +27,11 @@ def utf8_stdin() -> TextIO:
     return sys.stdin
 
 
+def without_line_end(text: str) -> str:
+    """The text without one line break at its end, be it that of Unix or of Windows."""
+    return text[: -len("\n")].removesuffix("\r") if text.endswith("\n") else text
+
+
 def all_characters(stream: TextIO) -> None:
     """Let `stream` write every text: what its encoding lacks becomes a question mark."""
     reconfigure: Any = getattr(stream, "reconfigure", None)
