@@ -87,6 +87,7 @@ def test_set_refuses_a_cache_that_the_model_cannot_have(chat, tmp_path):
     [
         ("/set temprature 1", "did you mean temperature?"),
         ("/set temp 1", "did you mean temperature?"),
+        ("/set system Be brief.", "did you mean /system?"),
         ("/set num_predict 9", "did you mean max_tokens?"),
         ("/set temperature hot", "temperature is 'hot'"),
         ("/set top_p 1.5", "top_p is 1.5"),
@@ -99,6 +100,8 @@ def test_set_refuses_a_cache_that_the_model_cannot_have(chat, tmp_path):
         ("/save no/such/folder/talk.json", "cannot write no/such/folder/talk.json: No such file"),
         ("/load nowhere", "cannot read nowhere: No such file"),
         ("/load /dev/null", "no ordinary file"),
+        (f"/load {__file__}", "no saved conversation"),
+        (f"/load {__file__}", "give a file that /save wrote"),
         ("/read ~nobody-of-this-name/x", "home folder"),
         (b"/system caf\xe9", "UTF-8"),
         ("/undo", "nothing to undo"),
@@ -139,6 +142,8 @@ def test_read_sends_a_file(tiny, chat, tmp_path, monkeypatch):
     status, _, err = chat(f"/read {'x' * 300}", f"/save {'x' * 300}")
     assert status == 2 and err.count("File name too long") == 2 and err.count("\n") == 2
     (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "program").write_bytes(b"\x7fELF\0\xff")
+    assert "program is not text; give a file of text" in chat("/read ~/program")[2]
     (tmp_path / "huge").write_bytes(b"x" * 2_000_000)
     status, _, err = chat("/read ~/latin", "/read ~/huge", f"/read {tmp_path}")
     assert status == 2 and "not UTF-8 text (byte 3)" in err and "2,000,000 bytes" in err and "no ordinary file" in err

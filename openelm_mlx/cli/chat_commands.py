@@ -83,7 +83,9 @@ def set_option(session: Session, rest: str) -> None:
         )
         return
     if name not in SETTINGS:
-        raise OptionError(f"there is no setting {name!r}{did_you_mean(name, SETTINGS)} (/set lists them)")
+        command = f"/{name}" if f"/{name}" in BY_NAME else None  # as in /set system
+        hint = f"; did you mean {command}?" if command else did_you_mean(name, SETTINGS)
+        raise OptionError(f"there is no setting {name!r}{hint} (/set lists them)")
     if value:
         change = {name: parsed(SETTINGS[name], value)}
         sampling, options = with_overrides(talk.sampling, talk.options, change)
@@ -181,7 +183,9 @@ def load(session: Session, rest: str) -> None:
     try:
         data = json.loads(text_of(given_path(rest)))
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"{rest} is no saved conversation: {error}") from None
+        raise PromptError(
+            f"{rest} is no saved conversation ({error}); give a file that /save wrote"
+        ) from None
     talk = Conversation.from_json(old.engine, data, sampling=old.sampling, options=old.options, draft=old.draft)
     session.conversation, session.stats, session.meter.tokens = talk, None, 0
     lines = [f"loaded {counted(len(talk.messages) // 2, 'exchange')}, system: {short(talk.system or '(empty)')}"]
@@ -266,6 +270,8 @@ def text_of(path: Path, most: int | None = None) -> str:
             raise PromptError(f"{path} has {path.stat().st_size:,} bytes, far more than the context holds; give a part")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
+        if b"\0" in error.object:
+            raise PromptError(f"{path} is not text; give a file of text") from None
         raise PromptError(
             f"{path} is not UTF-8 text (byte {error.start}); convert it, as with iconv -f latin1 -t utf-8"
         ) from None

@@ -48,9 +48,11 @@ def dialogue(conversation: Conversation) -> int:
 
     session.confirm = confirm
     with SilentKeys() as keys:
-        session.say(f"{facts(conversation.engine)}\n{settings(conversation.sampling)}, "
-                    f"at most {conversation.options.max_tokens} tokens per answer\n"
-                    "/help lists commands, /exit or Ctrl-D leaves")  # fmt: skip
+        session.say(
+            f"{facts(conversation.engine)}\n{settings(conversation.sampling)}\n"
+            f"at most {conversation.options.max_tokens} tokens per answer; "
+            "/help lists commands, /exit or Ctrl-D leaves"
+        )
         while True:
             try:
                 text = prompts.prompt("› ").strip()
