@@ -105,12 +105,18 @@ class PromptCache:
 
     @classmethod
     def load(cls, path: str | Path, engine: Engine, kind: CacheKind | None = None) -> PromptCache:
-        """A saved cache. Raises `CacheError` when it was made by other weights, another tokenizer or kind, or is damaged."""
+        """Load a saved cache.
+
+        Raises `CacheError` where it was made with other weights, another tokenizer or another kind
+        of cache, and where it is damaged.
+        """
         kind = kind or CacheKind()
         try:
             loaded: Any = mx.load(name_for_mlx(path), format="safetensors", return_metadata=True)
         except (OSError, RuntimeError, ValueError) as error:
-            raise CacheError(f"{path} is no saved cache: {error}") from None
+            raise CacheError(
+                f"{path} is no saved cache ({error}); give another file, or move it away"
+            ) from None
         arrays, about = loaded
         if about.get("format") != FORMAT:
             raise CacheError(

@@ -197,7 +197,7 @@ def test_saved_caches_are_refused_where_they_do_not_belong(tiny, engine, tmp_pat
     data = path.read_bytes()
     for name, content in {"cut": data[: len(data) // 2], "noise": b"\x00" * 99, "empty": b""}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(CacheError, match=r"is no saved cache|is damaged"):
+        with pytest.raises(CacheError, match=r"is no saved cache.*give another file|is damaged"):
             PromptCache.load(tmp_path / name, engine)
     mx.save_safetensors(str(path), {"a": mx.zeros(3)}, {"format": "other"})
     with pytest.raises(CacheError, match="no saved cache of this version"):

@@ -33,6 +33,7 @@ def stopped(capsys, *argv):
         (["cht"], "openelm: 'cht' is no command; did you mean chat?"),
         (["quantize"], "'quantize' is no command; did you mean convert?"),
         (["nonsense"], "'nonsense' is no command; allowed: chat, generate, convert, "),
+        (["models", "rm"], "'rm' is no action; allowed: remove"),
         (["help", "inspct"], "'inspct' is no command; did you mean inspect?"),
         (["generate", "x", "--dtype", "flaot16"], "--dtype is 'flaot16'; did you mean float16?"),
         (["generate", "x", "--bits", "7"], "--bits is 7; allowed: 2, 3, 4, 5, 6, 8"),

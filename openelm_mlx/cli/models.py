@@ -16,8 +16,9 @@ EXAMPLES = """examples:
   openelm models remove 270m           free the space that it takes
   openelm models remove corenet:3b checkpoint-40fb0a99d8088065 --yes
 
-What MODEL names by a file, or by corenet:, is converted once; the conversion is kept here, and what was used longest ago
-goes when all take more than $OPENELM_CACHE_GB (50 unless set). `openelm convert` makes a folder of your own.
+A file or a corenet: name that is given as MODEL is converted once, and the conversion is kept here.
+When all of them take more than $OPENELM_CACHE_GB (50 unless set), those not used for longest go.
+`openelm convert` makes a folder of your own.
 """
 
 
@@ -29,7 +30,7 @@ def register(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
-    actions = parser.add_subparsers(title="actions", metavar="ACTION")
+    actions = parser.add_subparsers(title="actions", metavar="[ACTION]")
     removing = actions.add_parser("remove", help="remove models from this disk",
                                   description="Remove what was fetched or converted; it asks first.")  # fmt: skip
     removing.add_argument("names", metavar="NAME", nargs="+", help="a name from the list, a hub id, or a converted file")

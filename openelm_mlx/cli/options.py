@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         hint = did_you_mean(str(value), choices) or f"; allowed: {', '.join(choices)}"
         if action.option_strings:
             raise argparse.ArgumentError(None, f"{action.option_strings[0]} is {value!r}{hint}")
-        raise argparse.ArgumentError(None, f"{value!r} is no {str(action.metavar).lower()}{hint}")
+        raise argparse.ArgumentError(None, f"{value!r} is no {str(action.metavar).lower().strip('[]')}{hint}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -119,7 +119,7 @@ class Session:
     def _tell_of_the_cut(self, last: Event) -> None:
         options = self.conversation.options
         if context_full(last, options):
-            self.say("[the context is full: the answer ends here]")
+            self.say("[the context is full: the answer ends here; the next message makes room]")
         elif self.dialogue:
             self.say(f"[the answer was cut at {options.max_tokens} tokens; /set max_tokens N allows more]")
 
