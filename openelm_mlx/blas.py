@@ -21,7 +21,7 @@ class BlasChoice:
 
 
 def choose_blas(environ: Mapping[str, str], platform: str, candidates: tuple[str, ...]) -> BlasChoice:
-    """What OPENELM_BLAS asks for: auto (the first candidate), off, or a path."""
+    """Choose the BLAS that OPENELM_BLAS asks for: auto (the first candidate), off, or a path."""
     wish = environ.get("OPENELM_BLAS") or DEFAULT
     if not platform.startswith("linux"):
         return BlasChoice(None, "only Linux needs another BLAS")

@@ -35,7 +35,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
-    """What generation_config.json in `folder` says, with Apple's defaults where it does not say how tokens are drawn."""
+    """Read generation_config.json in `folder`.
+
+    Apple's defaults are added where the file does not say how tokens are drawn.
+    """
     path = folder / GENERATION_CONFIG
     raw = read_json(path) if path.exists() else {}
     silent = all(raw.get(key) is None for key in ("do_sample", *SAMPLING_KEYS))
@@ -43,7 +46,7 @@ def generation_config(folder: Path) -> dict[str, Any]:
 
 
 def chat_sampling(folder: Path) -> SamplingOptions:
-    """How a chat with the model in `folder` draws tokens unless told otherwise.
+    """Return how a chat with the model in `folder` draws tokens unless told otherwise.
 
     Keys and meaning are those of Hugging Face's GenerationConfig: the choice is greedy unless `do_sample` is true, the
     temperature then 1 where it is not given. Raises `ConfigError` for a damaged file and values out of range.
@@ -95,6 +98,6 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def corenet_overrides(section: Mapping[str, Any]) -> dict[str, Any]:
-    """What a CoreNet YAML says itself about the model: sizes of vocabulary and context, padding row."""
+    """Return what a CoreNet YAML overrides: sizes of vocabulary and context, padding row."""
     names = ("vocab_size", "max_context_length", "padding_index")
     return {name: section[name] for name in names if section.get(name) is not None}

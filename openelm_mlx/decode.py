@@ -120,7 +120,10 @@ class Steps:
         return self.cached(spec, lambda: make_step(self.model, spec))
 
     def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returned for this key, or returns now; the least recently used beyond the limit goes."""
+        """Return what `make` made for this key, now or earlier.
+
+        The least recently used beyond the limit is dropped.
+        """
         made = self._made.pop(key) if key in self._made else make()
         self._made[key] = made  # newest last
         while len(self._made) > self.LIMIT:

@@ -74,7 +74,10 @@ class PromptLookup:
         self._seen = 0
 
     def find(self, known: list[int]) -> tuple[int, int] | None:
-        """The place behind the latest earlier occurrence of the longest matching end of `known`, and its length."""
+        """Find the latest earlier occurrence of the longest end of `known` that occurred before.
+
+        Return the place behind it, and its length.
+        """
         for end in range(self._seen, len(known)):
             guess = self._match(known, end)
             if guess is not None:

@@ -48,6 +48,6 @@ class BenchmarkError(OpenELMError):
 
 
 def reason(error: Exception) -> str:
-    """What an error of Python or of a library says: one line, without the name of its class."""
+    """Return in one line what an error of Python or of a library says, without its class."""
     text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
     return text.partition("\n")[0].strip() or "it gave no reason"

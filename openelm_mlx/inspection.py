@@ -19,7 +19,10 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "U8"
 
 
 def inspect(name: str) -> dict[str, Any]:
-    """Everything `inspect` shows, as plain data. A published size needs no file; a folder needs its headers only."""
+    """Return everything that `openelm inspect` shows, as plain data.
+
+    A published size needs no file, and of a folder only the headers are read.
+    """
     from openelm_mlx.hub import resolve_model
 
     apples = "/" not in name or name.lower().startswith("apple/")

@@ -26,12 +26,12 @@ def turn_tokens(tokenizer: Tokenizer, role: str, content: str, first: bool = Fal
 
 
 def answer_prefix(tokenizer: Tokenizer) -> list[int]:
-    """What the model continues with its answer."""
+    """Return the ids after which the model writes its answer."""
     return tokenizer.encode("\n<|assistant|>\n", bos=False)
 
 
 def continue_turn(tokenizer: Tokenizer, user_text: str) -> list[int]:
-    """What follows an answer (its EOS not yet fed) to ask the next question."""
+    """Return the ids that ask the next question after an answer whose EOS is not yet fed."""
     return [tokenizer.eos_id, *turn_tokens(tokenizer, "user", user_text), *answer_prefix(tokenizer)]
 
 

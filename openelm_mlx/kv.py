@@ -173,7 +173,7 @@ class CacheKind:
     layout: Layout = Growing()
 
     def __str__(self) -> str:
-        """As messages name it: "8-bit keys and values, group 64, window 512 of which the first 4 stay"."""
+        """Return "8-bit keys and values, group 64, window 512 of which the first 4 stay"."""
         store = self.store
         form = "plain keys and values"
         if isinstance(store, Quantized):

@@ -55,7 +55,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def hints(found: Mapping[str, Any]) -> list[str]:
-    """What in these facts would make generation slow, each with its remedy."""
+    """List what in these facts would make generation slow, each with its remedy."""
     advice = []
     if found["system"] == "Darwin" and found["machine"] == "x86_64":
         advice.append("this Python runs under Rosetta or on Intel; install an arm64 Python to use Metal")

@@ -54,7 +54,7 @@ def buffer_limits(chip: str | None, environ: Mapping[str, str]) -> MetalSettings
 
 
 def elsewhere(generation: int) -> str:
-    """What is known of other limits on chips of a generation that does not get them."""
+    """Say what is known of other limits on chips of a generation that does not get them."""
     if generation == 5:
         return "others gained nothing on an M5 Max (lablup/mlxcel pull 358)"
     return "no others were measured on this chip"

@@ -59,7 +59,10 @@ class RowState(NamedTuple):
 
 
 def choose_rows(spec: RowsSpec, logits: mx.array, state: RowState) -> tuple[RowState, Logprobs | None]:
-    """The state after drawing the next token of every row from logits [B, vocab or more], each under its own options."""
+    """Draw the next token of every row from logits [B, vocab or more], under the row's options.
+
+    Return the state after that.
+    """
     logits = logits[:, : spec.vocab].astype(mx.float32)
     position = state.position + state.alive
     token = state.token

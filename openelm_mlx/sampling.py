@@ -126,7 +126,10 @@ class Logprobs(NamedTuple):
 
 
 def logprobs(logits: mx.array, tokens: mx.array, n: int) -> Logprobs:
-    """Those of `tokens` [B] and of the n likeliest, at least one: MLX 0.32 divides by zero on arrays without elements."""
+    """Return the log probabilities of `tokens` [B] and of the n likeliest tokens.
+
+    At least one is taken, as MLX 0.32 divides by zero on arrays without elements.
+    """
     logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     order = mx.argsort(-logp, axis=-1)[:, : max(n, 1)]
     chosen = mx.take_along_axis(logp, tokens[:, None], axis=-1)[:, 0]

@@ -9,7 +9,7 @@ TOKENS = (444, 310, 261, 583, 872, 1086, 523, 4024, 272, 262, 523, 429, 310, 492
 
 
 def matching_tokens() -> int:
-    """How many of `TOKENS` the compiled step gives on this device, from the first on."""
+    """Count how many of `TOKENS`, from the first on, the compiled step gives on this device."""
     from openelm_mlx import load, stream_generate
 
     engine = load("openelm-tiny", dtype="float32")

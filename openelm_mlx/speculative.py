@@ -136,7 +136,10 @@ def make_verify(model: OpenELM, spec: StepSpec, length: int) -> Callable[[list[A
 
 
 def along(history: History, drafted: mx.array) -> History:
-    """What the penalties look at before each token of a draft [k] and after it: rows [k + 1, vocab]."""
+    """Return what the penalties look at before and after each token of a draft [k].
+
+    The arrays of the result are [k + 1, vocab].
+    """
     one = (mx.arange(history.seen.shape[1]) == drafted[:, None]).astype(mx.float32)
     counts = mx.concatenate([mx.zeros((1, one.shape[1])), mx.cumsum(one, axis=0)])
     return History(history.seen | (counts > 0), history.generated + counts)

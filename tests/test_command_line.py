@@ -55,6 +55,7 @@ def test_a_slip_is_one_line_with_what_was_meant(argv, text, capsys):
     [
         (["--draft-tokens", "3"], "draft_tokens is 3, but nothing drafts"),
         (["--no-adaptive-draft"], "adaptive_draft is False, but nothing drafts"),
+        (["--logprobs", "3"], "--logprobs reports with --json only; give that too"),
         (["--kv-keep", "3"], "kv_keep is 3, but there is no window"),
         (["--group-size", "32"], "group_size is 32, but nothing is quantized here; give bits too"),
         (["--temperature", "nan"], "temperature is nan; allowed is a number from 0.0 to 100.0"),

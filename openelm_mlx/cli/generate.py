@@ -20,6 +20,7 @@ from openelm_mlx.cli.options import (
     load_model,
 )
 from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin, without_line_end
+from openelm_mlx.errors import OptionError
 from openelm_mlx.files import check_writable, name_for_mlx
 from openelm_mlx.options import GenerationOptions, SamplingOptions
 
@@ -71,6 +72,8 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options, sampling = from_args(GenerationOptions, args), from_args(SamplingOptions, args)
+    if options.logprobs is not None and not args.json:
+        raise OptionError("--logprobs reports with --json only; give that too")
     all_characters(sys.stdout)
     if args.cache_file is not None:
         check_writable(args.cache_file, "--cache-file")
