@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     if step < args.length:
         raise BenchmarkError(f"the text has {len(ids)} tokens, too few for {args.pieces} pieces of {args.length}")
     pieces = [[engine.tokenizer.bos_id, *ids[i * step : i * step + args.length - 1]] for i in range(args.pieces)]
-    print("| cache | bytes a token, 16-bit model | mean KL (nats) | same likeliest token |\n|---|---:|---:|---:|")
+    print("| cache | bytes per token, 16-bit model | mean KL (nats) | same likeliest token |\n|---|---:|---:|---:|")
     half = args.length // 2
     for name, options in (
         ("8 bits", GenerationOptions(kv_bits=8)),

@@ -25,7 +25,7 @@ class ConvertOptions:
     source: Path = field(metadata={"help": "a CoreNet .pt file, a model folder or a GGUF file"})
     target: Path = field(metadata={"help": "the model folder, or GGUF file, to write"})
     source_format: str | None = field(
-        default=None, metadata={"help": "what the source is; unset looks at it", "flag": "--from", "choices": SOURCE_FORMATS}
+        default=None, metadata={"help": "what the source is; unset detects it", "flag": "--from", "choices": SOURCE_FORMATS}
     )
     target_format: str = field(
         default="mlx", metadata={"help": "what to write", "flag": "--to", "choices": TARGET_FORMATS}
@@ -45,7 +45,7 @@ class ConvertOptions:
     )
     adapter: str | None = field(
         default=None,
-        metadata={"help": "merge a LoRA or DoRA adapter (as if unset) or keep it in a folder of its own", "choices": ADAPTER},
+        metadata={"help": "merge a LoRA or DoRA adapter (the default), or keep it in a folder of its own", "choices": ADAPTER},
     )
     adapter_folder: Path | None = field(
         default=None, metadata={"help": "merge this adapter of mlx-lm's (adapters.safetensors, adapter_config.json)",

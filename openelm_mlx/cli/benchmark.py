@@ -61,7 +61,7 @@ def register(commands: Any) -> None:
     what.add_argument("--speculation", nargs="+", metavar="KIND", default=(), dest="speculations",
                       help="none, prompt-lookup, 'draft MODEL'")
     what.add_argument("--trials", type=whole, metavar="N", help="counted runs of each case, at least 5")
-    what.add_argument("--minutes", type=real, metavar="N", default=30.0, help="of the soak suite (default 30)")
+    what.add_argument("--minutes", type=real, metavar="N", default=30.0, help="length of the soak suite (default 30)")
     what.add_argument("--peers", metavar="NAMES", default="", help="also time these: mlx-lm,llama.cpp,torch")
     out = parser.add_argument_group("what to write")
     out.add_argument("--output", metavar="FILE", help="everything as JSON, for --compare and for benchmarks/results")
