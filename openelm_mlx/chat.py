@@ -175,7 +175,7 @@ class Conversation:
         if not isinstance(text, str):
             raise PromptError(f"the message is {text!r}; give a text")
         if not text.strip():
-            raise PromptError("the message is empty; type something, or end the conversation")
+            raise PromptError("the message is empty; give at least one word")
         return self._begin(self._fit(text, self._exchanges), progress)
 
     def regenerate(self, progress: Progress | None = None) -> Generator[Event, None, None]:
