@@ -153,10 +153,14 @@ class Conversation:
 
     @property
     def context_used(self) -> int:
-        """Tokens of the context that the conversation takes; 0 before the first answer."""
+        """Tokens of the context that the conversation takes; 0 before the first answer.
+
+        Never more than the context holds: the end of an answer that filled it has not been fed.
+        """
         if not self._exchanges:
             return 0
-        return len(self._head()) + sum(len(one.tokens) for one in self._exchanges)
+        taken = len(self._head()) + sum(len(one.tokens) for one in self._exchanges)
+        return min(taken, self.context_length)
 
     @property
     def context_length(self) -> int:
@@ -349,7 +353,7 @@ class Conversation:
             )
         for text in texts:
             check_text(text)
-        talk = cls(engine, system, **settings)
+        talk = cls(engine, **{"system": system, **settings})
         details = data.get("exchanges")
         if not isinstance(details, list) or len(details) != len(texts) // 2:
             details = [None] * (len(texts) // 2)

@@ -315,6 +315,14 @@ def test_full_context_drops_the_oldest_turns_and_says_so(small):
     check_next(talk, "Hi")
 
 
+def test_an_answer_that_fills_the_context_takes_no_more_than_it(small):
+    talk = Conversation(with_context(small, 64), max_tokens=500, ignore_eos=True)
+    assert [*talk.send("Hello!")][-1].finish_reason == "length"
+    assert talk.context_used == talk.context_length == 64
+    other = Conversation.from_json(talk.engine, talk.to_json(), system="Be brief.", max_tokens=4)
+    assert other.system == "Be brief." and other.messages == talk.messages
+
+
 def test_a_dropped_turn_shifts_no_noise(tiny):
     """A model to which all tokens are equally likely says what the noise says."""
     flat = random_engine(tiny, 3, vocab=4096, spread=0.0)
