@@ -42,6 +42,7 @@ def stopped(capsys, *argv):
         (["generate"], "one of the arguments PROMPT -p/--prompt is required"),
         (["generate", "Once", "upon"], "put a prompt of several words in quotes"),
         (["chat", "--model", "openelm-tiny"], "--model is no option here; give MODEL without it"),
+        (["benchmark", "-m", "270m"], "-m is no option here; give MODEL without it"),
         (["chat", "--n-predict", "9"], "did you mean --max-tokens? See openelm chat --help"),
     ],
 )

@@ -34,7 +34,7 @@ def register(commands: Any) -> None:
     removing = actions.add_parser("remove", help="remove models from this disk",
                                   description="Remove what was fetched or converted; it asks first.")  # fmt: skip
     removing.add_argument("names", metavar="NAME", nargs="+", help="a name from the list, a hub id, or a converted file")
-    removing.add_argument("--yes", action="store_true", help="do not ask")
+    removing.add_argument("-y", "--yes", action="store_true", help="do not ask")
     removing.set_defaults(run=remove)
 
 

@@ -48,7 +48,8 @@ class Parser(argparse.ArgumentParser):
         namespace, rest = super().parse_known_args(args, namespace)
         if rest and rest[0].startswith("-"):
             flag = rest[0].partition("=")[0]
-            if flag in ("-m", "--model") and any(a.dest == "model" for a in self._actions):
+            positional = {action.dest for action in self._actions if not action.option_strings}
+            if flag in ("-m", "--model") and positional & {"model", "models"}:
                 self.error(f"{flag} is no option here; give MODEL without it")
             if flag in self._option_string_actions:
                 self.error(f"{flag} comes after --, where nothing is an option; give it before")
