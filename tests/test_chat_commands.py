@@ -16,13 +16,15 @@ SHORT = ("--max-tokens", "3", "--temperature", "0")  # greedy, so that answers c
 
 @pytest.fixture
 def chat(stdin, capsys):
-    """Run a chat on the lines of a pipe: its exit status, stdout and stderr."""
+    """Run a chat on the lines of a pipe: its exit status, stdout, and stderr without the greeting."""
 
     def run(*lines: str | bytes, flags: tuple[str, ...] = SHORT) -> tuple[int, str, str]:
         stdin(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines))
         status = main(["chat", *flags])
         shown = capsys.readouterr()
-        return status, shown.out, shown.err
+        greeting = re.search(r"^\S+: (greedy|temperature \S+), .*seed \d+\n", shown.err, re.MULTILINE)
+        assert greeting is not None
+        return status, shown.out, shown.err.replace(greeting[0], "", 1)
 
     return run
 

@@ -142,6 +142,7 @@ def lines(conversation: Conversation) -> int:
     from openelm_mlx.cli.session import Session
 
     session, status = Session(conversation), 0
+    session.greet()
     for line in utf8_stdin():
         if not line.strip():
             continue

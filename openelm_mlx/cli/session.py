@@ -45,6 +45,17 @@ class Session:
         """The stream for everything but answers."""
         return sys.stdout if self.dialogue and sys.stdout.isatty() else sys.stderr
 
+    def greet(self) -> None:
+        """Say what the answers depend on, the seed that was drawn included."""
+        talk = self.conversation
+        if not self.dialogue:
+            return self.say(f"{talk.engine.name}: {settings(talk.sampling)}")
+        return self.say(
+            f"{facts(talk.engine)}\n{settings(talk.sampling)}\n"
+            f"at most {talk.options.max_tokens} tokens per answer; "
+            "/help lists commands, /exit or Ctrl-D leaves"
+        )
+
     def say(self, text: str) -> None:
         """Show a text that is no answer, wrapped on a terminal."""
         out = self.out
@@ -144,7 +155,7 @@ def settings(sampling: SamplingOptions) -> str:
     first = "greedy" if sampling.greedy else f"temperature {sampling.temperature:g}"
     others = [
         f"{item.name} {getattr(sampling, item.name):g}" for item in fields(sampling)
-        if item.name not in ("temperature", "seed") and "help" in item.metadata
+        if item.name not in ("temperature", "seed", *sampling.idle) and "help" in item.metadata
         and getattr(sampling, item.name) != item.default
     ]  # fmt: skip
     return ", ".join([first, *others, f"seed {sampling.seed}"])

@@ -20,7 +20,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.output import create_output
 
 from openelm_mlx.cli.chat_commands import COMMANDS, SETTINGS, find
-from openelm_mlx.cli.session import Session, facts, settings
+from openelm_mlx.cli.session import Session
 from openelm_mlx.cli.streams import moves_cursor, printable
 from openelm_mlx.errors import OpenELMError
 
@@ -48,11 +48,7 @@ def dialogue(conversation: Conversation) -> int:
 
     session.confirm = confirm
     with SilentKeys() as keys:
-        session.say(
-            f"{facts(conversation.engine)}\n{settings(conversation.sampling)}\n"
-            f"at most {conversation.options.max_tokens} tokens per answer; "
-            "/help lists commands, /exit or Ctrl-D leaves"
-        )
+        session.greet()
         while True:
             try:
                 text = prompts.prompt("› ").strip()
