@@ -88,6 +88,12 @@ def test_kernels_of_270m_counted_by_hand(form: Form, ours: int, peer: int) -> No
     assert (mine.kernels, other.kernels) == (ours, peer)
     assert mine.by_purpose["copy"] == mine.by_purpose["copy of keys or values"] == mine.by_purpose["other"] == 0
     assert sum(mine.by_primitive.values()) == sum(mine.by_purpose.values()) == mine.kernels
+    every_layer = {purpose for purpose, count in mine.by_purpose.items() if count == 16}
+    assert every_layer == {
+        "norm before attention", "attn.qkv_proj", "query and key norm",
+        "scale and rotate query and key", "store key and value", "attention", "attn.out_proj",
+        "norm before FFN", "ffn.proj_1", "gate", "ffn.proj_2",
+    }  # fmt: skip
 
 
 def test_a_split_gate_is_copied_for_a_quantized_projection() -> None:

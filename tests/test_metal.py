@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -55,6 +57,29 @@ def test_after_mlx_has_started_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(metal, "chip_name", lambda: "Apple M2 Max")
     environ: dict[str, str] = {}
     assert "too late" in set_buffer_limits(environ).reason and environ == {}
+
+
+class Libc:
+    """The call of macOS that tells the processor's name: its size first, then the name itself."""
+
+    def __init__(self, failed: int) -> None:
+        self.failed = failed
+
+    def sysctlbyname(self, key: bytes, name: Any, size: Any, new: None, length: Any) -> int:
+        assert (key, new, length.value) == (b"machdep.cpu.brand_string", None, 0)
+        size._obj.value = len("Apple M2 Max") + 1
+        if name is not None:
+            name.value = b"Apple M2 Max"
+        return self.failed
+
+
+@pytest.mark.parametrize(("failed", "expected"), [(0, "Apple M2 Max"), (-1, None)])
+def test_the_chip_as_macos_names_it(
+    monkeypatch: pytest.MonkeyPatch, failed: int, expected: str | None
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Libc(failed))
+    assert chip_name() == expected
 
 
 @pytest.mark.needs("another system than macOS")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -18,6 +19,7 @@ from contextlib import closing
 import pytest
 
 from openelm_mlx import Conversation
+from openelm_mlx.cli.display import Display
 
 KEYS = {"enter": b"\r", "ctrl-c": b"\x03", "ctrl-d": b"\x04", "tab": b"\t"}
 
@@ -173,3 +175,17 @@ def test_a_killed_chat_leaves_the_terminal_as_it_was(terminal):
     assert all(len(line) < 30 for line in lines) and max(map(len, lines)) > 20, lines
     os.kill(terminal.child.pid, signal.SIGTERM)
     assert terminal.status() == 128 + signal.SIGTERM and terminal.restored()
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_status_line_tells_how_far_the_prompt_is(monkeypatch):
+    screen = Tty()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with Display(live=True) as display:
+        display.progress(64, 200)
+    assert "prompt: 64 of 200 tokens" in screen.getvalue()
