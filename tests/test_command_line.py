@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import subprocess
 import sys
 
@@ -123,8 +124,8 @@ def test_output_that_cannot_be_written_is_one_line(monkeypatch, capsys):
             patch.setattr(sys, "stdout", full)
             assert main(argv) == 2
         assert capsys.readouterr().err == "openelm: the output cannot be written: No space left on device\n"
-    with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:  # as under PYTHONUNBUFFERED
-        patch.setattr(sys, "stdout", full)
+    with open("/dev/full", "wb", buffering=0) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))  # as under PYTHONUNBUFFERED
         assert main(["-V"]) == 2
     assert capsys.readouterr().err == "openelm: the output cannot be written: No space left on device\n"
     with open("/dev/full", "w") as full, open("/dev/full", "w") as too, monkeypatch.context() as patch:
