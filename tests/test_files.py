@@ -62,6 +62,13 @@ def test_names_that_mlx_cannot_open_are_told_before_the_work(tmp_path, monkeypat
     assert capsys.readouterr().err == "openelm: --cache-file is empty; give a path\n"
 
 
+def test_a_cache_is_an_ordinary_file(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("/dev/null", str(tmp_path / "pipe")):
+        assert main(["generate", "Once", "--max-tokens", "1", "--cache-file", name]) == 2
+        assert capsys.readouterr() == ("", f"openelm: --cache-file {name} is no ordinary file; give another name\n")
+
+
 @pytest.mark.parametrize(("flag", "words", "message"), UNREADABLE, ids=[flag for flag, _, _ in UNREADABLE])
 def test_what_cannot_be_read_is_told_before_the_work(flag, words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

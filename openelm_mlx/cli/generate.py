@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     if args.cache_file is not None:
         check_writable(args.cache_file, "--cache-file")
         name_for_mlx(os.path.realpath(args.cache_file))
+        if os.path.exists(args.cache_file) and not os.path.isfile(args.cache_file):  # a pipe would be waited for without end
+            raise OptionError(f"--cache-file {args.cache_file} is no ordinary file; give another name")
     if sampling.idle:
         flags = ", ".join("--" + name.replace("_", "-") for name in sampling.idle)
         print(f"openelm: without a --temperature decoding is greedy; ignored: {flags}", file=sys.stderr)
