@@ -163,6 +163,9 @@ def test_a_conversation_on_a_terminal(tiny, terminal, tmp_path):
     terminal.wait_for("›")
     terminal.type("", "ctrl-d")  # before the prompt is there it would be nobody's
     assert terminal.status() == 0 and terminal.restored()
+    history = tmp_path / "openelm-mlx" / "history"
+    assert "+Hello!\n" in history.read_text("utf-8", "replace")
+    assert history.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_killed_chat_leaves_the_terminal_as_it_was(terminal):

@@ -126,7 +126,8 @@ def history_file() -> Path:
     try:
         folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "openelm-mlx"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "history").open("a").close()
+        # only its owner may read it: it holds what was asked
+        os.close(os.open(folder / "history", os.O_WRONLY | os.O_CREAT, 0o600))
     except (OSError, RuntimeError):  # a home that is unknown or cannot be written costs the history, not the chat
         return Path(os.devnull)
     return folder / "history"
