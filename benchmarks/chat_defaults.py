@@ -71,7 +71,7 @@ WORDS = 60  # an answer of fewer words must have ended by itself
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one prompt with one seed."""
+    """One answer of the model, to one prompt with one seed."""
 
     prompt: list[int]
     tokens: list[int]
@@ -84,7 +84,7 @@ class Answer:
 
     @property
     def loops(self) -> bool:
-        """Whether some sequence of six words occurs more than twice."""
+        """Tell whether some sequence of six words occurs more than twice."""
         words = self.text.lower().split()
         grams = Counter(tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1))
         return max(grams.values(), default=0) > MAY_OCCUR

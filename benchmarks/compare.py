@@ -141,7 +141,10 @@ def warnings(before: Document, after: Document) -> list[str]:
 
 
 def alike(old: Any, new: Any) -> bool:
-    """Whether two facts are those of one machine; what a system tells of its memory differs by some pages."""
+    """Tell whether two facts are those of one machine.
+
+    The memory that a system reports differs by some pages from start to start.
+    """
     if isinstance(old, int) and isinstance(new, int):
         return math.isclose(old, new, rel_tol=1e-3)
     return bool(old == new)
@@ -158,7 +161,10 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def lines(comparison: Comparison) -> list[str]:
-    """What differs, case by case, then how much could have been missed; a line each, however long."""
+    """Describe every difference case by case, then how much could have been missed.
+
+    Each is one line, however long.
+    """
     from openelm_mlx.benchmarks.harness import label
 
     found = []

@@ -51,7 +51,7 @@ class Published:
 
     @property
     def about(self) -> str:
-        """What the name stands for, in a line."""
+        """Say in one line what the name stands for."""
         if self.yaml is None:
             return "CoreNet's folder for MLX, " + ("4-bit" if self.name.endswith("-4bit") else "half precision")
         size, _, iterations = self.name.partition("@")

@@ -81,7 +81,7 @@ def write_side_files(
 
 
 def sampling_defaults(source: Path, config: OpenELMConfig) -> dict[str, Any]:
-    """What generation_config.json will say: what it says beside the source, Apple's defaults where that is nothing.
+    """Return the content of generation_config.json: that of the source's own, with our BOS and EOS.
 
     Raises `ConfigError` for a file that could not be loaded again.
     """

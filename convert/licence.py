@@ -38,7 +38,10 @@ class Licence:
 
 
 def licence_of(source: TensorSource, options: ConvertOptions) -> Licence:
-    """What the weights say, else the card beside them, else Apple's terms for Apple's names."""
+    """Return the terms that the weights name, else those of the card beside them.
+
+    Where neither names any, names under which Apple published get Apple's terms.
+    """
     folder = options.source if options.source.is_dir() else options.source.parent
     files = tuple(path for path in sorted(folder.glob("LICEN[SC]E*")) if path.is_file())
     entries = dict(source.licence) or front_matter(folder / "README.md")

@@ -34,7 +34,8 @@ VOCABULARY_TENSORS = ("transformer.token_embeddings.weight", "lm_head.weight")
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What was written, or would be: `parameters`, bytes of weights in the source and written, bits per parameter.
+    """The outcome of a conversion, or of its dry run: `parameters`, bytes of the weights in the source
+    and written, bits per parameter.
 
     `forms` gives each matrix's quantization, None where it stays whole; `dropped_rows` are embeddings without a piece
     of the tokenizer. `measured` holds what was found while forms were chosen and rounding was learned, `verification`

@@ -144,7 +144,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """What the model still sees, as a new list of {"role", "content"} dictionaries."""
+        """The messages that the model still sees: a new list of {"role", "content"} dictionaries."""
         return [
             {"role": role, "content": text}
             for exchange in self._exchanges

@@ -64,7 +64,10 @@ def check_writable(path: str | Path, flag: str, folder: bool = False) -> None:
 
 
 def why_not_writable(path: Path, folder: bool) -> str | None:
-    """What stands in the way, if anything. A file is made to know: root is told that it may write anywhere."""
+    """Return what stands in the way, if anything.
+
+    A file is made to find out, because root is told that it may write anywhere.
+    """
     try:
         found = None if folder else path.stat()
     except (FileNotFoundError, NotADirectoryError):

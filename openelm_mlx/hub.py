@@ -33,7 +33,7 @@ MODELS = "a folder, a .gguf file, a CoreNet checkpoint (.pt), a hub id (owner/na
 
 @dataclass(frozen=True)
 class Resolved:
-    """Where a model lies. `tokenizer` is None where it lies in the folder."""
+    """The place of a model on this disk; `tokenizer` is None where the folder holds one."""
 
     folder: Path
     tokenizer: Path | None

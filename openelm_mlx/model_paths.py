@@ -1,4 +1,4 @@
-"""What lies at a path that is given as a model, before anything is converted."""
+"""Judges what lies at a path that is given as a model, before anything is converted."""
 
 from __future__ import annotations
 

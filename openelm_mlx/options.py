@@ -68,7 +68,7 @@ def as_annotated(annotation: str, given: Any) -> Any:
 
 
 def fit_path(given: str | os.PathLike[str]) -> bool:
-    """Whether this may name a file: MLX opens names in UTF-8 only, which another encoding's are not."""
+    """Tell whether MLX can open a file of this name: it takes names in UTF-8 only."""
     name = os.fspath(given)
     return isinstance(name, str) and name != "" and not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in name)
 

@@ -1,4 +1,4 @@
-"""What a generation cost, by a clock that tells the engine's time from that of whoever reads the events."""
+"""Statistics of a generation, by a clock that tells the engine's time from its reader's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """What one generation cost. Rates are tokens per second of the engine's own time: a slow reader of the events
+    """The cost of one generation. Rates are tokens per second of the engine's own time: a slow reader of the events
     lowers none. A rate nothing was measured for is 0.
 
     The first token belongs to the prompt's time, so the generation rate counts the tokens after it.
@@ -44,7 +44,7 @@ class GenerationStats:
 
 
 class Reader:
-    """How long the reader of events was away, and how much of that time the device stood idle.
+    """Measures how long the reader of events was away, and how long the device stood idle then.
 
     While the reader is away the device computes the next token, and for how long shows only when somebody waits for it.
     So after the 1st, 2nd, 4th, 8th ... slow return the engine waits for that token before it hands over an event.

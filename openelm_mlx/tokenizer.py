@@ -138,7 +138,7 @@ class StreamingDecoder:
 
     @property
     def pending(self) -> bool:
-        """Whether half a character waits for its other half."""
+        """Tell whether half a character waits for its other half."""
         return bool(self._pending)
 
     @property

@@ -23,7 +23,7 @@ from openelm_mlx.blas import load_blas
 
 @cache
 def compiles() -> bool:
-    """Whether `mx.compile` does anything: MLX's CPU backend runs functions as they are where it finds no g++."""
+    """Tell whether `mx.compile` does anything: without g++, MLX's CPU backend compiles nothing."""
     load_blas()  # what tests import before this must not decide which BLAS MLX gets
     import mlx.core as mx
 

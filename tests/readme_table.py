@@ -71,7 +71,7 @@ def copied(document: Document) -> str:
 
 
 def command(document: Document) -> str:
-    """What was typed, without the names of the files it wrote."""
+    """Return the command as typed, without the names of the files it wrote."""
     words = shlex.split(document.command)
     for flag in ("--output", "--markdown"):
         if flag in words:

@@ -43,7 +43,7 @@ def fed(talk):
 
 
 def reads_as(engine, tokens, shown):
-    """Whether the answer among an exchange's tokens is the text that was shown."""
+    """Tell whether the answer among an exchange's tokens is the text that was shown."""
     said = tokens[tokens.index(engine.tokenizer.eos_id) + 1 : -1]
     return engine.tokenizer.decode(said) in (
         "\n<|assistant|>\n" + shown,
@@ -52,7 +52,7 @@ def reads_as(engine, tokens, shown):
 
 
 def next_prompt(talk, text):
-    """What the model should be fed next: the system turn, the saved tokens and the message."""
+    """Return what the model should be fed next: the system turn, the saved tokens and the message."""
     messages = [{"role": "system", "content": talk.system or ""}, {"role": "user", "content": text}]
     ids, eos = encode_messages(talk.engine.tokenizer, messages), talk.engine.tokenizer.eos_id
     head = ids.index(eos) + 1
@@ -150,7 +150,7 @@ def said(text):
 
 
 def restored(engine, text, tokens):
-    """What is fed of a saved exchange with the answer `text` and these tokens."""
+    """Return what is fed of a saved exchange with the answer `text` and these tokens."""
     data = {"system": None, "messages": said(text), "exchanges": [{"tokens": tokens}]}
     return fed(Conversation.from_json(engine, data))[0]
 

@@ -30,7 +30,7 @@ def chat(stdin, capsys):
 
 
 def answers(engine, *messages: str, **options) -> str:
-    """What a conversation says to the messages, a line each."""
+    """Return what a conversation says to the messages, a line each."""
     talk = Conversation(engine, **{"max_tokens": 3, "temperature": 0, **options})
     return "".join("".join(event.text for event in talk.send(message)) + "\n" for message in messages)
 

@@ -1,4 +1,4 @@
-"""What a source says of its licence reaches the conversion, and nothing else does."""
+"""The licence that a source names reaches its conversion, and nothing else does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What convert takes is a model: it is converted once, found again by place and by content, and never mistaken."""
+"""Whatever convert takes is a model: it is converted once, found again by place and by content, and never mistaken."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Terminal:
         fcntl.ioctl(self.side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 
     def wait_for(self, pattern: str, seconds: float = 30, of: str = "text") -> str:
-        """What was shown up to the first match; it is taken off. `of="raw"` looks at the status line as well."""
+        """Return what was shown up to the first match, and take it off. `of="raw"` looks at the status line as well."""
         end = time.monotonic() + seconds
         while True:
             shown = self.raw if of == "raw" else seen(self.raw)[self.taken :]
@@ -68,7 +68,7 @@ class Terminal:
         self.raw += data.decode("utf-8", "replace")
 
     def restored(self) -> bool:
-        """Whether the terminal echoes and makes lines as before the chat."""
+        """Tell whether the terminal echoes and makes lines as before the chat."""
         return termios.tcgetattr(self.side) == self.before
 
     def type(self, text: str, key: str = "enter") -> None:
