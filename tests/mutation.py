@@ -197,7 +197,7 @@ class Session:
         shutil.copytree(self.tree, tree)
         (tree / file).write_text(changed)
         while tests:
-            seconds = 60 + 5 * sum(self.tests[test]["seconds"] for test in tests)
+            seconds = 30 + 2 * sum(self.tests[test]["seconds"] for test in tests)
             status, output = self.run_pytest(tree, "-x", *tests, seconds=seconds)
             if status is None:
                 return WorkResult(WorkerOutcome.NORMAL, "timeout", TestOutcome.KILLED, diff)

@@ -11,9 +11,9 @@ from formats import tokenizer_file
 from golden_set import GOLDEN
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.allocate import make_reference, true_loss
-from openelm_mlx.convert.calibrate import calibrate
+from openelm_mlx.convert.calibrate import Learned, calibrate
 from openelm_mlx.convert.calibration import CONTROL, PROMPTS, QUESTIONS, prompt_ids, sampled_tokens, text_tokens
-from openelm_mlx.convert.distill import Schedule, distill
+from openelm_mlx.convert.distill import Schedule, Start, distill, finished
 from openelm_mlx.convert.forms import Form, matrices
 from openelm_mlx.convert.gptq import error_feedback
 from openelm_mlx.convert.grids import fit_groups, pack
@@ -105,6 +105,19 @@ def test_each_method_loses_less_than_the_one_before(name):
             ours = restored(tensor, parts, plan.get(tensor.removesuffix(".weight")))
             assert mx.abs(ours - result.stored_weights("float16")[tensor]).max().item() < 1e-5
     assert set(trained.norms) == {tensor for tensor, shape in shapes.items() if len(shape) == 1}
+
+
+def test_the_weights_that_are_trained_are_those_that_are_stored():
+    form = Form(3, 32)
+    codes = error_feedback(gaussian(8, 64), np.eye(64), form, mx.float32)
+    start = Start(codes, *map(mx.array, (codes.before, codes.scales, codes.biases)))
+    shift = {"codes": 0.7, "scales": 0.1, "biases": -0.2}
+    moved = {"codes": start.place, "scales": mx.zeros((8, 2)), "biases": mx.zeros((8, 2))}
+    moved = {name: array + shift[name] for name, array in moved.items()}
+    stored = finished(Learned({}), {"m": start}, [], {"matrices": [moved]},
+                      lambda moved: {}, "float32")  # fmt: skip
+    assert mx.allclose(stored.weights["m.weight"], start.weights(moved), atol=1e-5)
+    assert not mx.allclose(stored.weights["m.weight"], mx.array(codes.dense()), atol=1e-2)
 
 
 def test_samples_are_the_models_own_and_do_not_depend_on_how_many():

@@ -207,6 +207,12 @@ def test_lookup_finds_the_latest_occurrence_and_repeats_a_loop():
     assert wild.policy(8, True).next(noise) == 0 and max(wild.hits[1:]) < 0.5
 
 
+def test_the_share_of_accepted_drafts_is_a_mean_that_forgets():
+    length = DraftLength(limit=8, cost=0.1)
+    length.record(9, 4, 2)  # two hits, a rejection, and one token that tells nothing
+    assert length.acceptance == pytest.approx(((0.7 * 0.9 + 0.1) * 0.9 + 0.1) * 0.9)
+
+
 def test_drafting_stops_while_it_loses_and_tries_again():
     length, asked = DraftLength(limit=8, cost=0.3), []
     for known in range(600):
