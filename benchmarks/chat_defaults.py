@@ -63,6 +63,8 @@ GRID = (
     SamplingOptions(temperature=0.7, min_p=0.1, repetition_penalty=1.1),
     SamplingOptions(temperature=0.7, min_p=0.1, repetition_penalty=1.15),
     SamplingOptions(temperature=0.7, min_p=0.1, repetition_penalty=1.2),
+    SamplingOptions(temperature=0.5, min_p=0.3, presence_penalty=1.3),
+    SamplingOptions(temperature=0.5, min_p=0.3, presence_penalty=1.0, frequency_penalty=0.2),
 )
 MAX_TOKENS = 256  # what a chat gives an answer unless told otherwise
 GRAM, MAY_OCCUR = 6, 2  # an answer loops when a sequence of six words occurs more than twice

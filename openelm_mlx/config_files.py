@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from openelm_mlx.errors import ConfigError, OptionError, reason
 from openelm_mlx.options import SamplingOptions
 
 GENERATION_CONFIG = "generation_config.json"
-SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", *PENALTIES)
 APPLES_DEFAULTS: Mapping[str, Any] = {"do_sample": False, "repetition_penalty": 1.2}  # of the examples in its model cards
 MAX_YAML_BYTES = 1 << 18  # CoreNet's recipes have 5 KB
 MAX_JSON_BYTES = 4 << 20  # a sharded 3B's index has 40 KB
@@ -48,8 +50,9 @@ def generation_config(folder: Path) -> dict[str, Any]:
 def chat_sampling(folder: Path) -> SamplingOptions:
     """Return how a chat with the model in `folder` draws tokens unless told otherwise.
 
-    Keys and meaning are those of Hugging Face's GenerationConfig: the choice is greedy unless `do_sample` is true, the
-    temperature then 1 where it is not given. Raises `ConfigError` for a damaged file and values out of range.
+    Keys and meaning are those of Hugging Face's GenerationConfig, and two more, the penalties on the
+    answer alone: the choice is greedy unless `do_sample` is true, the temperature then 1 where it
+    is not given. Raises `ConfigError` for a damaged file and values out of range.
     """
     raw = generation_config(folder)
     sample = raw.get("do_sample")
@@ -60,7 +63,7 @@ def chat_sampling(folder: Path) -> SamplingOptions:
         options = SamplingOptions(**{"temperature": 1.0, **given})
     except OptionError as error:
         raise ConfigError(f"{folder / GENERATION_CONFIG}: {error}") from None
-    return options if sample else SamplingOptions(repetition_penalty=options.repetition_penalty)
+    return options if sample else replace(options, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
 def corenet_section(path: str | Path) -> dict[str, Any]:

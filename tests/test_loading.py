@@ -129,6 +129,9 @@ def test_float16_is_refused_or_widened_where_it_overflows(metal):
         ({"do_sample": True}, {"temperature": 1.0}),
         ({"do_sample": True, "temperature": 0.6, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "max_length": 9},
          {"temperature": 0.6, "top_k": 5, "top_p": 0.9, "min_p": 0.1}),
+        ({"do_sample": True, "temperature": 0.6, "presence_penalty": 1.0, "frequency_penalty": 0.2},
+         {"temperature": 0.6, "presence_penalty": 1.0, "frequency_penalty": 0.2}),
+        ({"presence_penalty": 1.0}, {"presence_penalty": 1.0}),
     ],
 )  # fmt: skip
 def test_a_folder_says_how_its_model_chats(tmp_path, stated, wanted):
