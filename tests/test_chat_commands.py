@@ -72,8 +72,8 @@ def test_set_changes_what_the_next_answer_uses(tiny, chat):
                             "/set stop none", "/set ignore_eos on", "/set ignore_eos")  # fmt: skip
     assert status == 0 and "max_tokens: 6" in err and "ignore_eos: on" in err and "stop: none" in err
     assert out == long + long.split("I")[0] + "\n"
-    drawn = chat("/set temperature 2", "/set min_p 0", "/set seed 12", "Hello!")[1]
-    wanted = answers(tiny, "Hello!", temperature=2.0, min_p=0.0, seed=12)
+    drawn = chat("/set temperature 20", "/set min_p 0", "/set seed 12", "Hello!")[1]
+    wanted = answers(tiny, "Hello!", temperature=20.0, min_p=0.0, seed=12)
     assert drawn == wanted != answers(tiny, "Hello!")
     assert "changes nothing until" in chat("/set temperature 0", "/set top_p 0.5")[2]
 
