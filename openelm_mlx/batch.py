@@ -43,17 +43,15 @@ class Running:
         self.room = min(options.max_tokens, engine.config.max_context_length - len(tokens) + 1)
         self.text = TextFilter(decoder_after(engine, tokens), options.stop)
         self.eos = None if options.ignore_eos else engine.config.eos_token_id
-        self.produced = 0
         self.clock = Clock(reader)
 
     def take(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> Event:
         """The event of its next token; the last one carries reason and statistics."""
         self.clock.token()
-        self.produced += 1
         ended = token == self.eos
         shown = self.text.flush() if ended else self.text.push(token)
         stopped = ended or self.text.stopped
-        if not stopped and self.produced < self.room:
+        if not stopped and self.clock.tokens < self.room:
             return Event(shown, token, logprob, top)
         shown += "" if stopped else self.text.flush()
         reason = "stop" if stopped or self.text.stopped else "length"
@@ -126,8 +124,8 @@ class BatchEngine:
         if not live or device.state is None:
             return []
         token, detail = device.state.token, device.detail
-        if any(running.produced + 1 < running.room for _, running in live):
-            device.reserve(max(len(running.tokens) + running.produced for _, running in live) + 2)
+        if any(running.clock.tokens + 1 < running.room for _, running in live):
+            device.reserve(max(len(running.tokens) + running.clock.tokens for _, running in live) + 2)
             device.advance()  # the device starts on the next token while this one is read
         values: Any = token.tolist()
         events = []
