@@ -81,13 +81,14 @@ def write_side_files(
 
 
 def sampling_defaults(source: Path, config: OpenELMConfig) -> dict[str, Any]:
-    """Return the content of generation_config.json: that of the source's own, with our BOS and EOS.
+    """Return the content of generation_config.json: that of the source's own, with all BOS and EOS ids.
 
     Raises `ConfigError` for a file that could not be loaded again.
     """
     folder = source if source.is_dir() else source.parent
     chat_sampling(folder)
-    return {**generation_config(folder), "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    eos = config.with_eos_of(folder).written_eos
+    return {**generation_config(folder), "bos_token_id": config.bos_token_id, "eos_token_id": eos}
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -9,12 +9,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openelm_mlx.config_files import corenet_overrides, corenet_section, read_json
+from openelm_mlx.config_files import (
+    GENERATION_CONFIG,
+    corenet_overrides,
+    corenet_section,
+    generation_config,
+    read_json,
+)
 from openelm_mlx.errors import ConfigError
 
 Multipliers = tuple[float, ...]
@@ -30,7 +36,8 @@ class LayerShape(NamedTuple):
 
 @dataclass(frozen=True)
 class OpenELMConfig:
-    """The architecture of one model. Field names are those of Apple's config.json on Hugging Face.
+    """The architecture of one model. Field names are those of Apple's config.json on Hugging Face, but for
+    `eos_token_ids`: the file's `eos_token_id` is a number or a list, and a text ends at any of them.
 
     `qkv_multipliers` and `ffn_multipliers` hold one number (all layers alike), two (the ends of a ramp) or one per
     layer. `num_query_heads`, `num_kv_heads` and `ffn_dims` give the layers outright and win where they are set.
@@ -55,21 +62,26 @@ class OpenELMConfig:
     rope_freq_constant: float = 10000.0
     rms_norm_eps: float = 1e-6
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_ids: tuple[int, ...] = (2,)
     padding_index: int | None = None
 
     model_type = "openelm"  # a class attribute, not a field: mlx-lm asks for it
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("model_dim", "head_dim", "num_transformer_layers", "vocab_size", "num_gqa_groups",
-                     "ffn_dim_divisor", "max_context_length"):  # fmt: skip
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_transformer_layers > MAX_LAYERS:
-            raise ConfigError(f"num_transformer_layers is {self.num_transformer_layers}; it must be at most {MAX_LAYERS}")
+            raise ConfigError(
+                f"num_transformer_layers is {self.num_transformer_layers}; it must be at most {MAX_LAYERS}"
+            )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+        if not self.eos_token_ids:
+            raise ConfigError(
+                "eos_token_id is an empty list; it must be a whole number or a list of them"
+            )
         if self.rms_norm_eps <= 0 or self.rope_freq_constant <= 0:
             raise ConfigError("rms_norm_eps and rope_freq_constant must be above 0")
         for number, shape in enumerate(layer_shapes(self)):
@@ -78,6 +90,16 @@ class OpenELMConfig:
                     f"layer {number} has {shape.q_heads} query heads, {shape.kv_heads} key/value heads and FFN width "
                     f"{shape.ffn_dim}; each must be at least 1 and query heads a multiple of key/value heads"
                 )
+
+    @property
+    def eos_token_id(self) -> int:
+        """The first of `eos_token_ids`."""
+        return self.eos_token_ids[0]
+
+    @property
+    def written_eos(self) -> int | list[int]:
+        """`eos_token_ids` as JSON files have them: a number, or a list where there are several."""
+        return list(self.eos_token_ids) if len(self.eos_token_ids) > 1 else self.eos_token_id
 
     @property
     def num_parameters(self) -> int:
@@ -89,7 +111,9 @@ class OpenELMConfig:
         """A published size: `270m`, `OpenELM-1_1B-Instruct`, `apple/OpenELM-3B` ... Raises `ConfigError`."""
         key = normal_name(name)
         if key not in PUBLISHED:
-            raise ConfigError(f"{name!r} is no published OpenELM size; known: {', '.join(PUBLISHED)}")
+            raise ConfigError(
+                f"{name!r} is no published OpenELM size; known: {', '.join(PUBLISHED)}"
+            )
         return cls(**PUBLISHED[key])
 
     @classmethod
@@ -98,9 +122,13 @@ class OpenELMConfig:
         if not isinstance(raw, Mapping):
             raise ConfigError(f"config.json must hold an object, not {type(raw).__name__}")
         if raw.get("model_type", "openelm") != "openelm":
-            raise ConfigError(f"config.json says model_type {raw['model_type']!r}; this engine runs only 'openelm'")
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(raw.keys() - known - HF_KEYS_WITHOUT_MEANING_HERE - HF_KEYS_THAT_MUST_BE.keys()):
+            raise ConfigError(
+                f"config.json says model_type {raw['model_type']!r}; this engine runs only 'openelm'"
+            )
+        known = {f.name for f in fields(cls)} - {"eos_token_ids"} | {"eos_token_id"}
+        if unknown := sorted(
+            raw.keys() - known - HF_KEYS_WITHOUT_MEANING_HERE - HF_KEYS_THAT_MUST_BE.keys()
+        ):
             near = {key: get_close_matches(key, known, 1) for key in unknown}
             raise ConfigError(
                 "config.json has keys this engine does not know: "
@@ -108,14 +136,17 @@ class OpenELMConfig:
             )
         for key, allowed in HF_KEYS_THAT_MUST_BE.items():
             if key in raw and raw[key] not in allowed:
-                raise ConfigError(f"config.json has {key} {raw[key]!r}; this engine computes only {allowed[0]!r}")
+                raise ConfigError(
+                    f"config.json has {key} {raw[key]!r}; this engine computes only {allowed[0]!r}"
+                )
         required = [f.name for f in fields(cls) if f.default is MISSING]
         if missing := [name for name in required if raw.get(name) is None]:
             raise ConfigError(f"config.json lacks {', '.join(missing)}")
         values = {key: value for key, value in raw.items() if key in known and value is not None}
-        for key in ("bos_token_id", "eos_token_id"):
-            if isinstance(values.get(key), list) and values[key]:
-                values[key] = values[key][0]
+        if isinstance(bos := values.get("bos_token_id"), list) and bos:
+            values["bos_token_id"] = bos[0]
+        if (eos := values.pop("eos_token_id", None)) is not None:
+            values["eos_token_ids"] = eos if isinstance(eos, list) else [eos]
         return cls(**{key: normal_value(key, value) for key, value in values.items()})
 
     @classmethod
@@ -126,6 +157,16 @@ class OpenELMConfig:
             return cls.from_hf_dict(raw)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+
+    def with_eos_of(self, folder: Path) -> OpenELMConfig:
+        """The same, with the EOS ids that generation_config.json in `folder` adds. Raises `ConfigError`."""
+        stated = generation_config(folder).get("eos_token_id")
+        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        try:
+            return replace(self, eos_token_ids=tuple(dict.fromkeys((*self.eos_token_ids, *ids))))
+        except (ConfigError, TypeError):
+            what = f"eos_token_id is {stated!r}; it must be a whole number or a list of them"
+            raise ConfigError(f"{folder / GENERATION_CONFIG}: {what}") from None
 
     @classmethod
     def from_corenet_yaml(cls, path: str | Path) -> OpenELMConfig:
@@ -148,6 +189,7 @@ class OpenELMConfig:
             divisor = math.gcd(*ffn_dims)
         result = {f.name: getattr(self, f.name) for f in fields(self)}
         result |= {
+            "eos_token_id": self.written_eos,
             "model_type": "openelm",
             "architectures": ["OpenELMForCausalLM"],
             "activation_fn_name": "swish",
@@ -158,7 +200,7 @@ class OpenELMConfig:
             "ffn_dim_divisor": divisor,
             "qkv_multipliers": list(self.qkv_multipliers),
         }
-        del result["ffn_dims"]
+        del result["ffn_dims"], result["eos_token_ids"]
         if self.padding_index is None:
             del result["padding_index"]
         return result
@@ -171,15 +213,24 @@ def layer_shapes(c: OpenELMConfig) -> tuple[LayerShape, ...]:
     The 270M, for example, has 12 query heads in 5 layers, 16 in 7 and 20 in 4.
     """
     n = c.num_transformer_layers
-    q_dims = [make_divisible(c.model_dim * m, c.head_dim * c.num_gqa_groups) for m in ramp(c.qkv_multipliers, n)]
+    q_dims = [
+        make_divisible(c.model_dim * m, c.head_dim * c.num_gqa_groups)
+        for m in ramp(c.qkv_multipliers, n)
+    ]
     computed = {
         "num_query_heads": tuple(dim // c.head_dim for dim in q_dims),
-        "ffn_dims": tuple(make_divisible(c.model_dim * m, c.ffn_dim_divisor) for m in ramp(c.ffn_multipliers, n)),
+        "ffn_dims": tuple(
+            make_divisible(c.model_dim * m, c.ffn_dim_divisor) for m in ramp(c.ffn_multipliers, n)
+        ),
     }
     q_heads = c.num_query_heads or computed["num_query_heads"]
     kv_heads = c.num_kv_heads or tuple(q // c.num_gqa_groups for q in q_heads)
     ffn_dims = c.ffn_dims or computed["ffn_dims"]
-    for name, column in (("num_query_heads", q_heads), ("num_kv_heads", kv_heads), ("ffn_dims", ffn_dims)):
+    for name, column in (
+        ("num_query_heads", q_heads),
+        ("num_kv_heads", kv_heads),
+        ("ffn_dims", ffn_dims),
+    ):
         if len(column) != n:
             raise ConfigError(f"{name} has {len(column)} entries for {n} layers")
     return tuple(LayerShape(*row) for row in zip(q_heads, kv_heads, ffn_dims, strict=True))
@@ -187,10 +238,15 @@ def layer_shapes(c: OpenELMConfig) -> tuple[LayerShape, ...]:
 
 def expected_tensors(c: OpenELMConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of an unquantized checkpoint with its shape, under Hugging Face's names."""
-    tensors: dict[str, tuple[int, ...]] = {"transformer.token_embeddings.weight": (c.vocab_size, c.model_dim)}
+    tensors: dict[str, tuple[int, ...]] = {
+        "transformer.token_embeddings.weight": (c.vocab_size, c.model_dim)
+    }
     for number, (q_heads, kv_heads, ffn_dim) in enumerate(layer_shapes(c)):
         layer = f"transformer.layers.{number}."
-        tensors[layer + "attn.qkv_proj.weight"] = ((q_heads + 2 * kv_heads) * c.head_dim, c.model_dim)
+        tensors[layer + "attn.qkv_proj.weight"] = (
+            (q_heads + 2 * kv_heads) * c.head_dim,
+            c.model_dim,
+        )
         if c.normalize_qk_projections:
             tensors[layer + "attn.q_norm.weight"] = (c.head_dim,)
             tensors[layer + "attn.k_norm.weight"] = (c.head_dim,)
@@ -229,30 +285,70 @@ def normal_name(name: str) -> str:
     return re.sub(r"-instruct$", "", re.sub(r"^openelm-", "", size))
 
 
-PUBLISHED: dict[str, dict[str, Any]] = {  # arXiv:2404.14619, appendix; corenet/modeling/models/language_modeling
+PUBLISHED: dict[
+    str, dict[str, Any]
+] = {  # arXiv:2404.14619, appendix; corenet/modeling/models/language_modeling
     "270m": {"num_transformer_layers": 16, "model_dim": 1280, "head_dim": 64},
     "450m": {"num_transformer_layers": 20, "model_dim": 1536, "head_dim": 64},
     "1.1b": {"num_transformer_layers": 28, "model_dim": 2048, "head_dim": 64},
     "3b": {"num_transformer_layers": 36, "model_dim": 3072, "head_dim": 128},
 }
 
-HF_KEYS_THAT_MUST_BE: dict[str, tuple[Any, ...]] = {  # what Apple's class can vary and this engine does not compute
+HF_KEYS_THAT_MUST_BE: dict[
+    str, tuple[Any, ...]
+] = {  # what Apple's class can vary and this engine does not compute
     "activation_fn_name": ("swish", "silu"),
     "normalization_layer_name": ("rms_norm",),
 }
 
+COUNTS = [
+    "model_dim",
+    "head_dim",
+    "num_transformer_layers",
+    "vocab_size",
+    "num_gqa_groups",
+    "ffn_dim_divisor",
+    "max_context_length",
+]
+
 MAX_LAYERS = 4096
 
 HF_KEYS_WITHOUT_MEANING_HERE = frozenset(
-    (
-        "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
-        "initializer_range", "rope_max_length", "quantization", "quantization_config", "pad_token_id",
-        "tie_word_embeddings", "tokenizer_class", "return_dict", "output_attentions", "output_hidden_states",
-        "_name_or_path", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "problem_type",
-    )
-)  # fmt: skip
+    [
+        "model_type",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "_name_or_path",
+        "initializer_range",
+        "rope_max_length",
+        "quantization",
+        "quantization_config",
+        "pad_token_id",
+        "return_dict",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "output_attentions",
+        "output_hidden_states",
+        "is_encoder_decoder",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "problem_type",
+    ]
+)
 
-_TUPLES = ("qkv_multipliers", "ffn_multipliers", "num_query_heads", "num_kv_heads", "ffn_dims")
+_TUPLES = [
+    "qkv_multipliers",
+    "ffn_multipliers",
+    "num_query_heads",
+    "num_kv_heads",
+    "ffn_dims",
+    "eos_token_ids",
+]
 
 
 def normal_value(key: str, value: Any) -> Any:
@@ -277,11 +373,16 @@ def check_types(config: OpenELMConfig) -> None:
         elif kind == "bool":
             fits, what = isinstance(value, bool), "true or false"
         else:
-            fits, what = is_number(value, whole=kind.startswith("int")), "a whole number" if "int" in kind else "a number"
+            fits, what = (
+                is_number(value, whole=kind.startswith("int")),
+                "a whole number" if "int" in kind else "a number",
+            )
         if not fits:
             raise ConfigError(f"{item.name} is {value!r}; it must be {what}")
 
 
 def is_number(value: Any, whole: bool) -> bool:
     kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 2**48  # NaN is not below
+    return (
+        isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 2**48
+    )  # NaN is not below

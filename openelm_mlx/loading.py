@@ -89,7 +89,7 @@ def load(
     resolved = resolve_model(str(name), revision=revision, tokenizer=None if tokenizer is None else str(tokenizer))
     folder = resolved.folder
     raw = read_json(folder / "config.json")
-    config = OpenELMConfig.from_hf_dict(raw)
+    config = OpenELMConfig.from_hf_dict(raw).with_eos_of(folder)
     sampling = chat_sampling(folder)
     weights = read_weights(folder)
     quantization = raw.get("quantization") or raw.get("quantization_config")

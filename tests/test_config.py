@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from openelm_mlx.config import OpenELMConfig, layer_shapes
@@ -34,6 +37,9 @@ def test_heads_of_the_270m():
         ({"num_kv_heads": [5] * 16}, "multiple of key/value heads"),
         ({"ffn_with_glu": 1}, "true or false"),
         ({"model_dim": 0}, "at least 1"),
+        ({"eos_token_id": []}, "eos_token_id is an empty list; it must be a whole number or a list of them"),
+        ({"eos_token_id": [2, "7"]}, "eos_token_ids is .*; it must be a list of whole numbers"),
+        ({"eos_token_ids": [2, 7]}, "did you mean eos_token_id"),
     ],
 )
 def test_refused(change, text):
@@ -52,3 +58,26 @@ def test_files(tmp_path):
         OpenELMConfig.from_file(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="does not exist"):
         OpenELMConfig.from_file(tmp_path / "none.json")
+
+
+def test_a_text_may_end_at_any_of_several_ids(tmp_path):
+    raw = OpenELMConfig.from_name("270m").to_hf_dict()
+    assert raw["eos_token_id"] == 2
+    config = OpenELMConfig.from_hf_dict(raw | {"eos_token_id": [2, 7]})
+    assert (config.eos_token_ids, config.eos_token_id) == ((2, 7), 2)
+    assert OpenELMConfig.from_hf_dict(config.to_hf_dict()) == replace(config, **written_shapes(config))
+    assert config.to_hf_dict()["eos_token_id"] == [2, 7]
+    assert config.with_eos_of(tmp_path) == config
+    stated = tmp_path / "generation_config.json"
+    for ids, ends in (([7, 9], (2, 7, 9)), (7, (2, 7)), (None, (2, 7))):
+        stated.write_text(json.dumps({"eos_token_id": ids}))
+        assert config.with_eos_of(tmp_path).eos_token_ids == ends
+    for wrong in ("7", [[7]], [True]):
+        stated.write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ConfigError, match="generation_config.json: eos_token_id is .*; it must be a whole number or a"):
+            config.with_eos_of(tmp_path)
+
+
+def written_shapes(config):
+    again = OpenELMConfig.from_hf_dict(OpenELMConfig.from_name("270m").to_hf_dict())
+    return {name: getattr(again, name) for name in ("num_query_heads", "num_kv_heads", "ffn_multipliers")}

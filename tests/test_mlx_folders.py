@@ -175,7 +175,7 @@ def test_a_source_that_is_quantized_has_packed_arrays_only_there():
 
 
 def test_how_a_model_chats_goes_along_and_mlx_lm_reads_the_folder(tmp_path):
-    """Apple's defaults where the source has none of its own; the end of text is the configuration's in any case."""
+    """Apple's defaults where the source has none of its own; a text ends at any id that either file names."""
     from mlx_lm.utils import load as mlx_lm_load
 
     source = random_folder(tmp_path / "source")
@@ -185,7 +185,8 @@ def test_how_a_model_chats_goes_along_and_mlx_lm_reads_the_folder(tmp_path):
     (source / "generation_config.json").write_text(json.dumps(stated))
     target = again(source, tmp_path / "b", dtype="float16")
     written = json.loads((target / "generation_config.json").read_text())
-    assert written == stated | {"bos_token_id": 1, "eos_token_id": 2}
+    assert written == stated | {"bos_token_id": 1, "eos_token_id": [2, 7]}
+    assert load(target).config.eos_token_ids == load(source).config.eos_token_ids == (2, 7)
     assert load(target).chat_sampling == load(source).chat_sampling == SamplingOptions(temperature=0.6)
     _, tokenizer = mlx_lm_load(str(target))
-    assert set(tokenizer.eos_token_ids) == {2}
+    assert set(tokenizer.eos_token_ids) == {2, 7}
