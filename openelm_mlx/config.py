@@ -69,7 +69,15 @@ class OpenELMConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in COUNTS:
+        for name in (
+            "model_dim",
+            "head_dim",
+            "num_transformer_layers",
+            "vocab_size",
+            "num_gqa_groups",
+            "ffn_dim_divisor",
+            "max_context_length",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_transformer_layers > MAX_LAYERS:
@@ -78,10 +86,6 @@ class OpenELMConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
-        if not self.eos_token_ids:
-            raise ConfigError(
-                "eos_token_id is an empty list; it must be a whole number or a list of them"
-            )
         if self.rms_norm_eps <= 0 or self.rope_freq_constant <= 0:
             raise ConfigError("rms_norm_eps and rope_freq_constant must be above 0")
         for number, shape in enumerate(layer_shapes(self)):
@@ -301,16 +305,6 @@ HF_KEYS_THAT_MUST_BE: dict[
     "normalization_layer_name": ("rms_norm",),
 }
 
-COUNTS = [
-    "model_dim",
-    "head_dim",
-    "num_transformer_layers",
-    "vocab_size",
-    "num_gqa_groups",
-    "ffn_dim_divisor",
-    "max_context_length",
-]
-
 MAX_LAYERS = 4096
 
 HF_KEYS_WITHOUT_MEANING_HERE = frozenset(
@@ -341,14 +335,7 @@ HF_KEYS_WITHOUT_MEANING_HERE = frozenset(
     ]
 )
 
-_TUPLES = [
-    "qkv_multipliers",
-    "ffn_multipliers",
-    "num_query_heads",
-    "num_kv_heads",
-    "ffn_dims",
-    "eos_token_ids",
-]
+_TUPLES = {f.name for f in fields(OpenELMConfig) if f.type in ("Multipliers", "tuple[int, ...]")}
 
 
 def normal_value(key: str, value: Any) -> Any:
@@ -370,6 +357,8 @@ def check_types(config: OpenELMConfig) -> None:
             whole = "multipliers" not in item.name
             fits = isinstance(value, tuple) and all(is_number(entry, whole) for entry in value)
             what = "a list of whole numbers" if whole else "a list of numbers"
+            if item.name == "eos_token_ids":
+                fits, what = fits and bool(value), "a whole number or a list of them"
         elif kind == "bool":
             fits, what = isinstance(value, bool), "true or false"
         else:

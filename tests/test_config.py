@@ -37,8 +37,8 @@ def test_heads_of_the_270m():
         ({"num_kv_heads": [5] * 16}, "multiple of key/value heads"),
         ({"ffn_with_glu": 1}, "true or false"),
         ({"model_dim": 0}, "at least 1"),
-        ({"eos_token_id": []}, "eos_token_id is an empty list; it must be a whole number or a list of them"),
-        ({"eos_token_id": [2, "7"]}, "eos_token_ids is .*; it must be a list of whole numbers"),
+        ({"eos_token_id": []}, r"eos_token_ids is \(\); it must be a whole number or a list of them"),
+        ({"eos_token_id": [2, "7"]}, "eos_token_ids is .*; it must be a whole number or a list of them"),
         ({"eos_token_ids": [2, 7]}, "did you mean eos_token_id"),
     ],
 )
