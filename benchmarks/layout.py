@@ -1,7 +1,8 @@
 """Which primitives launch kernels on Metal, and how many: views are followed by their strides, copies are counted.
 
 Each rule is that of MLX's Metal backend (v0.32; the file is named beside it, under mlx/backend/). Assumed throughout:
-one sequence, one new token, and buffers that may be overwritten in place (the caches are donated, see decode.py).
+one new token a row, at most 5 rows (from the 6th on it depends on the chip which kernel multiplies by a quantized
+matrix), no matrix units (M5), and buffers that may be overwritten in place (the caches are donated, see decode.py).
 """
 
 from __future__ import annotations
@@ -141,10 +142,15 @@ def kernels(node: Node, inputs: list[Layout]) -> int:
         case "RoPE":  # metal/rope.cpp: heads and positions transposed are read as they are
             return 1 + (not (first.row_contiguous or first.shape[-2] == 1 and first.contiguous))
         case "ScaledDotProductAttention":  # metal/scaled_dot_product_attention.cpp, one query: queries in rows, keys by head
-            keys = [k.strides[-1] == 1 and (1 in k.shape[:2] or k.strides[0] == k.strides[1] * k.shape[1]) for k in inputs[1:3]]
-            return 1 + (not query_reads(first)) + sum(not k for k in keys)
+            q, *held = inputs
+            keys = [k.strides[-1] == 1 and side_by_side(k) for k in held[:2]]
+            masks = [mask_reads(broadcast(mask, (*q.shape[:3], held[0].shape[2]))) for mask in held[2:]]
+            return 1 + (not query_reads(q)) + (keys + masks).count(False)
         case "Matmul" | "AddMM":  # metal/matmul.cpp, check_transpose: rows or columns contiguous
-            return 1 + sum(not matrix_reads(x, x.shape[-2 + number] == 1) for number, x in enumerate(inputs[:2]))
+            rows, columns, inner = math.prod(first.shape[:-1]), inputs[1].shape[-1], first.shape[-1]
+            tiles = -(-rows // 16) * -(-columns // 16)
+            split = rows > 1 and inner >= max(rows, columns, 128) and tiles <= 1024  # a second kernel adds up the parts
+            return 1 + split + sum(not matrix_reads(x, x.shape[-2 + number] == 1) for number, x in enumerate(inputs[:2]))
         case "QuantizedMatmul":  # metal/quantized.cpp: one row and a transposed matrix take qmv, without split
             split = not node.arguments[-1] and inputs[1].shape[-2] >= 1024  # qvm_split_k adds up in a second kernel
             return 1 + split + sum(not last_two_rows(x) for x in inputs)
@@ -175,6 +181,15 @@ def query_reads(q: Layout) -> bool:
         return False
     axis = 1 if q.shape[0] == 1 else 0
     return q.strides[3] == 1 and q.strides[2] == q.shape[3] * q.shape[axis] and q.strides[axis] == q.shape[3]
+
+
+def side_by_side(x: Layout) -> bool:
+    """Batch and heads can be walked through as one axis."""
+    return 1 in x.shape[:2] or x.strides[0] == x.strides[1] * x.shape[1]
+
+
+def mask_reads(mask: Layout) -> bool:
+    return mask.row_contiguous or side_by_side(mask)
 
 
 def matrix_reads(x: Layout, vector: bool) -> bool:

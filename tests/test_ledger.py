@@ -166,6 +166,27 @@ def test_a_primitive_without_a_rule_is_an_error() -> None:
         kernels(Node("Load", (), (array,)), [])
 
 
+def test_attention_copies_what_several_rows_do_not_lay_out_for_it() -> None:
+    """mlx/backend/metal/scaled_dot_product_attention.cpp: q_copy_unless and mask_copy_unless, by hand."""
+    def count(rows: int, mask_heads: int, sliced: bool) -> int:
+        q = Layout((rows, 4, 1, 64), (6 * 64 if sliced else 4 * 64, 64, 64, 1), rows * 6 * 64 if sliced else rows * 256)
+        held = Layout((rows, 2, 256, 64), (2 * 256 * 64, 256 * 64, 64, 1), rows * 2 * 256 * 64)
+        node = Node("ScaledDotProductAttention", (Array("q", q.shape, mx.float32),), (Array("o", q.shape, mx.float32),))
+        return kernels(node, [q, held, held, Layout.rows((rows, mask_heads, 1, 256))])
+
+    assert [count(1, 1, True), count(4, 4, False), count(4, 4, True), count(4, 1, False), count(4, 1, True)] == [1, 1, 2, 2, 3]
+
+
+def test_a_product_of_several_rows_is_split_where_the_inner_width_is_the_largest() -> None:
+    """mlx/backend/metal/matmul.cpp, case 1 of steel_matmul_regular: two kernels; of one row always one."""
+    def count(rows: int, inner: int, columns: int) -> int:
+        shapes = [(rows, inner), (inner, columns), (rows, columns)]
+        x, w, out = (Array(name, shape, mx.float32) for name, shape in zip("xwo", shapes, strict=True))
+        return kernels(Node("Matmul", (x, w), (out,)), [Layout.rows(x.shape), Layout.rows(w.shape)])
+
+    assert [count(1, 1280, 512), count(4, 1280, 512), count(4, 1280, 5120), count(4, 64, 64)] == [1, 2, 1, 1]
+
+
 @pytest.mark.parametrize(("form", "message"), [
     ({"dtype": "int8"}, "dtype is 'int8'; allowed: float32"),
     ({"quantization": {"bits": 4, "group_size": 48}}, "cannot quantize to"),
