@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "BatchEngine": "batch",
+    "BatchEngine": "scheduler",
     "BatchResult": "batch",
     "Conversation": "chat",
     "Engine": "loading",
-    "Event": "generation",
+    "EngineOptions": "options",
+    "Event": "request",
     "GenerationOptions": "options",
     "GenerationStats": "stats",
     "ModelDraft": "drafts",
@@ -38,6 +39,7 @@ __all__ = [  # written out: type checkers and editors read it
     "BatchResult",
     "Conversation",
     "Engine",
+    "EngineOptions",
     "Event",
     "GenerationOptions",
     "GenerationStats",
@@ -55,16 +57,18 @@ __all__ = [  # written out: type checkers and editors read it
 ]
 
 if TYPE_CHECKING:
-    from openelm_mlx.batch import BatchEngine, BatchResult, batch_generate
+    from openelm_mlx.batch import BatchResult, batch_generate
     from openelm_mlx.chat import Conversation
     from openelm_mlx.config import OpenELMConfig, layer_shapes
     from openelm_mlx.drafts import ModelDraft
     from openelm_mlx.errors import OpenELMError
-    from openelm_mlx.generation import Event, generate, stream_generate
+    from openelm_mlx.generation import generate, stream_generate
     from openelm_mlx.instruct import encode_messages
     from openelm_mlx.loading import Engine, load
-    from openelm_mlx.options import GenerationOptions, SamplingOptions
+    from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
     from openelm_mlx.prompt_cache import PromptCache
+    from openelm_mlx.request import Event
+    from openelm_mlx.scheduler import BatchEngine
     from openelm_mlx.stats import GenerationStats
 
 

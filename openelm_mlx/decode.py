@@ -1,21 +1,22 @@
-"""The device side of generation: the prompt in chunks, then one compiled step a token, pipelined.
+"""The device side of generation: the prompt in chunks, then one compiled step for all rows.
 
-`make_step` is the seam: ids in, id out, everything else state. Its eager twin runs the same function uncompiled.
+Everything here has B rows, and a single sequence is one row. A step feeds the newest token of every
+row, and the tokens drafted after it, and draws what follows each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from openelm_mlx.cache import KVCache, level, step_caches
+from openelm_mlx.cache import KVCache, step_caches
 from openelm_mlx.kv import Arrays, CacheKind
 from openelm_mlx.model import OpenELM
-from openelm_mlx.options import SamplingOptions
-from openelm_mlx.sampling import History, Logprobs, draw, logprobs
+from openelm_mlx.sampling import Controls, Filters, History, Logprobs, draw, logprobs
 
 Progress = Callable[[int, int], None]
 
@@ -23,81 +24,149 @@ Progress = Callable[[int, int], None]
 class State(NamedTuple):
     """All that a step reads and writes, as arrays: nothing here makes the compiler trace again."""
 
-    token: mx.array  # [B] the newest token, not yet fed
-    position: mx.array  # [B] its position
-    key: mx.array  # [B, 2] of the random numbers
+    token: mx.array  # [B] uint32, the newest token, not yet fed
+    position: mx.array  # [B] int32, its position
+    alive: mx.array  # [B] int32, 1 or 0: a row that nobody uses stands still at position 0
+    key: mx.array  # [B, 2] uint32, of the random numbers
+    controls: Controls  # the values of the sampling options
     history: History | None
-    logprobs: Logprobs | None
     buffers: list[Arrays]  # keys and values, one entry a layer
+
+    def after(self, moved: Moved) -> State:
+        """Return the state after a draw."""
+        return self._replace(**moved._asdict())
+
+
+class Moved(NamedTuple):
+    """What drawing a token changes of a state."""
+
+    token: mx.array
+    position: mx.array
+    history: History | None
+
+
+class Drafted(NamedTuple):
+    """The tokens drafted for each row [B, k], and how many of them count [B]; the rest is padding."""
+
+    tokens: mx.array
+    lengths: mx.array
 
 
 class Drawn(NamedTuple):
-    """A token as the host sees it, with its log probability and the likeliest alternatives where asked for."""
+    """What one pass drew. Without a draft `tokens` is [B] and `count` None."""
 
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    tokens: mx.array  # uint32, [B, k + 1]: what the model draws after each token that was fed
+    count: mx.array | None  # [B], drafted tokens that were kept; the one drawn after them is valid
+    logprobs: Logprobs | None  # of all tokens, row by row
 
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What a step is traced for; steps of equal specification are shared by all generations of an engine."""
+    """What a step is traced for; schedulers with equal specifications share their steps."""
 
-    sampling: SamplingOptions
+    filters: Filters
     vocab: int  # ids from here on exist in the weights only, and are never sampled
     logprobs: int | None
     compiled: bool
     kind: CacheKind = CacheKind()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sampling", replace(self.sampling, seed=None, stream=0))  # state, not code
+
+def forward(
+    model: OpenELM, kind: CacheKind, state: State, drafted: mx.array | None
+) -> tuple[mx.array, list[Arrays]]:
+    """Feed each row its newest token and its draft: logits [B, (k + 1,) vocab], and the buffers."""
+    caches = step_caches(state.buffers, state.position, kind)
+    if drafted is None:
+        hidden = model.hidden(state.token, caches, last=True)
+    else:
+        hidden = model.hidden(mx.concatenate([state.token[:, None], drafted], axis=1), caches)
+    return model.logits(hidden), [cache.arrays for cache in caches]
 
 
-def choose(spec: StepSpec, logits: mx.array, state: State) -> State:
-    """The state after drawing the token that follows, from the logits [B, vocab or more] at the last position."""
-    logits = logits[:, : spec.vocab]
-    if not spec.sampling.greedy or state.history is not None or spec.logprobs is not None:
+def choose(
+    spec: StepSpec,
+    logits: mx.array,
+    state: State,
+    drafted: Drafted | None = None,
+    mask: mx.array | None = None,
+) -> tuple[Drawn, Moved]:
+    """Draw from the logits that `forward` gave; return what was drawn and what changes by it.
+
+    `mask` [B * (k + 1), vocab / 32] has a bit for each token that a grammar allows.
+    """
+    logits = logits[..., : spec.vocab]
+    if spec.filters != Filters() or spec.logprobs is not None:
         logits = logits.astype(mx.float32)  # which is the largest does not change by it
-    position = state.position + 1
-    token = draw(logits, spec.sampling, state.key, position, state.history).astype(mx.uint32)
+    if drafted is not None:
+        return choose_drafted(spec, logits, state, drafted, mask)
+    position = state.position + state.alive
+    token = draw(
+        logits, spec.filters, state.controls, state.key, position, state.history, state.token, mask
+    )
     history = None if state.history is None else state.history.plus(token)
     detail = None if spec.logprobs is None else logprobs(logits, token, spec.logprobs)
-    return State(token, position, state.key, history, detail, state.buffers)
+    return Drawn(token, None, detail), Moved(token, position, history)
 
 
-def make_step(model: OpenELM, spec: StepSpec) -> Callable[[State], State]:
-    """State -> State, one token further. Compiled, it retraces only when a cache buffer has grown a block."""
+def choose_drafted(
+    spec: StepSpec, logits: mx.array, state: State, drafted: Drafted, mask: mx.array | None
+) -> tuple[Drawn, Moved]:
+    """Draw after each of the k + 1 tokens fed, each with its own noise and the history up to it.
 
-    def step(arrays: list[Any]) -> list[Any]:
-        token, position, key, history, buffers = arrays
-        caches = step_caches(buffers, position, spec.kind)
-        hidden = model.hidden(token, caches, last=True)
-        state = State(token, position, key, History(*history) if history else None, None, [])
-        after = choose(spec, model.logits(hidden), state)
-        return [after.token, after.position, flat(after.history), flat(after.logprobs), [c.arrays for c in caches]]
+    The tokens are those that one step after the other would draw, whatever was drafted
+    (arXiv:2408.07978); drafted tokens are kept while they agree.
+    """
+    rows, length, vocab = logits.shape
+    logits = logits.reshape(-1, vocab)
+    fed = mx.concatenate([state.token[:, None], drafted.tokens], axis=1)
+    positions = state.position[:, None] + mx.arange(1, length + 1)
+    history = None if state.history is None else along(state.history, drafted.tokens)
+    tokens = draw(
+        logits,
+        spec.filters,
+        state.controls.repeated(length),
+        mx.repeat(state.key, length, axis=0),
+        positions.reshape(-1),
+        None if history is None else each(lambda part: part.flatten(0, 1), history),
+        fed.reshape(-1),
+        mask,
+    )
+    detail = None if spec.logprobs is None else logprobs(logits, tokens, spec.logprobs)
+    tokens = tokens.reshape(rows, length)
+    count = agreeing(tokens, drafted)
+    newest = mx.take_along_axis(tokens, count[:, None], axis=1)[:, 0]
+    if history is not None:
+        kept = mx.arange(rows) * length + count
+        history = each(lambda part: mx.take(part.flatten(0, 1), kept, axis=0), history).plus(newest)
+    position = state.position + state.alive * (count + 1)
+    return Drawn(tokens, count, detail), Moved(newest, position, history)
 
-    run = mx.compile(step) if spec.compiled else step
 
-    def advance(state: State) -> State:
-        token, position, history, detail, buffers = run(
-            [state.token, state.position, state.key, flat(state.history), state.buffers]
-        )
-        return State(
-            token, position, state.key, History(*history) if history else None, Logprobs(*detail) if detail else None, buffers
-        )
-
-    return advance
+def along(history: History, drafted: mx.array) -> History:
+    """Return the history before and after each token of a draft [B, k]; arrays are [B, k + 1, ...]."""
+    steps = [history]
+    for index in range(drafted.shape[1]):
+        steps.append(steps[-1].plus(drafted[:, index]))
+    return History(
+        *(None if part[0] is None else mx.stack(part, axis=1) for part in zip(*steps, strict=True))
+    )
 
 
-def flat(group: tuple[mx.array, ...] | None) -> list[mx.array]:
-    """mx.compile flattens lists, not named tuples; an absent group is an empty list."""
-    return [] if group is None else list(group)
+def each(change: Callable[[mx.array], mx.array], history: History) -> History:
+    return History(*(None if part is None else change(part) for part in history))
+
+
+def agreeing(tokens: mx.array, drafted: Drafted) -> mx.array:
+    """Return how many drafted tokens of each row are those drawn [B, k + 1], from the first on: [B]."""
+    k = drafted.tokens.shape[1]
+    agree = (tokens[:, :k] == drafted.tokens) & (mx.arange(k) < drafted.lengths[:, None])
+    return mx.cumprod(agree.astype(mx.int32), axis=1).sum(axis=1)
 
 
 class Steps:
-    """The compiled functions of one model, the latest few specifications kept.
+    """The functions of one model that are compiled, the latest few specifications kept.
 
-    Weights are constants of a compiled function, so whatever starts a generation calls `refresh` or `get` first.
+    Weights are constants of a compiled function, so whatever starts a generation calls `refresh`.
     """
 
     LIMIT = 48
@@ -106,25 +175,50 @@ class Steps:
         self.model = model
         self._made: dict[Hashable, Any] = {}
         self._weights: list[mx.array] = []
+        self._identity = object()
 
-    def refresh(self) -> None:
-        """Forget what was compiled, where the model has got other weights since: it was trained, merged or loaded anew."""
+    def refresh(self) -> object:
+        """Forget what was compiled for other weights: the model was trained, merged or loaded anew.
+
+        Return the identity of the weights that the model has now: another object where they changed.
+        """
         weights = arrays_of(self.model)
-        if len(weights) != len(self._weights) or any(a is not b for a, b in zip(weights, self._weights, strict=True)):
+        held = self._weights
+        if len(weights) != len(held) or any(a is not b for a, b in zip(weights, held, strict=True)):
             self._made.clear()
-            self._weights = weights
+            self._weights, self._identity = weights, object()
+        return self._identity
 
-    def get(self, spec: StepSpec) -> Callable[[State], State]:
-        """The step of this specification, for the weights that the model has now."""
-        self.refresh()
-        return self.cached(spec, lambda: make_step(self.model, spec))
+    def step(self, spec: StepSpec) -> Callable[..., tuple[tuple[Drawn, Moved], list[Arrays]]]:
+        """Return (state, drafted) -> ((drawn, moved), buffers): one pass, and what it draws.
 
-    def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Return what `make` made for this key, now or earlier.
+        Compiled, it is traced again only for other shapes: more rows, more slots, longer drafts.
+        """
+
+        def step(state: State, drafted: Drafted | None = None) -> Any:
+            tokens = None if drafted is None else drafted.tokens
+            logits, buffers = forward(self.model, spec.kind, state, tokens)
+            return choose(spec, logits, state, drafted), buffers
+
+        return self.cached(spec, spec.compiled, lambda: step)
+
+    def parts(self, spec: StepSpec) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Return `forward` and `choose` apart, for masks that are known only after the pass began."""
+        ahead = self.cached(
+            ("forward", spec.kind, spec.compiled),
+            spec.compiled,
+            lambda: partial(forward, self.model, spec.kind),
+        )
+        return ahead, self.cached(("choose", spec), spec.compiled, lambda: partial(choose, spec))
+
+    def cached(self, key: Hashable, compiled: bool, make: Callable[[], Any]) -> Any:
+        """Return what `make` made for this key, now or earlier, and compiled where asked for.
 
         The least recently used beyond the limit is dropped.
         """
-        made = self._made.pop(key) if key in self._made else make()
+        made = self._made.pop(key, None)
+        if made is None:
+            made = mx.compile(make()) if compiled else make()
         self._made[key] = made  # newest last
         while len(self._made) > self.LIMIT:
             del self._made[next(iter(self._made))]
@@ -143,93 +237,17 @@ def arrays_of(tree: Any) -> list[mx.array]:
 
 
 def prefill(
-    model: OpenELM, tokens: list[int], caches: list[KVCache], chunk: int, progress: Progress | None = None
+    model: OpenELM, tokens: list[int], cache: KVCache, chunk: int, progress: Progress | None = None
 ) -> mx.array:
     """Run the prompt through the model in chunks; logits [1, vocab] after its last token.
 
-    Only the last position goes through the last layer's FFN and the head, and the last chunk gives the first token:
-    no extra pass.
+    Only the last position goes through the last layer's FFN and the head, and the last chunk gives
+    the first token: no extra pass.
     """
     for start in range(0, len(tokens), chunk):
-        hidden = model.hidden(mx.array([tokens[start : start + chunk]]), caches, last=True)
+        hidden = model.hidden(mx.array([tokens[start : start + chunk]]), cache, last=True)
         final = start + chunk >= len(tokens)
-        mx.eval([hidden] if final else [], [cache.arrays for cache in caches])  # of other chunks only keys and values
+        mx.eval([hidden] if final else [], cache.arrays)  # of other chunks only keys and values
         if progress is not None:
             progress(min(start + chunk, len(tokens)), len(tokens))
     return model.logits(hidden)
-
-
-def decode(step: Callable[[State], State], state: State, caches: list[KVCache], max_tokens: int) -> Generator[Drawn, None, None]:
-    """Yield each token from the first on, the device always one token ahead.
-
-    On every way out (end, break, exception, close) the caches hold exactly the tokens fed and no work is in flight.
-    """
-    flight = Flight(step, state, caches)
-    try:
-        submit(state)
-        for count in range(max_tokens):
-            current = flight.state._replace(buffers=[])  # a held buffer could not be updated in place
-            if count + 1 < max_tokens:
-                flight.advance()
-            yield read(current)  # the one synchronisation a token; the next step is already running
-    finally:
-        flight.land()
-
-
-class Flight:
-    """The state of a decode in progress. While it lasts the state owns the buffers, and the caches are empty."""
-
-    def __init__(self, step: Callable[[State], State], state: State, caches: list[KVCache]) -> None:
-        level(caches)
-        self.step, self.caches = step, caches
-        self.state = state._replace(buffers=[cache.arrays for cache in caches])
-        self.fed = caches[0].offset
-        for cache in caches:
-            cache.arrays = []  # a second reference would forbid updating in place
-
-    def advance(self) -> None:
-        """Feed the newest token and start drawing the next."""
-        self.reserve(1)
-        self.state = self.step(self.state)
-        self.fed += 1
-        submit(self.state)
-
-    def reserve(self, tokens: int) -> None:
-        """Grow the buffers where their blocks do not hold `tokens` more."""
-        if self.fed + tokens <= self.state.buffers[0][0].shape[-2]:
-            return
-        grown = []
-        for cache, arrays in zip(self.caches, self.state.buffers, strict=True):
-            cache.arrays = arrays
-            cache.reserve(self.fed + tokens)
-            grown.append(cache.arrays)
-            cache.arrays = []
-        self.state = self.state._replace(buffers=grown)
-
-    def land(self, written: int = 0) -> None:
-        """Wait for what is under way and give the buffers back."""
-        mx.synchronize()
-        for cache, arrays in zip(self.caches, self.state.buffers, strict=True):
-            cache.arrays = arrays
-            cache.settle(self.fed, written)
-        mx.eval([cache.arrays for cache in self.caches])
-
-
-def submit(state: State) -> None:
-    """Start computing a token. Never names the cache buffers here: that would copy them at every step."""
-    mx.async_eval(state.token, *flat(state.logprobs))
-
-
-def read(state: State) -> Drawn:
-    """Wait for the token of a batch of one."""
-    values: Any = state.token.tolist()
-    return Drawn(int(values[0]), *logprob_fields(state.logprobs, 0))
-
-
-def logprob_fields(detail: Logprobs | None, row: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    if detail is None:
-        return None, ()
-    chosen: Any = detail.chosen[row].item()
-    ids: Any = detail.top_tokens[row].tolist()
-    values: Any = detail.top[row].tolist()
-    return chosen, tuple(zip(ids, values, strict=True))

@@ -39,6 +39,10 @@ class CacheError(OpenELMError):
     """A key/value cache that cannot do what was asked without giving wrong tokens."""
 
 
+class BusyError(OpenELMError):
+    """A request that came when as many were waiting as may wait."""
+
+
 class HubError(OpenELMError):
     """A model that could not be found, downloaded or verified."""
 

@@ -1,0 +1,429 @@
+"""The scheduler: requests come in, and every step gives each running one its next token.
+
+Requests wait in a queue, their prompts are prefilled in chunks beside the rows that run, and the
+rows are stepped together. A single sequence is one row: everything that generates runs here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import mlx.core as mx
+
+from openelm_mlx.admission import Admission, next_group, shares
+from openelm_mlx.cache import KVCache
+from openelm_mlx.decode import Drafted, Drawn, Moved, State, StepSpec
+from openelm_mlx.errors import BusyError, OptionError
+from openelm_mlx.kv import CacheKind
+from openelm_mlx.options import (
+    EngineOptions,
+    GenerationOptions,
+    SamplingOptions,
+    check_loaded,
+    shown,
+    with_overrides,
+)
+from openelm_mlx.prompt_cache import PromptCache
+from openelm_mlx.prompts import Prompt, prompt_tokens
+from openelm_mlx.request import Event, Request, TokenLogprobs, mask_of, on_host, spec_for, state_of
+from openelm_mlx.rows import Rows
+from openelm_mlx.speculative import Speculation
+from openelm_mlx.stats import Reader
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from openelm_mlx.decode import Progress
+    from openelm_mlx.drafts import Draft, ModelDraft
+    from openelm_mlx.loading import Engine
+    from openelm_mlx.options import EngineSettings, RequestSettings
+
+
+class Pending(NamedTuple):
+    """A pass that was submitted and not yet read: what it draws, and for whom."""
+
+    drawn: Drawn
+    rows: list[tuple[int, Request]]
+    drafted: list[int] | None  # tokens drafted, by row
+
+
+class BatchEngine:
+    """Runs up to `slots` sequences together; more wait their turn, at most `max_waiting`.
+
+    `submit` takes a prompt at any time, `step` draws a token for every running sequence, `cancel`
+    drops one. What a sequence gets does not depend on its neighbours: its random numbers are a
+    function of its seed and position, and no token attends to another row.
+
+    While sequences run, a step prefills at most `admission` tokens of waiting prompts, so that a
+    long prompt stalls nobody; None prefills every prompt at once. `prompt_cache` is drawn on by all
+    requests, and holds what they leave. `draft` is a smaller engine with the same tokenizer.
+    `options` and `settings` are engine options, for all sequences. Drive it from one thread.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        slots: int = 16,
+        options: EngineOptions | None = None,
+        *,
+        draft: Engine | ModelDraft | Draft | None = None,
+        prompt_cache: PromptCache | None = None,
+        admission: int | None = 32,
+        max_waiting: int = 1024,
+        **settings: Unpack[EngineSettings],
+    ) -> None:
+        check_loaded("engine", engine)
+        for name, value in (
+            ("slots", slots),
+            ("admission", admission),
+            ("max_waiting", max_waiting),
+        ):
+            if (type(value) is not int or value < 1) and not (
+                name == "admission" and value is None
+            ):
+                raise OptionError(f"{name} is {shown(value)}; allowed is a whole number from 1 up")
+        if not isinstance(prompt_cache, PromptCache | None):
+            raise OptionError(f"prompt_cache is {shown(prompt_cache)}; allowed is a PromptCache")
+        self.engine, self.slots, self.prompt_cache = engine, slots, prompt_cache
+        self.admission, self.max_waiting = admission, max_waiting
+        (self.options,) = with_overrides((EngineOptions,), (options,), settings)
+        self.kind = CacheKind.of(engine.config, self.options)
+        self._speculation = Speculation(engine, draft)
+        self._reader = Reader()
+        self._numbers, self._weights = 0, object()
+        self._waiting: deque[Request] = deque()
+        self._admission: Admission | None = None
+        self._joining: list[tuple[Request, KVCache]] = []  # prefilled, not yet in a row
+        self._empty()
+
+    def _empty(self) -> None:
+        """No row is used, and nothing is under way."""
+        self._rows: list[Request | None] = []
+        self._buffers = Rows(self.engine.config, self.kind)
+        self._spec: StepSpec | None = None
+        self._state: State | None = None
+        self._pending: Pending | None = None
+        self._logits: mx.array | None = None  # of a pass whose draw waits for a mask
+        self._masked = False  # whether a grammar restricts a row
+        self._stale = bool(self._joining)  # rows are to be arranged anew
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything runs or waits."""
+        return bool(self._waiting or self._admission or self._joining) or any(self._rows)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingOptions | None = None,
+        options: GenerationOptions | None = None,
+        *,
+        owner: str = "",
+        position_offset: int = 0,
+        progress: Progress | None = None,
+        **settings: Unpack[RequestSettings],
+    ) -> int:
+        """Queue a prompt; returns the number that its events carry.
+
+        Prompts of one `owner` never meet what the prefix cache holds of another's. Raises
+        `PromptError`, `OptionError`, and `BusyError` where `max_waiting` requests wait.
+        """
+        sampling, options = with_overrides(
+            (SamplingOptions, GenerationOptions), (sampling, options), settings
+        )
+        options.check_draft(self._speculation.has_model)
+        return self.enqueue(
+            prompt_tokens(self.engine, prompt), sampling, options, owner, position_offset, progress
+        ).number
+
+    def enqueue(
+        self,
+        tokens: list[int],
+        sampling: SamplingOptions,
+        options: GenerationOptions,
+        owner: str = "",
+        position_offset: int = 0,
+        progress: Progress | None = None,
+    ) -> Request:
+        """Queue token ids under options that were checked, and return the request."""
+        if len(self._waiting) >= self.max_waiting:
+            raise BusyError(
+                f"{self.max_waiting} requests wait already; read events until some have ended, "
+                "or give a larger max_waiting"
+            )
+        constraint = None
+        if options.constrained:
+            from openelm_mlx.grammar import constraint as of
+
+            constraint = of(self.engine, options)
+        self._numbers += 1
+        request = Request(
+            self._numbers,
+            self.engine,
+            tokens,
+            sampling,
+            options,
+            self._reader,
+            owner=owner,
+            position_offset=position_offset,
+            constraint=constraint,
+            progress=progress,
+        )
+        self._waiting.append(request)
+        return request
+
+    def continued(self, text: str) -> list[int]:
+        """Return ids of `text` that go on from what the prefix cache holds, where that is worth it."""
+        if self.prompt_cache is None:
+            return self.engine.tokenizer.encode(text)
+        weights = self.engine.steps.refresh()
+        return self.prompt_cache.ids_for(self.engine.tokenizer, text, weights, self.kind)
+
+    def cancel(self, number: int) -> bool:
+        """Drop a sequence; False when it has ended already or never was."""
+        for row, request in self._live():
+            if request.number == number:
+                self._retire(row, self._fed(request))
+                return True
+        for request, cache in self._joining:
+            if request.number == number:
+                self._joining = [pair for pair in self._joining if pair[0] is not request]
+                self._keep(request, request.prompt, cache)
+                return True
+        for request in self._admission.requests if self._admission else []:
+            if request.number == number and not request.done:
+                request.done = True  # its prompt may be one of several in a pass
+                return True
+        waiting = len(self._waiting)
+        self._waiting = deque(one for one in self._waiting if one.number != number)
+        return len(self._waiting) < waiting
+
+    def step(self) -> list[tuple[int, Event]]:
+        """Admit what waits, draw tokens for every running sequence; (number, event) for each."""
+        self._reader.back()
+        events = self._admit()
+        if self._stale and self._pending is None and self._logits is None:
+            self._arrange()
+        if any(self._rows):
+            events += self._advance()
+        self._reader.leave()
+        return events
+
+    def close(self) -> None:
+        """Drop everything and wait for what is under way; the prefix cache gets what was run."""
+        self._waiting.clear()
+        admission, self._admission = self._admission, None
+        if admission is not None and len(admission.requests) == 1:
+            first = admission.requests[0]
+            self._keep(first, first.prompt[: admission.cache.offset], admission.cache)
+        for request, cache in self._joining:
+            self._keep(request, request.prompt, cache)
+        self._joining = []
+        for row, request in self._live():
+            self._retire(row, self._fed(request))
+        self._empty()
+        mx.synchronize()
+
+    # Prompts come in
+
+    def _admit(self) -> list[tuple[int, Event]]:
+        """Prefill a bounded number of prompt tokens; the events of prompts that are complete."""
+        events = []
+        budget = float("inf") if self.admission is None else self.admission
+        if not any(self._rows):
+            budget = max(budget, self.options.prefill_chunk)  # nobody waits for the rows
+        while budget > 0:
+            admission = self._admission = self._admission or self._next_admission(budget)
+            if admission is None:
+                break
+            budget -= admission.run(budget)
+            if admission.complete:
+                drawn = admission.first_tokens()
+                self._admission = None
+                events += self._join(admission, drawn)
+        return events
+
+    def _next_admission(self, budget: float) -> Admission | None:
+        free = self.slots - len(self._live()) - len(self._joining)
+        if not self._waiting or free < 1:
+            return None
+        group = next_group(list(self._waiting)[:free], budget, self.kind, self.prompt_cache)
+        admission = Admission(
+            self.engine, group, self.kind, self.options.prefill_chunk, self.prompt_cache
+        )
+        self._waiting = deque(one for one in self._waiting if one not in group)
+        self._weights = admission.weights
+        return admission
+
+    def _join(
+        self, admission: Admission, drawn: list[tuple[int, TokenLogprobs | None]]
+    ) -> list[tuple[int, Event]]:
+        """Hand out the first tokens; the requests that go on get a row at the next step."""
+        events = []
+        for request, token, cache in zip(
+            admission.requests, drawn, admission.caches(), strict=True
+        ):
+            if not request.done:  # it was not cancelled
+                events.append((request.number, request.take(*token)))
+            if request.done:
+                self._keep(request, request.prompt, cache)
+                continue
+            if self.prompt_cache is not None and any(shares(o, [request]) for o in self._waiting):
+                self._keep(request, request.prompt, cache.prefix(cache.offset))  # they wait for it
+            self._joining.append((request, cache))
+            self._stale = True
+        return events
+
+    def _arrange(self) -> None:
+        """Give everybody a row, as few as will do: a power of two, so that few shapes are traced."""
+        live, joining = self._live(), self._joining
+        kept, count = [row for row, _ in live], rows_for(len(live) + len(joining))
+        if kept != list(range(count)):
+            self._buffers.resize(kept, count)
+            self._speculation.move(kept, count)
+        self._joining, self._stale = [], False
+        self._rows = [one for _, one in live] + [one for one, _ in joining]
+        for row, (request, cache) in enumerate(joining, len(live)):
+            self._buffers.place(row, cache)
+            self._speculation.admit(row, request)
+            if cache.offset:  # it was copied, so the original is free
+                self._keep(request, request.prompt, cache)
+        self._rows += [None] * (count - len(self._rows))
+        running = [request for _, request in self._live()]
+        self._spec = spec_for(running, self.engine.vocab, self.kind, self.options.compiled)
+        self._state = state_of(self._rows, self._spec)
+        self._masked = self._spec.filters.masked
+        self._step = self.engine.steps.step(self._spec)
+        self._forward, self._choose = self.engine.steps.parts(self._spec)
+
+    # Tokens come out
+
+    def _advance(self) -> list[tuple[int, Event]]:
+        """Read one pass, while the device is at the next one where that can be known."""
+        pending, self._pending = self._pending or self._launch(), None
+        if self._may_look_ahead(pending):
+            if self._masked:
+                self._logits = self._pass(self._forward, None, 1)
+                mx.async_eval(self._logits)
+            else:
+                self._pending = self._launch(1)
+        return self._read(pending)
+
+    def _may_look_ahead(self, pending: Pending) -> bool:
+        """Whether the pass after `pending` can begin before that one is read."""
+        live = self._live()
+        return (
+            not self._stale
+            and pending.drafted is None
+            and any(request.left > 1 for _, request in live)
+            and not self._speculation.hopeful(live)
+        )
+
+    def _launch(self, unread: int = 0) -> Pending:
+        """Submit a pass and its draw: one token for every row, or a draft where one is worth it.
+
+        `unread` counts the tokens of each row that were drawn and that the host does not know yet.
+        """
+        live, proposal, mask = self._live(), None, None
+        if not unread and self._logits is None:
+            proposal = self._speculation.propose(live, self._state, self._spec)
+        drafts = None if proposal is None else proposal.tokens
+        length = 0 if drafts is None else drafts.shape[1]
+        if self._masked:  # the device is at the pass while the host computes the masks
+            if self._logits is None:
+                self._logits = self._pass(self._forward, drafts, length)
+                mx.async_eval(self._logits)
+            mask = mask_of(self._rows, self._spec, proposal)
+        drafted = None if proposal is None else Drafted(drafts, mx.array(proposal.lengths))
+        if self._masked:
+            drawn, moved = self._choose(self._logits, self._state, drafted, mask)
+            self._logits = None
+        else:
+            drawn, moved = self._pass(self._step, drafted, unread + length)
+        self._state = self._state.after(moved)
+        submit(drawn, moved)
+        for _, request in live:
+            request.counts.passes += 1
+        return Pending(drawn, live, None if proposal is None else proposal.lengths)
+
+    def _pass(self, run: Callable[..., Any], given: Any, written: int) -> Any:
+        """Run a pass over the buffers that writes `written` slots beyond the known tokens of a row.
+
+        Rows holds no buffer while a pass has it: a second reference would forbid updating in place.
+        """
+        ends = [0] * len(self._rows)
+        for row, request in self._live():
+            ends[row] = len(request.known) + written
+        buffers = self._buffers.lend(ends)
+        try:
+            made, changed = run(self._state._replace(buffers=buffers), given)
+        except BaseException:
+            self._buffers.restore(buffers)
+            raise
+        self._buffers.restore(changed)
+        return made
+
+    def _read(self, pending: Pending) -> list[tuple[int, Event]]:
+        """Wait for a pass, and turn what it drew into events."""
+        drawn, events = pending.drawn, []
+        tokens: Any = drawn.tokens.tolist()
+        counts: Any = None if drawn.count is None else drawn.count.tolist()
+        width = 1 if counts is None else len(tokens[0])
+        details = on_host(drawn.logprobs, width * len(tokens))
+        for row, request in pending.rows:
+            if request.done:
+                continue
+            kept = 0 if counts is None else counts[row]
+            values = [tokens[row]] if counts is None else tokens[row]
+            if pending.drafted is not None and pending.drafted[row]:
+                self._speculation.record(row, pending.drafted[row], kept)
+                request.counts.drafted += pending.drafted[row]
+                request.counts.accepted += kept
+            for place in range(kept + 1):
+                event = request.take(values[place], details[row * width + place])
+                events.append((request.number, event))
+                if request.done:  # a drafted token that was kept has been fed
+                    fed = len(request.known) if place < kept else self._fed(request)
+                    self._retire(row, fed)
+                    break
+        return events
+
+    def _fed(self, request: Request) -> int:
+        """Tokens known of a running request that its row holds: all, if the next pass is under way."""
+        return len(request.known) - (self._pending is None and self._logits is None)
+
+    def _retire(self, row: int, fed: int) -> None:
+        """Free a row; the prefix cache gets the tokens that were fed."""
+        request, self._rows[row] = self._rows[row], None
+        request.done = True
+        self._speculation.release(row)
+        if self.prompt_cache is not None:
+            self._keep(request, request.known[:fed], self._buffers.extract(row, fed))
+        live = self._live()
+        if not live:
+            self._empty()
+            return
+        alive = mx.array([one is not None for one in self._rows], dtype=mx.int32)
+        self._state = self._state._replace(alive=alive, position=self._state.position * alive)
+        self._stale = self._stale or 2 * rows_for(len(live)) <= len(self._rows)
+
+    def _keep(self, request: Request, tokens: list[int], cache: KVCache | None) -> None:
+        """Give the prefix cache what a request leaves."""
+        if self.prompt_cache is not None and cache is not None and tokens:
+            self.prompt_cache.put(self._weights, tokens, cache, request.owner)
+
+    def _live(self) -> list[tuple[int, Request]]:
+        return [(row, one) for row, one in enumerate(self._rows) if one is not None]
+
+
+def rows_for(sequences: int) -> int:
+    """Rows of the device's batch: a power of two, so that few shapes are ever traced."""
+    return 1 << max(sequences - 1, 0).bit_length()
+
+
+def submit(drawn: Drawn, moved: Moved) -> None:
+    """Start computing. Never names the cache buffers here: that would copy them at every step."""
+    parts = (drawn.tokens, drawn.count, *(drawn.logprobs or ()), *moved[:2], *(moved.history or ()))
+    mx.async_eval([part for part in parts if part is not None])
