@@ -1,18 +1,19 @@
-"""Caches together with the tokens they hold: in memory between turns, in a file between days."""
+"""A store of sequences that were already run, with their keys and values: in memory between prompts, in a file between
+days."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from itertools import takewhile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from openelm_mlx.cache import KVCache, make_caches
-from openelm_mlx.config import OpenELMConfig, layer_shapes
+from openelm_mlx.cache import KVCache
+from openelm_mlx.config import layer_shapes
 from openelm_mlx.errors import CacheError, reason
 from openelm_mlx.files import name_for_mlx, replacing
 from openelm_mlx.kv import CacheKind, Window
@@ -21,79 +22,164 @@ from openelm_mlx.tokenizer import StreamingDecoder, Tokenizer
 if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
 
-FORMAT = "openelm-mlx prompt cache 3"
+FORMAT = "openelm-mlx prompt cache 4"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sequence, and the cache that holds its tokens and nothing else."""
+
+    weights: object
+    owner: str
+    tokens: list[int]
+    cache: KVCache
+
+    def serves(self, weights: object, kind: CacheKind, owner: str) -> bool:
+        return self.weights is weights and self.cache.kind == kind and self.owner == owner
 
 
 class PromptCache:
-    """One cache a layer and the tokens they hold, so that a next prompt prefills only what is new."""
+    """Sequences with their keys and values, so that a next prompt prefills only what is new in it.
 
-    def __init__(self, layers: list[KVCache], tokens: list[int] | None = None) -> None:
-        self.layers = layers
-        self.tokens = [] if tokens is None else tokens
+    Whoever generates takes a cache out and puts it back longer. What was taken is the borrower's alone, and what is put
+    back is the store's alone: no two ever write to the same arrays. An entry is found only by the weights that computed
+    it, for its kind of cache, and by its owner, so that no owner can tell from the time of an answer what another has
+    asked. Beyond `max_bytes` the least recently used entries go; the latest stays even where it alone takes more.
 
-    @classmethod
-    def for_config(cls, config: OpenELMConfig, kind: CacheKind | None = None) -> PromptCache:
-        return cls(make_caches(config, kind))
+    One `PromptCache` may be shared by everything that runs in one thread; its methods are not to be called from several
+    threads at once.
+    """
+
+    def __init__(self, max_bytes: int = 2**30) -> None:
+        self.max_bytes = max_bytes
+        self._entries: list[Entry] = []  # the least recently used first
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     @property
-    def kind(self) -> CacheKind:
-        return self.layers[0].kind
+    def tokens(self) -> list[int]:
+        """The tokens of the latest entry, [] if there is none."""
+        return list(self._entries[-1].tokens) if self._entries else []
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(entry.cache.nbytes for entry in self._entries)
 
-    def reuse(self, prompt: list[int]) -> int:
-        """Keep the longest common prefix with `prompt`, but never all of it: one token must be run for its logits.
+    def clear(self) -> None:
+        self._entries.clear()
 
-        held    [1, 5, 9, 4, 2]
-        prompt  [1, 5, 9, 7]      -> keeps 3, forgets 2, returns 3
+    def take(
+        self, weights: object, kind: CacheKind, tokens: Sequence[int], owner: str = ""
+    ) -> tuple[KVCache, int] | None:
+        """Return a cache that holds a beginning of `tokens`, and how many of them; None where nothing is shared.
 
-        A window that has dropped what it would have to return to starts anew: returns 0.
+        It is the longest one that any entry can give, but never all of `tokens`: one must be run for its logits.
+
+            held    [1, 5, 9]  [1, 5, 9, 4, 2]
+            tokens  [1, 5, 9, 4, 7]             -> a copy of the second entry's first 4
+            tokens  [1, 5, 9, 8]                -> the first entry itself, which leaves the store
+
+        `weights` stands for the weights in use, and is compared by identity: `engine.steps.refresh()`. A window that has
+        overwritten what it would have to return to serves no prompt that parts from its text before that.
         """
-        common = min(common_prefix(self.tokens, prompt[:-1]), self._held())
-        if all(layer.can_trim(layer.offset - common) for layer in self.layers):
-            for layer in self.layers:
-                layer.trim(layer.offset - common)
-        else:
-            common = 0
-            for layer in self.layers:
-                layer.clear()
-        del self.tokens[common:]
-        return common
+        wanted = list(tokens[:-1])
+        found = [
+            (common, common == len(entry.tokens), place)
+            for place, entry in enumerate(self._entries)
+            if entry.serves(weights, kind, owner)
+            and (common := common_prefix(entry.tokens, wanted))
+        ]
+        found.sort(reverse=True)  # of equal ones a whole entry first: it need not be copied
+        for common, whole, place in found:
+            entry = self._entries[place]
+            cache = entry.cache if whole else entry.cache.prefix(common)
+            if cache is not None:
+                del self._entries[place]
+                if not whole:
+                    self._entries.append(entry)
+                return cache, common
+        return None
 
-    def _held(self) -> int:
-        """Tokens that every layer holds: after an interrupt amid a pass some are ahead, or have no arrays."""
-        return min(layer.offset if layer.arrays else 0 for layer in self.layers)
+    def put(self, weights: object, tokens: Sequence[int], cache: KVCache, owner: str = "") -> None:
+        """Add the sequence `tokens`, all of which `cache` holds; it must not be used elsewhere from now on.
 
-    def hold(self, tokens: list[int]) -> None:
-        """Say which tokens were fed, after generation. What the caches hold beyond them is forgotten, and of
-        `tokens` what they do not hold."""
-        fed = min(len(tokens), self._held())
-        self.tokens[:] = tokens[:fed]
-        for layer in self.layers:
-            layer.settle(fed)
+        Entries that are a beginning of it and that it can give as well are dropped. Raises `CacheError` where `cache`
+        holds more or fewer tokens.
+        """
+        if cache.offset != len(tokens):
+            raise CacheError(
+                f"the cache holds {cache.offset} tokens, but {len(tokens)} were given; give those it holds"
+            )
+        if not tokens:
+            return
+        new = Entry(weights, owner, list(tokens), cache)
+        self._entries = [
+            old
+            for old in self._entries
+            if not old.serves(weights, cache.kind, owner)
+            or new.tokens[: len(old.tokens)] != old.tokens
+            or not cache.can_trim(len(new.tokens) - len(old.tokens))
+        ] + [new]
+        excess = self.nbytes - self.max_bytes
+        while excess > 0 and len(self._entries) > 1:
+            excess -= self._entries.pop(0).cache.nbytes
+
+    def ids_for(
+        self,
+        tokenizer: Tokenizer,
+        text: str,
+        weights: object,
+        kind: CacheKind,
+        owner: str = "",
+        limit: int | None = None,
+    ) -> list[int]:
+        """Return ids of `text` that go on from a held sequence, where that reuses more than encoding the text anew.
+
+        held    <s> Once upon a ti me                (as they were generated, where "time" is a piece, too)
+        text    Once upon a time there was
+        ids     <s> Once upon a ti me | there was
+
+        Ids beyond `limit` tokens are not worth it. Raises `PromptError` as `Tokenizer.encode` does.
+        """
+        tokens = tokenizer.encode(text)
+        held = [entry.tokens for entry in self._entries if entry.serves(weights, kind, owner)]
+        plain = max((common_prefix(one, tokens) for one in held), default=0)
+        kept, place, best = max(
+            ((*continuation(tokenizer, one, text), one) for one in held), default=(0, 0, [])
+        )
+        if kept <= plain:
+            return tokens
+        more = [*best[:kept], *tokenizer.encode(text[place:], bos=False, continued=kept > 1)]
+        fits = limit is None or len(more) <= limit
+        return more if fits and tokenizer.decode(more) == tokenizer.decode(tokens) else tokens
 
     def save(self, path: str | Path, engine: Engine) -> None:
-        """Write tokens, keys and values to a safetensors file with the fingerprint of `engine`; all or nothing.
+        """Write the latest sequence that `engine` has run, with its keys and values and the fingerprint of `engine`, to
+        a safetensors file; all or nothing.
 
-        Raises `CacheError` for an empty cache and for a path that cannot be written.
+        Raises `CacheError` where there is none, and for a path that cannot be written.
         """
-        if not self.tokens:
-            raise CacheError("the cache is empty; there is nothing to save")
-        used = self.layers[0].offset if not isinstance(self.kind.layout, Window) else self.layers[0].capacity
+        weights = engine.steps.refresh()
+        entry = next((one for one in reversed(self._entries) if one.weights is weights), None)
+        if entry is None:
+            raise CacheError(
+                f"the cache holds nothing that {engine.name} has run; there is nothing to save"
+            )
+        cache = entry.cache
+        used = cache.capacity if isinstance(cache.kind.layout, Window) else cache.offset
         arrays = {
             f"{number}.{part}": mx.contiguous(array[..., :used, :])
-            for number, layer in enumerate(self.layers)
-            for part, array in enumerate(layer.arrays)
+            for number, layer in enumerate(cache.arrays)
+            for part, array in enumerate(layer)
         }
         about = {
             "format": FORMAT,
-            "kind": str(self.kind),
+            "kind": str(cache.kind),
             "fingerprint": fingerprint(engine),
-            "offset": str(self.layers[0].offset),
-            "written": str(self.layers[0].written),
-            "tokens": json.dumps(self.tokens),
+            "offset": str(cache.offset),
+            "written": str(cache.written),
+            "tokens": json.dumps(entry.tokens),
         }
         try:
             with replacing(path, suffix=".safetensors") as new:
@@ -105,7 +191,7 @@ class PromptCache:
 
     @classmethod
     def load(cls, path: str | Path, engine: Engine, kind: CacheKind | None = None) -> PromptCache:
-        """Load a saved cache.
+        """Return a store with the sequence of a saved file.
 
         Raises `CacheError` where it was made with other weights, another tokenizer or another kind
         of cache, and where it is damaged.
@@ -129,81 +215,90 @@ class PromptCache:
                 "delete it, or use the model it was made with"
             )
         if about.get("kind") != str(kind):
-            raise CacheError(f"{path} holds {about.get('kind')}; asked for are {kind}. Give the same options")
-        cache = cls.for_config(engine.config, kind)
+            raise CacheError(
+                f"{path} holds {about.get('kind')}; asked for are {kind}. Give the same options"
+            )
+        store = cls()
         try:
-            cache._fill(arrays, about, engine)
+            store.put(engine.steps.refresh(), *restored(arrays, about, engine, kind))
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise CacheError(f"{path} is damaged: {reason(error)}") from None
-        return cache
+        return store
 
-    def _fill(self, arrays: dict[str, mx.array], about: dict[str, Any], engine: Engine) -> None:
-        tokens, offset, written = json.loads(about["tokens"]), int(about["offset"]), int(about["written"])
-        if not isinstance(tokens, list) or not 0 < len(tokens) == offset:
-            raise ValueError(f"{offset} positions for {len(tokens)} tokens")
-        if any(type(token) is not int or not 0 <= token < engine.config.vocab_size for token in tokens):
-            raise ValueError("tokens outside the vocabulary")
-        layout = self.kind.layout
-        slots = layout.capacity if isinstance(layout, Window) else offset
-        for number, (layer, shape) in enumerate(zip(self.layers, layer_shapes(engine.config), strict=True)):
-            like = self.kind.store.pack(mx.zeros((1, 2 * shape.kv_heads, slots, engine.config.head_dim)))
-            stored = [arrays[f"{number}.{part}"] for part in range(len(like))]
-            if wrong := [a.shape for a, b in zip(stored, like, strict=True) if a.shape != b.shape]:
-                raise ValueError(f"keys and values of layer {number} have the shape {wrong[0]}")
-            layer.reserve(offset, like=stored)
-            for buffer, saved in zip(layer.arrays, stored, strict=True):
-                buffer[..., :slots, :] = saved
-            layer.settle(offset, written)
-        self.tokens[:] = tokens
-        mx.eval([layer.arrays for layer in self.layers])
+
+def restored(
+    arrays: dict[str, mx.array], about: dict[str, Any], engine: Engine, kind: CacheKind
+) -> tuple[list[int], KVCache]:
+    """Return the tokens and the cache of a saved file. Raises `ValueError` and its kin where they do not fit."""
+    tokens, offset, config = json.loads(about["tokens"]), int(about["offset"]), engine.config
+    if not isinstance(tokens, list) or not 0 < len(tokens) == offset:
+        raise ValueError(f"{offset} positions for {len(tokens)} tokens")
+    if any(type(token) is not int or not 0 <= token < config.vocab_size for token in tokens):
+        raise ValueError("tokens outside the vocabulary")
+    cache = KVCache(config, kind)
+    slots = kind.layout.capacity if isinstance(kind.layout, Window) else offset
+    for number, shape in enumerate(layer_shapes(config)):
+        like = kind.store.pack(mx.zeros((2, 1, shape.kv_heads, slots, config.head_dim)))
+        layer = [arrays[f"{number}.{part}"] for part in range(len(like))]
+        if wrong := [a.shape for a, b in zip(layer, like, strict=True) if a.shape != b.shape]:
+            raise ValueError(f"keys and values of layer {number} have the shape {wrong[0]}")
+        cache.arrays.append(layer)
+    cache.offset, cache.written = offset, max(offset, int(about["written"]))
+    cache.reserve(offset)
+    mx.eval(cache.arrays)
+    return tokens, cache
 
 
 def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
-    for count, (ours, theirs) in enumerate(zip(held, wanted, strict=False)):
+    """Return how many tokens two sequences of one type have in common, from the first on."""
+    start, stride = 0, 64  # equal parts are compared in C
+    while (part := held[start : start + stride]) and part == wanted[start : start + stride]:
+        start += stride
+    for count, (ours, theirs) in enumerate(zip(held[start:], wanted[start:], strict=False), start):
         if ours != theirs:
             return count
     return min(len(held), len(wanted))
 
 
-def continued_ids(tokenizer: Tokenizer, held: Sequence[int], text: str) -> list[int]:
-    """Ids of `text` that begin with as many of `held` as stand for its beginning; the rest is encoded as what follows.
+def continuation(tokenizer: Tokenizer, held: Sequence[int], text: str) -> tuple[int, int]:
+    """Return how many tokens of `held` stand for the beginning of `text`, and how many characters of it they are.
 
-    held    <s> Once upon a ti me                (as they were generated, where "time" is a piece, too)
-    text    Once upon a time there was
-    ids     <s> Once upon a ti me | there was
-
-    Where `held` goes on otherwise than `text`, the ids are kept up to the last word that both share.
+    Where `held` goes on otherwise than `text`, they end with the last word that both share.
     """
     if not held or held[0] != tokenizer.bos_id:
-        return tokenizer.encode(text)
-    ours = list(takewhile(lambda token: token < tokenizer.vocab_size and tokenizer.piece_bytes(token), held[1:]))
-    decoder, place, kept, seam = StreamingDecoder(tokenizer), 0, 0, 0  # `ours` ends at a control token: texts have none
-    for count, token in enumerate(ours, 1):
+        return 0, 0
+    decoder, count, place, kept = StreamingDecoder(tokenizer), 1, 0, (1, 0)
+    for count, token in enumerate(held[1:], 2):
+        if token >= tokenizer.vocab_size or not tokenizer.piece_bytes(token):
+            count -= 1  # a control token: texts have none
+            break
         shown = decoder.push(token)
         if not text.startswith(shown, place):
-            break
+            return kept
         place += len(shown)
-        if not decoder.pending and not text[place : place + 1].strip():  # a space follows, or nothing
-            kept, seam = count, place
-    else:
-        shown = decoder.flush()
-        if text.startswith(shown, place):
-            kept, seam = len(ours), place + len(shown)
-    return [*held[: kept + 1], *tokenizer.encode(text[seam:], bos=False, continued=kept > 0)]
+        if (
+            not decoder.pending and not text[place : place + 1].strip()
+        ):  # a space follows, or nothing
+            kept = count, place
+    shown = decoder.flush()
+    return (count, place + len(shown)) if text.startswith(shown, place) else kept
 
 
 def fingerprint(engine: Engine) -> str:
     """sha256 over configuration, tokenizer and a checksum of every weight: what keys and values depend on.
 
-    The checksum of a tensor is the sum of its words (of its element's width) and their sum weighted by place, modulo 2^32.
+    The checksum of a tensor is the sum of its words (of its element's width) and their sum weighted by place, modulo
+    2^32.
     """
     from openelm_mlx.loading import parameters
 
-    digest = hashlib.sha256(json.dumps(engine.config.to_hf_dict(), sort_keys=True, default=str).encode())
+    about = json.dumps(engine.config.to_hf_dict(), sort_keys=True, default=str)
+    digest = hashlib.sha256(about.encode())
     digest.update(repr(sorted((engine.quantization or {}).items(), key=str)).encode())
     digest.update(engine.tokenizer.fingerprint.encode())
     for name, array in sorted(parameters(engine.model).items()):
-        words = array.reshape(-1).view({1: mx.uint8, 2: mx.uint16}.get(array.itemsize, mx.uint32)).astype(mx.uint32)
+        width = {1: mx.uint8, 2: mx.uint16}.get(array.itemsize, mx.uint32)
+        words = array.reshape(-1).view(width).astype(mx.uint32)
         places = mx.arange(words.size, dtype=mx.uint32) % 65521 + 1
         sums: Any = mx.stack([words.sum(), (words * places).sum()]).tolist()
         digest.update(f"{name} {array.dtype} {array.shape} {sums}".encode())
