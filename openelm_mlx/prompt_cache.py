@@ -1,5 +1,4 @@
-"""A store of sequences that were already run, with their keys and values: in memory between prompts, in a file between
-days."""
+"""A store of sequences that were run, with their keys and values: between prompts, and in files."""
 
 from __future__ import annotations
 
@@ -33,6 +32,7 @@ class Entry:
     owner: str
     tokens: list[int]
     cache: KVCache
+    nbytes: int
 
     def serves(self, weights: object, kind: CacheKind, owner: str) -> bool:
         return self.weights is weights and self.cache.kind == kind and self.owner == owner
@@ -41,13 +41,14 @@ class Entry:
 class PromptCache:
     """Sequences with their keys and values, so that a next prompt prefills only what is new in it.
 
-    Whoever generates takes a cache out and puts it back longer. What was taken is the borrower's alone, and what is put
-    back is the store's alone: no two ever write to the same arrays. An entry is found only by the weights that computed
-    it, for its kind of cache, and by its owner, so that no owner can tell from the time of an answer what another has
-    asked. Beyond `max_bytes` the least recently used entries go; the latest stays even where it alone takes more.
+    Whoever generates takes a cache out and puts it back longer. What was taken is the borrower's
+    alone, and what is put back is the store's alone: no two ever write to the same arrays. An entry
+    is found only by the weights that computed it, for its kind of cache, and by its owner, so that
+    no owner can tell from the time of an answer what another has asked. Beyond `max_bytes` the
+    least recently used entries go; the latest stays even where it alone takes more.
 
-    One `PromptCache` may be shared by everything that runs in one thread; its methods are not to be called from several
-    threads at once.
+    Conversations, generations and batches of one thread may share a `PromptCache`. It has no lock:
+    only the thread that generates may call its methods.
     """
 
     def __init__(self, max_bytes: int = 2**30) -> None:
@@ -64,7 +65,7 @@ class PromptCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.cache.nbytes for entry in self._entries)
+        return sum(entry.nbytes for entry in self._entries)
 
     def clear(self) -> None:
         self._entries.clear()
@@ -72,16 +73,17 @@ class PromptCache:
     def take(
         self, weights: object, kind: CacheKind, tokens: Sequence[int], owner: str = ""
     ) -> tuple[KVCache, int] | None:
-        """Return a cache that holds a beginning of `tokens`, and how many of them; None where nothing is shared.
+        """Return a cache that holds a beginning of `tokens`, and how many of them, or None.
 
-        It is the longest one that any entry can give, but never all of `tokens`: one must be run for its logits.
+        It is the longest beginning that any entry can give, but never all of `tokens`: one must be
+        run for its logits.
 
             held    [1, 5, 9]  [1, 5, 9, 4, 2]
             tokens  [1, 5, 9, 4, 7]             -> a copy of the second entry's first 4
             tokens  [1, 5, 9, 8]                -> the first entry itself, which leaves the store
 
-        `weights` stands for the weights in use, and is compared by identity: `engine.steps.refresh()`. A window that has
-        overwritten what it would have to return to serves no prompt that parts from its text before that.
+        `weights` is what `engine.steps.refresh()` returns for the weights in use. A window gives no
+        beginning whose latest tokens it has overwritten.
         """
         wanted = list(tokens[:-1])
         found = [
@@ -102,18 +104,19 @@ class PromptCache:
         return None
 
     def put(self, weights: object, tokens: Sequence[int], cache: KVCache, owner: str = "") -> None:
-        """Add the sequence `tokens`, all of which `cache` holds; it must not be used elsewhere from now on.
+        """Add the sequence `tokens`, which `cache` holds; from now on the cache is the store's.
 
-        Entries that are a beginning of it and that it can give as well are dropped. Raises `CacheError` where `cache`
-        holds more or fewer tokens.
+        Entries that are a beginning of the sequence are dropped where the new one can give them as
+        well. Raises `CacheError` where `cache` holds more or fewer tokens.
         """
         if cache.offset != len(tokens):
             raise CacheError(
-                f"the cache holds {cache.offset} tokens, but {len(tokens)} were given; give those it holds"
+                f"the cache holds {cache.offset} tokens, but {len(tokens)} were given; "
+                "give those that it holds"
             )
         if not tokens:
             return
-        new = Entry(weights, owner, list(tokens), cache)
+        new = Entry(weights, owner, list(tokens), cache, cache.nbytes)
         self._entries = [
             old
             for old in self._entries
@@ -123,24 +126,19 @@ class PromptCache:
         ] + [new]
         excess = self.nbytes - self.max_bytes
         while excess > 0 and len(self._entries) > 1:
-            excess -= self._entries.pop(0).cache.nbytes
+            excess -= self._entries.pop(0).nbytes
 
     def ids_for(
-        self,
-        tokenizer: Tokenizer,
-        text: str,
-        weights: object,
-        kind: CacheKind,
-        owner: str = "",
-        limit: int | None = None,
+        self, tokenizer: Tokenizer, text: str, weights: object, kind: CacheKind, owner: str = ""
     ) -> list[int]:
-        """Return ids of `text` that go on from a held sequence, where that reuses more than encoding the text anew.
+        """Return ids of `text`: those of an entry, as far as it spells the text, and then new ones.
 
-        held    <s> Once upon a ti me                (as they were generated, where "time" is a piece, too)
+        held    <s> Once upon a ti me       (as they were drawn, where "time" is a piece, too)
         text    Once upon a time there was
         ids     <s> Once upon a ti me | there was
 
-        Ids beyond `limit` tokens are not worth it. Raises `PromptError` as `Tokenizer.encode` does.
+        Where that reuses no more tokens than encoding the text anew, the ids are those. Raises
+        `PromptError` as `Tokenizer.encode` does.
         """
         tokens = tokenizer.encode(text)
         held = [entry.tokens for entry in self._entries if entry.serves(weights, kind, owner)]
@@ -151,14 +149,13 @@ class PromptCache:
         if kept <= plain:
             return tokens
         more = [*best[:kept], *tokenizer.encode(text[place:], bos=False, continued=kept > 1)]
-        fits = limit is None or len(more) <= limit
-        return more if fits and tokenizer.decode(more) == tokenizer.decode(tokens) else tokens
+        return more if tokenizer.decode(more) == tokenizer.decode(tokens) else tokens
 
     def save(self, path: str | Path, engine: Engine) -> None:
-        """Write the latest sequence that `engine` has run, with its keys and values and the fingerprint of `engine`, to
-        a safetensors file; all or nothing.
+        """Write the latest sequence that `engine` has run to a safetensors file; all or nothing.
 
-        Raises `CacheError` where there is none, and for a path that cannot be written.
+        Its keys and values go with it, and the fingerprint of `engine`. Raises `CacheError` where
+        there is no such sequence, and for a path that cannot be written.
         """
         weights = engine.steps.refresh()
         entry = next((one for one in reversed(self._entries) if one.weights is weights), None)
@@ -206,8 +203,8 @@ class PromptCache:
         arrays, about = loaded
         if about.get("format") != FORMAT:
             raise CacheError(
-                f"{path} is no saved cache of this version: its format is {about.get('format')!r}, not {FORMAT!r}. "
-                "Give another file, or move it away"
+                f"{path} is no saved cache of this version: its format is {about.get('format')!r}, "
+                f"not {FORMAT!r}. Give another file, or move it away"
             )
         if about.get("fingerprint") != fingerprint(engine):
             raise CacheError(
@@ -229,7 +226,7 @@ class PromptCache:
 def restored(
     arrays: dict[str, mx.array], about: dict[str, Any], engine: Engine, kind: CacheKind
 ) -> tuple[list[int], KVCache]:
-    """Return the tokens and the cache of a saved file. Raises `ValueError` and its kin where they do not fit."""
+    """Return the tokens and the cache of a saved file; what does not fit raises a built-in error."""
     tokens, offset, config = json.loads(about["tokens"]), int(about["offset"]), engine.config
     if not isinstance(tokens, list) or not 0 < len(tokens) == offset:
         raise ValueError(f"{offset} positions for {len(tokens)} tokens")
@@ -261,7 +258,7 @@ def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
 
 
 def continuation(tokenizer: Tokenizer, held: Sequence[int], text: str) -> tuple[int, int]:
-    """Return how many tokens of `held` stand for the beginning of `text`, and how many characters of it they are.
+    """Return how many tokens of `held` spell a beginning of `text`, and its number of characters.
 
     Where `held` goes on otherwise than `text`, they end with the last word that both share.
     """
@@ -285,10 +282,10 @@ def continuation(tokenizer: Tokenizer, held: Sequence[int], text: str) -> tuple[
 
 
 def fingerprint(engine: Engine) -> str:
-    """sha256 over configuration, tokenizer and a checksum of every weight: what keys and values depend on.
+    """Return a sha256 of what keys and values depend on: configuration, tokenizer, every weight.
 
-    The checksum of a tensor is the sum of its words (of its element's width) and their sum weighted by place, modulo
-    2^32.
+    A tensor counts by two sums modulo 2^32: of its words, each as wide as an element, and of its
+    words weighted by their place.
     """
     from openelm_mlx.loading import parameters
 
