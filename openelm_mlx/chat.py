@@ -17,9 +17,15 @@ from weakref import ref
 from openelm_mlx.errors import PromptError
 from openelm_mlx.instruct import answer_prefix, encode_messages, turn_tokens
 from openelm_mlx.kv import CacheKind
-from openelm_mlx.options import GenerationOptions, SamplingOptions, check_loaded, explained, with_overrides
+from openelm_mlx.options import (
+    GenerationOptions,
+    SamplingOptions,
+    check_loaded,
+    explained,
+    with_overrides,
+)
 from openelm_mlx.prompt_cache import PromptCache
-from openelm_mlx.tokenizer import Tokenizer, check_text
+from openelm_mlx.tokenizer import Tokenizer, check_text, spelling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # only type checkers import it; nothing to install
@@ -395,15 +401,5 @@ def as_shown(tokenizer: Tokenizer, shown: str, said: Sequence[int]) -> list[int]
     """
     # BOS and EOS spell nothing, and have no place inside a turn
     visible = [token for token in said if tokenizer.piece_bytes(token)]
-    if tokenizer.decode(visible) == shown:
-        return visible
-    text, parts = shown.encode(), [tokenizer.piece_bytes(token) for token in visible]
-    while not starts_with(text, start := b"".join(parts).removeprefix(b" ")):
-        parts.pop()
-    rest = tokenizer.encode(text[len(start) :].decode(), bos=False, continued=True)
-    return visible[: len(parts)] + rest
-
-
-def starts_with(text: bytes, start: bytes) -> bool:
-    """Tell whether UTF-8 `text` begins with `start` and goes on with a whole character."""
-    return text.startswith(start) and not 0x80 <= (text[len(start) :] or b" ")[0] < 0xC0
+    kept, place = spelling(tokenizer, visible, shown)
+    return [*visible[:kept], *tokenizer.encode(shown[place:], bos=False, continued=True)]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from openelm_mlx.config import layer_shapes
 from openelm_mlx.errors import CacheError, reason
 from openelm_mlx.files import name_for_mlx, replacing
 from openelm_mlx.kv import CacheKind, Window
-from openelm_mlx.tokenizer import StreamingDecoder, Tokenizer
+from openelm_mlx.tokenizer import Tokenizer, spelling
 
 if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
@@ -264,21 +265,11 @@ def continuation(tokenizer: Tokenizer, held: Sequence[int], text: str) -> tuple[
     """
     if not held or held[0] != tokenizer.bos_id:
         return 0, 0
-    decoder, count, place, kept = StreamingDecoder(tokenizer), 1, 0, (1, 0)
-    for count, token in enumerate(held[1:], 2):
-        if token >= tokenizer.vocab_size or not tokenizer.piece_bytes(token):
-            count -= 1  # a control token: texts have none
-            break
-        shown = decoder.push(token)
-        if not text.startswith(shown, place):
-            return kept
-        place += len(shown)
-        if (
-            not decoder.pending and not text[place : place + 1].strip()
-        ):  # a space follows, or nothing
-            kept = count, place
-    shown = decoder.flush()
-    return (count, place + len(shown)) if text.startswith(shown, place) else kept
+    visible = takewhile(
+        lambda token: token < tokenizer.vocab_size and tokenizer.piece_bytes(token), held[1:]
+    )
+    kept, place = spelling(tokenizer, visible, text, words=True)
+    return 1 + kept, place
 
 
 def fingerprint(engine: Engine) -> str:

@@ -164,6 +164,26 @@ class StreamingDecoder:
         return text[told:]
 
 
+def spelling(
+    tokenizer: Tokenizer, tokens: Iterable[int], text: str, words: bool = False
+) -> tuple[int, int]:
+    """Return how many of the first `tokens` spell a beginning of `text`, and its number of characters.
+
+    They end with a whole character, and, where the next token goes on otherwise than `text` and
+    `words` are asked for, with the last word that both share.
+    """
+    decoder, count, place, kept = StreamingDecoder(tokenizer), 0, 0, (0, 0)
+    for count, token in enumerate(tokens, 1):
+        shown = decoder.push(token)
+        if not text.startswith(shown, place):
+            return kept
+        place += len(shown)
+        if not decoder.pending and not (words and text[place : place + 1].strip()):
+            kept = count, place
+    shown = decoder.flush()
+    return (count, place + len(shown)) if text.startswith(shown, place) else kept
+
+
 def _as_bytes(piece: str, is_byte: bool) -> bytes:
     return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE, " ").encode()
 
