@@ -15,7 +15,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, 
 from difflib import get_close_matches
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar, overload
 
 from openelm_mlx.errors import OptionError
 
@@ -26,7 +26,9 @@ COARSEST_GREEDY = 1e-6  # a temperature below it tells no two logits apart that 
 UNFIT = object()
 KINDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "a text", "Path": "a path in UTF-8",
          "tuple[str, ...]": "a text of at least one character, or a list of such texts",
-         "tuple[int, ...]": "a whole number, or a list of such numbers"}  # fmt: skip
+         "tuple[int, ...]": "a whole number, or a list of such numbers",
+         "tuple[tuple[int, float], ...]": "a dict of token ids to numbers, or texts ID=NUMBER,",
+         "Callable[..., Any]": "a function that can be a key of a dict"}  # fmt: skip
 
 
 def check_fields(options: Any) -> None:
@@ -50,14 +52,24 @@ def as_annotated(annotation: str, given: Any) -> Any:
     if given is None:
         return None if rest == "None" else UNFIT
     if kind == "Path":
-        return Path(os.path.expanduser(given)) if isinstance(given, (str, os.PathLike)) and fit_path(given) else UNFIT
+        return (
+            Path(os.path.expanduser(given))
+            if isinstance(given, (str, os.PathLike)) and fit_path(given)
+            else UNFIT
+        )
     if kind == "str":
         return str(given) if isinstance(given, str) else UNFIT
+    if kind == "Callable[..., Any]":
+        return given if callable(given) and hashable(given) else UNFIT
+    if kind == "tuple[tuple[int, float], ...]":
+        return as_pairs(given)
     if kind.startswith("tuple["):
         parts = given if isinstance(given, (list, tuple)) else (given,)
         found = tuple(as_annotated(kind[len("tuple[") : -len(", ...]")], part) for part in parts)
         return UNFIT if UNFIT in found or "" in found else found
-    number = given.item() if getattr(given, "shape", None) == () else given  # the scalars of numpy and MLX
+    number = (
+        given.item() if getattr(given, "shape", None) == () else given
+    )  # the scalars of numpy and MLX
     if kind == "bool" or isinstance(number, bool):
         return number if kind == "bool" and isinstance(number, bool) else UNFIT
     if not isinstance(number, (int, float)):
@@ -67,10 +79,49 @@ def as_annotated(annotation: str, given: Any) -> Any:
     return int(number) if isinstance(number, int) or number.is_integer() else UNFIT
 
 
+def as_pairs(given: Any) -> Any:
+    """Token ids and their numbers, sorted by id, from a dict, a list of pairs or texts ID=NUMBER; UNFIT for anything else.
+
+    The last of several numbers for one id counts.
+    """
+    items = (
+        given.items()
+        if isinstance(given, Mapping)
+        else [given]
+        if isinstance(given, str)
+        else given
+    )
+    try:
+        parts = [item.split("=") if isinstance(item, str) else item for item in items]
+        numbers = [
+            [float(part) if isinstance(part, str) else part for part in pair] for pair in parts
+        ]
+        pairs = {
+            as_annotated("int", token): as_annotated("float", number) for token, number in numbers
+        }
+    except (TypeError, ValueError):
+        return UNFIT
+    if UNFIT in pairs or UNFIT in pairs.values() or min(pairs, default=0) < 0:
+        return UNFIT
+    return tuple(sorted(pairs.items()))
+
+
+def hashable(given: Any) -> bool:
+    try:
+        hash(given)
+    except TypeError:
+        return False
+    return True
+
+
 def fit_path(given: str | os.PathLike[str]) -> bool:
     """Tell whether MLX can open a file of this name: it takes names in UTF-8 only."""
     name = os.fspath(given)
-    return isinstance(name, str) and name != "" and not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in name)
+    return (
+        isinstance(name, str)
+        and name != ""
+        and not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in name)
+    )
 
 
 def within(item: Field[Any], value: Any) -> bool:
@@ -78,8 +129,13 @@ def within(item: Field[Any], value: Any) -> bool:
         return True
     if "choices" in item.metadata:
         return value in item.metadata["choices"]
-    low, high = item.metadata.get("range", (value, value))
-    return bool(low <= value <= high)
+    if "range" not in item.metadata:
+        return True
+    low, high = item.metadata["range"]
+    numbers = value if isinstance(value, tuple) else (value,)
+    return all(
+        low <= (number[1] if isinstance(number, tuple) else number) <= high for number in numbers
+    )
 
 
 def allowed(item: Field[Any]) -> str:
@@ -89,7 +145,9 @@ def allowed(item: Field[Any]) -> str:
     if "choices" in item.metadata:
         return f"allowed: {', '.join(map(str, item.metadata['choices']))}{none}"
     low, high = item.metadata.get("range", (None, None))
-    limits = "" if low is None else f" from {low} up" if high == math.inf else f" from {low} to {high}"
+    limits = (
+        "" if low is None else f" from {low} up" if high == math.inf else f" from {low} to {high}"
+    )
     return f"allowed is {KINDS[kind]}{limits}{none}"
 
 
@@ -102,7 +160,9 @@ def shown(value: Any) -> str:
 def check_loaded(name: str, engine: Any) -> None:
     """Raise `OptionError` for anything but an `Engine`, above all for the name of a model."""
     if not hasattr(engine, "tokenizer"):
-        raise OptionError(f"{name} is {shown(engine)}; allowed is a loaded model, as in {name} = load('openelm-tiny')")
+        raise OptionError(
+            f"{name} is {shown(engine)}; allowed is a loaded model, as in {name} = load('openelm-tiny')"
+        )
 
 
 def explained(*options: type) -> Callable[[T], T]:
@@ -114,7 +174,13 @@ def explained(*options: type) -> Callable[[T], T]:
 
     def explain(target: T) -> T:
         classes = options or ((target,) if is_dataclass(target) else ())
-        lines = [line for cls in classes for item in fields(cls) if "help" in item.metadata for line in explanation(item)]
+        lines = [
+            line
+            for cls in classes
+            for item in fields(cls)
+            if "help" in item.metadata
+            for line in explanation(item)
+        ]
         target.__doc__ = "\n".join([cleandoc(target.__doc__ or ""), "", "Options:", *lines])
         return target
 
@@ -138,27 +204,83 @@ class SamplingOptions:
 
     temperature: float = field(
         default=0.0,
-        metadata={"help": "0 is greedy: top-k, top-p and min-p then change nothing", "range": (0.0, 100.0)},
+        metadata={
+            "help": "0 is greedy: top-k, top-p, min-p and XTC then change nothing",
+            "range": (0.0, 100.0),
+        },
     )
-    top_k: int = field(default=0, metadata={"help": "keep the k likeliest tokens; 0 keeps all", "range": (0, math.inf)})
+    top_k: int = field(
+        default=0,
+        metadata={"help": "keep the k likeliest tokens; 0 keeps all", "range": (0, math.inf)},
+    )
     top_p: float = field(
-        default=1.0, metadata={"help": "keep the smallest set of tokens with this mass", "range": (0.0, 1.0)}
+        default=1.0,
+        metadata={"help": "keep the smallest set of tokens with this mass", "range": (0.0, 1.0)},
     )
     min_p: float = field(
-        default=0.0, metadata={"help": "drop tokens below this share of the likeliest one", "range": (0.0, 1.0)}
+        default=0.0,
+        metadata={"help": "drop tokens below this share of the likeliest one", "range": (0.0, 1.0)},
+    )
+    xtc_probability: float = field(
+        default=0.0,
+        metadata={
+            "help": "exclude top choices this often: all likely tokens but the least likely one",
+            "range": (0.0, 1.0),
+        },
+    )
+    xtc_threshold: float = field(
+        default=0.1,
+        metadata={
+            "help": "with xtc_probability: a token is likely from here on",
+            "range": (0.0, 0.5),
+        },
     )
     repetition_penalty: float = field(
         default=1.0,
-        metadata={"help": "divide the score of tokens seen in prompt or answer; 1 is off", "range": (0.01, 100.0)},
+        metadata={
+            "help": "divide the score of tokens seen in prompt or answer; 1 is off",
+            "range": (0.01, 100.0),
+        },
     )
     presence_penalty: float = field(
-        default=0.0, metadata={"help": "subtracted from the score of tokens already generated", "range": (-100.0, 100.0)}
+        default=0.0,
+        metadata={
+            "help": "subtracted from the score of tokens already generated",
+            "range": (-100.0, 100.0),
+        },
     )
     frequency_penalty: float = field(
-        default=0.0, metadata={"help": "subtracted once for each time a token was generated", "range": (-100.0, 100.0)}
+        default=0.0,
+        metadata={
+            "help": "subtracted once for each time a token was generated",
+            "range": (-100.0, 100.0),
+        },
+    )
+    penalty_window: int = field(
+        default=0,
+        metadata={
+            "help": "penalties look at this many latest tokens only; 0 is the whole text",
+            "range": (0, 65536),
+        },
+    )
+    logit_bias: tuple[tuple[int, float], ...] = field(
+        default=(),
+        metadata={
+            "help": "added to the score of a token id; may be given several times",
+            "range": (-100.0, 100.0),
+            "metavar": "ID=NUMBER",
+        },
+    )
+    processor: Callable[..., Any] | None = field(
+        default=None,
+        metadata={
+            "help": "f(logits [B, vocab], newest tokens [B], positions drawn [B]) -> logits: pure, row by row, on the device",
+            "flag": None,
+        },
     )
     seed: int | None = field(
-        default=None, metadata={"help": "same seed, same tokens; unset draws a new one", "range": (0, 2**63 - 1)}
+        default=None,
+        metadata={"help": "same seed, same tokens; unset draws a new one", "range": (0, 2**63 - 1)},
     )
     stream: int = field(
         default=0,
@@ -171,6 +293,14 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.xtc_probability == 0.0 and self.xtc_threshold != SamplingOptions.xtc_threshold:
+            raise OptionError(
+                f"xtc_threshold is {self.xtc_threshold}, but nothing is excluded; give xtc_probability too"
+            )
+        if self.penalty_window and not self.penalised:
+            raise OptionError(
+                f"penalty_window is {self.penalty_window}, but there is no penalty; give one, or leave it out"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -179,61 +309,78 @@ class SamplingOptions:
     @property
     def idle(self) -> list[str]:
         """Names of the filters that were set but change nothing, because the choice is greedy."""
-        names = ("top_k", "top_p", "min_p") if self.greedy else ()
-        return [name for name in names if getattr(self, name) != getattr(SamplingOptions, name) and self.top_k != 1]
+        names = ("top_k", "top_p", "min_p", "xtc_probability") if self.greedy else ()
+        return [
+            name
+            for name in names
+            if getattr(self, name) != getattr(SamplingOptions, name) and self.top_k != 1
+        ]
 
     @property
     def penalised(self) -> bool:
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
 
 
 @explained()
 @dataclass(frozen=True)
 class GenerationOptions:
-    """When generation stops, what is reported with each token, and how the engine runs."""
+    """When the generation of one request stops, what is reported with each token, and what is drafted."""
 
-    max_tokens: int = field(default=256, metadata={"help": "stop after this many tokens", "range": (1, math.inf)})
+    max_tokens: int = field(
+        default=256, metadata={"help": "stop after this many tokens", "range": (1, math.inf)}
+    )
     stop: tuple[str, ...] = field(
         default=(), metadata={"help": "stop before this text; may be given several times"}
+    )
+    stop_tokens: tuple[int, ...] = field(
+        default=(),
+        metadata={
+            "help": "stop at this token id, as at the end-of-text token; may be given several times",
+            "range": (0, 2**31 - 1),
+            "flag": "--stop-token",
+            "metavar": "ID",
+        },
     )
     ignore_eos: bool = field(default=False, metadata={"help": "go on past the end-of-text token"})
     logprobs: int | None = field(
         default=None,
-        metadata={"help": "report log probabilities: of the chosen token and of this many likeliest", "range": (0, 100)},
+        metadata={
+            "help": "report log probabilities: of the chosen token and of this many likeliest",
+            "range": (0, 100),
+        },
     )
-    prefill_chunk: int = field(
-        default=512, metadata={"help": "prompt tokens in one pass of the model", "range": (1, math.inf)}
-    )
-    compiled: bool = field(default=True, metadata={"help": "run the decode step compiled; off is its eager twin"})
     prompt_lookup: int = field(
         default=0,
-        metadata={"help": "draft what followed the last time these N tokens were seen; 0 is off", "range": (0, 16)},
+        metadata={
+            "help": "draft what followed the last time these N tokens were seen; 0 is off",
+            "range": (0, 16),
+        },
     )
     draft_tokens: int = field(
-        default=8, metadata={"help": "with a draft model or prompt lookup: draft at most this many", "range": (1, 16)}
+        default=8,
+        metadata={
+            "help": "with a draft model or prompt lookup: draft at most this many",
+            "range": (1, 16),
+        },
     )
     adaptive_draft: bool = field(
-        default=True, metadata={"help": "draft less where little is accepted; off always drafts the whole length"}
+        default=True,
+        metadata={
+            "help": "draft less where little is accepted; off always drafts the whole length"
+        },
     )
-    kv_bits: int | None = field(
-        default=None, metadata={"help": "quantize keys and values of the cache", "choices": KV_BITS}
-    )
-    kv_window: int | None = field(
-        default=None, metadata={"help": "attend to this many tokens only: the first and the latest", "range": (2, math.inf)}
-    )
-    kv_keep: int = field(default=4, metadata={"help": "with a window: keep this many first tokens", "range": (0, math.inf)})
 
     def __post_init__(self) -> None:
         check_fields(self)
         for text in self.stop:
             if any("\ud800" <= character <= "\udfff" for character in text):
-                raise OptionError(f"stop is {text!a}; that is not valid UTF-8, so no generated text contains it")
-        if self.kv_window is None and self.kv_keep != GenerationOptions.kv_keep:
-            raise OptionError(f"kv_keep is {self.kv_keep}, but there is no window; give kv_window too, or leave it out")
-        if self.kv_window is not None and self.kv_window <= self.kv_keep:
-            raise OptionError(
-                f"kv_window is {self.kv_window} and kv_keep {self.kv_keep}; the window must be the larger one"
-            )
+                raise OptionError(
+                    f"stop is {text!a}; that is not valid UTF-8, so no generated text contains it"
+                )
 
     def check_draft(self, drafts: bool) -> None:
         """Raise `OptionError` where the length of drafts was set and nothing drafts.
@@ -243,7 +390,48 @@ class GenerationOptions:
         for name in ("draft_tokens", "adaptive_draft"):
             value = getattr(self, name)
             if not drafts and not self.prompt_lookup and value != getattr(GenerationOptions, name):
-                raise OptionError(f"{name} is {value}, but nothing drafts; give a draft model or prompt_lookup too")
+                raise OptionError(
+                    f"{name} is {value}, but nothing drafts; give a draft model or prompt_lookup too"
+                )
+
+
+@explained()
+@dataclass(frozen=True)
+class EngineOptions:
+    """How requests are run: what all that run together share."""
+
+    prefill_chunk: int = field(
+        default=512,
+        metadata={"help": "prompt tokens in one pass of the model", "range": (1, math.inf)},
+    )
+    compiled: bool = field(
+        default=True, metadata={"help": "run the decode step compiled; off is its eager twin"}
+    )
+    kv_bits: int | None = field(
+        default=None, metadata={"help": "quantize keys and values of the cache", "choices": KV_BITS}
+    )
+    kv_window: int | None = field(
+        default=None,
+        metadata={
+            "help": "attend to this many tokens only: the first and the latest",
+            "range": (2, math.inf),
+        },
+    )
+    kv_keep: int = field(
+        default=4,
+        metadata={"help": "with a window: keep this many first tokens", "range": (0, math.inf)},
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.kv_window is None and self.kv_keep != EngineOptions.kv_keep:
+            raise OptionError(
+                f"kv_keep is {self.kv_keep}, but there is no window; give kv_window too, or leave it out"
+            )
+        if self.kv_window is not None and self.kv_window <= self.kv_keep:
+            raise OptionError(
+                f"kv_window is {self.kv_window} and kv_keep {self.kv_keep}; the window must be the larger one"
+            )
 
 
 @explained()
@@ -251,10 +439,19 @@ class GenerationOptions:
 class ModelOptions:
     """How a model is loaded."""
 
-    dtype: str | None = field(default=None, metadata={"help": "compute in this type", "choices": DTYPES})
-    bits: int | None = field(default=None, metadata={"help": "quantize while loading", "choices": (2, 3, 4, 5, 6, 8)})
-    group_size: int = field(default=64, metadata={"help": "with bits: weights that share a scale", "choices": (32, 64, 128)})
-    tokenizer: Path | None = field(default=None, metadata={"help": "a tokenizer.model from elsewhere"})
+    dtype: str | None = field(
+        default=None, metadata={"help": "compute in this type", "choices": DTYPES}
+    )
+    bits: int | None = field(
+        default=None, metadata={"help": "quantize while loading", "choices": (2, 3, 4, 5, 6, 8)}
+    )
+    group_size: int = field(
+        default=64,
+        metadata={"help": "with bits: weights that share a scale", "choices": (32, 64, 128)},
+    )
+    tokenizer: Path | None = field(
+        default=None, metadata={"help": "a tokenizer.model from elsewhere"}
+    )
     revision: str | None = field(
         default=None, metadata={"help": "branch, tag or commit on the hub", "metavar": "REV"}
     )
@@ -262,7 +459,9 @@ class ModelOptions:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.bits is None and self.group_size != ModelOptions.group_size:
-            raise OptionError(f"group_size is {self.group_size}, but nothing is quantized here; give bits too")
+            raise OptionError(
+                f"group_size is {self.group_size}, but nothing is quantized here; give bits too"
+            )
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -273,27 +472,37 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
-class Settings(TypedDict, total=False):
-    """Every option as a keyword, for type checkers and editors: `**settings: Unpack[Settings]`.
+class RequestSettings(TypedDict, total=False):
+    """The options of a request as keywords, for type checkers and editors: `**settings: Unpack[RequestSettings]`.
 
     The keys are the fields of `SamplingOptions` and `GenerationOptions`, with the same texts. Those
     classes hold the defaults.
     """
 
     temperature: float
-    """0 is greedy: top-k, top-p and min-p then change nothing"""
+    """0 is greedy: top-k, top-p, min-p and XTC then change nothing"""
     top_k: int
     """keep the k likeliest tokens; 0 keeps all"""
     top_p: float
     """keep the smallest set of tokens with this mass"""
     min_p: float
     """drop tokens below this share of the likeliest one"""
+    xtc_probability: float
+    """exclude top choices this often: all likely tokens but the least likely one"""
+    xtc_threshold: float
+    """with xtc_probability: a token is likely from here on"""
     repetition_penalty: float
     """divide the score of tokens seen in prompt or answer; 1 is off"""
     presence_penalty: float
     """subtracted from the score of tokens already generated"""
     frequency_penalty: float
     """subtracted once for each time a token was generated"""
+    penalty_window: int
+    """penalties look at this many latest tokens only; 0 is the whole text"""
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]]
+    """added to the score of a token id; may be given several times"""
+    processor: Callable[..., Any] | None
+    """f(logits [B, vocab], newest tokens [B], positions drawn [B]) -> logits: pure, row by row, on the device"""
     seed: int | None
     """same seed, same tokens; unset draws a new one"""
     stream: int
@@ -302,20 +511,27 @@ class Settings(TypedDict, total=False):
     """stop after this many tokens"""
     stop: str | Sequence[str]
     """stop before this text; may be given several times"""
+    stop_tokens: int | Sequence[int]
+    """stop at this token id, as at the end-of-text token; may be given several times"""
     ignore_eos: bool
     """go on past the end-of-text token"""
     logprobs: int | None
     """report log probabilities: of the chosen token and of this many likeliest"""
-    prefill_chunk: int
-    """prompt tokens in one pass of the model"""
-    compiled: bool
-    """run the decode step compiled; off is its eager twin"""
     prompt_lookup: int
     """draft what followed the last time these N tokens were seen; 0 is off"""
     draft_tokens: int
     """with a draft model or prompt lookup: draft at most this many"""
     adaptive_draft: bool
     """draft less where little is accepted; off always drafts the whole length"""
+
+
+class EngineSettings(TypedDict, total=False):
+    """The fields of `EngineOptions` as keywords, likewise."""
+
+    prefill_chunk: int
+    """prompt tokens in one pass of the model"""
+    compiled: bool
+    """run the decode step compiled; off is its eager twin"""
     kv_bits: int | None
     """quantize keys and values of the cache"""
     kv_window: int | None
@@ -324,27 +540,84 @@ class Settings(TypedDict, total=False):
     """with a window: keep this many first tokens"""
 
 
-def with_overrides(
-    sampling: SamplingOptions | None, options: GenerationOptions | None, overrides: Mapping[str, Any]
-) -> tuple[SamplingOptions, GenerationOptions]:
-    """Return both option objects with the named fields replaced.
+class Settings(RequestSettings, EngineSettings, total=False):
+    """Every option as a keyword, for what runs a single request or a list of them."""
 
-    An unknown name raises `OptionError` with the nearest known one.
+
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+
+
+@overload
+def with_overrides(
+    kinds: tuple[type[A]], given: tuple[A | None], overrides: Mapping[str, Any]
+) -> tuple[A]: ...
+@overload
+def with_overrides(
+    kinds: tuple[type[A], type[B]], given: tuple[A | None, B | None], overrides: Mapping[str, Any]
+) -> tuple[A, B]: ...
+@overload
+def with_overrides(
+    kinds: tuple[type[A], type[B], type[C]],
+    given: tuple[A | None, B | None, C | None],
+    overrides: Mapping[str, Any],
+) -> tuple[A, B, C]: ...
+def with_overrides(
+    kinds: tuple[Any, ...], given: tuple[Any, ...], overrides: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Return one options object of each of `kinds`: the `given` one, or the defaults, with the named fields replaced.
+
+    Raises `OptionError` for an object of another kind, for a name that belongs to another kind, and for an unknown
+    one, with the nearest name that is known.
     """
-    sampling = SamplingOptions() if sampling is None else sampling
-    options = GenerationOptions() if options is None else options
-    for name, given, kind in (("sampling", sampling, SamplingOptions), ("options", options, GenerationOptions)):
-        if not isinstance(given, kind):
-            raise OptionError(f"{name} is {shown(given)}; allowed is one made by {kind.__name__}(...), or keywords")
-    names = {f.name: 0 for f in fields(sampling)} | {f.name: 1 for f in fields(options)}
+    for kind, value in zip(kinds, given, strict=True):
+        if value is not None and not isinstance(value, kind):
+            name = {SamplingOptions: "sampling", EngineOptions: "engine_options"}.get(
+                kind, "options"
+            )
+            name = name if len(kinds) > 1 else "options"
+            raise OptionError(
+                f"{name} is {shown(value)}; allowed is one made by {kind.__name__}(...), or keywords"
+            )
+    names = [item.name for kind in kinds for item in fields(kind)]
     for name in overrides:
         if name not in names:
-            near = nearest(name, names)
-            raise OptionError(
-                f"unknown option {name!r}"
-                + (f"; did you mean {near!r}?" if near else f"; known: {', '.join(names)}")
-            )
-    return (
-        replace(sampling, **{k: v for k, v in overrides.items() if names[k] == 0}),
-        replace(options, **{k: v for k, v in overrides.items() if names[k] == 1}),
+            raise OptionError(misplaced(name) or unknown(name, names))
+    return tuple(
+        replace(
+            kind() if value is None else value,
+            **{f.name: overrides[f.name] for f in fields(kind) if f.name in overrides},
+        )
+        for kind, value in zip(kinds, given, strict=True)
     )
+
+
+def misplaced(name: str) -> str | None:
+    """Say where an option belongs that exists, but not here."""
+    if name in (item.name for item in fields(EngineOptions)):
+        return f"{name} is an option of the engine, not of a request; give it to the BatchEngine"
+    if name in (
+        item.name for kind in (SamplingOptions, GenerationOptions) for item in fields(kind)
+    ):
+        return f"{name} is an option of a request, not of the engine; give it to submit"
+    return None
+
+
+def unknown(name: str, names: list[str]) -> str:
+    near = nearest(name, names)
+    return f"unknown option {name!r}" + (
+        f"; did you mean {near!r}?" if near else f"; known: {', '.join(names)}"
+    )
+
+
+def check_token_ids(sampling: SamplingOptions, options: GenerationOptions, vocab: int) -> None:
+    """Raise `OptionError` where an option names a token that a model of `vocab` tokens does not have."""
+    for name, ids in (
+        ("logit_bias", dict(sampling.logit_bias)),
+        ("stop_tokens", options.stop_tokens),
+    ):
+        if wrong := [token for token in ids if token >= vocab]:
+            raise OptionError(
+                f"{name} has the token id {wrong[0]}; allowed are ids from 0 to {vocab - 1}"
+            )

@@ -1,79 +1,312 @@
-"""From logits to the next token, on the device. The order of the filters is stated once, in `filter_logits`.
+"""From logits to the next token, on the device, for rows that each have their own options.
+
+Which filters are on (`Filters`) is part of what a step is traced for; their values (`Controls`) are arrays, one a
+row. A row for which a filter is off has a value there that changes nothing, bit for bit, so that it gets the token
+it would get alone. The order of the filters is stated once, in `filter_logits`.
 
 Randomness is a pure function of seed, stream and position in the text, counted from BOS: the noise for a token does
-not depend on chunking, batching, caching or how many tokens were drawn before, so a seed always gives the same text.
-Seed and stream are hashed: those of adjacent ones have nothing in common.
+not depend on chunking, batching, caching, drafts or how many tokens were drawn before, so a seed always gives the
+same text. Seed and stream are hashed: those of adjacent ones have nothing in common.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from openelm_mlx.options import SamplingOptions
 
 NEVER = -float("inf")
-DRAWING, DRAFTING, ACCEPTING = range(3)  # what noise is for: the same position has another for each
+COLD = 1e-30  # divides where the choice is greedy: one ulp below the highest is out of reach then
+NOWHERE = -(2**31)  # an empty place of a penalty window: no token, of neither prompt nor answer
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which options of sampling are in use, by any row. None at all is the argmax of the model's own logits."""
+
+    sampled: bool = False
+    top_k: bool = False
+    top_p: bool = False
+    min_p: bool = False
+    xtc: bool = False
+    repetition: bool = False
+    counts: bool = False  # presence or frequency penalties
+    bias: bool = False
+    window: int = 0  # places of the penalty window, a power of two; 0 where all penalties look at the whole text
+    masked: bool = False  # a grammar forbids tokens
+    processors: tuple[Callable[..., mx.array], ...] = ()
+
+    @classmethod
+    def of(cls, rows: Iterable[SamplingOptions], masked: bool = False) -> Filters:
+        """What these rows need, together."""
+        rows = list(rows)
+        warm = [o for o in rows if not o.greedy]  # the others ignore what is drawn from
+        window = max((o.penalty_window for o in rows), default=0)
+        return cls(
+            sampled=bool(warm),
+            top_k=any(o.top_k for o in warm),
+            top_p=any(o.top_p < 1.0 for o in warm),
+            min_p=any(o.min_p for o in warm),
+            xtc=any(o.xtc_probability for o in warm),
+            repetition=any(o.repetition_penalty != 1.0 for o in rows),
+            counts=any(o.presence_penalty or o.frequency_penalty for o in rows),
+            bias=any(o.logit_bias for o in rows),
+            window=1 << (window - 1).bit_length() if window else 0,
+            masked=masked,
+            processors=tuple(dict.fromkeys(o.processor for o in rows if o.processor is not None)),
+        )
+
+    @property
+    def penalised(self) -> bool:
+        return self.repetition or self.counts
+
+
+class Controls(NamedTuple):
+    """The values of the options, one a row [B]; None where no row uses them."""
+
+    temperature: mx.array | None = None  # 0 where greedy
+    top_k: mx.array | None = None  # int32
+    top_p: mx.array | None = None
+    min_p: mx.array | None = None  # its logarithm
+    xtc_probability: mx.array | None = None
+    xtc_threshold: mx.array | None = None
+    repetition: mx.array | None = None
+    presence: mx.array | None = None
+    frequency: mx.array | None = None
+    bias: mx.array | None = None  # [B, vocab]
+    processor: mx.array | None = None  # int32, index into the filters' processors, -1 for none
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingOptions | None], filters: Filters, vocab: int) -> Controls:
+        """The values for these rows; None is a row that is not in use."""
+        given = [SamplingOptions() if o is None else o for o in rows]
+
+        def column(
+            on: bool, value: Callable[[SamplingOptions], float], off: float | None = None
+        ) -> mx.array | None:
+            """Where the choice is greedy the value is `off`, which changes nothing."""
+            return (
+                mx.array([off if off is not None and o.greedy else value(o) for o in given])
+                if on
+                else None
+            )
+
+        places: dict[Any, int] = {
+            processor: index for index, processor in enumerate(filters.processors)
+        }
+        return cls(
+            column(filters.sampled, lambda o: o.temperature, 0.0),
+            column(filters.top_k, lambda o: min(o.top_k, vocab) or vocab, vocab),
+            column(filters.top_p, lambda o: o.top_p if o.top_p < 1.0 else math.inf, math.inf),
+            column(filters.min_p, lambda o: math.log(o.min_p) if o.min_p else NEVER, NEVER),
+            column(filters.xtc, lambda o: o.xtc_probability, 0.0),
+            column(filters.xtc, lambda o: o.xtc_threshold),
+            column(filters.repetition, lambda o: o.repetition_penalty),
+            column(filters.counts, lambda o: o.presence_penalty),
+            column(filters.counts, lambda o: o.frequency_penalty),
+            mx.stack([biases(o, vocab) for o in given]) if filters.bias else None,
+            column(bool(places), lambda o: places.get(o.processor, -1)),
+        )
+
+    def repeated(self, times: int) -> Controls:
+        """Row 0 as many times, then row 1, and so on: for several tokens of each row in one pass."""
+        return Controls(*(None if a is None else mx.repeat(a, times, axis=0) for a in self))
+
+
+def biases(options: SamplingOptions, vocab: int) -> mx.array:
+    row = mx.zeros((vocab,))
+    for token, bias in options.logit_bias:
+        if token < vocab:
+            row[token] = bias
+    return row
 
 
 class History(NamedTuple):
-    """What the penalties look at, per sequence: tokens seen anywhere, and how often each was generated."""
+    """What the penalties look at, per row: how often each token stands in the text, and in the answer alone.
 
-    seen: mx.array  # [B, vocab] bool, prompt and answer
-    generated: mx.array  # [B, vocab] float32, answer only
+    A row with a penalty window counts its latest tokens only; `latest` knows which token leaves next.
+    """
+
+    text: mx.array | None  # [B, vocab] int32, prompt and answer
+    answer: mx.array | None  # [B, vocab] int32
+    latest: (
+        mx.array | None
+    )  # [B, window] int32, newest last: t of the answer, -1 - t of the prompt, or NOWHERE
+    window: mx.array | None  # [B] int32, 0 where the whole text counts
 
     @classmethod
-    def of_prompt(cls, prompts: list[list[int]], vocab: int) -> History:
-        rows = [mx.zeros((vocab,), mx.bool_) for _ in prompts]
-        for row, prompt in zip(rows, prompts, strict=True):
-            row[mx.array([token for token in prompt if token < vocab] or [0])] = True
-        return cls(mx.stack(rows), mx.zeros((len(prompts), vocab)))
+    def of(
+        cls,
+        prompt: list[int],
+        answer: list[int],
+        options: SamplingOptions,
+        filters: Filters,
+        vocab: int,
+    ) -> History | None:
+        """The history of one row after these tokens; None where no penalty is in use."""
+        if not filters.penalised:
+            return None
+        size = options.penalty_window
+        signed = [-1 - token for token in prompt] + answer
+        counted = signed[-size:]  # all of them where size is 0
+        of_answer = [token for token in counted if token >= 0]
+        of_text = [token if token >= 0 else -1 - token for token in counted]
+        empty = [NOWHERE] * filters.window
+        return cls(
+            counts(of_text, vocab) if filters.repetition else None,
+            counts(of_answer, vocab) if filters.counts else None,
+            mx.array([(empty + signed)[-filters.window :]], mx.int32) if filters.window else None,
+            mx.array([size], mx.int32) if filters.window else None,
+        )
 
     def plus(self, tokens: mx.array) -> History:
-        """After one more token a sequence, tokens [B]."""
-        one = mx.arange(self.seen.shape[1]) == tokens[:, None]
-        return History(self.seen | one, self.generated + one)
+        """After one more token a row, tokens [B]."""
+        text, answer, latest, window = self
+        entering, leaving = tokens.astype(mx.int32)[:, None], None
+        if latest is not None and window is not None:
+            places = ((latest.shape[1] - window) % latest.shape[1])[:, None]
+            leaving = mx.where(
+                window[:, None] > 0, mx.take_along_axis(latest, places, axis=1), NOWHERE
+            )
+            latest = mx.concatenate([latest[:, 1:], entering], axis=1)
+        if text is not None:
+            ids = mx.arange(text.shape[1], dtype=mx.int32)
+            text = text + (ids == entering)
+            if leaving is not None:
+                text = text - (ids == mx.where(leaving < 0, -1 - leaving, leaving))
+        if answer is not None:
+            ids = mx.arange(answer.shape[1], dtype=mx.int32)
+            answer = answer + (ids == entering)
+            if leaving is not None:
+                answer = answer - (ids == leaving)
+        return History(text, answer, latest, window)
 
 
-def penalise(logits: mx.array, history: History, o: SamplingOptions) -> mx.array:
-    """Repetition penalty (arXiv:1909.05858) on prompt and answer; presence and frequency penalties on the answer."""
-    if o.repetition_penalty != 1.0:
-        scaled = mx.where(logits > 0, logits / o.repetition_penalty, logits * o.repetition_penalty)
-        logits = mx.where(history.seen, scaled, logits)
-    if o.presence_penalty or o.frequency_penalty:
-        logits = logits - o.presence_penalty * (history.generated > 0) - o.frequency_penalty * history.generated
-    return logits
+def counts(tokens: list[int], vocab: int) -> mx.array:
+    """How often each token of the vocabulary is among these, [1, vocab] int32."""
+    known = mx.array([token for token in tokens if token < vocab], mx.int32)
+    return mx.zeros((vocab,), mx.int32).at[known].add(1)[None]
 
 
-def filter_logits(logits: mx.array, options: SamplingOptions, history: History | None = None) -> mx.array:
-    """Logits [B, vocab] after every option but the draw itself: penalties, temperature, top-k, top-p, min-p.
+def filter_logits(
+    logits: mx.array,
+    filters: Filters,
+    controls: Controls,
+    keys: mx.array,
+    positions: mx.array,
+    history: History | None,
+    newest: mx.array,
+    mask: mx.array | None = None,
+) -> mx.array:
+    """Logits [B, vocab] after every option but the draw itself, in this order.
 
-    softmax of the result is exactly the distribution that tokens are drawn from.
+    1. The row's processor, then its bias, then the mask of a grammar: nothing brings back what a grammar forbids.
+    2. Penalties: repetition on prompt and answer, then presence and frequency on the answer.
+    3. Temperature.
+    4. Top-k: the k likeliest tokens stay; of equal ones those of lower id.
+    5. Top-p: of what is left, renormalised, the smallest set of likeliest tokens stays that has this mass.
+    6. Min-p: what has less than this share of the likeliest token's probability goes.
+    7. XTC (exclude top choices; text-generation-webui pull 6335): with the row's probability, all tokens that have
+       at least the threshold, renormalised, go but the least likely of them.
+
+    softmax of the result is exactly the distribution that tokens are drawn from. Where a row is greedy the highest
+    logits alone stay, and `draw` takes the lowest id of equal ones. The arguments are those of `draw`.
     """
-    o = options
-    if history is not None:
-        logits = penalise(logits, history, o)
-    if o.greedy:
-        return mx.where(logits == logits.max(axis=-1, keepdims=True), logits, NEVER)
-    logits = logits / o.temperature
-    if 0 < o.top_k < logits.shape[-1]:
-        kth = mx.topk(logits, o.top_k, axis=-1).min(axis=-1, keepdims=True)
-        logits = mx.where(logits < kth, NEVER, logits)
-    if o.top_p < 1.0:
-        order = mx.argsort(-logits, axis=-1)
-        p = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
-        mass_before = mx.cumsum(p, axis=-1) - p
-        keep = (mass_before < o.top_p) | (mx.arange(p.shape[-1]) == 0)  # the likeliest token always stays
-        keep = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, keep, axis=-1)
-        logits = mx.where(keep, logits, NEVER)
-    if o.min_p > 0.0:
-        p = mx.softmax(logits, axis=-1)
-        logits = mx.where(p < o.min_p * p.max(axis=-1, keepdims=True), NEVER, logits)
+    x = penalise(
+        allow(logits, filters, controls, positions, newest, mask), filters, controls, history
+    )
+    if controls.temperature is None:  # every row is greedy
+        return mx.where(x == x.max(axis=-1, keepdims=True), x, NEVER)
+    # the highest becomes 0 and the others negative, so that no temperature overflows upwards
+    x = (x - x.max(axis=-1, keepdims=True)) / mx.maximum(controls.temperature, COLD)[:, None]
+    if filters.top_k or filters.top_p:
+        x = keep_likeliest(x, controls.top_k, controls.top_p)
+    if controls.min_p is not None:
+        x = mx.where(x < controls.min_p[:, None], NEVER, x)
+    if filters.xtc:
+        x = exclude_top_choices(x, controls, keys, positions)
+    return x
+
+
+def allow(
+    logits: mx.array,
+    filters: Filters,
+    controls: Controls,
+    positions: mx.array,
+    newest: mx.array,
+    mask: mx.array | None,
+) -> mx.array:
+    """Logits of what users and grammars allow: processors, bias, mask."""
+    for index, processor in enumerate(filters.processors):
+        which: Any = controls.processor
+        logits = mx.where((which == index)[:, None], processor(logits, newest, positions), logits)
+    if controls.bias is not None:
+        logits = logits + controls.bias
+    if mask is not None:
+        bits = mask[:, :, None] >> mx.arange(32, dtype=mx.uint32) & 1  # [B, words, 32]
+        logits = mx.where(bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] == 1, logits, NEVER)
     return logits
+
+
+def penalise(
+    x: mx.array, filters: Filters, controls: Controls, history: History | None
+) -> mx.array:
+    """Repetition penalty (arXiv:1909.05858) on prompt and answer; presence and frequency penalties on the answer."""
+    if controls.repetition is not None and history is not None and history.text is not None:
+        penalty = controls.repetition[:, None]
+        x = mx.where(history.text > 0, mx.where(x > 0, x / penalty, x * penalty), x)
+    if (
+        controls.presence is not None
+        and controls.frequency is not None
+        and history is not None
+        and history.answer is not None
+    ):
+        x = (
+            x
+            - controls.presence[:, None] * (history.answer > 0)
+            - controls.frequency[:, None] * history.answer
+        )
+    return x
+
+
+def keep_likeliest(x: mx.array, top_k: mx.array | None, top_p: mx.array | None) -> mx.array:
+    """Top-k, then top-p, by one sort: both keep the first so many of all tokens ordered by score, then by id.
+
+    The highest score of a row must be 0.
+    """
+    vocab = x.shape[1]
+    order = mx.argsort(-x, axis=-1)  # stable: of equal scores the lower id comes first
+    kept = mx.array([[vocab]]) if top_k is None else top_k[:, None]
+    if top_p is not None:
+        likelihoods = mx.exp(mx.take_along_axis(x, order, axis=-1))
+        if top_k is not None:
+            likelihoods = mx.where(mx.arange(vocab) < kept, likelihoods, 0)
+        mass = mx.cumsum(likelihoods, axis=-1)
+        short = (
+            mass < top_p[:, None] * mass[:, -1:]
+        )  # the first tokens up to this one do not have the mass
+        kept = mx.minimum(kept, 1 + short.sum(axis=-1, keepdims=True))
+    last = mx.take_along_axis(order, kept - 1, axis=-1)  # the least likely token that stays
+    lowest = mx.take_along_axis(x, last, axis=-1)
+    return mx.where((x > lowest) | ((x == lowest) & (mx.arange(vocab) <= last)), x, NEVER)
+
+
+def exclude_top_choices(
+    x: mx.array, controls: Controls, keys: mx.array, positions: mx.array
+) -> mx.array:
+    probability: Any = controls.xtc_probability
+    threshold: Any = controls.xtc_threshold
+    likely = mx.softmax(x, axis=-1) >= threshold[:, None]
+    least = mx.where(likely, x, math.inf).min(axis=-1, keepdims=True)
+    return mx.where((x > least) & (coin(keys, positions) < probability)[:, None], NEVER, x)
 
 
 def new_seed() -> int:
@@ -85,36 +318,59 @@ def seed_key(seed: int, stream: int = 0, offset: int = 0) -> mx.array:
 
     `offset` tokens of the text are no longer in the prompt: noise at position p is that at p + offset without it.
     """
-    high, low = struct.unpack("<2I", blake2b(struct.pack("<2Q", seed, stream), digest_size=8).digest())
+    high, low = struct.unpack(
+        "<2I", blake2b(struct.pack("<2Q", seed, stream), digest_size=8).digest()
+    )
     return mx.array([[high, low + offset & 0xFFFFFFFF]], dtype=mx.uint32)
 
 
-def keyed(keys: mx.array, positions: mx.array, purpose: int) -> mx.array:
-    """Random keys [B, 2], one a draw, from the sequences' keys [B, 2], positions [B] and what the noise is for."""
+def keyed(keys: mx.array, positions: mx.array, purpose: int = 0) -> mx.array:
+    """Random keys [B, 2], one a draw, from the rows' keys [B, 2], positions [B] and what the randomness is for."""
     purposes = mx.full(positions.shape, purpose * 0x9E3779B9 & 0xFFFFFFFF, dtype=mx.uint32)
     return keys + mx.stack([purposes, positions.astype(mx.uint32)], axis=1)
 
 
-def gumbel(keys: mx.array, positions: mx.array, vocab: int, purpose: int = DRAWING) -> mx.array:
-    """Gumbel noise [B, vocab] for the tokens at `positions` [B], a function of key [B, 2], position and purpose alone."""
-    mixed = keyed(keys, positions, purpose)
+def gumbel(keys: mx.array, positions: mx.array, vocab: int) -> mx.array:
+    """Gumbel noise [B, vocab] for the tokens at `positions` [B], a function of key [B, 2] and position alone."""
+    mixed = keyed(keys, positions)
     if keys.shape[0] == 1:
         return mx.random.gumbel((vocab,), key=mixed[0])[None]
-    return mx.vmap(lambda key: mx.random.gumbel((vocab,), key=key))(mixed)  # one kernel for all rows
+    return mx.vmap(lambda key: mx.random.gumbel((vocab,), key=key))(
+        mixed
+    )  # one kernel for all rows
+
+
+def coin(keys: mx.array, positions: mx.array) -> mx.array:
+    """An even number from 0 up to 1 for each row, [B]: likewise a function of key and position alone."""
+    return mx.vmap(lambda key: mx.random.uniform(key=key))(keyed(keys, positions, purpose=1))
 
 
 def draw(
-    logits: mx.array, options: SamplingOptions, keys: mx.array, positions: mx.array, history: History | None
+    logits: mx.array,
+    filters: Filters,
+    controls: Controls,
+    keys: mx.array,
+    positions: mx.array,
+    history: History | None,
+    newest: mx.array,
+    mask: mx.array | None = None,
 ) -> mx.array:
-    """One token a sequence, [B] uint32, from float32 logits [B, vocab].
+    """One token a row, [B] uint32, from logits [B, vocab].
 
-    Sampling is argmax(logits + Gumbel noise), which draws exactly from softmax(logits). A greedy choice is the
-    argmax of the penalised logits, without noise.
+    `positions` [B] are those of the tokens drawn, `keys` [B, 2] those of the rows, `newest` [B] the tokens before
+    them (processors see both), and `mask` [B, ceil(vocab / 32)] uint32 has a bit for each token, 1 where allowed.
+
+    Sampling is argmax(filtered logits + Gumbel noise), which draws exactly from their softmax. A greedy choice is
+    the argmax of the penalised logits, without noise.
     """
-    if options.greedy:
-        return mx.argmax(logits if history is None else penalise(logits, history, options), axis=-1)
-    filtered = filter_logits(logits, options, history)
-    return mx.argmax(filtered + gumbel(keys, positions, logits.shape[-1]), axis=-1)
+    if filters.penalised or filters.bias or filters.processors or filters.sampled:
+        logits = logits.astype(mx.float32)  # which is the largest does not change by it
+    if controls.temperature is None:
+        allowed = allow(logits, filters, controls, positions, newest, mask)
+        return mx.argmax(penalise(allowed, filters, controls, history), axis=-1)
+    filtered = filter_logits(logits, filters, controls, keys, positions, history, newest, mask)
+    noise = gumbel(keys, positions, logits.shape[-1])
+    return mx.argmax(filtered + mx.where(controls.temperature[:, None] > 0, noise, 0), axis=-1)
 
 
 class Logprobs(NamedTuple):

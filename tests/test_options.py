@@ -12,25 +12,36 @@ from typing import get_type_hints
 import mlx.core as mx
 import numpy as np
 import pytest
-from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.convert import ConvertOptions
 
-import openelm_mlx
-from openelm_mlx import (
-    BatchEngine,
-    Conversation,
+from openelm_mlx import options
+from openelm_mlx.cli.options import Parser, add_flags, from_args
+from openelm_mlx.errors import OptionError, reason
+from openelm_mlx.options import (
+    EngineOptions,
+    EngineSettings,
     GenerationOptions,
-    ModelDraft,
+    RequestSettings,
     SamplingOptions,
-    batch_generate,
-    generate,
-    options,
-    stream_generate,
+    Settings,
+    check_token_ids,
+    with_overrides,
 )
-from openelm_mlx.cli.main import main
-from openelm_mlx.errors import OptionError, PromptError, reason
-from openelm_mlx.options import Settings, with_overrides
 
-FIELDS = [*fields(SamplingOptions), *fields(GenerationOptions)]
+REQUEST = (SamplingOptions, GenerationOptions)
+RUN = (*REQUEST, EngineOptions)
+
+
+def made(**settings):
+    """The three options objects of a run."""
+    return with_overrides(RUN, (None, None, None), settings)
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, logits, newest, positions):
+        return logits
 
 
 @pytest.mark.parametrize(
@@ -39,10 +50,13 @@ FIELDS = [*fields(SamplingOptions), *fields(GenerationOptions)]
         ("max_tokens", 4.0, 4), ("max_tokens", np.int64(3), 3), ("max_tokens", mx.array(3), 3), ("kv_bits", 8.0, 8),
         ("seed", np.uint32(7), 7), ("temperature", 1, 1.0), ("temperature", np.float32(0.5), 0.5), ("top_k", np.float64(5), 5),
         ("ignore_eos", np.bool_(True), True), ("stop", "x", ("x",)), ("stop", ["x", "y"], ("x", "y")), ("seed", None, None),
+        ("logit_bias", {5: 1, 3: np.float32(0.5)}, ((3, 0.5), (5, 1.0))), ("logit_bias", "7=-100", ((7, -100.0),)),
+        ("logit_bias", ["3=1", (3, 2)], ((3, 2.0),)), ("logit_bias", {}, ()), ("processor", max, max), ("processor", None, None),
+        ("stop_tokens", 2, (2,)), ("stop_tokens", [2, np.int64(3)], (2, 3)),
     ],
 )  # fmt: skip
 def test_what_loses_nothing_is_converted(name, given, stored):
-    value = next(getattr(o, name) for o in with_overrides(None, None, {name: given}) if hasattr(o, name))
+    value = next(getattr(o, name) for o in made(**{name: given}) if hasattr(o, name))
     assert value == stored and type(value) is type(stored)
 
 
@@ -68,11 +82,21 @@ def test_what_loses_nothing_is_converted(name, given, stored):
         ("stop", None, "is None; allowed is a text of at least one character, or a list of such texts"),
         ("stop", ["x", b"y"], "allowed is a text of at least one character, or a list"),
         ("kv_keep", 5, "is 5, but there is no window; give kv_window too"),
+        ("xtc_threshold", 0.2, "is 0.2, but nothing is excluded; give xtc_probability too"),
+        ("penalty_window", 64, "is 64, but there is no penalty; give one, or leave it out"),
+        ("stop_tokens", [2, -1], r"is \[2, -1\]; allowed is a whole number, or a list of such numbers from 0 to 2147483647"),
+        ("stop_tokens", "</s>", "is '</s>'; allowed is a whole number, or a list of such numbers"),
+        ("processor", 5, "is 5; allowed is a function that can be a key of a dict, or None"),
+        ("processor", Unhashable(), "allowed is a function that can be a key of a dict, or None"),
+        *[
+            ("logit_bias", wrong, "allowed is a dict of token ids to numbers, or texts ID=NUMBER, from -100.0 to 100.0")
+            for wrong in ({5: 101}, {-1: 1}, {1.5: 1}, {5: "x"}, "5", "5=", "5=nan", "a=1", 5, None, [5], {True: 1}, "1=2=3")
+        ],
     ],
 )
 def test_another_type_or_range_is_refused_with_name_value_and_what_is_allowed(name, given, text):
     with pytest.raises(OptionError, match=f"^{name} .*{text}") as caught:
-        with_overrides(None, None, {name: given})
+        made(**{name: given})
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
@@ -94,96 +118,86 @@ def test_parts_of_a_conversion_that_nothing_uses_are_refused():
             ConvertOptions("a", "b", **given)
 
 
-def test_filters_that_a_greedy_choice_ignores_are_named(capsys):
+def test_filters_that_a_greedy_choice_ignores_are_named():
     assert SamplingOptions(top_p=0.9, min_p=0.1).idle == ["top_p", "min_p"] and SamplingOptions(top_k=5).idle == ["top_k"]
+    assert SamplingOptions(xtc_probability=0.5).idle == ["xtc_probability"]
     assert not SamplingOptions(temperature=1, top_p=0.9).idle and not SamplingOptions(top_k=1).idle
-    assert main(["generate", "Once", "--max-tokens", "1", "--top-p", "0.9", "--min-p", "0.1"]) == 0
-    assert "openelm: without a --temperature decoding is greedy; ignored: --top-p, --min-p\n" in capsys.readouterr().err
 
 
-def test_objects_of_another_kind_are_refused(tiny):
-    with pytest.raises(OptionError, match=r"sampling is \{'temperature': 1\}; allowed is one made by SamplingOptions"):
-        generate(tiny, "Once", {"temperature": 1})
-    with pytest.raises(OptionError, match=r"options is SamplingOptions\(.*; allowed is one made by GenerationOptions"):
-        generate(tiny, "Once", options=SamplingOptions())
-    with pytest.raises(OptionError, match="options is 5; allowed is one made by GenerationOptions"):
-        BatchEngine(tiny, options=5)
-    with pytest.raises(OptionError, match="sampling is 5; give one for all, or a list of one each"):
-        batch_generate(tiny, ["Once"], 5)
-    with pytest.raises(OptionError, match="did you mean 'temperature'"):  # wrong for all
-        batch_generate(tiny, ["Once"], temprature=1)
-    with pytest.raises(OptionError, match="did you mean 'temperature'"):  # and not 'stream'
-        batch_generate(tiny, ["Once"], temp=1)
-    with pytest.raises(OptionError, match=r"options is 'checkpoint.pt'; allowed is one made by ConvertOptions\(source, target\)"):
-        convert("checkpoint.pt", "m")
-    with pytest.raises(OptionError, match="prompt_cache is 5; allowed is a PromptCache"):
-        generate(tiny, "Once", prompt_cache=5)
-    with pytest.raises(OptionError, match="progress is True; allowed is a function of two numbers, or None"):
-        stream_generate(tiny, "Once", progress=True)
-    with pytest.raises(OptionError, match="target is None; allowed is a loaded model"):
-        ModelDraft(None, tiny)
-    with pytest.raises(OptionError, match="slots is True"):
-        BatchEngine(tiny, slots=True)
-    with pytest.raises(PromptError, match="prompts is 5; give a list of prompts"):
-        batch_generate(tiny, 5)
-    for call in (lambda name: generate(name, "Once"), BatchEngine, Conversation):
-        with pytest.raises(OptionError, match=r"engine is 'openelm-tiny'; allowed is a loaded model, as in engine = load\('"):
-            call("openelm-tiny")
+def test_options_are_replaced_where_they_belong():
+    sampling, request, engine = made(temperature=1, max_tokens=3, kv_bits=4)
+    assert (sampling, request, engine) == (
+        SamplingOptions(temperature=1.0), GenerationOptions(max_tokens=3), EngineOptions(kv_bits=4)
+    )  # fmt: skip
+    assert hash(SamplingOptions(logit_bias={1: 2})) == hash(SamplingOptions(logit_bias={1: 2.0}))
+    assert with_overrides(RUN, (sampling, request, engine), {}) == (sampling, request, engine)
+    again = with_overrides(REQUEST, (sampling, None), {"top_k": 5})
+    assert again == (SamplingOptions(temperature=1.0, top_k=5), GenerationOptions())
+    assert with_overrides((EngineOptions,), (None,), {"kv_bits": 8}) == (EngineOptions(kv_bits=8),)
 
 
-def test_options_of_a_conversation_are_checked_when_they_are_given(tiny):
-    talk = Conversation(tiny)
-    for value in (0, False, "", {}):  # and not taken for none given
-        with pytest.raises(OptionError, match="allowed is one made by SamplingOptions"):
-            Conversation(tiny, sampling=value)
-    with pytest.raises(OptionError, match="sampling is GenerationOptions"):
-        talk.sampling = GenerationOptions()
-    with pytest.raises(OptionError, match=r"options is \{'max_tokens': 1\}; allowed is one made by GenerationOptions"):
-        talk.options = {"max_tokens": 1}
+def test_an_option_that_is_misplaced_or_unknown_is_refused():
+    for kinds, name, text in (
+        (REQUEST, "kv_bits", "kv_bits is an option of the engine, not of a request; give it to the BatchEngine"),
+        ((EngineOptions,), "top_k", "top_k is an option of a request, not of the engine; give it to submit"),
+        ((EngineOptions,), "stop", "stop is an option of a request, not of the engine; give it to submit"),
+        (RUN, "temp", "unknown option 'temp'; did you mean 'temperature'?"),
+        ((EngineOptions,), "zz", "unknown option 'zz'; known: prefill_chunk, compiled, kv_bits, kv_window, kv_keep"),
+    ):
+        with pytest.raises(OptionError) as caught:
+            with_overrides(kinds, (None,) * len(kinds), {name: 1})
+        assert str(caught.value) == text
+    for kinds, given, text in (
+        (RUN, ({"top_k": 1}, None, None), "sampling is {'top_k': 1}; allowed is one made by SamplingOptions(...), or keywords"),
+        (RUN, (None, 0, None), "options is 0; allowed is one made by GenerationOptions(...), or keywords"),
+        (RUN, (None, None, 5), "engine_options is 5; allowed is one made by EngineOptions(...), or keywords"),
+        ((EngineOptions,), (5,), "options is 5; allowed is one made by EngineOptions(...), or keywords"),
+    ):
+        with pytest.raises(OptionError) as caught:
+            with_overrides(kinds, given, {})
+        assert str(caught.value) == text
 
 
-def test_a_temperature_too_small_to_divide_by_is_greedy(tiny):
-    expected = generate(tiny, "Once", max_tokens=4)
-    assert all(generate(tiny, "Once", max_tokens=4, temperature=t, seed=1) == expected for t in (1e-300, 1e-39, 1e-7))
+def test_token_ids_that_the_model_does_not_have_are_refused():
+    check_token_ids(SamplingOptions(logit_bias={99: 1}), GenerationOptions(stop_tokens=[0, 99]), 100)
+    with pytest.raises(OptionError, match="^logit_bias has the token id 100; allowed are ids from 0 to 99$"):
+        check_token_ids(SamplingOptions(logit_bias={5: 1, 100: 1}), GenerationOptions(), 100)
+    with pytest.raises(OptionError, match="^stop_tokens has the token id 100; allowed are ids from 0 to 99$"):
+        check_token_ids(SamplingOptions(), GenerationOptions(stop_tokens=100), 100)
 
 
 def test_every_option_is_a_keyword_with_type_and_text():
     """What editors and type checkers know of options, and what `help` prints, is what the options classes say."""
-    hints = {name: kind for cls in (SamplingOptions, GenerationOptions) for name, kind in get_type_hints(cls).items()}
-    known = get_type_hints(Settings)
-    assert set(known) == set(hints) and {name for name in hints if known[name] != hints[name]} == {"stop"}
     tree = ast.parse(inspect.getsource(options))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings")[1:]
-    texts = {name.target.id: text.value.value for name, text in zip(body[::2], body[1::2], strict=True)}
-    assert texts == {item.name: item.metadata["help"] for item in FIELDS}
-    functions = (openelm_mlx.generate, openelm_mlx.stream_generate, openelm_mlx.batch_generate, openelm_mlx.Conversation)
-    for function in functions:
-        words = " ".join(function.__doc__.split())
-        assert "\n\n>>> " in function.__doc__ and "\n\nOptions:\n    temperature: " in function.__doc__
-        assert all(f"{item.name}: {item.type}" in words and item.metadata["help"] in words for item in FIELDS)
-        assert "Unpack[Settings]" in str(inspect.signature(function))
-    for cls in (SamplingOptions, GenerationOptions, ConvertOptions):
+    classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+    for kinds, settings in ((REQUEST, RequestSettings), ((EngineOptions,), EngineSettings)):
+        hints = {name: kind for cls in kinds for name, kind in get_type_hints(cls).items()}
+        known = get_type_hints(settings)
+        assert list(known) == list(hints)
+        assert {name for name in hints if known[name] != hints[name]} <= {"stop", "stop_tokens", "logit_bias"}
+        body = classes[settings.__name__][1:]
+        texts = {name.target.id: text.value.value for name, text in zip(body[::2], body[1::2], strict=True)}
+        assert texts == {item.name: item.metadata["help"] for cls in kinds for item in fields(cls)}
+    assert set(get_type_hints(Settings)) == {item.name for cls in RUN for item in fields(cls)}
+    for cls in (*RUN, ConvertOptions):
         words = " ".join(cls.__doc__.split())
         assert all(f.metadata["help"] in words for f in fields(cls) if f.metadata)
 
 
-def test_public_names_are_listed_resolve_and_have_docstrings():
-    import openelm_mlx.convert
-
-    for module in (openelm_mlx, openelm_mlx.convert):
-        imported = [alias.name for node in ast.walk(ast.parse(inspect.getsource(module)))
-                    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("openelm_mlx.")
-                    for alias in node.names]  # fmt: skip
-        assert sorted(imported) == sorted(module.__all__) == sorted(module._HOME)
-        assert set(module.__all__) <= set(dir(module))
-        assert all(inspect.getdoc(getattr(module, name)) for name in module.__all__)
-    assert openelm_mlx.encode_messages is openelm_mlx.chat.encode_messages
-    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
-        _ = openelm_mlx.nonsense
-
-
-def test_an_engine_prints_as_one_line(tiny):
-    assert repr(tiny) == "<Engine openelm-tiny: 6.5 M parameters, 7.3 MB, context 1024>"
+def test_flags_of_options_that_are_lists(capsys):
+    parser = Parser(prog="openelm")
+    add_flags(parser, SamplingOptions)
+    add_flags(parser, GenerationOptions)
+    words = ["--logit-bias", "5=-100", "--logit-bias", "3=1.5", "--stop-token", "2", "--stop-token", "3", "--stop", "x"]
+    args = parser.parse_args(words)
+    assert from_args(SamplingOptions, args).logit_bias == ((3, 1.5), (5, -100.0))
+    assert from_args(GenerationOptions, args) == GenerationOptions(stop_tokens=(2, 3), stop="x")
+    with pytest.raises(OptionError, match=r"^logit_bias is \('5',\); allowed is a dict of token ids to numbers, or"):
+        from_args(SamplingOptions, parser.parse_args(["--logit-bias", "5"]))
+    for words, text in ((["--stop-token", "x"], "'x' is no whole number"), (["--processor", "x"], "unknown option --processor")):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert text in capsys.readouterr().err
 
 
 def test_errors_of_others_are_told_without_the_names_of_classes():

@@ -98,7 +98,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type, skip: tuple[str, .
     """Add one `--flag` for each field of the dataclass `options` that has help in its metadata."""
     group = parser.add_argument_group(options.__name__.removesuffix("Options").lower() + " options")
     for item in fields(options):
-        if item.name not in skip and "help" in item.metadata:
+        if item.name not in skip and "help" in item.metadata and item.metadata.get("flag", True):
             add_flag(group, item)
 
 
@@ -109,7 +109,10 @@ def add_flag(group: Any, item: Field[Any]) -> None:
     if kind.startswith("bool"):
         group.add_argument(flag, dest=item.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
     elif kind.startswith("tuple"):
-        group.add_argument(flag, dest=item.name, action="append", metavar="TEXT", default=argparse.SUPPRESS, help=text)
+        group.add_argument(
+            flag, dest=item.name, action="append", type=whole if kind == "tuple[int, ...]" else str,
+            metavar=item.metadata.get("metavar", "TEXT"), default=argparse.SUPPRESS, help=text,
+        )
     else:
         reads, metavar = FORMS[kind.partition(" | ")[0]]
         group.add_argument(
