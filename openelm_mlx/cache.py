@@ -1,36 +1,36 @@
 """Keys and values of the tokens already seen: the contract and its sides.
 
-The model never asks what it holds. It asks for the positions of new tokens, for one mask a pass, and lets the
-cache attend: `attend` stores the new keys and values and returns the attention over everything held. `KVCache` is
-the side that prefill and Python see, `StepCache` the same arrays inside a compiled step. In which form and in
-which slots tokens are kept is the `CacheKind` of both (kv.py).
-
-Keys and values share one buffer, so a decoded token writes both at once; kv.py says how it is laid out.
+The model never asks what it holds. It asks for the positions of new tokens, for one mask a pass, and lets the cache
+attend: `attend` gets what the projection gave, stores new keys and values, and returns the attention over everything
+held. `KVCache` is the side that prefill and Python see, `StepCache` the same arrays inside a compiled step. In which
+form and in which slots tokens are kept is the `CacheKind` of both (kv.py).
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 
-from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import CacheError
-from openelm_mlx.kv import Arrays, CacheKind, Mask, Window, halves, sdpa
+from openelm_mlx.kv import Arrays, CacheKind, Mask, Plain, Window, halves, resized, sdpa
 
-BLOCK = 256  # tokens by which a buffer grows: one new trace of the compiled step each time
+if TYPE_CHECKING:
+    from openelm_mlx.config import OpenELMConfig
+    from openelm_mlx.model import Projection
+
+BLOCK = 256  # tokens by which the room of one sequence grows: one new trace of a compiled step each time
 
 
 class Cache(Protocol):
-    """Keys and values of one layer. `offset` counts the tokens held: it is the position of the next one."""
+    """The keys and values of one layer, as a pass sees them."""
 
-    @property
-    def offset(self) -> int | mx.array: ...
-    @property
-    def nbytes(self) -> int: ...
-    def positions(self, length: int) -> mx.array: ...
+    def positions(self, length: int) -> mx.array:
+        """[B or 1, length]: those of the tokens of this pass."""
+
     def mask(self, length: int) -> Mask: ...
-    def attend(self, q: mx.array, kv: mx.array, mask: Mask, scale: float) -> mx.array: ...
+    def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
+        """[B, heads, L, head_dim]: the attention of the queries over everything held, new tokens included."""
 
 
 def causal(length: int) -> Mask:
@@ -38,10 +38,7 @@ def causal(length: int) -> Mask:
 
 
 class NoCache:
-    """A single pass over the whole text: offset 0, nothing kept."""
-
-    offset = 0
-    nbytes = 0
+    """A single pass over the whole text: nothing is kept."""
 
     def positions(self, length: int) -> mx.array:
         return mx.arange(length)[None]
@@ -49,31 +46,53 @@ class NoCache:
     def mask(self, length: int) -> Mask:
         return causal(length)
 
-    def attend(self, q: mx.array, kv: mx.array, mask: Mask, scale: float) -> mx.array:
+    def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
+        q, kv = projection.heads()
         return sdpa(q, *halves(kv), mask, scale)
 
 
 class KVCache:
-    """A cache of any kind, as prefill and Python see it: the offset is a number.
+    """Keys and values of the whole model for one sequence, or for several of equal length.
 
-    A growing one holds every token and grows in blocks; a window holds its fixed number of slots.
+    A growing one holds every token and grows in blocks; a window holds its fixed number of slots. A pass that ends
+    early, by an exception, leaves `offset` where it was: it moves on when the last layer has stored. `written` counts
+    the positions that were ever begun to be written, so it tells what a window has overwritten.
     """
 
-    def __init__(self, kind: CacheKind | None = None) -> None:
-        self.kind = kind or CacheKind()
-        self.offset = 0
-        self.written = 0  # the highest offset there ever was: what a window has overwritten
-        self.arrays: Arrays = []  # of the store; none before the first tokens
+    def __init__(
+        self,
+        config: OpenELMConfig,
+        kind: CacheKind | None = None,
+        arrays: list[Arrays] | None = None,
+        offset: int = 0,
+        written: int = 0,
+    ) -> None:
+        self.config, self.kind = config, kind or CacheKind()
+        self.arrays = (
+            [] if arrays is None else arrays
+        )  # one entry a layer; none before the first tokens
+        self.offset, self.written = offset, max(written, offset)
+
+    @property
+    def layers(self) -> list[LayerCache]:
+        """One side a layer, as mlx-lm's convention passes caches."""
+        return [LayerCache(self, number) for number in range(self.config.num_transformer_layers)]
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
+        return sum(array.nbytes for arrays in self.arrays for array in arrays)
 
     @property
     def capacity(self) -> int:
-        return self.arrays[0].shape[-2] if self.arrays else 0
+        """Slots of every layer; after a pass that ended early, some may have more."""
+        return min((arrays[0].shape[-2] for arrays in self.arrays), default=0)
 
     def positions(self, length: int) -> mx.array:
+        """[1, length]. Raises `CacheError` where a pass that ended early has overwritten what a window still needs."""
+        if not self.can_trim(0):
+            raise CacheError(
+                "a pass that was interrupted has overwritten this cache; clear it, and prefill again"
+            )
         return mx.arange(self.offset, self.offset + length)[None]
 
     def mask(self, length: int) -> Mask:
@@ -89,45 +108,18 @@ class KVCache:
             ring_slots = mx.concatenate([mx.arange(layout.capacity) >= layout.keep, ring_slots])
         return layout.sees(new, held, ring_slots)[:, None]
 
-    def reserve(self, tokens: int, like: Arrays | None = None) -> None:
-        """Make room for `tokens` in all, in whole blocks or the whole window; `like` gives shapes and types at first."""
-        layout = self.kind.layout
-        capacity = layout.capacity if isinstance(layout, Window) else -(-tokens // BLOCK) * BLOCK
-        if capacity <= self.capacity:
-            return
-        like = like or self.arrays
-        if not like:
-            raise CacheError("an empty cache cannot be enlarged before its first tokens; prefill first")
-        rooms = [mx.zeros((*a.shape[:-2], capacity - self.capacity, a.shape[-1]), a.dtype) for a in like]
-        self.arrays = [mx.concatenate([a, b], axis=-2) for a, b in zip(self.arrays, rooms, strict=True)] if self.arrays else rooms
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` in all, in whole blocks or the whole window, and for as many in every layer.
 
-    def attend(self, q: mx.array, kv: mx.array, mask: Mask, scale: float) -> mx.array:
-        new, end = self.kind.store.pack(kv), self.offset + kv.shape[-2]
-        if isinstance(self.kind.layout, Window):
-            return self._attend_window(q, new, mask, scale, self.kind.layout)
-        self.reserve(end, like=new)
-        for buffer, part in zip(self.arrays, new, strict=True):
-            buffer[..., self.offset : end, :] = part
-        self.settle(end)
-        return self.kind.store.attend(q, [buffer[..., :end, :] for buffer in self.arrays], mask, scale)
-
-    def _attend_window(self, q: mx.array, new: Arrays, mask: Mask, scale: float, window: Window) -> mx.array:
-        """Attend to the slots and the pass itself, then write of the pass what later tokens can still see."""
-        seen = [mx.concatenate([a, b], axis=-2) for a, b in zip(self.arrays, new, strict=True)] if self.offset else new
-        out = self.kind.store.attend(q, seen, mask, scale)
-        self.reserve(0, like=new)
-        end = self.offset + new[0].shape[-2]
-        self.settle(self.offset, end)  # first: were this interrupted, the slots count as overwritten
-        kept = [p for p in range(self.offset, end) if p < window.keep or p >= end - window.ring]
-        source, slots = mx.array(kept) - self.offset, window.slots(mx.array(kept))
-        for buffer, part in zip(self.arrays, new, strict=True):
-            buffer[..., slots, :] = mx.take(part, source, axis=-2)
-        self.settle(end)
-        return out
-
-    def settle(self, offset: int, written: int = 0) -> None:
-        """Say how many tokens are held, after they (and up to `written`) were stored."""
-        self.offset, self.written = offset, max(self.written, offset, written)
+        Raises `CacheError` before the first tokens, which give shapes and types.
+        """
+        if not self.arrays:
+            raise CacheError(
+                "an empty cache cannot be enlarged before its first tokens; prefill first"
+            )
+        most = max(arrays[0].shape[-2] for arrays in self.arrays)
+        room = max(most, self.kind.layout.room(tokens, BLOCK))
+        self.arrays = [[resized(array, room) for array in arrays] for arrays in self.arrays]
 
     def can_trim(self, n: int) -> bool:
         """A window that has run over forgets at most what its slack still holds."""
@@ -141,26 +133,96 @@ class KVCache:
         if not 0 <= n <= self.offset:
             raise CacheError(f"cannot forget {n} tokens of {self.offset}")
         if not self.can_trim(n):
-            raise CacheError(f"cannot forget {n} tokens: the window has already dropped what came before them")
+            raise CacheError(
+                f"cannot forget {n} tokens: the window has already dropped what came before them"
+            )
         self.offset -= n
 
     def clear(self) -> None:
-        """Forget everything; the memory is kept for what comes."""
-        self.offset = self.written = 0
+        """Forget everything, and let go of the memory."""
+        self.arrays, self.offset, self.written = [], 0, 0
+
+    def prefix(self, length: int) -> KVCache | None:
+        """A copy of the first `length` tokens; None where a window has forgotten what they need."""
+        if not 0 < length <= self.offset or not self.can_trim(self.offset - length):
+            return None
+        room = min(self.capacity, self.kind.layout.room(length, BLOCK))
+        arrays = [
+            [mx.contiguous(array[..., :room, :]) for array in arrays] for arrays in self.arrays
+        ]
+        mx.eval(arrays)  # else they would hold on to the whole
+        return KVCache(self.config, self.kind, arrays, length, self.written)
+
+
+class LayerCache:
+    """What a pass sees of one layer of a `KVCache`."""
+
+    def __init__(self, whole: KVCache, number: int) -> None:
+        self.whole, self.number = whole, number
+
+    def positions(self, length: int) -> mx.array:
+        return self.whole.positions(length)
+
+    def mask(self, length: int) -> Mask:
+        return self.whole.mask(length)
+
+    def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
+        q, kv = projection.heads()
+        whole, store, layout = self.whole, self.whole.kind.store, self.whole.kind.layout
+        new, start, end = store.pack(kv), whole.offset, whole.offset + kv.shape[-2]
+        whole.written = max(
+            whole.written, end
+        )  # before a slot is: were this interrupted, they count as overwritten
+        held = self._room(end, new)
+        if isinstance(
+            layout, Window
+        ):  # it attends to the slots and the pass itself, which then overwrites them
+            seen = (
+                [mx.concatenate(pair, axis=-2) for pair in zip(held, new, strict=True)]
+                if start
+                else new
+            )
+            out = store.attend(q, seen, mask, scale)
+            kept = [p for p in range(start, end) if p < layout.keep or p >= end - layout.ring]
+            source, slots = mx.array(kept) - start, layout.slots(mx.array(kept))
+            for buffer, part in zip(held, new, strict=True):
+                buffer[..., slots, :] = mx.take(part, source, axis=-2)
+        else:
+            for buffer, part in zip(held, new, strict=True):
+                buffer[..., start:end, :] = part
+            out = store.attend(q, [buffer[..., :end, :] for buffer in held], mask, scale)
+        if self.number + 1 == whole.config.num_transformer_layers:
+            whole.offset = end
+        return out
+
+    def _room(self, tokens: int, like: Arrays) -> Arrays:
+        """The arrays of this layer with room for `tokens`; `like` gives their shapes and types at first."""
+        whole = self.whole
+        if self.number == len(whole.arrays):
+            whole.arrays.append([array[..., :0, :] for array in like])
+        held = whole.arrays[self.number]
+        room = max(held[0].shape[-2], whole.kind.layout.room(tokens, BLOCK))
+        whole.arrays[self.number] = held = [resized(array, room) for array in held]
+        return held
 
 
 class Place:
-    """Where the tokens of one pass go, computed once for all layers: positions, slots, mask."""
+    """Where the tokens of one pass go, computed once for all layers: positions, slots, mask.
 
-    def __init__(self, offset: mx.array, kind: CacheKind, capacity: int) -> None:
-        self.offset, self.kind, self.capacity = offset, kind, capacity
+    `start` is the position of each row's first token, [B], or those of all tokens of the pass, [B, L].
+    """
+
+    def __init__(self, start: mx.array, kind: CacheKind, capacity: int) -> None:
+        self.start, self.kind, self.capacity = start, kind, capacity
         self._positions: dict[int, mx.array] = {}
         self._slots: dict[tuple[int, ...], mx.array] = {}
+        self._masks: dict[tuple[int, int], mx.array] = {}
 
     def positions(self, length: int) -> mx.array:
         if length not in self._positions:
-            start = self.offset[:, None]
-            self._positions[length] = start if length == 1 else start + mx.arange(length)
+            start = self.start if self.start.ndim == 2 else self.start[:, None]
+            ready = start.shape[1] == length
+            self._positions[length] = start if ready else start + mx.arange(length)
         return self._positions[length]
 
     def slots(self, shape: tuple[int, ...]) -> mx.array:
@@ -170,12 +232,17 @@ class Place:
             self._slots[shape] = mx.broadcast_to(slots[:, None, :, None], shape)
         return self._slots[shape]
 
-    def mask(self, length: int) -> mx.array:
-        return self.kind.layout.visible(self.positions(length), self.capacity)
+    def mask(self, length: int, heads: int = 1) -> mx.array:
+        """[B, heads, length, capacity], the same for all heads."""
+        if (length, heads) not in self._masks:
+            positions = self.positions(length)[:, None]
+            positions = mx.broadcast_to(positions, (positions.shape[0], heads, length))
+            self._masks[length, heads] = self.kind.layout.visible(positions, self.capacity)
+        return self._masks[length, heads]
 
 
 class StepCache:
-    """The arrays of a `KVCache` inside a compiled step: fixed in size, the position an array [B].
+    """The arrays of one layer inside a compiled step: fixed in size, the positions arrays.
 
     Attends to every slot and masks what is not in sight, so shapes never change from token to token.
     """
@@ -183,33 +250,31 @@ class StepCache:
     def __init__(self, arrays: Arrays, place: Place) -> None:
         self.arrays, self.place = arrays, place
 
-    @property
-    def offset(self) -> mx.array:
-        return self.place.offset
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
-
     def positions(self, length: int) -> mx.array:
         return self.place.positions(length)
 
     def mask(self, length: int) -> Mask:
         return self.place.mask(length)
 
-    def attend(self, q: mx.array, kv: mx.array, mask: Mask, scale: float) -> mx.array:
-        # put_along_axis is one kernel on a GPU; slice_update with an array start is two.
+    def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
+        q, kv = projection.heads()
         store = self.place.kind.store
+        # put_along_axis is one kernel on a GPU; slice_update with an array start is two.
         self.arrays = [
             mx.put_along_axis(buffer, self.place.slots(part.shape), part, axis=-2)
             for buffer, part in zip(self.arrays, store.pack(kv), strict=True)
         ]
+        rows, heads, asked, _ = q.shape
+        if rows > 1 and isinstance(
+            store, Plain
+        ):  # Metal would copy one that broadcasts over heads, in every layer
+            mask = self.place.mask(kv.shape[-2], heads)[..., -asked:, :]
         return store.attend(q, self.arrays, mask, scale)
 
 
-def step_caches(buffers: list[Arrays], offset: mx.array, kind: CacheKind) -> list[StepCache]:
-    """The caches of a compiled step, one a layer, over the arrays of `KVCache`s; offset [B]."""
-    place = Place(offset, kind, buffers[0][0].shape[-2])
+def step_caches(buffers: list[Arrays], start: mx.array, kind: CacheKind) -> list[StepCache]:
+    """The caches of a compiled step, one a layer, over buffers of `Rows` or of a `KVCache`; `start` is `Place`'s."""
+    place = Place(start, kind, buffers[0][0].shape[-2])
     return [StepCache(arrays, place) for arrays in buffers]
 
 
@@ -219,14 +284,6 @@ class ForeignCache:
     def __init__(self, inner: Any) -> None:
         self.inner = inner
 
-    @property
-    def offset(self) -> int | mx.array:
-        return self.inner.offset
-
-    @property
-    def nbytes(self) -> int:
-        return self.inner.nbytes
-
     def positions(self, length: int) -> mx.array:
         offset = self.inner.offset
         start = offset[:, None] if isinstance(offset, mx.array) and offset.ndim else offset
@@ -235,32 +292,30 @@ class ForeignCache:
     def mask(self, length: int) -> Mask:
         return self.inner.make_mask(length, return_array=False, window_size=None)
 
-    def attend(self, q: mx.array, kv: mx.array, mask: Mask, scale: float) -> mx.array:
+    def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
+        q, kv = projection.heads()
         k, v = self.inner.update_and_fetch(*halves(kv))
         if hasattr(self.inner, "bits"):  # quantized keys and values need mlx-lm's own attention
             from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
-            return quantized_scaled_dot_product_attention(
-                q, k, v, scale=scale, mask=mask, group_size=self.inner.group_size, bits=self.inner.bits  # type: ignore[arg-type]
-            )
+            form = {"group_size": self.inner.group_size, "bits": self.inner.bits}
+            return quantized_scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, **form)  # type: ignore[arg-type]
         return sdpa(q, k, v, mask, scale)
 
 
-def as_caches(cache: list[Any] | None, layers: int) -> list[Cache]:
+def as_caches(cache: KVCache | list[Any] | None, layers: int) -> list[Cache]:
     """The caches of a pass, one a layer: none, ours, or mlx-lm's behind an adapter."""
     if cache is None:
         return [NoCache()] * layers
-    if len(cache) != layers:
-        raise CacheError(f"the cache has {len(cache)} entries for a model of {layers} layers; make one for this model")
-    return [c if hasattr(c, "attend") else NoCache() if c is None else ForeignCache(c) for c in cache]
+    each = cache.layers if isinstance(cache, KVCache) else cache
+    if len(each) != layers:
+        raise CacheError(
+            f"the cache has {len(each)} entries for a model of {layers} layers; make one for this model"
+        )
+    return [
+        c if hasattr(c, "attend") else NoCache() if c is None else ForeignCache(c) for c in each
+    ]
 
 
 def level(caches: list[KVCache]) -> None:
-    """Give all the room of the roomiest, as a step asks: an interrupted pass may have enlarged some only."""
-    most = max(cache.capacity for cache in caches)
-    for cache in caches:
-        cache.reserve(most)
-
-
-def make_caches(config: OpenELMConfig, kind: CacheKind | None = None) -> list[KVCache]:
-    return [KVCache(kind) for _ in range(config.num_transformer_layers)]
+    """Only for a decode.py that has not been rewritten yet."""

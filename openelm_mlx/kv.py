@@ -1,9 +1,7 @@
 """How keys and values are kept: in which form (`Store`) and in which slots (`Layout`).
 
-A cache is one of each. An array of a store holds keys and values, so that a token writes both at once: of one sequence
-[1, 2 * kv_heads, slots, width], the heads of the keys before those of the values, as the projection gives them; of
-several [2, batch, kv_heads, slots, width], as attention reads keys only with the heads of a batch side by side. Slots
-are the last axis but one of both, so growing, slicing and writing are the same for all.
+A cache is one of each. Every array of a store is [2, B, kv_heads, slots, width]: the keys of B sequences, then their
+values, so that a token writes both at once.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from openelm_mlx.errors import CacheError
 
 if TYPE_CHECKING:
     from openelm_mlx.config import OpenELMConfig
-    from openelm_mlx.options import GenerationOptions
+    from openelm_mlx.options import EngineOptions
 
 Arrays = list[mx.array]
 Mask = mx.array | str | None
@@ -32,22 +30,26 @@ def sdpa(q: mx.array, k: mx.array, v: mx.array, mask: Mask, scale: float) -> mx.
 
 
 def halves(buffer: mx.array) -> tuple[mx.array, mx.array]:
-    """The keys and the values of a buffer, [batch, kv_heads, slots, width] each, as views."""
-    if buffer.ndim == 4:
-        keys, values = mx.split(buffer, 2, axis=1)
+    """The keys and the values of an array of a store, [B, kv_heads, slots, width] each, as views."""
+    if (
+        buffer.shape[1] == 1
+    ):  # one view fewer than below; of several new ones, flattening would copy
+        keys, values = mx.split(buffer.flatten(0, 1), 2)
     else:
-        keys, values = (half.squeeze(0) for half in mx.split(buffer, 2))  # an integer index would copy them
+        keys, values = (half.squeeze(0) for half in mx.split(buffer, 2))  # an index would copy
     return keys, values
 
 
-def by_row(buffer: mx.array) -> mx.array:
-    """A buffer as [2, batch, kv_heads, slots, width], also where it holds one sequence."""
-    return buffer if buffer.ndim == 5 else mx.unflatten(buffer, 1, (2, -1)).swapaxes(0, 1)
-
-
-def by_count(buffer: mx.array) -> mx.array:
-    """A buffer [2, batch, kv_heads, slots, width] in the form for its number of sequences."""
-    return buffer if buffer.shape[1] > 1 else buffer.swapaxes(0, 1).flatten(1, 2)
+def resized(array: mx.array, size: int, axis: int = -2) -> mx.array:
+    """The array with another size along an axis, by default that of the slots: cut, or filled up with zeros."""
+    shape = list(array.shape)
+    extra = size - shape[axis]
+    if extra < 0:
+        return mx.contiguous(mx.split(array, [size], axis)[0])
+    if extra > 0:
+        shape[axis] = extra
+        return mx.concatenate([array, mx.zeros(shape, array.dtype)], axis)
+    return array
 
 
 @lru_cache(maxsize=64)
@@ -96,7 +98,9 @@ class Quantized:
         (k, k_scales, k_biases), (v, v_scales, v_biases) = zip(*map(halves, arrays), strict=True)
         kv_heads, T = k.shape[1:3]
         form: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
-        q = (q * scale).reshape(B, kv_heads, -1, D)  # query heads of one key head side by side, [B, kv, rep * L, D]
+        q = (q * scale).reshape(
+            B, kv_heads, -1, D
+        )  # query heads of one key head side by side, [B, kv, rep * L, D]
         scores = mx.quantized_matmul(q, k, k_scales, k_biases, transpose=True, **form)
         scores = scores.reshape(B, kv_heads, -1, L, T)
         if isinstance(mask, str):
@@ -116,12 +120,16 @@ class Quantized:
 class Growing:
     """The token at position p lies in slot p; every earlier token is seen."""
 
+    def room(self, tokens: int, block: int) -> int:
+        """Slots for this many tokens, in whole blocks."""
+        return -(-tokens // block) * block
+
     def slots(self, positions: mx.array) -> mx.array:
         return positions
 
     def visible(self, positions: mx.array, capacity: int) -> mx.array:
-        """[B, 1, L, capacity], True for the slots that the tokens at positions [B, L] attend to."""
-        return slot_numbers(capacity) <= positions[:, None, :, None]
+        """[..., L, capacity], True for the slots that the tokens at positions [..., L] attend to."""
+        return slot_numbers(capacity) <= positions[..., None]
 
 
 @dataclass(frozen=True)
@@ -142,23 +150,31 @@ class Window:
     def ring(self) -> int:
         return self.capacity - self.keep
 
+    def room(self, tokens: int, block: int) -> int:
+        """All slots, however many tokens there are."""
+        return self.capacity
+
     def slots(self, positions: mx.array) -> mx.array:
-        return mx.where(positions < self.keep, positions, self.keep + (positions - self.keep) % self.ring)
+        return mx.where(
+            positions < self.keep, positions, self.keep + (positions - self.keep) % self.ring
+        )
 
     def held(self, newest: mx.array) -> mx.array:
-        """[B, capacity]: the position of the token in each slot when `newest` [B, 1] is the last; less than 0 or than
-        `keep` behind the kept slots: nothing yet."""
+        """[..., capacity]: the position of the token in each slot when `newest` [..., 1] is the last; less than 0 or
+        than `keep` behind the kept slots: nothing yet."""
         slots = slot_numbers(self.capacity)
         return mx.where(slots < self.keep, slots, newest - (newest - slots) % self.ring)
 
     def sees(self, positions: mx.array, held: mx.array, ring_slots: mx.array) -> mx.array:
-        """[B, L, T]: whether the tokens at positions [B, L] attend to those at held [B, T]."""
-        p, h = positions[..., None], held[:, None]
+        """[..., L, T]: whether the tokens at positions [..., L] attend to those at held [..., T]."""
+        p, h = positions[..., None], held[..., None, :]
         recent = (h >= self.keep) & (h > p - (self.size - self.keep))
         return (h <= p) & mx.where(ring_slots, recent, h >= 0)
 
     def visible(self, positions: mx.array, capacity: int) -> mx.array:
-        return self.sees(positions, self.held(positions[:, -1:]), slot_numbers(self.capacity) >= self.keep)[:, None]
+        return self.sees(
+            positions, self.held(positions[..., -1:]), slot_numbers(self.capacity) >= self.keep
+        )
 
 
 Store = Plain | Quantized
@@ -183,7 +199,7 @@ class CacheKind:
         return form
 
     @classmethod
-    def of(cls, config: OpenELMConfig, options: GenerationOptions) -> CacheKind:
+    def of(cls, config: OpenELMConfig, options: EngineOptions) -> CacheKind:
         """The kind that `options` ask for. Raises `CacheError` where the model's shapes or context forbid it."""
         store: Store = Plain()
         if options.kv_bits is not None:

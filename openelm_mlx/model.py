@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from openelm_mlx.cache import Cache, Mask, as_caches
+from openelm_mlx.cache import Cache, KVCache, as_caches
 from openelm_mlx.config import LayerShape, OpenELMConfig, layer_shapes
-from openelm_mlx.kv import by_row
+from openelm_mlx.kv import Mask
 
 VALUE = 1e30  # marks a value head in a table of norm weights: no weight is as large
 
@@ -95,8 +95,8 @@ class Embedding(Transposed, nn.Embedding):
 
 
 def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
-    """residual + projection(x), as one kernel where the projection is a plain matrix."""
-    if isinstance(projection, Linear):
+    """residual + projection(x), as one kernel where the projection is a plain matrix, and no adapter in its place."""
+    if type(projection) is Linear:
         return mx.addmm(residual, x, projection.transposed())
     return residual + projection(x)
 
@@ -108,6 +108,37 @@ class Pass(NamedTuple):
     length: int
     turn: mx.array  # of `rotary`
     mask: Mask
+
+
+class Projection(NamedTuple):
+    """What `qkv_proj` gave for one layer, not yet normed and rotated, and what it takes to do so.
+
+    A cache asks for the heads when it stores them, so that norm, rotation and store can be one kernel.
+    """
+
+    heads_of_tokens: mx.array  # [B, L, q + 2 kv, head_dim]
+    weights: mx.array  # of `Attention.head_weights`
+    turn: mx.array  # of `rotary`
+    q_heads: int
+    eps: float | None  # of the norm of queries and keys; None: there is none
+    last: bool  # keys and values of all tokens, but only the last one asks
+
+    def heads(self) -> tuple[mx.array, mx.array]:
+        """Queries [B, q_heads, L or 1, head_dim], and keys and values [2, B, kv_heads, L, head_dim]."""
+        x = self.heads_of_tokens
+        B, L, _, D = x.shape
+        pairs = (B, L, -1, 2, D // 2)
+        plain = x.reshape(*pairs)
+        # Value heads are normed for nothing: one kernel for all heads is what counts.
+        normed = plain if self.eps is None else mx.fast.rms_norm(x, None, self.eps).reshape(*pairs)
+        turned = rotate(plain, normed, normed[..., ::-1, :], self.weights, self.turn)
+        if L == 1:  # reshaping does what transposing would, in one operation
+            turned = turned.reshape(B, -1, 1, D)
+        else:
+            turned = turned.reshape(B, L, -1, D).swapaxes(1, 2)
+        q, kv = mx.split(turned, [self.q_heads], axis=1)
+        kv = kv.reshape(2, 1, -1, L, D) if B == 1 else kv.reshape(B, 2, -1, L, D).swapaxes(0, 1)
+        return q[:, :, -1:] if self.last and L > 1 else q, kv
 
 
 class Attention(nn.Module):
@@ -143,26 +174,17 @@ class Attention(nn.Module):
         self._table = (*sources, weights + 1j * weights[:, ::-1])
         return self._table[2]
 
-    def __call__(self, x: mx.array, residual: mx.array, shared: Pass, cache: Cache, last: bool = False) -> mx.array:
+    def __call__(
+        self, x: mx.array, residual: mx.array, shared: Pass, cache: Cache, last: bool = False
+    ) -> mx.array:
         B, L, turn, mask = shared
-        x = self.qkv_proj(x)
-        pairs = (B, L, -1, 2, self.head_dim // 2)
-        heads = x.reshape(*pairs)  # [B, L, q + 2 kv, 2, head_dim / 2]
-        normed = heads
-        if self.normalize:  # value heads are normed for nothing: one kernel for all heads is what counts
-            normed = mx.fast.rms_norm(x.reshape(B, L, -1, self.head_dim), None, self.eps).reshape(*pairs)
-        turned = rotate(heads, normed, normed[..., ::-1, :], self.head_weights(), turn)
-        if L == 1:  # reshaping does what transposing would, in one operation
-            turned = turned.reshape(B, -1, 1, self.head_dim)
-        else:
-            turned = turned.reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
-        q, kv = mx.split(turned, [self.q_heads], axis=1)
-        if B > 1:
-            kv = by_row(kv)
-        if last and L > 1:  # keys and values of all tokens, but an answer for the last one only
-            q, mask, L = q[:, :, -1:], mask[..., -1:, :] if isinstance(mask, mx.array) else None, 1
+        projected = self.qkv_proj(x).reshape(B, L, -1, self.head_dim)
+        eps = self.eps if self.normalize else None
+        projection = Projection(projected, self.head_weights(), turn, self.q_heads, eps, last)
+        if last and L > 1:
+            mask, L = mask[..., -1:, :] if isinstance(mask, mx.array) else None, 1
             residual = residual.reshape(B, -1, residual.shape[-1])[:, -1]
-        out = cache.attend(q, kv, mask, self.scale)  # q [B, heads, L, head_dim], kv as kv.py lays it out
+        out = cache.attend(projection, mask, self.scale)  # [B, heads, L, head_dim]
         out = out if L == 1 else out.swapaxes(1, 2)
         return project_onto(residual, self.out_proj, out.reshape(B * L, -1))
 
@@ -180,7 +202,9 @@ class FeedForward(nn.Module):
         x = self.proj_1(x)
         if not self.gated:
             x = nn.silu(x)
-        elif x.shape[0] == 1:  # halves as rows: split along a row, they would keep its stride, and be copied for proj_2
+        elif (
+            x.shape[0] == 1
+        ):  # halves as rows: split along a row, they would keep its stride, and be copied for proj_2
             x = swiglu(*mx.split(x.reshape(2, -1), 2))
         else:
             x = swiglu(*mx.split(x, 2, axis=-1))
@@ -223,7 +247,9 @@ class OpenELM(nn.Module):
     def layers(self) -> list[DecoderLayer]:
         return self.transformer.layers
 
-    def hidden(self, tokens: mx.array, cache: list[Any] | None = None, last: bool = False) -> mx.array:
+    def hidden(
+        self, tokens: mx.array, cache: KVCache | list[Any] | None = None, last: bool = False
+    ) -> mx.array:
         """Normalised last hidden states [batch, length, model_dim] of token ids [batch, length], or [batch] for one each.
 
         With `last`, only the last position's, [batch, model_dim]: the last layer then computes no other.
@@ -244,5 +270,5 @@ class OpenELM(nn.Module):
             return self.transformer.token_embeddings.as_linear(hidden)
         return self.lm_head(hidden)
 
-    def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: KVCache | list[Any] | None = None) -> mx.array:
         return self.logits(self.hidden(tokens, cache))

@@ -1,213 +1,119 @@
-"""The device side of a batch: sequences are rows of one state, stepped together, placed and dropped while others run."""
+"""Keys and values of sequences of different lengths that are stepped together: rows of the same arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from openelm_mlx.cache import KVCache, make_caches, step_caches
-from openelm_mlx.decode import flat
-from openelm_mlx.kv import Arrays, CacheKind, by_count, by_row
-from openelm_mlx.model import OpenELM
-from openelm_mlx.options import SamplingOptions
-from openelm_mlx.sampling import History, Logprobs, draw, logprobs
+from openelm_mlx.cache import BLOCK, KVCache
+from openelm_mlx.kv import Arrays, CacheKind, resized
 
 if TYPE_CHECKING:
-    from openelm_mlx.loading import Engine
+    from openelm_mlx.config import OpenELMConfig
 
-PASS_TOKENS = 4096  # prompt tokens of all rows in one pass, so that activations stay small
-BLOCK = 64  # tokens by which rows grow: every row attends to all slots, so unused ones cost more than in one sequence
-
-
-@dataclass(frozen=True)
-class RowsSpec:
-    """What a batched step is traced for. Rows name their options by index, so rows come and go without a new trace."""
-
-    samplings: tuple[SamplingOptions, ...]  # the distinct ones, without seeds
-    vocab: int
-    logprobs: int | None
-    compiled: bool
-    kind: CacheKind
-
-    @property
-    def penalised(self) -> bool:
-        return any(sampling.penalised for sampling in self.samplings)
-
-
-class RowState(NamedTuple):
-    """One entry a row, [B] unless said otherwise."""
-
-    token: mx.array  # the newest token, not yet fed
-    position: mx.array  # its position
-    key: mx.array  # [B, 2]
-    which: mx.array  # index into the spec's samplings
-    alive: mx.array  # int32, 1 or 0: the position of a row nobody uses stands still
-    history: History | None  # [B, vocab] each
-
-    @classmethod
-    def of(cls, parts: list[mx.array]) -> RowState:
-        """From the five arrays, followed by the history's two where there is one."""
-        token, position, key, which, alive, *history = parts
-        return cls(token, position, key, which, alive, History(*history) if history else None)
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        return [self.token, self.position, self.key, self.which, self.alive, *flat(self.history)]
-
-
-def choose_rows(spec: RowsSpec, logits: mx.array, state: RowState) -> tuple[RowState, Logprobs | None]:
-    """Draw the next token of every row from logits [B, vocab or more], under the row's options.
-
-    Return the state after that.
-    """
-    logits = logits[:, : spec.vocab].astype(mx.float32)
-    position = state.position + state.alive
-    token = state.token
-    for index, sampling in enumerate(spec.samplings):
-        history = state.history if sampling.penalised else None
-        drawn = draw(logits, sampling, state.key, position, history).astype(mx.uint32)
-        token = drawn if len(spec.samplings) == 1 else mx.where(state.which == index, drawn, token)
-    history = None if state.history is None else state.history.plus(token)
-    detail = None if spec.logprobs is None else logprobs(logits, token, spec.logprobs)
-    return state._replace(token=token, position=position, history=history), detail
-
-
-def make_rows_step(model: OpenELM, spec: RowsSpec) -> Callable[[list[Any]], Any]:
-    def step(arrays: list[Any]) -> list[Any]:
-        token, position, key, which, alive, history, buffers = arrays
-        caches = step_caches(buffers, position, spec.kind)
-        logits = model.logits(model.hidden(token, caches, last=True))
-        state = RowState(token, position, key, which, alive, History(*history) if history else None)
-        after, detail = choose_rows(spec, logits, state)
-        return [after.token, after.position, flat(after.history), flat(detail), [c.arrays for c in caches]]
-
-    return mx.compile(step) if spec.compiled else step
+SHARED_BLOCK = (
+    64  # every row attends to all slots, so unused ones cost more than in one sequence alone
+)
 
 
 class Rows:
-    """The rows of a batch and their caches. Row numbers are stable; `resize` renumbers and says how."""
+    """The caches of `count` rows: one, or a power of two. Every array is [2, count, kv_heads, capacity, width].
 
-    def __init__(self, engine: Engine, spec: RowsSpec) -> None:
-        self.engine, self.spec = engine, spec
-        self.state: RowState | None = None
-        self.buffers: list[Arrays] = []
-        self.detail: Logprobs | None = None
+    A step borrows the buffers with `lend` and gives them back with `restore`; in between nothing else refers to them,
+    so that they are updated in place. What a row holds is known by its owner; `written` says what was ever begun to be
+    written in each.
+    """
+
+    def __init__(self, config: OpenELMConfig, kind: CacheKind) -> None:
+        self.config, self.kind = config, kind
+        self.buffers: list[
+            Arrays
+        ] = []  # one entry a layer; none before the first row, and while they are lent
+        self.written = [0]
 
     @property
     def count(self) -> int:
-        return 0 if self.state is None else self.state.token.size
+        return len(self.written)
+
+    @property
+    def block(self) -> int:
+        return BLOCK if self.count == 1 else SHARED_BLOCK
 
     @property
     def capacity(self) -> int:
         return self.buffers[0][0].shape[-2] if self.buffers else 0
 
-    def advance(self) -> None:
-        """Feed the newest tokens and start drawing the next."""
-        if self.state is None:
-            return
-        run = self.engine.steps.cached(("rows", self.spec), lambda: make_rows_step(self.engine.model, self.spec))
-        state, buffers = self.state, self.buffers
-        self.buffers = []
-        token, position, history, detail, self.buffers = run([*state[:5], flat(state.history), buffers])
-        del buffers
-        self.detail = Logprobs(*detail) if detail else None
-        self.state = state._replace(token=token, position=position, history=History(*history) if history else None)
-        mx.async_eval(token, *flat(self.detail))
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for arrays in self.buffers for array in arrays)
 
-    def reserve(self, tokens: int) -> None:
-        """Room for `tokens` in every row, in whole blocks."""
-        extra = -(-tokens // BLOCK) * BLOCK - self.capacity
-        if self.buffers and extra > 0:
-            self.buffers = [[pad(a, a.ndim - 2, extra) for a in arrays] for arrays in self.buffers]
+    def place(self, row: int, cache: KVCache) -> None:
+        """Copy a cache of one sequence into a row. A single row takes over its arrays, and the cache is then empty."""
+        cache.reserve(cache.offset)  # all layers alike
+        self.written[row] = cache.written
+        if self.count == 1:
+            self.buffers = cache.arrays
+            cache.clear()
+            return
+        room = max(self.capacity, self.kind.layout.room(cache.offset, self.block))
+        used = min(room, cache.capacity)
+        held = self.buffers or [
+            [resized(a[:, :, :0], room) for a in arrays] for arrays in cache.arrays
+        ]
+        self.buffers = [
+            [resized(resized(array, room), self.count, axis=1) for array in arrays]
+            for arrays in held
+        ]
+        for arrays, new in zip(self.buffers, cache.arrays, strict=True):
+            for array, part in zip(arrays, new, strict=True):
+                array[:, row : row + 1, :, :used] = part[..., :used, :]
+
+    def extract(self, row: int, length: int) -> KVCache:
+        """The first `length` tokens of a row as a cache of its own; a single row gives its arrays away, and is empty.
+
+        The cache is empty where the row no longer holds them: it is unused, or a step that was interrupted kept them.
+        """
+        written = self.written[row]
+        if not self.buffers or length > written:
+            return KVCache(self.config, self.kind)
+        if self.count == 1:
+            arrays, self.buffers, self.written = self.buffers, [], [0]
+        else:
+            room = min(self.capacity, self.kind.layout.room(length, BLOCK))
+            arrays = [
+                [mx.contiguous(a[:, row : row + 1, :, :room]) for a in held]
+                for held in self.buffers
+            ]
+            mx.eval(arrays)  # else they would hold on to all rows
+        return KVCache(self.config, self.kind, arrays, length, written)
 
     def resize(self, rows: list[int], count: int) -> None:
-        """Keep `rows` in this order as 0, 1, ..., and add unused ones up to `count`."""
-        if self.state is None:
-            return
-        index = mx.array(rows, dtype=mx.int32)
+        """Keep these rows, in this order, as 0, 1, ..., and add unused ones; `count` is 1 or a power of two."""
+        if rows != list(range(self.count)):
+            index = mx.array(rows, dtype=mx.int32)
+            self.buffers = (
+                [[mx.take(a, index, axis=1) for a in arrays] for arrays in self.buffers]
+                if rows
+                else []
+            )
+        self.buffers = [[resized(a, count, axis=1) for a in arrays] for arrays in self.buffers]
+        self.written = [self.written[row] for row in rows] + [0] * (count - len(rows))
 
-        def chosen(array: mx.array, axis: int) -> mx.array:
-            return pad(mx.take(array, index, axis=axis), axis, count - len(rows))
+    def lend(self, ends: list[int]) -> list[Arrays]:
+        """The buffers, for a step that writes positions below `ends[row]`; 0 says that the row is unused.
 
-        self.state = RowState.of([chosen(part, 0) for part in self.state.arrays])
-        self.detail = None if self.detail is None else Logprobs(*(chosen(part, 0) for part in self.detail))
-        self.buffers = [[by_count(chosen(by_row(a), 1)) for a in arrays] for arrays in self.buffers]
+        They have room for that, in whole blocks; they shrink where half would do.
+        """
+        self.written = [
+            max(held, end) if end else 0 for held, end in zip(self.written, ends, strict=True)
+        ]
+        room, capacity = self.kind.layout.room(max(ends), self.block), self.capacity
+        if not room <= capacity < 2 * room or capacity % self.block:
+            self.buffers = [[resized(a, room) for a in arrays] for arrays in self.buffers]
+        buffers, self.buffers = self.buffers, []
+        return buffers
 
-    def place(
-        self, rows: list[int], state: RowState, detail: Logprobs | None, caches: list[KVCache], count: int, lengths: list[int]
-    ) -> None:
-        """Put prefilled sequences into `rows`; at first, `count` rows are made."""
-        tokens = max(lengths) + 1
-        if self.state is None:
-            self.state = RowState.of([mx.zeros((count, *part.shape[1:]), part.dtype) for part in state.arrays])
-            room = -(-tokens // BLOCK) * BLOCK
-            self.buffers = [[blank_rows(by_row(a), count, room) for a in cache.arrays] for cache in caches]
-        self.reserve(tokens)
-        index = mx.array(rows, dtype=mx.int32)
-        mine = self.state.arrays
-        for number, new in enumerate(state.arrays):
-            mine[number][index] = new
-        self.state = RowState.of(mine)
-        for arrays, cache in zip(self.buffers, caches, strict=True):
-            for part, (own, new) in enumerate(zip(map(by_row, arrays), map(by_row, cache.arrays), strict=True)):
-                used = min(new.shape[3], own.shape[3])
-                for number, row in enumerate(rows):
-                    own[:, row, :, :used] = new[:, number, :, :used]
-                arrays[part] = by_count(own)
-        if detail is not None:
-            self.detail = merged(self.detail, detail, index, self.count)
-
-    def bury(self, row: int) -> None:
-        """Nobody uses this row any more."""
-        if self.state is not None:
-            alive = self.state.alive
-            alive[mx.array([row])] = 0
-            self.state = self.state._replace(alive=alive)
-
-
-def blank_rows(like: mx.array, count: int, room: int) -> mx.array:
-    """Empty slots for `count` sequences, of the heads and the type of `like` [2, batch, kv_heads, slots, width]."""
-    return by_count(mx.zeros((2, count, like.shape[2], room, like.shape[4]), like.dtype))
-
-
-def merged(held: Logprobs | None, new: Logprobs, rows: mx.array, count: int) -> Logprobs:
-    """The log probabilities of the placed rows beside those that were there, which may list fewer or more."""
-    parts = [mx.zeros((count, *part.shape[1:]), part.dtype) for part in new]
-    for own, old in zip(parts, held or (), strict=held is not None):
-        there = tuple(slice(min(sizes)) for sizes in zip(old.shape, own.shape, strict=True))
-        own[there] = old[there]
-    for own, part in zip(parts, new, strict=True):
-        own[rows] = part
-    return Logprobs(*parts)
-
-
-def pad(array: mx.array, axis: int, extra: int) -> mx.array:
-    if extra <= 0:
-        return array
-    shape = list(array.shape)
-    shape[axis] = extra
-    return mx.concatenate([array, mx.zeros(shape, array.dtype)], axis=axis)
-
-
-def prefill_rows(
-    engine: Engine, prompts: list[list[int]], kind: CacheKind, chunk: int
-) -> tuple[mx.array, list[KVCache]]:
-    """Run prompts of like length together: logits [rows, vocab] after the last token of each, and their caches.
-
-    Shorter ones are padded at the end: no token looks at what comes after it, and decoding overwrites it.
-    """
-    longest = max(map(len, prompts))
-    padded = mx.array([tokens + [0] * (longest - len(tokens)) for tokens in prompts])
-    caches = make_caches(engine.config, kind)
-    last: dict[int, mx.array] = {}
-    chunk = max(1, min(chunk, PASS_TOKENS // len(prompts)))
-    for start in range(0, longest, chunk):
-        hidden = engine.model.hidden(padded[:, start : start + chunk], caches)
-        for row, tokens in enumerate(prompts):
-            if start < len(tokens) <= start + chunk:
-                last[row] = hidden[row, len(tokens) - 1 - start]
-        mx.eval(list(last.values()), [cache.arrays for cache in caches])
-    return engine.model.logits(mx.stack([last[row] for row in range(len(prompts))])), caches
+    def restore(self, buffers: list[Arrays]) -> None:
+        """Take back what a step has made of the buffers."""
+        self.buffers = buffers
