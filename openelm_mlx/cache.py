@@ -154,6 +154,12 @@ class KVCache:
         return KVCache(self.config, self.kind, arrays, length, self.written)
 
 
+    def row(self, number: int, length: int) -> KVCache:
+        """A copy of the first `length` tokens of one of several sequences; the rest was padding."""
+        arrays = [[mx.contiguous(a[:, number : number + 1]) for a in held] for held in self.arrays]
+        return KVCache(self.config, self.kind, arrays, length, self.written)
+
+
 class LayerCache:
     """What a pass sees of one layer of a `KVCache`."""
 

@@ -72,7 +72,9 @@ class Request:
         self.key = seed_key(self.seed, sampling.stream, position_offset)  # [1, 2]
         self.known = list(prompt)  # prompt and answer so far
         self.room = min(options.max_tokens, engine.config.max_context_length - len(prompt) + 1)
-        self.text = TextFilter(decoder_after(engine, prompt), options.stop)
+        whole = constraint is not None  # a text in a given form does not continue the prompt's
+        decoder = StreamingDecoder(engine.tokenizer) if whole else decoder_after(engine, prompt)
+        self.text = TextFilter(decoder, options.stop)
         ends = () if options.ignore_eos else engine.config.eos_token_ids
         self.ends = frozenset((*ends, *options.stop_tokens))
         self.reused = 0  # tokens of the prompt that a cache held
@@ -145,9 +147,12 @@ def state_of(rows: Sequence[Request | None], spec: StepSpec) -> State:
 
     Every token known has been drawn, and the newest has not been fed.
     """
-    unused, known = mx.zeros((1, 2), mx.uint32), [[0] if one is None else one.known for one in rows]
+    unused, nothing = mx.zeros((1, 2), mx.uint32), SamplingOptions()
+    known = [[0] if one is None else one.known for one in rows]
     histories = [
-        History.of(*(([], []) if one is None else one.texts), spec.filters, spec.vocab)
+        History.of([], [], nothing, spec.filters, spec.vocab)
+        if one is None
+        else History.of(*one.texts, one.sampling, spec.filters, spec.vocab)
         for one in rows
     ]
     return State(

@@ -59,7 +59,7 @@ class Rows:
         room = max(self.capacity, self.kind.layout.room(cache.offset, self.block))
         used = min(room, cache.capacity)
         held = self.buffers or [
-            [resized(a[:, :, :0], room) for a in arrays] for arrays in cache.arrays
+            [resized(a[..., :0, :], room) for a in arrays] for arrays in cache.arrays
         ]
         self.buffers = [
             [resized(resized(array, room), self.count, axis=1) for array in arrays]

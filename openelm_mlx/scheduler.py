@@ -16,12 +16,14 @@ from openelm_mlx.admission import Admission, next_group, shares
 from openelm_mlx.cache import KVCache
 from openelm_mlx.decode import Drafted, Drawn, Moved, State, StepSpec
 from openelm_mlx.errors import BusyError, OptionError
+from openelm_mlx.grammar import constraint
 from openelm_mlx.kv import CacheKind
 from openelm_mlx.options import (
     EngineOptions,
     GenerationOptions,
     SamplingOptions,
     check_loaded,
+    check_token_ids,
     shown,
     with_overrides,
 )
@@ -90,6 +92,7 @@ class BatchEngine:
         self.admission, self.max_waiting = admission, max_waiting
         (self.options,) = with_overrides((EngineOptions,), (options,), settings)
         self.kind = CacheKind.of(engine.config, self.options)
+        self._drafts = draft is not None
         self._speculation = Speculation(engine, draft)
         self._reader = Reader()
         self._numbers, self._weights = 0, object()
@@ -104,7 +107,7 @@ class BatchEngine:
         self._buffers = Rows(self.engine.config, self.kind)
         self._spec: StepSpec | None = None
         self._state: State | None = None
-        self._pending: Pending | None = None
+        self._passes: deque[Pending] = deque()  # submitted and not yet read, two at most
         self._logits: mx.array | None = None  # of a pass whose draw waits for a mask
         self._masked = False  # whether a grammar restricts a row
         self._stale = bool(self._joining)  # rows are to be arranged anew
@@ -133,7 +136,6 @@ class BatchEngine:
         sampling, options = with_overrides(
             (SamplingOptions, GenerationOptions), (sampling, options), settings
         )
-        options.check_draft(self._speculation.has_model)
         return self.enqueue(
             prompt_tokens(self.engine, prompt), sampling, options, owner, position_offset, progress
         ).number
@@ -153,11 +155,8 @@ class BatchEngine:
                 f"{self.max_waiting} requests wait already; read events until some have ended, "
                 "or give a larger max_waiting"
             )
-        constraint = None
-        if options.constrained:
-            from openelm_mlx.grammar import constraint as of
-
-            constraint = of(self.engine, options)
+        options.check_draft(self._drafts)
+        check_token_ids(sampling, options, self.engine.vocab)
         self._numbers += 1
         request = Request(
             self._numbers,
@@ -168,7 +167,7 @@ class BatchEngine:
             self._reader,
             owner=owner,
             position_offset=position_offset,
-            constraint=constraint,
+            constraint=constraint(self.engine, options),
             progress=progress,
         )
         self._waiting.append(request)
@@ -204,7 +203,7 @@ class BatchEngine:
         """Admit what waits, draw tokens for every running sequence; (number, event) for each."""
         self._reader.back()
         events = self._admit()
-        if self._stale and self._pending is None and self._logits is None:
+        if self._stale and not self._passes and self._logits is None:
             self._arrange()
         if any(self._rows):
             events += self._advance()
@@ -278,19 +277,21 @@ class BatchEngine:
 
     def _arrange(self) -> None:
         """Give everybody a row, as few as will do: a power of two, so that few shapes are traced."""
-        live, joining = self._live(), self._joining
-        kept, count = [row for row, _ in live], rows_for(len(live) + len(joining))
+        live = self._live()
+        kept, count = [row for row, _ in live], rows_for(len(live) + len(self._joining))
         if kept != list(range(count)):
             self._buffers.resize(kept, count)
             self._speculation.move(kept, count)
-        self._joining, self._stale = [], False
-        self._rows = [one for _, one in live] + [one for one, _ in joining]
-        for row, (request, cache) in enumerate(joining, len(live)):
+            self._rows = [one for _, one in live] + [None] * (count - len(live))
+        while self._joining:
+            (request, cache), row = self._joining[0], self._rows.index(None)
             self._buffers.place(row, cache)
             self._speculation.admit(row, request)
+            self._rows[row] = request
+            self._joining.pop(0)
             if cache.offset:  # it was copied, so the original is free
                 self._keep(request, request.prompt, cache)
-        self._rows += [None] * (count - len(self._rows))
+        self._stale = False
         running = [request for _, request in self._live()]
         self._spec = spec_for(running, self.engine.vocab, self.kind, self.options.compiled)
         self._state = state_of(self._rows, self._spec)
@@ -302,26 +303,28 @@ class BatchEngine:
 
     def _advance(self) -> list[tuple[int, Event]]:
         """Read one pass, while the device is at the next one where that can be known."""
-        pending, self._pending = self._pending or self._launch(), None
-        if self._may_look_ahead(pending):
+        if not self._passes:
+            self._launch()
+        if self._may_look_ahead():
             if self._masked:
                 self._logits = self._pass(self._forward, None, 1)
                 mx.async_eval(self._logits)
             else:
-                self._pending = self._launch(1)
-        return self._read(pending)
+                self._launch(1)
+        return self._read()
 
-    def _may_look_ahead(self, pending: Pending) -> bool:
-        """Whether the pass after `pending` can begin before that one is read."""
+    def _may_look_ahead(self) -> bool:
+        """Whether the next pass can begin before the one under way is read."""
         live = self._live()
         return (
             not self._stale
-            and pending.drafted is None
+            and len(self._passes) == 1
+            and self._passes[0].drafted is None
             and any(request.left > 1 for _, request in live)
             and not self._speculation.hopeful(live)
         )
 
-    def _launch(self, unread: int = 0) -> Pending:
+    def _launch(self, unread: int = 0) -> None:
         """Submit a pass and its draw: one token for every row, or a draft where one is worth it.
 
         `unread` counts the tokens of each row that were drawn and that the host does not know yet.
@@ -343,10 +346,8 @@ class BatchEngine:
         else:
             drawn, moved = self._pass(self._step, drafted, unread + length)
         self._state = self._state.after(moved)
+        self._passes.append(Pending(drawn, live, None if proposal is None else proposal.lengths))
         submit(drawn, moved)
-        for _, request in live:
-            request.counts.passes += 1
-        return Pending(drawn, live, None if proposal is None else proposal.lengths)
 
     def _pass(self, run: Callable[..., Any], given: Any, written: int) -> Any:
         """Run a pass over the buffers that writes `written` slots beyond the known tokens of a row.
@@ -365,16 +366,19 @@ class BatchEngine:
         self._buffers.restore(changed)
         return made
 
-    def _read(self, pending: Pending) -> list[tuple[int, Event]]:
-        """Wait for a pass, and turn what it drew into events."""
-        drawn, events = pending.drawn, []
+    def _read(self) -> list[tuple[int, Event]]:
+        """Wait for the oldest pass, and turn what it drew into events."""
+        pending, events = self._passes[0], []
+        drawn = pending.drawn
         tokens: Any = drawn.tokens.tolist()
         counts: Any = None if drawn.count is None else drawn.count.tolist()
         width = 1 if counts is None else len(tokens[0])
         details = on_host(drawn.logprobs, width * len(tokens))
+        self._passes.popleft()  # after an interrupt while waiting it is read again
         for row, request in pending.rows:
             if request.done:
                 continue
+            request.counts.passes += 1
             kept = 0 if counts is None else counts[row]
             values = [tokens[row]] if counts is None else tokens[row]
             if pending.drafted is not None and pending.drafted[row]:
@@ -392,7 +396,7 @@ class BatchEngine:
 
     def _fed(self, request: Request) -> int:
         """Tokens known of a running request that its row holds: all, if the next pass is under way."""
-        return len(request.known) - (self._pending is None and self._logits is None)
+        return len(request.known) - (not self._passes and self._logits is None)
 
     def _retire(self, row: int, fed: int) -> None:
         """Free a row; the prefix cache gets the tokens that were fed."""
