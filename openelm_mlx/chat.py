@@ -18,6 +18,7 @@ from openelm_mlx.errors import PromptError
 from openelm_mlx.instruct import answer_prefix, encode_messages, turn_tokens
 from openelm_mlx.kv import CacheKind
 from openelm_mlx.options import (
+    EngineOptions,
     GenerationOptions,
     SamplingOptions,
     check_loaded,
@@ -41,6 +42,7 @@ __all__ = ["Conversation", "encode_messages"]
 Message = dict[str, str]
 STREAMS = 2**31  # the number of streams under one seed: SamplingOptions.stream is below it
 ANSWER_ROOM = 64  # tokens of context kept free for an answer, or a quarter of a small context
+KINDS = (SamplingOptions, GenerationOptions, EngineOptions)
 FORMAT = "openelm-mlx conversation 2"
 READABLE = (None, "openelm-mlx conversation 1", FORMAT)  # files of the first format have no tokens
 
@@ -68,9 +70,9 @@ class Request:
     notices: list[str]
 
 
-@explained(SamplingOptions, GenerationOptions)
+@explained(*KINDS)
 class Conversation:
-    """A conversation of user and assistant over one cache.
+    """A conversation of user and assistant, of which the model is fed only what is new.
 
     >>> conversation = Conversation(engine, "Be brief.", temperature=0.7)
     >>> for event in conversation.send("Hello!"):
@@ -82,8 +84,11 @@ class Conversation:
     `send`.
 
     `sampling` defaults to the model's own defaults for chat (`engine.chat_sampling`); `settings`
-    are field names of either options class and go on top. A seed is drawn here where none is given.
-    `options` and `sampling` may be replaced between messages.
+    are field names of the three options classes and go on top. A seed is drawn here where none is
+    given. `sampling`, `options` and `engine_options` may be replaced between messages.
+
+    Keys and values of what was said are kept in `prompt_cache`, which conversations may share. By
+    default a conversation has its own, for the latest exchange and all before it.
     """
 
     def __init__(
@@ -93,7 +98,9 @@ class Conversation:
         sampling: SamplingOptions | None = None,
         options: GenerationOptions | None = None,
         *,
+        engine_options: EngineOptions | None = None,
         draft: Engine | ModelDraft | None = None,
+        prompt_cache: PromptCache | None = None,
         **settings: Unpack[Settings],
     ) -> None:
         from openelm_mlx.drafts import ModelDraft
@@ -101,7 +108,8 @@ class Conversation:
         check_loaded("engine", engine)
         self.engine = engine
         sampling = engine.chat_sampling if sampling is None else sampling
-        chosen, self._options = with_overrides(sampling, options, settings)
+        given = (sampling, options, engine_options)
+        chosen, self._options, self.engine_options = with_overrides(KINDS, given, settings)
         self._sampling = seeded(chosen)
         if draft is not None and not isinstance(draft, ModelDraft):
             draft = ModelDraft(engine, draft)
@@ -111,8 +119,7 @@ class Conversation:
         self.system = system
         self._exchanges: tuple[Exchange, ...] = ()
         self._dropped_tokens = 0
-        kind = CacheKind.of(engine.config, self.options)
-        self._cache = PromptCache.for_config(engine.config, kind)
+        self.prompt_cache = PromptCache(max_bytes=0) if prompt_cache is None else prompt_cache
         # the latest request: an earlier one that has not begun may not begin any more
         self._request: Request | None = None
         # a weak reference: an iterator that nobody holds any longer closes itself
@@ -137,16 +144,31 @@ class Conversation:
 
     @sampling.setter
     def sampling(self, sampling: SamplingOptions) -> None:
-        self._sampling = seeded(with_overrides(sampling, None, {})[0], self._sampling.seed)
+        chosen, _, _ = with_overrides(KINDS, (sampling, None, None), {})
+        self._sampling = seeded(chosen, self._sampling.seed)
 
     @property
     def options(self) -> GenerationOptions:
-        """When answers stop and how the engine runs, from the next message on."""
+        """When answers stop and what is drafted, from the next message on."""
         return self._options
 
     @options.setter
     def options(self, options: GenerationOptions) -> None:
-        self._options = with_overrides(None, options, {})[1]
+        _, self._options, _ = with_overrides(KINDS, (None, options, None), {})
+
+    @property
+    def engine_options(self) -> EngineOptions:
+        """How the engine runs, from the next message on.
+
+        Setting it raises `CacheError` for a cache that the model cannot have.
+        """
+        return self._engine_options
+
+    @engine_options.setter
+    def engine_options(self, options: EngineOptions) -> None:
+        _, _, chosen = with_overrides(KINDS, (None, None, options), {})
+        CacheKind.of(self.engine.config, chosen)
+        self._engine_options = chosen
 
     @property
     def messages(self) -> list[Message]:
@@ -235,16 +257,19 @@ class Conversation:
         """Yield the events of the answer. Wrong options raise here, before anything has changed."""
         from openelm_mlx.generation import stream_generate
 
-        kind = CacheKind.of(self.engine.config, self.options)
-        same = self._cache.kind == kind
-        cache = self._cache if same else PromptCache.for_config(self.engine.config, kind)
         events = stream_generate(
-            self.engine, request.prompt, self._sampling_of(request), self.options,
-            prompt_cache=cache, draft=self.draft, progress=progress,
+            self.engine,
+            request.prompt,
+            self._sampling_of(request),
+            self.options,
+            engine_options=self.engine_options,
+            prompt_cache=self.prompt_cache,
+            draft=self.draft,
+            progress=progress,
             position_offset=request.dropped_tokens,
-        )  # fmt: skip
+        )
         answer = self._answer(request, events)
-        self._cache, self._request, self._events = cache, request, ref(answer)
+        self._request, self._events = request, ref(answer)
         self.notices = request.notices
         return answer
 
