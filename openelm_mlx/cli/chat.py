@@ -21,7 +21,7 @@ from openelm_mlx.cli.options import (
 )
 from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin, without_line_end
 from openelm_mlx.errors import OpenELMError, OptionError
-from openelm_mlx.options import GenerationOptions, SamplingOptions
+from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from openelm_mlx.chat import Conversation
@@ -54,7 +54,9 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", default="openelm-tiny", help=MODEL_HELP
     )
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this message and end; - reads it from stdin")
+    parser.add_argument(
+        "-p", "--prompt", metavar="TEXT", help="answer this message and end; - reads it from stdin"
+    )
     parser.add_argument("--json", action="store_true", help="with -p: print one JSON object")
     system = parser.add_mutually_exclusive_group()
     system.add_argument("--system", metavar="TEXT", help="the system turn")
@@ -62,6 +64,7 @@ def register(commands: Any) -> None:
     add_draft_flag(parser)
     add_flags(parser, GenerationOptions, skip=("logprobs",))
     add_flags(parser, SamplingOptions)
+    add_flags(parser, EngineOptions)
     add_model_flags(parser)
     parser.set_defaults(run=run)
 
@@ -85,7 +88,8 @@ def opened(args: argparse.Namespace) -> Conversation:
 
     Raises an `OpenELMError` for whatever is wrong with the options before it loads a model.
     """
-    options, given = from_args(GenerationOptions, args), given_fields(SamplingOptions, args)
+    options, engine_options = from_args(GenerationOptions, args), from_args(EngineOptions, args)
+    given = given_fields(SamplingOptions, args)
     SamplingOptions(**given)
     if " " in args.model.strip() and not os.path.exists(os.path.expanduser(args.model)):
         raise OptionError(f"there is no model {args.model!r}; a message is given with -p")
@@ -105,7 +109,9 @@ def opened(args: argparse.Namespace) -> Conversation:
             f"{args.model} has no chat template, as a model that was trained to continue text, not to converse; "
             "if this one was, convert it with --instruct", file=sys.stderr,
         )  # fmt: skip
-    return Conversation(engine, system, options=options, draft=draft, **given)
+    return Conversation(
+        engine, system, options=options, engine_options=engine_options, draft=draft, **given
+    )
 
 
 def one_answer(conversation: Conversation, text: str, as_json: bool) -> int:
@@ -119,7 +125,9 @@ def one_answer(conversation: Conversation, text: str, as_json: bool) -> int:
     with Waiting("reading the prompt") as waiting:
         for event in conversation.send(text, waiting.progress):
             last = event
-    system = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
+    system = (
+        [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
+    )
     result = {
         "model": conversation.engine.name,
         "answer": conversation.messages[-1]["content"],

@@ -10,20 +10,23 @@ from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.cli.options import did_you_mean
-from openelm_mlx.cli.session import Session, facts, settings
+from openelm_mlx.cli.options import did_you_mean, has_flag
+from openelm_mlx.cli.session import Session, facts, settings, written
 from openelm_mlx.errors import OpenELMError, OptionError, PromptError
 from openelm_mlx.files import replacing
-from openelm_mlx.options import GenerationOptions, SamplingOptions, with_overrides
+from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions, with_overrides
 
 KEYS = """Enter sends; Alt-Enter, or a \\ at the end of a line, starts a new one.
 Tab completes commands, paths and settings. Ctrl-C stops an answer.
 A message that begins with a slash is written with two: //usr is a folder."""
 
-BYTES_PER_TOKEN = 256  # more than any token spells: a file longer than the context at this rate cannot fit
+BYTES_PER_TOKEN = (
+    256  # more than any token spells: a file longer than the context at this rate cannot fit
+)
+KINDS = (SamplingOptions, GenerationOptions, EngineOptions)
 SETTINGS: dict[str, Field[Any]] = {
-    item.name: item for kind in (SamplingOptions, GenerationOptions) for item in fields(kind)
-    if "help" in item.metadata and item.name != "logprobs"
+    item.name: item for kind in KINDS for item in fields(kind)
+    if has_flag(item) and item.name != "logprobs"
 }  # fmt: skip
 SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 
@@ -72,14 +75,13 @@ def show(session: Session, rest: str) -> None:
 
 def set_option(session: Session, rest: str) -> None:
     """Change the setting of `NAME VALUE`; show that of `NAME` alone; list all without a name."""
-    from openelm_mlx.kv import CacheKind
-
     talk = session.conversation
     name, _, value = rest.replace("=", " ", 1).partition(" ")
     name, value = name.lower().replace("-", "_"), value.strip()
     if not name:
         session.say_table(
-            (known, shown(session, known), item.metadata["help"]) for known, item in SETTINGS.items()
+            (known, shown(session, known), item.metadata["help"])
+            for known, item in SETTINGS.items()
         )
         return
     if name not in SETTINGS:
@@ -88,9 +90,9 @@ def set_option(session: Session, rest: str) -> None:
         raise OptionError(f"there is no setting {name!r}{hint} (/set lists them)")
     if value:
         change = {name: parsed(SETTINGS[name], value)}
-        sampling, options = with_overrides(talk.sampling, talk.options, change)
+        given = (talk.sampling, talk.options, talk.engine_options)
+        sampling, options, talk.engine_options = with_overrides(KINDS, given, change)
         options.check_draft(talk.draft is not None)
-        CacheKind.of(talk.engine.config, options)  # refuses a cache that this model cannot have
         talk.sampling, talk.options = sampling, options
     session.say(f"{name}: {shown(session, name)}")
     if value and talk.sampling.greedy and name in ("top_k", "top_p", "min_p", "seed"):
@@ -107,27 +109,30 @@ def parsed(item: Field[Any], value: str) -> Any:
         from openelm_mlx.sampling import new_seed
 
         return new_seed()
+    if value.lower() == "none" and ("None" in kind or kind.startswith("tuple")):
+        return () if kind.startswith("tuple") else None
+    if kind == "tuple[str, ...]":
+        return (value,)
     if kind.startswith("tuple"):
-        return () if value.lower() == "none" else (value,)
-    if value.lower() == "none" and "None" in kind:
-        return None
+        return tuple(number(int, part) for part in value.split())
     if kind.startswith("bool"):
         if value.lower() not in SWITCHES:
             raise OptionError(f"{item.name} is {value!r}; allowed: on, off")
         return SWITCHES[value.lower()]
+    return number(int if kind.startswith("int") else float, value)
+
+
+def number(kind: Callable[[str], Any], text: str) -> Any:
     try:
-        return int(value) if kind.startswith("int") else float(value)
+        return kind(text)
     except ValueError:
-        return value
+        return text
 
 
 def shown(session: Session, name: str) -> str:
-    """Write the value of a setting as /set takes it."""
     talk = session.conversation
-    value = getattr(talk.sampling if hasattr(talk.sampling, name) else talk.options, name)
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "none" if value in (None, ()) else value[0] if isinstance(value, tuple) and len(value) == 1 else str(value)
+    kinds = (talk.sampling, talk.options, talk.engine_options)
+    return written(next(getattr(kind, name) for kind in kinds if hasattr(kind, name)))
 
 
 def set_system(session: Session, rest: str) -> None:
@@ -172,7 +177,9 @@ def save(session: Session, rest: str) -> None:
             file.write_text(json.dumps(session.conversation.to_json(), indent=1), encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OptionError(f"cannot write {rest}: {reason}; give a file, as in /save talk.json") from None
+        raise OptionError(
+            f"cannot write {rest}: {reason}; give a file, as in /save talk.json"
+        ) from None
     session.say(f"saved {counted(len(session.conversation.messages) // 2, 'exchange')} in {rest}")
 
 
@@ -186,17 +193,27 @@ def load(session: Session, rest: str) -> None:
         raise PromptError(
             f"{rest} is no saved conversation ({error}); give a file that /save wrote"
         ) from None
-    talk = Conversation.from_json(old.engine, data, sampling=old.sampling, options=old.options, draft=old.draft)
+    talk = Conversation.from_json(
+        old.engine, data, sampling=old.sampling, options=old.options,
+        engine_options=old.engine_options, draft=old.draft,
+    )  # fmt: skip
     session.conversation, session.stats, session.meter.tokens = talk, None, 0
-    lines = [f"loaded {counted(len(talk.messages) // 2, 'exchange')}, system: {short(talk.system or '(empty)')}"]
-    lines += [f"{mark} {short(message['content'])}" for mark, message in zip("› ", talk.messages[-2:], strict=False)]
+    lines = [
+        f"loaded {counted(len(talk.messages) // 2, 'exchange')}, system: {short(talk.system or '(empty)')}"
+    ]
+    lines += [
+        f"{mark} {short(message['content'])}"
+        for mark, message in zip("› ", talk.messages[-2:], strict=False)
+    ]
     session.say("\n".join(lines))
 
 
 def stats(session: Session, rest: str) -> None:
     from openelm_mlx.cli.generate import summary
 
-    stopped = f"the answer was stopped after {session.meter}" if session.meter.tokens else "no answer yet"
+    stopped = (
+        f"the answer was stopped after {session.meter}" if session.meter.tokens else "no answer yet"
+    )
     session.say(summary(session.stats) if session.stats else stopped)
 
 
@@ -207,12 +224,21 @@ def leave(session: Session, rest: str) -> bool:
 COMMANDS = (
     Command(("/help", "/?"), "", "this list", show_help),
     Command(("/show",), "", "the model, the system turn, the settings, the context", show),
-    Command(("/set",), "[NAME VALUE]", "change a setting (/set temperature 0.8), or list all", set_option),
-    Command(("/system",), "[TEXT]", 'show the system turn, set it, or remove it with "none"', set_system),
+    Command(
+        ("/set",),
+        "[NAME VALUE]",
+        "change a setting (/set temperature 0.8), or list all",
+        set_option,
+    ),
+    Command(
+        ("/system",), "[TEXT]", 'show the system turn, set it, or remove it with "none"', set_system
+    ),
     Command(("/regenerate", "/regen"), "", "another answer to the last message", regenerate),
     Command(("/undo",), "", "take back the last message and its answer", undo),
     Command(("/reset", "/clear"), "", "forget the conversation, not the system turn", reset),
-    Command(("/read",), "FILE [QUESTION]", "send the text of a file, with a question after it", read),
+    Command(
+        ("/read",), "FILE [QUESTION]", "send the text of a file, with a question after it", read
+    ),
     Command(("/save",), "FILE", "write the conversation as JSON", save),
     Command(("/load",), "FILE", "go on with a saved one", load),
     Command(("/stats",), "", "what the last answer cost", stats),
@@ -229,7 +255,9 @@ def find(name: str) -> Command | None:
 def unknown(name: str) -> OpenELMError:
     """Return the error for a name that is no command."""
     hint = did_you_mean(name.lower(), BY_NAME)
-    return OptionError(f"{name} is no command{hint} (/help lists them; // begins a message with one slash)")
+    return OptionError(
+        f"{name} is no command{hint} (/help lists them; // begins a message with one slash)"
+    )
 
 
 def counted(number: int, noun: str) -> str:
@@ -248,7 +276,9 @@ def given_path(name: str) -> Path:
     try:
         return Path(name).expanduser()
     except RuntimeError:
-        raise OptionError(f"{name} names a home folder that is not known; give the whole path") from None
+        raise OptionError(
+            f"{name} names a home folder that is not known; give the whole path"
+        ) from None
 
 
 def split_path(text: str) -> tuple[Path, str]:
@@ -267,7 +297,9 @@ def text_of(path: Path, most: int | None = None) -> str:
         if os.path.exists(path) and not os.path.isfile(path):
             raise PromptError(f"{path} is no ordinary file; give a file of text")
         if most is not None and path.stat().st_size > most:
-            raise PromptError(f"{path} has {path.stat().st_size:,} bytes, far more than the context holds; give a part")
+            raise PromptError(
+                f"{path} has {path.stat().st_size:,} bytes, far more than the context holds; give a part"
+            )
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         if b"\0" in error.object:
@@ -276,4 +308,6 @@ def text_of(path: Path, most: int | None = None) -> str:
             f"{path} is not UTF-8 text (byte {error.start}); convert it, as with iconv -f latin1 -t utf-8"
         ) from None
     except (OSError, ValueError) as error:
-        raise PromptError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise PromptError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
+        ) from None

@@ -22,7 +22,7 @@ from openelm_mlx.cli.options import (
 from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin, without_line_end
 from openelm_mlx.errors import OptionError
 from openelm_mlx.files import check_writable, name_for_mlx
-from openelm_mlx.options import GenerationOptions, SamplingOptions
+from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from openelm_mlx.generation import Event, GenerationStats
@@ -56,41 +56,62 @@ def register(commands: Any) -> None:
     parser.of_stray_words = "; put a prompt of several words in quotes"
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
-        "words", metavar="PROMPT", nargs="?", help="the text to continue, or - to read it from stdin"
+        "words",
+        metavar="PROMPT",
+        nargs="?",
+        help="the text to continue, or - to read it from stdin",
     )
     prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the same, as openelm chat takes it")
     parser.add_argument("--model", default="openelm-tiny", help=MODEL_HELP)
-    parser.add_argument("--keep-newline", action="store_true", help="a line break that ends stdin is part of the prompt")
+    parser.add_argument(
+        "--keep-newline",
+        action="store_true",
+        help="a line break that ends stdin is part of the prompt",
+    )
     add_draft_flag(parser)
-    parser.add_argument("--cache-file", metavar="FILE", help="start from the keys and values in FILE, and save them there")
+    parser.add_argument(
+        "--cache-file",
+        metavar="FILE",
+        help="start from the keys and values in FILE, and save them there",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_flags(parser, GenerationOptions)
     add_flags(parser, SamplingOptions)
+    add_flags(parser, EngineOptions)
     add_model_flags(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     options, sampling = from_args(GenerationOptions, args), from_args(SamplingOptions, args)
+    engine_options = from_args(EngineOptions, args)
     if options.logprobs is not None and not args.json:
         raise OptionError("--logprobs reports with --json only; give that too")
     all_characters(sys.stdout)
     if args.cache_file is not None:
         check_writable(args.cache_file, "--cache-file")
         name_for_mlx(os.path.realpath(args.cache_file))
-        if os.path.exists(args.cache_file) and not os.path.isfile(args.cache_file):  # a pipe would be waited for without end
-            raise OptionError(f"--cache-file {args.cache_file} is no ordinary file; give another name")
+        if os.path.exists(args.cache_file) and not os.path.isfile(
+            args.cache_file
+        ):  # a pipe would be waited for without end
+            raise OptionError(
+                f"--cache-file {args.cache_file} is no ordinary file; give another name"
+            )
     if sampling.idle:
         flags = ", ".join("--" + name.replace("_", "-") for name in sampling.idle)
-        print(f"openelm: without a --temperature decoding is greedy; ignored: {flags}", file=sys.stderr)
+        print(
+            f"openelm: without a --temperature decoding is greedy; ignored: {flags}",
+            file=sys.stderr,
+        )
     prompt = read_prompt(args)
     engine, draft = load_model(args.model, args), load_draft(args)
     from openelm_mlx.generation import stream_generate
 
-    cache = cache_from(args.cache_file, engine, options)
+    cache = None if args.cache_file is None else cache_from(args.cache_file, engine, engine_options)
     events = []
     with Waiting("reading the prompt") as waiting, closing(stream_generate(
-        engine, prompt, sampling, options, prompt_cache=cache, draft=draft, progress=waiting.progress
+        engine, prompt, sampling, options, engine_options=engine_options, prompt_cache=cache, draft=draft,
+        progress=waiting.progress,
     )) as stream:  # fmt: skip
         for event in stream:
             events.append(event)
@@ -116,9 +137,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         print()
         if context_full(last, options):
-            print(f"the text ends here because the context of {engine.config.max_context_length} tokens is full", file=sys.stderr)
+            print(
+                f"the text ends here because the context of {engine.config.max_context_length} tokens is full",
+                file=sys.stderr,
+            )
         print(summary(last.stats), file=sys.stderr)
-    if args.cache_file is not None:
+    if cache is not None:
         cache.save(args.cache_file, engine)
     return 0
 
@@ -143,7 +167,10 @@ def context_full(last: Event, options: GenerationOptions) -> bool:
 
 def logprobs(engine: Engine, event: Event) -> dict[str, Any]:
     """The log probability of a token, and the likeliest tokens with their texts."""
-    top = [{"token": token, "text": text_of(engine, token), "logprob": value} for token, value in event.top_logprobs]
+    top = [
+        {"token": token, "text": text_of(engine, token), "logprob": value}
+        for token, value in event.top_logprobs
+    ]
     text = None if event.token is None else text_of(engine, event.token)
     return {"token": event.token, "text": text, "logprob": event.logprob, "top": top}
 
@@ -153,22 +180,25 @@ def text_of(engine: Engine, token: int) -> str:
     return engine.tokenizer.piece_bytes(token).decode("utf-8", "replace")
 
 
-def cache_from(path: str | None, engine: Engine, options: GenerationOptions) -> PromptCache:
-    """Load the cache saved at `path`, or make one of the kind that the options ask for."""
+def cache_from(path: str, engine: Engine, options: EngineOptions) -> PromptCache:
+    """Load the cache saved at `path`, of the kind that the options ask for, or make an empty one."""
     from openelm_mlx.kv import CacheKind
     from openelm_mlx.prompt_cache import PromptCache
 
-    kind = CacheKind.of(engine.config, options)
-    if path is not None and os.path.exists(path):
-        return PromptCache.load(path, engine, kind)
-    return PromptCache.for_config(engine.config, kind)
+    if os.path.exists(path):
+        return PromptCache.load(path, engine, CacheKind.of(engine.config, options))
+    return PromptCache()
 
 
 def summary(stats: GenerationStats | None) -> str:
     """One line of statistics, as generate and chat show it."""
     if stats is None:
         return "nothing was generated"
-    rate = f" at {stats.generation_tokens_per_second:.1f} tokens/s" if stats.generation_tokens > 1 else ""
+    rate = (
+        f" at {stats.generation_tokens_per_second:.1f} tokens/s"
+        if stats.generation_tokens > 1
+        else ""
+    )
     reused = f" ({stats.reused_tokens} of them from the cache)" if stats.reused_tokens else ""
     if stats.drafted_tokens:
         rate += f" ({stats.accepted_tokens} of {stats.drafted_tokens} drafted accepted, {stats.tokens_per_pass:.2f} a pass)"

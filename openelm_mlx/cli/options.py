@@ -65,7 +65,9 @@ class Parser(argparse.ArgumentParser):
         hint = did_you_mean(str(value), choices) or f"; allowed: {', '.join(choices)}"
         if action.option_strings:
             raise argparse.ArgumentError(None, f"{action.option_strings[0]} is {value!r}{hint}")
-        raise argparse.ArgumentError(None, f"{value!r} is no {str(action.metavar).lower().strip('[]')}{hint}")
+        raise argparse.ArgumentError(
+            None, f"{value!r} is no {str(action.metavar).lower().strip('[]')}{hint}"
+        )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -91,32 +93,61 @@ def real(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
 
-FORMS: dict[str, tuple[Any, str]] = {"int": (whole, "N"), "float": (real, "X"), "str": (str, "TEXT"), "Path": (str, "FILE")}
+FORMS: dict[str, tuple[Any, str]] = {
+    "int": (whole, "N"),
+    "float": (real, "X"),
+    "str": (str, "TEXT"),
+    "Path": (str, "FILE"),
+}
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type, skip: tuple[str, ...] = ()) -> None:
     """Add one `--flag` for each field of the dataclass `options` that has help in its metadata."""
     group = parser.add_argument_group(options.__name__.removesuffix("Options").lower() + " options")
     for item in fields(options):
-        if item.name not in skip and "help" in item.metadata and item.metadata.get("flag", True):
+        if item.name not in skip and has_flag(item):
             add_flag(group, item)
+
+
+def has_flag(item: Field[Any]) -> bool:
+    """Tell whether an option can be given as text: some are for Python only."""
+    return "help" in item.metadata and item.metadata.get("flag", "") is not None
 
 
 def add_flag(group: Any, item: Field[Any]) -> None:
     kind, default = str(item.type), None if item.default is MISSING else item.default
     flag = item.metadata.get("flag") or "--" + item.name.replace("_", "-")
-    text = item.metadata["help"] + ("" if default in (None, (), False, True) else f" (default {default})")
+    text = item.metadata["help"] + (
+        "" if default in (None, (), False, True) else f" (default {default})"
+    )
     if kind.startswith("bool"):
-        group.add_argument(flag, dest=item.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-    elif kind.startswith("tuple"):
         group.add_argument(
-            flag, dest=item.name, action="append", type=whole if kind == "tuple[int, ...]" else str,
-            metavar=item.metadata.get("metavar", "TEXT"), default=argparse.SUPPRESS, help=text,
+            flag,
+            dest=item.name,
+            action=argparse.BooleanOptionalAction,
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+    elif kind.startswith("tuple"):
+        reads = whole if kind.startswith("tuple[int") else str
+        group.add_argument(
+            flag,
+            dest=item.name,
+            action="append",
+            type=reads,
+            default=argparse.SUPPRESS,
+            help=text,
+            metavar=item.metadata.get("metavar", "TEXT"),
         )
     else:
         reads, metavar = FORMS[kind.partition(" | ")[0]]
         group.add_argument(
-            flag, dest=item.name, type=reads, choices=item.metadata.get("choices"), default=argparse.SUPPRESS, help=text,
+            flag,
+            dest=item.name,
+            type=reads,
+            choices=item.metadata.get("choices"),
+            default=argparse.SUPPRESS,
+            help=text,
             metavar=item.metadata.get("metavar", None if "choices" in item.metadata else metavar),
         )
 
@@ -129,7 +160,9 @@ def from_args(options: type[T], args: argparse.Namespace, **defaults: Any) -> T:
 def given_fields(options: type, args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the dataclass that were given on the command line."""
     given = {f.name: getattr(args, f.name) for f in fields(options) if hasattr(args, f.name)}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +171,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_draft_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--draft-model", metavar="MODEL", help="a smaller model that drafts tokens; the text stays the same")
+    parser.add_argument(
+        "--draft-model",
+        metavar="MODEL",
+        help="a smaller model that drafts tokens; the text stays the same",
+    )
 
 
 def load_draft(args: argparse.Namespace) -> Any:

@@ -34,7 +34,10 @@ class Session:
     """
 
     def __init__(
-        self, conversation: Conversation, dialogue: bool = False, confirm: Callable[[str], bool] | None = None
+        self,
+        conversation: Conversation,
+        dialogue: bool = False,
+        confirm: Callable[[str], bool] | None = None,
     ) -> None:
         self.conversation, self.dialogue, self.confirm = conversation, dialogue, confirm
         self.stats: GenerationStats | None = None
@@ -122,7 +125,11 @@ class Session:
             except KeyboardInterrupt:
                 if not self.dialogue:
                     raise
-                display.write(" [stopped]" if last else "[stopped before the answer began; the conversation is as before]")
+                display.write(
+                    " [stopped]"
+                    if last
+                    else "[stopped before the answer began; the conversation is as before]"
+                )
         self.stats, self.meter = None if last is None else last.stats, meter
         if last is not None and last.finish_reason == "length":
             self._tell_of_the_cut(last)
@@ -132,7 +139,9 @@ class Session:
         if context_full(last, options):
             self.say("[the context is full: the answer ends here; the next message makes room]")
         elif self.dialogue:
-            self.say(f"[the answer was cut at {options.max_tokens} tokens; /set max_tokens N allows more]")
+            self.say(
+                f"[the answer was cut at {options.max_tokens} tokens; /set max_tokens N allows more]"
+            )
 
     def status(self) -> str:
         """Return the line below the prompt: the last answer's speed, and the context in use."""
@@ -150,11 +159,25 @@ def facts(engine: Any) -> str:
     )
 
 
+def written(value: Any) -> str:
+    """Write the value of a setting as /set takes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value in (None, ()):
+        return "none"
+    if isinstance(value, tuple):
+        parts = [
+            f"{part[0]}={part[1]:g}" if isinstance(part, tuple) else str(part) for part in value
+        ]
+        return " ".join(parts)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def settings(sampling: SamplingOptions) -> str:
     """List the settings that differ from greedy decoding, by their names in /set, and the seed."""
     first = "greedy" if sampling.greedy else f"temperature {sampling.temperature:g}"
     others = [
-        f"{item.name} {getattr(sampling, item.name):g}" for item in fields(sampling)
+        f"{item.name} {written(getattr(sampling, item.name))}" for item in fields(sampling)
         if item.name not in ("temperature", "seed", *sampling.idle) and "help" in item.metadata
         and getattr(sampling, item.name) != item.default
     ]  # fmt: skip
