@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from small import random_engine
 
-from openelm_mlx import Conversation, stream_generate
+from openelm_mlx import Conversation, PromptCache, stream_generate
 from openelm_mlx.chat import encode_messages
-from openelm_mlx.errors import PromptError
-from openelm_mlx.options import GenerationOptions, SamplingOptions
+from openelm_mlx.errors import CacheError, OptionError, PromptError
+from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
 
 LONG = "a long paste " * 500
 PLAIN = {"temperature": 0.0, "repetition_penalty": 1.0}
@@ -62,9 +62,9 @@ def next_prompt(talk, text):
 def check_next(talk, text):
     """The next answer is the one to `next_prompt`, read without any cache."""
     prompt = next_prompt(talk, text)
-    wanted = [
-        event.token for event in stream_generate(talk.engine, prompt, talk.sampling, talk.options)
-    ]
+    options = (talk.sampling, talk.options)
+    stream = stream_generate(talk.engine, prompt, *options, engine_options=talk.engine_options)
+    wanted = [event.token for event in stream]
     tokens, stats = ask(talk, text)
     assert tokens == wanted and stats.prompt_tokens == len(prompt)
 
@@ -408,15 +408,53 @@ def test_regenerate_gives_other_answers_in_place_of_the_last(small):
 def test_options_and_system_may_change_midway(small):
     talk = Conversation(small, "A", max_tokens=4, **PLAIN)
     ask(talk, "one")
-    talk.options = GenerationOptions(max_tokens=6, kv_bits=8)
+    talk.options, talk.engine_options = GenerationOptions(max_tokens=6), EngineOptions(kv_bits=8)
     check_next(talk, "two")
     talk.system = "B"
     check_next(talk, "three")
-    talk.options = GenerationOptions(max_tokens=6, kv_window=64)
+    talk.engine_options = EngineOptions(kv_window=64)
     check_next(talk, "four")
-    talk.options = GenerationOptions(max_tokens=5)
+    talk.options, talk.engine_options = GenerationOptions(max_tokens=5), EngineOptions()
     check_next(talk, "five")
     assert len(talk.messages) == 10
+
+
+def test_options_of_the_engine_are_its_own_class(tiny, small):
+    for talk in (
+        Conversation(small, kv_bits=8, max_tokens=3),
+        Conversation(small, engine_options=EngineOptions(kv_bits=8), max_tokens=3),
+    ):
+        assert (talk.engine_options.kv_bits, talk.options.max_tokens) == (8, 3)
+    for wrong in (lambda: setattr(talk, "engine_options", GenerationOptions()),
+                  lambda: Conversation(small, engine_options=GenerationOptions())):  # fmt: skip
+        with pytest.raises(OptionError, match="engine_options is .*; allowed is one made by Engin"):
+            wrong()
+    narrow = replace(small, config=replace(small.config, head_dim=16))
+    with pytest.raises(CacheError, match="kv_bits 8 needs heads of a multiple of 32"):
+        Conversation(narrow, kv_bits=8)
+    talk = Conversation(narrow)
+    with pytest.raises(CacheError, match="kv_bits 8 needs heads of a multiple of 32"):
+        talk.engine_options = EngineOptions(kv_bits=8)
+    assert talk.engine_options == EngineOptions()
+
+
+def test_a_conversation_keeps_one_sequence_and_shares_what_it_is_given(small):
+    """A shared cache holds the conversations side by side, and what they have in common is read once."""
+    settings = {"temperature": 1.0, "seed": 7, "max_tokens": 8}
+    alone = Conversation(small, "Be brief. " * 20, **settings)
+    costs = [ask(alone, text)[1] for text in ("one", "two")]
+    list(alone.regenerate())
+    assert len(alone.prompt_cache) == 1
+    shared = PromptCache()
+    talks = [Conversation(small, alone.system, prompt_cache=shared, **settings) for _ in range(3)]
+    for number, talk in enumerate(talks):
+        tokens, stats = ask(talk, ("one", "two", "three")[number])
+        head = len(next_prompt(talk, "")) - len(fed(talk)[0])
+        assert (stats.reused_tokens >= head - 20) == (number > 0)
+    assert len(shared) == 3
+    for talk in talks:  # each goes on from its own
+        assert ask(talk, "more")[1].reused_tokens >= costs[0].prompt_tokens
+        assert len(shared) == 3
 
 
 def test_reset_forgets(small):

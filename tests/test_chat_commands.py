@@ -78,6 +78,18 @@ def test_set_changes_what_the_next_answer_uses(tiny, chat):
     assert "changes nothing until" in chat("/set temperature 0", "/set top_p 0.5")[2]
 
 
+def test_set_takes_options_of_all_three_classes(tiny, chat):
+    status, out, err = chat("/set logit_bias 9=-100 5=2.5", "/set stop-tokens 7 8", "/set prefill_chunk 8", "Hello!",
+                            "/set logit_bias", "/set stop_tokens none", "/set compiled off", "/show")  # fmt: skip
+    assert status == 0 and out == answers(tiny, "Hello!", logit_bias={9: -100.0, 5: 2.5}, stop_tokens=(7, 8))
+    assert err.splitlines()[:3] == ["logit_bias: 5=2.5 9=-100", "stop_tokens: 7 8", "prefill_chunk: 8"]
+    assert "greedy, logit_bias 5=2.5 9=-100, seed" in err
+    status, _, err = chat("/set stop_tokens x", "/set logit_bias 5", "/set processor 5", "/set logit_bias 99999=1", "Hello!")
+    assert status == 2
+    for line in ("stop_tokens is ('x',)", "logit_bias is (5,)", "no setting 'processor'", "the token id 99999; allowed"):
+        assert line in err
+
+
 def test_set_refuses_a_cache_that_the_model_cannot_have(chat, tmp_path):
     folder = random_folder(tmp_path / "base")  # a base model, and its heads are too narrow
     status, out, err = chat("/set kv_bits 8", "/set kv_bits", flags=(str(folder),))

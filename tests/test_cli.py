@@ -66,6 +66,24 @@ def test_a_mistake_is_one_line_and_status_2(args, text, capsys):
     assert error.startswith("openelm: ") and text in error and error.count("\n") == 1
 
 
+def test_flags_of_every_class_reach_the_engine(tiny, tmp_path, capsys):
+    """A bias and a stop token act; options of the engine change the cost only."""
+    common = ["generate", "Once upon a time", "--max-tokens", "8", "--json"]
+
+    def tokens(*flags):
+        assert main([*common, *flags]) == 0
+        return json.loads(capsys.readouterr().out)["tokens"]
+
+    plain = tokens()
+    assert plain == tokens("--prefill-chunk", "2", "--no-compiled") == tokens("--kv-window", "200", "--kv-keep", "2")
+    third = plain[2]
+    assert tokens("--stop-tokens", "3", "--stop-tokens", str(third)) == plain[: plain.index(third) + 1]
+    assert third not in tokens("--logit-bias", f"{third}=-100", "--logit-bias", "3=-1")
+    drawn = ["--temperature", "1", "--seed", "4", "--repetition-penalty", "1.5"]
+    others = (["--penalty-window", "3"], ["--xtc-probability", "1", "--xtc-threshold", "0.01"])
+    assert len({tuple(tokens(*drawn, *flags)) for flags in ([], *others)}) == 3
+
+
 def test_a_reader_that_leaves_early_ends_the_command_in_silence(monkeypatch, capfd):
     reading, writing = os.pipe()
     os.close(reading)

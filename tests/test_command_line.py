@@ -40,6 +40,8 @@ def stopped(capsys, *argv):
         (["generate", "x", "--bits", "7"], "--bits is 7; allowed: 2, 3, 4, 5, 6, 8"),
         (["generate", "x", "--max-tokens", "4x"], "argument --max-tokens: '4x' is no whole number"),
         (["generate", "x", "--temperature", "hot"], "argument --temperature: 'hot' is no number"),
+        (["generate", "x", "--stop-tokens", "x"], "argument --stop-tokens: 'x' is no whole number"),
+        (["chat", "--processor", "f"], "unknown option --processor"),
         (["generate"], "one of the arguments PROMPT -p/--prompt is required"),
         (["generate", "Once", "upon"], "put a prompt of several words in quotes"),
         (["chat", "--model", "openelm-tiny"], "--model is no option here; give MODEL without it"),
@@ -61,6 +63,7 @@ def test_a_slip_is_one_line_with_what_was_meant(argv, text, capsys):
         (["--kv-keep", "3"], "kv_keep is 3, but there is no window"),
         (["--group-size", "32"], "group_size is 32, but nothing is quantized here; give bits too"),
         (["--temperature", "nan"], "temperature is nan; allowed is a number from 0.0 to 100.0"),
+        (["--logit-bias", "5"], "logit_bias is ('5',); allowed is a dict of token ids to numbers, or texts ID=NUMBER"),
     ],
 )
 def test_what_has_nothing_to_act_on_is_refused_before_a_model_is_sought(flags, text, capsys):
