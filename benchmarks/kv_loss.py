@@ -17,11 +17,11 @@ load_blas()  # takes effect only before MLX is imported
 import mlx.core as mx  # noqa: E402
 
 from openelm_mlx import load  # noqa: E402
-from openelm_mlx.cache import make_caches  # noqa: E402
+from openelm_mlx.cache import KVCache  # noqa: E402
 from openelm_mlx.errors import BenchmarkError  # noqa: E402
 from openelm_mlx.kv import CacheKind  # noqa: E402
 from openelm_mlx.loading import Engine  # noqa: E402
-from openelm_mlx.options import GenerationOptions  # noqa: E402
+from openelm_mlx.options import EngineOptions  # noqa: E402
 
 
 class Loss(NamedTuple):
@@ -48,9 +48,9 @@ def kv_loss(engine: Engine, pieces: list[list[int]], kind: CacheKind, prompt: in
 
 def read(engine: Engine, tokens: list[int], kind: CacheKind) -> mx.array:
     """Logits [length, vocab] of a text fed through a cache of this kind."""
-    caches, parts = make_caches(engine.config, kind), []
+    cache, parts = KVCache(engine.config, kind), []
     for start in range(0, len(tokens), 64):
-        parts.append(engine.model(mx.array([tokens[start : start + 64]]), caches)[0].astype(mx.float32))
+        parts.append(engine.model(mx.array([tokens[start : start + 64]]), cache)[0].astype(mx.float32))
         mx.eval(parts[-1])
     return mx.concatenate(parts)
 
@@ -71,10 +71,10 @@ def main(argv: list[str] | None = None) -> int:
     print("| cache | bytes per token, 16-bit model | mean KL (nats) | same likeliest token |\n|---|---:|---:|---:|")
     half = args.length // 2
     for name, options in (
-        ("8 bits", GenerationOptions(kv_bits=8)),
-        ("4 bits", GenerationOptions(kv_bits=4)),
-        (f"window of {half}", GenerationOptions(kv_window=half)),
-        (f"window of {half}, 8 bits", GenerationOptions(kv_window=half, kv_bits=8)),
+        ("8 bits", EngineOptions(kv_bits=8)),
+        ("4 bits", EngineOptions(kv_bits=4)),
+        (f"window of {half}", EngineOptions(kv_window=half)),
+        (f"window of {half}, 8 bits", EngineOptions(kv_window=half, kv_bits=8)),
     ):
         loss = kv_loss(engine, pieces, CacheKind.of(engine.config, options))
         print(f"| {name} | {loss.bytes_per_token:,} | {loss.kl:.6f} | {loss.top_1:.2%} |", flush=True)

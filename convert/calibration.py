@@ -91,11 +91,11 @@ def prompt_ids(encode: Encode, row: int, instruct: bool) -> list[int]:
 def sample_batch(model: OpenELM, prompts: list[list[int]], banned: mx.array, length: int, seed: int) -> mx.array:
     from openelm_mlx.cache import KVCache
 
-    caches = [KVCache() for _ in model.layers]
+    cache = KVCache(model.args)
     key = mx.random.key(seed)
     done = [mx.array([ids[:1] for ids in prompts], dtype=mx.int32)]
     for position in range(1, length):
-        logits = model(done[-1], caches)[:, -1].astype(mx.float32) + banned
+        logits = model(done[-1], cache)[:, -1].astype(mx.float32) + banned
         key, draw = mx.random.split(key)
         sampled = mx.random.categorical(logits, key=draw).astype(mx.int32)
         given = mx.array([ids[position] if position < len(ids) else -1 for ids in prompts], dtype=mx.int32)

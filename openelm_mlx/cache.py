@@ -146,10 +146,13 @@ class KVCache:
         """A copy of the first `length` tokens; None where a window has forgotten what they need."""
         if not 0 < length <= self.offset or not self.can_trim(self.offset - length):
             return None
-        room = min(self.capacity, self.kind.layout.room(length, BLOCK))
-        arrays = [
-            [mx.contiguous(array[..., :room, :]) for array in arrays] for arrays in self.arrays
-        ]
+        return self.row(slice(None), length)
+
+    def row(self, rows: int | slice, length: int) -> KVCache:
+        """A copy of the first `length` tokens of one of several sequences, or of more of them."""
+        rows = slice(rows, rows + 1) if isinstance(rows, int) else rows
+        slots = self.kind.layout.room(length, 1)
+        arrays = [[mx.contiguous(a[:, rows, :, :slots]) for a in arrays] for arrays in self.arrays]
         mx.eval(arrays)  # else they would hold on to the whole
         return KVCache(self.config, self.kind, arrays, length, self.written)
 
@@ -321,7 +324,3 @@ def as_caches(cache: KVCache | list[Any] | None, layers: int) -> list[Cache]:
     return [
         c if hasattr(c, "attend") else NoCache() if c is None else ForeignCache(c) for c in each
     ]
-
-
-def level(caches: list[KVCache]) -> None:
-    """Only for a decode.py that has not been rewritten yet."""

@@ -74,29 +74,21 @@ class Rows:
 
         The cache is empty where the row no longer holds them: it is unused, or a step that was interrupted kept them.
         """
-        written = self.written[row]
-        if not self.buffers or length > written:
+        whole = KVCache(self.config, self.kind, self.buffers, length, self.written[row])
+        if not self.buffers or length > self.written[row]:
             return KVCache(self.config, self.kind)
-        if self.count == 1:
-            arrays, self.buffers, self.written = self.buffers, [], [0]
-        else:
-            room = min(self.capacity, self.kind.layout.room(length, BLOCK))
-            arrays = [
-                [mx.contiguous(a[:, row : row + 1, :, :room]) for a in held]
-                for held in self.buffers
-            ]
-            mx.eval(arrays)  # else they would hold on to all rows
-        return KVCache(self.config, self.kind, arrays, length, written)
+        if self.count > 1:
+            return whole.row(row, length)
+        self.buffers, self.written = [], [0]
+        return whole
 
     def resize(self, rows: list[int], count: int) -> None:
         """Keep these rows, in this order, as 0, 1, ..., and add unused ones; `count` is 1 or a power of two."""
-        if rows != list(range(self.count)):
+        if not rows:
+            self.buffers = []
+        if rows != list(range(len(rows))):
             index = mx.array(rows, dtype=mx.int32)
-            self.buffers = (
-                [[mx.take(a, index, axis=1) for a in arrays] for arrays in self.buffers]
-                if rows
-                else []
-            )
+            self.buffers = [[mx.take(a, index, axis=1) for a in arrays] for arrays in self.buffers]
         self.buffers = [[resized(a, count, axis=1) for a in arrays] for arrays in self.buffers]
         self.written = [self.written[row] for row in rows] + [0] * (count - len(rows))
 

@@ -1,19 +1,16 @@
-from __future__ import annotations
+"""Keys and values kept, of one sequence and of rows: the same logits as one pass over the whole text without a cache."""
 
-import copy
-import json
-from dataclasses import replace
+from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from small import random_engine
+from small_model import random_model
 
-from openelm_mlx import Conversation, stream_generate
-from openelm_mlx.cache import KVCache, make_caches, step_caches
-from openelm_mlx.errors import CacheError, OptionError
+from openelm_mlx.cache import KVCache, step_caches
+from openelm_mlx.config import layer_shapes
+from openelm_mlx.errors import CacheError
 from openelm_mlx.kv import SLACK, CacheKind, Plain, Quantized, Window
-from openelm_mlx.options import GenerationOptions
-from openelm_mlx.prompt_cache import PromptCache
+from openelm_mlx.rows import Rows
 
 KINDS = {
     "plain": CacheKind(),
@@ -23,19 +20,19 @@ KINDS = {
     "window, 8 bits": CacheKind(Quantized(8, 32), Window(20, 3)),
 }
 TOKENS = [1] + [(7 * i * i + 3 * i) % 64 for i in range(99)]
+OTHERS = [1] + [(5 * i * i + 11 * i) % 64 for i in range(99)]
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 @pytest.fixture(scope="module")
-def engine(tiny):
-    return random_engine(tiny, seed=1)
+def model():
+    return random_model(seed=1)
 
 
-def reference(engine, kind):
+def reference(model, kind, tokens=TOKENS):
     """The same attention without any cache: one pass, every token's keys and values packed and unpacked, and a mask."""
 
     class Whole:
-        offset = nbytes = 0
-
         def positions(self, length):
             return mx.arange(length)[None]
 
@@ -46,14 +43,14 @@ def reference(engine, kind):
                 seen &= (h < kind.layout.keep) | (h > p - (kind.layout.size - kind.layout.keep))
             return seen
 
-        def attend(self, q, kv, mask, scale):
+        def attend(self, projection, mask, scale):
+            q, kv = projection.heads()
             if isinstance(kind.store, Quantized):
                 form = {"group_size": kind.store.group_size, "bits": kind.store.bits}
                 kv = mx.dequantize(*mx.quantize(kv, **form), **form)
-            k, v = mx.split(kv, 2, axis=1)
-            return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+            return mx.fast.scaled_dot_product_attention(q, kv[0], kv[1], scale=scale, mask=mask)
 
-    return engine.model(mx.array([TOKENS]), [Whole() for _ in engine.model.layers])
+    return model(mx.array([tokens]), [Whole() for _ in model.layers])
 
 
 def close(kind, logits, wanted):
@@ -63,204 +60,299 @@ def close(kind, logits, wanted):
     return distance.mean().item() < mean and distance.max().item() < most
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_chunks_and_steps_equal_one_masked_pass(engine, kind):
+def prefilled(model, kind, tokens):
+    cache = KVCache(model.args, kind)
+    model.hidden(mx.array([tokens]), cache, last=True)
+    return cache
+
+
+def fed(model, buffers, kind, start, tokens):
+    """Logits of a step over these tokens [B, L], and the buffers after it."""
+    caches = step_caches(buffers, start, kind)
+    return model(tokens, caches), [cache.arrays for cache in caches]
+
+
+@each_kind
+def test_chunks_and_steps_equal_one_masked_pass(model, kind):
     """100 tokens through a ring of 17 + 32 slots: in chunks of any size, then token by token, then several at once."""
-    wanted = reference(engine, kind)
+    wanted = reference(model, kind)
     for chunk in (1, 7, 64, 100):
-        caches = make_caches(engine.config, kind)
-        parts = [engine.model(mx.array([TOKENS[i : i + chunk]]), caches) for i in range(0, len(TOKENS), chunk)]
-        assert close(kind, mx.concatenate(parts, axis=1), wanted)
-    caches = make_caches(engine.config, kind)
-    engine.model.hidden(mx.array([TOKENS[:60]]), caches, last=True)
-    assert close(kind, engine.model.logits(engine.model.hidden(mx.array([TOKENS[60:]]), caches, last=True)), wanted[:, -1])
-    caches = make_caches(engine.config, kind)
-    engine.model(mx.array([TOKENS[:10]]), caches)
-    for cache in caches:
-        cache.reserve(len(TOKENS))
-    arrays, position = [cache.arrays for cache in caches], 10
+        cache = KVCache(model.args, kind)
+        parts = [model(mx.array([TOKENS[i : i + chunk]]), cache) for i in range(0, len(TOKENS), chunk)]
+        assert close(kind, mx.concatenate(parts, axis=1), wanted) and cache.offset == len(TOKENS)
+    cache = prefilled(model, kind, TOKENS[:60])
+    assert close(kind, model.logits(model.hidden(mx.array([TOKENS[60:]]), cache.layers, last=True)), wanted[:, -1])
+    cache = prefilled(model, kind, TOKENS[:10])
+    cache.reserve(len(TOKENS))
+    arrays, position = cache.arrays, 10
     for length in [1] * 60 + [5] * 6:
-        fixed = step_caches(arrays, mx.array([position]), kind)
-        logits = engine.model(mx.array([TOKENS[position : position + length]]), fixed)
-        arrays = [cache.arrays for cache in fixed]
+        logits, arrays = fed(model, arrays, kind, mx.array([position]), mx.array([TOKENS[position : position + length]]))
         assert close(kind, logits, wanted[:, position : position + length])
         position += length
 
 
-def test_rejected_drafts_leave_a_full_window_intact(engine):
-    """Wrong tokens, written ahead and taken back at every step, change nothing that follows."""
+@each_kind
+def test_several_sequences_of_equal_length_equal_each_alone(model, kind):
+    cache = KVCache(model.args, kind)
+    both = mx.array([TOKENS[:60], OTHERS[:60]])
+    parts = [model(both[:, i : i + 13], cache) for i in range(0, 60, 13)]
+    for row, tokens in enumerate((TOKENS, OTHERS)):
+        wanted = reference(model, kind, tokens[:70])
+        assert close(kind, mx.concatenate(parts, axis=1)[row], wanted[0, :60])
+        alone = cache.row(row, 60)
+        assert close(kind, model(mx.array([tokens[60:70]]), alone), wanted[:, 60:])
+    assert cache.offset == 60
+
+
+@each_kind
+def test_rows_of_any_length_equal_each_alone(model, kind):
+    """Rows come, go and move; a step feeds one token, or a draft of up to 17, of which each row keeps some."""
+    rows, texts = Rows(model.args, kind), {0: (TOKENS, 60), 2: (OTHERS, 7), 3: (TOKENS[3:], 21)}
+    rows.resize([], 4)
+    for row, (tokens, length) in texts.items():
+        rows.place(row, prefilled(model, kind, tokens[:length]))
+    wanted = {row: reference(model, kind, tokens) for row, (tokens, _) in texts.items()}
+    position = {row: length for row, (_, length) in texts.items()}
+
+    def step(length, drafts):
+        """Feed `length` tokens of each text, or in place of the last ones as many that are wrong."""
+        starts = [position.get(row, 0) for row in range(rows.count)]
+        tokens = mx.array([
+            (texts[row][0][start : start + length - drafts.get(row, 0)] + [5] * 20)[:length] if row in texts else [9] * length
+            for row, start in enumerate(starts)
+        ])  # fmt: skip
+        buffers = rows.lend([starts[row] + length if row in texts else 0 for row in range(rows.count)])
+        assert rows.buffers == [] and buffers[0][0].shape[:2] == (2, rows.count)
+        logits, buffers = fed(model, buffers, kind, mx.array(starts), tokens)
+        rows.restore(buffers)
+        for row in texts:
+            kept = length - drafts.get(row, 0)
+            assert close(kind, logits[row, :kept], wanted[row][0, position[row] : position[row] + kept]), row
+            position[row] += kept
+
+    for _ in range(4):
+        step(1, {})
+    step(17, {0: 16, 2: 13, 3: 5})
+    step(3, {0: 0, 2: 2, 3: 1})
+    cache = rows.extract(3, position[3])  # goes on alone
+    tokens = texts.pop(3)[0]
+    part = model(mx.array([tokens[position[3] : position[3] + 9]]), cache)
+    assert close(kind, part, wanted[3][:, position[3] : position[3] + 9])
+    rows.resize([2, 0], 2)
+    texts, wanted, position = ({0: d[2], 1: d[0]} for d in (texts, wanted, position))
+    step(1, {})
+    rows.resize([1], 4)
+    texts, wanted, position = ({0: d[1]} for d in (texts, wanted, position))
+    step(2, {0: 1})
+    rows.resize([0], 1)
+    step(1, {})
+    step(8, {0: 3})
+    cache = rows.extract(0, position[0])
+    assert rows.buffers == [] and rows.capacity == rows.nbytes == 0 and cache.offset == position[0]
+    rest = model(mx.array([texts[0][0][position[0] :]]), cache)
+    assert close(kind, rest, wanted[0][:, position[0] :])
+
+
+@each_kind
+def test_drafts_ahead_at_every_place_of_the_ring_leave_it_intact(model, kind):
+    """Sixteen wrong tokens, written ahead and taken back at every step, change nothing that follows."""
+    wanted = reference(model, kind)
+    cache = prefilled(model, kind, TOKENS[:40])
+    cache.reserve(len(TOKENS) + 17)
+    arrays = cache.arrays
+    for position in range(40, 95):
+        _, arrays = fed(model, arrays, kind, mx.array([position]), mx.array([[5] * 17]))
+        logits, arrays = fed(model, arrays, kind, mx.array([position]), mx.array([[TOKENS[position]]]))
+        assert close(kind, logits[:, 0], wanted[:, position])
+
+
+def test_a_step_takes_the_position_of_each_token_too(model):
+    wanted = reference(model, CacheKind())
+    cache = prefilled(model, CacheKind(), TOKENS[:10])
+    positions = mx.array([[10, 11, 12]])
+    logits, _ = fed(model, cache.arrays, CacheKind(), positions, mx.array([TOKENS[10:13]]))
+    assert close(CacheKind(), logits, wanted[:, 10:13])
+    caches = step_caches(cache.arrays, positions, CacheKind())
+    last = model.logits(model.hidden(mx.array([TOKENS[10:13]]), caches, last=True))
+    assert close(CacheKind(), last, wanted[:, 12])
+
+
+@each_kind
+def test_several_rows_may_ask_for_the_last_token_only(model, kind):
+    rows = Rows(model.args, kind)
+    rows.resize([], 2)
+    for row, length in enumerate((30, 50)):
+        rows.place(row, prefilled(model, kind, TOKENS[:length]))
+    caches = step_caches(rows.lend([33, 53]), mx.array([30, 50]), kind)
+    hidden = model.hidden(mx.array([TOKENS[30:33], TOKENS[50:53]]), caches, last=True)
+    assert close(kind, model.logits(hidden), reference(model, kind)[0, mx.array([32, 52])])
+
+
+@each_kind
+def test_prefixes_are_copies(model, kind):
+    """Both go on, with other tokens, and neither sees the other's."""
+    cache = prefilled(model, kind, TOKENS[:40])
+    prefixes = [cache.prefix(length) for length in (40, 30)]
+    assert [prefix.offset for prefix in prefixes] == [40, 30]
+    for prefix in prefixes:
+        model(mx.array([OTHERS[:30]]), prefix)
+    assert close(kind, model(mx.array([TOKENS[40:]]), cache), reference(model, kind)[:, 40:])
+    for prefix, length in zip(prefixes, (40, 30), strict=True):
+        wanted = reference(model, kind, TOKENS[:length] + OTHERS[:40])
+        assert close(kind, model(mx.array([OTHERS[30:40]]), prefix), wanted[:, -10:])
+    assert cache.prefix(0) is cache.prefix(101) is None
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopped_at(model, layer, run):
+    """`run()` until this layer is called; an exception there."""
+    kind, wanted = type(model.layers[layer]), model.layers[layer]
+    whole = kind.__call__
+
+    def call(self, *arguments):
+        if self is wanted:
+            raise Stopped
+        return whole(self, *arguments)
+
+    kind.__call__ = call
+    try:
+        with pytest.raises(Stopped):
+            run()
+    finally:
+        kind.__call__ = whole
+
+
+@each_kind
+@pytest.mark.parametrize("held", [0, 5, 40, 250])
+@pytest.mark.parametrize("more", [5, 30])
+def test_a_pass_that_was_interrupted_leaves_a_true_cache(model, kind, held, more):
+    """A layer is a pass, and a block of slots, ahead of the next. What was held gives right answers, or is refused."""
+    text = TOKENS * 3
+    cache = prefilled(model, kind, text[:held]) if held else KVCache(model.args, kind)
+    stopped_at(model, 1, lambda: model(mx.array([OTHERS[:more]]), cache))
+    assert (cache.offset, cache.written) == (held, held + more)
+    for length in (held, held - 1) if held and cache.can_trim(1) else (held,):
+        part = cache.prefix(length) if length else cache
+        tokens = text[:held] + OTHERS[50:60]
+        assert close(kind, model(mx.array([tokens[length:]]), part), reference(model, kind, tokens)[:, length:])
+
+
+def test_a_window_that_an_interrupted_pass_has_overwritten_is_refused(model):
     kind = KINDS["window"]
-    wanted = reference(engine, kind)
-    caches = make_caches(engine.config, kind)
-    engine.model(mx.array([TOKENS[:60]]), caches)
-    arrays = [cache.arrays for cache in caches]
-    for position in range(60, 90):
-        wrong = step_caches(arrays, mx.array([position]), kind)
-        engine.model(mx.array([[5] * 17]), wrong)
-        right = step_caches([cache.arrays for cache in wrong], mx.array([position]), kind)
-        logits = engine.model(mx.array([[TOKENS[position]]]), right)
-        arrays = [cache.arrays for cache in right]
-        assert mx.abs(logits[0, 0] - wanted[0, position]).max().item() < 1e-4
+    for held, more in ((5, SLACK + 20), (40, SLACK + 1)):
+        cache = prefilled(model, kind, TOKENS[:held])
+        stopped_at(model, 1, lambda: model(mx.array([OTHERS[:more]]), cache))  # noqa: B023
+        with pytest.raises(CacheError, match="a pass that was interrupted has overwritten this cache; clear it"):
+            model(mx.array([TOKENS[held:]]), cache)
+        assert cache.prefix(held) is None
+        cache.clear()
+        assert close(kind, model(mx.array([TOKENS]), cache), reference(model, kind))
 
 
-@pytest.mark.parametrize("kind", [{"kv_bits": 8}, {"kv_window": 24}, {"kv_bits": 4, "kv_window": 24, "kv_keep": 0}])
-def test_compiled_equals_eager_for_every_kind(engine, kind):
-    runs = [
-        [event.token for event in stream_generate(engine, TOKENS[:30], max_tokens=50, compiled=compiled, ignore_eos=True, **kind)]
-        for compiled in (True, False)
-    ]
-    assert runs[0] == runs[1]
-
-
-def test_a_window_forgets_only_what_it_can_take_back():
-    cache = KVCache(KINDS["window"])
-    cache.settle(500)
+def test_a_window_forgets_only_what_it_can_take_back(model):
+    cache = KVCache(model.args, KINDS["window"], [], 500)
     assert cache.can_trim(SLACK) and not cache.can_trim(SLACK + 1)
     cache.trim(20)
     with pytest.raises(CacheError, match="cannot forget 20 tokens: the window has already dropped what came before"):
         cache.trim(20)
-
-
-def test_a_full_window_starts_anew_for_another_prompt(engine):
-    options = {"kv_window": 24, "max_tokens": 4, "ignore_eos": True}
-    cache = PromptCache.for_config(engine.config, CacheKind.of(engine.config, GenerationOptions(kv_window=24)))
-    for prompt in (TOKENS, TOKENS[:40], TOKENS[:45]):
-        shared = [event.token for event in stream_generate(engine, prompt, prompt_cache=cache, **options)]
-        assert shared == [event.token for event in stream_generate(engine, prompt, **options)]
-
-
-def test_what_a_cache_forgot_or_overwrote():
-    cache = KVCache(KINDS["window"])
-    cache.settle(500)
-    cache.settle(480)  # of 20 drafts none was kept, but they were written
+    cache = KVCache(model.args, KINDS["window"], [], 480, written=500)  # 20 drafts were written, and none was kept
     assert cache.can_trim(SLACK - 20) and not cache.can_trim(SLACK - 19)
+    assert cache.prefix(480 - SLACK + 19) is None
     cache.clear()
-    cache.settle(10)
-    assert cache.can_trim(10)
+    assert (cache.arrays, cache.offset, cache.written, cache.capacity) == ([], 0, 0, 0)
 
 
-def test_a_window_that_no_context_fills_is_a_plain_cache(engine):
-    kinds = [CacheKind.of(engine.config, GenerationOptions(kv_window=size, kv_bits=8)).layout for size in (511, 512, 10**9)]
-    assert kinds == [Window(511, 4), KINDS["plain"].layout, KINDS["plain"].layout]
-
-
-def test_bytes_per_token_are_those_of_the_arrays(engine):
+def test_bytes_per_token_are_those_of_the_arrays(model):
     for kind in KINDS.values():
-        caches = make_caches(engine.config, kind)
-        engine.model(mx.array([TOKENS]), caches)
-        per_slot = sum(cache.nbytes for cache in caches) / caches[0].capacity
-        assert kind.bytes_per_token(engine.config, itemsize=4) == per_slot
+        cache = prefilled(model, kind, TOKENS)
+        assert kind.bytes_per_token(model.args, itemsize=4) == cache.nbytes / cache.capacity
 
 
-@pytest.mark.parametrize("kind", [{}, {"kv_bits": 8}, {"kv_window": 24}])
-def test_a_saved_cache_goes_on_where_it_ended(engine, tmp_path, kind):
-    options = GenerationOptions(ignore_eos=True, max_tokens=10, **kind)
-    cache = PromptCache.for_config(engine.config, CacheKind.of(engine.config, options))
-    said = [event.token for event in stream_generate(engine, TOKENS[:50], None, options, prompt_cache=cache)]
-    for layer in cache.layers:
-        layer.settle(layer.offset, layer.offset + 3)  # as after drafts that were rejected
-    cache.save(tmp_path / "talk.safetensors", engine)
-    again = PromptCache.load(tmp_path / "talk.safetensors", engine, cache.kind)
-    assert again.tokens == cache.tokens and again.layers[0].written == cache.layers[0].written
-    events = list(stream_generate(engine, [*TOKENS[:50], *said, 5], None, options, prompt_cache=again))
-    assert events[-1].stats.reused_tokens == 59
-    assert [e.token for e in events] == [e.token for e in stream_generate(engine, [*TOKENS[:50], *said, 5], None, options)]
-    assert [path.name for path in tmp_path.iterdir()] == ["talk.safetensors"]
+def test_room_comes_and_goes_in_blocks(model):
+    """Blocks of 256 slots for one row and 64 for several; it shrinks where half would do, and keeps what it holds."""
+    rows = Rows(model.args, CacheKind())
+    rows.place(0, prefilled(model, CacheKind(), TOKENS[:40]))
+    seen = []
+    for end in (41, 256, 257, 300, 255, 600, 400, 41):
+        rows.restore(rows.lend([end]))
+        seen.append(rows.capacity)
+    assert seen == [256, 256, 512, 512, 256, 768, 768, 256]
+    rows.resize([0], 2)
+    seen = []
+    for end in (41, 65, 128, 129, 97, 96, 64):
+        rows.restore(rows.lend([end, 5]))
+        seen.append(rows.capacity)
+    assert seen == [64, 128, 128, 192, 192, 192, 64] and rows.nbytes == 64 * 2 * CacheKind().bytes_per_token(model.args, 4)
+    cache = rows.extract(0, 40)
+    assert cache.capacity == 40 and rows.extract(1, 6).arrays == [] and rows.extract(1, 5).offset == 5
+    assert close(CacheKind(), model(mx.array([TOKENS[40:60]]), cache), reference(model, CacheKind())[:, 40:60])
+    window = Rows(model.args, KINDS["window"])
+    window.place(0, prefilled(model, KINDS["window"], TOKENS[:40]))
+    window.restore(window.lend([1000]))
+    assert window.capacity == KINDS["window"].layout.capacity
 
 
-def test_saved_caches_are_refused_where_they_do_not_belong(tiny, engine, tmp_path):
-    path = tmp_path / "talk.safetensors"
-    cache = PromptCache.for_config(engine.config)
-    with pytest.raises(CacheError, match="the cache is empty"):
-        cache.save(path, engine)
-    list(stream_generate(engine, TOKENS[:9], max_tokens=2, prompt_cache=cache))
-    with pytest.raises(CacheError, match="cannot be written"):
-        cache.save(tmp_path / "missing" / "talk.safetensors", engine)
-    cache.save(path, engine)
-    with pytest.raises(CacheError, match="made with other weights or another tokenizer than random-2's"):
-        PromptCache.load(path, random_engine(tiny, seed=2))
-    weight = engine.model.layers[0].ffn.proj_1.weight
-    before = weight[3, 5].item()
-    weight[3, 5] = before + 1e-3  # a single weight
-    with pytest.raises(CacheError, match="other weights"):
-        PromptCache.load(path, engine)
-    weight[3, 5], weight[3, 6] = weight[3, 6].item(), before  # two that changed places
-    with pytest.raises(CacheError, match="other weights"):
-        PromptCache.load(path, engine)
-    weight[3, 6], weight[3, 5] = weight[3, 5].item(), before
-    for other in (replace(engine, quantization={"bits": 8}), replace(engine, tokenizer=copy.copy(engine.tokenizer))):
-        other.tokenizer.fingerprint += "0" * (other.quantization is None)
-        with pytest.raises(CacheError, match="other weights or another tokenizer"):
-            PromptCache.load(path, other)
-    with pytest.raises(CacheError, match="holds plain keys and values; asked for are 8-bit keys and values, group 32"):
-        PromptCache.load(path, engine, CacheKind(Quantized(8, 32)))
-    data = path.read_bytes()
-    for name, content in {"cut": data[: len(data) // 2], "noise": b"\x00" * 99, "empty": b""}.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(CacheError, match=r"is no saved cache.*give another file|is damaged"):
-            PromptCache.load(tmp_path / name, engine)
-    mx.save_safetensors(str(path), {"a": mx.zeros(3)}, {"format": "other"})
-    with pytest.raises(CacheError, match="no saved cache of this version"):
-        PromptCache.load(path, engine)
-    with pytest.raises(CacheError, match="no saved cache"):
-        PromptCache.load(tmp_path / "nowhere", engine)
+def test_a_single_row_takes_over_a_cache_and_gives_it_back_without_a_copy(model):
+    cache = prefilled(model, CacheKind(), TOKENS[:40])
+    mx.eval(cache.arrays)
+    arrays, before = [layer[0] for layer in cache.arrays], mx.get_active_memory()
+    rows = Rows(model.args, CacheKind())
+    rows.place(0, cache)
+    assert cache.arrays == [] and cache.offset == 0
+    assert [layer[0] for layer in rows.buffers] == arrays and mx.get_active_memory() == before
+    rows.lend([41])
+    assert rows.extract(0, 40).offset == 0  # they are lent: an interrupted step may have them
+    rows.restore([[array] for array in arrays])
+    assert [layer[0] for layer in rows.extract(0, 40).arrays] == arrays and rows.extract(0, 40).offset == 0
 
 
-def test_a_cache_saved_between_the_tokens_of_one_draft_is_whole(engine, tmp_path):
-    cache = PromptCache.for_config(engine.config)
-    stream = stream_generate(engine, TOKENS[:9], draft=engine, draft_tokens=4, adaptive_draft=False, prompt_cache=cache)
-    seen = [next(stream).token for _ in range(3)]
-    stream.close()
-    cache.save(tmp_path / "talk.safetensors", engine)
-    assert PromptCache.load(tmp_path / "talk.safetensors", engine).tokens == cache.tokens == TOKENS[:9] + seen
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_steps_update_the_buffers_in_place(model, count, compiled):
+    """Unused room costs no memory while rows are stepped: a copy of one layer's buffer would be half of it."""
+    grown, nbytes = [], 0
+
+    def step(token, position, buffers):
+        caches = step_caches(buffers, position, CacheKind())
+        token = mx.argmax(model.logits(model.hidden(token, caches, last=True)), axis=-1)
+        return token, position + 1, [cache.arrays for cache in caches]
+
+    run = mx.compile(step) if compiled else step
+    for room in (256, 8192):
+        rows = Rows(model.args, CacheKind())
+        rows.resize([], count)
+        for row in range(count):
+            rows.place(row, prefilled(model, CacheKind(), TOKENS[: 10 + row]))
+        rows.restore(rows.lend([room] * count))
+        mx.eval(rows.buffers)
+        nbytes, token, position = rows.nbytes, mx.array([5] * count), mx.arange(10, 10 + count)
+        for number in range(20):
+            if number == 10:
+                held = mx.get_active_memory()
+                mx.reset_peak_memory()
+            buffers = rows.lend([room] * count)
+            token, position, buffers = run(token, position, buffers)
+            rows.restore(buffers)
+            del buffers
+            mx.eval(token)
+        grown.append(mx.get_peak_memory() - held)
+    assert grown[1] < grown[0] + nbytes / 10
 
 
-@pytest.mark.parametrize("kind", [CacheKind(), CacheKind(Quantized(8, 32)), CacheKind(Plain(), Window(20, 3))], ids=str)
-def test_saved_caches_that_someone_changed_are_refused(engine, tmp_path, kind):
-    cache = PromptCache(make_caches(engine.config, kind))
-    options = {"kv_bits": getattr(kind.store, "bits", None), "max_tokens": 2}
-    options |= {"kv_window": 20, "kv_keep": 3} if isinstance(kind.layout, Window) else {}
-    list(stream_generate(engine, TOKENS[:9], prompt_cache=cache, **options))
-    cache.save(tmp_path / "whole.safetensors", engine)
-    arrays, about = mx.load(str(tmp_path / "whole.safetensors"), return_metadata=True)
-    assert PromptCache.load(tmp_path / "whole.safetensors", engine, kind).tokens == cache.tokens
-    tokens = cache.tokens
-    for change, fields, what in (
-        (lambda a: a[..., :5, :], {}, "layer 0 have the shape"), (lambda a: a[:, :1], {}, "layer 0 have the shape"),
-        (lambda a: mx.concatenate([a, a]), {}, "layer 0 have the shape"), (lambda a: a[..., 0], {}, "layer 0 have the shape"),
-        (lambda a: a, {"tokens": json.dumps([1.5] * len(tokens))}, "tokens outside the vocabulary"),
-        (lambda a: a, {"tokens": json.dumps([64] * len(tokens))}, "tokens outside the vocabulary"),
-        (lambda a: a, {"tokens": json.dumps(tokens[1:])}, f"{len(tokens)} positions for {len(tokens) - 1} tokens"),
-        (lambda a: a, {"tokens": "[]", "offset": "0"}, "0 positions for 0 tokens"),
-        (lambda a: a, {"tokens": "[" * 10**5}, "maximum recursion depth"), (lambda a: a, {"tokens": "{}"}, "positions for"),
-    ):  # fmt: skip
-        changed = {name: mx.contiguous(change(array)) for name, array in arrays.items()}
-        mx.save_safetensors(str(tmp_path / "changed.safetensors"), changed, {**about, **fields})
-        with pytest.raises(CacheError, match=f"is damaged: .*{what}"):
-            PromptCache.load(tmp_path / "changed.safetensors", engine, kind)
+def test_mistakes(model):
+    with pytest.raises(CacheError, match="cannot forget 3 tokens of 0"):
+        KVCache(model.args).trim(3)
+    with pytest.raises(CacheError, match="an empty cache cannot be enlarged before its first tokens; prefill first"):
+        KVCache(model.args).reserve(3)
+    with pytest.raises(CacheError, match="the cache has 2 entries for a model of 3 layers; make one for this model"):
+        random_model(seed=1, layers=3)(mx.array([[1]]), KVCache(model.args))
 
 
-def test_the_tenth_turn_prefills_its_own_message_only(tiny):
-    conversation = Conversation(tiny, max_tokens=6, ignore_eos=True, temperature=0.0)
-    prefilled = []
-    for _ in range(10):
-        stats = list(conversation.send("Hi"))[-1].stats
-        prefilled.append(stats.prompt_tokens - stats.reused_tokens)
-    assert len(set(prefilled[1:])) == 1 and prefilled[9] < prefilled[0] + 3 and stats.prompt_tokens > 9 * prefilled[9]
-
-
-def test_mistakes(tiny, engine):
-    with pytest.raises(OptionError, match="kv_bits is 3; allowed: 4, 8"):
-        GenerationOptions(kv_bits=3)
-    with pytest.raises(OptionError, match="kv_window is 4 and kv_keep 4; the window must be the larger one"):
-        GenerationOptions(kv_window=4)
-    with pytest.raises(CacheError, match="holds plain keys and values, but the options ask for 8-bit keys and values, g"):
-        stream_generate(engine, "Once", kv_bits=8, prompt_cache=PromptCache.for_config(engine.config))
-
-
-def test_loss_of_a_kind(engine):
-    from openelm_mlx.benchmarks.kv_loss import kv_loss
-
-    losses = [kv_loss(engine, [TOKENS], kind, prompt=30) for kind in (KINDS["plain"], KINDS["8 bits"], KINDS["4 bits"])]
-    assert losses[0].kl == 0.0 and losses[0].top_1 == 1.0 and 0 < losses[1].kl < losses[2].kl
-    assert losses[0].bytes_per_token > losses[1].bytes_per_token > losses[2].bytes_per_token
+def test_the_layout_of_arrays(model):
+    for kind in KINDS.values():
+        cache = prefilled(model, kind, TOKENS[:9])
+        for arrays, shape in zip(cache.arrays, layer_shapes(model.args), strict=True):
+            assert {array.shape[:4] for array in arrays} == {(2, 1, shape.kv_heads, cache.capacity)}

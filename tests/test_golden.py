@@ -12,7 +12,7 @@ from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.pipeline import convert
 from openelm_mlx.convert.sources import open_source
 
-from openelm_mlx.cache import make_caches, step_caches
+from openelm_mlx.cache import KVCache, step_caches
 from openelm_mlx.model import OpenELM
 
 TOLERANCE = 1e-4
@@ -42,17 +42,17 @@ def test_logits_equal_the_reference(name, tmp_path):
 
     assert distance(model(tokens)) < TOLERANCE
     for chunk in (1, 3, 7):
-        caches = make_caches(model.args)
-        parts = [model(tokens[:, i : i + chunk], caches) for i in range(0, tokens.shape[1], chunk)]
+        cache = KVCache(model.args)
+        parts = [model(tokens[:, i : i + chunk], cache) for i in range(0, tokens.shape[1], chunk)]
         assert distance(mx.concatenate(parts, axis=1)) < TOLERANCE
     assert distance(model.logits(model.hidden(tokens, last=True)), expected[:, -1]) < TOLERANCE
-    caches = make_caches(model.args)
-    model.hidden(tokens[:, :5], caches, last=True)
-    assert distance(model(tokens[:, 5:], caches), expected[:, 5:]) < TOLERANCE
-    caches = make_caches(model.args)
-    model(tokens[:, :-4], caches)
+    cache = KVCache(model.args)
+    model.hidden(tokens[:, :5], cache, last=True)
+    assert distance(model(tokens[:, 5:], cache), expected[:, 5:]) < TOLERANCE
+    cache = KVCache(model.args)
+    model(tokens[:, :-4], cache.layers)
     start = mx.array([tokens.shape[1] - 4] * tokens.shape[0])
-    fixed = step_caches([cache.arrays for cache in caches], start, caches[0].kind)
+    fixed = step_caches(cache.arrays, start, cache.kind)
     assert distance(model(tokens[:, -4:], fixed), expected[:, -4:]) < TOLERANCE
 
 
