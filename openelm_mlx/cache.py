@@ -149,17 +149,11 @@ class KVCache:
         return self.row(slice(None), length)
 
     def row(self, rows: int | slice, length: int) -> KVCache:
-        """A copy of the first `length` tokens of one of several sequences, or of more of them."""
+        """A copy of the first `length` tokens of one of several sequences, or of a slice of them."""
         rows = slice(rows, rows + 1) if isinstance(rows, int) else rows
         slots = self.kind.layout.room(length, 1)
         arrays = [[mx.contiguous(a[:, rows, :, :slots]) for a in arrays] for arrays in self.arrays]
         mx.eval(arrays)  # else they would hold on to the whole
-        return KVCache(self.config, self.kind, arrays, length, self.written)
-
-
-    def row(self, number: int, length: int) -> KVCache:
-        """A copy of the first `length` tokens of one of several sequences; the rest was padding."""
-        arrays = [[mx.contiguous(a[:, number : number + 1]) for a in held] for held in self.arrays]
         return KVCache(self.config, self.kind, arrays, length, self.written)
 
 
