@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.blas import load_blas
 from openelm_mlx.metal import set_buffer_limits, set_wired_limit
@@ -23,10 +23,18 @@ from openelm_mlx.config_files import APPLES_DEFAULTS, chat_sampling, read_json  
 from openelm_mlx.decode import Steps  # noqa: E402
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError, reason  # noqa: E402
 from openelm_mlx.files import name_for_mlx  # noqa: E402
-from openelm_mlx.hub import resolve_model  # noqa: E402
+from openelm_mlx.hub import Resolved, resolve_model  # noqa: E402
 from openelm_mlx.model import OpenELM  # noqa: E402
 from openelm_mlx.options import ModelOptions, SamplingOptions, shown  # noqa: E402
+from openelm_mlx.threads import device_work, stream  # noqa: E402
 from openelm_mlx.tokenizer import Tokenizer  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from openelm_mlx.options import GenerationOptions
+    from openelm_mlx.prompts import Prompt
+    from openelm_mlx.request import Event
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 WIDE_MODEL_DIM = 3072  # OpenELM-3B and up: activations overflow float16 (CoreNet, mlx_examples/open_elm/README.md)
@@ -34,7 +42,7 @@ WIDE_MODEL_DIM = 3072  # OpenELM-3B and up: activations overflow float16 (CoreNe
 
 @dataclass(repr=False)
 class Engine:
-    """A loaded model, ready to generate. Build and use it on one thread: lazy arrays do not cross threads."""
+    """A loaded model, ready to generate, on any thread and on several at once."""
 
     model: OpenELM
     tokenizer: Tokenizer
@@ -48,6 +56,26 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.steps = Steps(self.model)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingOptions | None = None,
+        options: GenerationOptions | None = None,
+        **settings: Any,
+    ) -> AsyncGenerator[Event, None]:
+        """Yield one `Event` per token to a coroutine; arguments and errors are those of `stream_generate`.
+
+        >>> async for event in engine.stream("Once upon a time", max_tokens=64):
+        ...     print(event.text, end="", flush=True)
+
+        Several may run at once, a step of each in turn; the event loop is free meanwhile. Errors are
+        raised where the first event is awaited. Cancelling the task, or closing the iterator, ends
+        the generation after the step under way.
+        """
+        from openelm_mlx.generation import stream_generate
+
+        return stream(partial(stream_generate, self, prompt, sampling, options, **settings))
 
     def __repr__(self) -> str:
         """One line: <Engine openelm-tiny: 6.5 M parameters, 6.9 MB, context 1024>"""
@@ -87,6 +115,12 @@ def load(
         raise OptionError(f"the model is {shown(name)}; {allowed}")
     ModelOptions(dtype, bits, group_size, tokenizer, revision)  # type: ignore[arg-type]  # a text becomes a path
     resolved = resolve_model(str(name), revision=revision, tokenizer=None if tokenizer is None else str(tokenizer))
+    return load_resolved(str(name), resolved, dtype, bits, group_size)
+
+
+@device_work
+def load_resolved(name: str, resolved: Resolved, dtype: str | None, bits: int | None, group_size: int) -> Engine:
+    """Return the engine of a folder in this project's layout; the errors are those of `load`."""
     folder = resolved.folder
     raw = read_json(folder / "config.json")
     config = OpenELMConfig.from_hf_dict(raw).with_eos_of(folder)
@@ -112,8 +146,8 @@ def load(
             f"{pieces.path} has {pieces.vocab_size} pieces but the model only {config.vocab_size} embeddings: "
             "the tokenizer belongs to another model; pass the right one with --tokenizer"
         )
-    instruct = speaks_instruct(folder, str(name))
-    return Engine(model, pieces, config, str(name), folder, quantization, instruct, sampling)
+    instruct = speaks_instruct(folder, name)
+    return Engine(model, pieces, config, name, folder, quantization, instruct, sampling)
 
 
 def parameters(model: OpenELM) -> dict[str, mx.array]:

@@ -1,0 +1,231 @@
+"""A generation may be driven from any thread and from asyncio, and the process ends cleanly afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import pytest
+
+from openelm_mlx.threads import MAIN, compiled, device, device_work, on_device, stream
+
+T = TypeVar("T")
+
+
+def elsewhere(call: Callable[[], T]) -> T:
+    """Call in a thread that ends."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def powers(closed: list[str]) -> Generator[float, None, None]:
+    """1, 2, 4, ... the next one never evaluated when one is yielded."""
+    value = mx.array(1.0)
+    try:
+        while True:
+            value, now = value * 2, value
+            yield on_device(now.item)
+    finally:
+        closed.append(threading.current_thread().name)
+
+
+def test_the_main_thread_works_itself_and_others_share_one_worker() -> None:
+    assert on_device(threading.get_ident) == MAIN
+    first, second = (elsewhere(lambda: on_device(threading.current_thread)) for _ in range(2))
+    assert first is second and first.daemon and first.ident != MAIN
+
+
+def test_an_unfinished_computation_goes_on_in_any_thread() -> None:
+    kept = {"x": mx.ones(3)}
+
+    @device_work
+    def double() -> None:
+        kept["x"] = kept["x"] * 2  # not evaluated, so it needs the stream it was made on
+
+    for there in (True, False, True, True, False, False):
+        elsewhere(double) if there else double()
+    assert (
+        on_device(kept["x"].tolist) == [64.0] * 3
+        and elsewhere(lambda: on_device(kept["x"].tolist)) == [64.0] * 3
+    )
+
+
+def test_errors_travel_and_the_worker_goes_on() -> None:
+    def wrong(error: BaseException) -> None:
+        raise error
+
+    for error in (ValueError("no"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught:
+            elsewhere(lambda error=error: on_device(lambda: wrong(error)))  # type: ignore[misc]
+        assert caught.value is error
+    assert elsewhere(lambda: on_device(lambda: 7)) == 7
+
+
+def test_work_within_work_is_a_plain_call() -> None:
+    def nested() -> tuple[int, int]:
+        return threading.get_ident(), on_device(threading.get_ident)
+
+    for here, inner in (on_device(nested), elsewhere(lambda: on_device(nested))):
+        assert here == inner
+
+
+def test_the_collector_may_close_a_generation_in_the_midst_of_work() -> None:
+    class Abandoned:
+        """A cycle: only the collector ends it."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            closed.append(on_device(threading.get_ident))
+
+    for run in (on_device, lambda call: elsewhere(lambda: on_device(call))):
+        closed: list[int] = []
+        Abandoned()
+        thread = run(lambda: (gc.collect(), threading.get_ident())[1])
+        assert closed == [thread]
+
+
+def test_the_main_thread_does_not_push_in() -> None:
+    order, other = [], threading.Thread(target=lambda: on_device(lambda: order.append("other")))
+
+    def first() -> None:
+        other.start()
+        while not device.line:
+            other.join(0.001)
+        order.append("first")
+
+    on_device(first)
+    on_device(lambda: order.append("second"))
+    other.join()
+    assert order == ["first", "other", "second"]
+
+
+def test_one_at_a_time() -> None:
+    inside, most = 0, 0
+
+    def work() -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))  # lets other threads run
+        inside -= 1
+
+    others = [
+        threading.Thread(target=lambda: [on_device(work) for _ in range(50)]) for _ in range(3)
+    ]
+    for other in others:
+        other.start()
+    for _ in range(50):
+        on_device(work)
+    for other in others:
+        other.join()
+    assert most == 1
+
+
+def test_a_compiled_function_never_runs_the_trace_of_an_earlier_one() -> None:
+    """MLX finds traces by the address of the function, and functions that are made anew get the same one."""
+    one = mx.array(1.0)
+    for number in range(50):
+        weight = mx.array(float(number))
+        add = compiled(lambda x, weight=weight: x * 2 + weight)
+        work = device_work(partial(lambda add: add(one).item(), add))
+        assert [work(), elsewhere(work)] == [2.0 + number] * 2
+
+
+def test_an_idle_worker_refers_to_nothing() -> None:
+    class Big:
+        pass
+
+    def ends(error: bool) -> None:
+        big = Big()
+        kept.append(weakref.ref(big))
+        if error:
+            raise ValueError(big)
+
+    kept: list[Any] = []
+    elsewhere(lambda: on_device(lambda: ends(False)))
+    with pytest.raises(ValueError):
+        elsewhere(lambda: on_device(lambda: ends(True)))
+    elsewhere(lambda: on_device(int))
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]
+
+
+def test_several_streams_share_an_event_loop() -> None:
+    closed: list[str] = []
+
+    async def first(count: int) -> list[float]:
+        taken = []
+        async for value in stream(lambda: powers(closed)):
+            taken.append(value)
+            if len(taken) == count:
+                break
+        return taken
+
+    async def main() -> list[list[float]]:
+        return await asyncio.gather(*(first(count) for count in (3, 5, 4)))
+
+    assert asyncio.run(main()) == [[2.0**n for n in range(count)] for count in (3, 5, 4)]
+    assert closed == ["openelm-device"] * 3
+
+
+def test_the_event_loop_is_free_while_the_device_works() -> None:
+    released = threading.Event()
+
+    def waits() -> Generator[bool, None, None]:
+        yield released.wait(30)
+
+    async def main() -> list[bool]:
+        asyncio.get_running_loop().call_later(0, released.set)
+        return [value async for value in stream(waits)]
+
+    assert asyncio.run(main()) == [True]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "closed", "never started"])
+def test_a_stream_that_is_given_up_closes_its_generation(how: str) -> None:
+    closed: list[str] = []
+
+    async def main() -> None:
+        events = stream(lambda: powers(closed))
+        if how == "never started":
+            await events.aclose()
+            return
+        assert [await anext(events), await anext(events)] == [1.0, 2.0]
+        if how == "closed":
+            await events.aclose()
+        else:
+            task = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert closed == ["openelm-device"]
+
+    asyncio.run(main())
+    assert closed == ([] if how == "never started" else ["openelm-device"])
+
+
+def test_an_error_of_a_stream_is_raised_where_it_is_awaited() -> None:
+    def refused() -> Generator[int, None, None]:
+        raise ValueError("refused")
+
+    def breaks() -> Generator[int, None, None]:
+        yield 1
+        raise ValueError("broken")
+
+    async def main(start: Callable[[], Generator[int, None, None]]) -> None:
+        async for _ in stream(start):
+            pass
+
+    for start, text in ((refused, "refused"), (breaks, "broken")):
+        with pytest.raises(ValueError, match=text):
+            asyncio.run(main(start))
