@@ -19,7 +19,6 @@ from openelm_mlx.prompt_cache import PromptCache
 from openelm_mlx.prompts import Prompt
 from openelm_mlx.scheduler import BatchEngine
 from openelm_mlx.stats import GenerationStats
-from openelm_mlx.threads import on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -98,7 +97,7 @@ def batch_generate(
             except OpenELMError as error:
                 results[place] = BatchResult("", (), None, None, error)
         while batch.busy:
-            for number, event in on_device(batch.step):
+            for number, event in batch.step():
                 place = places[number]
                 texts[place] += event.text
                 tokens[place].append(-1 if event.token is None else event.token)
@@ -108,7 +107,7 @@ def batch_generate(
                         texts[place], done, event.finish_reason, event.stats
                     )
     finally:
-        on_device(batch.close)
+        batch.close()
     return [result for result in results if result is not None]
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from openelm_mlx import threads
 from openelm_mlx.cache import KVCache, step_caches
 from openelm_mlx.kv import Arrays, CacheKind
 from openelm_mlx.model import OpenELM
@@ -218,7 +219,7 @@ class Steps:
         """
         made = self._made.pop(key, None)
         if made is None:
-            made = mx.compile(make()) if compiled else make()
+            made = threads.compiled(make()) if compiled else make()
         self._made[key] = made  # newest last
         while len(self._made) > self.LIMIT:
             del self._made[next(iter(self._made))]

@@ -27,7 +27,6 @@ from openelm_mlx.prompt_cache import PromptCache
 from openelm_mlx.prompts import Prompt, prompt_tokens
 from openelm_mlx.request import Event
 from openelm_mlx.scheduler import BatchEngine
-from openelm_mlx.threads import on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # only type checkers import it; nothing to install
@@ -131,7 +130,7 @@ def _events(scheduler: BatchEngine) -> Generator[Event, None, None]:
     """Yield what each step gives, until the request has ended or the reader closes the iterator."""
     try:
         while scheduler.busy:
-            for _, event in on_device(scheduler.step):
+            for _, event in scheduler.step():
                 yield event
     finally:
-        on_device(scheduler.close)
+        scheduler.close()

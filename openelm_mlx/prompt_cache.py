@@ -17,6 +17,7 @@ from openelm_mlx.config import layer_shapes
 from openelm_mlx.errors import CacheError, reason
 from openelm_mlx.files import name_for_mlx, replacing
 from openelm_mlx.kv import CacheKind, Window
+from openelm_mlx.threads import device_work
 from openelm_mlx.tokenizer import Tokenizer, spelling
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ class PromptCache:
         more = [*best[:kept], *tokenizer.encode(text[place:], bos=False, continued=kept > 1)]
         return more if tokenizer.decode(more) == tokenizer.decode(tokens) else tokens
 
+    @device_work
     def save(self, path: str | Path, engine: Engine) -> None:
         """Write the latest sequence that `engine` has run to a safetensors file; all or nothing.
 
@@ -188,6 +190,7 @@ class PromptCache:
             raise CacheError(f"{path} cannot be written: {error}") from None
 
     @classmethod
+    @device_work
     def load(cls, path: str | Path, engine: Engine, kind: CacheKind | None = None) -> PromptCache:
         """Return a store with the sequence of a saved file.
 

@@ -33,6 +33,7 @@ from openelm_mlx.request import Event, Request, TokenLogprobs, mask_of, on_host,
 from openelm_mlx.rows import Rows
 from openelm_mlx.speculative import Speculation
 from openelm_mlx.stats import Reader
+from openelm_mlx.threads import device_work
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,7 +62,7 @@ class BatchEngine:
     While sequences run, a step prefills at most `admission` tokens of waiting prompts, so that a
     long prompt stalls nobody; None prefills every prompt at once. `prompt_cache` is drawn on by all
     requests, and holds what they leave. `draft` is a smaller engine with the same tokenizer.
-    `options` and `settings` are engine options, for all sequences. Drive it from one thread.
+    `options` and `settings` are engine options, for all sequences. Any thread may call it.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class BatchEngine:
             prompt_tokens(self.engine, prompt), sampling, options, owner, position_offset, progress
         ).number
 
+    @device_work
     def enqueue(
         self,
         tokens: list[int],
@@ -173,6 +175,7 @@ class BatchEngine:
         self._waiting.append(request)
         return request
 
+    @device_work
     def continued(self, text: str) -> list[int]:
         """Return ids of `text` that go on from what the prefix cache holds, where that is worth it."""
         if self.prompt_cache is None:
@@ -180,6 +183,7 @@ class BatchEngine:
         weights = self.engine.steps.refresh()
         return self.prompt_cache.ids_for(self.engine.tokenizer, text, weights, self.kind)
 
+    @device_work
     def cancel(self, number: int) -> bool:
         """Drop a sequence; False when it has ended already or never was."""
         for row, request in self._live():
@@ -199,6 +203,7 @@ class BatchEngine:
         self._waiting = deque(one for one in self._waiting if one.number != number)
         return len(self._waiting) < waiting
 
+    @device_work
     def step(self) -> list[tuple[int, Event]]:
         """Admit what waits, draw tokens for every running sequence; (number, event) for each."""
         self._reader.back()
@@ -210,6 +215,7 @@ class BatchEngine:
         self._reader.leave()
         return events
 
+    @device_work
     def close(self) -> None:
         """Drop everything and wait for what is under way; the prefix cache gets what was run."""
         self._waiting.clear()

@@ -10,6 +10,7 @@ import mlx.core as mx
 from openelm_mlx.errors import OptionError, PromptError
 from openelm_mlx.generation import prompt_tokens
 from openelm_mlx.options import check_loaded, shown
+from openelm_mlx.threads import device_work
 
 if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
@@ -60,6 +61,7 @@ def batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:
         del order[:count]
 
 
+@device_work
 def score_batch(engine: Engine, rows: list[list[int]]) -> list[list[float]]:
     """Score sequences of two tokens or more in one pass, padded at the end, where none looks."""
     lengths = [len(row) - 1 for row in rows]
