@@ -22,7 +22,7 @@ from openelm_mlx.errors import OptionError
 T = TypeVar("T")
 KV_BITS = (4, 8)
 DTYPES = ("float32", "bfloat16", "float16")
-COARSEST_GREEDY = 1e-6  # a temperature below it tells no two logits apart that float32 does not; far below it overflows
+COARSEST_GREEDY = 1e-6  # below it a temperature leaves float32 logits no choice but the highest
 UNFIT = object()
 KINDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "a text", "Path": "a path in UTF-8",
          "tuple[str, ...]": "a text of at least one character, or a list of such texts",
@@ -84,20 +84,15 @@ def as_pairs(given: Any) -> Any:
 
     The last of several numbers for one id counts.
     """
-    items = (
-        given.items()
-        if isinstance(given, Mapping)
-        else [given]
-        if isinstance(given, str)
-        else given
-    )
+    items = [given] if isinstance(given, str) else given
+    items = given.items() if isinstance(given, Mapping) else items
     try:
         parts = [item.split("=") if isinstance(item, str) else item for item in items]
-        numbers = [
-            [float(part) if isinstance(part, str) else part for part in pair] for pair in parts
-        ]
         pairs = {
-            as_annotated("int", token): as_annotated("float", number) for token, number in numbers
+            as_annotated("int", float(token) if isinstance(token, str) else token): as_annotated(
+                "float", float(number) if isinstance(number, str) else number
+            )
+            for token, number in parts
         }
     except (TypeError, ValueError):
         return UNFIT
@@ -194,6 +189,11 @@ def explanation(item: Field[Any]) -> list[str]:
     return [f"    {item.name}: {item.type}{default}", *(f"        {line}" for line in text)]
 
 
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a class of options; `check_fields` and the command line read the metadata."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 @explained()
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -202,93 +202,53 @@ class SamplingOptions:
     `sampling.filter_logits` states the order of the filters.
     """
 
-    temperature: float = field(
-        default=0.0,
-        metadata={
-            "help": "0 is greedy: top-k, top-p, min-p and XTC then change nothing",
-            "range": (0.0, 100.0),
-        },
+    temperature: float = option(
+        0.0, "0 is greedy: top-k, top-p, min-p and XTC then change nothing", range=(0.0, 100.0)
     )
-    top_k: int = field(
-        default=0,
-        metadata={"help": "keep the k likeliest tokens; 0 keeps all", "range": (0, math.inf)},
+    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", range=(0, math.inf))
+    top_p: float = option(1.0, "keep the smallest set of tokens with this mass", range=(0.0, 1.0))
+    min_p: float = option(
+        0.0, "drop tokens below this share of the likeliest one", range=(0.0, 1.0)
     )
-    top_p: float = field(
-        default=1.0,
-        metadata={"help": "keep the smallest set of tokens with this mass", "range": (0.0, 1.0)},
+    xtc_probability: float = option(
+        0.0,
+        "exclude top choices this often: all likely tokens but the least likely one",
+        range=(0.0, 1.0),
     )
-    min_p: float = field(
-        default=0.0,
-        metadata={"help": "drop tokens below this share of the likeliest one", "range": (0.0, 1.0)},
+    xtc_threshold: float = option(
+        0.1, "with xtc_probability: a token is likely from here on", range=(0.0, 0.5)
     )
-    xtc_probability: float = field(
-        default=0.0,
-        metadata={
-            "help": "exclude top choices this often: all likely tokens but the least likely one",
-            "range": (0.0, 1.0),
-        },
+    repetition_penalty: float = option(
+        1.0, "divide the score of tokens seen in prompt or answer; 1 is off", range=(0.01, 100.0)
     )
-    xtc_threshold: float = field(
-        default=0.1,
-        metadata={
-            "help": "with xtc_probability: a token is likely from here on",
-            "range": (0.0, 0.5),
-        },
+    presence_penalty: float = option(
+        0.0, "subtracted from the score of tokens already generated", range=(-100.0, 100.0)
     )
-    repetition_penalty: float = field(
-        default=1.0,
-        metadata={
-            "help": "divide the score of tokens seen in prompt or answer; 1 is off",
-            "range": (0.01, 100.0),
-        },
+    frequency_penalty: float = option(
+        0.0, "subtracted once for each time a token was generated", range=(-100.0, 100.0)
     )
-    presence_penalty: float = field(
-        default=0.0,
-        metadata={
-            "help": "subtracted from the score of tokens already generated",
-            "range": (-100.0, 100.0),
-        },
+    penalty_window: int = option(
+        0, "penalties look at this many latest tokens only; 0 is the whole text", range=(0, 65536)
     )
-    frequency_penalty: float = field(
-        default=0.0,
-        metadata={
-            "help": "subtracted once for each time a token was generated",
-            "range": (-100.0, 100.0),
-        },
+    logit_bias: tuple[tuple[int, float], ...] = option(
+        (),
+        "added to the score of a token id; may be given several times",
+        range=(-100.0, 100.0),
+        metavar="ID=NUMBER",
     )
-    penalty_window: int = field(
-        default=0,
-        metadata={
-            "help": "penalties look at this many latest tokens only; 0 is the whole text",
-            "range": (0, 65536),
-        },
+    processor: Callable[..., Any] | None = option(
+        None,
+        "f(logits [B, vocab], newest tokens [B], positions drawn [B]) -> logits: pure, row by row, on the device",
+        flag=None,
     )
-    logit_bias: tuple[tuple[int, float], ...] = field(
-        default=(),
-        metadata={
-            "help": "added to the score of a token id; may be given several times",
-            "range": (-100.0, 100.0),
-            "metavar": "ID=NUMBER",
-        },
+    seed: int | None = option(
+        None, "same seed, same tokens; unset draws a new one", range=(0, 2**63 - 1)
     )
-    processor: Callable[..., Any] | None = field(
-        default=None,
-        metadata={
-            "help": "f(logits [B, vocab], newest tokens [B], positions drawn [B]) -> logits: pure, row by row, on the device",
-            "flag": None,
-        },
-    )
-    seed: int | None = field(
-        default=None,
-        metadata={"help": "same seed, same tokens; unset draws a new one", "range": (0, 2**63 - 1)},
-    )
-    stream: int = field(
-        default=0,
-        metadata={
-            "help": "independent noise under the same seed: sample i of n, retry j",
-            "range": (0, 2**31 - 1),
-            "flag": "--seed-stream",
-        },
+    stream: int = option(
+        0,
+        "independent noise under the same seed: sample i of n, retry j",
+        range=(0, 2**31 - 1),
+        flag="--seed-stream",
     )
 
     def __post_init__(self) -> None:
@@ -309,20 +269,18 @@ class SamplingOptions:
     @property
     def idle(self) -> list[str]:
         """Names of the filters that were set but change nothing, because the choice is greedy."""
-        names = ("top_k", "top_p", "min_p", "xtc_probability") if self.greedy else ()
+        names = ("top_k", "top_p", "min_p", "xtc_probability")
+        ignored = self.greedy and self.top_k != 1
         return [
             name
             for name in names
-            if getattr(self, name) != getattr(SamplingOptions, name) and self.top_k != 1
+            if ignored and getattr(self, name) != getattr(SamplingOptions, name)
         ]
 
     @property
     def penalised(self) -> bool:
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-        )
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0)
 
 
 @explained()
@@ -330,48 +288,29 @@ class SamplingOptions:
 class GenerationOptions:
     """When the generation of one request stops, what is reported with each token, and what is drafted."""
 
-    max_tokens: int = field(
-        default=256, metadata={"help": "stop after this many tokens", "range": (1, math.inf)}
+    max_tokens: int = option(256, "stop after this many tokens", range=(1, math.inf))
+    stop: tuple[str, ...] = option((), "stop before this text; may be given several times")
+    stop_tokens: tuple[int, ...] = option(
+        (),
+        "stop at this token id, as at the end-of-text token; may be given several times",
+        range=(0, 2**31 - 1),
+        flag="--stop-token",
+        metavar="ID",
     )
-    stop: tuple[str, ...] = field(
-        default=(), metadata={"help": "stop before this text; may be given several times"}
+    ignore_eos: bool = option(False, "go on past the end-of-text token")
+    logprobs: int | None = option(
+        None,
+        "report log probabilities: of the chosen token and of this many likeliest",
+        range=(0, 100),
     )
-    stop_tokens: tuple[int, ...] = field(
-        default=(),
-        metadata={
-            "help": "stop at this token id, as at the end-of-text token; may be given several times",
-            "range": (0, 2**31 - 1),
-            "flag": "--stop-token",
-            "metavar": "ID",
-        },
+    prompt_lookup: int = option(
+        0, "draft what followed the last time these N tokens were seen; 0 is off", range=(0, 16)
     )
-    ignore_eos: bool = field(default=False, metadata={"help": "go on past the end-of-text token"})
-    logprobs: int | None = field(
-        default=None,
-        metadata={
-            "help": "report log probabilities: of the chosen token and of this many likeliest",
-            "range": (0, 100),
-        },
+    draft_tokens: int = option(
+        8, "with a draft model or prompt lookup: draft at most this many", range=(1, 16)
     )
-    prompt_lookup: int = field(
-        default=0,
-        metadata={
-            "help": "draft what followed the last time these N tokens were seen; 0 is off",
-            "range": (0, 16),
-        },
-    )
-    draft_tokens: int = field(
-        default=8,
-        metadata={
-            "help": "with a draft model or prompt lookup: draft at most this many",
-            "range": (1, 16),
-        },
-    )
-    adaptive_draft: bool = field(
-        default=True,
-        metadata={
-            "help": "draft less where little is accepted; off always drafts the whole length"
-        },
+    adaptive_draft: bool = option(
+        True, "draft less where little is accepted; off always drafts the whole length"
     )
 
     def __post_init__(self) -> None:
@@ -400,27 +339,13 @@ class GenerationOptions:
 class EngineOptions:
     """How requests are run: what all that run together share."""
 
-    prefill_chunk: int = field(
-        default=512,
-        metadata={"help": "prompt tokens in one pass of the model", "range": (1, math.inf)},
+    prefill_chunk: int = option(512, "prompt tokens in one pass of the model", range=(1, math.inf))
+    compiled: bool = option(True, "run the decode step compiled; off is its eager twin")
+    kv_bits: int | None = option(None, "quantize keys and values of the cache", choices=KV_BITS)
+    kv_window: int | None = option(
+        None, "attend to this many tokens only: the first and the latest", range=(2, math.inf)
     )
-    compiled: bool = field(
-        default=True, metadata={"help": "run the decode step compiled; off is its eager twin"}
-    )
-    kv_bits: int | None = field(
-        default=None, metadata={"help": "quantize keys and values of the cache", "choices": KV_BITS}
-    )
-    kv_window: int | None = field(
-        default=None,
-        metadata={
-            "help": "attend to this many tokens only: the first and the latest",
-            "range": (2, math.inf),
-        },
-    )
-    kv_keep: int = field(
-        default=4,
-        metadata={"help": "with a window: keep this many first tokens", "range": (0, math.inf)},
-    )
+    kv_keep: int = option(4, "with a window: keep this many first tokens", range=(0, math.inf))
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -439,22 +364,11 @@ class EngineOptions:
 class ModelOptions:
     """How a model is loaded."""
 
-    dtype: str | None = field(
-        default=None, metadata={"help": "compute in this type", "choices": DTYPES}
-    )
-    bits: int | None = field(
-        default=None, metadata={"help": "quantize while loading", "choices": (2, 3, 4, 5, 6, 8)}
-    )
-    group_size: int = field(
-        default=64,
-        metadata={"help": "with bits: weights that share a scale", "choices": (32, 64, 128)},
-    )
-    tokenizer: Path | None = field(
-        default=None, metadata={"help": "a tokenizer.model from elsewhere"}
-    )
-    revision: str | None = field(
-        default=None, metadata={"help": "branch, tag or commit on the hub", "metavar": "REV"}
-    )
+    dtype: str | None = option(None, "compute in this type", choices=DTYPES)
+    bits: int | None = option(None, "quantize while loading", choices=(2, 3, 4, 5, 6, 8))
+    group_size: int = option(64, "with bits: weights that share a scale", choices=(32, 64, 128))
+    tokenizer: Path | None = option(None, "a tokenizer.model from elsewhere")
+    revision: str | None = option(None, "branch, tag or commit on the hub", metavar="REV")
 
     def __post_init__(self) -> None:
         check_fields(self)

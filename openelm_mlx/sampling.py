@@ -14,17 +14,21 @@ from __future__ import annotations
 import math
 import secrets
 import struct
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from openelm_mlx.errors import OptionError
 from openelm_mlx.options import SamplingOptions
 
 NEVER = -float("inf")
-COLD = 1e-30  # divides where the choice is greedy: one ulp below the highest is out of reach then
+COLD = 1e-30  # the temperature of a greedy choice: whatever is below the highest is out of reach
+EXCLUDING = 0x9E3779B9  # what randomness is for, where it is not the draw
 NOWHERE = -(2**31)  # an empty place of a penalty window: no token, of neither prompt nor answer
 
 
@@ -72,10 +76,10 @@ class Filters:
 class Controls(NamedTuple):
     """The values of the options, one a row [B]; None where no row uses them."""
 
-    temperature: mx.array | None = None  # 0 where greedy
+    temperature: mx.array | None = None  # COLD where greedy
     top_k: mx.array | None = None  # int32
     top_p: mx.array | None = None
-    min_p: mx.array | None = None  # its logarithm
+    min_p: mx.array | None = None  # as the gap that it allows, -log(min_p)
     xtc_probability: mx.array | None = None
     xtc_threshold: mx.array | None = None
     repetition: mx.array | None = None
@@ -103,10 +107,10 @@ class Controls(NamedTuple):
             processor: index for index, processor in enumerate(filters.processors)
         }
         return cls(
-            column(filters.sampled, lambda o: o.temperature, 0.0),
+            column(filters.sampled, lambda o: o.temperature, COLD),
             column(filters.top_k, lambda o: min(o.top_k, vocab) or vocab, vocab),
             column(filters.top_p, lambda o: o.top_p if o.top_p < 1.0 else math.inf, math.inf),
-            column(filters.min_p, lambda o: math.log(o.min_p) if o.min_p else NEVER, NEVER),
+            column(filters.min_p, lambda o: -math.log(o.min_p) if o.min_p else math.inf, math.inf),
             column(filters.xtc, lambda o: o.xtc_probability, 0.0),
             column(filters.xtc, lambda o: o.xtc_threshold),
             column(filters.repetition, lambda o: o.repetition_penalty),
@@ -122,11 +126,10 @@ class Controls(NamedTuple):
 
 
 def biases(options: SamplingOptions, vocab: int) -> mx.array:
-    row = mx.zeros((vocab,))
+    row: Any = array("f", bytes(4 * vocab))
     for token, bias in options.logit_bias:
-        if token < vocab:
-            row[token] = bias
-    return row
+        row[token] = bias
+    return mx.array(row)
 
 
 class History(NamedTuple):
@@ -170,7 +173,7 @@ class History(NamedTuple):
     def plus(self, tokens: mx.array) -> History:
         """After one more token a row, tokens [B]."""
         text, answer, latest, window = self
-        entering, leaving = tokens.astype(mx.int32)[:, None], None
+        entering, leaving = tokens[:, None].astype(mx.int32), None
         if latest is not None and window is not None:
             places = ((latest.shape[1] - window) % latest.shape[1])[:, None]
             leaving = mx.where(
@@ -178,12 +181,12 @@ class History(NamedTuple):
             )
             latest = mx.concatenate([latest[:, 1:], entering], axis=1)
         if text is not None:
-            ids = mx.arange(text.shape[1], dtype=mx.int32)
+            ids = numbers(text.shape[1])
             text = text + (ids == entering)
             if leaving is not None:
                 text = text - (ids == mx.where(leaving < 0, -1 - leaving, leaving))
         if answer is not None:
-            ids = mx.arange(answer.shape[1], dtype=mx.int32)
+            ids = numbers(answer.shape[1])
             answer = answer + (ids == entering)
             if leaving is not None:
                 answer = answer - (ids == leaving)
@@ -192,8 +195,11 @@ class History(NamedTuple):
 
 def counts(tokens: list[int], vocab: int) -> mx.array:
     """How often each token of the vocabulary is among these, [1, vocab] int32."""
-    known = mx.array([token for token in tokens if token < vocab], mx.int32)
-    return mx.zeros((vocab,), mx.int32).at[known].add(1)[None]
+    found: Any = array("i", bytes(4 * vocab))
+    for token in tokens:
+        if token < vocab:
+            found[token] += 1
+    return mx.array(found)[None]
 
 
 def filter_logits(
@@ -220,20 +226,22 @@ def filter_logits(
     softmax of the result is exactly the distribution that tokens are drawn from. Where a row is greedy the highest
     logits alone stay, and `draw` takes the lowest id of equal ones. The arguments are those of `draw`.
     """
-    x = penalise(
-        allow(logits, filters, controls, positions, newest, mask), filters, controls, history
-    )
+    allowed = allow(logits, filters, controls, positions, newest, mask)
+    x = penalise(allowed, controls, history)
+    best = x.max(axis=-1, keepdims=True)
     if controls.temperature is None:  # every row is greedy
-        return mx.where(x == x.max(axis=-1, keepdims=True), x, NEVER)
-    # the highest becomes 0 and the others negative, so that no temperature overflows upwards
-    x = (x - x.max(axis=-1, keepdims=True)) / mx.maximum(controls.temperature, COLD)[:, None]
+        return mx.where(x == best, x, NEVER)
+    gaps = (best - x) / controls.temperature[:, None]  # never negative: no temperature overflows
     if filters.top_k or filters.top_p:
-        x = keep_likeliest(x, controls.top_k, controls.top_p)
+        gaps = keep_likeliest(gaps, controls.top_k, controls.top_p)
     if controls.min_p is not None:
-        x = mx.where(x < controls.min_p[:, None], NEVER, x)
-    if filters.xtc:
-        x = exclude_top_choices(x, controls, keys, positions)
-    return x
+        gaps = mx.where(gaps > controls.min_p[:, None], math.inf, gaps)
+    if controls.xtc_probability is not None and controls.xtc_threshold is not None:
+        likely = mx.softmax(-gaps, axis=-1) >= controls.xtc_threshold[:, None]
+        least = mx.where(likely, gaps, -1).max(axis=-1, keepdims=True)
+        excluding = (coin(keys, positions) < controls.xtc_probability)[:, None]
+        gaps = mx.where(excluding & (gaps < least), math.inf, gaps)
+    return -gaps
 
 
 def allow(
@@ -247,66 +255,57 @@ def allow(
     """Logits of what users and grammars allow: processors, bias, mask."""
     for index, processor in enumerate(filters.processors):
         which: Any = controls.processor
-        logits = mx.where((which == index)[:, None], processor(logits, newest, positions), logits)
+        made = processor(logits, newest, positions)
+        if not isinstance(made, mx.array) or made.shape != logits.shape:
+            what = f"{type(made).__name__} {getattr(made, 'shape', '')}".strip()
+            raise OptionError(f"processor returned {what}; it must return logits {logits.shape}")
+        logits = mx.where((which == index)[:, None], made, logits)
     if controls.bias is not None:
         logits = logits + controls.bias
     if mask is not None:
-        bits = mask[:, :, None] >> mx.arange(32, dtype=mx.uint32) & 1  # [B, words, 32]
+        bits = mask[:, :, None] >> numbers(32).astype(mx.uint32) & 1  # [B, words, 32]
         logits = mx.where(bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] == 1, logits, NEVER)
     return logits
 
 
-def penalise(
-    x: mx.array, filters: Filters, controls: Controls, history: History | None
-) -> mx.array:
+def penalise(x: mx.array, controls: Controls, history: History | None) -> mx.array:
     """Repetition penalty (arXiv:1909.05858) on prompt and answer; presence and frequency penalties on the answer."""
-    if controls.repetition is not None and history is not None and history.text is not None:
+    if history is None:
+        return x
+    text, answer = history.text, history.answer
+    if controls.repetition is not None and text is not None:
         penalty = controls.repetition[:, None]
-        x = mx.where(history.text > 0, mx.where(x > 0, x / penalty, x * penalty), x)
-    if (
-        controls.presence is not None
-        and controls.frequency is not None
-        and history is not None
-        and history.answer is not None
-    ):
-        x = (
-            x
-            - controls.presence[:, None] * (history.answer > 0)
-            - controls.frequency[:, None] * history.answer
-        )
+        x = mx.where(text > 0, mx.where(x > 0, x / penalty, x * penalty), x)
+    if controls.presence is not None and controls.frequency is not None and answer is not None:
+        x = x - controls.presence[:, None] * (answer > 0) - controls.frequency[:, None] * answer
     return x
 
 
-def keep_likeliest(x: mx.array, top_k: mx.array | None, top_p: mx.array | None) -> mx.array:
-    """Top-k, then top-p, by one sort: both keep the first so many of all tokens ordered by score, then by id.
+def keep_likeliest(gaps: mx.array, top_k: mx.array | None, top_p: mx.array | None) -> mx.array:
+    """Top-k, then top-p, by one sort: each keeps the first so many of all tokens by gap, then by id.
 
-    The highest score of a row must be 0.
+    `gaps` [B, vocab] say how far the score of a token is below the highest; inf is a token that is not drawn.
     """
-    vocab = x.shape[1]
-    order = mx.argsort(-x, axis=-1)  # stable: of equal scores the lower id comes first
-    kept = mx.array([[vocab]]) if top_k is None else top_k[:, None]
+    ids = numbers(gaps.shape[1])
+    order = mx.argsort(gaps, axis=-1)  # stable: of equal scores the lower id comes first
+    kept = mx.array([[gaps.shape[1]]]) if top_k is None else top_k[:, None]
     if top_p is not None:
-        likelihoods = mx.exp(mx.take_along_axis(x, order, axis=-1))
-        if top_k is not None:
-            likelihoods = mx.where(mx.arange(vocab) < kept, likelihoods, 0)
-        mass = mx.cumsum(likelihoods, axis=-1)
+        weights = mx.exp(-mx.take_along_axis(gaps, order, axis=-1))
+        mass = mx.cumsum(weights if top_k is None else mx.where(ids < kept, weights, 0), axis=-1)
         short = (
             mass < top_p[:, None] * mass[:, -1:]
-        )  # the first tokens up to this one do not have the mass
+        )  # the first tokens up to this one are not enough
         kept = mx.minimum(kept, 1 + short.sum(axis=-1, keepdims=True))
     last = mx.take_along_axis(order, kept - 1, axis=-1)  # the least likely token that stays
-    lowest = mx.take_along_axis(x, last, axis=-1)
-    return mx.where((x > lowest) | ((x == lowest) & (mx.arange(vocab) <= last)), x, NEVER)
+    widest = mx.take_along_axis(gaps, last, axis=-1)
+    return mx.where((gaps < widest) | ((gaps == widest) & (ids <= last)), gaps, math.inf)
 
 
-def exclude_top_choices(
-    x: mx.array, controls: Controls, keys: mx.array, positions: mx.array
-) -> mx.array:
-    probability: Any = controls.xtc_probability
-    threshold: Any = controls.xtc_threshold
-    likely = mx.softmax(x, axis=-1) >= threshold[:, None]
-    least = mx.where(likely, x, math.inf).min(axis=-1, keepdims=True)
-    return mx.where((x > least) & (coin(keys, positions) < probability)[:, None], NEVER, x)
+@lru_cache
+def numbers(count: int) -> mx.array:
+    """0, 1, 2, ... as int32: a constant of what is compiled, where mx.arange would run at every step."""
+    values: Any = array("i", range(count))
+    return mx.array(values)
 
 
 def new_seed() -> int:
@@ -325,16 +324,16 @@ def seed_key(seed: int, stream: int = 0, offset: int = 0) -> mx.array:
 
 
 def keyed(keys: mx.array, positions: mx.array, purpose: int = 0) -> mx.array:
-    """Random keys [B, 2], one a draw, from the rows' keys [B, 2], positions [B] and what the randomness is for."""
-    purposes = mx.full(positions.shape, purpose * 0x9E3779B9 & 0xFFFFFFFF, dtype=mx.uint32)
-    return keys + mx.stack([purposes, positions.astype(mx.uint32)], axis=1)
+    """Random keys [B, 2], one a draw, from those of the rows, positions [B] and what the randomness is for."""
+    second = mx.array([0, 1], mx.uint32)  # in one expression, so that it is one kernel
+    return keys + positions[:, None].astype(mx.uint32) * second + mx.array([purpose, 0], mx.uint32)
 
 
 def gumbel(keys: mx.array, positions: mx.array, vocab: int) -> mx.array:
     """Gumbel noise [B, vocab] for the tokens at `positions` [B], a function of key [B, 2] and position alone."""
     mixed = keyed(keys, positions)
     if keys.shape[0] == 1:
-        return mx.random.gumbel((vocab,), key=mixed[0])[None]
+        return mx.random.gumbel((vocab,), key=mixed.reshape(2))[None]
     return mx.vmap(lambda key: mx.random.gumbel((vocab,), key=key))(
         mixed
     )  # one kernel for all rows
@@ -342,7 +341,7 @@ def gumbel(keys: mx.array, positions: mx.array, vocab: int) -> mx.array:
 
 def coin(keys: mx.array, positions: mx.array) -> mx.array:
     """An even number from 0 up to 1 for each row, [B]: likewise a function of key and position alone."""
-    return mx.vmap(lambda key: mx.random.uniform(key=key))(keyed(keys, positions, purpose=1))
+    return mx.vmap(lambda key: mx.random.uniform(key=key))(keyed(keys, positions, EXCLUDING))
 
 
 def draw(
@@ -367,10 +366,10 @@ def draw(
         logits = logits.astype(mx.float32)  # which is the largest does not change by it
     if controls.temperature is None:
         allowed = allow(logits, filters, controls, positions, newest, mask)
-        return mx.argmax(penalise(allowed, filters, controls, history), axis=-1)
+        return mx.argmax(penalise(allowed, controls, history), axis=-1)
     filtered = filter_logits(logits, filters, controls, keys, positions, history, newest, mask)
     noise = gumbel(keys, positions, logits.shape[-1])
-    return mx.argmax(filtered + mx.where(controls.temperature[:, None] > 0, noise, 0), axis=-1)
+    return mx.argmax(filtered + mx.where(controls.temperature[:, None] > COLD, noise, 0), axis=-1)
 
 
 class Logprobs(NamedTuple):
