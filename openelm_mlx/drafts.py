@@ -1,56 +1,51 @@
-"""Where drafts come from: the context itself, a smaller model, or one after the other; and how long they should be."""
+"""Where drafts come from: the text itself, a smaller model or a caller's own source; and how long they should be.
+
+Lengths are functions of tokens alone, never of time, so that a run can be repeated pass by pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 
-from openelm_mlx.cache import level, step_caches
-from openelm_mlx.decode import StepSpec, flat
+from openelm_mlx.cache import KVCache, step_caches
 from openelm_mlx.errors import OptionError
-from openelm_mlx.kv import CacheKind
+from openelm_mlx.kv import Arrays, CacheKind
 from openelm_mlx.model import OpenELM
 from openelm_mlx.options import check_loaded
 from openelm_mlx.prompt_cache import PromptCache
-from openelm_mlx.sampling import DRAFTING, History, filter_logits, gumbel
+from openelm_mlx.rows import Rows
+from openelm_mlx.sampling import Controls, Filters, History, draw
 
 if TYPE_CHECKING:
+    from openelm_mlx.decode import State, StepSpec
     from openelm_mlx.loading import Engine
+    from openelm_mlx.request import Request
+
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # each length is a trace of its own, so not every number
+EXTRA = 0.05  # passes that one more token in the target's pass costs; memory-bound devices take it almost free
+LEAVING = 0.15  # passes that a draft costs besides: the device is no longer one token ahead
 
 
-class Request(NamedTuple):
-    """What a draft may look at: the text so far, and what the next tokens will be drawn with."""
+def gain(acceptance: float, k: int, cost: float) -> float:
+    """Return the tokens that a draft of k gives for the price of one token by plain decoding.
 
-    known: list[int]
-    spec: StepSpec
-    key: mx.array  # [1, 2]
-    history: History | None
-
-
-class Proposal(NamedTuple):
-    """Drafted tokens [k] and the filtered logits [k, vocab] they were drawn from; None where they were certain."""
-
-    tokens: mx.array
-    logits: mx.array | None
-
-
-class Policy(Protocol):
-    """How many tokens to draft, from what has been accepted; 0 while drafting does not pay.
-
-    A pure function of tokens, never of time, so that a seed gives the same text on every run.
+    A draft gives (1 - a^(k+1)) / (1 - a) tokens, where a is the acceptance of each (arXiv:2211.17192, eq. 1), for
+    1 + LEAVING + k (cost + EXTRA) passes of the target.
     """
-
-    def next(self, known: list[int]) -> int: ...
-    def record(self, known: int, drafted: int, accepted: int) -> None: ...
+    a = min(acceptance, 0.999)
+    return (1 - a ** (k + 1)) / (1 - a) / (1 + LEAVING + k * (cost + EXTRA))
 
 
 class Draft(Protocol):
-    """A source of guesses. `propose` may return None; which were accepted, the next request's tokens tell."""
+    """A caller's own source of drafts. Wrong tokens cost time and never change what is generated."""
 
-    def policy(self, limit: int, adaptive: bool) -> Policy: ...
-    def propose(self, request: Request, length: int) -> Proposal | None: ...
+    def propose(self, known: list[int], length: int) -> list[int]:
+        """Return at most `length` tokens that may follow `known`, the prompt and the answer so far."""
+        ...
 
 
 class PromptLookup:
@@ -66,11 +61,12 @@ class PromptLookup:
 
     MEMORY = 0.8  # weight of the past at each guess
     PRIOR = 0.1  # share of right guesses before there was one
+    MARGIN = 1.2  # the least gain of an adaptive draft: a few lucky guesses are no pattern
 
-    def __init__(self, ngram: int) -> None:
-        self.ngram = ngram
-        self.hits = [self.PRIOR] * (ngram + 1)  # by length of match: the share of right guesses, the latest weighing most
-        self._after: dict[tuple[int, ...], int] = {}  # an n-gram -> the place behind its latest occurrence
+    def __init__(self, ngram: int, limit: int, adaptive: bool = True) -> None:
+        self.ngram, self.limit, self.adaptive = ngram, limit, adaptive
+        self.hits = [self.PRIOR] * (ngram + 1)  # share of right guesses by length of match
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> the place behind its latest occurrence
         self._seen = 0
 
     def find(self, known: list[int]) -> tuple[int, int] | None:
@@ -82,7 +78,8 @@ class PromptLookup:
             guess = self._match(known, end)
             if guess is not None:
                 place, n = guess
-                self.hits[n] = self.MEMORY * self.hits[n] + (1 - self.MEMORY) * (known[place] == known[end])
+                hit = (1 - self.MEMORY) * (known[place] == known[end])
+                self.hits[n] = self.MEMORY * self.hits[n] + hit
             for n in range(1, min(self.ngram, end) + 1):
                 self._after[tuple(known[end - n : end])] = end
         self._seen = len(known)
@@ -95,168 +92,58 @@ class PromptLookup:
                 return place, n
         return None
 
-    def policy(self, limit: int, adaptive: bool) -> Policy:
-        return LookupLength(self, limit, adaptive)
-
-    def propose(self, request: Request, length: int) -> Proposal | None:
-        known, match = request.known, self.find(request.known)
-        if match is None:
-            return None
-        place, period = match[0], len(known) - match[0]
-        return Proposal(mx.array([known[place + i % period] for i in range(length)], dtype=mx.uint32), None)
-
-
-class ModelDraft:
-    """Guesses of a smaller model with the same tokenizer, drawn with the target's own sampling options.
-
-    Keeps its cache between generations, so that a conversation's draft model prefills only what is new too.
-    Raises `OptionError` when the tokenizers differ.
-    """
-
-    def __init__(self, target: Engine, draft: Engine) -> None:
-        check_loaded("target", target)
-        check_loaded("draft", draft)
-        if not draft.tokenizer.same_pieces(target.tokenizer) or draft.vocab != target.vocab:
-            raise OptionError(
-                f"the draft model {draft.name} has another tokenizer than {target.name}; a draft must share it token for token"
-            )
-        self.engine = draft
-        layers = len(draft.model.layers) / len(target.model.layers)
-        self.cost = (draft.nbytes / target.nbytes + layers) / 2  # a token costs bytes read and kernels launched
-        self._cache = PromptCache.for_config(draft.config)
-        self._fed: mx.array | None = None  # tokens of the latest draft that the cache holds
-
-    def policy(self, limit: int, adaptive: bool) -> Policy:
-        self.engine.steps.refresh()
-        return DraftLength(limit, self.cost, adaptive)
-
-    def propose(self, request: Request, length: int) -> Proposal | None:
-        known = request.known
-        length = min(length, self.engine.config.max_context_length - len(known))
-        if length < 1:
-            return None
-        self._catch_up(known, length)
-        spec, cache = request.spec, self._cache
-        run = self.engine.steps.cached(
-            ("draft", spec, length), lambda: make_drafter(self.engine.model, spec, cache.kind, length)
-        )
-        arrays = [layer.arrays for layer in cache.layers]
-        for layer in cache.layers:
-            layer.arrays = []  # a second reference would forbid updating in place
-        position = mx.array([len(known) - 1], dtype=mx.int32)
-        tokens, logits, arrays = run([mx.array([known[-2:]]), position, request.key, flat(request.history), arrays])
-        for layer, held in zip(cache.layers, arrays, strict=True):
-            layer.arrays = held
-        cache.tokens[:] = known
-        self._fed = tokens[:-1]  # the last drafted token is never fed
-        return Proposal(tokens, None if spec.sampling.greedy else logits)
-
-    def _catch_up(self, known: list[int], length: int) -> None:
-        """Bring the cache to all but the last two tokens of `known`; those two start the draft."""
-        cache = self._cache
-        fed, self._fed = self._fed, None
-        if fed is not None:
-            drafted: Any = fed.tolist()
-            cache.tokens.extend(drafted)  # of which `reuse` keeps what was accepted
-        for layer in cache.layers:
-            layer.settle(len(cache.tokens) if layer.arrays else 0)
-        held = cache.reuse(known[:-1])
-        missing = known[held:-2] or ([] if cache.layers[0].arrays else known[:1])
-        for first in range(0, len(missing), 512):
-            hidden = self.engine.model.hidden(mx.array([missing[first : first + 512]]), cache.layers)
-            mx.eval(hidden, [layer.arrays for layer in cache.layers])
-        for layer in cache.layers:
-            layer.settle(len(known) - 2)
-            layer.reserve(len(known) + length)
-        level(cache.layers)
-
-
-def make_drafter(model: OpenELM, spec: StepSpec, kind: CacheKind, length: int) -> Callable[[list[Any]], Any]:
-    """`length` draft steps as one function: no return to the host between them.
-
-    It starts with two tokens: after a wholly accepted draft the cache lacks the last one, and feeding it again in
-    every other case keeps the shapes, and costs no second pass.
-    """
-
-    def run(arrays: list[Any]) -> list[Any]:
-        pair, position, key, history, buffers = arrays
-        seen = History(*history) if history else None
-        caches = step_caches(buffers, position - 1, kind)
-        hidden = model.hidden(pair, caches, last=True)
-        tokens, logits = [], []
-        for index in range(length):
-            row = model.logits(hidden)[:, : spec.vocab].astype(mx.float32)
-            row = filter_logits(row, spec.sampling, seen)
-            noise = 0.0 if spec.sampling.greedy else gumbel(key, position + 1 + index, spec.vocab, DRAFTING)
-            token = mx.argmax(row + noise, axis=-1).astype(mx.uint32)
-            tokens.append(token)
-            logits.append(row)
-            seen = None if seen is None else seen.plus(token)
-            if index + 1 < length:
-                caches = step_caches([cache.arrays for cache in caches], position + 1 + index, kind)
-                hidden = model.hidden(token, caches, last=True)
-        return [mx.concatenate(tokens), mx.concatenate(logits), [cache.arrays for cache in caches]]
-
-    return mx.compile(run) if spec.compiled else run
-
-
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # each length is a trace of its own, so not every number
-EXTRA = 0.05  # passes that one more token in the target's pass costs; memory-bound devices take it almost free
-LEAVING = 0.15  # passes that a draft costs beside: the device is no longer one token ahead
-
-
-def gain(acceptance: float, k: int, cost: float) -> float:
-    """Tokens that drafting k gives for the price of one by one: (1 - a^(k+1)) / (1 - a) tokens, with a the acceptance
-    of each (arXiv:2211.17192, eq. 1), for 1 + LEAVING + k (cost + EXTRA) passes."""
-    a = min(acceptance, 0.999)
-    return (1 - a ** (k + 1)) / (1 - a) / (1 + LEAVING + k * (cost + EXTRA))
-
-
-class LookupLength:
-    """Drafts whenever the guesses of late, for a match as long as this one, promise a clear gain."""
-
-    MARGIN = 1.2  # a few lucky guesses are no pattern, and a rejected draft costs most where passes are not memory-bound
-
-    def __init__(self, lookup: PromptLookup, limit: int, adaptive: bool = True) -> None:
-        self.lookup, self.limit, self.adaptive = lookup, limit, adaptive
-        self.lengths = [k for k in LENGTHS if k <= limit]
-
-    def next(self, known: list[int]) -> int:
-        match = self.lookup.find(known)
+    def length(self, known: list[int]) -> int:
+        """Return how many tokens to draft; 0 where no match, or none of late for matches this long, promises a gain."""
+        match = self.find(known)
         if match is None:
             return 0
         if not self.adaptive:
             return self.limit
-        best = max(self.lengths, key=lambda k: gain(self.lookup.hits[match[1]], k, 0.0))
-        return best if gain(self.lookup.hits[match[1]], best, 0.0) > self.MARGIN else 0
+        best, most = longest_gain(self.hits[match[1]], self.limit, 0.0)
+        return best if most > self.MARGIN else 0
 
-    def record(self, known: int, drafted: int, accepted: int) -> None:
-        """Nothing to do: the lookup counts its own hits."""
+    def propose(self, known: list[int], length: int) -> list[int]:
+        match = self.find(known)
+        if match is None:
+            return []
+        place, period = match[0], len(known) - match[0]
+        return [known[place + index % period] for index in range(length)]
+
+
+def longest_gain(acceptance: float, limit: int, cost: float) -> tuple[int, float]:
+    """Return the length up to `limit` that gains most, and its gain."""
+    lengths = [k for k in LENGTHS if k <= limit]
+    gains = [gain(acceptance, k, cost) for k in lengths]
+    most = max(gains)
+    return lengths[gains.index(most)], most
 
 
 class DraftLength:
-    """For a draft that costs something. When no length pays, it pauses for PAUSE tokens, twice as long each time,
-    and then tries a short one."""
+    """How long a draft that costs something should be, from what was accepted of those before.
+
+    When no length pays, it pauses for PAUSE tokens, twice as long each time, and then tries a short one.
+    """
 
     MEMORY = 0.9  # weight of the past at each tested token
     PAUSE, LONGEST_PAUSE = 16, 256
 
     def __init__(self, limit: int, cost: float, adaptive: bool = True) -> None:
         self.limit, self.cost, self.adaptive = limit, cost, adaptive
-        self.lengths = [k for k in LENGTHS if k <= limit]
         self.acceptance = 0.7
         self._resume, self._pause, self._probing = 0, self.PAUSE, False
 
-    def next(self, known: list[int]) -> int:
+    def length(self, known: int) -> int:
+        """Return how many tokens to draft after `known`; 0 while drafting does not pay."""
         if not self.adaptive:
             return self.limit
-        if len(known) < self._resume:
+        if known < self._resume:
             return 0
         if self._probing:
             return min(2, self.limit)
-        return max(self.lengths, key=lambda k: gain(self.acceptance, k, self.cost))
+        return longest_gain(self.acceptance, self.limit, self.cost)[0]
 
     def record(self, known: int, drafted: int, accepted: int) -> None:
+        """Learn that of a draft after `known` tokens the first `accepted` were kept."""
         tested = min(accepted + 1, drafted)  # tokens after the first rejection say nothing
         for index in range(tested):
             hit = 1.0 if index < accepted else 0.0
@@ -264,32 +151,196 @@ class DraftLength:
         if self._probing and accepted:
             self._probing, self._pause = False, self.PAUSE
             self.acceptance = max(self.acceptance, 0.6)
-        elif self._probing or max(gain(self.acceptance, k, self.cost) for k in self.lengths) < 1:
+        elif self._probing or longest_gain(self.acceptance, self.limit, self.cost)[1] < 1:
             self._resume, self._probing = known + self._pause, True
             self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
 
 
-class Chain:
-    """Several drafts, the first that has a proposal; each with a policy of its own."""
+class ModelDraft:
+    """A smaller model with the same tokenizer, whose guesses are drawn with the target's own options and noise.
 
-    def __init__(self, drafts: list[Draft], limit: int, adaptive: bool = True) -> None:
-        self._parts = [(draft, draft.policy(limit, adaptive)) for draft in drafts]
-        self._active = self._parts[0][1]  # the policy of the latest proposal
-        self._known = 0
+    It keeps what it has read between generations, so that in a conversation it prefills only what is new, too.
+    Raises `OptionError` when the tokenizers differ.
+    """
 
-    def hopeful(self, known: list[int]) -> bool:
-        """Whether a draft of what follows `known` would pay; a look at the host's own lists, nothing is computed."""
-        return any(policy.next(known) for _, policy in self._parts)
+    def __init__(self, target: Engine, draft: Engine) -> None:
+        check_loaded("target", target)
+        check_loaded("draft", draft)
+        self.engine, self.kind = draft, CacheKind()
+        self.check(target)
+        layers = len(draft.model.layers) / len(target.model.layers)
+        self.cost = (draft.nbytes / target.nbytes + layers) / 2  # a token costs bytes read and kernels launched
+        self.store = PromptCache()
 
-    def propose(self, request: Request, length: int) -> Proposal | None:
-        self._known = len(request.known)
-        for draft, policy in self._parts:
-            asked = min(policy.next(request.known), length)
-            proposal = draft.propose(request, asked) if asked else None
-            if proposal is not None:
-                self._active = policy
-                return proposal
-        return None
+    def check(self, target: Engine) -> None:
+        """Raise `OptionError` where this draft cannot serve `target`."""
+        draft = self.engine
+        if not draft.tokenizer.same_pieces(target.tokenizer) or draft.vocab != target.vocab:
+            raise OptionError(
+                f"the draft model {draft.name} has another tokenizer than {target.name}; "
+                "a draft must share it token for token"
+            )
 
-    def record(self, drafted: int, accepted: int) -> None:
-        self._active.record(self._known, drafted, accepted)
+
+@dataclass
+class DraftRow:
+    """What the draft model has read of one request's text."""
+
+    request: Request
+    weights: object  # that the keys and values were computed with
+    held: int  # tokens of the text whose keys and values are there
+    cache: KVCache | None  # holds them until the row has caught up; then they lie in a row of the `Rows`
+
+
+class DraftRows:
+    """The draft model's side of a scheduler's rows, under the same numbers: each reads its text and drafts what follows.
+
+    A row whose text is far ahead of what the draft has read catches up outside, in chunks, as a prompt does.
+    All other rows go through one pass together, which writes behind what each row holds, and so spoils nothing.
+    """
+
+    FEED = (8, 32)  # tokens by which rows catch up together; what lags by more does so alone
+    ALONE, SHARED = 512, 64  # tokens read outside at a time, for one running row and for several
+
+    def __init__(self, draft: ModelDraft) -> None:
+        self.draft, self.steps, self.model = draft, draft.engine.steps, draft.engine.model
+        self.buffers = Rows(draft.engine.config, draft.kind)
+        self.rows: dict[int, DraftRow] = {}
+
+    def admit(self, row: int, request: Request) -> None:
+        weights, draft = self.steps.refresh(), self.draft
+        found = draft.store.take(weights, draft.kind, request.known, request.owner)
+        cache, held = found or (KVCache(draft.engine.config, draft.kind), 0)
+        self.rows[row] = DraftRow(request, weights, held, cache)
+
+    def release(self, row: int) -> None:
+        one = self.rows.pop(row)
+        known = one.request.known
+        cache = one.cache or self.buffers.extract(row, one.held)
+        held = min(one.held, len(known))  # a stop ends the text amid an accepted draft
+        cache.trim(cache.offset - held)
+        if held:
+            self.draft.store.put(one.weights, known[:held], cache, one.request.owner)
+
+    def move(self, rows: list[int], count: int) -> None:
+        self.buffers.resize(rows, count)
+        self.rows = {new: self.rows[old] for new, old in enumerate(rows) if old in self.rows}
+
+    def room(self, known: int) -> int:
+        """Return how many tokens can be drafted after `known` within the draft model's own context."""
+        return self.draft.engine.config.max_context_length - known
+
+    def catch_up(self, rows: list[int], budget: int) -> list[int]:
+        """Read the texts of `rows` to all but the last two tokens; return the rows where that is done.
+
+        At most `budget` tokens are read outside; rows that need more lag until a later call.
+        """
+        ready = []
+        for row in rows:
+            one = self.rows[row]
+            end = max(len(one.request.known) - 2, 1)  # at least one: an empty cache has no place among the rows
+            if one.cache is None and end - one.held > self.FEED[-1]:
+                one.cache = self.buffers.extract(row, one.held)
+            if one.cache is not None:
+                budget -= self._read(one, one.cache, min(end, one.held + budget))
+                if one.held < end:
+                    continue
+                self.buffers.place(row, one.cache)
+                one.cache = None
+            ready.append(row)
+        return ready
+
+    def _read(self, one: DraftRow, cache: KVCache, end: int) -> int:
+        tokens = one.request.known[one.held : end]
+        if tokens:
+            self.model.hidden(mx.array([tokens]), cache, last=True)
+            mx.async_eval(cache.arrays)
+            one.held = end
+        return len(tokens)
+
+    def propose(self, rows: list[int], state: State, spec: StepSpec, k: int) -> mx.array:
+        """Draft k tokens, [B, k], for `rows`, which have caught up; what the others get means nothing."""
+        texts = {row: self.rows[row].request.known for row in rows}
+        starts = [0] * self.buffers.count
+        for row, one in self.rows.items():
+            starts[row] = one.held if one.cache is None else 0
+        lag = max(len(known) - 2 - starts[row] for row, known in texts.items())
+        if lag > 0:
+            width = next(width for width in self.FEED if width >= lag)
+            feed = self.steps.cached("feed", spec.compiled, lambda: make_feed(self.model, self.draft.kind))
+            missing = [texts.get(row, [])[start:-2] for row, start in enumerate(starts)]
+            self._run(feed, padded(missing, width), starts)
+        for row, known in texts.items():
+            starts[row] = len(known) - 2
+            self.rows[row].held = len(known)
+        filters = replace(spec.filters, masked=False)
+        run = self.steps.cached(
+            ("draft", filters, spec.vocab, k),
+            spec.compiled,
+            lambda: make_drafter(self.model, self.draft.kind, filters, spec.vocab, k),
+        )
+        pairs = [texts.get(row, [])[-2:] for row in range(len(starts))]
+        return self._run(run, padded(pairs, 2), starts, k - 1, state.key, state.controls, state.history)
+
+    def _run(self, run: Any, tokens: mx.array, starts: list[int], more: int = 0, *args: Any) -> mx.array:
+        ends = [0] * len(starts)
+        for row in self.rows:
+            ends[row] = starts[row] + tokens.shape[1] + more
+        buffers = self.buffers.lend(ends)
+        found, buffers = run(tokens, mx.array(starts, dtype=mx.int32), buffers, *args)
+        self.buffers.restore(buffers)
+        return found
+
+    def record(self, row: int, known: int, drafted: int, accepted: int) -> None:
+        """Note that of a draft after `known` tokens `accepted` were kept; all but its last token were read."""
+        self.rows[row].held = known + min(accepted, drafted - 1)
+
+
+def padded(rows: list[list[int]], width: int) -> mx.array:
+    return mx.array([row + [0] * (width - len(row)) for row in rows], dtype=mx.uint32)
+
+
+def make_feed(model: OpenELM, kind: CacheKind) -> Callable[..., Any]:
+    """Return a function that reads tokens [B, L] from positions [B] on."""
+
+    def run(tokens: mx.array, start: mx.array, buffers: list[Arrays]) -> tuple[mx.array, list[Arrays]]:
+        caches = step_caches(buffers, start, kind)
+        hidden = model.hidden(tokens, caches, last=True)
+        return hidden, [cache.arrays for cache in caches]
+
+    return run
+
+
+def make_drafter(
+    model: OpenELM, kind: CacheKind, filters: Filters, vocab: int, k: int
+) -> Callable[..., Any]:
+    """Return a function that drafts k tokens a row in one go, without a return to the host between them.
+
+    It starts with the latest two tokens of each row: after a wholly accepted draft the cache lacks the last one, and
+    reading it again in every other case does no harm, keeps the shapes, and saves a pass. Each token is drawn as the
+    target will draw its own: under the same filters, with the noise of the same position.
+    """
+
+    def run(
+        pairs: mx.array,
+        start: mx.array,
+        buffers: list[Arrays],
+        key: mx.array,
+        controls: Controls,
+        history: History | None,
+    ) -> tuple[mx.array, list[Arrays]]:
+        caches = step_caches(buffers, start, kind)
+        hidden = model.hidden(pairs, caches, last=True)
+        newest, tokens = pairs[:, 1], []
+        for position in range(2, k + 2):
+            logits = model.logits(hidden)[:, :vocab]
+            logits = logits if filters == Filters() else logits.astype(mx.float32)
+            newest = draw(logits, filters, controls, key, start + position, history, newest)
+            tokens.append(newest)
+            if len(tokens) < k:
+                history = None if history is None else history.plus(newest)
+                caches = step_caches([cache.arrays for cache in caches], start + position, kind)
+                hidden = model.hidden(newest, caches, last=True)
+        return mx.stack(tokens, axis=1), [cache.arrays for cache in caches]
+
+    return run

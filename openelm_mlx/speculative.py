@@ -1,177 +1,156 @@
-"""Lossless speculative decoding: a draft is verified in one pass of the model, and what is drawn stays the same.
+"""Speculative decoding that no draft can be seen in: tokens are drafted, verified in one pass, kept while they agree.
 
-Greedy: drafted tokens are kept as long as they are the model's own choice. Sampled: token d drawn from q is kept
-with probability min(1, p(d) / q(d)); at the first rejection a token is drawn from max(p - q, 0), normalised, and
-after a wholly accepted draft one from p (Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318). p and q
-are the distributions after every sampling option, penalties included, so acceptance is sum(min(p, q)).
+The target draws its own token at every position, exactly as it does without a draft: argmax(filtered logits + Gumbel
+noise), the noise being a function of key and position. The draft model draws with the same noise, so the two agree
+often, and a seed gives the same text with any draft and with none (drafter-invariant coupling, Daliri, Musco and
+Suresh, arXiv:2408.07978). A token drafted from q is kept by a target with distribution p with the probability
+sum over x of 1 / sum over y of max(p(y) / p(x), q(y) / q(x)), not far below sum(min(p, q)), the most there can be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
-from openelm_mlx.cache import KVCache, step_caches
-from openelm_mlx.decode import Drawn, Flight, State, StepSpec, flat, logprob_fields, read, submit
-from openelm_mlx.drafts import Chain, Proposal, Request
-from openelm_mlx.model import OpenELM
-from openelm_mlx.sampling import ACCEPTING, NEVER, History, Logprobs, filter_logits, gumbel, keyed, logprobs
+from openelm_mlx.drafts import LENGTHS, Draft, DraftLength, DraftRows, ModelDraft, PromptLookup
 
 if TYPE_CHECKING:
+    from openelm_mlx.decode import State, StepSpec
     from openelm_mlx.loading import Engine
+    from openelm_mlx.request import Request
+
+
+class Proposal(NamedTuple):
+    """What is drafted for every row. Lengths may be shortened; reading the tokens waits for a draft model."""
+
+    tokens: mx.array  # [B, k] uint32
+    lengths: list[int]  # of each row: the first so many tokens are its draft, 0 to k
+
+
+def agreeing(tokens: mx.array, drafted: mx.array, lengths: mx.array) -> mx.array:
+    """Return how many drafted tokens the target drew itself, from the first on, [B] int32.
+
+    `tokens` [B, k + 1] are the target's, `drafted` [B, k] the draft's, of which the first `lengths` [B] count.
+    """
+    k = drafted.shape[1]
+    same = (tokens[:, :k] == drafted) & (mx.arange(k) < lengths[:, None])
+    return mx.cumprod(same.astype(mx.int32), axis=1).sum(axis=1)
 
 
 @dataclass
-class SpeculationCounts:
-    """What speculation did: tokens drafted, tokens of them kept, passes of the target."""
+class RowDrafts:
+    """What one request drafts with: prompt lookup, and a model or a source of the caller's."""
 
-    drafted: int = 0
-    accepted: int = 0
-    passes: int = 0
-
-
-def speculate(
-    engine: Engine,
-    spec: StepSpec,
-    state: State,
-    caches: list[KVCache],
-    prompt: list[int],
-    draft: Chain,
-    max_tokens: int,
-    counts: SpeculationCounts,
-) -> Generator[Drawn, None, None]:
-    """Yield tokens like `decode.decode`, verifying drafts where there are any and stepping plainly, one token
-    ahead, where there are none. On every way out the caches hold what was fed and nothing is in flight."""
-    known, left, written = list(prompt), max_tokens, 0
-    flight = Flight(engine.steps.get(spec), state, caches)
-    try:
-        submit(flight.state)
-        unread = True  # the newest token is still being computed
-        while True:
-            if unread:
-                ahead = left > 1 and not draft.hopeful(known)
-                current = flight.state._replace(buffers=[])
-                if ahead:
-                    flight.advance()
-                    counts.passes += 1
-                drawn = read(current)
-                known.append(drawn.token)
-                left -= 1
-                yield drawn
-                if left == 0:
-                    return
-                if ahead:
-                    continue
-            request = Request(known, spec, flight.state.key, flight.state.history)
-            proposal = draft.propose(request, left - 1) if left > 1 else None
-            counts.passes += 1
-            unread = proposal is None
-            if proposal is None:
-                flight.advance()
-                continue
-            drafted = proposal.tokens.size
-            emitted = verify(engine, flight, spec, proposal)
-            counts.drafted += drafted
-            counts.accepted += len(emitted) - 1
-            written = flight.fed + drafted
-            draft.record(drafted, len(emitted) - 1)
-            for drawn in emitted:
-                known.append(drawn.token)
-                left -= 1
-                yield drawn
-            if left == 0:
-                return
-    finally:
-        flight.land(written)
+    lookup: PromptLookup | None
+    length: DraftLength | None  # of the model's or the caller's drafts
+    known: int = 0  # tokens of the text at the latest draft
+    looked_up: bool = False  # whether that was the lookup's
 
 
-def verify(engine: Engine, flight: Flight, spec: StepSpec, proposal: Proposal) -> list[Drawn]:
-    """One pass of the target over the newest token and the draft; the tokens it keeps, its own last one included."""
-    length = proposal.tokens.size
-    flight.reserve(length + 1)
-    run = engine.steps.cached(
-        ("verify", spec, length, proposal.logits is None), lambda: make_verify(engine.model, spec, length)
-    )
-    state = flight.state
-    flight.state = state._replace(buffers=[])
-    q = [] if proposal.logits is None else [proposal.logits]
-    tokens, count, newest, position, history, detail, buffers = run(
-        [state.token, proposal.tokens, q, state.position, state.key, flat(state.history), state.buffers]
-    )
-    del state
-    flight.state = flight.state._replace(
-        token=newest, position=position, history=History(*history) if history else None, buffers=buffers
-    )
-    mx.eval(tokens, count, detail)
-    kept = int(count.item()) + 1
-    flight.fed += kept
-    found = Logprobs(*detail) if detail else None
-    values: Any = tokens.tolist()
-    return [Drawn(int(token), *logprob_fields(found, row)) for row, token in enumerate(values[:kept])]
+class Speculation:
+    """The drafts of all rows of a scheduler, which numbers them; prompt lookup first, the draft where it finds nothing.
 
+    Raises `OptionError` where a draft model has another tokenizer than `engine`.
+    """
 
-def make_verify(model: OpenELM, spec: StepSpec, length: int) -> Callable[[list[Any]], Any]:
-    """The pass and the decision as one function: tokens [length + 1], how many drafts are kept, and the state after."""
-
-    def run(arrays: list[Any]) -> list[Any]:
-        token, drafted, q, position, key, history, buffers = arrays
-        caches = step_caches(buffers, position, spec.kind)
-        hidden = model.hidden(mx.concatenate([token, drafted])[None], caches)
-        logits = model.logits(hidden)[0, :, : spec.vocab].astype(mx.float32)  # [length + 1, vocab]
-        seen = along(History(*history), drafted) if history else None
-        scores = filter_logits(logits, spec.sampling, seen)
-        if spec.sampling.greedy:
-            tokens, count = keep_greedy(scores, drafted)
+    def __init__(self, engine: Engine, draft: Engine | ModelDraft | Draft | None = None) -> None:
+        self.vocab, self.cost = engine.vocab, 0.0
+        self.model: DraftRows | None = None
+        self.custom: Draft | None = None
+        if isinstance(draft, ModelDraft):
+            draft.check(engine)
+        elif draft is not None and not hasattr(draft, "propose"):
+            draft = ModelDraft(engine, draft)
+        if isinstance(draft, ModelDraft):
+            self.model, self.cost = DraftRows(draft), draft.cost
         else:
-            tokens, count = keep_sampled(scores, drafted, q[0] if q else None, key, position)
-        newest = mx.take(tokens, count[None])
-        after = [] if seen is None else flat(History(*(mx.take(part, count[None], axis=0) for part in seen)).plus(newest))
-        detail = None if spec.logprobs is None else logprobs(logits, tokens, spec.logprobs)
-        return [tokens, count, newest, position + count + 1, after, flat(detail), [c.arrays for c in caches]]
+            self.custom = draft
+        self._rows: dict[int, RowDrafts] = {}
 
-    return mx.compile(run) if spec.compiled else run
+    def admit(self, row: int, request: Request) -> None:
+        """Begin to draft for `request` in `row`."""
+        o = request.options
+        lookup = length = None
+        if o.prompt_lookup:
+            lookup = PromptLookup(o.prompt_lookup, o.draft_tokens, o.adaptive_draft)
+        if self.model is not None or self.custom is not None:
+            length = DraftLength(o.draft_tokens, self.cost, o.adaptive_draft)
+        self._rows[row] = RowDrafts(lookup, length)
+        if self.model is not None:
+            self.model.admit(row, request)
 
+    def release(self, row: int) -> None:
+        """End the drafts of `row`; what the draft model has read is kept for a later text that begins alike."""
+        del self._rows[row]
+        if self.model is not None:
+            self.model.release(row)
 
-def along(history: History, drafted: mx.array) -> History:
-    """Return what the penalties look at before and after each token of a draft [k].
+    def move(self, rows: list[int], count: int) -> None:
+        """Renumber `rows` as 0, 1, ... of `count`."""
+        self._rows = {new: self._rows[old] for new, old in enumerate(rows) if old in self._rows}
+        if self.model is not None:
+            self.model.move(rows, count)
 
-    The arrays of the result are [k + 1, vocab].
-    """
-    one = (mx.arange(history.seen.shape[1]) == drafted[:, None]).astype(mx.float32)
-    counts = mx.concatenate([mx.zeros((1, one.shape[1])), mx.cumsum(one, axis=0)])
-    return History(history.seen | (counts > 0), history.generated + counts)
+    def hopeful(self, live: list[tuple[int, Request]]) -> bool:
+        """Return whether a draft of any row would pay; looks at the host's lists only, nothing is computed."""
+        return any(sum(self._lengths(row, request)) > 0 for row, request in live)
 
+    def _lengths(self, row: int, request: Request) -> tuple[int, int]:
+        """Return how many tokens to look up for a row, and where that is 0, how many to ask of the draft."""
+        one, known = self._rows[row], request.known
+        room = max(request.left - 1, 0)  # the pass that verifies draws one token more than the draft has
+        looked_up = min(one.lookup.length(known), room) if one.lookup is not None else 0
+        if looked_up or one.length is None:
+            return looked_up, 0
+        if self.model is not None:
+            room = max(min(room, self.model.room(len(known))), 0)
+        return 0, min(one.length.length(len(known)), room)
 
-def keep_greedy(scores: mx.array, drafted: mx.array) -> tuple[mx.array, mx.array]:
-    """The model's own choices [k + 1], and how many drafted tokens agree with them from the first on."""
-    tokens = mx.argmax(scores, axis=-1).astype(mx.uint32)
-    agree = (tokens[:-1] == drafted).astype(mx.int32)
-    return tokens, mx.cumprod(agree).sum()
+    def propose(
+        self, live: list[tuple[int, Request]], state: State, spec: StepSpec
+    ) -> Proposal | None:
+        """Return drafts of what follows the newest tokens, or None where no row has one."""
+        count = state.token.size
+        lengths, guesses, asked = [0] * count, [[0]] * count, {}
+        for row, request in live:
+            one, known = self._rows[row], request.known
+            looked_up, drafted = self._lengths(row, request)
+            one.known, one.looked_up = len(known), looked_up > 0
+            if one.lookup is not None and looked_up:
+                guesses[row] = one.lookup.propose(known, looked_up)
+                lengths[row] = looked_up
+            elif self.custom is not None and drafted:
+                guesses[row] = self._usable(self.custom.propose(list(known), drafted)[:drafted])
+                lengths[row] = len(guesses[row])
+            elif drafted:
+                asked[row] = drafted
+        ready: list[int] = []
+        if self.model is not None and asked:
+            budget = self.model.ALONE if len(live) == 1 else self.model.SHARED
+            ready = self.model.catch_up(list(asked), budget)
+            for row in ready:
+                lengths[row] = asked[row]
+        if not any(lengths):
+            return None
+        k = next(k for k in LENGTHS if k >= max(lengths))
+        tokens = mx.array([guess + [0] * (k - len(guess)) for guess in guesses], dtype=mx.uint32)
+        if self.model is not None and ready:
+            mine = mx.array([[row in ready] for row in range(count)])
+            tokens = mx.where(mine, self.model.propose(ready, state, spec, k), tokens)
+        return Proposal(tokens, lengths)
 
+    def _usable(self, guess: list[int]) -> list[int]:
+        """Return the ids before the first that the target can never draw."""
+        ids = [int(token) for token in guess]
+        return ids[: next((n for n, token in enumerate(ids) if not 0 <= token < self.vocab), len(ids))]
 
-def keep_sampled(
-    scores: mx.array, drafted: mx.array, q_logits: mx.array | None, key: mx.array, position: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Rejection sampling: tokens [k + 1] of which the first count + 1 are valid, and the count of drafts kept.
-
-    `scores` [k + 1, vocab] are filtered logits of the target, `q_logits` [k, vocab] of the draft; None is a draft
-    that was certain: q is 1 at its token.
-    """
-    k, vocab = drafted.size, scores.shape[1]
-    p = mx.softmax(scores, axis=-1)
-    one = mx.arange(vocab) == drafted[:, None]
-    q = one.astype(mx.float32) if q_logits is None else mx.softmax(q_logits, axis=-1)
-    p_drafted, q_drafted = (mx.where(one, x, 0.0).sum(axis=-1) for x in (p[:k], q))
-    places = position + 1 + mx.arange(k)
-    keys = mx.split(keyed(key, places, ACCEPTING), k)
-    u = mx.concatenate([mx.random.uniform(shape=(1,), key=one[0]) for one in keys])
-    count = mx.cumprod((u * q_drafted < p_drafted).astype(mx.int32)).sum()
-    residual = mx.concatenate([mx.maximum(p[:k] - q, 0.0), p[k:]])
-    row, own = (mx.take(x, count[None], axis=0) for x in (residual, p))  # [1, vocab]
-    row = mx.where(row.sum() > 0, row, own)  # equal up to rounding: nothing is left, and p itself is right
-    noise = gumbel(key, position + 1 + count, vocab)
-    last = mx.argmax(mx.where(row > 0, mx.log(row), NEVER) + noise, axis=-1).astype(mx.uint32)
-    return mx.where(mx.arange(k + 1) < count, mx.concatenate([drafted, drafted[-1:]]), last), count
+    def record(self, row: int, drafted: int, accepted: int) -> None:
+        """Learn that of the latest draft of `row`, of `drafted` tokens, the first `accepted` were kept."""
+        one = self._rows[row]
+        if not drafted or one.looked_up or one.length is None:
+            return  # a lookup counts its own hits
+        one.length.record(one.known, drafted, accepted)
+        if self.model is not None:
+            self.model.record(row, one.known, drafted, accepted)

@@ -1,3 +1,5 @@
+"""A draft is never seen in the text: the parts by themselves, then whole runs with every kind of draft."""
+
 from __future__ import annotations
 
 import itertools
@@ -10,18 +12,20 @@ import numpy as np
 import pytest
 from small import random_engine
 
-from openelm_mlx import ModelDraft, PromptCache, stream_generate
-from openelm_mlx.drafts import EXTRA, LEAVING, DraftLength, PromptLookup, gain
+from openelm_mlx import BatchEngine, ModelDraft, PromptCache, stream_generate
+from openelm_mlx.drafts import DraftLength, DraftRows
 from openelm_mlx.errors import OptionError
-from openelm_mlx.kv import CacheKind
-from openelm_mlx.options import GenerationOptions, SamplingOptions
-from openelm_mlx.sampling import DRAFTING, History, filter_logits, gumbel, seed_key
-from openelm_mlx.speculative import along, keep_sampled
+from openelm_mlx.options import SamplingOptions
+from openelm_mlx.sampling import Controls, Filters, History, draw, filter_logits, seed_key
+from openelm_mlx.speculative import agreeing
 from openelm_mlx.tokenizer import Tokenizer
 
 PROMPT = [1, 9, 30, 12, 9, 30, 12, 9]
-SAMPLED = {"temperature": 0.9, "top_k": 5, "top_p": 0.97, "min_p": 0.02, "repetition_penalty": 1.2, "presence_penalty": 0.1,
-           "frequency_penalty": 0.1}  # fmt: skip
+SAMPLED = {
+    "temperature": 0.9, "top_k": 5, "top_p": 0.97, "min_p": 0.02, "repetition_penalty": 1.2, "presence_penalty": 0.1,
+    "frequency_penalty": 0.1, "seed": 4,
+}  # fmt: skip
+FIXED = {"draft_tokens": 4, "adaptive_draft": False}
 
 
 @pytest.fixture(scope="module")
@@ -39,52 +43,177 @@ def run(engine, prompt=PROMPT, **settings):
     return [event.token for event in events], events[-1].stats
 
 
+def run_batch(engine, requests, draft=None, **settings):
+    """Tokens and statistics of each of `requests` (prompt, settings); the later half arrives while the first runs."""
+    batch = BatchEngine(engine, draft=draft, **settings)
+    tokens, stats, numbers = [[] for _ in requests], [None] * len(requests), {}
+
+    def step():
+        for number, event in batch.step():
+            tokens[numbers[number]].append(event.token)
+            stats[numbers[number]] = event.stats
+
+    for place, (prompt, options) in enumerate(requests):
+        numbers[batch.submit(prompt, ignore_eos=True, **options)] = place
+        if place >= len(requests) // 2:
+            step()
+    while batch.busy:
+        step()
+    return tokens, stats
+
+
+class HalfRight:
+    """Drafts that are right for 0, 1, ... tokens in turn, and then wrong; the last is no token of the model at all."""
+
+    def __init__(self, texts):
+        self.texts, self.calls = texts, 0
+
+    def propose(self, known, length):
+        text = next(text for text in self.texts if text[: len(known)] == known)
+        right, self.calls = self.calls % (length + 1), self.calls + 1
+        ids = text[len(known) : len(known) + length - 1]
+        return [token if place < right else (token + 1) % 64 for place, token in enumerate(ids)] + [10**6, -1, 3]
+
+
+def test_agreeing_counts_to_the_first_difference():
+    tokens, drafted = np.random.default_rng(0).integers(0, 2, (40, 6)), np.random.default_rng(1).integers(0, 2, (40, 5))
+    lengths = np.arange(40) % 6
+    expected = [
+        len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(t, d[:n], strict=False))))
+        for t, d, n in zip(tokens, drafted, lengths, strict=True)
+    ]
+    assert agreeing(mx.array(tokens), mx.array(drafted), mx.array(lengths)).tolist() == expected
+    assert len(set(expected)) > 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_acceptance_is_that_of_the_coupling(seed):
+    """6000 pairs of draws with one noise; the formula is exact for argmax(log p + Gumbel noise)."""
+    generator, runs, vocab = np.random.default_rng(seed), 6000, 7
+    p, q = generator.dirichlet(np.full(vocab, 0.7), size=2)
+    filters = Filters.of([SamplingOptions(temperature=1.0)])
+    controls = Controls.of([SamplingOptions(temperature=1.0)] * runs, filters, vocab)
+    keys, places = mx.repeat(seed_key(seed), runs, axis=0), mx.arange(runs)
+
+    def drawn(probabilities):
+        logits = mx.broadcast_to(mx.array(np.log(probabilities).astype(np.float32)), (runs, vocab))
+        return np.array(draw(logits, filters, controls, keys, places, None, places.astype(mx.uint32)))
+
+    ours, theirs = drawn(p), drawn(q)
+    exact = sum(1 / np.maximum(p / p[x], q / q[x]).sum() for x in range(vocab))
+    assert abs((ours == theirs).mean() - exact) < 4 * math.sqrt(exact * (1 - exact) / runs)
+    assert exact <= np.minimum(p, q).sum() < 1.5 * exact
+    for found, wanted in ((ours, p), (theirs, q)):
+        chi = ((np.bincount(found, minlength=vocab) - runs * wanted) ** 2 / (runs * wanted)).sum()
+        assert chi < vocab - 1 + 4 * math.sqrt(2 * (vocab - 1))
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
     "kind, compiled",
-    [({}, True), ({}, False), ({"kv_bits": 8}, False), ({"kv_window": 24}, False), ({"kv_window": 24, "kv_bits": 4}, True)],
+    [({}, True), ({"kv_bits": 8}, False), ({"kv_window": 24}, False), ({"kv_window": 24, "kv_bits": 4}, True)],
+    ids=str,
 )
-def test_greedy_tokens_are_those_of_plain_decoding(target, draft, kind, compiled):
-    plain, _ = run(target, max_tokens=40, **kind)
-    for speculation in ({"draft": draft}, {"draft": target}, {"prompt_lookup": 2}, {"draft": draft, "prompt_lookup": 2}):
-        tokens, stats = run(target, max_tokens=40, compiled=compiled, adaptive_draft=False, draft_tokens=2, **speculation, **kind)
+def test_tokens_are_those_without_a_draft(target, draft, kind, compiled, sampling):
+    plain, _ = run(target, max_tokens=40, **kind, **sampling)
+    wrong = HalfRight([PROMPT + plain + [0] * 16])
+    for speculation in (
+        {"draft": draft}, {"draft": target}, {"draft": wrong}, {"prompt_lookup": 2}, {"draft": draft, "prompt_lookup": 2}
+    ):  # fmt: skip
+        tokens, stats = run(target, max_tokens=40, compiled=compiled, **FIXED, **speculation, **kind, **sampling)
         assert tokens == plain, speculation
-        assert stats.drafted_tokens and stats.target_passes < 40 or speculation == {"draft": draft}
+        assert stats.drafted_tokens and (stats.target_passes < 40 or speculation.get("draft") is draft)
+    assert wrong.calls > 8
+
+
+@pytest.mark.parametrize("kind", [{}, {"kv_window": 24}], ids=str)
+def test_tokens_in_a_batch_are_those_alone_without_a_draft(target, draft, kind):
+    """Eight requests of other lengths and options, in one batch with each kind of draft."""
+    options = [
+        {"max_tokens": 12 + 3 * row, "draft_tokens": 1 + row, "seed": row, "temperature": 0.4 * (row % 4), "top_k": 8 * (row % 3),
+         "repetition_penalty": 1.0 + 0.2 * (row % 2), "prompt_lookup": 2 * (row % 2), "adaptive_draft": row > 3}
+        for row in range(8)
+    ]  # fmt: skip
+    requests = [(PROMPT[: 1 + row] * (1 + row), each) for row, each in enumerate(options)]
+    off = {"draft_tokens": 8, "adaptive_draft": True, "prompt_lookup": 0}
+    plain = [run(target, prompt, **(each | off), **kind)[0] for prompt, each in requests]
+    texts = [prompt + tokens + [0] * 16 for (prompt, _), tokens in zip(requests, plain, strict=True)]
+    for source in (draft, target, HalfRight(texts)):
+        tokens, stats = run_batch(target, requests, source, **kind)
+        assert tokens == plain
+        assert all(one.drafted_tokens for one in stats)
 
 
 def test_a_model_drafting_for_itself_is_always_right(target):
-    _, stats = run(target, draft=target, max_tokens=41, draft_tokens=4, adaptive_draft=False)
-    assert stats.accepted_tokens == stats.drafted_tokens and stats.tokens_per_pass == 5.0
+    """With every option, alone and in a batch: also for prompts that are read in chunks."""
+    for sampling in ({}, SAMPLED):
+        settings = {"max_tokens": 41, **FIXED, **sampling}
+        _, stats = run(target, draft=target, **settings)
+        assert stats.accepted_tokens == stats.drafted_tokens and stats.tokens_per_pass == 5.0
+        requests = [((PROMPT * 20)[: 20 * row + 2], settings) for row in range(8)]
+        tokens, stats = run_batch(target, requests, target)
+        assert all(one.accepted_tokens == one.drafted_tokens > 20 for one in stats)
+        assert stats[0].tokens_per_pass == 5.0
+        assert tokens[7] == run(target, requests[7][0], **(settings | {"draft_tokens": 8, "adaptive_draft": True}))[0]
 
 
-def test_penalties_see_the_drafted_tokens(target):
-    settings = {"repetition_penalty": 1.5, "frequency_penalty": 0.4, "max_tokens": 30}
-    assert run(target, draft=target, draft_tokens=4, adaptive_draft=False, **settings)[0] == run(target, **settings)[0]
-    history = History.of_prompt([[3, 4]], 8)
-    rows, step = along(history, mx.array([5, 5])), history
-    for row in range(3):
-        assert mx.array_equal(rows.seen[row], step.seen[0]) and mx.array_equal(rows.generated[row], step.generated[0])
-        step = step.plus(mx.array([5]))
+@pytest.mark.parametrize("pause", [5, 20, 60])
+def test_a_draft_model_catches_up_after_a_pause(target, monkeypatch, pause):
+    """By a short lag in its row, by a long one outside it, while other rows pause at other times."""
+    monkeypatch.setattr(DraftLength, "length", lambda self, known: 4 * (known // pause % 2))
+    requests = [(PROMPT[: 2 + row] * 2, {"max_tokens": 160 - 9 * row, **SAMPLED}) for row in range(3)]
+    for group in (requests[:1], requests):
+        _, stats = run_batch(target, group, target)
+        assert all(one.accepted_tokens == one.drafted_tokens > 40 for one in stats)
 
 
-def test_logprobs_stop_and_reuse_go_with_speculation(target, draft):
-    plain = list(stream_generate(target, PROMPT, max_tokens=20, logprobs=2, ignore_eos=True))
-    drafted = list(stream_generate(target, PROMPT, max_tokens=20, logprobs=2, ignore_eos=True, draft=target))
+def test_logprobs_go_with_drafts(target):
+    settings = {"max_tokens": 20, "logprobs": 2, "ignore_eos": True}
+    plain = list(stream_generate(target, PROMPT, **settings))
+    drafted = list(stream_generate(target, PROMPT, draft=target, **settings))
     assert [e.logprob for e in drafted] == pytest.approx([e.logprob for e in plain], abs=1e-4)
     assert [e.top_logprobs[1][0] for e in drafted] == [e.top_logprobs[1][0] for e in plain]
+
+
+def test_a_draft_model_keeps_what_it_has_read(target, draft):
     kept = ModelDraft(target, draft)
-    for length in (8, 6, 8):  # the draft's cache follows a prompt that grows, shrinks and changes
+    for length in (8, 6, 8):  # the draft follows a prompt that grows, shrinks and changes
         prompt = PROMPT[:length] + [length]
-        assert run(target, prompt, draft=kept, max_tokens=12)[0] == run(target, prompt, max_tokens=12)[0]
+        tokens, _ = run(target, prompt, draft=kept, max_tokens=12)
+        assert tokens == run(target, prompt, max_tokens=12)[0]
+        held = kept.store.tokens
+        assert len(held) > len(prompt) + 4 and held == (prompt + tokens)[: len(held)]
 
 
-def test_closing_between_the_tokens_of_one_draft_leaves_a_true_cache(target):
-    cache = PromptCache.for_config(target.config)
-    stream = stream_generate(target, PROMPT, draft=target, draft_tokens=4, adaptive_draft=False, prompt_cache=cache)
+def test_a_draft_model_reads_nothing_twice(target, monkeypatch):
+    """It is fed one pair of tokens a draft, and in a next turn what is new of it."""
+    fed, whole = [], target.model.hidden
+    monkeypatch.setattr(type(target.model), "hidden", lambda model, tokens, *rest, **named: (
+        fed.append(tokens.size), whole(tokens, *rest, **named))[1])  # fmt: skip
+    kept = ModelDraft(target, target)
+    tokens, _ = run(target, draft=kept, max_tokens=41, compiled=False, **FIXED)
+    assert set(fed[2:]) == {2, 1, 5}  # after both prompts: pairs and single tokens of the draft, and five to verify
+    fed.clear()
+    run(target, PROMPT + tokens + PROMPT, draft=kept, max_tokens=6, compiled=False, **FIXED)
+    assert sum(fed) < len(PROMPT + tokens + PROMPT) + 4 * len(PROMPT)  # the target, which kept nothing, reads all of it
+
+
+def test_closing_between_the_tokens_of_one_draft_leaves_true_caches(target):
+    cache, kept = PromptCache(), ModelDraft(target, target)
+    stream = stream_generate(target, PROMPT, draft=kept, prompt_cache=cache, **FIXED)
     seen = [next(stream).token for _ in range(4)]
     stream.close()
-    assert cache.tokens == PROMPT + seen[: len(cache.tokens) - len(PROMPT)]
-    rest, stats = run(target, PROMPT + seen, prompt_cache=cache, max_tokens=6)
+    for held in (cache.tokens, kept.store.tokens):
+        assert len(held) >= len(PROMPT) and held == (PROMPT + seen)[: len(held)]
+    rest, stats = run(target, PROMPT + seen, prompt_cache=cache, draft=kept, max_tokens=6, **FIXED)
     assert stats.reused_tokens >= len(PROMPT) + 3 and seen + rest == run(target, max_tokens=10)[0]
+    assert stats.accepted_tokens == stats.drafted_tokens
+
+
+def test_a_draft_model_is_not_asked_beyond_its_own_context(target):
+    short = replace(target, config=replace(target.config, max_context_length=len(PROMPT) + 6))
+    tokens, stats = run(target, draft=short, max_tokens=30, **FIXED)
+    assert tokens == run(target, max_tokens=30)[0] and 0 < stats.drafted_tokens <= 6
 
 
 def test_sampled_tokens_follow_the_exact_joint_distribution(tiny):
@@ -92,13 +221,14 @@ def test_sampled_tokens_follow_the_exact_joint_distribution(tiny):
     vocab, prompt = 6, [1, 5, 3]
     target, draft = (random_engine(tiny, seed, vocab) for seed in (3, 4))
     options = SamplingOptions(**SAMPLED)
+    filters = Filters.of([options])
+    controls = Controls.of([options], filters, vocab)
 
     def conditional(text):
-        history = History.of_prompt([prompt], vocab)
-        for token in text:
-            history = history.plus(mx.array([token]))
         logits = target.model(mx.array([prompt + text]))[0, -1:]
-        return np.array(mx.softmax(filter_logits(logits, options, history), axis=-1)[0], dtype=np.float64)
+        history = History.of(prompt, text, filters, vocab)
+        scores = filter_logits(logits, filters, controls, history)
+        return np.array(mx.softmax(scores, axis=-1)[0], dtype=np.float64)
 
     first = conditional([])
     second = [conditional([token]) for token in range(vocab)]
@@ -106,7 +236,7 @@ def test_sampled_tokens_follow_the_exact_joint_distribution(tiny):
     runs, kept = 600, ModelDraft(target, draft)
     counts: Counter[tuple[int, ...]] = Counter()
     for seed in range(runs):
-        tokens, _ = run(target, prompt, seed=seed, max_tokens=3, draft=kept, draft_tokens=2, adaptive_draft=False, **SAMPLED)
+        tokens, _ = run(target, prompt, max_tokens=3, draft=kept, **(SAMPLED | FIXED | {"seed": seed, "draft_tokens": 2}))
         counts[tuple(tokens)] += 1
     chi, freedom, rare = 0.0, -1, [0.0, 0]
     for cell in itertools.product(range(vocab), repeat=3):
@@ -122,114 +252,6 @@ def test_sampled_tokens_follow_the_exact_joint_distribution(tiny):
     assert freedom > 5 and abs(z) < 4, (chi, freedom)
 
 
-def test_a_window_knows_how_far_drafts_have_overwritten_it(target, draft):
-    cache = PromptCache.for_config(target.config, CacheKind.of(target.config, GenerationOptions(kv_window=24)))
-    stream = stream_generate(target, PROMPT, draft=draft, draft_tokens=16, adaptive_draft=False, kv_window=24, max_tokens=60,
-                             ignore_eos=True, prompt_cache=cache)  # fmt: skip
-    for _ in range(30):
-        next(stream)
-    stream.close()
-    assert cache.layers[0].written >= cache.layers[0].offset + 14  # nearly all of each draft was rejected
-
-
-def test_a_draft_model_is_not_asked_beyond_its_own_context(target):
-    short = replace(target, config=replace(target.config, max_context_length=len(PROMPT) + 6))
-    tokens, stats = run(target, draft=short, max_tokens=30, draft_tokens=4, adaptive_draft=False)
-    assert tokens == run(target, max_tokens=30)[0] and 0 < stats.drafted_tokens <= 6
-
-
-def test_a_draft_model_keeps_what_was_accepted(target, monkeypatch):
-    """Its cache is fed one new pair of tokens a draft, not the accepted ones again."""
-    fed, whole = [], target.model.hidden
-    monkeypatch.setattr(type(target.model), "hidden", lambda model, tokens, *rest, **named: (
-        fed.append(tokens.size), whole(tokens, *rest, **named))[1])  # fmt: skip
-    draft = ModelDraft(target, target)
-    run(target, draft=draft, max_tokens=41, draft_tokens=4, adaptive_draft=False, compiled=False)
-    assert set(fed[2:]) == {2, 1, 5}  # after both prompts: pairs and single tokens of the draft, and five to verify
-
-
-def test_verification_is_independent_of_the_draw(target):
-    """Two drafted tokens against the product of their distributions: noise that serves twice would show here."""
-    p, q = np.random.default_rng(0).dirichlet(np.ones(5), size=2)
-    scores, q_logits = mx.array(np.log([p] * 3).astype(np.float32)), mx.array(np.log([q] * 2).astype(np.float32))
-    place = mx.array([4])
-
-    def one(key):
-        drafted = [mx.argmax(q_logits[k] + gumbel(key, place + 1 + k, 5, DRAFTING)[0]) for k in range(2)]
-        tokens, count = keep_sampled(scores, mx.stack(drafted).astype(mx.uint32), q_logits, key, place)
-        return mx.concatenate([tokens, count[None].astype(mx.uint32)])
-
-    draw, runs = mx.compile(one), 6000
-    found = np.array(mx.stack([draw(seed_key(seed)) for seed in range(runs)]))
-    pairs = found[found[:, 3] >= 1]  # where the first was accepted, the second says nothing of the first
-    expected, seen = np.outer(np.bincount(pairs[:, 0], minlength=5), p), np.zeros((5, 5))
-    np.add.at(seen, (pairs[:, 0], pairs[:, 1]), 1)
-    often = expected > 5
-    for observed, wanted in ((np.bincount(found[:, 0], minlength=5), runs * p), (seen[often], expected[often])):
-        freedom = wanted.size - 1
-        assert ((observed - wanted) ** 2 / wanted).sum() < freedom + 4 * math.sqrt(2 * freedom)
-
-
-@pytest.mark.parametrize("certain", [False, True])
-def test_acceptance_is_the_sum_of_the_smaller_probability(certain):
-    generator = np.random.default_rng(0)
-    p, q = generator.dirichlet(np.ones(5), size=2)
-    scores = mx.array(np.log(np.stack([p, p])).astype(np.float32))
-    runs, hits, drawn = 3000, 0, np.zeros(5)
-    q_logits = None if certain else mx.array(np.log(q)[None])
-    keep = mx.compile(lambda token, key: keep_sampled(scores, token, q_logits, key, mx.array([4])))
-    for seed in range(runs):
-        token = 2 if certain else generator.choice(5, p=q)
-        tokens, count = keep(mx.array([token], dtype=mx.uint32), mx.array([[7, seed]], dtype=mx.uint32))
-        hits += int(count.item())
-        drawn[int(tokens[0].item())] += 1
-    rate = p[2] if certain else np.minimum(p, q).sum()
-    assert abs(hits / runs - rate) < 4 * math.sqrt(rate * (1 - rate) / runs)
-    assert ((drawn - runs * p) ** 2 / (runs * p)).sum() < 4 + 4 * math.sqrt(8)  # chi-square of 4 degrees of freedom
-
-
-def test_the_same_seed_gives_the_same_text(target, draft):
-    settings = {"draft": draft, "temperature": 1.0, "seed": 5, "max_tokens": 30}
-    assert run(target, **settings)[0] == run(target, **settings)[0] != run(target, **{**settings, "seed": 6})[0]
-
-
-def test_lookup_finds_the_latest_occurrence_and_repeats_a_loop():
-    lookup = PromptLookup(2)
-    known = [5, 6, 7, 8, 5, 6, 9, 5, 6]
-    assert lookup.find(known) == (6, 2)
-    proposal = lookup.propose(type("R", (), {"known": known}), 5)
-    assert proposal.tokens.tolist() == [9, 5, 6, 9, 5] and proposal.logits is None
-    assert lookup.find([*known, 1]) is None and PromptLookup(3).find([1, 2, 3]) is None
-    assert PromptLookup(3).find([4, 5, 9, 5]) == (2, 1)  # no longer match: the latest one of length 1
-    looping, wild = PromptLookup(2), PromptLookup(2)
-    assert looping.policy(8, True).next([1, 2, 3] * 9) == 8 and looping.hits[2] > 0.9
-    noise = [int(x) for x in np.random.default_rng(0).integers(0, 9, 80)]
-    assert wild.policy(8, True).next(noise) == 0 and max(wild.hits[1:]) < 0.5
-
-
-def test_the_share_of_accepted_drafts_is_a_mean_that_forgets():
-    length = DraftLength(limit=8, cost=0.1)
-    length.record(9, 4, 2)  # two hits, a rejection, and one token that tells nothing
-    assert length.acceptance == pytest.approx(((0.7 * 0.9 + 0.1) * 0.9 + 0.1) * 0.9)
-
-
-def test_drafting_stops_while_it_loses_and_tries_again():
-    length, asked = DraftLength(limit=8, cost=0.3), []
-    for known in range(600):
-        k = length.next([0] * known)
-        asked.append(k)
-        if k:
-            length.record(known, k, 0)
-    assert asked[0] and sum(k > 0 for k in asked) < 0.05 * len(asked) and any(asked[300:])
-    for known in range(600, 1200):
-        k = length.next([0] * known)
-        if k:
-            length.record(known, k, k)
-    assert k == 8 and DraftLength(5, 0.3, adaptive=False).next([]) == 5
-    a, k = 0.7, 3
-    assert gain(a, k, 0.1) == pytest.approx(sum(a**i for i in range(k + 1)) / (1 + LEAVING + k * (0.1 + EXTRA)))
-
-
 def test_a_tokenizer_is_the_same_from_either_file(tiny):
     folder = tiny.tokenizer.path.parent
     model, json = (Tokenizer.from_file(folder / name) for name in ("tokenizer.model", "tokenizer.json"))
@@ -239,9 +261,11 @@ def test_a_tokenizer_is_the_same_from_either_file(tiny):
     assert [e.token for e in stream_generate(replace(tiny, tokenizer=model), "Once", max_tokens=6, draft=draft)] == tokens
 
 
-def test_mistakes(tiny, target):
+def test_mistakes(tiny, target, draft):
     with pytest.raises(OptionError, match="has another tokenizer than openelm-tiny; a draft must share it"):
         stream_generate(tiny, "Once", draft=target)
+    with pytest.raises(OptionError, match="has another tokenizer than openelm-tiny; a draft must share it"):
+        stream_generate(tiny, "Once", draft=ModelDraft(target, draft))
     with pytest.raises(OptionError, match="draft_tokens is 99; allowed is a whole number from 1 to 16"):
         stream_generate(tiny, "Once", draft_tokens=99)
     with pytest.raises(OptionError, match="draft is 'openelm-tiny'; allowed is a loaded model"):
