@@ -30,6 +30,8 @@ from openelm_mlx import batch_generate, load, stream_generate  # noqa: E402
 from openelm_mlx.errors import BenchmarkError  # noqa: E402
 from openelm_mlx.loading import Engine  # noqa: E402
 from openelm_mlx.model import OpenELM  # noqa: E402
+from openelm_mlx.options import SamplingOptions  # noqa: E402
+from openelm_mlx.sampling import Controls, Filters, draw, seed_key  # noqa: E402
 
 REFRAINS = (
     "And the wolf ran on and on.", "They walked and walked and walked.", '"Who is there?" asked the old woman.',
@@ -142,6 +144,32 @@ def tokens_per_pass(target: Engine, draft: Engine, models: tuple[Any, Any], text
               + ("" if temperature else f"; {same} of 40 as plain"), flush=True)  # fmt: skip
 
 
+def acceptance(target: Engine, draft: Engine, text: str, tokens: int) -> None:
+    """How often the two models draw the same token at temperature 1, along 20 texts that the target continued."""
+    options, vocab = SamplingOptions(temperature=1.0), target.vocab
+    filters, cut = Filters.of([options]), len(text) // 20
+    found = []
+    for seed in range(20):
+        prompt = target.tokenizer.encode(text[seed * cut : seed * cut + 300])
+        events = list(stream_generate(target, prompt, options, max_tokens=tokens, ignore_eos=True, seed=seed))
+        whole = mx.array([prompt + [event.token for event in events if event.token is not None]])
+        places = mx.arange(len(prompt), whole.size)
+        controls, keys = Controls.of([options] * places.size, filters, vocab), mx.repeat(seed_key(seed), places.size, axis=0)
+        logits = [engine.model(whole)[0, len(prompt) - 1 : -1, :vocab].astype(mx.float32) for engine in (target, draft)]
+        ours, theirs = (draw(scores, filters, controls, keys, places, None, whole[0, places - 1]) for scores in logits)
+        p, q = (mx.softmax(scores, axis=-1) for scores in logits)
+        order = mx.argsort(q / mx.maximum(p, 1e-30), axis=-1)  # tokens that the target prefers come first
+        p, q = (mx.take_along_axis(each, order, axis=-1) for each in (p, q))
+        # both draw x with probability 1 / sum over y of max(p(y) / p(x), q(y) / q(x))
+        above, below = mx.cumsum(p, axis=-1), 1 - mx.cumsum(q, axis=-1)
+        both = 1 / (above / mx.maximum(p, 1e-30) + mx.maximum(below, 0) / mx.maximum(q, 1e-30))
+        found.append(mx.stack([(ours == theirs).astype(mx.float32), both.sum(-1), mx.minimum(p, q).sum(-1), (p * q).sum(-1)]))
+    values: Any = mx.concatenate(found, axis=1).mean(axis=1).tolist()
+    drawn, coupled, most, independent = values
+    print(f"drafts kept at temperature 1, {tokens * 20} positions: {drawn:.3f}; expected of one noise {coupled:.3f}, "
+          f"most possible {most:.3f} ({drawn / most:.2f} of it), of independent draws {independent:.3f}", flush=True)  # fmt: skip
+
+
 def lookup_per_pass(target: Engine) -> None:
     """Ten refrains, each four times, continued by 256 tokens."""
     done, passes, same = 0, 0, 0
@@ -202,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         if "drafts" in only and args.draft:
             draft = load(args.draft)
             models = (model, their_load(args.draft)[0])
+            acceptance(target, draft, text, args.tokens)
             tokens_per_pass(target, draft, models, text, args.tokens, args.draft_tokens)
             lookup_per_pass(target)
             loss_where_nothing_is_accepted(target, draft, ids[:32], 200, args.trials)

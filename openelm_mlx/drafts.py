@@ -66,7 +66,9 @@ class PromptLookup:
     def __init__(self, ngram: int, limit: int, adaptive: bool = True) -> None:
         self.ngram, self.limit, self.adaptive = ngram, limit, adaptive
         self.hits = [self.PRIOR] * (ngram + 1)  # share of right guesses by length of match
-        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> the place behind its latest occurrence
+        self._after: dict[
+            tuple[int, ...], int
+        ] = {}  # n-gram -> the place behind its latest occurrence
         self._seen = 0
 
     def find(self, known: list[int]) -> tuple[int, int] | None:
@@ -169,7 +171,9 @@ class ModelDraft:
         self.engine, self.kind = draft, CacheKind()
         self.check(target)
         layers = len(draft.model.layers) / len(target.model.layers)
-        self.cost = (draft.nbytes / target.nbytes + layers) / 2  # a token costs bytes read and kernels launched
+        self.cost = (
+            draft.nbytes / target.nbytes + layers
+        ) / 2  # a token costs bytes read and kernels launched
         self.store = PromptCache()
 
     def check(self, target: Engine) -> None:
@@ -189,7 +193,9 @@ class DraftRow:
     request: Request
     weights: object  # that the keys and values were computed with
     held: int  # tokens of the text whose keys and values are there
-    cache: KVCache | None  # holds them until the row has caught up; then they lie in a row of the `Rows`
+    cache: (
+        KVCache | None
+    )  # holds them until the row has caught up; then they lie in a row of the `Rows`
 
 
 class DraftRows:
@@ -238,7 +244,9 @@ class DraftRows:
         ready = []
         for row in rows:
             one = self.rows[row]
-            end = max(len(one.request.known) - 2, 1)  # at least one: an empty cache has no place among the rows
+            end = max(
+                len(one.request.known) - 2, 1
+            )  # at least one: an empty cache has no place among the rows
             if one.cache is None and end - one.held > self.FEED[-1]:
                 one.cache = self.buffers.extract(row, one.held)
             if one.cache is not None:
@@ -267,7 +275,9 @@ class DraftRows:
         lag = max(len(known) - 2 - starts[row] for row, known in texts.items())
         if lag > 0:
             width = next(width for width in self.FEED if width >= lag)
-            feed = self.steps.cached("feed", spec.compiled, lambda: make_feed(self.model, self.draft.kind))
+            feed = self.steps.cached(
+                "feed", spec.compiled, lambda: make_feed(self.model, self.draft.kind)
+            )
             missing = [texts.get(row, [])[start:-2] for row, start in enumerate(starts)]
             self._run(feed, padded(missing, width), starts)
         for row, known in texts.items():
@@ -280,9 +290,13 @@ class DraftRows:
             lambda: make_drafter(self.model, self.draft.kind, filters, spec.vocab, k),
         )
         pairs = [texts.get(row, [])[-2:] for row in range(len(starts))]
-        return self._run(run, padded(pairs, 2), starts, k - 1, state.key, state.controls, state.history)
+        return self._run(
+            run, padded(pairs, 2), starts, k - 1, state.key, state.controls, state.history
+        )
 
-    def _run(self, run: Any, tokens: mx.array, starts: list[int], more: int = 0, *args: Any) -> mx.array:
+    def _run(
+        self, run: Any, tokens: mx.array, starts: list[int], more: int = 0, *args: Any
+    ) -> mx.array:
         ends = [0] * len(starts)
         for row in self.rows:
             ends[row] = starts[row] + tokens.shape[1] + more
@@ -303,7 +317,9 @@ def padded(rows: list[list[int]], width: int) -> mx.array:
 def make_feed(model: OpenELM, kind: CacheKind) -> Callable[..., Any]:
     """Return a function that reads tokens [B, L] from positions [B] on."""
 
-    def run(tokens: mx.array, start: mx.array, buffers: list[Arrays]) -> tuple[mx.array, list[Arrays]]:
+    def run(
+        tokens: mx.array, start: mx.array, buffers: list[Arrays]
+    ) -> tuple[mx.array, list[Arrays]]:
         caches = step_caches(buffers, start, kind)
         hidden = model.hidden(tokens, caches, last=True)
         return hidden, [cache.arrays for cache in caches]
@@ -334,7 +350,6 @@ def make_drafter(
         newest, tokens = pairs[:, 1], []
         for position in range(2, k + 2):
             logits = model.logits(hidden)[:, :vocab]
-            logits = logits if filters == Filters() else logits.astype(mx.float32)
             newest = draw(logits, filters, controls, key, start + position, history, newest)
             tokens.append(newest)
             if len(tokens) < k:

@@ -100,7 +100,9 @@ class Speculation:
     def _lengths(self, row: int, request: Request) -> tuple[int, int]:
         """Return how many tokens to look up for a row, and where that is 0, how many to ask of the draft."""
         one, known = self._rows[row], request.known
-        room = max(request.left - 1, 0)  # the pass that verifies draws one token more than the draft has
+        room = max(
+            request.left - 1, 0
+        )  # the pass that verifies draws one token more than the draft has
         looked_up = min(one.lookup.length(known), room) if one.lookup is not None else 0
         if looked_up or one.length is None:
             return looked_up, 0
@@ -144,7 +146,9 @@ class Speculation:
     def _usable(self, guess: list[int]) -> list[int]:
         """Return the ids before the first that the target can never draw."""
         ids = [int(token) for token in guess]
-        return ids[: next((n for n, token in enumerate(ids) if not 0 <= token < self.vocab), len(ids))]
+        return ids[
+            : next((n for n, token in enumerate(ids) if not 0 <= token < self.vocab), len(ids))
+        ]
 
     def record(self, row: int, drafted: int, accepted: int) -> None:
         """Learn that of the latest draft of `row`, of `drafted` tokens, the first `accepted` were kept."""

@@ -226,8 +226,8 @@ def test_sampled_tokens_follow_the_exact_joint_distribution(tiny):
 
     def conditional(text):
         logits = target.model(mx.array([prompt + text]))[0, -1:]
-        history = History.of(prompt, text, filters, vocab)
-        scores = filter_logits(logits, filters, controls, history)
+        history = History.of(prompt, text, options, filters, vocab)
+        scores = filter_logits(logits, filters, controls, seed_key(0), mx.array([0]), history)
         return np.array(mx.softmax(scores, axis=-1)[0], dtype=np.float64)
 
     first = conditional([])
