@@ -13,7 +13,7 @@ import pytest
 from small import random_engine
 
 from openelm_mlx import BatchEngine, ModelDraft, PromptCache, stream_generate
-from openelm_mlx.drafts import DraftLength, DraftRows
+from openelm_mlx.drafts import DraftLength
 from openelm_mlx.errors import OptionError
 from openelm_mlx.options import SamplingOptions
 from openelm_mlx.sampling import Controls, Filters, History, draw, filter_logits, seed_key
