@@ -221,12 +221,10 @@ class DraftRows:
 
     def release(self, row: int) -> None:
         one = self.rows.pop(row)
-        known = one.request.known
-        cache = one.cache or self.buffers.extract(row, one.held)
-        held = min(one.held, len(known))  # a stop ends the text amid an accepted draft
-        cache.trim(cache.offset - held)
-        if held:
-            self.draft.store.put(one.weights, known[:held], cache, one.request.owner)
+        held = min(one.held, len(one.request.known))  # a stop ends the text amid an accepted draft
+        cache = one.cache or self.buffers.extract(row, held)
+        tokens = one.request.known[: cache.offset]
+        self.draft.store.put(one.weights, tokens, cache, one.request.owner)
 
     def move(self, rows: list[int], count: int) -> None:
         self.buffers.resize(rows, count)
@@ -244,11 +242,10 @@ class DraftRows:
         ready = []
         for row in rows:
             one = self.rows[row]
-            end = max(
-                len(one.request.known) - 2, 1
-            )  # at least one: an empty cache has no place among the rows
+            end = max(len(one.request.known) - 2, 1)  # an empty cache has no place among the rows
             if one.cache is None and end - one.held > self.FEED[-1]:
                 one.cache = self.buffers.extract(row, one.held)
+                one.held = one.cache.offset
             if one.cache is not None:
                 budget -= self._read(one, one.cache, min(end, one.held + budget))
                 if one.held < end:
@@ -282,7 +279,6 @@ class DraftRows:
             self._run(feed, padded(missing, width), starts)
         for row, known in texts.items():
             starts[row] = len(known) - 2
-            self.rows[row].held = len(known)
         filters = replace(spec.filters, masked=False)
         run = self.steps.cached(
             ("draft", filters, spec.vocab, k),
@@ -290,9 +286,11 @@ class DraftRows:
             lambda: make_drafter(self.model, self.draft.kind, filters, spec.vocab, k),
         )
         pairs = [texts.get(row, [])[-2:] for row in range(len(starts))]
-        return self._run(
-            run, padded(pairs, 2), starts, k - 1, state.key, state.controls, state.history
-        )
+        more = (state.key, state.controls, state.history)
+        tokens = self._run(run, padded(pairs, 2), starts, k - 1, *more)
+        for row, known in texts.items():
+            self.rows[row].held = len(known)
+        return tokens
 
     def _run(
         self, run: Any, tokens: mx.array, starts: list[int], more: int = 0, *args: Any
@@ -301,8 +299,10 @@ class DraftRows:
         for row in self.rows:
             ends[row] = starts[row] + tokens.shape[1] + more
         buffers = self.buffers.lend(ends)
-        found, buffers = run(tokens, mx.array(starts, dtype=mx.int32), buffers, *args)
-        self.buffers.restore(buffers)
+        try:
+            found, buffers = run(tokens, mx.array(starts, dtype=mx.int32), buffers, *args)
+        finally:
+            self.buffers.restore(buffers)
         return found
 
     def record(self, row: int, known: int, drafted: int, accepted: int) -> None:

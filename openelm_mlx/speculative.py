@@ -69,13 +69,18 @@ class Speculation:
             self.custom = draft
         self._rows: dict[int, RowDrafts] = {}
 
+    @property
+    def has_model(self) -> bool:
+        """Whether there is a draft besides prompt lookup, which requests ask for themselves."""
+        return self.model is not None or self.custom is not None
+
     def admit(self, row: int, request: Request) -> None:
         """Begin to draft for `request` in `row`."""
         o = request.options
         lookup = length = None
         if o.prompt_lookup:
             lookup = PromptLookup(o.prompt_lookup, o.draft_tokens, o.adaptive_draft)
-        if self.model is not None or self.custom is not None:
+        if self.has_model:
             length = DraftLength(o.draft_tokens, self.cost, o.adaptive_draft)
         self._rows[row] = RowDrafts(lookup, length)
         if self.model is not None:
