@@ -245,23 +245,19 @@ class DraftRows:
             end = max(len(one.request.known) - 2, 1)  # an empty cache has no place among the rows
             if one.cache is None and end - one.held > self.FEED[-1]:
                 one.cache = self.buffers.extract(row, one.held)
-                one.held = one.cache.offset
             if one.cache is not None:
-                budget -= self._read(one, one.cache, min(end, one.held + budget))
+                tokens = one.request.known[one.cache.offset : end][:budget]
+                budget -= len(tokens)
+                if tokens:
+                    self.model.hidden(mx.array([tokens]), one.cache, last=True)
+                    mx.async_eval(one.cache.arrays)
+                one.held = one.cache.offset
                 if one.held < end:
                     continue
                 self.buffers.place(row, one.cache)
                 one.cache = None
             ready.append(row)
         return ready
-
-    def _read(self, one: DraftRow, cache: KVCache, end: int) -> int:
-        tokens = one.request.known[one.held : end]
-        if tokens:
-            self.model.hidden(mx.array([tokens]), cache, last=True)
-            mx.async_eval(cache.arrays)
-            one.held = end
-        return len(tokens)
 
     def propose(self, rows: list[int], state: State, spec: StepSpec, k: int) -> mx.array:
         """Draft k tokens, [B, k], for `rows`, which have caught up; what the others get means nothing."""
