@@ -220,7 +220,8 @@ def test_a_draft_model_is_not_asked_beyond_its_own_context(target):
 def test_sampled_tokens_follow_the_exact_joint_distribution(tiny):
     """Three tokens of 600 requests against the product of the model's own conditional probabilities."""
     vocab, prompt = 6, [1, 5, 3]
-    target, draft = (random_engine(tiny, seed, vocab) for seed in (3, 4))
+    target, draft = (random_engine(tiny, seed=3, vocab=vocab) for _ in range(2))
+    draft.model.lm_head.weight += 0.5 * mx.random.normal(draft.model.lm_head.weight.shape) / 8
     options = SamplingOptions(**SAMPLED)
     filters = Filters.of([options])
     controls = Controls.of([options], filters, vocab)
@@ -235,11 +236,12 @@ def test_sampled_tokens_follow_the_exact_joint_distribution(tiny):
     first = conditional([])
     second = [conditional([token]) for token in range(vocab)]
     third = {pair: conditional(list(pair)) for pair in itertools.product(range(vocab), repeat=2)}
-    runs, settings = 600, SAMPLED | FIXED | {"draft_tokens": 2, "max_tokens": 3}
+    runs, settings = 600, SAMPLED | FIXED | {"draft_tokens": 2, "max_tokens": 4}
     requests = [(prompt, settings | {"seed": seed}) for seed in range(runs)]
     tokens, stats = run_batch(target, requests, draft, slots=32)
-    assert sum(one.accepted_tokens for one in stats) > runs / 2
-    counts = Counter(map(tuple, tokens))
+    drafted, accepted = (sum(getattr(one, name) for one in stats) for name in ("drafted_tokens", "accepted_tokens"))
+    assert 0.3 * drafted < accepted < 0.9 * drafted  # both fates come up
+    counts = Counter(tuple(found[:3]) for found in tokens)
     chi, freedom, rare = 0.0, -1, [0.0, 0]
     for cell in itertools.product(range(vocab), repeat=3):
         expected = runs * first[cell[0]] * second[cell[0]][cell[1]] * third[cell[:2]][cell[2]]
