@@ -12,7 +12,7 @@ from typing import Any
 from openelm_mlx.config import PUBLISHED, OpenELMConfig, expected_tensors, layer_shapes, normal_name
 from openelm_mlx.errors import CacheError, CheckpointError
 from openelm_mlx.kv import CacheKind
-from openelm_mlx.options import KV_BITS, GenerationOptions
+from openelm_mlx.options import KV_BITS, EngineOptions
 
 PARTS = (("embedding", "token_embeddings"), ("head", "lm_head"), ("attention", "_proj"), ("feed-forward", ".proj_"))
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "U8": 1, "I8": 1, "I64": 8, "U16": 2}
@@ -69,7 +69,7 @@ def cache_kinds(config: OpenELMConfig) -> dict[str, CacheKind]:
     kinds = {"16-bit": CacheKind()}
     for bits in sorted(KV_BITS, reverse=True):
         with contextlib.suppress(CacheError):
-            kinds[f"{bits}-bit (--kv-bits {bits})"] = CacheKind.of(config, GenerationOptions(kv_bits=bits))
+            kinds[f"{bits}-bit (--kv-bits {bits})"] = CacheKind.of(config, EngineOptions(kv_bits=bits))
     return kinds
 
 
