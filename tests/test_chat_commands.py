@@ -83,7 +83,7 @@ def test_set_takes_options_of_all_three_classes(tiny, chat):
                             "/set logit_bias", "/set stop_tokens none", "/set compiled off", "/show")  # fmt: skip
     assert status == 0 and out == answers(tiny, "Hello!", logit_bias={9: -100.0, 5: 2.5}, stop_tokens=(7, 8))
     assert err.splitlines()[:3] == ["logit_bias: 5=2.5 9=-100", "stop_tokens: 7 8", "prefill_chunk: 8"]
-    assert "greedy, logit_bias 5=2.5 9=-100, seed" in err
+    assert ", logit_bias 5=2.5 9=-100, seed" in err
     status, _, err = chat("/set stop_tokens x", "/set logit_bias 5", "/set processor 5", "/set logit_bias 99999=1", "Hello!")
     assert status == 2
     for line in ("stop_tokens is ('x',)", "logit_bias is (5,)", "no setting 'processor'", "the token id 99999; allowed"):

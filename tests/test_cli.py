@@ -77,7 +77,7 @@ def test_flags_of_every_class_reach_the_engine(tiny, tmp_path, capsys):
     plain = tokens()
     assert plain == tokens("--prefill-chunk", "2", "--no-compiled") == tokens("--kv-window", "200", "--kv-keep", "2")
     third = plain[2]
-    assert tokens("--stop-tokens", "3", "--stop-tokens", str(third)) == plain[: plain.index(third) + 1]
+    assert tokens("--stop-token", "3", "--stop-token", str(third)) == plain[: plain.index(third) + 1]
     assert third not in tokens("--logit-bias", f"{third}=-100", "--logit-bias", "3=-1")
     drawn = ["--temperature", "1", "--seed", "4", "--repetition-penalty", "1.5"]
     others = (["--penalty-window", "3"], ["--xtc-probability", "1", "--xtc-threshold", "0.01"])

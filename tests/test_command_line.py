@@ -40,7 +40,7 @@ def stopped(capsys, *argv):
         (["generate", "x", "--bits", "7"], "--bits is 7; allowed: 2, 3, 4, 5, 6, 8"),
         (["generate", "x", "--max-tokens", "4x"], "argument --max-tokens: '4x' is no whole number"),
         (["generate", "x", "--temperature", "hot"], "argument --temperature: 'hot' is no number"),
-        (["generate", "x", "--stop-tokens", "x"], "argument --stop-tokens: 'x' is no whole number"),
+        (["generate", "x", "--stop-token", "x"], "argument --stop-token: 'x' is no whole number"),
         (["chat", "--processor", "f"], "unknown option --processor"),
         (["generate"], "one of the arguments PROMPT -p/--prompt is required"),
         (["generate", "Once", "upon"], "put a prompt of several words in quotes"),

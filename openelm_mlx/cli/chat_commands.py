@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
@@ -76,7 +77,7 @@ def show(session: Session, rest: str) -> None:
 def set_option(session: Session, rest: str) -> None:
     """Change the setting of `NAME VALUE`; show that of `NAME` alone; list all without a name."""
     talk = session.conversation
-    name, _, value = rest.replace("=", " ", 1).partition(" ")
+    name, value = re.split(r"\s*=\s*|\s+|$", rest, maxsplit=1)
     name, value = name.lower().replace("-", "_"), value.strip()
     if not name:
         session.say_table(
