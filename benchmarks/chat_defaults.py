@@ -18,18 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
-from typing import cast
 
 from openelm_mlx.blas import load_blas
 
 load_blas()  # takes effect only before MLX is imported
 
-import mlx.core as mx  # noqa: E402
-
 from openelm_mlx import batch_generate, load  # noqa: E402
 from openelm_mlx.chat import encode_messages  # noqa: E402
 from openelm_mlx.loading import Engine  # noqa: E402
 from openelm_mlx.options import SamplingOptions  # noqa: E402
+from openelm_mlx.scoring import score  # noqa: E402
 
 PROMPTS = (
     "Tell me a story about a king.",
@@ -103,22 +101,16 @@ def answers(engine: Engine, sampling: SamplingOptions) -> list[Answer]:
     prompts = [encode_messages(engine.tokenizer, messages) for messages in chats]
     samplings = [replace(sampling, seed=seed) for _ in PROMPTS for seed in seeds]
     results = batch_generate(engine, prompts, samplings, slots=20, max_tokens=MAX_TOKENS)
-    eos = engine.config.eos_token_id
-    return [Answer(prompt, list(result.tokens), result.text, result.tokens[-1] == eos)
+    ends = engine.config.eos_token_ids
+    return [Answer(prompt, list(result.tokens), result.text, result.tokens[-1] in ends)
             for prompt, result in zip(prompts, results, strict=True)]  # fmt: skip
 
 
 def perplexity(judge: Engine, found: Sequence[Answer]) -> float:
     """Perplexity of all answers' tokens, each after its prompt, under `judge` at temperature 1."""
-    loss, count = 0.0, 0
-    for answer in found:
-        text = mx.array([answer.prompt + answer.tokens[:-1]])
-        logits = judge.model(text)[0, len(answer.prompt) - 1 :, : judge.vocab].astype(mx.float32)
-        scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        chosen = mx.take_along_axis(scores, mx.array(answer.tokens)[:, None], axis=-1)
-        loss -= cast(float, chosen.sum().item())
-        count += len(answer.tokens)
-    return math.exp(loss / count)
+    scores = score(judge, [answer.prompt + answer.tokens for answer in found])
+    own = [logp for row, answer in zip(scores, found, strict=True) for logp in row[len(answer.prompt) - 1 :]]
+    return math.exp(-sum(own) / len(own))
 
 
 def label(sampling: SamplingOptions) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,8 +21,8 @@ from openelm_mlx.benchmarks.traced import (
     mlx_lm_caches,
     mlx_lm_model,
     mlx_lm_step,
-    our_buffers,
     our_model,
+    our_state,
     our_step,
     ready,
     shrunk,
@@ -123,19 +123,20 @@ class OurHost:
         model = our_model(config, form)
         filled(model)
         self.step = our_step(ready(model), compiled)
-        buffers = [[mx.zeros(a.shape, a.dtype) for a in arrays] for arrays in our_buffers(config, 256, DTYPES[form.dtype])]
-        self.state: list[Any] = [mx.array([1], mx.uint32), mx.array([CONTEXT]), buffers]
+        state = our_state(config, 1, 256, DTYPES[form.dtype])
+        real = [[mx.zeros(a.shape, a.dtype) for a in arrays] for arrays in state.buffers]
+        self.state = state._replace(position=mx.array([CONTEXT], mx.int32), buffers=real)
         mx.eval(self.state)
-        self.start, self.count = self.state[1], 0
+        self.start, self.count = self.state.position, 0
 
     def build(self) -> None:
         self.count += 1
         if self.count % STAY == 0:  # beyond the buffers a step would write into other memory
-            self.state[1] = self.start
-        self.state[:] = self.step(*self.state)
+            self.state = self.state._replace(position=self.start)
+        self.state = self.step(self.state)
 
     def submit(self) -> None:
-        mx.async_eval(self.state[0])
+        mx.async_eval(self.state.token)
 
 
 class PeerHost:

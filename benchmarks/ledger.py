@@ -1,7 +1,8 @@
-"""The ledger of one decoded token: kernels that a GPU launches for it, bytes it moves, time the host takes to submit it.
+"""The ledger of one decoding step: kernels that a GPU launches for it, bytes it moves, time the host takes to submit it.
 
     python -m openelm_mlx.benchmarks.ledger 270m
     python -m openelm_mlx.benchmarks.ledger 270m --bits 4 --json
+    python -m openelm_mlx.benchmarks.ledger 270m --bits 4 --rows 4
 
 Counted on the graph, so it is the same on every machine; nothing is computed and no weights are needed. Rules of what
 launches a kernel are in layout.py, after the source of MLX's Metal backend; none of this has run on Metal.
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import mlx.core as mx
 from openelm_mlx.benchmarks.graph import Node
 from openelm_mlx.benchmarks.layout import VIEWS, Layout, after, kernels
 from openelm_mlx.benchmarks.roofline import part_of
@@ -166,7 +168,7 @@ def purpose_of(node: Node, traced: Traced) -> str:
         return "angles of the position"
     if "Sigmoid" in inside or (node.name == "Compiled" and not node.parts):
         return "gate"
-    if "LessEqual" in inside:
+    if "LessEqual" in inside or node.outputs[0].dtype == mx.bool_:
         return "mask"
     if node.name == "Add" and node.outputs[0].size > 1:
         return "residual"
@@ -191,9 +193,10 @@ def weight_behind(name: str, traced: Traced) -> str | None:
     return traced.parameters[name]
 
 
-def both(config: OpenELMConfig, form: Form, context: int) -> list[Ledger]:
-    """Ours, and mlx-lm's where it is installed."""
-    return [ledger(trace_ours(config, form, context)), ledger(trace_mlx_lm(config, form, context))]
+def both(config: OpenELMConfig, form: Form, context: int, rows: int) -> list[Ledger]:
+    """Ours, and mlx-lm's for one row; that of several is another cache, which is not counted here."""
+    ours = ledger(trace_ours(config, form, context, rows))
+    return [ours] if rows > 1 else [ours, ledger(trace_mlx_lm(config, form, context))]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -206,14 +209,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16", help=f"of the activations: {', '.join(DTYPES)} (default: bfloat16)")
     parser.add_argument("--context", type=int, default=64, help="tokens attended to (default: 64)")
-    parser.add_argument("--steps", type=int, default=100, help="steps timed on the host; 0 times none (default: 100)")
+    parser.add_argument("--rows", type=int, choices=range(1, 6), default=1, help="sequences stepped together, 1 to 5")
+    parser.add_argument("--steps", type=int, default=100, help="steps timed on the host, of one row; 0 times none (default: 100)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     try:
         config = OpenELMConfig.from_name(options.size)
         form = Form(options.dtype, {"group_size": options.group_size, "bits": options.bits} if options.bits else None)
-        ledgers = both(config, form, options.context)
-        times = host_times(config, form, options.steps) if options.steps else {}
+        ledgers = both(config, form, options.context, options.rows)
+        times = host_times(config, form, options.steps) if options.steps and options.rows == 1 else {}
     except OpenELMError as error:
         print(f"ledger: {error}", file=sys.stderr)
         return 2
@@ -221,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
         host = {name: asdict(t) for name, t in times.items()}
         print(json.dumps({"ledgers": [entry.as_dict() for entry in ledgers], "host_seconds": host}))
     else:
-        show(options.size, form, options.context, ledgers, times)
+        show(f"{options.size}, {form}", options.context, options.rows, ledgers, times)
     return 0
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from openelm_mlx.benchmarks.host import HostTime
 from openelm_mlx.benchmarks.ledger import ABSORBED, Ledger
-from openelm_mlx.benchmarks.traced import Form
 
 UNTESTED = (
     "Counted on the graph by the rules of MLX's Metal source; not run on Metal. Weights are read once; buffers are "
@@ -15,13 +14,13 @@ UNTESTED = (
 )
 
 
-def show(size: str, form: Form, context: int, ledgers: Sequence[Ledger], times: Mapping[str, HostTime]) -> None:
+def show(model: str, context: int, rows: int, ledgers: Sequence[Ledger], times: Mapping[str, HostTime]) -> None:
     """Print kernels by purpose and by primitive, bytes by part, and the host's time."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False)
-    what = f"OpenELM {size}, {form}"
+    of = "one token" if rows == 1 else f"one token of each of {rows} rows"
 
     def table(title: str, first: str, rows: Mapping[str, Sequence[str]], notes: Mapping[str, str] | None = None) -> None:
         grid = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -40,7 +39,7 @@ def show(size: str, form: Form, context: int, ledgers: Sequence[Ledger], times: 
         return {name: [f"{c[name]:,}" if c.get(name) else "-" for c in counters] for name in names}
 
     total = {"all": [str(entry.kernels) for entry in ledgers]}
-    table(f"{what}: kernels of one token at {context} tokens, by purpose", "for",
+    table(f"OpenELM {model}: kernels of {of} at {context} tokens, by purpose", "for",
           merged([e.by_purpose for e in ledgers]) | total, ABSORBED)  # fmt: skip
     table("The same kernels by primitive", "primitive", merged([e.by_primitive for e in ledgers]) | total)
     table("Bytes read, by part", "part", merged([e.bytes_read for e in ledgers])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import fields
 from time import perf_counter
 from typing import Any
 
@@ -14,12 +15,12 @@ load_blas()  # takes effect only before MLX is imported
 import mlx.core as mx  # noqa: E402
 from openelm_mlx.benchmarks.timing import Timed  # noqa: E402
 
-from openelm_mlx import PromptCache, __version__  # noqa: E402
+from openelm_mlx import GenerationStats, PromptCache, __version__  # noqa: E402
 from openelm_mlx.generation import stream_generate  # noqa: E402
-from openelm_mlx.kv import CacheKind  # noqa: E402
 from openelm_mlx.loading import Engine  # noqa: E402
-from openelm_mlx.options import with_overrides  # noqa: E402
+from openelm_mlx.options import EngineOptions  # noqa: E402
 
+SHARED = {item.name for item in fields(EngineOptions)}  # what all requests of a batch have in common
 NEW_TOKENS = 8  # of a prompt whose beginning is in the cache already
 
 # R. L. Stevenson, Treasure Island (1883), the opening; its first 36 tokens are the prompt of CoreNet's
@@ -40,8 +41,8 @@ TEXT = (
 class OurSession:
     """A loaded engine with the settings of one case; several sessions may share an engine.
 
-    `settings` are fields of `GenerationOptions`, `draft` is a smaller engine that drafts. With `batch_size` above 1,
-    the other sequences of the batch are the prompt's words rotated: as long, but not the same.
+    `settings` are fields of `GenerationOptions` and `EngineOptions`, `draft` is a smaller engine that drafts. With
+    `batch_size` above 1, the other sequences of the batch are the prompt's words rotated: as long, but not the same.
     """
 
     engine = "openelm-mlx"
@@ -53,7 +54,7 @@ class OurSession:
     ) -> None:  # fmt: skip
         self.model: Engine = engine
         self.load_seconds = load_seconds
-        self.options = with_overrides(None, None, settings or {})[1]
+        self.settings: dict[str, Any] = dict(settings or {})
         self.batch_size, self.draft = batch_size, draft
         self.tokens_per_pass: float | None = None
         self._held: PromptCache | None = None
@@ -68,12 +69,12 @@ class OurSession:
         None where that cannot be: batches, windows that have moved on, and prompts too short to speak of.
         """
         kept, fresh = prompt[:-NEW_TOKENS], prompt[-NEW_TOKENS:]
-        if self.batch_size > 1 or self.options.kv_window is not None or len(kept) < NEW_TOKENS:
+        if self.batch_size > 1 or "kv_window" in self.settings or len(kept) < NEW_TOKENS:
             return None
         self._turn += 1  # other tokens each time, or the cache would hold these too
         fresh = [3 + (token + self._turn) % (self.model.vocab - 3) for token in fresh]
         if self._held is None or self._held.tokens[: len(kept)] != kept:
-            self._held = PromptCache.for_config(self.model.config, CacheKind.of(self.model.config, self.options))
+            self._held = PromptCache()
             self._single([*kept, *fresh[::-1]], 1, self._held)
         return self._single([*kept, *fresh], 1, self._held).first
 
@@ -85,8 +86,8 @@ class OurSession:
         start = perf_counter()
         with closing(
             stream_generate(
-                self.model, prompt, options=self.options, prompt_cache=cache, draft=self.draft, max_tokens=tokens,
-                ignore_eos=True,
+                self.model, prompt, prompt_cache=cache, draft=self.draft, max_tokens=tokens, ignore_eos=True,
+                **self.settings,
             )
         ) as events:  # fmt: skip
             for event in events:
@@ -94,32 +95,43 @@ class OurSession:
                     seconds.append(perf_counter() - start)
                     found.append(event.token)
                 stats = event.stats or stats
-        if stats is not None and (self.draft or self.options.prompt_lookup):
-            self.tokens_per_pass = stats.tokens_per_pass or 1.0  # 0: nothing was drafted, each pass gave its one token
+        self._count_passes(stats)
         peak = None if stats is None else stats.peak_memory_bytes - others
         return Timed(tuple(found), tuple(seconds), peak)
+
+    def _count_passes(self, stats: GenerationStats | None) -> None:
+        if stats is not None and (self.draft or self.settings.get("prompt_lookup")):
+            self.tokens_per_pass = stats.tokens_per_pass or 1.0  # 0: nothing was drafted, each pass gave its one token
 
     def _others(self) -> int:
         """Bytes in use beside this model's weights: those of engines loaded for comparison are not its own."""
         return max(0, mx.get_active_memory() - self.model.nbytes - (self.draft.nbytes if self.draft else 0))
 
     def _batch(self, prompt: list[int], tokens: int) -> Timed:
-        """All sequences start together; what is taken down is the first one's, a step gives one token to each."""
+        """All sequences start together. Tokens are the first one's; times are those of the last to be admitted, so that
+        the first of them is the time of all prompts, and every later one that of a whole step."""
         from openelm_mlx.batch import BatchEngine
 
-        batch = BatchEngine(self.model, self.batch_size, self.options)
+        shared = {name: value for name, value in self.settings.items() if name in SHARED}
+        own = {name: value for name, value in self.settings.items() if name not in SHARED}
+        batch = BatchEngine(self.model, self.batch_size, draft=self.draft, **shared)
         found: list[int] = []
         seconds: list[float] = []
         others, peak = self._others(), 0
         start = perf_counter()
         try:
-            numbers = [batch.submit(turned(prompt, i), max_tokens=tokens, ignore_eos=True) for i in range(self.batch_size)]
+            prompts = [turned(prompt, by) for by in range(self.batch_size)]
+            numbers = [batch.submit(each, max_tokens=tokens, ignore_eos=True, **own) for each in prompts]
             while batch.busy:
-                for number, event in batch.step():
+                events = batch.step()
+                now = perf_counter() - start
+                for number, event in events:
                     peak = max(peak, event.stats.peak_memory_bytes if event.stats else 0)
                     if number == numbers[0] and event.token is not None:
                         found.append(event.token)
-                seconds.append(perf_counter() - start)  # after the whole step: all its tokens are known
+                        self._count_passes(event.stats)
+                    if number == numbers[-1] and event.token is not None:
+                        seconds.append(now)
         finally:
             batch.close()
         return Timed(tuple(found), tuple(seconds), peak - others)

@@ -13,7 +13,7 @@ from typing import Any
 from openelm_mlx.config import OpenELMConfig, expected_tensors
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.kv import CacheKind
-from openelm_mlx.options import GenerationOptions
+from openelm_mlx.options import EngineOptions
 
 PARTS = ("embedding", "attention", "ffn", "norms", "scales", "kv")
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -58,7 +58,7 @@ def bytes_per_token(
             weights, scales = (part / rows + (part if tied else 0) for part in (weights, scales))
         parts[part_of(tensor)] += weights
         parts["scales"] += scales
-    kind = CacheKind.of(config, GenerationOptions(kv_bits=kv_bits))
+    kind = CacheKind.of(config, EngineOptions(kv_bits=kv_bits))
     parts["kv"] = float(kind.bytes_per_token(config, ITEMSIZE[dtype]) * context_tokens)
     return parts
 

@@ -32,11 +32,6 @@ class Point:
         """Whether a peer runs it too."""
         return self.batch_size == 1 and self.cache == "plain" and self.speculation is None
 
-    @property
-    def possible(self) -> bool:
-        """Batches go with neither windows nor speculation."""
-        return self.batch_size == 1 or (not self.cache.startswith("window") and self.speculation is None)
-
 
 @dataclass(frozen=True)
 class Suite:
@@ -138,8 +133,6 @@ class BenchmarkOptions:
             raise OptionError(f"group_size is {self.group_size}, but nothing is quantized here; give bits too")
         if self.minutes != BenchmarkOptions.minutes and not SUITES[self.suite].soak:
             raise OptionError(f"minutes is {self.minutes:g}, but only the soak suite runs by the clock; give --suite soak too")
-        if not self.points():
-            raise OptionError("batches go with neither windows nor speculation; add a batch size of 1, or leave one out")
 
     def chosen(self) -> Suite:
         """The suite with what these options say otherwise."""
@@ -161,7 +154,7 @@ class BenchmarkOptions:
             suite.prompt_tokens, suite.generation_tokens, suite.batch_sizes if self.batch_sizes else (1,),
             suite.caches if self.caches else ("plain",), suite.speculations if self.speculations else (None,),
         )  # fmt: skip
-        return [point for point in (Point(*values) for values in product(*axes)) if point.possible]
+        return [Point(*values) for values in product(*axes)]
 
 
 def lengths_only(suite: Suite) -> list[Point]:
@@ -170,7 +163,7 @@ def lengths_only(suite: Suite) -> list[Point]:
 
 
 def cache_settings(cache: str) -> dict[str, int]:
-    """Generation options of a cache kind: plain, kv8, kv4 (quantized), window-N. Raises `OptionError`."""
+    """Engine options of a cache kind: plain, kv8, kv4 (quantized), window-N. Raises `OptionError`."""
     if cache == "plain":
         return {}
     if match := re.fullmatch(r"kv([48])", cache):
@@ -192,7 +185,7 @@ def speculation_settings(kind: str | None) -> tuple[dict[str, int], str | None]:
 
 
 def settings(point: Point) -> dict[str, int]:
-    """Generation options of a point."""
+    """Options of a point, of its requests and of the engine."""
     return {**cache_settings(point.cache), **speculation_settings(point.speculation)[0]}
 
 

@@ -22,9 +22,11 @@ from openelm_mlx.benchmarks.standins import blank, fused, one_primitive_each
 
 from openelm_mlx.cache import BLOCK
 from openelm_mlx.config import OpenELMConfig, layer_shapes
+from openelm_mlx.decode import State, Steps, StepSpec
 from openelm_mlx.errors import BenchmarkError
-from openelm_mlx.kv import Arrays
 from openelm_mlx.model import OpenELM, Transposed
+from openelm_mlx.options import SamplingOptions
+from openelm_mlx.sampling import Controls, Filters
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -116,40 +118,42 @@ def ready(model: OpenELM) -> OpenELM:
     return model
 
 
-def our_step(model: OpenELM, compiled: bool) -> Callable[[mx.array, mx.array, list[Arrays]], Any]:
-    """(token [1], position [1], keys and values a layer) -> the next token, position, keys and values."""
-    from openelm_mlx.decode import State, StepSpec, make_step
-    from openelm_mlx.options import SamplingOptions
-    from openelm_mlx.sampling import seed_key
-
-    step = make_step(model, StepSpec(SamplingOptions(), model.args.vocab_size, None, compiled))
-    key = seed_key(1)
-    mx.eval(key)
-
-    def run(token: mx.array, position: mx.array, buffers: list[Arrays]) -> Any:
-        after = step(State(token, position, key, None, None, buffers))
-        return after.token, after.position, after.buffers
-
-    return run
+def our_step(model: OpenELM, compiled: bool) -> Callable[[State], State]:
+    """The step of this engine, greedy: (state) -> the state one token further in every row."""
+    step = Steps(model).step(StepSpec(Filters(), model.args.vocab_size, None, compiled))
+    return lambda state: step(state)[1]
 
 
-def our_buffers(config: OpenELMConfig, context: int, dtype: mx.Dtype) -> list[Arrays]:
+def our_state(config: OpenELMConfig, rows: int, context: int, dtype: mx.Dtype) -> State:
+    """The state of as many greedy rows, each before the last of `context` tokens is fed."""
     capacity = -(-context // BLOCK) * BLOCK
-    return [[blank((1, 2 * shape.kv_heads, capacity, config.head_dim), dtype)] for shape in layer_shapes(config)]
+    shapes = [(2, rows, shape.kv_heads, capacity, config.head_dim) for shape in layer_shapes(config)]
+    state = State(
+        token=mx.ones(rows, mx.uint32),
+        position=mx.full(rows, context - 1, mx.int32),
+        alive=mx.ones(rows, mx.int32),
+        key=mx.zeros((rows, 2), mx.uint32),
+        controls=Controls.of([SamplingOptions()] * rows, Filters(), config.vocab_size),
+        history=None,
+        buffers=[[blank(shape, dtype)] for shape in shapes],
+    )
+    mx.eval(state)
+    return state
 
 
-def trace_ours(config: OpenELMConfig, form: Form, context: int = 64) -> Traced:
-    """The compiled step of this engine, greedy, as `context` tokens are attended to."""
+def trace_ours(config: OpenELMConfig, form: Form, context: int = 64, rows: int = 1) -> Traced:
+    """The compiled step of this engine, greedy, as each row attends to `context` tokens."""
     model = our_model(config, form)
-    step, buffers = our_step(model, compiled=False), our_buffers(config, context, DTYPES[form.dtype])
+    step, start = our_step(model, compiled=False), our_state(config, rows, context, DTYPES[form.dtype])
 
     def flat(token: mx.array, position: mx.array, *kv: mx.array) -> list[mx.array]:
-        token, position, kept = step(token, position, [[array] for array in kv])
-        return [token, position, *(array for arrays in kept for array in arrays)]
+        after = step(start._replace(token=token, position=position, buffers=[[array] for array in kv]))
+        return [after.token, after.position, *(array for arrays in after.buffers for array in arrays)]
 
+    kv = [array for arrays in start.buffers for array in arrays]
     with one_primitive_each(tagged=True):
-        graph = trace(flat, mx.array([1], mx.uint32), mx.array([context - 1]), *(array for arrays in buffers for array in arrays))
-    return described("openelm-mlx", fuse(graph), model, 2, context, buffers[0][0].shape[-2])
+        graph = trace(flat, start.token, start.position, *kv)
+    return described("openelm-mlx", fuse(graph), model, 2, context, kv[0].shape[-2])
 
 
 def mlx_lm_model(config: OpenELMConfig, form: Form) -> nn.Module:

@@ -172,7 +172,7 @@ def test_suites_and_grids():
     assert quick[0] == Point(64, 64) and Point(64, 64, batch_size=4) in quick and Point(64, 64, cache="kv8") in quick
     assert BenchmarkOptions(prompt_tokens=(8, 16)).points() == [Point(8, 64), Point(16, 64)]
     grid = BenchmarkOptions(batch_sizes=(1, 2), caches=("plain", "kv4"), generation_tokens=(4, 5)).points()
-    assert len(BenchmarkOptions(batch_sizes=(1, 4), caches=("plain", "window-64")).points()) == 3
+    assert len(BenchmarkOptions(batch_sizes=(1, 4), caches=("plain", "window-64")).points()) == 4
     assert len(grid) == 8 and Point(64, 5, 2, "kv4") in grid and not any(p.speculation for p in grid)
     assert BenchmarkOptions(random_weights=("1.1b",), bits=(4,), trials=9).chosen().models == ("1.1b",)
     assert max(p.prompt_tokens + p.generation_tokens for p in BenchmarkOptions(suite="context").points()) == 2049
@@ -192,7 +192,6 @@ def test_suites_and_grids():
         ({"bits": (4.5,)}, r"bits is \(4.5,\); allowed is a whole number, or a list of such numbers"),
         ({"models": 5}, "models is 5; allowed is a text of at least one character, or a list"),
         ({"caches": ("kv5",)}, "cache is 'kv5'; allowed: plain, kv8, kv4, window-N"),
-        ({"batch_sizes": (4,), "caches": ("window-64",)}, "batches go with neither windows nor speculation; add a batch size"),
         ({"speculations": ("draft ",)}, "speculation is 'draft '; allowed: none, prompt-lookup"),
     ],
 )

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from openelm_mlx.benchmarks.timing import Timed
 
 from openelm_mlx.cli.main import main
 from openelm_mlx.errors import BenchmarkError
-from openelm_mlx.options import GenerationOptions, SamplingOptions
+from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +75,10 @@ def test_every_kind_of_case_runs(capsys):
     )  # fmt: skip
     document = run.run(options)
     labels = [label(row.case).removeprefix("openelm-mlx openelm-tiny 8-bit 20+6 ") for row in document.rows]
-    assert labels == ["kv8", "kv8 prompt-lookup", "batch 2 kv8"]
+    assert labels == ["kv8", "kv8 prompt-lookup", "batch 2 kv8", "batch 2 kv8 prompt-lookup"]
     assert all("decode_tokens_per_second" in row.metrics for row in document.rows)
-    one, lookup, batch = (row.metrics for row in document.rows)
-    assert "tokens_per_pass" in lookup and "tokens_per_pass" not in one
+    one, lookup, batch, both = (row.metrics for row in document.rows)
+    assert "tokens_per_pass" in lookup and "tokens_per_pass" in both and "tokens_per_pass" not in one
     assert "time_to_first_token_reused_seconds" in one and "time_to_first_token_reused_seconds" not in batch
     assert batch["peak_memory_bytes"].median > one["peak_memory_bytes"].median
 
@@ -222,7 +223,10 @@ def test_a_soak_of_a_few_requests_finds_nothing_wrong(tiny, monkeypatch):
 def test_a_soak_sees_a_wrong_token(tiny):
     seen = drift.Soak()
     driver = soaking.Driver(tiny, random.Random(0), seen)
-    driver.check([1, 5, 9], SamplingOptions(), GenerationOptions(max_tokens=3), [4095, 4095])
+    asked = soaking.Asked([1, 5, 9], SamplingOptions(), GenerationOptions(max_tokens=3), EngineOptions())
+    driver.check(replace(asked, engine_options=EngineOptions(kv_bits=4)), [4095, 4095])  # rounded: promised only alike
+    assert seen.failures == []
+    driver.check(asked, [4095, 4095])
     assert len(seen.failures) == 1 and seen.failures[0].startswith("a wrong token: number 0 is 4095, the eager twin says")
 
 

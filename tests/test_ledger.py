@@ -23,7 +23,7 @@ from openelm_mlx.benchmarks.standins import one_primitive_each
 from openelm_mlx.benchmarks.traced import Form, trace_mlx_lm, trace_ours
 from optional import compiles
 
-from openelm_mlx.config import OpenELMConfig
+from openelm_mlx.config import OpenELMConfig, layer_shapes
 from openelm_mlx.errors import BenchmarkError
 
 M270 = OpenELMConfig.from_name("270m")
@@ -44,15 +44,16 @@ def kernels_only(names: Counter[str]) -> Counter[str]:
 
 
 @pytest.mark.with_or_without("a C++ compiler")
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_kernels_of_the_compiled_step_are_those_mlx_fuses(form: Form, tmp_path: Path) -> None:
+def test_kernels_of_the_compiled_step_are_those_mlx_fuses(form: Form, rows: int, tmp_path: Path) -> None:
     """Without a compiler MLX runs the step unfused: then its primitives are those the fused nodes were made from."""
-    counted = trace_ours(SMALL, form)
+    counted = trace_ours(SMALL, form, rows=rows)
     with one_primitive_each():
         step = traced.our_step(traced.our_model(SMALL, form), compiled=True)
-        buffers = traced.our_buffers(SMALL, 64, traced.DTYPES[form.dtype])
-        token, position, kept = step(mx.array([1], mx.uint32), mx.array([63]), buffers)
-        real = primitives_of([token, position, *(a for arrays in kept for a in arrays)], tmp_path / "g.dot")
+        after = step(traced.our_state(SMALL, rows, 64, traced.DTYPES[form.dtype]))
+        kept = [array for arrays in after.buffers for array in arrays]
+        real = primitives_of([after.token, after.position, *kept], tmp_path / "g.dot")
     parts = Counter(part.name for node in counted.graph.nodes for part in node.parts or (node,))
     fused = Counter(node.fused_name for node in counted.graph.nodes)
     assert kernels_only(fused if compiles() else parts) == kernels_only(real)
@@ -88,12 +89,30 @@ def test_kernels_of_270m_counted_by_hand(form: Form, ours: int, peer: int) -> No
     assert (mine.kernels, other.kernels) == (ours, peer)
     assert mine.by_purpose["copy"] == mine.by_purpose["copy of keys or values"] == mine.by_purpose["other"] == 0
     assert sum(mine.by_primitive.values()) == sum(mine.by_purpose.values()) == mine.kernels
+    assert mine.kernels <= (218 if form.quantization else 183)
     every_layer = {purpose for purpose, count in mine.by_purpose.items() if count == 16}
     assert every_layer == {
         "norm before attention", "attn.qkv_proj", "query and key norm",
         "scale and rotate query and key", "store key and value", "attention", "attn.out_proj",
         "norm before FFN", "ffn.proj_1", "gate", "ffn.proj_2",
     }  # fmt: skip
+
+
+def test_kernels_of_four_rows_of_270m_counted_by_hand() -> None:
+    """Those of one row; queries are copied in each layer, and the mask is laid out once for each number of heads."""
+    one, four = (ledger(trace_ours(M270, FORMS[2], rows=rows)) for rows in (1, 4))
+    heads = len({shape.q_heads for shape in layer_shapes(M270)})
+    assert four.kernels == one.kernels + M270.num_transformer_layers + heads <= 238
+    assert (four.by_purpose["copy"], four.by_purpose["mask"]) == (16, heads + 1)
+
+
+@pytest.mark.parametrize("form", FORMS[::2], ids=str)
+def test_rows_share_the_bytes_of_the_weights(form: Form) -> None:
+    one, four = (ledger(trace_ours(SMALL, form, 96, rows)) for rows in (1, 4))
+    row = SMALL.model_dim * (4 if form.quantization is None else 0.5)  # each looks up its own embedding
+    assert four.bytes_read["embedding"] == one.bytes_read["embedding"] + 3 * row
+    assert four.bytes_read["kv"] == 4 * one.bytes_read["kv"]
+    assert all(four.bytes_read[part] == one.bytes_read[part] for part in ("attention", "ffn", "norms"))
 
 
 def test_a_split_gate_is_copied_for_a_quantized_projection() -> None:
@@ -219,6 +238,9 @@ def test_command_prints_both_ledgers(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["270m", "--bits", "4", "--steps", "0", "--json"]) == 0
     ours, peer = json.loads(capsys.readouterr().out)["ledgers"]
     assert ours["engine"] == "openelm-mlx" and ours["kernels"] < peer["kernels"]
+    assert main(["270m", "--rows", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "one token of each of 4 rows" in shown and "mlx-lm" not in shown
     assert main(["270m", "--steps", "5"]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("by purpose", "RoPE", "of mlx-lm's", "not run on Metal", "same kernel"))
