@@ -121,7 +121,12 @@ def ready(model: OpenELM) -> OpenELM:
 def our_step(model: OpenELM, compiled: bool) -> Callable[[State], State]:
     """The step of this engine, greedy: (state) -> the state one token further in every row."""
     step = Steps(model).step(StepSpec(Filters(), model.args.vocab_size, None, compiled))
-    return lambda state: step(state)[1]
+
+    def run(state: State) -> State:
+        (_, moved), buffers = step(state)
+        return state.after(moved)._replace(buffers=buffers)
+
+    return run
 
 
 def our_state(config: OpenELMConfig, rows: int, context: int, dtype: mx.Dtype) -> State:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from openelm_mlx.errors import OptionError, PromptError
-from openelm_mlx.generation import prompt_tokens
 from openelm_mlx.options import check_loaded, shown
+from openelm_mlx.prompts import prompt_tokens
 from openelm_mlx.threads import device_work
 
 if TYPE_CHECKING:
