@@ -170,7 +170,7 @@ def purpose_of(node: Node, traced: Traced) -> str:
         return "gate"
     if "LessEqual" in inside or node.outputs[0].dtype == mx.bool_:
         return "mask"
-    if node.name == "Add" and node.outputs[0].size > 1:
+    if node.name == "Add" and not whole_numbers(node):
         return "residual"
     if node.name == "AsType":
         return "logits to float32"

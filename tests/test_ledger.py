@@ -103,7 +103,7 @@ def test_kernels_of_four_rows_of_270m_counted_by_hand() -> None:
     one, four = (ledger(trace_ours(M270, FORMS[2], rows=rows)) for rows in (1, 4))
     heads = len({shape.q_heads for shape in layer_shapes(M270)})
     assert four.kernels == one.kernels + M270.num_transformer_layers + heads - 1 <= 238
-    assert (four.by_purpose["copy"], four.by_purpose["mask"]) == (16, heads)
+    assert (four.by_purpose["copy"], four.by_purpose["mask"], four.by_purpose["residual"]) == (16, heads, 32)
 
 
 @pytest.mark.parametrize("form", FORMS[::2], ids=str)
