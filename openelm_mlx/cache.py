@@ -1,9 +1,10 @@
 """Keys and values of the tokens already seen: the contract and its sides.
 
-The model never asks what it holds. It asks for the positions of new tokens, for one mask a pass, and lets the cache
-attend: `attend` gets what the projection gave, stores new keys and values, and returns the attention over everything
-held. `KVCache` is the side that prefill and Python see, `StepCache` the same arrays inside a compiled step. In which
-form and in which slots tokens are kept is the `CacheKind` of both (kv.py).
+The model never asks what it holds. It asks for the positions of new tokens, for one mask a pass, and
+lets the cache attend: `attend` gets what the projection gave, stores new keys and values, and returns
+the attention over everything held. `KVCache` is the side that prefill and Python see, `StepCache` the
+same arrays inside a compiled step. In which form and in which slots tokens are kept is the
+`CacheKind` of both (kv.py).
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ if TYPE_CHECKING:
     from openelm_mlx.config import OpenELMConfig
     from openelm_mlx.model import Projection
 
-BLOCK = 256  # tokens by which the room of one sequence grows: one new trace of a compiled step each time
+BLOCK = 256  # tokens by which the room of one sequence grows: each time, a step is traced anew
 
 
 class Cache(Protocol):
     """The keys and values of one layer, as a pass sees them."""
 
     def positions(self, length: int) -> mx.array:
-        """[B or 1, length]: those of the tokens of this pass."""
+        """Return the positions of the tokens of this pass, [B or 1, length]."""
 
     def mask(self, length: int) -> Mask: ...
     def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
-        """[B, heads, L, head_dim]: the attention of the queries over everything held, new tokens included."""
+        """Store new keys and values; return the attention over everything held, [B, heads, L, D]."""
 
 
 def causal(length: int) -> Mask:
@@ -52,11 +53,12 @@ class NoCache:
 
 
 class KVCache:
-    """Keys and values of the whole model for one sequence, or for several of equal length.
+    """The keys and values of all layers for one sequence, or for several of equal length.
 
-    A growing one holds every token and grows in blocks; a window holds its fixed number of slots. A pass that ends
-    early, by an exception, leaves `offset` where it was: it moves on when the last layer has stored. `written` counts
-    the positions that were ever begun to be written, so it tells what a window has overwritten.
+    A growing one holds every token and grows in blocks; a window holds its fixed number of slots.
+    `offset` counts the tokens held. It moves on when the last layer has stored, so a pass that an
+    exception ends leaves it where it was. `written` is the highest position, plus one, that was ever
+    begun to be written: it tells what a window has overwritten.
     """
 
     def __init__(
@@ -68,14 +70,12 @@ class KVCache:
         written: int = 0,
     ) -> None:
         self.config, self.kind = config, kind or CacheKind()
-        self.arrays = (
-            [] if arrays is None else arrays
-        )  # one entry a layer; none before the first tokens
+        self.arrays = arrays or []  # one entry a layer; none before the first tokens
         self.offset, self.written = offset, max(written, offset)
 
     @property
     def layers(self) -> list[LayerCache]:
-        """One side a layer, as mlx-lm's convention passes caches."""
+        """What a pass sees, layer by layer: mlx-lm's convention passes caches so."""
         return [LayerCache(self, number) for number in range(self.config.num_transformer_layers)]
 
     @property
@@ -84,14 +84,18 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Slots of every layer; after a pass that ended early, some may have more."""
+        """The slots that every layer has; after an interrupted pass some have more."""
         return min((arrays[0].shape[-2] for arrays in self.arrays), default=0)
 
     def positions(self, length: int) -> mx.array:
-        """[1, length]. Raises `CacheError` where a pass that ended early has overwritten what a window still needs."""
+        """Return the positions of the next tokens, [1, length].
+
+        Raises `CacheError` where an interrupted pass has overwritten what a window still needs.
+        """
         if not self.can_trim(0):
             raise CacheError(
-                "a pass that was interrupted has overwritten this cache; clear it, and prefill again"
+                "an interrupted pass has overwritten what this cache held; "
+                "clear it and prefill again"
             )
         return mx.arange(self.offset, self.offset + length)[None]
 
@@ -109,7 +113,7 @@ class KVCache:
         return layout.sees(new, held, ring_slots)[:, None]
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` in all, in whole blocks or the whole window, and for as many in every layer.
+        """Make room for `tokens` in all: in whole blocks or a whole window, the same in every layer.
 
         Raises `CacheError` before the first tokens, which give shapes and types.
         """
@@ -122,14 +126,17 @@ class KVCache:
         self.arrays = [[resized(array, room) for array in arrays] for arrays in self.arrays]
 
     def can_trim(self, n: int) -> bool:
-        """A window that has run over forgets at most what its slack still holds."""
+        """Tell whether the last n tokens can be forgotten: a window drops what was before them."""
         layout = self.kind.layout
         if not isinstance(layout, Window) or self.written <= layout.capacity:
             return True
         return self.written - (self.offset - n) <= layout.capacity - layout.size
 
     def trim(self, n: int) -> None:
-        """Forget the last n tokens: later ones overwrite them. Raises `CacheError` when that would be a lie."""
+        """Forget the last n tokens: later ones overwrite them.
+
+        Raises `CacheError` where there are fewer, or a window has dropped what came before them.
+        """
         if not 0 <= n <= self.offset:
             raise CacheError(f"cannot forget {n} tokens of {self.offset}")
         if not self.can_trim(n):
@@ -143,16 +150,16 @@ class KVCache:
         self.arrays, self.offset, self.written = [], 0, 0
 
     def prefix(self, length: int) -> KVCache | None:
-        """A copy of the first `length` tokens; None where a window has forgotten what they need."""
+        """Return a copy of the first `length` tokens; None where a window has dropped some of them."""
         if not 0 < length <= self.offset or not self.can_trim(self.offset - length):
             return None
         return self.row(slice(None), length)
 
     def row(self, rows: int | slice, length: int) -> KVCache:
-        """A copy of the first `length` tokens of one of several sequences, or of a slice of them."""
+        """Return a copy of the first `length` tokens of one of several sequences, or of some."""
         rows = slice(rows, rows + 1) if isinstance(rows, int) else rows
         slots = self.kind.layout.room(length, 1)
-        arrays = [[mx.contiguous(a[:, rows, :, :slots]) for a in arrays] for arrays in self.arrays]
+        arrays = [[mx.contiguous(a[:, rows, :, :slots]) for a in held] for held in self.arrays]
         mx.eval(arrays)  # else they would hold on to the whole
         return KVCache(self.config, self.kind, arrays, length, self.written)
 
@@ -173,19 +180,11 @@ class LayerCache:
         q, kv = projection.heads()
         whole, store, layout = self.whole, self.whole.kind.store, self.whole.kind.layout
         new, start, end = store.pack(kv), whole.offset, whole.offset + kv.shape[-2]
-        whole.written = max(
-            whole.written, end
-        )  # before a slot is: were this interrupted, they count as overwritten
+        whole.written = max(whole.written, end)  # before a slot is: this may be interrupted
         held = self._room(end, new)
-        if isinstance(
-            layout, Window
-        ):  # it attends to the slots and the pass itself, which then overwrites them
-            seen = (
-                [mx.concatenate(pair, axis=-2) for pair in zip(held, new, strict=True)]
-                if start
-                else new
-            )
-            out = store.attend(q, seen, mask, scale)
+        if isinstance(layout, Window):  # the pass attends to what it is about to overwrite
+            seen = [mx.concatenate([a, b], axis=-2) for a, b in zip(held, new, strict=True)]
+            out = store.attend(q, seen if start else new, mask, scale)
             kept = [p for p in range(start, end) if p < layout.keep or p >= end - layout.ring]
             source, slots = mx.array(kept) - start, layout.slots(mx.array(kept))
             for buffer, part in zip(held, new, strict=True):
@@ -199,7 +198,7 @@ class LayerCache:
         return out
 
     def _room(self, tokens: int, like: Arrays) -> Arrays:
-        """The arrays of this layer with room for `tokens`; `like` gives their shapes and types at first."""
+        """Return the arrays of this layer with room for `tokens`; at first they are made as `like`."""
         whole = self.whole
         if self.number == len(whole.arrays):
             whole.arrays.append([array[..., :0, :] for array in like])
@@ -210,9 +209,9 @@ class LayerCache:
 
 
 class Place:
-    """Where the tokens of one pass go, computed once for all layers: positions, slots, mask.
+    """Where the tokens of one pass go, computed once for all layers: positions, slots, masks.
 
-    `start` is the position of each row's first token, [B], or those of all tokens of the pass, [B, L].
+    `start` holds the position of each row's first token [B], or of every token of the pass [B, L].
     """
 
     def __init__(self, start: mx.array, kind: CacheKind, capacity: int) -> None:
@@ -229,14 +228,14 @@ class Place:
         return self._positions[length]
 
     def slots(self, shape: tuple[int, ...]) -> mx.array:
-        """The slot of each entry of new keys and values of this shape; layers of equal widths share it."""
+        """Return the slot of each entry of new keys and values; layers of equal shapes share it."""
         if shape not in self._slots:
             slots = self.kind.layout.slots(self.positions(shape[-2]))
             self._slots[shape] = mx.broadcast_to(slots[:, None, :, None], shape)
         return self._slots[shape]
 
     def mask(self, length: int, heads: int = 1) -> mx.array:
-        """[B, heads, length, capacity], the same for all heads."""
+        """Return which slots are in sight, [B, heads, length, capacity]: the same for every head."""
         if (length, heads) not in self._masks:
             positions = self.positions(length)[:, None]
             positions = mx.broadcast_to(positions, (positions.shape[0], heads, length))
@@ -247,7 +246,7 @@ class Place:
 class StepCache:
     """The arrays of one layer inside a compiled step: fixed in size, the positions arrays.
 
-    Attends to every slot and masks what is not in sight, so shapes never change from token to token.
+    It attends to every slot and masks what is not in sight, so shapes never change.
     """
 
     def __init__(self, arrays: Arrays, place: Place) -> None:
@@ -268,21 +267,20 @@ class StepCache:
             for buffer, part in zip(self.arrays, store.pack(kv), strict=True)
         ]
         rows, heads, asked, _ = q.shape
-        if rows > 1 and isinstance(
-            store, Plain
-        ):  # Metal would copy one that broadcasts over heads, in every layer
+        if rows > 1 and isinstance(store, Plain):
+            # Metal copies a mask that broadcasts over heads in every layer; one as wide as q is read.
             mask = self.place.mask(kv.shape[-2], heads)[..., -asked:, :]
         return store.attend(q, self.arrays, mask, scale)
 
 
 def step_caches(buffers: list[Arrays], start: mx.array, kind: CacheKind) -> list[StepCache]:
-    """The caches of a compiled step, one a layer, over buffers of `Rows` or of a `KVCache`; `start` is `Place`'s."""
+    """Return the caches of a compiled step, one a layer, over these buffers; `start` is `Place`'s."""
     place = Place(start, kind, buffers[0][0].shape[-2])
     return [StepCache(arrays, place) for arrays in buffers]
 
 
 class ForeignCache:
-    """mlx-lm's cache behind this contract, so that its tools can drive the model (plain, rotating, batched)."""
+    """mlx-lm's cache (plain, rotating, batched) behind this contract: its tools can drive the model."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -293,7 +291,8 @@ class ForeignCache:
         return (start + mx.arange(length)).reshape(-1, length)
 
     def mask(self, length: int) -> Mask:
-        return self.inner.make_mask(length, return_array=False, window_size=None)
+        mask: Mask = self.inner.make_mask(length, return_array=False, window_size=None)
+        return mask
 
     def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
         q, kv = projection.heads()
@@ -307,13 +306,14 @@ class ForeignCache:
 
 
 def as_caches(cache: KVCache | list[Any] | None, layers: int) -> list[Cache]:
-    """The caches of a pass, one a layer: none, ours, or mlx-lm's behind an adapter."""
+    """Return the caches of a pass, one a layer: none, ours, or mlx-lm's behind an adapter."""
     if cache is None:
         return [NoCache()] * layers
     each = cache.layers if isinstance(cache, KVCache) else cache
     if len(each) != layers:
         raise CacheError(
-            f"the cache has {len(each)} entries for a model of {layers} layers; make one for this model"
+            f"the cache has {len(each)} entries for a model of {layers} layers; "
+            "make one for this model"
         )
     return [
         c if hasattr(c, "attend") else NoCache() if c is None else ForeignCache(c) for c in each

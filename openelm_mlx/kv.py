@@ -1,7 +1,7 @@
 """How keys and values are kept: in which form (`Store`) and in which slots (`Layout`).
 
-A cache is one of each. Every array of a store is [2, B, kv_heads, slots, width]: the keys of B sequences, then their
-values, so that a token writes both at once.
+A cache is one of each. Every array of a store is [2, B, kv_heads, slots, width]: the keys of B
+sequences, then their values, so that a token writes both at once.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ if TYPE_CHECKING:
 Arrays = list[mx.array]
 Mask = mx.array | str | None
 
-SLACK = 32  # slots of a window beyond its size: drafts that are rejected overwrite nothing still in sight
+SLACK = 32  # slots of a window beyond its size: rejected drafts overwrite nothing still in sight
 
 
 def sdpa(q: mx.array, k: mx.array, v: mx.array, mask: Mask, scale: float) -> mx.array:
-    """Attention of q [B, heads, L, D] over k, v [B, kv_heads, T, D]; grouped heads are native to the kernel."""
+    """Return the attention of q [B, heads, L, D] over k, v [B, kv_heads, T, D].
+
+    Grouped heads are native to the kernel.
+    """
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
 def halves(buffer: mx.array) -> tuple[mx.array, mx.array]:
-    """The keys and the values of an array of a store, [B, kv_heads, slots, width] each, as views."""
+    """Return the keys and the values of a store's array as views [B, kv_heads, slots, width]."""
     if (
         buffer.shape[1] == 1
     ):  # one view fewer than below; of several new ones, flattening would copy
@@ -41,7 +44,7 @@ def halves(buffer: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def resized(array: mx.array, size: int, axis: int = -2) -> mx.array:
-    """The array with another size along an axis, by default that of the slots: cut, or filled up with zeros."""
+    """Return the array with another size along an axis, that of the slots: cut, or with zeros added."""
     shape = list(array.shape)
     extra = size - shape[axis]
     if extra < 0:
@@ -61,7 +64,7 @@ def slot_numbers(capacity: int) -> mx.array:
 
 
 def causal_mask(length: int, total: int) -> mx.array:
-    """[length, total], True where the last `length` of `total` tokens may look: at themselves and what is before."""
+    """Return [length, total]: what the last `length` of `total` tokens see, which is up to themselves."""
     return mx.arange(total) <= mx.arange(total - length, total)[:, None]
 
 
@@ -83,8 +86,8 @@ class Plain:
 class Quantized:
     """Affine-quantized keys and values, packed when they are written; attention reads them packed.
 
-    Every token attends to the packed form of every other, itself included, so the result does not depend on
-    where a prompt was cut into chunks.
+    Every token attends to the packed form of every other, itself included, so the result does not
+    depend on where a prompt was cut into chunks.
     """
 
     bits: int
@@ -121,21 +124,22 @@ class Growing:
     """The token at position p lies in slot p; every earlier token is seen."""
 
     def room(self, tokens: int, block: int) -> int:
-        """Slots for this many tokens, in whole blocks."""
+        """Return the slots that this many tokens take in whole blocks."""
         return -(-tokens // block) * block
 
     def slots(self, positions: mx.array) -> mx.array:
         return positions
 
     def visible(self, positions: mx.array, capacity: int) -> mx.array:
-        """[..., L, capacity], True for the slots that the tokens at positions [..., L] attend to."""
+        """Return [..., L, capacity]: the slots that the tokens at positions [..., L] attend to."""
         return slot_numbers(capacity) <= positions[..., None]
 
 
 @dataclass(frozen=True)
 class Window:
-    """The first `keep` tokens and the latest, `size` in all (attention sinks, arXiv:2309.17453; positions stay absolute).
+    """The first `keep` tokens and the latest, `size` in all; their positions stay absolute.
 
+    The kept ones are attention sinks (arXiv:2309.17453).
     Later tokens overwrite the oldest in a ring of slots behind the kept ones.
     """
 
@@ -151,7 +155,7 @@ class Window:
         return self.capacity - self.keep
 
     def room(self, tokens: int, block: int) -> int:
-        """All slots, however many tokens there are."""
+        """Return the number of its slots, however many tokens there are."""
         return self.capacity
 
     def slots(self, positions: mx.array) -> mx.array:
@@ -160,13 +164,15 @@ class Window:
         )
 
     def held(self, newest: mx.array) -> mx.array:
-        """[..., capacity]: the position of the token in each slot when `newest` [..., 1] is the last; less than 0 or
-        than `keep` behind the kept slots: nothing yet."""
+        """Return the position of the token in each slot [..., capacity] when `newest` [..., 1] is last.
+
+        Nothing is there yet where it is less than 0, or than `keep` behind the kept slots.
+        """
         slots = slot_numbers(self.capacity)
         return mx.where(slots < self.keep, slots, newest - (newest - slots) % self.ring)
 
     def sees(self, positions: mx.array, held: mx.array, ring_slots: mx.array) -> mx.array:
-        """[..., L, T]: whether the tokens at positions [..., L] attend to those at held [..., T]."""
+        """Return [..., L, T]: whether tokens at positions [..., L] attend to those at held [..., T]."""
         p, h = positions[..., None], held[..., None, :]
         recent = (h >= self.keep) & (h > p - (self.size - self.keep))
         return (h <= p) & mx.where(ring_slots, recent, h >= 0)
@@ -200,13 +206,17 @@ class CacheKind:
 
     @classmethod
     def of(cls, config: OpenELMConfig, options: EngineOptions) -> CacheKind:
-        """The kind that `options` ask for. Raises `CacheError` where the model's shapes or context forbid it."""
+        """Return the kind that `options` ask for.
+
+        Raises `CacheError` where the model's heads cannot be quantized so.
+        """
         store: Store = Plain()
         if options.kv_bits is not None:
             sizes = [size for size in (64, 32) if config.head_dim % size == 0]
             if not sizes:
                 raise CacheError(
-                    f"kv_bits {options.kv_bits} needs heads of a multiple of 32; this model's have {config.head_dim}"
+                    f"kv_bits {options.kv_bits} needs heads of a multiple of 32; "
+                    f"this model's have {config.head_dim}"
                 )
             store = Quantized(options.kv_bits, sizes[0])
         if options.kv_window is None or options.kv_window >= config.max_context_length:

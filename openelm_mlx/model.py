@@ -1,5 +1,6 @@
-"""The OpenELM decoder in MLX. Module names are the checkpoint's names, so a checkpoint loads without a map.
+"""The OpenELM decoder in MLX.
 
+Module names are the checkpoint's names, so a checkpoint loads without a map.
 Layer (arXiv:2404.14619; corenet/modeling/models/language_modeling/general_gpt.py):
     x = x + out_proj(attention(attn_norm(x)))
     x = x + proj_2(silu(gate) * up)          [gate; up] = proj_1(ffn_norm(x))
@@ -22,17 +23,22 @@ VALUE = 1e30  # marks a value head in a table of norm weights: no weight is as l
 
 
 def rotary(positions: mx.array, head_dim: int, base: float) -> mx.array:
-    """Rotary embedding (arXiv:2104.09864) of positions [batch or 1, length], once a pass for all layers.
+    """Return the rotary embedding (arXiv:2104.09864) of positions [batch or 1, length].
 
-    [batch or 1, length, 1, 2, head_dim / 2] complex64, by which `rotate` multiplies. Complex, because each input of a
-    kernel costs the host time: here and in `Attention.head_weights` one array holds two numbers an element.
+    It is [batch or 1, length, 1, 2, head_dim / 2] complex64, by which `rotate` multiplies in every
+    layer. Complex, because each input of a kernel costs the host time: here and in
+    `Attention.head_weights` one array holds two numbers an element.
     """
-    return turns(positions[..., None, None, None], frequencies(head_dim, base))
+    turn: mx.array = turns(positions[..., None, None, None], frequencies(head_dim, base))
+    return turn
 
 
 @lru_cache(maxsize=8)
 def frequencies(head_dim: int, base: float) -> mx.array:
-    """[2, head_dim / 2] radians per position, forwards and backwards; evaluated, so that no step computes them again."""
+    """Return radians per position, forwards and backwards: [2, head_dim / 2].
+
+    They are evaluated, so that no step computes them again.
+    """
     half = head_dim // 2
     forwards = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(base) / half))
     both = mx.stack([forwards, -forwards])
@@ -41,15 +47,17 @@ def frequencies(head_dim: int, base: float) -> mx.array:
 
 
 @partial(mx.compile, shapeless=True)
-def turns(positions, radians):  # type: ignore[no-untyped-def]
-    """exp(i * angle), as one fused kernel."""
+def turns(positions: mx.array, radians: mx.array) -> mx.array:
+    """Return exp(i * angle), as one fused kernel."""
     angles = positions.astype(mx.float32) * radians
     return mx.cos(angles) + 1j * mx.sin(angles)
 
 
 @partial(mx.compile, shapeless=True)
-def rotate(x, normed, swapped, weights, turn):  # type: ignore[no-untyped-def]
-    """Scale and rotate query and key heads, pass value heads through: one fused elementwise kernel in float32.
+def rotate(
+    x: mx.array, normed: mx.array, swapped: mx.array, weights: mx.array, turn: mx.array
+) -> mx.array:
+    """Scale and rotate query and key heads, pass value heads through, as one kernel in float32.
 
     Of a pair (a, b), a becomes Re((a + ib) exp(i angle)) and b becomes Re((b + ia) exp(-i angle)).
     """
@@ -71,10 +79,14 @@ class Transposed(nn.Module):
         self._kept: tuple[mx.array, ...] = ()
 
     def transposed(self) -> mx.array:
-        """The weight [output, input] as [input, output]; a view, made anew when another weight is put in place."""
+        """Return the weight [output, input] as a view [input, output].
+
+        It is made anew when another weight is put in place.
+        """
         if not self._kept or self._kept[0] is not self.weight:
             self._kept = (self.weight, self.weight.T)
-        return self._kept[1]
+        view: mx.array = self._kept[1]
+        return view
 
 
 class Linear(Transposed, nn.Linear):
@@ -95,14 +107,17 @@ class Embedding(Transposed, nn.Embedding):
 
 
 def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
-    """residual + projection(x), as one kernel where the projection is a plain matrix, and no adapter in its place."""
+    """Return residual + projection(x), as one kernel where the projection is a plain matrix.
+
+    Whatever else is in its place, such as an adapter, is called.
+    """
     if type(projection) is Linear:
         return mx.addmm(residual, x, projection.transposed())
     return residual + projection(x)
 
 
 class Pass(NamedTuple):
-    """What all layers share in one pass; their activations are [batch * length, width], so projections are plain."""
+    """What all layers share in one pass; their activations are [batch * length, width]."""
 
     batch: int
     length: int
@@ -111,21 +126,21 @@ class Pass(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """What `qkv_proj` gave for one layer, not yet normed and rotated, and what it takes to do so.
+    """What `qkv_proj` gave in one layer, and what it takes to norm and to rotate it.
 
-    A cache asks for the heads when it stores them, so that norm, rotation and store can be one kernel.
+    A cache asks for the heads when it stores them: norm, rotation and store can become one kernel.
     """
 
-    heads_of_tokens: mx.array  # [B, L, q + 2 kv, head_dim]
+    raw: mx.array  # [B, L, q + 2 kv, head_dim]
     weights: mx.array  # of `Attention.head_weights`
     turn: mx.array  # of `rotary`
     q_heads: int
     eps: float | None  # of the norm of queries and keys; None: there is none
-    last: bool  # keys and values of all tokens, but only the last one asks
+    last: bool  # only the last token asks; keys and values are those of all
 
     def heads(self) -> tuple[mx.array, mx.array]:
-        """Queries [B, q_heads, L or 1, head_dim], and keys and values [2, B, kv_heads, L, head_dim]."""
-        x = self.heads_of_tokens
+        """Return queries [B, q_heads, L or 1, D], and keys and values [2, B, kv_heads, L, D]."""
+        x = self.raw
         B, L, _, D = x.shape
         pairs = (B, L, -1, 2, D // 2)
         plain = x.reshape(*pairs)
@@ -142,7 +157,7 @@ class Projection(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RMS-normalised queries and keys; heads of one layer, all in one projection."""
+    """Grouped-query attention with RMS-normalised queries and keys, all heads in one projection."""
 
     def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
         super().__init__()
@@ -159,10 +174,10 @@ class Attention(nn.Module):
         self._table: tuple[Any, ...] = ()
 
     def head_weights(self) -> mx.array:
-        """[heads, 2, head_dim / 2] complex64: the norm weight of each element, and as imaginary part that of the one it
-        turns with; `VALUE` in value heads.
+        """Return [heads, 2, head_dim / 2] complex64: the norm weight of each element, `VALUE` in value heads.
 
-        Kept between calls, and made anew when training or loading puts other norm weights in place.
+        The imaginary part is the weight of the element it turns with. The table is kept between
+        calls, and made anew when training or loading puts other norm weights in place.
         """
         sources = (self.q_norm.weight, self.k_norm.weight) if self.normalize else (None, None)
         if self._table and self._table[0] is sources[0] and self._table[1] is sources[1]:
@@ -202,9 +217,8 @@ class FeedForward(nn.Module):
         x = self.proj_1(x)
         if not self.gated:
             x = nn.silu(x)
-        elif (
-            x.shape[0] == 1
-        ):  # halves as rows: split along a row, they would keep its stride, and be copied for proj_2
+        elif x.shape[0] == 1:
+            # Halves as rows: split along a row, they would keep its stride, and be copied for proj_2.
             x = swiglu(*mx.split(x.reshape(2, -1), 2))
         else:
             x = swiglu(*mx.split(x, 2, axis=-1))
@@ -250,9 +264,11 @@ class OpenELM(nn.Module):
     def hidden(
         self, tokens: mx.array, cache: KVCache | list[Any] | None = None, last: bool = False
     ) -> mx.array:
-        """Normalised last hidden states [batch, length, model_dim] of token ids [batch, length], or [batch] for one each.
+        """Return the normalised last hidden states [batch, length, model_dim] of token ids.
 
-        With `last`, only the last position's, [batch, model_dim]: the last layer then computes no other.
+        The ids are [batch, length], or [batch] for one each. With `last`, only the last position's
+        states are returned, [batch, model_dim]: the last layer then computes no other. `cache` is a
+        `KVCache`, or a list with an entry for each layer, ours or mlx-lm's.
         """
         caches = as_caches(cache, len(self.layers))
         batch, length = tokens.shape if tokens.ndim == 2 else (tokens.size, 1)
@@ -265,7 +281,10 @@ class OpenELM(nn.Module):
         return x if last else x.reshape(batch, length, -1)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Logits [..., vocab] of hidden states [..., model_dim]; the head is the embedding matrix unless untied."""
+        """Return the logits [..., vocab] of hidden states [..., model_dim].
+
+        The head is the embedding matrix, unless the two are untied.
+        """
         if self.args.share_input_output_layers:
             return self.transformer.token_embeddings.as_linear(hidden)
         return self.lm_head(hidden)

@@ -1,4 +1,4 @@
-"""Keys and values of sequences of different lengths that are stepped together: rows of the same arrays."""
+"""Keys and values of sequences of different lengths that are stepped together."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SHARED_BLOCK = (
 
 
 class Rows:
-    """The caches of `count` rows: one, or a power of two. Every array is [2, count, kv_heads, capacity, width].
+    """The caches of `count` rows, one or a power of two; arrays are [2, count, kv_heads, slots, width].
 
-    A step borrows the buffers with `lend` and gives them back with `restore`; in between nothing else refers to them,
-    so that they are updated in place. What a row holds is known by its owner; `written` says what was ever begun to be
-    written in each.
+    A step borrows the buffers with `lend` and gives them back with `restore`. In between nothing
+    else refers to them, so that they are updated in place. How many tokens a row holds is known to
+    whoever runs the steps; `written` is the highest position, plus one, ever begun to be written.
     """
 
     def __init__(self, config: OpenELMConfig, kind: CacheKind) -> None:
@@ -49,8 +49,11 @@ class Rows:
         return sum(array.nbytes for arrays in self.buffers for array in arrays)
 
     def place(self, row: int, cache: KVCache) -> None:
-        """Copy a cache of one sequence into a row. A single row takes over its arrays, and the cache is then empty."""
-        cache.reserve(cache.offset)  # all layers alike
+        """Copy the cache of one sequence into a row.
+
+        Where there is one row only, it takes the arrays over, and the cache is empty afterwards.
+        """
+        cache.reserve(cache.offset)  # the same in all layers
         self.written[row] = cache.written
         if self.count == 1:
             self.buffers = cache.arrays
@@ -70,20 +73,21 @@ class Rows:
                 array[:, row : row + 1, :, :used] = part[..., :used, :]
 
     def extract(self, row: int, length: int) -> KVCache:
-        """The first `length` tokens of a row as a cache of its own; a single row gives its arrays away, and is empty.
+        """Return the first `length` tokens of a row as a cache of its own.
 
-        The cache is empty where the row no longer holds them: it is unused, or a step that was interrupted kept them.
+        Where there is one row only, it gives its arrays away, and is empty afterwards. The cache is
+        empty where the row does not hold the tokens: it is unused, or its buffers are lent.
         """
-        whole = KVCache(self.config, self.kind, self.buffers, length, self.written[row])
         if not self.buffers or length > self.written[row]:
             return KVCache(self.config, self.kind)
+        whole = KVCache(self.config, self.kind, self.buffers, length, self.written[row])
         if self.count > 1:
             return whole.row(row, length)
         self.buffers, self.written = [], [0]
         return whole
 
     def resize(self, rows: list[int], count: int) -> None:
-        """Keep these rows, in this order, as 0, 1, ..., and add unused ones; `count` is 1 or a power of two."""
+        """Keep these rows, in this order, as rows 0, 1, ... of `count`; the others are unused."""
         if not rows:
             self.buffers = []
         if rows != list(range(len(rows))):
@@ -93,14 +97,14 @@ class Rows:
         self.written = [self.written[row] for row in rows] + [0] * (count - len(rows))
 
     def lend(self, ends: list[int]) -> list[Arrays]:
-        """The buffers, for a step that writes positions below `ends[row]`; 0 says that the row is unused.
+        """Hand out the buffers to a step that writes positions below `ends[row]`; 0: an unused row.
 
-        They have room for that, in whole blocks; they shrink where half would do.
+        They have room for that in whole blocks, and shrink where half of it would do.
         """
         self.written = [
             max(held, end) if end else 0 for held, end in zip(self.written, ends, strict=True)
         ]
-        room, capacity = self.kind.layout.room(max(ends), self.block), self.capacity
+        room, capacity = self.kind.layout.room(max(1, *ends), self.block), self.capacity
         if not room <= capacity < 2 * room or capacity % self.block:
             self.buffers = [[resized(a, room) for a in arrays] for arrays in self.buffers]
         buffers, self.buffers = self.buffers, []

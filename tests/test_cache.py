@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
+from small import random_engine
 from small_model import random_model
 
 from openelm_mlx.cache import KVCache, step_caches
 from openelm_mlx.config import layer_shapes
 from openelm_mlx.errors import CacheError
-from openelm_mlx.kv import SLACK, CacheKind, Plain, Quantized, Window
+from openelm_mlx.kv import SLACK, CacheKind, Growing, Plain, Quantized, Window
+from openelm_mlx.options import EngineOptions
 from openelm_mlx.rows import Rows
 
 KINDS = {
@@ -245,7 +249,7 @@ def test_a_window_that_an_interrupted_pass_has_overwritten_is_refused(model):
     for held, more in ((5, SLACK + 20), (40, SLACK + 1)):
         cache = prefilled(model, kind, TOKENS[:held])
         stopped_at(model, 1, lambda: model(mx.array([OTHERS[:more]]), cache))  # noqa: B023
-        with pytest.raises(CacheError, match="a pass that was interrupted has overwritten this cache; clear it"):
+        with pytest.raises(CacheError, match="an interrupted pass has overwritten what this cache held; clear it"):
             model(mx.array([TOKENS[held:]]), cache)
         assert cache.prefix(held) is None
         cache.clear()
@@ -356,3 +360,24 @@ def test_the_layout_of_arrays(model):
         cache = prefilled(model, kind, TOKENS[:9])
         for arrays, shape in zip(cache.arrays, layer_shapes(model.args), strict=True):
             assert {array.shape[:4] for array in arrays} == {(2, 1, shape.kv_heads, cache.capacity)}
+
+
+def test_kinds_that_options_ask_for(model):
+    def kind(**settings):
+        return CacheKind.of(model.args, EngineOptions(**settings))
+
+    assert kind() == CacheKind() and kind(kv_bits=8).store == Quantized(8, 32)
+    layouts = [kind(kv_window=size, kv_bits=8).layout for size in (511, 512, 10**9)]
+    assert layouts == [Window(511, 4), Growing(), Growing()]  # a window that no context fills is none
+    assert kind(kv_window=20, kv_keep=0).layout == Window(20, 0)
+    with pytest.raises(CacheError, match="kv_bits 4 needs heads of a multiple of 32; this model's have 16"):
+        CacheKind.of(replace(model.args, head_dim=16), EngineOptions(kv_bits=4))
+
+
+def test_loss_of_a_kind(tiny):
+    from openelm_mlx.benchmarks.kv_loss import kv_loss
+
+    engine = random_engine(tiny, seed=1)
+    losses = [kv_loss(engine, [TOKENS], kind, prompt=30) for kind in (KINDS["plain"], KINDS["8 bits"], KINDS["4 bits"])]
+    assert losses[0].kl == 0.0 and losses[0].top_1 == 1.0 and 0 < losses[1].kl < losses[2].kl
+    assert losses[0].bytes_per_token > losses[1].bytes_per_token > losses[2].bytes_per_token
