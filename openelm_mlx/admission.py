@@ -57,6 +57,9 @@ class Admission:
 
     def run(self, budget: float) -> int:
         """Prefill the next chunk, of about `budget` tokens; return how many there were."""
+        if not self.cache.can_trim(0):  # a pass was interrupted, and the window lost what it needs
+            self.cache.clear()
+            self.requests[0].reused = 0
         count, start = len(self.requests), self.cache.offset
         columns = int(max(1, min(self.chunk, PASS_TOKENS // count, budget // count)))
         end = min(start + columns, self.longest)

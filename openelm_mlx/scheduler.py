@@ -207,9 +207,9 @@ class BatchEngine:
     def step(self) -> list[tuple[int, Event]]:
         """Admit what waits, draw tokens for every running sequence; (number, event) for each."""
         self._reader.back()
-        events = self._admit()
         if self._stale and not self._passes and self._logits is None:
             self._arrange()
+        events = self._admit()
         if any(self._rows):
             events += self._advance()
         self._reader.leave()
@@ -421,7 +421,7 @@ class BatchEngine:
 
     def _keep(self, request: Request, tokens: list[int], cache: KVCache | None) -> None:
         """Give the prefix cache what a request leaves."""
-        if self.prompt_cache is not None and cache is not None and tokens:
+        if self.prompt_cache is not None and cache is not None and tokens and cache.can_trim(0):
             self.prompt_cache.put(self._weights, tokens, cache, request.owner)
 
     def _live(self) -> list[tuple[int, Request]]:

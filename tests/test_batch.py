@@ -4,9 +4,9 @@ import pytest
 from small import random_engine
 
 from openelm_mlx import BatchEngine, batch_generate, stream_generate
-from openelm_mlx.batch import rows_for
-from openelm_mlx.errors import OptionError, PromptError
-from openelm_mlx.options import GenerationOptions, SamplingOptions
+from openelm_mlx.errors import BusyError, OptionError, PromptError
+from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
+from openelm_mlx.scheduler import rows_for
 
 PROMPTS = [[1] + [(5 * i + 11 * k) % 60 + 3 for i in range(3 + 9 * k)] for k in range(9)]
 SAMPLING = [
@@ -22,8 +22,8 @@ def engine(tiny):
     return random_engine(tiny, seed=1)
 
 
-def alone(engine, k, sampling=None, options=None):
-    return list(stream_generate(engine, PROMPTS[k], sampling or SAMPLING[k], options or OPTIONS[k]))
+def alone(engine, k, sampling=None, options=None, **settings):
+    return list(stream_generate(engine, PROMPTS[k], sampling or SAMPLING[k], options or OPTIONS[k], **settings))
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
@@ -90,9 +90,8 @@ def test_quantized_caches_and_the_bundled_model_batch_too(tiny, engine):
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_a_batch_grows_from_one_row_to_many_and_back(engine, bits):
-    """One sequence keeps its keys and values in another form than several do."""
-    wanted = {k: GenerationOptions(max_tokens=length, ignore_eos=True, kv_bits=bits) for k, length in enumerate((40, 4, 9, 20))}
-    batch = BatchEngine(engine, 8, wanted[0])
+    wanted = {k: GenerationOptions(max_tokens=length, ignore_eos=True) for k, length in enumerate((40, 4, 9, 20))}
+    batch = BatchEngine(engine, 8, EngineOptions(kv_bits=bits))
     tokens: dict[int, list[int]] = {batch.submit(PROMPTS[0], SAMPLING[0], wanted[0]): []}
     step = 0
     while batch.busy:
@@ -102,7 +101,7 @@ def test_a_batch_grows_from_one_row_to_many_and_back(engine, bits):
         if step in (3, 4, 17):
             tokens[batch.submit(PROMPTS[len(tokens)], SAMPLING[len(tokens)], wanted[len(tokens)])] = []
     for k, found in enumerate(tokens.values()):
-        assert found == [event.token for event in alone(engine, k, options=wanted[k])]
+        assert found == [event.token for event in alone(engine, k, options=wanted[k], kv_bits=bits)]
 
 
 @pytest.mark.parametrize("most", [0, 2])
@@ -129,7 +128,7 @@ def test_rows_that_nobody_uses_stand_still(engine):
     seen = []
     while batch.busy:
         batch.step()
-        seen.append(batch._device.state.position.tolist() if batch._device.state else [])
+        seen.append(batch._state.position.tolist() if batch._state else [])
     assert sorted(late - early for early, late in zip(seen[4], seen[20], strict=True)) == [0, 0, 0, 16, 16, 16, 16, 16]
 
 
@@ -148,13 +147,15 @@ def test_mistakes(engine):
         batch_generate(engine, ["a"], [SamplingOptions()] * 2)
     with pytest.raises(PromptError, match=r"prompts is one text; give a list of prompts, also for a single one: \[text\]"):
         batch_generate(engine, "hi")
-    with pytest.raises(OptionError, match="kv_window does not go with batches"):
-        batch_generate(engine, ["a"], kv_window=20)
-    with pytest.raises(OptionError, match="prompt_lookup does not go with batches"):
-        BatchEngine(engine, options=GenerationOptions(prompt_lookup=2))
     for name, value in (("kv_bits", 8), ("prefill_chunk", 7), ("compiled", False)):
-        with pytest.raises(OptionError, match=f"{name} of a sequence is {value}, that of its batch .*; give it to the"):
+        with pytest.raises(OptionError, match=f"{name} is an option of the engine, not of a request; give it to the BatchEngine"):
             BatchEngine(engine).submit("a", **{name: value})
-    with pytest.raises(OptionError, match="draft_tokens does not go with batches"):
+    with pytest.raises(OptionError, match="max_tokens is an option of a request, not of the engine; give it to submit"):
+        BatchEngine(engine, max_tokens=3)
+    with pytest.raises(OptionError, match="draft_tokens is 3, but nothing drafts"):
         BatchEngine(engine).submit("a", draft_tokens=3)
+    full = BatchEngine(engine, 1, max_waiting=2)
+    full.submit("a"), full.submit("b")
+    with pytest.raises(BusyError, match="2 requests wait already; read events until some have ended, or give a larger"):
+        full.submit("c")
     assert [rows_for(n) for n in (1, 2, 3, 5, 16)] == [1, 2, 4, 8, 16]

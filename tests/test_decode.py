@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,15 +10,8 @@ import pytest
 from optional import compiles
 from small import random_engine
 
-from openelm_mlx import ModelDraft, PromptCache, batch_generate, stream_generate
-from openelm_mlx import decode as decode_module
-from openelm_mlx.cache import make_caches
-from openelm_mlx.decode import StepSpec, choose, decode, make_step, prefill
-from openelm_mlx.generation import first_state
-from openelm_mlx.kv import CacheKind
+from openelm_mlx import BatchEngine, ModelDraft, PromptCache, batch_generate, stream_generate
 from openelm_mlx.loading import Engine, cast, parameters
-from openelm_mlx.options import GenerationOptions, SamplingOptions
-from openelm_mlx.sampling import seed_key
 
 PROMPT = [1, 9, 30, 12, 9, 30, 12, 9]
 
@@ -84,29 +77,23 @@ def test_the_device_works_on_the_next_token_while_the_host_reads_one(tiny, monke
     assert log == [*prompt, *steps, "read"]
 
 
-def test_unused_capacity_costs_no_memory_while_decoding(tiny):
+@pytest.mark.parametrize("rows", [1, 4])
+def test_decoding_copies_no_buffer(tiny, rows):
+    """Keys and values are updated in place: a copy of one layer's buffer would be half of them all."""
     engine = random_engine(tiny, seed=1)
-    grown = []
-    for capacity in (256, 16384):
-        caches = make_caches(engine.config)
-        spec = StepSpec(SamplingOptions(), engine.vocab, None, True)
-        logits = prefill(engine.model, PROMPT, caches, 512)
-        for cache in caches:
-            cache.reserve(capacity)
-        mx.eval([cache.arrays for cache in caches])
-        state = choose(spec, logits, first_state(spec, PROMPT, seed_key(0)))
-        held = mx.get_active_memory()  # buffers included: a copy of one would come on top
-        steps = decode(make_step(engine.model, spec), state, caches, 40)
-        for _ in range(10):
-            next(steps)
-        mx.reset_peak_memory()
-        for _ in range(20):
-            next(steps)
-        grown.append(mx.get_peak_memory() - held)
-        steps.close()
-        del state, logits
-        buffers = sum(cache.nbytes for cache in caches)
-    assert grown[1] < grown[0] + buffers / 10  # one copy of one layer's buffer would be half
+    engine.config = replace(engine.config, max_context_length=8192)
+    batch = BatchEngine(engine, rows, admission=None)
+    for row in range(rows):
+        batch.submit([1 + row] * 3000, max_tokens=70, ignore_eos=True)
+    for _ in range(10):
+        batch.step()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(40):
+        batch.step()
+    grown = mx.get_peak_memory() - held
+    batch.close()
+    assert grown < (held - mx.get_active_memory()) / 10
 
 
 def test_closing_anywhere_frees_the_memory_and_leaves_the_engine_usable(tiny):
@@ -125,21 +112,37 @@ def test_closing_anywhere_frees_the_memory_and_leaves_the_engine_usable(tiny):
 
 
 def test_an_interrupt_while_waiting_for_a_token_leaves_a_true_cache(tiny, monkeypatch):
-    engine = random_engine(tiny, seed=1)
-    cache = PromptCache.for_config(engine.config)
+    engine, cache = random_engine(tiny, seed=1), PromptCache()
     stream = stream_generate(engine, PROMPT, max_tokens=30, ignore_eos=True, prompt_cache=cache)
     seen = [next(stream).token for _ in range(4)]
-
-    def interrupted(state):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(decode_module, "read", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            next(stream)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(mx.array, "tolist", interrupted)
+        next(stream)
     assert cache.tokens == PROMPT + seen
     rest = [e.token for e in stream_generate(engine, PROMPT + seen, max_tokens=5, ignore_eos=True, prompt_cache=cache)]
     assert seen + rest == [e.token for e in stream_generate(engine, PROMPT, max_tokens=9, ignore_eos=True)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"prompt_lookup": 1, "adaptive_draft": False}, {"logprobs": 1}])
+def test_a_batch_goes_on_after_an_interrupt_while_waiting(tiny, monkeypatch, settings):
+    engine = random_engine(tiny, seed=1)
+    wanted = [e.token for e in stream_generate(engine, PROMPT, max_tokens=12, ignore_eos=True)]
+    batch, found = BatchEngine(engine, 2), {}
+    for _ in range(2):
+        found[batch.submit(PROMPT, max_tokens=12, ignore_eos=True, **settings)] = []
+    while batch.busy:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(mx.array, "tolist", interrupted)
+            for number, event in batch.step():
+                found[number].append(event.token)
+            raise KeyboardInterrupt  # this step only prefilled
+        for number, event in batch.step():
+            found[number].append(event.token)
+    assert list(found.values()) == [wanted, wanted]
+
+
+def interrupted(array):
+    raise KeyboardInterrupt
 
 
 def interrupted_at(engine, layer, run):
@@ -166,20 +169,19 @@ def interrupted_at(engine, layer, run):
 def test_an_interrupt_amid_a_pass_leaves_a_true_cache(tiny, kind, held, drafting):
     """Layers before the interrupted one are a prompt and a block of slots ahead of those behind it."""
     engine, draft = random_engine(tiny, seed=1), random_engine(tiny, seed=2)
-    options = GenerationOptions(max_tokens=8, ignore_eos=True, prefill_chunk=300, **kind)
-    cache, kept = PromptCache.for_config(engine.config, CacheKind.of(engine.config, options)), ModelDraft(engine, draft)
+    settings = {"max_tokens": 8, "ignore_eos": True, "prefill_chunk": 300, **kind}
+    cache, kept = PromptCache(), ModelDraft(engine, draft)
     begun = [(7 * i * i + 3 * i) % 64 for i in range(40)]
 
-    def tokens(prompt, **settings):
-        return [event.token for event in stream_generate(engine, prompt, None, options, **settings)]
+    def tokens(prompt, **more):
+        return [event.token for event in stream_generate(engine, prompt, **settings, **more)]
 
     if held:
         tokens(begun, prompt_cache=cache, draft=kept)
     for longer in (begun[:20] + PROMPT * 50, begun + PROMPT):
         interrupted_at(draft if drafting else engine, 1, lambda: tokens(longer, prompt_cache=cache, draft=kept))  # noqa: B023
         for prompt in (begun[:20] + [5, 6], begun[:20] + PROMPT * 2, begun):
-            again = PromptCache(copy.deepcopy(cache.layers), list(cache.tokens))
-            assert tokens(prompt, prompt_cache=again, draft=kept) == tokens(prompt)
+            assert tokens(prompt, prompt_cache=cache, draft=kept) == tokens(prompt)
     assert tokens(begun, prompt_cache=cache) == tokens(begun)
 
 
@@ -208,7 +210,7 @@ def test_new_weights_count_from_the_next_generation_on(tiny, name):
 def test_the_steps_used_last_are_kept(tiny, monkeypatch):
     steps = random_engine(tiny, seed=1).steps
     monkeypatch.setattr(steps, "LIMIT", 2)
-    made = [steps.cached(key, object) for key in "aba"]
+    made = [steps.cached(key, False, object) for key in "aba"]
     assert made[2] is made[0]
-    steps.cached("c", object)
-    assert steps.cached("a", object) is made[0] and steps.cached("b", object) is not made[1]
+    steps.cached("c", False, object)
+    assert steps.cached("a", False, object) is made[0] and steps.cached("b", False, object) is not made[1]

@@ -12,9 +12,9 @@ from small import random_engine
 from openelm_mlx import BatchEngine, batch_generate, generate, stream_generate
 from openelm_mlx.cache import KVCache
 from openelm_mlx.errors import CacheError, OptionError, PromptError
-from openelm_mlx.generation import TextFilter
 from openelm_mlx.instruct import encode_messages
 from openelm_mlx.prompt_cache import PromptCache
+from openelm_mlx.request import TextFilter
 
 PROMPT = "Once upon a time"
 SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.1,
@@ -59,7 +59,7 @@ def test_same_tokens_as_mlx_lm(tiny):
 
 
 def test_reused_prefix_gives_the_same_tokens(tiny):
-    cache = PromptCache.for_config(tiny.config)
+    cache = PromptCache()
     tokens_of(tiny, max_tokens=10, prompt_cache=cache)
     longer = tiny.tokenizer.encode(PROMPT + " there was a king")
     events = list(stream_generate(tiny, longer, max_tokens=8, prompt_cache=cache))
@@ -68,12 +68,12 @@ def test_reused_prefix_gives_the_same_tokens(tiny):
 
 
 def test_closing_midway_leaves_a_true_cache(tiny):
-    cache = PromptCache.for_config(tiny.config)
+    cache = PromptCache()
     stream = stream_generate(tiny, PROMPT, max_tokens=50, prompt_cache=cache)
     seen = [next(stream).token for _ in range(5)]
     stream.close()
     prompt = tiny.tokenizer.encode(PROMPT)
-    assert cache.tokens == prompt + seen and {layer.offset for layer in cache.layers} == {len(cache.tokens)}
+    assert cache.tokens == prompt + seen
     assert tokens_of(tiny, prompt + seen, max_tokens=5, prompt_cache=cache) == tokens_of(tiny, max_tokens=10)[5:]
 
 
@@ -113,7 +113,7 @@ def test_an_answer_to_messages_begins_without_its_space(tiny):
 
 def test_a_prompt_that_extends_the_cached_text_reuses_every_cached_token(tiny):
     """As a seed drew them, the tokens are not those that their text would be encoded to."""
-    cache, settings = PromptCache.for_config(tiny.config), {"temperature": 1.5, "seed": 3}
+    cache, settings = PromptCache(), {"temperature": 1.5, "seed": 3}
     whole = list(stream_generate(tiny, PROMPT, max_tokens=24, **settings))
     text = PROMPT + generate(tiny, PROMPT, max_tokens=16, prompt_cache=cache, **settings)
     held = list(cache.tokens)
@@ -129,7 +129,7 @@ def test_a_prompt_that_extends_the_cached_text_reuses_every_cached_token(tiny):
 
 def held_after(tiny, ids):
     """A cache that holds exactly these tokens."""
-    cache = PromptCache.for_config(tiny.config)
+    cache = PromptCache()
     list(stream_generate(tiny, ids, max_tokens=1, prompt_cache=cache))
     assert cache.tokens == ids
     return cache
@@ -319,6 +319,6 @@ def test_mistakes(tiny):
     with pytest.raises(OptionError, match=r"stop is 'caf\\udce9'; that is not valid UTF-8, so no generated text contains it"):
         stream_generate(tiny, PROMPT, stop="caf\udce9")
     with pytest.raises(CacheError, match="cannot forget 3 tokens of 0"):
-        KVCache().trim(3)
+        KVCache(tiny.config).trim(3)
     with pytest.raises(CacheError, match="entries for a model of 8 layers"):
-        tiny.model(mx.array([[1]]), [KVCache()])
+        tiny.model(mx.array([[1]]), KVCache(tiny.config).layers[:1])
