@@ -243,7 +243,8 @@ class BatchEngine:
             admission = self._admission = self._admission or self._next_admission(budget)
             if admission is None:
                 break
-            budget -= admission.run(budget)
+            if not admission.complete:  # it is where the draw of its first tokens was interrupted
+                budget -= admission.run(budget)
             if admission.complete:
                 drawn = admission.first_tokens()
                 self._admission = None

@@ -66,7 +66,7 @@ class Device:
                 atexit.register(self.rest)
                 worker.start()
         future: Future[T] = Future()
-        work = partial(self.run, call, shared_stream(mx.default_device()))
+        work = partial(self.run, call, shared_stream())
         self.line.append((work, future))
         self.bell.put(None)
         return future
@@ -100,10 +100,14 @@ def answer(work: Callable[[], Any], future: Future[Any]) -> None:
 device = Device()
 
 
+def shared_stream() -> mx.Stream:
+    """Return the stream of all generations on this device. It is only used by whose turn it is."""
+    return stream_of(mx.default_device().type)  # equal devices have different hashes
+
+
 @cache
-def shared_stream(kind: mx.Device) -> mx.Stream:
-    """Return the stream of all generations on a device. It is only used by whose turn it is."""
-    return mx.new_thread_unsafe_stream(kind)
+def stream_of(kind: mx.DeviceType) -> mx.Stream:
+    return mx.new_thread_unsafe_stream(mx.Device(kind))
 
 
 def on_device(call: Callable[[], T]) -> T:
@@ -116,7 +120,7 @@ def on_device(call: Callable[[], T]) -> T:
     if thread == device.user or (device.closed and thread == MAIN):
         return call()
     if thread == MAIN and not device.line:
-        return device.run(call, shared_stream(mx.default_device()))
+        return device.run(call, shared_stream())
     return device.hand_over(call).result()
 
 

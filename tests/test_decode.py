@@ -73,8 +73,8 @@ def test_the_device_works_on_the_next_token_while_the_host_reads_one(tiny, monke
     monkeypatch.setattr(type(engine.model), "hidden", passes)
     monkeypatch.setattr(mx.array, "tolist", reads)
     list(stream_generate(engine, PROMPT, max_tokens=4, ignore_eos=True, compiled=False))
-    prompt, steps = ["pass"], ["pass", "read"] * 3  # a step begins before the token before it is read
-    assert log == [*prompt, *steps, "read"]
+    first, rest = ["pass", "read"], ["pass", "pass", "read", "pass", "read", "read"]
+    assert log == [*first, *rest]  # the second token is read when the third is begun, and so on
 
 
 @pytest.mark.parametrize("rows", [1, 4])
