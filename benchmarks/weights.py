@@ -109,6 +109,31 @@ def random_engine(size: str, dtype: str | None = None, bits: int | None = None, 
     return engine
 
 
+def small_engine(
+    like: Engine, seed: int, vocab: int = 64, dim: int = 64, layers: int = 2, spread: float = 2.0, dtype: mx.Dtype = mx.float32,
+    noise: float = 0.0,
+) -> Engine:  # fmt: skip
+    """An engine of a few thousand random weights with the tokenizer of `like`, made in a moment.
+
+    `spread` scales the logits, so that the choice is neither flat nor certain; `noise` is how far it is from the engine of
+    the same seed without, as a draft model is from its target.
+    """
+    config = OpenELMConfig(
+        vocab_size=vocab, model_dim=dim, head_dim=32, num_transformer_layers=layers, num_gqa_groups=2,
+        share_input_output_layers=False, qkv_multipliers=(1.0, 2.0), ffn_multipliers=(1.0, 2.0), ffn_dim_divisor=32,
+        max_context_length=512,
+    )  # fmt: skip
+    mx.random.seed(seed)
+    model = OpenELM(config)
+    head = mx.random.normal((vocab, dim))
+    if noise:
+        head = head + noise * mx.random.normal((vocab, dim))
+    model.load_weights([("lm_head.weight", head * spread / dim**0.5)], strict=False)
+    model.set_dtype(dtype)
+    mx.eval(model.parameters())
+    return Engine(model, like.tokenizer, config, f"random-{seed}", BUNDLED)
+
+
 def random_tensor(like: mx.array, key: mx.array, dtype: mx.Dtype) -> mx.array:
     if like.ndim == 1:
         return mx.ones(like.shape, dtype)
