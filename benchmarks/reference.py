@@ -20,7 +20,13 @@ from openelm_mlx.options import SamplingOptions
 from openelm_mlx.sampling import Controls, Filters, History, filter_logits, gumbel, seed_key
 
 Array = np.ndarray
-NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "xtc_probability": 0.0}  # filters that a greedy choice ignores
+PENALTIES = (
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "penalty_window",
+    "logit_bias",
+)  # what a greedy choice still depends on
 
 
 class Reference:
@@ -57,35 +63,58 @@ class Reference:
             scores = np.where(seen, rotated(q) @ k.swapaxes(1, 2) / math.sqrt(c.head_dim), -np.inf)
             shares = np.exp(scores - scores.max(-1, keepdims=True))
             shares /= shares.sum(-1, keepdims=True)
-            x = x + (shares @ v).swapaxes(0, 1).reshape(length, -1) @ W[name + "attn.out_proj.weight"].T
+            x = (
+                x
+                + (shares @ v).swapaxes(0, 1).reshape(length, -1)
+                @ W[name + "attn.out_proj.weight"].T
+            )
             h = norm(x, name + "ffn_norm.weight") @ W[name + "ffn.proj_1.weight"].T
             gate, up = np.split(h, 2, axis=-1) if c.ffn_with_glu else (h, np.ones(()))
             x = x + gate / (1 + np.exp(-gate)) * up @ W[name + "ffn.proj_2.weight"].T
         x = norm(x, "transformer.norm.weight")
-        head = W["transformer.token_embeddings.weight" if c.share_input_output_layers else "lm_head.weight"]
+        head = W[
+            "transformer.token_embeddings.weight"
+            if c.share_input_output_layers
+            else "lm_head.weight"
+        ]
         return (x @ head.T)[:, : self.engine.vocab]
 
-    def scores(self, logits: Array, sampling: SamplingOptions, prompt: list[int], answer: list[int]) -> Array:
+    def scores(
+        self, logits: Array, sampling: SamplingOptions, prompt: list[int], answer: list[int]
+    ) -> Array:
         """[vocab]: of these the largest is drawn next, after prompt and answer, from `logits` [vocab] there."""
-        greedy = sampling.temperature == 0 or sampling.top_k == 1
+        greedy = sampling.greedy
         if greedy:
-            sampling = replace(sampling, temperature=1.0, **NEUTRAL)
+            penalties = {name: getattr(sampling, name) for name in PENALTIES}
+            sampling = SamplingOptions(temperature=1.0, **penalties)
         vocab, filters = self.engine.vocab, Filters.of([sampling])
         controls = Controls.of([sampling], filters, vocab)
-        history = History.of(prompt, answer, filters, vocab)
+        history = History.of(prompt, answer, sampling, filters, vocab)
         keys = seed_key(sampling.seed or 0, sampling.stream)
         positions = mx.array([len(prompt) + len(answer)], dtype=mx.int32)
-        found = filter_logits(mx.array(logits[None].astype(np.float32)), filters, controls, history, keys, positions)
+        newest = mx.array([[*prompt, *answer][-1]], dtype=mx.uint32)
+        given = mx.array(logits[None].astype(np.float32))
+        found = filter_logits(given, filters, controls, keys, positions, history, newest)
         if not greedy:
             found = found + gumbel(keys, positions, vocab)
         return np.array(found[0]).astype(np.float64)
 
-    def plausible(self, logits: Array, sampling: SamplingOptions, prompt: list[int], answer: list[int], tokens: tuple[int, int],
-                  tolerance: float) -> bool:  # fmt: skip
+    def plausible(
+        self,
+        logits: Array,
+        sampling: SamplingOptions,
+        prompt: list[int],
+        answer: list[int],
+        tokens: tuple[int, int],
+        tolerance: float,
+    ) -> bool:
         """Whether an error of `tolerance` in a score or at the border of a filter lets either of two tokens be drawn."""
         likely: set[int] = set()
         for changed in near(sampling, tolerance):
-            for token, shift in ((tokens[0], 0.0), *((token, s) for token in tokens for s in (-tolerance, tolerance))):
+            for token, shift in (
+                (tokens[0], 0.0),
+                *((token, s) for token in tokens for s in (-tolerance, tolerance)),
+            ):
                 moved = logits.copy()
                 moved[token] += shift
                 scores = self.scores(moved, changed, prompt, answer)
@@ -98,8 +127,12 @@ def near(sampling: SamplingOptions, tolerance: float) -> list[SamplingOptions]:
     found = [sampling]
     for sign in (-1, 1):
         step = 1 + sign * tolerance
-        found.append(replace(sampling, top_p=min(sampling.top_p * step, 1.0), min_p=min(sampling.min_p * step, 1.0),
-                             xtc_threshold=sampling.xtc_threshold * step))  # fmt: skip
+        changed = replace(
+            sampling, top_p=min(sampling.top_p * step, 1.0), min_p=min(sampling.min_p * step, 1.0)
+        )
+        if sampling.xtc_probability:
+            changed = replace(changed, xtc_threshold=sampling.xtc_threshold * step)
+        found.append(changed)
     return found
 
 
@@ -117,7 +150,9 @@ def stored(x: Array, kind: CacheKind) -> Array:
     if not isinstance(kind.store, Quantized):
         return x
     form = {"group_size": kind.store.group_size, "bits": kind.store.bits}
-    return np.array(mx.dequantize(*mx.quantize(mx.array(x.astype(np.float32)), **form), **form)).astype(np.float64)
+    return np.array(
+        mx.dequantize(*mx.quantize(mx.array(x.astype(np.float32)), **form), **form)
+    ).astype(np.float64)
 
 
 def full_weights(engine: Engine) -> dict[str, Array]:
@@ -128,7 +163,15 @@ def full_weights(engine: Engine) -> dict[str, Array]:
             if not isinstance(value, mx.array) or name in ("scales", "biases"):
                 continue
             if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-                value = mx.dequantize(value, module.scales, module.get("biases"), group_size=module.group_size,
-                                      bits=module.bits, mode=module.mode)  # fmt: skip
-            found[f"{path}.{name}" if path else name] = np.array(value.astype(mx.float32)).astype(np.float64)
+                value = mx.dequantize(
+                    value,
+                    module.scales,
+                    module.get("biases"),
+                    group_size=module.group_size,
+                    bits=module.bits,
+                    mode=module.mode,
+                )
+            found[f"{path}.{name}" if path else name] = np.array(value.astype(mx.float32)).astype(
+                np.float64
+            )
     return found

@@ -1,31 +1,42 @@
-"""Half an hour of everything at random: does memory return, does speed hold, is every token still the right one?
+"""Many clients at random: does memory return, does speed hold, is every token still the right one?
 
-Generations of random prompts, sampling, cache kinds, speculation, batches and reused prompts, some cancelled midway.
-One in a hundred is run again on the eager twin (`compiled=False`), token by token; what rounds its keys and values, or
-computes in a half type, only where both run alone and read the prompt in the same chunks. Between them, a fixed probe
-measures speed and memory.
+    python -m openelm_mlx.benchmarks.soak [MODEL] [--draft MODEL] [--clients 12] [--requests 1000] [--json FILE]
+
+Clients ask one thing after the other of one `BatchEngine`: prompts with shared beginnings, random options, some cancelled
+midway. Shifts follow each other, each with a kind of cache of its own, with a draft model or without. One answer in a
+hundred is compared with that of the request alone, by the rule of judge.py. Between shifts a fixed probe measures speed
+and memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
 import random
+import sys
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
-from openelm_mlx.benchmarks.drift import Soak, reference_seconds, resident_bytes
-from openelm_mlx.benchmarks.harness import Entry, Tick, figures, row_of
-from openelm_mlx.benchmarks.ours import OurSession, prompt_ids
-from openelm_mlx.benchmarks.suites import Point
+from openelm_mlx.blas import load_blas
 
-from openelm_mlx import PromptCache
-from openelm_mlx.batch import BatchEngine
-from openelm_mlx.generation import stream_generate
-from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
+load_blas()  # takes effect only before MLX is imported
+
+import mlx.core as mx  # noqa: E402
+from openelm_mlx.benchmarks.drift import Soak, reference_seconds, resident_bytes  # noqa: E402
+from openelm_mlx.benchmarks.harness import Entry, Tick, figures, row_of  # noqa: E402
+from openelm_mlx.benchmarks.judge import Judge, Report  # noqa: E402
+from openelm_mlx.benchmarks.ours import OurSession, prompt_ids  # noqa: E402
+from openelm_mlx.benchmarks.suites import Point  # noqa: E402
+from openelm_mlx.benchmarks.trials import Answer, Maker, Request, alone  # noqa: E402
+
+from openelm_mlx import BatchEngine, PromptCache, load  # noqa: E402
+from openelm_mlx.drafts import ModelDraft  # noqa: E402
+from openelm_mlx.kv import CacheKind  # noqa: E402
+from openelm_mlx.options import EngineOptions  # noqa: E402
 
 if TYPE_CHECKING:
     from openelm_mlx.benchmarks.document import Row
@@ -34,20 +45,126 @@ if TYPE_CHECKING:
     from openelm_mlx.generation import Event
     from openelm_mlx.loading import Engine
 
-SAMPLE = 0.01  # share of generations that is checked against the eager twin
-PROBES = 60  # measurements of speed and memory over the whole time
+SAMPLE = 0.01  # share of requests that is run again alone
+PROBES = 60  # measurements of speed and memory over the whole time, at most
 PROBE = (64, 32)  # tokens of the probe's prompt and answer
-WARM_UP = 0.05  # of the time, before the starting level is taken
+SHIFT = 10  # requests of a client under one kind of cache
+CANCELLED = 0.1  # share of requests
+STORE = 16 * 2**20  # bytes of keys and values that are kept between requests
 
-# few kinds, as each is a step to compile: what is random is which follows which, with what cache and how long
-SAMPLINGS: tuple[dict[str, Any], ...] = (
+# few, as each is steps to compile
+KINDS: tuple[dict[str, int], ...] = (
     {},
-    {"temperature": 1.0},
-    {"temperature": 0.7, "top_p": 0.9},
-    {"temperature": 1.0, "top_k": 40, "min_p": 0.05},
-    {"repetition_penalty": 1.2},
-    {"temperature": 0.8, "frequency_penalty": 0.5, "presence_penalty": 0.2},
+    {"kv_bits": 8},
+    {"kv_bits": 4},
+    {"kv_window": 64},
+    {"kv_window": 64, "kv_bits": 8},
 )
+
+
+class Client:
+    """Somebody who asks one thing after the other, waits for the answer, and now and then gives up."""
+
+    def __init__(self, maker: Maker, left: int) -> None:
+        self.maker, self.random, self.left = maker, maker.random, left
+        self.number: int | None = None  # of the request that is under way
+        self.request, self.answer, self.patience = maker.request(), Answer([], "", None), 0
+
+    def ask(self, batch: BatchEngine) -> None:
+        self.left -= 1
+        self.request, self.answer = self.maker.request(), Answer([], "", None)
+        self.patience = (
+            self.random.randint(0, 16) if self.random.random() < CANCELLED else sys.maxsize
+        )
+        lookup = {"prompt_lookup": self.random.randint(1, 3)} if self.random.random() < 0.3 else {}
+        request = self.request
+        self.number = batch.submit(request.prompt, request.sampling, request.options, **lookup)
+
+    def hear(self, event: Event) -> None:
+        tokens = [] if event.token is None else [event.token]
+        self.answer = Answer(
+            self.answer.tokens + tokens, self.answer.text + event.text, event.finish_reason
+        )
+
+
+class Driver:
+    """Runs shifts of clients, and probes between them."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        rng: random.Random,
+        seen: Soak,
+        draft: Engine | None = None,
+        clients: int = 12,
+    ) -> None:
+        self.engine, self.random, self.seen, self.clients = engine, rng, seen, clients
+        self.session, self.maker = OurSession(engine), Maker(engine, rng)
+        self.judge = Judge(engine, Report())
+        self.draft = None if draft is None else ModelDraft(engine, draft)
+
+    def shift(self, requests: int, tick: Tick, clock: Callable[[], float]) -> None:
+        """Let every client ask `requests` times, of one batch."""
+        rng, start = self.random, clock()
+        how = EngineOptions(**rng.choice(KINDS), prefill_chunk=rng.choice((64, 512)))
+        draft = self.draft if rng.random() < 0.5 else None
+        batch = BatchEngine(
+            self.engine, rng.choice((4, 8, 16)), how, draft=draft, prompt_cache=PromptCache(STORE)
+        )
+        clients = [Client(self.maker, requests) for _ in range(self.clients)]
+        try:
+            while batch.busy or any(client.left for client in clients):
+                for client in clients:
+                    if client.number is None and client.left and rng.random() < 0.5:
+                        client.ask(batch)
+                    elif client.number is not None and len(client.answer.tokens) >= client.patience:
+                        self.seen.cancelled += batch.cancel(client.number)
+                        self.ended(client, how, draft)
+                        tick("cancelled", clock() - start)
+                        start = clock()
+                by_number = {client.number: client for client in clients}
+                for number, event in batch.step():
+                    client = by_number[number]
+                    client.hear(event)
+                    if event.finish_reason:
+                        self.ended(client, how, draft)
+                        tick("request", clock() - start)
+                        start = clock()
+        finally:
+            batch.close()
+
+    def ended(self, client: Client, how: EngineOptions, draft: ModelDraft | None) -> None:
+        """Count the answer, and compare it with that of the request alone now and then."""
+        client.number = None
+        kind = CacheKind.of(self.engine.config, how)
+        self.seen.generations[f"{kind}{', draft' if draft else ''}"] += 1
+        self.seen.tokens += len(client.answer.tokens)
+        if self.random.random() < SAMPLE:
+            self.check(client.request, how, client.answer)
+
+    def check(self, request: Request, how: EngineOptions, found: Answer) -> None:
+        """Compare with the request alone: no draft, nothing reused."""
+        self.seen.checked += 1
+        kind, report = CacheKind.of(self.engine.config, how), self.judge.report
+        before = len(report.failures)
+        self.judge.compare(
+            "a client's answer", request, kind, alone(self.engine, request, how), found
+        )
+        self.seen.failures += report.failures[before:]
+        self.seen.rounded = len(report.differences)
+
+    def probe(self) -> None:
+        """Speed and memory with nothing else alive."""
+        context = self.engine.config.max_context_length
+        prompt = prompt_ids(self.engine, min(PROBE[0], context // 2))
+        self.session.generate(prompt, min(PROBE[1], context // 4))
+        timed = self.session.generate(prompt, min(PROBE[1], context // 4))
+        self.seen.references.append(reference_seconds())
+        gc.collect()
+        mx.clear_cache()
+        self.seen.probes.append(timed)
+        self.seen.arrays.append(mx.get_active_memory())
+        self.seen.process.append(resident_bytes())
 
 
 def soak(
@@ -57,23 +174,28 @@ def soak(
     tick: Tick = lambda label, seconds: None,
     clock: Callable[[], float] = time.monotonic,
     seen: Soak | None = None,
+    draft: Engine | None = None,
+    clients: int = 12,
+    requests: int | None = None,
 ) -> Soak:
-    """Run for `minutes`, the same requests for the same `seed`. `tick` is told each request and the seconds it took.
+    """Run for `minutes`, or until each client has asked `requests` times, the same requests for the same `seed`.
 
-    `seen` is filled as it goes. A KeyboardInterrupt passes through; whoever catches it finds nothing in flight.
+    `tick` is told each request and the seconds since the last. `seen` is filled as it goes. A KeyboardInterrupt passes
+    through; whoever catches it finds nothing in flight.
     """
     seen = Soak() if seen is None else seen
-    driver = Driver(engine, random.Random(seed), seen)
-    start = clock()
-    end, next_probe = start + 60 * minutes, start + WARM_UP * 60 * minutes
-    while (now := clock()) < end:
-        if now >= next_probe:
+    driver = Driver(engine, random.Random(seed), seen, draft, clients)
+    start, done, last = clock(), 0, 0.0
+    while (requests is None and clock() < start + 60 * minutes) or (
+        requests is not None and done < requests
+    ):
+        count = SHIFT if requests is None else min(SHIFT, requests - done)
+        driver.shift(count, tick, clock)
+        done += count
+        if clock() >= last + 60 * minutes / PROBES or requests is not None:
             driver.probe()
-            next_probe = clock() + 60 * minutes / PROBES
-            kind = "probe"
-        else:
-            kind = driver.request()
-        tick(kind, clock() - now)
+            last = clock()
+            tick("probe", 0.0)
     driver.probe()
     seen.judge()
     return seen
@@ -94,154 +216,46 @@ def soak_row(rows: list[Row], weights: Weights, minutes: float, tick: Tick) -> N
         rows.append(replace(row_of(entry), notes=(*failures, *seen.summary())))
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One request, and how it is run."""
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="soak", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", default="openelm-tiny", help="a name, folder or file")
+    parser.add_argument("--draft", metavar="MODEL", help="a smaller model with the same tokenizer")
+    parser.add_argument("--clients", type=int, default=12, help="default: 12")
+    parser.add_argument("--requests", type=int, default=1000, help="of each client (default: 1000)")
+    parser.add_argument("--dtype", help="compute in this type")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write the result here")
+    args = parser.parse_args(argv)
+    engine = load(args.model, args.dtype)
+    draft = load(args.draft, args.dtype) if args.draft else None
+    seen, start = Soak(), time.monotonic()
 
-    prompt: list[int]
-    sampling: SamplingOptions
-    options: GenerationOptions
-    engine_options: EngineOptions
+    def tick(label: str, seconds: float) -> None:
+        print(
+            f"\r{sum(seen.generations.values())} of {args.clients * args.requests} requests, {seen.tokens} tokens, "
+            f"{seen.cancelled} cancelled, {seen.checked} checked, {len(seen.failures)} failures, "
+            f"{time.monotonic() - start:.0f} s",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    soak(
+        engine,
+        seed=args.seed,
+        tick=tick,
+        seen=seen,
+        draft=draft,
+        clients=args.clients,
+        requests=args.requests,
+    )
+    print("", *seen.summary(), *seen.failures, sep="\n")
+    if args.json:
+        Path(args.json).write_text(json.dumps(asdict(seen), indent=1), encoding="utf-8")
+    return 1 if seen.failures else 0
 
 
-class Driver:
-    """Draws requests and runs them."""
-
-    def __init__(self, engine: Engine, generator: random.Random, seen: Soak) -> None:
-        self.engine, self.random, self.seen = engine, generator, seen
-        self.session = OurSession(engine)
-        self.context = engine.config.max_context_length
-        self.float32 = engine.model.transformer.norm.weight.dtype == mx.float32
-        self.kinds: tuple[Callable[[], None], ...] = (self.single, self.single, self.lookup, self.turn, self.batch)
-        self.turns: tuple[PromptCache, list[int], GenerationOptions, EngineOptions] | None = None
-        self.since_check = 0
-
-    def request(self) -> str:
-        run = self.random.choice(self.kinds)
-        run()
-        self.seen.generations[run.__name__] += 1
-        return run.__name__
-
-    def probe(self) -> None:
-        """Speed and memory with nothing else alive."""
-        self.turns = None
-        prompt, tokens = prompt_ids(self.engine, min(PROBE[0], self.context // 2)), min(PROBE[1], self.context // 4)
-        self.session.generate(prompt, tokens)
-        timed = self.session.generate(prompt, tokens)
-        self.seen.references.append(reference_seconds())
-        gc.collect()
-        mx.clear_cache()
-        self.seen.probes.append(timed)
-        self.seen.arrays.append(mx.get_active_memory())
-        self.seen.process.append(resident_bytes())
-
-    def prompt(self, most: int) -> list[int]:
-        count = self.random.randint(1, max(1, min(most, self.context // 2)))
-        if self.random.random() < 0.5:
-            return prompt_ids(self.engine, count, self.random.randrange(200))
-        return [self.random.randrange(3, self.engine.vocab) for _ in range(count)]
-
-    def sampling(self) -> SamplingOptions:
-        return SamplingOptions(**self.random.choice(SAMPLINGS), seed=self.random.randrange(2**31))
-
-    def options(self, **settings: Any) -> GenerationOptions:
-        pick = self.random.choice
-        chosen: dict[str, Any] = {
-            "max_tokens": self.random.randint(1, 64), "ignore_eos": pick((True, False)), "logprobs": pick((*[None] * 7, 3)),
-            "stop": pick(((), (), ("the",))),
-        }  # fmt: skip
-        return GenerationOptions(**{**chosen, **settings})
-
-    def engine_options(self) -> EngineOptions:
-        pick = self.random.choice
-        cache = pick(({}, {}, {"kv_bits": 8}, {"kv_bits": 4}, {"kv_window": 32}))
-        return EngineOptions(prefill_chunk=pick((16, 64, 512)), **cache)
-
-    def single(self) -> None:
-        self.run(Asked(self.prompt(200), self.sampling(), self.options(), self.engine_options()), alike=True)
-
-    def lookup(self) -> None:
-        """Prompt lookup, on a prompt that quotes itself."""
-        prompt = self.prompt(40) * self.random.randint(1, 3)
-        options = self.options(prompt_lookup=self.random.randint(1, 4))
-        self.run(Asked(prompt, self.sampling(), options, self.engine_options()))
-
-    def turn(self) -> None:
-        """A conversation that goes on, or a new one: the prompt cache is kept between turns."""
-        if self.turns is None or len(self.turns[1]) > self.context // 2 or self.random.random() < 0.2:
-            self.turns = PromptCache(), [], self.options(logprobs=None), self.engine_options()
-        cache, said, options, engine_options = self.turns
-        said += self.prompt(24)
-        said += self.run(Asked(list(said), self.sampling(), options, engine_options), cache)
-
-    def run(self, asked: Asked, cache: PromptCache | None = None, alike: bool = False) -> list[int]:
-        """One generation, perhaps cancelled, perhaps repeated on the eager twin; its tokens."""
-        stop_after = self.random.randint(0, 12) if self.random.random() < 0.2 else None
-        found: list[int] = []
-        with closing(self.events(asked, cache)) as events:
-            for event in events:
-                if stop_after is not None and len(found) >= stop_after:
-                    self.seen.cancelled += 1
-                    break
-                if event.token is not None:
-                    found.append(event.token)
-        self.seen.tokens += len(found)
-        self.since_check += 1
-        if self.random.random() < SAMPLE or self.since_check > 2 / SAMPLE:
-            self.check(asked, found, alike)
-        return found
-
-    def events(self, asked: Asked, cache: PromptCache | None = None) -> Generator[Event, None, None]:
-        return stream_generate(
-            self.engine, list(asked.prompt), asked.sampling, asked.options, engine_options=asked.engine_options,
-            prompt_cache=cache,
-        )  # fmt: skip
-
-    def check(self, asked: Asked, found: list[int], alike: bool = False) -> None:
-        """The same on the eager twin, without speculation and without a cache of earlier turns.
-
-        `alike` says that the request, too, ran alone, undrafted and from its first token on.
-        """
-        if not alike and not (self.float32 and asked.engine_options.kv_bits is None):
-            return
-        self.since_check = 0
-        self.seen.checked += 1
-        twin = replace(
-            asked, options=replace(asked.options, prompt_lookup=0),
-            engine_options=replace(asked.engine_options, compiled=False),
-        )  # fmt: skip
-        with closing(self.events(twin)) as events:
-            expected = [event.token for _, event in zip(found, events, strict=False)]
-        if expected != found:
-            where = next(i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1])
-            self.seen.failures.append(
-                f"a wrong token: number {where} is {found[where]}, the eager twin says {expected[where]} (prompt of "
-                f"{len(asked.prompt)} tokens, {asked.sampling}, {asked.options}, {asked.engine_options})"
-            )
-
-    def batch(self) -> None:
-        """Sequences that join and leave while others run, each with its own options; some are cancelled."""
-        engine_options = self.engine_options()
-        batch = BatchEngine(self.engine, self.random.randint(2, 6), engine_options)
-        asked: dict[int, Asked] = {}
-        found: dict[int, list[int]] = {}
-        waiting = self.random.randint(2, 8)
-        try:
-            while batch.busy or waiting:
-                if waiting and self.random.random() < 0.5:
-                    lookup = self.random.choice((0, 0, 2))
-                    one = Asked(self.prompt(80), self.sampling(), self.options(prompt_lookup=lookup), engine_options)
-                    number = batch.submit(one.prompt, one.sampling, one.options)
-                    asked[number], found[number] = one, []
-                    waiting -= 1
-                for number, event in batch.step():
-                    if event.token is not None:
-                        found[number].append(event.token)
-                if found and self.random.random() < 0.02:
-                    self.seen.cancelled += batch.cancel(self.random.choice(list(found)))
-        finally:
-            batch.close()
-        self.seen.tokens += sum(map(len, found.values()))
-        if self.random.random() < 5 * SAMPLE:  # as often as its sequences would come up one by one
-            number = self.random.choice(list(asked))
-            self.check(asked[number], found[number])
+if __name__ == "__main__":
+    raise SystemExit(main())

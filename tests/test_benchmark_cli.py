@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,8 @@ from openelm_mlx.benchmarks.harness import label
 from openelm_mlx.benchmarks.loaded import last_part
 from openelm_mlx.benchmarks.suites import BenchmarkOptions
 from openelm_mlx.benchmarks.timing import Timed
+from openelm_mlx.benchmarks.trials import Answer, Request
+from small import random_engine
 
 from openelm_mlx.cli.main import main
 from openelm_mlx.errors import BenchmarkError
@@ -209,25 +210,22 @@ def test_the_command_in_a_result_names_no_folder_of_the_user(monkeypatch):
 
 
 def test_a_soak_of_a_few_requests_finds_nothing_wrong(tiny, monkeypatch):
-    monkeypatch.setattr(soaking, "SAMPLE", 1.0)  # all are repeated on the eager twin
-    monkeypatch.setattr(soaking, "SAMPLINGS", ({}, {"temperature": 1.0}))
-    monkeypatch.setattr(soaking, "PROBES", 2)
+    monkeypatch.setattr(soaking, "SAMPLE", 1.0)  # all are run again alone
+    monkeypatch.setattr(soaking, "CANCELLED", 0.3)
     monkeypatch.setattr(soaking, "PROBE", (16, 8))
-    times = iter(range(10**6))  # a clock that ticks at each look, so that seconds stand for requests
-    seen = soaking.soak(tiny, minutes=0.17, seed=5, clock=lambda: next(times))
-    assert seen.failures == [] and 2 <= sum(seen.generations.values()) <= 6 and len(seen.probes) >= 2
-    assert seen.tokens > 0 and seen.checked >= 2 and seen.arrays[-1] <= seen.arrays[0] + 2**20
-    assert "repeated on the eager twin" in seen.summary()[0]
+    small = random_engine(tiny, seed=3)
+    seen = soaking.soak(small, seed=5, draft=random_engine(tiny, seed=3, noise=0.3), clients=4, requests=3)
+    assert seen.failures == [] and sum(seen.generations.values()) == 12 and len(seen.probes) == 2
+    assert seen.tokens > 0 and seen.checked == 12 and seen.cancelled > 0
+    assert "repeated alone" in seen.summary()[0]
 
 
 def test_a_soak_sees_a_wrong_token(tiny):
     seen = drift.Soak()
     driver = soaking.Driver(tiny, random.Random(0), seen)
-    asked = soaking.Asked([1, 5, 9], SamplingOptions(), GenerationOptions(max_tokens=3), EngineOptions())
-    driver.check(replace(asked, engine_options=EngineOptions(kv_bits=4)), [4095, 4095])  # rounded: promised only alike
-    assert seen.failures == []
-    driver.check(asked, [4095, 4095])
-    assert len(seen.failures) == 1 and seen.failures[0].startswith("a wrong token: number 0 is 4095, the eager twin says")
+    request = Request([1, 5, 9], SamplingOptions(), GenerationOptions(max_tokens=3))
+    driver.check(request, EngineOptions(), Answer([4095, 4095, 1], "", "length"))
+    assert len(seen.failures) == 1 and seen.failures[0].startswith("WRONG: a client's answer, token 0 is 4095, alone")
 
 
 def test_a_soak_judges_memory_and_speed():
