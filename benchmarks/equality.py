@@ -116,6 +116,10 @@ class Group:
             yield "a draft model", alone(engine, request, how, draft=self.draft, **lengths)
             yield "both drafts", alone(engine, request, how, draft=self.draft, **lookup)
 
+    def chunk_of(self, request: Request) -> int:
+        """Any number of tokens that cuts the prompt into no more than 20 parts."""
+        return self.random.randint(max(1, len(request.prompt) // 20), len(request.prompt))
+
     def reused(self, request: Request) -> Iterator[Answer]:
         """After another text with the same beginning, perhaps left midway; then after itself."""
         cache, maker = PromptCache(), self.maker

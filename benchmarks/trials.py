@@ -105,7 +105,7 @@ class Maker:
             "repetition_penalty": lambda: between(1.05, 1.6),
             "presence_penalty": lambda: between(-0.5, 1.0),
             "frequency_penalty": lambda: between(-0.3, 0.6),
-            "penalty_window": lambda: self.random.randint(1, 70),
+            "penalty_window": lambda: self.random.choice((5, 8, 50)),
             "logit_bias": lambda: {
                 self.random.randrange(vocab): between(-8, 4)
                 for _ in range(self.random.randint(1, 5))
@@ -124,7 +124,7 @@ class Maker:
             max_tokens=self.random.choice((1, 2, 8, self.most)),
             ignore_eos=self.random.random() < 0.8,
             stop_tokens=stop_tokens,
-            logprobs=self.random.choice((None, None, None, 0, 2)),
+            logprobs=self.random.choice((*[None] * 7, 2)),
         )
 
     def request(self) -> Request:
@@ -133,13 +133,13 @@ class Maker:
     def engine_options(self, kv_bits: int | None) -> EngineOptions:
         return EngineOptions(
             prefill_chunk=self.chunk(),
-            compiled=self.random.random() < 0.3,
+            compiled=self.random.random() < 0.2,
             kv_bits=kv_bits,
             **self.random.choice(LAYOUTS),
         )
 
     def chunk(self) -> int:
-        return self.random.choice((1, 7, 16, 64, 100, 256, 512))
+        return self.random.choice((24, 64, 100, 256, 512))
 
 
 def alone(
