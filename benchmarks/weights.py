@@ -109,13 +109,12 @@ def random_engine(size: str, dtype: str | None = None, bits: int | None = None, 
     return engine
 
 
-def small_engine(
-    like: Engine, seed: int, vocab: int = 64, dim: int = 64, layers: int = 2, spread: float = 2.0, dtype: mx.Dtype = mx.float32,
-    noise: float = 0.0,
-) -> Engine:  # fmt: skip
-    """An engine of a few thousand random weights with the tokenizer of `like`, made in a moment.
+def random_model(
+    seed: int, vocab: int = 64, dim: int = 64, layers: int = 2, spread: float = 2.0, noise: float = 0.0
+) -> OpenELM:
+    """A model of a few thousand random weights, made in a moment.
 
-    `spread` scales the logits, so that the choice is neither flat nor certain; `noise` is how far it is from the engine of
+    `spread` scales the logits, so that the choice is neither flat nor certain. `noise` is how far its head is from that of
     the same seed without, as a draft model is from its target.
     """
     config = OpenELMConfig(
@@ -125,13 +124,20 @@ def small_engine(
     )  # fmt: skip
     mx.random.seed(seed)
     model = OpenELM(config)
-    head = mx.random.normal((vocab, dim))
+    head = mx.random.normal((vocab, dim)) * spread / dim**0.5
     if noise:
-        head = head + noise * mx.random.normal((vocab, dim))
-    model.load_weights([("lm_head.weight", head * spread / dim**0.5)], strict=False)
+        head = head * (1 + noise * mx.random.normal((vocab, dim)))
+    model.load_weights([("lm_head.weight", head)], strict=False)
+    mx.eval(model.parameters())
+    return model
+
+
+def small_engine(like: Engine, seed: int, *shape: int, dtype: mx.Dtype = mx.float32, **more: float) -> Engine:
+    """An engine of random weights with the tokenizer of another; the rest is `random_model`'s."""
+    model = random_model(seed, *shape, **more)  # type: ignore[arg-type]
     model.set_dtype(dtype)
     mx.eval(model.parameters())
-    return Engine(model, like.tokenizer, config, f"random-{seed}", BUNDLED)
+    return Engine(model, like.tokenizer, model.args, f"random-{seed}", BUNDLED)
 
 
 def random_tensor(like: mx.array, key: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from openelm_mlx.benchmarks.weights import random_model
+from openelm_mlx.benchmarks.weights import small_engine as random_engine
 
-from small_model import random_model
-
-from openelm_mlx.loading import Engine
-
-
-def random_engine(like: Engine, seed: int, *shape: int, **more: float) -> Engine:
-    """An engine of random weights with the tokenizer of another; the rest is `random_model`'s."""
-    model = random_model(seed, *shape, **more)  # type: ignore[arg-type]
-    return Engine(model, like.tokenizer, model.args, f"random-{seed}", Path("."))
+__all__ = ["random_engine", "random_model"]

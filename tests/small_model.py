@@ -9,7 +9,6 @@ from openelm_mlx.convert.names import renamed_tensors
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 
 from openelm_mlx.config import OpenELMConfig
-from openelm_mlx.model import OpenELM
 
 
 def small_model(name: str = "tied-gqa4") -> tuple[OpenELMConfig, dict[str, mx.array]]:
@@ -24,17 +23,3 @@ def small_model(name: str = "tied-gqa4") -> tuple[OpenELMConfig, dict[str, mx.ar
 
 def random_tokens(config: OpenELMConfig, rows: int = 6, length: int = 32) -> mx.array:
     return mx.random.randint(3, config.vocab_size, (rows, length), key=mx.random.key(5)).astype(mx.int32)
-
-
-def random_model(seed: int, vocab: int = 64, dim: int = 64, layers: int = 2, spread: float = 2.0) -> OpenELM:
-    """A model of random weights; `spread` scales the logits, so that the choice is neither flat nor certain."""
-    config = OpenELMConfig(
-        vocab_size=vocab, model_dim=dim, head_dim=32, num_transformer_layers=layers, num_gqa_groups=2,
-        share_input_output_layers=False, qkv_multipliers=(1.0, 2.0), ffn_multipliers=(1.0, 2.0), ffn_dim_divisor=32,
-        max_context_length=512,
-    )  # fmt: skip
-    mx.random.seed(seed)
-    model = OpenELM(config)
-    model.load_weights([("lm_head.weight", mx.random.normal((vocab, dim)) * spread / dim**0.5)], strict=False)
-    mx.eval(model.parameters())
-    return model

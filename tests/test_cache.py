@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from small import random_engine
-from small_model import random_model
+from small import random_engine, random_model
 
 from openelm_mlx.cache import KVCache, step_caches
 from openelm_mlx.config import layer_shapes
