@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from small_model import random_model
+from small import random_model
 
 from openelm_mlx.cache import KVCache, step_caches
 from openelm_mlx.kv import CacheKind
