@@ -312,14 +312,42 @@ class GenerationOptions:
     adaptive_draft: bool = option(
         True, "draft less where little is accepted; off always drafts the whole length"
     )
+    json_schema: str | None = field(
+        default=None,
+        metadata={"help": "answer in JSON that this schema describes", "metavar": "FILE"},
+    )
+    regex: str | None = field(
+        default=None,
+        metadata={"help": "answer with a text that this expression matches as a whole"},
+    )
+    choices: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "answer with one of these texts; may be given several times",
+            "commas": True,
+        },
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.json_schema, Mapping):
+            from openelm_mlx.grammar import schema_text
+
+            object.__setattr__(self, "json_schema", schema_text(self.json_schema))
         check_fields(self)
+        if self.constrained:
+            from openelm_mlx.grammar import form_of
+
+            form_of(self)
         for text in self.stop:
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise OptionError(
                     f"stop is {text!a}; that is not valid UTF-8, so no generated text contains it"
                 )
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the answer has to have a form."""
+        return self.json_schema is not None or self.regex is not None or self.choices != ()
 
     def check_draft(self, drafts: bool) -> None:
         """Raise `OptionError` where the length of drafts was set and nothing drafts.
@@ -437,6 +465,12 @@ class RequestSettings(TypedDict, total=False):
     """with a draft model or prompt lookup: draft at most this many"""
     adaptive_draft: bool
     """draft less where little is accepted; off always drafts the whole length"""
+    json_schema: str | Mapping[str, Any] | None
+    """answer in JSON that this schema describes"""
+    regex: str | None
+    """answer with a text that this expression matches as a whole"""
+    choices: str | Sequence[str]
+    """answer with one of these texts; may be given several times"""
 
 
 class EngineSettings(TypedDict, total=False):

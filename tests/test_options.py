@@ -174,7 +174,8 @@ def test_every_option_is_a_keyword_with_type_and_text():
         hints = {name: kind for cls in kinds for name, kind in get_type_hints(cls).items()}
         known = get_type_hints(settings)
         assert list(known) == list(hints)
-        assert {name for name in hints if known[name] != hints[name]} <= {"stop", "stop_tokens", "logit_bias"}
+        wider = {"stop", "stop_tokens", "logit_bias", "json_schema", "choices"}
+        assert {name for name in hints if known[name] != hints[name]} <= wider
         body = classes[settings.__name__][1:]
         texts = {name.target.id: text.value.value for name, text in zip(body[::2], body[1::2], strict=True)}
         assert texts == {item.name: item.metadata["help"] for cls in kinds for item in fields(cls)}

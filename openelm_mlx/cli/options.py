@@ -93,6 +93,13 @@ def real(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
 
+def contents(name: str) -> str:
+    """The type of flags that take the text of a file. Raises an `OpenELMError`."""
+    from openelm_mlx.cli.chat_commands import given_path, text_of
+
+    return text_of(given_path(name))
+
+
 FORMS: dict[str, tuple[Any, str]] = {
     "int": (whole, "N"),
     "float": (real, "X"),
@@ -130,6 +137,7 @@ def add_flag(group: Any, item: Field[Any]) -> None:
         )
     elif kind.startswith("tuple"):
         reads = whole if kind.startswith("tuple[int") else str
+        text += ", or once with commas between them" if item.metadata.get("commas") else ""
         group.add_argument(
             flag,
             dest=item.name,
@@ -141,6 +149,8 @@ def add_flag(group: Any, item: Field[Any]) -> None:
         )
     else:
         reads, metavar = FORMS[kind.partition(" | ")[0]]
+        if reads is str and item.metadata.get("metavar") == "FILE":
+            reads = contents
         group.add_argument(
             flag,
             dest=item.name,
@@ -160,6 +170,9 @@ def from_args(options: type[T], args: argparse.Namespace, **defaults: Any) -> T:
 def given_fields(options: type, args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the dataclass that were given on the command line."""
     given = {f.name: getattr(args, f.name) for f in fields(options) if hasattr(args, f.name)}
+    for item in fields(options):
+        if item.metadata.get("commas") and len(given.get(item.name, ())) == 1:
+            given[item.name] = given[item.name][0].split(",")
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
     }
