@@ -112,8 +112,10 @@ def parsed(item: Field[Any], value: str) -> Any:
         return new_seed()
     if value.lower() == "none" and ("None" in kind or kind.startswith("tuple")):
         return () if kind.startswith("tuple") else None
+    if kind.startswith("str"):
+        return text_of(given_path(value)) if item.metadata.get("metavar") == "FILE" else value
     if kind == "tuple[str, ...]":
-        return (value,)
+        return value.split(",") if item.metadata.get("commas") else (value,)
     if kind.startswith("tuple"):
         return tuple(number(int, part) for part in value.split())
     if kind.startswith("bool"):
