@@ -26,7 +26,7 @@ from openelm_mlx.files import name_for_mlx  # noqa: E402
 from openelm_mlx.hub import Resolved, resolve_model  # noqa: E402
 from openelm_mlx.model import OpenELM  # noqa: E402
 from openelm_mlx.options import ModelOptions, SamplingOptions, shown  # noqa: E402
-from openelm_mlx.threads import device_work, stream  # noqa: E402
+from openelm_mlx.threads import asynchronous, device_work  # noqa: E402
 from openelm_mlx.tokenizer import Tokenizer  # noqa: E402
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Engine:
         """
         from openelm_mlx.generation import stream_generate
 
-        return stream(partial(stream_generate, self, prompt, sampling, options, **settings))
+        return asynchronous(partial(stream_generate, self, prompt, sampling, options, **settings))
 
     def __repr__(self) -> str:
         """One line: <Engine openelm-tiny: 6.5 M parameters, 6.9 MB, context 1024>"""

@@ -152,7 +152,7 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-async def stream(start: Callable[[], Generator[T, None, None]]) -> AsyncGenerator[T, None]:
+async def asynchronous(start: Callable[[], Generator[T, None, None]]) -> AsyncGenerator[T, None]:
     """Yield what the generator that `start` makes yields, and leave the event loop free meanwhile.
 
     Cancelled or closed, it closes the generator after the step under way, and waits for that.

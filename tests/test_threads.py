@@ -20,7 +20,7 @@ from openelm_mlx import BatchEngine, Conversation, PromptCache, load, stream_gen
 from openelm_mlx.errors import OptionError
 from openelm_mlx.loading import Engine, parameters
 from openelm_mlx.scoring import score
-from openelm_mlx.threads import MAIN, compiled, device, device_work, on_device, stream
+from openelm_mlx.threads import MAIN, asynchronous, compiled, device, device_work, on_device
 
 T = TypeVar("T")
 
@@ -175,7 +175,7 @@ def test_several_streams_share_an_event_loop() -> None:
 
     async def first(count: int) -> list[float]:
         taken = []
-        async for value in stream(lambda: powers(closed)):
+        async for value in asynchronous(lambda: powers(closed)):
             taken.append(value)
             if len(taken) == count:
                 break
@@ -197,7 +197,7 @@ def test_the_event_loop_is_free_while_the_device_works() -> None:
 
     async def main() -> list[bool]:
         asyncio.get_running_loop().call_later(0, released.set)
-        return [value async for value in stream(waits)]
+        return [value async for value in asynchronous(waits)]
 
     assert asyncio.run(main()) == [True]
 
@@ -207,7 +207,7 @@ def test_a_stream_that_is_given_up_closes_its_generation(how: str) -> None:
     closed: list[str] = []
 
     async def main() -> None:
-        events = stream(lambda: powers(closed))
+        events = asynchronous(lambda: powers(closed))
         if how == "never started":
             await events.aclose()
             return
@@ -235,7 +235,7 @@ def test_an_error_of_a_stream_is_raised_where_it_is_awaited() -> None:
         raise ValueError("broken")
 
     async def main(start: Callable[[], Generator[int, None, None]]) -> None:
-        async for _ in stream(start):
+        async for _ in asynchronous(start):
             pass
 
     for start, text in ((refused, "refused"), (breaks, "broken")):
