@@ -9,6 +9,7 @@ Layer (arXiv:2404.14619; corenet/modeling/models/language_modeling/general_gpt.p
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -71,6 +72,13 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
+def for_any_thread(array: mx.array) -> mx.array:
+    """Start computing an array that a module keeps: one that is not evaluated belongs to its thread."""
+    with suppress(ValueError):  # within a transformation, such as mx.compile, it is kept for that
+        mx.async_eval(array)
+    return array
+
+
 class Transposed(nn.Module):
     """A module that transposes its weight once and not at every token."""
 
@@ -84,7 +92,7 @@ class Transposed(nn.Module):
         It is made anew when another weight is put in place.
         """
         if not self._kept or self._kept[0] is not self.weight:
-            self._kept = (self.weight, self.weight.T)
+            self._kept = (self.weight, for_any_thread(self.weight.T))
         view: mx.array = self._kept[1]
         return view
 
@@ -186,7 +194,7 @@ class Attention(nn.Module):
         q, k = (ones if weight is None else weight.astype(mx.float32) for weight in sources)
         rows = [q] * self.q_heads + [k] * self.kv_heads + [ones * VALUE] * self.kv_heads
         weights = mx.stack(rows).reshape(len(rows), 2, -1)
-        self._table = (*sources, weights + 1j * weights[:, ::-1])
+        self._table = (*sources, for_any_thread(weights + 1j * weights[:, ::-1]))
         return self._table[2]
 
     def __call__(

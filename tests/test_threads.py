@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import pytest
 from exits import exit_code
+from small import random_model
 
 from openelm_mlx import BatchEngine, Conversation, PromptCache, load, stream_generate
 from openelm_mlx.errors import OptionError
@@ -330,6 +331,14 @@ def test_turns_of_a_conversation_in_different_threads(tiny: Engine) -> None:
         return [turns[0](), run(turns[1]), turns[2]()]
 
     assert talk(elsewhere) == talk(lambda turn: turn())
+
+
+def test_a_pass_that_was_never_evaluated_leaves_nothing_of_its_thread() -> None:
+    """What modules keep besides their weights is made by whoever comes first."""
+    model = random_model(1)
+    elsewhere(lambda: [model(mx.array([PROMPT[:1]]))].clear())
+    wanted = random_model(1)(mx.array([[5, 6, 7]])).tolist()
+    assert on_device(lambda: model(mx.array([[5, 6, 7]])).tolist()) == wanted
 
 
 def test_an_interrupted_first_pass_in_a_thread_leaves_nothing_of_it(tiny: Engine) -> None:
