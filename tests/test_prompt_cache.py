@@ -114,7 +114,7 @@ def test_a_store_equals_a_naive_one_over_random_sequences(engine):
     assert (len(store), store.nbytes, store.tokens, store.take(ONE, PLAIN, [0, 1])) == (0, 0, [], None)
 
 
-@pytest.mark.parametrize("strange", [{"weights": OTHER}, {"kind": EIGHT}, {"owner": "ben"}], ids=str)
+@pytest.mark.parametrize("strange", [{"weights": OTHER}, {"kind": EIGHT}, {"owner": "ben"}], ids=lambda one: next(iter(one)))
 def test_an_entry_is_for_its_weights_its_kind_and_its_owner(engine, strange):
     store, whose = PromptCache(), {"weights": ONE, "kind": PLAIN, "owner": "anna"}
     store.put(ONE, TOKENS[:9], written(engine, TOKENS[:9]), "anna")
