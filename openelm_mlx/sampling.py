@@ -27,6 +27,7 @@ from openelm_mlx.errors import OptionError
 from openelm_mlx.options import SamplingOptions
 
 NEVER = -float("inf")
+SHORTLISTS = (64, 1024)  # few, as each is a trace of its own
 COLD = 1e-30  # the temperature of a greedy choice: whatever is below the highest is out of reach
 EXCLUDING = 0x9E3779B9  # what randomness is for, where it is not the draw
 NOWHERE = -(2**31)  # an empty place of a penalty window: no token, of neither prompt nor answer
@@ -38,6 +39,9 @@ class Filters:
 
     sampled: bool = False
     top_k: bool = False
+    shortlist: int = (
+        0  # no row keeps more by top-k, so that no more are sorted; 0 where one may keep all
+    )
     top_p: bool = False
     min_p: bool = False
     xtc: bool = False
@@ -57,6 +61,9 @@ class Filters:
         return cls(
             sampled=bool(warm),
             top_k=any(o.top_k for o in warm),
+            shortlist=next(
+                (n for n in SHORTLISTS if warm and all(0 < o.top_k <= n for o in warm)), 0
+            ),
             top_p=any(o.top_p < 1.0 for o in warm),
             min_p=any(o.min_p for o in warm),
             xtc=any(o.xtc_probability for o in warm),
@@ -92,26 +99,17 @@ class Controls(NamedTuple):
     def of(cls, rows: Sequence[SamplingOptions | None], filters: Filters, vocab: int) -> Controls:
         """The values for these rows; None is a row that is not in use."""
         given = [SamplingOptions() if o is None else o for o in rows]
+        places: dict[Any, int] = {each: index for index, each in enumerate(filters.processors)}
 
-        def column(
-            on: bool, value: Callable[[SamplingOptions], float], off: float | None = None
-        ) -> mx.array | None:
-            """Where the choice is greedy the value is `off`, which changes nothing."""
-            return (
-                mx.array([off if off is not None and o.greedy else value(o) for o in given])
-                if on
-                else None
-            )
+        def column(on: bool, value: Callable[[SamplingOptions], float]) -> mx.array | None:
+            return mx.array([value(o) for o in given]) if on else None
 
-        places: dict[Any, int] = {
-            processor: index for index, processor in enumerate(filters.processors)
-        }
         return cls(
-            column(filters.sampled, lambda o: o.temperature, COLD),
-            column(filters.top_k, lambda o: min(o.top_k, vocab) or vocab, vocab),
-            column(filters.top_p, lambda o: o.top_p if o.top_p < 1.0 else math.inf, math.inf),
-            column(filters.min_p, lambda o: -math.log(o.min_p) if o.min_p else math.inf, math.inf),
-            column(filters.xtc, lambda o: o.xtc_probability, 0.0),
+            column(filters.sampled, lambda o: COLD if o.greedy else o.temperature),
+            column(filters.top_k, lambda o: 1 if o.greedy else min(o.top_k, vocab) or vocab),
+            column(filters.top_p, lambda o: o.top_p if o.top_p < 1.0 else math.inf),
+            column(filters.min_p, lambda o: -math.log(o.min_p) if o.min_p else math.inf),
+            column(filters.xtc, lambda o: o.xtc_probability),
             column(filters.xtc, lambda o: o.xtc_threshold),
             column(filters.repetition, lambda o: o.repetition_penalty),
             column(filters.counts, lambda o: o.presence_penalty),
@@ -176,9 +174,8 @@ class History(NamedTuple):
         entering, leaving = tokens[:, None].astype(mx.int32), None
         if latest is not None and window is not None:
             places = ((latest.shape[1] - window) % latest.shape[1])[:, None]
-            leaving = mx.where(
-                window[:, None] > 0, mx.take_along_axis(latest, places, axis=1), NOWHERE
-            )
+            oldest = mx.take_along_axis(latest, places, axis=1)
+            leaving = mx.where(window[:, None] > 0, oldest, NOWHERE)
             latest = mx.concatenate([latest[:, 1:], entering], axis=1)
         if text is not None:
             ids = numbers(text.shape[1])
@@ -233,7 +230,7 @@ def filter_logits(
         return mx.where(x == best, x, NEVER)
     gaps = (best - x) / controls.temperature[:, None]  # never negative: no temperature overflows
     if filters.top_k or filters.top_p:
-        gaps = keep_likeliest(gaps, controls.top_k, controls.top_p)
+        gaps = keep_likeliest(gaps, filters, controls)
     if controls.min_p is not None:
         gaps = mx.where(gaps > controls.min_p[:, None], math.inf, gaps)
     if controls.xtc_probability is not None and controls.xtc_threshold is not None:
@@ -281,24 +278,28 @@ def penalise(x: mx.array, controls: Controls, history: History | None) -> mx.arr
     return x
 
 
-def keep_likeliest(gaps: mx.array, top_k: mx.array | None, top_p: mx.array | None) -> mx.array:
-    """Top-k, then top-p, by one sort: each keeps the first so many of all tokens by gap, then by id.
+def keep_likeliest(gaps: mx.array, filters: Filters, controls: Controls) -> mx.array:
+    """Top-k, then top-p, by one sort: each keeps so many of all tokens, by gap and then by id.
 
     `gaps` [B, vocab] say how far the score of a token is below the highest; inf is a token that is not drawn.
     """
-    ids = numbers(gaps.shape[1])
-    order = mx.argsort(gaps, axis=-1)  # stable: of equal scores the lower id comes first
-    kept = mx.array([[gaps.shape[1]]]) if top_k is None else top_k[:, None]
-    if top_p is not None:
-        weights = mx.exp(-mx.take_along_axis(gaps, order, axis=-1))
-        mass = mx.cumsum(weights if top_k is None else mx.where(ids < kept, weights, 0), axis=-1)
-        short = (
-            mass < top_p[:, None] * mass[:, -1:]
-        )  # the first tokens up to this one are not enough
+    vocab, ranked = gaps.shape[1], gaps
+    if 0 < filters.shortlist < vocab:
+        ranked = mx.partition(gaps, filters.shortlist - 1, axis=-1)[:, : filters.shortlist]
+    ranked = mx.sort(ranked, axis=-1)
+    kept = mx.array([[vocab]]) if controls.top_k is None else controls.top_k[:, None]
+    if controls.top_p is not None:
+        weights = mx.exp(-ranked)
+        if controls.top_k is not None:
+            weights = mx.where(numbers(ranked.shape[1]) < kept, weights, 0)
+        mass = mx.cumsum(weights, axis=-1)
+        short = mass < controls.top_p[:, None] * mass[:, -1:]  # up to here it is not enough
         kept = mx.minimum(kept, 1 + short.sum(axis=-1, keepdims=True))
-    last = mx.take_along_axis(order, kept - 1, axis=-1)  # the least likely token that stays
-    widest = mx.take_along_axis(gaps, last, axis=-1)
-    return mx.where((gaps < widest) | ((gaps == widest) & (ids <= last)), gaps, math.inf)
+    widest = mx.take_along_axis(ranked, kept - 1, axis=-1)
+    room = kept - (ranked < widest).sum(axis=-1, keepdims=True)  # for tokens of the widest gap
+    equal = gaps == widest
+    among = mx.cumsum(equal.astype(mx.int32), axis=-1)
+    return mx.where((gaps < widest) | (equal & (among <= room)), gaps, math.inf)
 
 
 @lru_cache

@@ -10,10 +10,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from openelm_mlx.errors import OptionError
 from openelm_mlx.options import SamplingOptions
 from openelm_mlx.sampling import Controls, Filters, History, coin, draw, filter_logits, gumbel, logprobs, seed_key
 
-VOCAB = 50
+VOCAB = 100  # more than the shorter list of top-k holds
 NEWEST = mx.array([0])
 
 
@@ -209,7 +210,7 @@ def random_rows(count: int, seed: int, masked: bool = False) -> list[Row]:
     for _ in range(count):
         settings = {
             "temperature": float(rng.choice([0.0, 1e-9, 1e-5, 0.3, 0.7, 1.0, 1.5, 20.0, 100.0])),
-            "top_k": maybe(int(rng.integers(1, VOCAB + 5)), 0),
+            "top_k": maybe(int(rng.integers(1, rng.choice([60, VOCAB + 5]))), 0),
             "top_p": maybe(float(rng.random()), 1.0),
             "min_p": maybe(float(rng.random() ** 3), 0.0),
             "repetition_penalty": maybe(float(rng.uniform(0.5, 2)), 1.0),
@@ -257,7 +258,7 @@ def test_a_row_in_a_batch_draws_what_it_draws_alone():
     alone = [drawn([row])[0] for row in rows]
     assert [token for start in range(0, 200, 8) for token in drawn(rows[start : start + 8])] == alone
     assert drawn(rows[:3] + rows[7:9], compiled=True) == alone[:3] + alone[7:9]
-    assert [drawn([row], compiled=True)[0] for row in rows[:2]] == alone[:2]
+    assert drawn(rows[:1], compiled=True) == alone[:1]
 
 
 def test_new_values_of_the_same_filters_cost_no_trace():
@@ -313,6 +314,45 @@ def test_a_greedy_choice_is_the_argmax_of_what_the_model_computed():
     assert token.item() == 1
 
 
+def test_equal_scores_of_a_greedy_row_give_the_lower_id_beside_rows_that_sample():
+    every = {"top_k": 5, "top_p": 0.5, "min_p": 0.9, "xtc_probability": 1.0}
+    for logits in ([1, 2, 2, 0, 2], [-1e30, 1e-30, 1e-30, 0, -3e38], [-np.inf, 7e4, 7e4, -7e4, -np.inf]):
+        for others in ({}, every):
+            options = [SamplingOptions(temperature=t, **others) for t in (0.0, 1e-7, 1.0)]
+            rows = [Row(logits, o, position=place) for place in range(30) for o in options]
+            tokens = drawn(rows)
+            assert tokens[::3] == tokens[1::3] == [1] * 30
+            assert [drawn([row])[0] for row in rows[:9]] == tokens[:9]
+
+
+def test_extreme_temperatures_draw_like_any_other():
+    for logits in (LOGITS, [3e38, 3e38, 1e38, -3e38, 0, 1], [0, -1e-5, -2e-5, -1, -np.inf, -3e38]):
+        rows = [Row(logits, SamplingOptions(temperature=t)) for t in (1e-6, 1e-5, 0.01, 1, 100)]
+        assert np.allclose(distributions(rows), [reference(row) for row in rows], rtol=2e-2, atol=1e-6)
+
+
+def test_a_processor_must_return_logits():
+    for wrong, text in (
+        (lambda logits, newest, positions: logits[0], r"processor returned array \(6,\); it must return logits \(1, 6\)"),
+        (lambda logits, newest, positions: None, r"processor returned NoneType; it must return logits \(1, 6\)"),
+    ):
+        with pytest.raises(OptionError, match=text):
+            drawn([Row(LOGITS, SamplingOptions(processor=wrong))])
+
+
+def test_a_processor_sees_the_tokens_before_and_the_positions_drawn():
+    seen = []
+
+    def spy(logits: mx.array, newest: mx.array, positions: mx.array) -> mx.array:
+        seen.append((logits.dtype, newest.tolist(), positions.tolist()))
+        return logits
+
+    options = SamplingOptions(processor=spy)
+    assert Filters.of([options, options]) == Filters(processors=(spy,))
+    assert drawn([Row(LOGITS, options, [1, 2], position=9), Row(LOGITS, options, [1], [3, 4], position=8)]) == [0, 0]
+    assert seen == [(mx.float32, [2, 4], [9, 8])]
+
+
 def test_log_probabilities_are_those_of_the_model():
     found = logprobs(mx.array([LOGITS]), mx.array([3]), 2)
     p = softmax(np.array(LOGITS))
@@ -324,6 +364,8 @@ def test_values_for_several_tokens_of_a_row_lie_side_by_side():
     options = [SamplingOptions(temperature=1.0, logit_bias={1: 2.0}), None, SamplingOptions(temperature=2.0)]
     controls = Controls.of(options, Filters.of([o for o in options if o]), 3).repeated(2)
     assert controls.temperature.tolist() == pytest.approx([1, 1, 0, 0, 2, 2]) and controls.top_k is None
+    filters = Filters.of([SamplingOptions(temperature=1.0, top_k=50), SamplingOptions(top_k=70)])
+    assert filters.shortlist == 64 and Controls.of([SamplingOptions(top_k=70), None], filters, 100).top_k.tolist() == [1, 1]
     assert controls.bias.tolist() == [[0, 2, 0]] * 2 + [[0, 0, 0]] * 4
 
 
