@@ -108,13 +108,13 @@ class OurSession:
         return max(0, mx.get_active_memory() - self.model.nbytes - (self.draft.nbytes if self.draft else 0))
 
     def _batch(self, prompt: list[int], tokens: int) -> Timed:
-        """All sequences start together. Tokens are the first one's; times are those of the last to be admitted, so that
-        the first of them is the time of all prompts, and every later one that of a whole step."""
+        """All prompts are read in the first step, and every later one gives each sequence a token, or several that were
+        drafted. What is taken down is the first sequence's, at the times when all tokens of a step are known."""
         from openelm_mlx.batch import BatchEngine
 
         shared = {name: value for name, value in self.settings.items() if name in SHARED}
         own = {name: value for name, value in self.settings.items() if name not in SHARED}
-        batch = BatchEngine(self.model, self.batch_size, draft=self.draft, **shared)
+        batch = BatchEngine(self.model, self.batch_size, draft=self.draft, admission=None, **shared)
         found: list[int] = []
         seconds: list[float] = []
         others, peak = self._others(), 0
@@ -129,9 +129,8 @@ class OurSession:
                     peak = max(peak, event.stats.peak_memory_bytes if event.stats else 0)
                     if number == numbers[0] and event.token is not None:
                         found.append(event.token)
-                        self._count_passes(event.stats)
-                    if number == numbers[-1] and event.token is not None:
                         seconds.append(now)
+                        self._count_passes(event.stats)
         finally:
             batch.close()
         return Timed(tuple(found), tuple(seconds), peak - others)
