@@ -150,8 +150,7 @@ class PromptCache:
         )
         if kept <= plain:
             return tokens
-        more = [*best[:kept], *tokenizer.encode(text[place:], bos=False, continued=kept > 1)]
-        return more if tokenizer.decode(more) == tokenizer.decode(tokens) else tokens
+        return [*best[:kept], *tokenizer.encode(text[place:], bos=False, continued=kept > 1)]
 
     @device_work
     def save(self, path: str | Path, engine: Engine) -> None:

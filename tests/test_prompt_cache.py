@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
 from dataclasses import replace
@@ -11,11 +12,12 @@ import mlx.core as mx
 import pytest
 from small import random_engine
 
-from openelm_mlx import PromptCache
+from openelm_mlx import PromptCache, stream_generate
 from openelm_mlx.cache import KVCache
 from openelm_mlx.config import layer_shapes
 from openelm_mlx.errors import CacheError, PromptError
 from openelm_mlx.kv import SLACK, CacheKind, Plain, Quantized, Window
+from openelm_mlx.prompt_cache import common_prefix
 
 PLAIN, EIGHT, WINDOW = CacheKind(), CacheKind(Quantized(8, 32)), CacheKind(Plain(), Window(20, 3))
 TOKENS = [1] + [(7 * i * i + 3 * i) % 64 for i in range(99)]
@@ -150,7 +152,7 @@ def test_the_latest_stays_whatever_it_takes(engine):
         store.put(ONE, TOKENS[:count], written(engine, TOKENS[:count]))
         assert store.tokens == TOKENS[:count] and len(store) == 1
     store.put(ONE, [], KVCache(engine.config))  # nothing was run: there is nothing to keep
-    assert len(store) == 1
+    assert store.tokens == TOKENS[:4]
 
 
 def test_tokens_that_the_cache_does_not_hold_are_refused(engine):
@@ -204,9 +206,10 @@ def test_text_goes_on_from_the_held_tokens_that_spell_its_beginning(tiny, engine
     for tokens in (ids, other, other[:2]):
         store.put(ONE, tokens, written(engine, tokens))
     found = store.ids_for(tokenizer, prompt, ONE, PLAIN)
-    assert found[: len(ids) - dropped] == ids[: len(ids) - dropped] and tokenizer.decode(found) == prompt
+    assert common_prefix(found, ids) == len(ids) - dropped and tokenizer.decode(found) == prompt
     assert found != tokenizer.encode(prompt) or held[0] == "Once "
     assert store.ids_for(tokenizer, "Another text", ONE, PLAIN) == tokenizer.encode("Another text")
+    store.put(OTHER, ids[1:], written(engine, ids[1:]))  # what has no start token begins no text
     for strange in ((OTHER, PLAIN), (ONE, EIGHT), (ONE, PLAIN, "anna")):
         assert store.ids_for(tokenizer, prompt, *strange) == tokenizer.encode(prompt)
 
@@ -242,7 +245,8 @@ def test_a_saved_cache_goes_on_where_it_ended(engine, tmp_path, kind):
 def test_the_latest_sequence_of_an_engine_is_saved(tiny, engine, tmp_path):
     other, store = random_engine(tiny, seed=2), ran(engine, TOKENS[:9])
     store.put(other.steps.refresh(), TOKENS[:5], written(other, TOKENS[:5]))
-    for whose, tokens in ((engine, TOKENS[:9]), (other, TOKENS[:5])):
+    store.put(engine.steps.refresh(), TOKENS[1:9], written(engine, TOKENS[1:9]))
+    for whose, tokens in ((engine, TOKENS[1:9]), (other, TOKENS[:5])):
         store.save(tmp_path / "talk.safetensors", whose)
         assert PromptCache.load(tmp_path / "talk.safetensors", whose).tokens == tokens
 
@@ -303,3 +307,64 @@ def test_saved_caches_that_someone_changed_are_refused(engine, tmp_path, kind):
         mx.save_safetensors(str(tmp_path / "changed.safetensors"), changed, {**about, **fields})
         with pytest.raises(CacheError, match=f"is damaged: .*{what}"):
             PromptCache.load(tmp_path / "changed.safetensors", engine, kind)
+
+
+def generated(engine, prompt, store=None, **settings):
+    """The tokens that follow, and how many of the prompt's the store gave."""
+    settings = {"max_tokens": 4, "ignore_eos": True} | settings
+    events = list(stream_generate(engine, prompt, prompt_cache=store, **settings))
+    return [event.token for event in events], events[-1].stats.reused_tokens
+
+
+def test_generations_of_every_kind_share_a_store_and_say_what_they_say_alone(engine):
+    store, reused = PromptCache(), {}
+    for kind in ({}, {"kv_bits": 8}, {"kv_window": 24}):
+        for prompt in (TOKENS, TOKENS[:40], [*TOKENS[:45], 7], [*TOKENS[:40], 9, 9], TOKENS):
+            found, count = generated(engine, prompt, store, **kind)
+            assert found == generated(engine, prompt, **kind)[0]
+            reused.setdefault(str(kind), []).append(count)
+    full = [0, 39, 45, 40, 99]
+    assert list(reused.values())[:2] == [full, full]
+    assert reused["{'kv_window': 24}"][1] == 0 and reused["{'kv_window': 24}"][4] > 39  # it had to begin anew
+
+
+def test_weights_that_changed_find_nothing_of_before(tiny, engine):
+    store, other = PromptCache(), random_engine(tiny, seed=2)
+    generated(engine, TOKENS[:20], store)
+    assert generated(other, TOKENS[:20], store) == generated(other, TOKENS[:20])
+    weight = other.model.layers[0].ffn.proj_1
+    weight.weight = weight.weight * 1.5
+    assert generated(other, TOKENS[:20], store) == generated(other, TOKENS[:20])
+    assert generated(engine, TOKENS[:21], store)[1] == 20
+
+
+def test_a_generation_that_was_let_go_disturbs_no_other(engine):
+    """It is collected amid the prefill of another one, and gives its cache back then."""
+    store = PromptCache()
+    wanted = generated(engine, TOKENS[::-1])[0]
+
+    class Client:
+        def __init__(self):
+            self.events, self.myself = stream_generate(engine, TOKENS, prompt_cache=store, max_tokens=20), self
+
+    next(Client().events)
+    counts = []
+
+    def progress(done, total):
+        gc.collect()
+        counts.append(len(store))
+
+    assert generated(engine, TOKENS[::-1], store, prefill_chunk=16, progress=progress)[0] == wanted
+    assert counts[-1] == 1 and len(store) == 2 and generated(engine, [*TOKENS, 5], store)[1] == 100
+
+
+def test_a_cache_saved_between_the_tokens_of_one_draft_is_whole(engine, tmp_path):
+    store, path = PromptCache(), tmp_path / "talk.safetensors"
+    settings = {"draft": engine, "draft_tokens": 4, "adaptive_draft": False}
+    stream = stream_generate(engine, TOKENS[:9], prompt_cache=store, **settings)
+    seen = [next(stream).token for _ in range(3)]
+    stream.close()
+    store.save(path, engine)
+    held = PromptCache.load(path, engine).tokens
+    assert held == store.tokens and held[:11] == [*TOKENS[:9], *seen][:11]
+    assert generated(engine, [*held, 5], PromptCache.load(path, engine)) == (generated(engine, [*held, 5])[0], len(held))
