@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
     from openelm_mlx.decode import Progress
     from openelm_mlx.drafts import ModelDraft
-    from openelm_mlx.generation import Event
     from openelm_mlx.loading import Engine
     from openelm_mlx.options import Settings
+    from openelm_mlx.request import Event
 
 __all__ = ["Conversation", "encode_messages"]
 

@@ -25,9 +25,10 @@ from openelm_mlx.files import check_writable, name_for_mlx
 from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
 
 if TYPE_CHECKING:
-    from openelm_mlx.generation import Event, GenerationStats
     from openelm_mlx.loading import Engine
     from openelm_mlx.prompt_cache import PromptCache
+    from openelm_mlx.request import Event
+    from openelm_mlx.stats import GenerationStats
 
 EXAMPLES = """examples:
   openelm generate "Once upon a time"

@@ -17,7 +17,8 @@ from openelm_mlx.options import SamplingOptions
 
 if TYPE_CHECKING:
     from openelm_mlx.chat import Conversation
-    from openelm_mlx.generation import Event, GenerationStats
+    from openelm_mlx.request import Event
+    from openelm_mlx.stats import GenerationStats
 
     # takes progress(done, total), and returns the events of an answer
     Ask = Callable[[Callable[[int, int], None]], Generator[Event, None, None]]
