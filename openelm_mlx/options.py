@@ -1,7 +1,7 @@
-"""Options of sampling and generation, defined once: Python, the command line and benchmarks all build these.
+"""Options, defined once: Python, the command line and benchmarks all build these.
 
-No MLX here, so that `openelm --help` can list every option without loading the engine. `metadata` carries the
-help text and the allowed range of each field.
+No MLX here, so that `openelm --help` can list every option without loading the engine. `metadata`
+carries the help text and the allowed range of each field.
 """
 
 from __future__ import annotations
@@ -24,19 +24,26 @@ KV_BITS = (4, 8)
 DTYPES = ("float32", "bfloat16", "float16")
 COARSEST_GREEDY = 1e-6  # below it a temperature leaves float32 logits no choice but the highest
 UNFIT = object()
-KINDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "a text", "Path": "a path in UTF-8",
-         "tuple[str, ...]": "a text of at least one character, or a list of such texts",
-         "tuple[int, ...]": "a whole number, or a list of such numbers",
-         "tuple[tuple[int, float], ...]": "a dict of token ids to numbers, or texts ID=NUMBER,",
-         "Callable[..., Any]": "a function that can be a key of a dict"}  # fmt: skip
+KINDS = {
+    "bool": "True or False",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "Path": "a path in UTF-8",
+    "tuple[str, ...]": "a text of at least one character, or a list of such texts",
+    "tuple[int, ...]": "a whole number, or a list of such numbers",
+    "tuple[tuple[int, float], ...]": "a dict of token ids to numbers, or texts ID=NUMBER,",
+    "Callable[..., Any]": "a function that can be a key of a dict",
+}
 
 
 def check_fields(options: Any) -> None:
-    """Check every field of a dataclass by its annotation and its metadata, and store it in the annotated type.
+    """Check every field of a dataclass by annotation and metadata, and store it in that type.
 
-    A number that loses nothing by it is converted: of numpy or MLX to Python's, 4.0 to 4 for an integer. Raises
-    `OptionError` for the first field of another type, outside the inclusive ``metadata["range"]``, or not one of
-    ``metadata["choices"]``. None is allowed where the annotation says so.
+    A number that loses nothing by it is converted: of numpy or MLX to Python's, 4.0 to 4 for an
+    integer. Raises `OptionError` for the first field of another type, outside the inclusive
+    ``metadata["range"]``, or not one of ``metadata["choices"]``. None is allowed where the
+    annotation says so.
     """
     for item in fields(options):
         given = getattr(options, item.name)
@@ -47,7 +54,7 @@ def check_fields(options: Any) -> None:
 
 
 def as_annotated(annotation: str, given: Any) -> Any:
-    """`given` in the type that `annotation` names, UNFIT where it is of another or would have to be rounded."""
+    """`given` in the type that `annotation` names; UNFIT where that would lose something."""
     kind, _, rest = annotation.partition(" | ")
     if given is None:
         return None if rest == "None" else UNFIT
@@ -80,7 +87,7 @@ def as_annotated(annotation: str, given: Any) -> Any:
 
 
 def as_pairs(given: Any) -> Any:
-    """Token ids and their numbers, sorted by id, from a dict, a list of pairs or texts ID=NUMBER; UNFIT for anything else.
+    """Token ids and their numbers, sorted, from a dict, pairs or texts ID=NUMBER; else UNFIT.
 
     The last of several numbers for one id counts.
     """
@@ -238,7 +245,7 @@ class SamplingOptions:
     )
     processor: Callable[..., Any] | None = option(
         None,
-        "f(logits [B, vocab], newest tokens [B], positions drawn [B]) -> logits: pure, row by row, on the device",
+        "f(logits [B, vocab], newest tokens [B], positions drawn [B]) -> logits, row by row",
         flag=None,
     )
     seed: int | None = option(
@@ -286,7 +293,7 @@ class SamplingOptions:
 @explained()
 @dataclass(frozen=True)
 class GenerationOptions:
-    """When the generation of one request stops, what is reported with each token, and what is drafted."""
+    """When a request has ended, what is reported with its tokens, and what is drafted."""
 
     max_tokens: int = option(256, "stop after this many tokens", range=(1, math.inf))
     stop: tuple[str, ...] = option((), "stop before this text; may be given several times")
@@ -415,7 +422,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 class RequestSettings(TypedDict, total=False):
-    """The options of a request as keywords, for type checkers and editors: `**settings: Unpack[RequestSettings]`.
+    """The options of a request as keywords: `**settings: Unpack[RequestSettings]`.
 
     The keys are the fields of `SamplingOptions` and `GenerationOptions`, with the same texts. Those
     classes hold the defaults.
@@ -444,7 +451,7 @@ class RequestSettings(TypedDict, total=False):
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]]
     """added to the score of a token id; may be given several times"""
     processor: Callable[..., Any] | None
-    """f(logits [B, vocab], newest tokens [B], positions drawn [B]) -> logits: pure, row by row, on the device"""
+    """f(logits [B, vocab], newest tokens [B], positions drawn [B]) -> logits, row by row"""
     seed: int | None
     """same seed, same tokens; unset draws a new one"""
     stream: int
@@ -492,6 +499,12 @@ class Settings(RequestSettings, EngineSettings, total=False):
     """Every option as a keyword, for what runs a single request or a list of them."""
 
 
+# the keyword that takes such options, and whose options they are
+PLACES: dict[type, tuple[str, str]] = {
+    SamplingOptions: ("sampling", "a request, not of the engine; give it to submit"),
+    GenerationOptions: ("options", "a request, not of the engine; give it to submit"),
+    EngineOptions: ("engine_options", "the engine, not of a request; give it to the BatchEngine"),
+}
 A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")
@@ -514,24 +527,25 @@ def with_overrides(
 def with_overrides(
     kinds: tuple[Any, ...], given: tuple[Any, ...], overrides: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """Return one options object of each of `kinds`: the `given` one, or the defaults, with the named fields replaced.
+    """Return one object of each of `kinds`: the `given` one, or defaults, with fields replaced.
 
-    Raises `OptionError` for an object of another kind, for a name that belongs to another kind, and for an unknown
-    one, with the nearest name that is known.
+    Raises `OptionError` for an object of another kind, for a name that belongs to another kind, and
+    for an unknown one, with the nearest name that is known.
     """
     for kind, value in zip(kinds, given, strict=True):
         if value is not None and not isinstance(value, kind):
-            name = {SamplingOptions: "sampling", EngineOptions: "engine_options"}.get(
-                kind, "options"
-            )
-            name = name if len(kinds) > 1 else "options"
-            raise OptionError(
-                f"{name} is {shown(value)}; allowed is one made by {kind.__name__}(...), or keywords"
-            )
+            name = PLACES[kind][0] if len(kinds) > 1 else "options"
+            made = f"made by {kind.__name__}(...), or keywords"
+            raise OptionError(f"{name} is {shown(value)}; allowed is one {made}")
     names = [item.name for kind in kinds for item in fields(kind)]
     for name in overrides:
+        for kind, (_, place) in PLACES.items():
+            if kind not in kinds and name in (item.name for item in fields(kind)):
+                raise OptionError(f"{name} is an option of {place}")
         if name not in names:
-            raise OptionError(misplaced(name) or unknown(name, names))
+            near = nearest(name, names)
+            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(names)}"
+            raise OptionError(f"unknown option {name!r}; {hint}")
     return tuple(
         replace(
             kind() if value is None else value,
@@ -541,26 +555,8 @@ def with_overrides(
     )
 
 
-def misplaced(name: str) -> str | None:
-    """Say where an option belongs that exists, but not here."""
-    if name in (item.name for item in fields(EngineOptions)):
-        return f"{name} is an option of the engine, not of a request; give it to the BatchEngine"
-    if name in (
-        item.name for kind in (SamplingOptions, GenerationOptions) for item in fields(kind)
-    ):
-        return f"{name} is an option of a request, not of the engine; give it to submit"
-    return None
-
-
-def unknown(name: str, names: list[str]) -> str:
-    near = nearest(name, names)
-    return f"unknown option {name!r}" + (
-        f"; did you mean {near!r}?" if near else f"; known: {', '.join(names)}"
-    )
-
-
 def check_token_ids(sampling: SamplingOptions, options: GenerationOptions, vocab: int) -> None:
-    """Raise `OptionError` where an option names a token that a model of `vocab` tokens does not have."""
+    """Raise `OptionError` where an option names a token that is not one of `vocab`."""
     for name, ids in (
         ("logit_bias", dict(sampling.logit_bias)),
         ("stop_tokens", options.stop_tokens),

@@ -1,12 +1,13 @@
 """From logits to the next token, on the device, for rows that each have their own options.
 
-Which filters are on (`Filters`) is part of what a step is traced for; their values (`Controls`) are arrays, one a
-row. A row for which a filter is off has a value there that changes nothing, bit for bit, so that it gets the token
-it would get alone. The order of the filters is stated once, in `filter_logits`.
+Which filters are on (`Filters`) is part of what a step is traced for; their values (`Controls`) are
+arrays, one a row. A row for which a filter is off has a value there that changes nothing, bit for
+bit, so that it gets the token it would get alone. `filter_logits` states the order of the filters.
 
-Randomness is a pure function of seed, stream and position in the text, counted from BOS: the noise for a token does
-not depend on chunking, batching, caching, drafts or how many tokens were drawn before, so a seed always gives the
-same text. Seed and stream are hashed: those of adjacent ones have nothing in common.
+Randomness is a pure function of seed, stream and position in the text, counted from BOS: the noise
+for a token does not depend on chunking, batching, caching, drafts or how many tokens were drawn
+before, so a seed always gives the same text. Seed and stream are hashed: those of adjacent ones
+have nothing in common.
 """
 
 from __future__ import annotations
@@ -35,20 +36,18 @@ NOWHERE = -(2**31)  # an empty place of a penalty window: no token, of neither p
 
 @dataclass(frozen=True)
 class Filters:
-    """Which options of sampling are in use, by any row. None at all is the argmax of the model's own logits."""
+    """Which options of sampling any row uses. Without any, a token is the argmax of the logits."""
 
     sampled: bool = False
     top_k: bool = False
-    shortlist: int = (
-        0  # no row keeps more by top-k, so that no more are sorted; 0 where one may keep all
-    )
+    shortlist: int = 0  # top-k leaves every row that samples at most so many; 0 where not
     top_p: bool = False
     min_p: bool = False
     xtc: bool = False
     repetition: bool = False
     counts: bool = False  # presence or frequency penalties
     bias: bool = False
-    window: int = 0  # places of the penalty window, a power of two; 0 where all penalties look at the whole text
+    window: int = 0  # of the penalties, in tokens, a power of two; 0 where all see the whole text
     masked: bool = False  # a grammar forbids tokens
     processors: tuple[Callable[..., mx.array], ...] = ()
 
@@ -119,7 +118,7 @@ class Controls(NamedTuple):
         )
 
     def repeated(self, times: int) -> Controls:
-        """Row 0 as many times, then row 1, and so on: for several tokens of each row in one pass."""
+        """Row 0 so many times, then row 1, and so on: for several tokens of each row in a pass."""
         return Controls(*(None if a is None else mx.repeat(a, times, axis=0) for a in self))
 
 
@@ -131,9 +130,9 @@ def biases(options: SamplingOptions, vocab: int) -> mx.array:
 
 
 class History(NamedTuple):
-    """What the penalties look at, per row: how often each token stands in the text, and in the answer alone.
+    """What the penalties look at, per row: how often each token stands in text and answer.
 
-    A row with a penalty window counts its latest tokens only; `latest` knows which token leaves next.
+    A row with a penalty window counts its latest tokens only; `latest` knows which leaves next.
     """
 
     text: mx.array | None  # [B, vocab] int32, prompt and answer
@@ -211,17 +210,18 @@ def filter_logits(
 ) -> mx.array:
     """Logits [B, vocab] after every option but the draw itself, in this order.
 
-    1. The row's processor, then its bias, then the mask of a grammar: nothing brings back what a grammar forbids.
+    1. The row's processor, its bias, then the mask of a grammar: nothing allows what it forbids.
     2. Penalties: repetition on prompt and answer, then presence and frequency on the answer.
     3. Temperature.
     4. Top-k: the k likeliest tokens stay; of equal ones those of lower id.
-    5. Top-p: of what is left, renormalised, the smallest set of likeliest tokens stays that has this mass.
-    6. Min-p: what has less than this share of the likeliest token's probability goes.
-    7. XTC (exclude top choices; text-generation-webui pull 6335): with the row's probability, all tokens that have
-       at least the threshold, renormalised, go but the least likely of them.
+    5. Top-p: of these, renormalised, the smallest set of likeliest tokens with this mass stays.
+    6. Min-p: tokens below this share of the likeliest token's probability go.
+    7. XTC (exclude top choices; text-generation-webui pull 6335): with the row's probability, all
+       tokens that have at least the threshold, renormalised, go but the least likely of them.
 
-    softmax of the result is exactly the distribution that tokens are drawn from. Where a row is greedy the highest
-    logits alone stay, and `draw` takes the lowest id of equal ones. The arguments are those of `draw`.
+    softmax of the result is exactly the distribution that tokens are drawn from. Where a row is
+    greedy the highest logits alone stay, and `draw` takes the lowest id of equal ones. The
+    arguments are those of `draw`.
     """
     allowed = allow(logits, filters, controls, positions, newest, mask)
     x = penalise(allowed, controls, history)
@@ -266,7 +266,7 @@ def allow(
 
 
 def penalise(x: mx.array, controls: Controls, history: History | None) -> mx.array:
-    """Repetition penalty (arXiv:1909.05858) on prompt and answer; presence and frequency penalties on the answer."""
+    """Repetition penalty (arXiv:1909.05858) on prompt and answer, the other two on the answer."""
     if history is None:
         return x
     text, answer = history.text, history.answer
@@ -281,7 +281,7 @@ def penalise(x: mx.array, controls: Controls, history: History | None) -> mx.arr
 def keep_likeliest(gaps: mx.array, filters: Filters, controls: Controls) -> mx.array:
     """Top-k, then top-p, by one sort: each keeps so many of all tokens, by gap and then by id.
 
-    `gaps` [B, vocab] say how far the score of a token is below the highest; inf is a token that is not drawn.
+    `gaps` [B, vocab] say how far the score of a token is below the highest; inf is never drawn.
     """
     vocab, ranked = gaps.shape[1], gaps
     if 0 < filters.shortlist < vocab:
@@ -304,7 +304,7 @@ def keep_likeliest(gaps: mx.array, filters: Filters, controls: Controls) -> mx.a
 
 @lru_cache
 def numbers(count: int) -> mx.array:
-    """0, 1, 2, ... as int32: a constant of what is compiled, where mx.arange would run at every step."""
+    """0, 1, 2, ... as int32: a constant of what is compiled; mx.arange would run at every step."""
     values: Any = array("i", range(count))
     return mx.array(values)
 
@@ -316,7 +316,8 @@ def new_seed() -> int:
 def seed_key(seed: int, stream: int = 0, offset: int = 0) -> mx.array:
     """The key of one sequence, [1, 2] uint32: a hash of seed and stream.
 
-    `offset` tokens of the text are no longer in the prompt: noise at position p is that at p + offset without it.
+    `offset` tokens of the text are no longer in the prompt: noise at position p is that at
+    p + offset without it.
     """
     high, low = struct.unpack(
         "<2I", blake2b(struct.pack("<2Q", seed, stream), digest_size=8).digest()
@@ -325,13 +326,13 @@ def seed_key(seed: int, stream: int = 0, offset: int = 0) -> mx.array:
 
 
 def keyed(keys: mx.array, positions: mx.array, purpose: int = 0) -> mx.array:
-    """Random keys [B, 2], one a draw, from those of the rows, positions [B] and what the randomness is for."""
+    """Random keys [B, 2] of draws: from keys of rows [B, 2], positions [B] and a purpose."""
     second = mx.array([0, 1], mx.uint32)  # in one expression, so that it is one kernel
     return keys + positions[:, None].astype(mx.uint32) * second + mx.array([purpose, 0], mx.uint32)
 
 
 def gumbel(keys: mx.array, positions: mx.array, vocab: int) -> mx.array:
-    """Gumbel noise [B, vocab] for the tokens at `positions` [B], a function of key [B, 2] and position alone."""
+    """Gumbel noise [B, vocab], a function of keys [B, 2] and positions [B] of the draws alone."""
     mixed = keyed(keys, positions)
     if keys.shape[0] == 1:
         return mx.random.gumbel((vocab,), key=mixed.reshape(2))[None]
@@ -341,7 +342,7 @@ def gumbel(keys: mx.array, positions: mx.array, vocab: int) -> mx.array:
 
 
 def coin(keys: mx.array, positions: mx.array) -> mx.array:
-    """An even number from 0 up to 1 for each row, [B]: likewise a function of key and position alone."""
+    """A uniform number from 0 up to 1 for each row, [B]: likewise a function of these alone."""
     return mx.vmap(lambda key: mx.random.uniform(key=key))(keyed(keys, positions, EXCLUDING))
 
 
@@ -357,11 +358,12 @@ def draw(
 ) -> mx.array:
     """One token a row, [B] uint32, from logits [B, vocab].
 
-    `positions` [B] are those of the tokens drawn, `keys` [B, 2] those of the rows, `newest` [B] the tokens before
-    them (processors see both), and `mask` [B, ceil(vocab / 32)] uint32 has a bit for each token, 1 where allowed.
+    `positions` [B] are those of the tokens drawn, `keys` [B, 2] those of the rows, `newest` [B]
+    the tokens before them (processors see both), and `mask` [B, ceil(vocab / 32)] uint32 has a bit
+    for each token, 1 where allowed.
 
-    Sampling is argmax(filtered logits + Gumbel noise), which draws exactly from their softmax. A greedy choice is
-    the argmax of the penalised logits, without noise.
+    Sampling is argmax(filtered logits + Gumbel noise), which draws exactly from their softmax. A
+    greedy choice is the argmax of the penalised logits, without noise.
     """
     if filters.penalised or filters.bias or filters.processors or filters.sampled:
         logits = logits.astype(mx.float32)  # which is the largest does not change by it

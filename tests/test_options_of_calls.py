@@ -6,6 +6,7 @@ import ast
 import inspect
 from dataclasses import fields
 
+import mlx.core as mx
 import pytest
 from openelm_mlx.convert import convert
 
@@ -35,8 +36,17 @@ def test_objects_of_another_kind_are_refused(tiny):
         generate(tiny, "Once", {"temperature": 1})
     with pytest.raises(OptionError, match=r"options is SamplingOptions\(.*; allowed is one made by GenerationOptions"):
         generate(tiny, "Once", options=SamplingOptions())
-    with pytest.raises(OptionError, match="options is 5; allowed is one made by GenerationOptions"):
+    with pytest.raises(OptionError, match="options is 5; allowed is one made by EngineOptions"):
         BatchEngine(tiny, options=5)
+    with pytest.raises(OptionError, match="engine_options is GenerationOptions.*; allowed is one made by EngineOptions"):
+        generate(tiny, "Once", engine_options=GenerationOptions())
+    with pytest.raises(OptionError, match="top_k is an option of a request, not of the engine; give it to submit"):
+        BatchEngine(tiny, top_k=5)
+    with pytest.raises(OptionError, match="kv_bits is an option of the engine, not of a request; give it to the BatchEngine"):
+        BatchEngine(tiny).submit("Once", kv_bits=8)
+    for name, ids in (("logit_bias", {4096: 1}), ("stop_tokens", [2, 4096])):
+        with pytest.raises(OptionError, match=f"{name} has the token id 4096; allowed are ids from 0 to 4095"):
+            generate(tiny, "Once", **{name: ids})
     with pytest.raises(OptionError, match="sampling is 5; give one for all, or a list of one each"):
         batch_generate(tiny, ["Once"], 5)
     with pytest.raises(OptionError, match="did you mean 'temperature'"):  # wrong for all
@@ -74,6 +84,20 @@ def test_options_of_a_conversation_are_checked_when_they_are_given(tiny):
 def test_a_temperature_too_small_to_divide_by_is_greedy(tiny):
     expected = generate(tiny, "Once", max_tokens=4)
     assert all(generate(tiny, "Once", max_tokens=4, temperature=t, seed=1) == expected for t in (1e-300, 1e-39, 1e-7))
+
+
+def test_scores_are_changed_by_bias_and_processor_alone_and_in_a_batch(tiny):
+    """What `filter_logits` promises, seen from outside: a bias that nothing outweighs, and the same as a processor."""
+    (cat,) = tiny.tokenizer.encode("cat")[1:]
+
+    def biased(logits, newest, positions):
+        return logits + 100.0 * (mx.arange(logits.shape[1]) == cat)
+
+    plain = generate(tiny, "Once", max_tokens=4)
+    rows = [SamplingOptions(logit_bias={cat: 100}), SamplingOptions(processor=biased), SamplingOptions()]
+    alone = [generate(tiny, "Once", sampling, max_tokens=4) for sampling in rows]
+    assert alone[0] == alone[1] == " cat" * 4 != plain == alone[2]
+    assert [result.text for result in batch_generate(tiny, ["Once"] * 3, rows, max_tokens=4)] == alone
 
 
 def test_every_option_of_a_function_is_a_keyword_and_explained():
