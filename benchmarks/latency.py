@@ -16,7 +16,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -95,25 +95,24 @@ def timed(call: Callable[[], Any]) -> float:
     return perf_counter() - start
 
 
-def first_token(engine: Engine, prompt: list[int], **settings: Any) -> float:
-    """Seconds from the call to the first event."""
-    start = perf_counter()
-    with closing(
-        stream_generate(engine, prompt, ignore_eos=True, **{"max_tokens": SETTLED, **settings})
-    ) as events:
-        next(events)
-        return perf_counter() - start
+def answered(engine: Engine, prompt: list[int], **settings: Any) -> tuple[float, float]:
+    """Seconds from the call to the first event, and to the last."""
+    start, first = perf_counter(), 0.0
+    asked = {"max_tokens": SETTLED, "ignore_eos": True, **settings}
+    for _ in stream_generate(engine, prompt, **asked):
+        first = first or perf_counter() - start
+    return first, perf_counter() - start
 
 
 def join(engine: Engine, trials: int, **settings: Any) -> Result:
     """Stalls of the running rows and the wait of the joining one, alone and among them in turns; shapes are traced before."""
     cold = joined(engine, 0, **settings)
-    first_token(engine, ids(engine, PROMPT, 1))
+    answered(engine, ids(engine, PROMPT, 1))
     before: list[float] = []
     during: list[float] = []
     stalls, alone, among = list[float](), list[float](), list[float]()
     for trial in range(trials):
-        alone.append(first_token(engine, ids(engine, PROMPT, 100 + trial)))
+        alone.append(answered(engine, ids(engine, PROMPT, 100 + trial))[0])
         steady, joining, first = joined(engine, 1000 * trial, **settings)
         before += steady
         during += joining
@@ -175,21 +174,22 @@ def temperatures(engine: Engine, settings: int, pairs: int) -> Result:
     expected = len({Filters.of([SamplingOptions(**chosen)]) for chosen in asked})
     with traces() as count:
         for number, chosen in enumerate(asked):
-            first_token(engine, prompt, seed=number, max_tokens=3, **chosen)
-    known, new = list[float](), list[float]()
+            answered(engine, prompt, seed=number, max_tokens=3, **chosen)
+    known, new = list[tuple[float, float]](), list[tuple[float, float]]()
     for number in range(2 * pairs):  # in turns, each first in every other pair
         for which in ((known, new), (new, known))[number % 2]:
             temperature = 0.7 if which is known else rng.uniform(0.1, 2.0)
-            which.append(first_token(engine, prompt, seed=number, temperature=temperature))
-    return {
-        "settings": settings,
-        "traces": count[0],
-        "combinations": expected,
-        "known_ms": 1000 * median(known),
-        "new_ms": 1000 * median(new),
-        "new_by_known": paired_ratio(new, known)._asdict(),
-        "wished_for": NEW,
-    }
+            which.append(answered(engine, prompt, seed=number, temperature=temperature))
+    result: Result = {"settings": settings, "traces": count[0], "combinations": expected}
+    for place, name in enumerate(("first_token", f"{SETTLED}_tokens")):
+        ours, others = ([times[place] for times in which] for which in (new, known))
+        result[name] = {
+            "known_ms": 1000 * median(others),
+            "new_ms": 1000 * median(ours),
+            "new_by_known": paired_ratio(ours, others)._asdict(),
+            "wished_for": NEW,
+        }
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:

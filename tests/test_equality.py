@@ -30,12 +30,12 @@ def engine(tiny):
     return random_engine(tiny, seed=1)
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-def test_a_request_has_one_answer_however_it_is_run(tiny, engine, bits):
+@pytest.mark.parametrize(("bits", "trials"), [(None, 4), (8, 2)])
+def test_a_request_has_one_answer_however_it_is_run(tiny, engine, bits, trials):
     draft = random_engine(tiny, seed=1, noise=0.3)
-    report = equality.run(lambda done: (engine, draft), 8, seed=7, kv_bits=bits, check=1.0)
+    report = equality.run(lambda done: (engine, draft), trials, seed=7, kv_bits=bits, check=1.0)
     assert report.failures == []
-    assert report.compared.keys() > WAYS and report.trials == 8 and report.checked > 8
+    assert report.compared.keys() > WAYS and report.trials == trials <= report.checked
 
 
 def test_the_independent_pass_is_the_model(engine):
@@ -57,7 +57,14 @@ def test_the_judge_tells_a_wrong_token_from_a_tie(engine):
     judge.compare("a way", request, kind, right, Answer(wrong, "", "length"))
     judge.compare("a way", request, kind, right, Answer(right.tokens, "other", "length"))
     judge.check(request, kind, Answer(wrong, "", "length"))
-    assert len(judge.report.failures) == 4 and "token 3 is" in judge.report.failures[-2]
+    assert len(judge.report.failures) == 4
+    for text in (
+        "the same tokens, but",
+        "independent pass: token 3",
+        "token 2 is None",
+        "WRONG: a way, token 3",
+    ):
+        assert any(text in failure for failure in judge.report.failures)
     tie = SamplingOptions(logit_bias={7: 50.0, 8: 50.0 + gap(engine)})
     judge = Judge(engine, Report())
     judge.compare(
