@@ -51,7 +51,7 @@ def worker() -> None:
     import json
     import sys
     from pathlib import Path
-    from time import perf_counter
+    from time import perf_counter, process_time
 
     from openelm_mlx.blas import load_blas
 
@@ -82,17 +82,21 @@ def worker() -> None:
             }
         else:
             prompt = [1, *((37 * i) % (engine.vocab - 3) + 3 for i in range(asked["prompt"] - 1))]
-            times, tokens, start = [], [], perf_counter()
+            times, tokens, start, used = [], [], perf_counter(), process_time()
             for event in openelm_mlx.stream_generate(
                 engine, prompt, max_tokens=asked["tokens"], ignore_eos=True, **asked["settings"]
             ):
                 times.append(perf_counter() - start)
+                used = used if tokens else process_time()
                 tokens.append(event.token)
-            answer = {
-                "decode": (len(times) - 1) / (times[-1] - times[0]),
-                "first": times[0],
-                "tokens": tokens,
+            used = process_time() - used
+            count = len(times) - 1
+            rates = {
+                "decode": count / (times[-1] - times[0]),
+                "decode, processor": count / used,
+                "first token": 1 / times[0],
             }
+            answer = {"rates": rates, "tokens": tokens}
         print(json.dumps(answer), flush=True)
 
 
@@ -139,34 +143,32 @@ class Side:
 @dataclass
 class Found:
     case: Case
-    ours: list[float]  # tokens per second, a pair each
-    others: list[float]
-    first: tuple[list[float], list[float]]  # seconds to the first token, ours and the others'
+    rates: dict[str, tuple[list[float], list[float]]]  # a second: ours and the other's, a pair each
     same: bool  # whether every answer had the same tokens
     sides: tuple[dict[str, Any], dict[str, Any]]
 
     @property
-    def ratio(self) -> Interval:
-        return paired_ratio(self.ours, self.others)
+    def ratios(self) -> dict[str, Interval]:
+        return {name: paired_ratio(*pair) for name, pair in self.rates.items()}
 
     def __str__(self) -> str:
-        low, middle, high = self.ratio
         blas = " and ".join(
             f"{side['blas']} ({'' if side['openblas'] else 'not '}loaded)" for side in self.sides
         )
-        return (
-            f"{self.case.model} {self.case.settings or 'greedy'}: {middle:.3f} x ({low:.3f}-{high:.3f}, {len(self.ours)} "
-            f"pairs, {median(self.ours):.0f} and {median(self.others):.0f} tokens/s, first token "
-            f"{paired_ratio(*self.first[::-1]).middle:.2f} x), wished for {self.case.target}; tokens "
-            f"{'equal' if self.same else 'DIFFER'}; BLAS {blas}"
+        ratios = (
+            f"    {name}: {ratio.middle:.3f} x ({ratio.low:.3f}-{ratio.high:.3f}, {len(pair[0])} pairs; "
+            f"{median(pair[0]):.4g} and {median(pair[1]):.4g} a second)"
+            for (name, pair), ratio in zip(self.rates.items(), self.ratios.values(), strict=True)
         )
+        head = (
+            f"{self.case.model} {self.case.settings or 'greedy'}, decode wished for {self.case.target}; "
+            f"tokens {'equal' if self.same else 'DIFFER'}; BLAS {blas}"
+        )
+        return "\n".join((head, *ratios))
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "ratio": self.ratio._asdict(),
-            "first_ratio": paired_ratio(*self.first[::-1])._asdict(),
-        }
+        ratios = {name: ratio._asdict() for name, ratio in self.ratios.items()}
+        return {**asdict(self), "ratios": ratios}
 
 
 def measure(
@@ -179,14 +181,13 @@ def measure(
         about = (sides[0].ask(model=case.model), sides[1].ask(model=case.model))
         for side in sides * WARM_UP:
             side.ask(**request)
-        found = Found(case, [], [], ([], []), True, about)
+        found = Found(case, {}, True, about)
         for number in range(pairs):
             order = (0, 1) if number % 2 else (1, 0)
             answers = {place: sides[place].ask(**request) for place in order}
-            found.ours.append(answers[0]["decode"])
-            found.others.append(answers[1]["decode"])
-            for place in order:
-                found.first[place].append(answers[place]["first"])
+            for name in answers[0]["rates"]:
+                for place, rates in enumerate(found.rates.setdefault(name, ([], []))):
+                    rates.append(answers[place]["rates"][name])
             found.same = found.same and answers[0]["tokens"] == answers[1]["tokens"]
             print(f"\r{number + 1} of {pairs} pairs", end="", file=sys.stderr, flush=True)
         print("\r", end="", file=sys.stderr)
