@@ -80,6 +80,15 @@ def test_a_turn_prefills_only_what_is_new(tiny):
     assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
 
 
+def test_the_tenth_turn_prefills_its_own_message_only(tiny):
+    talk, prefilled = Conversation(tiny, max_tokens=6, ignore_eos=True, temperature=0.0), []
+    for _ in range(10):
+        _, stats = ask(talk, "Hi")
+        prefilled.append(stats.prompt_tokens - stats.reused_tokens)
+    assert len(set(prefilled[1:])) == 1 and prefilled[9] < prefilled[0] + 3
+    assert stats.prompt_tokens > 9 * prefilled[9]
+
+
 def test_progress_of_a_prompt_counts_what_is_new(tiny):
     talk, seen = Conversation(tiny, max_tokens=2, prefill_chunk=4), []
     ask(talk, "Hello!")

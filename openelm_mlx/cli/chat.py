@@ -47,9 +47,12 @@ command runs it; // at the start of a line sends one slash and no command.
 
 def register(commands: Any) -> None:
     parser = commands.add_parser(
-        "chat", help="talk to a model", description=DESCRIPTION,
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        "chat",
+        help="talk to a model",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.of_stray_words = "; a message is given with -p"
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", default="openelm-tiny", help=MODEL_HELP
@@ -107,8 +110,9 @@ def opened(args: argparse.Namespace) -> Conversation:
     if not engine.instruct:
         print(
             f"{args.model} has no chat template, as a model that was trained to continue text, not to converse; "
-            "if this one was, convert it with --instruct", file=sys.stderr,
-        )  # fmt: skip
+            "if this one was, convert it with --instruct",
+            file=sys.stderr,
+        )
     return Conversation(
         engine, system, options=options, engine_options=engine_options, draft=draft, **given
     )

@@ -26,9 +26,11 @@ BYTES_PER_TOKEN = (
 )
 KINDS = (SamplingOptions, GenerationOptions, EngineOptions)
 SETTINGS: dict[str, Field[Any]] = {
-    item.name: item for kind in KINDS for item in fields(kind)
+    item.name: item
+    for kind in KINDS
+    for item in fields(kind)
     if has_flag(item) and item.name != "logprobs"
-}  # fmt: skip
+}
 SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 
 
@@ -197,9 +199,13 @@ def load(session: Session, rest: str) -> None:
             f"{rest} is no saved conversation ({error}); give a file that /save wrote"
         ) from None
     talk = Conversation.from_json(
-        old.engine, data, sampling=old.sampling, options=old.options,
-        engine_options=old.engine_options, draft=old.draft,
-    )  # fmt: skip
+        old.engine,
+        data,
+        sampling=old.sampling,
+        options=old.options,
+        engine_options=old.engine_options,
+        draft=old.draft,
+    )
     session.conversation, session.stats, session.meter.tokens = talk, None, 0
     lines = [
         f"loaded {counted(len(talk.messages) // 2, 'exchange')}, system: {short(talk.system or '(empty)')}"

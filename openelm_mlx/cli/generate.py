@@ -51,9 +51,12 @@ SPACE_HINT = (
 
 def register(commands: Any) -> None:
     parser = commands.add_parser(
-        "generate", help="continue a text", description=DESCRIPTION,
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        "generate",
+        help="continue a text",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.of_stray_words = "; put a prompt of several words in quotes"
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
@@ -92,9 +95,8 @@ def run(args: argparse.Namespace) -> int:
     if args.cache_file is not None:
         check_writable(args.cache_file, "--cache-file")
         name_for_mlx(os.path.realpath(args.cache_file))
-        if os.path.exists(args.cache_file) and not os.path.isfile(
-            args.cache_file
-        ):  # a pipe would be waited for without end
+        # a pipe would be waited for without end
+        if os.path.exists(args.cache_file) and not os.path.isfile(args.cache_file):
             raise OptionError(
                 f"--cache-file {args.cache_file} is no ordinary file; give another name"
             )
@@ -110,10 +112,21 @@ def run(args: argparse.Namespace) -> int:
 
     cache = None if args.cache_file is None else cache_from(args.cache_file, engine, engine_options)
     events = []
-    with Waiting("reading the prompt") as waiting, closing(stream_generate(
-        engine, prompt, sampling, options, engine_options=engine_options, prompt_cache=cache, draft=draft,
-        progress=waiting.progress,
-    )) as stream:  # fmt: skip
+    with (
+        Waiting("reading the prompt") as waiting,
+        closing(
+            stream_generate(
+                engine,
+                prompt,
+                sampling,
+                options,
+                engine_options=engine_options,
+                prompt_cache=cache,
+                draft=draft,
+                progress=waiting.progress,
+            )
+        ) as stream,
+    ):
         for event in stream:
             events.append(event)
             if args.json:

@@ -15,12 +15,23 @@ T = TypeVar("T")
 MODEL_HELP = "a name from `openelm models`, a folder or a file (default openelm-tiny)"
 # what other programs call it: commands, then flags, then settings
 OTHER_NAMES = {
-    "bench": "benchmark", "complete": "generate", "info": "inspect", "list": "models",
-    "ls": "models", "pull": "models", "quantize": "convert", "rm": "models", "run": "chat",
+    "bench": "benchmark",
+    "complete": "generate",
+    "info": "inspect",
+    "list": "models",
+    "ls": "models",
+    "pull": "models",
+    "quantize": "convert",
+    "rm": "models",
+    "run": "chat",
     "show": "inspect",
-    "-n": "--max-tokens", "--n-predict": "--max-tokens", "--q-bits": "--bits", "-q": "--bits",
-    "n_predict": "max_tokens", "num_predict": "max_tokens",
-}  # fmt: skip
+    "-n": "--max-tokens",
+    "--n-predict": "--max-tokens",
+    "--q-bits": "--bits",
+    "-q": "--bits",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+}
 
 
 class Parser(argparse.ArgumentParser):

@@ -178,8 +178,10 @@ def settings(sampling: SamplingOptions) -> str:
     """List the settings that differ from greedy decoding, by their names in /set, and the seed."""
     first = "greedy" if sampling.greedy else f"temperature {sampling.temperature:g}"
     others = [
-        f"{item.name} {written(getattr(sampling, item.name))}" for item in fields(sampling)
-        if item.name not in ("temperature", "seed", *sampling.idle) and "help" in item.metadata
+        f"{item.name} {written(getattr(sampling, item.name))}"
+        for item in fields(sampling)
+        if item.name not in ("temperature", "seed", *sampling.idle)
+        and "help" in item.metadata
         and getattr(sampling, item.name) != item.default
-    ]  # fmt: skip
+    ]
     return ", ".join([first, *others, f"seed {sampling.seed}"])
