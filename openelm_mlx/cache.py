@@ -84,8 +84,8 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """The slots that every layer has; after an interrupted pass some have more."""
-        return min((arrays[0].shape[-2] for arrays in self.arrays), default=0)
+        """The slots that every layer has; after an interrupted pass the first ones have more."""
+        return self.arrays[-1][0].shape[-2] if self.arrays else 0
 
     def positions(self, length: int) -> mx.array:
         """Return the positions of the next tokens, [1, length].
@@ -121,7 +121,7 @@ class KVCache:
             raise CacheError(
                 "an empty cache cannot be enlarged before its first tokens; prefill first"
             )
-        most = max(arrays[0].shape[-2] for arrays in self.arrays)
+        most = self.arrays[0][0].shape[-2]  # after an interrupted pass others have less
         room = max(most, self.kind.layout.room(tokens, BLOCK))
         self.arrays = [[resized(array, room) for array in arrays] for arrays in self.arrays]
 

@@ -110,7 +110,7 @@ def test_several_sequences_of_equal_length_equal_each_alone(model, kind):
 @each_kind
 def test_rows_of_any_length_equal_each_alone(model, kind):
     """Rows come, go and move; a step feeds one token, or a draft of up to 17, of which each row keeps some."""
-    rows, texts = Rows(model.args, kind), {0: (TOKENS, 60), 2: (OTHERS, 7), 3: (TOKENS[3:], 21)}
+    rows, texts = Rows(model.args, kind), {0: (TOKENS, 70), 2: (OTHERS, 7), 3: (TOKENS[3:], 21)}
     rows.resize([], 4)
     for row, (tokens, length) in texts.items():
         rows.place(row, prefilled(model, kind, tokens[:length]))
@@ -243,6 +243,40 @@ def test_a_pass_that_was_interrupted_leaves_a_true_cache(model, kind, held, more
         assert close(kind, model(mx.array([tokens[length:]]), part), reference(model, kind, tokens)[:, length:])
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_cache_after_an_interrupted_pass_may_be_placed(model, count):
+    text, kind, rows = TOKENS * 3, CacheKind(), Rows(model.args, CacheKind())
+    cache = prefilled(model, kind, text[:250])
+    stopped_at(model, 1, lambda: model(mx.array([OTHERS[:30]]), cache))
+    assert cache.capacity == 256 and cache.arrays[0][0].shape[-2] == 512
+    rows.resize([], count)
+    rows.place(0, cache)
+    starts, tokens = mx.array([250, 0][:count]), mx.array([text[250:260], [5] * 10][:count])
+    logits, _ = fed(model, rows.lend([260, 0][:count]), kind, starts, tokens)
+    assert close(kind, logits[:1], reference(model, kind, text[:260])[:, 250:])
+
+
+def test_rows_know_what_was_written_and_forget_it_with_the_row(model):
+    """A window's rows, each with drafts that were written before and after it was placed."""
+    for count in (1, 2):
+        kind, rows = KINDS["window"], Rows(model.args, KINDS["window"])
+        rows.resize([], count)
+        for row in range(count):
+            cache = prefilled(model, kind, TOKENS[:80])
+            cache.trim(10)
+            rows.place(row, cache)
+        rows.restore(rows.lend([75] * count))
+        assert rows.written == [80] * count
+        rows.restore(rows.lend([90] + [0] * (count - 1)))
+        assert rows.written == [90] + [0] * (count - 1)
+        assert [rows.extract(row, 70).offset for row in range(1, count)] == [0] * (count - 1)
+        cache = rows.extract(0, 70)
+        assert (cache.offset, cache.written, cache.can_trim(SLACK - 20), cache.can_trim(SLACK - 19)) == (70, 90, True, False)
+        rows.resize([0], 4)
+        rows.resize([], 2)
+        assert (rows.written, rows.buffers, rows.nbytes) == ([0, 0], [], 0)
+
+
 def test_a_window_that_an_interrupted_pass_has_overwritten_is_refused(model):
     kind = KINDS["window"]
     for held, more in ((5, SLACK + 20), (40, SLACK + 1)):
@@ -292,6 +326,11 @@ def test_room_comes_and_goes_in_blocks(model):
     cache = rows.extract(0, 40)
     assert cache.capacity == 40 and rows.extract(1, 6).arrays == [] and rows.extract(1, 5).offset == 5
     assert close(CacheKind(), model(mx.array([TOKENS[40:60]]), cache), reference(model, CacheKind())[:, 40:60])
+    rows.restore(rows.lend([300, 0]))
+    assert rows.capacity == 320
+    rows.resize([0], 1)
+    rows.restore(rows.lend([200]))
+    assert rows.capacity == 256
     window = Rows(model.args, KINDS["window"])
     window.place(0, prefilled(model, KINDS["window"], TOKENS[:40]))
     window.restore(window.lend([1000]))
@@ -310,6 +349,20 @@ def test_a_single_row_takes_over_a_cache_and_gives_it_back_without_a_copy(model)
     assert rows.extract(0, 40).offset == 0  # they are lent: an interrupted step may have them
     rows.restore([[array] for array in arrays])
     assert [layer[0] for layer in rows.extract(0, 40).arrays] == arrays and rows.extract(0, 40).offset == 0
+
+
+def test_a_copy_does_not_hold_on_to_the_whole(model):
+    cache = prefilled(model, CacheKind(), TOKENS * 4)
+    rows = Rows(model.args, CacheKind())
+    rows.resize([], 2)
+    rows.place(0, cache)
+    mx.eval(cache.arrays, rows.buffers)
+    before = mx.get_active_memory()
+    prefix, row = cache.prefix(10), rows.extract(0, 20)
+    freed = cache.nbytes + rows.nbytes - prefix.nbytes - row.nbytes
+    cache.clear()
+    rows.resize([], 1)
+    assert mx.get_active_memory() < before - freed + 2**14 and prefix.nbytes * 2 == row.nbytes
 
 
 @pytest.mark.parametrize("count", [1, 4])
