@@ -43,7 +43,7 @@ class Device:
         self.turn = threading.Lock()
         self.user: int | None = None  # the thread whose turn it is
         self.line: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # the worker's work
-        self.bell: SimpleQueue[None] = SimpleQueue()  # a finaliser may ring it in the midst of that
+        self.bell: SimpleQueue[None] = SimpleQueue()  # rung once or more for each of them
         self.workers: dict[str, threading.Thread] = {}
         self.at_rest, self.closed = threading.Event(), False
 
@@ -74,7 +74,7 @@ class Device:
     def work(self) -> None:
         while not self.closed:
             self.bell.get()
-            if self.line and not self.closed:
+            while self.line and not self.closed:
                 answer(*self.line[0])
                 self.line.popleft()  # not before: while anything is in line, the main thread queues
         self.at_rest.set()
@@ -160,6 +160,11 @@ async def asynchronous(start: Callable[[], Generator[T, None, None]]) -> AsyncGe
     from asyncio import shield, wrap_future
 
     made: list[Generator[T, None, None]] = []  # by the worker, so that this thread never waits
+
+    def close() -> None:
+        for events in made:
+            events.close()
+
     try:
         await wrap_future(device.hand_over(lambda: made.append(start())))
         while (
@@ -167,4 +172,4 @@ async def asynchronous(start: Callable[[], Generator[T, None, None]]) -> AsyncGe
         ) is not None:
             yield event
     finally:
-        await shield(wrap_future(device.hand_over(lambda: [events.close() for events in made])))
+        await shield(wrap_future(device.hand_over(close)))
