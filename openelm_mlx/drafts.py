@@ -193,9 +193,7 @@ class DraftRow:
     request: Request
     weights: object  # that the keys and values were computed with
     held: int  # tokens of the text whose keys and values are there
-    cache: (
-        KVCache | None
-    )  # holds them until the row has caught up; then they lie in a row of the `Rows`
+    cache: KVCache | None  # holds them until the row has caught up; from then on the `Rows` do
 
 
 class DraftRows:
@@ -206,7 +204,7 @@ class DraftRows:
     """
 
     FEED = (8, 32)  # tokens by which rows catch up together; what lags by more does so alone
-    ALONE, SHARED = 512, 64  # tokens read outside at a time, for one running row and for several
+    ALONE, SHARED = 512, 128  # tokens read outside at a time, for one running row and for several
 
     def __init__(self, draft: ModelDraft) -> None:
         self.draft, self.steps, self.model = draft, draft.engine.steps, draft.engine.model
@@ -230,10 +228,6 @@ class DraftRows:
         self.buffers.resize(rows, count)
         self.rows = {new: self.rows[old] for new, old in enumerate(rows) if old in self.rows}
 
-    def room(self, known: int) -> int:
-        """Return how many tokens can be drafted after `known` within the draft model's own context."""
-        return self.draft.engine.config.max_context_length - known
-
     def catch_up(self, rows: list[int], budget: int) -> list[int]:
         """Read the texts of `rows` to all but the last two tokens; return the rows where that is done.
 
@@ -249,7 +243,7 @@ class DraftRows:
                 tokens = one.request.known[one.cache.offset : end][:budget]
                 budget -= len(tokens)
                 if tokens:
-                    self.model.hidden(mx.array([tokens]), one.cache, last=True)
+                    self.model.hidden(self._ids([tokens], 0), one.cache, last=True)
                     mx.async_eval(one.cache.arrays)
                 one.held = one.cache.offset
                 if one.held < end:
@@ -272,7 +266,7 @@ class DraftRows:
                 "feed", spec.compiled, lambda: make_feed(self.model, self.draft.kind)
             )
             missing = [texts.get(row, [])[start:-2] for row, start in enumerate(starts)]
-            self._run(feed, padded(missing, width), starts)
+            self._run(feed, self._ids(missing, width), starts)
         for row, known in texts.items():
             starts[row] = len(known) - 2
         filters = replace(spec.filters, masked=False)
@@ -283,10 +277,16 @@ class DraftRows:
         )
         pairs = [texts.get(row, [])[-2:] for row in range(len(starts))]
         more = (state.key, state.controls, state.history)
-        tokens = self._run(run, padded(pairs, 2), starts, k - 1, *more)
+        tokens = self._run(run, self._ids(pairs, 2), starts, k - 1, *more)
         for row, known in texts.items():
             self.rows[row].held = len(known)
         return tokens
+
+    def _ids(self, rows: list[list[int]], width: int) -> mx.array:
+        """Pad to `width`; ids that a wider target alone has become another one, which spoils the draft only."""
+        last = self.draft.engine.config.vocab_size - 1
+        ids = [[min(token, last) for token in row] + [0] * (width - len(row)) for row in rows]
+        return mx.array(ids, dtype=mx.uint32)
 
     def _run(
         self, run: Any, tokens: mx.array, starts: list[int], more: int = 0, *args: Any
@@ -294,6 +294,7 @@ class DraftRows:
         ends = [0] * len(starts)
         for row in self.rows:
             ends[row] = starts[row] + tokens.shape[1] + more
+        found: mx.array
         buffers = self.buffers.lend(ends)
         try:
             found, buffers = run(tokens, mx.array(starts, dtype=mx.int32), buffers, *args)
@@ -304,10 +305,6 @@ class DraftRows:
     def record(self, row: int, known: int, drafted: int, accepted: int) -> None:
         """Note that of a draft after `known` tokens `accepted` were kept; all but its last token were read."""
         self.rows[row].held = known + min(accepted, drafted - 1)
-
-
-def padded(rows: list[list[int]], width: int) -> mx.array:
-    return mx.array([row + [0] * (width - len(row)) for row in rows], dtype=mx.uint32)
 
 
 def make_feed(model: OpenELM, kind: CacheKind) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ sum over x of 1 / sum over y of max(p(y) / p(x), q(y) / q(x)), not far below sum
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -105,14 +106,13 @@ class Speculation:
     def _lengths(self, row: int, request: Request) -> tuple[int, int]:
         """Return how many tokens to look up for a row, and where that is 0, how many to ask of the draft."""
         one, known = self._rows[row], request.known
-        room = max(
-            request.left - 1, 0
-        )  # the pass that verifies draws one token more than the draft has
+        room = max(request.left - 1, 0)  # verifying draws one token more than the draft has
         looked_up = min(one.lookup.length(known), room) if one.lookup is not None else 0
         if looked_up or one.length is None:
             return looked_up, 0
         if self.model is not None:
-            room = max(min(room, self.model.room(len(known))), 0)
+            context = self.model.draft.engine.config.max_context_length
+            room = max(min(room, context - len(known)), 0)
         return 0, min(one.length.length(len(known)), room)
 
     def propose(
@@ -129,7 +129,8 @@ class Speculation:
                 guesses[row] = one.lookup.propose(known, looked_up)
                 lengths[row] = looked_up
             elif self.custom is not None and drafted:
-                guesses[row] = self._usable(self.custom.propose(list(known), drafted)[:drafted])
+                given = map(int, self.custom.propose(list(known), drafted)[:drafted])
+                guesses[row] = list(takewhile(lambda token: 0 <= token < self.vocab, given))
                 lengths[row] = len(guesses[row])
             elif drafted:
                 asked[row] = drafted
@@ -147,13 +148,6 @@ class Speculation:
             mine = mx.array([[row in ready] for row in range(count)])
             tokens = mx.where(mine, self.model.propose(ready, state, spec, k), tokens)
         return Proposal(tokens, lengths)
-
-    def _usable(self, guess: list[int]) -> list[int]:
-        """Return the ids before the first that the target can never draw."""
-        ids = [int(token) for token in guess]
-        return ids[
-            : next((n for n, token in enumerate(ids) if not 0 <= token < self.vocab), len(ids))
-        ]
 
     def record(self, row: int, drafted: int, accepted: int) -> None:
         """Learn that of the latest draft of `row`, of `drafted` tokens, the first `accepted` were kept."""
