@@ -259,11 +259,12 @@ class DraftRows:
         starts = [0] * self.buffers.count
         for row, one in self.rows.items():
             starts[row] = one.held if one.cache is None else 0
+        compiled = spec.compiled
         lag = max(len(known) - 2 - starts[row] for row, known in texts.items())
         if lag > 0:
             width = next(width for width in self.FEED if width >= lag)
             feed = self.steps.cached(
-                "feed", spec.compiled, lambda: make_feed(self.model, self.draft.kind)
+                ("feed", compiled), compiled, lambda: make_feed(self.model, self.draft.kind)
             )
             missing = [texts.get(row, [])[start:-2] for row, start in enumerate(starts)]
             self._run(feed, self._ids(missing, width), starts)
@@ -271,8 +272,8 @@ class DraftRows:
             starts[row] = len(known) - 2
         filters = replace(spec.filters, masked=False)
         run = self.steps.cached(
-            ("draft", filters, spec.vocab, k),
-            spec.compiled,
+            ("draft", filters, spec.vocab, k, compiled),
+            compiled,
             lambda: make_drafter(self.model, self.draft.kind, filters, spec.vocab, k),
         )
         pairs = [texts.get(row, [])[-2:] for row in range(len(starts))]
