@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 from openelm_mlx.config_files import (
     GENERATION_CONFIG,
-    corenet_overrides,
-    corenet_section,
     generation_config,
     read_json,
 )
@@ -171,18 +169,6 @@ class OpenELMConfig:
         except (ConfigError, TypeError):
             what = f"eos_token_id is {stated!r}; it must be a whole number or a list of them"
             raise ConfigError(f"{folder / GENERATION_CONFIG}: {what}") from None
-
-    @classmethod
-    def from_corenet_yaml(cls, path: str | Path) -> OpenELMConfig:
-        """From a CoreNet YAML whose `model_name` is a published size; raises `ConfigError` otherwise."""
-        section = corenet_section(path)
-        base = dict(PUBLISHED.get(normal_name(str(section.get("model_name", ""))), {}))
-        if not base:
-            raise ConfigError(
-                f"{path}: model_name {section.get('model_name')!r} is no published size ({', '.join(PUBLISHED)}); "
-                "convert the checkpoint instead: its shapes are read off the tensors"
-            )
-        return cls(**base | corenet_overrides(section))
 
     def to_hf_dict(self) -> dict[str, Any]:
         """The content of config.json, with the per-layer lists that mlx-lm needs. Inverse of `from_hf_dict`."""

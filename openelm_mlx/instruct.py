@@ -30,11 +30,6 @@ def answer_prefix(tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode("\n<|assistant|>\n", bos=False)
 
 
-def continue_turn(tokenizer: Tokenizer, user_text: str) -> list[int]:
-    """Return the ids that ask the next question after an answer whose EOS is not yet fed."""
-    return [tokenizer.eos_id, *turn_tokens(tokenizer, "user", user_text), *answer_prefix(tokenizer)]
-
-
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise PromptError unless: perhaps one system turn, then user and assistant in turns."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):

@@ -35,8 +35,13 @@ def facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "backend": "metal" if metal else "cpu",
-        "wired_limit_bytes": wired_limit(device.get("max_recommended_working_set_size"), platform.mac_ver()[0]),
-        "command_buffers": " ".join(f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ) or "MLX's own",
+        "wired_limit_bytes": wired_limit(
+            device.get("max_recommended_working_set_size"), platform.mac_ver()[0]
+        ),
+        "command_buffers": " ".join(
+            f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ
+        )
+        or "MLX's own",
         "command_buffers_reason": limits.reason,
         "blas": str(blas.path or "MLX's own"),
         "blas_reason": blas.reason,
@@ -51,37 +56,9 @@ def facts() -> dict[str, Any]:
 
 def free_bytes(folder: Path) -> int:
     """Bytes free where `folder` is or would be made: a home that does not exist is no reason to fail."""
-    return shutil.disk_usage(next(above for above in (folder, *folder.parents) if os.path.exists(above))).free
-
-
-def hints(found: Mapping[str, Any]) -> list[str]:
-    """List what in these facts would make generation slow, each with its remedy."""
-    advice = []
-    if found["system"] == "Darwin" and found["machine"] == "x86_64":
-        advice.append("this Python runs under Rosetta or on Intel; install an arm64 Python to use Metal")
-    if found["system"] == "Linux" and found["blas"] == "MLX's own":
-        advice.append(
-            "MLX's reference BLAS is slow in float32; install OpenBLAS (apt install libopenblas0) "
-            "and leave OPENELM_BLAS unset"
-        )
-    if found["backend"] == "cpu" and not found["cxx_compiler"]:
-        advice.append("no C++ compiler: the compiled step runs unfused; install g++")
-    if found["load_average"] > (found["cores"] or 1):
-        advice.append(f"the machine is busy (load {found['load_average']:.1f}); close what else is running")
-    if found["memory_bytes"] < 8e9:
-        advice.append("less than 8 GB of memory: prefer 4-bit models (--bits 4)")
-    if found["free_disk_bytes"] < 10e9:
-        advice.append("less than 10 GB of disk free: the larger models will not fit")
-    return advice
-
-
-def size_text(nbytes: float) -> str:
-    """A size for people, in decimal units: 25.3 GB."""
-    units = iter(("bytes", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while nbytes >= 999.95 and unit != "TB":
-        nbytes, unit = nbytes / 1000, next(units)
-    return f"{nbytes:.0f} bytes" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+    return shutil.disk_usage(
+        next(above for above in (folder, *folder.parents) if os.path.exists(above))
+    ).free
 
 
 def installed(package: str) -> str | None:

@@ -10,9 +10,10 @@ import pytest
 from formats import TINY, random_folder
 from optional import compiles
 
+from openelm_mlx.cli.doctor import hints
+from openelm_mlx.cli.inspection import inspect
 from openelm_mlx.cli.main import COMMANDS, main
-from openelm_mlx.inspection import inspect
-from openelm_mlx.memory import facts, hints
+from openelm_mlx.memory import facts
 
 
 def run(*args, **settings):

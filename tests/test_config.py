@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from openelm_mlx.config import OpenELMConfig, layer_shapes
+from openelm_mlx.config_files import corenet_overrides, corenet_section
 from openelm_mlx.errors import ConfigError
 
 
@@ -49,10 +50,11 @@ def test_refused(change, text):
 
 def test_files(tmp_path):
     (tmp_path / "c.yaml").write_text("model: {language_modeling: {general_gpt: {model_name: OpenELM-1_1B, vocab_size: 32128}}}")
-    assert OpenELMConfig.from_corenet_yaml(tmp_path / "c.yaml").vocab_size == 32128
+    section = corenet_section(tmp_path / "c.yaml")
+    assert section["model_name"] == "OpenELM-1_1B" and corenet_overrides(section) == {"vocab_size": 32128}
     (tmp_path / "d.yaml").write_text("model: 3")
     with pytest.raises(ConfigError, match="no section"):
-        OpenELMConfig.from_corenet_yaml(tmp_path / "d.yaml")
+        corenet_section(tmp_path / "d.yaml")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         OpenELMConfig.from_file(tmp_path / "config.json")

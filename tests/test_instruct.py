@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from openelm_mlx.errors import PromptError
-from openelm_mlx.instruct import continue_turn, encode_messages
+from openelm_mlx.instruct import encode_messages
 from openelm_mlx.tokenizer import Tokenizer
 
 
@@ -31,11 +31,6 @@ def test_empty_system_turn_is_inserted() -> None:
     expected = [1, *enc("<|system|>\n"), 2, *enc("\n<|user|>\nHi"), 2, *enc("\n<|assistant|>\n")]
     assert encode_messages(Codepoints(), [USER]) == expected
     assert encode_messages(Codepoints(), [{"role": "system", "content": ""}, USER]) == expected
-
-
-def test_continuation_equals_whole_conversation() -> None:
-    fed = encode_messages(Codepoints(), [USER]) + enc("Yo")
-    assert fed + continue_turn(Codepoints(), "Hi") == encode_messages(Codepoints(), [USER, BOT, USER])
 
 
 def test_user_cannot_close_the_turn() -> None:

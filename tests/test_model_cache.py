@@ -20,10 +20,10 @@ from openelm_mlx.benchmarks.weights import facts_of
 from openelm_mlx.convert.staging import CONFIG
 
 from openelm_mlx import load
+from openelm_mlx.cli.inspection import inspect
 from openelm_mlx.cli.main import main
 from openelm_mlx.errors import CheckpointError, ConversionError, HubError, OpenELMError, OptionError
 from openelm_mlx.hub import resolve_model
-from openelm_mlx.inspection import inspect
 from openelm_mlx.model_cache import conversions, recall
 
 LONG_AGO = time.time() - 60

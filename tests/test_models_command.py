@@ -15,9 +15,9 @@ from golden_set import NANO
 from huggingface_hub import constants
 from openelm_mlx.convert.catalog import CATALOG
 
+from openelm_mlx.cli.inventory import size_text
 from openelm_mlx.cli.main import main
 from openelm_mlx.hub import SHORT_NAMES, resolve_model
-from openelm_mlx.memory import size_text
 
 
 @pytest.fixture

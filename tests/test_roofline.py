@@ -8,10 +8,10 @@ import pytest
 from openelm_mlx.benchmarks.bandwidth import measure
 from openelm_mlx.benchmarks.roofline import PARTS, bound, bytes_per_token, part_of
 
+from openelm_mlx.cli.inspection import tensor_bytes
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.config_files import read_json
 from openelm_mlx.errors import BenchmarkError, CacheError
-from openelm_mlx.inspection import tensor_bytes
 from openelm_mlx.loading import Engine
 
 ONE = OpenELMConfig(  # one layer: 2 query heads, 1 key/value head of 64; FFN 256 wide; 128 -> 128; 1000 tokens

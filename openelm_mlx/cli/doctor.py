@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import Any
 
 PACKAGES = {"openelm_mlx": "openelm-mlx", "mlx_lm": "mlx-lm"}
@@ -21,13 +22,16 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from openelm_mlx.memory import facts, hints, size_text
-    from openelm_mlx.self_test import TOKENS, matching_tokens
+    from openelm_mlx.cli.inventory import size_text
+    from openelm_mlx.cli.self_test import TOKENS, matching_tokens
+    from openelm_mlx.memory import facts
 
     found = facts()
     try:
         right = matching_tokens()
-        found["self_test"] = f"{right} of {len(TOKENS)} greedy tokens of the bundled model as on the reference device"
+        found["self_test"] = (
+            f"{right} of {len(TOKENS)} greedy tokens of the bundled model as on the reference device"
+        )
     except RuntimeError as error:  # of MLX: the facts are wanted then above all
         right, found["self_test"] = 0, f"MLX failed: {error}"
     advice = hints(found)
@@ -42,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     shown = {name.removesuffix("_bytes"): size_text(value) if name.endswith("_bytes") and value is not None else value
              for name, value in found.items() if name != "converted_cache_bytes"}  # fmt: skip
-    shown["converted_cache"] = f"{found['converted_cache']} ({size_text(found['converted_cache_bytes'])})"
+    shown["converted_cache"] = (
+        f"{found['converted_cache']} ({size_text(found['converted_cache_bytes'])})"
+    )
     shown["load_average"] = f"{found['load_average']:.1f}"
     width = max(map(len, shown))
     for key, value in shown.items():
@@ -52,3 +58,28 @@ def run(args: argparse.Namespace) -> int:
     fine = "this machine computes correctly, and nothing was found that would slow it down"
     print("\n".join(f"! {hint}" for hint in advice) or fine)
     return 0
+
+
+def hints(found: Mapping[str, Any]) -> list[str]:
+    """List what in these facts would make generation slow, each with its remedy."""
+    advice = []
+    if found["system"] == "Darwin" and found["machine"] == "x86_64":
+        advice.append(
+            "this Python runs under Rosetta or on Intel; install an arm64 Python to use Metal"
+        )
+    if found["system"] == "Linux" and found["blas"] == "MLX's own":
+        advice.append(
+            "MLX's reference BLAS is slow in float32; install OpenBLAS (apt install libopenblas0) "
+            "and leave OPENELM_BLAS unset"
+        )
+    if found["backend"] == "cpu" and not found["cxx_compiler"]:
+        advice.append("no C++ compiler: the compiled step runs unfused; install g++")
+    if found["load_average"] > (found["cores"] or 1):
+        advice.append(
+            f"the machine is busy (load {found['load_average']:.1f}); close what else is running"
+        )
+    if found["memory_bytes"] < 8e9:
+        advice.append("less than 8 GB of memory: prefer 4-bit models (--bits 4)")
+    if found["free_disk_bytes"] < 10e9:
+        advice.append("less than 10 GB of disk free: the larger models will not fit")
+    return advice

@@ -29,7 +29,7 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from openelm_mlx.inspection import inspect
+    from openelm_mlx.cli.inspection import inspect
 
     facts = inspect(args.model)
     if args.json:

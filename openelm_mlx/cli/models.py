@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from openelm_mlx.inventory import Kept
+    from openelm_mlx.cli.inventory import Kept
 
 EXAMPLES = """examples:
   openelm models                       all names, and what is on this disk
@@ -33,19 +33,28 @@ def register(commands: Any) -> None:
     actions = parser.add_subparsers(title="actions", metavar="[ACTION]")
     removing = actions.add_parser("remove", help="remove models from this disk",
                                   description="Remove what was fetched or converted; it asks first.")  # fmt: skip
-    removing.add_argument("names", metavar="NAME", nargs="+", help="a name from the list, a hub id, or a converted file")
+    removing.add_argument(
+        "names",
+        metavar="NAME",
+        nargs="+",
+        help="a name from the list, a hub id, or a converted file",
+    )
     removing.add_argument("-y", "--yes", action="store_true", help="do not ask")
     removing.set_defaults(run=remove)
 
 
 def run(args: argparse.Namespace) -> int:
+    from openelm_mlx.cli.inventory import inventory
     from openelm_mlx.hub import hub_cache
-    from openelm_mlx.inventory import inventory
     from openelm_mlx.model_cache import conversions_folder, limit_bytes
 
     models, limit = inventory(), limit_bytes()
     if args.json:
-        places = {"hub_cache": hub_cache(), "converted_cache": conversions_folder(), "converted_limit_bytes": int(limit)}
+        places = {
+            "hub_cache": hub_cache(),
+            "converted_cache": conversions_folder(),
+            "converted_limit_bytes": int(limit),
+        }
         print(json.dumps({"models": [asdict(one) for one in models], **places}, default=str))
     else:
         show(models, limit)
@@ -54,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
 def show(models: list[Kept], limit: float) -> None:
     """Names, sizes and meanings; the many names of one checkpoint in training share a line unless they are here."""
+    from openelm_mlx.cli.inventory import size_text
     from openelm_mlx.hub import hub_cache
-    from openelm_mlx.memory import size_text
     from openelm_mlx.model_cache import cache_folder, conversions_folder
 
     rows = [("MODEL", "ON DISK", "")]
@@ -63,16 +72,22 @@ def show(models: list[Kept], limit: float) -> None:
         if one.kind != "converted" and (one.path is not None or "@" not in one.name):
             size = "-" if one.path is None else size_text(one.nbytes)
             rows.append((one.name, size, one.about + (" (fetched in part)" if one.partial else "")))
-    iterations = sorted({int(one.name.rpartition("@")[2][:-1]) for one in models if "@" in one.name})
+    iterations = sorted(
+        {int(one.name.rpartition("@")[2][:-1]) for one in models if "@" in one.name}
+    )
     steps = ", ".join(f"@{n}k" for n in iterations)
-    rows.append(("corenet:SIZE@50k", "-", f"CoreNet's checkpoints in training, of each size: {steps}"))
+    rows.append(
+        ("corenet:SIZE@50k", "-", f"CoreNet's checkpoints in training, of each size: {steps}")
+    )
     print_rows(rows)
     kept = [one for one in models if one.kind == "converted"]
     if kept:
         total = size_text(sum(one.nbytes for one in kept))
         print(f"\nconverted, {total} of at most {size_text(limit)} in {conversions_folder()}:")
         print_rows([(one.name, size_text(one.nbytes), one.about) for one in kept])
-    print(f"\nfetched models lie in {hub_cache()} and {cache_folder()}; `openelm models remove NAME` frees their space")
+    print(
+        f"\nfetched models lie in {hub_cache()} and {cache_folder()}; `openelm models remove NAME` frees their space"
+    )
 
 
 def print_rows(rows: list[tuple[str, str, str]]) -> None:
@@ -82,9 +97,9 @@ def print_rows(rows: list[tuple[str, str, str]]) -> None:
 
 
 def remove(args: argparse.Namespace) -> int:
-    from openelm_mlx import inventory
+    from openelm_mlx.cli import inventory
+    from openelm_mlx.cli.inventory import size_text
     from openelm_mlx.errors import OptionError
-    from openelm_mlx.memory import size_text
 
     found = list(dict.fromkeys(one for name in args.names for one in inventory.matching(name)))
     for one in found:

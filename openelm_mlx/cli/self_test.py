@@ -13,5 +13,10 @@ def matching_tokens() -> int:
     from openelm_mlx import load, stream_generate
 
     engine = load("openelm-tiny", dtype="float32")
-    found = [event.token for event in stream_generate(engine, PROMPT, max_tokens=len(TOKENS), ignore_eos=True)]
-    return next((n for n, (a, b) in enumerate(zip(found, TOKENS, strict=True)) if a != b), len(TOKENS))
+    found = [
+        event.token
+        for event in stream_generate(engine, PROMPT, max_tokens=len(TOKENS), ignore_eos=True)
+    ]
+    return next(
+        (n for n, (a, b) in enumerate(zip(found, TOKENS, strict=True)) if a != b), len(TOKENS)
+    )

@@ -14,8 +14,24 @@ from openelm_mlx.errors import CacheError, CheckpointError
 from openelm_mlx.kv import CacheKind
 from openelm_mlx.options import KV_BITS, EngineOptions
 
-PARTS = (("embedding", "token_embeddings"), ("head", "lm_head"), ("attention", "_proj"), ("feed-forward", ".proj_"))
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "U8": 1, "I8": 1, "I64": 8, "U16": 2}
+PARTS = (
+    ("embedding", "token_embeddings"),
+    ("head", "lm_head"),
+    ("attention", "_proj"),
+    ("feed-forward", ".proj_"),
+)
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "U8": 1,
+    "I8": 1,
+    "I64": 8,
+    "U16": 2,
+}
 
 
 def inspect(name: str) -> dict[str, Any]:
@@ -29,23 +45,40 @@ def inspect(name: str) -> dict[str, Any]:
     if apples and normal_name(name) in PUBLISHED and not os.path.exists(name):
         config = OpenELMConfig.from_name(name)
         sizes = {tensor: 2 * math.prod(shape) for tensor, shape in expected_tensors(config).items()}
-        return describe(name, config, sizes, "bfloat16 weights and cache, as nothing was downloaded")
+        return describe(
+            name, config, sizes, "bfloat16 weights and cache, as nothing was downloaded"
+        )
     folder = resolve_model(name).folder
-    return describe(name, OpenELMConfig.from_file(folder / "config.json"), tensor_bytes(folder), "a bfloat16 cache")
+    return describe(
+        name,
+        OpenELMConfig.from_file(folder / "config.json"),
+        tensor_bytes(folder),
+        "a bfloat16 cache",
+    )
 
 
-def describe(name: str, config: OpenELMConfig, sizes: dict[str, int], assumed: str) -> dict[str, Any]:
+def describe(
+    name: str, config: OpenELMConfig, sizes: dict[str, int], assumed: str
+) -> dict[str, Any]:
     """All figures from the bytes of each tensor."""
     shapes = layer_shapes(config)
     total = sum(sizes.values())
     layers = []
     for number, shape in enumerate(shapes):
         prefix = f"transformer.layers.{number}."
-        count = sum(math.prod(s) for tensor, s in expected_tensors(config).items() if tensor.startswith(prefix))
+        count = sum(
+            math.prod(s)
+            for tensor, s in expected_tensors(config).items()
+            if tensor.startswith(prefix)
+        )
         layers.append({**shape._asdict(), "parameters": count})
     embedding = sum(size for tensor, size in sizes.items() if "token_embeddings" in tensor)
     # an untied input embedding is looked up by row; a tied one is the head and is read whole
-    read = total if config.share_input_output_layers else total - embedding + embedding // config.vocab_size
+    read = (
+        total
+        if config.share_input_output_layers
+        else total - embedding + embedding // config.vocab_size
+    )
     return {
         "name": name,
         "model_dim": config.model_dim,
@@ -59,7 +92,10 @@ def describe(name: str, config: OpenELMConfig, sizes: dict[str, int], assumed: s
         "bits_per_weight": 8 * total / config.num_parameters,
         "bytes_by_part": by_part(sizes),
         "bytes_read_per_token": read,
-        "kv_bytes_per_token": {name: kind.bytes_per_token(config, itemsize=2) for name, kind in cache_kinds(config).items()},
+        "kv_bytes_per_token": {
+            name: kind.bytes_per_token(config, itemsize=2)
+            for name, kind in cache_kinds(config).items()
+        },
         "assumed": assumed,
     }
 
@@ -69,7 +105,9 @@ def cache_kinds(config: OpenELMConfig) -> dict[str, CacheKind]:
     kinds = {"16-bit": CacheKind()}
     for bits in sorted(KV_BITS, reverse=True):
         with contextlib.suppress(CacheError):
-            kinds[f"{bits}-bit (--kv-bits {bits})"] = CacheKind.of(config, EngineOptions(kv_bits=bits))
+            kinds[f"{bits}-bit (--kv-bits {bits})"] = CacheKind.of(
+                config, EngineOptions(kv_bits=bits)
+            )
     return kinds
 
 
@@ -89,7 +127,9 @@ def tensor_bytes(folder: Path) -> dict[str, int]:
     sizes: dict[str, int] = {}
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder} has no model.safetensors; `openelm convert` makes a complete model folder")
+        raise CheckpointError(
+            f"{folder} has no model.safetensors; `openelm convert` makes a complete model folder"
+        )
     for path in files:
         try:
             with path.open("rb") as file:

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from openelm_mlx import model_cache
 from openelm_mlx.errors import HubError
-from openelm_mlx.hub import BUNDLED, SHORT_NAMES, cached_repositories, is_published, remove_repository
+from openelm_mlx.hub import (
+    BUNDLED,
+    SHORT_NAMES,
+    cached_repositories,
+    is_published,
+    remove_repository,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,11 @@ def inventory() -> list[Kept]:
 def on_the_hub() -> list[Kept]:
     found = cached_repositories()
     names = {hub_id: name for name, hub_id in SHORT_NAMES.items()}
-    names |= {hub_id: hub_id for hub_id in sorted(found) if "openelm" in hub_id.lower() and hub_id not in names}
+    names |= {
+        hub_id: hub_id
+        for hub_id in sorted(found)
+        if "openelm" in hub_id.lower() and hub_id not in names
+    }
     models = []
     for hub_id, name in names.items():
         about = hub_id if name != hub_id else "from the hub"
@@ -105,4 +115,17 @@ def remove(one: Kept) -> None:
 
 def size_of(folder: Path) -> int:
     """Bytes of the files in a folder, each counted once: the hub's cache links to them."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sum(
+        path.lstat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
+
+
+def size_text(nbytes: float) -> str:
+    """A size for people, in decimal units: 25.3 GB."""
+    units = iter(("bytes", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while nbytes >= 999.95 and unit != "TB":
+        nbytes, unit = nbytes / 1000, next(units)
+    return f"{nbytes:.0f} bytes" if unit == "bytes" else f"{nbytes:.1f} {unit}"
