@@ -109,6 +109,16 @@ def test_kernels_are_those_of_the_ledger_shown():
     assert f"{ours} against {theirs}, and {ours_4_bits} against {theirs_4_bits} at 4 bits" in PROSE
 
 
+def test_kernels_of_four_rows_are_those_of_the_ledger():
+    from openelm_mlx.benchmarks.ledger import ledger
+    from openelm_mlx.benchmarks.traced import Form, trace_ours
+
+    form = Form("bfloat16", {"group_size": 64, "bits": 4})
+    four = ledger(trace_ours(OpenELMConfig.from_name("270m"), form, rows=4))
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert f"With 4 of them that is {four.kernels} kernels at 4 bits" in text
+
+
 def test_sizes_are_those_of_the_configurations():
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     for name in PUBLISHED:
