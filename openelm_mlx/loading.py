@@ -42,7 +42,11 @@ WIDE_MODEL_DIM = 3072  # OpenELM-3B and up: activations overflow float16 (CoreNe
 
 @dataclass(repr=False)
 class Engine:
-    """A loaded model, ready to generate, on any thread and on several at once."""
+    """A loaded model, ready to generate, from any thread and for several at once.
+
+    Only a thread of yours that runs `engine.model` itself needs care: it should call
+    `mx.clear_streams()` before it ends, or MLX may crash when the process exits.
+    """
 
     model: OpenELM
     tokenizer: Tokenizer
