@@ -39,6 +39,22 @@ from openelm_mlx.options import EngineOptions  # noqa: E402
 RENEW = 100  # trials after which models of random weights are made anew
 
 
+class Parrot:
+    """Drafts what is known to come, with a wrong token now and then: drafts of every length are kept in part."""
+
+    def __init__(self, texts: list[list[int]], rng: random.Random) -> None:
+        self.texts, self.random = texts, rng
+
+    def propose(self, known: list[int], length: int) -> list[int]:
+        for text in self.texts:
+            if text[: len(known)] == known:
+                coming = text[len(known) : len(known) + self.random.randint(0, length)]
+                return [
+                    self.random.choice(text) if self.random.random() < 0.2 else t for t in coming
+                ]
+        return [self.random.choice(known) for _ in range(self.random.randint(0, length))]
+
+
 class Group:
     """Requests under the same options of the engine, run in every way there is."""
 
@@ -55,6 +71,8 @@ class Group:
         self.requests = [maker.request() for _ in range(count)]
         self.kind = CacheKind.of(self.engine.config, how)
         self.base = [alone(self.engine, request, how) for request in self.requests]
+        texts = [r.prompt + a.tokens for r, a in zip(self.requests, self.base, strict=True)]
+        self.parrot = Parrot(texts, self.random)
 
     def run(self, check: float) -> None:
         """Compare all ways; a share `check` of the answers alone is held against the independent pass, too."""
@@ -63,7 +81,7 @@ class Group:
                 self.judge.check(request, self.kind, answer)
             for way, other in self.one_by_one(request):
                 self.judge.compare(way, request, self.kind, answer, other)
-        seed, drafted = self.random.random(), {"draft": self.draft} if self.draft else {}
+        seed, draft = self.random.random(), self.random.choice((self.draft, self.parrot))
         first = self.batch("a batch", seed)
         self.batch("the same batch again", seed, first)
         self.batch(
@@ -71,7 +89,7 @@ class Group:
             seed + 1,
             lookup=True,
             prompt_cache=PromptCache(),
-            **drafted,
+            draft=draft,
         )
 
     def batch(
@@ -98,11 +116,10 @@ class Group:
             "compiled or eager",
             alone(engine, request, EngineOptions(**options | {"compiled": not how.compiled})),
         )
+        chunk = self.random.randint(max(1, len(request.prompt) // 20), len(request.prompt))
         yield (
             "other chunks",
-            alone(
-                engine, request, EngineOptions(**options | {"prefill_chunk": self.maker.chunk()})
-            ),
+            alone(engine, request, EngineOptions(**options | {"prefill_chunk": chunk})),
         )
         yield from (("a reused prefix", answer) for answer in self.reused(request))
         lookup = {
@@ -111,14 +128,11 @@ class Group:
             "adaptive_draft": self.random.random() < 0.5,
         }
         yield "prompt lookup", alone(engine, request, how, **lookup)
+        lengths = {name: value for name, value in lookup.items() if name != "prompt_lookup"}
+        yield "drafts nearly right", alone(engine, request, how, draft=self.parrot, **lengths)
         if self.draft:
-            lengths = {name: value for name, value in lookup.items() if name != "prompt_lookup"}
             yield "a draft model", alone(engine, request, how, draft=self.draft, **lengths)
             yield "both drafts", alone(engine, request, how, draft=self.draft, **lookup)
-
-    def chunk_of(self, request: Request) -> int:
-        """Any number of tokens that cuts the prompt into no more than 20 parts."""
-        return self.random.randint(max(1, len(request.prompt) // 20), len(request.prompt))
 
     def reused(self, request: Request) -> Iterator[Answer]:
         """After another text with the same beginning, perhaps left midway; then after itself."""

@@ -98,7 +98,8 @@ class Judge:
         """Take note of where `other` differs from `one`."""
         self.report.compared[way] += 1
         place = first_difference(one, other)
-        self.report.tokens[way] += len(one.tokens) if place is None else place + 1
+        compared = min(len(one.tokens), len(other.tokens))
+        self.report.tokens[way] += compared if place is None else place + 1
         if place is None:
             if one.reason and other.reason and (one.text, one.reason) != (other.text, other.reason):
                 self.report.errors.append(

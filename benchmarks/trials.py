@@ -121,7 +121,7 @@ class Maker:
             (self.random.randrange(self.engine.vocab),) if self.random.random() < 0.2 else ()
         )
         return GenerationOptions(
-            max_tokens=self.random.choice((1, 2, 8, self.most)),
+            max_tokens=self.random.choice((1, 2, 8, self.most, self.most, 2 * self.most)),
             ignore_eos=self.random.random() < 0.8,
             stop_tokens=stop_tokens,
             logprobs=self.random.choice((*[None] * 7, 2)),
@@ -179,7 +179,8 @@ def together(
     **settings: Any,
 ) -> list[Answer]:
     """The requests through one `BatchEngine`: they join while others run, strangers come and go, some are cancelled."""
-    batch = BatchEngine(engine, slots=rng.randint(1, 8), options=how, **settings)
+    slots, admission = rng.randint(1, 8), rng.choice((None, 8, 32, 100))
+    batch = BatchEngine(engine, slots, how, admission=admission, **settings)
     maker, waiting = Maker(engine, rng, 8), [*enumerate(requests)]
     waiting += [(-1, maker.request()) for _ in range(rng.randint(0, 3))]
     rng.shuffle(waiting)
