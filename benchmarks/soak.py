@@ -32,6 +32,7 @@ from openelm_mlx.benchmarks.judge import Judge, Report  # noqa: E402
 from openelm_mlx.benchmarks.ours import OurSession, prompt_ids  # noqa: E402
 from openelm_mlx.benchmarks.suites import Point  # noqa: E402
 from openelm_mlx.benchmarks.trials import Answer, Maker, Request, alone  # noqa: E402
+from openelm_mlx.benchmarks.weights import small_engine  # noqa: E402
 
 from openelm_mlx import BatchEngine, PromptCache, load  # noqa: E402
 from openelm_mlx.drafts import ModelDraft  # noqa: E402
@@ -220,7 +221,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="soak", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("model", nargs="?", default="openelm-tiny", help="a name, folder or file")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="openelm-tiny",
+        help="a name, folder or file; random: small random weights",
+    )
     parser.add_argument("--draft", metavar="MODEL", help="a smaller model with the same tokenizer")
     parser.add_argument("--clients", type=int, default=12, help="default: 12")
     parser.add_argument("--requests", type=int, default=1000, help="of each client (default: 1000)")
@@ -228,8 +234,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the result here")
     args = parser.parse_args(argv)
-    engine = load(args.model, args.dtype)
-    draft = load(args.draft, args.dtype) if args.draft else None
+    if args.model == "random":
+        like = load()
+        engine, draft = small_engine(like, 0), small_engine(like, 0, noise=0.3)
+    else:
+        engine = load(args.model, args.dtype)
+        draft = load(args.draft, args.dtype) if args.draft else None
     seen, start = Soak(), time.monotonic()
 
     def tick(label: str, seconds: float) -> None:
