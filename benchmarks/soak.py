@@ -29,7 +29,7 @@ import mlx.core as mx  # noqa: E402
 from openelm_mlx.benchmarks.drift import Soak, reference_seconds, resident_bytes  # noqa: E402
 from openelm_mlx.benchmarks.harness import Entry, Tick, figures, row_of  # noqa: E402
 from openelm_mlx.benchmarks.judge import Judge, Report  # noqa: E402
-from openelm_mlx.benchmarks.ours import OurSession, prompt_ids  # noqa: E402
+from openelm_mlx.benchmarks.ours import OurSession  # noqa: E402
 from openelm_mlx.benchmarks.suites import Point  # noqa: E402
 from openelm_mlx.benchmarks.trials import Answer, Maker, Request, alone  # noqa: E402
 from openelm_mlx.benchmarks.weights import small_engine  # noqa: E402
@@ -101,6 +101,9 @@ class Driver:
     ) -> None:
         self.engine, self.random, self.seen, self.clients = engine, rng, seen, clients
         self.session, self.maker = OurSession(engine), Maker(engine, rng)
+        context = engine.config.max_context_length
+        self.probed = min(PROBE[0], context // 2), min(PROBE[1], context // 4)
+        self.prompt = Maker(engine, random.Random(0)).ids(self.probed[0])
         self.judge = Judge(engine, Report())
         self.draft = None if draft is None else ModelDraft(engine, draft)
 
@@ -156,10 +159,8 @@ class Driver:
 
     def probe(self) -> None:
         """Speed and memory with nothing else alive."""
-        context = self.engine.config.max_context_length
-        prompt = prompt_ids(self.engine, min(PROBE[0], context // 2))
-        self.session.generate(prompt, min(PROBE[1], context // 4))
-        timed = self.session.generate(prompt, min(PROBE[1], context // 4))
+        self.session.generate(self.prompt, self.probed[1])
+        timed = self.session.generate(self.prompt, self.probed[1])
         self.seen.references.append(reference_seconds())
         gc.collect()
         mx.clear_cache()

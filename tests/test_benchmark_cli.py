@@ -232,8 +232,8 @@ def test_a_soak_judges_memory_and_speed():
     steady = [Timed((1, 2), (1.0, 1.0 + 0.01)) for _ in range(12)]
     slower = [Timed((1, 2), (1.0, 1.0 + 0.01 * (1 + i / 20))) for i in range(12)]
     still = [0.01] * 12
-    good = drift.Soak(probes=steady, references=still, arrays=[10, 20], process=[100, 10**8, 10**8])
-    bad = drift.Soak(probes=slower, references=still, arrays=[0, 3 * 2**20], process=[10**7, 10**8, 3 * 10**8])
+    good = drift.Soak(probes=steady, references=still, arrays=[10**6, 10**6 + 20], process=[100, 10**8, 10**8])
+    bad = drift.Soak(probes=slower, references=still, arrays=[10**8, 10**8 + 3 * 2**20], process=[10**7, 10**8, 3 * 10**8])
     good.judge()
     bad.judge()
     assert good.failures == []
