@@ -54,10 +54,10 @@ class Drafted(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What one pass drew. Without a draft `tokens` is [B] and `count` None."""
+    """What one pass drew. Without a draft `tokens` is [B] and `kept` None."""
 
     tokens: mx.array  # uint32, [B, k + 1]: what the model draws after each token that was fed
-    count: mx.array | None  # [B], drafted tokens that were kept; the one drawn after them is valid
+    kept: mx.array | None  # [B], how many drafted tokens were; the one drawn after them is valid
     logprobs: Logprobs | None  # of all tokens, row by row
 
 
@@ -149,7 +149,10 @@ def along(history: History, drafted: mx.array) -> History:
     for index in range(drafted.shape[1]):
         steps.append(steps[-1].plus(drafted[:, index]))
     return History(
-        *(None if part[0] is None else mx.stack(part, axis=1) for part in zip(*steps, strict=True))
+        *(
+            None if part[0] is None else mx.stack(list(part), axis=1)
+            for part in zip(*steps, strict=True)
+        )
     )
 
 

@@ -14,17 +14,15 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from openelm_mlx.errors import OptionError
 from openelm_mlx.options import (
     EngineOptions,
     GenerationOptions,
     SamplingOptions,
     explained,
-    shown,
     with_overrides,
 )
 from openelm_mlx.prompt_cache import PromptCache
-from openelm_mlx.prompts import Prompt, prompt_tokens
+from openelm_mlx.prompts import Prompt
 from openelm_mlx.request import Event
 from openelm_mlx.scheduler import BatchEngine
 
@@ -106,23 +104,20 @@ def stream_generate(
     in flight. Raises `PromptError` (empty, too long, no text nor ids), `OptionError` and `CacheError`
     before any work.
     """
-    if progress is not None and not callable(progress):
-        raise OptionError(
-            f"progress is {shown(progress)}; allowed is a function of two numbers, or None"
-        )
-    if type(position_offset) is not int or position_offset < 0:
-        raise OptionError(
-            f"position_offset is {position_offset!r}; allowed is a whole number from 0 up"
-        )
     sampling, options, engine_options = with_overrides(
         (SamplingOptions, GenerationOptions, EngineOptions),
         (sampling, options, engine_options),
         settings,
     )
     scheduler = BatchEngine(engine, 1, engine_options, draft=draft, prompt_cache=prompt_cache)
-    continued = None if prompt_cache is None else scheduler.continued
-    tokens = prompt_tokens(engine, prompt, continued)
-    scheduler.enqueue(tokens, sampling, options, "", position_offset, progress)
+    scheduler.submit(
+        prompt,
+        sampling,
+        options,
+        position_offset=position_offset,
+        progress=progress,
+        continued=True,
+    )
     return _events(scheduler)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from openelm_mlx.decode import State, StepSpec
+from openelm_mlx.grammar import constraint
 from openelm_mlx.instruct import answer_prefix
 from openelm_mlx.options import GenerationOptions, SamplingOptions
 from openelm_mlx.sampling import Controls, Filters, History, Logprobs, new_seed, seed_key
@@ -17,7 +18,6 @@ from openelm_mlx.tokenizer import StreamingDecoder
 
 if TYPE_CHECKING:
     from openelm_mlx.decode import Progress
-    from openelm_mlx.grammar import Constraint
     from openelm_mlx.kv import CacheKind
     from openelm_mlx.loading import Engine
     from openelm_mlx.speculative import Proposal
@@ -40,46 +40,37 @@ class Event:
     stats: GenerationStats | None = None
 
 
-@dataclass
-class PassCounts:
-    """What speculation did: tokens drafted, tokens of them kept, passes of the target."""
-
-    drafted: int = 0
-    accepted: int = 0
-    passes: int = 0
-
-
+@dataclass(eq=False)
 class Request:
     """One sequence on the host's side, alone or in a batch."""
 
-    def __init__(
-        self,
-        number: int,
-        engine: Engine,
-        prompt: list[int],
-        sampling: SamplingOptions,
-        options: GenerationOptions,
-        reader: Reader,
-        *,
-        owner: str = "",
-        position_offset: int = 0,
-        constraint: Constraint | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        self.number, self.prompt, self.sampling, self.options = number, prompt, sampling, options
-        self.owner, self.constraint, self.progress = owner, constraint, progress
+    number: int
+    engine: Engine = field(repr=False)
+    prompt: list[int]
+    sampling: SamplingOptions
+    options: GenerationOptions
+    reader: Reader = field(repr=False)
+    owner: str = ""
+    position_offset: int = 0
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `OptionError` for a form of the answer that the model cannot follow."""
+        engine, options, sampling = self.engine, self.options, self.sampling
+        self.constraint = constraint(engine, options)
         self.seed = new_seed() if sampling.seed is None else sampling.seed
-        self.key = seed_key(self.seed, sampling.stream, position_offset)  # [1, 2]
-        self.known = list(prompt)  # prompt and answer so far
-        self.room = min(options.max_tokens, engine.config.max_context_length - len(prompt) + 1)
-        whole = constraint is not None  # a text in a given form does not continue the prompt's
-        decoder = StreamingDecoder(engine.tokenizer) if whole else decoder_after(engine, prompt)
+        self.key = seed_key(self.seed, sampling.stream, self.position_offset)  # [1, 2]
+        self.known = list(self.prompt)  # prompt and answer so far
+        self.room = min(options.max_tokens, engine.config.max_context_length - len(self.prompt) + 1)
+        whole = options.constrained  # a text in a given form does not continue the prompt's
+        decoder = (
+            StreamingDecoder(engine.tokenizer) if whole else decoder_after(engine, self.prompt)
+        )
         self.text = TextFilter(decoder, options.stop)
         ends = () if options.ignore_eos else engine.config.eos_token_ids
         self.ends = frozenset((*ends, *options.stop_tokens))
         self.reused = 0  # tokens of the prompt that a cache held
-        self.counts = PassCounts()
-        self.clock = Clock(reader)
+        self.clock = Clock(self.reader)
         self.done = False
 
     @property
@@ -99,7 +90,8 @@ class Request:
         if self.constraint is not None:
             self.constraint.accept(token)
         wanted = self.options.logprobs
-        logprob, top = (None, ()) if wanted is None or detail is None else detail.first(wanted)
+        logprob, top = (None, ()) if wanted is None or detail is None else detail
+        top = top[:wanted]
         ended = token in self.ends
         shown = self.text.flush() if ended else self.text.push(token)
         stopped = ended or self.text.stopped
@@ -108,19 +100,12 @@ class Request:
         self.done = True
         shown += "" if stopped else self.text.flush()
         reason = "stop" if stopped or self.text.stopped else "length"
-        stats = self.clock.stats(len(self.prompt), self.reused, self.seed, self.counts)
+        stats = self.clock.stats(len(self.prompt), self.reused, self.seed)
         return Event(shown, token, logprob, top, reason, stats)
 
 
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """The log probability of one token and of the likeliest ones, on the host."""
-
-    chosen: float
-    top: tuple[tuple[int, float], ...]
-
-    def first(self, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-        return self.chosen, self.top[:n]
+# The log probability of a token, and those of the likeliest ones with their ids.
+TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 
 
 def on_host(detail: Logprobs | None, count: int) -> list[TokenLogprobs | None]:
@@ -129,8 +114,8 @@ def on_host(detail: Logprobs | None, count: int) -> list[TokenLogprobs | None]:
         return [None] * count
     columns: Any = [part.tolist() for part in detail]
     return [
-        TokenLogprobs(chosen, tuple(zip(ids, values, strict=True)))
-        for chosen, ids, values in zip(*columns, strict=True)
+        (chosen, tuple(zip(ids, top, strict=True)))
+        for chosen, ids, top in zip(*columns, strict=True)
     ]
 
 
@@ -174,7 +159,7 @@ def stacked(rows: list[History | None]) -> History | None:
     if not some:
         return None
     columns = zip(*some, strict=True)
-    return History(*(None if part[0] is None else mx.concatenate(part) for part in columns))
+    return History(*(None if part[0] is None else mx.concatenate(list(part)) for part in columns))
 
 
 def mask_of(

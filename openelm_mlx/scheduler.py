@@ -16,7 +16,6 @@ from openelm_mlx.admission import Admission, next_group, shares
 from openelm_mlx.cache import KVCache
 from openelm_mlx.decode import Drafted, Drawn, Moved, State, StepSpec
 from openelm_mlx.errors import BusyError, OptionError
-from openelm_mlx.grammar import constraint
 from openelm_mlx.kv import CacheKind
 from openelm_mlx.options import (
     EngineOptions,
@@ -65,6 +64,9 @@ class BatchEngine:
     `options` and `settings` are engine options, for all sequences. Any thread may call it.
     """
 
+    _spec: StepSpec  # of the rows as they are arranged now
+    _state: State
+
     def __init__(
         self,
         engine: Engine,
@@ -78,14 +80,10 @@ class BatchEngine:
         **settings: Unpack[EngineSettings],
     ) -> None:
         check_loaded("engine", engine)
-        for name, value in (
-            ("slots", slots),
-            ("admission", admission),
-            ("max_waiting", max_waiting),
-        ):
-            if (type(value) is not int or value < 1) and not (
-                name == "admission" and value is None
-            ):
+        counts = {"slots": slots, "admission": admission, "max_waiting": max_waiting}
+        for name, value in counts.items():
+            unlimited = name == "admission" and value is None
+            if not unlimited and (type(value) is not int or value < 1):
                 raise OptionError(f"{name} is {shown(value)}; allowed is a whole number from 1 up")
         if not isinstance(prompt_cache, PromptCache | None):
             raise OptionError(f"prompt_cache is {shown(prompt_cache)}; allowed is a PromptCache")
@@ -106,18 +104,21 @@ class BatchEngine:
         """No row is used, and nothing is under way."""
         self._rows: list[Request | None] = []
         self._buffers = Rows(self.engine.config, self.kind)
-        self._spec: StepSpec | None = None
-        self._state: State | None = None
         self._passes: deque[Pending] = deque()  # submitted and not yet read, two at most
         self._logits: mx.array | None = None  # of a pass whose draw waits for a mask
-        self._masked = False  # whether a grammar restricts a row
         self._stale = bool(self._joining)  # rows are to be arranged anew
+
+    @property
+    def _masked(self) -> bool:
+        """Whether a grammar restricts what a row may draw."""
+        return self._spec.filters.masked
 
     @property
     def busy(self) -> bool:
         """Whether anything runs or waits."""
         return bool(self._waiting or self._admission or self._joining) or any(self._rows)
 
+    @device_work
     def submit(
         self,
         prompt: Prompt,
@@ -127,56 +128,39 @@ class BatchEngine:
         owner: str = "",
         position_offset: int = 0,
         progress: Progress | None = None,
+        continued: bool = False,
         **settings: Unpack[RequestSettings],
     ) -> int:
         """Queue a prompt; returns the number that its events carry.
 
-        Prompts of one `owner` never meet what the prefix cache holds of another's. Raises
-        `PromptError`, `OptionError`, and `BusyError` where `max_waiting` requests wait.
+        Prompts of one `owner` never meet what the prefix cache holds of another's. Where text is
+        `continued`, its ids go on from those in the prefix cache whose text it begins with; else they
+        depend on the text alone. `position_offset` and `progress` are those of `stream_generate`.
+        Raises `PromptError`, `OptionError`, and `BusyError` where `max_waiting` requests wait.
         """
-        sampling, options = with_overrides(
-            (SamplingOptions, GenerationOptions), (sampling, options), settings
-        )
-        return self.enqueue(
-            prompt_tokens(self.engine, prompt), sampling, options, owner, position_offset, progress
-        ).number
-
-    @device_work
-    def enqueue(
-        self,
-        tokens: list[int],
-        sampling: SamplingOptions,
-        options: GenerationOptions,
-        owner: str = "",
-        position_offset: int = 0,
-        progress: Progress | None = None,
-    ) -> Request:
-        """Queue token ids under options that were checked, and return the request."""
+        kinds = (SamplingOptions, GenerationOptions)
+        drawn_by, ended_by = with_overrides(kinds, (sampling, options), settings)
+        ended_by.check_draft(self._drafts)
+        check_token_ids(drawn_by, ended_by, self.engine.vocab)
+        if progress is not None and not callable(progress):
+            allowed = "allowed is a function of two numbers, or None"
+            raise OptionError(f"progress is {shown(progress)}; {allowed}")
+        if type(position_offset) is not int or position_offset < 0:
+            allowed = "allowed is a whole number from 0 up"
+            raise OptionError(f"position_offset is {shown(position_offset)}; {allowed}")
         if len(self._waiting) >= self.max_waiting:
             raise BusyError(
                 f"{self.max_waiting} requests wait already; read events until some have ended, "
                 "or give a larger max_waiting"
             )
-        options.check_draft(self._drafts)
-        check_token_ids(sampling, options, self.engine.vocab)
+        tokens = prompt_tokens(self.engine, prompt, self._continued if continued else None)
         self._numbers += 1
-        request = Request(
-            self._numbers,
-            self.engine,
-            tokens,
-            sampling,
-            options,
-            self._reader,
-            owner=owner,
-            position_offset=position_offset,
-            constraint=constraint(self.engine, options),
-            progress=progress,
-        )
+        about = (self._reader, owner, position_offset, progress)
+        request = Request(self._numbers, self.engine, tokens, drawn_by, ended_by, *about)
         self._waiting.append(request)
-        return request
+        return self._numbers
 
-    @device_work
-    def continued(self, text: str) -> list[int]:
+    def _continued(self, text: str) -> list[int]:
         """Return ids of `text` that go on from what the prefix cache holds, where that is worth it."""
         if self.prompt_cache is None:
             return self.engine.tokenizer.encode(text)
@@ -188,7 +172,7 @@ class BatchEngine:
         """Drop a sequence; False when it has ended already or never was."""
         for row, request in self._live():
             if request.number == number:
-                self._retire(row, self._fed(request))
+                self._retire(row, request, self._fed(request))
                 return True
         for request, cache in self._joining:
             if request.number == number:
@@ -227,7 +211,7 @@ class BatchEngine:
             self._keep(request, request.prompt, cache)
         self._joining = []
         for row, request in self._live():
-            self._retire(row, self._fed(request))
+            self._retire(row, request, self._fed(request))
         self._empty()
         mx.synchronize()
 
@@ -302,7 +286,6 @@ class BatchEngine:
         running = [request for _, request in self._live()]
         self._spec = spec_for(running, self.engine.vocab, self.kind, self.options.compiled)
         self._state = state_of(self._rows, self._spec)
-        self._masked = self._spec.filters.masked
         self._step = self.engine.steps.step(self._spec)
         self._forward, self._choose = self.engine.steps.parts(self._spec)
 
@@ -346,7 +329,7 @@ class BatchEngine:
                 self._logits = self._pass(self._forward, drafts, length)
                 mx.async_eval(self._logits)
             mask = mask_of(self._rows, self._spec, proposal)
-        drafted = None if proposal is None else Drafted(drafts, mx.array(proposal.lengths))
+        drafted = None if proposal is None else Drafted(proposal.tokens, mx.array(proposal.lengths))
         if self._masked:
             drawn, moved = self._choose(self._logits, self._state, drafted, mask)
             self._logits = None
@@ -378,26 +361,26 @@ class BatchEngine:
         pending, events = self._passes[0], []
         drawn = pending.drawn
         tokens: Any = drawn.tokens.tolist()
-        counts: Any = None if drawn.count is None else drawn.count.tolist()
+        counts: Any = None if drawn.kept is None else drawn.kept.tolist()
         width = 1 if counts is None else len(tokens[0])
         details = on_host(drawn.logprobs, width * len(tokens))
         self._passes.popleft()  # after an interrupt while waiting it is read again
         for row, request in pending.rows:
             if request.done:
                 continue
-            request.counts.passes += 1
+            request.clock.passes += 1
             kept = 0 if counts is None else counts[row]
             values = [tokens[row]] if counts is None else tokens[row]
             if pending.drafted is not None and pending.drafted[row]:
                 self._speculation.record(row, pending.drafted[row], kept)
-                request.counts.drafted += pending.drafted[row]
-                request.counts.accepted += kept
+                request.clock.drafted += pending.drafted[row]
+                request.clock.accepted += kept
             for place in range(kept + 1):
                 event = request.take(values[place], details[row * width + place])
                 events.append((request.number, event))
                 if request.done:  # a drafted token that was kept has been fed
                     fed = len(request.known) if place < kept else self._fed(request)
-                    self._retire(row, fed)
+                    self._retire(row, request, fed)
                     break
         return events
 
@@ -405,10 +388,9 @@ class BatchEngine:
         """Tokens known of a running request that its row holds: all, if the next pass is under way."""
         return len(request.known) - (not self._passes and self._logits is None)
 
-    def _retire(self, row: int, fed: int) -> None:
+    def _retire(self, row: int, request: Request, fed: int) -> None:
         """Free a row; the prefix cache gets the tokens that were fed."""
-        request, self._rows[row] = self._rows[row], None
-        request.done = True
+        self._rows[row], request.done = None, True
         self._speculation.release(row)
         if self.prompt_cache is not None:
             self._keep(request, request.known[:fed], self._buffers.extract(row, fed))
@@ -436,5 +418,5 @@ def rows_for(sequences: int) -> int:
 
 def submit(drawn: Drawn, moved: Moved) -> None:
     """Start computing. Never names the cache buffers here: that would copy them at every step."""
-    parts = (drawn.tokens, drawn.count, *(drawn.logprobs or ()), *moved[:2], *(moved.history or ()))
+    parts = (drawn.tokens, drawn.kept, *(drawn.logprobs or ()), *moved[:2], *(moved.history or ()))
     mx.async_eval([part for part in parts if part is not None])

@@ -6,13 +6,9 @@ import time
 from dataclasses import dataclass
 from statistics import fmean
 from threading import Lock
-from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import mlx.core as mx
-
-if TYPE_CHECKING:
-    from openelm_mlx.speculative import SpeculationCounts
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,10 @@ class Reader:
     SLOW = 1e-3  # seconds; a reader that prints needs less
 
     def __init__(self) -> None:
-        self.away, self.absences = 0.0, 0  # seconds of slow returns, and how many began with a token under way
+        self.away, self.absences = (
+            0.0,
+            0,
+        )  # seconds of slow returns, and how many began with a token under way
         self._waits: list[float] = []  # seconds that such a token took from the reader's leaving on
         self._slow, self._wait, self._left = 0, False, 0.0
 
@@ -92,6 +91,7 @@ class Clock:
         self.reader = Reader() if reader is None else reader
         self.made = self.started = self.first = self.last = time.perf_counter()
         self.tokens = self.peak = 0
+        self.passes = self.drafted = self.accepted = 0  # of the model; tokens drafted, and kept
         self._before = (0.0, 0)
 
     def start(self) -> Clock:
@@ -111,11 +111,14 @@ class Clock:
         if self.tokens == 1:
             self.first, self._before = self.last, (self.reader.away, self.reader.absences)
 
-    def stats(self, prompt: int, reused: int, seed: int, counts: SpeculationCounts) -> GenerationStats:
+    def stats(self, prompt: int, reused: int, seed: int) -> GenerationStats:
         """The statistics of a request that has ended."""
         with self._lock:
             self._running.discard(self)
-        to_first, after = self.first - self.started, self.last - self.first - self.reader.idle(*self._before)
+        to_first, after = (
+            self.first - self.started,
+            self.last - self.first - self.reader.idle(*self._before),
+        )
         return GenerationStats(
             prompt_tokens=prompt,
             reused_tokens=reused,
@@ -127,7 +130,7 @@ class Clock:
             peak_memory_bytes=max(self.peak, mx.get_peak_memory()),
             seed=seed,
             waiting_seconds=self.started - self.made,
-            drafted_tokens=counts.drafted,
-            accepted_tokens=counts.accepted,
-            target_passes=counts.passes or max(self.tokens - 1, 0),
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
+            target_passes=self.passes,
         )

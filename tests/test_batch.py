@@ -128,7 +128,7 @@ def test_rows_that_nobody_uses_stand_still(engine):
     seen = []
     while batch.busy:
         batch.step()
-        seen.append(batch._state.position.tolist() if batch._state else [])
+        seen.append(batch._state.position.tolist() if hasattr(batch, "_state") else [])
     assert sorted(late - early for early, late in zip(seen[4], seen[20], strict=True)) == [0, 0, 0, 16, 16, 16, 16, 16]
 
 
