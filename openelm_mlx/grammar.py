@@ -33,6 +33,8 @@ ADVICE = {
 HEADER = '%llguidance {"no_forcing": true}\nstart: '
 # The text is laid out as json.dumps does it. A small model that may write white space writes it without end.
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+LITERAL = {"const", "default", "enum", "examples"}  # keys of a schema that hold no schemas
+BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _vocabularies: WeakKeyDictionary[Tokenizer, dict[int, Any]] = WeakKeyDictionary()
 
 
@@ -82,20 +84,42 @@ def grammar(name: str, value: Any) -> str:
     try:
         " ".join((value,) if isinstance(value, str) else value).encode()
     except UnicodeEncodeError:
-        raise OptionError(
-            f"{name} is {value!a}; that is not valid UTF-8, so no text has it"
-        ) from None
+        why = "that is not valid UTF-8, so no text has it"
+        raise OptionError(f"{name} is {value!a}; {why}") from None
     if name == "json_schema":
-        schema = json.dumps({"x-guidance": LAYOUT} | schema_of(value))
-        text = f'SPACE? answer\nSPACE: " "\nanswer: %json {schema}'
+        schemas = (json.dumps({"x-guidance": LAYOUT} | schema) for schema in schemas_of(value))
+        texts = [f'SPACE? answer\nSPACE: " "\nanswer: %json {schema}' for schema in schemas]
     else:
         choices = (json.dumps(choice, ensure_ascii=False) for choice in value)
-        texts = f"/{regex_to_lark(value, '')}/" if name == "regex" else " | ".join(choices)
-        text = f'ANSWER\nANSWER: (" " TEXT) | (TEXT & ~/ (?s:.)*/)\nTEXT: {texts}'
-    wrong, reports = LLMatcher.validate_grammar_with_warnings(HEADER + text)
-    if wrong:
-        raise refusal((name, value), reports[0])
-    return HEADER + text
+        choice = f"/{regex_to_lark(value, '')}/" if name == "regex" else " | ".join(choices)
+        texts = [f'ANSWER\nANSWER: (" " TEXT) | (TEXT & ~/ (?s:.)*/)\nTEXT: {choice}']
+    for text in texts:
+        wrong, reports = LLMatcher.validate_grammar_with_warnings(HEADER + text)
+        if not wrong:
+            return HEADER + text
+    raise refusal((name, value), reports[0])
+
+
+def limited(schema: Any) -> Any:
+    """Return a schema whose numbers come to an end: a small model may write digits without end.
+
+    What the schema leaves open lies within 2**53 (RFC 8259, section 6), and has at most nine digits
+    after the point and no exponent.
+    """
+    if isinstance(schema, list):
+        return [limited(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: part if key in LITERAL else limited(part) for key, part in schema.items()}
+    kinds = schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if "integer" in kinds or "number" in kinds:
+        made = {"minimum": -(2**53), "maximum": 2**53} | made
+    bounds = [made[key] for key in BOUNDS & made.keys()]
+    tiny = any(isinstance(bound, float) and 0 < abs(bound) < 1e-6 for bound in bounds)
+    if "number" in kinds and not tiny:
+        made = {"multipleOf": 1e-9} | made
+    return made
 
 
 def schema_text(schema: Mapping[str, Any]) -> str:
@@ -106,15 +130,18 @@ def schema_text(schema: Mapping[str, Any]) -> str:
         raise OptionError(f"json_schema is {shown(schema)}; that is no JSON: {error}") from None
 
 
-def schema_of(text: str) -> dict[str, Any]:
-    """Return the JSON schema that a text holds. Raises `OptionError`."""
+def schemas_of(text: str) -> list[dict[str, Any]]:
+    """Return the JSON schema that a text holds: first as `limited`, then as it is. Raises `OptionError`."""
     try:
         schema = json.loads(text)
+        schemas = [limited(schema), schema]
     except ValueError as error:
         raise OptionError(f"json_schema is {shown(text)}; that is no JSON: {error}") from None
+    except RecursionError:
+        raise OptionError(f"json_schema is {shown(text)}; it is nested too deeply") from None
     if not isinstance(schema, dict):
         raise OptionError(f"json_schema is {shown(text)}; allowed is a schema that is an object")
-    return schema
+    return schemas
 
 
 def refusal(form: Form, report: str) -> OptionError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openelm_mlx import GenerationOptions
+from openelm_mlx import BatchEngine, Conversation, GenerationOptions, load, stream_generate
 from openelm_mlx.cli.options import Parser, add_flags, from_args
 from openelm_mlx.errors import OptionError, PromptError
 from openelm_mlx.grammar import Constraint, constraint
+from openelm_mlx.loading import Engine
 from openelm_mlx.tokenizer import StreamingDecoder, Tokenizer
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -356,6 +358,8 @@ def test_the_bundled_tokenizer(tiny: Any) -> None:
             {"json_schema": '{"if": {}}'},
             'Unimplemented keys: ["if"]. Leave out what is not supported',
         ),
+        ({"json_schema": '{"type": "number", "minimum": "x"}'}, "it cannot be followed: "),
+        ({"json_schema": '{"enum": ["\\ud800"]}'}, "it cannot be followed: "),
         ({"json_schema": '{"pattern": "(?=a)"}'}, "it cannot be followed: look-around, including"),
     ],
 )
@@ -410,6 +414,27 @@ def test_a_schema_is_given_as_text_or_as_a_dict_with_its_keys_in_order() -> None
     assert hash(options)
 
 
+@pytest.mark.parametrize(
+    ("schema", "texts"),
+    [
+        ({"type": "integer"}, {"9007199254740992": 16, "90071992547409920": 16, "-12": 3}),
+        ({"type": ["null", "number"]}, {"0.123456789": 11, "0.1234567891": 11, "null": 4, "1e5": 1}),
+        ({"type": "number", "minimum": 0, "maximum": 1}, {"0.25": 4, "1.5": 2, "-1": 0}),
+        ({"type": "number", "exclusiveMaximum": 1e-8, "minimum": 1e-12}, {"0.000000000001": 14}),
+        ({"type": "integer", "minimum": 2**54}, {"18014398509481985": 17}),
+        ({"type": "number", "multipleOf": 0.5}, {"1.5": 3, "1.25": 2}),
+        ({"items": {"type": "integer"}, "type": "array"}, {"[1, 90071992547409920": 20}),
+        ({"enum": [{"type": "integer"}]}, {'{"type": "integer"}': 19}),
+        ({"properties": {"type": {"type": "integer"}}, "required": ["type"]}, {'{"type": 9007199254740993': 24}),
+    ],
+)  # fmt: skip
+def test_numbers_that_a_schema_leaves_open_come_to_an_end(
+    schema: dict[str, Any], texts: dict[str, int]
+) -> None:
+    for text, usable in texts.items():
+        assert made(json_schema=schema).along([3 + byte for byte in text.encode()])[1] == usable
+
+
 def test_flags_of_a_form(tmp_path: Path) -> None:
     parser = Parser(prog="openelm")
     add_flags(parser, GenerationOptions)
@@ -436,6 +461,84 @@ def test_a_form_that_becomes_too_complex_on_the_way() -> None:
             found.accept(3 + rng.choice(b"ab"))
     with pytest.raises(OptionError, match=said):
         found.mask()
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer"},
+        "kind": {"enum": ["cat", "dog"]},
+    },
+    "required": ["name", "age", "kind"],
+    "additionalProperties": False,
+}
+FORMS: list[dict[str, Any]] = [
+    {"json_schema": SCHEMA},
+    {"temperature": 1.0, "seed": 4},
+    {"regex": r"\d{3}-[a-z]{2,5}", "temperature": 1.0, "seed": 5},
+    {"choices": ("the king", "the queen"), "temperature": 1.0, "seed": 6, "logprobs": 2},
+    {"json_schema": SCHEMA, "temperature": 1.0, "seed": 7, "repetition_penalty": 1.1},
+]
+
+
+def has_form(text: str, form: dict[str, Any]) -> bool:
+    if "json_schema" in form:
+        found = json.loads(text)
+        kinds = {key: type(value) for key, value in found.items()}
+        fits = kinds == {"name": str, "age": int, "kind": str} and len(found["name"]) <= 12
+        return fits and found["kind"] in ("cat", "dog")
+    return bool(re.fullmatch(form["regex"], text)) if "regex" in form else text in form["choices"]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Engine) -> list[tuple[str, list[int | None]]]:
+    """Text and tokens of each form after the same prompt."""
+    runs = [
+        list(stream_generate(tiny, "There was a cat; as JSON:", max_tokens=48, **form))
+        for form in FORMS
+    ]
+    return [("".join(event.text for event in run), [event.token for event in run]) for run in runs]
+
+
+def test_answers_have_their_form_and_end(
+    tiny: Engine, alone: list[tuple[str, list[int | None]]]
+) -> None:
+    for form, (text, tokens) in zip(FORMS, alone, strict=True):
+        if len(form) > 2 or "json_schema" in form:
+            assert has_form(text, form)
+            assert tokens[-1] in tiny.config.eos_token_ids
+    cut = "".join(
+        event.text
+        for event in stream_generate(tiny, "There was a cat; as JSON:", max_tokens=4, **FORMS[0])
+    )
+    assert 0 < len(cut) < len(alone[0][0]) and alone[0][0].startswith(cut)
+
+
+@pytest.mark.parametrize("drafts", ["none", "lookup and model"])
+def test_answers_of_a_batch_are_those_of_each_alone(
+    drafts: str, tiny: Engine, nano: Path, alone: list[tuple[str, list[int | None]]]
+) -> None:
+    batch = BatchEngine(tiny, draft=load(nano) if drafts != "none" else None, admission=5)
+    lookup = {"prompt_lookup": 2} if drafts != "none" else {}
+    numbers = [
+        batch.submit("There was a cat; as JSON:", max_tokens=48, **form, **lookup) for form in FORMS
+    ]
+    texts, tokens = dict.fromkeys(numbers, ""), {number: [] for number in numbers}
+    counts = {}
+    while batch.busy:
+        for number, event in batch.step():
+            texts[number] += event.text
+            tokens[number].append(event.token)
+            counts[number] = event.stats
+    assert [(texts[number], tokens[number]) for number in numbers] == alone
+    drafted = [counts[number].drafted_tokens > 0 for number in numbers]
+    assert drafted[:2] == [drafts != "none"] * 2
+
+
+def test_a_conversation_answers_in_the_form(tiny: Engine) -> None:
+    talk = Conversation(tiny, options=GenerationOptions(choices=("yes", "no")), seed=3)
+    assert "".join(event.text for event in talk.send("Is it late?")) in ("yes", "no")
 
 
 def test_without_llguidance_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
