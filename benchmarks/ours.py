@@ -149,6 +149,9 @@ def turned(prompt: list[int], by: int) -> list[int]:
 
 
 def prompt_ids(engine: Engine, tokens: int, start: int = 0) -> list[int]:
-    """BOS and the text above from its token `start` on, over and over, cut to `tokens` ids: the same on every machine."""
-    text = engine.tokenizer.encode(TEXT, bos=False)
+    """BOS and the text above from its token `start` on, over and over, cut to `tokens` ids: the same on every machine.
+
+    For a model of random weights that has fewer ids than the tokenizer, they are wrapped.
+    """
+    text = [token % engine.vocab for token in engine.tokenizer.encode(TEXT, bos=False)]
     return [engine.tokenizer.bos_id, *(text[(start + i) % len(text)] for i in range(tokens - 1))]
