@@ -109,6 +109,8 @@ class Conversation:
         self.engine = engine
         sampling = engine.chat_sampling if sampling is None else sampling
         given = (sampling, options, engine_options)
+        self._options: GenerationOptions
+        self._engine_options: EngineOptions
         chosen, self._options, self.engine_options = with_overrides(KINDS, given, settings)
         self._sampling = seeded(chosen)
         if draft is not None and not isinstance(draft, ModelDraft):

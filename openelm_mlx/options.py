@@ -15,7 +15,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, 
 from difflib import get_close_matches
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, overload
+from typing import Any, TypedDict, TypeVar
 
 from openelm_mlx.errors import OptionError
 
@@ -59,11 +59,8 @@ def as_annotated(annotation: str, given: Any) -> Any:
     if given is None:
         return None if rest == "None" else UNFIT
     if kind == "Path":
-        return (
-            Path(os.path.expanduser(given))
-            if isinstance(given, (str, os.PathLike)) and fit_path(given)
-            else UNFIT
-        )
+        fits = isinstance(given, (str, os.PathLike)) and fit_path(given)
+        return Path(os.path.expanduser(given)) if fits else UNFIT
     if kind == "str":
         return str(given) if isinstance(given, str) else UNFIT
     if kind == "Callable[..., Any]":
@@ -74,9 +71,8 @@ def as_annotated(annotation: str, given: Any) -> Any:
         parts = given if isinstance(given, (list, tuple)) else (given,)
         found = tuple(as_annotated(kind[len("tuple[") : -len(", ...]")], part) for part in parts)
         return UNFIT if UNFIT in found or "" in found else found
-    number = (
-        given.item() if getattr(given, "shape", None) == () else given
-    )  # the scalars of numpy and MLX
+    scalar = getattr(given, "shape", None) == ()  # of numpy or MLX
+    number = given.item() if scalar else given
     if kind == "bool" or isinstance(number, bool):
         return number if kind == "bool" and isinstance(number, bool) else UNFIT
     if not isinstance(number, (int, float)):
@@ -93,14 +89,12 @@ def as_pairs(given: Any) -> Any:
     """
     items = [given] if isinstance(given, str) else given
     items = given.items() if isinstance(given, Mapping) else items
+    pairs = {}
     try:
-        parts = [item.split("=") if isinstance(item, str) else item for item in items]
-        pairs = {
-            as_annotated("int", float(token) if isinstance(token, str) else token): as_annotated(
-                "float", float(number) if isinstance(number, str) else number
-            )
-            for token, number in parts
-        }
+        for item in items:
+            pair = item.split("=") if isinstance(item, str) else item
+            token, number = (float(one) if isinstance(one, str) else one for one in pair)
+            pairs[as_annotated("int", token)] = as_annotated("float", number)
     except (TypeError, ValueError):
         return UNFIT
     if UNFIT in pairs or UNFIT in pairs.values() or min(pairs, default=0) < 0:
@@ -119,11 +113,12 @@ def hashable(given: Any) -> bool:
 def fit_path(given: str | os.PathLike[str]) -> bool:
     """Tell whether MLX can open a file of this name: it takes names in UTF-8 only."""
     name = os.fspath(given)
-    return (
-        isinstance(name, str)
-        and name != ""
-        and not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in name)
-    )
+    return isinstance(name, str) and name != "" and "\0" not in name and encodable(name)
+
+
+def encodable(text: str) -> bool:
+    """Tell whether a text has a form in UTF-8: no half of a character of UTF-16."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def within(item: Field[Any], value: Any) -> bool:
@@ -134,10 +129,9 @@ def within(item: Field[Any], value: Any) -> bool:
     if "range" not in item.metadata:
         return True
     low, high = item.metadata["range"]
-    numbers = value if isinstance(value, tuple) else (value,)
-    return all(
-        low <= (number[1] if isinstance(number, tuple) else number) <= high for number in numbers
-    )
+    entries = value if isinstance(value, tuple) else (value,)
+    numbers = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    return all(low <= number <= high for number in numbers)
 
 
 def allowed(item: Field[Any]) -> str:
@@ -146,10 +140,10 @@ def allowed(item: Field[Any]) -> str:
     none = ", or None" if rest == "None" else ""
     if "choices" in item.metadata:
         return f"allowed: {', '.join(map(str, item.metadata['choices']))}{none}"
-    low, high = item.metadata.get("range", (None, None))
-    limits = (
-        "" if low is None else f" from {low} up" if high == math.inf else f" from {low} to {high}"
-    )
+    limits = ""
+    if "range" in item.metadata:
+        low, high = item.metadata["range"]
+        limits = f" from {low} up" if high == math.inf else f" from {low} to {high}"
     return f"allowed is {KINDS[kind]}{limits}{none}"
 
 
@@ -159,12 +153,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def check_unset(options: Any, name: str, why: str) -> None:
+    """Raise `OptionError`, which says `why`, where the option `name` is not at its default."""
+    value = getattr(options, name)
+    if value != getattr(type(options), name):
+        raise OptionError(f"{name} is {value}, but {why}")
+
+
 def check_loaded(name: str, engine: Any) -> None:
     """Raise `OptionError` for anything but an `Engine`, above all for the name of a model."""
     if not hasattr(engine, "tokenizer"):
-        raise OptionError(
-            f"{name} is {shown(engine)}; allowed is a loaded model, as in {name} = load('openelm-tiny')"
-        )
+        wanted = f"a loaded model, as in {name} = load('openelm-tiny')"
+        raise OptionError(f"{name} is {shown(engine)}; allowed is {wanted}")
 
 
 def explained(*options: type) -> Callable[[T], T]:
@@ -176,13 +176,8 @@ def explained(*options: type) -> Callable[[T], T]:
 
     def explain(target: T) -> T:
         classes = options or ((target,) if is_dataclass(target) else ())
-        lines = [
-            line
-            for cls in classes
-            for item in fields(cls)
-            if "help" in item.metadata
-            for line in explanation(item)
-        ]
+        items = [item for cls in classes for item in fields(cls) if "help" in item.metadata]
+        lines = [line for item in items for line in explanation(item)]
         target.__doc__ = "\n".join([cleandoc(target.__doc__ or ""), "", "Options:", *lines])
         return target
 
@@ -196,9 +191,12 @@ def explanation(item: Field[Any]) -> list[str]:
     return [f"    {item.name}: {item.type}{default}", *(f"        {line}" for line in text)]
 
 
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of a class of options; `check_fields` and the command line read the metadata."""
-    return field(default=default, metadata={"help": help, **metadata})
+def option(
+    default: Any, help: str, low: float | None = None, high: float = math.inf, **metadata: Any
+) -> Any:
+    """A field of a class of options, from `low` to `high`, for `check_fields` and command lines."""
+    limits = {} if low is None else {"range": (low, high)}
+    return field(default=default, metadata={"help": help, **limits, **metadata})
 
 
 @explained()
@@ -210,37 +208,34 @@ class SamplingOptions:
     """
 
     temperature: float = option(
-        0.0, "0 is greedy: top-k, top-p, min-p and XTC then change nothing", range=(0.0, 100.0)
+        0.0, "0 is greedy: top-k, top-p, min-p and XTC then change nothing", 0.0, 100.0
     )
-    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", range=(0, math.inf))
-    top_p: float = option(1.0, "keep the smallest set of tokens with this mass", range=(0.0, 1.0))
-    min_p: float = option(
-        0.0, "drop tokens below this share of the likeliest one", range=(0.0, 1.0)
-    )
+    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", 0)
+    top_p: float = option(1.0, "keep the smallest set of tokens with this mass", 0.0, 1.0)
+    min_p: float = option(0.0, "drop tokens below this share of the likeliest one", 0.0, 1.0)
     xtc_probability: float = option(
-        0.0,
-        "exclude top choices this often: all likely tokens but the least likely one",
-        range=(0.0, 1.0),
+        0.0, "exclude top choices this often: all likely tokens but the least likely one", 0.0, 1.0
     )
     xtc_threshold: float = option(
-        0.1, "with xtc_probability: a token is likely from here on", range=(0.0, 0.5)
+        0.1, "with xtc_probability: a token is likely from here on", 0.0, 0.5
     )
     repetition_penalty: float = option(
-        1.0, "divide the score of tokens seen in prompt or answer; 1 is off", range=(0.01, 100.0)
+        1.0, "divide the score of tokens seen in prompt or answer; 1 is off", 0.01, 100.0
     )
     presence_penalty: float = option(
-        0.0, "subtracted from the score of tokens already generated", range=(-100.0, 100.0)
+        0.0, "subtracted from the score of tokens already generated", -100.0, 100.0
     )
     frequency_penalty: float = option(
-        0.0, "subtracted once for each time a token was generated", range=(-100.0, 100.0)
+        0.0, "subtracted once for each time a token was generated", -100.0, 100.0
     )
     penalty_window: int = option(
-        0, "penalties look at this many latest tokens only; 0 is the whole text", range=(0, 65536)
+        0, "penalties look at this many latest tokens only; 0 is the whole text", 0, 65536
     )
     logit_bias: tuple[tuple[int, float], ...] = option(
         (),
         "added to the score of a token id; may be given several times",
-        range=(-100.0, 100.0),
+        -100.0,
+        100.0,
         metavar="ID=NUMBER",
     )
     processor: Callable[..., Any] | None = option(
@@ -248,26 +243,21 @@ class SamplingOptions:
         "f(logits [B, vocab], newest tokens [B], positions drawn [B]) -> logits, row by row",
         flag=None,
     )
-    seed: int | None = option(
-        None, "same seed, same tokens; unset draws a new one", range=(0, 2**63 - 1)
-    )
+    seed: int | None = option(None, "same seed, same tokens; unset draws a new one", 0, 2**63 - 1)
     stream: int = option(
         0,
         "independent noise under the same seed: sample i of n, retry j",
-        range=(0, 2**31 - 1),
+        0,
+        2**31 - 1,
         flag="--seed-stream",
     )
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.xtc_probability == 0.0 and self.xtc_threshold != SamplingOptions.xtc_threshold:
-            raise OptionError(
-                f"xtc_threshold is {self.xtc_threshold}, but nothing is excluded; give xtc_probability too"
-            )
-        if self.penalty_window and not self.penalised:
-            raise OptionError(
-                f"penalty_window is {self.penalty_window}, but there is no penalty; give one, or leave it out"
-            )
+        if self.xtc_probability == 0.0:
+            check_unset(self, "xtc_threshold", "nothing is excluded; give xtc_probability too")
+        if not self.penalised:
+            check_unset(self, "penalty_window", "there is no penalty; give one, or leave it out")
 
     @property
     def greedy(self) -> bool:
@@ -276,13 +266,10 @@ class SamplingOptions:
     @property
     def idle(self) -> list[str]:
         """Names of the filters that were set but change nothing, because the choice is greedy."""
+        if not self.greedy or self.top_k == 1:
+            return []
         names = ("top_k", "top_p", "min_p", "xtc_probability")
-        ignored = self.greedy and self.top_k != 1
-        return [
-            name
-            for name in names
-            if ignored and getattr(self, name) != getattr(SamplingOptions, name)
-        ]
+        return [name for name in names if getattr(self, name) != getattr(SamplingOptions, name)]
 
     @property
     def penalised(self) -> bool:
@@ -295,44 +282,35 @@ class SamplingOptions:
 class GenerationOptions:
     """When a request has ended, what is reported with its tokens, and what is drafted."""
 
-    max_tokens: int = option(256, "stop after this many tokens", range=(1, math.inf))
+    max_tokens: int = option(256, "stop after this many tokens", 1)
     stop: tuple[str, ...] = option((), "stop before this text; may be given several times")
     stop_tokens: tuple[int, ...] = option(
         (),
         "stop at this token id, as at the end-of-text token; may be given several times",
-        range=(0, 2**31 - 1),
+        0,
+        2**31 - 1,
         flag="--stop-token",
         metavar="ID",
     )
     ignore_eos: bool = option(False, "go on past the end-of-text token")
     logprobs: int | None = option(
-        None,
-        "report log probabilities: of the chosen token and of this many likeliest",
-        range=(0, 100),
+        None, "report log probabilities: of the chosen token and of this many likeliest", 0, 100
     )
     prompt_lookup: int = option(
-        0, "draft what followed the last time these N tokens were seen; 0 is off", range=(0, 16)
+        0, "draft what followed the last time these N tokens were seen; 0 is off", 0, 16
     )
     draft_tokens: int = option(
-        8, "with a draft model or prompt lookup: draft at most this many", range=(1, 16)
+        8, "with a draft model or prompt lookup: draft at most this many", 1, 16
     )
     adaptive_draft: bool = option(
         True, "draft less where little is accepted; off always drafts the whole length"
     )
-    json_schema: str | None = field(
-        default=None,
-        metadata={"help": "answer in JSON that this schema describes", "metavar": "FILE"},
+    json_schema: str | None = option(
+        None, "answer in JSON that this schema describes", metavar="FILE"
     )
-    regex: str | None = field(
-        default=None,
-        metadata={"help": "answer with a text that this expression matches as a whole"},
-    )
-    choices: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "answer with one of these texts; may be given several times",
-            "commas": True,
-        },
+    regex: str | None = option(None, "answer with a text that this expression matches as a whole")
+    choices: tuple[str, ...] = option(
+        (), "answer with one of these texts; may be given several times", commas=True
     )
 
     def __post_init__(self) -> None:
@@ -345,11 +323,9 @@ class GenerationOptions:
             from openelm_mlx.grammar import form_of
 
             form_of(self)
-        for text in self.stop:
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise OptionError(
-                    f"stop is {text!a}; that is not valid UTF-8, so no generated text contains it"
-                )
+        if wrong := next((text for text in self.stop if not encodable(text)), None):
+            why = "that is not valid UTF-8, so no generated text contains it"
+            raise OptionError(f"stop is {wrong!a}; {why}")
 
     @property
     def constrained(self) -> bool:
@@ -361,12 +337,9 @@ class GenerationOptions:
 
         `drafts` says whether there is a draft model; these options know of prompt lookup.
         """
-        for name in ("draft_tokens", "adaptive_draft"):
-            value = getattr(self, name)
-            if not drafts and not self.prompt_lookup and value != getattr(GenerationOptions, name):
-                raise OptionError(
-                    f"{name} is {value}, but nothing drafts; give a draft model or prompt_lookup too"
-                )
+        if not drafts and not self.prompt_lookup:
+            for name in ("draft_tokens", "adaptive_draft"):
+                check_unset(self, name, "nothing drafts; give a draft model or prompt_lookup too")
 
 
 @explained()
@@ -374,24 +347,21 @@ class GenerationOptions:
 class EngineOptions:
     """How requests are run: what all that run together share."""
 
-    prefill_chunk: int = option(512, "prompt tokens in one pass of the model", range=(1, math.inf))
+    prefill_chunk: int = option(512, "prompt tokens in one pass of the model", 1)
     compiled: bool = option(True, "run the decode step compiled; off is its eager twin")
     kv_bits: int | None = option(None, "quantize keys and values of the cache", choices=KV_BITS)
     kv_window: int | None = option(
-        None, "attend to this many tokens only: the first and the latest", range=(2, math.inf)
+        None, "attend to this many tokens only: the first and the latest", 2
     )
-    kv_keep: int = option(4, "with a window: keep this many first tokens", range=(0, math.inf))
+    kv_keep: int = option(4, "with a window: keep this many first tokens", 0)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.kv_window is None and self.kv_keep != EngineOptions.kv_keep:
-            raise OptionError(
-                f"kv_keep is {self.kv_keep}, but there is no window; give kv_window too, or leave it out"
-            )
-        if self.kv_window is not None and self.kv_window <= self.kv_keep:
-            raise OptionError(
-                f"kv_window is {self.kv_window} and kv_keep {self.kv_keep}; the window must be the larger one"
-            )
+        if self.kv_window is None:
+            check_unset(self, "kv_keep", "there is no window; give kv_window too, or leave it out")
+        elif self.kv_window <= self.kv_keep:
+            given = f"kv_window is {self.kv_window} and kv_keep {self.kv_keep}"
+            raise OptionError(f"{given}; the window must be the larger one")
 
 
 @explained()
@@ -407,10 +377,8 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.bits is None and self.group_size != ModelOptions.group_size:
-            raise OptionError(
-                f"group_size is {self.group_size}, but nothing is quantized here; give bits too"
-            )
+        if self.bits is None:
+            check_unset(self, "group_size", "nothing is quantized here; give bits too")
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -424,75 +392,44 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 class RequestSettings(TypedDict, total=False):
     """The options of a request as keywords: `**settings: Unpack[RequestSettings]`.
 
-    The keys are the fields of `SamplingOptions` and `GenerationOptions`, with the same texts. Those
-    classes hold the defaults.
+    The keys are the fields of `SamplingOptions` and `GenerationOptions`, which explain them.
     """
 
     temperature: float
-    """0 is greedy: top-k, top-p, min-p and XTC then change nothing"""
     top_k: int
-    """keep the k likeliest tokens; 0 keeps all"""
     top_p: float
-    """keep the smallest set of tokens with this mass"""
     min_p: float
-    """drop tokens below this share of the likeliest one"""
     xtc_probability: float
-    """exclude top choices this often: all likely tokens but the least likely one"""
     xtc_threshold: float
-    """with xtc_probability: a token is likely from here on"""
     repetition_penalty: float
-    """divide the score of tokens seen in prompt or answer; 1 is off"""
     presence_penalty: float
-    """subtracted from the score of tokens already generated"""
     frequency_penalty: float
-    """subtracted once for each time a token was generated"""
     penalty_window: int
-    """penalties look at this many latest tokens only; 0 is the whole text"""
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]]
-    """added to the score of a token id; may be given several times"""
     processor: Callable[..., Any] | None
-    """f(logits [B, vocab], newest tokens [B], positions drawn [B]) -> logits, row by row"""
     seed: int | None
-    """same seed, same tokens; unset draws a new one"""
     stream: int
-    """independent noise under the same seed: sample i of n, retry j"""
     max_tokens: int
-    """stop after this many tokens"""
     stop: str | Sequence[str]
-    """stop before this text; may be given several times"""
     stop_tokens: int | Sequence[int]
-    """stop at this token id, as at the end-of-text token; may be given several times"""
     ignore_eos: bool
-    """go on past the end-of-text token"""
     logprobs: int | None
-    """report log probabilities: of the chosen token and of this many likeliest"""
     prompt_lookup: int
-    """draft what followed the last time these N tokens were seen; 0 is off"""
     draft_tokens: int
-    """with a draft model or prompt lookup: draft at most this many"""
     adaptive_draft: bool
-    """draft less where little is accepted; off always drafts the whole length"""
     json_schema: str | Mapping[str, Any] | None
-    """answer in JSON that this schema describes"""
     regex: str | None
-    """answer with a text that this expression matches as a whole"""
     choices: str | Sequence[str]
-    """answer with one of these texts; may be given several times"""
 
 
 class EngineSettings(TypedDict, total=False):
     """The fields of `EngineOptions` as keywords, likewise."""
 
     prefill_chunk: int
-    """prompt tokens in one pass of the model"""
     compiled: bool
-    """run the decode step compiled; off is its eager twin"""
     kv_bits: int | None
-    """quantize keys and values of the cache"""
     kv_window: int | None
-    """attend to this many tokens only: the first and the latest"""
     kv_keep: int
-    """with a window: keep this many first tokens"""
 
 
 class Settings(RequestSettings, EngineSettings, total=False):
@@ -505,27 +442,10 @@ PLACES: dict[type, tuple[str, str]] = {
     GenerationOptions: ("options", "a request, not of the engine; give it to submit"),
     EngineOptions: ("engine_options", "the engine, not of a request; give it to the BatchEngine"),
 }
-A = TypeVar("A")
-B = TypeVar("B")
-C = TypeVar("C")
 
 
-@overload
 def with_overrides(
-    kinds: tuple[type[A]], given: tuple[A | None], overrides: Mapping[str, Any]
-) -> tuple[A]: ...
-@overload
-def with_overrides(
-    kinds: tuple[type[A], type[B]], given: tuple[A | None, B | None], overrides: Mapping[str, Any]
-) -> tuple[A, B]: ...
-@overload
-def with_overrides(
-    kinds: tuple[type[A], type[B], type[C]],
-    given: tuple[A | None, B | None, C | None],
-    overrides: Mapping[str, Any],
-) -> tuple[A, B, C]: ...
-def with_overrides(
-    kinds: tuple[Any, ...], given: tuple[Any, ...], overrides: Mapping[str, Any]
+    kinds: tuple[type, ...], given: tuple[Any, ...], overrides: Mapping[str, Any]
 ) -> tuple[Any, ...]:
     """Return one object of each of `kinds`: the `given` one, or defaults, with fields replaced.
 
@@ -535,8 +455,8 @@ def with_overrides(
     for kind, value in zip(kinds, given, strict=True):
         if value is not None and not isinstance(value, kind):
             name = PLACES[kind][0] if len(kinds) > 1 else "options"
-            made = f"made by {kind.__name__}(...), or keywords"
-            raise OptionError(f"{name} is {shown(value)}; allowed is one {made}")
+            allowed_is = f"allowed is one made by {kind.__name__}(...), or keywords"
+            raise OptionError(f"{name} is {shown(value)}; {allowed_is}")
     names = [item.name for kind in kinds for item in fields(kind)]
     for name in overrides:
         for kind, (_, place) in PLACES.items():
@@ -546,22 +466,17 @@ def with_overrides(
             near = nearest(name, names)
             hint = f"did you mean {near!r}?" if near else f"known: {', '.join(names)}"
             raise OptionError(f"unknown option {name!r}; {hint}")
-    return tuple(
-        replace(
-            kind() if value is None else value,
-            **{f.name: overrides[f.name] for f in fields(kind) if f.name in overrides},
-        )
-        for kind, value in zip(kinds, given, strict=True)
-    )
+    made = []
+    for kind, value in zip(kinds, given, strict=True):
+        own = {f.name: overrides[f.name] for f in fields(kind) if f.name in overrides}
+        made.append(replace(kind() if value is None else value, **own))
+    return tuple(made)
 
 
 def check_token_ids(sampling: SamplingOptions, options: GenerationOptions, vocab: int) -> None:
     """Raise `OptionError` where an option names a token that is not one of `vocab`."""
-    for name, ids in (
-        ("logit_bias", dict(sampling.logit_bias)),
-        ("stop_tokens", options.stop_tokens),
-    ):
+    biased = [token for token, _ in sampling.logit_bias]
+    for name, ids in (("logit_bias", biased), ("stop_tokens", options.stop_tokens)):
         if wrong := [token for token in ids if token >= vocab]:
-            raise OptionError(
-                f"{name} has the token id {wrong[0]}; allowed are ids from 0 to {vocab - 1}"
-            )
+            known = f"allowed are ids from 0 to {vocab - 1}"
+            raise OptionError(f"{name} has the token id {wrong[0]}; {known}")
