@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 FORMAT = "openelm-mlx prompt cache 4"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """A sequence, and the cache that holds its tokens and nothing else."""
 
@@ -49,8 +51,8 @@ class PromptCache:
     no owner can tell from the time of an answer what another has asked. Beyond `max_bytes` the
     least recently used entries go; the latest stays even where it alone takes more.
 
-    Conversations, generations and batches of one thread may share a `PromptCache`. It has no lock:
-    only the thread that generates may call its methods.
+    Conversations, generations and batches of any threads may share a `PromptCache`. They use it in
+    turn; only the garbage collector may close a generation, which adds an entry, in the midst of it.
     """
 
     def __init__(self, max_bytes: int = 2**30) -> None:
@@ -89,17 +91,17 @@ class PromptCache:
         """
         wanted = list(tokens[:-1])
         found = [
-            (common, common == len(entry.tokens), place)
+            (common, common == len(entry.tokens), place, entry)
             for place, entry in enumerate(self._entries)
             if entry.serves(weights, kind, owner)
             and (common := common_prefix(entry.tokens, wanted))
         ]
-        found.sort(reverse=True)  # of equal ones a whole entry first: it need not be copied
-        for common, whole, place in found:
-            entry = self._entries[place]
+        found.sort(key=itemgetter(0, 1, 2), reverse=True)  # of equals a whole one: it needs no copy
+        for common, whole, _, entry in found:
             cache = entry.cache if whole else entry.cache.prefix(common)
             if cache is not None:
-                del self._entries[place]
+                with suppress(ValueError):  # it may have moved, or gone, since it was found
+                    self._entries.remove(entry)
                 if not whole:
                     self._entries.append(entry)
                 return cache, common

@@ -146,6 +146,26 @@ def test_of_two_that_share_as_much_the_one_that_need_not_be_copied_is_taken(engi
     assert store.take(ONE, PLAIN, [1, 5, 9, 8]) == (short, 3) and store.tokens == [1, 5, 9, 4, 2]
 
 
+def test_an_entry_that_comes_in_the_midst_of_a_search_takes_no_other_ones_place(engine):
+    class Meanwhile(str):
+        """An owner that is compared while the collector closes another generation."""
+
+        def __eq__(self, other):
+            if coming:
+                tokens = coming.pop()
+                store.put(weights, tokens, written(engine, tokens))
+            return other == ""
+
+        __hash__ = str.__hash__
+
+    store, weights, coming = PromptCache(), object(), [[1, 5, 9, 4, 6]]
+    for tokens in ([1, 5, 9, 4], [1, 5, 9, 8, 7]):
+        store.put(weights, tokens, written(engine, tokens))
+    cache, reused = store.take(weights, PLAIN, [1, 5, 9, 8, 7, 3], Meanwhile())
+    assert reused == 5 and read(cache, 5) == [1, 5, 9, 8, 7]
+    assert len(store) == 1 and store.tokens == [1, 5, 9, 4, 6]
+
+
 def test_the_latest_stays_whatever_it_takes(engine):
     store = PromptCache(max_bytes=0)
     for count in (9, 4):
