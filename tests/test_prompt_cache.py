@@ -127,6 +127,7 @@ def test_an_entry_is_for_its_weights_its_kind_and_its_owner(engine, strange):
 def test_what_is_wholly_used_is_moved_and_what_is_partly_used_is_copied(engine):
     store, cache = PromptCache(), written(engine, TOKENS, room=1024)
     store.put(ONE, TOKENS, cache)
+    mx.clear_cache()  # a buffer that is used again may be larger than what is asked of it
     before = mx.get_active_memory()
     part, count = store.take(ONE, PLAIN, [*TOKENS[:50], 5])
     mx.eval(part.arrays)
