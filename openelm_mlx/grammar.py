@@ -33,6 +33,7 @@ ADVICE = {
 HEADER = '%llguidance {"no_forcing": true}\nstart: '
 # The text is laid out as json.dumps does it. A small model that may write white space writes it without end.
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+LIMITS: dict[str, int] = {}  # of llguidance: its own, which end what would take forever
 LITERAL = {"const", "default", "enum", "examples"}  # keys of a schema that hold no schemas
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _vocabularies: WeakKeyDictionary[Tokenizer, dict[int, Any]] = WeakKeyDictionary()
@@ -161,7 +162,7 @@ class Constraint:
 
     A mask is a row of bits, the lowest of a word first: 1 for a token that is allowed, ends of text
     included where the text may end. What `mask` and `along` return is valid until the next call.
-    Their `OptionError` says that the form became too complex to be followed.
+    A form that becomes too complex to be followed is `broken`: the text can only end where it is.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, ends: Iterable[int], form: Form) -> None:
@@ -172,10 +173,13 @@ class Constraint:
         self._on = bits(self._ends, self._words)  # set where the text may end
         self._off = ~bits({*self._ends, self._eos}, self._words)  # cleared elsewhere
         self._masks, self._address = buffer(1, self._words)
-        limits = LLParserLimits(verbose_errors=False)
+        self.broken = False
+        limits = LLParserLimits(verbose_errors=False, **LIMITS)
         known = vocabulary(tokenizer, vocab)
         self._matcher = LLMatcher(known, grammar(*form), log_level=0, limits=limits)
         self.mask()
+        if self.broken:
+            raise refusal(form, self._matcher.get_error())
 
     def mask(self) -> NDArray[np.uint32]:
         """Return the mask of the next token, [ceil(vocab / 32)] uint32."""
@@ -203,22 +207,17 @@ class Constraint:
     def accept(self, token: int) -> None:
         """Go on with a token that was drawn. One that ends the text changes nothing."""
         if token not in self._ends:
-            self._matcher.consume_token(token)
-            self._check()
+            self.broken = not self._matcher.consume_token(token)
 
     def _fill(self, row: int) -> NDArray[np.uint32]:
         mask: NDArray[np.uint32] = self._masks[row]
         self._matcher.unsafe_compute_mask_ptr(self._address + row * mask.nbytes, mask.nbytes)
-        self._check()
-        may_end = contains(mask, self._eos)
-        mask &= self._off
+        self.broken = self._matcher.is_error()
+        may_end = self.broken or contains(mask, self._eos)
+        mask &= 0 if self.broken else self._off
         if may_end:
             mask |= self._on
         return mask
-
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            raise refusal(self._form, self._matcher.get_error())
 
 
 def contains(mask: NDArray[np.uint32], token: int) -> bool:

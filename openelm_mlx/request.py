@@ -34,9 +34,9 @@ class Event:
     token: int | None
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    finish_reason: str | None = (
-        None  # "stop": end of text, a stop string or token; "length": max_tokens or full context
-    )
+    # "stop": end of text, a stop string or token; "length": max_tokens, a full context, or a form
+    # that became too complex
+    finish_reason: str | None = None
     stats: GenerationStats | None = None
 
 
@@ -99,7 +99,8 @@ class Request:
             return Event(shown, token, logprob, top)
         self.done = True
         shown += "" if stopped else self.text.flush()
-        reason = "stop" if stopped or self.text.stopped else "length"
+        broken = self.constraint is not None and self.constraint.broken  # cut off in the middle
+        reason = "length" if broken or not (stopped or self.text.stopped) else "stop"
         stats = self.clock.stats(len(self.prompt), self.reused, self.seed)
         return Event(shown, token, logprob, top, reason, stats)
 

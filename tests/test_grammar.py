@@ -16,7 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openelm_mlx import BatchEngine, Conversation, GenerationOptions, load, stream_generate
+from openelm_mlx import (
+    BatchEngine,
+    Conversation,
+    GenerationOptions,
+    batch_generate,
+    generate,
+    grammar,
+    load,
+    stream_generate,
+)
+from openelm_mlx.cli.main import main
 from openelm_mlx.cli.options import Parser, add_flags, from_args
 from openelm_mlx.errors import OptionError, PromptError
 from openelm_mlx.grammar import Constraint, constraint
@@ -451,16 +461,13 @@ def test_flags_of_a_form(tmp_path: Path) -> None:
         read("--json-schema", str(tmp_path / "none"))
 
 
-def test_a_form_that_becomes_too_complex_on_the_way() -> None:
+def test_a_form_that_becomes_too_complex_on_the_way_can_only_end() -> None:
     found, rng = made(regex="(.*a.{40}){40}"), random.Random(0)
-    said = (
-        "regex is .*; it cannot be followed: lexer error: too many expressions constructed. Allowed"
-    )
-    with pytest.raises(OptionError, match=said):
-        for _ in range(1000):
-            found.accept(3 + rng.choice(b"ab"))
-    with pytest.raises(OptionError, match=said):
-        found.mask()
+    for _ in range(1000):
+        found.accept(3 + rng.choice(b"ab"))
+    assert found.broken
+    assert tokens_of(found.mask()) == {EOS}
+    assert found.along([3 + ord("a")])[1] == 0
 
 
 SCHEMA = {
@@ -536,9 +543,61 @@ def test_answers_of_a_batch_are_those_of_each_alone(
     assert drafted[:2] == [drafts != "none"] * 2
 
 
+def test_a_form_that_breaks_cuts_its_own_text_only(
+    tiny: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(grammar.LIMITS, "max_lexer_states", 80)
+    forms: list[dict[str, Any]] = [{"regex": "[a-z ]{60,200}"}, {}]
+    broken, other = batch_generate(
+        tiny,
+        ["Once upon a time"] * 2,
+        options=[GenerationOptions(max_tokens=24, **form) for form in forms],
+    )
+    assert broken.finish_reason == "length"
+    assert 0 < len(broken.tokens) < 24 and broken.tokens[-1] in tiny.config.eos_token_ids
+    assert re.fullmatch("[a-z ]{1,59}", broken.text)
+    assert other.text == generate(tiny, "Once upon a time", max_tokens=24)
+
+
 def test_a_conversation_answers_in_the_form(tiny: Engine) -> None:
     talk = Conversation(tiny, options=GenerationOptions(choices=("yes", "no")), seed=3)
     assert "".join(event.text for event in talk.send("Is it late?")) in ("yes", "no")
+
+
+def test_the_command_line_asks_for_a_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "schema.json").write_text('{"enum": [{"a": 1}]}', encoding="utf-8")
+    common = ["generate", "Once upon a time", "--max-tokens", "16"]
+    for flags, text in (
+        (["--json-schema", str(tmp_path / "schema.json")], '{"a": 1}'),
+        (["--regex", "a{3}b"], "aaab"),
+        (["--choices", "in the forest"], "in the forest"),
+    ):
+        assert main([*common, *flags]) == 0
+        assert capsys.readouterr().out == f"{text}\n"
+    assert main([*common, "--regex", "("]) == 2
+    assert capsys.readouterr().err.startswith(
+        "openelm: regex is '('; it cannot be followed: unclosed group."
+    )
+
+
+def test_a_chat_sets_the_form(
+    tmp_path: Path, stdin: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "schema.json").write_text('{"enum": [7]}', encoding="utf-8")
+    lines = [
+        "/set choices aye,nay",
+        "Is it late?",
+        "/set choices none",
+        "/set regex 4{2}",
+        "Is it late?",
+    ]
+    lines += ["/set regex none", f"/set json_schema {tmp_path / 'schema.json'}", "Is it late?"]
+    stdin("\n".join(lines).encode())
+    assert main(["chat"]) == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first in ("aye", "nay") and others == ["44", "7"]
 
 
 def test_without_llguidance_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
