@@ -204,7 +204,7 @@ class DraftRows:
     """
 
     FEED = (8, 32)  # tokens by which rows catch up together; what lags by more does so alone
-    ALONE, SHARED = 512, 128  # tokens read outside at a time, for one running row and for several
+    ALONE, SHARED = 512, 256  # tokens read outside at a time, for one running row and for several
 
     def __init__(self, draft: ModelDraft) -> None:
         self.draft, self.steps, self.model = draft, draft.engine.steps, draft.engine.model
