@@ -30,16 +30,6 @@ class Proposal(NamedTuple):
     lengths: list[int]  # of each row: the first so many tokens are its draft, 0 to k
 
 
-def agreeing(tokens: mx.array, drafted: mx.array, lengths: mx.array) -> mx.array:
-    """Return how many drafted tokens the target drew itself, from the first on, [B] int32.
-
-    `tokens` [B, k + 1] are the target's, `drafted` [B, k] the draft's, of which the first `lengths` [B] count.
-    """
-    k = drafted.shape[1]
-    same = (tokens[:, :k] == drafted) & (mx.arange(k) < lengths[:, None])
-    return mx.cumprod(same.astype(mx.int32), axis=1).sum(axis=1)
-
-
 @dataclass
 class RowDrafts:
     """What one request drafts with: prompt lookup, and a model or a source of the caller's."""

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from small import random_engine
 
-from openelm_mlx import BatchEngine, ModelDraft, PromptCache, stream_generate
+from openelm_mlx import BatchEngine, ModelDraft, PromptCache, drafts, stream_generate
+from openelm_mlx.decode import Drafted, agreeing
 from openelm_mlx.drafts import DraftLength
 from openelm_mlx.errors import OptionError
 from openelm_mlx.options import SamplingOptions
 from openelm_mlx.sampling import Controls, Filters, History, draw, filter_logits, seed_key
-from openelm_mlx.speculative import agreeing
 from openelm_mlx.tokenizer import Tokenizer
 
 PROMPT = [1, 9, 30, 12, 9, 30, 12, 9]
@@ -82,7 +82,7 @@ def test_agreeing_counts_to_the_first_difference():
         len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(t, d[:n], strict=False))))
         for t, d, n in zip(tokens, drafted, lengths, strict=True)
     ]
-    assert agreeing(mx.array(tokens), mx.array(drafted), mx.array(lengths)).tolist() == expected
+    assert agreeing(mx.array(tokens), Drafted(mx.array(drafted), mx.array(lengths))).tolist() == expected
     assert len(set(expected)) > 3
 
 
@@ -200,15 +200,56 @@ def test_a_draft_model_reads_nothing_twice(target, monkeypatch):
 
 def test_closing_between_the_tokens_of_one_draft_leaves_true_caches(target):
     cache, kept = PromptCache(), ModelDraft(target, target)
-    stream = stream_generate(target, PROMPT, draft=kept, prompt_cache=cache, **FIXED)
+    settings = {"temperature": 1.0, "seed": 1, "max_tokens": 10}
+    stream = stream_generate(target, PROMPT, draft=kept, prompt_cache=cache, ignore_eos=True, **settings, **FIXED)
     seen = [next(stream).token for _ in range(4)]
     stream.close()
-    plain, _ = run(target, max_tokens=10)
+    plain, _ = run(target, **settings)
     for held in (cache.tokens, kept.store.tokens):
         assert len(held) >= len(PROMPT) and held == (PROMPT + plain)[: len(held)]
-    rest, stats = run(target, PROMPT + seen, prompt_cache=cache, draft=kept, max_tokens=6, **FIXED)
-    assert stats.reused_tokens >= len(PROMPT) + 3 and seen + rest == plain
+    rest, stats = run(target, PROMPT + seen, prompt_cache=cache, draft=kept, **(settings | FIXED))
+    assert stats.reused_tokens >= len(PROMPT) + 3 and (seen + rest)[:10] == plain
     assert stats.accepted_tokens == stats.drafted_tokens
+
+
+def test_a_stop_amid_a_draft_leaves_a_true_cache(target):
+    settings = {"temperature": 2.0, "seed": 1, "max_tokens": 12}
+    plain, _ = run(target, **settings)
+    kept = ModelDraft(target, target)
+    stops = [token for place, token in enumerate(plain[:9]) if place > 1 and plain.index(token) == place]
+    assert len(stops) > 2
+    for stop in stops:
+        tokens, stats = run(target, draft=kept, stop_tokens=(stop,), **settings, **FIXED)
+        assert tokens == plain[: plain.index(stop) + 1]
+        held = kept.store.tokens
+        assert len(held) >= len(PROMPT) and held == (PROMPT + tokens)[: len(held)]
+        assert stats.accepted_tokens == stats.drafted_tokens
+
+
+def test_a_draft_that_is_interrupted_leaves_a_true_cache(target, monkeypatch):
+    settings = {"temperature": 1.0, "seed": 1, "max_tokens": 19}
+    draft = replace(target)  # functions of its own: the one that fails stays among them
+    kept, made = ModelDraft(target, draft), drafts.make_drafter
+
+    def interrupted(*given):
+        if given[-1] == 4:
+            return made(*given)
+
+        def run(*arrays):
+            raise KeyboardInterrupt
+
+        return run
+
+    monkeypatch.setattr(drafts, "make_drafter", interrupted)
+    stream = stream_generate(target, PROMPT, draft=kept, ignore_eos=True, compiled=False, **settings, **FIXED)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)  # its last draft is a shorter one
+    monkeypatch.undo()
+    plain, _ = run(target, **settings)
+    held = kept.store.tokens
+    assert len(held) > len(PROMPT) + 8 and held == (PROMPT + plain)[: len(held)]
+    tokens, stats = run(target, PROMPT + plain[:10], draft=kept, **(settings | FIXED))
+    assert tokens[:9] == plain[10:] and stats.accepted_tokens == stats.drafted_tokens > 0
 
 
 def test_a_draft_model_is_not_asked_beyond_its_own_context(target):
