@@ -198,6 +198,21 @@ def test_a_draft_model_reads_nothing_twice(target, monkeypatch):
     assert sum(fed) < len(PROMPT + tokens + PROMPT) + 4 * len(PROMPT)  # the target, which kept nothing, reads all of it
 
 
+def test_a_draft_model_never_reads_an_id_that_only_the_target_has(tiny, monkeypatch):
+    """The rows of an embedding beyond the tokenizer's pieces are as many as its writer liked."""
+    target, draft = (random_engine(tiny, seed=1, vocab=vocab) for vocab in (4200, 4096))
+    whole = target.model.hidden.__func__
+
+    def hidden(model, tokens, *rest, **named):
+        assert mx.all(tokens < model.args.vocab_size).item()
+        return whole(model, tokens, *rest, **named)
+
+    monkeypatch.setattr(type(target.model), "hidden", hidden)
+    prompt = [1, 4199] * 20 + [5, 4150]  # read in a chunk, and at the beginning of a draft
+    _, stats = run(target, prompt, draft=draft, max_tokens=4, compiled=False, **FIXED)
+    assert stats.drafted_tokens
+
+
 def test_closing_between_the_tokens_of_one_draft_leaves_true_caches(target):
     cache, kept = PromptCache(), ModelDraft(target, target)
     settings = {"temperature": 1.0, "seed": 1, "max_tokens": 10}
