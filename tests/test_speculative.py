@@ -168,11 +168,19 @@ def test_a_draft_model_catches_up_after_a_pause(target, monkeypatch, pause):
 
 
 def test_logprobs_go_with_drafts(target):
-    settings = {"max_tokens": 20, "logprobs": 2, "ignore_eos": True}
-    plain = list(stream_generate(target, PROMPT, **settings))
-    drafted = list(stream_generate(target, PROMPT, draft=target, **settings))
-    assert [e.logprob for e in drafted] == pytest.approx([e.logprob for e in plain], abs=1e-4)
-    assert [e.top_logprobs[1][0] for e in drafted] == [e.top_logprobs[1][0] for e in plain]
+    """Alone and in a batch where another request wants more of them, and a third one none."""
+    settings = {"max_tokens": 20, "ignore_eos": True, **SAMPLED}
+    plain = list(stream_generate(target, PROMPT, logprobs=2, **settings))
+    drafted = list(stream_generate(target, PROMPT, logprobs=2, draft=target, **settings))
+    batch = BatchEngine(target, draft=target)
+    first, *_ = (batch.submit(PROMPT, logprobs=n, **settings) for n in (2, 3, None))
+    batched = []
+    while batch.busy:
+        batched += [event for number, event in batch.step() if number == first]
+    for events in (drafted, batched):
+        assert events[-1].stats.drafted_tokens
+        assert [e.logprob for e in events] == pytest.approx([e.logprob for e in plain], abs=1e-4)
+        assert [e.top_logprobs[1][0] for e in events] == [e.top_logprobs[1][0] for e in plain]
 
 
 def test_a_draft_model_keeps_what_it_has_read(target, draft):
