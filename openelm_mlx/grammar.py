@@ -213,8 +213,8 @@ class Constraint:
         mask: NDArray[np.uint32] = self._masks[row]
         self._matcher.unsafe_compute_mask_ptr(self._address + row * mask.nbytes, mask.nbytes)
         self.broken = self._matcher.is_error()
-        may_end = self.broken or contains(mask, self._eos)
-        mask &= 0 if self.broken else self._off
+        may_end = contains(mask, self._eos)  # and nothing else may come once it is broken
+        mask &= self._off
         if may_end:
             mask |= self._on
         return mask

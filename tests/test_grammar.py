@@ -328,6 +328,12 @@ def test_every_token_that_ends_a_text_is_allowed_where_the_text_may_end_and_nowh
     assert tokens_of(found.mask()) >= {1, EOS, a, yes}
     assert found.along([3 + ord("a"), EOS])[1] == 1
     assert found.along([yes])[1] == 0
+    only = made(engine_of(PIECES, ends=(1,)), regex="ab")
+    assert (
+        only.along([3 + ord("a")])[1] == 1
+    )  # there is room for the mask after the last of the drafts
+    only.accept(a)
+    assert tokens_of(only.mask()) == {1}
     found.accept(EOS)
     assert EOS in tokens_of(found.mask())
 
@@ -393,6 +399,7 @@ def test_a_form_that_cannot_be_followed(form: dict[str, Any], said: str) -> None
             "regex and ignore_eos are given; a text of this form ends, so leave one out",
         ),
         ({"json_schema": "[1]"}, "json_schema is '[1]'; allowed is a schema that is an object"),
+        ({"json_schema": '{"a":' * 20_000}, "; it is nested too deeply"),
         ({"json_schema": "{"}, "json_schema is '{'; that is no JSON: Expecting property name"),
         (
             {"json_schema": {"a": object()}},
