@@ -21,10 +21,10 @@ SHARED = 64  # tokens from which on a common beginning is worth waiting for
 
 
 class Admission:
-    """Prompts that are prefilled together: one that goes on from a cached prefix, or several of like length.
+    """Prompts that are prefilled together: one that goes on from a cached prefix, or several alike.
 
     Shorter ones are padded at the end: no token looks at what comes after it, and decoding
-    overwrites it.
+    overwrites it. Requests with the same prompt share its prefill.
     """
 
     def __init__(
@@ -37,18 +37,22 @@ class Admission:
     ) -> None:
         self.engine, self.requests, self.chunk = engine, requests, chunk
         self.weights = engine.steps.refresh()
-        self.cache, reused = KVCache(engine.config, kind), 0
+        self.cache, self._reused = KVCache(engine.config, kind), 0
         first = requests[0]
-        if store is not None and len(requests) == 1:
+        places: dict[tuple[int, ...], int] = {}
+        self._places = [places.setdefault(tuple(one.prompt), len(places)) for one in requests]
+        self._prompts = [list(prompt) for prompt in places]
+        if store is not None and len(self._prompts) == 1:
             taken = store.take(self.weights, kind, first.prompt, first.owner)
-            self.cache, reused = taken or (self.cache, 0)
-        first.reused = reused
-        self.longest = max(len(one.prompt) for one in requests)
+            self.cache, self._reused = taken or (self.cache, 0)
+        self.longest = max(map(len, self._prompts))
         self._padded = mx.array(
-            [one.prompt + [0] * (self.longest - len(one.prompt)) for one in requests]
+            [prompt + [0] * (self.longest - len(prompt)) for prompt in self._prompts]
         )
         self._last: dict[int, mx.array] = {}  # the hidden state of each prompt's last token
-        for one in requests:
+        for row, one in enumerate(requests):
+            again = self._places[row] in self._places[:row]
+            one.reused = len(one.prompt) if again else self._reused
             one.clock.start()
 
     @property
@@ -59,8 +63,8 @@ class Admission:
         """Prefill the next chunk, of about `budget` tokens; return how many there were."""
         if not self.cache.can_trim(0):  # a pass was interrupted, and the window lost what it needs
             self.cache.clear()
-            self.requests[0].reused = 0
-        count, start = len(self.requests), self.cache.offset
+            self.requests[0].reused = self._reused = 0
+        count, start = len(self._prompts), self.cache.offset
         columns = int(max(1, min(self.chunk, PASS_TOKENS // count, budget // count)))
         end = min(start + columns, self.longest)
         tokens, model = self._padded[:, start:end], self.engine.model
@@ -70,15 +74,13 @@ class Admission:
                 self._last[0] = hidden[0]
         else:
             hidden = model.hidden(tokens, self.cache)
-            for row, one in enumerate(self.requests):
-                if start < len(one.prompt) <= end:
-                    self._last[row] = hidden[row, len(one.prompt) - 1 - start]
-        mx.eval(
-            list(self._last.values()), self.cache.arrays
-        )  # of other chunks only keys and values
+            for row, prompt in enumerate(self._prompts):
+                if start < len(prompt) <= end:
+                    self._last[row] = hidden[row, len(prompt) - 1 - start]
+        mx.eval(list(self._last.values()), self.cache.arrays)  # hidden states of the ends alone
         for one in self.requests:
             if one.progress is not None:
-                one.progress(end - one.reused, self.longest - one.reused)
+                one.progress(end - self._reused, self.longest - self._reused)
         return count * (end - start)
 
     def first_tokens(self) -> list[tuple[int, TokenLogprobs | None]]:
@@ -88,7 +90,7 @@ class Admission:
         """
         requests = self.requests
         spec = spec_for(requests, self.engine.vocab, self.cache.kind, compiled=False)
-        hidden = mx.stack([self._last[row] for row in range(len(requests))])
+        hidden = mx.stack([self._last[place] for place in self._places])
         logits = self.engine.model.logits(hidden)
         state = state_of(requests, spec)
         drawn, _ = choose(spec, logits, state, None, mask_of(requests, spec))
@@ -99,7 +101,8 @@ class Admission:
         """What was prefilled, one cache for each request."""
         if len(self.requests) == 1:
             return [self.cache]
-        return [self.cache.row(row, len(one.prompt)) for row, one in enumerate(self.requests)]
+        pairs = zip(self._places, self.requests, strict=True)
+        return [self.cache.row(place, len(one.prompt)) for place, one in pairs]
 
 
 def next_group(
@@ -113,6 +116,9 @@ def next_group(
     first, *others = waiting
     group, room = [first], budget - len(first.prompt)
     for one in others:
+        if one.prompt == first.prompt and one.owner == first.owner:
+            group.append(one)
+            continue
         shorter, longer = sorted((len(one.prompt), len(first.prompt)))
         alike = longer <= (shorter if isinstance(kind.layout, Window) else 1.25 * shorter + 4)
         if alike and len(one.prompt) <= room and not (store is not None and shares(one, group)):

@@ -58,6 +58,25 @@ def test_a_joining_sequence_changes_nothing_and_events_are_complete(engine):
         assert [len(event.top_logprobs) for event in events[number]] == [len(event.top_logprobs) for event in single]
 
 
+@pytest.mark.parametrize("settings", [{}, {"kv_bits": 8}, {"kv_window": 20}], ids=str)
+def test_samples_of_a_prompt_share_its_prefill(engine, monkeypatch, settings):
+    prompt, passed, hidden = PROMPTS[4], [], type(engine.model).hidden
+
+    def counted(self, tokens, *rest, **named):
+        passed.append(tokens.size)
+        return hidden(self, tokens, *rest, **named)
+
+    samplings = [SamplingOptions(temperature=0.9, seed=1, stream=k) for k in range(4)]
+    settings = {"max_tokens": 6, "ignore_eos": True, **settings}
+    alone = [[e.token for e in stream_generate(engine, prompt, one, **settings)] for one in samplings]
+    with monkeypatch.context() as patched:
+        patched.setattr(type(engine.model), "hidden", counted)
+        results = batch_generate(engine, [prompt] * 4, samplings, **settings)
+    assert [list(one.tokens) for one in results] == alone
+    assert passed[0] == len(prompt) and set(passed[1:]) <= {4}
+    assert [one.stats.reused_tokens for one in results] == [0] + [len(prompt)] * 3
+
+
 def test_cancelling_one_leaves_the_others(engine):
     batch = BatchEngine(engine, slots=2)
     numbers = [batch.submit(PROMPTS[k], SAMPLING[k], OPTIONS[8]) for k in range(4)]
