@@ -14,7 +14,10 @@ from openelm_mlx.options import SamplingOptions
 GENERATION_CONFIG = "generation_config.json"
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", *PENALTIES)
-APPLES_DEFAULTS: Mapping[str, Any] = {"do_sample": False, "repetition_penalty": 1.2}  # of the examples in its model cards
+APPLES_DEFAULTS: Mapping[str, Any] = {
+    "do_sample": False,
+    "repetition_penalty": 1.2,
+}  # of the examples in its model cards
 MAX_YAML_BYTES = 1 << 18  # CoreNet's recipes have 5 KB
 MAX_JSON_BYTES = 4 << 20  # a sharded 3B's index has 40 KB
 
@@ -25,7 +28,9 @@ def read_json(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
         if len(data) > MAX_JSON_BYTES:
-            raise ConfigError(f"{path} is no configuration: it has more than {MAX_JSON_BYTES} bytes")
+            raise ConfigError(
+                f"{path} is no configuration: it has more than {MAX_JSON_BYTES} bytes"
+            )
         raw = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
@@ -57,7 +62,9 @@ def chat_sampling(folder: Path) -> SamplingOptions:
     raw = generation_config(folder)
     sample = raw.get("do_sample")
     if sample is not None and not isinstance(sample, bool):
-        raise ConfigError(f"{folder / GENERATION_CONFIG}: do_sample is {sample!r}; it must be true or false")
+        raise ConfigError(
+            f"{folder / GENERATION_CONFIG}: do_sample is {sample!r}; it must be true or false"
+        )
     given = {key: raw[key] for key in SAMPLING_KEYS if raw.get(key) is not None}
     try:
         options = SamplingOptions(**{"temperature": 1.0, **given})
@@ -72,10 +79,14 @@ def corenet_section(path: str | Path) -> dict[str, Any]:
     for key in ("model", "language_modeling", "general_gpt"):
         node = node.get(key) if isinstance(node, dict) else None
     if not isinstance(node, dict):
-        raise ConfigError(f"{path} has no section model.language_modeling.general_gpt: no CoreNet language model")
+        raise ConfigError(
+            f"{path} has no section model.language_modeling.general_gpt: no CoreNet language model"
+        )
     known: Iterable[str] = ("model_name", "vocab_size", "max_context_length", "padding_index")
     if unknown := sorted(str(key) for key in node.keys() - set(known)):
-        raise ConfigError(f"{path}: general_gpt has keys this engine does not know: {', '.join(unknown)}")
+        raise ConfigError(
+            f"{path}: general_gpt has keys this engine does not know: {', '.join(unknown)}"
+        )
     return node
 
 
@@ -86,13 +97,17 @@ def read_yaml(path: str | Path) -> Any:
     class Loader(yaml.SafeLoader):
         def flatten_mapping(self, node: Any) -> None:
             if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-                raise yaml.YAMLError("merge keys (<<) are not read here")  # nested, they double with every level
+                raise yaml.YAMLError(
+                    "merge keys (<<) are not read here"
+                )  # nested, they double with every level
 
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_YAML_BYTES + 1)
         if len(data) > MAX_YAML_BYTES:
-            raise ConfigError(f"{path} is no configuration: it has more than {MAX_YAML_BYTES} bytes")
+            raise ConfigError(
+                f"{path} is no configuration: it has more than {MAX_YAML_BYTES} bytes"
+            )
         return yaml.load(data.decode("utf-8"), Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None

@@ -44,7 +44,9 @@ def replacing(path: str | Path, suffix: str = "") -> Iterator[Path]:
 def name_for_mlx(path: str | Path) -> str:
     """The path as MLX takes it. Raises `OptionError` where it is no UTF-8: MLX says "std::bad_cast" then."""
     if not fit_path(path):
-        raise OptionError(f"{str(path)!r} is no name in UTF-8, and MLX opens no other; rename it, or its folder")
+        raise OptionError(
+            f"{str(path)!r} is no name in UTF-8, and MLX opens no other; rename it, or its folder"
+        )
     return str(path)
 
 
@@ -95,7 +97,9 @@ def read_text(path: str | Path, flag: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise OptionError(f"{flag} {path} cannot be read: {error.strerror}; give a text file") from None
+        raise OptionError(
+            f"{flag} {path} cannot be read: {error.strerror}; give a text file"
+        ) from None
     except UnicodeDecodeError as error:
         problem = f"byte {error.start} is not UTF-8; convert it, for example with iconv"
         raise OptionError(f"{flag} {path} cannot be read as UTF-8 text: {problem}") from None

@@ -33,12 +33,16 @@ def answer_prefix(tokenizer: Tokenizer) -> list[int]:
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise PromptError unless: perhaps one system turn, then user and assistant in turns."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise PromptError(f"the messages are of type {type(messages).__name__}; give a list of them, each a dict with "
-                          "the keys 'role' and 'content'")
+        raise PromptError(
+            f"the messages are of type {type(messages).__name__}; give a list of them, each a dict with "
+            "the keys 'role' and 'content'"
+        )
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise PromptError(f"message {i + 1} is of type {type(message).__name__}; give a dict with the keys 'role' "
-                              "and 'content'")
+            raise PromptError(
+                f"message {i + 1} is of type {type(message).__name__}; give a dict with the keys 'role' "
+                "and 'content'"
+            )
     if not messages:
         raise PromptError("the conversation is empty; give at least one user message")
     offset = 1 if messages[0].get("role") == "system" else 0
@@ -48,14 +52,17 @@ def check_messages(messages: Sequence[Message]) -> None:
         role = message.get("role")
         expected = "system" if i < offset else ("user", "assistant")[(i - offset) % 2]
         if role != expected:
-            raise PromptError(f"message {i + 1} has the role {role!r}, expected {expected!r}; allowed are one "
-                              "system message first, then user and assistant in turns")
+            raise PromptError(
+                f"message {i + 1} has the role {role!r}, expected {expected!r}; allowed are one "
+                "system message first, then user and assistant in turns"
+            )
         if not isinstance(message.get("content"), str):
             raise PromptError(f"message {i + 1} has no text; give a string as its content")
 
 
-def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message],
-                    add_generation_prompt: bool = True) -> list[int]:
+def encode_messages(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True
+) -> list[int]:
     """Tokens of a conversation, BOS included. Raises PromptError where roles are out of order."""
     check_messages(messages)
     if messages[0]["role"] != "system":

@@ -55,7 +55,9 @@ class Engine:
     path: Path
     quantization: dict[str, Any] | None = None
     instruct: bool = False
-    chat_sampling: SamplingOptions = SamplingOptions(repetition_penalty=APPLES_DEFAULTS["repetition_penalty"])
+    chat_sampling: SamplingOptions = SamplingOptions(
+        repetition_penalty=APPLES_DEFAULTS["repetition_penalty"]
+    )
     steps: Steps = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,12 +120,16 @@ def load(
         allowed = "allowed is a name, or a path to a folder or file"
         raise OptionError(f"the model is {shown(name)}; {allowed}")
     ModelOptions(dtype, bits, group_size, tokenizer, revision)  # type: ignore[arg-type]  # a text becomes a path
-    resolved = resolve_model(str(name), revision=revision, tokenizer=None if tokenizer is None else str(tokenizer))
+    resolved = resolve_model(
+        str(name), revision=revision, tokenizer=None if tokenizer is None else str(tokenizer)
+    )
     return load_resolved(str(name), resolved, dtype, bits, group_size)
 
 
 @device_work
-def load_resolved(name: str, resolved: Resolved, dtype: str | None, bits: int | None, group_size: int) -> Engine:
+def load_resolved(
+    name: str, resolved: Resolved, dtype: str | None, bits: int | None, group_size: int
+) -> Engine:
     """Return the engine of a folder in this project's layout; the errors are those of `load`."""
     folder = resolved.folder
     raw = read_json(folder / "config.json")
@@ -135,16 +141,29 @@ def load_resolved(name: str, resolved: Resolved, dtype: str | None, bits: int | 
         raise OptionError(f"{name} is quantized already; --bits needs full-precision weights")
     model = OpenELM(config)
     if quantization:
-        nn.quantize(model, class_predicate=stored_quantization(quantization, weights), **default_form(quantization))
+        nn.quantize(
+            model,
+            class_predicate=stored_quantization(quantization, weights),
+            **default_form(quantization),
+        )
     check_coverage(folder, model, weights)
-    model.load_weights([(key, cast(array, compute_dtype(config, weights, dtype))) for key, array in weights.items()])
+    model.load_weights(
+        [
+            (key, cast(array, compute_dtype(config, weights, dtype)))
+            for key, array in weights.items()
+        ]
+    )
     if bits is not None:
         quantize_now(model, bits, group_size)
         quantization = {"bits": bits, "group_size": group_size}
     model.eval()
     set_wired_limit()
     mx.eval(model.parameters())
-    pieces = Tokenizer.from_file(resolved.tokenizer) if resolved.tokenizer else Tokenizer.from_folder(folder)
+    pieces = (
+        Tokenizer.from_file(resolved.tokenizer)
+        if resolved.tokenizer
+        else Tokenizer.from_folder(folder)
+    )
     if pieces.vocab_size > config.vocab_size:
         raise TokenizerError(
             f"{pieces.path} has {pieces.vocab_size} pieces but the model only {config.vocab_size} embeddings: "
@@ -173,7 +192,9 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     names = ["model.safetensors"]
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is no index of shards: {reason(error)}") from None
         if bad := [name for name in names if Path(str(name)).name != name]:
@@ -181,7 +202,9 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for name in names:
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}; `openelm convert` makes a complete model folder")
+            raise CheckpointError(
+                f"{folder} has no {name}; `openelm convert` makes a complete model folder"
+            )
         try:
             loaded = mx.load(name_for_mlx(folder / name))
         except (RuntimeError, ValueError) as error:
@@ -191,7 +214,9 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
 
 
 def default_form(quantization: dict[str, Any]) -> dict[str, Any]:
-    form: dict[str, Any] = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
+    form: dict[str, Any] = {
+        key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization
+    }
     if not {"group_size", "bits"} <= form.keys():
         raise ConfigError("config.json has a quantization without group_size and bits")
     return form
@@ -215,17 +240,27 @@ def quantize_now(model: OpenELM, bits: int, group_size: int) -> None:
     try:
         nn.quantize(model, group_size=group_size, bits=bits)
     except ValueError as error:
-        raise OptionError(f"cannot quantize to {bits} bits in groups of {group_size}: {error}") from None
+        raise OptionError(
+            f"cannot quantize to {bits} bits in groups of {group_size}: {error}"
+        ) from None
 
 
 def check_coverage(folder: Path, model: OpenELM, weights: dict[str, mx.array]) -> None:
     """Every parameter must be in the file with its shape, and nothing else. Raises `CheckpointError`."""
     expected = {name: array.shape for name, array in parameters(model).items()}
-    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    missing, extra = (
+        sorted(expected.keys() - weights.keys()),
+        sorted(weights.keys() - expected.keys()),
+    )
     if missing or extra:
-        parts = [f"{len(names)} tensors {what}, first: {names[0]}" for what, names in
-                 (("missing", missing), ("unknown", extra)) if names]  # fmt: skip
-        raise CheckpointError(f"{folder}: " + "; ".join(parts) + ". Convert the original again with `openelm convert`")
+        parts = [
+            f"{len(names)} tensors {what}, first: {names[0]}"
+            for what, names in (("missing", missing), ("unknown", extra))
+            if names
+        ]
+        raise CheckpointError(
+            f"{folder}: " + "; ".join(parts) + ". Convert the original again with `openelm convert`"
+        )
     for name, shape in expected.items():
         if tuple(weights[name].shape) != tuple(shape):
             raise CheckpointError(
@@ -233,7 +268,9 @@ def check_coverage(folder: Path, model: OpenELM, weights: dict[str, mx.array]) -
             )
 
 
-def compute_dtype(config: OpenELMConfig, weights: dict[str, mx.array], asked: str | None) -> mx.Dtype:
+def compute_dtype(
+    config: OpenELMConfig, weights: dict[str, mx.array], asked: str | None
+) -> mx.Dtype:
     """The type activations are computed in. Raises `OptionError` for float16 where the model overflows it."""
     if asked is not None and asked not in DTYPES:
         raise OptionError(f"dtype is {asked!r}; allowed: {', '.join(DTYPES)}")
@@ -246,7 +283,9 @@ def compute_dtype(config: OpenELMConfig, weights: dict[str, mx.array], asked: st
         dtype = mx.bfloat16 if stored == mx.float32 else stored
     if dtype == mx.float16 and config.model_dim >= WIDE_MODEL_DIM:
         if asked is not None:
-            raise OptionError("OpenELM-3B needs a wider range than float16 has; use bfloat16, or float32 to check")
+            raise OptionError(
+                "OpenELM-3B needs a wider range than float16 has; use bfloat16, or float32 to check"
+            )
         return mx.bfloat16
     return dtype
 
@@ -254,5 +293,3 @@ def compute_dtype(config: OpenELMConfig, weights: dict[str, mx.array], asked: st
 def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     """Packed integers stay; weights, scales and biases become `dtype`."""
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
-
-

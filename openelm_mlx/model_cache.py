@@ -38,11 +38,22 @@ if TYPE_CHECKING:
     from openelm_mlx.convert.options import ConvertOptions
 
 # what convert reads beside the weights
-SIDE_FILES = ("config.json", "config.yaml", "tokenizer.model", "tokenizer.json", "chat_template.jinja",
-              "generation_config.json")  # fmt: skip
+SIDE_FILES = (
+    "config.json",
+    "config.yaml",
+    "tokenizer.model",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 DEFAULT_LIMIT_GB = 50.0  # four conversions of the 3B in float32
 SETTLED_SECONDS = 2.0  # a file changed later than this may change again within one tick of its file system's clock
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that cannot lock
+NO_LOCKS = (
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+)  # of file systems that cannot lock
 
 _held: dict[Path, IO[str]] = {}  # locks of the folders this process uses, to its end
 _temporary: list[tempfile.TemporaryDirectory[str]] = []
@@ -82,7 +93,9 @@ def limit_bytes() -> float:
     except ValueError:
         limit = -1.0
     if not 0 <= limit < float("inf"):
-        raise OptionError(f"OPENELM_CACHE_GB is {given!r}; give a number of gigabytes, for example {DEFAULT_LIMIT_GB:g}")
+        raise OptionError(
+            f"OPENELM_CACHE_GB is {given!r}; give a number of gigabytes, for example {DEFAULT_LIMIT_GB:g}"
+        )
     return limit * 1e9
 
 
@@ -100,18 +113,31 @@ def converted(source: Path, tokenizer: Path | None = None, name: str | None = No
     from openelm_mlx.convert.options import ConvertOptions
 
     check_kind(source)
-    instruct = any("instruct" in word.lower() for word in (source.name, source.parent.name, name or ""))
-    options = ConvertOptions(source=source, target=source, tokenizer=tokenizer or missing_tokenizer(source),
-                             source_name=name, instruct=instruct or None)  # fmt: skip
+    instruct = any(
+        "instruct" in word.lower() for word in (source.name, source.parent.name, name or "")
+    )
+    options = ConvertOptions(
+        source=source,
+        target=source,
+        tokenizer=tokenizer or missing_tokenizer(source),
+        source_name=name,
+        instruct=instruct or None,
+    )
     opened = open_model(options)
     read = [*opened.source.files, *watched(source)]
     read += [] if tokenizer is None else [opened.tokenizer.path]
     before = {str(path): state(path) for path in read}
-    names = SIDE_FILES if opened.source.tokenizer is None else SIDE_FILES[-1:]  # a GGUF file says the rest itself
+    names = (
+        SIDE_FILES if opened.source.tokenizer is None else SIDE_FILES[-1:]
+    )  # a GGUF file says the rest itself
     beside = [path for path in watched(source) if path.name in names and path.is_file()]
     key = content_key(opened.source.files, beside, opened.tokenizer.data, instruct)
-    label = re.sub(r"[^\w.-]+", "-", name or (source.stem if source.is_file() else source.name)).strip(".-")
-    same = filter(complete, conversions_folder().glob(f"*-{key}"))  # a copy of it under another name
+    label = re.sub(
+        r"[^\w.-]+", "-", name or (source.stem if source.is_file() else source.name)
+    ).strip(".-")
+    same = filter(
+        complete, conversions_folder().glob(f"*-{key}")
+    )  # a copy of it under another name
     folder = next(same, conversions_folder() / f"{label or 'model'}-{key}")
     if not writable(folder.parent) and not complete(folder):
         folder = temporary_folder(folder)
@@ -135,7 +161,9 @@ def recall(source: Path, tokenizer: Path | None = None) -> Path | None:
     files, folder = record.get("files"), conversions_folder() / str(record.get("folder"))
     if record.get("version") != __version__ or not isinstance(files, dict) or not complete(folder):
         return None
-    if any(str(path) not in files for path in watched(source)) or any(state(Path(p)) != s for p, s in files.items()):
+    if any(str(path) not in files for path in watched(source)) or any(
+        state(Path(p)) != s for p, s in files.items()
+    ):
         return None
     try:
         hold(folder, lambda: None)
@@ -153,7 +181,10 @@ def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path 
     command = ["openelm", "convert", shown, "-o", "FOLDER"]
     if given is not None:
         command += ["--tokenizer", str(given)]
-    print(f"openelm: converting {shown} once, into {folder}; to keep it: {shlex.join(command)}", file=sys.stderr)
+    print(
+        f"openelm: converting {shown} once, into {folder}; to keep it: {shlex.join(command)}",
+        file=sys.stderr,
+    )
     try:
         convert(replace(options, target=folder))
     except ConversionError as error:
@@ -161,8 +192,10 @@ def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path 
             return
         if str(folder) not in str(error):
             raise
-        raise ConversionError(f"{error}; free some space (`openelm models` shows what is kept), or set OPENELM_CACHE "
-                              "to another folder") from None  # fmt: skip
+        raise ConversionError(
+            f"{error}; free some space (`openelm models` shows what is kept), or set OPENELM_CACHE "
+            "to another folder"
+        ) from None
 
 
 def hold(folder: Path, make: Callable[[], None]) -> None:
@@ -175,7 +208,11 @@ def hold(folder: Path, make: Callable[[], None]) -> None:
         except OSError:  # a cache that others prepared and nobody can write, without locks
             break
         try:
-            lock(file, fcntl.LOCK_SH, f"openelm: waiting for another process that converts into {folder}")
+            lock(
+                file,
+                fcntl.LOCK_SH,
+                f"openelm: waiting for another process that converts into {folder}",
+            )
             if not complete(folder):
                 lock(file, fcntl.LOCK_EX)
                 if not complete(folder):
@@ -190,7 +227,9 @@ def hold(folder: Path, make: Callable[[], None]) -> None:
             if _held.get(folder) is not file:
                 file.close()
     if not complete(folder):
-        raise ConversionError(f"{folder} was removed at once by another process; run the command again")
+        raise ConversionError(
+            f"{folder} was removed at once by another process; run the command again"
+        )
 
 
 def lock(file: IO[str], kind: int, notice: str = "") -> None:
@@ -221,13 +260,22 @@ def conversions() -> list[Conversion]:
     sources: dict[str, list[str]] = {}
     for path in root.glob("index/*.json"):
         record = read_record(path)
-        sources.setdefault(str(record.get("folder")), []).append(str(record.get("name") or record.get("source")))
+        sources.setdefault(str(record.get("folder")), []).append(
+            str(record.get("name") or record.get("source"))
+        )
     found = []
     for folder in root.iterdir() if root.is_dir() else ():
         if not folder.name.startswith(".") and complete(folder):
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             marked = lock_path(folder) if lock_path(folder).exists() else folder
-            found.append(Conversion(folder, size, marked.stat().st_mtime, tuple(sorted(sources.get(folder.name, ())))))
+            found.append(
+                Conversion(
+                    folder,
+                    size,
+                    marked.stat().st_mtime,
+                    tuple(sorted(sources.get(folder.name, ()))),
+                )
+            )
     return sorted(found, key=lambda one: one.used)
 
 
@@ -291,17 +339,26 @@ def temporary_folder(folder: Path) -> Path:
     try:
         _temporary.append(tempfile.TemporaryDirectory(prefix="openelm-"))
     except OSError as error:
-        raise ConversionError(f"neither {folder.parent} nor a temporary folder can be written ({error.strerror or error}); "
-                              "set OPENELM_CACHE to a folder that can") from None  # fmt: skip
-    print(f"openelm: {folder.parent} cannot be written, so this conversion is for this run only; "
-          "set OPENELM_CACHE to a folder that can", file=sys.stderr)  # fmt: skip
+        raise ConversionError(
+            f"neither {folder.parent} nor a temporary folder can be written ({error.strerror or error}); "
+            "set OPENELM_CACHE to a folder that can"
+        ) from None
+    print(
+        f"openelm: {folder.parent} cannot be written, so this conversion is for this run only; "
+        "set OPENELM_CACHE to a folder that can",
+        file=sys.stderr,
+    )
     return Path(_temporary[-1].name) / folder.name
 
 
-def content_key(weights: Iterable[Path], beside: Iterable[Path], tokenizer: bytes, instruct: bool) -> str:
+def content_key(
+    weights: Iterable[Path], beside: Iterable[Path], tokenizer: bytes, instruct: bool
+) -> str:
     """Hash the content of everything that a conversion depends on, to 16 hex digits."""
     weights = list(weights)
-    digest = hashlib.sha256(f"{__version__} {instruct} {hashlib.sha256(tokenizer).hexdigest()}".encode())
+    digest = hashlib.sha256(
+        f"{__version__} {instruct} {hashlib.sha256(tokenizer).hexdigest()}".encode()
+    )
     for path in [*weights, *beside]:
         digest.update(f"\n{'' if [path] == weights else path.name} ".encode())
         with open(path, "rb") as file:
@@ -313,7 +370,11 @@ def content_key(weights: Iterable[Path], beside: Iterable[Path], tokenizer: byte
 def watched(source: Path) -> list[Path]:
     """List the files whose coming, going or changing may change what `source` becomes."""
     folder = source if source.is_dir() else source.parent
-    weights = [path for path in folder.iterdir() if path.suffix.lower() in WEIGHT_SUFFIXES] if source.is_dir() else [source]
+    weights = (
+        [path for path in folder.iterdir() if path.suffix.lower() in WEIGHT_SUFFIXES]
+        if source.is_dir()
+        else [source]
+    )
     return [*weights, *(folder / name for name in SIDE_FILES)]
 
 
@@ -332,7 +393,11 @@ def lock_path(folder: Path) -> Path:
 
 def record_path(source: Path, tokenizer: Path | None) -> Path:
     what = f"{source}\n{'' if tokenizer is None else os.path.abspath(tokenizer)}"
-    return conversions_folder() / "index" / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:32]}.json"
+    return (
+        conversions_folder()
+        / "index"
+        / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:32]}.json"
+    )
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -343,7 +408,9 @@ def read_record(path: Path) -> dict[str, Any]:
     return raw if isinstance(raw, dict) else {}
 
 
-def remember(source: Path, tokenizer: Path | None, folder: Path, files: dict[str, Any], name: str | None) -> None:
+def remember(
+    source: Path, tokenizer: Path | None, folder: Path, files: dict[str, Any], name: str | None
+) -> None:
     """Write the index's entry.
 
     Where a file changed a moment ago the entry has no `files`, so that the source is hashed again.
@@ -353,8 +420,13 @@ def remember(source: Path, tokenizer: Path | None, folder: Path, files: dict[str
     newest = max((times[1] for times in files.values() if times), default=0) / 1e9
     settled = newest <= time.time() - SETTLED_SECONDS
     path = record_path(source, tokenizer)
-    content = {"version": __version__, "source": str(source), "name": name, "folder": folder.name,
-               "files": files if settled else None}  # fmt: skip
+    content = {
+        "version": __version__,
+        "source": str(source),
+        "name": name,
+        "folder": folder.name,
+        "files": files if settled else None,
+    }
     with contextlib.suppress(OSError):
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as new:

@@ -8,7 +8,9 @@ from pathlib import Path
 from openelm_mlx.errors import CheckpointError, HubError, TokenizerError
 
 WEIGHT_SUFFIXES = (".gguf", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-LLAMA_ROWS = range(32000, 32257)  # rows of an embedding that LLaMA's tokenizer fits, padding included
+LLAMA_ROWS = range(
+    32000, 32257
+)  # rows of an embedding that LLaMA's tokenizer fits, padding included
 
 
 def loadable(folder: Path) -> bool:
@@ -17,7 +19,9 @@ def loadable(folder: Path) -> bool:
     A damaged folder counts as loadable: loading says best what is wrong with it.
     """
     index = folder / "model.safetensors.index.json"
-    if not (folder / "config.json").is_file() or not (index.is_file() or (folder / "model.safetensors").is_file()):
+    if not (folder / "config.json").is_file() or not (
+        index.is_file() or (folder / "model.safetensors").is_file()
+    ):
         return False
     try:
         if index.is_file():
@@ -25,7 +29,9 @@ def loadable(folder: Path) -> bool:
         else:
             with open(folder / "model.safetensors", "rb") as file:
                 names = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 24)))
-        return not any(str(name).startswith(("token_embeddings.", "layers.")) for name in names)  # CoreNet's names
+        return not any(
+            str(name).startswith(("token_embeddings.", "layers.")) for name in names
+        )  # CoreNet's names
     except (OSError, ValueError, LookupError, TypeError):
         return True
 
@@ -36,9 +42,15 @@ def check_kind(source: Path) -> None:
     from openelm_mlx.hub import MODELS
 
     if source.is_dir() and not weights_by_kind(source):
-        raise CheckpointError(f"{source} has no model.safetensors with config.json, and no checkpoint.pt or .gguf file that "
-                              "could be converted; a model is " + MODELS)  # fmt: skip
-    if source.is_file() and source.suffix.lower() not in WEIGHT_SUFFIXES and kind_of(source) is None:
+        raise CheckpointError(
+            f"{source} has no model.safetensors with config.json, and no checkpoint.pt or .gguf file that "
+            "could be converted; a model is " + MODELS
+        )
+    if (
+        source.is_file()
+        and source.suffix.lower() not in WEIGHT_SUFFIXES
+        and kind_of(source) is None
+    ):
         raise CheckpointError(f"{source} is a file, but no model; a model is {MODELS}")
 
 
@@ -52,9 +64,15 @@ def missing_tokenizer(source: Path, source_format: str | None = None) -> Path | 
 
     folder = source if source.is_dir() else source.parent
     opened = open_source(source, source_format)
-    if opened.tokenizer is not None or any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    if opened.tokenizer is not None or any(
+        (folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")
+    ):
         return None
-    rows = [info.shape[0] for name, info in opened.tensors.items() if name.endswith("token_embeddings.weight")]
+    rows = [
+        info.shape[0]
+        for name, info in opened.tensors.items()
+        if name.endswith("token_embeddings.weight")
+    ]
     if not rows or rows[0] not in LLAMA_ROWS:
         return None
     try:

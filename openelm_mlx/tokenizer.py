@@ -24,8 +24,15 @@ NO_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
 class Tokenizer:
     """A LLaMA-style tokenizer. User text is never parsed for control tokens such as `</s>`."""
 
-    def __init__(self, pieces: list[bytes], encoder: Encoder, path: Path, fingerprint: str,
-                 bos_id: int = 1, eos_id: int = 2):
+    def __init__(
+        self,
+        pieces: list[bytes],
+        encoder: Encoder,
+        path: Path,
+        fingerprint: str,
+        bos_id: int = 1,
+        eos_id: int = 2,
+    ):
         self._pieces = pieces
         self._encoder = encoder
         self.path = path
@@ -39,8 +46,10 @@ class Tokenizer:
         for name in ("tokenizer.model", "tokenizer.json"):
             if (Path(folder) / name).is_file():
                 return cls.from_file(Path(folder) / name)
-        raise TokenizerError(f"{folder} holds neither tokenizer.model nor tokenizer.json; "
-                             "pass --tokenizer with the path of one")
+        raise TokenizerError(
+            f"{folder} holds neither tokenizer.model nor tokenizer.json; "
+            "pass --tokenizer with the path of one"
+        )
 
     @classmethod
     def from_file(cls, path: str | Path, sha256: str | None = None) -> Tokenizer:
@@ -49,8 +58,10 @@ class Tokenizer:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise TokenizerError(f"cannot read the tokenizer {path}: {error.strerror}; "
-                                 "pass --tokenizer with the path of a tokenizer.model") from error
+            raise TokenizerError(
+                f"cannot read the tokenizer {path}: {error.strerror}; "
+                "pass --tokenizer with the path of a tokenizer.model"
+            ) from error
         digest = hashlib.sha256(data).hexdigest()
         if sha256 is not None and digest != sha256:
             raise TokenizerError(f"{path} has the hash {digest}, expected {sha256}; fetch it again")
@@ -58,8 +69,10 @@ class Tokenizer:
         try:
             pieces, encoder, bos, eos = read(data)
         except Exception as error:  # both libraries raise bare and varied types on damaged files
-            raise TokenizerError(f"{path} is damaged or no tokenizer ({error}); fetch it again, "
-                                 "or pass --tokenizer with the path of another") from error
+            raise TokenizerError(
+                f"{path} is damaged or no tokenizer ({error}); fetch it again, "
+                "or pass --tokenizer with the path of another"
+            ) from error
         return cls(pieces, encoder, path, digest, bos, eos)
 
     @property
@@ -83,7 +96,9 @@ class Tokenizer:
     def piece_bytes(self, token: int) -> bytes:
         """UTF-8 bytes of one piece, its spaces real ones; empty for control tokens."""
         if not 0 <= token < len(self._pieces):
-            raise TokenizerError(f"token {token} lies outside the vocabulary of {len(self._pieces)}")
+            raise TokenizerError(
+                f"token {token} lies outside the vocabulary of {len(self._pieces)}"
+            )
         return self._pieces[token]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -92,7 +107,9 @@ class Tokenizer:
         try:
             data = b"".join(self.piece_bytes(as_id(token)) for token in listed)
         except TypeError:
-            raise TokenizerError("only token ids, which are integers, can be decoded; give a list of them") from None
+            raise TokenizerError(
+                "only token ids, which are integers, can be decoded; give a list of them"
+            ) from None
         return data.removeprefix(b" ").decode("utf-8", errors="replace")
 
 
@@ -111,11 +128,17 @@ def check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         lone = text[error.start]
-        advice = ("Convert what it came from to UTF-8 first, for example with iconv -f latin1 -t utf-8"
-                  if "\udc80" <= lone <= "\udcff"  # a byte, in the form that Python gives those it cannot decode
-                  else "It is half a character of UTF-16; give the other half with it, or neither")
-        raise PromptError(f"the text is not valid UTF-8: character {error.start + 1} is the lone surrogate {lone!a}. "
-                          f"{advice}") from None
+        advice = (
+            "Convert what it came from to UTF-8 first, for example with iconv -f latin1 -t utf-8"
+            if "\udc80"
+            <= lone
+            <= "\udcff"  # a byte, in the form that Python gives those it cannot decode
+            else "It is half a character of UTF-16; give the other half with it, or neither"
+        )
+        raise PromptError(
+            f"the text is not valid UTF-8: character {error.start + 1} is the lone surrogate {lone!a}. "
+            f"{advice}"
+        ) from None
 
 
 class StreamingDecoder:
@@ -134,7 +157,9 @@ class StreamingDecoder:
         self._tokenizer, self._at_start = tokenizer, not tail
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._utf8.decode(tail)
-        self._told = len(self._pending.decode("utf-8", errors="replace"))  # characters that the prompt's text ends with
+        self._told = len(
+            self._pending.decode("utf-8", errors="replace")
+        )  # characters that the prompt's text ends with
 
     @property
     def pending(self) -> bool:
@@ -201,9 +226,20 @@ def _read_sentencepiece(data: bytes) -> tuple[list[bytes], Encoder, int, int]:
     count = model.GetPieceSize()
     silent = {i for i in range(count) if model.IsControl(i)}
     names = model.IdToPiece(list(range(count)))
-    pieces = [b"" if i in silent else " \u2047 ".encode() if model.IsUnknown(i)
-              else _as_bytes(name, model.IsByte(i)) for i, name in enumerate(names)]
-    return pieces, lambda text, continued: processor(continued).EncodeAsIds(text), model.bos_id(), model.eos_id()
+    pieces = [
+        b""
+        if i in silent
+        else " \u2047 ".encode()
+        if model.IsUnknown(i)
+        else _as_bytes(name, model.IsByte(i))
+        for i, name in enumerate(names)
+    ]
+    return (
+        pieces,
+        lambda text, continued: processor(continued).EncodeAsIds(text),
+        model.bos_id(),
+        model.eos_id(),
+    )
 
 
 def _read_json(data: bytes) -> tuple[list[bytes], Encoder, int, int]:
@@ -218,24 +254,38 @@ def _read_json(data: bytes) -> tuple[list[bytes], Encoder, int, int]:
     fast = tokenizer(False)
     special = {i for i, t in fast.get_added_tokens_decoder().items() if t.special}
     names = [fast.id_to_token(i) or "" for i in range(fast.get_vocab_size())]
-    pieces = [" \u2047 ".encode() if n == "<unk>" else b"" if i in special
-              else _as_bytes(n, len(n) == 6 and n.startswith("<0x") and n.endswith(">"))
-              for i, n in enumerate(names)]
+    pieces = [
+        " \u2047 ".encode()
+        if n == "<unk>"
+        else b""
+        if i in special
+        else _as_bytes(n, len(n) == 6 and n.startswith("<0x") and n.endswith(">"))
+        for i, n in enumerate(names)
+    ]
     bos, eos = fast.token_to_id("<s>"), fast.token_to_id("</s>")
     if bos is None or eos is None:
         raise ValueError("it has no <s> or no </s>")
-    return pieces, lambda text, continued: tokenizer(continued).encode(text, add_special_tokens=False).ids, bos, eos
+    return (
+        pieces,
+        lambda text, continued: tokenizer(continued).encode(text, add_special_tokens=False).ids,
+        bos,
+        eos,
+    )
 
 
 def _without_dummy_prefix(data: bytes) -> str:
     """A tokenizer.json with no step that prepends a space: "Prepend" among the normalizers, or a "Metaspace"."""
+
     def changed(part: Any) -> Any:
         if not isinstance(part, dict):
             return part
         if part.get("type") == "Metaspace":
             return {**part, "prepend_scheme": "never"}
-        nested = {key: [one for one in map(changed, part[key]) if one is not None]
-                  for key in ("normalizers", "pretokenizers") if key in part}
+        nested = {
+            key: [one for one in map(changed, part[key]) if one is not None]
+            for key in ("normalizers", "pretokenizers")
+            if key in part
+        }
         return None if part.get("type") == "Prepend" else {**part, **nested}
 
     content = json.loads(data)
