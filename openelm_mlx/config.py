@@ -1,7 +1,8 @@
-"""What an OpenELM model is made of: `OpenELMConfig`, and `layer_shapes`, the table of its uneven layers.
+"""What an OpenELM model is made of: `OpenELMConfig`, and `layer_shapes`, its uneven layers.
 
-OpenELM (arXiv:2404.14619) gives each layer its own number of attention heads and its own feed-forward width: both
-grow linearly with depth. Everything that follows from a configuration is a pure function here, without MLX.
+OpenELM (arXiv:2404.14619) gives each layer its own number of attention heads and its own
+feed-forward width: both grow linearly with depth. Everything that follows from a configuration is a
+pure function here, without MLX.
 """
 
 from __future__ import annotations
@@ -14,18 +15,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openelm_mlx.config_files import (
-    GENERATION_CONFIG,
-    generation_config,
-    read_json,
-)
+from openelm_mlx.config_files import GENERATION_CONFIG, generation_config, read_json
 from openelm_mlx.errors import ConfigError
 
 Multipliers = tuple[float, ...]
 
 
 class LayerShape(NamedTuple):
-    """One decoder layer: query heads, key/value heads, and the width of the feed-forward network."""
+    """One decoder layer: query heads, key/value heads, width of the feed-forward network."""
 
     q_heads: int
     kv_heads: int
@@ -34,12 +31,12 @@ class LayerShape(NamedTuple):
 
 @dataclass(frozen=True)
 class OpenELMConfig:
-    """The architecture of one model. Field names are those of Apple's config.json on Hugging Face, but for
-    `eos_token_ids`: the file's `eos_token_id` is a number or a list, and a text ends at any of them.
+    """The architecture of one model. Raises `ConfigError` for what is no OpenELM.
 
-    `qkv_multipliers` and `ffn_multipliers` hold one number (all layers alike), two (the ends of a ramp) or one per
-    layer. `num_query_heads`, `num_kv_heads` and `ffn_dims` give the layers outright and win where they are set.
-    Raises `ConfigError` for anything that is not an OpenELM this engine computes exactly.
+    Fields are named as in Apple's config.json on Hugging Face, but for `eos_token_ids`: the file's
+    `eos_token_id` is a number or a list, and a text ends at any of them. `qkv_multipliers` and
+    `ffn_multipliers` hold one number (all layers alike), two (the ends of a ramp) or one per layer.
+    `num_query_heads`, `num_kv_heads` and `ffn_dims` win over them where they are set.
     """
 
     model_dim: int
@@ -67,20 +64,13 @@ class OpenELMConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in (
-            "model_dim",
-            "head_dim",
-            "num_transformer_layers",
-            "vocab_size",
-            "num_gqa_groups",
-            "ffn_dim_divisor",
-            "max_context_length",
-        ):
+        sizes = [f.name for f in fields(self) if f.type == "int" and f.name != "bos_token_id"]
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.num_transformer_layers > MAX_LAYERS:
+        if (layers := self.num_transformer_layers) > MAX_LAYERS:
             raise ConfigError(
-                f"num_transformer_layers is {self.num_transformer_layers}; it must be at most {MAX_LAYERS}"
+                f"num_transformer_layers is {layers}; it must be at most {MAX_LAYERS}"
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
@@ -88,9 +78,10 @@ class OpenELMConfig:
             raise ConfigError("rms_norm_eps and rope_freq_constant must be above 0")
         for number, shape in enumerate(layer_shapes(self)):
             if min(shape) < 1 or shape.q_heads % shape.kv_heads:
+                q, kv, ffn = shape
                 raise ConfigError(
-                    f"layer {number} has {shape.q_heads} query heads, {shape.kv_heads} key/value heads and FFN width "
-                    f"{shape.ffn_dim}; each must be at least 1 and query heads a multiple of key/value heads"
+                    f"layer {number} has {q} query heads, {kv} key/value heads and FFN width {ffn}"
+                    "; each must be at least 1 and query heads a multiple of key/value heads"
                 )
 
     @property
@@ -110,37 +101,31 @@ class OpenELMConfig:
 
     @classmethod
     def from_name(cls, name: str) -> OpenELMConfig:
-        """A published size: `270m`, `OpenELM-1_1B-Instruct`, `apple/OpenELM-3B` ... Raises `ConfigError`."""
+        """A published size: `270m`, `OpenELM-1_1B-Instruct`, ... Raises `ConfigError`."""
         key = normal_name(name)
         if key not in PUBLISHED:
-            raise ConfigError(
-                f"{name!r} is no published OpenELM size; known: {', '.join(PUBLISHED)}"
-            )
+            known = ", ".join(PUBLISHED)
+            raise ConfigError(f"{name!r} is no published OpenELM size; known: {known}")
         return cls(**PUBLISHED[key])
 
     @classmethod
     def from_hf_dict(cls, raw: Mapping[str, Any]) -> OpenELMConfig:
-        """From the content of a Hugging Face config.json. Raises `ConfigError` naming the key that does not fit."""
+        """From the content of a config.json. Raises `ConfigError` naming the key that is wrong."""
         if not isinstance(raw, Mapping):
             raise ConfigError(f"config.json must hold an object, not {type(raw).__name__}")
-        if raw.get("model_type", "openelm") != "openelm":
+        if (kind := raw.get("model_type", "openelm")) != "openelm":
             raise ConfigError(
-                f"config.json says model_type {raw['model_type']!r}; this engine runs only 'openelm'"
+                f"config.json says model_type {kind!r}; this engine runs only 'openelm'"
             )
         known = {f.name for f in fields(cls)} - {"eos_token_ids"} | {"eos_token_id"}
-        if unknown := sorted(
-            raw.keys() - known - HF_KEYS_WITHOUT_MEANING_HERE - HF_KEYS_THAT_MUST_BE.keys()
-        ):
+        if unknown := sorted(raw.keys() - known - KEYS_WITHOUT_MEANING - KEYS_THAT_MUST_BE.keys()):
             near = {key: get_close_matches(key, known, 1) for key in unknown}
-            raise ConfigError(
-                "config.json has keys this engine does not know: "
-                + ", ".join(f"{k} (did you mean {v[0]}?)" if v else k for k, v in near.items())
-            )
-        for key, allowed in HF_KEYS_THAT_MUST_BE.items():
+            words = [f"{k} (did you mean {v[0]}?)" if v else k for k, v in near.items()]
+            raise ConfigError(f"config.json has keys this engine does not know: {', '.join(words)}")
+        for key, allowed in KEYS_THAT_MUST_BE.items():
             if key in raw and raw[key] not in allowed:
-                raise ConfigError(
-                    f"config.json has {key} {raw[key]!r}; this engine computes only {allowed[0]!r}"
-                )
+                computed = f"this engine computes only {allowed[0]!r}"
+                raise ConfigError(f"config.json has {key} {raw[key]!r}; {computed}")
         required = [f.name for f in fields(cls) if f.default is MISSING]
         if missing := [name for name in required if raw.get(name) is None]:
             raise ConfigError(f"config.json lacks {', '.join(missing)}")
@@ -161,7 +146,7 @@ class OpenELMConfig:
             raise ConfigError(f"{path}: {error}") from None
 
     def with_eos_of(self, folder: Path) -> OpenELMConfig:
-        """The same, with the EOS ids that generation_config.json in `folder` adds. Raises `ConfigError`."""
+        """The same, with the EOS ids that generation_config.json adds. Raises `ConfigError`."""
         stated = generation_config(folder).get("eos_token_id")
         ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
         try:
@@ -171,7 +156,7 @@ class OpenELMConfig:
             raise ConfigError(f"{folder / GENERATION_CONFIG}: {what}") from None
 
     def to_hf_dict(self) -> dict[str, Any]:
-        """The content of config.json, with the per-layer lists that mlx-lm needs. Inverse of `from_hf_dict`."""
+        """The content of config.json for `from_hf_dict`, and the per-layer lists for mlx-lm."""
         shapes = layer_shapes(self)
         ffn_dims = [shape.ffn_dim for shape in shapes]
         divisor = self.ffn_dim_divisor
@@ -197,30 +182,19 @@ class OpenELMConfig:
 
 
 def layer_shapes(c: OpenELMConfig) -> tuple[LayerShape, ...]:
-    """Heads and FFN width of each layer; they grow linearly with depth (arXiv:2404.14619, section 2).
+    """Heads and FFN width of each layer, which grow with depth (arXiv:2404.14619, section 2).
 
-    Multipliers are rounded to 2 decimals and computed with Python floats, so every machine rounds alike.
-    The 270M, for example, has 12 query heads in 5 layers, 16 in 7 and 20 in 4.
+    Multipliers are rounded to 2 decimals and computed with Python floats, so every machine rounds
+    alike. The 270M, for example, has 12 query heads in 5 layers, 16 in 7 and 20 in 4.
     """
-    n = c.num_transformer_layers
-    q_dims = [
-        make_divisible(c.model_dim * m, c.head_dim * c.num_gqa_groups)
-        for m in ramp(c.qkv_multipliers, n)
-    ]
-    computed = {
-        "num_query_heads": tuple(dim // c.head_dim for dim in q_dims),
-        "ffn_dims": tuple(
-            make_divisible(c.model_dim * m, c.ffn_dim_divisor) for m in ramp(c.ffn_multipliers, n)
-        ),
-    }
-    q_heads = c.num_query_heads or computed["num_query_heads"]
+    n, group = c.num_transformer_layers, c.head_dim * c.num_gqa_groups
+    q_dims = [make_divisible(c.model_dim * m, group) for m in ramp(c.qkv_multipliers, n)]
+    widths = [c.model_dim * m for m in ramp(c.ffn_multipliers, n)]
+    q_heads = c.num_query_heads or tuple(dim // c.head_dim for dim in q_dims)
     kv_heads = c.num_kv_heads or tuple(q // c.num_gqa_groups for q in q_heads)
-    ffn_dims = c.ffn_dims or computed["ffn_dims"]
-    for name, column in (
-        ("num_query_heads", q_heads),
-        ("num_kv_heads", kv_heads),
-        ("ffn_dims", ffn_dims),
-    ):
+    ffn_dims = c.ffn_dims or tuple(make_divisible(width, c.ffn_dim_divisor) for width in widths)
+    columns = {"num_query_heads": q_heads, "num_kv_heads": kv_heads, "ffn_dims": ffn_dims}
+    for name, column in columns.items():
         if len(column) != n:
             raise ConfigError(f"{name} has {len(column)} entries for {n} layers")
     return tuple(LayerShape(*row) for row in zip(q_heads, kv_heads, ffn_dims, strict=True))
@@ -228,15 +202,12 @@ def layer_shapes(c: OpenELMConfig) -> tuple[LayerShape, ...]:
 
 def expected_tensors(c: OpenELMConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of an unquantized checkpoint with its shape, under Hugging Face's names."""
-    tensors: dict[str, tuple[int, ...]] = {
-        "transformer.token_embeddings.weight": (c.vocab_size, c.model_dim)
-    }
+    table = (c.vocab_size, c.model_dim)
+    tensors: dict[str, tuple[int, ...]] = {"transformer.token_embeddings.weight": table}
     for number, (q_heads, kv_heads, ffn_dim) in enumerate(layer_shapes(c)):
         layer = f"transformer.layers.{number}."
-        tensors[layer + "attn.qkv_proj.weight"] = (
-            (q_heads + 2 * kv_heads) * c.head_dim,
-            c.model_dim,
-        )
+        qkv_dim = (q_heads + 2 * kv_heads) * c.head_dim
+        tensors[layer + "attn.qkv_proj.weight"] = (qkv_dim, c.model_dim)
         if c.normalize_qk_projections:
             tensors[layer + "attn.q_norm.weight"] = (c.head_dim,)
             tensors[layer + "attn.k_norm.weight"] = (c.head_dim,)
@@ -247,12 +218,12 @@ def expected_tensors(c: OpenELMConfig) -> dict[str, tuple[int, ...]]:
         tensors[layer + "attn_norm.weight"] = (c.model_dim,)
     tensors["transformer.norm.weight"] = (c.model_dim,)
     if not c.share_input_output_layers:
-        tensors["lm_head.weight"] = (c.vocab_size, c.model_dim)
+        tensors["lm_head.weight"] = table
     return tensors
 
 
 def ramp(multipliers: Multipliers, n: int) -> Multipliers:
-    """One multiplier a layer: a single number repeated, a pair spread linearly (rounded to 2 decimals), or as given."""
+    """One multiplier a layer: a single one repeated, a pair spread linearly, or as given."""
     if len(multipliers) == 1:
         return multipliers * n
     if len(multipliers) == 2 and n != 2:
@@ -264,7 +235,7 @@ def ramp(multipliers: Multipliers, n: int) -> Multipliers:
 
 
 def make_divisible(value: float, divisor: int) -> int:
-    """The multiple of `divisor` nearest to `value`, never below it by more than 10 % (CoreNet, math_utils.py)."""
+    """The nearest multiple of `divisor`, never below by over 10 % (CoreNet, math_utils.py)."""
     result = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return result + divisor if result < 0.9 * value else result
 
@@ -275,58 +246,36 @@ def normal_name(name: str) -> str:
     return re.sub(r"-instruct$", "", re.sub(r"^openelm-", "", size))
 
 
-PUBLISHED: dict[
-    str, dict[str, Any]
-] = {  # arXiv:2404.14619, appendix; corenet/modeling/models/language_modeling
+# arXiv:2404.14619, appendix; corenet/modeling/models/language_modeling
+PUBLISHED: dict[str, dict[str, Any]] = {
     "270m": {"num_transformer_layers": 16, "model_dim": 1280, "head_dim": 64},
     "450m": {"num_transformer_layers": 20, "model_dim": 1536, "head_dim": 64},
     "1.1b": {"num_transformer_layers": 28, "model_dim": 2048, "head_dim": 64},
     "3b": {"num_transformer_layers": 36, "model_dim": 3072, "head_dim": 128},
 }
 
-HF_KEYS_THAT_MUST_BE: dict[
-    str, tuple[Any, ...]
-] = {  # what Apple's class can vary and this engine does not compute
+# of config.json: what Apple's class can vary and this engine does not compute
+KEYS_THAT_MUST_BE: dict[str, tuple[str, ...]] = {
     "activation_fn_name": ("swish", "silu"),
     "normalization_layer_name": ("rms_norm",),
 }
 
 MAX_LAYERS = 4096
 
-HF_KEYS_WITHOUT_MEANING_HERE = frozenset(
-    [
-        "model_type",
-        "architectures",
-        "auto_map",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "_name_or_path",
-        "initializer_range",
-        "rope_max_length",
-        "quantization",
-        "quantization_config",
-        "pad_token_id",
-        "return_dict",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "output_attentions",
-        "output_hidden_states",
-        "is_encoder_decoder",
-        "chunk_size_feed_forward",
-        "id2label",
-        "label2id",
-        "problem_type",
-    ]
+KEYS_WITHOUT_MEANING = frozenset(
+    {"model_type", "architectures", "auto_map", "_name_or_path", "transformers_version"}
+    | {"dtype", "torch_dtype", "quantization", "quantization_config", "initializer_range"}
+    | {"tokenizer_class", "pad_token_id", "tie_word_embeddings", "rope_max_length", "use_cache"}
+    | {"return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder"}
+    | {"chunk_size_feed_forward", "id2label", "label2id", "problem_type"}
 )
 
-_TUPLES = {f.name for f in fields(OpenELMConfig) if f.type in ("Multipliers", "tuple[int, ...]")}
+TUPLES = {f.name for f in fields(OpenELMConfig) if f.type in ("Multipliers", "tuple[int, ...]")}
 
 
 def normal_value(key: str, value: Any) -> Any:
     """JSON's lists as tuples, one multiplier as a tuple of one."""
-    if key not in _TUPLES:
+    if key not in TUPLES:
         return value
     if isinstance(value, (list, tuple)):
         return tuple(value)
@@ -334,12 +283,12 @@ def normal_value(key: str, value: Any) -> Any:
 
 
 def check_types(config: OpenELMConfig) -> None:
-    """Frozen dataclasses take anything; JSON and YAML hold anything. Raise `ConfigError` for the first misfit."""
+    """Raise `ConfigError` for the first value that is not of the type of its field."""
     for item in fields(config):
         value, kind = getattr(config, item.name), str(item.type)
         if value is None and "None" in kind:
             continue
-        if item.name in _TUPLES:
+        if item.name in TUPLES:
             whole = "multipliers" not in item.name
             fits = isinstance(value, tuple) and all(is_number(entry, whole) for entry in value)
             what = "a list of whole numbers" if whole else "a list of numbers"
@@ -348,16 +297,13 @@ def check_types(config: OpenELMConfig) -> None:
         elif kind == "bool":
             fits, what = isinstance(value, bool), "true or false"
         else:
-            fits, what = (
-                is_number(value, whole=kind.startswith("int")),
-                "a whole number" if "int" in kind else "a number",
-            )
+            whole = kind.startswith("int")
+            fits, what = is_number(value, whole), "a whole number" if whole else "a number"
         if not fits:
             raise ConfigError(f"{item.name} is {value!r}; it must be {what}")
 
 
 def is_number(value: Any, whole: bool) -> bool:
-    kinds = int if whole else (int, float)
-    return (
-        isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 2**48
-    )  # NaN is not below
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        return False
+    return abs(value) < 2**48  # NaN is not

@@ -56,13 +56,12 @@ class Filters:
         """What these rows need, together."""
         rows = list(rows)
         warm = [o for o in rows if not o.greedy]  # the others ignore what is drawn from
+        fewest, most = (pick((o.top_k for o in warm), default=0) for pick in (min, max))
         window = max((o.penalty_window for o in rows), default=0)
         return cls(
             sampled=bool(warm),
             top_k=any(o.top_k for o in warm),
-            shortlist=next(
-                (n for n in SHORTLISTS if warm and all(0 < o.top_k <= n for o in warm)), 0
-            ),
+            shortlist=next((n for n in SHORTLISTS if fewest > 0 and most <= n), 0),
             top_p=any(o.top_p < 1.0 for o in warm),
             min_p=any(o.min_p for o in warm),
             xtc=any(o.xtc_probability for o in warm),
@@ -137,9 +136,8 @@ class History(NamedTuple):
 
     text: mx.array | None  # [B, vocab] int32, prompt and answer
     answer: mx.array | None  # [B, vocab] int32
-    latest: (
-        mx.array | None
-    )  # [B, window] int32, newest last: t of the answer, -1 - t of the prompt, or NOWHERE
+    # [B, window] int32, newest last: t of the answer, -1 - t of the prompt, or NOWHERE
+    latest: mx.array | None
     window: mx.array | None  # [B] int32, 0 where the whole text counts
 
     @classmethod
@@ -170,23 +168,22 @@ class History(NamedTuple):
     def plus(self, tokens: mx.array) -> History:
         """After one more token a row, tokens [B]."""
         text, answer, latest, window = self
-        entering, leaving = tokens[:, None].astype(mx.int32), None
-        if latest is not None and window is not None:
-            places = ((latest.shape[1] - window) % latest.shape[1])[:, None]
-            oldest = mx.take_along_axis(latest, places, axis=1)
-            leaving = mx.where(window[:, None] > 0, oldest, NOWHERE)
-            latest = mx.concatenate([latest[:, 1:], entering], axis=1)
+        entering = tokens[:, None].astype(mx.int32)
         if text is not None:
-            ids = numbers(text.shape[1])
-            text = text + (ids == entering)
-            if leaving is not None:
-                text = text - (ids == mx.where(leaving < 0, -1 - leaving, leaving))
+            text = text + (numbers(text.shape[1]) == entering)
         if answer is not None:
-            ids = numbers(answer.shape[1])
-            answer = answer + (ids == entering)
-            if leaving is not None:
-                answer = answer - (ids == leaving)
-        return History(text, answer, latest, window)
+            answer = answer + (numbers(answer.shape[1]) == entering)
+        if latest is None or window is None:
+            return History(text, answer, latest, window)
+        places = ((latest.shape[1] - window) % latest.shape[1])[:, None]
+        oldest = mx.take_along_axis(latest, places, axis=1)
+        leaving = mx.where(window[:, None] > 0, oldest, NOWHERE)
+        if text is not None:
+            of_text = mx.where(leaving < 0, -1 - leaving, leaving)
+            text = text - (numbers(text.shape[1]) == of_text)
+        if answer is not None:
+            answer = answer - (numbers(answer.shape[1]) == leaving)
+        return History(text, answer, mx.concatenate([latest[:, 1:], entering], axis=1), window)
 
 
 def counts(tokens: list[int], vocab: int) -> mx.array:
@@ -223,8 +220,7 @@ def filter_logits(
     greedy the highest logits alone stay, and `draw` takes the lowest id of equal ones. The
     arguments are those of `draw`.
     """
-    allowed = allow(logits, filters, controls, positions, newest, mask)
-    x = penalise(allowed, controls, history)
+    x = scores(logits, filters, controls, positions, history, newest, mask)
     best = x.max(axis=-1, keepdims=True)
     if controls.temperature is None:  # every row is greedy
         return mx.where(x == best, x, NEVER)
@@ -241,15 +237,19 @@ def filter_logits(
     return -gaps
 
 
-def allow(
+def scores(
     logits: mx.array,
     filters: Filters,
     controls: Controls,
     positions: mx.array,
+    history: History | None,
     newest: mx.array,
     mask: mx.array | None,
 ) -> mx.array:
-    """Logits of what users and grammars allow: processors, bias, mask."""
+    """Logits after processors, bias, mask and penalties; a greedy choice is their argmax.
+
+    Repetition (arXiv:1909.05858) looks at prompt and answer, the other two at the answer.
+    """
     for index, processor in enumerate(filters.processors):
         which: Any = controls.processor
         made = processor(logits, newest, positions)
@@ -262,20 +262,15 @@ def allow(
     if mask is not None:
         bits = mask[:, :, None] >> numbers(32).astype(mx.uint32) & 1  # [B, words, 32]
         logits = mx.where(bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] == 1, logits, NEVER)
-    return logits
-
-
-def penalise(x: mx.array, controls: Controls, history: History | None) -> mx.array:
-    """Repetition penalty (arXiv:1909.05858) on prompt and answer, the other two on the answer."""
-    if history is None:
-        return x
-    text, answer = history.text, history.answer
+    text, answer = (None, None) if history is None else history[:2]
     if controls.repetition is not None and text is not None:
         penalty = controls.repetition[:, None]
-        x = mx.where(text > 0, mx.where(x > 0, x / penalty, x * penalty), x)
+        penalised = mx.where(logits > 0, logits / penalty, logits * penalty)
+        logits = mx.where(text > 0, penalised, logits)
     if controls.presence is not None and controls.frequency is not None and answer is not None:
-        x = x - controls.presence[:, None] * (answer > 0) - controls.frequency[:, None] * answer
-    return x
+        logits = logits - controls.presence[:, None] * (answer > 0)
+        logits = logits - controls.frequency[:, None] * answer
+    return logits
 
 
 def keep_likeliest(gaps: mx.array, filters: Filters, controls: Controls) -> mx.array:
@@ -319,9 +314,8 @@ def seed_key(seed: int, stream: int = 0, offset: int = 0) -> mx.array:
     `offset` tokens of the text are no longer in the prompt: noise at position p is that at
     p + offset without it.
     """
-    high, low = struct.unpack(
-        "<2I", blake2b(struct.pack("<2Q", seed, stream), digest_size=8).digest()
-    )
+    digest = blake2b(struct.pack("<2Q", seed, stream), digest_size=8).digest()
+    high, low = struct.unpack("<2I", digest)
     return mx.array([[high, low + offset & 0xFFFFFFFF]], dtype=mx.uint32)
 
 
@@ -336,9 +330,8 @@ def gumbel(keys: mx.array, positions: mx.array, vocab: int) -> mx.array:
     mixed = keyed(keys, positions)
     if keys.shape[0] == 1:
         return mx.random.gumbel((vocab,), key=mixed.reshape(2))[None]
-    return mx.vmap(lambda key: mx.random.gumbel((vocab,), key=key))(
-        mixed
-    )  # one kernel for all rows
+    noise = mx.vmap(lambda key: mx.random.gumbel((vocab,), key=key))  # one kernel for all rows
+    return noise(mixed)
 
 
 def coin(keys: mx.array, positions: mx.array) -> mx.array:
@@ -368,8 +361,8 @@ def draw(
     if filters.penalised or filters.bias or filters.processors or filters.sampled:
         logits = logits.astype(mx.float32)  # which is the largest does not change by it
     if controls.temperature is None:
-        allowed = allow(logits, filters, controls, positions, newest, mask)
-        return mx.argmax(penalise(allowed, controls, history), axis=-1)
+        x = scores(logits, filters, controls, positions, history, newest, mask)
+        return mx.argmax(x, axis=-1)
     filtered = filter_logits(logits, filters, controls, keys, positions, history, newest, mask)
     noise = gumbel(keys, positions, logits.shape[-1])
     return mx.argmax(filtered + mx.where(controls.temperature[:, None] > COLD, noise, 0), axis=-1)
