@@ -237,8 +237,7 @@ class Conversation:
 
     def stop(self) -> None:
         """End the answer that is being generated, if any; what was shown of it is kept."""
-        events = self._events() if self._events else None
-        if events is not None and self._answering():
+        if (events := self._answering()) is not None:
             events.close()
 
     def reset(self) -> None:
@@ -246,12 +245,14 @@ class Conversation:
         self._check_idle()
         self._exchanges, self._dropped_tokens, self._request, self.notices = (), 0, None, []
 
-    def _answering(self) -> bool:
+    def _answering(self) -> Generator[Event, None, None] | None:
+        """Return the iterator of an answer that has begun and not ended."""
         events = self._events() if self._events else None
-        return events is not None and getgeneratorstate(events) in (GEN_SUSPENDED, GEN_RUNNING)
+        begun = events is not None and getgeneratorstate(events) in (GEN_SUSPENDED, GEN_RUNNING)
+        return events if begun else None
 
     def _check_idle(self) -> None:
-        if self._answering():
+        if self._answering() is not None:
             what = "an answer is still being generated"
             raise PromptError(f"{what}; read it to its end, or end it with stop()")
 
@@ -259,10 +260,12 @@ class Conversation:
         """Yield the events of the answer. Wrong options raise here, before anything has changed."""
         from openelm_mlx.generation import stream_generate
 
+        # each attempt has its own stream, and so its own noise
+        stream = (self.sampling.stream + request.attempt) % STREAMS
         events = stream_generate(
             self.engine,
             request.prompt,
-            self._sampling_of(request),
+            replace(self.sampling, stream=stream),
             self.options,
             engine_options=self.engine_options,
             prompt_cache=self.prompt_cache,
@@ -274,10 +277,6 @@ class Conversation:
         self._request, self._events = request, ref(answer)
         self.notices = request.notices
         return answer
-
-    def _sampling_of(self, request: Request) -> SamplingOptions:
-        """Return the sampling of one attempt: each has its own stream, and so its own noise."""
-        return replace(self.sampling, stream=(self.sampling.stream + request.attempt) % STREAMS)
 
     def _answer(
         self, request: Request, events: Generator[Event, None, None]
@@ -347,13 +346,12 @@ class Conversation:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` needs: the texts, and the tokens that the model is fed."""
+        details = [{"tokens": list(one.tokens), "attempt": one.attempt} for one in self._exchanges]
         return {
             "format": FORMAT,
             "system": self.system,
             "messages": self.messages,
-            "exchanges": [
-                {"tokens": list(one.tokens), "attempt": one.attempt} for one in self._exchanges
-            ],
+            "exchanges": details,
             "dropped_tokens": self._dropped_tokens,
         }
 
@@ -368,22 +366,18 @@ class Conversation:
             form, system, saved = data.get("format"), data["system"], data["messages"]
             messages = [(m["role"], m["content"]) for m in saved]
         except (AttributeError, KeyError, TypeError):
-            raise PromptError(
-                "this is no saved conversation: it needs the keys 'system' and 'messages'"
-            ) from None
+            needs = "it needs the keys 'system' and 'messages'"
+            raise PromptError(f"this is no saved conversation: {needs}") from None
         if form not in READABLE:
             raise PromptError(
                 f"this saved conversation has the format {form!r}; "
                 f"this version reads formats up to {FORMAT!r}. Update openelm-mlx"
             )
         roles, texts = [role for role, _ in messages], [text for _, text in messages]
-        if roles != ["user", "assistant"] * (len(roles) // 2) or not all(
-            isinstance(text, str) for text in texts
-        ):
-            raise PromptError(
-                "a saved conversation must alternate texts of 'user' and 'assistant', "
-                "ending with an answer"
-            )
+        in_turns = roles == ["user", "assistant"] * (len(roles) // 2)
+        if not in_turns or not all(isinstance(text, str) for text in texts):
+            must = "must alternate texts of 'user' and 'assistant', ending with an answer"
+            raise PromptError(f"a saved conversation {must}")
         for text in texts:
             check_text(text)
         talk = cls(engine, **{"system": system, **settings})
