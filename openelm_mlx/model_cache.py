@@ -1,9 +1,9 @@
 """The cache that lets whatever convert takes run as it is: converted once, without loss.
 
-    ~/.cache/openelm-mlx/converted/     (~/Library/Caches on macOS; $XDG_CACHE_HOME and $OPENELM_CACHE move it)
-      checkpoint-1a2b3c4d5e6f7a8b/      a model folder, named for the SHA-256 of everything that went into it
-      checkpoint-1a2b3c4d5e6f7a8b.lock  shared while a process uses the folder, exclusive while one makes or removes it
-      index/*.json                      source path -> folder, with size and times of every file that was read
+    ~/.cache/openelm-mlx/converted/     (~/Library/Caches on macOS; $OPENELM_CACHE moves it)
+      checkpoint-1a2b3c4d5e6f7a8b/      a model folder, named for the SHA-256 of what it is made of
+      checkpoint-1a2b3c4d5e6f7a8b.lock  shared while it is used, exclusive while made or removed
+      index/*.json                      source path -> folder, with size and times of every file
 
 The index saves hashing a file again. A file that it does not know, or that changed since, is
 hashed: so a moved or touched copy is found by its content, and a changed file is never taken for
@@ -30,30 +30,21 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from openelm_mlx import __version__
+from openelm_mlx.config_files import GENERATION_CONFIG
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import replacing
 from openelm_mlx.model_paths import WEIGHT_SUFFIXES, check_kind, missing_tokenizer
+from openelm_mlx.tokenizer import FILES
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.options import ConvertOptions
 
 # what convert reads beside the weights
-SIDE_FILES = (
-    "config.json",
-    "config.yaml",
-    "tokenizer.model",
-    "tokenizer.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+SIDE_FILES = ("config.json", "config.yaml", *FILES, "chat_template.jinja", GENERATION_CONFIG)
 DEFAULT_LIMIT_GB = 50.0  # four conversions of the 3B in float32
-SETTLED_SECONDS = 2.0  # a file changed later than this may change again within one tick of its file system's clock
-NO_LOCKS = (
-    errno.ENOLCK,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    errno.EINVAL,
-)  # of file systems that cannot lock
+SETTLED_SECONDS = 2.0  # a file changed later may change again in one tick of its file system
+# of file systems that cannot lock
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _held: dict[Path, IO[str]] = {}  # locks of the folders this process uses, to its end
 _temporary: list[tempfile.TemporaryDirectory[str]] = []
@@ -93,17 +84,16 @@ def limit_bytes() -> float:
     except ValueError:
         limit = -1.0
     if not 0 <= limit < float("inf"):
-        raise OptionError(
-            f"OPENELM_CACHE_GB is {given!r}; give a number of gigabytes, for example {DEFAULT_LIMIT_GB:g}"
-        )
+        wanted = f"a number of gigabytes, for example {DEFAULT_LIMIT_GB:g}"
+        raise OptionError(f"OPENELM_CACHE_GB is {given!r}; give {wanted}")
     return limit * 1e9
 
 
 def converted(source: Path, tokenizer: Path | None = None, name: str | None = None) -> Path:
     """Return the model folder of `source`, found in the cache or converted into it now.
 
-    `name` is what the user called the source, where it is no path. Raises an `OpenELMError` for what convert does not
-    take, and where the result cannot be written.
+    `name` is what the user called the source, where it is no path. Raises an `OpenELMError` for
+    what convert does not take, and where the result cannot be written.
     """
     limit = limit_bytes()
     source = Path(os.path.abspath(source))
@@ -113,32 +103,23 @@ def converted(source: Path, tokenizer: Path | None = None, name: str | None = No
     from openelm_mlx.convert.options import ConvertOptions
 
     check_kind(source)
-    instruct = any(
-        "instruct" in word.lower() for word in (source.name, source.parent.name, name or "")
-    )
+    instruct = "instruct" in f"{source.parent.name} {source.name} {name or ''}".lower()
+    pieces = tokenizer or missing_tokenizer(source)
     options = ConvertOptions(
-        source=source,
-        target=source,
-        tokenizer=tokenizer or missing_tokenizer(source),
-        source_name=name,
-        instruct=instruct or None,
+        source, source, tokenizer=pieces, source_name=name, instruct=instruct or None
     )
     opened = open_model(options)
     read = [*opened.source.files, *watched(source)]
     read += [] if tokenizer is None else [opened.tokenizer.path]
     before = {str(path): state(path) for path in read}
-    names = (
-        SIDE_FILES if opened.source.tokenizer is None else SIDE_FILES[-1:]
-    )  # a GGUF file says the rest itself
+    # a GGUF file says the rest itself
+    names = SIDE_FILES if opened.source.tokenizer is None else SIDE_FILES[-1:]
     beside = [path for path in watched(source) if path.name in names and path.is_file()]
     key = content_key(opened.source.files, beside, opened.tokenizer.data, instruct)
-    label = re.sub(
-        r"[^\w.-]+", "-", name or (source.stem if source.is_file() else source.name)
-    ).strip(".-")
-    same = filter(
-        complete, conversions_folder().glob(f"*-{key}")
-    )  # a copy of it under another name
-    folder = next(same, conversions_folder() / f"{label or 'model'}-{key}")
+    called = name or (source.stem if source.is_file() else source.name)
+    label = re.sub(r"[^\w.-]+", "-", called).strip(".-") or "model"
+    copies = filter(complete, conversions_folder().glob(f"*-{key}"))  # under another name
+    folder = next(copies, conversions_folder() / f"{label}-{key}")
     if not writable(folder.parent) and not complete(folder):
         folder = temporary_folder(folder)
 
@@ -161,9 +142,9 @@ def recall(source: Path, tokenizer: Path | None = None) -> Path | None:
     files, folder = record.get("files"), conversions_folder() / str(record.get("folder"))
     if record.get("version") != __version__ or not isinstance(files, dict) or not complete(folder):
         return None
-    if any(str(path) not in files for path in watched(source)) or any(
-        state(Path(p)) != s for p, s in files.items()
-    ):
+    if not files.keys() >= {str(path) for path in watched(source)}:
+        return None
+    if any(state(Path(path)) != before for path, before in files.items()):
         return None
     try:
         hold(folder, lambda: None)
@@ -181,10 +162,8 @@ def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path 
     command = ["openelm", "convert", shown, "-o", "FOLDER"]
     if given is not None:
         command += ["--tokenizer", str(given)]
-    print(
-        f"openelm: converting {shown} once, into {folder}; to keep it: {shlex.join(command)}",
-        file=sys.stderr,
-    )
+    keep = f"to keep it: {shlex.join(command)}"
+    print(f"openelm: converting {shown} once, into {folder}; {keep}", file=sys.stderr)
     try:
         convert(replace(options, target=folder))
     except ConversionError as error:
@@ -192,9 +171,9 @@ def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path 
             return
         if str(folder) not in str(error):
             raise
+        remedy = "free some space (`openelm models` shows what is kept)"
         raise ConversionError(
-            f"{error}; free some space (`openelm models` shows what is kept), or set OPENELM_CACHE "
-            "to another folder"
+            f"{error}; {remedy}, or set OPENELM_CACHE to another folder"
         ) from None
 
 
@@ -208,11 +187,8 @@ def hold(folder: Path, make: Callable[[], None]) -> None:
         except OSError:  # a cache that others prepared and nobody can write, without locks
             break
         try:
-            lock(
-                file,
-                fcntl.LOCK_SH,
-                f"openelm: waiting for another process that converts into {folder}",
-            )
+            waiting = f"openelm: waiting for another process that converts into {folder}"
+            lock(file, fcntl.LOCK_SH, waiting)
             if not complete(folder):
                 lock(file, fcntl.LOCK_EX)
                 if not complete(folder):
@@ -227,9 +203,8 @@ def hold(folder: Path, make: Callable[[], None]) -> None:
             if _held.get(folder) is not file:
                 file.close()
     if not complete(folder):
-        raise ConversionError(
-            f"{folder} was removed at once by another process; run the command again"
-        )
+        what = "was removed at once by another process"
+        raise ConversionError(f"{folder} {what}; run the command again")
 
 
 def lock(file: IO[str], kind: int, notice: str = "") -> None:
@@ -260,30 +235,20 @@ def conversions() -> list[Conversion]:
     sources: dict[str, list[str]] = {}
     for path in root.glob("index/*.json"):
         record = read_record(path)
-        sources.setdefault(str(record.get("folder")), []).append(
-            str(record.get("name") or record.get("source"))
-        )
+        name = str(record.get("name") or record.get("source"))
+        sources.setdefault(str(record.get("folder")), []).append(name)
     found = []
     for folder in root.iterdir() if root.is_dir() else ():
         if not folder.name.startswith(".") and complete(folder):
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             marked = lock_path(folder) if lock_path(folder).exists() else folder
-            found.append(
-                Conversion(
-                    folder,
-                    size,
-                    marked.stat().st_mtime,
-                    tuple(sorted(sources.get(folder.name, ()))),
-                )
-            )
+            names = tuple(sorted(sources.get(folder.name, ())))
+            found.append(Conversion(folder, size, marked.stat().st_mtime, names))
     return sorted(found, key=lambda one: one.used)
 
 
 def make_room(keep: Path, limit: float) -> None:
-    """Remove what was used longest ago until the cache is under its limit.
-
-    `keep`, and what a process uses, stays.
-    """
+    """Remove what was used longest ago until the rest fits; `keep` and what is in use stay."""
     from openelm_mlx.convert.staging import clear_leftovers
 
     for path in keep.parent.glob(".*.partial-*"):  # of runs that were killed
@@ -332,22 +297,15 @@ def writable(root: Path) -> bool:
 
 
 def temporary_folder(folder: Path) -> Path:
-    """Return a folder for this process alone, as the cache cannot be written.
-
-    Raises `ConversionError`.
-    """
+    """Return a folder for this run, as the cache cannot be written. Raises `ConversionError`."""
+    root, remedy = folder.parent, "set OPENELM_CACHE to a folder that can"
     try:
         _temporary.append(tempfile.TemporaryDirectory(prefix="openelm-"))
     except OSError as error:
-        raise ConversionError(
-            f"neither {folder.parent} nor a temporary folder can be written ({error.strerror or error}); "
-            "set OPENELM_CACHE to a folder that can"
-        ) from None
-    print(
-        f"openelm: {folder.parent} cannot be written, so this conversion is for this run only; "
-        "set OPENELM_CACHE to a folder that can",
-        file=sys.stderr,
-    )
+        what = f"neither {root} nor a temporary folder can be written ({error.strerror or error})"
+        raise ConversionError(f"{what}; {remedy}") from None
+    what = f"{root} cannot be written, so this conversion is for this run only"
+    print(f"openelm: {what}; {remedy}", file=sys.stderr)
     return Path(_temporary[-1].name) / folder.name
 
 
@@ -356,9 +314,8 @@ def content_key(
 ) -> str:
     """Hash the content of everything that a conversion depends on, to 16 hex digits."""
     weights = list(weights)
-    digest = hashlib.sha256(
-        f"{__version__} {instruct} {hashlib.sha256(tokenizer).hexdigest()}".encode()
-    )
+    pieces = hashlib.sha256(tokenizer).hexdigest()
+    digest = hashlib.sha256(f"{__version__} {instruct} {pieces}".encode())
     for path in [*weights, *beside]:
         digest.update(f"\n{'' if [path] == weights else path.name} ".encode())
         with open(path, "rb") as file:
@@ -369,12 +326,10 @@ def content_key(
 
 def watched(source: Path) -> list[Path]:
     """List the files whose coming, going or changing may change what `source` becomes."""
-    folder = source if source.is_dir() else source.parent
-    weights = (
-        [path for path in folder.iterdir() if path.suffix.lower() in WEIGHT_SUFFIXES]
-        if source.is_dir()
-        else [source]
-    )
+    folder, weights = source.parent, [source]
+    if source.is_dir():
+        folder = source
+        weights = [path for path in folder.iterdir() if path.suffix.lower() in WEIGHT_SUFFIXES]
     return [*weights, *(folder / name for name in SIDE_FILES)]
 
 
@@ -393,11 +348,8 @@ def lock_path(folder: Path) -> Path:
 
 def record_path(source: Path, tokenizer: Path | None) -> Path:
     what = f"{source}\n{'' if tokenizer is None else os.path.abspath(tokenizer)}"
-    return (
-        conversions_folder()
-        / "index"
-        / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:32]}.json"
-    )
+    digest = hashlib.sha256(os.fsencode(what)).hexdigest()
+    return conversions_folder() / "index" / f"{digest[:32]}.json"
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -420,13 +372,8 @@ def remember(
     newest = max((times[1] for times in files.values() if times), default=0) / 1e9
     settled = newest <= time.time() - SETTLED_SECONDS
     path = record_path(source, tokenizer)
-    content = {
-        "version": __version__,
-        "source": str(source),
-        "name": name,
-        "folder": folder.name,
-        "files": files if settled else None,
-    }
+    about = {"version": __version__, "source": str(source), "name": name, "folder": folder.name}
+    content = {**about, "files": files if settled else None}
     with contextlib.suppress(OSError):
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as new:
