@@ -1,4 +1,4 @@
-"""A name becomes an `Engine`: model, tokenizer and configuration, checked before anything is computed."""
+"""A name becomes an `Engine`: model, tokenizer and configuration, checked before the work."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from openelm_mlx.request import Event
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-WIDE_MODEL_DIM = 3072  # OpenELM-3B and up: activations overflow float16 (CoreNet, mlx_examples/open_elm/README.md)
+# OpenELM-3B and up: activations overflow float16 (CoreNet, mlx_examples/open_elm/README.md)
+WIDE_MODEL_DIM = 3072
 
 
 @dataclass(repr=False)
@@ -70,7 +71,7 @@ class Engine:
         options: GenerationOptions | None = None,
         **settings: Any,
     ) -> AsyncGenerator[Event, None]:
-        """Yield one `Event` per token to a coroutine; arguments and errors are those of `stream_generate`.
+        """Yield one `Event` per token to a coroutine, as `stream_generate` does to others.
 
         >>> async for event in engine.stream("Once upon a time", max_tokens=64):
         ...     print(event.text, end="", flush=True)
@@ -90,7 +91,7 @@ class Engine:
 
     @property
     def vocab(self) -> int:
-        """Ids below this may be sampled: rows of the embedding that the tokenizer has no piece for are padding."""
+        """Ids below this may be sampled: the embedding's rows without a piece are padding."""
         return min(self.config.vocab_size, self.tokenizer.vocab_size)
 
     @cached_property
@@ -107,23 +108,23 @@ def load(
     tokenizer: str | Path | None = None,
     revision: str | None = None,
 ) -> Engine:
-    """Load a model: a folder, a file that convert takes (.gguf, .pt), a hub id, or a name from `openelm models`.
+    """Load a model: a folder, a .gguf or .pt file, a hub id, or a name from `openelm models`.
 
-    A file, and a folder that the engine does not load as it is, is converted once into a cache. `dtype` is that of the
-    activations, by name or MLX's own (default: float32 on the CPU backend; on Metal the checkpoint's own, bfloat16
-    where it holds float32). `bits` quantizes a full-precision model while loading. Raises `HubError`, `ConfigError`,
-    `CheckpointError`, `ConversionError`, `TokenizerError` or `OptionError`.
+    A file, and a folder that the engine does not load as it is, is converted once into a cache.
+    `dtype` is that of the activations, by name or MLX's own (default: float32 on the CPU backend;
+    on Metal the checkpoint's own, bfloat16 where it holds float32). `bits` quantizes a
+    full-precision model while loading. Raises `HubError`, `ConfigError`, `CheckpointError`,
+    `ConversionError`, `TokenizerError` or `OptionError`.
     """
     if isinstance(dtype, mx.Dtype):
         dtype = str(dtype).rpartition(".")[2]
     if not isinstance(name, (str, Path)):
         allowed = "allowed is a name, or a path to a folder or file"
         raise OptionError(f"the model is {shown(name)}; {allowed}")
-    ModelOptions(dtype, bits, group_size, tokenizer, revision)  # type: ignore[arg-type]  # a text becomes a path
-    resolved = resolve_model(
-        str(name), revision=revision, tokenizer=None if tokenizer is None else str(tokenizer)
-    )
-    return load_resolved(str(name), resolved, dtype, bits, group_size)
+    # in types of Python, and a text as a path
+    chosen = ModelOptions(dtype, bits, group_size, tokenizer, revision)  # type: ignore[arg-type]
+    resolved = resolve_model(str(name), chosen.revision, chosen.tokenizer)
+    return load_resolved(str(name), resolved, chosen.dtype, chosen.bits, chosen.group_size)
 
 
 @device_work
@@ -141,36 +142,26 @@ def load_resolved(
         raise OptionError(f"{name} is quantized already; --bits needs full-precision weights")
     model = OpenELM(config)
     if quantization:
-        nn.quantize(
-            model,
-            class_predicate=stored_quantization(quantization, weights),
-            **default_form(quantization),
-        )
+        quantize_as_stored(model, quantization, weights)
     check_coverage(folder, model, weights)
-    model.load_weights(
-        [
-            (key, cast(array, compute_dtype(config, weights, dtype)))
-            for key, array in weights.items()
-        ]
-    )
+    computed = compute_dtype(config, weights, dtype)
+    model.load_weights([(key, cast(array, computed)) for key, array in weights.items()])
     if bits is not None:
         quantize_now(model, bits, group_size)
         quantization = {"bits": bits, "group_size": group_size}
     model.eval()
     set_wired_limit()
     mx.eval(model.parameters())
-    pieces = (
-        Tokenizer.from_file(resolved.tokenizer)
-        if resolved.tokenizer
-        else Tokenizer.from_folder(folder)
-    )
-    if pieces.vocab_size > config.vocab_size:
+    given = resolved.tokenizer
+    tokenizer = Tokenizer.from_file(given) if given else Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        pieces, rows = tokenizer.vocab_size, config.vocab_size
         raise TokenizerError(
-            f"{pieces.path} has {pieces.vocab_size} pieces but the model only {config.vocab_size} embeddings: "
+            f"{tokenizer.path} has {pieces} pieces but the model only {rows} embeddings: "
             "the tokenizer belongs to another model; pass the right one with --tokenizer"
         )
     instruct = speaks_instruct(folder, name)
-    return Engine(model, pieces, config, name, folder, quantization, instruct, sampling)
+    return Engine(model, tokenizer, config, name, folder, quantization, instruct, sampling)
 
 
 def parameters(model: OpenELM) -> dict[str, mx.array]:
@@ -179,7 +170,7 @@ def parameters(model: OpenELM) -> dict[str, mx.array]:
 
 
 def speaks_instruct(folder: Path, name: str) -> bool:
-    """Whether the model was trained on the Instruct format: it has a chat template, or says so in its name."""
+    """Tell whether the model was trained on the Instruct format: by its template or its name."""
     if (folder / "chat_template.jinja").exists() or "instruct" in name.rsplit("/", 1)[-1].lower():
         return True
     settings = folder / "tokenizer_config.json"
@@ -187,14 +178,13 @@ def speaks_instruct(folder: Path, name: str) -> bool:
 
 
 def read_weights(folder: Path) -> dict[str, mx.array]:
-    """The tensors of `model.safetensors`, or of the shards its index names. Raises `CheckpointError`."""
+    """The tensors of model.safetensors, or of an index's shards. Raises `CheckpointError`."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            content = json.loads(index.read_text(encoding="utf-8"))
+            names = sorted(set(content["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is no index of shards: {reason(error)}") from None
         if bad := [name for name in names if Path(str(name)).name != name]:
@@ -202,9 +192,8 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for name in names:
         if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder} has no {name}; `openelm convert` makes a complete model folder"
-            )
+            remedy = "`openelm convert` makes a complete model folder"
+            raise CheckpointError(f"{folder} has no {name}; {remedy}")
         try:
             loaded = mx.load(name_for_mlx(folder / name))
         except (RuntimeError, ValueError) as error:
@@ -213,65 +202,60 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     return weights
 
 
-def default_form(quantization: dict[str, Any]) -> dict[str, Any]:
-    form: dict[str, Any] = {
-        key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization
-    }
-    if not {"group_size", "bits"} <= form.keys():
-        raise ConfigError("config.json has a quantization without group_size and bits")
-    return form
+def quantize_as_stored(
+    model: OpenELM, quantization: dict[str, Any], weights: dict[str, mx.array]
+) -> None:
+    """Quantize each layer in its own form in config.json, or in the common one if it has scales.
 
+    Raises `ConfigError` where there is no common form.
+    """
 
-def stored_quantization(quantization: dict[str, Any], weights: dict[str, mx.array]) -> Any:
-    """Per layer: its own settings in config.json (mlx-lm's form), else the default where the file holds scales."""
-
-    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    def form_of(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized"):
             return False
         own = quantization.get(path)
-        if isinstance(own, dict):
-            return own
-        return f"{path}.scales" in weights
+        return own if isinstance(own, dict) else f"{path}.scales" in weights
 
-    return predicate
+    keys = ("group_size", "bits", "mode")
+    form: dict[str, Any] = {key: quantization[key] for key in keys if key in quantization}
+    if not {"group_size", "bits"} <= form.keys():
+        raise ConfigError("config.json has a quantization without group_size and bits")
+    nn.quantize(model, class_predicate=form_of, **form)
 
 
 def quantize_now(model: OpenELM, bits: int, group_size: int) -> None:
     try:
         nn.quantize(model, group_size=group_size, bits=bits)
     except ValueError as error:
-        raise OptionError(
-            f"cannot quantize to {bits} bits in groups of {group_size}: {error}"
-        ) from None
+        form = f"{bits} bits in groups of {group_size}"
+        raise OptionError(f"cannot quantize to {form}: {error}") from None
 
 
 def check_coverage(folder: Path, model: OpenELM, weights: dict[str, mx.array]) -> None:
-    """Every parameter must be in the file with its shape, and nothing else. Raises `CheckpointError`."""
+    """Raise `CheckpointError` unless the file has every parameter, in its shape, and no other."""
     expected = {name: array.shape for name, array in parameters(model).items()}
-    missing, extra = (
-        sorted(expected.keys() - weights.keys()),
-        sorted(weights.keys() - expected.keys()),
-    )
-    if missing or extra:
-        parts = [
-            f"{len(names)} tensors {what}, first: {names[0]}"
-            for what, names in (("missing", missing), ("unknown", extra))
-            if names
-        ]
-        raise CheckpointError(
-            f"{folder}: " + "; ".join(parts) + ". Convert the original again with `openelm convert`"
-        )
+    differences = {
+        "missing": expected.keys() - weights.keys(),
+        "unknown": weights.keys() - expected.keys(),
+    }
+    parts = [
+        f"{len(names)} tensors {what}, first: {min(names)}"
+        for what, names in differences.items()
+        if names
+    ]
+    if parts:
+        remedy = "Convert the original again with `openelm convert`"
+        raise CheckpointError(f"{folder}: {'; '.join(parts)}. {remedy}")
     for name, shape in expected.items():
-        if tuple(weights[name].shape) != tuple(shape):
-            raise CheckpointError(
-                f"{folder}: {name} has shape {list(weights[name].shape)}; config.json asks for {list(shape)}"
-            )
+        if (found := weights[name].shape) != shape:
+            what = f"{name} has shape {list(found)}; config.json asks for {list(shape)}"
+            raise CheckpointError(f"{folder}: {what}")
 
 
 def compute_dtype(
     config: OpenELMConfig, weights: dict[str, mx.array], asked: str | None
 ) -> mx.Dtype:
-    """The type activations are computed in. Raises `OptionError` for float16 where the model overflows it."""
+    """The type of activations. Raises `OptionError` for float16 where the model overflows it."""
     if asked is not None and asked not in DTYPES:
         raise OptionError(f"dtype is {asked!r}; allowed: {', '.join(DTYPES)}")
     stored = weights["transformer.norm.weight"].dtype
@@ -283,9 +267,8 @@ def compute_dtype(
         dtype = mx.bfloat16 if stored == mx.float32 else stored
     if dtype == mx.float16 and config.model_dim >= WIDE_MODEL_DIM:
         if asked is not None:
-            raise OptionError(
-                "OpenELM-3B needs a wider range than float16 has; use bfloat16, or float32 to check"
-            )
+            needs = "OpenELM-3B needs a wider range than float16 has"
+            raise OptionError(f"{needs}; use bfloat16, or float32 to check")
         return mx.bfloat16
     return dtype
 

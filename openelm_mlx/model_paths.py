@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 from openelm_mlx.errors import CheckpointError, HubError, TokenizerError
+from openelm_mlx.tokenizer import FILES
 
 WEIGHT_SUFFIXES = (".gguf", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-LLAMA_ROWS = range(
-    32000, 32257
-)  # rows of an embedding that LLaMA's tokenizer fits, padding included
+LLAMA_ROWS = range(32000, 32257)  # of an embedding that LLaMA's tokenizer fits, with padding
 
 
 def loadable(folder: Path) -> bool:
@@ -18,62 +17,50 @@ def loadable(folder: Path) -> bool:
 
     A damaged folder counts as loadable: loading says best what is wrong with it.
     """
-    index = folder / "model.safetensors.index.json"
-    if not (folder / "config.json").is_file() or not (
-        index.is_file() or (folder / "model.safetensors").is_file()
-    ):
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not (folder / "config.json").is_file() or not (index.is_file() or weights.is_file()):
         return False
+    corenets = ("token_embeddings.", "layers.")
     try:
         if index.is_file():
             names = json.loads(index.read_bytes())["weight_map"]
         else:
-            with open(folder / "model.safetensors", "rb") as file:
+            with open(weights, "rb") as file:
                 names = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 24)))
-        return not any(
-            str(name).startswith(("token_embeddings.", "layers.")) for name in names
-        )  # CoreNet's names
+        return not any(str(name).startswith(corenets) for name in names)
     except (OSError, ValueError, LookupError, TypeError):
         return True
 
 
 def check_kind(source: Path) -> None:
-    """Raise `CheckpointError` for a folder without weights, or a file that was never meant to be a model."""
+    """Raise `CheckpointError` for a folder without weights, or a file that is no model at all."""
     from openelm_mlx.convert.sources import kind_of, weights_by_kind
     from openelm_mlx.hub import MODELS
 
     if source.is_dir() and not weights_by_kind(source):
-        raise CheckpointError(
-            f"{source} has no model.safetensors with config.json, and no checkpoint.pt or .gguf file that "
-            "could be converted; a model is " + MODELS
-        )
-    if (
-        source.is_file()
-        and source.suffix.lower() not in WEIGHT_SUFFIXES
-        and kind_of(source) is None
-    ):
+        loaded = "no model.safetensors with config.json"
+        converted = "no checkpoint.pt or .gguf file that could be converted"
+        raise CheckpointError(f"{source} has {loaded}, and {converted}; a model is {MODELS}")
+    known = source.suffix.lower() in WEIGHT_SUFFIXES
+    if source.is_file() and not known and kind_of(source) is None:
         raise CheckpointError(f"{source} is a file, but no model; a model is {MODELS}")
 
 
 def missing_tokenizer(source: Path, source_format: str | None = None) -> Path | None:
-    """LLaMA's tokenizer from a mirror, for a checkpoint that has its vocabulary and no tokenizer; None otherwise.
+    """LLaMA's tokenizer from a mirror, where a checkpoint has its vocabulary and no tokenizer.
 
-    Raises `ConversionError` for what convert cannot read, and `TokenizerError` where no mirror can be reached.
+    Raises `ConversionError` for what convert cannot read, and `TokenizerError` where no mirror can
+    be reached.
     """
     from openelm_mlx.convert.sources import open_source
     from openelm_mlx.hub import mirrored_tokenizer
 
     folder = source if source.is_dir() else source.parent
     opened = open_source(source, source_format)
-    if opened.tokenizer is not None or any(
-        (folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")
-    ):
+    if opened.tokenizer is not None or any((folder / name).is_file() for name in FILES):
         return None
-    rows = [
-        info.shape[0]
-        for name, info in opened.tensors.items()
-        if name.endswith("token_embeddings.weight")
-    ]
-    if not rows or rows[0] not in LLAMA_ROWS:
+    tables = [name for name in opened.tensors if name.endswith("token_embeddings.weight")]
+    if not tables or opened.tensors[tables[0]].shape[0] not in LLAMA_ROWS:
         return None
     try:
         return mirrored_tokenizer()
