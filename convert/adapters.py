@@ -23,8 +23,8 @@ from typing import Any
 import mlx.core as mx
 from openelm_mlx.convert.names import rename
 from openelm_mlx.convert.sources import TensorInfo, TensorSource
+from openelm_mlx.convert.yaml_files import read_yaml
 
-from openelm_mlx.config_files import read_yaml
 from openelm_mlx.errors import ConfigError, ConversionError, OptionError
 
 BASE = re.compile(r"(.+)\.base_layer\.weight")

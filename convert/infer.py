@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.yaml_files import corenet_overrides, corenet_section
 
 from openelm_mlx.config import PUBLISHED, OpenELMConfig, normal_name
-from openelm_mlx.config_files import corenet_overrides, corenet_section, read_json
+from openelm_mlx.config_files import read_json
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError
 
 Shapes = Mapping[str, tuple[int, ...]]  # under Hugging Face's names

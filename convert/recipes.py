@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from openelm_mlx.convert.forms import Form, make_form, matrices
+from openelm_mlx.convert.yaml_files import read_yaml
 
-from openelm_mlx.config_files import read_yaml
 from openelm_mlx.errors import ConfigError, OptionError
 
 ROLES = ("token_embeddings", "attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2", "lm_head")

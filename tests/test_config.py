@@ -4,9 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
+from openelm_mlx.convert.yaml_files import corenet_overrides, corenet_section
 
 from openelm_mlx.config import OpenELMConfig, layer_shapes
-from openelm_mlx.config_files import corenet_overrides, corenet_section
 from openelm_mlx.errors import ConfigError
 
 

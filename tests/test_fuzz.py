@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.adapters import AdaptedCheckpoint, LoraOptions, has_adapters
 from openelm_mlx.convert.tokenizer_model import read_tokenizer
+from openelm_mlx.convert.yaml_files import corenet_section
 
 from openelm_mlx.config import expected_tensors
-from openelm_mlx.config_files import corenet_section
 from openelm_mlx.errors import OpenELMError
 
 FUZZ = settings(max_examples=60, deadline=None, derandomize=True, database=None,

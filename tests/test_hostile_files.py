@@ -88,7 +88,7 @@ import resource, sys
 from pathlib import Path
 import openelm_mlx.convert.pipeline, openelm_mlx.convert.sources.gguf, gguf, yaml, sentencepiece, tokenizers
 from openelm_mlx.config import OpenELMConfig
-from openelm_mlx.config_files import corenet_section
+from openelm_mlx.convert.yaml_files import corenet_section
 from openelm_mlx.convert.folder import build_tokenizer_json
 from openelm_mlx.convert.sources import open_source
 from openelm_mlx.convert.sources.gguf import GGUFFile

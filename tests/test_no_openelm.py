@@ -12,9 +12,10 @@ from openelm_mlx.convert.infer import infer_config
 from openelm_mlx.convert.names import renamed_tensors
 from openelm_mlx.convert.tokenizer_json import build_tokenizer_json
 from openelm_mlx.convert.tokenizer_model import BYTE, CONTROL, NORMAL, UNKNOWN, TokenizerModel, assemble, read_tokenizer
+from openelm_mlx.convert.yaml_files import read_yaml
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors
-from openelm_mlx.config_files import read_json, read_yaml
+from openelm_mlx.config_files import read_json
 from openelm_mlx.errors import ConfigError, ConversionError, OpenELMError, TokenizerError
 
 # shapes and names

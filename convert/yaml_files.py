@@ -1,0 +1,58 @@
+"""YAML files, CoreNet's and recipes, read without trust in their size or shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from openelm_mlx.errors import ConfigError, reason
+
+MAX_YAML_BYTES = 1 << 18  # CoreNet's recipes have 5 KB
+OVERRIDES = ("vocab_size", "max_context_length", "padding_index")
+
+
+def corenet_section(path: str | Path) -> dict[str, Any]:
+    """`model.language_modeling.general_gpt` of a CoreNet YAML. Raises `ConfigError`."""
+    node: Any = read_yaml(path)
+    for key in ("model", "language_modeling", "general_gpt"):
+        node = node.get(key) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise ConfigError(
+            f"{path} has no section model.language_modeling.general_gpt: no CoreNet language model"
+        )
+    known = {"model_name", *OVERRIDES}
+    if unknown := sorted(str(key) for key in node.keys() - known):
+        raise ConfigError(
+            f"{path}: general_gpt has keys this engine does not know: {', '.join(unknown)}"
+        )
+    return node
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The content of a YAML file. Raises `ConfigError`, also for one that would grow without end."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node: Any) -> None:
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                # nested, they double with every level
+                raise yaml.YAMLError("merge keys (<<) are not read here")
+
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_YAML_BYTES + 1)
+        if len(data) > MAX_YAML_BYTES:
+            raise ConfigError(
+                f"{path} is no configuration: it has more than {MAX_YAML_BYTES} bytes"
+            )
+        return yaml.load(data.decode("utf-8"), Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {reason(error)}") from None
+
+
+def corenet_overrides(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a CoreNet YAML overrides: sizes of vocabulary and context, padding row."""
+    return {name: section[name] for name in OVERRIDES if section.get(name) is not None}
