@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the question asked before the work: can this be written, or read?"""
+"""Files that are there whole or not at all; what cannot be written or read is said beforehand."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from openelm_mlx.options import fit_path
 
 @contextmanager
 def replacing(path: str | Path, suffix: str = "") -> Iterator[Path]:
-    """A new file beside `path` to write: it takes the place of `path` when the block ends, and is gone when it fails.
+    """A new file to write, which takes the place of `path` when the block ends without an error.
 
-    A symbolic link stays one, a device or pipe (/dev/stdout) is written to. Raises `OSError` where no file can be made
-    or moved; what was at `path` then stays as it was.
+    A symbolic link stays one, a device or pipe (/dev/stdout) is written to. Raises `OSError` where
+    no file can be made or moved; what was at `path` then stays as it was.
     """
     direct = os.path.exists(path) and not os.path.isfile(path)
     place = Path(path) if direct else Path(os.path.realpath(path))
@@ -42,16 +42,15 @@ def replacing(path: str | Path, suffix: str = "") -> Iterator[Path]:
 
 
 def name_for_mlx(path: str | Path) -> str:
-    """The path as MLX takes it. Raises `OptionError` where it is no UTF-8: MLX says "std::bad_cast" then."""
+    """The path as MLX takes it. Raises `OptionError` where MLX would say "std::bad_cast"."""
     if not fit_path(path):
-        raise OptionError(
-            f"{str(path)!r} is no name in UTF-8, and MLX opens no other; rename it, or its folder"
-        )
+        what = f"{str(path)!r} is no name in UTF-8, and MLX opens no other"
+        raise OptionError(f"{what}; rename it, or its folder")
     return str(path)
 
 
 def check_writable(path: str | Path, flag: str, folder: bool = False) -> None:
-    """Ask before the work whether `path` can be written after it. Raises `OptionError` that names `flag` and `path`.
+    """Raise `OptionError`, which names `flag`, where `path` could not be written after the work.
 
     With `folder` it is to become a folder, and missing folders above it may be made too.
     """
@@ -97,9 +96,8 @@ def read_text(path: str | Path, flag: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise OptionError(
-            f"{flag} {path} cannot be read: {error.strerror}; give a text file"
-        ) from None
+        problem = f"{error.strerror}; give a text file"
+        raise OptionError(f"{flag} {path} cannot be read: {problem}") from None
     except UnicodeDecodeError as error:
         problem = f"byte {error.start} is not UTF-8; convert it, for example with iconv"
         raise OptionError(f"{flag} {path} cannot be read as UTF-8 text: {problem}") from None

@@ -15,6 +15,7 @@ from .errors import PromptError
 from .tokenizer import Tokenizer, check_text
 
 Message = Mapping[str, str]
+FORM = "a dict with the keys 'role' and 'content'"
 
 
 def turn_tokens(tokenizer: Tokenizer, role: str, content: str, first: bool = False) -> list[int]:
@@ -33,16 +34,12 @@ def answer_prefix(tokenizer: Tokenizer) -> list[int]:
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise PromptError unless: perhaps one system turn, then user and assistant in turns."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise PromptError(
-            f"the messages are of type {type(messages).__name__}; give a list of them, each a dict with "
-            "the keys 'role' and 'content'"
-        )
+        what = f"the messages are of type {type(messages).__name__}"
+        raise PromptError(f"{what}; give a list of them, each {FORM}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise PromptError(
-                f"message {i + 1} is of type {type(message).__name__}; give a dict with the keys 'role' "
-                "and 'content'"
-            )
+            what = f"message {i + 1} is of type {type(message).__name__}"
+            raise PromptError(f"{what}; give {FORM}")
     if not messages:
         raise PromptError("the conversation is empty; give at least one user message")
     offset = 1 if messages[0].get("role") == "system" else 0

@@ -1,4 +1,4 @@
-"""Memory and machine: what a bug report needs, and what would slow this machine down. Metal parts are untested there."""
+"""Facts about this machine, for bug reports and results. What only a Mac tells is untested."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def facts() -> dict[str, Any]:
-    """Plain facts about this machine, for `openelm doctor`. Bytes are bytes; what is unknown is None."""
+    """Plain facts about this machine; what is unknown is None."""
     from openelm_mlx.blas import load_blas
     from openelm_mlx.hub import hub_cache
     from openelm_mlx.metal import LIMITS, set_buffer_limits, wired_limit
@@ -21,27 +21,23 @@ def facts() -> dict[str, Any]:
     blas, limits = load_blas(), set_buffer_limits()
     import mlx.core as mx
 
-    metal = mx.metal.is_available()
+    metal, macos = mx.metal.is_available(), platform.mac_ver()[0]
     device: Mapping[str, Any] = mx.device_info() if metal else {}
+    buffers = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
     return {
         "openelm_mlx": installed("openelm-mlx"),
         "mlx": installed("mlx"),
         "mlx_lm": installed("mlx-lm"),
         "python": platform.python_version(),
         "system": platform.system(),
-        "system_version": platform.mac_ver()[0] or platform.release(),
+        "system_version": macos or platform.release(),
         "machine": platform.machine(),
         "chip": device.get("device_name") or cpu_name(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "backend": "metal" if metal else "cpu",
-        "wired_limit_bytes": wired_limit(
-            device.get("max_recommended_working_set_size"), platform.mac_ver()[0]
-        ),
-        "command_buffers": " ".join(
-            f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ
-        )
-        or "MLX's own",
+        "wired_limit_bytes": wired_limit(device.get("max_recommended_working_set_size"), macos),
+        "command_buffers": " ".join(buffers) or "MLX's own",
         "command_buffers_reason": limits.reason,
         "blas": str(blas.path or "MLX's own"),
         "blas_reason": blas.reason,
@@ -55,10 +51,9 @@ def facts() -> dict[str, Any]:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes free where `folder` is or would be made: a home that does not exist is no reason to fail."""
-    return shutil.disk_usage(
-        next(above for above in (folder, *folder.parents) if os.path.exists(above))
-    ).free
+    """Bytes free where `folder` is or would be made: a home may not exist."""
+    place = next(above for above in (folder, *folder.parents) if os.path.exists(above))
+    return shutil.disk_usage(place).free
 
 
 def installed(package: str) -> str | None:

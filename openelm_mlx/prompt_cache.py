@@ -41,6 +41,15 @@ class Entry:
     def serves(self, weights: object, kind: CacheKind, owner: str) -> bool:
         return self.weights is weights and self.cache.kind == kind and self.owner == owner
 
+    def covers(self, other: Entry) -> bool:
+        """Tell whether whatever `other` can give, this can give as well."""
+        length = len(other.tokens)
+        if not other.serves(self.weights, self.cache.kind, self.owner):
+            return False
+        return self.tokens[:length] == other.tokens and self.cache.can_trim(
+            len(self.tokens) - length
+        )
+
 
 class PromptCache:
     """Sequences with their keys and values, so that a next prompt prefills only what is new in it.
@@ -114,20 +123,12 @@ class PromptCache:
         well. Raises `CacheError` where `cache` holds more or fewer tokens.
         """
         if cache.offset != len(tokens):
-            raise CacheError(
-                f"the cache holds {cache.offset} tokens, but {len(tokens)} were given; "
-                "give those that it holds"
-            )
+            what = f"the cache holds {cache.offset} tokens, but {len(tokens)} were given"
+            raise CacheError(f"{what}; give those that it holds")
         if not tokens:
             return
         new = Entry(weights, owner, list(tokens), cache, cache.nbytes)
-        self._entries = [
-            old
-            for old in self._entries
-            if not old.serves(weights, cache.kind, owner)
-            or new.tokens[: len(old.tokens)] != old.tokens
-            or not cache.can_trim(len(new.tokens) - len(old.tokens))
-        ] + [new]
+        self._entries = [old for old in self._entries if not new.covers(old)] + [new]
         excess = self.nbytes - self.max_bytes
         while excess > 0 and len(self._entries) > 1:
             excess -= self._entries.pop(0).nbytes
@@ -147,9 +148,8 @@ class PromptCache:
         tokens = tokenizer.encode(text)
         held = [entry.tokens for entry in self._entries if entry.serves(weights, kind, owner)]
         plain = max((common_prefix(one, tokens) for one in held), default=0)
-        kept, place, best = max(
-            ((*continuation(tokenizer, one, text), one) for one in held), default=(0, 0, [])
-        )
+        spelled = ((*continuation(tokenizer, one, text), one) for one in held)
+        kept, place, best = max(spelled, default=(0, 0, []))
         if kept <= plain:
             return tokens
         return [*best[:kept], *tokenizer.encode(text[place:], bos=False, continued=kept > 1)]
@@ -164,9 +164,8 @@ class PromptCache:
         weights = engine.steps.refresh()
         entry = next((one for one in reversed(self._entries) if one.weights is weights), None)
         if entry is None:
-            raise CacheError(
-                f"the cache holds nothing that {engine.name} has run; there is nothing to save"
-            )
+            what = f"the cache holds nothing that {engine.name} has run"
+            raise CacheError(f"{what}; there is nothing to save")
         cache = entry.cache
         used = cache.capacity if isinstance(cache.kind.layout, Window) else cache.offset
         arrays = {
@@ -202,24 +201,19 @@ class PromptCache:
         try:
             loaded: Any = mx.load(name_for_mlx(path), format="safetensors", return_metadata=True)
         except (OSError, RuntimeError, ValueError) as error:
-            raise CacheError(
-                f"{path} is no saved cache ({error}); give another file, or move it away"
-            ) from None
+            what = f"{path} is no saved cache ({error})"
+            raise CacheError(f"{what}; give another file, or move it away") from None
         arrays, about = loaded
         if about.get("format") != FORMAT:
-            raise CacheError(
-                f"{path} is no saved cache of this version: its format is {about.get('format')!r}, "
-                f"not {FORMAT!r}. Give another file, or move it away"
-            )
+            why = f"its format is {about.get('format')!r}, not {FORMAT!r}"
+            what = f"{path} is no saved cache of this version: {why}"
+            raise CacheError(f"{what}. Give another file, or move it away")
         if about.get("fingerprint") != fingerprint(engine):
-            raise CacheError(
-                f"{path} was made with other weights or another tokenizer than {engine.name}'s; "
-                "delete it, or use the model it was made with"
-            )
+            what = f"{path} was made with other weights or another tokenizer than {engine.name}'s"
+            raise CacheError(f"{what}; delete it, or use the model it was made with")
         if about.get("kind") != str(kind):
-            raise CacheError(
-                f"{path} holds {about.get('kind')}; asked for are {kind}. Give the same options"
-            )
+            what = f"{path} holds {about.get('kind')}; asked for are {kind}"
+            raise CacheError(f"{what}. Give the same options")
         store = cls()
         try:
             store.put(engine.steps.refresh(), *restored(arrays, about, engine, kind))
@@ -269,10 +263,11 @@ def continuation(tokenizer: Tokenizer, held: Sequence[int], text: str) -> tuple[
     """
     if not held or held[0] != tokenizer.bos_id:
         return 0, 0
-    visible = takewhile(
-        lambda token: token < tokenizer.vocab_size and tokenizer.piece_bytes(token), held[1:]
-    )
-    kept, place = spelling(tokenizer, visible, text, words=True)
+
+    def visible(token: int) -> bool:
+        return token < tokenizer.vocab_size and tokenizer.piece_bytes(token) != b""
+
+    kept, place = spelling(tokenizer, takewhile(visible, held[1:]), text, words=True)
     return 1 + kept, place
 
 

@@ -13,10 +13,11 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """The cost of one generation. Rates are tokens per second of the engine's own time: a slow reader of the events
-    lowers none. A rate nothing was measured for is 0.
+    """The cost of one generation.
 
-    The first token belongs to the prompt's time, so the generation rate counts the tokens after it.
+    Rates are tokens per second of the engine's own time: a slow reader of the events lowers none,
+    and one that nothing was measured for is 0. The first token belongs to the prompt's time, so the
+    generation rate counts the tokens after it.
     """
 
     prompt_tokens: int
@@ -42,17 +43,16 @@ class GenerationStats:
 class Reader:
     """Measures how long the reader of events was away, and how long the device stood idle then.
 
-    While the reader is away the device computes the next token, and for how long shows only when somebody waits for it.
-    So after the 1st, 2nd, 4th, 8th ... slow return the engine waits for that token before it hands over an event.
+    While the reader is away the device computes the next token, and for how long shows only when
+    somebody waits for it. So after the 1st, 2nd, 4th, 8th ... slow return the engine waits for that
+    token before it hands over an event.
     """
 
     SLOW = 1e-3  # seconds; a reader that prints needs less
 
     def __init__(self) -> None:
-        self.away, self.absences = (
-            0.0,
-            0,
-        )  # seconds of slow returns, and how many began with a token under way
+        self.away = 0.0  # seconds of slow returns
+        self.absences = 0  # how many of them began with a token under way
         self._waits: list[float] = []  # seconds that such a token took from the reader's leaving on
         self._slow, self._wait, self._left = 0, False, 0.0
 
@@ -75,14 +75,14 @@ class Reader:
             self.absences += not waited
 
     def idle(self, away: float, absences: int) -> float:
-        """Idle seconds of the device since `away` and `absences` were what is given; 0 while nothing tells them."""
+        """Idle seconds of the device since `away` and `absences` were these; 0 if unknown."""
         if not self._waits:
             return 0.0
         return max(self.away - away - (self.absences - absences) * fmean(self._waits), 0.0)
 
 
 class Clock:
-    """The time of one request: waiting, to the first token, and from it to the last. `start` comes when it runs."""
+    """The time of one request: waiting until `start`, to the first token, from it to the last."""
 
     _running: WeakSet[Clock] = WeakSet()
     _lock = Lock()
@@ -95,7 +95,10 @@ class Clock:
         self._before = (0.0, 0)
 
     def start(self) -> Clock:
-        """The request runs from now on. MLX has one peak of memory: what it was until now is noted for those that run."""
+        """The request runs from now on.
+
+        MLX has one peak of memory for all: what it was until now is noted for those that run.
+        """
         with self._lock:
             peak = mx.get_peak_memory()
             for other in self._running:
@@ -115,10 +118,8 @@ class Clock:
         """The statistics of a request that has ended."""
         with self._lock:
             self._running.discard(self)
-        to_first, after = (
-            self.first - self.started,
-            self.last - self.first - self.reader.idle(*self._before),
-        )
+        to_first = self.first - self.started
+        after = self.last - self.first - self.reader.idle(*self._before)
         return GenerationStats(
             prompt_tokens=prompt,
             reused_tokens=reused,
