@@ -4,7 +4,8 @@
 
 First random walks through as many schemas, over a tokenizer of 32,000 pieces made of Python's own library: the time of
 one mask and of accepting one token. Then answers of at most 256 tokens: each must be a document of its schema, or the
-beginning of one where it was cut. With --open, objects may have further properties, as they may by default.
+beginning of one where it was cut. With --open, no object says that it has no further
+properties.
 """
 
 from __future__ import annotations

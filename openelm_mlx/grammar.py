@@ -33,8 +33,10 @@ ADVICE = {
 HEADER = '%llguidance {"no_forcing": true}\nstart: '
 # The text is laid out as json.dumps does it. A small model that may write white space writes it without end.
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-LIMITS: dict[str, int] = {}  # of llguidance: its own, which end what would take forever
+LIMITS: dict[str, Any] = {}  # of llguidance: its own, which end what would take forever
 LITERAL = {"const", "default", "enum", "examples"}  # keys of a schema that hold no schemas
+# keys beside which an object may have further properties, of its own or of the schemas it is joined with
+OPENING = {"patternProperties", "minProperties", "allOf", "anyOf", "oneOf", "$ref"}
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _vocabularies: WeakKeyDictionary[Tokenizer, dict[int, Any]] = WeakKeyDictionary()
 
@@ -102,10 +104,10 @@ def grammar(name: str, value: Any) -> str:
 
 
 def limited(schema: Any) -> Any:
-    """Return a schema whose numbers come to an end: a small model may write digits without end.
+    """Return a narrower schema whose documents come to an end, as a small model may go on forever.
 
-    What the schema leaves open lies within 2**53 (RFC 8259, section 6), and has at most nine digits
-    after the point and no exponent.
+    Numbers lie within 2**53 (RFC 8259, section 6) and have at most nine digits after the point and
+    no exponent, and objects that list properties have no others, where the schema leaves it open.
     """
     if isinstance(schema, list):
         return [limited(part) for part in schema]
@@ -120,6 +122,8 @@ def limited(schema: Any) -> Any:
     tiny = any(isinstance(bound, float) and 0 < abs(bound) < 1e-6 for bound in bounds)
     if "number" in kinds and not tiny:
         made = {"multipleOf": 1e-9} | made
+    if schema.get("properties") and not OPENING & schema.keys():
+        made = {"additionalProperties": False} | made
     return made
 
 
@@ -132,10 +136,13 @@ def schema_text(schema: Mapping[str, Any]) -> str:
 
 
 def schemas_of(text: str) -> list[dict[str, Any]]:
-    """Return the JSON schema that a text holds: first as `limited`, then as it is. Raises `OptionError`."""
+    """Return the JSON schema that a text holds, first as `limited` unless it joins others, then as it is.
+
+    Raises `OptionError`.
+    """
     try:
         schema = json.loads(text)
-        schemas = [limited(schema), schema]
+        schemas = [schema if '"allOf"' in text else limited(schema), schema]
     except ValueError as error:
         raise OptionError(f"json_schema is {shown(text)}; that is no JSON: {error}") from None
     except RecursionError:

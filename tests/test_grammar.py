@@ -440,12 +440,17 @@ def test_a_schema_is_given_as_text_or_as_a_dict_with_its_keys_in_order() -> None
         ({"type": "number", "exclusiveMaximum": 1e-8, "minimum": 1e-12}, {"0.000000000001": 14}),
         ({"type": "integer", "minimum": 2**54}, {"18014398509481985": 17}),
         ({"type": "number", "multipleOf": 0.5}, {"1.5": 3, "1.25": 2}),
+        ({"properties": {"a": {"const": 1}}}, {'{"b"': 2, '{"a": 1}': 8, '{"a": 1, ': 7}),
+        ({"properties": {"a": {"const": 1}}, "additionalProperties": {}}, {'{"a": 1, "b"': 12}),
+        ({"properties": {"a": {"const": 1}}, "required": ["a"], "minProperties": 2}, {'{"a": 1, "b"': 12}),
+        ({"type": "object"}, {'{"b": 1e2': 9}),
+        ({"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {}}}]}, {'{"a": 1, "b"': 12}),
         ({"items": {"type": "integer"}, "type": "array"}, {"[1, 90071992547409920": 20}),
         ({"enum": [{"type": "integer"}]}, {'{"type": "integer"}': 19}),
         ({"properties": {"type": {"type": "integer"}}, "required": ["type"]}, {'{"type": 9007199254740993': 24}),
     ],
 )  # fmt: skip
-def test_numbers_that_a_schema_leaves_open_come_to_an_end(
+def test_what_a_schema_leaves_open_comes_to_an_end(
     schema: dict[str, Any], texts: dict[str, int]
 ) -> None:
     for text, usable in texts.items():
