@@ -50,13 +50,13 @@ def worker() -> None:
     """Answer the requests that come line by line; runs in the other process, whose project may be an old one."""
     import json
     import sys
+    from importlib.metadata import version
     from pathlib import Path
     from time import perf_counter, process_time
 
     from openelm_mlx.blas import load_blas
 
     blas = load_blas().path
-    import mlx.core as mx
     from openelm_mlx.benchmarks.weights import random_engine
 
     import openelm_mlx
@@ -78,11 +78,12 @@ def worker() -> None:
                 "file": openelm_mlx.__file__,
                 "blas": blas,
                 "openblas": loaded,
-                "mlx": mx.__version__,
+                "mlx": version("mlx"),
             }
         else:
             prompt = [1, *((37 * i) % (engine.vocab - 3) + 3 for i in range(asked["prompt"] - 1))]
-            times, tokens, start, used = [], [], perf_counter(), process_time()
+            times, tokens = list[float](), list[int]()
+            start, used = perf_counter(), process_time()
             for event in openelm_mlx.stream_generate(
                 engine, prompt, max_tokens=asked["tokens"], ignore_eos=True, **asked["settings"]
             ):

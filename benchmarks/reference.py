@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -149,7 +150,7 @@ def stored(x: Array, kind: CacheKind) -> Array:
     """Keys or values as a cache of this kind gives them back."""
     if not isinstance(kind.store, Quantized):
         return x
-    form = {"group_size": kind.store.group_size, "bits": kind.store.bits}
+    form: dict[str, Any] = {"group_size": kind.store.group_size, "bits": kind.store.bits}
     return np.array(
         mx.dequantize(*mx.quantize(mx.array(x.astype(np.float32)), **form), **form)
     ).astype(np.float64)

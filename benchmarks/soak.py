@@ -17,9 +17,9 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.blas import load_blas
 
@@ -54,7 +54,7 @@ CANCELLED = 0.1  # share of requests
 STORE = 16 * 2**20  # bytes of keys and values that are kept between requests
 
 # few, as each is steps to compile
-KINDS: tuple[dict[str, int], ...] = (
+KINDS: tuple[dict[str, Any], ...] = (
     {},
     {"kv_bits": 8},
     {"kv_bits": 4},
@@ -77,7 +77,9 @@ class Client:
         self.patience = (
             self.random.randint(0, 16) if self.random.random() < CANCELLED else sys.maxsize
         )
-        lookup = {"prompt_lookup": self.random.randint(1, 3)} if self.random.random() < 0.3 else {}
+        lookup: dict[str, Any] = (
+            {"prompt_lookup": self.random.randint(1, 3)} if self.random.random() < 0.3 else {}
+        )
         request = self.request
         self.number = batch.submit(request.prompt, request.sampling, request.options, **lookup)
 
@@ -105,13 +107,13 @@ class Driver:
         self.probed = min(PROBE[0], context // 2), min(PROBE[1], context // 4)
         self.prompt = Maker(engine, random.Random(0)).ids(self.probed[0])
         self.judge = Judge(engine, Report())
-        self.draft = None if draft is None else ModelDraft(engine, draft)
+        self.draft = draft
 
     def shift(self, requests: int, tick: Tick, clock: Callable[[], float]) -> None:
         """Let every client ask `requests` times, of one batch."""
         rng, start = self.random, clock()
         how = EngineOptions(**rng.choice(KINDS), prefill_chunk=rng.choice((64, 512)))
-        draft = self.draft if rng.random() < 0.5 else None
+        draft = ModelDraft(self.engine, self.draft) if self.draft and rng.random() < 0.5 else None
         batch = BatchEngine(
             self.engine, rng.choice((4, 8, 16)), how, draft=draft, prompt_cache=PromptCache(STORE)
         )
@@ -237,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.model == "random":
         like = load()
-        engine, draft = small_engine(like, 0), small_engine(like, 0, noise=0.3)
+        engine = small_engine(like, 0)
+        draft: Engine | None = small_engine(like, 0, noise=0.3)
     else:
         engine = load(args.model, args.dtype)
         draft = load(args.draft, args.dtype) if args.draft else None
@@ -264,7 +267,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     print("", *seen.summary(), *seen.failures, sep="\n")
     if args.json:
-        Path(args.json).write_text(json.dumps(asdict(seen), indent=1), encoding="utf-8")
+        Path(args.json).write_text(
+            json.dumps({**vars(seen), "probes": seen.rates}, indent=1), encoding="utf-8"
+        )
     return 1 if seen.failures else 0
 
 

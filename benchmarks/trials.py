@@ -37,7 +37,7 @@ SHAPES: tuple[tuple[str, ...], ...] = (
         "logit_bias",
     ),
 )
-LAYOUTS: tuple[dict[str, int], ...] = (
+LAYOUTS: tuple[dict[str, Any], ...] = (
     {},
     {},
     {"kv_window": 24, "kv_keep": 4},
@@ -191,7 +191,7 @@ def together(
         while batch.busy or waiting:
             while waiting and rng.random() < 0.4:
                 place, request = waiting.pop()
-                drafting = (
+                drafting: dict[str, Any] = (
                     {"prompt_lookup": rng.randint(1, 3)} if lookup and rng.random() < 0.7 else {}
                 )
                 number = batch.submit(request.prompt, request.sampling, request.options, **drafting)
