@@ -455,8 +455,8 @@ def with_overrides(
     for kind, value in zip(kinds, given, strict=True):
         if value is not None and not isinstance(value, kind):
             name = PLACES[kind][0] if len(kinds) > 1 else "options"
-            allowed_is = f"allowed is one made by {kind.__name__}(...), or keywords"
-            raise OptionError(f"{name} is {shown(value)}; {allowed_is}")
+            wanted = f"one made by {kind.__name__}(...), or keywords"
+            raise OptionError(f"{name} is {shown(value)}; allowed is {wanted}")
     names = [item.name for kind in kinds for item in fields(kind)]
     for name in overrides:
         for kind, (_, place) in PLACES.items():
