@@ -18,11 +18,13 @@ from openelm_mlx.benchmarks.ours import OurSession, prompt_ids
 from openelm_mlx.benchmarks.quality import divergence, own_text
 from openelm_mlx.benchmarks.roofline import bytes_per_token
 from openelm_mlx.benchmarks.suites import SUITES, BenchmarkOptions, Point, cache_settings, settings, speculation_settings
+from small import random_engine
 
 from openelm_mlx import load
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import BenchmarkError, OpenELMError, OptionError
 from openelm_mlx.loading import parameters
+from openelm_mlx.options import EngineOptions
 
 CASE = Case("openelm-mlx", "openelm-tiny", "float32", 8, 9.02, 64, 64)
 SLOWER = Metric.of([50, 51, 49, 50.5, 49.5], "tokens/s")
@@ -291,3 +293,14 @@ def test_cache_kinds_change_the_bytes_and_batches_have_no_bound(tiny):
     assert plain.bytes_per_token["kv"] > 3 * packed.bytes_per_token["kv"] > window.bytes_per_token["kv"]
     assert plain.percent_of_bound is None and plain.bound_tokens_per_second < packed.bound_tokens_per_second
     assert batch.bytes_per_token is None and lookup.bound_tokens_per_second is None
+
+
+def test_answers_of_a_plain_cache_part_in_no_way_and_wrong_ones_are_seen(tiny, monkeypatch):
+    from openelm_mlx.benchmarks import kv_loss
+
+    engine = random_engine(tiny, seed=4)
+    pieces = [[1, *range(5, 25)], [1, *range(30, 50)]]
+    found = kv_loss.partings(engine, pieces, EngineOptions(), 6)
+    assert found == {"in chunks of 7": 0, "in a batch": 0, "with prompt lookup": 0}
+    monkeypatch.setattr(kv_loss, "answer", lambda engine, prompt, how: [how["prefill_chunk"]] if "prefill_chunk" in how else [])
+    assert kv_loss.partings(engine, pieces, EngineOptions(), 6) == dict.fromkeys(found, 2)
