@@ -64,10 +64,10 @@ def schema(rng: random.Random, more: bool, depth: int = 0) -> dict[str, Any]:
         names = rng.sample(WORDS, rng.randrange(1, 5))
         properties = {name: schema(rng, more, depth + 1) for name in names}
         required = [name for name in names if rng.random() < 0.8]
-        made = {"type": "object", "properties": properties, "required": required}
+        made: dict[str, Any] = {"type": "object", "properties": properties, "required": required}
         return made if more else made | {"additionalProperties": False}
     low = rng.randrange(100)
-    return {
+    scalars: dict[str, dict[str, Any]] = {
         "text": {"type": "string"},
         "short": {"type": "string", "maxLength": rng.randrange(5, 40)},
         "enum": {"enum": rng.sample(VALUES, 3)},
@@ -76,7 +76,8 @@ def schema(rng: random.Random, more: bool, depth: int = 0) -> dict[str, Any]:
         "number": {"type": "number"},
         "boolean": {"type": "boolean"},
         "null": {"type": "null"},
-    }[kind]
+    }
+    return scalars[kind]
 
 
 def fits(schema: dict[str, Any], value: Any) -> bool:
@@ -130,7 +131,7 @@ def common_pieces(count: int) -> list[bytes]:
 def walk(found: Constraint, pieces: list[bytes], rng: random.Random) -> list[float]:
     """Return the seconds of each mask and acceptance on a random way through one document."""
     marks = np.array([any(mark in piece for mark in b'"]}') for piece in pieces])
-    times = []
+    times: list[float] = []
     for _ in range(LENGTH):
         begun = time.perf_counter()
         mask = found.mask()
@@ -157,9 +158,8 @@ def measure_masks(schemas: list[dict[str, Any]], count: int, seed: int) -> None:
     for one in schemas:
         options = GenerationOptions(json_schema=json.dumps(one))
         begun = time.perf_counter()
-        found = constraint(engine, options)
+        found: Any = constraint(engine, options)
         built.append(time.perf_counter() - begun)
-        assert found is not None
         times += walk(found, pieces, rng)
     micros, millis = np.array(times) * 1e6, np.array(built) * 1e3
     print(
@@ -204,8 +204,7 @@ def begins(schema: dict[str, Any], text: str) -> bool:
     tokenizer = Tokenizer(pieces, lambda text, continued: [], Path(), "")
     config = SimpleNamespace(eos_token_ids=(2,))
     engine: Any = SimpleNamespace(tokenizer=tokenizer, vocab=len(pieces), config=config)
-    found = constraint(engine, GenerationOptions(json_schema=json.dumps(schema)))
-    assert found is not None
+    found: Any = constraint(engine, GenerationOptions(json_schema=json.dumps(schema)))
     tokens = [3 + byte for byte in text.removesuffix("\ufffd").encode()]
     return found.along(tokens)[1] == len(tokens)
 

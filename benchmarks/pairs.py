@@ -89,7 +89,7 @@ def worker() -> None:
             ):
                 times.append(perf_counter() - start)
                 used = used if tokens else process_time()
-                tokens.append(event.token)
+                tokens.append(event.token or 0)
             used = process_time() - used
             count = len(times) - 1
             rates = {
@@ -97,7 +97,7 @@ def worker() -> None:
                 "decode, processor": count / used,
                 "first token": 1 / times[0],
             }
-            answer = {"rates": rates, "tokens": tokens}
+            answer = {"rates": rates, "tokens": tokens}  # type: ignore[dict-item]
         print(json.dumps(answer), flush=True)
 
 

@@ -159,13 +159,12 @@ def add_flag(group: Any, item: Field[Any]) -> None:
             metavar=item.metadata.get("metavar", "TEXT"),
         )
     else:
-        reads, metavar = FORMS[kind.partition(" | ")[0]]
-        if reads is str and item.metadata.get("metavar") == "FILE":
-            reads = contents
+        form, metavar = FORMS[kind.partition(" | ")[0]]
+        file = form is str and item.metadata.get("metavar") == "FILE"
         group.add_argument(
             flag,
             dest=item.name,
-            type=reads,
+            type=contents if file else form,
             choices=item.metadata.get("choices"),
             default=argparse.SUPPRESS,
             help=text,
