@@ -62,9 +62,9 @@ def partings(engine: Engine, pieces: list[list[int]], options: EngineOptions, to
     """How many continuations of the pieces, `tokens` each, differ from that alone in one chunk of the prompt, by way."""
     how: Any = {"engine_options": options, "max_tokens": tokens, "ignore_eos": True}
     plain = [answer(engine, piece, how | {"prefill_chunk": len(piece)}) for piece in pieces]
-    ways = {
+    ways: dict[str, list[list[int | None]]] = {
         "in chunks of 7": [answer(engine, piece, how | {"prefill_chunk": 7}) for piece in pieces],
-        "in a batch": [list(result.tokens) for result in batch_generate(engine, pieces, **how)],
+        "in a batch": [[*result.tokens] for result in batch_generate(engine, pieces, **how)],
         "with prompt lookup": [answer(engine, piece, how | {"prompt_lookup": 2}) for piece in pieces],
     }
     return {way: sum(a != b for a, b in zip(plain, found, strict=True)) for way, found in ways.items()}
