@@ -35,11 +35,12 @@ from openelm_mlx.loading import Engine  # noqa: E402
 from openelm_mlx.options import SamplingOptions  # noqa: E402
 from openelm_mlx.sampling import Filters  # noqa: E402
 
-ROWS, PROMPT, SETTLED = (
+ROWS, PROMPT, ANSWER = (
     8,
     900,
-    8,
-)  # rows that run, tokens of the prompt that joins, steps before and after it that count
+    100,
+)  # rows that run; tokens of the prompt that joins and of its answer
+SETTLED = 8  # steps or tokens after which all runs as it will
 STALL, LATE, NEW = (
     5.0,
     1.7,
@@ -63,7 +64,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def joined(engine: Engine, seed: int, **settings: Any) -> tuple[list[float], list[float], float]:
-    """Seconds of the steps before the prompt joins, of those until it has its first tokens, and to its first token."""
+    """Seconds of the steps before the prompt joins, of those until its answer is complete, and to its first token."""
     batch = BatchEngine(engine, 2 * ROWS, **settings)
     try:
         for row in range(ROWS):
@@ -75,7 +76,7 @@ def joined(engine: Engine, seed: int, **settings: Any) -> tuple[list[float], lis
         while len({number for number, _ in batch.step()}) < ROWS:
             pass
         before = [timed(batch.step) for _ in range(4 * SETTLED)]
-        number = batch.submit(ids(engine, PROMPT, seed + ROWS), max_tokens=SETTLED, ignore_eos=True)
+        number = batch.submit(ids(engine, PROMPT, seed + ROWS), max_tokens=ANSWER, ignore_eos=True)
         during: list[float] = []
         events: list[Any] = []
 
@@ -83,7 +84,7 @@ def joined(engine: Engine, seed: int, **settings: Any) -> tuple[list[float], lis
             events[:] = batch.step()
 
         first, came = None, 0
-        while came < SETTLED:
+        while came < ANSWER:
             during.append(timed(step))
             came += sum(owner == number for owner, _ in events)
             first = sum(during) if came and first is None else first
