@@ -75,7 +75,7 @@ class BatchEngine:
         *,
         draft: Engine | ModelDraft | Draft | None = None,
         prompt_cache: PromptCache | None = None,
-        admission: int | None = 32,
+        admission: int | None = 40,
         max_waiting: int = 1024,
         **settings: Unpack[EngineSettings],
     ) -> None:
