@@ -36,35 +36,49 @@ class Admission:
         store: PromptCache | None,
     ) -> None:
         self.engine, self.requests, self.chunk = engine, requests, chunk
-        self.weights = engine.steps.refresh()
+        weights = engine.steps.refresh()
         self.cache, self._reused = KVCache(engine.config, kind), 0
         first = requests[0]
-        places: dict[tuple[int, ...], int] = {}
-        self._places = [places.setdefault(tuple(one.prompt), len(places)) for one in requests]
-        self._prompts = [list(prompt) for prompt in places]
-        if store is not None and len(self._prompts) == 1:
-            taken = store.take(self.weights, kind, first.prompt, first.owner)
+        places: dict[tuple[str, tuple[int, ...]], int] = {}  # nothing passes from owner to owner
+        self._places = [
+            places.setdefault((one.owner, tuple(one.known)), len(places)) for one in requests
+        ]
+        self._prompts = [list(prompt) for _, prompt in places]
+        if store is not None and self.cache_is_one:
+            taken = store.take(weights, kind, first.known, first.owner)
             self.cache, self._reused = taken or (self.cache, 0)
-        self.longest = max(map(len, self._prompts))
+        self._done, self.longest = self._reused, max(map(len, self._prompts))
         self._padded = mx.array(
             [prompt + [0] * (self.longest - len(prompt)) for prompt in self._prompts]
         )
         self._last: dict[int, mx.array] = {}  # the hidden state of each prompt's last token
         for row, one in enumerate(requests):
             again = self._places[row] in self._places[:row]
-            one.reused = len(one.prompt) if again else self._reused
+            one.reused = min(self.longest if again else self._reused, len(one.prompt))
+            one.weights = weights
             one.clock.start()
 
     @property
+    def cache_is_one(self) -> bool:
+        """Whether the cache holds one sequence."""
+        return len(self._prompts) == 1
+
+    @property
     def complete(self) -> bool:
-        return self.cache.offset >= self.longest
+        return len(self._last) == len(self._prompts)
+
+    def drop(self, request: Request) -> None:
+        """Leave a request out, though not its prompt, which may be one of several in a pass."""
+        place = self.requests.index(request)
+        del self.requests[place], self._places[place]
 
     def run(self, budget: float) -> int:
         """Prefill the next chunk, of about `budget` tokens; return how many there were."""
-        if not self.cache.can_trim(0):  # a pass was interrupted, and the window lost what it needs
+        self.cache.offset = self._done  # not what a pass held that was interrupted
+        if not self.cache.can_trim(0):  # of which a window lost what it needs
             self.cache.clear()
-            self.requests[0].reused = self._reused = 0
-        count, start = len(self._prompts), self.cache.offset
+            self.requests[0].reused = self._reused = self._done = 0
+        count, start = len(self._prompts), self._done
         columns = int(max(1, min(self.chunk, PASS_TOKENS // count, budget // count)))
         end = min(start + columns, self.longest)
         tokens, model = self._padded[:, start:end], self.engine.model
@@ -77,6 +91,7 @@ class Admission:
             for row, prompt in enumerate(self._prompts):
                 if start < len(prompt) <= end:
                     self._last[row] = hidden[row, len(prompt) - 1 - start]
+        self._done = end
         mx.eval(list(self._last.values()), self.cache.arrays)  # hidden states of the ends alone
         for one in self.requests:
             if one.progress is not None:
@@ -99,10 +114,10 @@ class Admission:
 
     def caches(self) -> list[KVCache]:
         """What was prefilled, one cache for each request."""
-        if len(self.requests) == 1:
+        if len(self.requests) == 1 and self.cache_is_one:
             return [self.cache]
         pairs = zip(self._places, self.requests, strict=True)
-        return [self.cache.row(place, len(one.prompt)) for place, one in pairs]
+        return [self.cache.row(place, len(one.known)) for place, one in pairs]
 
 
 def next_group(
@@ -114,16 +129,16 @@ def next_group(
     for the next turn, when the prefix cache holds that beginning.
     """
     first, *others = waiting
-    group, room = [first], budget - len(first.prompt)
+    group, room = [first], budget - len(first.known)
     for one in others:
-        if one.prompt == first.prompt and one.owner == first.owner:
+        if one.known == first.known and one.owner == first.owner:
             group.append(one)
             continue
-        shorter, longer = sorted((len(one.prompt), len(first.prompt)))
+        shorter, longer = sorted((len(one.known), len(first.known)))
         alike = longer <= (shorter if isinstance(kind.layout, Window) else 1.25 * shorter + 4)
-        if alike and len(one.prompt) <= room and not (store is not None and shares(one, group)):
+        if alike and len(one.known) <= room and not (store is not None and shares(one, group)):
             group.append(one)
-            room -= len(one.prompt)
+            room -= len(one.known)
     return group
 
 

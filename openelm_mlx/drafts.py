@@ -295,12 +295,10 @@ class DraftRows:
         ends = [0] * len(starts)
         for row in self.rows:
             ends[row] = starts[row] + tokens.shape[1] + more
+        start, buffers = mx.array(starts, dtype=mx.int32), self.buffers.lend(ends)
         found: mx.array
-        buffers = self.buffers.lend(ends)
-        try:
-            found, buffers = run(tokens, mx.array(starts, dtype=mx.int32), buffers, *args)
-        finally:
-            self.buffers.restore(buffers)
+        found, changed = run(tokens, start, buffers, *args)
+        self.buffers.restore(changed)
         return found
 
     def record(self, row: int, known: int, drafted: int, accepted: int) -> None:

@@ -70,6 +70,7 @@ class Request:
         ends = () if options.ignore_eos else engine.config.eos_token_ids
         self.ends = frozenset((*ends, *options.stop_tokens))
         self.reused = 0  # tokens of the prompt that a cache held
+        self.weights: object = None  # that the prompt was prefilled with
         self.clock = Clock(self.reader)
         self.done = False
 

@@ -20,16 +20,14 @@ SHARED_BLOCK = (
 class Rows:
     """The caches of `count` rows, one or a power of two; arrays are [2, count, kv_heads, slots, width].
 
-    A step borrows the buffers with `lend` and gives them back with `restore`. In between nothing
-    else refers to them, so that they are updated in place. How many tokens a row holds is known to
+    A step borrows the buffers with `lend` and puts those that it made in their place with `restore`.
+    No other reference may be left when they are computed, or they are copied. How many tokens a row holds is known to
     whoever runs the steps; `written` is the highest position, plus one, ever begun to be written.
     """
 
     def __init__(self, config: OpenELMConfig, kind: CacheKind) -> None:
         self.config, self.kind = config, kind
-        self.buffers: list[
-            Arrays
-        ] = []  # one entry a layer; none before the first row, and while they are lent
+        self.buffers: list[Arrays] = []  # one entry a layer; none before the first row
         self.written = [0]
 
     @property
@@ -76,7 +74,7 @@ class Rows:
         """Return the first `length` tokens of a row as a cache of its own.
 
         Where there is one row only, it gives its arrays away, and is empty afterwards. The cache is
-        empty where the row does not hold the tokens: it is unused, or its buffers are lent.
+        empty where the row does not hold the tokens.
         """
         if not self.buffers or length > self.written[row]:
             return KVCache(self.config, self.kind)
@@ -107,9 +105,8 @@ class Rows:
         room, capacity = self.kind.layout.room(max(1, *ends), self.block), self.capacity
         if not room <= capacity < 2 * room or capacity % self.block:
             self.buffers = [[resized(a, room) for a in arrays] for arrays in self.buffers]
-        buffers, self.buffers = self.buffers, []
-        return buffers
+        return self.buffers
 
     def restore(self, buffers: list[Arrays]) -> None:
-        """Take back what a step has made of the buffers."""
+        """Take what a step has made of the buffers."""
         self.buffers = buffers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
@@ -91,11 +92,11 @@ class BatchEngine:
         self.admission, self.max_waiting = admission, max_waiting
         (self.options,) = with_overrides((EngineOptions,), (options,), settings)
         self.kind = CacheKind.of(engine.config, self.options)
-        self._drafts = draft is not None
-        self._speculation = Speculation(engine, draft)
+        self._draft, self._speculation = draft, Speculation(engine, draft)
         self._reader = Reader()
-        self._numbers, self._weights = 0, object()
+        self._numbers = 0
         self._waiting: deque[Request] = deque()
+        self._events: list[tuple[int, Event]] = []  # not yet handed out
         self._admission: Admission | None = None
         self._joining: list[tuple[Request, KVCache]] = []  # prefilled, not yet in a row
         self._empty()
@@ -116,7 +117,9 @@ class BatchEngine:
     @property
     def busy(self) -> bool:
         """Whether anything runs or waits."""
-        return bool(self._waiting or self._admission or self._joining) or any(self._rows)
+        return bool(
+            self._waiting or self._admission or self._joining or self._events or self._live()
+        )
 
     @device_work
     def submit(
@@ -140,7 +143,7 @@ class BatchEngine:
         """
         kinds = (SamplingOptions, GenerationOptions)
         drawn_by, ended_by = with_overrides(kinds, (sampling, options), settings)
-        ended_by.check_draft(self._drafts)
+        ended_by.check_draft(self._draft is not None)
         check_token_ids(drawn_by, ended_by, self.engine.vocab)
         if progress is not None and not callable(progress):
             allowed = "allowed is a function of two numbers, or None"
@@ -153,19 +156,20 @@ class BatchEngine:
                 f"{self.max_waiting} requests wait already; read events until some have ended, "
                 "or give a larger max_waiting"
             )
-        tokens = prompt_tokens(self.engine, prompt, self._continued if continued else None)
+        goes_on = partial(self._continued, owner=owner) if continued else None
+        tokens = prompt_tokens(self.engine, prompt, goes_on)
         self._numbers += 1
         about = (self._reader, owner, position_offset, progress)
         request = Request(self._numbers, self.engine, tokens, drawn_by, ended_by, *about)
         self._waiting.append(request)
         return self._numbers
 
-    def _continued(self, text: str) -> list[int]:
+    def _continued(self, text: str, owner: str) -> list[int]:
         """Return ids of `text` that go on from what the prefix cache holds, where that is worth it."""
         if self.prompt_cache is None:
             return self.engine.tokenizer.encode(text)
         weights = self.engine.steps.refresh()
-        return self.prompt_cache.ids_for(self.engine.tokenizer, text, weights, self.kind)
+        return self.prompt_cache.ids_for(self.engine.tokenizer, text, weights, self.kind, owner)
 
     @device_work
     def cancel(self, number: int) -> bool:
@@ -177,11 +181,11 @@ class BatchEngine:
         for request, cache in self._joining:
             if request.number == number:
                 self._joining = [pair for pair in self._joining if pair[0] is not request]
-                self._keep(request, request.prompt, cache)
+                self._keep(request, cache)
                 return True
         for request in self._admission.requests if self._admission else []:
-            if request.number == number and not request.done:
-                request.done = True  # its prompt may be one of several in a pass
+            if request.number == number:
+                self._withdraw(request)
                 return True
         waiting = len(self._waiting)
         self._waiting = deque(one for one in self._waiting if one.number != number)
@@ -189,26 +193,35 @@ class BatchEngine:
 
     @device_work
     def step(self) -> list[tuple[int, Event]]:
-        """Admit what waits, draw tokens for every running sequence; (number, event) for each."""
+        """Admit what waits, draw tokens for every running sequence; (number, event) for each.
+
+        What a processor, a draft or a progress function raises loses nothing, nor does an interrupt:
+        the next step hands out the events so far, and goes on from the tokens known.
+        """
         self._reader.back()
-        if self._stale and not self._passes and self._logits is None:
-            self._arrange()
-        events = self._admit()
-        if any(self._rows):
-            events += self._advance()
+        try:
+            if self._stale and not self._passes and self._logits is None:
+                self._arrange()
+            self._admit()
+            if self._live():
+                self._advance()
+        except BaseException:
+            self._passes.clear()  # whatever is under way is run again
+            self._logits, self._stale = None, True
+            raise
         self._reader.leave()
+        events, self._events = self._events, []
         return events
 
     @device_work
     def close(self) -> None:
         """Drop everything and wait for what is under way; the prefix cache gets what was run."""
         self._waiting.clear()
-        admission, self._admission = self._admission, None
-        if admission is not None and len(admission.requests) == 1:
-            first = admission.requests[0]
-            self._keep(first, first.prompt[: admission.cache.offset], admission.cache)
+        self._events = []
+        while self._admission is not None:
+            self._withdraw(self._admission.requests[0])
         for request, cache in self._joining:
-            self._keep(request, request.prompt, cache)
+            self._keep(request, cache)
         self._joining = []
         for row, request in self._live():
             self._retire(row, request, self._fed(request))
@@ -217,23 +230,22 @@ class BatchEngine:
 
     # Prompts come in
 
-    def _admit(self) -> list[tuple[int, Event]]:
-        """Prefill a bounded number of prompt tokens; the events of prompts that are complete."""
-        events = []
+    def _admit(self) -> None:
+        """Prefill a bounded number of prompt tokens, and hand on the prompts that are complete."""
         budget = float("inf") if self.admission is None else self.admission
-        if not any(self._rows):
+        if not self._live():
             budget = max(budget, self.options.prefill_chunk)  # nobody waits for the rows
         while budget > 0:
-            admission = self._admission = self._admission or self._next_admission(budget)
+            admission = self._admission or self._next_admission(budget)
             if admission is None:
                 break
             if not admission.complete:  # it is where the draw of its first tokens was interrupted
                 budget -= admission.run(budget)
             if admission.complete:
                 drawn = admission.first_tokens()
-                self._admission = None
-                events += self._join(admission, drawn)
-        return events
+                joining = list(zip(admission.requests, admission.caches(), strict=True))
+                self._admission, self._stale, self._joining = None, True, self._joining + joining
+                self._join(joining, drawn)
 
     def _next_admission(self, budget: float) -> Admission | None:
         free = self.slots - len(self._live()) - len(self._joining)
@@ -243,31 +255,54 @@ class BatchEngine:
         admission = Admission(
             self.engine, group, self.kind, self.options.prefill_chunk, self.prompt_cache
         )
-        self._waiting = deque(one for one in self._waiting if one not in group)
-        self._weights = admission.weights
+        others = deque(one for one in self._waiting if one not in group)
+        self._admission, self._waiting = admission, others
         return admission
 
+    def _withdraw(self, request: Request) -> None:
+        """Take a request out of the admission; what is prefilled goes to the prefix cache."""
+        admission: Any = self._admission
+        if len(admission.requests) > 1:
+            admission.drop(request)
+            return
+        self._admission = None
+        if admission.cache_is_one:
+            self._keep(request, admission.cache)
+
     def _join(
-        self, admission: Admission, drawn: list[tuple[int, TokenLogprobs | None]]
-    ) -> list[tuple[int, Event]]:
+        self,
+        joining: list[tuple[Request, KVCache]],
+        drawn: list[tuple[int, TokenLogprobs | None]],
+    ) -> None:
         """Hand out the first tokens; the requests that go on get a row at the next step."""
-        events = []
-        for request, token, cache in zip(
-            admission.requests, drawn, admission.caches(), strict=True
-        ):
-            if not request.done:  # it was not cancelled
-                events.append((request.number, request.take(*token)))
+        for (request, cache), token in zip(joining, drawn, strict=True):
+            self._events.append((request.number, request.take(*token)))
             if request.done:
-                self._keep(request, request.prompt, cache)
-                continue
-            if self.prompt_cache is not None and any(shares(o, [request]) for o in self._waiting):
-                self._keep(request, request.prompt, cache.prefix(cache.offset))  # they wait for it
-            self._joining.append((request, cache))
-            self._stale = True
-        return events
+                self._joining.remove((request, cache))
+                self._keep(request, cache)
+            elif self.prompt_cache is not None and any(shares(o, [request]) for o in self._waiting):
+                self._keep(request, cache.prefix(cache.offset))  # they wait for it
 
     def _arrange(self) -> None:
-        """Give everybody a row, as few as will do: a power of two, so that few shapes are traced."""
+        """Give everybody a row, and find out what a step for all of them is."""
+        self._joining = [(one, cache) for one, cache in self._joining if not one.done]
+        everybody = [one for _, one in self._live()] + [one for one, _ in self._joining]
+        try:
+            self._give_rows()
+        except BaseException:  # nobody knows which row holds what: all are prefilled again
+            self._joining = []
+            self._speculation = Speculation(self.engine, self._draft)
+            self._empty()
+            self._waiting.extendleft(reversed(everybody))
+            raise
+        self._stale = False
+        self._spec = spec_for(everybody, self.engine.vocab, self.kind, self.options.compiled)
+        self._state = state_of(self._rows, self._spec)
+        self._step = self.engine.steps.step(self._spec)
+        self._forward, self._choose = self.engine.steps.parts(self._spec)
+
+    def _give_rows(self) -> None:
+        """Use as few rows as will do: a power of two, so that few shapes are traced."""
         live = self._live()
         kept, count = [row for row, _ in live], rows_for(len(live) + len(self._joining))
         if kept != list(range(count)):
@@ -280,18 +315,11 @@ class BatchEngine:
             self._speculation.admit(row, request)
             self._rows[row] = request
             self._joining.pop(0)
-            if cache.offset:  # it was copied, so the original is free
-                self._keep(request, request.prompt, cache)
-        self._stale = False
-        running = [request for _, request in self._live()]
-        self._spec = spec_for(running, self.engine.vocab, self.kind, self.options.compiled)
-        self._state = state_of(self._rows, self._spec)
-        self._step = self.engine.steps.step(self._spec)
-        self._forward, self._choose = self.engine.steps.parts(self._spec)
+            self._keep(request, cache)  # where it was copied the original is free, else empty
 
     # Tokens come out
 
-    def _advance(self) -> list[tuple[int, Event]]:
+    def _advance(self) -> None:
         """Read one pass, while the device is at the next one where that can be known."""
         if not self._passes:
             self._launch()
@@ -301,7 +329,7 @@ class BatchEngine:
                 mx.async_eval(self._logits)
             else:
                 self._launch(1)
-        return self._read()
+        self._read()
 
     def _may_look_ahead(self) -> bool:
         """Whether the next pass can begin before the one under way is read."""
@@ -340,31 +368,22 @@ class BatchEngine:
         submit(drawn, moved)
 
     def _pass(self, run: Callable[..., Any], given: Any, written: int) -> Any:
-        """Run a pass over the buffers that writes `written` slots beyond the known tokens of a row.
-
-        Rows holds no buffer while a pass has it: a second reference would forbid updating in place.
-        """
+        """Run a pass over the buffers that writes `written` slots beyond the known tokens of a row."""
         ends = [0] * len(self._rows)
         for row, request in self._live():
             ends[row] = len(request.known) + written
-        buffers = self._buffers.lend(ends)
-        try:
-            made, changed = run(self._state._replace(buffers=buffers), given)
-        except BaseException:
-            self._buffers.restore(buffers)
-            raise
+        made, changed = run(self._state._replace(buffers=self._buffers.lend(ends)), given)
         self._buffers.restore(changed)
         return made
 
-    def _read(self) -> list[tuple[int, Event]]:
+    def _read(self) -> None:
         """Wait for the oldest pass, and turn what it drew into events."""
-        pending, events = self._passes[0], []
+        pending = self._passes.popleft()
         drawn = pending.drawn
         tokens: Any = drawn.tokens.tolist()
         counts: Any = None if drawn.kept is None else drawn.kept.tolist()
         width = 1 if counts is None else len(tokens[0])
         details = on_host(drawn.logprobs, width * len(tokens))
-        self._passes.popleft()  # after an interrupt while waiting it is read again
         for row, request in pending.rows:
             if request.done:
                 continue
@@ -377,12 +396,11 @@ class BatchEngine:
                 request.clock.accepted += kept
             for place in range(kept + 1):
                 event = request.take(values[place], details[row * width + place])
-                events.append((request.number, event))
+                self._events.append((request.number, event))
                 if request.done:  # a drafted token that was kept has been fed
                     fed = len(request.known) if place < kept else self._fed(request)
                     self._retire(row, request, fed)
                     break
-        return events
 
     def _fed(self, request: Request) -> int:
         """Tokens known of a running request that its row holds: all, if the next pass is under way."""
@@ -393,22 +411,24 @@ class BatchEngine:
         self._rows[row], request.done = None, True
         self._speculation.release(row)
         if self.prompt_cache is not None:
-            self._keep(request, request.known[:fed], self._buffers.extract(row, fed))
+            self._keep(request, self._buffers.extract(row, fed))
         live = self._live()
         if not live:
             self._empty()
             return
-        alive = mx.array([one is not None for one in self._rows], dtype=mx.int32)
-        self._state = self._state._replace(alive=alive, position=self._state.position * alive)
         self._stale = self._stale or 2 * rows_for(len(live)) <= len(self._rows)
+        if not self._stale:
+            alive = mx.array([one is not None for one in self._rows], dtype=mx.int32)
+            self._state = self._state._replace(alive=alive, position=self._state.position * alive)
 
-    def _keep(self, request: Request, tokens: list[int], cache: KVCache | None) -> None:
-        """Give the prefix cache what a request leaves."""
-        if self.prompt_cache is not None and cache is not None and tokens and cache.can_trim(0):
-            self.prompt_cache.put(self._weights, tokens, cache, request.owner)
+    def _keep(self, request: Request, cache: KVCache | None) -> None:
+        """Give the prefix cache what a request leaves, under the weights that it began with."""
+        if self.prompt_cache is not None and cache is not None and cache.can_trim(0):
+            tokens = request.known[: cache.offset]
+            self.prompt_cache.put(request.weights, tokens, cache, request.owner)
 
     def _live(self) -> list[tuple[int, Request]]:
-        return [(row, one) for row, one in enumerate(self._rows) if one is not None]
+        return [(row, one) for row, one in enumerate(self._rows) if one and not one.done]
 
 
 def rows_for(sequences: int) -> int:

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from small import random_engine
 
-from openelm_mlx import BatchEngine, batch_generate, stream_generate
+import openelm_mlx
+from openelm_mlx import BatchEngine, PromptCache, batch_generate, stream_generate
 from openelm_mlx.errors import BusyError, OptionError, PromptError
 from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.scheduler import rows_for
@@ -149,6 +154,128 @@ def test_rows_that_nobody_uses_stand_still(engine):
         batch.step()
         seen.append(batch._state.position.tolist() if hasattr(batch, "_state") else [])
     assert sorted(late - early for early, late in zip(seen[4], seen[20], strict=True)) == [0, 0, 0, 16, 16, 16, 16, 16]
+
+
+ENGINE = Path(openelm_mlx.__file__).parent
+
+
+class InterruptAt:
+    """A trace function that raises KeyboardInterrupt at one line of the engine, once; not while a token becomes an event."""
+
+    def __init__(self, line):
+        self.left, self.done = line, False
+
+    def __call__(self, frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        return self.line if path.parent == ENGINE and path.stem not in ("request", "threads", "tokenizer", "stats") else None
+
+    def line(self, frame, event, argument):
+        self.left -= event == "line"
+        if self.left <= 0 and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+        return self.line
+
+
+def finished(batch, interrupt=None):
+    """The tokens of all requests, whatever a step raises meanwhile."""
+    found: dict[int, list] = {}
+    while batch.busy:
+        if interrupt is not None and not interrupt.done:
+            sys.settrace(interrupt)
+        try:
+            events = batch.step()
+        except (KeyboardInterrupt, RuntimeError):
+            continue
+        finally:
+            sys.settrace(None)
+        for number, event in events:
+            found.setdefault(number, []).append(event.token)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_window": 24}], ids=str)
+def test_an_interrupt_anywhere_loses_nothing(engine, settings):
+    """Requests go on with the tokens that they get alone, and the prefix cache holds what it says."""
+    draft = random_engine(engine, seed=1, noise=0.3)
+    options = [GenerationOptions(max_tokens=4 + 3 * k, ignore_eos=True) for k in range(4)]
+    wanted = [[e.token for e in alone(engine, k, options=options[k], **settings)] for k in range(4)]
+    for line in range(150, 15000, 587):
+        store, interrupt = PromptCache(), InterruptAt(line)
+        batch = BatchEngine(engine, 4, draft=draft, prompt_cache=store, **settings)
+        for k in range(4):
+            batch.submit(PROMPTS[k], SAMPLING[k], options[k])
+        assert sorted(finished(batch, interrupt), key=len) == wanted, line
+        for entry in list(store._entries)[-2:]:
+            longer, more = [*entry.tokens, 7, 8], {"max_tokens": 3, "ignore_eos": True, **settings}
+            kept = [e.token for e in stream_generate(engine, longer, prompt_cache=store, **more)]
+            assert kept == [e.token for e in stream_generate(engine, longer, **more)], line
+        if not interrupt.done:
+            break
+    assert line > 5000
+
+
+def fails(times, call=lambda *given: None):
+    """A function of the caller's that raises so many times, and then does what `call` does."""
+    left = iter(range(times))
+
+    def function(*given):
+        if next(left, None) is not None:
+            raise RuntimeError("mine")
+        return call(*given)
+
+    return function
+
+
+def test_what_functions_of_the_caller_raise_loses_nothing(engine):
+    options = GenerationOptions(max_tokens=9, ignore_eos=True)
+
+    class Guess:
+        propose = staticmethod(fails(3, lambda known, length: [5] * length))
+
+    batch = BatchEngine(engine, 4, draft=Guess(), admission=None)
+    wanted = [[e.token for e in alone(engine, k, options=options)] for k in range(4)]
+    for k in range(4):
+        processor = fails(2, lambda logits, newest, positions: logits) if k == 1 else None
+        batch.submit(PROMPTS[k], replace(SAMPLING[k], processor=processor), options, progress=fails(k))
+    assert sorted(finished(batch)) == sorted(wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 4])  # it fails for the first tokens of all, or in a step of several
+def test_a_request_that_always_fails_can_be_cancelled(engine, rows):
+    def processor(logits, newest, positions):
+        if logits.shape[0] >= rows:
+            raise RuntimeError("mine")
+        return logits
+
+    batch = BatchEngine(engine, 4)
+    options = GenerationOptions(max_tokens=9, ignore_eos=True)
+    for _ in range(3):
+        batch.submit(PROMPTS[0], options=options)
+    batch.step()
+    failing = batch.submit(PROMPTS[4], SamplingOptions(processor=processor), options)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="mine"):
+            for _ in range(9):
+                batch.step()
+    assert batch.cancel(failing)
+    batch.step()
+    assert len(finished(batch)) == 3
+
+
+def test_a_prompt_that_is_cancelled_is_prefilled_no_further(engine):
+    batch = BatchEngine(engine, 4, prompt_cache=PromptCache(), admission=16)
+    batch.submit(PROMPTS[0], max_tokens=40, ignore_eos=True)
+    batch.step()
+    long = batch.submit(PROMPTS[8], max_tokens=4)
+    batch.step()
+    assert batch.cancel(long) and not batch.cancel(long)
+    assert batch.prompt_cache.tokens == PROMPTS[8][:16]
+    batch.step()
+    pair = [batch.submit(PROMPTS[1], max_tokens=4) for _ in range(2)]  # one of several in a pass
+    assert batch._next_admission(99).requests[1].number == pair[1] and batch.cancel(pair[0])
+    events = [one for _ in range(8) for one in batch.step()]
+    assert {number for number, _ in events} == {1, pair[1]}
 
 
 def test_a_wrong_prompt_fails_alone(engine):

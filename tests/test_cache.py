@@ -125,7 +125,7 @@ def test_rows_of_any_length_equal_each_alone(model, kind):
             for row, start in enumerate(starts)
         ])  # fmt: skip
         buffers = rows.lend([starts[row] + length if row in texts else 0 for row in range(rows.count)])
-        assert rows.buffers == [] and buffers[0][0].shape[:2] == (2, rows.count)
+        assert buffers[0][0].shape[:2] == (2, rows.count)
         logits, buffers = fed(model, buffers, kind, mx.array(starts), tokens)
         rows.restore(buffers)
         for row in texts:
@@ -345,9 +345,6 @@ def test_a_single_row_takes_over_a_cache_and_gives_it_back_without_a_copy(model)
     rows.place(0, cache)
     assert cache.arrays == [] and cache.offset == 0
     assert [layer[0] for layer in rows.buffers] == arrays and mx.get_active_memory() == before
-    rows.lend([41])
-    assert rows.extract(0, 40).offset == 0  # they are lent: an interrupted step may have them
-    rows.restore([[array] for array in arrays])
     assert [layer[0] for layer in rows.extract(0, 40).arrays] == arrays and rows.extract(0, 40).offset == 0
 
 

@@ -118,7 +118,7 @@ def test_an_interrupt_while_waiting_for_a_token_leaves_a_true_cache(tiny, monkey
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(mx.array, "tolist", interrupted)
         next(stream)
-    assert cache.tokens == PROMPT + seen
+    assert cache.tokens == PROMPT + seen[:-1]  # the latest may have been fed, or not
     rest = [e.token for e in stream_generate(engine, PROMPT + seen, max_tokens=5, ignore_eos=True, prompt_cache=cache)]
     assert seen + rest == [e.token for e in stream_generate(engine, PROMPT, max_tokens=9, ignore_eos=True)]
 

@@ -12,11 +12,12 @@ import mlx.core as mx
 import pytest
 from small import random_engine
 
-from openelm_mlx import PromptCache, stream_generate
+from openelm_mlx import BatchEngine, PromptCache, stream_generate
 from openelm_mlx.cache import KVCache
 from openelm_mlx.config import layer_shapes
 from openelm_mlx.errors import CacheError, PromptError
 from openelm_mlx.kv import SLACK, CacheKind, Plain, Quantized, Window
+from openelm_mlx.loading import parameters
 from openelm_mlx.prompt_cache import common_prefix
 
 PLAIN, EIGHT, WINDOW = CacheKind(), CacheKind(Quantized(8, 32)), CacheKind(Plain(), Window(20, 3))
@@ -389,3 +390,35 @@ def test_a_cache_saved_between_the_tokens_of_one_draft_is_whole(engine, tmp_path
     held = PromptCache.load(path, engine).tokens
     assert held == store.tokens and held[:11] == [*TOKENS[:9], *seen][:11]
     assert generated(engine, [*held, 5], PromptCache.load(path, engine)) == (generated(engine, [*held, 5])[0], len(held))
+
+
+def test_a_batch_keeps_owners_apart(tiny, engine):
+    """Also where they ask the same at the same time, and where text goes on from held tokens."""
+    store = PromptCache()
+    batch = BatchEngine(engine, 4, prompt_cache=store, admission=None)
+    for owner in ("one", "other", "one"):
+        batch.submit(TOKENS[:30], owner=owner, max_tokens=1)
+    events = [event for _ in range(2) for _, event in batch.step()]
+    assert [event.stats.reused_tokens for event in events] == [0, 0, 30]
+    encode = tiny.tokenizer.encode
+    letters = [1, *(token for letter in "Once" for token in encode(letter, bos=False, continued=True))]
+    batch = BatchEngine(tiny, 1, prompt_cache=store)
+    batch.submit(letters, owner="one", max_tokens=1)
+    batch.step()
+    for owner, begun in (("one", letters), ("other", encode("Once"))):
+        batch.submit("Once upon", owner=owner, max_tokens=1, continued=True)
+        assert batch._waiting[-1].prompt == [*begun, *encode("Once upon")[len(encode("Once")) :]]
+
+
+def test_what_began_with_other_weights_is_not_found(tiny):
+    engine, store, name = random_engine(tiny, seed=1), PromptCache(), "transformer.layers.1.ffn.proj_1.weight"
+    batch = BatchEngine(engine, 2, prompt_cache=store)
+    batch.submit(TOKENS[:20], max_tokens=9, ignore_eos=True)
+    batch.step(), batch.step()
+    engine.model.load_weights([(name, parameters(engine.model)[name] * 2)], strict=False)
+    batch.submit(TOKENS[20:29], max_tokens=2, ignore_eos=True)
+    while batch.busy:
+        batch.step()
+    weights = engine.steps.refresh()
+    assert store.take(weights, CacheKind(), TOKENS[:20]) is None
+    assert store.take(weights, CacheKind(), TOKENS[20:29]) is not None
