@@ -82,6 +82,45 @@ def test_samples_of_a_prompt_share_its_prefill(engine, monkeypatch, settings):
     assert [one.stats.reused_tokens for one in results] == [0] + [len(prompt)] * 3
 
 
+@pytest.mark.parametrize("admission", [8, None])
+def test_a_long_prompt_that_joins_stalls_nobody(engine, monkeypatch, admission):
+    """A step reads at most `admission` tokens of it beside a token for each row that runs."""
+    passed, hidden = [], type(engine.model).hidden
+
+    def counted(self, tokens, *rest, **named):
+        passed.append(tokens.size if tokens.ndim == 2 else 0)
+        return hidden(self, tokens, *rest, **named)
+
+    batch = BatchEngine(engine, 4, admission=admission, compiled=False)
+    running = [batch.submit(PROMPTS[k], SAMPLING[k], max_tokens=40, ignore_eos=True) for k in range(2)]
+    while len(batch.step()) < 2:
+        pass
+    prompt = PROMPTS[8]
+    monkeypatch.setattr(type(engine.model), "hidden", counted)
+    joining, read, found = batch.submit(prompt, SAMPLING[2], max_tokens=3), [], []
+    while joining not in found:
+        passed.clear()
+        found = [number for number, _ in batch.step()]
+        read.append(sum(passed))
+        assert sorted(set(found) - {joining}) == running
+    assert sum(read) == len(prompt) and max(read) == (admission or len(prompt))
+
+
+def test_the_first_token_is_handed_out_before_a_step_is_built(engine, monkeypatch):
+    built, cached = [], type(engine.steps).cached
+
+    def noted(self, key, compiled, make):
+        built.append(key)
+        return cached(self, key, compiled, make)
+
+    monkeypatch.setattr(type(engine.steps), "cached", noted)
+    events = stream_generate(engine, PROMPTS[3], SAMPLING[1], OPTIONS[1])
+    next(events)
+    assert built == []
+    next(events)
+    assert built
+
+
 def test_cancelling_one_leaves_the_others(engine):
     batch = BatchEngine(engine, slots=2)
     numbers = [batch.submit(PROMPTS[k], SAMPLING[k], OPTIONS[8]) for k in range(4)]
