@@ -23,6 +23,7 @@ from openelm_mlx.options import (
     SamplingOptions,
     check_loaded,
     explained,
+    shown,
     with_overrides,
 )
 from openelm_mlx.prompt_cache import PromptCache
@@ -135,7 +136,7 @@ class Conversation:
     @system.setter
     def system(self, text: str | None) -> None:
         if text is not None and not isinstance(text, str):
-            raise PromptError(f"the system turn is {text!r}; give a text, or None for an empty one")
+            raise PromptError(f"the system turn is {shown(text)}; give a text, or None for none")
         check_text(text or "")
         self._system = text
 
@@ -207,7 +208,7 @@ class Conversation:
         """
         self._check_idle()
         if not isinstance(text, str):
-            raise PromptError(f"the message is {text!r}; give a text")
+            raise PromptError(f"the message is {shown(text)}; give a text")
         if not text.strip():
             raise PromptError("the message is empty; give at least one word")
         return self._begin(self._fit(text, self._exchanges), progress)

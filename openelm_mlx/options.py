@@ -33,7 +33,7 @@ KINDS = {
     "tuple[str, ...]": "a text of at least one character, or a list of such texts",
     "tuple[int, ...]": "a whole number, or a list of such numbers",
     "tuple[tuple[int, float], ...]": "a dict of token ids to numbers, or texts ID=NUMBER,",
-    "Callable[..., Any]": "a function that can be a key of a dict",
+    "Callable[..., Any]": "a hashable function",
 }
 
 
@@ -144,7 +144,7 @@ def allowed(item: Field[Any]) -> str:
     if "range" in item.metadata:
         low, high = item.metadata["range"]
         limits = f" from {low} up" if high == math.inf else f" from {low} to {high}"
-    return f"allowed is {KINDS[kind]}{limits}{none}"
+    return f"allowed is {item.metadata.get('kind', KINDS[kind])}{limits}{none}"
 
 
 def shown(value: Any) -> str:
@@ -158,6 +158,12 @@ def check_unset(options: Any, name: str, why: str) -> None:
     value = getattr(options, name)
     if value != getattr(type(options), name):
         raise OptionError(f"{name} is {value}, but {why}")
+
+
+def check_count(name: str, value: Any, least: int = 0) -> None:
+    """Raise `OptionError` for anything but a whole number from `least` up."""
+    if type(value) is not int or value < least:
+        raise OptionError(f"{name} is {shown(value)}; allowed is a whole number from {least} up")
 
 
 def check_loaded(name: str, engine: Any) -> None:
@@ -186,7 +192,7 @@ def explained(*options: type) -> Callable[[T], T]:
 
 def explanation(item: Field[Any]) -> list[str]:
     default = "" if item.default is MISSING else f" = {item.default!r}"
-    limits = f"; {allowed(item)}" if item.metadata.keys() & {"range", "choices"} else ""
+    limits = "" if item.type == "bool" else f"; {allowed(item)}"
     text = textwrap.wrap(item.metadata["help"] + limits, 72)
     return [f"    {item.name}: {item.type}{default}", *(f"        {line}" for line in text)]
 
@@ -232,15 +238,12 @@ class SamplingOptions:
         0, "penalties look at this many latest tokens only; 0 is the whole text", 0, 65536
     )
     logit_bias: tuple[tuple[int, float], ...] = option(
-        (),
-        "added to the score of a token id; may be given several times",
-        -100.0,
-        100.0,
-        metavar="ID=NUMBER",
+        (), "added to the score of a token id", -100.0, 100.0, metavar="ID=NUMBER"
     )
     processor: Callable[..., Any] | None = option(
         None,
-        "f(logits [B, vocab], newest tokens [B], positions drawn [B]) -> logits, row by row",
+        "f(logits [B, vocab], newest tokens [B], positions drawn [B]) -> logits, row by row; "
+        "MLX operations only, as it is compiled with the step",
         flag=None,
     )
     seed: int | None = option(None, "same seed, same tokens; unset draws a new one", 0, 2**63 - 1)
@@ -283,14 +286,9 @@ class GenerationOptions:
     """When a request has ended, what is reported with its tokens, and what is drafted."""
 
     max_tokens: int = option(256, "stop after this many tokens", 1)
-    stop: tuple[str, ...] = option((), "stop before this text; may be given several times")
+    stop: tuple[str, ...] = option((), "stop before this text")
     stop_tokens: tuple[int, ...] = option(
-        (),
-        "stop at this token id, as at the end-of-text token; may be given several times",
-        0,
-        2**31 - 1,
-        flag="--stop-token",
-        metavar="ID",
+        (), "stop at this id as at the end of text", 0, 2**31 - 1, flag="--stop-token", metavar="ID"
     )
     ignore_eos: bool = option(False, "go on past the end-of-text token")
     logprobs: int | None = option(
@@ -306,12 +304,10 @@ class GenerationOptions:
         True, "draft less where little is accepted; off always drafts the whole length"
     )
     json_schema: str | None = option(
-        None, "answer in JSON that this schema describes", metavar="FILE"
+        None, "answer in JSON of this schema", metavar="FILE", kind="a dict, or JSON as a text"
     )
     regex: str | None = option(None, "answer with a text that this expression matches as a whole")
-    choices: tuple[str, ...] = option(
-        (), "answer with one of these texts; may be given several times", commas=True
-    )
+    choices: tuple[str, ...] = option((), "answer with one of these texts", commas=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.json_schema, Mapping):

@@ -19,6 +19,7 @@ from openelm_mlx.config import layer_shapes
 from openelm_mlx.errors import CacheError, reason
 from openelm_mlx.files import name_for_mlx, replacing
 from openelm_mlx.kv import CacheKind, Window
+from openelm_mlx.options import EngineOptions, check_count, check_loaded, with_overrides
 from openelm_mlx.threads import device_work
 from openelm_mlx.tokenizer import Tokenizer, spelling
 
@@ -65,6 +66,7 @@ class PromptCache:
     """
 
     def __init__(self, max_bytes: int = 2**30) -> None:
+        check_count("max_bytes", max_bytes)
         self.max_bytes = max_bytes
         self._entries: list[Entry] = []  # the least recently used first
 
@@ -161,6 +163,7 @@ class PromptCache:
         Its keys and values go with it, and the fingerprint of `engine`. Raises `CacheError` where
         there is no such sequence, and for a path that cannot be written.
         """
+        check_loaded("engine", engine)
         weights = engine.steps.refresh()
         entry = next((one for one in reversed(self._entries) if one.weights is weights), None)
         if entry is None:
@@ -191,13 +194,17 @@ class PromptCache:
 
     @classmethod
     @device_work
-    def load(cls, path: str | Path, engine: Engine, kind: CacheKind | None = None) -> PromptCache:
-        """Return a store with the sequence of a saved file.
+    def load(
+        cls, path: str | Path, engine: Engine, options: EngineOptions | None = None
+    ) -> PromptCache:
+        """Return a store with the sequence of a saved file, whose kind of cache the options name.
 
         Raises `CacheError` where it was made with other weights, another tokenizer or another kind
         of cache, and where it is damaged.
         """
-        kind = kind or CacheKind()
+        check_loaded("engine", engine)
+        (options,) = with_overrides((EngineOptions,), (options,), {})
+        kind = CacheKind.of(engine.config, options)
         try:
             loaded: Any = mx.load(name_for_mlx(path), format="safetensors", return_metadata=True)
         except (OSError, RuntimeError, ValueError) as error:

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 class Event:
     """One token, and the text that became safe to print with it.
 
-    Only the last event has `finish_reason` and `stats`.
+    Only the last event has `finish_reason` and `stats`. The reason is "stop" at the end of text, a
+    stop string or token, and "length" where max_tokens, a full context or a form that became too
+    complex cut the text. `top_logprobs` are pairs (token, log probability), the likeliest first.
     """
 
     text: str
     token: int | None
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    # "stop": end of text, a stop string or token; "length": max_tokens, a full context, or a form
-    # that became too complex
     finish_reason: str | None = None
     stats: GenerationStats | None = None
 

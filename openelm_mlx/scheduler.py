@@ -22,8 +22,10 @@ from openelm_mlx.options import (
     EngineOptions,
     GenerationOptions,
     SamplingOptions,
+    check_count,
     check_loaded,
     check_token_ids,
+    explained,
     shown,
     with_overrides,
 )
@@ -52,17 +54,23 @@ class Pending(NamedTuple):
     drafted: list[int] | None  # tokens drafted, by row
 
 
+@explained(EngineOptions)
 class BatchEngine:
     """Runs up to `slots` sequences together; more wait their turn, at most `max_waiting`.
 
-    `submit` takes a prompt at any time, `step` draws a token for every running sequence, `cancel`
-    drops one. What a sequence gets does not depend on its neighbours: its random numbers are a
-    function of its seed and position, and no token attends to another row.
+    >>> batch = BatchEngine(engine)
+    >>> number = batch.submit("Once upon a time", temperature=0.7, max_tokens=64)
+    >>> while batch.busy:
+    ...     for number, event in batch.step():
+    ...         print(number, event.text)
 
-    While sequences run, a step prefills at most `admission` tokens of waiting prompts, so that a
-    long prompt stalls nobody; None prefills every prompt at once. `prompt_cache` is drawn on by all
-    requests, and holds what they leave. `draft` is a smaller engine with the same tokenizer.
-    `options` and `settings` are engine options, for all sequences. Any thread may call it.
+    `submit` takes a prompt at any time, `cancel` drops one. What a sequence gets does not depend on
+    its neighbours: its random numbers are a function of its seed and position, and no token attends
+    to another row. `prompt_cache` is drawn on by all, and holds what they leave; `draft` is that of
+    `stream_generate`. `options` and `settings` are engine options. Any thread may call it.
+
+    Beside running sequences a step prefills at most `admission` tokens of waiting prompts, so that
+    a long one stalls nobody; None prefills every prompt at once.
     """
 
     _spec: StepSpec  # of the rows as they are arranged now
@@ -81,11 +89,9 @@ class BatchEngine:
         **settings: Unpack[EngineSettings],
     ) -> None:
         check_loaded("engine", engine)
-        counts = {"slots": slots, "admission": admission, "max_waiting": max_waiting}
-        for name, value in counts.items():
-            unlimited = name == "admission" and value is None
-            if not unlimited and (type(value) is not int or value < 1):
-                raise OptionError(f"{name} is {shown(value)}; allowed is a whole number from 1 up")
+        check_count("slots", slots, 1)
+        check_count("admission", 1 if admission is None else admission, 1)
+        check_count("max_waiting", max_waiting, 1)
         if not isinstance(prompt_cache, PromptCache | None):
             raise OptionError(f"prompt_cache is {shown(prompt_cache)}; allowed is a PromptCache")
         self.engine, self.slots, self.prompt_cache = engine, slots, prompt_cache
@@ -121,6 +127,7 @@ class BatchEngine:
             self._waiting or self._admission or self._joining or self._events or self._live()
         )
 
+    @explained(SamplingOptions, GenerationOptions)
     @device_work
     def submit(
         self,
@@ -148,9 +155,7 @@ class BatchEngine:
         if progress is not None and not callable(progress):
             allowed = "allowed is a function of two numbers, or None"
             raise OptionError(f"progress is {shown(progress)}; {allowed}")
-        if type(position_offset) is not int or position_offset < 0:
-            allowed = "allowed is a whole number from 0 up"
-            raise OptionError(f"position_offset is {shown(position_offset)}; {allowed}")
+        check_count("position_offset", position_offset)
         if len(self._waiting) >= self.max_waiting:
             raise BusyError(
                 f"{self.max_waiting} requests wait already; read events until some have ended, "
@@ -193,7 +198,7 @@ class BatchEngine:
 
     @device_work
     def step(self) -> list[tuple[int, Event]]:
-        """Admit what waits, draw tokens for every running sequence; (number, event) for each.
+        """Admit what waits, draw for every running sequence; (number, event) for each token.
 
         What a processor, a draft or a progress function raises loses nothing, nor does an interrupt:
         the next step hands out the events so far, and goes on from the tokens known.

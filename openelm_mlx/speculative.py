@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 
 from openelm_mlx.drafts import LENGTHS, Draft, DraftLength, DraftRows, ModelDraft, PromptLookup
+from openelm_mlx.errors import OptionError
+from openelm_mlx.options import UNFIT, as_annotated, shown
 
 if TYPE_CHECKING:
     from openelm_mlx.decode import State, StepSpec
@@ -119,8 +121,12 @@ class Speculation:
                 guesses[row] = one.lookup.propose(known, looked_up)
                 lengths[row] = looked_up
             elif self.custom is not None and drafted:
-                given = map(int, self.custom.propose(list(known), drafted)[:drafted])
-                guesses[row] = list(takewhile(lambda token: 0 <= token < self.vocab, given))
+                given = self.custom.propose(list(known), drafted)
+                if (ids := as_annotated("tuple[int, ...]", given)) is UNFIT:
+                    allowed = "allowed is a list of token ids, [] for no draft"
+                    raise OptionError(f"draft proposed {shown(given)}; {allowed}")
+                ids = takewhile(lambda token: 0 <= token < self.vocab, ids[:drafted])
+                guesses[row] = list(ids)
                 lengths[row] = len(guesses[row])
             elif drafted:
                 asked[row] = drafted

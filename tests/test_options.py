@@ -84,8 +84,8 @@ def test_what_loses_nothing_is_converted(name, given, stored):
         ("penalty_window", 64, "is 64, but there is no penalty; give one, or leave it out"),
         ("stop_tokens", [2, -1], r"is \[2, -1\]; allowed is a whole number, or a list of such numbers from 0 to 2147483647"),
         ("stop_tokens", "</s>", "is '</s>'; allowed is a whole number, or a list of such numbers"),
-        ("processor", 5, "is 5; allowed is a function that can be a key of a dict, or None"),
-        ("processor", Unhashable(), "allowed is a function that can be a key of a dict, or None"),
+        ("processor", 5, "is 5; allowed is a hashable function, or None"),
+        ("processor", Unhashable(), "allowed is a hashable function, or None"),
         *[
             ("logit_bias", wrong, "allowed is a dict of token ids to numbers, or texts ID=NUMBER, from -100.0 to 100.0")
             for wrong in ({5: 101}, {-1: 1}, {1.5: 1}, {5: "x"}, "5", "5=", "5=nan", "a=1", 5, None, [5], {True: 1}, "1=2=3")

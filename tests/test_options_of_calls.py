@@ -108,6 +108,10 @@ def test_every_option_of_a_function_is_a_keyword_and_explained():
         assert "\n\n>>> " in function.__doc__ and "\n\nOptions:\n    temperature: " in function.__doc__
         assert all(f"{item.name}: {item.type}" in words and item.metadata["help"] in words for item in items)
         assert "Unpack[Settings]" in str(inspect.signature(function))
+    batch = openelm_mlx.BatchEngine
+    for function, own in ((batch, items[-5:]), (batch.submit, items[:-5])):
+        assert [f"\n    {item.name}: " in function.__doc__ for item in items] == [item in own for item in items]
+    assert "allowed is a text of at least one character, or a list of such texts" in " ".join(words.split())
 
 
 def test_public_names_are_listed_resolve_and_have_docstrings():

@@ -12,15 +12,16 @@ import mlx.core as mx
 import pytest
 from small import random_engine
 
-from openelm_mlx import BatchEngine, PromptCache, stream_generate
+from openelm_mlx import BatchEngine, EngineOptions, PromptCache, stream_generate
 from openelm_mlx.cache import KVCache
 from openelm_mlx.config import layer_shapes
-from openelm_mlx.errors import CacheError, PromptError
+from openelm_mlx.errors import CacheError, OptionError, PromptError
 from openelm_mlx.kv import SLACK, CacheKind, Plain, Quantized, Window
 from openelm_mlx.loading import parameters
 from openelm_mlx.prompt_cache import common_prefix
 
 PLAIN, EIGHT, WINDOW = CacheKind(), CacheKind(Quantized(8, 32)), CacheKind(Plain(), Window(20, 3))
+OPTIONS = {PLAIN: None, EIGHT: EngineOptions(kv_bits=8), WINDOW: EngineOptions(kv_window=20, kv_keep=3)}
 TOKENS = [1] + [(7 * i * i + 3 * i) % 64 for i in range(99)]
 ONE, OTHER = object(), object()  # what stands for weights
 
@@ -257,7 +258,7 @@ def test_a_saved_cache_goes_on_where_it_ended(engine, tmp_path, kind):
     store.put(engine.steps.refresh(), TOKENS[:count], cache)
     store.save(tmp_path / "talk.safetensors", engine)
     assert [path.name for path in tmp_path.iterdir()] == ["talk.safetensors"]
-    again = PromptCache.load(tmp_path / "talk.safetensors", engine, kind)
+    again = PromptCache.load(tmp_path / "talk.safetensors", engine, OPTIONS[kind])
     assert again.tokens == store.tokens == TOKENS[:60] and len(again) == 1
     took, count = again.take(engine.steps.refresh(), kind, TOKENS[:61])
     assert (count, took.offset, took.written) == (60, 60, 63)
@@ -297,7 +298,7 @@ def test_saved_caches_are_refused_where_they_do_not_belong(tiny, engine, tmp_pat
         with pytest.raises(CacheError, match="other weights or another tokenizer"):
             PromptCache.load(path, other)
     with pytest.raises(CacheError, match="holds plain keys and values; asked for are 8-bit keys and values, group 32"):
-        PromptCache.load(path, engine, EIGHT)
+        PromptCache.load(path, engine, OPTIONS[EIGHT])
     data = path.read_bytes()
     for name, content in {"cut": data[: len(data) // 2], "noise": b"\x00" * 99, "empty": b""}.items():
         (tmp_path / name).write_bytes(content)
@@ -308,6 +309,14 @@ def test_saved_caches_are_refused_where_they_do_not_belong(tiny, engine, tmp_pat
         PromptCache.load(path, engine)
     with pytest.raises(CacheError, match="no saved cache"):
         PromptCache.load(tmp_path / "nowhere", engine)
+    with pytest.raises(OptionError, match="options is .*; allowed is one made by EngineOptions"):
+        PromptCache.load(path, engine, EIGHT)
+    for use in (PromptCache().save, PromptCache.load):
+        with pytest.raises(OptionError, match="engine is .*; allowed is a loaded model"):
+            use(engine, str(path))
+    for size in (-1, "1 GB", 1e9):
+        with pytest.raises(OptionError, match=f"max_bytes is {size!r}; allowed is a whole number from 0 up"):
+            PromptCache(size)
 
 
 @pytest.mark.parametrize("kind", [PLAIN, EIGHT, WINDOW], ids=str)
@@ -315,7 +324,7 @@ def test_saved_caches_that_someone_changed_are_refused(engine, tmp_path, kind):
     store = ran(engine, TOKENS[:9], kind)
     store.save(tmp_path / "whole.safetensors", engine)
     arrays, about = mx.load(str(tmp_path / "whole.safetensors"), return_metadata=True)
-    assert PromptCache.load(tmp_path / "whole.safetensors", engine, kind).tokens == TOKENS[:9]
+    assert PromptCache.load(tmp_path / "whole.safetensors", engine, OPTIONS[kind]).tokens == TOKENS[:9]
     for change, fields, what in (
         (lambda a: a[..., :5, :], {}, "layer 0 have the shape"), (lambda a: a[:, :, :1], {}, "layer 1 have the shape"),
         (lambda a: mx.concatenate([a, a]), {}, "layer 0 have the shape"), (lambda a: a[..., 0], {}, "layer 0 have the shape"),
@@ -328,7 +337,7 @@ def test_saved_caches_that_someone_changed_are_refused(engine, tmp_path, kind):
         changed = {name: mx.contiguous(change(array)) for name, array in arrays.items()}
         mx.save_safetensors(str(tmp_path / "changed.safetensors"), changed, {**about, **fields})
         with pytest.raises(CacheError, match=f"is damaged: .*{what}"):
-            PromptCache.load(tmp_path / "changed.safetensors", engine, kind)
+            PromptCache.load(tmp_path / "changed.safetensors", engine, OPTIONS[kind])
 
 
 def generated(engine, prompt, store=None, **settings):

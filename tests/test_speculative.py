@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -341,3 +342,7 @@ def test_mistakes(tiny, target, draft):
     for name, value in (("draft_tokens", 3), ("adaptive_draft", False)):
         with pytest.raises(OptionError, match=f"{name} is {value}, but nothing drafts; give a draft model or prompt_lookup"):
             stream_generate(tiny, "Once", **{name: value})
+    for given in (None, ["x"], [1.5], "5 6"):
+        own = SimpleNamespace(propose=lambda known, length, given=given: given)
+        with pytest.raises(OptionError, match=r"draft proposed .*; allowed is a list of token ids, \[\] for no draft"):
+            list(stream_generate(target, PROMPT, draft=own))

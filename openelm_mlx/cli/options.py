@@ -148,6 +148,7 @@ def add_flag(group: Any, item: Field[Any]) -> None:
         )
     elif kind.startswith("tuple"):
         reads = whole if kind.startswith("tuple[int") else str
+        text += "; may be given several times"
         text += ", or once with commas between them" if item.metadata.get("commas") else ""
         group.add_argument(
             flag,
