@@ -12,17 +12,22 @@ from openelm_mlx.kv import Arrays, CacheKind, resized
 if TYPE_CHECKING:
     from openelm_mlx.config import OpenELMConfig
 
-SHARED_BLOCK = (
-    64  # every row attends to all slots, so unused ones cost more than in one sequence alone
-)
+SHARED_BLOCK = 64  # every row attends to all slots, so unused ones cost more than in a single row
+
+
+def quarters(n: int, least: int = 1) -> int:
+    """Round up to a quarter of a power of two: few sizes, so few traces, and little that is unused."""
+    step = max(least, 1 << max((n - 1).bit_length() - 2, 0))
+    return -(-n // step) * step
 
 
 class Rows:
-    """The caches of `count` rows, one or a power of two; arrays are [2, count, kv_heads, slots, width].
+    """The caches of `count` rows; arrays are [2, count, kv_heads, slots, width].
 
     A step borrows the buffers with `lend` and puts those that it made in their place with `restore`.
-    No other reference may be left when they are computed, or they are copied. How many tokens a row holds is known to
-    whoever runs the steps; `written` is the highest position, plus one, ever begun to be written.
+    No other reference may be left when they are computed, or they are copied. How many tokens a row
+    holds is known to whoever runs the steps; `written` is the highest position, plus one, ever begun
+    to be written.
     """
 
     def __init__(self, config: OpenELMConfig, kind: CacheKind) -> None:
@@ -34,9 +39,10 @@ class Rows:
     def count(self) -> int:
         return len(self.written)
 
-    @property
-    def block(self) -> int:
-        return BLOCK if self.count == 1 else SHARED_BLOCK
+    def room(self, tokens: int) -> int:
+        """Return the slots of each row for this many tokens: in blocks of 256 for a single row."""
+        wanted = quarters(tokens, SHARED_BLOCK) if self.count > 1 else tokens
+        return self.kind.layout.room(wanted, BLOCK if self.count == 1 else 1)
 
     @property
     def capacity(self) -> int:
@@ -57,7 +63,7 @@ class Rows:
             self.buffers = cache.arrays
             cache.clear()
             return
-        room = max(self.capacity, self.kind.layout.room(cache.offset, self.block))
+        room = max(self.capacity, self.room(cache.offset))
         used = min(room, cache.capacity)
         held = self.buffers or [
             [resized(a[..., :0, :], room) for a in arrays] for arrays in cache.arrays
@@ -97,13 +103,13 @@ class Rows:
     def lend(self, ends: list[int]) -> list[Arrays]:
         """Hand out the buffers to a step that writes positions below `ends[row]`; 0: an unused row.
 
-        They have room for that in whole blocks, and shrink where half of it would do.
+        They have room for that, and shrink where half of it would do.
         """
         self.written = [
             max(held, end) if end else 0 for held, end in zip(self.written, ends, strict=True)
         ]
-        room, capacity = self.kind.layout.room(max(1, *ends), self.block), self.capacity
-        if not room <= capacity < 2 * room or capacity % self.block:
+        room = self.room(max(1, *ends))
+        if not room <= self.capacity < 2 * room:
             self.buffers = [[resized(a, room) for a in arrays] for arrays in self.buffers]
         return self.buffers
 

@@ -32,7 +32,7 @@ from openelm_mlx.options import (
 from openelm_mlx.prompt_cache import PromptCache
 from openelm_mlx.prompts import Prompt, prompt_tokens
 from openelm_mlx.request import Event, Request, TokenLogprobs, mask_of, on_host, spec_for, state_of
-from openelm_mlx.rows import Rows
+from openelm_mlx.rows import Rows, quarters
 from openelm_mlx.speculative import Speculation
 from openelm_mlx.stats import Reader
 from openelm_mlx.threads import device_work
@@ -307,9 +307,9 @@ class BatchEngine:
         self._forward, self._choose = self.engine.steps.parts(self._spec)
 
     def _give_rows(self) -> None:
-        """Use as few rows as will do: a power of two, so that few shapes are traced."""
+        """Use as few rows as will do, of few sizes, so that few shapes are traced."""
         live = self._live()
-        kept, count = [row for row, _ in live], rows_for(len(live) + len(self._joining))
+        kept, count = [row for row, _ in live], quarters(len(live) + len(self._joining))
         if kept != list(range(count)):
             self._buffers.resize(kept, count)
             self._speculation.move(kept, count)
@@ -421,7 +421,7 @@ class BatchEngine:
         if not live:
             self._empty()
             return
-        self._stale = self._stale or 2 * rows_for(len(live)) <= len(self._rows)
+        self._stale = self._stale or 2 * quarters(len(live)) <= len(self._rows)
         if not self._stale:
             alive = mx.array([one is not None for one in self._rows], dtype=mx.int32)
             self._state = self._state._replace(alive=alive, position=self._state.position * alive)
@@ -434,11 +434,6 @@ class BatchEngine:
 
     def _live(self) -> list[tuple[int, Request]]:
         return [(row, one) for row, one in enumerate(self._rows) if one and not one.done]
-
-
-def rows_for(sequences: int) -> int:
-    """Rows of the device's batch: a power of two, so that few shapes are ever traced."""
-    return 1 << max(sequences - 1, 0).bit_length()
 
 
 def submit(drawn: Drawn, moved: Moved) -> None:

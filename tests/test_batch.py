@@ -11,7 +11,7 @@ import openelm_mlx
 from openelm_mlx import BatchEngine, PromptCache, batch_generate, stream_generate
 from openelm_mlx.errors import BusyError, OptionError, PromptError
 from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
-from openelm_mlx.scheduler import rows_for
+from openelm_mlx.rows import quarters
 
 PROMPTS = [[1] + [(5 * i + 11 * k) % 60 + 3 for i in range(3 + 9 * k)] for k in range(9)]
 SAMPLING = [
@@ -185,14 +185,14 @@ def test_log_probabilities_of_the_chosen_tokens_alone(engine, most):
 
 def test_rows_that_nobody_uses_stand_still(engine):
     """Else their positions would run past the buffers, whose slots belong to others there."""
-    batch = BatchEngine(engine, 6)
-    for k in range(6):  # of eight rows, two were never used, and one soon is not
+    batch = BatchEngine(engine, 9)
+    for k in range(9):  # of twelve rows, three were never used, and one soon is not
         batch.submit(PROMPTS[k], max_tokens=30 if k else 2, ignore_eos=True)
     seen = []
     while batch.busy:
         batch.step()
         seen.append(batch._state.position.tolist() if hasattr(batch, "_state") else [])
-    assert sorted(late - early for early, late in zip(seen[4], seen[20], strict=True)) == [0, 0, 0, 16, 16, 16, 16, 16]
+    assert sorted(late - early for early, late in zip(seen[4], seen[20], strict=True)) == [0] * 4 + [16] * 8
 
 
 ENGINE = Path(openelm_mlx.__file__).parent
@@ -343,4 +343,4 @@ def test_mistakes(engine):
     full.submit("a"), full.submit("b")
     with pytest.raises(BusyError, match="2 requests wait already; read events until some have ended, or give a larger"):
         full.submit("c")
-    assert [rows_for(n) for n in (1, 2, 3, 5, 16)] == [1, 2, 4, 8, 16]
+    assert [quarters(n) for n in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, *[12] * 4, *[16] * 4, 24]
