@@ -108,8 +108,8 @@ class Rows:
         self.written = [
             max(held, end) if end else 0 for held, end in zip(self.written, ends, strict=True)
         ]
-        room = self.room(max(1, *ends))
-        if not room <= self.capacity < 2 * room:
+        room, capacity = self.room(max(1, *ends)), self.capacity
+        if not room <= capacity < 2 * room or capacity != self.room(capacity):
             self.buffers = [[resized(a, room) for a in arrays] for arrays in self.buffers]
         return self.buffers
 

@@ -309,7 +309,7 @@ def test_bytes_per_token_are_those_of_the_arrays(model):
 
 
 def test_room_comes_and_goes_in_blocks(model):
-    """Blocks of 256 slots for one row, quarters of a power of two for several; it shrinks where half would do, and keeps what it holds."""
+    """Blocks of 256 slots for one row, quarters of a power of two for several; nothing held is lost."""
     rows = Rows(model.args, CacheKind())
     rows.place(0, prefilled(model, CacheKind(), TOKENS[:40]))
     seen = []
