@@ -309,7 +309,7 @@ class BatchEngine:
     def _give_rows(self) -> None:
         """Use as few rows as will do, of few sizes, so that few shapes are traced."""
         live = self._live()
-        kept, count = [row for row, _ in live], quarters(len(live) + len(self._joining))
+        kept, count = [row for row, _ in live], quarters(max(1, len(live) + len(self._joining)))
         if kept != list(range(count)):
             self._buffers.resize(kept, count)
             self._speculation.move(kept, count)

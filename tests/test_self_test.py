@@ -8,7 +8,7 @@ import pytest
 from openelm_mlx import load
 from openelm_mlx.cli.main import main
 from openelm_mlx.cli.self_test import PROMPT, TOKENS
-from openelm_mlx.generation import prompt_tokens
+from openelm_mlx.prompts import prompt_tokens
 
 pytestmark = pytest.mark.with_or_without("OpenBLAS", "a C++ compiler", "a writable home")
 
