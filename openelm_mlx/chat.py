@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # only type checkers import it; nothing to install
 
     from openelm_mlx.decode import Progress
-    from openelm_mlx.drafts import ModelDraft
+    from openelm_mlx.drafts import Draft, ModelDraft
     from openelm_mlx.loading import Engine
     from openelm_mlx.options import Settings
     from openelm_mlx.request import Event
@@ -100,7 +100,7 @@ class Conversation:
         options: GenerationOptions | None = None,
         *,
         engine_options: EngineOptions | None = None,
-        draft: Engine | ModelDraft | None = None,
+        draft: Engine | ModelDraft | Draft | None = None,
         prompt_cache: PromptCache | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -114,9 +114,9 @@ class Conversation:
         self._engine_options: EngineOptions
         chosen, self._options, self.engine_options = with_overrides(KINDS, given, settings)
         self._sampling = seeded(chosen)
-        if draft is not None and not isinstance(draft, ModelDraft):
+        if not (draft is None or isinstance(draft, ModelDraft) or hasattr(draft, "propose")):
             draft = ModelDraft(engine, draft)
-        self.draft: ModelDraft | None = draft
+        self.draft: ModelDraft | Draft | None = draft
         self.options.check_draft(self.draft is not None)
         self.notices: list[str] = []
         self.system = system

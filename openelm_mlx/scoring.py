@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from openelm_mlx.errors import OptionError, PromptError
-from openelm_mlx.options import check_loaded, shown
+from openelm_mlx.errors import PromptError
+from openelm_mlx.options import check_count, check_loaded
 from openelm_mlx.prompts import prompt_tokens
 from openelm_mlx.threads import device_work
 
@@ -33,10 +33,9 @@ def score(
     beyond the model's context and what is no token id, before any work.
     """
     check_loaded("engine", engine)
-    if type(batch_tokens) is not int or batch_tokens < 1:
-        raise OptionError(
-            f"batch_tokens is {shown(batch_tokens)}; allowed is a whole number from 1 up"
-        )
+    check_count("batch_tokens", batch_tokens, 1)
+    if isinstance(sequences, (str, bytes)):
+        raise PromptError("sequences is one text; give a list, also for a single one: [text]")
     checked = []
     for number, sequence in enumerate(sequences, 1):
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from small import random_engine
@@ -445,6 +446,20 @@ def test_options_of_the_engine_are_its_own_class(tiny, small):
     with pytest.raises(CacheError, match="kv_bits 8 needs heads of a multiple of 32"):
         talk.engine_options = EngineOptions(kv_bits=8)
     assert talk.engine_options == EngineOptions()
+
+
+def test_a_conversation_takes_whatever_drafts(small):
+    """An engine, and a source of the caller's own: the answers are those without."""
+    own = SimpleNamespace(propose=lambda known, length: known[-length:])
+    settings = {"max_tokens": 12, "ignore_eos": True, "seed": 1}
+    plain = Conversation(small, **settings)
+    for draft in (small, own):
+        talk = Conversation(small, draft=draft, adaptive_draft=False, **settings)
+        (tokens, stats), (wanted, _) = ask(talk, "Hi"), ask(plain, "Hi")
+        assert tokens == wanted and stats.drafted_tokens > 0
+        plain.reset()
+    with pytest.raises(OptionError, match="draft is 'tiny'; allowed is a loaded model"):
+        Conversation(small, draft="tiny")
 
 
 def test_a_conversation_keeps_one_sequence_and_shares_what_it_is_given(small):

@@ -62,6 +62,8 @@ def test_refused_before_any_work(tiny):
         score(tiny, [[1, 5], []])
     with pytest.raises(PromptError, match="sequence 1: token id 99999 is outside the vocabulary"):
         score(tiny, [[1, 99999]])
+    with pytest.raises(PromptError, match=r"sequences is one text; give a list, also for a single one: \[text\]"):
+        score(tiny, "Once")
     with pytest.raises(OptionError, match="batch_tokens is 0; allowed is a whole number from 1 up"):
         score(tiny, [[1, 5]], batch_tokens=0)
     with pytest.raises(OptionError, match="engine is 'openelm-tiny'; allowed is a loaded model"):

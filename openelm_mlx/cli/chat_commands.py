@@ -62,6 +62,8 @@ def show_help(session: Session, rest: str) -> None:
 
 
 def show(session: Session, rest: str) -> None:
+    from openelm_mlx.drafts import ModelDraft
+
     talk = session.conversation
     exchanges = len(talk.messages) // 2
     rows = {
@@ -71,7 +73,7 @@ def show(session: Session, rest: str) -> None:
         "answers": f"at most {talk.options.max_tokens} tokens",
         "context": f"{talk.context_used} of {talk.context_length} tokens, {counted(exchanges, 'exchange')}",
     }
-    if talk.draft is not None:
+    if isinstance(talk.draft, ModelDraft):
         rows["drafts"] = facts(talk.draft.engine)
     session.say_table(rows.items())
 
