@@ -40,17 +40,19 @@ class Device:
     """Who has the device now, and who waits for it."""
 
     def __init__(self) -> None:
-        self.turn = threading.Lock()
+        self.turn = threading.RLock()
         self.user: int | None = None  # the thread whose turn it is
+        self.worker: int | None = None
         self.line: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # the worker's work
         self.bell: SimpleQueue[None] = SimpleQueue()  # rung once or more for each of them
         self.workers: dict[str, threading.Thread] = {}
         self.at_rest, self.closed = threading.Event(), False
 
     def run(self, call: Callable[[], T], stream: mx.Stream) -> T:
+        thread = threading.get_ident()
         with self.turn:
             try:
-                self.user = threading.get_ident()
+                self.user = thread
                 with mx.stream(stream):
                     return call()
             finally:
@@ -72,6 +74,7 @@ class Device:
         return future
 
     def work(self) -> None:
+        self.worker = threading.get_ident()
         while not self.closed:
             self.bell.get()
             while self.line and not self.closed:
@@ -113,13 +116,13 @@ def stream_of(kind: mx.DeviceType) -> mx.Stream:
 def on_device(call: Callable[[], T]) -> T:
     """Return `call()`, made where the work of the device belongs; what it raises is raised here.
 
-    On the main thread that is here, unless others are in line. Within a call, also in what the
-    garbage collector closes there, it is here as well.
+    On the main thread that is here, unless others are in line. Within a call it is here as well,
+    and wherever the garbage collector closes something on the worker, which cannot wait for itself.
     """
     thread = threading.get_ident()
     if thread == device.user or (device.closed and thread == MAIN):
         return call()
-    if thread == MAIN and not device.line:
+    if thread == device.worker or (thread == MAIN and not device.line):
         return device.run(call, shared_stream())
     return device.hand_over(call).result()
 

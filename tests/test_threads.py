@@ -7,7 +7,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,7 +88,15 @@ def test_work_within_work_is_a_plain_call() -> None:
         assert here == inner
 
 
-def test_the_collector_may_close_a_generation_in_the_midst_of_work() -> None:
+def between(call: Callable[[], T]) -> T:
+    """Call in the worker, where a piece of work has ended and the next one has not begun."""
+    begin, made = threading.Event(), Future[T]()
+    device.hand_over(lambda: begin.wait(30)).add_done_callback(lambda _: made.set_result(call()))
+    begin.set()
+    return made.result(30)
+
+
+def test_the_collector_may_close_a_generation_in_the_midst_of_work_and_after_it() -> None:
     class Abandoned:
         """A cycle: only the collector ends it."""
 
@@ -98,7 +106,7 @@ def test_the_collector_may_close_a_generation_in_the_midst_of_work() -> None:
         def __del__(self) -> None:
             closed.append(on_device(threading.get_ident))
 
-    for run in (on_device, lambda call: elsewhere(lambda: on_device(call))):
+    for run in (on_device, lambda call: elsewhere(lambda: on_device(call)), between):
         closed: list[int] = []
         Abandoned()
         thread = run(lambda: (gc.collect(), threading.get_ident())[1])
