@@ -152,7 +152,7 @@ def acceptance(target: Engine, draft: Engine, text: str, tokens: int) -> None:
     for seed in range(20):
         prompt = target.tokenizer.encode(text[seed * cut : seed * cut + 300])
         events = list(stream_generate(target, prompt, options, max_tokens=tokens, ignore_eos=True, seed=seed))
-        whole = mx.array([prompt + [event.token for event in events if event.token is not None]])
+        whole = mx.array([prompt + [event.token for event in events]])
         places = mx.arange(len(prompt), whole.size)
         controls, keys = Controls.of([options] * places.size, filters, vocab), mx.repeat(seed_key(seed), places.size, axis=0)
         logits = [engine.model(whole)[0, len(prompt) - 1 : -1, :vocab].astype(mx.float32) for engine in (target, draft)]

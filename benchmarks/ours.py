@@ -91,9 +91,8 @@ class OurSession:
             )
         ) as events:  # fmt: skip
             for event in events:
-                if event.token is not None:
-                    seconds.append(perf_counter() - start)
-                    found.append(event.token)
+                seconds.append(perf_counter() - start)
+                found.append(event.token)
                 stats = event.stats or stats
         self._count_passes(stats)
         peak = None if stats is None else stats.peak_memory_bytes - others
@@ -127,7 +126,7 @@ class OurSession:
                 now = perf_counter() - start
                 for number, event in events:
                     peak = max(peak, event.stats.peak_memory_bytes if event.stats else 0)
-                    if number == numbers[0] and event.token is not None:
+                    if number == numbers[0]:
                         found.append(event.token)
                         seconds.append(now)
                         self._count_passes(event.stats)

@@ -35,7 +35,7 @@ def own_text(engine: Engine, tokens: int = TOKENS) -> list[int]:
     with closing(
         stream_generate(engine, start, temperature=1.0, seed=SEED, max_tokens=tokens - 1, ignore_eos=True)
     ) as events:
-        return start + [event.token for event in events if event.token is not None]
+        return start + [event.token for event in events]
 
 
 def divergence(reference: Engine, other: Engine, text: list[int]) -> tuple[float, float]:

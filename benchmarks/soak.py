@@ -84,9 +84,8 @@ class Client:
         self.number = batch.submit(request.prompt, request.sampling, request.options, **lookup)
 
     def hear(self, event: Event) -> None:
-        tokens = [] if event.token is None else [event.token]
         self.answer = Answer(
-            self.answer.tokens + tokens, self.answer.text + event.text, event.finish_reason
+            [*self.answer.tokens, event.token], self.answer.text + event.text, event.finish_reason
         )
 
 

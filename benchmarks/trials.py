@@ -164,7 +164,7 @@ def alone(
     ) as events:
         for event in events:
             text, reason = text + event.text, event.finish_reason
-            tokens += [] if event.token is None else [event.token]
+            tokens.append(event.token)
             if len(tokens) == cancel_after:
                 break
     return Answer(tokens, text, reason)
@@ -199,7 +199,7 @@ def together(
             for number, event in batch.step():
                 place = numbers[number]
                 if place >= 0:
-                    tokens = found[place].tokens + ([] if event.token is None else [event.token])
+                    tokens = [*found[place].tokens, event.token]
                     found[place] = Answer(
                         tokens, found[place].text + event.text, event.finish_reason
                     )

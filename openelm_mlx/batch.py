@@ -100,7 +100,7 @@ def batch_generate(
             for number, event in batch.step():
                 place = places[number]
                 texts[place] += event.text
-                tokens[place].append(-1 if event.token is None else event.token)
+                tokens[place].append(event.token)
                 if event.finish_reason:
                     done = tuple(tokens[place])
                     results[place] = BatchResult(

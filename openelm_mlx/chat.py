@@ -294,8 +294,7 @@ class Conversation:
                     yield event
         finally:
             if tokens:  # else the prefill failed or was interrupted: nothing was said
-                said = [token for token in tokens if token is not None]
-                exchange = self._exchange(request.question, shown, said, request.attempt)
+                exchange = self._exchange(request.question, shown, tokens, request.attempt)
                 self._exchanges = (*request.kept, exchange)
                 self._dropped_tokens = request.dropped_tokens
             else:

@@ -33,7 +33,7 @@ class Event:
     """
 
     text: str
-    token: int | None
+    token: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: str | None = None

@@ -185,7 +185,7 @@ def logprobs(engine: Engine, event: Event) -> dict[str, Any]:
         {"token": token, "text": text_of(engine, token), "logprob": value}
         for token, value in event.top_logprobs
     ]
-    text = None if event.token is None else text_of(engine, event.token)
+    text = text_of(engine, event.token)
     return {"token": event.token, "text": text, "logprob": event.logprob, "top": top}
 
 
