@@ -201,14 +201,16 @@ class Constraint:
         if len(drafts) >= len(self._masks):
             self._masks, self._address = buffer(len(drafts) + 1, self._words)
         mask, usable = self._fill(0), 0
-        for token in drafts:
-            if token in self._ends or not contains(mask, token):
-                break
-            self.accept(token)
-            usable += 1
-            mask = self._fill(usable)
-        if usable:
-            self._matcher.rollback(usable)
+        try:
+            for token in drafts:
+                if token in self._ends or not contains(mask, token):
+                    break
+                self.accept(token)
+                usable += 1
+                mask = self._fill(usable)
+        finally:  # also after an interrupt
+            if usable:
+                self._matcher.rollback(usable)
         return self._masks[: usable + 1], usable
 
     def accept(self, token: int) -> None:

@@ -317,6 +317,23 @@ def test_no_form_is_no_constraint() -> None:
     assert constraint(ENGINE, GenerationOptions()) is None
 
 
+def test_an_interrupt_amid_a_draft_leaves_the_constraint_where_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found, (a, b) = made(regex="abab"), (3 + letter for letter in b"ab")
+    before, fill = found.mask().copy(), Constraint._fill
+
+    def interrupted(self: Constraint, row: int) -> Any:
+        if row == 2:
+            raise KeyboardInterrupt
+        return fill(self, row)
+
+    monkeypatch.setattr(Constraint, "_fill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        found.along([a, b, a])
+    assert (found.mask() == before).all()
+
+
 def test_every_token_that_ends_a_text_is_allowed_where_the_text_may_end_and_nowhere_else() -> None:
     a, yes = PIECES.index(b"ab"), PIECES.index(b"yes")
     engine = engine_of(PIECES, ends=(1, EOS))
