@@ -75,11 +75,12 @@ def test_set_changes_what_the_next_answer_uses(tiny, chat):
     drawn = chat("/set temperature 20", "/set min_p 0", "/set seed 12", "Hello!")[1]
     wanted = answers(tiny, "Hello!", temperature=20.0, min_p=0.0, seed=12)
     assert drawn == wanted != answers(tiny, "Hello!")
-    assert "changes nothing until" in chat("/set temperature 0", "/set top_p 0.5")[2]
+    for idle in ("top_p", "xtc_probability", "seed"):
+        assert "changes nothing until" in chat("/set temperature 0", f"/set {idle} {int(idle == 'seed') or 0.5}")[2]
 
 
 def test_set_takes_options_of_all_three_classes(tiny, chat):
-    status, out, err = chat("/set logit_bias 9=-100 5=2.5", "/set stop-tokens 7 8", "/set prefill_chunk 8", "Hello!",
+    status, out, err = chat("/set logit_bias 9=-100, 5=2.5", "/set stop-tokens 7 8", "/set prefill_chunk 8", "Hello!",
                             "/set logit_bias", "/set stop_tokens none", "/set compiled off", "/show")  # fmt: skip
     assert status == 0 and out == answers(tiny, "Hello!", logit_bias={9: -100.0, 5: 2.5}, stop_tokens=(7, 8))
     assert err.splitlines()[:3] == ["logit_bias: 5=2.5 9=-100", "stop_tokens: 7 8", "prefill_chunk: 8"]

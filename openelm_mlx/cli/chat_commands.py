@@ -100,7 +100,7 @@ def set_option(session: Session, rest: str) -> None:
         options.check_draft(talk.draft is not None)
         talk.sampling, talk.options = sampling, options
     session.say(f"{name}: {shown(session, name)}")
-    if value and talk.sampling.greedy and name in ("top_k", "top_p", "min_p", "seed"):
+    if value and talk.sampling.greedy and name in (*talk.sampling.idle, "seed"):
         session.say("answers are greedy, so this changes nothing until /set temperature")
 
 
@@ -121,7 +121,7 @@ def parsed(item: Field[Any], value: str) -> Any:
     if kind == "tuple[str, ...]":
         return value.split(",") if item.metadata.get("commas") else (value,)
     if kind.startswith("tuple"):
-        return tuple(number(int, part) for part in value.split())
+        return tuple(number(int, part) for part in re.split(r"[\s,]+", value))
     if kind.startswith("bool"):
         if value.lower() not in SWITCHES:
             raise OptionError(f"{item.name} is {value!r}; allowed: on, off")
