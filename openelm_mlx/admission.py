@@ -12,6 +12,7 @@ from openelm_mlx.decode import choose
 from openelm_mlx.kv import CacheKind, Window
 from openelm_mlx.prompt_cache import PromptCache, common_prefix
 from openelm_mlx.request import Request, TokenLogprobs, mask_of, on_host, spec_for, state_of
+from openelm_mlx.sampling import Filters
 
 if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
@@ -104,7 +105,7 @@ class Admission:
         The filters are those of these requests alone, and nothing is compiled for it.
         """
         requests = self.requests
-        spec = spec_for(requests, self.engine.vocab, self.cache.kind, compiled=False)
+        spec = spec_for(requests, self.engine.vocab, self.cache.kind, False, Filters())
         hidden = mx.stack([self._last[place] for place in self._places])
         logits = self.engine.model.logits(hidden)
         state = state_of(requests, spec)

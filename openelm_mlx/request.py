@@ -121,11 +121,17 @@ def on_host(detail: Logprobs | None, count: int) -> list[TokenLogprobs | None]:
     ]
 
 
-def spec_for(requests: Sequence[Request], vocab: int, kind: CacheKind, compiled: bool) -> StepSpec:
-    """Return what a step must be traced for, to serve all of these requests."""
+def spec_for(
+    requests: Sequence[Request],
+    vocab: int,
+    kind: CacheKind,
+    compiled: bool,
+    held: Filters,
+) -> StepSpec:
+    """Return what a step must be traced for, to serve all of these requests; `held` filters stay."""
     wanted = [one.options.logprobs for one in requests if one.options.logprobs is not None]
     masked = any(one.constraint is not None for one in requests)
-    filters = Filters.of([one.sampling for one in requests], masked)
+    filters = Filters.of([one.sampling for one in requests], masked).beside(held)
     return StepSpec(filters, vocab, max(wanted, default=None), compiled, kind)
 
 

@@ -17,7 +17,7 @@ import secrets
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -72,6 +72,27 @@ class Filters:
             masked=masked,
             processors=tuple(dict.fromkeys(o.processor for o in rows if o.processor is not None)),
         )
+
+    def beside(self, held: Filters) -> Filters:
+        """Return these with those held for other rows: fewer sets occur, so fewer steps are traced.
+
+        What users and grammars bring along is not held: it may cost more than a trace.
+        """
+        names = (
+            "sampled",
+            "top_k",
+            "top_p",
+            "min_p",
+            "xtc",
+            "repetition",
+            "counts",
+            "bias",
+            "window",
+        )
+        every = any(one.sampled and not one.shortlist for one in (self, held))
+        shortlist = 0 if every else max(self.shortlist, held.shortlist)
+        both = {name: max(getattr(self, name), getattr(held, name)) for name in names}
+        return replace(self, shortlist=shortlist, **both)
 
     @property
     def penalised(self) -> bool:

@@ -33,6 +33,7 @@ from openelm_mlx.prompt_cache import PromptCache
 from openelm_mlx.prompts import Prompt, prompt_tokens
 from openelm_mlx.request import Event, Request, TokenLogprobs, mask_of, on_host, spec_for, state_of
 from openelm_mlx.rows import Rows, quarters
+from openelm_mlx.sampling import Filters
 from openelm_mlx.speculative import Speculation
 from openelm_mlx.stats import Reader
 from openelm_mlx.threads import device_work
@@ -112,6 +113,7 @@ class BatchEngine:
         self._rows: list[Request | None] = []
         self._buffers = Rows(self.engine.config, self.kind)
         self._passes: deque[Pending] = deque()  # submitted and not yet read, two at most
+        self._filters = Filters()  # in use since the rows were all unused
         self._logits: mx.array | None = None  # of a pass whose draw waits for a mask
         self._stale = bool(self._joining)  # rows are to be arranged anew
 
@@ -301,7 +303,9 @@ class BatchEngine:
             self._waiting.extendleft(reversed(everybody))
             raise
         self._stale = False
-        self._spec = spec_for(everybody, self.engine.vocab, self.kind, self.options.compiled)
+        compiled, vocab = self.options.compiled, self.engine.vocab
+        self._spec = spec_for(everybody, vocab, self.kind, compiled, self._filters)
+        self._filters = self._spec.filters
         self._state = state_of(self._rows, self._spec)
         self._step = self.engine.steps.step(self._spec)
         self._forward, self._choose = self.engine.steps.parts(self._spec)
@@ -400,8 +404,8 @@ class BatchEngine:
                 request.clock.drafted += pending.drafted[row]
                 request.clock.accepted += kept
             for place in range(kept + 1):
-                event = request.take(values[place], details[row * width + place])
-                self._events.append((request.number, event))
+                detail = details[row * width + place]
+                self._events.append((request.number, request.take(values[place], detail)))
                 if request.done:  # a drafted token that was kept has been fed
                     fed = len(request.known) if place < kept else self._fed(request)
                     self._retire(row, request, fed)

@@ -183,6 +183,24 @@ def test_log_probabilities_of_the_chosen_tokens_alone(engine, most):
             assert one.logprob == (None if k == 2 else pytest.approx(other.logprob, abs=1e-4))
 
 
+def test_filters_stay_while_any_row_lives_so_that_few_steps_are_traced(engine):
+    """Requests come and go beside one that stays: the sets of filters only grow, and the tokens are those alone."""
+    kinds = [{"temperature": 1.0, "top_k": 5}, {"repetition_penalty": 1.3}, {"temperature": 1.0, "min_p": 0.1}, {}]
+    kinds = [SamplingOptions(seed=4, **kind) for kind in kinds * 4]
+    batch, seen, tokens = BatchEngine(engine, 3), [], {}
+    tokens[batch.submit(PROMPTS[0], max_tokens=150, ignore_eos=True)] = []
+    for _ in range(150):
+        if len(tokens) <= len(kinds) and sum(map(bool, batch._rows)) < 2:
+            tokens[batch.submit(PROMPTS[1], kinds[len(tokens) - 1], OPTIONS[0])] = []
+        for number, event in batch.step():
+            tokens[number].append(event.token)
+        if hasattr(batch, "_spec") and batch._spec not in seen:
+            seen.append(batch._spec)
+    assert len(tokens) == len(kinds) + 1 and len(seen) == 3
+    for kind, found in zip(kinds, list(tokens.values())[1:], strict=True):
+        assert found == [event.token for event in stream_generate(engine, PROMPTS[1], kind, OPTIONS[0])]
+
+
 def test_rows_that_nobody_uses_stand_still(engine):
     """Else their positions would run past the buffers, whose slots belong to others there."""
     batch = BatchEngine(engine, 9)
