@@ -33,7 +33,7 @@ _HOME = {
     "load": "loading",
     "stream_generate": "generation",
 }
-_MODULES = ("chat", "config", "convert", "errors")  # `openelm_mlx.errors.OptionError` without a second import
+_MODULES = ("chat", "config", "convert", "errors")  # no second import for `openelm_mlx.errors`
 __all__ = [  # written out: type checkers and editors read it
     "BatchEngine",
     "BatchResult",

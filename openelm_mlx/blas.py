@@ -20,7 +20,7 @@ class BlasChoice:
     reason: str
 
 
-def choose_blas(environ: Mapping[str, str], platform: str, candidates: tuple[str, ...]) -> BlasChoice:
+def choose_blas(environ: Mapping[str, str], platform: str, names: tuple[str, ...]) -> BlasChoice:
     """Choose the BLAS that OPENELM_BLAS asks for: auto (the first candidate), off, or a path."""
     wish = environ.get("OPENELM_BLAS") or DEFAULT
     if not platform.startswith("linux"):
@@ -29,12 +29,12 @@ def choose_blas(environ: Mapping[str, str], platform: str, candidates: tuple[str
         return BlasChoice(None, "OPENELM_BLAS is off")
     if wish != "auto":
         return BlasChoice(wish, "named by OPENELM_BLAS")
-    if not candidates:
+    if not names:
         return BlasChoice(None, "no OpenBLAS found; install libopenblas0-pthread")
-    return BlasChoice(candidates[0], "found on this system")
+    return BlasChoice(names[0], "found on this system")
 
 
-_loaded: dict[str, BlasChoice] = {}  # what was asked for -> what came of it, before MLX was imported
+_loaded: dict[str, BlasChoice] = {}  # by what was asked for, before MLX was imported
 
 
 def load_blas(environ: Mapping[str, str] | None = None) -> BlasChoice:
@@ -45,12 +45,15 @@ def load_blas(environ: Mapping[str, str] | None = None) -> BlasChoice:
     if wish in _loaded:
         return _loaded[wish]
     auto = wish == "auto"
-    choice = choose_blas(environ, sys.platform, NAMES)  # the loader finds them where the system keeps libraries
+    # the loader finds them where the system keeps libraries
+    choice = choose_blas(environ, sys.platform, NAMES)
     if choice.path is None:
         return choice
     if "mlx.core" in sys.modules:
         return BlasChoice(None, "mlx was imported first, too late for another BLAS")
-    for name in NAMES if auto else (choice.path,):  # no find_library: it starts ldconfig or a compiler, at every start
+    for name in (
+        NAMES if auto else (choice.path,)
+    ):  # no find_library: it starts ldconfig or a compiler, at every start
         try:
             ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
             _loaded[wish] = BlasChoice(name, choice.reason)
@@ -58,7 +61,9 @@ def load_blas(environ: Mapping[str, str] | None = None) -> BlasChoice:
         except OSError as error:
             problem = error
     if not auto:
-        raise OptionError(f"OPENELM_BLAS={choice.path} cannot be loaded ({problem}); "
-                          "give auto, off, or the path of a libopenblas.so")
+        raise OptionError(
+            f"OPENELM_BLAS={choice.path} cannot be loaded ({problem}); "
+            "give auto, off, or the path of a libopenblas.so"
+        )
     _loaded[wish] = choose_blas(environ, sys.platform, ())
     return _loaded[wish]

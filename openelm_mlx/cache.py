@@ -132,19 +132,6 @@ class KVCache:
             return True
         return self.written - (self.offset - n) <= layout.capacity - layout.size
 
-    def trim(self, n: int) -> None:
-        """Forget the last n tokens: later ones overwrite them.
-
-        Raises `CacheError` where there are fewer, or a window has dropped what came before them.
-        """
-        if not 0 <= n <= self.offset:
-            raise CacheError(f"cannot forget {n} tokens of {self.offset}")
-        if not self.can_trim(n):
-            raise CacheError(
-                f"cannot forget {n} tokens: the window has already dropped what came before them"
-            )
-        self.offset -= n
-
     def clear(self) -> None:
         """Forget everything, and let go of the memory."""
         self.arrays, self.offset, self.written = [], 0, 0

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from openelm_mlx import threads
-from openelm_mlx.cache import KVCache, step_caches
+from openelm_mlx.cache import step_caches
 from openelm_mlx.kv import Arrays, CacheKind
 from openelm_mlx.model import OpenELM
 from openelm_mlx.sampling import Controls, Filters, History, Logprobs, draw, logprobs
@@ -238,20 +238,3 @@ def arrays_of(tree: Any) -> list[mx.array]:
     else:
         parts = tree if isinstance(tree, list) else []
     return [array for part in parts for array in arrays_of(part)]
-
-
-def prefill(
-    model: OpenELM, tokens: list[int], cache: KVCache, chunk: int, progress: Progress | None = None
-) -> mx.array:
-    """Run the prompt through the model in chunks; logits [1, vocab] after its last token.
-
-    Only the last position goes through the last layer's FFN and the head, and the last chunk gives
-    the first token: no extra pass.
-    """
-    for start in range(0, len(tokens), chunk):
-        hidden = model.hidden(mx.array([tokens[start : start + chunk]]), cache, last=True)
-        final = start + chunk >= len(tokens)
-        mx.eval([hidden] if final else [], cache.arrays)  # of other chunks only keys and values
-        if progress is not None:
-            progress(min(start + chunk, len(tokens)), len(tokens))
-    return model.logits(hidden)

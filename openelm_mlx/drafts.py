@@ -66,9 +66,7 @@ class PromptLookup:
     def __init__(self, ngram: int, limit: int, adaptive: bool = True) -> None:
         self.ngram, self.limit, self.adaptive = ngram, limit, adaptive
         self.hits = [self.PRIOR] * (ngram + 1)  # share of right guesses by length of match
-        self._after: dict[
-            tuple[int, ...], int
-        ] = {}  # n-gram -> the place behind its latest occurrence
+        self._after: dict[tuple[int, ...], int] = {}  # the place behind an n-gram's latest one
         self._seen = 0
 
     def find(self, known: list[int]) -> tuple[int, int] | None:

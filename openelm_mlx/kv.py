@@ -101,9 +101,7 @@ class Quantized:
         (k, k_scales, k_biases), (v, v_scales, v_biases) = zip(*map(halves, arrays), strict=True)
         kv_heads, T = k.shape[1:3]
         form: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
-        q = (q * scale).reshape(
-            B, kv_heads, -1, D
-        )  # query heads of one key head side by side, [B, kv, rep * L, D]
+        q = (q * scale).reshape(B, kv_heads, -1, D)  # the query heads of a key head side by side
         scores = mx.quantized_matmul(q, k, k_scales, k_biases, transpose=True, **form)
         scores = scores.reshape(B, kv_heads, -1, L, T)
         if isinstance(mask, str):

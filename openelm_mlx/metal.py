@@ -21,7 +21,8 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 
-LIMITS = {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}  # the pair measured in issue 4521
+# the pair measured in issue 4521
+LIMITS = {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}
 GENERATIONS = range(1, 5)  # M1 to M4
 WIRED_SINCE = 15  # macOS: before it mx.set_wired_limit has no effect
 
@@ -45,12 +46,15 @@ def buffer_limits(chip: str | None, environ: Mapping[str, str]) -> MetalSettings
     """
     match = re.match(r"Apple M(\d+)\b", chip or "")
     if match is None:
-        return MetalSettings(reason=f"only Apple's M1 to M4 gain by other limits; this is {chip or 'no Apple chip'}")
+        return MetalSettings(
+            reason=f"only Apple's M1 to M4 gain by other limits; this is {chip or 'no Apple chip'}"
+        )
     if int(match[1]) not in GENERATIONS:
         return MetalSettings(reason=f"MLX's own limits stay on {chip}: {elsewhere(int(match[1]))}")
     if own := sorted(LIMITS.keys() & environ.keys()):
         return MetalSettings(reason=f"you have set {', '.join(own)}")
-    return MetalSettings(dict(LIMITS), f"faster decoding on M1 to M4 (ml-explore/mlx issue 4521); this is {chip}")
+    why = f"faster decoding on M1 to M4 (ml-explore/mlx issue 4521); this is {chip}"
+    return MetalSettings(dict(LIMITS), why)
 
 
 def elsewhere(generation: int) -> str:
@@ -110,7 +114,8 @@ def set_wired_limit() -> int | None:
 
     if not mx.metal.is_available():
         return None
-    limit = wired_limit(int(mx.device_info().get("max_recommended_working_set_size", 0)), platform.mac_ver()[0])
+    recommended = int(mx.device_info().get("max_recommended_working_set_size", 0))
+    limit = wired_limit(recommended, platform.mac_ver()[0])
     if limit is not None:
         mx.set_wired_limit(limit)
     return limit

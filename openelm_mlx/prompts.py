@@ -12,9 +12,8 @@ from openelm_mlx.tokenizer import as_id
 if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
 
-Prompt = (
-    str | Sequence[int] | Sequence[Message]
-)  # text, token ids, or the messages of a conversation
+# text, token ids, or the messages of a conversation
+Prompt = str | Sequence[int] | Sequence[Message]
 
 
 def prompt_tokens(

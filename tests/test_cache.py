@@ -263,7 +263,7 @@ def test_rows_know_what_was_written_and_forget_it_with_the_row(model):
         rows.resize([], count)
         for row in range(count):
             cache = prefilled(model, kind, TOKENS[:80])
-            cache.trim(10)
+            cache.offset -= 10
             rows.place(row, cache)
         rows.restore(rows.lend([75] * count))
         assert rows.written == [80] * count
@@ -292,9 +292,6 @@ def test_a_window_that_an_interrupted_pass_has_overwritten_is_refused(model):
 def test_a_window_forgets_only_what_it_can_take_back(model):
     cache = KVCache(model.args, KINDS["window"], [], 500)
     assert cache.can_trim(SLACK) and not cache.can_trim(SLACK + 1)
-    cache.trim(20)
-    with pytest.raises(CacheError, match="cannot forget 20 tokens: the window has already dropped what came before"):
-        cache.trim(20)
     cache = KVCache(model.args, KINDS["window"], [], 480, written=500)  # 20 drafts were written, and none was kept
     assert cache.can_trim(SLACK - 20) and not cache.can_trim(SLACK - 19)
     assert cache.prefix(480 - SLACK + 19) is None
@@ -396,8 +393,6 @@ def test_steps_update_the_buffers_in_place(model, count, compiled):
 
 
 def test_mistakes(model):
-    with pytest.raises(CacheError, match="cannot forget 3 tokens of 0"):
-        KVCache(model.args).trim(3)
     with pytest.raises(CacheError, match="an empty cache cannot be enlarged before its first tokens; prefill first"):
         KVCache(model.args).reserve(3)
     with pytest.raises(CacheError, match="the cache has 2 entries for a model of 3 layers; make one for this model"):
