@@ -109,11 +109,11 @@ class OurSession:
     def _batch(self, prompt: list[int], tokens: int) -> Timed:
         """All prompts are read in the first step, and every later one gives each sequence a token, or several that were
         drafted. What is taken down is the first sequence's, at the times when all tokens of a step are known."""
-        from openelm_mlx.batch import BatchEngine
+        from openelm_mlx.batch import ALL, BatchEngine
 
         shared = {name: value for name, value in self.settings.items() if name in SHARED}
         own = {name: value for name, value in self.settings.items() if name not in SHARED}
-        batch = BatchEngine(self.model, self.batch_size, draft=self.draft, admission=None, **shared)
+        batch = BatchEngine(self.model, self.batch_size, draft=self.draft, admission=ALL, **shared)
         found: list[int] = []
         seconds: list[float] = []
         others, peak = self._others(), 0

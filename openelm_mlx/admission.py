@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -19,6 +21,32 @@ if TYPE_CHECKING:
 
 PASS_TOKENS = 4096  # prompt tokens of all rows in one pass, so that activations stay small
 SHARED = 64  # tokens from which on a common beginning is worth waiting for
+
+
+class Pace:
+    """How many prompt tokens a step may prefill beside running rows: as many as take twice its time.
+
+    What a prompt token costs differs between devices by a factor of a hundred. So the number
+    follows the time that steps take with and without prompt tokens, which changes no token.
+    """
+
+    LEAST, FIRST = 4, 32
+    SLOW, FAST = 3.4, 2.6  # times the median step; between them the number stays
+
+    def __init__(self) -> None:
+        self.tokens = self.FIRST
+        self._plain: deque[float] = deque(maxlen=9)  # seconds of the latest steps without prompts
+
+    def learn(self, seconds: float, prefilled: int) -> None:
+        """Learn how long a step took that prefilled so many tokens."""
+        if not prefilled:
+            self._plain.append(seconds)
+        elif self._plain:
+            ratio = seconds / median(self._plain)
+            if ratio > self.SLOW:
+                self.tokens = max(self.LEAST, self.tokens * 3 // 4)
+            elif ratio < self.FAST and prefilled >= self.tokens:
+                self.tokens += 1 + self.tokens // 4
 
 
 class Admission:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
     from openelm_mlx.options import Settings
 
+ALL = 1 << 30  # more prompt tokens than there are
 ENGINE = {item.name for item in fields(EngineOptions)}
 
 
@@ -80,7 +81,7 @@ def batch_generate(
         engine_options,
         draft=draft,
         prompt_cache=prompt_cache,
-        admission=None,  # nobody waits for a single token
+        admission=ALL,  # nobody waits for a single token
         max_waiting=max(len(prompts), 1),
         **shared,
     )

@@ -6,6 +6,7 @@ rows are stepped together. A single sequence is one row: everything that generat
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
-from openelm_mlx.admission import Admission, next_group, shares
+from openelm_mlx.admission import Admission, Pace, next_group, shares
 from openelm_mlx.cache import KVCache
 from openelm_mlx.decode import Drafted, Drawn, Moved, State, StepSpec
 from openelm_mlx.errors import BusyError, OptionError
@@ -71,7 +72,7 @@ class BatchEngine:
     `stream_generate`. `options` and `settings` are engine options. Any thread may call it.
 
     Beside running sequences a step prefills at most `admission` tokens of waiting prompts, so that
-    a long one stalls nobody; None prefills every prompt at once.
+    a long one stalls nobody; by default as many as take about twice the time of a step without any.
     """
 
     _spec: StepSpec  # of the rows as they are arranged now
@@ -85,7 +86,7 @@ class BatchEngine:
         *,
         draft: Engine | ModelDraft | Draft | None = None,
         prompt_cache: PromptCache | None = None,
-        admission: int | None = 40,
+        admission: int | None = None,
         max_waiting: int = 1024,
         **settings: Unpack[EngineSettings],
     ) -> None:
@@ -100,7 +101,7 @@ class BatchEngine:
         (self.options,) = with_overrides((EngineOptions,), (options,), settings)
         self.kind = CacheKind.of(engine.config, self.options)
         self._draft, self._speculation = draft, Speculation(engine, draft)
-        self._reader = Reader()
+        self._reader, self._pace = Reader(), Pace()
         self._numbers = 0
         self._waiting: deque[Request] = deque()
         self._events: list[tuple[int, Event]] = []  # not yet handed out
@@ -206,16 +207,19 @@ class BatchEngine:
         the next step hands out the events so far, and goes on from the tokens known.
         """
         self._reader.back()
+        begun, steady = time.perf_counter(), bool(self._rows) and not self._stale
         try:
             if self._stale and not self._passes and self._logits is None:
                 self._arrange()
-            self._admit()
+            prefilled = self._admit()
             if self._live():
                 self._advance()
         except BaseException:
             self._passes.clear()  # whatever is under way is run again
             self._logits, self._stale = None, True
             raise
+        if steady and not self._stale:
+            self._pace.learn(time.perf_counter() - begun, prefilled)
         self._reader.leave()
         events, self._events = self._events, []
         return events
@@ -237,11 +241,15 @@ class BatchEngine:
 
     # Prompts come in
 
-    def _admit(self) -> None:
-        """Prefill a bounded number of prompt tokens, and hand on the prompts that are complete."""
-        budget = float("inf") if self.admission is None else self.admission
+    def _admit(self) -> int:
+        """Prefill a bounded number of prompt tokens, and hand on the prompts that are complete.
+
+        Return how many tokens that were.
+        """
+        allowed = self._pace.tokens if self.admission is None else self.admission
         if not self._live():
-            budget = max(budget, self.options.prefill_chunk)  # nobody waits for the rows
+            allowed = max(allowed, self.options.prefill_chunk)  # nobody waits for the rows
+        budget = allowed
         while budget > 0:
             admission = self._admission or self._next_admission(budget)
             if admission is None:
@@ -253,6 +261,7 @@ class BatchEngine:
                 joining = list(zip(admission.requests, admission.caches(), strict=True))
                 self._admission, self._stale, self._joining = None, True, self._joining + joining
                 self._join(joining, drawn)
+        return allowed - budget
 
     def _next_admission(self, budget: float) -> Admission | None:
         free = self.slots - len(self._live()) - len(self._joining)

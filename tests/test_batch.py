@@ -9,6 +9,7 @@ from small import random_engine
 
 import openelm_mlx
 from openelm_mlx import BatchEngine, PromptCache, batch_generate, stream_generate
+from openelm_mlx.admission import Pace
 from openelm_mlx.errors import BusyError, OptionError, PromptError
 from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.rows import quarters
@@ -82,7 +83,7 @@ def test_samples_of_a_prompt_share_its_prefill(engine, monkeypatch, settings):
     assert [one.stats.reused_tokens for one in results] == [0] + [len(prompt)] * 3
 
 
-@pytest.mark.parametrize("admission", [8, None])
+@pytest.mark.parametrize("admission", [8, 1 << 30])
 def test_a_long_prompt_that_joins_stalls_nobody(engine, monkeypatch, admission):
     """A step reads at most `admission` tokens of it beside a token for each row that runs."""
     passed, hidden = [], type(engine.model).hidden
@@ -103,7 +104,22 @@ def test_a_long_prompt_that_joins_stalls_nobody(engine, monkeypatch, admission):
         found = [number for number, _ in batch.step()]
         read.append(sum(passed))
         assert sorted(set(found) - {joining}) == running
-    assert sum(read) == len(prompt) and max(read) == (admission or len(prompt))
+    assert sum(read) == len(prompt) and max(read) == min(admission, len(prompt))
+
+
+def test_prompts_are_read_at_the_pace_of_the_device():
+    """From any start, a step with prompt tokens comes to take about three times one without, as far as that can be."""
+    for cost, wanted in ((0.001, (1, 2**30)), (0.5, (4, 7)), (0.1, (14, 26)), (9.0, (4, 4))):
+        pace = Pace()
+        for step in range(300):
+            prefilled = pace.tokens if step % 3 else 0
+            pace.learn(1.0 + cost * prefilled, prefilled)
+        low, high = wanted
+        assert low <= pace.tokens <= high and (cost > 0.001 or pace.tokens > 1000)
+    pace = Pace()
+    pace.learn(1.0, 0)
+    pace.learn(1.1, 5)  # a prompt's last few tokens say nothing of more
+    assert pace.tokens == Pace.FIRST
 
 
 def test_the_first_token_is_handed_out_before_a_step_is_built(engine, monkeypatch):
@@ -290,7 +306,7 @@ def test_what_functions_of_the_caller_raise_loses_nothing(engine):
     class Guess:
         propose = staticmethod(fails(3, lambda known, length: [5] * length))
 
-    batch = BatchEngine(engine, 4, draft=Guess(), admission=None)
+    batch = BatchEngine(engine, 4, draft=Guess(), admission=1 << 30)
     wanted = [[e.token for e in alone(engine, k, options=options)] for k in range(4)]
     for k in range(4):
         processor = fails(2, lambda logits, newest, positions: logits) if k == 1 else None

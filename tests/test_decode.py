@@ -82,7 +82,7 @@ def test_decoding_copies_no_buffer(tiny, rows):
     """Keys and values are updated in place: a copy of one layer's buffer would be half of them all."""
     engine = random_engine(tiny, seed=1)
     engine.config = replace(engine.config, max_context_length=8192)
-    batch = BatchEngine(engine, rows, admission=None)
+    batch = BatchEngine(engine, rows, admission=1 << 30)
     for row in range(rows):
         batch.submit([1 + row] * 3000, max_tokens=70, ignore_eos=True)
     for _ in range(10):

@@ -404,7 +404,7 @@ def test_a_cache_saved_between_the_tokens_of_one_draft_is_whole(engine, tmp_path
 def test_a_batch_keeps_owners_apart(tiny, engine):
     """Also where they ask the same at the same time, and where text goes on from held tokens."""
     store = PromptCache()
-    batch = BatchEngine(engine, 4, prompt_cache=store, admission=None)
+    batch = BatchEngine(engine, 4, prompt_cache=store, admission=1 << 30)
     for owner in ("one", "other", "one"):
         batch.submit(TOKENS[:30], owner=owner, max_tokens=1)
     events = [event for _ in range(2) for _, event in batch.step()]
