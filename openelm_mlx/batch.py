@@ -17,6 +17,7 @@ from openelm_mlx.options import (
 )
 from openelm_mlx.prompt_cache import PromptCache
 from openelm_mlx.prompts import Prompt
+from openelm_mlx.request import Event
 from openelm_mlx.scheduler import BatchEngine
 from openelm_mlx.stats import GenerationStats
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
     from openelm_mlx.options import Settings
 
-ALL = 1 << 30  # more prompt tokens than there are
+ALL = 1 << 30  # prompt tokens beside a step: nobody waits for a single token of a batch
 ENGINE = {item.name for item in fields(EngineOptions)}
 
 
@@ -75,41 +76,30 @@ def batch_generate(
     shared: Any = {name: value for name, value in settings.items() if name in ENGINE}
     own: Any = {name: value for name, value in settings.items() if name not in ENGINE}
     with_overrides((SamplingOptions, GenerationOptions), (None, None), own)  # wrong for all?
-    batch = BatchEngine(
-        engine,
-        slots,
-        engine_options,
-        draft=draft,
-        prompt_cache=prompt_cache,
-        admission=ALL,  # nobody waits for a single token
-        max_waiting=max(len(prompts), 1),
-        **shared,
-    )
-    texts: list[str] = [""] * len(prompts)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    results: list[BatchResult | None] = [None] * len(prompts)
-    places: dict[int, int] = {}
+    shared |= {"draft": draft, "prompt_cache": prompt_cache, "max_waiting": max(len(prompts), 1)}
+    batch = BatchEngine(engine, slots, engine_options, admission=ALL, **shared)
+    numbers: list[int | OpenELMError] = []
+    found: dict[int, list[Event]] = {}
     try:
-        for place, prompt in enumerate(prompts):
+        for prompt, one, other in zip(prompts, each_sampling, each_options, strict=True):
             try:
-                places[batch.submit(prompt, each_sampling[place], each_options[place], **own)] = (
-                    place
-                )
+                numbers.append(batch.submit(prompt, one, other, **own))
             except OpenELMError as error:
-                results[place] = BatchResult("", (), None, None, error)
+                numbers.append(error)
         while batch.busy:
             for number, event in batch.step():
-                place = places[number]
-                texts[place] += event.text
-                tokens[place].append(event.token)
-                if event.finish_reason:
-                    done = tuple(tokens[place])
-                    results[place] = BatchResult(
-                        texts[place], done, event.finish_reason, event.stats
-                    )
+                found.setdefault(number, []).append(event)
     finally:
         batch.close()
-    return [result for result in results if result is not None]
+    return [result_of(number, found) for number in numbers]
+
+
+def result_of(number: int | OpenELMError, found: dict[int, list[Event]]) -> BatchResult:
+    if isinstance(number, OpenELMError):
+        return BatchResult("", (), None, None, number)
+    events, last = found[number], found[number][-1]
+    tokens = tuple(event.token for event in events)
+    return BatchResult("".join(e.text for e in events), tokens, last.finish_reason, last.stats)
 
 
 def spread(name: str, given: Any, count: int) -> list[Any]:

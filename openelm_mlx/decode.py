@@ -148,16 +148,13 @@ def along(history: History, drafted: mx.array) -> History:
     steps = [history]
     for index in range(drafted.shape[1]):
         steps.append(steps[-1].plus(drafted[:, index]))
-    return History(
-        *(
-            None if part[0] is None else mx.stack(list(part), axis=1)
-            for part in zip(*steps, strict=True)
-        )
-    )
+    return each(lambda *parts: mx.stack(list(parts), axis=1), *steps)
 
 
-def each(change: Callable[[mx.array], mx.array], history: History) -> History:
-    return History(*(None if part is None else change(part) for part in history))
+def each(change: Callable[..., mx.array], *histories: History) -> History:
+    """Apply a function to the arrays of a history, or to those of several; what is None stays."""
+    columns = zip(*histories, strict=True)
+    return History(*(None if arrays[0] is None else change(*arrays) for arrays in columns))
 
 
 def agreeing(tokens: mx.array, drafted: Drafted) -> mx.array:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from openelm_mlx.decode import State, StepSpec
+from openelm_mlx.decode import State, StepSpec, each
 from openelm_mlx.grammar import constraint
 from openelm_mlx.instruct import answer_prefix
 from openelm_mlx.options import GenerationOptions, SamplingOptions
@@ -122,11 +122,7 @@ def on_host(detail: Logprobs | None, count: int) -> list[TokenLogprobs | None]:
 
 
 def spec_for(
-    requests: Sequence[Request],
-    vocab: int,
-    kind: CacheKind,
-    compiled: bool,
-    held: Filters,
+    requests: Sequence[Request], vocab: int, kind: CacheKind, compiled: bool, held: Filters
 ) -> StepSpec:
     """Return what a step must be traced for, to serve all of these requests; `held` filters stay."""
     wanted = [one.options.logprobs for one in requests if one.options.logprobs is not None]
@@ -140,34 +136,22 @@ def state_of(rows: Sequence[Request | None], spec: StepSpec) -> State:
 
     Every token known has been drawn, and the newest has not been fed.
     """
-    unused, nothing = mx.zeros((1, 2), mx.uint32), SamplingOptions()
+    unused, filters, vocab = mx.zeros((1, 2), mx.uint32), spec.filters, spec.vocab
     known = [[0] if one is None else one.known for one in rows]
-    histories = [
-        History.of([], [], nothing, spec.filters, spec.vocab)
-        if one is None
-        else History.of(*one.texts, one.sampling, spec.filters, spec.vocab)
-        for one in rows
-    ]
+    samplings = [None if one is None else one.sampling for one in rows]
+    texts = [([], []) if one is None else one.texts for one in rows]
+    pairs = zip(texts, samplings, strict=True)
+    histories = [History.of(*text, sampling, filters, vocab) for text, sampling in pairs]
+    some = [history for history in histories if history is not None]
     return State(
         token=mx.array([tokens[-1] for tokens in known], dtype=mx.uint32),
         position=mx.array([len(tokens) - 1 for tokens in known], dtype=mx.int32),
         alive=mx.array([one is not None for one in rows], dtype=mx.int32),
         key=mx.concatenate([unused if one is None else one.key for one in rows]),
-        controls=Controls.of(
-            [None if one is None else one.sampling for one in rows], spec.filters, spec.vocab
-        ),
-        history=stacked(histories),
+        controls=Controls.of(samplings, filters, vocab),
+        history=each(lambda *parts: mx.concatenate(list(parts)), *some) if some else None,
         buffers=[],
     )
-
-
-def stacked(rows: list[History | None]) -> History | None:
-    """Return the histories of rows [1, ...] as one of all rows."""
-    some = [row for row in rows if row is not None]
-    if not some:
-        return None
-    columns = zip(*some, strict=True)
-    return History(*(None if part[0] is None else mx.concatenate(list(part)) for part in columns))
 
 
 def mask_of(

@@ -17,7 +17,7 @@ import secrets
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -78,17 +78,8 @@ class Filters:
 
         What users and grammars bring along is not held: it may cost more than a trace.
         """
-        names = (
-            "sampled",
-            "top_k",
-            "top_p",
-            "min_p",
-            "xtc",
-            "repetition",
-            "counts",
-            "bias",
-            "window",
-        )
+        own = ("shortlist", "masked", "processors")
+        names = [item.name for item in fields(self) if item.name not in own]
         every = any(one.sampled and not one.shortlist for one in (self, held))
         shortlist = 0 if every else max(self.shortlist, held.shortlist)
         both = {name: max(getattr(self, name), getattr(held, name)) for name in names}
@@ -166,14 +157,14 @@ class History(NamedTuple):
         cls,
         prompt: list[int],
         answer: list[int],
-        options: SamplingOptions,
+        o: SamplingOptions | None,
         filters: Filters,
         vocab: int,
     ) -> History | None:
         """The history of one row after these tokens; None where no penalty is in use."""
         if not filters.penalised:
             return None
-        size = options.penalty_window
+        size = o.penalty_window if o else 0
         signed = [-1 - token for token in prompt] + answer
         counted = signed[-size:]  # all of them where size is 0
         of_answer = [token for token in counted if token >= 0]
