@@ -126,9 +126,8 @@ class BatchEngine:
     @property
     def busy(self) -> bool:
         """Whether anything runs or waits."""
-        return bool(
-            self._waiting or self._admission or self._joining or self._events or self._live()
-        )
+        coming = self._waiting or self._admission or self._joining
+        return bool(coming or self._events or self._live())
 
     @explained(SamplingOptions, GenerationOptions)
     @device_work
@@ -164,20 +163,17 @@ class BatchEngine:
                 f"{self.max_waiting} requests wait already; read events until some have ended, "
                 "or give a larger max_waiting"
             )
-        goes_on = partial(self._continued, owner=owner) if continued else None
+        goes_on = None
+        if continued and self.prompt_cache is not None:
+            weights, pieces = self.engine.steps.refresh(), self.engine.tokenizer
+            found: Any = {"weights": weights, "kind": self.kind, "owner": owner}
+            goes_on = partial(self.prompt_cache.ids_for, pieces, **found)
         tokens = prompt_tokens(self.engine, prompt, goes_on)
         self._numbers += 1
-        about = (self._reader, owner, position_offset, progress)
-        request = Request(self._numbers, self.engine, tokens, drawn_by, ended_by, *about)
+        rest = (self._reader, owner, position_offset, progress)
+        request = Request(self._numbers, self.engine, tokens, drawn_by, ended_by, *rest)
         self._waiting.append(request)
         return self._numbers
-
-    def _continued(self, text: str, owner: str) -> list[int]:
-        """Return ids of `text` that go on from what the prefix cache holds, where that is worth it."""
-        if self.prompt_cache is None:
-            return self.engine.tokenizer.encode(text)
-        weights = self.engine.steps.refresh()
-        return self.prompt_cache.ids_for(self.engine.tokenizer, text, weights, self.kind, owner)
 
     @device_work
     def cancel(self, number: int) -> bool:
