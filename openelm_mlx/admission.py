@@ -24,14 +24,14 @@ SHARED = 64  # tokens from which on a common beginning is worth waiting for
 
 
 class Pace:
-    """How many prompt tokens a step may prefill beside running rows: as many as take twice its time.
+    """How many prompt tokens a step may prefill beside running rows: as many as take thrice its time.
 
     What a prompt token costs differs between devices by a factor of a hundred. So the number
     follows the time that steps take with and without prompt tokens, which changes no token.
     """
 
     LEAST, FIRST = 4, 32
-    SLOW, FAST = 3.4, 2.6  # times the median step; between them the number stays
+    SLOW, FAST = 4.4, 3.4  # times the median step; between them the number stays
 
     def __init__(self) -> None:
         self.tokens = self.FIRST

@@ -72,7 +72,7 @@ class BatchEngine:
     `stream_generate`. `options` and `settings` are engine options. Any thread may call it.
 
     Beside running sequences a step prefills at most `admission` tokens of waiting prompts, so that
-    a long one stalls nobody; by default as many as take about twice the time of a step without any.
+    a long one stalls nobody; by default as many as take about thrice the time of a step without any.
     """
 
     _spec: StepSpec  # of the rows as they are arranged now
