@@ -82,6 +82,7 @@ def gap(engine) -> float:
     return float(logits[7] - logits[8])
 
 
+@pytest.mark.needs("a C++ compiler")
 def test_new_settings_of_the_sampler_are_not_traced_again(tiny):
     found = latency.temperatures(random_engine(tiny, seed=2), settings=24, pairs=1)
     assert found["traces"] == found["combinations"] < 16

@@ -261,6 +261,7 @@ def test_a_row_in_a_batch_draws_what_it_draws_alone():
     assert drawn(rows[:1], compiled=True) == alone[:1]
 
 
+@pytest.mark.needs("a C++ compiler")
 def test_new_values_of_the_same_filters_cost_no_trace():
     """100 settings of the sampler: the function is traced once for each combination of filters."""
     rng, traced, steps = np.random.default_rng(5), [], {}
