@@ -26,8 +26,7 @@ class Rows:
 
     A step borrows the buffers with `lend` and puts those that it made in their place with `restore`.
     No other reference may be left when they are computed, or they are copied. How many tokens a row
-    holds is known to whoever runs the steps; `written` is the highest position, plus one, ever begun
-    to be written.
+    holds is known to whoever runs the steps; `written` is one past the last position ever written to.
     """
 
     def __init__(self, config: OpenELMConfig, kind: CacheKind) -> None:

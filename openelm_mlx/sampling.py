@@ -74,10 +74,7 @@ class Filters:
         )
 
     def beside(self, held: Filters) -> Filters:
-        """Return these with those held for other rows: fewer sets occur, so fewer steps are traced.
-
-        What users and grammars bring along is not held: it may cost more than a trace.
-        """
+        """Return these with those held for other rows: fewer sets occur, so fewer steps are traced."""
         own = ("shortlist", "masked", "processors")
         names = [item.name for item in fields(self) if item.name not in own]
         every = any(one.sampled and not one.shortlist for one in (self, held))
