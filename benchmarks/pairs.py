@@ -178,7 +178,7 @@ def measure(
 ) -> Found:
     """Run a case in both. Raises `BenchmarkError` where a process dies.
 
-    All times of a process are shifted, by up to 4 % in either direction, by where its memory lies;
+    Times of one process differ from those of the next start of the same program by a few percent;
     so both are started twice, in either order, and run half of the pairs each time.
     """
     found = Found(case, {}, True, ({}, {}))

@@ -26,7 +26,7 @@ SHARED = 64  # tokens from which on a common beginning is worth waiting for
 class Pace:
     """How many prompt tokens a step may prefill beside running rows: as many as take thrice its time.
 
-    What a prompt token costs differs between devices by a factor of a hundred. So the number
+    How much a prompt token costs beside a step depends on device, weights and rows. So the number
     follows the time that steps take with and without prompt tokens, which changes no token.
     """
 
@@ -173,8 +173,8 @@ def next_group(
 
 def shares(one: Request, others: Sequence[Request]) -> bool:
     """Tell whether most of a prompt is the beginning of another one, for the same owner."""
-    least = max(SHARED, len(one.prompt) // 2)
+    least = max(SHARED, len(one.known) // 2)
     return any(
-        one.owner == other.owner and common_prefix(one.prompt, other.prompt) >= least
+        one.owner == other.owner and common_prefix(one.known, other.known) >= least
         for other in others
     )

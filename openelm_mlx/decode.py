@@ -96,8 +96,8 @@ def choose(
     `mask` [B * (k + 1), vocab / 32] has a bit for each token that a grammar allows.
     """
     logits = logits[..., : spec.vocab]
-    if spec.filters != Filters() or spec.logprobs is not None:
-        logits = logits.astype(mx.float32)  # which is the largest does not change by it
+    if spec.logprobs is not None:
+        logits = logits.astype(mx.float32)
     if drafted is not None:
         return choose_drafted(spec, logits, state, drafted, mask)
     position = state.position + state.alive

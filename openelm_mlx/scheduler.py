@@ -152,7 +152,7 @@ class BatchEngine:
         """
         kinds = (SamplingOptions, GenerationOptions)
         drawn_by, ended_by = with_overrides(kinds, (sampling, options), settings)
-        ended_by.check_draft(self._draft is not None)
+        ended_by.check_draft(self._speculation.has_model)
         check_token_ids(drawn_by, ended_by, self.engine.vocab)
         if progress is not None and not callable(progress):
             allowed = "allowed is a function of two numbers, or None"
@@ -313,7 +313,8 @@ class BatchEngine:
         self._filters = self._spec.filters
         self._state = state_of(self._rows, self._spec)
         self._step = self.engine.steps.step(self._spec)
-        self._forward, self._choose = self.engine.steps.parts(self._spec)
+        if self._masked:
+            self._forward, self._choose = self.engine.steps.parts(self._spec)
 
     def _give_rows(self) -> None:
         """Use as few rows as will do, of few sizes, so that few shapes are traced."""
