@@ -1,4 +1,6 @@
-"""Memory bandwidth as MLX's own copy kernel reaches it on this machine: what percent of bound is measured against."""
+"""Memory bandwidth as MLX's own copy kernel reaches it on this machine: what percent of bound is
+measured against.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,18 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-BYTES = 256 * 2**20  # a copy's source: well beyond the last-level caches of every chip in chips.py (96 MB at most)
+BYTES = (
+    256 * 2**20
+)  # a copy's source: well beyond the last-level caches of every chip in chips.py (96 MB at most)
 WARM_UP, TRIALS = 2, 7
 ROW = 2**18
 
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Bytes read and written a second, median of `values`; `assumed` says what the figure stands on."""
+    """Bytes read and written a second, median of `values`; `assumed` says what the figure stands
+    on.
+    """
 
     bytes_per_second: float
     values: tuple[float, ...]
@@ -24,14 +30,22 @@ class Bandwidth:
 
 
 def measure(size: int = BYTES, trials: int = TRIALS) -> Bandwidth:
-    """Copy `size` bytes into a buffer that exists already, `trials` times after a warm-up; read and written bytes count.
+    """Copy `size` bytes into a buffer that exists already, `trials` times after a warm-up; read and
+    written bytes count.
 
-    On Metal one copy fills the memory system. On the CPU backend a stream is a thread, so every core copies its share.
+    On Metal one copy fills the memory system. On the CPU backend a stream is a thread, so every
+    core copies its share.
     """
     metal = mx.metal.is_available()
-    streams = [mx.default_stream(mx.gpu)] if metal else [mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1)]
+    streams = (
+        [mx.default_stream(mx.gpu)]
+        if metal
+        else [mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1)]
+    )
     rows = max(size // len(streams) // (4 * ROW), 1)
-    pairs = [(mx.ones((rows, ROW)), mx.zeros((rows + 1, ROW))) for _ in streams]  # one row more, or no copy would be made
+    pairs = [
+        (mx.ones((rows, ROW)), mx.zeros((rows + 1, ROW))) for _ in streams
+    ]  # one row more, or no copy would be made
     mx.eval(pairs)
     targets = [target for _, target in pairs]
     sources = [source for source, _ in pairs]
@@ -51,4 +65,8 @@ def measure(size: int = BYTES, trials: int = TRIALS) -> Bandwidth:
         if metal
         else f"copies on {len(streams)} threads of the CPU backend; a token's own work may use fewer, and then reaches less"
     )
-    return Bandwidth(statistics.median(rates), tuple(rates), f"measured: {assumed}, read and written bytes counted")
+    return Bandwidth(
+        statistics.median(rates),
+        tuple(rates),
+        f"measured: {assumed}, read and written bytes counted",
+    )

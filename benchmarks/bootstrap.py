@@ -1,4 +1,6 @@
-"""How sure a median of few trials is: intervals from resampling, widened for the small number of trials."""
+"""How sure a median of few trials is: intervals from resampling, widened for the small number of
+trials.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +33,26 @@ def standard_error(values: Sequence[float], seed: int = 0) -> float:
 @lru_cache(maxsize=1024)
 def resampled_error(values: tuple[float, ...], seed: int) -> float:
     generator = random.Random(seed)
-    return statistics.pstdev(statistics.median(generator.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return statistics.pstdev(
+        statistics.median(generator.choices(values, k=len(values))) for _ in range(RESAMPLES)
+    )
 
 
 def interval(
-    values: Sequence[float], confidence: float = 0.95, resolution: float = 0.0, least_error: float = 0.0, seed: int = 0
+    values: Sequence[float],
+    confidence: float = 0.95,
+    resolution: float = 0.0,
+    least_error: float = 0.0,
+    seed: int = 0,
 ) -> Interval:
-    """The median of `values` with an interval that holds the true one with probability `confidence`.
+    """The median of `values` with an interval that holds the true one with probability
+    `confidence`.
 
-    Half the width is Student's t times the bootstrap standard error of the median: percentiles of resampled medians
-    would be too narrow for five trials (Hesterberg, arXiv:1411.5279, section 3), and cannot reach past the extremes.
-    `least_error` is a standard error known from elsewhere, which a lucky few trials shall not undercut; `resolution` is
-    the least half width, that of the instrument. Needs two values.
+    Half the width is Student's t times the bootstrap standard error of the median: percentiles of
+    resampled medians would be too narrow for five trials (Hesterberg, arXiv:1411.5279, section 3),
+    and cannot reach past the extremes. `least_error` is a standard error known from elsewhere,
+    which a lucky few trials shall not undercut; `resolution` is the least half width, that of the
+    instrument. Needs two values.
     """
     error = max(standard_error(values, seed), least_error)
     middle = statistics.median(values)
@@ -50,17 +60,23 @@ def interval(
     return Interval(middle - half, middle, middle + half)
 
 
-def paired_ratio(ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Ratio of trials run side by side, with its interval: drift that hits both sides of a pair cancels.
+def paired_ratio(
+    ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95
+) -> Interval:
+    """Ratio of trials run side by side, with its interval: drift that hits both sides of a pair
+    cancels.
 
-    Pairs are in order; what one side has more of is left out. Works on logarithms, so a/b and b/a mirror each other.
+    Pairs are in order; what one side has more of is left out. Works on logarithms, so a/b and b/a
+    mirror each other.
     """
     logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=False)]
     return Interval(*(math.exp(edge) for edge in interval(logs, confidence)))
 
 
 def student_t(confidence: float, freedom: int) -> float:
-    """t with P(|T| <= t) = `confidence` for T of Student's distribution; by bisection of its closed form."""
+    """t with P(|T| <= t) = `confidence` for T of Student's distribution; by bisection of its closed
+    form.
+    """
     low, high = 0.0, 1.0
     while central(high, freedom) < confidence:
         high *= 2

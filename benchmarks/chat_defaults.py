@@ -102,14 +102,20 @@ def answers(engine: Engine, sampling: SamplingOptions) -> list[Answer]:
     samplings = [replace(sampling, seed=seed) for _ in PROMPTS for seed in seeds]
     results = batch_generate(engine, prompts, samplings, slots=20, max_tokens=MAX_TOKENS)
     ends = engine.config.eos_token_ids
-    return [Answer(prompt, list(result.tokens), result.text, result.tokens[-1] in ends)
-            for prompt, result in zip(prompts, results, strict=True)]  # fmt: skip
+    return [
+        Answer(prompt, list(result.tokens), result.text, result.tokens[-1] in ends)
+        for prompt, result in zip(prompts, results, strict=True)
+    ]
 
 
 def perplexity(judge: Engine, found: Sequence[Answer]) -> float:
     """Perplexity of all answers' tokens, each after its prompt, under `judge` at temperature 1."""
     scores = score(judge, [answer.prompt + answer.tokens for answer in found])
-    own = [logp for row, answer in zip(scores, found, strict=True) for logp in row[len(answer.prompt) - 1 :]]
+    own = [
+        logp
+        for row, answer in zip(scores, found, strict=True)
+        for logp in row[len(answer.prompt) - 1 :]
+    ]
     return math.exp(-sum(own) / len(own))
 
 

@@ -1,7 +1,8 @@
 """Apple's M-series chips: GPU cores and nominal memory bandwidth, each row with its source.
 
-Bandwidth is Apple's own figure, in GB/s of 10^9 bytes, as the source quotes it. Chips that Apple sells under one name
-with two bandwidths are told apart by their GPU cores. Chips without a source are not listed.
+Bandwidth is Apple's own figure, in GB/s of 10^9 bytes, as the source quotes it. Chips that Apple
+sells under one name with two bandwidths are told apart by their GPU cores. Chips without a source
+are not listed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ M5_PRO = "https://www.lowyat.net/2026/385170/apple-m5-pro-m5-max (Apple's press 
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip as sold: `name` is what `sysctl machdep.cpu.brand_string` and MLX's `device_name` say."""
+    """One chip as sold: `name` is what `sysctl machdep.cpu.brand_string` and MLX's `device_name`
+    say.
+    """
 
     name: str
     gpu_cores: tuple[int, ...]  # what it is sold with, at this bandwidth
@@ -86,7 +89,8 @@ CHIPS = (
 
 
 def find(name: str, gpu_cores: int | None = None) -> Chip:
-    """A chip by MLX's name or the short one, `m3-max`, with its GPU cores where they matter: `m3-max-30`.
+    """A chip by MLX's name or the short one, `m3-max`, with its GPU cores where they matter:
+    `m3-max-30`.
 
     Without them it is the one with the most cores. Raises `BenchmarkError` with the nearest names.
     """
@@ -104,7 +108,9 @@ def find(name: str, gpu_cores: int | None = None) -> Chip:
     fitting = [chip for chip in sold if gpu_cores in chip.gpu_cores]
     if not fitting:
         counts = " or ".join(str(count) for chip in sold for count in chip.gpu_cores)
-        raise BenchmarkError(f"{sold[0].name} with {gpu_cores} GPU cores is not in the table; it has {counts}")
+        raise BenchmarkError(
+            f"{sold[0].name} with {gpu_cores} GPU cores is not in the table; it has {counts}"
+        )
     return fitting[0]
 
 

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 CONFIDENCE = 0.95
-RESOLUTION = {"s": 1e-4, "bytes": 2**20, "nats": 1e-4, "share": 1e-3}  # least half width of an interval, by unit
+RESOLUTION = {
+    "s": 1e-4,
+    "bytes": 2**20,
+    "nats": 1e-4,
+    "share": 1e-3,
+}  # least half width of an interval, by unit
 TIMED = ("s", "tokens/s")
 MACHINE = ("chip", "cores", "memory_bytes", "system", "backend", "blas")
 
@@ -66,18 +71,27 @@ class Comparison:
 def compare(before: Document, after: Document) -> Comparison:
     """Every metric that both documents have for the same case, over at least two trials each.
 
-    A difference counts where the bootstrap intervals of the two medians do not overlap. Their confidence is raised with
-    the number of comparisons (Bonferroni), so that two runs of the same thing pass in all of them with 95 %. No time is
-    taken for surer than the typical one of its run: few trials that happen to lie close do not make a steady machine.
-    Raises `BenchmarkError` when the documents have nothing in common.
+    A difference counts where the bootstrap intervals of the two medians do not overlap. Their
+    confidence is raised with the number of comparisons (Bonferroni), so that two runs of the same
+    thing pass in all of them with 95 %. No time is taken for surer than the typical one of its run:
+    few trials that happen to lie close do not make a steady machine. Raises `BenchmarkError` when
+    the documents have nothing in common.
     """
     pairs = list(common(before, after))
     if not pairs:
-        raise BenchmarkError("the two results have no measurement in common; run the same suite on the same models twice")
+        raise BenchmarkError(
+            "the two results have no measurement in common; run the same suite on the same models twice"
+        )
     confidence = 1 - (1 - CONFIDENCE) / len(pairs)
     noise = typical_error(before), typical_error(after)
     found = tuple(
-        Difference(case, name, bounds(a, confidence, noise[0]), bounds(b, confidence, noise[1]), a.higher_is_better)
+        Difference(
+            case,
+            name,
+            bounds(a, confidence, noise[0]),
+            bounds(b, confidence, noise[1]),
+            a.higher_is_better,
+        )
         for case, name, a, b in pairs
     )
     return Comparison(found, tuple(warnings(before, after)))
@@ -90,19 +104,26 @@ def common(before: Document, after: Document) -> list[tuple[Case, str, Metric, M
         if (other := rows.get(key(row))) is None:
             continue
         for name, metric in row.metrics.items():
-            if name in other.metrics and min(len(metric.values), len(other.metrics[name].values)) >= 2:
+            if (
+                name in other.metrics
+                and min(len(metric.values), len(other.metrics[name].values)) >= 2
+            ):
                 found.append((row.case, name, other.metrics[name], metric))
     return found
 
 
 def key(row: Row) -> Case:
-    """The case, its bits per weight to a tenth: group sizes tell cases apart, a model converted anew does not."""
+    """The case, its bits per weight to a tenth: group sizes tell cases apart, a model converted
+    anew does not.
+    """
     bits = row.case.bits_per_weight
     return replace(row.case, bits_per_weight=None if bits is None else round(bits, 1))
 
 
 def typical_error(document: Document) -> float:
-    """Median over the times and rates of a run of their standard error, as a share of the figure."""
+    """Median over the times and rates of a run of their standard error, as a share of the
+    figure.
+    """
     metrics = [metric for row in document.rows for metric in row.metrics.values()]
     found = [
         standard_error(metric.values) / metric.median
@@ -124,7 +145,9 @@ def warnings(before: Document, after: Document) -> list[str]:
         old, new = before.machine.get(name), after.machine.get(name)
         if not alike(old, new):
             told = ("unknown" if value is None else value for value in (old, new))
-            notes.append("another machine: {} {} before, {} after".format(name.replace("_", " "), *told))
+            notes.append(
+                "another machine: {} {} before, {} after".format(name.replace("_", " "), *told)
+            )
     for name in sorted(before.versions.keys() & after.versions.keys()):
         if before.versions[name] != after.versions[name]:
             notes.append(f"{name} {before.versions[name]} before, {after.versions[name]} after")
@@ -133,7 +156,9 @@ def warnings(before: Document, after: Document) -> list[str]:
             notes.append(f"the {when} result is partial: it was interrupted")
         load, cores = document.machine.get("load_average"), document.machine.get("cores")
         if isinstance(load, (int, float)) and isinstance(cores, int) and load > BUSY * cores:
-            notes.append(f"the machine was busy before the {when} run: load {load:.1f} on {cores} cores")
+            notes.append(
+                f"the machine was busy before the {when} run: load {load:.1f} on {cores} cores"
+            )
     missing = len({key(row) for row in before.rows} ^ {key(row) for row in after.rows})
     if missing:
         notes.append(f"{missing} {'case is' if missing == 1 else 'cases are'} in one result only")
@@ -151,12 +176,23 @@ def alike(old: Any, new: Any) -> bool:
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """All of it for JSON: every figure with its two intervals, also where they show no difference."""
+    """All of it for JSON: every figure with its two intervals, also where they show no
+    difference.
+    """
     differences = [
-        {**asdict(d), "before": d.before._asdict(), "after": d.after._asdict(), "change": d.change, "verdict": d.verdict}
+        {
+            **asdict(d),
+            "before": d.before._asdict(),
+            "after": d.after._asdict(),
+            "change": d.change,
+            "verdict": d.verdict,
+        }
         for d in comparison.differences
     ]
-    facts = {"regressed": comparison.regressed, "smallest_change_that_would_have_shown": sensitivity(comparison)}
+    facts = {
+        "regressed": comparison.regressed,
+        "smallest_change_that_would_have_shown": sensitivity(comparison),
+    }
     return {**facts, "differences": differences, "notes": list(comparison.notes)}
 
 

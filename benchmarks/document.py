@@ -1,4 +1,6 @@
-"""The result document: what was measured, on what machine, by which command. One JSON schema, versioned and checked."""
+"""The result document: what was measured, on what machine, by which command. One JSON schema,
+versioned and checked.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ METRICS = {
     "prefill_tokens_per_second": "tokens/s",
     "decode_tokens_per_second": "tokens/s",
     "time_to_first_token_seconds": "s",
-    "time_to_first_token_reused_seconds": "s",  # all of the prompt but its last 8 tokens found in the cache
+    # all of the prompt but its last 8 tokens found in the cache
+    "time_to_first_token_reused_seconds": "s",
     "startup_seconds": "s",  # a new process, from its start to its first token
     "load_seconds": "s",
     "peak_memory_bytes": "bytes",
@@ -47,11 +50,15 @@ class Metric:
 
     @classmethod
     def of(cls, values: Iterable[float], unit: str) -> Metric:
-        """Median and quartiles (inclusive: interpolated between the trials) of at least one value."""
+        """Median and quartiles (inclusive: interpolated between the trials) of at least one
+        value.
+        """
         values = tuple(float(value) for value in values)
         if not values:
             raise BenchmarkError("a metric needs at least one trial")
-        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        q1, median, q3 = (
+            statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        )
         return cls(unit, values, median, q1, q3)
 
     @property
@@ -66,7 +73,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class Case:
-    """What one row measured. Two rows of different documents are the same measurement when their cases are equal."""
+    """What one row measured. Two rows of different documents are the same measurement when their
+    cases are equal.
+    """
 
     engine: str  # "openelm-mlx" or a peer's name
     model: str
@@ -97,7 +106,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A metric of one row over that of another, in paired trials, with its 95 % bootstrap interval."""
+    """A metric of one row over that of another, in paired trials, with its 95 % bootstrap
+    interval.
+    """
 
     metric: str
     row: int
@@ -109,7 +120,9 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Document:
-    """A run of the benchmark. `machine` and `versions` are plain facts, for people and for `--compare`'s warnings."""
+    """A run of the benchmark. `machine` and `versions` are plain facts, for people and for
+    `--compare`'s warnings.
+    """
 
     created: str  # ISO 8601, UTC
     command: str
@@ -128,7 +141,9 @@ def to_json(document: Document) -> str:
 
 
 def save(document: Document, path: str | Path) -> None:
-    """Write the document as JSON. Raises `BenchmarkError` where that is impossible; an older file then stays whole."""
+    """Write the document as JSON. Raises `BenchmarkError` where that is impossible; an older file
+    then stays whole.
+    """
     write_file(path, to_json(document))
 
 
@@ -138,16 +153,22 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         with replacing(path) as new:
             new.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        raise BenchmarkError(f"cannot write {path}: {error.strerror}; give a file in a folder that exists") from None
+        raise BenchmarkError(
+            f"cannot write {path}: {error.strerror}; give a file in a folder that exists"
+        ) from None
 
 
 def load(path: str | Path) -> Document:
-    """Read and check a document. Raises `BenchmarkError` naming the file and the place of what is wrong."""
+    """Read and check a document. Raises `BenchmarkError` naming the file and the place of what is
+    wrong.
+    """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is no JSON ({error})"
-        raise BenchmarkError(f"cannot read {path}: {reason}; give a file that `openelm benchmark --output` wrote") from None
+        raise BenchmarkError(
+            f"cannot read {path}: {reason}; give a file that `openelm benchmark --output` wrote"
+        ) from None
     try:
         return from_json(data)
     except BenchmarkError as error:
@@ -172,13 +193,17 @@ def from_json(data: Any) -> Document:
 
 
 def check_row(row: Row, place: str) -> None:
-    """Known metrics in their units, whose summaries follow from their values; counts of at least one token."""
+    """Known metrics in their units, whose summaries follow from their values; counts of at least
+    one token.
+    """
     for name, metric in row.metrics.items():
         here = f"{place}.metrics.{name}"
         if name not in METRICS:
             raise BenchmarkError(f"{here} is no metric of this schema; known: {', '.join(METRICS)}")
         if metric.unit != METRICS[name]:
-            raise BenchmarkError(f"{here}.unit is {metric.unit!r}; this metric is in {METRICS[name]}")
+            raise BenchmarkError(
+                f"{here}.unit is {metric.unit!r}; this metric is in {METRICS[name]}"
+            )
         if not metric.values:
             raise BenchmarkError(f"{here}.values is empty; a metric needs at least one trial")
         truth = Metric.of(metric.values, metric.unit)
@@ -186,11 +211,15 @@ def check_row(row: Row, place: str) -> None:
             follows(getattr(metric, part), getattr(truth, part), f"{here}.{part}")
     for count in ("prompt_tokens", "generation_tokens", "batch_size"):
         if getattr(row.case, count) < 1:
-            raise BenchmarkError(f"{place}.case.{count} is {getattr(row.case, count)}; allowed is a number from 1 up")
+            raise BenchmarkError(
+                f"{place}.case.{count} is {getattr(row.case, count)}; allowed is a number from 1 up"
+            )
     rate = row.metrics.get("decode_tokens_per_second")
     if row.percent_of_bound is not None:
         if rate is None or not row.bound_tokens_per_second:
-            raise BenchmarkError(f"{place}.percent_of_bound needs a decode rate and a bound above 0")
+            raise BenchmarkError(
+                f"{place}.percent_of_bound needs a decode rate and a bound above 0"
+            )
         share = 100 * rate.median / row.bound_tokens_per_second
         follows(row.percent_of_bound, share, f"{place}.percent_of_bound")
 
@@ -205,9 +234,13 @@ def check_ratio(ratio: Ratio, document: Document, place: str) -> None:
     for name in ("row", "against"):
         index = getattr(ratio, name)
         if not 0 <= index < len(document.rows):
-            raise BenchmarkError(f"{place}.{name} is {index}; the document has {len(document.rows)} rows")
+            raise BenchmarkError(
+                f"{place}.{name} is {index}; the document has {len(document.rows)} rows"
+            )
         if ratio.metric not in document.rows[index].metrics:
-            raise BenchmarkError(f"{place}.metric is {ratio.metric!r}, which rows[{index}] has not measured")
+            raise BenchmarkError(
+                f"{place}.metric is {ratio.metric!r}, which rows[{index}] has not measured"
+            )
     ours, theirs = (
         document.rows[index].metrics[ratio.metric].values for index in (ratio.row, ratio.against)
     )
@@ -218,7 +251,9 @@ def check_ratio(ratio: Ratio, document: Document, place: str) -> None:
 
 
 def build(kind: Any, value: Any, place: str) -> Any:
-    """`value`, parsed from JSON, as the type `kind`: the dataclasses above are the schema. Raises `BenchmarkError`."""
+    """`value`, parsed from JSON, as the type `kind`: the dataclasses above are the schema. Raises
+    `BenchmarkError`.
+    """
     if kind is Any:
         return value
     if is_dataclass(kind):
@@ -229,17 +264,28 @@ def build(kind: Any, value: Any, place: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise misfit(place, value, "a list")
-        return tuple(build(arguments[0], item, f"{place}[{number}]") for number, item in enumerate(value))
+        return tuple(
+            build(arguments[0], item, f"{place}[{number}]") for number, item in enumerate(value)
+        )
     if origin is dict:
         if not isinstance(value, dict):
             raise misfit(place, value, "an object")
-        return {key: build(arguments[1], item, f"{place}.{key}" if place else key) for key, item in value.items()}
+        return {
+            key: build(arguments[1], item, f"{place}.{key}" if place else key)
+            for key, item in value.items()
+        }
     if kind is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+        ):
             raise misfit(place, value, "a finite number")
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise misfit(place, value, {int: "a whole number", str: "a text", bool: "true or false"}[kind])
+        raise misfit(
+            place, value, {int: "a whole number", str: "a text", bool: "true or false"}[kind]
+        )
     return value
 
 
@@ -248,7 +294,9 @@ def build_dataclass(kind: Any, value: Any, place: str) -> Any:
         raise misfit(place, value, "an object")
     types_of = typing.get_type_hints(kind)
     if unknown := sorted(value.keys() - types_of.keys()):
-        raise BenchmarkError(f"{place or 'the document'} has an unknown key {unknown[0]!r}; known: {', '.join(types_of)}")
+        raise BenchmarkError(
+            f"{place or 'the document'} has an unknown key {unknown[0]!r}; known: {', '.join(types_of)}"
+        )
     given = {}
     for item in fields(kind):
         here = f"{place}.{item.name}" if place else item.name
@@ -261,4 +309,6 @@ def build_dataclass(kind: Any, value: Any, place: str) -> Any:
 
 def misfit(place: str, value: Any, wanted: str) -> BenchmarkError:
     shown = repr(value)
-    return BenchmarkError(f"{place or 'the document'} is {shown[:40]}{'...' if len(shown) > 40 else ''}; expected {wanted}")
+    return BenchmarkError(
+        f"{place or 'the document'} is {shown[:40]}{'...' if len(shown) > 40 else ''}; expected {wanted}"
+    )

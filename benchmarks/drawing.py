@@ -1,4 +1,6 @@
-"""Colours, marks and axes that all pictures share. Works on matplotlib's axes without importing matplotlib."""
+"""Colours, marks and axes that all pictures share. Works on matplotlib's axes without importing
+matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ LOG_SPAN = 8  # values further apart than this go on a logarithmic axis
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a picture. Engines and parts take Okabe and Ito's colours, which colour-blind people tell apart;
-    engines differ in their marks too, and parts stand in one order."""
+    """Colours of a picture. Engines and parts take Okabe and Ito's colours, which colour-blind
+    people tell apart; engines differ in their marks too, and parts stand in one order.
+    """
 
     ink: str = "#1b1f24"
     muted: str = "#59636e"
@@ -35,15 +38,20 @@ class Theme:
 
 LIGHT = Theme()
 DARK = Theme(
-    ink="#e6eaef", muted="#9aa5b1", line="#2d343d", paper="#14181d",
+    ink="#e6eaef",
+    muted="#9aa5b1",
+    line="#2d343d",
+    paper="#14181d",
     engines=("#56b4e9", "#f0a04b", "#2ec4a0", "#e29cc2"),
     parts=("#e69f00", "#8fd0f5", "#2b8fcc", "#9aa3ae", "#e29cc2", "#2ec4a0"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture to be drawn: `draw(axes, theme)`. `words` says the same without a picture; `rows` sets the height."""
+    """A picture to be drawn: `draw(axes, theme)`. `words` says the same without a picture; `rows`
+    sets the height.
+    """
 
     kind: str
     title: str
@@ -64,8 +72,17 @@ def dot(ax: Any, x: float, metric: Metric, colour: str, marker: str, label: str)
     ax.plot([x], [metric.median], color=colour, marker=marker, ms=6.5, ls="", label=label)
 
 
-def note(ax: Any, text: str, at: tuple[float, float], theme: Theme, offset: tuple[float, float], **more: Any) -> None:
-    ax.annotate(text, at, xytext=offset, textcoords="offset points", fontsize=8, color=theme.muted, **more)
+def note(
+    ax: Any,
+    text: str,
+    at: tuple[float, float],
+    theme: Theme,
+    offset: tuple[float, float],
+    **more: Any,
+) -> None:
+    ax.annotate(
+        text, at, xytext=offset, textcoords="offset points", fontsize=8, color=theme.muted, **more
+    )
 
 
 def scale_y(ax: Any, values: Sequence[float]) -> None:
@@ -117,13 +134,25 @@ def plain_numbers(axis: Any, steps: Sequence[float]) -> None:
 
 
 def legend(ax: Any, theme: Theme, order: Sequence[str] = (), columns: int = 2) -> None:
-    """One entry a label, below the axes so that it covers nothing. None where there is only one thing to tell apart."""
+    """One entry a label, below the axes so that it covers nothing. None where there is only one
+    thing to tell apart.
+    """
     handles, labels = ax.get_legend_handles_labels()
     entries = dict(zip(labels, handles, strict=True))
     ranked = sorted(entries, key=lambda label: order.index(label) if label in order else len(order))
     if len(ranked) > 1:
-        handles, names = [entries[label] for label in ranked], [shortened(label, 24) for label in ranked]
+        handles, names = (
+            [entries[label] for label in ranked],
+            [shortened(label, 24) for label in ranked],
+        )
         ax.figure.legend(
-            handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, labelcolor=theme.ink,
-            handlelength=1.6, columnspacing=1.4,
-        )  # fmt: skip
+            handles,
+            names,
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=8,
+            labelcolor=theme.ink,
+            handlelength=1.6,
+            columnspacing=1.4,
+        )

@@ -2,13 +2,15 @@
 
     python -m openelm_mlx.benchmarks.equality [MODEL] [--draft MODEL] [--trials N] [--kv-bits 8] [--dtype float16] [--json FILE]
 
-A trial is a random request: options, seed, lengths, kind of cache. Its answer when it runs alone is compared with those of
-other ways: not streamed, on the eager twin, in other chunks, with a reused prefix, in a batch whose rows come and go, with
-a draft model, with prompt lookup, with both, with both in a batch. Where two answers part, scores of an independent pass
-(reference.py) decide: a rounding error may turn a tie, nothing else may. Without MODEL, models of random weights are made.
+A trial is a random request: options, seed, lengths, kind of cache. Its answer when it runs alone is
+compared with those of other ways: not streamed, on the eager twin, in other chunks, with a reused
+prefix, in a batch whose rows come and go, with a draft model, with prompt lookup, with both, with
+both in a batch. Where two answers part, scores of an independent pass (reference.py) decide: a
+rounding error may turn a tie, nothing else may. Without MODEL, models of random weights are made.
 
-With quantized keys and values or half types, another order of computing may round otherwise. What computes in the same
-order must still be equal; of the rest, the rate of differing tokens and the gaps between their scores are reported.
+With quantized keys and values or half types, another order of computing may round otherwise. What
+computes in the same order must still be equal; of the rest, the rate of differing tokens and the
+gaps between their scores are reported.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ RENEW = 100  # trials after which models of random weights are made anew
 
 
 class Parrot:
-    """Drafts what is known to come, with a wrong token now and then: drafts of every length are kept in part."""
+    """Drafts what is known to come, with a wrong token now and then: drafts of every length are
+    kept in part.
+    """
 
     def __init__(self, texts: list[list[int]], rng: random.Random) -> None:
         self.texts, self.random = texts, rng
@@ -75,7 +79,9 @@ class Group:
         self.parrot = Parrot(texts, self.random)
 
     def run(self, check: float) -> None:
-        """Compare all ways; a share `check` of the answers alone is held against the independent pass, too."""
+        """Compare all ways; a share `check` of the answers alone is held against the independent
+        pass, too.
+        """
         for request, answer in zip(self.requests, self.base, strict=True):
             if self.random.random() < check:
                 self.judge.check(request, self.kind, answer)
@@ -154,7 +160,9 @@ def run(
     check: float = 0.05,
     tick: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Run `trials` requests in every way. `engines` gives a model and its draft, by the number of trials done."""
+    """Run `trials` requests in every way. `engines` gives a model and its draft, by the number of
+    trials done.
+    """
     rng, report = random.Random(seed), Report()
     engine: Engine | None = None
     while report.trials < trials:

@@ -1,11 +1,12 @@
-"""Answers of a given form: how long a mask takes, and what becomes of answers to generated JSON schemas.
+"""Answers of a given form: how long a mask takes, and what becomes of answers to generated JSON
+schemas.
 
     python -m openelm_mlx.benchmarks.grammar_mask [MODEL] [--schemas 1000] [--pieces 32000] [--seed 1] [--open]
 
-First random walks through as many schemas, over a tokenizer of 32,000 pieces made of Python's own library: the time of
-one mask and of accepting one token. Then answers of at most 256 tokens: each must be a document of its schema, or the
-beginning of one where it was cut. With --open, no object says that it has no further
-properties.
+First random walks through as many schemas, over a tokenizer of 32,000 pieces made of Python's own
+library: the time of one mask and of accepting one token. Then answers of at most 256 tokens: each
+must be a document of its schema, or the beginning of one where it was cut. With --open, no object
+says that it has no further properties.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ def fits(schema: dict[str, Any], value: Any) -> bool:
 
 
 def common_pieces(count: int) -> list[bytes]:
-    """Return control tokens, all bytes, and the commonest words and their beginnings in Python's library."""
+    """Return control tokens, all bytes, and the commonest words and their beginnings in Python's
+    library.
+    """
     seen: Counter[str] = Counter()
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:150]:
         for word in re.findall(
@@ -138,7 +141,8 @@ def walk(found: Constraint, pieces: list[bytes], rng: random.Random) -> list[flo
         taken = time.perf_counter() - begun
         allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(pieces)].astype(bool)
         ending = np.flatnonzero(allowed & marks)
-        # a fifth of the tokens may close a text, a list or an object: by chance alone none would end
+        # a fifth of the tokens may close a text, a list or an object: by chance alone none would
+        # end
         tokens = ending if len(ending) and rng.random() < 0.2 else np.flatnonzero(allowed)
         token = int(rng.choice(tokens))
         if token == 2:
@@ -172,7 +176,9 @@ def measure_masks(schemas: list[dict[str, Any]], count: int, seed: int) -> None:
 
 
 def measure_answers(engine: Engine, schemas: list[dict[str, Any]], seed: int) -> bool:
-    """Say how many answers ended by themselves; tell whether all that did are documents of their schemas."""
+    """Say how many answers ended by themselves; tell whether all that did are documents of their
+    schemas.
+    """
     options = [GenerationOptions(LENGTH, json_schema=json.dumps(one)) for one in schemas]
     sampling = [
         SamplingOptions(temperature=1.0, seed=seed + place) for place in range(len(schemas))

@@ -1,8 +1,9 @@
-"""The graph of a function as plain data: primitives with the shapes they read and write, fused as `mx.compile` fuses.
+"""The graph of a function as plain data: primitives with the shapes they read and write, fused as
+`mx.compile` fuses.
 
-`trace` asks MLX itself (`mx.export_function` with a callback, which simplifies but does not fuse); `fuse` then follows
-the rules of `compile_fuse` in mlx/compile.cpp. That both agree with MLX is held by a test, on the names of the fused
-kernels that `mx.export_to_dot` shows of the compiled function.
+`trace` asks MLX itself (`mx.export_function` with a callback, which simplifies but does not fuse);
+`fuse` then follows the rules of `compile_fuse` in mlx/compile.cpp. That both agree with MLX is held
+by a test, on the names of the fused kernels that `mx.export_to_dot` shows of the compiled function.
 """
 
 from __future__ import annotations
@@ -19,21 +20,75 @@ from openelm_mlx.benchmarks.standins import NAMES
 MAX_DEPTH, MAX_INPUTS = 11, 24  # max_compile_depth and max_compile_arrays of mlx/compile.cpp
 
 UNARY = {
-    "Abs", "ArcCos", "ArcCosh", "ArcSin", "ArcSinh", "ArcTan", "ArcTanh", "AsType", "Ceil", "Cos", "Conjugate", "Cosh",
-    "Remainder", "Erf", "ErfInv", "Exp", "Floor", "Log", "Log1p", "LogicalNot", "Negative", "Round", "Sigmoid", "Sign",
-    "Sin", "Sinh", "Square", "Sqrt", "Rsqrt", "Tan", "Tanh", "Expm1", "Real", "Imag", "BitwiseInvert",
-}  # fmt: skip
+    "Abs",
+    "ArcCos",
+    "ArcCosh",
+    "ArcSin",
+    "ArcSinh",
+    "ArcTan",
+    "ArcTanh",
+    "AsType",
+    "Ceil",
+    "Cos",
+    "Conjugate",
+    "Cosh",
+    "Remainder",
+    "Erf",
+    "ErfInv",
+    "Exp",
+    "Floor",
+    "Log",
+    "Log1p",
+    "LogicalNot",
+    "Negative",
+    "Round",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Sinh",
+    "Square",
+    "Sqrt",
+    "Rsqrt",
+    "Tan",
+    "Tanh",
+    "Expm1",
+    "Real",
+    "Imag",
+    "BitwiseInvert",
+}
 BINARY = {
-    "Add", "Divide", "Equal", "Greater", "GreaterEqual", "Less", "LessEqual", "LogicalAnd", "LogicalOr", "LogAddExp",
-    "Maximum", "Minimum", "Multiply", "NotEqual", "Power", "Subtract", "BitwiseBinary", "BitwiseAnd", "BitwiseOr",
-    "BitwiseXor", "LeftShift", "RightShift", "ArcTan2",
-}  # fmt: skip
+    "Add",
+    "Divide",
+    "Equal",
+    "Greater",
+    "GreaterEqual",
+    "Less",
+    "LessEqual",
+    "LogicalAnd",
+    "LogicalOr",
+    "LogAddExp",
+    "Maximum",
+    "Minimum",
+    "Multiply",
+    "NotEqual",
+    "Power",
+    "Subtract",
+    "BitwiseBinary",
+    "BitwiseAnd",
+    "BitwiseOr",
+    "BitwiseXor",
+    "LeftShift",
+    "RightShift",
+    "ArcTan2",
+}
 FUSABLE = UNARY | BINARY | {"Select", "Broadcast"}
 
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a graph. `constant` is set when the function captured it: a weight, a table, a scalar."""
+    """One array of a graph. `constant` is set when the function captured it: a weight, a table, a
+    scalar.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -71,7 +126,9 @@ class Graph:
 
 
 def trace(function: Callable[..., Any], *arguments: mx.array) -> Graph:
-    """The simplified graph of `function(*arguments)`. Nothing is computed; inner compiled functions are inlined."""
+    """The simplified graph of `function(*arguments)`. Nothing is computed; inner compiled functions
+    are inlined.
+    """
     ends: dict[str, tuple[Array, ...]] = {}
     constants: dict[str, mx.array] = {}
     nodes: list[Node] = []
@@ -88,7 +145,9 @@ def trace(function: Callable[..., Any], *arguments: mx.array) -> Graph:
             constants.update(event["constants"])
         elif kind == "primitive":
             inputs, outputs = (tuple(map(array, event[side])) for side in ("inputs", "outputs"))
-            nodes.append(untagged(Node(event["name"], inputs, outputs, tuple(event["arguments"])), constants))
+            nodes.append(
+                untagged(Node(event["name"], inputs, outputs, tuple(event["arguments"])), constants)
+            )
 
     mx.export_function(visit, function, *arguments)
     return Graph(nodes, ends["inputs"], ends["outputs"], constants)
@@ -99,13 +158,18 @@ def untagged(node: Node, constants: dict[str, mx.array]) -> Node:
     if node.name == "Depends" and node.inputs[-1].constant and not node.inputs[-1].shape:
         name = NAMES.get(float(constants[node.inputs[-1].name].item()))  # type: ignore[arg-type]
         if name is not None:
-            template = name in ("Dequantize", "Compiled")  # these read what follows; the first input only gives the shape
+            template = name in (
+                "Dequantize",
+                "Compiled",
+            )  # these read what follows; the first input only gives the shape
             return Node(name, node.inputs[template:-1], node.outputs)
     return node
 
 
 def fuse(graph: Graph) -> Graph:
-    """The graph after `mx.compile`: neighbouring elementwise primitives in one node (compile_fuse, mlx/compile.cpp)."""
+    """The graph after `mx.compile`: neighbouring elementwise primitives in one node (compile_fuse,
+    mlx/compile.cpp).
+    """
     made = {out.name: node for node in graph.nodes for out in node.outputs}
     readers: dict[str, list[str]] = defaultdict(list)
     for node in graph.nodes:
@@ -134,7 +198,9 @@ def fuse(graph: Graph) -> Graph:
     return Graph(result, graph.inputs, graph.outputs, graph.constants)
 
 
-def collect(root: Array, made: dict[str, Node], readers: dict[str, list[str]], ends: set[str]) -> dict[str, None]:
+def collect(
+    root: Array, made: dict[str, Node], readers: dict[str, list[str]], ends: set[str]
+) -> dict[str, None]:
     """Names of the arrays to be made inside one fused kernel that ends in `root`."""
     inside: dict[str, None] = {}
     outside: set[str] = set()
@@ -148,7 +214,9 @@ def collect(root: Array, made: dict[str, Node], readers: dict[str, list[str]], e
             outside.add(name)
             return
         read_elsewhere = depth and not all(reader in inside for reader in readers[name])
-        if read_elsewhere and (node.name != "Broadcast" or len(outside) >= MAX_INPUTS):  # a broadcast would be split off
+        if read_elsewhere and (
+            node.name != "Broadcast" or len(outside) >= MAX_INPUTS
+        ):  # a broadcast would be split off
             outside.add(name)
             return
         if name in ends:
@@ -178,5 +246,7 @@ def merge(root: Array, made: dict[str, Node], inside: dict[str, None], ends: set
             parts[array.name] = made[array.name]
 
     visit(root)
-    outputs = [part.outputs[0] for name, part in parts.items() if name in ends and name != root.name]
+    outputs = [
+        part.outputs[0] for name, part in parts.items() if name in ends and name != root.name
+    ]
     return Node("Compiled", tuple(inputs.values()), (*outputs, root), parts=tuple(parts.values()))

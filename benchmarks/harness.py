@@ -1,4 +1,6 @@
-"""Trials: each case warmed up once, then measured round by round, so that drift hits all that is compared alike."""
+"""Trials: each case warmed up once, then measured round by round, so that drift hits all that is
+compared alike.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ RATIOS = ("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_firs
 
 UNSTEADY = "not the same tokens in every trial"
 
-Tick = Callable[[str, float], None]  # what is being run, and how much of the work (in tokens) has been done with it
+Tick = Callable[
+    [str, float], None
+]  # what is being run, and how much of the work (in tokens) has been done with it
 
 
 @dataclass
@@ -37,7 +41,9 @@ class Entry:
 
     @property
     def work(self) -> float:
-        """Tokens of one trial, a prompt's counted at an eighth: only their proportions matter, for the estimate."""
+        """Tokens of one trial, a prompt's counted at an eighth: only their proportions matter, for
+        the estimate.
+        """
         return self.case.batch_size * (self.case.prompt_tokens / 8 + self.case.generation_tokens)
 
     @property
@@ -49,10 +55,13 @@ class Entry:
 def measure(entries: Sequence[Entry], trials: int, tick: Tick) -> None:
     """Warm up and check every entry, then run `trials` rounds; the values land in the entries.
 
-    An interrupt (Ctrl-C) passes through and leaves the finished trials there. Raises `BenchmarkError` below 5 trials.
+    An interrupt (Ctrl-C) passes through and leaves the finished trials there. Raises
+    `BenchmarkError` below 5 trials.
     """
     if trials < MIN_TRIALS:
-        raise BenchmarkError(f"trials is {trials}; allowed is a number from {MIN_TRIALS} up: fewer say nothing of the spread")
+        raise BenchmarkError(
+            f"trials is {trials}; allowed is a number from {MIN_TRIALS} up: fewer say nothing of the spread"
+        )
     for entry in entries:
         warm_up(entry)
         tick(label(entry.case), entry.work)
@@ -119,14 +128,20 @@ def figures(timed: Timed, case: Case) -> dict[str, float]:
 
 
 def checked(timed: Timed, case: Case) -> Timed:
-    """The run itself, if it is one of the case. Raises `BenchmarkError` for an engine that gave less or another count."""
+    """The run itself, if it is one of the case. Raises `BenchmarkError` for an engine that gave
+    less or another count.
+    """
     if not len(timed.tokens) == len(timed.seconds) == case.generation_tokens:
         raise BenchmarkError(
             f"{case.engine} gave {len(timed.tokens)} tokens at {len(timed.seconds)} times; "
             f"{case.generation_tokens} were asked for"
         )
-    if timed.first <= 0 or any(b < a for a, b in zip(timed.seconds, timed.seconds[1:], strict=False)):
-        raise BenchmarkError(f"{case.engine} gave times that do not rise; its clock cannot be trusted")
+    if timed.first <= 0 or any(
+        b < a for a, b in zip(timed.seconds, timed.seconds[1:], strict=False)
+    ):
+        raise BenchmarkError(
+            f"{case.engine} gave times that do not rise; its clock cannot be trusted"
+        )
     return timed
 
 
@@ -136,7 +151,9 @@ def parting(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
 
 
 def row_of(entry: Entry, extra: dict[str, list[float]] | None = None, **facts: Any) -> Row:
-    """The row of an entry: its finished trials summarised, `extra` metrics beside them, notes where trials disagree."""
+    """The row of an entry: its finished trials summarised, `extra` metrics beside them, notes where
+    trials disagree.
+    """
     values = {**entry.values, **(extra or {})}
     metrics = {name: Metric.of(values[name], METRICS[name]) for name in METRICS if values.get(name)}
     notes = [*getattr(entry.session, "notes", ()), *entry.notes]
@@ -147,8 +164,12 @@ def row_of(entry: Entry, extra: dict[str, list[float]] | None = None, **facts: A
         notes.append("not timed: the run ended before its first trial")
     elif entry.warm is None and not entry.failed:
         notes.append("not timed: the run ended before its warm-up")
-    agrees = entry.parts_at is None if entry.against is not None and entry.warm is not None else None
-    return Row(entry.case, metrics, agrees=agrees, parts_at=entry.parts_at, notes=tuple(notes), **facts)
+    agrees = (
+        entry.parts_at is None if entry.against is not None and entry.warm is not None else None
+    )
+    return Row(
+        entry.case, metrics, agrees=agrees, parts_at=entry.parts_at, notes=tuple(notes), **facts
+    )
 
 
 def ratios_of(entries: Sequence[Entry]) -> list[Ratio]:

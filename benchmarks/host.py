@@ -36,7 +36,9 @@ STAY = 200  # steps that stay inside the first block of the buffers, 256 tokens
 
 @dataclass(frozen=True)
 class HostTime:
-    """Medians, seconds of CPU time of the thread that generates: what it waits for is not its work."""
+    """Medians, seconds of CPU time of the thread that generates: what it waits for is not its
+    work.
+    """
 
     build: float  # until the graph of a step exists
     submit: float  # until MLX has handed it to the device
@@ -52,11 +54,13 @@ class Host(Protocol):
 
 
 def host_times(config: OpenELMConfig, form: Form, steps: int) -> dict[str, HostTime]:
-    """Our step, compiled and eager, and mlx-lm's: each in blocks of steps of its own, as it runs, the blocks in turns.
+    """Our step, compiled and eager, and mlx-lm's: each in blocks of steps of its own, as it runs,
+    the blocks in turns.
 
-    As many layers as `config` has, each of the least width, in float32, which the CPU backend need not emulate; every
-    `mx.fast` call is one primitive that computes nothing, as on a GPU it is one kernel. What was submitted is awaited
-    outside the clock, and as far as the system allows the device stays out of the way (`undisturbed`).
+    As many layers as `config` has, each of the least width, in float32, which the CPU backend need
+    not emulate; every `mx.fast` call is one primitive that computes nothing, as on a GPU it is one
+    kernel. What was submitted is awaited outside the clock, and as far as the system allows the
+    device stays out of the way (`undisturbed`).
     """
     small, form = shrunk(config), Form("float32", form.quantization)
     with one_primitive_each(), undisturbed():
@@ -76,18 +80,25 @@ def host_times(config: OpenELMConfig, form: Form, steps: int) -> dict[str, HostT
                     host.submit()
                     stop = time.thread_time()
                     mx.synchronize()
-                    if count >= WARM_UP:  # the first steps find the processor's caches filled by the other engine
+                    if (
+                        count >= WARM_UP
+                    ):  # the first steps find the processor's caches filled by the other engine
                         builds[name].append(built - start)
                         submits[name].append(stop - built)
-    return {name: HostTime(statistics.median(builds[name]), statistics.median(submits[name])) for name in hosts}
+    return {
+        name: HostTime(statistics.median(builds[name]), statistics.median(submits[name]))
+        for name in hosts
+    }
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Keep MLX's threads off the clock: one core for all of this process, and nobody wakes up before his turn.
+    """Keep MLX's threads off the clock: one core for all of this process, and nobody wakes up
+    before his turn.
 
-    On the CPU backend the device is a thread of this process. On a core of its own it fights with the host for locks,
-    of the allocator first, which no GPU does. Linux only; elsewhere, and where it is forbidden, nothing changes.
+    On the CPU backend the device is a thread of this process. On a core of its own it fights with
+    the host for locks, of the allocator first, which no GPU does. Linux only; elsewhere, and where
+    it is forbidden, nothing changes.
     """
     if not hasattr(os, "sched_setaffinity"):
         yield
@@ -112,7 +123,9 @@ def arrange(threads: list[int], cores: set[int], policy: int) -> None:
 
 
 def filled(model: nn.Module) -> nn.Module:
-    """The model with weights that lie in memory as real ones do: a broadcast scalar would be copied at every use."""
+    """The model with weights that lie in memory as real ones do: a broadcast scalar would be copied
+    at every use.
+    """
     model.update(tree_map(lambda array: mx.zeros(array.shape, array.dtype), model.parameters()))
     mx.eval(model.parameters())
     return model
@@ -143,7 +156,9 @@ class PeerHost:
     def __init__(self, config: OpenELMConfig, form: Form) -> None:
         self.caches = mlx_lm_caches(config, CONTEXT, DTYPES[form.dtype])
         for cache in self.caches:
-            cache.keys, cache.values = (mx.zeros(a.shape, a.dtype) for a in (cache.keys, cache.values))
+            cache.keys, cache.values = (
+                mx.zeros(a.shape, a.dtype) for a in (cache.keys, cache.values)
+            )
             mx.eval(cache.keys, cache.values)
         self.step = mlx_lm_step(filled(mlx_lm_model(config, form)), self.caches)
         self.token, self.logprobs = mx.array([1], mx.uint32), mx.array(0.0)

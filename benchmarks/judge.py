@@ -1,4 +1,6 @@
-"""Two answers to one request: are they the same, and where they are not, may rounding have made the difference?"""
+"""Two answers to one request: are they the same, and where they are not, may rounding have made the
+difference?
+"""
 
 from __future__ import annotations
 
@@ -175,7 +177,9 @@ def floats(engine: Engine) -> Iterator[tuple[str, mx.array]]:
 
 
 def first_difference(one: Answer, other: Answer) -> int | None:
-    """The place of the first token that differs; None where there is none, as far as a cancelled answer came."""
+    """The place of the first token that differs; None where there is none, as far as a cancelled
+    answer came.
+    """
     for place, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)):
         if a != b:
             return place

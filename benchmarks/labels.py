@@ -22,7 +22,9 @@ def model_name(case: Case) -> str:
 
 
 def width(case: Case) -> str:
-    """Of the weights: `4-bit`, `4.6 bits/weight` where they are mixed, else the type that everything is in."""
+    """Of the weights: `4-bit`, `4.6 bits/weight` where they are mixed, else the type that
+    everything is in.
+    """
     if case.bits is not None:
         return f"{case.bits}-bit"
     if case.bits_per_weight is not None and case.bits_per_weight < 7.5 * BYTES.get(case.dtype, 4):
@@ -31,7 +33,9 @@ def width(case: Case) -> str:
 
 
 def bits_of(case: Case) -> float:
-    """Bits a weight takes, with its share of scales where that is known: what widths are sorted by."""
+    """Bits a weight takes, with its share of scales where that is known: what widths are sorted
+    by.
+    """
     return case.bits_per_weight or float(case.bits or 8 * BYTES.get(case.dtype, 4))
 
 
@@ -50,7 +54,9 @@ def engines_ours_first(names: Iterable[str]) -> list[str]:
 
 
 def setting(case: Case, several_widths: bool = False, several_prompts: bool = False) -> str:
-    """What sets a case apart from the plain run: `batch 16`, `quantized cache`, `prompt-lookup`; else `plain`."""
+    """What sets a case apart from the plain run: `batch 16`, `quantized cache`, `prompt-lookup`;
+    else `plain`.
+    """
     parts = [f"batch {case.batch_size}"] if case.batch_size != 1 else []
     parts += [f"{case.cache} cache"] if case.cache != "plain" else []
     parts += [case.speculation] if case.speculation else []
@@ -68,7 +74,9 @@ def metric_name(metric: str) -> str:
 
 
 def ratio_label(document: Document, number: int) -> str:
-    """`decode, openelm-mlx / mlx-lm: 4-bit`; model and prompt too where the document's ratios differ in them."""
+    """`decode, openelm-mlx / mlx-lm: 4-bit`; model and prompt too where the document's ratios
+    differ in them.
+    """
     ratio = document.ratios[number]
     one, other = document.rows[ratio.row].case, document.rows[ratio.against].case
     names = f"{one.engine} / {other.engine}"
@@ -77,12 +85,16 @@ def ratio_label(document: Document, number: int) -> str:
     cases = [document.rows[item.row].case for item in document.ratios]
     facts = [model_name(one)] if len({model_name(case) for case in cases}) > 1 else []
     facts += [width(one)]
-    facts += [f"{one.prompt_tokens} prompt"] if len({case.prompt_tokens for case in cases}) > 1 else []
+    facts += (
+        [f"{one.prompt_tokens} prompt"] if len({case.prompt_tokens for case in cases}) > 1 else []
+    )
     return f"{metric_name(ratio.metric)}, {names}: {', '.join(facts)}"
 
 
 def verdict(document: Document, number: int) -> str:
-    """Whether the first side of a ratio is `better` or `worse`; `no difference` where the interval holds 1."""
+    """Whether the first side of a ratio is `better` or `worse`; `no difference` where the interval
+    holds 1.
+    """
     ratio = document.ratios[number]
     if ratio.low <= 1 <= ratio.high:
         return "no difference"

@@ -1,11 +1,13 @@
-"""What waits for what: a long prompt that joins running rows, and settings of the sampler that were never seen before.
+"""What waits for what: a long prompt that joins running rows, and settings of the sampler that were
+never seen before.
 
     python -m openelm_mlx.benchmarks.latency join [MODEL] [--admission 16,32,64] [--json FILE]
     python -m openelm_mlx.benchmarks.latency temperatures [MODEL] [--json FILE]
 
-`join`: rows run, a prompt of 900 tokens joins them. How much longer do their steps take meanwhile, and how much later does
-it get its first token than alone? `temperatures`: many settings in one process. How many steps are traced, and how much
-later is the first token of a temperature that is new?
+`join`: rows run, a prompt of 900 tokens joins them. How much longer do their steps take meanwhile,
+and how much later does it get its first token than alone? `temperatures`: many settings in one
+process. How many steps are traced, and how much later is the first token of a temperature that is
+new?
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def joined(engine: Engine, seed: int, **settings: Any) -> tuple[list[float], list[float], float]:
-    """Seconds of the steps before the prompt joins, of those until its answer is complete, and to its first token."""
+    """Seconds of the steps before the prompt joins, of those until its answer is complete, and to
+    its first token.
+    """
     batch = BatchEngine(engine, 2 * ROWS, **settings)
     try:
         for row in range(ROWS):
@@ -109,7 +113,9 @@ def answered(engine: Engine, prompt: list[int], **settings: Any) -> tuple[float,
 
 
 def join(engine: Engine, trials: int, **settings: Any) -> Result:
-    """Stalls of the running rows and the wait of the joining one, alone and among them in turns; shapes are traced before."""
+    """Stalls of the running rows and the wait of the joining one, alone and among them in turns;
+    shapes are traced before.
+    """
     cold = joined(engine, 0, **settings)
     answered(engine, ids(engine, PROMPT, 1))
     before: list[float] = []
@@ -143,7 +149,9 @@ def join(engine: Engine, trials: int, **settings: Any) -> Result:
 
 @contextmanager
 def traces() -> Iterator[list[int]]:
-    """Count how often functions that are compiled meanwhile are traced: the only times when Python runs them."""
+    """Count how often functions that are compiled meanwhile are traced: the only times when Python
+    runs them.
+    """
     count, compile_ = [0], mx.compile
 
     def counting(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -161,7 +169,9 @@ def traces() -> Iterator[list[int]]:
 
 
 def settings_of(number: int, rng: random.Random) -> dict[str, Any]:
-    """The options of one of many requests: of few sets of filters, of values that are all different."""
+    """The options of one of many requests: of few sets of filters, of values that are all
+    different.
+    """
     found: dict[str, Any] = {"temperature": rng.uniform(0.1, 2.0)}
     if number % 2:
         found["top_p"] = rng.uniform(0.5, 0.99)
@@ -173,7 +183,9 @@ def settings_of(number: int, rng: random.Random) -> dict[str, Any]:
 
 
 def temperatures(engine: Engine, settings: int, pairs: int) -> Result:
-    """Traces of many settings, expected one for each combination of filters; first tokens of known and new temperatures."""
+    """Traces of many settings, expected one for each combination of filters; first tokens of known
+    and new temperatures.
+    """
     rng, prompt = random.Random(0), ids(engine, 16, 0)
     asked = [settings_of(number, rng) for number in range(settings)]
     expected = len({Filters.of([SamplingOptions(**chosen)]) for chosen in asked})

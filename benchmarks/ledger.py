@@ -1,11 +1,13 @@
-"""The ledger of one decoding step: kernels that a GPU launches for it, bytes it moves, time the host takes to submit it.
+"""The ledger of one decoding step: kernels that a GPU launches for it, bytes it moves, time the
+host takes to submit it.
 
     python -m openelm_mlx.benchmarks.ledger 270m
     python -m openelm_mlx.benchmarks.ledger 270m --bits 4 --json
     python -m openelm_mlx.benchmarks.ledger 270m --bits 4 --rows 4
 
-Counted on the graph, so it is the same on every machine; nothing is computed and no weights are needed. Rules of what
-launches a kernel are in layout.py, after the source of MLX's Metal backend; none of this has run on Metal.
+Counted on the graph, so it is the same on every machine; nothing is computed and no weights are
+needed. Rules of what launches a kernel are in layout.py, after the source of MLX's Metal backend;
+none of this has run on Metal.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ from openelm_mlx.benchmarks.traced import DTYPES, Form, Traced, trace_mlx_lm, tr
 from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import OpenELMError
 
-WRITES = ("ScatterAxis", "SliceUpdate", "DynamicSliceUpdate")  # into a buffer of which only the update is touched
+WRITES = (
+    "ScatterAxis",
+    "SliceUpdate",
+    "DynamicSliceUpdate",
+)  # into a buffer of which only the update is touched
 
 # what a kernel is for -> how a kernel written for OpenELM could save it
 ABSORBED = {
@@ -53,13 +59,17 @@ ABSORBED = {
 
 @dataclass
 class Ledger:
-    """What one token costs. Bytes are those that kernels touch; `activations` never leave the caches of a chip."""
+    """What one token costs. Bytes are those that kernels touch; `activations` never leave the
+    caches of a chip.
+    """
 
     engine: str
     kernels: int = 0
     by_primitive: Counter[str] = field(default_factory=Counter)
     by_purpose: Counter[str] = field(default_factory=Counter)
-    bytes_read: Counter[str] = field(default_factory=Counter)  # by part of the model, and "activations"
+    bytes_read: Counter[str] = field(
+        default_factory=Counter
+    )  # by part of the model, and "activations"
     bytes_written: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -69,24 +79,35 @@ class Ledger:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "engine": self.engine, "kernels": self.kernels,
-            "by_primitive": dict(self.by_primitive), "by_purpose": dict(self.by_purpose),
-            "bytes_read": dict(self.bytes_read), "bytes_written": dict(self.bytes_written),
-        }  # fmt: skip
+            "engine": self.engine,
+            "kernels": self.kernels,
+            "by_primitive": dict(self.by_primitive),
+            "by_purpose": dict(self.by_purpose),
+            "bytes_read": dict(self.bytes_read),
+            "bytes_written": dict(self.bytes_written),
+        }
 
 
 def ledger(traced: Traced) -> Ledger:
-    """Count every primitive of the graph. Raises `BenchmarkError` for a primitive without a rule in layout.py."""
+    """Count every primitive of the graph. Raises `BenchmarkError` for a primitive without a rule in
+    layout.py.
+    """
     result = Ledger(traced.engine)
     layouts: dict[str, Layout] = {}
-    parts = dict.fromkeys(traced.caches, "kv") | {name: part_of(path) for name, path in traced.parameters.items()}
+    parts = dict.fromkeys(traced.caches, "kv") | {
+        name: part_of(path) for name, path in traced.parameters.items()
+    }
     for node in traced.graph.nodes:
         inputs = [layouts.get(array.name, Layout.rows(array.shape)) for array in node.inputs]
         count = kernels(node, inputs)
         for out, layout in zip(node.outputs, after(node, inputs), strict=True):
             layouts[out.name] = layout
         if node.name in VIEWS or node.name in WRITES:  # a view of a weight is that weight
-            parts.update((out.name, parts[node.inputs[0].name]) for out in node.outputs if node.inputs[0].name in parts)
+            parts.update(
+                (out.name, parts[node.inputs[0].name])
+                for out in node.outputs
+                if node.inputs[0].name in parts
+            )
         if not count:
             continue
         result.kernels += count
@@ -97,8 +118,16 @@ def ledger(traced: Traced) -> Ledger:
         result.by_purpose["copy"] += count - 1
         for part, size in reads(node, inputs, parts, traced):
             result.bytes_read[part] += size
-        written = sum(a.size * a.dtype.size for a in (node.inputs[-1:] if node.name == "SliceUpdate" else
-                                                      node.inputs[2:3] if node.name in WRITES else node.outputs))  # fmt: skip
+        written = sum(
+            a.size * a.dtype.size
+            for a in (
+                node.inputs[-1:]
+                if node.name == "SliceUpdate"
+                else node.inputs[2:3]
+                if node.name in WRITES
+                else node.outputs
+            )
+        )
         result.bytes_written["kv" if node.name in WRITES else "activations"] += written
     for counter in (result.by_primitive, result.by_purpose):
         for key in [key for key, n in counter.items() if not n]:
@@ -106,8 +135,12 @@ def ledger(traced: Traced) -> Ledger:
     return result
 
 
-def reads(node: Node, inputs: list[Layout], parts: Mapping[str, str], traced: Traced) -> Iterable[tuple[str, int]]:
-    """Bytes read by part. A lookup reads its rows, an update not the buffer, attention the slots that are filled."""
+def reads(
+    node: Node, inputs: list[Layout], parts: Mapping[str, str], traced: Traced
+) -> Iterable[tuple[str, int]]:
+    """Bytes read by part. A lookup reads its rows, an update not the buffer, attention the slots
+    that are filled.
+    """
     for number, (array, layout) in enumerate(zip(node.inputs, inputs, strict=True)):
         size = layout.distinct
         part = parts.get(array.name, "activations")
@@ -116,7 +149,11 @@ def reads(node: Node, inputs: list[Layout], parts: Mapping[str, str], traced: Tr
         if number == 0 and node.name == "Gather":
             size = node.outputs[0].size
         if node.name == "ScaledDotProductAttention" and number in (1, 2):
-            size = size * traced.context // traced.capacity if array.shape[2] == traced.capacity else size
+            size = (
+                size * traced.context // traced.capacity
+                if array.shape[2] == traced.capacity
+                else size
+            )
             part = "kv"
         yield part, size * array.dtype.size
 
@@ -125,7 +162,11 @@ def label(node: Node) -> str:
     """A primitive's name as printed; a fused one by its arithmetic."""
     if not node.parts:
         return node.name
-    return "Compiled(" + " ".join(p.name for p in node.parts if p.name not in ("Broadcast", "AsType")) + ")"
+    return (
+        "Compiled("
+        + " ".join(p.name for p in node.parts if p.name not in ("Broadcast", "AsType"))
+        + ")"
+    )
 
 
 def purpose_of(node: Node, traced: Traced) -> str:
@@ -140,9 +181,11 @@ def purpose_of(node: Node, traced: Traced) -> str:
         return "logits"
     if module.endswith(("_norm", "transformer.norm")):
         own = module.rsplit(".", 1)[-1]
-        return {"attn_norm": "norm before attention", "ffn_norm": "norm before FFN", "norm": "last norm"}.get(
-            own, "query and key norm"
-        )
+        return {
+            "attn_norm": "norm before attention",
+            "ffn_norm": "norm before FFN",
+            "norm": "last norm",
+        }.get(own, "query and key norm")
     if "proj" in module:
         return ".".join(module.rsplit(".", 2)[-2:])
     match node.name:
@@ -194,7 +237,9 @@ def weight_behind(name: str, traced: Traced) -> str | None:
 
 
 def both(config: OpenELMConfig, form: Form, context: int, rows: int) -> list[Ledger]:
-    """Ours, and mlx-lm's for one row; that of several is another cache, which is not counted here."""
+    """Ours, and mlx-lm's for one row; that of several is another cache, which is not counted
+    here.
+    """
     ours = ledger(trace_ours(config, form, context, rows))
     return [ours] if rows > 1 else [ours, ledger(trace_mlx_lm(config, form, context))]
 
@@ -203,21 +248,43 @@ def main(arguments: list[str] | None = None) -> int:
     from openelm_mlx.benchmarks.host import host_times
     from openelm_mlx.benchmarks.ledger_table import show
 
-    parser = argparse.ArgumentParser(prog="python -m openelm_mlx.benchmarks.ledger", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m openelm_mlx.benchmarks.ledger", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("size", nargs="?", default="270m", help="a published size (default: 270m)")
     parser.add_argument("--bits", type=int, help="of the weights (default: unquantized)")
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16", help=f"of the activations: {', '.join(DTYPES)} (default: bfloat16)")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        help=f"of the activations: {', '.join(DTYPES)} (default: bfloat16)",
+    )
     parser.add_argument("--context", type=int, default=64, help="tokens attended to (default: 64)")
-    parser.add_argument("--rows", type=int, choices=range(1, 6), default=1, help="sequences stepped together, 1 to 5")
-    parser.add_argument("--steps", type=int, default=100, help="steps timed on the host, of one row; 0 times none (default: 100)")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        choices=range(1, 6),
+        default=1,
+        help="sequences stepped together, 1 to 5",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=100,
+        help="steps timed on the host, of one row; 0 times none (default: 100)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     try:
         config = OpenELMConfig.from_name(options.size)
-        form = Form(options.dtype, {"group_size": options.group_size, "bits": options.bits} if options.bits else None)
+        form = Form(
+            options.dtype,
+            {"group_size": options.group_size, "bits": options.bits} if options.bits else None,
+        )
         ledgers = both(config, form, options.context, options.rows)
-        times = host_times(config, form, options.steps) if options.steps and options.rows == 1 else {}
+        times = (
+            host_times(config, form, options.steps) if options.steps and options.rows == 1 else {}
+        )
     except OpenELMError as error:
         print(f"ledger: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,6 @@
-"""A loaded model on its way through a run: what case it makes, where its folder is, what bounds it."""
+"""A loaded model on its way through a run: what case it makes, where its folder is, what bounds
+it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from typing import TYPE_CHECKING
 from openelm_mlx.benchmarks.document import Case, Row
 from openelm_mlx.benchmarks.roofline import bound, bytes_per_token
 from openelm_mlx.benchmarks.suites import Point, cache_settings
-from openelm_mlx.benchmarks.weights import bits_per_weight, dtype_name, open_engine, random_engine, write_folder
+from openelm_mlx.benchmarks.weights import (
+    bits_per_weight,
+    dtype_name,
+    open_engine,
+    random_engine,
+    write_folder,
+)
 
 if TYPE_CHECKING:
     from openelm_mlx.loading import Engine
@@ -34,18 +42,29 @@ class Weights:
         return dtype_name(self.engine)
 
     def written(self, scratch: Path) -> Path:
-        """The folder that others load; put into `scratch` the first time, unless the weights came from one as they are."""
+        """The folder that others load; put into `scratch` the first time, unless the weights came
+        from one as they are.
+        """
         if self.folder is None:
-            self.folder = write_folder(self.engine, scratch / f"{self.engine.name.replace('/', '-')}-{self.bits}")
+            self.folder = write_folder(
+                self.engine, scratch / f"{self.engine.name.replace('/', '-')}-{self.bits}"
+            )
         return self.folder
 
     def case(self, point: Point, engine: str = OURS) -> Case:
         return Case(
-            engine=engine, model=last_part(self.engine.name), dtype=self.dtype, bits=self.bits,
-            bits_per_weight=round(bits_per_weight(self.engine), 4), prompt_tokens=point.prompt_tokens,
-            generation_tokens=point.generation_tokens, batch_size=point.batch_size, cache=point.cache,
-            speculation=None if point.speculation is None else last_part(point.speculation), random_weights=self.random,
-        )  # fmt: skip
+            engine=engine,
+            model=last_part(self.engine.name),
+            dtype=self.dtype,
+            bits=self.bits,
+            bits_per_weight=round(bits_per_weight(self.engine), 4),
+            prompt_tokens=point.prompt_tokens,
+            generation_tokens=point.generation_tokens,
+            batch_size=point.batch_size,
+            cache=point.cache,
+            speculation=None if point.speculation is None else last_part(point.speculation),
+            random_weights=self.random,
+        )
 
 
 def last_part(name: str) -> str:
@@ -55,13 +74,26 @@ def last_part(name: str) -> str:
     return f"{kind}{space}{here.resolve().name}" if os.path.exists(here) else name
 
 
-def open_weights(model: str, dtype: str | None, bits: int | None, group_size: int, random: bool) -> Weights:
-    """A model by name or folder, or of a published size with random weights. Raises `OpenELMError`."""
+def open_weights(
+    model: str, dtype: str | None, bits: int | None, group_size: int, random: bool
+) -> Weights:
+    """A model by name or folder, or of a published size with random weights. Raises
+    `OpenELMError`.
+    """
     if random:
-        return Weights(random_engine(model, dtype, bits, group_size), None, bits, random=True, stored=False)
+        return Weights(
+            random_engine(model, dtype, bits, group_size), None, bits, random=True, stored=False
+        )
     engine, seconds = open_engine(model, dtype, bits, group_size)
     folder = engine.path if bits is None else None
-    return Weights(engine, seconds, bits or uniform_bits(engine), random=False, stored=bits is None, folder=folder)
+    return Weights(
+        engine,
+        seconds,
+        bits or uniform_bits(engine),
+        random=False,
+        stored=bits is None,
+        folder=folder,
+    )
 
 
 def uniform_bits(engine: Engine) -> int | None:
@@ -73,7 +105,8 @@ def uniform_bits(engine: Engine) -> int | None:
 
 
 def bounded(row: Row, loaded: list[Weights], bandwidth: float | None) -> Row:
-    """The row with the bytes that one of its tokens reads and the rate at which a copy moves as many.
+    """The row with the bytes that one of its tokens reads and the rate at which a copy moves as
+    many.
 
     One sequence without speculation: elsewhere a pass over the weights gives more than one token.
     """
@@ -84,9 +117,12 @@ def bounded(row: Row, loaded: list[Weights], bandwidth: float | None) -> Row:
     kept = cache_settings(case.cache)
     context = case.prompt_tokens + case.generation_tokens // 2  # half way through the answer
     parts = bytes_per_token(
-        weights.engine.config, case.dtype, weights.engine.quantization, min(context, kept.get("kv_window", context)),
+        weights.engine.config,
+        case.dtype,
+        weights.engine.quantization,
+        min(context, kept.get("kv_window", context)),
         kept.get("kv_bits"),
-    )  # fmt: skip
+    )
     if bandwidth is None:
         return replace(row, bytes_per_token=parts)
     most = bound(parts, bandwidth)
@@ -94,5 +130,13 @@ def bounded(row: Row, loaded: list[Weights], bandwidth: float | None) -> Row:
     share = None if rate is None else 100 * rate.median / most
     notes = row.notes
     if share is not None and share > 100:
-        notes += (f"{share:.0f} % of the bound: reading was faster here than the copy it stands on",)
-    return replace(row, bytes_per_token=parts, bound_tokens_per_second=most, percent_of_bound=share, notes=notes)
+        notes += (
+            f"{share:.0f} % of the bound: reading was faster here than the copy it stands on",
+        )
+    return replace(
+        row,
+        bytes_per_token=parts,
+        bound_tokens_per_second=most,
+        percent_of_bound=share,
+        notes=notes,
+    )

@@ -1,4 +1,6 @@
-"""What a result was measured on, and whether the machine was at rest. The macOS parts are untested there."""
+"""What a result was measured on, and whether the machine was at rest. The macOS parts are untested
+there.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,25 @@ from typing import Any
 
 from openelm_mlx.benchmarks.document import Metric
 
-FACTS = ("chip", "machine", "cores", "memory_bytes", "system", "system_version", "backend", "blas", "load_average")
+FACTS = (
+    "chip",
+    "machine",
+    "cores",
+    "memory_bytes",
+    "system",
+    "system_version",
+    "backend",
+    "blas",
+    "load_average",
+)
 THERMAL_LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")  # OSThermalNotification.h
 BUSY, SPREAD, DRIFT = 0.5, 0.10, 0.10  # load a core; quartiles over median; change over all trials
 
 
 def machine() -> dict[str, Any]:
-    """Plain facts for the result document; call it before a model is loaded, so that the load is not our own."""
+    """Plain facts for the result document; call it before a model is loaded, so that the load is
+    not our own.
+    """
     from openelm_mlx.memory import facts
 
     found = {name: value for name, value in facts().items() if name in FACTS}
@@ -32,7 +46,11 @@ def versions() -> dict[str, str]:
     from openelm_mlx.memory import facts
 
     found = facts()
-    return {"openelm-mlx": found["openelm_mlx"] or "unknown", "mlx": found["mlx"] or "unknown", "python": found["python"]}
+    return {
+        "openelm-mlx": found["openelm_mlx"] or "unknown",
+        "mlx": found["mlx"] or "unknown",
+        "python": found["python"],
+    }
 
 
 def memory_bytes() -> int:
@@ -47,7 +65,14 @@ def loaded_blas() -> str | None:
         return None
     names = (line.rsplit("/", 1)[-1] for line in lines if "/" in line)
     # numpy brings a private copy under another name, which MLX does not see
-    return next((name for name in names if name.startswith("libopenblas") and "scipy" not in name and "64_" not in name), None)
+    return next(
+        (
+            name
+            for name in names
+            if name.startswith("libopenblas") and "scipy" not in name and "64_" not in name
+        ),
+        None,
+    )
 
 
 def thermal_pressure() -> str | None:
@@ -56,7 +81,9 @@ def thermal_pressure() -> str | None:
         return None
     command = ["notifyutil", "-g", "com.apple.system.thermalpressurelevel"]
     try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
+        output = subprocess.run(
+            command, capture_output=True, text=True, timeout=5, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return read_pressure(output)
@@ -71,16 +98,22 @@ def read_pressure(output: str) -> str | None:
 
 
 def throttle_count() -> int | None:
-    """How often Linux has slowed this processor for its heat since boot; None where it does not say."""
+    """How often Linux has slowed this processor for its heat since boot; None where it does not
+    say.
+    """
     try:
-        files = list(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count"))
+        files = list(
+            Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
+        )
         return sum(int(file.read_text()) for file in files) if files else None
     except (OSError, ValueError):
         return None
 
 
 def rest_notes(before: Mapping[str, Any], after: str | None, throttled: int | None) -> list[str]:
-    """What the facts from before a run, macOS's word after it and Linux's count of throttlings say against it."""
+    """What the facts from before a run, macOS's word after it and Linux's count of throttlings say
+    against it.
+    """
     notes = []
     load, cores = before.get("load_average"), before.get("cores") or os.cpu_count() or 1
     if load is not None and load > BUSY * cores:
@@ -94,7 +127,9 @@ def rest_notes(before: Mapping[str, Any], after: str | None, throttled: int | No
 
 
 def trial_notes(name: str, metric: Metric) -> list[str]:
-    """What the trials themselves say against a figure: wide spread, or drift from the first to the last."""
+    """What the trials themselves say against a figure: wide spread, or drift from the first to the
+    last.
+    """
     words = name.split("_")[0]
     notes = []
     if metric.spread > SPREAD:
@@ -106,13 +141,18 @@ def trial_notes(name: str, metric: Metric) -> list[str]:
 
 
 def drift(values: Sequence[float]) -> tuple[float, bool]:
-    """Change over all trials as a share of the median, and whether nearly every pair of trials agrees on its sign.
+    """Change over all trials as a share of the median, and whether nearly every pair of trials
+    agrees on its sign.
 
     The slope is that of Theil and Sen (the median over all pairs), which one outlier does not move.
     """
     if len(values) < 5:
         return 0.0, False
-    pairs = [(values[j] - values[i], j - i) for i in range(len(values)) for j in range(i + 1, len(values))]
+    pairs = [
+        (values[j] - values[i], j - i)
+        for i in range(len(values))
+        for j in range(i + 1, len(values))
+    ]
     slope = statistics.median(rise / run for rise, run in pairs)
     tau = sum((rise > 0) - (rise < 0) for rise, _ in pairs) / len(pairs)
     middle = statistics.median(values)

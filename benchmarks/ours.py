@@ -1,4 +1,6 @@
-"""This engine behind the seam of timing.py: its public `stream_generate`, timed where a user's loop would stand."""
+"""This engine behind the seam of timing.py: its public `stream_generate`, timed where a user's loop
+would stand.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,13 @@ from openelm_mlx.generation import stream_generate  # noqa: E402
 from openelm_mlx.loading import Engine  # noqa: E402
 from openelm_mlx.options import EngineOptions  # noqa: E402
 
-SHARED = {item.name for item in fields(EngineOptions)}  # what all requests of a batch have in common
+SHARED = {
+    item.name for item in fields(EngineOptions)
+}  # what all requests of a batch have in common
 NEW_TOKENS = 8  # of a prompt whose beginning is in the cache already
 
-# R. L. Stevenson, Treasure Island (1883), the opening; its first 36 tokens are the prompt of CoreNet's
-# mlx_examples/open_elm/inference.py, with which arXiv:2404.14619 measured.
+# R. L. Stevenson, Treasure Island (1883), the opening; its first 36 tokens are the prompt of
+# CoreNet's mlx_examples/open_elm/inference.py, with which arXiv:2404.14619 measured.
 TEXT = (
     "Squire Trelawney, Dr. Livesey, and the rest of these gentlemen having asked me to write down the whole "
     "particulars about Treasure Island, from the beginning to the end, keeping nothing back but the bearings of the "
@@ -41,17 +45,22 @@ TEXT = (
 class OurSession:
     """A loaded engine with the settings of one case; several sessions may share an engine.
 
-    `settings` are fields of `GenerationOptions` and `EngineOptions`, `draft` is a smaller engine that drafts. With
-    `batch_size` above 1, the other sequences of the batch are the prompt's words rotated: as long, but not the same.
+    `settings` are fields of `GenerationOptions` and `EngineOptions`, `draft` is a smaller engine
+    that drafts. With `batch_size` above 1, the other sequences of the batch are the prompt's words
+    rotated: as long, but not the same.
     """
 
     engine = "openelm-mlx"
     version = __version__
 
     def __init__(
-        self, engine: Engine, load_seconds: float = 0.0, settings: Mapping[str, Any] | None = None, batch_size: int = 1,
+        self,
+        engine: Engine,
+        load_seconds: float = 0.0,
+        settings: Mapping[str, Any] | None = None,
+        batch_size: int = 1,
         draft: Engine | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model: Engine = engine
         self.load_seconds = load_seconds
         self.settings: dict[str, Any] = dict(settings or {})
@@ -64,9 +73,11 @@ class OurSession:
         return self._batch(prompt, tokens) if self.batch_size > 1 else self._single(prompt, tokens)
 
     def generate_reused(self, prompt: list[int]) -> float | None:
-        """Seconds to the first token where all of `prompt` but its last 8 tokens is in the cache already.
+        """Seconds to the first token where all of `prompt` but its last 8 tokens is in the cache
+        already.
 
-        None where that cannot be: batches, windows that have moved on, and prompts too short to speak of.
+        None where that cannot be: batches, windows that have moved on, and prompts too short to
+        speak of.
         """
         kept, fresh = prompt[:-NEW_TOKENS], prompt[-NEW_TOKENS:]
         if self.batch_size > 1 or "kv_window" in self.settings or len(kept) < NEW_TOKENS:
@@ -86,10 +97,15 @@ class OurSession:
         start = perf_counter()
         with closing(
             stream_generate(
-                self.model, prompt, prompt_cache=cache, draft=self.draft, max_tokens=tokens, ignore_eos=True,
+                self.model,
+                prompt,
+                prompt_cache=cache,
+                draft=self.draft,
+                max_tokens=tokens,
+                ignore_eos=True,
                 **self.settings,
             )
-        ) as events:  # fmt: skip
+        ) as events:
             for event in events:
                 seconds.append(perf_counter() - start)
                 found.append(event.token)
@@ -100,15 +116,23 @@ class OurSession:
 
     def _count_passes(self, stats: GenerationStats | None) -> None:
         if stats is not None and (self.draft or self.settings.get("prompt_lookup")):
-            self.tokens_per_pass = stats.tokens_per_pass or 1.0  # 0: nothing was drafted, each pass gave its one token
+            self.tokens_per_pass = (
+                stats.tokens_per_pass or 1.0
+            )  # 0: nothing was drafted, each pass gave its one token
 
     def _others(self) -> int:
-        """Bytes in use beside this model's weights: those of engines loaded for comparison are not its own."""
-        return max(0, mx.get_active_memory() - self.model.nbytes - (self.draft.nbytes if self.draft else 0))
+        """Bytes in use beside this model's weights: those of engines loaded for comparison are not
+        its own.
+        """
+        return max(
+            0, mx.get_active_memory() - self.model.nbytes - (self.draft.nbytes if self.draft else 0)
+        )
 
     def _batch(self, prompt: list[int], tokens: int) -> Timed:
-        """All prompts are read in the first step, and every later one gives each sequence a token, or several that were
-        drafted. What is taken down is the first sequence's, at the times when all tokens of a step are known."""
+        """All prompts are read in the first step, and every later one gives each sequence a token,
+        or several that were drafted. What is taken down is the first sequence's, at the times when
+        all tokens of a step are known.
+        """
         from openelm_mlx.batch import ALL, BatchEngine
 
         shared = {name: value for name, value in self.settings.items() if name in SHARED}
@@ -120,7 +144,9 @@ class OurSession:
         start = perf_counter()
         try:
             prompts = [turned(prompt, by) for by in range(self.batch_size)]
-            numbers = [batch.submit(each, max_tokens=tokens, ignore_eos=True, **own) for each in prompts]
+            numbers = [
+                batch.submit(each, max_tokens=tokens, ignore_eos=True, **own) for each in prompts
+            ]
             while batch.busy:
                 events = batch.step()
                 now = perf_counter() - start
@@ -148,7 +174,8 @@ def turned(prompt: list[int], by: int) -> list[int]:
 
 
 def prompt_ids(engine: Engine, tokens: int, start: int = 0) -> list[int]:
-    """BOS and the text above from its token `start` on, over and over, cut to `tokens` ids: the same on every machine.
+    """BOS and the text above from its token `start` on, over and over, cut to `tokens` ids: the
+    same on every machine.
 
     For a model of random weights that has fewer ids than the tokenizer, they are wrapped.
     """

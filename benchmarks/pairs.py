@@ -2,9 +2,10 @@
 
     python -m openelm_mlx.benchmarks.pairs OTHER [--ours CHECKOUT] [--case NAME] [--pairs N] [--tokens N] [--json FILE]
 
-OTHER is a checkout with a virtual environment in .venv, as of an older commit; so is --ours, which is this one by default.
-Each is a live process of its own Python. They generate in turns, one of them at a time, so that a busy machine hits both
-alike; the ratio of decode speeds is the median over all pairs, with its 95 % interval. What runs first is not counted.
+OTHER is a checkout with a virtual environment in .venv, as of an older commit; so is --ours, which
+is this one by default. Each is a live process of its own Python. They generate in turns, one of
+them at a time, so that a busy machine hits both alike; the ratio of decode speeds is the median
+over all pairs, with its 95 % interval. What runs first is not counted.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ CASES = {
 
 
 def worker() -> None:
-    """Answer the requests that come line by line; runs in the other process, whose project may be an old one."""
+    """Answer the requests that come line by line; runs in the other process, whose project may be
+    an old one.
+    """
     import json
     import sys
     from importlib.metadata import version

@@ -1,4 +1,5 @@
-"""Tokens a second that a chip should reach, for those who do not own it: a model, marked as one, never a measurement.
+"""Tokens a second that a chip should reach, for those who do not own it: a model, marked as one,
+never a measurement.
 
     seconds a token = kernels x latency + bytes / (bandwidth x efficiency)
 
@@ -29,13 +30,26 @@ from openelm_mlx.errors import BenchmarkError, ConfigError
 
 LATENCY = 2.5e-6  # seconds a kernel; see above
 LLAMA_7B_F16 = 12.55 * 2**30  # bytes of the model of EVIDENCE, as llama-bench prints it
-# Llama 7B F16 text generation, tokens a second: https://github.com/ggml-org/llama.cpp/discussions/4167, its table as in
+# Llama 7B F16 text generation, tokens a second:
+# https://github.com/ggml-org/llama.cpp/discussions/4167, its table as in
 # https://gist.github.com/jakehemmerle/3203efa01ac455c2a8a26669eb465af2
 EVIDENCE: dict[tuple[str, int], float] = {
-    ("m1-pro", 14): 12.75, ("m1-max", 24): 22.55, ("m1-max", 32): 23.03, ("m1-ultra", 48): 33.92, ("m1-ultra", 64): 37.01,
-    ("m2", 10): 6.72, ("m2-pro", 16): 12.47, ("m2-pro", 19): 13.06, ("m2-max", 30): 24.16, ("m2-max", 38): 24.65,
-    ("m2-ultra", 60): 39.86, ("m2-ultra", 76): 41.02, ("m3-pro", 18): 9.89, ("m3-max", 30): 19.54, ("m3-max", 40): 25.09,
-}  # fmt: skip
+    ("m1-pro", 14): 12.75,
+    ("m1-max", 24): 22.55,
+    ("m1-max", 32): 23.03,
+    ("m1-ultra", 48): 33.92,
+    ("m1-ultra", 64): 37.01,
+    ("m2", 10): 6.72,
+    ("m2-pro", 16): 12.47,
+    ("m2-pro", 19): 13.06,
+    ("m2-max", 30): 24.16,
+    ("m2-max", 38): 24.65,
+    ("m2-ultra", 60): 39.86,
+    ("m2-ultra", 76): 41.02,
+    ("m3-pro", 18): 9.89,
+    ("m3-max", 30): 19.54,
+    ("m3-max", 40): 25.09,
+}
 ASSUMED = (
     "predicted, not measured: kernels x 2.5 us + bytes / (nominal bandwidth x efficiency)",
     "kernels counted on the graph; 2.5 us each as on an M3 Ultra (ml-explore/mlx issue 4521), taken for every chip",
@@ -85,7 +99,8 @@ def predict(
     quantization: Mapping[str, Any] | None = None,
     context: int = 64,
 ) -> Prediction:
-    """Expected decode rate of this engine on a chip. `quantization` is config.json's, in mlx-lm's form.
+    """Expected decode rate of this engine on a chip. `quantization` is config.json's, in mlx-lm's
+    form.
 
     Raises `BenchmarkError` for a chip, dtype or quantization it does not know.
     """
@@ -100,9 +115,10 @@ def predict(
 def efficiency(tier: str) -> float:
     """Median over EVIDENCE of bytes a second reached over nominal, for chips of this tier."""
     shares = [
-        rate * LLAMA_7B_F16 / find(short, cores).bandwidth for (short, cores), rate in EVIDENCE.items()
+        rate * LLAMA_7B_F16 / find(short, cores).bandwidth
+        for (short, cores), rate in EVIDENCE.items()
         if find(short, cores).tier == tier
-    ]  # fmt: skip
+    ]
     if not shares:
         raise BenchmarkError(f"no evidence for chips of tier {tier!r}")
     return statistics.median(shares)
@@ -112,16 +128,26 @@ def frozen(quantization: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
     """A quantization as a key of a cache."""
     if not quantization:
         return None
-    return tuple((k, frozen(v) if isinstance(v, Mapping) else v) for k, v in sorted(quantization.items(), key=str))
+    return tuple(
+        (k, frozen(v) if isinstance(v, Mapping) else v)
+        for k, v in sorted(quantization.items(), key=str)
+    )
 
 
 @lru_cache(maxsize=64)
-def kernels_per_token(config: OpenELMConfig, dtype: str, quantization: tuple[Any, ...] | None, context: int) -> int:
+def kernels_per_token(
+    config: OpenELMConfig, dtype: str, quantization: tuple[Any, ...] | None, context: int
+) -> int:
     """Counted on the graph of one token. MLX is needed for this, a GPU is not."""
     from openelm_mlx.benchmarks.ledger import ledger
     from openelm_mlx.benchmarks.traced import Form, trace_ours
 
-    form = Form(dtype, None if quantization is None else {k: dict(v) if isinstance(v, tuple) else v for k, v in quantization})
+    form = Form(
+        dtype,
+        None
+        if quantization is None
+        else {k: dict(v) if isinstance(v, tuple) else v for k, v in quantization},
+    )
     return ledger(trace_ours(config, form, context)).kernels
 
 
@@ -143,7 +169,8 @@ class Error:
 
 
 def errors(results: Iterable[Path]) -> list[Error]:
-    """The model against every plain decode rate of this engine that was measured on a chip of the table.
+    """The model against every plain decode rate of this engine that was measured on a chip of the
+    table.
 
     Files that are no results, and machines that are not in the table, are passed over.
     """
@@ -158,7 +185,12 @@ def errors(results: Iterable[Path]) -> list[Error]:
             continue
         for row in document.rows:
             case, metric = row.case, row.metrics.get("decode_tokens_per_second")
-            plain = case.engine == "openelm-mlx" and case.batch_size == 1 and case.cache == "plain" and not case.speculation
+            plain = (
+                case.engine == "openelm-mlx"
+                and case.batch_size == 1
+                and case.cache == "plain"
+                and not case.speculation
+            )
             if metric is None or not plain:
                 continue
             try:

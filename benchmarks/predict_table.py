@@ -1,4 +1,6 @@
-"""`openelm benchmark --predict CHIP`: the table of predictions, always with the words "predicted, not measured"."""
+"""`openelm benchmark --predict CHIP`: the table of predictions, always with the words "predicted,
+not measured".
+"""
 
 from __future__ import annotations
 
@@ -20,26 +22,42 @@ FORMS: tuple[tuple[str, dict[str, int] | None], ...] = (
 )
 
 
-def predictions(chip: str, sizes: Sequence[str] = (), context: int = 64) -> list[tuple[str, str, Prediction]]:
-    """(size, form, prediction) for the published sizes, or those asked for. Raises `BenchmarkError`, `ConfigError`."""
+def predictions(
+    chip: str, sizes: Sequence[str] = (), context: int = 64
+) -> list[tuple[str, str, Prediction]]:
+    """(size, form, prediction) for the published sizes, or those asked for. Raises
+    `BenchmarkError`, `ConfigError`.
+    """
     found = find(chip)
     return [
-        (size, form, predict(found, OpenELMConfig.from_name(size), "bfloat16", quantization, context))
+        (
+            size,
+            form,
+            predict(found, OpenELMConfig.from_name(size), "bfloat16", quantization, context),
+        )
         for size in sizes or PUBLISHED
         for form, quantization in FORMS
     ]
 
 
-def show(chip: str, sizes: Sequence[str] = (), results: Path | None = None, as_json: bool = False) -> None:
+def show(
+    chip: str, sizes: Sequence[str] = (), results: Path | None = None, as_json: bool = False
+) -> None:
     """Print the table for a chip, or the chips themselves for `list`."""
     if chip == "list":
         show_chips(as_json)
         return
     rows = predictions(chip, sizes)
-    checked = errors(sorted(results.glob("*.json"))) if results is not None and results.is_dir() else []
+    checked = (
+        errors(sorted(results.glob("*.json"))) if results is not None and results.is_dir() else []
+    )
     if as_json:
-        facts = {"predicted": True, "chip": rows[0][2].chip.name, "assumed": ASSUMED,
-                 "known_errors": KNOWN_ERRORS}  # fmt: skip
+        facts = {
+            "predicted": True,
+            "chip": rows[0][2].chip.name,
+            "assumed": ASSUMED,
+            "known_errors": KNOWN_ERRORS,
+        }
         print(json.dumps({**facts, "rows": [as_dict(*row) for row in rows]}))
         return
     from rich.console import Console
@@ -53,9 +71,14 @@ def show(chip: str, sizes: Sequence[str] = (), results: Path | None = None, as_j
         table.add_column(column, justify="right")
     for size, form, p in rows:
         table.add_row(
-            size, form, f"{p.tokens_per_second:.0f}", str(p.kernels), f"{1e3 * p.kernel_seconds:.2f}",
-            f"{sum(p.bytes_per_token.values()) / 1e6:.0f}", f"{1e3 * p.memory_seconds:.2f}",
-        )  # fmt: skip
+            size,
+            form,
+            f"{p.tokens_per_second:.0f}",
+            str(p.kernels),
+            f"{1e3 * p.kernel_seconds:.2f}",
+            f"{sum(p.bytes_per_token.values()) / 1e6:.0f}",
+            f"{1e3 * p.memory_seconds:.2f}",
+        )
     console.print(table)
     print("Decoding, one sequence, at 64 tokens of context.")
     for line in ASSUMED:
@@ -70,23 +93,43 @@ def show(chip: str, sizes: Sequence[str] = (), results: Path | None = None, as_j
 
 def as_dict(size: str, form: str, p: Prediction) -> dict[str, Any]:
     return {
-        "model": size, "weights": form, "predicted": True, "tokens_per_second": p.tokens_per_second, "kernels": p.kernels,
-        "kernel_seconds": p.kernel_seconds, "bytes_per_token": p.bytes_per_token, "memory_seconds": p.memory_seconds,
+        "model": size,
+        "weights": form,
+        "predicted": True,
+        "tokens_per_second": p.tokens_per_second,
+        "kernels": p.kernels,
+        "kernel_seconds": p.kernel_seconds,
+        "bytes_per_token": p.bytes_per_token,
+        "memory_seconds": p.memory_seconds,
         "efficiency": p.efficiency,
-    }  # fmt: skip
+    }
 
 
 def show_chips(as_json: bool) -> None:
     if as_json:
-        print(json.dumps([{"short": c.short, "name": c.name, "gpu_cores": c.gpu_cores, "bandwidth_gb": c.bandwidth_gb,
-                           "source": c.source} for c in CHIPS]))  # fmt: skip
+        print(
+            json.dumps(
+                [
+                    {
+                        "short": c.short,
+                        "name": c.name,
+                        "gpu_cores": c.gpu_cores,
+                        "bandwidth_gb": c.bandwidth_gb,
+                        "source": c.source,
+                    }
+                    for c in CHIPS
+                ]
+            )
+        )
         return
     sources = list(dict.fromkeys(chip.source for chip in CHIPS))
     for chip in CHIPS:
         several = sum(other.short == chip.short for other in CHIPS) > 1
         name = f"{chip.short}-{chip.gpu_cores[-1]}" if several else chip.short
         cores = " or ".join(map(str, chip.gpu_cores))
-        print(f"{name:<12}{cores:>9} GPU cores{chip.bandwidth_gb:>7g} GB/s  [{sources.index(chip.source) + 1}]")
+        print(
+            f"{name:<12}{cores:>9} GPU cores{chip.bandwidth_gb:>7g} GB/s  [{sources.index(chip.source) + 1}]"
+        )
     print()
     for number, source in enumerate(sources, start=1):
         print(f"[{number}] {source}")

@@ -1,4 +1,6 @@
-"""What a width costs in truth: how far a model's predictions move from those of the same model in full precision."""
+"""What a width costs in truth: how far a model's predictions move from those of the same model in
+full precision.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ TOKENS, SEED = 512, 0
 def losses(
     reference: Engine, others: Mapping[int | None, Engine]
 ) -> tuple[dict[int | None, dict[str, list[float]]], int]:
-    """Metrics of each of `others` against `reference`, on text that this one samples; and how many tokens that has."""
+    """Metrics of each of `others` against `reference`, on text that this one samples; and how many
+    tokens that has.
+    """
     text = own_text(reference)
     found = {}
     for bits, engine in others.items():
@@ -29,17 +33,23 @@ def losses(
 
 
 def own_text(engine: Engine, tokens: int = TOKENS) -> list[int]:
-    """BOS and what the model itself then samples at temperature 1: text of the kind it is good at, always the same."""
+    """BOS and what the model itself then samples at temperature 1: text of the kind it is good at,
+    always the same.
+    """
     tokens = min(tokens, engine.config.max_context_length)
     start = [engine.tokenizer.bos_id]
     with closing(
-        stream_generate(engine, start, temperature=1.0, seed=SEED, max_tokens=tokens - 1, ignore_eos=True)
+        stream_generate(
+            engine, start, temperature=1.0, seed=SEED, max_tokens=tokens - 1, ignore_eos=True
+        )
     ) as events:
         return start + [event.token for event in events]
 
 
 def divergence(reference: Engine, other: Engine, text: list[int]) -> tuple[float, float]:
-    """Mean KL divergence (nats) of the next-token distributions over `text`, and the share of equal likeliest tokens."""
+    """Mean KL divergence (nats) of the next-token distributions over `text`, and the share of equal
+    likeliest tokens.
+    """
     p, q = (log_probabilities(engine, text) for engine in (reference, other))
     loss = (mx.exp(p) * (p - q)).sum(axis=-1).mean()
     agreement = (p.argmax(axis=-1) == q.argmax(axis=-1)).astype(mx.float32).mean()

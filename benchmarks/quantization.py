@@ -1,10 +1,12 @@
-"""Quantizations at equal bytes: uniform, measured allocation and learned rounding of this project, and mlx-lm's tools.
+"""Quantizations at equal bytes: uniform, measured allocation and learned rounding of this project,
+and mlx-lm's tools.
 
     python -m openelm_mlx.benchmarks.quantization checkpoint.pt heldout.txt --bits 3 4 5
 
-Each size is that of uniform affine quantization in groups of 64 with scales in float16. Everything is chosen and learned
-on text that the exact model writes, or on --calibration-text; TEXT is only for the report. All weights are compared as
-the float32 numbers that the stored ones stand for, in one and the same model.
+Each size is that of uniform affine quantization in groups of 64 with scales in float16. Everything
+is chosen and learned on text that the exact model writes, or on --calibration-text; TEXT is only
+for the report. All weights are compared as the float32 numbers that the stored ones stand for, in
+one and the same model.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class Judge:
     def __init__(self, opened: OpenedModel, exact: Weights, text: Path) -> None:
         self.config = opened.trimmed
         length = min(512, self.config.max_context_length)
-        self.batches = text_batches(opened.tokenizer.processor.encode(read_text(text, "TEXT")), length)
+        self.batches = text_batches(
+            opened.tokenizer.processor.encode(read_text(text, "TEXT")), length
+        )
         self.targets = [target(logits(self.config, exact, tokens)) for tokens in self.batches]
         mx.eval(self.targets)
 
@@ -87,8 +91,15 @@ class Judge:
 def run(model: Path, text: Path, args: argparse.Namespace) -> Iterator[Row]:
     """The rows of the table, each as soon as it is known."""
     with tempfile.TemporaryDirectory() as scratch:
-        options = ConvertOptions(model, Path(scratch) / "whole", dtype="float32", calibrate="distill", bits=4,
-                                 calibration_text=args.calibration_text, calibration_tokens=args.calibration_tokens)  # fmt: skip
+        options = ConvertOptions(
+            model,
+            Path(scratch) / "whole",
+            dtype="float32",
+            calibrate="distill",
+            bits=4,
+            calibration_text=args.calibration_text,
+            calibration_tokens=args.calibration_tokens,
+        )
         opened = open_model(options)
         exact = exact_weights(opened)
         shapes = expected_tensors(opened.trimmed)
@@ -97,11 +108,20 @@ def run(model: Path, text: Path, args: argparse.Namespace) -> Iterator[Row]:
         given = given_tokens(opened, options)
         tokens = written_tokens(opened, exact, options, None) if given is None else given
         say(f"{tokens.size} tokens of calibration text")
-        reference = make_reference(opened.trimmed, exact, tokens[: max(1, MEASURE_TOKENS // tokens.shape[1])])
+        reference = make_reference(
+            opened.trimmed, exact, tokens[: max(1, MEASURE_TOKENS // tokens.shape[1])]
+        )
         losses = None
         if any(method in args.methods for method in ("target-bpw", "gptq", "distill")):
             widths = min(args.bits) + 0.5, max(args.bits) + 0.5
-            losses = measure(reference, shapes, DTYPE, sum(widths) / 2, progress, spread=(widths[1] - widths[0]) / 2)
+            losses = measure(
+                reference,
+                shapes,
+                DTYPE,
+                sum(widths) / 2,
+                progress,
+                spread=(widths[1] - widths[0]) / 2,
+            )
         folder = Path(scratch) / "whole"
         convert(ConvertOptions(model, folder, dtype="float32"))
         for bits in args.bits:
@@ -115,14 +135,24 @@ def run(model: Path, text: Path, args: argparse.Namespace) -> Iterator[Row]:
                 start = time.perf_counter()
                 try:
                     weights, size = work()
-                except Exception as error:  # a tool of others may fail in any way; the table says how
+                except (
+                    Exception
+                ) as error:  # a tool of others may fail in any way; the table says how
                     nothing = math.nan
                     note = f"does not run: {error}"[:120]
                     return Row(bits, method, 0, 0, nothing, nothing, nothing, nothing, 0, note)
                 seconds = time.perf_counter() - start
                 found = judge(weights)
                 base = found[0] if method == "uniform" else base
-                return Row(bits, method, size, 8 * size / opened.trimmed.num_parameters, *found, found[0] / base, seconds)
+                return Row(
+                    bits,
+                    method,
+                    size,
+                    8 * size / opened.trimmed.num_parameters,
+                    *found,
+                    found[0] / base,
+                    seconds,
+                )
 
             def rounded(plan: Plan) -> tuple[Weights, int]:
                 return nearest(exact, plan), plan_bytes(plan, shapes, DTYPE)
@@ -147,12 +177,20 @@ def run(model: Path, text: Path, args: argparse.Namespace) -> Iterator[Row]:
 
 def nearest(exact: Weights, plan: Plan) -> Weights:
     """What rounding to nearest makes of the weights."""
-    return {name: rounded(array, plan.get(name.removesuffix(".weight")), getattr(mx, DTYPE)) for name, array in exact.items()}
+    return {
+        name: rounded(array, plan.get(name.removesuffix(".weight")), getattr(mx, DTYPE))
+        for name, array in exact.items()
+    }
 
 
 def progress(done: int, total: int, name: str) -> None:
     if sys.stderr.isatty():
-        print(f"\r{done}/{total} {name:60.60}", end="" if done < total else "\r", file=sys.stderr, flush=True)
+        print(
+            f"\r{done}/{total} {name:60.60}",
+            end="" if done < total else "\r",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def say(text: str) -> None:
@@ -161,24 +199,38 @@ def say(text: str) -> None:
 
 def markdown(rows: list[Row]) -> str:
     """The table, one line a quantization."""
-    lines = ["| size of | method | bytes | bits/weight | mean KL | p99 KL | top-1 | / uniform |", "|" + "---|" * 8]
+    lines = [
+        "| size of | method | bytes | bits/weight | mean KL | p99 KL | top-1 | / uniform |",
+        "|" + "---|" * 8,
+    ]
     for r in rows:
         if r.note:
             lines.append(f"| {r.size} bits | {r.method} | {r.note} | | | | | |")
         else:
-            lines.append(f"| {r.size} bits | {r.method} | {r.bytes:,} | {r.bits_per_weight:.3f} | {r.mean_kl:.5f} | "
-                         f"{r.p99_kl:.4f} | {r.top_1_agreement:.4f} | {r.ratio:.3f} |")  # fmt: skip
+            lines.append(
+                f"| {r.size} bits | {r.method} | {r.bytes:,} | {r.bits_per_weight:.3f} | {r.mean_kl:.5f} | "
+                f"{r.p99_kl:.4f} | {r.top_1_agreement:.4f} | {r.ratio:.3f} |"
+            )
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m openelm_mlx.benchmarks.quantization", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a whole model: .pt file or folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m openelm_mlx.benchmarks.quantization",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="a whole model: .pt file or folder"
+    )
     parser.add_argument("text", type=Path, metavar="TEXT", help="the text of the report")
-    parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 5], help="uniform widths that set the sizes")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", default=[3, 4, 5], help="uniform widths that set the sizes"
+    )
     parser.add_argument("--methods", nargs="*", default=["target-bpw", "gptq", "distill"])
-    parser.add_argument("--peers", nargs="*", default=[], choices=list(peers.TOOLS), help="tools of mlx-lm")
+    parser.add_argument(
+        "--peers", nargs="*", default=[], choices=list(peers.TOOLS), help="tools of mlx-lm"
+    )
     parser.add_argument("--calibration-text", type=Path, help="unset is what the model writes")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--output", type=Path, help="rows as JSON lines, written as they come")

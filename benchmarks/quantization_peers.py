@@ -1,6 +1,8 @@
-"""mlx-lm's quantization tools on OpenELM, through their Python functions: the command lines fetch texts from the network.
+"""mlx-lm's quantization tools on OpenELM, through their Python functions: the command lines fetch
+texts from the network.
 
-Each tool gives variants: a name, and the work that returns float32 weights and the bytes they are stored in.
+Each tool gives variants: a name, and the work that returns float32 weights and the bytes they are
+stored in.
 """
 
 from __future__ import annotations
@@ -30,13 +32,20 @@ def stored(model: nn.Module) -> Result:
     size = 0
     for path, module in model.named_modules():
         own = {key: value for key, value in module.items() if isinstance(value, mx.array)}
-        sides = {key: value.astype(SIDE) for key, value in own.items() if mx.issubdtype(value.dtype, mx.floating)}
+        sides = {
+            key: value.astype(SIDE)
+            for key, value in own.items()
+            if mx.issubdtype(value.dtype, mx.floating)
+        }
         size += sum(sides.get(key, value).nbytes for key, value in own.items())
         if "scales" in own:
             weights[f"{path}.weight"] = mx.dequantize(
-                own["weight"], sides["scales"].astype(mx.float32), sides["biases"].astype(mx.float32),
-                group_size=module.group_size, bits=module.bits,
-            )  # fmt: skip
+                own["weight"],
+                sides["scales"].astype(mx.float32),
+                sides["biases"].astype(mx.float32),
+                group_size=module.group_size,
+                bits=module.bits,
+            )
         else:
             weights |= {f"{path}.{key}": value.astype(mx.float32) for key, value in sides.items()}
     return weights, size
@@ -50,7 +59,9 @@ def mixed(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Va
 
     def work() -> Result:
         model, config = loaded(folder)
-        predicate: Any = mixed_quant_predicate_builder(name, model)  # takes the configuration too; its types do not say so
+        predicate: Any = mixed_quant_predicate_builder(
+            name, model
+        )  # takes the configuration too; its types do not say so
         quantize_model(model, config, 64, bits, quant_predicate=predicate)
         return stored(model)
 
@@ -88,25 +99,43 @@ def dynamic(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[
 
 
 def awq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Variant]:
-    """Not for OpenELM as it comes; with a configuration for it and an object that answers as its code asks."""
+    """Not for OpenELM as it comes; with a configuration for it and an object that answers as its
+    code asks.
+    """
 
     def work() -> Result:
         from mlx_lm.quant import awq
 
         scale: Any = awq.ScaleConfig  # wants names of modules; its types say modules
         model, _ = loaded(folder)
-        config = awq.AWQConfig(embed="token_embeddings", lm_head="lm_head", no_clip=["qkv_proj"], scale_configs=[
-            scale(block="attn", prev="attn_norm", layers=["qkv_proj"], kwargs=["mask"]),
-            scale(block="ffn", prev="ffn_norm", layers=["proj_1"])])  # fmt: skip
-        awq.awq_quantize(Shim(model), tokens[:8], config, group_size=64, bits=bits, embed_group_size=64, embed_bits=bits,
-                         n_grid=8)  # fmt: skip
+        config = awq.AWQConfig(
+            embed="token_embeddings",
+            lm_head="lm_head",
+            no_clip=["qkv_proj"],
+            scale_configs=[
+                scale(block="attn", prev="attn_norm", layers=["qkv_proj"], kwargs=["mask"]),
+                scale(block="ffn", prev="ffn_norm", layers=["proj_1"]),
+            ],
+        )
+        awq.awq_quantize(
+            Shim(model),
+            tokens[:8],
+            config,
+            group_size=64,
+            bits=bits,
+            embed_group_size=64,
+            embed_bits=bits,
+            n_grid=8,
+        )
         return stored(model)
 
     yield "mlx-lm awq (with a configuration of ours)", work
 
 
 class Shim:
-    """An OpenELM model that awq_quantize can walk: it wants `.model[embed]`, `.layers` and item access."""
+    """An OpenELM model that awq_quantize can walk: it wants `.model[embed]`, `.layers` and item
+    access.
+    """
 
     def __init__(self, model: Any) -> None:
         self.whole, self.model, self.layers = model, model.transformer, model.layers
@@ -122,7 +151,9 @@ class Shim:
 
 
 def gptq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Variant]:
-    """2, 4 or 8 bits for linear layers; the embeddings, which it does not learn, take a fallback of their own."""
+    """2, 4 or 8 bits for linear layers; the embeddings, which it does not learn, take a fallback of
+    their own.
+    """
     linear, fallback = {3: (2, 8), 4: (4, 4), 5: (4, 8)}.get(bits, (4, 8))
 
     def work() -> Result:
@@ -136,7 +167,9 @@ def gptq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Var
 
 
 def dwq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Variant]:
-    """Uniform quantization with scales and biases distilled, one pass over the calibration text, at two rates."""
+    """Uniform quantization with scales and biases distilled, one pass over the calibration text, at
+    two rates.
+    """
     for rate in (1e-5, 1e-4):
 
         def work(rate: float = rate) -> Result:
@@ -149,8 +182,17 @@ def dwq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Vari
             texts: Any = tokens.tolist()
             rows = [(row, 0) for row in texts]
             optimizer = optimizers.Adam(rate, bias_correction=True)
-            dwq_quantize(model, lambda batch, index, split: exact(batch), optimizer, rows[4:], rows[:4], batch_size=4,
-                         max_seq_length=len(rows[0][0]), seed=17, dtype=mx.float32)  # fmt: skip
+            dwq_quantize(
+                model,
+                lambda batch, index, split: exact(batch),
+                optimizer,
+                rows[4:],
+                rows[:4],
+                batch_size=4,
+                max_seq_length=len(rows[0][0]),
+                seed=17,
+                dtype=mx.float32,
+            )
             return stored(model)
 
         yield f"mlx-lm dwq, rate {rate:g}", work

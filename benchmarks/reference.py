@@ -1,7 +1,9 @@
-"""An independent answer to "which token follows?": a full pass in numpy, float64, without any cache of the engine.
+"""An independent answer to "which token follows?": a full pass in numpy, float64, without any cache
+of the engine.
 
-Only the filters and the noise are the engine's own (`sampling.filter_logits`, `sampling.gumbel`), which have their own
-tests. What is to be shown here is that batching, chunks, reuse, drafts and windows change nothing.
+Only the filters and the noise are the engine's own (`sampling.filter_logits`, `sampling.gumbel`),
+which have their own tests. What is to be shown here is that batching, chunks, reuse, drafts and
+windows change nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class Reference:
         self.engine, self.weights = engine, full_weights(engine)
 
     def logits(self, tokens: list[int], kind: CacheKind) -> Array:
-        """[T, vocab] float64, one row a token: the logits of what follows it, under the cache kind's form and window."""
+        """[T, vocab] float64, one row a token: the logits of what follows it, under the cache
+        kind's form and window.
+        """
         c, W = self.engine.config, self.weights
         length, half = len(tokens), c.head_dim // 2
         angles = np.arange(length)[:, None] * c.rope_freq_constant ** (-np.arange(half) / half)
@@ -83,7 +87,9 @@ class Reference:
     def scores(
         self, logits: Array, sampling: SamplingOptions, prompt: list[int], answer: list[int]
     ) -> Array:
-        """[vocab]: of these the largest is drawn next, after prompt and answer, from `logits` [vocab] there."""
+        """[vocab]: of these the largest is drawn next, after prompt and answer, from `logits`
+        [vocab] there.
+        """
         greedy = sampling.greedy
         if greedy:
             penalties = {name: getattr(sampling, name) for name in PENALTIES}
@@ -109,7 +115,9 @@ class Reference:
         tokens: tuple[int, int],
         tolerance: float,
     ) -> bool:
-        """Whether an error of `tolerance` in a score or at the border of a filter lets either of two tokens be drawn."""
+        """Whether an error of `tolerance` in a score or at the border of a filter lets either of
+        two tokens be drawn.
+        """
         likely: set[int] = set()
         for changed in near(sampling, tolerance):
             for token, shift in (

@@ -1,7 +1,8 @@
-"""Bytes that one decoded token must read, by part of the model, and the tokens a second that a bandwidth gives.
+"""Bytes that one decoded token must read, by part of the model, and the tokens a second that a
+bandwidth gives.
 
-Every weight is read once a token, whatever the kernels: batch size one does no work twice. From the configuration
-alone; the ledger counts the same bytes on the graph, and a test holds both equal.
+Every weight is read once a token, whatever the kernels: batch size one does no work twice. From the
+configuration alone; the ledger counts the same bytes on the graph, and a test holds both equal.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def part_of(tensor: str) -> str:
-    """The part that a tensor of the model belongs to; the head counts as embedding, which it is where it is tied."""
+    """The part that a tensor of the model belongs to; the head counts as embedding, which it is
+    where it is tied.
+    """
     if tensor.endswith((".scales", ".biases")):
         return "scales"
     if "token_embeddings" in tensor or "lm_head" in tensor:
@@ -39,9 +42,10 @@ def bytes_per_token(
 ) -> dict[str, float]:
     """Bytes read for one token that attends to `context_tokens` tokens (itself included), by part.
 
-    `dtype` is that of activations, norms, unquantized matrices, scales, and of keys and values unless `kv_bits` says
-    otherwise. `quantization` is config.json's, in mlx-lm's form: a default, and settings or false for single layers.
-    Raises `BenchmarkError` for a dtype or a setting it cannot size, `CacheError` for heads that `kv_bits` does not fit.
+    `dtype` is that of activations, norms, unquantized matrices, scales, and of keys and values
+    unless `kv_bits` says otherwise. `quantization` is config.json's, in mlx-lm's form: a default,
+    and settings or false for single layers. Raises `BenchmarkError` for a dtype or a setting it
+    cannot size, `CacheError` for heads that `kv_bits` does not fit.
 
         bytes_per_token(OpenELMConfig.from_name("270m"), "bfloat16", {"bits": 4, "group_size": 64}, 64)
     """
@@ -74,7 +78,9 @@ def matrix_bytes(
     bits, group = form["bits"], form["group_size"]
     if columns % group:
         raise BenchmarkError(f"{tensor} has rows of {columns}, no multiple of group_size {group}")
-    per_group = 2 * itemsize if form.get("mode", "affine") == "affine" else 1  # scale and bias, or one byte of scale
+    per_group = (
+        2 * itemsize if form.get("mode", "affine") == "affine" else 1
+    )  # scale and bias, or one byte of scale
     return rows * columns * bits / 8, rows * columns / group * per_group
 
 
@@ -85,16 +91,23 @@ def settings(path: str, quantization: Mapping[str, Any] | None) -> Mapping[str, 
     own = quantization.get(path, quantization)
     if own is False:
         return None
-    if not isinstance(own, Mapping) or not isinstance(own.get("bits"), int) or not isinstance(own.get("group_size"), int):
-        raise BenchmarkError(f"quantization of {path} is {own!r}; it needs whole numbers bits and group_size")
+    if (
+        not isinstance(own, Mapping)
+        or not isinstance(own.get("bits"), int)
+        or not isinstance(own.get("group_size"), int)
+    ):
+        raise BenchmarkError(
+            f"quantization of {path} is {own!r}; it needs whole numbers bits and group_size"
+        )
     return own
 
 
 def bound(bytes_read: float | Mapping[str, float], bandwidth: float) -> float:
-    """Tokens a second where `bytes_read` come at `bandwidth`, bytes a second (arXiv:2211.05102, section 2.1).
+    """Tokens a second where `bytes_read` come at `bandwidth`, bytes a second (arXiv:2211.05102,
+    section 2.1).
 
-    Decoding stays below it if nothing reads faster: a measured copy need not be the fastest reader, nor memory the
-    place where small weights come from.
+    Decoding stays below it if nothing reads faster: a measured copy need not be the fastest reader,
+    nor memory the place where small weights come from.
     """
     total = sum(bytes_read.values()) if isinstance(bytes_read, Mapping) else bytes_read
     if total <= 0 or bandwidth <= 0:

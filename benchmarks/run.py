@@ -1,4 +1,6 @@
-"""A run: options become cases, cases are loaded, timed and set down in a document, also when it is cut short."""
+"""A run: options become cases, cases are loaded, timed and set down in a document, also when it is
+cut short.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +52,12 @@ class Unwatched:
 
 
 def run(options: BenchmarkOptions, progress: Progress | None = None) -> Document:
-    """Measure what `options` ask for. Ctrl-C ends the run, not the document: that is marked as partial.
+    """Measure what `options` ask for. Ctrl-C ends the run, not the document: that is marked as
+    partial.
 
-    Of several models, one that cannot be loaded or run is left out with a note; raises its `OpenELMError` where there is
-    only one, and `BenchmarkError` where nothing at all could be measured.
+    Of several models, one that cannot be loaded or run is left out with a note; raises its
+    `OpenELMError` where there is only one, and `BenchmarkError` where nothing at all could be
+    measured.
     """
     return Run(options, progress or Unwatched()).document()
 
@@ -94,15 +98,27 @@ class Run:
         heat = None if throttled is None else (machine.throttle_count() or 0) - throttled
         if not self.rows and not partial:
             raise BenchmarkError("; ".join(self.notes) or "nothing was measured")
-        notes = [*self.method(), *self.notes, *machine.rest_notes(before, machine.thermal_pressure(), heat)]
+        notes = [
+            *self.method(),
+            *self.notes,
+            *machine.rest_notes(before, machine.thermal_pressure(), heat),
+        ]
         return Document(
-            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), command=self.options.command,
-            suite=self.options.suite, partial=partial, machine=before, versions=self.versions,
-            notes=tuple(dict.fromkeys(notes)), rows=tuple(self.rows), ratios=tuple(self.ratios),
-        )  # fmt: skip
+            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            command=self.options.command,
+            suite=self.options.suite,
+            partial=partial,
+            machine=before,
+            versions=self.versions,
+            notes=tuple(dict.fromkeys(notes)),
+            rows=tuple(self.rows),
+            ratios=tuple(self.ratios),
+        )
 
     def model(self, model: str) -> None:
-        """All widths of one model. One of several models that cannot be measured costs the others nothing."""
+        """All widths of one model. One of several models that cannot be measured costs the others
+        nothing.
+        """
         try:
             for widths in self.groups(model):
                 self.measure(model, widths)
@@ -112,7 +128,9 @@ class Run:
             self.notes.append(f"{model} was left out: {error}")
 
     def measure_bandwidth(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """What a copy reaches here, and what the maker says where that is known: the ground of every bound."""
+        """What a copy reaches here, and what the maker says where that is known: the ground of
+        every bound.
+        """
         from openelm_mlx.benchmarks.bandwidth import measure
         from openelm_mlx.benchmarks.chips import nominal_bandwidth
 
@@ -120,19 +138,30 @@ class Run:
             return {}
         found = measure()
         self.bandwidth = found.bytes_per_second
-        self.notes.append(f"bound: {self.bandwidth / 1e9:.1f} GB/s over the bytes that a token must read; {found.assumed}")
-        return {"bandwidth_bytes_per_second": self.bandwidth,
-                "nominal_bandwidth_bytes_per_second": nominal_bandwidth(facts.get("chip"), facts.get("gpu_cores"))}  # fmt: skip
+        self.notes.append(
+            f"bound: {self.bandwidth / 1e9:.1f} GB/s over the bytes that a token must read; {found.assumed}"
+        )
+        return {
+            "bandwidth_bytes_per_second": self.bandwidth,
+            "nominal_bandwidth_bytes_per_second": nominal_bandwidth(
+                facts.get("chip"), facts.get("gpu_cores")
+            ),
+        }
 
     def method(self) -> list[str]:
         """How the figures came about, in the document itself."""
         if self.suite.soak:
-            return ["figures are those of a fixed probe between random generations, all of it on one engine"]
+            return [
+                "figures are those of a fixed probe between random generations, all of it on one engine"
+            ]
         lookup = any(point.speculation == "prompt-lookup" for point in self.points)
         return [
             f"medians of {self.suite.trials} trials; one warm-up run of each case comes before them and is not counted",
             "trials of all cases of a model take turns; greedy tokens, end of text ignored, the prompt is part of a novel",
-            *["prompt lookup pays where a text quotes itself, which the prompt does from its 267th token on"] * lookup,
+            *[
+                "prompt lookup pays where a text quotes itself, which the prompt does from its 267th token on"
+            ]
+            * lookup,
         ]
 
     def usable_peers(self) -> list[str]:
@@ -153,37 +182,63 @@ class Run:
     def planned(self) -> float:
         """All tokens there are to run, as the harness counts them."""
         simple = [point for point in self.points if point.simple]
-        speed = sum(work(self.points)) + len(self.peers) * sum(work(simple)) if self.suite.speed else 0.0
-        startup = (1 + len(self.peers)) * self.points[0].prompt_tokens if self.suite.startup else 0.0
-        soak = 60 * self.options.minutes if self.suite.soak else 0.0  # whose work is counted in seconds
+        speed = (
+            sum(work(self.points)) + len(self.peers) * sum(work(simple))
+            if self.suite.speed
+            else 0.0
+        )
+        startup = (
+            (1 + len(self.peers)) * self.points[0].prompt_tokens if self.suite.startup else 0.0
+        )
+        soak = (
+            60 * self.options.minutes if self.suite.soak else 0.0
+        )  # whose work is counted in seconds
         widths = len(self.suite.models) * len(self.suite.bits)
         return widths * (speed * (self.suite.trials + 1) + startup * self.suite.trials + soak)
 
     def groups(self, model: str) -> list[tuple[int | None, ...]]:
-        """Widths of one model measured in turns: all of them where they fit into half of the memory, else one by one."""
+        """Widths of one model measured in turns: all of them where they fit into half of the
+        memory, else one by one.
+        """
         from openelm_mlx.benchmarks.weights import facts_of
 
         facts = facts_of(model, bool(self.options.random_weights))
-        widths = tuple(bits for bits in self.suite.bits if bits is None or facts.bits is None or bits < facts.bits)
+        widths = tuple(
+            bits
+            for bits in self.suite.bits
+            if bits is None or facts.bits is None or bits < facts.bits
+        )
         if widths != self.suite.bits:
             wide = ", ".join(str(bits) for bits in self.suite.bits if bits not in widths)
-            self.notes.append(f"{model} has {facts.bits}-bit weights already: {wide} bits left out, fewer bits made from those")
+            self.notes.append(
+                f"{model} has {facts.bits}-bit weights already: {wide} bits left out, fewer bits made from those"
+            )
         whole = 16 if self.suite.dtype in ("bfloat16", "float16") else 32
-        size = facts.config.num_parameters * sum((bits or whole) / 8 for bits in widths) * (1 + len(self.peers))
+        size = (
+            facts.config.num_parameters
+            * sum((bits or whole) / 8 for bits in widths)
+            * (1 + len(self.peers))
+        )
         if len(widths) == 1 or size < machine.memory_bytes() / 2:
             return [widths]
-        self.notes.append(f"{model}: the widths do not fit into memory together and were measured one after the other")
+        self.notes.append(
+            f"{model}: the widths do not fit into memory together and were measured one after the other"
+        )
         return [(bits,) for bits in widths]
 
     def measure(self, model: str, widths: Sequence[int | None]) -> None:
-        """Load the model in these widths, time every point, and take down the rows, the last ones at an interrupt too."""
+        """Load the model in these widths, time every point, and take down the rows, the last ones
+        at an interrupt too.
+        """
         from openelm_mlx.benchmarks.loaded import open_weights
         from openelm_mlx.benchmarks.soak import soak_row
         from openelm_mlx.benchmarks.startup import startup_rows
 
         with ExitStack() as stack:
             dtype, random = self.suite.dtype, bool(self.options.random_weights)
-            loaded = [open_weights(model, dtype, bits, self.options.group_size, random) for bits in widths]
+            loaded = [
+                open_weights(model, dtype, bits, self.options.group_size, random) for bits in widths
+            ]
             entries: list[Entry] = []
             if self.suite.speed:
                 entries = [entry for weights in loaded for entry in self.entries(weights, stack)]
@@ -197,35 +252,52 @@ class Run:
             for weights in loaded:
                 if self.suite.startup:
                     startup_rows(
-                        self.rows, weights, self.scratch, self.points[0].prompt_tokens, self.suite.trials,
-                        self.peers, self.progress.tick,
-                    )  # fmt: skip
+                        self.rows,
+                        weights,
+                        self.scratch,
+                        self.points[0].prompt_tokens,
+                        self.suite.trials,
+                        self.peers,
+                        self.progress.tick,
+                    )
                 if self.suite.soak:
                     soak_row(self.rows, weights, self.options.minutes, self.progress.tick)
 
     def take_down(
-        self, entries: list[Entry], loaded: list[Weights], losses: dict[int | None, dict[str, list[float]]]
+        self,
+        entries: list[Entry],
+        loaded: list[Weights],
+        losses: dict[int | None, dict[str, list[float]]],
     ) -> None:
         from openelm_mlx.benchmarks.loaded import bounded
 
         start = len(self.rows)
-        known: set[tuple[str, int | None]] = set()  # engines and widths that were loaded once for all their cases
+        known: set[tuple[str, int | None]] = (
+            set()
+        )  # engines and widths that were loaded once for all their cases
         for entry in entries:
             key = (entry.case.engine, entry.case.bits)
-            extra = dict(losses.get(entry.case.bits, {})) if key[0] == OURS and key not in known else {}
+            extra = (
+                dict(losses.get(entry.case.bits, {})) if key[0] == OURS and key not in known else {}
+            )
             if entry.session.load_seconds and key not in known:
                 extra["load_seconds"] = [entry.session.load_seconds]
             known.add(key)
             self.rows.append(bounded(harness.row_of(entry, extra), loaded, self.bandwidth))
         self.ratios += [
-            replace(ratio, row=ratio.row + start, against=ratio.against + start) for ratio in harness.ratios_of(entries)
+            replace(ratio, row=ratio.row + start, against=ratio.against + start)
+            for ratio in harness.ratios_of(entries)
         ]
 
     def entries(self, weights: Weights, stack: ExitStack) -> list[Entry]:
-        """Our engine at every point that fits the model's context, the peers at those that are simple."""
+        """Our engine at every point that fits the model's context, the peers at those that are
+        simple.
+        """
         from openelm_mlx.benchmarks.ours import prompt_ids
 
-        peers = [session for name in self.peers if (session := self.open_peer(name, weights)) is not None]
+        peers = [
+            session for name in self.peers if (session := self.open_peer(name, weights)) is not None
+        ]
         for session in peers:
             stack.callback(session.close)
         found: list[Entry] = []
@@ -233,7 +305,9 @@ class Run:
         for point in self.points:
             if point.prompt_tokens + point.generation_tokens - 1 > limit:
                 lengths = f"{point.prompt_tokens} + {point.generation_tokens} tokens"
-                self.notes.append(f"{weights.engine.name}: {lengths} left out, its context holds {limit}")
+                self.notes.append(
+                    f"{weights.engine.name}: {lengths} left out, its context holds {limit}"
+                )
                 self.progress.tick(lengths, sum(work([point])) * (self.suite.trials + 1))
                 continue
             prompt = prompt_ids(weights.engine, point.prompt_tokens)
@@ -242,14 +316,19 @@ class Run:
             ours = Entry(weights.case(point), session, prompt)
             found.append(ours)
             if point.simple:
-                found += [Entry(weights.case(point, peer.engine), peer, prompt, against=ours) for peer in peers]
+                found += [
+                    Entry(weights.case(point, peer.engine), peer, prompt, against=ours)
+                    for peer in peers
+                ]
         return found
 
     def our_session(self, weights: Weights, point: Point) -> OurSession:
         from openelm_mlx.benchmarks.ours import OurSession
 
         draft = self.draft(speculation_settings(point.speculation)[1])
-        return OurSession(weights.engine, weights.load_seconds or 0.0, settings(point), point.batch_size, draft)
+        return OurSession(
+            weights.engine, weights.load_seconds or 0.0, settings(point), point.batch_size, draft
+        )
 
     def draft(self, name: str | None) -> Engine | None:
         """The model that drafts, loaded once."""
@@ -276,9 +355,17 @@ class Run:
         from openelm_mlx.benchmarks.weights import open_engine
 
         if self.options.random_weights:
-            self.notes.append("no loss is given: that of random weights would say nothing of trained ones")
+            self.notes.append(
+                "no loss is given: that of random weights would say nothing of trained ones"
+            )
             return {}
-        reference = loaded[0].engine if loaded[0].stored else open_engine(model, self.suite.dtype, None)[0]
-        found, tokens = losses(reference, {weights.bits: weights.engine for weights in loaded if not weights.stored})
-        self.notes.append(f"loss is against the model as stored, on {tokens} tokens that it samples itself")
+        reference = (
+            loaded[0].engine if loaded[0].stored else open_engine(model, self.suite.dtype, None)[0]
+        )
+        found, tokens = losses(
+            reference, {weights.bits: weights.engine for weights in loaded if not weights.stored}
+        )
+        self.notes.append(
+            f"loss is against the model as stored, on {tokens} tokens that it samples itself"
+        )
         return found

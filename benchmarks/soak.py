@@ -2,10 +2,10 @@
 
     python -m openelm_mlx.benchmarks.soak [MODEL] [--draft MODEL] [--clients 12] [--requests 1000] [--json FILE]
 
-Clients ask one thing after the other of one `BatchEngine`: prompts with shared beginnings, random options, some cancelled
-midway. Shifts follow each other, each with a kind of cache of its own, with a draft model or without. One answer in a
-hundred is compared with that of the request alone, by the rule of judge.py. Between shifts a fixed probe measures speed
-and memory.
+Clients ask one thing after the other of one `BatchEngine`: prompts with shared beginnings, random
+options, some cancelled midway. Shifts follow each other, each with a kind of cache of its own, with
+a draft model or without. One answer in a hundred is compared with that of the request alone, by the
+rule of judge.py. Between shifts a fixed probe measures speed and memory.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ KINDS: tuple[dict[str, Any], ...] = (
 
 
 class Client:
-    """Somebody who asks one thing after the other, waits for the answer, and now and then gives up."""
+    """Somebody who asks one thing after the other, waits for the answer, and now and then gives
+    up.
+    """
 
     def __init__(self, maker: Maker, left: int) -> None:
         self.maker, self.random, self.left = maker, maker.random, left
@@ -181,10 +183,11 @@ def soak(
     clients: int = 12,
     requests: int | None = None,
 ) -> Soak:
-    """Run for `minutes`, or until each client has asked `requests` times, the same requests for the same `seed`.
+    """Run for `minutes`, or until each client has asked `requests` times, the same requests for the
+    same `seed`.
 
-    `tick` is told each request and the seconds since the last. `seen` is filled as it goes. A KeyboardInterrupt passes
-    through; whoever catches it finds nothing in flight.
+    `tick` is told each request and the seconds since the last. `seen` is filled as it goes. A
+    KeyboardInterrupt passes through; whoever catches it finds nothing in flight.
     """
     seen = Soak() if seen is None else seen
     driver = Driver(engine, random.Random(seed), seen, draft, clients)
@@ -205,7 +208,9 @@ def soak(
 
 
 def soak_row(rows: list[Row], weights: Weights, minutes: float, tick: Tick) -> None:
-    """Append a row of the probe's figures; what was seen, and what was wrong with it, are its notes."""
+    """Append a row of the probe's figures; what was seen, and what was wrong with it, are its
+    notes.
+    """
     seen = Soak()
     try:
         soak(weights.engine, minutes, tick=tick, seen=seen)

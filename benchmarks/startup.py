@@ -1,4 +1,6 @@
-"""A new process to its first token: interpreter, imports, weights, prompt. Run as a module it is that process."""
+"""A new process to its first token: interpreter, imports, weights, prompt. Run as a module it is
+that process.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,21 @@ if TYPE_CHECKING:
 TIMEOUT = 600
 
 
-def startup(engine: str, folder: Path, dtype: str, prompt: list[int], tokenizer: Path | None = None) -> tuple[float, int]:
-    """Seconds from starting a process until it has printed its first token after `prompt`, and that token.
+def startup(
+    engine: str, folder: Path, dtype: str, prompt: list[int], tokenizer: Path | None = None
+) -> tuple[float, int]:
+    """Seconds from starting a process until it has printed its first token after `prompt`, and that
+    token.
 
     The clock is this process's. Raises `BenchmarkError` with the child's last line when it fails.
     """
-    task = {"engine": engine, "folder": str(folder), "dtype": dtype, "prompt": prompt,
-            "tokenizer": None if tokenizer is None else str(tokenizer)}  # fmt: skip
+    task = {
+        "engine": engine,
+        "folder": str(folder),
+        "dtype": dtype,
+        "prompt": prompt,
+        "tokenizer": None if tokenizer is None else str(tokenizer),
+    }
     command = [sys.executable, "-m", "openelm_mlx.benchmarks.startup", json.dumps(task)]
     start = perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -50,9 +60,16 @@ def startup(engine: str, folder: Path, dtype: str, prompt: list[int], tokenizer:
 
 
 def startup_rows(
-    rows: list[Row], weights: Weights, scratch: Path, prompt_tokens: int, trials: int, peers: Sequence[str], tick: Tick
+    rows: list[Row],
+    weights: Weights,
+    scratch: Path,
+    prompt_tokens: int,
+    trials: int,
+    peers: Sequence[str],
+    tick: Tick,
 ) -> None:
-    """Append a row for our engine and each peer: new processes that take turns; at an interrupt what is finished.
+    """Append a row for our engine and each peer: new processes that take turns; at an interrupt
+    what is finished.
 
     What a peer needs converted is written into `scratch` beforehand: that is not its start-up.
     """
@@ -73,16 +90,22 @@ def startup_rows(
             problems[name] = f"not timed: {error}"
     try:
         for number in range(trials + 1):  # the first fills the file cache
-            for name in [name for name in list(seconds)[:: -1 if number % 2 else 1] if name not in problems]:
+            for name in [
+                name for name in list(seconds)[:: -1 if number % 2 else 1] if name not in problems
+            ]:
                 try:
-                    found, tokens[name] = startup(name, places[name], weights.dtype, prompt, tokenizer)
+                    found, tokens[name] = startup(
+                        name, places[name], weights.dtype, prompt, tokenizer
+                    )
                 except OpenELMError as error:
                     if name == "openelm-mlx":
                         raise
                     problems[name] = f"not timed: {error}"
                     continue
                 if tokens[name] != tokens["openelm-mlx"]:
-                    problems[name] = f"not timed: token 0 is {tokens[name]}, in openelm-mlx {tokens['openelm-mlx']}"
+                    problems[name] = (
+                        f"not timed: token 0 is {tokens[name]}, in openelm-mlx {tokens['openelm-mlx']}"
+                    )
                 elif number:
                     seconds[name].append(found)
                     tick(f"{name} start-up", prompt_tokens)
@@ -92,7 +115,15 @@ def startup_rows(
             metrics = {"startup_seconds": Metric.of(values, "s")} if values else {}
             notes = (problems[name],) if name in problems else ()
             case = weights.case(Point(prompt_tokens, 1), name)
-            rows.append(Row(case, metrics, agrees=agrees, parts_at=0 if agrees is False else None, notes=notes))
+            rows.append(
+                Row(
+                    case,
+                    metrics,
+                    agrees=agrees,
+                    parts_at=0 if agrees is False else None,
+                    notes=notes,
+                )
+            )
 
 
 def open_session(task: dict[str, Any]) -> Session:

@@ -1,4 +1,6 @@
-"""What is measured: the suites, the options that change them, and the grid of cases that follows. No MLX here."""
+"""What is measured: the suites, the options that change them, and the grid of cases that follows.
+No MLX here.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Suite:
-    """Axes of a grid. Prompt and generation lengths are crossed; the other axes vary one at a time, at the first lengths."""
+    """Axes of a grid. Prompt and generation lengths are crossed; the other axes vary one at a time,
+    at the first lengths.
+    """
 
     help: str
     models: tuple[str, ...] = TINY
@@ -63,34 +67,56 @@ class Suite:
 
 SUITES = {
     "quick": Suite(
-        "the bundled model in under 2 minutes", batch_sizes=(1, 4), caches=("plain", "kv8"),
-        speculations=(None, "prompt-lookup"), trials=7,
+        "the bundled model in under 2 minutes",
+        batch_sizes=(1, 4),
+        caches=("plain", "kv8"),
+        speculations=(None, "prompt-lookup"),
+        trials=7,
     ),
     "standard": Suite(
-        "two prompt lengths, batches, cache kinds, speculation, start-up", prompt_tokens=(64, 512), generation_tokens=(128,),
-        batch_sizes=(1, 4, 16), caches=("plain", "kv8", "kv4", "window-256"), speculations=(None, "prompt-lookup"),
-        trials=7, startup=True,
+        "two prompt lengths, batches, cache kinds, speculation, start-up",
+        prompt_tokens=(64, 512),
+        generation_tokens=(128,),
+        batch_sizes=(1, 4, 16),
+        caches=("plain", "kv8", "kv4", "window-256"),
+        speculations=(None, "prompt-lookup"),
+        trials=7,
+        startup=True,
     ),
-    # arXiv:2404.14619, benchmarking on Apple hardware: all four sizes in bfloat16 and 4 bits on an M2 Max. Prompt (36
-    # tokens, BOS included) and 1024 greedy tokens are those of corenet/mlx_examples/open_elm/inference.py; unlike that,
-    # every token is awaited as it comes, not in eights, and the rate counts the steps after the first token.
+    # arXiv:2404.14619, benchmarking on Apple hardware: all four sizes in bfloat16 and 4 bits on an
+    # M2 Max. Prompt (36 tokens, BOS included) and 1024 greedy tokens are those of
+    # corenet/mlx_examples/open_elm/inference.py; unlike that, every token is awaited as it comes,
+    # not in eights, and the rate counts the steps after the first token.
     "paper": Suite(
-        "all four sizes in bfloat16 and 4 bits, 36 + 1024 tokens, as the OpenELM paper measured MLX", models=SIZES,
-        bits=(None, 4), dtype="bfloat16", prompt_tokens=(36,), generation_tokens=(1024,),
+        "all four sizes in bfloat16 and 4 bits, 36 + 1024 tokens, as the OpenELM paper measured MLX",
+        models=SIZES,
+        bits=(None, 4),
+        dtype="bfloat16",
+        prompt_tokens=(36,),
+        generation_tokens=(1024,),
     ),
     "context": Suite(
         "decode speed against the length of the context, up to 2048",
-        prompt_tokens=(32, 224, 480, 992, 1504, 2017), generation_tokens=(32,),
+        prompt_tokens=(32, 224, 480, 992, 1504, 2017),
+        generation_tokens=(32,),
     ),
-    "bits": Suite("speed, memory and loss of each width of the weights", bits=(None, *reversed(BITS)), loss=True),
+    "bits": Suite(
+        "speed, memory and loss of each width of the weights",
+        bits=(None, *reversed(BITS)),
+        loss=True,
+    ),
     "startup": Suite("a new process to its first token", speed=False, startup=True, trials=7),
-    "soak": Suite("half an hour of everything at random, memory and tokens watched", speed=False, soak=True),
-}  # fmt: skip
+    "soak": Suite(
+        "half an hour of everything at random, memory and tokens watched", speed=False, soak=True
+    ),
+}
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What to measure; an empty field leaves it to the suite. Raises `OptionError` for what is out of range."""
+    """What to measure; an empty field leaves it to the suite. Raises `OptionError` for what is out
+    of range.
+    """
 
     models: tuple[str, ...] = ()
     suite: str = "quick"
@@ -122,7 +148,9 @@ class BenchmarkOptions:
             if bits not in BITS:
                 raise OptionError(f"bits is {bits}; allowed: {', '.join(map(str, BITS))}")
         if self.trials is not None and self.trials < MIN_TRIALS:
-            raise OptionError(f"trials is {self.trials}; allowed is a number from {MIN_TRIALS} up: fewer say nothing of spread")
+            raise OptionError(
+                f"trials is {self.trials}; allowed is a number from {MIN_TRIALS} up: fewer say nothing of spread"
+            )
         if self.minutes <= 0:
             raise OptionError(f"minutes is {self.minutes}; allowed is a number above 0")
         for cache in self.caches:
@@ -130,30 +158,46 @@ class BenchmarkOptions:
         for kind in self.speculations:
             speculation_settings(kind)
         if self.group_size != BenchmarkOptions.group_size and not any(self.chosen().bits):
-            raise OptionError(f"group_size is {self.group_size}, but nothing is quantized here; give bits too")
+            raise OptionError(
+                f"group_size is {self.group_size}, but nothing is quantized here; give bits too"
+            )
         if self.minutes != BenchmarkOptions.minutes and not SUITES[self.suite].soak:
-            raise OptionError(f"minutes is {self.minutes:g}, but only the soak suite runs by the clock; give --suite soak too")
+            raise OptionError(
+                f"minutes is {self.minutes:g}, but only the soak suite runs by the clock; give --suite soak too"
+            )
 
     def chosen(self) -> Suite:
         """The suite with what these options say otherwise."""
         suite = SUITES[self.suite]
         given: dict[str, Any] = {
-            "models": self.random_weights or self.models, "bits": self.bits, "prompt_tokens": self.prompt_tokens,
-            "generation_tokens": self.generation_tokens, "batch_sizes": self.batch_sizes, "caches": self.caches,
+            "models": self.random_weights or self.models,
+            "bits": self.bits,
+            "prompt_tokens": self.prompt_tokens,
+            "generation_tokens": self.generation_tokens,
+            "batch_sizes": self.batch_sizes,
+            "caches": self.caches,
             "speculations": tuple(None if kind == "none" else kind for kind in self.speculations),
-            "dtype": self.dtype, "trials": self.trials,
-        }  # fmt: skip
+            "dtype": self.dtype,
+            "trials": self.trials,
+        }
         return replace(suite, **{name: value for name, value in given.items() if value})
 
     def points(self) -> list[Point]:
         """The suite's own points, or the whole grid over the axes that were given here."""
         suite = self.chosen()
         if not (self.batch_sizes or self.caches or self.speculations):
-            return suite.points() if not (self.prompt_tokens or self.generation_tokens) else lengths_only(suite)
+            return (
+                suite.points()
+                if not (self.prompt_tokens or self.generation_tokens)
+                else lengths_only(suite)
+            )
         axes = (
-            suite.prompt_tokens, suite.generation_tokens, suite.batch_sizes if self.batch_sizes else (1,),
-            suite.caches if self.caches else ("plain",), suite.speculations if self.speculations else (None,),
-        )  # fmt: skip
+            suite.prompt_tokens,
+            suite.generation_tokens,
+            suite.batch_sizes if self.batch_sizes else (1,),
+            suite.caches if self.caches else ("plain",),
+            suite.speculations if self.speculations else (None,),
+        )
         return [Point(*values) for values in product(*axes)]
 
 
@@ -163,18 +207,24 @@ def lengths_only(suite: Suite) -> list[Point]:
 
 
 def cache_settings(cache: str) -> dict[str, int]:
-    """Engine options of a cache kind: plain, kv8, kv4 (quantized), window-N. Raises `OptionError`."""
+    """Engine options of a cache kind: plain, kv8, kv4 (quantized), window-N. Raises
+    `OptionError`.
+    """
     if cache == "plain":
         return {}
     if match := re.fullmatch(r"kv([48])", cache):
         return {"kv_bits": int(match[1])}
     if match := re.fullmatch(r"window-(\d{1,6})", cache):
         return {"kv_window": int(match[1])}
-    raise OptionError(f"cache is {cache!r}; allowed: plain, kv8, kv4, window-N with a number of tokens N")
+    raise OptionError(
+        f"cache is {cache!r}; allowed: plain, kv8, kv4, window-N with a number of tokens N"
+    )
 
 
 def speculation_settings(kind: str | None) -> tuple[dict[str, int], str | None]:
-    """Generation options of a kind of speculation, and the model that drafts, if one does. Raises `OptionError`."""
+    """Generation options of a kind of speculation, and the model that drafts, if one does. Raises
+    `OptionError`.
+    """
     if kind in (None, "none"):
         return {}, None
     if kind == "prompt-lookup":

@@ -1,4 +1,6 @@
-"""A document as a table: Markdown for a pipe or a file, rich on a terminal, CSV for a spreadsheet. The same cells in all."""
+"""A document as a table: Markdown for a pipe or a file, rich on a terminal, CSV for a spreadsheet.
+The same cells in all.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,21 @@ COLUMNS = {
     "kl_mean": ("KL nats", 1.0),
     "top_1_agreement": ("same top-1", 1.0),
 }
-SHORT = {"tokens/s": "t/s", "first token": "first", "reused prefix": "reused", "tokens a pass": "t/pass"}  # explained below
+SHORT = {
+    "tokens/s": "t/s",
+    "first token": "first",
+    "reused prefix": "reused",
+    "tokens a pass": "t/pass",
+}  # explained below
 CASE_COLUMNS = {
-    "engine": "engine", "model": "model", "dtype": "dtype", "bits": "bits", "prompt_tokens": "prompt",
-    "generation_tokens": "new", "setting": "setting",
-}  # fmt: skip
+    "engine": "engine",
+    "model": "model",
+    "dtype": "dtype",
+    "bits": "bits",
+    "prompt_tokens": "prompt",
+    "generation_tokens": "new",
+    "setting": "setting",
+}
 LEGEND = {
     "prefill_tokens_per_second": "t/s: tokens a second",
     "time_to_first_token_seconds": "first: time to the first token",
@@ -50,15 +62,25 @@ class Grid(NamedTuple):
 
 def grid(document: Document) -> Grid:
     """Rows with the case's facts that differ between them, then every metric that was measured."""
-    varied = [name for name in CASE_COLUMNS if name == "engine" or len({case_cell(row.case, name) for row in document.rows}) > 1]
+    varied = [
+        name
+        for name in CASE_COLUMNS
+        if name == "engine" or len({case_cell(row.case, name) for row in document.rows}) > 1
+    ]
     measured = [name for name in COLUMNS if any(name in row.metrics for row in document.rows)]
     head = [CASE_COLUMNS[name] for name in varied] + [short(name) for name in measured]
     rows = [
-        [case_cell(row.case, name) for name in varied] + [metric_cell(row, name) for name in measured] for row in document.rows
+        [case_cell(row.case, name) for name in varied]
+        + [metric_cell(row, name) for name in measured]
+        for row in document.rows
     ]
-    if any(row.percent_of_bound is not None for row in document.rows):  # beside the rate that it judges
+    if any(
+        row.percent_of_bound is not None for row in document.rows
+    ):  # beside the rate that it judges
         at = head.index(short("decode_tokens_per_second")) + 1
-        for cells, text in zip([head, *rows], ["bound", *(bound_cell(row) for row in document.rows)], strict=True):
+        for cells, text in zip(
+            [head, *rows], ["bound", *(bound_cell(row) for row in document.rows)], strict=True
+        ):
             cells.insert(at, text)
     return Grid(head, rows, len(varied))
 
@@ -104,7 +126,9 @@ def case_cell(case: Case, name: str) -> str:
 
 def setting(case: Case) -> str:
     """What sets a case apart from one plain sequence."""
-    parts = [f"batch {case.batch_size}"] * (case.batch_size > 1) + [case.cache] * (case.cache != "plain")
+    parts = [f"batch {case.batch_size}"] * (case.batch_size > 1) + [case.cache] * (
+        case.cache != "plain"
+    )
     parts += [] if case.speculation is None else [case.speculation]
     return ", ".join(parts) or "plain"
 
@@ -119,7 +143,9 @@ def metric_cell(row: Row, name: str) -> str:
 
 
 def summary(metric: Metric, divisor: float) -> str:
-    """`81.3 (4%)`: the median to three digits, and the interquartile range as a share of it where there is one."""
+    """`81.3 (4%)`: the median to three digits, and the interquartile range as a share of it where
+    there is one.
+    """
     middle = metric.median / divisor
     spread = f"{metric.spread:.0%}"
     return digits(middle, middle) + ("" if spread == "0%" else f" ({spread})")
@@ -133,7 +159,9 @@ def digits(value: float, scale: float) -> str:
 
 
 def markdown(document: Document) -> str:
-    """The whole document as Markdown, no line over 80 columns but long names: fit to paste into an issue."""
+    """The whole document as Markdown, no line over 80 columns but long names: fit to paste into an
+    issue.
+    """
     lines = [*wrap(f"**{title(document)}**"), "", *wrap(constants(document)), ""]
     for part in parts(document, WIDTH):
         lines += [*table_lines(part), ""]
@@ -146,25 +174,40 @@ def markdown(document: Document) -> str:
 def title(document: Document) -> str:
     machine, versions = document.machine, document.versions
     memory = machine.get("memory_bytes")
-    words = [machine.get("chip"), f"{machine['cores']} cores" if machine.get("cores") else None,
-             f"{memory / 2**30:.0f} GiB" if isinstance(memory, (int, float)) else None,
-             f"{machine.get('system', '')} {machine.get('system_version', '')}".strip(),
-             f"{machine.get('backend')} backend" if machine.get("backend") else None,
-             f"BLAS: {machine['blas']}" if machine.get("backend") == "cpu" and machine.get("blas") else None]  # fmt: skip
+    words = [
+        machine.get("chip"),
+        f"{machine['cores']} cores" if machine.get("cores") else None,
+        f"{memory / 2**30:.0f} GiB" if isinstance(memory, (int, float)) else None,
+        f"{machine.get('system', '')} {machine.get('system_version', '')}".strip(),
+        f"{machine.get('backend')} backend" if machine.get("backend") else None,
+        f"BLAS: {machine['blas']}"
+        if machine.get("backend") == "cpu" and machine.get("blas")
+        else None,
+    ]
     words += [f"{name} {version}" for name, version in versions.items()]
-    return ("partial: " if document.partial else "") + ", ".join(str(word) for word in words if word)
+    return ("partial: " if document.partial else "") + ", ".join(
+        str(word) for word in words if word
+    )
 
 
 def parts(document: Document, width: int) -> list[Grid]:
-    """All tables of a document, none wider than `width`: what was measured, then ours against each peer."""
+    """All tables of a document, none wider than `width`: what was measured, then ours against each
+    peer.
+    """
     if not document.rows:
         return []
-    return split(grid(document), width) + (split(ratio_grid(document), width) if document.ratios else [])
+    return split(grid(document), width) + (
+        split(ratio_grid(document), width) if document.ratios else []
+    )
 
 
 def split(table: Grid, width: int) -> list[Grid]:
-    """Tables of at most `width` columns: the key columns again in each, then as many metrics as fit; no empty rows."""
-    sizes = [max(len(cells[i]) for cells in [table.head, *table.rows]) for i in range(len(table.head))]
+    """Tables of at most `width` columns: the key columns again in each, then as many metrics as
+    fit; no empty rows.
+    """
+    sizes = [
+        max(len(cells[i]) for cells in [table.head, *table.rows]) for i in range(len(table.head))
+    ]
     keys, parts = list(range(table.keys)), []
     chosen: list[int] = []
     for i in range(table.keys, len(table.head)):
@@ -176,18 +219,27 @@ def split(table: Grid, width: int) -> list[Grid]:
     found = []
     for part in parts:
         shown = [*keys, *part]
-        rows = [[row[i] for i in shown] for row in table.rows if not part or any(row[i] for i in part)]
+        rows = [
+            [row[i] for i in shown] for row in table.rows if not part or any(row[i] for i in part)
+        ]
         found.append(Grid([table.head[i] for i in shown], rows, table.keys))
     return found
 
 
 def table_lines(table: Grid) -> list[str]:
-    sizes = [max(3, *(len(cells[i]) for cells in [table.head, *table.rows])) for i in range(len(table.head))]
-    rule = ["-" * size if i < table.keys else "-" * (size - 1) + ":" for i, size in enumerate(sizes)]
+    sizes = [
+        max(3, *(len(cells[i]) for cells in [table.head, *table.rows]))
+        for i in range(len(table.head))
+    ]
+    rule = [
+        "-" * size if i < table.keys else "-" * (size - 1) + ":" for i, size in enumerate(sizes)
+    ]
     lines = []
     for cells in [table.head, rule, *table.rows]:
-        padded = [cell.ljust(size) if i < table.keys else cell.rjust(size)
-                  for i, (cell, size) in enumerate(zip(cells, sizes, strict=True))]  # fmt: skip
+        padded = [
+            cell.ljust(size) if i < table.keys else cell.rjust(size)
+            for i, (cell, size) in enumerate(zip(cells, sizes, strict=True))
+        ]
         lines.append("| " + " | ".join(padded) + " |")
     return lines
 
@@ -200,25 +252,43 @@ def ratio_grid(document: Document) -> Grid:
         found.setdefault((ratio.row, ratio.against), {})[ratio.metric] = cell
     measured = [name for name in COLUMNS if any(name in cells for cells in found.values())]
     peers = [document.rows[peer].case for _, peer in found]
-    varied = [name for name in CASE_COLUMNS if name != "engine" and len({case_cell(case, name) for case in peers}) > 1]
+    varied = [
+        name
+        for name in CASE_COLUMNS
+        if name != "engine" and len({case_cell(case, name) for case in peers}) > 1
+    ]
     rows = [
-        [document.rows[peer].case.engine, *(case_cell(document.rows[peer].case, name) for name in varied)]
+        [
+            document.rows[peer].case.engine,
+            *(case_cell(document.rows[peer].case, name) for name in varied),
+        ]
         + [cells.get(name, "") for name in measured]
         for (_, peer), cells in found.items()
     ]
-    head = [f"{document.rows[document.ratios[0].row].case.engine} /", *(CASE_COLUMNS[name] for name in varied)]
+    head = [
+        f"{document.rows[document.ratios[0].row].case.engine} /",
+        *(CASE_COLUMNS[name] for name in varied),
+    ]
     return Grid(head + [short(name).rsplit(" ", 1)[0] for name in measured], rows, len(head))
 
 
 def legend(document: Document) -> list[str]:
     """What the heads of the columns stand for."""
-    words = [text for name, text in LEGEND.items() if any(name in row.metrics for row in document.rows)]
+    words = [
+        text for name, text in LEGEND.items() if any(name in row.metrics for row in document.rows)
+    ]
     words += ["bound: share of the rate at which a copy moves as many bytes"] * any(
         row.percent_of_bound is not None for row in document.rows
     )
-    found = ["; ".join([*words, "in brackets: interquartile range as a share of the median"])] if words else []
+    found = (
+        ["; ".join([*words, "in brackets: interquartile range as a share of the median"])]
+        if words
+        else []
+    )
     if document.ratios:
-        found.append("ratios to a peer have their 95 % interval in brackets; above 1 is faster, but slower for first")
+        found.append(
+            "ratios to a peer have their 95 % interval in brackets; above 1 is faster, but slower for first"
+        )
     return found
 
 
@@ -232,8 +302,14 @@ def wrap(text: str, bullet: str = "") -> list[str]:
     import textwrap
 
     indent = " " * len(bullet)
-    return textwrap.wrap(text, WIDTH, initial_indent=bullet, subsequent_indent=indent, break_long_words=False,
-                         break_on_hyphens=False)  # fmt: skip
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=bullet,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def show(document: Document, console: Console) -> None:
@@ -254,19 +330,33 @@ def show(document: Document, console: Console) -> None:
 
 
 def csv_text(document: Document) -> str:
-    """One line a case: its facts, then median, quartiles and number of trials of every metric, in its own unit."""
+    """One line a case: its facts, then median, quartiles and number of trials of every metric, in
+    its own unit.
+    """
     names = [name for name in METRICS if any(name in row.metrics for row in document.rows)]
     head = [item.name for item in fields(Case)]
     for name in names:
         head += [name, f"{name}_q1", f"{name}_q3", f"{name}_trials"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*head, "bound_tokens_per_second", "percent_of_bound", "agrees", "parts_at", "notes"])
+    writer.writerow(
+        [*head, "bound_tokens_per_second", "percent_of_bound", "agrees", "parts_at", "notes"]
+    )
     for row in document.rows:
         cells: list[Any] = list(asdict(row.case).values())
         for name in names:
             metric = row.metrics.get(name)
-            cells += [None] * 4 if metric is None else [metric.median, metric.q1, metric.q3, len(metric.values)]
-        cells += [row.bound_tokens_per_second, row.percent_of_bound, row.agrees, row.parts_at, "; ".join(row.notes)]
+            cells += (
+                [None] * 4
+                if metric is None
+                else [metric.median, metric.q1, metric.q3, len(metric.values)]
+            )
+        cells += [
+            row.bound_tokens_per_second,
+            row.percent_of_bound,
+            row.agrees,
+            row.parts_at,
+            "; ".join(row.notes),
+        ]
         writer.writerow(cells)
     return out.getvalue()

@@ -10,8 +10,9 @@ from typing import Protocol
 class Timed:
     """A generation, token by token.
 
-    `tokens` are greedy, of the first sequence when the batch holds several. `seconds[i]` is when token i was known on
-    the host, counted from handing over the prompt, so `seconds[0]` is the time to the first token.
+    `tokens` are greedy, of the first sequence when the batch holds several. `seconds[i]` is when
+    token i was known on the host, counted from handing over the prompt, so `seconds[0]` is the time
+    to the first token.
     """
 
     tokens: tuple[int, ...]
@@ -29,11 +30,15 @@ class Timed:
         return self.seconds[-1] - self.seconds[0]
 
     def prefill_rate(self, prompt_tokens: int, batch_size: int = 1) -> float:
-        """Prompt tokens a second; the first token comes out of the prompt's pass, so its time belongs to the prompt."""
+        """Prompt tokens a second; the first token comes out of the prompt's pass, so its time
+        belongs to the prompt.
+        """
         return batch_size * prompt_tokens / self.first
 
     def decode_rate(self, batch_size: int = 1) -> float | None:
-        """Tokens a second after the first, over all sequences; None for a single token, which has no step to time."""
+        """Tokens a second after the first, over all sequences; None for a single token, which has
+        no step to time.
+        """
         steps = len(self.tokens) - 1
         return batch_size * steps / self.decoding if steps and self.decoding > 0 else None
 
@@ -46,7 +51,9 @@ class Session(Protocol):
     load_seconds: float
 
     def generate(self, prompt: list[int], tokens: int) -> Timed:
-        """Exactly `tokens` greedy tokens after `prompt` (ids, at least one), the end of text ignored; nothing reused."""
+        """Exactly `tokens` greedy tokens after `prompt` (ids, at least one), the end of text
+        ignored; nothing reused.
+        """
         ...
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
-"""One decoded token as a function to trace: this engine's step, and mlx-lm's on its own model, cache and sampling.
+"""One decoded token as a function to trace: this engine's step, and mlx-lm's on its own model,
+cache and sampling.
 
-No weights are made: every parameter is a broadcast scalar of the right shape and type, whose bits are its number, so
-that a constant of the graph can be told from the next.
+No weights are made: every parameter is a broadcast scalar of the right shape and type, whose bits
+are its number, so that a constant of the graph can be told from the next.
 """
 
 from __future__ import annotations
@@ -44,26 +45,38 @@ class Form:
 
     def __str__(self) -> str:
         form = self.quantization
-        return self.dtype + (f", {form['bits']} bits in groups of {form['group_size']}" if form else "")
+        return self.dtype + (
+            f", {form['bits']} bits in groups of {form['group_size']}" if form else ""
+        )
 
     def apply(self, model: nn.Module) -> None:
-        """Replace every parameter by a marked constant of this form; nothing is computed or allocated."""
+        """Replace every parameter by a marked constant of this form; nothing is computed or
+        allocated.
+        """
         if self.quantization:
             try:
                 nn.quantize(model, class_predicate=lambda path, module: self.settings(path, module))
             except (ValueError, TypeError) as error:
-                raise BenchmarkError(f"cannot quantize to {dict(self.quantization)}: {error}") from None
+                raise BenchmarkError(
+                    f"cannot quantize to {dict(self.quantization)}: {error}"
+                ) from None
         marked = []
         parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
         for number, (name, array) in enumerate(parameters):
             floating = mx.issubdtype(array.dtype, mx.floating)
-            marked.append((name, mark(number, array.shape, DTYPES[self.dtype] if floating else array.dtype)))
+            marked.append(
+                (name, mark(number, array.shape, DTYPES[self.dtype] if floating else array.dtype))
+            )
         model.update(tree_unflatten(marked))  # type: ignore[arg-type]
 
     def settings(self, path: str, module: nn.Module) -> dict[str, Any] | bool:
         """How the layer at `path` is quantized, in the words of `nn.quantize`."""
         own = settings(path, self.quantization) if hasattr(module, "to_quantized") else None
-        return False if own is None else {key: own[key] for key in ("group_size", "bits", "mode") if key in own}
+        return (
+            False
+            if own is None
+            else {key: own[key] for key in ("group_size", "bits", "mode") if key in own}
+        )
 
 
 def mark(number: int, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
@@ -82,14 +95,19 @@ def marked_as(array: mx.array, names: list[tuple[str, mx.array]]) -> str | None:
         return None
     number = int(corner.view(bits).item())  # type: ignore[arg-type]
     for name, parameter in names[number :: 256**array.dtype.size]:
-        if parameter.dtype == array.dtype and array.shape in (parameter.shape, parameter.shape[::-1]):  # as it is or transposed
+        if parameter.dtype == array.dtype and array.shape in (
+            parameter.shape,
+            parameter.shape[::-1],
+        ):  # as it is or transposed
             return name
     return None
 
 
 @dataclass(frozen=True)
 class Traced:
-    """The graph of one token, with the names of the parameters among its constants and of the caches among its inputs."""
+    """The graph of one token, with the names of the parameters among its constants and of the
+    caches among its inputs.
+    """
 
     engine: str
     graph: Graph
@@ -132,7 +150,9 @@ def our_step(model: OpenELM, compiled: bool) -> Callable[[State], State]:
 def our_state(config: OpenELMConfig, rows: int, context: int, dtype: mx.Dtype) -> State:
     """The state of as many greedy rows, each before the last of `context` tokens is fed."""
     capacity = -(-context // BLOCK) * BLOCK
-    shapes = [(2, rows, shape.kv_heads, capacity, config.head_dim) for shape in layer_shapes(config)]
+    shapes = [
+        (2, rows, shape.kv_heads, capacity, config.head_dim) for shape in layer_shapes(config)
+    ]
     state = State(
         token=mx.ones(rows, mx.uint32),
         position=mx.full(rows, context - 1, mx.int32),
@@ -149,11 +169,20 @@ def our_state(config: OpenELMConfig, rows: int, context: int, dtype: mx.Dtype) -
 def trace_ours(config: OpenELMConfig, form: Form, context: int = 64, rows: int = 1) -> Traced:
     """The compiled step of this engine, greedy, as each row attends to `context` tokens."""
     model = our_model(config, form)
-    step, start = our_step(model, compiled=False), our_state(config, rows, context, DTYPES[form.dtype])
+    step, start = (
+        our_step(model, compiled=False),
+        our_state(config, rows, context, DTYPES[form.dtype]),
+    )
 
     def flat(token: mx.array, position: mx.array, *kv: mx.array) -> list[mx.array]:
-        after = step(start._replace(token=token, position=position, buffers=[[array] for array in kv]))
-        return [after.token, after.position, *(array for arrays in after.buffers for array in arrays)]
+        after = step(
+            start._replace(token=token, position=position, buffers=[[array] for array in kv])
+        )
+        return [
+            after.token,
+            after.position,
+            *(array for arrays in after.buffers for array in arrays),
+        ]
 
     kv = [array for arrays in start.buffers for array in arrays]
     with one_primitive_each(tagged=True):
@@ -171,7 +200,9 @@ def mlx_lm_model(config: OpenELMConfig, form: Form) -> nn.Module:
     return model
 
 
-def mlx_lm_step(model: nn.Module, caches: list[Any]) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
+def mlx_lm_step(
+    model: nn.Module, caches: list[Any]
+) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
     """What `generate_step` of mlx-lm does for a token, greedy: token [1] -> the next token and its log-probabilities."""
 
     def run(token: mx.array) -> tuple[mx.array, mx.array]:
@@ -196,7 +227,9 @@ def mlx_lm_caches(config: OpenELMConfig, context: int, dtype: mx.Dtype) -> list[
 
 
 def trace_mlx_lm(config: OpenELMConfig, form: Form, context: int = 64) -> Traced:
-    """mlx-lm's model as its `generate_step` runs it: uncompiled, but for the activation it compiles by itself."""
+    """mlx-lm's model as its `generate_step` runs it: uncompiled, but for the activation it compiles
+    by itself.
+    """
     from mlx_lm.models import openelm
 
     model = mlx_lm_model(config, form)
@@ -208,7 +241,11 @@ def trace_mlx_lm(config: OpenELMConfig, form: Form, context: int = 64) -> Traced
         for cache, keys, values in zip(caches, kv[::2], kv[1::2], strict=True):
             cache.keys, cache.values, cache.offset = keys, values, context - 1
         token, logprobs = step(token)
-        return [token, logprobs, *(array for cache in caches for array in (cache.keys, cache.values))]
+        return [
+            token,
+            logprobs,
+            *(array for cache in caches for array in (cache.keys, cache.values)),
+        ]
 
     with ExitStack() as stack:
         stack.enter_context(one_primitive_each(tagged=True))
@@ -217,7 +254,9 @@ def trace_mlx_lm(config: OpenELMConfig, form: Form, context: int = 64) -> Traced
     return described("mlx-lm", graph, model, 1, context, buffers[0].shape[2])
 
 
-def described(engine: str, graph: Graph, model: nn.Module, first: int, context: int, capacity: int) -> Traced:
+def described(
+    engine: str, graph: Graph, model: nn.Module, first: int, context: int, capacity: int
+) -> Traced:
     names: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     found = {name: marked_as(array, names) for name, array in graph.constants.items()}
     caches = frozenset(array.name for array in graph.inputs[first:])
@@ -225,9 +264,20 @@ def described(engine: str, graph: Graph, model: nn.Module, first: int, context: 
 
 
 def shrunk(config: OpenELMConfig) -> OpenELMConfig:
-    """As many layers, each of the least width: what the host does for a token stays, what the device computes goes."""
+    """As many layers, each of the least width: what the host does for a token stays, what the
+    device computes goes.
+    """
     n = config.num_transformer_layers
     return replace(
-        config, model_dim=64, head_dim=64, vocab_size=64, ffn_dims=(64,) * n, num_query_heads=(1,) * n,
-        num_kv_heads=(1,) * n, num_gqa_groups=1, ffn_dim_divisor=64, qkv_multipliers=(1.0,), ffn_multipliers=(1.0,),
-    )  # fmt: skip
+        config,
+        model_dim=64,
+        head_dim=64,
+        vocab_size=64,
+        ffn_dims=(64,) * n,
+        num_query_heads=(1,) * n,
+        num_kv_heads=(1,) * n,
+        num_gqa_groups=1,
+        ffn_dim_divisor=64,
+        qkv_multipliers=(1.0,),
+        ffn_multipliers=(1.0,),
+    )

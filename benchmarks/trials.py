@@ -73,7 +73,9 @@ class Maker:
         return [1, *(self.random.randrange(3, self.engine.vocab) for _ in range(count - 1))]
 
     def prompt(self) -> list[int]:
-        """Of one token, around the borders of blocks, up to a full context; new, shared, or one that quotes itself."""
+        """Of one token, around the borders of blocks, up to a full context; new, shared, or one
+        that quotes itself.
+        """
         pick = self.random.choice
         count = pick(
             (
@@ -178,7 +180,9 @@ def together(
     lookup: bool = False,
     **settings: Any,
 ) -> list[Answer]:
-    """The requests through one `BatchEngine`: they join while others run, strangers come and go, some are cancelled."""
+    """The requests through one `BatchEngine`: they join while others run, strangers come and go,
+    some are cancelled.
+    """
     slots, admission = rng.randint(1, 8), rng.choice((None, 8, 32, 100))
     batch = BatchEngine(engine, slots, how, admission=admission, **settings)
     maker, waiting = Maker(engine, rng, 8), [*enumerate(requests)]

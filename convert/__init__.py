@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import ConversionReport, convert
 
-_HOME = {"ConversionReport": "pipeline", "ConvertOptions": "options", "convert": "pipeline", "fetch_published": "catalog"}
+_HOME = {
+    "ConversionReport": "pipeline",
+    "ConvertOptions": "options",
+    "convert": "pipeline",
+    "fetch_published": "catalog",
+}
 __all__ = ["ConversionReport", "ConvertOptions", "convert", "fetch_published"]
 
 

@@ -1,4 +1,5 @@
-"""CoreNet's LoRA and DoRA checkpoints: merged into their base, or kept apart in the adapter format of mlx-lm.
+"""CoreNet's LoRA and DoRA checkpoints: merged into their base, or kept apart in the adapter format
+of mlx-lm.
 
 A layer's adapter is two thin matrices A [r, in] and B [out, r] beside its base weight W [out, in]
 (corenet/third_party/modeling/lora.py, after Hugging Face's peft):
@@ -6,8 +7,9 @@ A layer's adapter is two thin matrices A [r, in] and B [out, r] beside its base 
     LoRA (arXiv:2106.09685)   W + s B A,  s = alpha / r, or alpha / sqrt(r) when rank-stabilised (arXiv:2312.03732)
     DoRA (arXiv:2402.09353)   the same with every row scaled to its learned length m
 
-On the embedding [vocabulary, dim] the matrices are A [r, vocabulary] and B [dim, r], and only the input side is
-adapted: the tied head keeps the base embedding, so a merged model has a head of its own.
+On the embedding [vocabulary, dim] the matrices are A [r, vocabulary] and B [dim, r], and only the
+input side is adapted: the tied head keeps the base embedding, so a merged model has a head of its
+own.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from openelm_mlx.convert.yaml_files import read_yaml
 from openelm_mlx.errors import ConfigError, ConversionError, OptionError
 
 BASE = re.compile(r"(.+)\.base_layer\.weight")
-PART = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.(\w+)(?:\.weight)?")
+PART = re.compile(
+    r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.(\w+)(?:\.weight)?"
+)
 EMBEDDING, HEAD = "token_embeddings", "classifier"
 ADAPTER_FOLDER = "adapter"
 
@@ -58,7 +62,8 @@ class Adapter:
 class AdaptedCheckpoint(TensorSource):
     """A checkpoint with adapters, seen as the plain one: merged, or (`merge` False) its base alone.
 
-    Raises `ConversionError` when the parts of an adapter do not fit together or its strength is not known.
+    Raises `ConversionError` when the parts of an adapter do not fit together or its strength is not
+    known.
     """
 
     def __init__(self, source: TensorSource, options: LoraOptions, merge: bool = True) -> None:
@@ -73,7 +78,9 @@ class AdaptedCheckpoint(TensorSource):
             base = BASE.fullmatch(original)
             name = f"{base[1]}.weight" if base else original
             self._original[name], self.tensors[name] = original, info
-        embedding = next((adapter.stem for adapter in self.adapters.values() if adapter.embedding), None)
+        embedding = next(
+            (adapter.stem for adapter in self.adapters.values() if adapter.embedding), None
+        )
         if embedding is not None and not {f"{HEAD}.weight", "lm_head.weight"} & self.tensors.keys():
             self._original[f"{HEAD}.weight"] = f"{embedding}.base_layer.weight"
             self.tensors[f"{HEAD}.weight"] = self.tensors[f"{embedding}.weight"]
@@ -83,13 +90,21 @@ class AdaptedCheckpoint(TensorSource):
         return self._source.files
 
     def load(self, name: str) -> mx.array:
-        """The tensor `name`, merged in float32 and rounded once to the type its base is stored in."""
+        """The tensor `name`, merged in float32 and rounded once to the type its base is stored
+        in.
+        """
         base = self._source.load(self._original[name])
         adapter = self.adapters.get(name.removesuffix(".weight"))
-        return base if adapter is None or not self.merge else self.merged(adapter, base).astype(base.dtype)
+        return (
+            base
+            if adapter is None or not self.merge
+            else self.merged(adapter, base).astype(base.dtype)
+        )
 
     def factors(self, adapter: Adapter) -> tuple[mx.array, mx.array]:
-        """mlx-lm's lora_a [in, r] and lora_b [r, out] (embedding: [vocabulary, r] and [r, dim]), in float32."""
+        """mlx-lm's lora_a [in, r] and lora_b [r, out] (embedding: [vocabulary, r] and [r, dim]), in
+        float32.
+        """
         a, b = (self._source.load(name).astype(mx.float32) for name in (adapter.a, adapter.b))
         return a.T, b.T
 
@@ -104,7 +119,9 @@ class AdaptedCheckpoint(TensorSource):
         return weight * (self.magnitude(adapter) / mx.linalg.norm(weight, axis=1))[:, None]
 
     def magnitude(self, adapter: Adapter) -> mx.array:
-        """mlx-lm's `m`: the lengths of the adapted rows, which for LoRA are what they come out as."""
+        """mlx-lm's `m`: the lengths of the adapted rows, which for LoRA are what they come out
+        as.
+        """
         if adapter.magnitude is not None:
             return self._source.load(adapter.magnitude).astype(mx.float32).reshape(-1)
         base = self._source.load(f"{adapter.stem}.base_layer.weight")
@@ -135,12 +152,19 @@ def find_adapters(source: TensorSource, options: LoraOptions) -> dict[str, Adapt
     return {stem: make_adapter(source, stem, found, scale_of) for stem, found in parts.items()}
 
 
-def make_adapter(source: TensorSource, stem: str, found: Mapping[str, str], scale_of: Any) -> Adapter:
+def make_adapter(
+    source: TensorSource, stem: str, found: Mapping[str, str], scale_of: Any
+) -> Adapter:
     where = f"{source.path}: the adapter of {stem}"
     if missing := [part for part in ("base", "lora_A", "lora_B") if part not in found]:
         lacking = ", ".join(part.replace("base", "base_layer.weight") for part in missing)
-        raise ConversionError(f"{where} lacks {lacking}; the checkpoint must hold the base with the adapter")
-    shape, (a, b) = source.tensors[found["base"]].shape, (source.tensors[found[p]].shape for p in ("lora_A", "lora_B"))
+        raise ConversionError(
+            f"{where} lacks {lacking}; the checkpoint must hold the base with the adapter"
+        )
+    shape, (a, b) = (
+        source.tensors[found["base"]].shape,
+        (source.tensors[found[p]].shape for p in ("lora_A", "lora_B")),
+    )
     magnitude = found.get("lora_magnitude_vector")
     embedding = ".lora_embedding_A." in found["lora_A"]
     if embedding and magnitude is not None:
@@ -148,12 +172,16 @@ def make_adapter(source: TensorSource, stem: str, found: Mapping[str, str], scal
     rank = a[0] if len(a) == 2 else 0
     outer = (shape[0], shape[1]) if embedding and len(shape) == 2 else shape[::-1]
     if len(shape) != 2 or rank < 1 or a != (rank, outer[0]) or b != (outer[1], rank):
-        raise ConversionError(f"{where} has A of shape {a} and B of shape {b}, which do not fit a base of {shape}")
+        raise ConversionError(
+            f"{where} has A of shape {a} and B of shape {b}, which do not fit a base of {shape}"
+        )
     if magnitude is not None and math.prod(source.tensors[magnitude].shape) != shape[0]:
         raise ConversionError(
             f"{where} has magnitudes of shape {source.tensors[magnitude].shape} for {shape[0]} rows"
         )
-    return Adapter(stem, found["lora_A"], found["lora_B"], magnitude, rank, scale_of(stem, rank), embedding)
+    return Adapter(
+        stem, found["lora_A"], found["lora_B"], magnitude, rank, scale_of(stem, rank), embedding
+    )
 
 
 def strengths(path: Path, options: LoraOptions) -> Any:
@@ -168,7 +196,9 @@ def strengths(path: Path, options: LoraOptions) -> Any:
             if not pattern.match(stem):
                 continue
             if yaml_rank != rank:
-                raise ConfigError(f"{options.yaml} gives {stem} rank {yaml_rank}, but its tensors have rank {rank}")
+                raise ConfigError(
+                    f"{options.yaml} gives {stem} rank {yaml_rank}, but its tensors have rank {rank}"
+                )
             return scaled(alpha, rank, rank_stabilised)
         raise ConversionError(
             f"{path} holds an adapter of {stem}, whose strength is not in the tensors: give the YAML it was trained "
@@ -183,7 +213,9 @@ def scaled(alpha: float, rank: int, rank_stabilised: bool) -> float:
 
 
 def lora_rules(path: Path) -> list[tuple[re.Pattern[str], float, int, bool]]:
-    """`model.lora.config` of a CoreNet YAML: pattern of layer names, alpha, rank, rank-stabilised. Empty if absent."""
+    """`model.lora.config` of a CoreNet YAML: pattern of layer names, alpha, rank, rank-stabilised.
+    Empty if absent.
+    """
     node: Any = read_yaml(path)
     for key in ("model", "lora", "config"):
         node = node.get(key) if isinstance(node, dict) else None
@@ -200,15 +232,23 @@ def lora_rules(path: Path) -> list[tuple[re.Pattern[str], float, int, bool]]:
         rank, stable = params.get("r"), params.get("use_rslora", False)
         numbers = all(type(n) in (int, float) and abs(n or 0) < 1e9 for n in (alpha, rank))
         if not numbers or type(rank) is not int or rank < 1 or type(stable) is not bool:
-            raise ConfigError(f"{path}: model.lora.config needs lora_alpha, r and use_rslora as numbers and true or false")
+            raise ConfigError(
+                f"{path}: model.lora.config needs lora_alpha, r and use_rslora as numbers and true or false"
+            )
         rules.append((plain_pattern(path, entry.get("regex")), alpha, rank, stable))
     return rules
 
 
 def plain_pattern(path: Path, regex: Any) -> re.Pattern[str]:
-    """The pattern compiled, if it is of the plain kind CoreNet's recipes use: a hostile one could run for ever."""
-    if not isinstance(regex, str) or len(regex) > 100 or not re.fullmatch(r"(?:\w|\.\*|\\\.|\\d\+?|\.)*", regex) \
-            or regex.count("*") + regex.count("+") > 4:  # fmt: skip
+    """The pattern compiled, if it is of the plain kind CoreNet's recipes use: a hostile one could
+    run for ever.
+    """
+    if (
+        not isinstance(regex, str)
+        or len(regex) > 100
+        or not re.fullmatch(r"(?:\w|\.\*|\\\.|\\d\+?|\.)*", regex)
+        or regex.count("*") + regex.count("+") > 4
+    ):
         raise ConfigError(
             f"{path}: the regex {str(regex)[:40]!r} of model.lora.config is more than names, '.', '.*' and '\\d'; "
             "give the strength as --lora-alpha instead"
@@ -217,18 +257,29 @@ def plain_pattern(path: Path, regex: Any) -> re.Pattern[str]:
 
 
 def write_adapter(
-    folder: Path, checkpoint: AdaptedCheckpoint, vocab_size: int, num_layers: int, quantized_embedding: bool
+    folder: Path,
+    checkpoint: AdaptedCheckpoint,
+    vocab_size: int,
+    num_layers: int,
+    quantized_embedding: bool,
 ) -> None:
-    """Write `folder`/adapters.safetensors and adapter_config.json, which mlx_lm.load(..., adapter_path=) reads.
+    """Write `folder`/adapters.safetensors and adapter_config.json, which mlx_lm.load(...,
+    adapter_path=) reads.
 
-    mlx-lm knows one rank, one scale and one kind for all layers. Lower ranks are padded with zeros, scales that differ
-    move into lora_b, and beside DoRA a LoRA layer becomes DoRA whose magnitudes are the lengths it has anyway.
+    mlx-lm knows one rank, one scale and one kind for all layers. Lower ranks are padded with zeros,
+    scales that differ move into lora_b, and beside DoRA a LoRA layer becomes DoRA whose magnitudes
+    are the lengths it has anyway.
     """
     adapters = list(checkpoint.adapters.values())
-    rank, scales = max(adapter.rank for adapter in adapters), {adapter.scale for adapter in adapters}
+    rank, scales = (
+        max(adapter.rank for adapter in adapters),
+        {adapter.scale for adapter in adapters},
+    )
     dora = any(adapter.magnitude is not None for adapter in adapters)
     if dora and quantized_embedding and any(adapter.embedding for adapter in adapters):
-        raise OptionError("mlx-lm applies no DoRA adapter to a quantized embedding; merge it, or leave the base unquantized")
+        raise OptionError(
+            "mlx-lm applies no DoRA adapter to a quantized embedding; merge it, or leave the base unquantized"
+        )
     folder.mkdir()
     arrays: dict[str, mx.array] = {}
     keys = []
@@ -237,13 +288,27 @@ def write_adapter(
         keys.append(stem)
         a, b = checkpoint.factors(adapter)
         b = b if len(scales) == 1 else b * adapter.scale
-        a, b = mx.pad(a, [(0, 0), (0, rank - adapter.rank)]), mx.pad(b, [(0, rank - adapter.rank), (0, 0)])
+        a, b = (
+            mx.pad(a, [(0, 0), (0, rank - adapter.rank)]),
+            mx.pad(b, [(0, rank - adapter.rank), (0, 0)]),
+        )
         arrays[f"{stem}.lora_a"] = a[:vocab_size] if adapter.embedding else a
         arrays[f"{stem}.lora_b"] = b
         if dora:
             magnitude = checkpoint.magnitude(adapter)
             arrays[f"{stem}.m"] = magnitude[:vocab_size] if adapter.embedding else magnitude
     mx.save_safetensors(str(folder / "adapters.safetensors"), arrays, metadata={"format": "mlx"})
-    parameters = {"rank": rank, "scale": scales.pop() if len(scales) == 1 else 1.0, "dropout": 0.0, "keys": keys}
-    content = {"fine_tune_type": "dora" if dora else "lora", "num_layers": num_layers, "lora_parameters": parameters}
-    (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    parameters = {
+        "rank": rank,
+        "scale": scales.pop() if len(scales) == 1 else 1.0,
+        "dropout": 0.0,
+        "keys": keys,
+    }
+    content = {
+        "fine_tune_type": "dora" if dora else "lora",
+        "num_layers": num_layers,
+        "lora_parameters": parameters,
+    }
+    (folder / "adapter_config.json").write_text(
+        json.dumps(content, indent=2) + "\n", encoding="utf-8"
+    )

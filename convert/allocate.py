@@ -1,9 +1,10 @@
 """Measured allocation: bits go where they lower the loss most, at an exactly counted size.
 
-The loss of a form is the mean KL divergence of the next-token distributions, exact model against a model in which only
-that matrix is quantized. Losses of different matrices nearly add up, so the plan that minimises their sum under a size
-is a knapsack with one choice a matrix: solved along the convex hull of (bytes, loss) of each matrix, best gain per byte
-first (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE ASSP 36:9, 1988).
+The loss of a form is the mean KL divergence of the next-token distributions, exact model against a
+model in which only that matrix is quantized. Losses of different matrices nearly add up, so the
+plan that minimises their sum under a size is a knapsack with one choice a matrix: solved along the
+convex hull of (bytes, loss) of each matrix, best gain per byte first (Shoham and Gersho, "Efficient
+bit allocation for an arbitrary set of quantizers", IEEE ASSP 36:9, 1988).
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from openelm_mlx.convert.dense import Target, Weights, embed, head, kl_divergence, layer, layer_of, target
+from openelm_mlx.convert.dense import (
+    Target,
+    Weights,
+    embed,
+    head,
+    kl_divergence,
+    layer,
+    layer_of,
+    target,
+)
 from openelm_mlx.convert.forms import BITS, ITEMSIZE, Form, Plan, all_forms, matrices
 from openelm_mlx.convert.quantize import rounded
 
@@ -22,7 +32,9 @@ from openelm_mlx.config import OpenELMConfig
 from openelm_mlx.errors import OptionError
 
 Progress = Callable[[int, int, str], None]
-Losses = dict[str, dict[Form | None, float]]  # stem -> form -> mean KL divergence in nats; None is whole and costs 0
+Losses = dict[
+    str, dict[Form | None, float]
+]  # stem -> form -> mean KL divergence in nats; None is whole and costs 0
 Moments = Mapping[str, mx.array]  # stem -> mean square of each input column, [columns]
 BATCH = 4  # rows of tokens in one pass: bounds the memory of logits
 NEAR = 1.5  # bits around the target that are measured; of other widths the error tells the loss
@@ -30,7 +42,9 @@ NEAR = 1.5  # bits around the target that are measured; of other widths the erro
 
 @dataclass(frozen=True)
 class Reference:
-    """The exact model on calibration tokens: what every candidate is compared with, and where passes resume."""
+    """The exact model on calibration tokens: what every candidate is compared with, and where
+    passes resume.
+    """
 
     config: OpenELMConfig
     weights: Weights
@@ -73,10 +87,15 @@ def make_reference(config: OpenELMConfig, weights: Weights, tokens: mx.array) ->
 
 
 def measure(
-    reference: Reference, shapes: Mapping[str, tuple[int, ...]], dtype: str, target_bpw: float,
-    progress: Progress | None = None, spread: float = 0.0,
-) -> Losses:  # fmt: skip
-    """The loss of every matrix in every form that divides its rows: widths near the target measured, others derived.
+    reference: Reference,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    target_bpw: float,
+    progress: Progress | None = None,
+    spread: float = 0.0,
+) -> Losses:
+    """The loss of every matrix in every form that divides its rows: widths near the target
+    measured, others derived.
 
     `spread` widens what counts as near, for targets this far around `target_bpw`.
     """
@@ -87,15 +106,25 @@ def measure(
     for number, (stem, shape) in enumerate(stems.items()):
         name, exact = stem + ".weight", reference.weights[stem + ".weight"]
         forms = [form for form in all_forms() if shape[1] % form.group_size == 0]
-        probes = [f for f in forms if f.mode == "affine" and f.bits in widths and f.group_size == probe_group(shape[1])]
+        probes = [
+            f
+            for f in forms
+            if f.mode == "affine" and f.bits in widths and f.group_size == probe_group(shape[1])
+        ]
         points = []
-        errors = {form: weighted_error(exact, rounded(exact, form, getattr(mx, dtype)), reference.moments.get(stem))
-                  for form in forms}  # fmt: skip
+        errors = {
+            form: weighted_error(
+                exact, rounded(exact, form, getattr(mx, dtype)), reference.moments.get(stem)
+            )
+            for form in forms
+        }
         for place, form in enumerate(probes):
             weights[name] = rounded(exact, form, getattr(mx, dtype))
             points.append((errors[form], max(reference.loss(weights, layer_of(stem)), 1e-9)))
             if progress is not None:
-                progress(number * len(probes) + place + 1, len(stems) * len(probes), f"measuring {stem}")
+                progress(
+                    number * len(probes) + place + 1, len(stems) * len(probes), f"measuring {stem}"
+                )
         weights[name] = exact
         losses[stem] = {None: 0.0} | {form: interpolated(points, errors[form]) for form in forms}
     return losses
@@ -106,16 +135,20 @@ def probe_group(columns: int) -> int:
 
 
 def weighted_error(exact: mx.array, other: mx.array, moments: mx.array | None) -> float:
-    """Mean square error of the products with inputs of these second moments, were their columns independent."""
+    """Mean square error of the products with inputs of these second moments, were their columns
+    independent.
+    """
     square = mx.square(exact - other)
     mean: Any = (square if moments is None else square * moments).mean().item()
     return max(mean, 1e-30)
 
 
 def interpolated(points: list[tuple[float, float]], error: float) -> float:
-    """The loss at this error: straight lines through the measured points, both on logarithmic scales.
+    """The loss at this error: straight lines through the measured points, both on logarithmic
+    scales.
 
-    Beyond the points loss is proportional to error, as it is for small ones (KL is quadratic, so is the error).
+    Beyond the points loss is proportional to error, as it is for small ones (KL is quadratic, so is
+    the error).
     """
     points = sorted(points)
     if not points:
@@ -142,26 +175,41 @@ def form_bytes(form: Form | None, shape: tuple[int, ...], dtype: str) -> int:
     return math.prod(shape) * ITEMSIZE[dtype] if form is None else form.nbytes(shape, dtype)
 
 
-def choose(losses: Losses, shapes: Mapping[str, tuple[int, ...]], dtype: str, target_bpw: float) -> dict[str, Form | None]:
-    """The forms of least summed loss whose bytes, all tensors counted, are at most `target_bpw` bits per weight.
+def choose(
+    losses: Losses, shapes: Mapping[str, tuple[int, ...]], dtype: str, target_bpw: float
+) -> dict[str, Form | None]:
+    """The forms of least summed loss whose bytes, all tensors counted, are at most `target_bpw`
+    bits per weight.
 
     Raises `OptionError` where even the smallest forms need more.
     """
     budget = int(target_bpw * sum(math.prod(shape) for shape in shapes.values()) / 8)
-    sizes = {stem: {form: form_bytes(form, shapes[f"{stem}.weight"], dtype) for form in of} for stem, of in losses.items()}
-    hulls = {stem: hull([(sizes[stem][form], loss, form) for form, loss in of.items()]) for stem, of in losses.items()}
+    sizes = {
+        stem: {form: form_bytes(form, shapes[f"{stem}.weight"], dtype) for form in of}
+        for stem, of in losses.items()
+    }
+    hulls = {
+        stem: hull([(sizes[stem][form], loss, form) for form, loss in of.items()])
+        for stem, of in losses.items()
+    }
     plan = {stem: points[0][2] for stem, points in hulls.items()}
     room = budget - plan_bytes(plan, shapes, dtype)
     if room < 0:
-        least = 8 * plan_bytes(plan, shapes, dtype) / sum(math.prod(shape) for shape in shapes.values())
-        raise OptionError(f"target_bpw is {target_bpw}; the smallest this model can be is {least:.3f}")
+        least = (
+            8 * plan_bytes(plan, shapes, dtype) / sum(math.prod(shape) for shape in shapes.values())
+        )
+        raise OptionError(
+            f"target_bpw is {target_bpw}; the smallest this model can be is {least:.3f}"
+        )
     steps = [
         ((low[1] - high[1]) / (high[0] - low[0]), stem, place, high[0] - low[0])
         for stem, points in hulls.items()
         for place, (low, high) in enumerate(zip(points, points[1:], strict=False))
     ]
     taken = dict.fromkeys(hulls, 0)
-    for _, stem, place, cost in sorted(steps, key=lambda step: -step[0]):  # a hull's own steps stay in order
+    for _, stem, place, cost in sorted(
+        steps, key=lambda step: -step[0]
+    ):  # a hull's own steps stay in order
         if cost <= room and taken[stem] == place:
             taken[stem], room = place + 1, room - cost
     plan = {stem: hulls[stem][place][2] for stem, place in taken.items()}
@@ -169,7 +217,9 @@ def choose(losses: Losses, shapes: Mapping[str, tuple[int, ...]], dtype: str, ta
 
 
 def hull(points: list[tuple[int, float, Form | None]]) -> list[tuple[int, float, Form | None]]:
-    """The lower convex hull of (bytes, loss): smallest first, each step a smaller gain per byte than the one before."""
+    """The lower convex hull of (bytes, loss): smallest first, each step a smaller gain per byte
+    than the one before.
+    """
     kept: list[tuple[int, float, Form | None]] = []
     for point in sorted(points, key=lambda p: (p[0], p[1])):
         if kept and point[1] >= kept[-1][1]:
@@ -187,18 +237,31 @@ def gain(low: tuple[int, float, Form | None], high: tuple[int, float, Form | Non
 
 
 def exchanged(
-    plan: dict[str, Form | None], losses: Losses, sizes: Mapping[str, Mapping[Form | None, int]], room: int
+    plan: dict[str, Form | None],
+    losses: Losses,
+    sizes: Mapping[str, Mapping[Form | None, int]],
+    room: int,
 ) -> dict[str, Form | None]:
-    """Fill the room that is left: single changes, or one matrix giving bytes to another, while the sum falls."""
+    """Fill the room that is left: single changes, or one matrix giving bytes to another, while the
+    sum falls.
+    """
     while True:
         moves = [
-            (losses[stem][form] - losses[stem][plan[stem]], sizes[stem][form] - sizes[stem][plan[stem]], stem, form)
+            (
+                losses[stem][form] - losses[stem][plan[stem]],
+                sizes[stem][form] - sizes[stem][plan[stem]],
+                stem,
+                form,
+            )
             for stem in plan
             for form in losses[stem]
             if form != plan[stem]
         ]
-        best = min(((change, [move]) for move in moves for change, cost in [move[:2]] if cost <= room), default=(0.0, []),
-                   key=lambda entry: entry[0])  # fmt: skip
+        best = min(
+            ((change, [move]) for move in moves for change, cost in [move[:2]] if cost <= room),
+            default=(0.0, []),
+            key=lambda entry: entry[0],
+        )
         ups = sorted((m for m in moves if m[0] < 0), key=lambda m: m[0])[:64]
         downs = [m for m in moves if m[1] < 0]
         for up in ups:
@@ -213,8 +276,8 @@ def exchanged(
 
 def true_loss(reference: Reference, plan: Plan, dtype: str) -> float:
     """The loss with every matrix in its planned form at once."""
-    weights = {name: rounded(array, plan.get(name.removesuffix(".weight")), getattr(mx, dtype))
-               for name, array in reference.weights.items()}  # fmt: skip
+    weights = {
+        name: rounded(array, plan.get(name.removesuffix(".weight")), getattr(mx, dtype))
+        for name, array in reference.weights.items()
+    }
     return reference.loss(weights)
-
-

@@ -1,4 +1,6 @@
-"""Learned rounding on top of any plan: matrices one after another, each on the inputs the rounded ones before it give."""
+"""Learned rounding on top of any plan: matrices one after another, each on the inputs the rounded
+ones before it give.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,16 @@ Progress = Callable[[int, int, str], None]
 BATCH = 8  # rows of tokens in one pass
 GPTQ_ROWS = 64  # more change the second moments little
 LAYER_MATRICES = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
-INPUT_DAMPING = 0.1  # for the tied embeddings: they are inputs too, where every column matters alike
+INPUT_DAMPING = (
+    0.1  # for the tied embeddings: they are inputs too, where every column matters alike
+)
 
 
 @dataclass
 class Learned:
-    """Float32 weights as the rounded model has them, and the codes of its affine matrices by stem."""
+    """Float32 weights as the rounded model has them, and the codes of its affine matrices by
+    stem.
+    """
 
     weights: dict[str, mx.array]
     codes: dict[str, Codes] = field(default_factory=dict)
@@ -41,14 +47,24 @@ class Learned:
         """The float32 weights the stored tensors stand for, whole ones rounded to `dtype`."""
         packed = {f"{stem}.weight" for stem, form in self.plan.items() if form is not None}
         kind = getattr(mx, dtype)
-        return {name: a if name in packed else a.astype(kind).astype(mx.float32) for name, a in self.weights.items()}
+        return {
+            name: a if name in packed else a.astype(kind).astype(mx.float32)
+            for name, a in self.weights.items()
+        }
 
 
 def calibrate(
-    method: str, config: OpenELMConfig, exact: Weights, plan: Plan, tokens: mx.array, dtype: str,
+    method: str,
+    config: OpenELMConfig,
+    exact: Weights,
+    plan: Plan,
+    tokens: mx.array,
+    dtype: str,
     progress: Progress | None = None,
-) -> Learned:  # fmt: skip
-    """Learn the rounding of `plan` on tokens [rows, length]: `gptq`, or `distill`, which goes on from there."""
+) -> Learned:
+    """Learn the rounding of `plan` on tokens [rows, length]: `gptq`, or `distill`, which goes on
+    from there.
+    """
     learned = calibrate_gptq(config, exact, plan, tokens[:GPTQ_ROWS], dtype, progress)
     if method == "gptq":
         return learned
@@ -58,16 +74,30 @@ def calibrate(
 
 
 def calibrate_gptq(
-    config: OpenELMConfig, exact: Weights, plan: Plan, tokens: mx.array, dtype: str, progress: Progress | None = None
+    config: OpenELMConfig,
+    exact: Weights,
+    plan: Plan,
+    tokens: mx.array,
+    dtype: str,
+    progress: Progress | None = None,
 ) -> Learned:
-    """Round every affine matrix of `plan` with error feedback on tokens [rows, length]; block formats to nearest.
+    """Round every affine matrix of `plan` with error feedback on tokens [rows, length]; block
+    formats to nearest.
 
-    The second moments come from the model rounded so far, so that later matrices make up for earlier ones.
+    The second moments come from the model rounded so far, so that later matrices make up for
+    earlier ones.
     """
     done = Learned(dict(exact), plan=plan)
     batches = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
-    order = ([EMBEDDINGS] + [f"transformer.layers.{n}.{stem}" for n in range(config.num_transformer_layers)
-             for stem in LAYER_MATRICES] + ([] if config.share_input_output_layers else ["lm_head"]))  # fmt: skip
+    order = (
+        [EMBEDDINGS]
+        + [
+            f"transformer.layers.{n}.{stem}"
+            for n in range(config.num_transformer_layers)
+            for stem in LAYER_MATRICES
+        ]
+        + ([] if config.share_input_output_layers else ["lm_head"])
+    )
     states: list[mx.array] = []
     for place, stem in enumerate(order):
         if progress is not None:
@@ -81,9 +111,13 @@ def calibrate_gptq(
                 moments, damping = head_moments(config, exact, batches), {"damping": INPUT_DAMPING}
         elif stem == "lm_head":
             states = advance(config, done.weights, batches, states, config.num_transformer_layers)
-            moments = second_moments(lambda x, look: head(config, done.weights, x, look), states, stem)
+            moments = second_moments(
+                lambda x, look: head(config, done.weights, x, look), states, stem
+            )
         else:
-            moments = second_moments(lambda x, look, n=number: layer(config, n, done.weights, x, look), states, stem)
+            moments = second_moments(
+                lambda x, look, n=number: layer(config, n, done.weights, x, look), states, stem
+            )
         round_one(done, exact, stem, moments, dtype, **damping)
     if progress is not None:
         progress(len(order), len(order), "rounded")
@@ -91,7 +125,12 @@ def calibrate_gptq(
 
 
 def round_one(
-    done: Learned, exact: Weights, stem: str, moments: mx.array | None, dtype: str, damping: float = 0.01
+    done: Learned,
+    exact: Weights,
+    stem: str,
+    moments: mx.array | None,
+    dtype: str,
+    damping: float = 0.01,
 ) -> None:
     form, name = done.plan.get(stem), f"{stem}.weight"
     kind = getattr(mx, dtype)
@@ -99,14 +138,20 @@ def round_one(
         stored = quantized(name, exact[name].astype(kind), form)
         done.weights[name] = restored(name, stored, form)
         return
-    hessian = np.eye(exact[name].shape[1], dtype=np.float32) if moments is None else np.array(moments)
+    hessian = (
+        np.eye(exact[name].shape[1], dtype=np.float32) if moments is None else np.array(moments)
+    )
     codes = error_feedback(np.array(exact[name]), hessian, form, kind, damping)
     done.codes[stem] = codes
     done.weights[name] = mx.array(codes.dense())
 
 
 def advance(
-    config: OpenELMConfig, weights: Weights, batches: list[mx.array], states: list[mx.array], number: int
+    config: OpenELMConfig,
+    weights: Weights,
+    batches: list[mx.array],
+    states: list[mx.array],
+    number: int,
 ) -> list[mx.array]:
     """The inputs of layer `number` from those of the layer before it, which is rounded by now."""
     if number == 0:
@@ -143,5 +188,3 @@ def head_moments(config: OpenELMConfig, exact: Weights, batches: list[mx.array])
         total, count = total + inputs.T @ inputs, count + len(inputs)
         mx.eval(total)
     return total / count
-
-

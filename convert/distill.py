@@ -1,8 +1,10 @@
-"""Learning by gradient what rounding lost: codes, scales, biases and norms against the exact model's distributions.
+"""Learning by gradient what rounding lost: codes, scales, biases and norms against the exact
+model's distributions.
 
-The rounded model is trained to give the exact model's next-token distributions (KL divergence) on calibration text.
-Rounding passes gradients straight through (Bengio et al., arXiv:1308.3432); scales and biases are learned as in LLM-QAT
-and mlx-lm's distilled weight quantization. It starts where error feedback ended, so every step is a small one.
+The rounded model is trained to give the exact model's next-token distributions (KL divergence) on
+calibration text. Rounding passes gradients straight through (Bengio et al., arXiv:1308.3432);
+scales and biases are learned as in LLM-QAT and mlx-lm's distilled weight quantization. It starts
+where error feedback ended, so every step is a small one.
 """
 
 from __future__ import annotations
@@ -16,7 +18,16 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 from openelm_mlx.convert.calibrate import Learned
-from openelm_mlx.convert.dense import Target, Weights, embed, head, kl_divergence, layer, logits, target
+from openelm_mlx.convert.dense import (
+    Target,
+    Weights,
+    embed,
+    head,
+    kl_divergence,
+    layer,
+    logits,
+    target,
+)
 from openelm_mlx.convert.gptq import Codes
 from openelm_mlx.convert.grids import as_stored
 
@@ -28,7 +39,9 @@ SEED = 17
 
 @dataclass(frozen=True)
 class Schedule:
-    """Adam with a warm-up and a cosine to zero. Rates are relative: codes in steps of the grid, the rest in shares."""
+    """Adam with a warm-up and a cosine to zero. Rates are relative: codes in steps of the grid, the
+    rest in shares.
+    """
 
     epochs: float = 1.5  # passes over the calibration rows
     rows: int = 4  # in one step
@@ -44,7 +57,9 @@ class Schedule:
 
 @dataclass
 class Start:
-    """A matrix as error feedback left it: codes before rounding [rows, columns], scales and biases [rows, groups]."""
+    """A matrix as error feedback left it: codes before rounding [rows, columns], scales and biases
+    [rows, groups].
+    """
 
     codes: Codes
     place: mx.array
@@ -52,7 +67,9 @@ class Start:
     biases: mx.array
 
     def weights(self, moved: dict[str, mx.array]) -> mx.array:
-        """Float32 weights [rows, columns] after these changes; gradients pass the rounding as if it were not there."""
+        """Float32 weights [rows, columns] after these changes; gradients pass the rounding as if it
+        were not there.
+        """
         size, top = self.codes.form.group_size, 2**self.codes.form.bits - 1
         place = mx.clip(moved["codes"], 0, top)
         rounded = place + mx.stop_gradient(mx.round(place) - place)
@@ -63,10 +80,17 @@ class Start:
 
 
 def distill(
-    config: OpenELMConfig, exact: Weights, start: Learned, tokens: mx.array, dtype: str,
-    schedule: Schedule | None = None, progress: Progress | None = None,
-) -> Learned:  # fmt: skip
-    """Train `start` on tokens [rows, length]. The same tokens and seed give the same result on one machine."""
+    config: OpenELMConfig,
+    exact: Weights,
+    start: Learned,
+    tokens: mx.array,
+    dtype: str,
+    schedule: Schedule | None = None,
+    progress: Progress | None = None,
+) -> Learned:
+    """Train `start` on tokens [rows, length]. The same tokens and seed give the same result on one
+    machine.
+    """
     schedule = schedule or Schedule()
     starts = {
         stem: Start(codes, mx.array(codes.before), mx.array(codes.scales), mx.array(codes.biases))
@@ -74,14 +98,26 @@ def distill(
     }
     norms = [name for name, array in exact.items() if array.ndim == 1]
     moved: dict[str, Any] = {
-        "matrices": [{"codes": s.place, "scales": mx.zeros(s.scales.shape), "biases": mx.zeros(s.biases.shape)}
-                     for s in starts.values()],
+        "matrices": [
+            {
+                "codes": s.place,
+                "scales": mx.zeros(s.scales.shape),
+                "biases": mx.zeros(s.biases.shape),
+            }
+            for s in starts.values()
+        ],
         "norms": [mx.zeros(exact[name].shape) for name in norms],
-    }  # fmt: skip
+    }
 
     def weights_of(moved: dict[str, Any]) -> dict[str, mx.array]:
-        matrices = {f"{stem}.weight": starts[stem].weights(own) for stem, own in zip(starts, moved["matrices"], strict=True)}
-        changed = {name: exact[name] * (1 + share) for name, share in zip(norms, moved["norms"], strict=True)}
+        matrices = {
+            f"{stem}.weight": starts[stem].weights(own)
+            for stem, own in zip(starts, moved["matrices"], strict=True)
+        }
+        changed = {
+            name: exact[name] * (1 + share)
+            for name, share in zip(norms, moved["norms"], strict=True)
+        }
         return {**start.weights, **matrices, **changed}
 
     def loss(moved: dict[str, Any], batch: mx.array, reference: Target) -> mx.array:
@@ -106,7 +142,14 @@ def distill(
 
 
 def adam(
-    values: Any, slopes: Any, first: Any, second: Any, rates: Any, schedule: Schedule, step: int, steps: int
+    values: Any,
+    slopes: Any,
+    first: Any,
+    second: Any,
+    rates: Any,
+    schedule: Schedule,
+    step: int,
+    steps: int,
 ) -> tuple[Any, Any, Any]:
     """One step of Adam (arXiv:1412.6980) at a rate of its own for every kind of value."""
     a, b = schedule.decays
@@ -115,13 +158,19 @@ def adam(
     now = schedule.rate(step, steps)
     correct = math.sqrt(1 - b ** (step + 1)) / (1 - a ** (step + 1))
     values = tree_map(
-        lambda x, m, v, rate: x - now * rate * correct * m / (mx.sqrt(v) + 1e-12), values, first, second, rates
+        lambda x, m, v, rate: x - now * rate * correct * m / (mx.sqrt(v) + 1e-12),
+        values,
+        first,
+        second,
+        rates,
     )
     return values, first, second
 
 
 def last_states(config: OpenELMConfig, exact: Weights, tokens: mx.array) -> mx.array:
-    """The exact model's states before the head [rows, length, model_dim]: its distributions are made from them anew."""
+    """The exact model's states before the head [rows, length, model_dim]: its distributions are
+    made from them anew.
+    """
     parts = []
     for start in range(0, len(tokens), 8):
         x = embed(exact, tokens[start : start + 8])
@@ -139,9 +188,13 @@ def rows_in_turn(rows: int, count: int) -> np.ndarray:
 
 
 def finished(
-    start: Learned, starts: dict[str, Start], norms: list[str], moved: dict[str, Any],
-    weights_of: Callable[[dict[str, Any]], dict[str, mx.array]], dtype: str,
-) -> Learned:  # fmt: skip
+    start: Learned,
+    starts: dict[str, Start],
+    norms: list[str],
+    moved: dict[str, Any],
+    weights_of: Callable[[dict[str, Any]], dict[str, mx.array]],
+    dtype: str,
+) -> Learned:
     """Codes rounded for good, scales, biases and norms as they will be stored."""
     kind = getattr(mx, dtype)
     result = Learned(dict(weights_of(moved)), plan=start.plan)

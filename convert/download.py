@@ -1,8 +1,10 @@
-"""Fetch a large file over HTTP so that nothing is lost by a cut connection and nothing is taken that changed.
+"""Fetch a large file over HTTP so that nothing is lost by a cut connection and nothing is taken
+that changed.
 
-A download goes to `NAME.part`, beside it `NAME.part.json` with what the server said of the file; the next attempt, or
-the next run, goes on from there if the server still offers the same file. What a first complete download was is
-recorded in `NAME.record.json` (address, size, SHA-256), and every later use is checked against that.
+A download goes to `NAME.part`, beside it `NAME.part.json` with what the server said of the file;
+the next attempt, or the next run, goes on from there if the server still offers the same file. What
+a first complete download was is recorded in `NAME.record.json` (address, size, SHA-256), and every
+later use is checked against that.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from openelm_mlx.errors import HubError, OpenELMError, reason
 from openelm_mlx.files import replacing
 from openelm_mlx.hub import CERTIFICATE_REMEDY
 
-Progress = Callable[[int, int | None, str], None]  # bytes there, bytes in all (None: not said), file name
+Progress = Callable[
+    [int, int | None, str], None
+]  # bytes there, bytes in all (None: not said), file name
 CHUNK = 1 << 20
 MAX_BYTES = 1 << 38  # 274 GB; the largest published file has 12 GB
 TIMEOUT = 30.0  # seconds without a byte
@@ -41,7 +45,9 @@ DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 @dataclass
 class Offer:
-    """What a server says of a file: its size, and the tag that changes with its content. None: it does not say."""
+    """What a server says of a file: its size, and the tag that changes with its content. None: it
+    does not say.
+    """
 
     size: int | None
     tag: str | None
@@ -50,20 +56,31 @@ class Offer:
 class SameScheme(urllib.request.HTTPRedirectHandler):
     """Redirects are followed to http(s) only, and never from https to http."""
 
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str) -> Any:
-        if not newurl.startswith("https://") and not (newurl.startswith("http://") and req.full_url.startswith("http://")):
-            raise HubError(f"{req.full_url} redirects to {newurl[:200]}, which is not a safe address; not followed")
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
+    ) -> Any:
+        if not newurl.startswith("https://") and not (
+            newurl.startswith("http://") and req.full_url.startswith("http://")
+        ):
+            raise HubError(
+                f"{req.full_url} redirects to {newurl[:200]}, which is not a safe address; not followed"
+            )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def fetch(
-    url: str, target: Path, progress: Progress | None = None, inspect: Callable[[Path], None] | None = None,
-    timeout: float = TIMEOUT, wait: Callable[[float], None] = time.sleep,
-) -> Path:  # fmt: skip
+    url: str,
+    target: Path,
+    progress: Progress | None = None,
+    inspect: Callable[[Path], None] | None = None,
+    timeout: float = TIMEOUT,
+    wait: Callable[[float], None] = time.sleep,
+) -> Path:
     """Make `target` the file at `url`, downloaded now or before. Raises `HubError`.
 
-    `inspect` raises an `OpenELMError` for a file that is not what it should be, which is then not kept. `timeout` is in
-    seconds without a byte; `wait` is called with the seconds between attempts.
+    `inspect` raises an `OpenELMError` for a file that is not what it should be, which is then not
+    kept. `timeout` is in seconds without a byte; `wait` is called with the seconds between
+    attempts.
     """
     record = target.with_name(f"{target.name}.record.json")
     recorded = read_record(record)
@@ -75,12 +92,17 @@ def fetch(
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise HubError(f"{part} is being downloaded by another process; wait for it to end") from None
+            raise HubError(
+                f"{part} is being downloaded by another process; wait for it to end"
+            ) from None
         digest = Download(url, target, file, progress, timeout, wait).run()
         file.flush()
         os.fsync(file.fileno())
         found = {"url": url, "size": file.tell(), "sha256": digest}
-        if recorded is not None and (recorded["size"], recorded["sha256"]) != (found["size"], digest):
+        if recorded is not None and (recorded["size"], recorded["sha256"]) != (
+            found["size"],
+            digest,
+        ):
             file.truncate(0)
             raise HubError(
                 f"{url} is not the file it was: {found['size']} bytes with SHA-256 {digest}, at the first download "
@@ -99,10 +121,19 @@ def fetch(
 
 
 class Download:
-    """One file on its way: attempts until it is whole, or until several in a row brought nothing."""
+    """One file on its way: attempts until it is whole, or until several in a row brought
+    nothing.
+    """
 
-    def __init__(self, url: str, target: Path, file: IO[bytes], progress: Progress | None, timeout: float,
-                 wait: Callable[[float], None]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        url: str,
+        target: Path,
+        file: IO[bytes],
+        progress: Progress | None,
+        timeout: float,
+        wait: Callable[[float], None],
+    ) -> None:
         self.url, self.target, self.file, self.timeout, self.wait = url, target, file, timeout, wait
         self.progress = progress or (lambda done, total, name: None)
         self.state = state_of(Path(file.name))
@@ -122,7 +153,9 @@ class Download:
             try:
                 if self.attempt(before):
                     return file_hash(self.file)
-                problem = f"the connection ended after {self.file.tell()} of {self.offer.size} bytes"
+                problem = (
+                    f"the connection ended after {self.file.tell()} of {self.offer.size} bytes"
+                )
             except urllib.error.HTTPError as error:
                 self.reached = True
                 problem = problem if error.code == 416 and problem else f"HTTP {error.code}"
@@ -139,7 +172,11 @@ class Download:
                     break  # it will be so in a minute, too
             fruitless = 0 if self.file.seek(0, os.SEEK_END) > before else fruitless + 1
         kept = self.file.tell()
-        remedy = f"{kept} bytes are kept, and the same command goes on from there" if kept else "check the network, try again"
+        remedy = (
+            f"{kept} bytes are kept, and the same command goes on from there"
+            if kept
+            else "check the network, try again"
+        )
         if "CERTIFICATE_VERIFY_FAILED" in problem:
             problem, remedy = "its certificate cannot be verified", CERTIFICATE_REMEDY
         raise HubError(f"cannot fetch {self.url}: {problem}; {remedy}")
@@ -147,9 +184,13 @@ class Download:
     def attempt(self, start: int) -> bool:
         """Ask for what is missing and write what comes; whether the file is whole then."""
         headers = {"User-Agent": "openelm-mlx", "Accept-Encoding": "identity"}
-        if start and self.offer.tag:  # without a tag nobody can tell whether it is still the same file
+        if (
+            start and self.offer.tag
+        ):  # without a tag nobody can tell whether it is still the same file
             headers |= {"Range": f"bytes={start}-", "If-Range": self.offer.tag}
-        with self.opener.open(urllib.request.Request(self.url, headers=headers), timeout=self.timeout) as response:
+        with self.opener.open(
+            urllib.request.Request(self.url, headers=headers), timeout=self.timeout
+        ) as response:
             self.reached = True
             offer = offered(response)
             if response.status == 206 and (offer.begin != start or offer.size != self.offer.size):
@@ -158,7 +199,9 @@ class Download:
             if response.status != 206:
                 self.start_over()
             if (offer.size or 0) > MAX_BYTES:
-                raise HubError(f"{self.url} claims {offer.size} bytes; no published file has that many")
+                raise HubError(
+                    f"{self.url} claims {offer.size} bytes; no published file has that many"
+                )
             self.remember(Offer(offer.size, offer.tag or self.offer.tag))
             self.check_room()
             return self.receive(response)
@@ -169,14 +212,18 @@ class Download:
             done += len(block)
             if done > (MAX_BYTES if total is None else total):
                 self.start_over()
-                raise HubError(f"{self.url} sends more than the {total} bytes it promised; not taken")
+                raise HubError(
+                    f"{self.url} sends more than the {total} bytes it promised; not taken"
+                )
             self.file.write(block)
             self.progress(done, total, self.target.name)
         self.file.flush()
         return total is None or done == total
 
     def start_over(self) -> None:
-        self.restarts += int(self.file.seek(0, os.SEEK_END) > 0)  # or a server could keep this going for ever
+        self.restarts += int(
+            self.file.seek(0, os.SEEK_END) > 0
+        )  # or a server could keep this going for ever
         self.file.truncate(0)
         self.remember(Offer(None, None))
 
@@ -188,7 +235,9 @@ class Download:
         missing = (self.offer.size or 0) - self.file.seek(0, os.SEEK_END)
         free = shutil.disk_usage(self.target.parent).free
         if missing > free:
-            raise HubError(f"{self.target.parent} has {free} bytes free; {self.url} needs {missing} more")
+            raise HubError(
+                f"{self.target.parent} has {free} bytes free; {self.url} needs {missing} more"
+            )
 
 
 @dataclass
@@ -203,7 +252,9 @@ def offered(response: Any) -> Answer:
     if tag is not None and tag.startswith("W/"):
         tag = None  # a weak tag does not promise the same bytes
     if response.status == 206:
-        match = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", headers.get("Content-Range", ""))
+        match = re.fullmatch(
+            r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", headers.get("Content-Range", "")
+        )
         return Answer(int(match[2]), tag, int(match[1])) if match else Answer(None, tag, -1)
     length = headers.get("Content-Length", "")
     return Answer(int(length) if re.fullmatch(r"\d{1,30}", length) else None, tag, 0)
@@ -239,7 +290,10 @@ def state_of(part: Path) -> Path:
 def read_offer(path: Path) -> Offer:
     raw = read_json(path)
     size, tag = raw.get("size"), raw.get("tag")
-    return Offer(size if type(size) is int else None, tag if isinstance(tag, str) and tag.isprintable() else None)
+    return Offer(
+        size if type(size) is int else None,
+        tag if isinstance(tag, str) and tag.isprintable() else None,
+    )
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

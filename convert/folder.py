@@ -1,4 +1,6 @@
-"""What a model folder holds besides its weights: configuration, tokenizer, chat template, card, record."""
+"""What a model folder holds besides its weights: configuration, tokenizer, chat template, card,
+record.
+"""
 
 from __future__ import annotations
 
@@ -41,17 +43,25 @@ CHAT_TEMPLATE = """\
 
 
 def find_tokenizer(options: ConvertOptions, source: TensorSource) -> TokenizerModel:
-    """`--tokenizer` (a file or a folder), else what the source carries, else beside it. Raises `TokenizerError`."""
+    """`--tokenizer` (a file or a folder), else what the source carries, else beside it. Raises
+    `TokenizerError`.
+    """
     given = options.tokenizer
     if given is None and source.tokenizer is not None:
         return source.tokenizer
     folder = options.source if options.source.is_dir() else options.source.parent
     path = folder if given is None else given
-    found = [path] if os.path.isfile(path) else [path / name for name in TOKENIZER_FILES if os.path.isfile(path / name)]
+    found = (
+        [path]
+        if os.path.isfile(path)
+        else [path / name for name in TOKENIZER_FILES if os.path.isfile(path / name)]
+    )
     if found:
         return read_tokenizer(found[0])
     if given is not None:
-        raise TokenizerError(f"{given} does not exist; --tokenizer takes a SentencePiece tokenizer.model")
+        raise TokenizerError(
+            f"{given} does not exist; --tokenizer takes a SentencePiece tokenizer.model"
+        )
     raise TokenizerError(
         f"no tokenizer.model beside {options.source}; give one with --tokenizer "
         "(OpenELM uses LLaMA's, 32000 pieces; its checkpoints do not contain it)"
@@ -59,10 +69,18 @@ def find_tokenizer(options: ConvertOptions, source: TensorSource) -> TokenizerMo
 
 
 def write_side_files(
-    folder: Path, config: OpenELMConfig, tokenizer: TokenizerModel, forms: Plan,
-    record: dict[str, Any], instruct: bool, licence: Licence, sampling: dict[str, Any],
-) -> None:  # fmt: skip
-    """Everything but the weights. Raises `TokenizerError` for a tokenizer other tools would read differently."""
+    folder: Path,
+    config: OpenELMConfig,
+    tokenizer: TokenizerModel,
+    forms: Plan,
+    record: dict[str, Any],
+    instruct: bool,
+    licence: Licence,
+    sampling: dict[str, Any],
+) -> None:
+    """Everything but the weights. Raises `TokenizerError` for a tokenizer other tools would read
+    differently.
+    """
     raw = config.to_hf_dict()
     if (quantization := config_entry(forms)) is not None:
         raw["quantization"] = quantization
@@ -81,7 +99,8 @@ def write_side_files(
 
 
 def sampling_defaults(source: Path, config: OpenELMConfig) -> dict[str, Any]:
-    """Return the content of generation_config.json: that of the source's own, with all BOS and EOS ids.
+    """Return the content of generation_config.json: that of the source's own, with all BOS and EOS
+    ids.
 
     Raises `ConfigError` for a file that could not be loaded again.
     """

@@ -1,7 +1,8 @@
-"""The values a weight can take in affine mode, fitted to what matters, and codes packed as MLX packs them.
+"""The values a weight can take in affine mode, fitted to what matters, and codes packed as MLX
+packs them.
 
-A grid is a scale and a bias for each group: value = scale * code + bias. numpy, because rounding column by column is
-work for the host.
+A grid is a scale and a bias for each group: value = scale * code + bias. numpy, because rounding
+column by column is work for the host.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import mlx.core as mx
 import numpy as np
 from openelm_mlx.convert.forms import Form
 
-SHRINKS = np.linspace(1.0, 0.5, 26)  # of a group's range: values cut off buy a finer grid for the rest
+SHRINKS = np.linspace(
+    1.0, 0.5, 26
+)  # of a group's range: values cut off buy a finer grid for the rest
 REFITS = 3  # alternations of rounding and least squares
 
 
@@ -23,10 +26,12 @@ def as_stored(array: np.ndarray, dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]
 def fit_groups(
     values: np.ndarray, importance: np.ndarray, form: Form, dtype: mx.Dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and bias [rows, groups], as stored in `dtype`, of least weighted square error for values [rows, groups, group_size].
+    """Scale and bias [rows, groups], as stored in `dtype`, of least weighted square error for
+    values [rows, groups, group_size].
 
-    `importance` [groups, group_size] weighs the columns. Ranges from the full one down to half are tried, each with
-    scale and bias refitted by weighted least squares to the codes they give; the best of each group is kept.
+    `importance` [groups, group_size] weighs the columns. Ranges from the full one down to half are
+    tried, each with scale and bias refitted by weighted least squares to the codes they give; the
+    best of each group is kept.
     """
     top = 2**form.bits - 1
     low, high = values.min(-1), values.max(-1)
@@ -49,7 +54,9 @@ def fit_groups(
         kept_scale, kept_bias = as_stored(scale, dtype)[1], as_stored(bias, dtype)[1]
         safe = np.where(kept_scale == 0, 1.0, kept_scale)
         codes = np.clip(np.rint((values - kept_bias[..., None]) / safe[..., None]), 0, top)
-        error = (weight * (values - kept_bias[..., None] - kept_scale[..., None] * codes) ** 2).sum(-1)
+        error = (weight * (values - kept_bias[..., None] - kept_scale[..., None] * codes) ** 2).sum(
+            -1
+        )
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best = np.where(better, kept_scale, best[0]), np.where(better, kept_bias, best[1])
@@ -57,7 +64,9 @@ def fit_groups(
 
 
 def pack(codes: np.ndarray, bits: int) -> mx.array:
-    """Codes [rows, columns] as MLX's packed uint32 [rows, columns * bits / 32]: one stream of bits, lowest first."""
+    """Codes [rows, columns] as MLX's packed uint32 [rows, columns * bits / 32]: one stream of bits,
+    lowest first.
+    """
     rows, columns = codes.shape
     spread = (codes.astype(np.uint8)[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
     packed = np.packbits(spread.reshape(rows, columns * bits), axis=-1, bitorder="little")

@@ -1,4 +1,6 @@
-"""The configuration of a checkpoint: from its file where one is known, otherwise read off the tensors' shapes."""
+"""The configuration of a checkpoint: from its file where one is known, otherwise read off the
+tensors' shapes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def config_for(source: Path, shapes: Shapes, options: ConvertOptions) -> OpenELM
             return with_flags(OpenELMConfig.from_file(path), options)
         section = {k: v for k, v in raw.items() if k != "quantization"} or corenet_section(path)
         size = normal_name(str(section.get("model_name", "")))
-        if size in PUBLISHED:  # an adapted embedding leaves the head behind: what the tensors hold wins
+        if (
+            size in PUBLISHED
+        ):  # an adapted embedding leaves the head behind: what the tensors hold wins
             rows = matrix(shapes, "transformer.token_embeddings.weight")[0]
             held: dict[str, Any] = {"share_input_output_layers": "lm_head.weight" not in shapes}
             held |= {} if "vocab_size" in section else {"vocab_size": rows}
@@ -45,7 +49,9 @@ def config_path(source: Path, options: ConvertOptions) -> Path | None:
 
 
 def is_corenet_section(raw: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of CoreNet's MLX port: the YAML's section, not Hugging Face's keys."""
+    """Whether a config.json is that of CoreNet's MLX port: the YAML's section, not Hugging Face's
+    keys.
+    """
     return "model_name" in raw and "model_dim" not in raw
 
 
@@ -59,16 +65,24 @@ def with_flags(config: OpenELMConfig, options: ConvertOptions) -> OpenELMConfig:
         raise ConversionError(
             f"--head-dim {options.head_dim} contradicts the configuration, which has {config.head_dim}"
         )
-    return config if options.rope_base is None else replace(config, rope_freq_constant=options.rope_base)
+    return (
+        config
+        if options.rope_base is None
+        else replace(config, rope_freq_constant=options.rope_base)
+    )
 
 
 def infer_config(
-    shapes: Shapes, section: Mapping[str, Any], head_dim: int | None = None, rope_base: float | None = None
+    shapes: Shapes,
+    section: Mapping[str, Any],
+    head_dim: int | None = None,
+    rope_base: float | None = None,
 ) -> OpenELMConfig:
     """What the shapes say; `section` (of a CoreNet YAML) adds context length and padding row.
 
-    Columns of out_proj are query heads x head_dim, rows of qkv_proj (query + 2 key/value heads) x head_dim; proj_1
-    has twice proj_2's columns with a gated unit. RoPE's base and, without QK-norm, head_dim are not in the tensors.
+    Columns of out_proj are query heads x head_dim, rows of qkv_proj (query + 2 key/value heads) x
+    head_dim; proj_1 has twice proj_2's columns with a gated unit. RoPE's base and, without QK-norm,
+    head_dim are not in the tensors.
     """
     layers = count_layers(shapes)
     first = "transformer.layers.0."
@@ -79,10 +93,14 @@ def infer_config(
             "head_dim cannot be read off these tensors (no q_norm); give it as --head-dim, e.g. 64"
         )
     if norm is not None and head_dim not in (None, norm[0]):
-        raise ConversionError(f"--head-dim {head_dim} contradicts q_norm, which has {norm[0]} entries")
+        raise ConversionError(
+            f"--head-dim {head_dim} contradicts q_norm, which has {norm[0]} entries"
+        )
     width = head_dim if norm is None else norm[0]
     heads = [layer_heads(shapes, number, int(width or 0)) for number in range(layers)]
-    ffn_dims = [matrix(shapes, f"transformer.layers.{n}.ffn.proj_2.weight")[1] for n in range(layers)]
+    ffn_dims = [
+        matrix(shapes, f"transformer.layers.{n}.ffn.proj_2.weight")[1] for n in range(layers)
+    ]
     glu = matrix(shapes, first + "ffn.proj_1.weight")[0] == 2 * ffn_dims[0]
     groups = {q // kv for q, kv in heads}
     values: dict[str, Any] = {"vocab_size": vocab_size} | corenet_overrides(section)
@@ -105,7 +123,9 @@ def infer_config(
 
 
 def count_layers(shapes: Shapes) -> int:
-    numbers = {int(m[1]) for name in shapes if (m := re.match(r"transformer\.layers\.(\d{1,4})\.", name))}
+    numbers = {
+        int(m[1]) for name in shapes if (m := re.match(r"transformer\.layers\.(\d{1,4})\.", name))
+    }
     if not numbers:
         raise CheckpointError(
             "this is no OpenELM checkpoint: it holds no tensor named layers.0.attn.qkv_proj.weight"
@@ -129,7 +149,10 @@ def matrix(shapes: Shapes, name: str) -> tuple[int, int]:
 def layer_heads(shapes: Shapes, number: int, head_dim: int) -> tuple[int, int]:
     """Query and key/value heads of one layer."""
     layer = f"transformer.layers.{number}.attn."
-    rows, q_dim = matrix(shapes, layer + "qkv_proj.weight")[0], matrix(shapes, layer + "out_proj.weight")[1]
+    rows, q_dim = (
+        matrix(shapes, layer + "qkv_proj.weight")[0],
+        matrix(shapes, layer + "out_proj.weight")[1],
+    )
     kv_dim, odd = divmod(rows - q_dim, 2)
     if head_dim < 1 or odd or kv_dim < head_dim or q_dim % head_dim or kv_dim % head_dim:
         raise ConfigError(

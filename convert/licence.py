@@ -26,7 +26,9 @@ CORENET = {
 
 @dataclass(frozen=True)
 class Licence:
-    """Entries of a model card, by `KEYS`, and the files with the text; empty where none is known."""
+    """Entries of a model card, by `KEYS`, and the files with the text; empty where none is
+    known.
+    """
 
     entries: dict[str, str]
     files: tuple[Path, ...]

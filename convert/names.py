@@ -45,8 +45,12 @@ def renamed_tensors(names: Iterable[str]) -> dict[str, str]:
     return result
 
 
-def check_coverage(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `CheckpointError` that names the first tensors missing, superfluous or of the wrong shape."""
+def check_coverage(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise `CheckpointError` that names the first tensors missing, superfluous or of the wrong
+    shape.
+    """
     problems = []
     if missing := [name for name in expected if name not in found]:
         problems.append(f"{len(missing)} missing ({', '.join(missing[:3])})")

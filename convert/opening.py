@@ -1,4 +1,6 @@
-"""The first steps of a conversion: what lies in the source, what model it makes, which tokenizer belongs to it."""
+"""The first steps of a conversion: what lies in the source, what model it makes, which tokenizer
+belongs to it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ MAX_PADDING_ROWS = 256  # CoreNet pads 32000 tokens to 32128 rows; a larger gap 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A source whose tensors are known to make the model `config`; `trimmed` lacks the rows that pad the vocabulary."""
+    """A source whose tensors are known to make the model `config`; `trimmed` lacks the rows that
+    pad the vocabulary.
+    """
 
     source: TensorSource
     names: Mapping[str, str]  # Hugging Face's name -> the source's
@@ -39,15 +43,26 @@ class OpenedModel:
     @property
     def stored_forms(self) -> dict[str, Form]:
         """Hugging Face's stem -> the form a matrix is quantized in already."""
-        stems = {name.removesuffix(".weight"): original.removesuffix(".weight") for name, original in self.names.items()}
-        return {stem: self.source.forms[original] for stem, original in stems.items() if original in self.source.forms}
+        stems = {
+            name.removesuffix(".weight"): original.removesuffix(".weight")
+            for name, original in self.names.items()
+        }
+        return {
+            stem: self.source.forms[original]
+            for stem, original in stems.items()
+            if original in self.source.forms
+        }
 
     def packed(self, name: str, rows: int) -> dict[str, mx.array]:
-        """The stored arrays of a matrix among `stored_forms`, without the rows that pad the vocabulary."""
+        """The stored arrays of a matrix among `stored_forms`, without the rows that pad the
+        vocabulary.
+        """
         original, result = self.names[name], {}
         for stored, array in self.source.packed(original).items():
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-                raise CheckpointError(f"{self.source.path}: {stored} holds NaN or infinite scales; the checkpoint is damaged")
+                raise CheckpointError(
+                    f"{self.source.path}: {stored} holds NaN or infinite scales; the checkpoint is damaged"
+                )
             part = stored.removeprefix(original.removesuffix("weight"))
             result[name.removesuffix("weight") + part] = array[:rows]
         return result
@@ -60,7 +75,11 @@ def open_model(options: ConvertOptions) -> OpenedModel:
         names = renamed_tensors(source.tensors)
         shapes = {name: source.tensors[original].shape for name, original in names.items()}
         own = source.config
-        config = with_flags(own, options) if own and not options.config else config_for(options.source, shapes, options)
+        config = (
+            with_flags(own, options)
+            if own and not options.config
+            else config_for(options.source, shapes, options)
+        )
         check_coverage(shapes, expected_tensors(config))
         tokenizer = find_tokenizer(options, source)
         return OpenedModel(source, names, config, trim_vocabulary(config, tokenizer), tokenizer)
@@ -79,13 +98,21 @@ def with_adapters(source: TensorSource, options: ConvertOptions) -> TensorSource
         yaml = None if path is None or path.suffix == ".json" else path
         lora = LoraOptions(options.lora_alpha, bool(options.rank_stabilised), yaml)
         return AdaptedCheckpoint(source, lora, merge=options.adapter != "keep")
-    if options.adapter is not None or options.lora_alpha is not None or options.rank_stabilised is not None:
-        raise OptionError(f"{options.source} holds no adapter; leave out --adapter, --lora-alpha and --rank-stabilised")
+    if (
+        options.adapter is not None
+        or options.lora_alpha is not None
+        or options.rank_stabilised is not None
+    ):
+        raise OptionError(
+            f"{options.source} holds no adapter; leave out --adapter, --lora-alpha and --rank-stabilised"
+        )
     return source
 
 
 def trim_vocabulary(config: OpenELMConfig, tokenizer: TokenizerModel) -> OpenELMConfig:
-    """The configuration without the rows that pad the vocabulary. Raises `TokenizerError` for a mismatch."""
+    """The configuration without the rows that pad the vocabulary. Raises `TokenizerError` for a
+    mismatch.
+    """
     pieces = tokenizer.num_pieces
     if not 0 <= config.vocab_size - pieces <= MAX_PADDING_ROWS:
         raise TokenizerError(
@@ -93,4 +120,8 @@ def trim_vocabulary(config: OpenELMConfig, tokenizer: TokenizerModel) -> OpenELM
             "this is another model's tokenizer; give the right one with --tokenizer"
         )
     padding = config.padding_index
-    return replace(config, vocab_size=pieces, padding_index=padding if padding is not None and padding < pieces else None)
+    return replace(
+        config,
+        vocab_size=pieces,
+        padding_index=padding if padding is not None and padding < pieces else None,
+    )

@@ -20,100 +20,160 @@ CALIBRATIONS = ("gptq", "distill")
 @explained()
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What to convert, where to, and how. Raises `OptionError` for the first field that is not allowed."""
+    """What to convert, where to, and how. Raises `OptionError` for the first field that is not
+    allowed.
+    """
 
     source: Path = field(metadata={"help": "a CoreNet .pt file, a model folder or a GGUF file"})
     target: Path = field(metadata={"help": "the model folder, or GGUF file, to write"})
     source_format: str | None = field(
-        default=None, metadata={"help": "what the source is; unset detects it", "flag": "--from", "choices": SOURCE_FORMATS}
+        default=None,
+        metadata={
+            "help": "what the source is; unset detects it",
+            "flag": "--from",
+            "choices": SOURCE_FORMATS,
+        },
     )
     target_format: str = field(
         default="mlx", metadata={"help": "what to write", "flag": "--to", "choices": TARGET_FORMATS}
     )
     dtype: str | None = field(
-        default=None, metadata={"help": "type of the weights; unset keeps what there is, quantized or not", "choices": DTYPES}
+        default=None,
+        metadata={
+            "help": "type of the weights; unset keeps what there is, quantized or not",
+            "choices": DTYPES,
+        },
     )
     head_dim: int | None = field(
-        default=None, metadata={"help": "width of a head, where the tensors do not tell", "range": (2, 65536)}
+        default=None,
+        metadata={"help": "width of a head, where the tensors do not tell", "range": (2, 65536)},
     )
     rope_base: float | None = field(
-        default=None, metadata={"help": "base of the rotary embeddings; unset is 10000", "range": (1.0, 1e12)}
+        default=None,
+        metadata={"help": "base of the rotary embeddings; unset is 10000", "range": (1.0, 1e12)},
     )
-    config: Path | None = field(default=None, metadata={"help": "CoreNet YAML or config.json of the source"})
+    config: Path | None = field(
+        default=None, metadata={"help": "CoreNet YAML or config.json of the source"}
+    )
     tokenizer: Path | None = field(
         default=None, metadata={"help": "tokenizer.model; unset looks beside the source"}
     )
     adapter: str | None = field(
         default=None,
-        metadata={"help": "merge a LoRA or DoRA adapter (the default), or keep it in a folder of its own", "choices": ADAPTER},
+        metadata={
+            "help": "merge a LoRA or DoRA adapter (the default), or keep it in a folder of its own",
+            "choices": ADAPTER,
+        },
     )
     adapter_folder: Path | None = field(
-        default=None, metadata={"help": "merge this adapter of mlx-lm's (adapters.safetensors, adapter_config.json)",
-                                 "metavar": "FOLDER"}
+        default=None,
+        metadata={
+            "help": "merge this adapter of mlx-lm's (adapters.safetensors, adapter_config.json)",
+            "metavar": "FOLDER",
+        },
     )
     lora_alpha: float | None = field(
-        default=None, metadata={"help": "strength of an adapter that has no YAML", "range": (0.0, 1e6)}
+        default=None,
+        metadata={"help": "strength of an adapter that has no YAML", "range": (0.0, 1e6)},
     )
     rank_stabilised: bool | None = field(
-        default=None, metadata={"help": "with --lora-alpha: divide it by the root of the rank (rsLoRA)"}
+        default=None,
+        metadata={"help": "with --lora-alpha: divide it by the root of the rank (rsLoRA)"},
     )
-    bits: int | None = field(default=None, metadata={"help": "quantize to this many bits", "choices": BITS})
+    bits: int | None = field(
+        default=None, metadata={"help": "quantize to this many bits", "choices": BITS}
+    )
     group_size: int | None = field(
-        default=None, metadata={"help": "weights that share a scale; unset is 64", "choices": (16, *GROUP_SIZES)}
+        default=None,
+        metadata={"help": "weights that share a scale; unset is 64", "choices": (16, *GROUP_SIZES)},
     )
     mode: str | None = field(
-        default=None, metadata={"help": "affine, or a block format with bits and groups of its own", "choices": tuple(MODES)}
+        default=None,
+        metadata={
+            "help": "affine, or a block format with bits and groups of its own",
+            "choices": tuple(MODES),
+        },
     )
     recipe: str | None = field(
-        default=None, metadata={"help": "forms by role: a built-in recipe's name, or a YAML file", "metavar": "NAME|FILE"}
+        default=None,
+        metadata={
+            "help": "forms by role: a built-in recipe's name, or a YAML file",
+            "metavar": "NAME|FILE",
+        },
     )
     target_bpw: float | None = field(
         default=None,
-        metadata={"help": "measure every matrix in every form and choose the best ones of this many bits per weight",
-                  "range": (2.0, 16.0)},
-    )  # fmt: skip
+        metadata={
+            "help": "measure every matrix in every form and choose the best ones of this many bits per weight",
+            "range": (2.0, 16.0),
+        },
+    )
     calibrate: str | None = field(
         default=None,
-        metadata={"help": "learn the rounding: gptq (error feedback, minutes) or distill (by gradient, longer and better)",
-                  "choices": CALIBRATIONS},
-    )  # fmt: skip
+        metadata={
+            "help": "learn the rounding: gptq (error feedback, minutes) or distill (by gradient, longer and better)",
+            "choices": CALIBRATIONS,
+        },
+    )
     calibration_text: Path | None = field(
-        default=None, metadata={"help": "text to measure and learn on; unset is what the model itself writes"}
+        default=None,
+        metadata={"help": "text to measure and learn on; unset is what the model itself writes"},
     )
     calibration_tokens: int = field(
-        default=32768, metadata={"help": "tokens to learn on; measuring takes 2048 of them", "range": (257, 1 << 24)}
+        default=32768,
+        metadata={
+            "help": "tokens to learn on; measuring takes 2048 of them",
+            "range": (257, 1 << 24),
+        },
     )
-    verify_text: Path | None = field(default=None, metadata={"help": "text to verify on; implies --verify"})
+    verify_text: Path | None = field(
+        default=None, metadata={"help": "text to verify on; implies --verify"}
+    )
     max_kl: float | None = field(
         default=None,
-        metadata={"help": "fail, and write nothing, above this mean KL divergence in nats; implies --verify",
-                  "range": (0.0, math.inf)},
-    )  # fmt: skip
-    dry_run: bool = field(default=False, metadata={"help": "show the plan, sizes and memory needed, and write nothing"})
+        metadata={
+            "help": "fail, and write nothing, above this mean KL divergence in nats; implies --verify",
+            "range": (0.0, math.inf),
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "show the plan, sizes and memory needed, and write nothing"},
+    )
     force: bool = field(default=False, metadata={"help": "replace an existing model folder"})
-    verify: bool = field(default=False, metadata={"help": "compare the result with the source in float32"})
+    verify: bool = field(
+        default=False, metadata={"help": "compare the result with the source in float32"}
+    )
     instruct: bool | None = field(
         default=None,
         metadata={"help": "add the chat template; unset goes by 'instruct' in the source's name"},
     )
 
-    source_name: str | None = None  # what the source is called where its path says nothing: a hub id, a catalog's name
+    source_name: str | None = (
+        None  # what the source is called where its path says nothing: a hub id, a catalog's name
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_quantization(self)
         if self.target_format == "hf" and self.quantizes:
-            raise OptionError("--to hf writes whole weights; leave out --bits and --mode, or --to hf")
+            raise OptionError(
+                "--to hf writes whole weights; leave out --bits and --mode, or --to hf"
+            )
         if self.target_format == "gguf" and self.adapter == "keep":
             raise OptionError("--to gguf writes one file of weights; leave out --adapter keep")
         if self.target_format == "gguf" and (self.recipe or self.target_bpw or self.calibrate):
-            raise OptionError("--to gguf knows one form for all; leave out --recipe, --target-bpw and --calibrate")
+            raise OptionError(
+                "--to gguf knows one form for all; leave out --recipe, --target-bpw and --calibrate"
+            )
 
     @property
     def shown_source(self) -> str:
         """The source without paths of the machine."""
         name = self.source_name or self.source.absolute().name
-        return name.encode("utf-8", "replace").decode("utf-8")  # the record of a conversion is UTF-8
+        return name.encode("utf-8", "replace").decode(
+            "utf-8"
+        )  # the record of a conversion is UTF-8
 
     @property
     def form(self) -> Form | None:
@@ -140,21 +200,39 @@ class ConvertOptions:
         if self.instruct is not None:
             return self.instruct
         source = self.source.absolute()
-        return any("instruct" in name.lower() for name in (source.name, source.parent.name, self.target.name))
+        return any(
+            "instruct" in name.lower()
+            for name in (source.name, source.parent.name, self.target.name)
+        )
 
 
 def check_quantization(options: ConvertOptions) -> None:
     """Raise `OptionError` for two ways to choose forms at once, or for calibration of nothing."""
     uniform = make_form(options.bits, options.group_size, options.mode)
-    flags = {"--bits or --mode": uniform, "--recipe": options.recipe, "--target-bpw": options.target_bpw}
+    flags = {
+        "--bits or --mode": uniform,
+        "--recipe": options.recipe,
+        "--target-bpw": options.target_bpw,
+    }
     given = [flag for flag, value in flags.items() if value is not None]
     if len(given) > 1:
         raise OptionError(f"{' and '.join(given)} each choose the forms; give one of them")
     if options.calibrate is not None and not given:
-        raise OptionError(f"--calibrate {options.calibrate} needs something to round; give {', '.join(flags)} too")
-    if options.calibration_text is not None and options.target_bpw is None and options.calibrate is None:
-        raise OptionError("--calibration-text is used by --target-bpw and --calibrate; give one of them too")
-    if options.calibration_tokens != ConvertOptions.calibration_tokens and options.calibrate is None:
+        raise OptionError(
+            f"--calibrate {options.calibrate} needs something to round; give {', '.join(flags)} too"
+        )
+    if (
+        options.calibration_text is not None
+        and options.target_bpw is None
+        and options.calibrate is None
+    ):
+        raise OptionError(
+            "--calibration-text is used by --target-bpw and --calibrate; give one of them too"
+        )
+    if (
+        options.calibration_tokens != ConvertOptions.calibration_tokens
+        and options.calibrate is None
+    ):
         raise OptionError("--calibration-tokens is used by --calibrate; give that too")
     if options.rank_stabilised is not None and options.lora_alpha is None:
         raise OptionError("--rank-stabilised is used by --lora-alpha; give that too")

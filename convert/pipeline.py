@@ -10,7 +10,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from openelm_mlx.convert.adapters import ADAPTER_FOLDER, write_adapter
-from openelm_mlx.convert.folder import CHAT_TEMPLATE, sampling_defaults, write_record, write_side_files
+from openelm_mlx.convert.folder import (
+    CHAT_TEMPLATE,
+    sampling_defaults,
+    write_record,
+    write_side_files,
+)
 from openelm_mlx.convert.forms import Form, Plan, matrices
 from openelm_mlx.convert.licence import licence_of
 from openelm_mlx.convert.opening import OpenedModel, open_model
@@ -27,19 +32,24 @@ from openelm_mlx.config import OpenELMConfig, expected_tensors
 from openelm_mlx.errors import CheckpointError, ConversionError, OptionError
 from openelm_mlx.options import shown
 
-Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, name of the one just written
-CHUNK_BYTES = 16 << 20  # rows are quantized this many source bytes at a time: small enough for caches and for reused memory
+Progress = Callable[
+    [int, int, str], None
+]  # tensors done, tensors in all, name of the one just written
+CHUNK_BYTES = (
+    16 << 20
+)  # rows are quantized this many source bytes at a time: small enough for caches and for reused memory
 VOCABULARY_TENSORS = ("transformer.token_embeddings.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """The outcome of a conversion, or of its dry run: `parameters`, bytes of the weights in the source
-    and written, bits per parameter.
+    """The outcome of a conversion, or of its dry run: `parameters`, bytes of the weights in the
+    source and written, bits per parameter.
 
-    `forms` gives each matrix's quantization, None where it stays whole; `dropped_rows` are embeddings without a piece
-    of the tokenizer. `measured` holds what was found while forms were chosen and rounding was learned, `verification`
-    the losses against the source where they were asked for: KL divergence in nats, perplexities, agreement.
+    `forms` gives each matrix's quantization, None where it stays whole; `dropped_rows` are
+    embeddings without a piece of the tokenizer. `measured` holds what was found while forms were
+    chosen and rounding was learned, `verification` the losses against the source where they were
+    asked for: KL divergence in nats, perplexities, agreement.
     """
 
     target: Path
@@ -56,20 +66,25 @@ class ConversionReport:
 
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> ConversionReport:
-    """Convert `options.source` into the folder `options.target`, which appears only when it is complete.
+    """Convert `options.source` into the folder `options.target`, which appears only when it is
+    complete.
 
-    Raises `ConversionError`, `CheckpointError`, `ConfigError`, `TokenizerError` or `OptionError`, and leaves nothing
-    behind then or when interrupted.
+    Raises `ConversionError`, `CheckpointError`, `ConfigError`, `TokenizerError` or `OptionError`,
+    and leaves nothing behind then or when interrupted.
     """
     if not isinstance(options, ConvertOptions):
-        raise OptionError(f"options is {shown(options)}; allowed is one made by ConvertOptions(source, target)")
+        raise OptionError(
+            f"options is {shown(options)}; allowed is one made by ConvertOptions(source, target)"
+        )
     check_target(options)
     check_inputs(options)
     opened = open_model(options)  # 1. what is there, 2. what model it makes
     if opened.source.instruct and options.instruct is None:
         options = replace(options, instruct=True)
     source, names, trimmed = opened.source, opened.names, opened.trimmed
-    judged_on = verification_text(opened, options.verify_text) if options.verifies else []  # a bad text is found here
+    judged_on = (
+        verification_text(opened, options.verify_text) if options.verifies else []
+    )  # a bad text is found here
     if options.target_format == "gguf":
         return convert_to_gguf(opened, options, judged_on, progress)
     sampling = sampling_defaults(options.source, trimmed)
@@ -79,11 +94,23 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     forms = planning.forms
     plan = make_plan(source, names, trimmed, forms, options)
     report = make_report(source, opened.config, trimmed, sum(map(nbytes, plan.values())), options)
-    report = replace(report, forms=forms, measured=planning.measured, memory_bytes=memory_needed(trimmed, options))
+    report = replace(
+        report,
+        forms=forms,
+        measured=planning.measured,
+        memory_bytes=memory_needed(trimmed, options),
+    )
     if options.dry_run:
         return report
-    record = conversion_record(options, forms, dtype, report.parameters, report.written_bytes, report.dropped_rows,
-                               planning.measured)  # fmt: skip
+    record = conversion_record(
+        options,
+        forms,
+        dtype,
+        report.parameters,
+        report.written_bytes,
+        report.dropped_rows,
+        planning.measured,
+    )
     licence = licence_of(opened.source, options)
     if licence.entries:
         record["license"] = licence.entries
@@ -94,13 +121,23 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         with staged(options) as folder:  # 4. write beside, then rename
             arrays = stream(opened, forms, options, progress, planning.learned)
             write_weights(folder, plan, arrays, options.target_format)
-            write_side_files(folder, trimmed, opened.tokenizer, forms, record, options.is_instruct,
-                             licence, sampling)  # fmt: skip
+            write_side_files(
+                folder,
+                trimmed,
+                opened.tokenizer,
+                forms,
+                record,
+                options.is_instruct,
+                licence,
+                sampling,
+            )
             write_kept_adapter(folder, opened, forms)
             if options.verifies:  # 5. prove it
                 report = replace(report, verification=verified(folder, opened, judged_on, options))
                 record["verification"] = dict(report.verification or {})
-                record["verification_text"] = None if options.verify_text is None else options.verify_text.name
+                record["verification_text"] = (
+                    None if options.verify_text is None else options.verify_text.name
+                )
             record["source_sha256"] = hashes.result()
             write_record(folder, record, forms, options.is_instruct)
     finally:
@@ -108,7 +145,9 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     return report
 
 
-def verified(path: Path, opened: OpenedModel, batches: list[mx.array], options: ConvertOptions) -> dict[str, float]:
+def verified(
+    path: Path, opened: OpenedModel, batches: list[mx.array], options: ConvertOptions
+) -> dict[str, float]:
     """The losses of what was written to `path`. Raises `ConversionError` above `--max-kl`."""
     losses = verify(path, opened, batches)
     check_bound(losses, options.max_kl, options.target_format)
@@ -116,9 +155,14 @@ def verified(path: Path, opened: OpenedModel, batches: list[mx.array], options: 
 
 
 def convert_to_gguf(
-    opened: OpenedModel, options: ConvertOptions, judged_on: list[mx.array], progress: Progress | None
+    opened: OpenedModel,
+    options: ConvertOptions,
+    judged_on: list[mx.array],
+    progress: Progress | None,
 ) -> ConversionReport:
-    """Steps 3 to 5 for a GGUF file: whole tensors in, llama.cpp's types out. The format has no place for the losses."""
+    """Steps 3 to 5 for a GGUF file: whole tensors in, llama.cpp's types out. The format has no
+    place for the losses.
+    """
     from openelm_mlx.convert.targets.gguf import check_gguf, gguf_layout, gguf_type, write_gguf
 
     forms: Plan = dict.fromkeys(matrices(expected_tensors(opened.trimmed)))
@@ -137,13 +181,22 @@ def convert_to_gguf(
         path, name = folder / options.target.name, options.target.stem
         terms = licence_of(opened.source, options).without_files
         write_gguf(path, name, opened.trimmed, opened.tokenizer, kind, template, arrays, terms)
-        return replace(report, verification=verified(path, opened, judged_on, options) if options.verifies else None)
+        return replace(
+            report,
+            verification=verified(path, opened, judged_on, options) if options.verifies else None,
+        )
 
 
 def make_plan(
-    source: TensorSource, names: Mapping[str, str], config: OpenELMConfig, forms: Plan, options: ConvertOptions
+    source: TensorSource,
+    names: Mapping[str, str],
+    config: OpenELMConfig,
+    forms: Plan,
+    options: ConvertOptions,
 ) -> dict[str, TensorInfo]:
-    """Every tensor to write with type and shape, in order; refuses before any work what cannot be done."""
+    """Every tensor to write with type and shape, in order; refuses before any work what cannot be
+    done.
+    """
     shapes = expected_tensors(config)
     plan: dict[str, TensorInfo] = {}
     for name, shape in shapes.items():
@@ -156,7 +209,9 @@ def target_dtype(name: str, stored: str, config: OpenELMConfig, options: Convert
     if stored not in ("float64", "float32", "float16", "bfloat16"):
         raise CheckpointError(f"{name} holds {stored}; weights must be floating-point numbers")
     dtype = options.dtype or stored.replace("float64", "float32")
-    if dtype == "float16" and config.model_dim >= 3072 and options.target_format != "gguf":  # llama.cpp computes in float32
+    if (
+        dtype == "float16" and config.model_dim >= 3072 and options.target_format != "gguf"
+    ):  # llama.cpp computes in float32
         raise ConversionError(
             "OpenELM-3B needs a wider range than float16 has; use --dtype bfloat16 or float32"
         )
@@ -164,12 +219,19 @@ def target_dtype(name: str, stored: str, config: OpenELMConfig, options: Convert
 
 
 def stream(
-    opened: OpenedModel, forms: Plan, options: ConvertOptions, progress: Progress | None,
+    opened: OpenedModel,
+    forms: Plan,
+    options: ConvertOptions,
+    progress: Progress | None,
     learned: Mapping[str, Mapping[str, mx.array]] | None = None,
 ) -> Iterator[tuple[str, mx.array]]:
-    """The planned arrays one after another; of the source at most one tensor is in memory, of a matrix to be quantized
-    only some of its rows."""
-    shapes, stored = expected_tensors(opened.trimmed), opened.stored_forms if options.dtype is None else {}
+    """The planned arrays one after another; of the source at most one tensor is in memory, of a
+    matrix to be quantized only some of its rows.
+    """
+    shapes, stored = (
+        expected_tensors(opened.trimmed),
+        opened.stored_forms if options.dtype is None else {},
+    )
     for number, (name, shape) in enumerate(shapes.items(), start=1):
         stem = name.removesuffix(".weight")
         form = forms.get(stem)
@@ -181,7 +243,10 @@ def stream(
             yield from quantized_by_rows(opened, name, shape, form, options).items()
         else:
             array = opened.source.load(opened.names[name])
-            yield name, final_array(opened.source, opened.names[name], name, array, shape[0], options)
+            yield (
+                name,
+                final_array(opened.source, opened.names[name], name, array, shape[0], options),
+            )
         if progress is not None:
             progress(number, len(shapes), name)
 
@@ -189,7 +254,9 @@ def stream(
 def quantized_by_rows(
     opened: OpenedModel, name: str, shape: tuple[int, ...], form: Form, options: ConvertOptions
 ) -> dict[str, mx.array]:
-    """The arrays of a quantized matrix. Its groups lie within rows, so a few rows at a time give the same."""
+    """The arrays of a quantized matrix. Its groups lie within rows, so a few rows at a time give
+    the same.
+    """
     original = opened.names[name]
     step = max(1, CHUNK_BYTES // (4 * shape[1]))
     parts: list[dict[str, mx.array]] = []
@@ -204,22 +271,34 @@ def quantized_by_rows(
 
 
 def final_array(
-    source: TensorSource, original: str, name: str, array: mx.array, rows: int, options: ConvertOptions
+    source: TensorSource,
+    original: str,
+    name: str,
+    array: mx.array,
+    rows: int,
+    options: ConvertOptions,
 ) -> mx.array:
     """What was read as `original`, checked, without padding rows and in the type asked for."""
     if name in VOCABULARY_TENSORS and array.shape[0] > rows:
         array = array[:rows]
     if not all_finite(array):
-        raise CheckpointError(f"{source.path}: {original} holds NaN or infinite weights; the checkpoint is damaged")
+        raise CheckpointError(
+            f"{source.path}: {original} holds NaN or infinite weights; the checkpoint is damaged"
+        )
     if options.dtype is not None:
         array = array.astype(getattr(mx, options.dtype))
-        if options.dtype == "float16" and not all_finite(array):  # the other types have float32's range
-            raise ConversionError(f"{original} overflows {options.dtype}; use --dtype bfloat16 or float32")
+        if options.dtype == "float16" and not all_finite(
+            array
+        ):  # the other types have float32's range
+            raise ConversionError(
+                f"{original} overflows {options.dtype}; use --dtype bfloat16 or float32"
+            )
     return array
 
 
 def all_finite(array: mx.array) -> bool:
-    """NaN and infinities survive minimum and maximum, which take a quarter of the time of a look at every element.
+    """NaN and infinities survive minimum and maximum, which take a quarter of the time of a look at
+    every element.
 
     By numpy where it knows the type: on this thread, while MLX's rounds the rows before.
     """
@@ -232,7 +311,11 @@ def all_finite(array: mx.array) -> bool:
 
 
 def make_report(
-    source: TensorSource, config: OpenELMConfig, trimmed: OpenELMConfig, written: int, options: ConvertOptions
+    source: TensorSource,
+    config: OpenELMConfig,
+    trimmed: OpenELMConfig,
+    written: int,
+    options: ConvertOptions,
 ) -> ConversionReport:
     return ConversionReport(
         target=options.target,
@@ -250,5 +333,10 @@ def write_kept_adapter(folder: Path, opened: OpenedModel, forms: Plan) -> None:
     if opened.adapters is not None and not opened.adapters.merge:
         quantized_embedding = forms["transformer.token_embeddings"] is not None
         config = opened.trimmed
-        write_adapter(folder / ADAPTER_FOLDER, opened.adapters, config.vocab_size, config.num_transformer_layers,
-                      quantized_embedding)  # fmt: skip
+        write_adapter(
+            folder / ADAPTER_FOLDER,
+            opened.adapters,
+            config.vocab_size,
+            config.num_transformer_layers,
+            quantized_embedding,
+        )

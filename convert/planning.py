@@ -1,4 +1,6 @@
-"""Step 3 of a conversion: the form of every matrix, measured or given, and what calibration learned for it."""
+"""Step 3 of a conversion: the form of every matrix, measured or given, and what calibration learned
+for it.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,12 @@ class Planned:
     measured: Mapping[str, Any] = field(default_factory=dict)
 
 
-def plan_quantization(opened: OpenedModel, dtype: str, options: ConvertOptions, progress: Progress | None) -> Planned:
-    """Raises `OptionError` or `ConversionError` before any work for what cannot be, in particular what does not divide."""
+def plan_quantization(
+    opened: OpenedModel, dtype: str, options: ConvertOptions, progress: Progress | None
+) -> Planned:
+    """Raises `OptionError` or `ConversionError` before any work for what cannot be, in particular
+    what does not divide.
+    """
     if options.target_bpw is None:
         forms = given_forms(opened, options)
         if options.calibrate is None or options.dry_run:
@@ -42,10 +48,15 @@ def plan_quantization(opened: OpenedModel, dtype: str, options: ConvertOptions, 
     given = given_tokens(opened, options)
     exact = exact_weights(opened)
     tokens = written_tokens(opened, exact, options, progress) if given is None else given
-    measured: dict[str, Any] = {"calibration_tokens": tokens.size, "calibration_text": text_name(options)}
+    measured: dict[str, Any] = {
+        "calibration_tokens": tokens.size,
+        "calibration_text": text_name(options),
+    }
     if options.target_bpw is not None:
         shapes = expected_tensors(opened.trimmed)
-        reference = make_reference(opened.trimmed, exact, tokens[: max(1, MEASURE_TOKENS // tokens.shape[1])])
+        reference = make_reference(
+            opened.trimmed, exact, tokens[: max(1, MEASURE_TOKENS // tokens.shape[1])]
+        )
         losses = measure(reference, shapes, dtype, options.target_bpw, progress)
         forms = choose(losses, shapes, dtype, options.target_bpw)
         measured |= allocation_record(losses, forms, true_loss(reference, forms, dtype))
@@ -73,7 +84,9 @@ def exact_weights(opened: OpenedModel) -> dict[str, mx.array]:
     for name, shape in expected_tensors(opened.trimmed).items():
         weights[name] = opened.source.load(opened.names[name])[: shape[0]].astype(mx.float32)
         if not mx.isfinite(weights[name]).all().item():
-            raise CheckpointError(f"{opened.names[name]} holds NaN or infinite weights; the checkpoint is damaged")
+            raise CheckpointError(
+                f"{opened.names[name]} holds NaN or infinite weights; the checkpoint is damaged"
+            )
     return weights
 
 
@@ -86,7 +99,10 @@ def given_tokens(opened: OpenedModel, options: ConvertOptions) -> mx.array | Non
 
 
 def written_tokens(
-    opened: OpenedModel, exact: Mapping[str, mx.array], options: ConvertOptions, progress: Progress | None
+    opened: OpenedModel,
+    exact: Mapping[str, mx.array],
+    options: ConvertOptions,
+    progress: Progress | None,
 ) -> mx.array:
     """Rows of token ids that the exact model writes."""
     from openelm_mlx.model import OpenELM
@@ -94,22 +110,34 @@ def written_tokens(
     rows, length = calibration_shape(opened, options)
     model = OpenELM(opened.trimmed)
     model.load_weights(list(exact.items()))
-    return sampled_tokens(model, opened.tokenizer.processor.encode, rows, length, progress, options.is_instruct)
+    return sampled_tokens(
+        model, opened.tokenizer.processor.encode, rows, length, progress, options.is_instruct
+    )
 
 
 def calibration_shape(opened: OpenedModel, options: ConvertOptions) -> tuple[int, int]:
     """Rows to calibrate on, and tokens in a row."""
     length = row_length(opened.trimmed)
-    wanted = MEASURE_TOKENS if options.calibrate is None or options.dry_run else options.calibration_tokens
+    wanted = (
+        MEASURE_TOKENS
+        if options.calibrate is None or options.dry_run
+        else options.calibration_tokens
+    )
     return max(1, wanted // length), length
 
 
 def text_name(options: ConvertOptions) -> str:
-    return "sampled from the model" if options.calibration_text is None else options.calibration_text.name
+    return (
+        "sampled from the model"
+        if options.calibration_text is None
+        else options.calibration_text.name
+    )
 
 
 def allocation_record(losses: Losses, forms: Plan, together: float) -> dict[str, Any]:
-    """What the allocation saw, rounded for reading: losses of the chosen forms one by one, their sum, and all at once."""
+    """What the allocation saw, rounded for reading: losses of the chosen forms one by one, their
+    sum, and all at once.
+    """
     chosen = {stem: losses[stem][form] for stem, form in forms.items()}
     return {
         "loss_of_each": {stem: float(f"{loss:.3g}") for stem, loss in chosen.items()},
@@ -119,7 +147,9 @@ def allocation_record(losses: Losses, forms: Plan, together: float) -> dict[str,
 
 
 def memory_needed(config: OpenELMConfig, options: ConvertOptions) -> int:
-    """Bytes a conversion holds at its peak, beside the interpreter: whole model or largest tensor, in float32."""
+    """Bytes a conversion holds at its peak, beside the interpreter: whole model or largest tensor,
+    in float32.
+    """
     sizes = [math.prod(shape) for shape in expected_tensors(config).values()]
     logits = 8 * row_length(config) * config.vocab_size * FLOAT32
     if options.calibrate == "distill":  # weights, their codes, gradients and two moments

@@ -12,7 +12,9 @@ PARTS = ("weight", "scales", "biases")
 
 
 def planned(name: str, info: TensorInfo, form: Form | None) -> dict[str, TensorInfo]:
-    """What is written for the tensor `name`: itself, or packed weights with scales and perhaps biases."""
+    """What is written for the tensor `name`: itself, or packed weights with scales and perhaps
+    biases.
+    """
     if form is None:
         return {name: info}
     rows, columns = info.shape
@@ -25,7 +27,9 @@ def planned(name: str, info: TensorInfo, form: Form | None) -> dict[str, TensorI
 
 
 def quantized(name: str, array: mx.array, form: Form | None) -> dict[str, mx.array]:
-    """The arrays that `planned` promised, rounded to the nearest value of each group's grid (mlx.core.quantize)."""
+    """The arrays that `planned` promised, rounded to the nearest value of each group's grid
+    (mlx.core.quantize).
+    """
     if form is None:
         return {name: array}
     stem = name.removesuffix("weight")
@@ -43,7 +47,13 @@ def restored(name: str, arrays: Mapping[str, mx.array], form: Form | None) -> mx
     if biases is not None:  # in float32: half types are rounded on the way otherwise
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     weights = mx.dequantize(
-        array, scales, biases, group_size=form.group_size, bits=form.bits, mode=form.mode, dtype=mx.float32
+        array,
+        scales,
+        biases,
+        group_size=form.group_size,
+        bits=form.bits,
+        mode=form.mode,
+        dtype=mx.float32,
     )
     return weights
 

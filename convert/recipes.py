@@ -7,7 +7,8 @@
     first:            {layers: 2, bits: 6}        # the first two layers, whatever the role
     layers.7.ffn.proj_1: {bits: 8}                # one matrix
 
-The most particular line wins: one matrix, then first and last layers, then the role, then the default.
+The most particular line wins: one matrix, then first and last layers, then the role, then the
+default.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ from openelm_mlx.convert.yaml_files import read_yaml
 
 from openelm_mlx.errors import ConfigError, OptionError
 
-ROLES = ("token_embeddings", "attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2", "lm_head")
+ROLES = (
+    "token_embeddings",
+    "attn.qkv_proj",
+    "attn.out_proj",
+    "ffn.proj_1",
+    "ffn.proj_2",
+    "lm_head",
+)
 ENDS = ("first", "last")
 SETTINGS = ("bits", "group_size", "mode")
 WHOLE = "whole"
@@ -33,19 +41,27 @@ WHOLE = "whole"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Forms by role, for the layers at both ends, and for single matrices; None leaves a matrix whole."""
+    """Forms by role, for the layers at both ends, and for single matrices; None leaves a matrix
+    whole.
+    """
 
     default: Form | None = None
     roles: Mapping[str, Form | None] = field(default_factory=dict)
-    ends: Mapping[str, tuple[int, Form | None]] = field(default_factory=dict)  # first, last -> layers, form
+    ends: Mapping[str, tuple[int, Form | None]] = field(
+        default_factory=dict
+    )  # first, last -> layers, form
     single: Mapping[str, Form | None] = field(default_factory=dict)  # layers.3.ffn.proj_2 -> form
 
     def plan(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Form | None]:
-        """The form of every matrix of a model. Raises `OptionError` for a matrix the model does not have."""
+        """The form of every matrix of a model. Raises `OptionError` for a matrix the model does not
+        have.
+        """
         stems = matrices(shapes)
         short = {stem.removeprefix("transformer."): stem for stem in stems}
         if unknown := [name for name in self.single if name not in short]:
-            raise OptionError(f"the recipe speaks of {unknown[0]}, which this model does not have{hint(unknown[0], short)}")
+            raise OptionError(
+                f"the recipe speaks of {unknown[0]}, which this model does not have{hint(unknown[0], short)}"
+            )
         layers = 1 + max((number_of(name) for name in short), default=-1)
         return {stem: self.form(name, layers) for name, stem in short.items()}
 
@@ -60,20 +76,36 @@ class Recipe:
         return self.roles.get(role(name), self.default)
 
 
-BUILT_IN: dict[str, Recipe] = {  # what measuring OpenELM Tiny chose by role: more for embeddings and first layer
+BUILT_IN: dict[
+    str, Recipe
+] = {  # what measuring OpenELM Tiny chose by role: more for embeddings and first layer
     "mixed-2-4": Recipe(
         Form(2, 128),
-        {"token_embeddings": Form(4, 128), "attn.qkv_proj": Form(3, 128), "ffn.proj_2": Form(3, 128)},
+        {
+            "token_embeddings": Form(4, 128),
+            "attn.qkv_proj": Form(3, 128),
+            "ffn.proj_2": Form(3, 128),
+        },
         {"first": (1, Form(3, 64))},
     ),
-    "mixed-3-4": Recipe(Form(3, 128), {"token_embeddings": Form(4, 128)}, {"first": (1, Form(4, 128))}),
+    "mixed-3-4": Recipe(
+        Form(3, 128), {"token_embeddings": Form(4, 128)}, {"first": (1, Form(4, 128))}
+    ),
     "mixed-3-5": Recipe(
         Form(3, 128),
-        {"token_embeddings": Form(5, 128), "attn.qkv_proj": Form(4, 128), "ffn.proj_2": Form(4, 128)},
+        {
+            "token_embeddings": Form(5, 128),
+            "attn.qkv_proj": Form(4, 128),
+            "ffn.proj_2": Form(4, 128),
+        },
         {"first": (1, Form(5, 128))},
     ),
-    "mixed-4-5": Recipe(Form(4, 128), {"token_embeddings": Form(5, 128)}, {"first": (1, Form(5, 128))}),
-    "mixed-5-6": Recipe(Form(5, 128), {"token_embeddings": Form(6, 128)}, {"first": (1, Form(6, 128))}),
+    "mixed-4-5": Recipe(
+        Form(4, 128), {"token_embeddings": Form(5, 128)}, {"first": (1, Form(5, 128))}
+    ),
+    "mixed-5-6": Recipe(
+        Form(5, 128), {"token_embeddings": Form(6, 128)}, {"first": (1, Form(6, 128))}
+    ),
 }
 
 
@@ -109,7 +141,9 @@ def read_recipe(path: Path) -> Recipe:
     """A user's YAML. Raises `ConfigError` naming the file and the line's key."""
     raw = read_yaml(path)
     if not isinstance(raw, dict) or not raw:
-        raise ConfigError(f"{path} is no recipe: it must map default, {', '.join(ROLES)}, first or last to a form")
+        raise ConfigError(
+            f"{path} is no recipe: it must map default, {', '.join(ROLES)}, first or last to a form"
+        )
     kinds: dict[str, dict[str, Any]] = {"roles": {}, "ends": {}, "single": {}}
     default: Form | None = None
     for key, value in raw.items():
@@ -124,7 +158,9 @@ def read_recipe(path: Path) -> Recipe:
             kinds["single"][key.removeprefix("transformer.")] = read_form(where, value)
         else:
             known = ("default", *ROLES, *ENDS)
-            raise ConfigError(f"{path} has the key {key!r}; known: {', '.join(known)}, layers.N.ROLE{hint(key, known)}")
+            raise ConfigError(
+                f"{path} has the key {key!r}; known: {', '.join(known)}, layers.N.ROLE{hint(key, known)}"
+            )
     return Recipe(default, **kinds)
 
 
@@ -143,13 +179,19 @@ def read_form(where: str, value: Any) -> Form | None:
     if isinstance(value, int) and not isinstance(value, bool):
         value = {"bits": value}
     if not isinstance(value, dict):
-        raise ConfigError(f"{where} is {value!r}; it must be {WHOLE}, a number of bits, or settings {', '.join(SETTINGS)}")
+        raise ConfigError(
+            f"{where} is {value!r}; it must be {WHOLE}, a number of bits, or settings {', '.join(SETTINGS)}"
+        )
     if unknown := [key for key in value if key not in SETTINGS]:
-        raise ConfigError(f"{where} has the setting {unknown[0]!r}; known: {', '.join(SETTINGS)}{hint(unknown[0], SETTINGS)}")
+        raise ConfigError(
+            f"{where} has the setting {unknown[0]!r}; known: {', '.join(SETTINGS)}{hint(unknown[0], SETTINGS)}"
+        )
     try:
         form = make_form(value.get("bits"), value.get("group_size"), value.get("mode"))
     except (OptionError, TypeError) as error:
         raise ConfigError(f"{where}: {error}") from None
     if form is None:
-        raise ConfigError(f"{where} is empty; it must be {WHOLE}, a number of bits, or settings {', '.join(SETTINGS)}")
+        raise ConfigError(
+            f"{where} is empty; it must be {WHOLE}, a number of bits, or settings {', '.join(SETTINGS)}"
+        )
     return form

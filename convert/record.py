@@ -1,4 +1,6 @@
-"""conversion.json and the model card: where a folder came from, how it was made, and what it lost on the way."""
+"""conversion.json and the model card: where a folder came from, how it was made, and what it lost
+on the way.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ MERGED, KEPT = "merged", "kept beside its base"
 
 
 class SourceHash:
-    """SHA-256 of every weight file of a source, computed beside the conversion (hashing frees the interpreter)."""
+    """SHA-256 of every weight file of a source, computed beside the conversion (hashing frees the
+    interpreter).
+    """
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.files = list(files)
@@ -53,7 +57,9 @@ class SourceHash:
 
 
 def command_line(options: ConvertOptions) -> str:
-    """The command that asks for these options; files by name only, without paths of the machine it ran on."""
+    """The command that asks for these options; files by name only, without paths of the machine it
+    ran on.
+    """
     words = ["openelm", "convert", options.shown_source, "-o", options.target.name]
     for item in fields(options):
         value = getattr(options, item.name)
@@ -64,16 +70,25 @@ def command_line(options: ConvertOptions) -> str:
         if isinstance(value, bool):
             words.append(flag if value else "--no-" + flag.removeprefix("--"))
         else:
-            plain = Path(value).name if isinstance(value, Path) or item.name == "recipe" else str(value)
+            plain = (
+                Path(value).name if isinstance(value, Path) or item.name == "recipe" else str(value)
+            )
             words += [flag, plain]
     return shlex.join(words)
 
 
 def conversion_record(
-    options: ConvertOptions, forms: Plan, dtype: str, parameters: int, written_bytes: int, dropped_rows: int,
+    options: ConvertOptions,
+    forms: Plan,
+    dtype: str,
+    parameters: int,
+    written_bytes: int,
+    dropped_rows: int,
     measured: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """The content of conversion.json, but for the source's hash and the verification, which end with the work."""
+) -> dict[str, Any]:
+    """The content of conversion.json, but for the source's hash and the verification, which end
+    with the work.
+    """
     return {
         "tool": "openelm-mlx",
         "version": __version__,
@@ -94,7 +109,13 @@ def conversion_record(
 def model_card(record: Mapping[str, Any], forms: Plan, instruct: bool) -> str:
     """README.md of a model folder."""
     kinds = {form for form in forms.values() if form is not None}
-    kind = record["dtype"] if not kinds else str(next(iter(kinds))) if len(kinds) == 1 else "quantized by layer"
+    kind = (
+        record["dtype"]
+        if not kinds
+        else str(next(iter(kinds)))
+        if len(kinds) == 1
+        else "quantized by layer"
+    )
     chat = "It speaks OpenELM's Instruct format; see `chat_template.jinja`.\n" if instruct else ""
     parts = [
         f"---\n{card_entries(record)}---\n\n# OpenELM for MLX\n\n"
@@ -108,12 +129,16 @@ def model_card(record: Mapping[str, Any], forms: Plan, instruct: bool) -> str:
     for name, digest in record.get("source_sha256", {}).items():
         parts.append(f"- `{name}`: sha256 `{digest}`\n")
     if record.get("adapter") == KEPT:
-        parts.append("\nThese are the weights of the base; the adapter lies in `adapter` "
-                     "(`mlx_lm.generate --adapter-path PATH_OF_THIS_FOLDER/adapter`).\n")  # fmt: skip
+        parts.append(
+            "\nThese are the weights of the base; the adapter lies in `adapter` "
+            "(`mlx_lm.generate --adapter-path PATH_OF_THIS_FOLDER/adapter`).\n"
+        )
     if len(set(forms.values())) > 1:
         parts.append("\n" + form_table_markdown(forms) + "\n")
     if verification := record.get("verification"):
-        parts.append(f"\nAgainst the source in float32, on {record.get('verification_text') or 'a short text'}:\n\n")
+        parts.append(
+            f"\nAgainst the source in float32, on {record.get('verification_text') or 'a short text'}:\n\n"
+        )
         parts.append("| | |\n|---|---|\n")
         parts += [f"| {label(key)} | {value:.6g} |\n" for key, value in verification.items()]
     parts.append("\nThe weights stay under the licence of the model they were converted from.\n")
@@ -133,9 +158,15 @@ def label(key: str) -> str:
 
 
 def form_rows(forms: Plan) -> tuple[list[str], list[list[str]]]:
-    """The plan as a table: a column for each role, a row for each layer, one for what belongs to no layer."""
+    """The plan as a table: a column for each role, a row for each layer, one for what belongs to no
+    layer.
+    """
     roles = list(dict.fromkeys(role(stem) for stem in forms if number_of(stem) >= 0))
-    rows = [[role(stem), short(form), *[""] * (len(roles) - 1)] for stem, form in forms.items() if number_of(stem) < 0]
+    rows = [
+        [role(stem), short(form), *[""] * (len(roles) - 1)]
+        for stem, form in forms.items()
+        if number_of(stem) < 0
+    ]
     layers = sorted({number_of(stem) for stem in forms} - {-1})
     by_place = {(number_of(stem), role(stem)): short(form) for stem, form in forms.items()}
     rows += [[f"layer {number}", *(by_place[number, name] for name in roles)] for number in layers]
@@ -151,5 +182,10 @@ def short(form: Form | None) -> str:
 
 def form_table_markdown(forms: Plan) -> str:
     heads, rows = form_rows(forms)
-    lines = ["Bits and group size by layer:", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = [
+        "Bits and group size by layer:",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|" + "---|" * len(heads),
+    ]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"

@@ -1,7 +1,9 @@
-"""Nothing half-written: the target appears, or replaces the old one, in one step of the file system, or not at all.
+"""Nothing half-written: the target appears, or replaces the old one, in one step of the file
+system, or not at all.
 
-Work goes on in a hidden neighbour `.NAME.partial-PID-*`, which no tool loads: its config.json gets that name last.
-What a killed run left behind is removed, or a half-done replacement undone, by the next run to the same target.
+Work goes on in a hidden neighbour `.NAME.partial-PID-*`, which no tool loads: its config.json gets
+that name last. What a killed run left behind is removed, or a half-done replacement undone, by the
+next run to the same target.
 """
 
 from __future__ import annotations
@@ -48,9 +50,15 @@ def check_target(options: ConvertOptions) -> None:
         raise ConversionError(f"{target} exists; choose another {what}, or replace it with --force")
     if options.target_format == "gguf":
         if target.is_symlink() or not target.is_file():
-            raise ConversionError(f"{target} is no GGUF file, so --force does not replace it; choose another {what}")
-    elif target.is_symlink() or not (target.is_dir() and ((target / CONFIG).is_file() or not any(target.iterdir()))):
-        raise ConversionError(f"{target} is no model folder, so --force does not replace it; choose another {what}")
+            raise ConversionError(
+                f"{target} is no GGUF file, so --force does not replace it; choose another {what}"
+            )
+    elif target.is_symlink() or not (
+        target.is_dir() and ((target / CONFIG).is_file() or not any(target.iterdir()))
+    ):
+        raise ConversionError(
+            f"{target} is no model folder, so --force does not replace it; choose another {what}"
+        )
     given = (options.source, options.config, options.tokenizer, options.adapter_folder)
     inputs = [path.resolve() for path in given if path is not None]
     if any(path == target.resolve() or target.resolve() in path.parents for path in inputs):
@@ -58,9 +66,16 @@ def check_target(options: ConvertOptions) -> None:
 
 
 def check_inputs(options: ConvertOptions) -> None:
-    """Raise `OptionError` or `ConfigError` for a text or recipe that cannot be read, before anything is fetched."""
-    for path, flag in ((options.verify_text, "--verify-text"), (options.calibration_text, "--calibration-text")):
-        if path is not None and (os.path.isfile(path) or not os.path.exists(path)):  # a pipe can be read only once
+    """Raise `OptionError` or `ConfigError` for a text or recipe that cannot be read, before
+    anything is fetched.
+    """
+    for path, flag in (
+        (options.verify_text, "--verify-text"),
+        (options.calibration_text, "--calibration-text"),
+    ):
+        if path is not None and (
+            os.path.isfile(path) or not os.path.exists(path)
+        ):  # a pipe can be read only once
             read_text(path, flag)
     if options.recipe is not None:
         find_recipe(options.recipe)
@@ -77,7 +92,9 @@ def staged(options: ConvertOptions) -> Iterator[Path]:
     partial: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=target.parent))
+        partial = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=target.parent)
+        )
         partial.chmod(0o755)
         yield partial
         finish(partial, target, options)
@@ -93,7 +110,9 @@ def staged(options: ConvertOptions) -> Iterator[Path]:
 def finish(partial: Path, target: Path, options: ConvertOptions) -> None:
     """The last step: the finished work takes the target's name."""
     if os.path.lexists(target) and not options.force:
-        raise ConversionError(f"{target} has appeared meanwhile; choose another one, or replace it with --force")
+        raise ConversionError(
+            f"{target} has appeared meanwhile; choose another one, or replace it with --force"
+        )
     if options.target_format == "gguf":
         (partial / target.name).replace(target)
         partial.rmdir()
@@ -120,7 +139,9 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def replace_in_two_steps(partial: Path, target: Path) -> None:
-    """Where names cannot be swapped: a kill between the two renames is made good by `clear_leftovers`."""
+    """Where names cannot be swapped: a kill between the two renames is made good by
+    `clear_leftovers`.
+    """
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-{os.getpid()}-", dir=target.parent))
     target.rename(old)  # an empty folder may be replaced by a rename
     try:
@@ -132,7 +153,9 @@ def replace_in_two_steps(partial: Path, target: Path) -> None:
 
 
 def clear_leftovers(target: Path) -> None:
-    """Remove what killed runs left beside `target`; an old model they had moved aside gets its name back."""
+    """Remove what killed runs left beside `target`; an old model they had moved aside gets its name
+    back.
+    """
     with contextlib.suppress(OSError):  # what cannot be seen or moved stays
         undo_and_remove(target)
 
@@ -158,7 +181,9 @@ def alive(pid: int) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder that may be killed in the middle of it: without config.json first, nothing loads the rest."""
+    """Delete a folder that may be killed in the middle of it: without config.json first, nothing
+    loads the rest.
+    """
     with contextlib.suppress(OSError):
         (folder / CONFIG).unlink()
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,8 @@
-"""tokenizer.json from a SentencePiece BPE model, so that other tools get the very ids SentencePiece gives.
+"""tokenizer.json from a SentencePiece BPE model, so that other tools get the very ids SentencePiece
+gives.
 
-The merges follow from the pieces: each pair of pieces that makes up a third is a merge, ranked by the third's score.
-Other tools recognise a SentencePiece decoder by its exact four steps.
+The merges follow from the pieces: each pair of pieces that makes up a third is a merge, ranked by
+the third's score. Other tools recognise a SentencePiece decoder by its exact four steps.
 """
 
 from __future__ import annotations
@@ -14,9 +15,15 @@ from openelm_mlx.convert.tokenizer_model import MAX_PIECE, TokenizerModel
 from openelm_mlx.errors import TokenizerError
 
 PROBES = (
-    "Once upon a time", " leading", "two  spaces   three", "trailing ", "line\nbreak\n\n\ttab", "Hello, world! 1234.5",
-    "don't UPPER lower", "",
-)  # fmt: skip
+    "Once upon a time",
+    " leading",
+    "two  spaces   three",
+    "trailing ",
+    "line\nbreak\n\n\ttab",
+    "Hello, world! 1234.5",
+    "don't UPPER lower",
+    "",
+)
 BYTE_PROBES = ("naïve café", "日本語 🙂", "\x00\x7f")
 
 
@@ -24,11 +31,15 @@ def build_tokenizer_json(model: TokenizerModel) -> dict[str, Any]:
     """The content of tokenizer.json for a SentencePiece model; raises `TokenizerError`."""
     spm = model.processor
     if spm.vocab_size() < 3:
-        raise TokenizerError(f"{model.path} has {spm.vocab_size()} pieces; <unk>, <s> and </s> must be the first three")
+        raise TokenizerError(
+            f"{model.path} has {spm.vocab_size()} pieces; <unk>, <s> and </s> must be the first three"
+        )
     pieces = [spm.id_to_piece(i) for i in range(spm.vocab_size())]
     bos, unk = pieces[1], pieces[0]
     if (longest := max(map(len, pieces))) > MAX_PIECE:
-        raise TokenizerError(f"{model.path} has a piece of {longest} characters; OpenELM's tokenizer has at most 16")
+        raise TokenizerError(
+            f"{model.path} has a piece of {longest} characters; OpenELM's tokenizer has at most 16"
+        )
     ids = {
         pieces[i]: i
         for i in range(len(pieces))
@@ -50,8 +61,12 @@ def build_tokenizer_json(model: TokenizerModel) -> dict[str, Any]:
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [sequence_part(bos), {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [sequence_part(bos), {"Sequence": {"id": "A", "type_id": 0}},
-                     sequence_part(bos), {"Sequence": {"id": "B", "type_id": 1}}],
+            "pair": [
+                sequence_part(bos),
+                {"Sequence": {"id": "A", "type_id": 0}},
+                sequence_part(bos),
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
             "special_tokens": {bos: {"id": bos, "ids": [1], "tokens": [bos]}},
         },
         "decoder": {
@@ -64,19 +79,30 @@ def build_tokenizer_json(model: TokenizerModel) -> dict[str, Any]:
             ],
         },
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": unk, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": True,
-            "byte_fallback": any(spm.is_byte(i) for i in range(len(pieces))), "ignore_merges": False,
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unk,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": any(spm.is_byte(i) for i in range(len(pieces))),
+            "ignore_merges": False,
             "vocab": {piece: number for number, piece in enumerate(pieces)},
             "merges": merges(ids, [spm.get_score(i) for i in range(len(pieces))]),
         },
-    }  # fmt: skip
+    }
     check_ids(model, content)
     return content
 
 
 def special(number: int, piece: str) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     return {"id": number, "content": piece} | flags
 
 
@@ -96,7 +122,9 @@ def merges(ids: dict[str, int], scores: list[float]) -> list[list[str]]:
 
 
 def check_ids(model: TokenizerModel, content: dict[str, Any]) -> None:
-    """Both tokenizers must agree on a few hard texts, or the model is of a kind this construction does not cover."""
+    """Both tokenizers must agree on a few hard texts, or the model is of a kind this construction
+    does not cover.
+    """
     from tokenizers import Tokenizer
 
     other = Tokenizer.from_str(json.dumps(content))
@@ -110,7 +138,9 @@ def check_ids(model: TokenizerModel, content: dict[str, Any]) -> None:
 
 
 def tokenizer_config(model: TokenizerModel) -> dict[str, Any]:
-    """tokenizer_config.json: any Llama class would rebuild the normalizer wrongly (leading spaces)."""
+    """tokenizer_config.json: any Llama class would rebuild the normalizer wrongly (leading
+    spaces).
+    """
     spm = model.processor
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,4 +1,6 @@
-"""Prove a conversion: the written folder or GGUF file, read back, against the source's own weights in float32."""
+"""Prove a conversion: the written folder or GGUF file, read back, against the source's own weights
+in float32.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ Model = Callable[[mx.array], mx.array]
 
 @dataclass(frozen=True)
 class Written:
-    """What was written, read back: its own configuration, and the float32 weights that its stored tensors stand for."""
+    """What was written, read back: its own configuration, and the float32 weights that its stored
+    tensors stand for.
+    """
 
     config: OpenELMConfig
     weights: Mapping[str, mx.array]
@@ -42,15 +46,21 @@ def verification_text(opened: OpenedModel, text: Path | None = None) -> list[mx.
 
     Raises `OptionError` for a file that is no text, `ConversionError` for an empty one.
     """
-    ids = opened.tokenizer.processor.encode(TEXT if text is None else read_text(text, "--verify-text"))
+    ids = opened.tokenizer.processor.encode(
+        TEXT if text is None else read_text(text, "--verify-text")
+    )
     batches = text_batches(ids, min(ROW, opened.trimmed.max_context_length))
     if not batches:
         raise ConversionError(f"{text} has no text to verify on")
     return batches
 
 
-def verify(path: Path, opened: OpenedModel, batches: Iterable[mx.array] | None = None) -> dict[str, float]:
-    """Losses of what was written to `path` on batches of token ids, or on a short text of our own; see `compare`."""
+def verify(
+    path: Path, opened: OpenedModel, batches: Iterable[mx.array] | None = None
+) -> dict[str, float]:
+    """Losses of what was written to `path` on batches of token ids, or on a short text of our own;
+    see `compare`.
+    """
     batches = verification_text(opened) if batches is None else batches
     exact = dense_model(opened.trimmed, exact_weights(opened))
     written = read_folder(path) if path.is_dir() else read_gguf(path)
@@ -60,8 +70,8 @@ def verify(path: Path, opened: OpenedModel, batches: Iterable[mx.array] | None =
 def compare(exact: Model, ours: Model, batches: Iterable[mx.array]) -> dict[str, float]:
     """Two models on batches of token ids [rows, length]; both give logits [rows, length, vocab].
 
-    KL divergence is of the exact distribution from ours, in nats, over every position; agreement is of the likeliest
-    token; perplexity scores every token but the first of a row.
+    KL divergence is of the exact distribution from ours, in nats, over every position; agreement is
+    of the likeliest token; perplexity scores every token but the first of a row.
     """
     divergences, agree, difference, scores, counts = [], 0.0, 0.0, [0.0, 0.0], 0
     for tokens in batches:
@@ -87,7 +97,9 @@ def compare(exact: Model, ours: Model, batches: Iterable[mx.array]) -> dict[str,
     }
 
 
-def check_bound(losses: Mapping[str, float], max_kl: float | None, target_format: str = "mlx") -> None:
+def check_bound(
+    losses: Mapping[str, float], max_kl: float | None, target_format: str = "mlx"
+) -> None:
     """Raise `ConversionError` where the mean KL divergence is above the bound."""
     found = losses["mean_kl_divergence"]
     better = "take more bits, --target-bpw or --calibrate"
@@ -100,7 +112,9 @@ def check_bound(losses: Mapping[str, float], max_kl: float | None, target_format
 
 
 def text_batches(ids: list[int], length: int) -> list[mx.array]:
-    """All tokens in consecutive rows, each after BOS: full rows in batches, the shorter last one by itself."""
+    """All tokens in consecutive rows, each after BOS: full rows in batches, the shorter last one by
+    itself.
+    """
     rows = [[1, *ids[start : start + length - 1]] for start in range(0, len(ids), length - 1)]
     full = [row for row in rows if len(row) == length]
     batches = [full[start : start + BATCH] for start in range(0, len(full), BATCH)]
@@ -116,12 +130,17 @@ def read_folder(folder: Path) -> Written:
         written |= arrays
     shapes = expected_tensors(config)
     plan = read_plan(read_json(config_of(folder)).get("quantization"), shapes, set(written))
-    return Written(config, {name: restored(name, written, plan.get(name.removesuffix(".weight"))) for name in shapes})
+    return Written(
+        config,
+        {name: restored(name, written, plan.get(name.removesuffix(".weight"))) for name in shapes},
+    )
 
 
 def read_gguf(path: Path) -> Written:
     file = GGUFFile(path)
-    return Written(file.config, {name: file.load_exact(name) for name in expected_tensors(file.config)})
+    return Written(
+        file.config, {name: file.load_exact(name) for name in expected_tensors(file.config)}
+    )
 
 
 def dense_model(config: OpenELMConfig, weights: Mapping[str, mx.array]) -> Model:

@@ -1,4 +1,6 @@
-"""Write safetensors one tensor at a time: the header comes from the plan, so memory holds no more than a tensor."""
+"""Write safetensors one tensor at a time: the header comes from the plan, so memory holds no more
+than a tensor.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def nbytes(info: TensorInfo) -> int:
 
 
 def split(plan: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> list[dict[str, TensorInfo]]:
-    """The plan cut into shards of at most `limit` bytes, in order; a larger tensor gets a shard of its own."""
+    """The plan cut into shards of at most `limit` bytes, in order; a larger tensor gets a shard of
+    its own.
+    """
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, info in plan.items():
@@ -33,7 +37,9 @@ def split(plan: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> list[dict
 
 
 def header(plan: Mapping[str, TensorInfo], target_format: str = "mlx") -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt" if target_format == "hf" else "mlx"}}
+    entries: dict[str, object] = {
+        "__metadata__": {"format": "pt" if target_format == "hf" else "mlx"}
+    }
     start = 0
     for name, info in plan.items():
         end = start + nbytes(info)
@@ -55,7 +61,9 @@ def write_weights(
     target_format: str = "mlx",
     limit: int = SHARD_BYTES,
 ) -> list[str]:
-    """Write `arrays`, which come in the plan's order, as model.safetensors or shards; returns the file names."""
+    """Write `arrays`, which come in the plan's order, as model.safetensors or shards; returns the
+    file names.
+    """
     shards = split(plan, limit)
     names = ["model.safetensors"]
     if len(shards) > 1:
@@ -75,7 +83,9 @@ def write_weights(
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(map(nbytes, plan.values()))},
-            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+            "weight_map": {
+                name: file for file, shard in zip(names, shards, strict=True) for name in shard
+            },
         }
         (folder / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=1) + "\n", encoding="utf-8"

@@ -30,7 +30,9 @@ def corenet_section(path: str | Path) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The content of a YAML file. Raises `ConfigError`, also for one that would grow without end."""
+    """The content of a YAML file. Raises `ConfigError`, also for one that would grow without
+    end.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):

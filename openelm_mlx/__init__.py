@@ -1,7 +1,7 @@
 """OpenELM on MLX: load, chat, convert and measure Apple's OpenELM language models.
 
-Names are resolved on first use (PEP 562), so that importing the package, or asking the command line for help,
-loads neither MLX nor the hub.
+Names are resolved on first use (PEP 562), so that importing the package, or asking the command line
+for help, loads neither MLX nor the hub.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ SHARED = 64  # tokens from which on a common beginning is worth waiting for
 
 
 class Pace:
-    """How many prompt tokens a step may prefill beside running rows: as many as take thrice its time.
+    """How many prompt tokens a step may prefill beside running rows: as many as take thrice its
+    time.
 
     How much a prompt token costs beside a step depends on device, weights and rows. So the number
     follows the time that steps take with and without prompt tokens, which changes no token.

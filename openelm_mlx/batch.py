@@ -62,8 +62,8 @@ def batch_generate(
 
     `sampling` and `options` are one for all or one each; `settings` are options by their names and
     hold for all. `prompt_cache` and `draft` are those of `stream_generate`. A prompt that cannot be
-    run gives a result with `error` and does not disturb the others. Raises `OptionError` for options
-    that are wrong for all, and `PromptError` where `prompts` is one text.
+    run gives a result with `error` and does not disturb the others. Raises `OptionError` for
+    options that are wrong for all, and `PromptError` where `prompts` is one text.
     """
     if isinstance(prompts, (str, bytes)):
         raise PromptError(

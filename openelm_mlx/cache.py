@@ -1,10 +1,10 @@
 """Keys and values of the tokens already seen: the contract and its sides.
 
-The model never asks what it holds. It asks for the positions of new tokens, for one mask a pass, and
-lets the cache attend: `attend` gets what the projection gave, stores new keys and values, and returns
-the attention over everything held. `KVCache` is the side that prefill and Python see, `StepCache` the
-same arrays inside a compiled step. In which form and in which slots tokens are kept is the
-`CacheKind` of both (kv.py).
+The model never asks what it holds. It asks for the positions of new tokens, for one mask a pass,
+and lets the cache attend: `attend` gets what the projection gave, stores new keys and values, and
+returns the attention over everything held. `KVCache` is the side that prefill and Python see,
+`StepCache` the same arrays inside a compiled step. In which form and in which slots tokens are kept
+is the `CacheKind` of both (kv.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Cache(Protocol):
 
     def mask(self, length: int) -> Mask: ...
     def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
-        """Store new keys and values; return the attention over everything held, [B, heads, L, D]."""
+        """Store new keys and values; return the attention over everything held, [B, heads, L,
+        D].
+        """
 
 
 def causal(length: int) -> Mask:
@@ -57,8 +59,8 @@ class KVCache:
 
     A growing one holds every token and grows in blocks; a window holds its fixed number of slots.
     `offset` counts the tokens held. It moves on when the last layer has stored, so a pass that an
-    exception ends leaves it where it was. `written` is the highest position, plus one, that was ever
-    begun to be written: it tells what a window has overwritten.
+    exception ends leaves it where it was. `written` is the highest position, plus one, that was
+    ever begun to be written: it tells what a window has overwritten.
     """
 
     def __init__(
@@ -113,7 +115,8 @@ class KVCache:
         return layout.sees(new, held, ring_slots)[:, None]
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` in all: in whole blocks or a whole window, the same in every layer.
+        """Make room for `tokens` in all: in whole blocks or a whole window, the same in every
+        layer.
 
         Raises `CacheError` before the first tokens, which give shapes and types.
         """
@@ -137,7 +140,9 @@ class KVCache:
         self.arrays, self.offset, self.written = [], 0, 0
 
     def prefix(self, length: int) -> KVCache | None:
-        """Return a copy of the first `length` tokens; None where a window has dropped some of them."""
+        """Return a copy of the first `length` tokens; None where a window has dropped some of
+        them.
+        """
         if not 0 < length <= self.offset or not self.can_trim(self.offset - length):
             return None
         return self.row(slice(None), length)
@@ -185,7 +190,9 @@ class LayerCache:
         return out
 
     def _room(self, tokens: int, like: Arrays) -> Arrays:
-        """Return the arrays of this layer with room for `tokens`; at first they are made as `like`."""
+        """Return the arrays of this layer with room for `tokens`; at first they are made as
+        `like`.
+        """
         whole = self.whole
         if self.number == len(whole.arrays):
             whole.arrays.append([array[..., :0, :] for array in like])
@@ -222,7 +229,9 @@ class Place:
         return self._slots[shape]
 
     def mask(self, length: int, heads: int = 1) -> mx.array:
-        """Return which slots are in sight, [B, heads, length, capacity]: the same for every head."""
+        """Return which slots are in sight, [B, heads, length, capacity]: the same for every
+        head.
+        """
         if (length, heads) not in self._masks:
             positions = self.positions(length)[:, None]
             positions = mx.broadcast_to(positions, (positions.shape[0], heads, length))
@@ -255,19 +264,24 @@ class StepCache:
         ]
         rows, heads, asked, _ = q.shape
         if rows > 1 and isinstance(store, Plain):
-            # Metal copies a mask that broadcasts over heads in every layer; one as wide as q is read.
+            # Metal copies a mask that broadcasts over heads in every layer; one as wide as q is
+            # read.
             mask = self.place.mask(kv.shape[-2], heads)[..., -asked:, :]
         return store.attend(q, self.arrays, mask, scale)
 
 
 def step_caches(buffers: list[Arrays], start: mx.array, kind: CacheKind) -> list[StepCache]:
-    """Return the caches of a compiled step, one a layer, over these buffers; `start` is `Place`'s."""
+    """Return the caches of a compiled step, one a layer, over these buffers; `start` is
+    `Place`'s.
+    """
     place = Place(start, kind, buffers[0][0].shape[-2])
     return [StepCache(arrays, place) for arrays in buffers]
 
 
 class ForeignCache:
-    """mlx-lm's cache (plain, rotating, batched) behind this contract: its tools can drive the model."""
+    """mlx-lm's cache (plain, rotating, batched) behind this contract: its tools can drive the
+    model.
+    """
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner

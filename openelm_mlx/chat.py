@@ -175,7 +175,9 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """The messages that the model still sees: a new list of {"role", "content"} dictionaries."""
+        """The messages that the model still sees: a new list of {"role", "content"}
+        dictionaries.
+        """
         return [
             {"role": role, "content": text}
             for exchange in self._exchanges

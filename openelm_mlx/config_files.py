@@ -48,9 +48,9 @@ def generation_config(folder: Path) -> dict[str, Any]:
 def chat_sampling(folder: Path) -> SamplingOptions:
     """Return how a chat with the model in `folder` draws tokens unless told otherwise.
 
-    Keys and meaning are those of Hugging Face's GenerationConfig, and two more, the penalties on the
-    answer alone: the choice is greedy unless `do_sample` is true, the temperature then 1 where it
-    is not given. Raises `ConfigError` for a damaged file and values out of range.
+    Keys and meaning are those of Hugging Face's GenerationConfig, and two more, the penalties on
+    the answer alone: the choice is greedy unless `do_sample` is true, the temperature then 1 where
+    it is not given. Raises `ConfigError` for a damaged file and values out of range.
     """
     raw, path = generation_config(folder), folder / GENERATION_CONFIG
     sample = raw.get("do_sample")

@@ -47,7 +47,9 @@ class Moved(NamedTuple):
 
 
 class Drafted(NamedTuple):
-    """The tokens drafted for each row [B, k], and how many of them count [B]; the rest is padding."""
+    """The tokens drafted for each row [B, k], and how many of them count [B]; the rest is
+    padding.
+    """
 
     tokens: mx.array
     lengths: mx.array
@@ -144,7 +146,9 @@ def choose_drafted(
 
 
 def along(history: History, drafted: mx.array) -> History:
-    """Return the history before and after each token of a draft [B, k]; arrays are [B, k + 1, ...]."""
+    """Return the history before and after each token of a draft [B, k]; arrays are [B, k + 1,
+    ...].
+    """
     steps = [history]
     for index in range(drafted.shape[1]):
         steps.append(steps[-1].plus(drafted[:, index]))
@@ -158,7 +162,9 @@ def each(change: Callable[..., mx.array], *histories: History) -> History:
 
 
 def agreeing(tokens: mx.array, drafted: Drafted) -> mx.array:
-    """Return how many drafted tokens of each row are those drawn [B, k + 1], from the first on: [B]."""
+    """Return how many drafted tokens of each row are those drawn [B, k + 1], from the first on:
+    [B].
+    """
     k = drafted.tokens.shape[1]
     agree = (tokens[:, :k] == drafted.tokens) & (mx.arange(k) < drafted.lengths[:, None])
     return mx.cumprod(agree.astype(mx.int32), axis=1).sum(axis=1)
@@ -181,7 +187,8 @@ class Steps:
     def refresh(self) -> object:
         """Forget what was compiled for other weights: the model was trained, merged or loaded anew.
 
-        Return the identity of the weights that the model has now: another object where they changed.
+        Return the identity of the weights that the model has now: another object where they
+        changed.
         """
         weights = arrays_of(self.model)
         held = self._weights
@@ -204,7 +211,9 @@ class Steps:
         return self.cached(spec, spec.compiled, lambda: step)
 
     def parts(self, spec: StepSpec) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Return `forward` and `choose` apart, for masks that are known only after the pass began."""
+        """Return `forward` and `choose` apart, for masks that are known only after the pass
+        began.
+        """
         ahead = self.cached(
             ("forward", spec.kind, spec.compiled),
             spec.compiled,
@@ -227,7 +236,9 @@ class Steps:
 
 
 def arrays_of(tree: Any) -> list[mx.array]:
-    """The parameters of a module in order, without their names: four times as fast as `tree_flatten`."""
+    """The parameters of a module in order, without their names: four times as fast as
+    `tree_flatten`.
+    """
     if isinstance(tree, mx.array):
         return [tree]
     if isinstance(tree, dict):

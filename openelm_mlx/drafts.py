@@ -1,4 +1,5 @@
-"""Where drafts come from: the text itself, a smaller model or a caller's own source; and how long they should be.
+"""Where drafts come from: the text itself, a smaller model or a caller's own source; and how long
+they should be.
 
 Lengths are functions of tokens alone, never of time, so that a run can be repeated pass by pass.
 """
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from openelm_mlx.request import Request
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # each length is a trace of its own, so not every number
-EXTRA = 0.05  # passes that one more token in the target's pass costs; memory-bound devices take it almost free
+# passes that one more token in the target's pass costs; memory-bound devices take it almost free
+EXTRA = 0.05
 LEAVING = 0.15  # passes that a draft costs besides: the device is no longer one token ahead
 
 
@@ -41,22 +43,28 @@ def gain(acceptance: float, k: int, cost: float) -> float:
 
 
 class Draft(Protocol):
-    """A caller's own source of drafts. Wrong tokens cost time and never change what is generated."""
+    """A caller's own source of drafts. Wrong tokens cost time and never change what is
+    generated.
+    """
 
     def propose(self, known: list[int], length: int) -> list[int]:
-        """Return at most `length` tokens that may follow `known`, the prompt and the answer so far."""
+        """Return at most `length` tokens that may follow `known`, the prompt and the answer so
+        far.
+        """
         ...
 
 
 class PromptLookup:
-    """Guess what followed the last time the latest tokens were seen: the latest `ngram` of them, or else fewer.
+    """Guess what followed the last time the latest tokens were seen: the latest `ngram` of them, or
+    else fewer.
 
     known    the cat sat on a mat . the cat
              ^^^^^^^ earlier match  ^^^^^^^ the latest two
     draft    sat on a mat . the cat sat ...       (what runs over the end repeats: a loop goes on)
 
-    Guessing costs nothing, so it is done at every token, drafted or not: how often the first guess was right
-    is known, for each length of match, before the first draft is made; nothing is drafted before a guess came true.
+    Guessing costs nothing, so it is done at every token, drafted or not: how often the first guess
+    was right is known, for each length of match, before the first draft is made; nothing is drafted
+    before a guess came true.
     """
 
     MEMORY = 0.8  # weight of the past at each guess
@@ -93,7 +101,9 @@ class PromptLookup:
         return None
 
     def length(self, known: list[int]) -> int:
-        """Return how many tokens to draft; 0 where no match, or none of late for matches this long, promises a gain."""
+        """Return how many tokens to draft; 0 where no match, or none of late for matches this long,
+        promises a gain.
+        """
         match = self.find(known)
         if match is None:
             return 0
@@ -121,7 +131,8 @@ def longest_gain(acceptance: float, limit: int, cost: float) -> tuple[int, float
 class DraftLength:
     """How long a draft that costs something should be, from what was accepted of those before.
 
-    When no length pays, it pauses for PAUSE tokens, twice as long each time, and then tries a short one.
+    When no length pays, it pauses for PAUSE tokens, twice as long each time, and then tries a short
+    one.
     """
 
     MEMORY = 0.9  # weight of the past at each tested token
@@ -157,10 +168,11 @@ class DraftLength:
 
 
 class ModelDraft:
-    """A smaller model with the same tokenizer, whose guesses are drawn with the target's own options and noise.
+    """A smaller model with the same tokenizer, whose guesses are drawn with the target's own
+    options and noise.
 
-    It keeps what it has read between generations, so that in a conversation it prefills only what is new, too.
-    Raises `OptionError` when the tokenizers differ.
+    It keeps what it has read between generations, so that in a conversation it prefills only what
+    is new, too. Raises `OptionError` when the tokenizers differ.
     """
 
     def __init__(self, target: Engine, draft: Engine) -> None:
@@ -195,10 +207,12 @@ class DraftRow:
 
 
 class DraftRows:
-    """The draft model's side of a scheduler's rows, under the same numbers: each reads its text and drafts what follows.
+    """The draft model's side of a scheduler's rows, under the same numbers: each reads its text and
+    drafts what follows.
 
-    A row whose text is far ahead of what the draft has read catches up outside, in chunks, as a prompt does.
-    All other rows go through one pass together, which writes behind what each row holds, and so spoils nothing.
+    A row whose text is far ahead of what the draft has read catches up outside, in chunks, as a
+    prompt does. All other rows go through one pass together, which writes behind what each row
+    holds, and so spoils nothing.
     """
 
     FEED = (8, 32)  # tokens by which rows catch up together; what lags by more does so alone
@@ -227,7 +241,8 @@ class DraftRows:
         self.rows = {new: self.rows[old] for new, old in enumerate(rows) if old in self.rows}
 
     def catch_up(self, rows: list[int], budget: int) -> list[int]:
-        """Read the texts of `rows` to all but the last two tokens; return the rows where that is done.
+        """Read the texts of `rows` to all but the last two tokens; return the rows where that is
+        done.
 
         At most `budget` tokens are read outside; rows that need more lag until a later call.
         """
@@ -252,7 +267,9 @@ class DraftRows:
         return ready
 
     def propose(self, rows: list[int], state: State, spec: StepSpec, k: int) -> mx.array:
-        """Draft k tokens, [B, k], for `rows`, which have caught up; what the others get means nothing."""
+        """Draft k tokens, [B, k], for `rows`, which have caught up; what the others get means
+        nothing.
+        """
         texts = {row: self.rows[row].request.known for row in rows}
         starts = [0] * self.buffers.count
         for row, one in self.rows.items():
@@ -282,7 +299,9 @@ class DraftRows:
         return tokens
 
     def _ids(self, rows: list[list[int]], width: int) -> mx.array:
-        """Pad to `width`; ids that a wider target alone has become another one, which spoils the draft only."""
+        """Pad to `width`; ids that a wider target alone has become another one, which spoils the
+        draft only.
+        """
         last = self.draft.engine.config.vocab_size - 1
         ids = [[min(token, last) for token in row] + [0] * (width - len(row)) for row in rows]
         return mx.array(ids, dtype=mx.uint32)
@@ -300,7 +319,9 @@ class DraftRows:
         return found
 
     def record(self, row: int, known: int, drafted: int, accepted: int) -> None:
-        """Note that of a draft after `known` tokens `accepted` were kept; all but its last token were read."""
+        """Note that of a draft after `known` tokens `accepted` were kept; all but its last token
+        were read.
+        """
         self.rows[row].held = known + min(accepted, drafted - 1)
 
 
@@ -320,11 +341,13 @@ def make_feed(model: OpenELM, kind: CacheKind) -> Callable[..., Any]:
 def make_drafter(
     model: OpenELM, kind: CacheKind, filters: Filters, vocab: int, k: int
 ) -> Callable[..., Any]:
-    """Return a function that drafts k tokens a row in one go, without a return to the host between them.
+    """Return a function that drafts k tokens a row in one go, without a return to the host between
+    them.
 
-    It starts with the latest two tokens of each row: after a wholly accepted draft the cache lacks the last one, and
-    reading it again in every other case does no harm, keeps the shapes, and saves a pass. Each token is drawn as the
-    target will draw its own: under the same filters, with the noise of the same position.
+    It starts with the latest two tokens of each row: after a wholly accepted draft the cache lacks
+    the last one, and reading it again in every other case does no harm, keeps the shapes, and saves
+    a pass. Each token is drawn as the target will draw its own: under the same filters, with the
+    noise of the same position.
     """
 
     def run(

@@ -1,14 +1,16 @@
 """What can go wrong in a way the user can mend.
 
-Every class here derives from `OpenELMError`: the command line prints its text in one line, without a
-traceback, and exits with status 2. Anything else that escapes is a bug of this project.
+Every class here derives from `OpenELMError`: the command line prints its text in one line, without
+a traceback, and exits with status 2. Anything else that escapes is a bug of this project.
 """
 
 from __future__ import annotations
 
 
 class OpenELMError(Exception):
-    """A mistake the user can fix; its text says what was given, what is allowed and what to do next."""
+    """A mistake the user can fix; its text says what was given, what is allowed and what to do
+    next.
+    """
 
 
 class ConfigError(OpenELMError):
@@ -48,7 +50,9 @@ class HubError(OpenELMError):
 
 
 class BenchmarkError(OpenELMError):
-    """A benchmark that cannot be run as asked, or a result file that is damaged or of another kind."""
+    """A benchmark that cannot be run as asked, or a result file that is damaged or of another
+    kind.
+    """
 
 
 def reason(error: Exception) -> str:

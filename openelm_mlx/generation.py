@@ -94,15 +94,15 @@ def stream_generate(
     all events is what the tokens add to the prompt's text, its leading space included; only an
     answer in the Instruct format starts without.
 
-    `prompt_cache` is reused as far as something it holds agrees with the prompt, and holds prompt and
-    answer afterwards. A prompt of text goes on from the tokens it holds where their text is the
-    beginning of the prompt's. `draft` (a smaller engine with the same tokenizer, a `ModelDraft` of one,
-    which keeps its cache between calls, or your own `drafts.Draft`) and the option `prompt_lookup`
-    speed up decoding without changing what is drawn. `progress(done, total)` is called after each prefilled chunk.
-    `position_offset` is how many tokens of the text, at its beginning, are no longer in the prompt:
-    random numbers are those of the whole text. Closing the iterator stops at once and leaves nothing
-    in flight. Raises `PromptError` (empty, too long, no text nor ids), `OptionError` and `CacheError`
-    before any work.
+    `prompt_cache` is reused as far as something it holds agrees with the prompt, and holds prompt
+    and answer afterwards. A prompt of text goes on from the tokens it holds where their text is the
+    beginning of the prompt's. `draft` (a smaller engine with the same tokenizer, a `ModelDraft` of
+    one, which keeps its cache between calls, or your own `drafts.Draft`) and the option
+    `prompt_lookup` speed up decoding without changing what is drawn. `progress(done, total)` is
+    called after each prefilled chunk. `position_offset` is how many tokens of the text, at its
+    beginning, are no longer in the prompt: random numbers are those of the whole text. Closing the
+    iterator stops at once and leaves nothing in flight. Raises `PromptError` (empty, too long, no
+    text nor ids), `OptionError` and `CacheError` before any work.
     """
     sampling, options, engine_options = with_overrides(
         (SamplingOptions, GenerationOptions, EngineOptions),

@@ -29,13 +29,16 @@ ADVICE = {
     "regex": "Allowed is what most languages have, without look-around, word boundaries and references",
     "choices": "Give texts that the model's tokens can spell",
 }
-# Without it a mask allows only the tokenizer's own spelling of text that the grammar leaves no choice in.
+# Without it a mask allows only the tokenizer's own spelling of text that the grammar leaves no
+# choice in.
 HEADER = '%llguidance {"no_forcing": true}\nstart: '
-# The text is laid out as json.dumps does it. A small model that may write white space writes it without end.
+# The text is laid out as json.dumps does it. A small model that may write white space writes it
+# without end.
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 LIMITS: dict[str, Any] = {}  # of llguidance: its own, which end what would take forever
 LITERAL = {"const", "default", "enum", "examples"}  # keys of a schema that hold no schemas
-# keys beside which an object may have further properties, of its own or of the schemas it is joined with
+# keys beside which an object may have further properties, of its own or of the schemas it is joined
+# with
 OPENING = {"patternProperties", "minProperties", "allOf", "anyOf", "oneOf", "$ref"}
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _vocabularies: WeakKeyDictionary[Tokenizer, dict[int, Any]] = WeakKeyDictionary()
@@ -136,7 +139,8 @@ def schema_text(schema: Mapping[str, Any]) -> str:
 
 
 def schemas_of(text: str) -> list[dict[str, Any]]:
-    """Return the JSON schema that a text holds, first as `limited` unless it joins others, then as it is.
+    """Return the JSON schema that a text holds, first as `limited` unless it joins others, then as
+    it is.
 
     Raises `OptionError`.
     """
@@ -193,7 +197,8 @@ class Constraint:
         return self._fill(0)
 
     def along(self, drafts: Sequence[int]) -> tuple[NDArray[np.uint32], int]:
-        """Return the masks before each drafted token and after the last usable one, and how many are usable.
+        """Return the masks before each drafted token and after the last usable one, and how many
+        are usable.
 
         A draft is usable up to the first token that is not allowed or ends the text. The masks are
         [usable + 1, ceil(vocab / 32)] uint32; the constraint is left where it was.
@@ -251,7 +256,9 @@ def buffer(rows: int, words: int) -> tuple[NDArray[np.uint32], int]:
 
 
 def vocabulary(tokenizer: Tokenizer, vocab: int) -> Any:
-    """Return llguidance's index of a tokenizer's first `vocab` pieces, made once: 32,000 take 50 ms."""
+    """Return llguidance's index of a tokenizer's first `vocab` pieces, made once: 32,000 take 50
+    ms.
+    """
     from llguidance import LLTokenizer, TokenizerWrapper
 
     built = _vocabularies.setdefault(tokenizer, {})

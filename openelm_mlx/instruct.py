@@ -1,10 +1,12 @@
-"""OpenELM-Instruct's format by its published recipe, in tokens, so that no text can close its own turn.
+"""OpenELM-Instruct's format by its published recipe, in tokens, so that no text can close its own
+turn.
 
-BOS, then `<|system|>\\n...`, EOS, `\\n<|user|>\\n...`, EOS, `\\n<|assistant|>\\n...`, EOS. The recipe
-(apple/corenet, projects/openelm/instruction_tuning/openelm-instruct.yaml) has this template and trains with
-huggingface/alignment-handbook at 70769f9 of 2024-04-11, whose `maybe_insert_system_message` puts an empty
-system turn where a conversation has none. That the text between two EOS is encoded by itself, dummy prefix
-included, is how Hugging Face's fast Llama tokenizer treats special tokens. The training was not rerun here.
+BOS, then `<|system|>\\n...`, EOS, `\\n<|user|>\\n...`, EOS, `\\n<|assistant|>\\n...`, EOS. The
+recipe (apple/corenet, projects/openelm/instruction_tuning/openelm-instruct.yaml) has this template
+and trains with huggingface/alignment-handbook at 70769f9 of 2024-04-11, whose
+`maybe_insert_system_message` puts an empty system turn where a conversation has none. That the text
+between two EOS is encoded by itself, dummy prefix included, is how Hugging Face's fast Llama
+tokenizer treats special tokens. The training was not rerun here.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ FORM = "a dict with the keys 'role' and 'content'"
 
 
 def turn_tokens(tokenizer: Tokenizer, role: str, content: str, first: bool = False) -> list[int]:
-    """One whole turn with its EOS; the `first` of a conversation starts with BOS, others with a line break."""
+    """One whole turn with its EOS; the `first` of a conversation starts with BOS, others with a
+    line break.
+    """
     check_text(content)  # here, where the place it names is one in the user's text
     start = "" if first else "\n"
     text = tokenizer.encode(f"{start}<|{role}|>\n{content}", bos=False)

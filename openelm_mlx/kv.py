@@ -44,7 +44,9 @@ def halves(buffer: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def resized(array: mx.array, size: int, axis: int = -2) -> mx.array:
-    """Return the array with another size along an axis, that of the slots: cut, or with zeros added."""
+    """Return the array with another size along an axis, that of the slots: cut, or with zeros
+    added.
+    """
     extra = size - array.shape[axis]
     if extra < 0:
         return mx.contiguous(mx.split(array, [size], axis)[0])
@@ -64,7 +66,9 @@ def slot_numbers(capacity: int) -> mx.array:
 
 
 def causal_mask(length: int, total: int) -> mx.array:
-    """Return [length, total]: what the last `length` of `total` tokens see, which is up to themselves."""
+    """Return [length, total]: what the last `length` of `total` tokens see, which is up to
+    themselves.
+    """
     return mx.arange(total) <= mx.arange(total - length, total)[:, None]
 
 
@@ -162,7 +166,8 @@ class Window:
         )
 
     def held(self, newest: mx.array) -> mx.array:
-        """Return the position of the token in each slot [..., capacity] when `newest` [..., 1] is last.
+        """Return the position of the token in each slot [..., capacity] when `newest` [..., 1] is
+        last.
 
         Nothing is there yet where it is less than 0, or than `keep` behind the kept slots.
         """
@@ -170,7 +175,9 @@ class Window:
         return mx.where(slots < self.keep, slots, newest - (newest - slots) % self.ring)
 
     def sees(self, positions: mx.array, held: mx.array, ring_slots: mx.array) -> mx.array:
-        """Return [..., L, T]: whether tokens at positions [..., L] attend to those at held [..., T]."""
+        """Return [..., L, T]: whether tokens at positions [..., L] attend to those at held [...,
+        T].
+        """
         p, h = positions[..., None], held[..., None, :]
         recent = (h >= self.keep) & (h > p - (self.size - self.keep))
         return (h <= p) & mx.where(ring_slots, recent, h >= 0)

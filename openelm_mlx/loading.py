@@ -76,9 +76,9 @@ class Engine:
         >>> async for event in engine.stream("Once upon a time", max_tokens=64):
         ...     print(event.text, end="", flush=True)
 
-        Several may run at once, a step of each in turn; the event loop is free meanwhile. Errors are
-        raised where the first event is awaited. Cancelling the task, or closing the iterator, ends
-        the generation after the step under way.
+        Several may run at once, a step of each in turn; the event loop is free meanwhile. Errors
+        are raised where the first event is awaited. Cancelling the task, or closing the iterator,
+        ends the generation after the step under way.
         """
         from openelm_mlx.generation import stream_generate
 

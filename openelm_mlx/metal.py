@@ -1,8 +1,9 @@
-"""Metal settings that are known to pay: chosen by pure functions of what the chip is, and applied only where it fits.
+"""Metal settings that are known to pay: chosen by pure functions of what the chip is, and applied
+only where it fits.
 
-MLX commits a command buffer after a number of kernels, or of megabytes they touch (40 to 50 of each by default, by size
-of chip; mlx/backend/metal/device.cpp). Each boundary costs GPU time, which is much of a small model's token. Measured by
-others, not by this project, which has not run on Metal:
+MLX commits a command buffer after a number of kernels, or of megabytes they touch (40 to 50 of each
+by default, by size of chip; mlx/backend/metal/device.cpp). Each boundary costs GPU time, which is
+much of a small model's token. Measured by others, not by this project, which has not run on Metal:
 
 - M3 Ultra: +5 % (20k tokens of context) and +7.7 % (short) decode at 1000 operations and 400 MB, same outputs and peak
   memory; nothing on a dense 27B model (https://github.com/ml-explore/mlx/issues/4521)
@@ -39,7 +40,8 @@ class MetalSettings:
 
 
 def buffer_limits(chip: str | None, environ: Mapping[str, str]) -> MetalSettings:
-    """Command-buffer limits for a chip by its name ("Apple M3 Ultra"); what the user has set is never overruled.
+    """Command-buffer limits for a chip by its name ("Apple M3 Ultra"); what the user has set is
+    never overruled.
 
     buffer_limits("Apple M2 Pro", {}).values   -> {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}
     buffer_limits("Apple M5", {}).values       -> {}
@@ -65,9 +67,11 @@ def elsewhere(generation: int) -> str:
 
 
 def wired_limit(recommended_bytes: int | None, system_version: str) -> int | None:
-    """Bytes that may stay wired, so that macOS does not page weights out between tokens: all that Metal recommends.
+    """Bytes that may stay wired, so that macOS does not page weights out between tokens: all that
+    Metal recommends.
 
-    None where it cannot be set: no Metal, or a macOS before 15 (mlx-lm has the same rule in `wired_limit`).
+    None where it cannot be set: no Metal, or a macOS before 15 (mlx-lm has the same rule in
+    `wired_limit`).
     """
     major = re.match(r"\d+", system_version or "")
     if not recommended_bytes or major is None or int(major[0]) < WIRED_SINCE:
@@ -94,7 +98,9 @@ _applied: MetalSettings | None = None
 
 
 def set_buffer_limits(environ: MutableMapping[str, str] | None = None) -> MetalSettings:
-    """Put the limits for this chip into the environment, where MLX reads them when it starts; later calls tell the choice."""
+    """Put the limits for this chip into the environment, where MLX reads them when it starts; later
+    calls tell the choice.
+    """
     global _applied
     if _applied is None:
         environ = os.environ if environ is None else environ

@@ -73,7 +73,9 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def for_any_thread(array: mx.array) -> mx.array:
-    """Start computing an array that a module keeps: one that is not evaluated belongs to its thread."""
+    """Start computing an array that a module keeps: one that is not evaluated belongs to its
+    thread.
+    """
     with suppress(ValueError):  # within a transformation, such as mx.compile, it is kept for that
         mx.async_eval(array)
     return array
@@ -182,7 +184,8 @@ class Attention(nn.Module):
         self._table: tuple[Any, ...] = ()
 
     def head_weights(self) -> mx.array:
-        """Return [heads, 2, head_dim / 2] complex64: the norm weight of each element, `VALUE` in value heads.
+        """Return [heads, 2, head_dim / 2] complex64: the norm weight of each element, `VALUE` in
+        value heads.
 
         The imaginary part is the weight of the element it turns with. The table is kept between
         calls, and made anew when training or loading puts other norm weights in place.
@@ -226,7 +229,8 @@ class FeedForward(nn.Module):
         if not self.gated:
             x = nn.silu(x)
         elif x.shape[0] == 1:
-            # Halves as rows: split along a row, they would keep its stride, and be copied for proj_2.
+            # Halves as rows: split along a row, they would keep its stride, and be copied for
+            # proj_2.
             x = swiglu(*mx.split(x.reshape(2, -1), 2))
         else:
             x = swiglu(*mx.split(x, 2, axis=-1))

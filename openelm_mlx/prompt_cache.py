@@ -62,7 +62,8 @@ class PromptCache:
     least recently used entries go; the latest stays even where it alone takes more.
 
     Conversations, generations and batches of any threads may share a `PromptCache`. They use it in
-    turn; only the garbage collector may close a generation, which adds an entry, in the midst of it.
+    turn; only the garbage collector may close a generation, which adds an entry, in the midst of
+    it.
     """
 
     def __init__(self, max_bytes: int = 2**30) -> None:
@@ -232,7 +233,9 @@ class PromptCache:
 def restored(
     arrays: dict[str, mx.array], about: dict[str, Any], engine: Engine, kind: CacheKind
 ) -> tuple[list[int], KVCache]:
-    """Return the tokens and the cache of a saved file; what does not fit raises a built-in error."""
+    """Return the tokens and the cache of a saved file; what does not fit raises a built-in
+    error.
+    """
     tokens, offset, config = json.loads(about["tokens"]), int(about["offset"]), engine.config
     if not isinstance(tokens, list) or not 0 < len(tokens) == offset:
         raise ValueError(f"{offset} positions for {len(tokens)} tokens")

@@ -1,4 +1,6 @@
-"""One request: what was asked for, how far it came, and the tokens drawn for it turned into events."""
+"""One request: what was asked for, how far it came, and the tokens drawn for it turned into
+events.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +126,9 @@ def on_host(detail: Logprobs | None, count: int) -> list[TokenLogprobs | None]:
 def spec_for(
     requests: Sequence[Request], vocab: int, kind: CacheKind, compiled: bool, held: Filters
 ) -> StepSpec:
-    """Return what a step must be traced for, to serve all of these requests; `held` filters stay."""
+    """Return what a step must be traced for, to serve all of these requests; `held` filters
+    stay.
+    """
     wanted = [one.options.logprobs for one in requests if one.options.logprobs is not None]
     masked = any(one.constraint is not None for one in requests)
     filters = Filters.of([one.sampling for one in requests], masked).beside(held)
@@ -157,7 +161,8 @@ def state_of(rows: Sequence[Request | None], spec: StepSpec) -> State:
 def mask_of(
     rows: Sequence[Request | None], spec: StepSpec, drafted: Proposal | None = None
 ) -> mx.array | None:
-    """Return the tokens that the grammars of the rows allow next, and after each token of their drafts.
+    """Return the tokens that the grammars of the rows allow next, and after each token of their
+    drafts.
 
     [B * (k + 1), vocab / 32] uint32, a bit for each token; all of them in rows without a grammar.
     Drafts are shortened to what a grammar allows.
@@ -194,8 +199,8 @@ class TextFilter:
 
     stop "END":  "...the E" shows "...the ", "N" shows nothing, "joy" shows "ENjoy", "D" stops for good.
 
-    Of several stop strings the match that begins first in the text wins, however the text is cut into tokens: a shorter
-    match waits while a longer one that began before it may still come true.
+    Of several stop strings the match that begins first in the text wins, however the text is cut
+    into tokens: a shorter match waits while a longer one that began before it may still come true.
     """
 
     def __init__(self, decoder: StreamingDecoder, stop: tuple[str, ...]) -> None:

@@ -16,7 +16,9 @@ SHARED_BLOCK = 64  # every row attends to all slots, so unused ones cost more th
 
 
 def quarters(n: int, least: int = 1) -> int:
-    """Round up to a quarter of a power of two: few sizes, so few traces, and little that is unused."""
+    """Round up to a quarter of a power of two: few sizes, so few traces, and little that is
+    unused.
+    """
     step = max(least, 1 << max((n - 1).bit_length() - 2, 0))
     return -(-n // step) * step
 
@@ -24,9 +26,10 @@ def quarters(n: int, least: int = 1) -> int:
 class Rows:
     """The caches of `count` rows; arrays are [2, count, kv_heads, slots, width].
 
-    A step borrows the buffers with `lend` and puts those that it made in their place with `restore`.
-    No other reference may be left when they are computed, or they are copied. How many tokens a row
-    holds is known to whoever runs the steps; `written` is one past the last position ever written to.
+    A step borrows the buffers with `lend` and puts those that it made in their place with
+    `restore`. No other reference may be left when they are computed, or they are copied. How many
+    tokens a row holds is known to whoever runs the steps; `written` is one past the last position
+    ever written to.
     """
 
     def __init__(self, config: OpenELMConfig, kind: CacheKind) -> None:

@@ -74,7 +74,9 @@ class Filters:
         )
 
     def beside(self, held: Filters) -> Filters:
-        """Return these with those held for other rows: fewer sets occur, so fewer steps are traced."""
+        """Return these with those held for other rows: fewer sets occur, so fewer steps are
+        traced.
+        """
         own = ("shortlist", "masked", "processors")
         names = [item.name for item in fields(self) if item.name not in own]
         every = any(one.sampled and not one.shortlist for one in (self, held))

@@ -72,7 +72,8 @@ class BatchEngine:
     `stream_generate`. `options` and `settings` are engine options. Any thread may call it.
 
     Beside running sequences a step prefills at most `admission` tokens of waiting prompts, so that
-    a long one stalls nobody; by default as many as take about thrice the time of a step without any.
+    a long one stalls nobody; by default as many as take about thrice the time of a step without
+    any.
     """
 
     _spec: StepSpec  # of the rows as they are arranged now
@@ -146,9 +147,10 @@ class BatchEngine:
         """Queue a prompt; returns the number that its events carry.
 
         Prompts of one `owner` never meet what the prefix cache holds of another's. Where text is
-        `continued`, its ids go on from those in the prefix cache whose text it begins with; else they
-        depend on the text alone. `position_offset` and `progress` are those of `stream_generate`.
-        Raises `PromptError`, `OptionError`, and `BusyError` where `max_waiting` requests wait.
+        `continued`, its ids go on from those in the prefix cache whose text it begins with; else
+        they depend on the text alone. `position_offset` and `progress` are those of
+        `stream_generate`. Raises `PromptError`, `OptionError`, and `BusyError` where `max_waiting`
+        requests wait.
         """
         kinds = (SamplingOptions, GenerationOptions)
         drawn_by, ended_by = with_overrides(kinds, (sampling, options), settings)
@@ -199,8 +201,8 @@ class BatchEngine:
     def step(self) -> list[tuple[int, Event]]:
         """Admit what waits, draw for every running sequence; (number, event) for each token.
 
-        What a processor, a draft or a progress function raises loses nothing, nor does an interrupt:
-        the next step hands out the events so far, and goes on from the tokens known.
+        What a processor, a draft or a progress function raises loses nothing, nor does an
+        interrupt: the next step hands out the events so far, and goes on from the tokens known.
         """
         self._reader.back()
         begun, steady = time.perf_counter(), bool(self._rows) and not self._stale
@@ -383,7 +385,9 @@ class BatchEngine:
         submit(drawn, moved)
 
     def _pass(self, run: Callable[..., Any], given: Any, written: int) -> Any:
-        """Run a pass over the buffers that writes `written` slots beyond the known tokens of a row."""
+        """Run a pass over the buffers that writes `written` slots beyond the known tokens of a
+        row.
+        """
         ends = [0] * len(self._rows)
         for row, request in self._live():
             ends[row] = len(request.known) + written
@@ -418,7 +422,9 @@ class BatchEngine:
                     break
 
     def _fed(self, request: Request) -> int:
-        """Tokens known of a running request that its row holds: all, if the next pass is under way."""
+        """Tokens known of a running request that its row holds: all, if the next pass is under
+        way.
+        """
         return len(request.known) - (not self._passes and self._logits is None)
 
     def _retire(self, row: int, request: Request, fed: int) -> None:

@@ -52,7 +52,9 @@ def score(
 
 
 def batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:
-    """Yield the numbers of sequences that share a pass, the longest first; of length 0 none is run."""
+    """Yield the numbers of sequences that share a pass, the longest first; of length 0 none is
+    run.
+    """
     order = sorted((n for n, length in enumerate(lengths) if length), key=lambda n: -lengths[n])
     while order:
         count = max(1, tokens // lengths[order[0]])

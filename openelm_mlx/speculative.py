@@ -1,10 +1,12 @@
-"""Speculative decoding that no draft can be seen in: tokens are drafted, verified in one pass, kept while they agree.
+"""Speculative decoding that no draft can be seen in: tokens are drafted, verified in one pass, kept
+while they agree.
 
-The target draws its own token at every position, exactly as it does without a draft: argmax(filtered logits + Gumbel
-noise), the noise being a function of key and position. The draft model draws with the same noise, so the two agree
-often, and a seed gives the same text with any draft and with none (drafter-invariant coupling, Daliri, Musco and
-Suresh, arXiv:2408.07978). A token drafted from q is kept by a target with distribution p with the probability
-sum over x of 1 / sum over y of max(p(y) / p(x), q(y) / q(x)), not far below sum(min(p, q)), the most there can be.
+The target draws its own token at every position, exactly as it does without a draft:
+argmax(filtered logits + Gumbel noise), the noise being a function of key and position. The draft
+model draws with the same noise, so the two agree often, and a seed gives the same text with any
+draft and with none (drafter-invariant coupling, Daliri, Musco and Suresh, arXiv:2408.07978). A
+token drafted from q is kept by a target with distribution p with the probability sum over x of 1 /
+sum over y of max(p(y) / p(x), q(y) / q(x)), not far below sum(min(p, q)), the most there can be.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 
 
 class Proposal(NamedTuple):
-    """What is drafted for every row. Lengths may be shortened; reading the tokens waits for a draft model."""
+    """What is drafted for every row. Lengths may be shortened; reading the tokens waits for a draft
+    model.
+    """
 
     tokens: mx.array  # [B, k] uint32
     lengths: list[int]  # of each row: the first so many tokens are its draft, 0 to k
@@ -43,7 +47,8 @@ class RowDrafts:
 
 
 class Speculation:
-    """The drafts of all rows of a scheduler, which numbers them; prompt lookup first, the draft where it finds nothing.
+    """The drafts of all rows of a scheduler, which numbers them; prompt lookup first, the draft
+    where it finds nothing.
 
     Raises `OptionError` where a draft model has another tokenizer than `engine`.
     """
@@ -80,7 +85,9 @@ class Speculation:
             self.model.admit(row, request)
 
     def release(self, row: int) -> None:
-        """End the drafts of `row`; what the draft model has read is kept for a later text that begins alike."""
+        """End the drafts of `row`; what the draft model has read is kept for a later text that
+        begins alike.
+        """
         del self._rows[row]
         if self.model is not None:
             self.model.release(row)
@@ -92,11 +99,15 @@ class Speculation:
             self.model.move(rows, count)
 
     def hopeful(self, live: list[tuple[int, Request]]) -> bool:
-        """Return whether a draft of any row would pay; looks at the host's lists only, nothing is computed."""
+        """Return whether a draft of any row would pay; looks at the host's lists only, nothing is
+        computed.
+        """
         return any(sum(self._lengths(row, request)) > 0 for row, request in live)
 
     def _lengths(self, row: int, request: Request) -> tuple[int, int]:
-        """Return how many tokens to look up for a row, and where that is 0, how many to ask of the draft."""
+        """Return how many tokens to look up for a row, and where that is 0, how many to ask of the
+        draft.
+        """
         one, known = self._rows[row], request.known
         room = max(request.left - 1, 0)  # verifying draws one token more than the draft has
         looked_up = min(one.lookup.length(known), room) if one.lookup is not None else 0
@@ -146,7 +157,9 @@ class Speculation:
         return Proposal(tokens, lengths)
 
     def record(self, row: int, drafted: int, accepted: int) -> None:
-        """Learn that of the latest draft of `row`, of `drafted` tokens, the first `accepted` were kept."""
+        """Learn that of the latest draft of `row`, of `drafted` tokens, the first `accepted` were
+        kept.
+        """
         one = self._rows[row]
         if not drafted or one.looked_up or one.length is None:
             return  # a lookup counts its own hits

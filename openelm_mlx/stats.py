@@ -36,7 +36,9 @@ class GenerationStats:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens that a pass of the model gave; 1 without speculation, 0 where there was no pass."""
+        """Tokens that a pass of the model gave; 1 without speculation, 0 where there was no
+        pass.
+        """
         return (self.generation_tokens - 1) / self.target_passes if self.target_passes else 0.0
 
 

@@ -10,8 +10,8 @@ for this module:
   thread has a current stream of its own, and another thread cannot evaluate on it.
 - Two threads must not use a stream at the same time, nor the arrays that modules make and keep.
 
-So work that another thread asks for is done by a worker that is never joined; it and the main thread
-take turns, and use the same stream.
+So work that another thread asks for is done by a worker that is never joined; it and the main
+thread take turns, and use the same stream.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class Device:
         threading.Event().wait()  # for ever: the end of this thread is what must not happen
 
     def rest(self) -> None:
-        """Stop the worker between two pieces of work; at the exit it would be stopped within one."""
+        """Stop the worker between two pieces of work; at the exit it would be stopped within
+        one.
+        """
         self.closed = True
         self.bell.put(None)
         self.at_rest.wait(EXIT_SECONDS)

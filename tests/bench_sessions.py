@@ -15,7 +15,9 @@ def nothing(label, work):
 
 
 class Sleeper:
-    """A session that sleeps `first` and then `step` a token, and lets an independent clock watch."""
+    """A session that sleeps `first` and then `step` a token, and lets an independent clock
+    watch.
+    """
 
     version, load_seconds = "1", 0.0
 

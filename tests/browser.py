@@ -1,4 +1,6 @@
-"""Headless Chromium over the DevTools protocol on a pipe: enough to open a page, ask it things and take a picture."""
+"""Headless Chromium over the DevTools protocol on a pipe: enough to open a page, ask it things and
+take a picture.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,18 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars")  # fmt: skip
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+)
 
 # the browser takes commands on descriptor 3 and answers on 4
 ON_3_AND_4 = """import fcntl, os, sys
@@ -30,17 +42,35 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page in a browser of its own. `complaints` collects errors and warnings of its console, as they come."""
+    """One page in a browser of its own. `complaints` collects errors and warnings of its console,
+    as they come.
+    """
 
     def __init__(self) -> None:
         self.profile = tempfile.mkdtemp(prefix="chromium-")
         to_read, self.write_end = os.pipe()
         self.read_end, to_write = os.pipe()
-        command = [find_chromium() or "chromium", *FLAGS, f"--user-data-dir={self.profile}", "--remote-debugging-pipe"]
+        command = [
+            find_chromium() or "chromium",
+            *FLAGS,
+            f"--user-data-dir={self.profile}",
+            "--remote-debugging-pipe",
+        ]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", ON_3_AND_4, str(to_read), str(to_write), *command, "about:blank"],
-            pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-c",
+                ON_3_AND_4,
+                str(to_read),
+                str(to_write),
+                *command,
+                "about:blank",
+            ],
+            pass_fds=(to_read, to_write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         os.close(to_read)
         os.close(to_write)
         self.count, self.buffer, self.session = 0, b"", ""
@@ -83,13 +113,21 @@ class Browser:
             self.complaints.append(data["entry"]["text"])
         elif event == "Runtime.consoleAPICalled" and data["type"] in ("error", "warning", "assert"):
             self.complaints.append(str(data["args"]))
-        elif event == "Network.requestWillBeSent" and not data["request"]["url"].startswith("data:"):
+        elif event == "Network.requestWillBeSent" and not data["request"]["url"].startswith(
+            "data:"
+        ):
             self.requests.append(data["request"]["url"])
         return message
 
     def open(self, path: Path, width: int, height: int = 800, dark: bool = False) -> None:
         """Show a file at a width in CSS pixels and wait until all of it has loaded."""
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.ask("Emulation.setEmulatedMedia", features=scheme)
         self.loaded, self.complaints, self.requests = False, [], []
@@ -99,7 +137,9 @@ class Browser:
 
     def value(self, expression: str) -> Any:
         """What a JavaScript expression gives, as JSON; promises are waited for."""
-        answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self.ask(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in answer:
             raise RuntimeError(str(answer["exceptionDetails"]))
         return answer["result"].get("value")
@@ -110,7 +150,9 @@ class Browser:
 
     def close(self) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # the group this started: the browser and its helpers
+            os.killpg(
+                self.process.pid, signal.SIGKILL
+            )  # the group this started: the browser and its helpers
         self.process.wait()
         os.close(self.write_end)
         os.close(self.read_end)

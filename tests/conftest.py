@@ -18,8 +18,12 @@ from openelm_mlx.loading import Engine
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs(*names): skipped where one of these is missing; see tests/optional.py")
-    config.addinivalue_line("markers", "with_or_without(*names): holds with and without these; see tests/optional.py")
+    config.addinivalue_line(
+        "markers", "needs(*names): skipped where one of these is missing; see tests/optional.py"
+    )
+    config.addinivalue_line(
+        "markers", "with_or_without(*names): holds with and without these; see tests/optional.py"
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -28,7 +32,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = terminalreporter.stats.get("skipped", [])
-    if line := skipped_line(report.longrepr[2] for report in reports if isinstance(report.longrepr, tuple)):
+    if line := skipped_line(
+        report.longrepr[2] for report in reports if isinstance(report.longrepr, tuple)
+    ):
         terminalreporter.write_line(line)
 
 
@@ -41,20 +47,27 @@ def tiny() -> Engine:
 @pytest.fixture(scope="session")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model as a folder whose context holds 64 tokens only."""
-    bundled, folder = resolve_model("openelm-tiny").folder, tmp_path_factory.mktemp("short") / "short"
+    bundled, folder = (
+        resolve_model("openelm-tiny").folder,
+        tmp_path_factory.mktemp("short") / "short",
+    )
     folder.mkdir()
     for path in bundled.iterdir():
         (folder / path.name).symlink_to(path)
     config = json.loads((bundled / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps(config | {"max_context_length": 64}), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(config | {"max_context_length": 64}), encoding="utf-8"
+    )
     return folder
 
 
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden nano model as a folder of this project."""
-    from formats import again  # not above: it imports MLX, and openelm_mlx loads a faster BLAS before that
+    from formats import (
+        again,
+    )  # not above: it imports MLX, and openelm_mlx loads a faster BLAS before that
 
     return again(NANO / "checkpoint.pt", tmp_path_factory.mktemp("nano") / "nano")
 
@@ -64,6 +77,8 @@ def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
     """Give bytes to the next command as its standard input."""
 
     def give(data: bytes) -> None:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1", newline="\n"))
+        monkeypatch.setattr(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1", newline="\n")
+        )
 
     return give

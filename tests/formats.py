@@ -1,4 +1,6 @@
-"""What the tests of formats share: tokenizers of any size, a small model folder, what a written folder holds."""
+"""What the tests of formats share: tokenizers of any size, a small model folder, what a written
+folder holds.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,20 @@ from openelm_mlx.convert.opening import open_model
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors
 
-CORPUS = ("once upon a time there was a little girl who lived in a forest with a fox", "two birds flew")
-TINY = OpenELMConfig(model_dim=32, head_dim=8, num_transformer_layers=1, vocab_size=64, num_gqa_groups=1, ffn_dim_divisor=32,
-                     qkv_multipliers=(1.0,), ffn_multipliers=(1.0,))  # fmt: skip
+CORPUS = (
+    "once upon a time there was a little girl who lived in a forest with a fox",
+    "two birds flew",
+)
+TINY = OpenELMConfig(
+    model_dim=32,
+    head_dim=8,
+    num_transformer_layers=1,
+    vocab_size=64,
+    num_gqa_groups=1,
+    ffn_dim_divisor=32,
+    qkv_multipliers=(1.0,),
+    ffn_multipliers=(1.0,),
+)
 
 
 @cache
@@ -27,9 +40,15 @@ def trained_tokenizer(size: int) -> bytes:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 9), model_writer=model, vocab_size=size, model_type="bpe", minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=True,
-    )  # fmt: skip
+        sentence_iterator=iter(CORPUS * 9),
+        model_writer=model,
+        vocab_size=size,
+        model_type="bpe",
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=True,
+    )
     return model.getvalue()
 
 
@@ -40,11 +59,18 @@ def tokenizer_file(folder: Path, size: int = 128) -> Path:
     return path
 
 
-def random_folder(folder: Path, config: OpenELMConfig = TINY, seed: int = 0, spread: float = 0.1) -> Path:
-    """A Hugging Face folder of random weights with its tokenizer; with TINY a conversion of it takes milliseconds."""
+def random_folder(
+    folder: Path, config: OpenELMConfig = TINY, seed: int = 0, spread: float = 0.1
+) -> Path:
+    """A Hugging Face folder of random weights with its tokenizer; with TINY a conversion of it
+    takes milliseconds.
+    """
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(seed)
-    arrays = {n: mx.array(rng.normal(0, spread, s).astype(np.float32)) for n, s in expected_tensors(config).items()}
+    arrays = {
+        n: mx.array(rng.normal(0, spread, s).astype(np.float32))
+        for n, s in expected_tensors(config).items()
+    }
     mx.save_safetensors(str(folder / "model.safetensors"), arrays)
     (folder / "config.json").write_text(json.dumps(config.to_hf_dict()))
     tokenizer_file(folder, config.vocab_size)

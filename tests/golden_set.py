@@ -1,4 +1,6 @@
-"""Where the checkpoints with CoreNet's logits lie, and what must be said of those whose shapes do not tell it."""
+"""Where the checkpoints with CoreNet's logits lie, and what must be said of those whose shapes do
+not tell it.
+"""
 
 from __future__ import annotations
 
@@ -7,4 +9,7 @@ from typing import Any
 
 GOLDEN = Path(__file__).parent / "golden"
 NANO = GOLDEN / "openelm-nano"
-FLAGS: dict[str, dict[str, Any]] = {"noqknorm-gqa2": {"head_dim": 64}, "noglu-gqa2": {"rope_base": 500.0}}
+FLAGS: dict[str, dict[str, Any]] = {
+    "noqknorm-gqa2": {"head_dim": 64},
+    "noglu-gqa2": {"rope_base": 500.0},
+}

@@ -9,12 +9,15 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-CERTIFICATE = Path(__file__).parent / "hub_certificate.pem"  # of 127.0.0.1, signed by itself, with its key: of no use elsewhere
+CERTIFICATE = (
+    Path(__file__).parent / "hub_certificate.pem"
+)  # of 127.0.0.1, signed by itself, with its key: of no use elsewhere
 COMMIT = "a" * 40
 
 
 class Hub:
-    """Serves `files[repo][name]`; `cut` names files whose first body breaks off; `status[repo]` refuses a repo.
+    """Serves `files[repo][name]`; `cut` names files whose first body breaks off; `status[repo]`
+    refuses a repo.
 
     The only revision is main. With `tls` it speaks HTTPS, under a certificate that nobody trusts.
     """
@@ -55,17 +58,32 @@ class Hub:
         if "revision" in parts and parts[-1] != "main":
             return self.send(request, 404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
         if parts[0] == "api" and parts[4] == "tree":
-            tree = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in self.files[repo].items()]
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+                for name, data in self.files[repo].items()
+            ]
             return self.send(request, 200, json.dumps(tree).encode(), {}, body)
         if parts[0] == "api":
             names = [{"rfilename": name} for name in self.files[repo]]
-            info = {"_id": "1", "id": repo, "modelId": repo, "sha": COMMIT, "siblings": names, "private": False, "tags": []}
+            info = {
+                "_id": "1",
+                "id": repo,
+                "modelId": repo,
+                "sha": COMMIT,
+                "siblings": names,
+                "private": False,
+                "tags": [],
+            }
             return self.send(request, 200, json.dumps(info).encode(), {}, body)
         name = "/".join(parts[4:])
         if name not in self.files[repo]:
             return self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound"}, body)
         data = self.files[repo][name]
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
         start = request.headers.get("Range")
         code = 200
         if start and body:

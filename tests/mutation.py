@@ -100,8 +100,14 @@ class Session:
         options = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "--tb=no"]
         command = [sys.executable, "-m", "pytest", *options, *arguments]
         with open(self.folder / "output.txt", "w+", errors="replace") as output:
-            run = subprocess.Popen(command, cwd=tree, env=environment, stdout=output,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+            run = subprocess.Popen(
+                command,
+                cwd=tree,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
                 status: int | None = run.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -126,8 +132,12 @@ class Session:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             _, output = self.run_pytest(
-                self.tree, "-p", "mutation_contexts", f"tests/{path.name}",
-                MUTATION_FOLDER=str(folder), COVERAGE_PROCESS_START=str(settings),
+                self.tree,
+                "-p",
+                "mutation_contexts",
+                f"tests/{path.name}",
+                MUTATION_FOLDER=str(folder),
+                COVERAGE_PROCESS_START=str(settings),
             )
             if not (folder / "tests.part").exists():
                 raise SystemExit(f"{path.name} did not run: {output[-2000:]}")
@@ -256,8 +266,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seed", type=int, help="of what is drawn (default: a new one, printed)")
     parser.add_argument("--count", type=int, default=100, help="mutants (default: 100)")
-    parser.add_argument("--session", type=Path, default=ROOT / "build" / "mutation",
-                        metavar="FOLDER", help="begun or gone on with (default: build/mutation)")
+    parser.add_argument(
+        "--session",
+        type=Path,
+        default=ROOT / "build" / "mutation",
+        metavar="FOLDER",
+        help="begun or gone on with (default: build/mutation)",
+    )
     parser.add_argument("--minutes", type=float, default=20.0, help="for this call (default: 20)")
     args = parser.parse_args()
     folder = args.session.resolve()

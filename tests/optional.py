@@ -1,8 +1,8 @@
 """What a machine may have or lack, and how a test says that it depends on it.
 
-`@pytest.mark.needs("Chromium")` is for a test that means nothing without it: it is skipped, and the last lines of the
-run say so. `@pytest.mark.with_or_without("OpenBLAS")` is for a test that holds either way; `.ci/run` runs both kinds
-once more on a machine that has none of these things.
+`@pytest.mark.needs("Chromium")` is for a test that means nothing without it: it is skipped, and the
+last lines of the run say so. `@pytest.mark.with_or_without("OpenBLAS")` is for a test that holds
+either way; `.ci/run` runs both kinds once more on a machine that has none of these things.
 """
 
 from __future__ import annotations
@@ -85,5 +85,8 @@ def skipped_line(reasons: Iterable[str]) -> str | None:
     counts = Counter(reason.removeprefix("Skipped: ") for reason in reasons)
     if not counts:
         return None
-    said = [f"{count} {reason.replace('wants', 'want', 1) if count > 1 else reason}" for reason, count in counts.most_common()]
+    said = [
+        f"{count} {reason.replace('wants', 'want', 1) if count > 1 else reason}"
+        for reason, count in counts.most_common()
+    ]
     return f"{sum(counts.values())} skipped: {', '.join(said)}"

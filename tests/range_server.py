@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves bytes with ranges and an ETag; `server.behave` may do anything else first (returns whether it did)."""
+    """Serves bytes with ranges and an ETag; `server.behave` may do anything else first (returns
+    whether it did).
+    """
 
     protocol_version = "HTTP/1.1"
 

@@ -14,8 +14,8 @@ RESULTS = "benchmarks/results"
 BEGIN, END = "<!-- computed from benchmarks/results -->\n", "<!-- end -->\n"
 MADE = {  # how to make a folder that was measured
     "openelm-tiny-float32": "openelm convert tests/golden/openelm-tiny/checkpoint.pt "
-                            "-o openelm-tiny-float32 --tokenizer tests/golden/openelm-nano/tokenizer.model",
-}  # fmt: skip
+    "-o openelm-tiny-float32 --tokenizer tests/golden/openelm-nano/tokenizer.model",
+}
 DECODE, FIRST = "decode_tokens_per_second", "time_to_first_token_seconds"
 
 

@@ -1,4 +1,6 @@
-"""Small random engines, made in a moment: real models of a few thousand weights with the bundled tokenizer."""
+"""Small random engines, made in a moment: real models of a few thousand weights with the bundled
+tokenizer.
+"""
 
 from __future__ import annotations
 

@@ -16,10 +16,15 @@ def small_model(name: str = "tied-gqa4") -> tuple[OpenELMConfig, dict[str, mx.ar
     source = TorchCheckpoint(GOLDEN / name / "checkpoint.pt")
     names = renamed_tensors(source.tensors)
     shapes = {new: source.tensors[old].shape for new, old in names.items()}
-    config = infer_config(shapes, {"vocab_size": shapes["transformer.token_embeddings.weight"][0], "max_context_length": 64},
-                          **FLAGS.get(name, {}))  # fmt: skip
+    config = infer_config(
+        shapes,
+        {"vocab_size": shapes["transformer.token_embeddings.weight"][0], "max_context_length": 64},
+        **FLAGS.get(name, {}),
+    )
     return config, {new: source.load(old).astype(mx.float32) for new, old in names.items()}
 
 
 def random_tokens(config: OpenELMConfig, rows: int = 6, length: int = 32) -> mx.array:
-    return mx.random.randint(3, config.vocab_size, (rows, length), key=mx.random.key(5)).astype(mx.int32)
+    return mx.random.randint(3, config.vocab_size, (rows, length), key=mx.random.key(5)).astype(
+        mx.int32
+    )

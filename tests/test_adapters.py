@@ -20,9 +20,16 @@ FIXTURES = ("lora", "lora-rs", "dora")
 
 
 def run(name, tmp_path, **fields):
-    return convert(ConvertOptions(**{
-        "source": GOLDEN / name / "checkpoint.pt", "target": tmp_path / "m", "tokenizer": tokenizer_file(tmp_path, 112), **fields
-    }))  # fmt: skip
+    return convert(
+        ConvertOptions(
+            **{
+                "source": GOLDEN / name / "checkpoint.pt",
+                "target": tmp_path / "m",
+                "tokenizer": tokenizer_file(tmp_path, 112),
+                **fields,
+            }
+        )
+    )
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -44,7 +51,9 @@ def test_adapters_kept_apart_give_the_same_logits_in_mlx_lm(name, tmp_path):
     assert np.abs(base - golden["logits"]).max() > 1e-2  # the folder itself holds the base
     record = json.loads((tmp_path / "m" / "conversion.json").read_text())
     assert record["adapter"] == "kept beside its base"
-    assert "--adapter-path PATH_OF_THIS_FOLDER/adapter" in (tmp_path / "m" / "README.md").read_text()
+    assert (
+        "--adapter-path PATH_OF_THIS_FOLDER/adapter" in (tmp_path / "m" / "README.md").read_text()
+    )
 
 
 def test_a_kept_adapter_on_a_quantized_base(tmp_path):
@@ -70,7 +79,9 @@ def test_strength_by_flag_instead_of_yaml(tmp_path):
 
 def test_ranks_and_scales_that_differ_by_layer(tmp_path):
     """mlx-lm knows one rank and scale: padding and folding must not change what is computed."""
-    text = (GOLDEN / "lora" / "config.yaml").read_text().replace("lora_alpha: 16", "lora_alpha: 5", 1)
+    text = (
+        (GOLDEN / "lora" / "config.yaml").read_text().replace("lora_alpha: 16", "lora_alpha: 5", 1)
+    )
     (tmp_path / "c.yaml").write_text(text)
     run("lora", tmp_path, config=tmp_path / "c.yaml")
     run("lora", tmp_path, config=tmp_path / "c.yaml", adapter="keep", target=tmp_path / "kept")
@@ -86,8 +97,16 @@ def test_ranks_and_scales_that_differ_by_layer(tmp_path):
     [
         ("r: 8", "r: 9", "gives token_embeddings rank 9, but its tensors have rank 8"),
         ("lora_alpha: 16", "lora_alpha: .nan", "needs lora_alpha, r and use_rslora as numbers"),
-        ("regex: .*token_embedding.*", "regex: (a+)+$", "the regex '.a\\+.\\+\\$' of model.lora.config is more than names"),
-        ("regex: .*token_embedding.*", "regex: nothing", "token_embeddings, whose strength is not in the tensors"),
+        (
+            "regex: .*token_embedding.*",
+            "regex: (a+)+$",
+            "the regex '.a\\+.\\+\\$' of model.lora.config is more than names",
+        ),
+        (
+            "regex: .*token_embedding.*",
+            "regex: nothing",
+            "token_embeddings, whose strength is not in the tensors",
+        ),
     ],
 )
 def test_a_yaml_that_does_not_fit(tmp_path, old, new, message):
@@ -99,13 +118,18 @@ def test_a_yaml_that_does_not_fit(tmp_path, old, new, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("model: {lora: {config: 3}}", "model.lora.config must be a list"),
-     ("model: {lora: {config: [3]}}", "an entry of model.lora.config has no params")],
-)  # fmt: skip
+    [
+        ("model: {lora: {config: 3}}", "model.lora.config must be a list"),
+        ("model: {lora: {config: [3]}}", "an entry of model.lora.config has no params"),
+    ],
+)
 def test_a_yaml_of_other_form(tmp_path, content, message):
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(ConfigError, match=message):
-        AdaptedCheckpoint(TorchCheckpoint(GOLDEN / "lora" / "checkpoint.pt"), LoraOptions(yaml=tmp_path / "c.yaml"))
+        AdaptedCheckpoint(
+            TorchCheckpoint(GOLDEN / "lora" / "checkpoint.pt"),
+            LoraOptions(yaml=tmp_path / "c.yaml"),
+        )
 
 
 class Altered(TorchCheckpoint):
@@ -123,12 +147,32 @@ M = "token_embeddings.lora_magnitude_vector.lora"
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("lora", lambda t: t.pop(Q + "base_layer.weight"), rf"adapter of {Q[:-1]} lacks base_layer.weight"),
+        (
+            "lora",
+            lambda t: t.pop(Q + "base_layer.weight"),
+            rf"adapter of {Q[:-1]} lacks base_layer.weight",
+        ),
         ("lora", lambda t: t.pop(Q + "lora_B.lora.weight"), rf"adapter of {Q[:-1]} lacks lora_B"),
-        ("lora", lambda t: t.update({Q + "lora_A.other.weight": t[Q + "lora_A.lora.weight"]}), r"several adapters \(lora, other"),
-        ("lora", lambda t: t.update({Q + "lora_A.lora.weight": t["norm.weight"]}), r"has A of shape \(96,\) and B"),
-        ("dora", lambda t: t.update({Q + "lora_magnitude_vector.lora": t["norm.weight"]}), r"\(96,\) for 256 rows"),
-        ("dora", lambda t: t.update({M: t["norm.weight"]}), "is DoRA on an embedding, which CoreNet does not define"),
+        (
+            "lora",
+            lambda t: t.update({Q + "lora_A.other.weight": t[Q + "lora_A.lora.weight"]}),
+            r"several adapters \(lora, other",
+        ),
+        (
+            "lora",
+            lambda t: t.update({Q + "lora_A.lora.weight": t["norm.weight"]}),
+            r"has A of shape \(96,\) and B",
+        ),
+        (
+            "dora",
+            lambda t: t.update({Q + "lora_magnitude_vector.lora": t["norm.weight"]}),
+            r"\(96,\) for 256 rows",
+        ),
+        (
+            "dora",
+            lambda t: t.update({M: t["norm.weight"]}),
+            "is DoRA on an embedding, which CoreNet does not define",
+        ),
     ],
 )
 def test_adapters_that_are_not_whole(name, change, message):
@@ -138,15 +182,21 @@ def test_adapters_that_are_not_whole(name, change, message):
 
 def test_flags_for_adapters_without_an_adapter(tmp_path):
     with pytest.raises(OptionError, match="holds no adapter; leave out --adapter"):
-        convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "m", adapter="keep"))
+        convert(
+            ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "m", adapter="keep")
+        )
 
 
 def test_a_merge_in_half_precision_rounds_once(tmp_path):
-    source = AdaptedCheckpoint(TorchCheckpoint(GOLDEN / "lora" / "checkpoint.pt"), LoraOptions(alpha=16.0))
+    source = AdaptedCheckpoint(
+        TorchCheckpoint(GOLDEN / "lora" / "checkpoint.pt"), LoraOptions(alpha=16.0)
+    )
     run("lora", tmp_path, dtype="bfloat16")
     written = mx.load(str(tmp_path / "m" / "model.safetensors"))
     exact = source.load("layers.1.attn.qkv_proj.weight")
-    assert mx.array_equal(written["transformer.layers.1.attn.qkv_proj.weight"], exact.astype(mx.bfloat16))
+    assert mx.array_equal(
+        written["transformer.layers.1.attn.qkv_proj.weight"], exact.astype(mx.bfloat16)
+    )
 
 
 # adapters in mlx-lm's own format
@@ -156,8 +206,16 @@ def test_a_merge_in_half_precision_rounds_once(tmp_path):
 def test_a_kept_adapter_merges_to_what_merging_at_once_gives(name, tmp_path):
     run(name, tmp_path)
     run(name, tmp_path, adapter="keep", target=tmp_path / "kept")
-    convert(ConvertOptions(source=tmp_path / "kept", target=tmp_path / "fused", adapter_folder=tmp_path / "kept" / "adapter"))
-    at_once, later = (mx.load(str(tmp_path / folder / "model.safetensors")) for folder in ("m", "fused"))
+    convert(
+        ConvertOptions(
+            source=tmp_path / "kept",
+            target=tmp_path / "fused",
+            adapter_folder=tmp_path / "kept" / "adapter",
+        )
+    )
+    at_once, later = (
+        mx.load(str(tmp_path / folder / "model.safetensors")) for folder in ("m", "fused")
+    )
     assert at_once.keys() == later.keys()
     for key, array in at_once.items():
         assert mx.allclose(array, later[key], atol=1e-6).item(), key
@@ -165,7 +223,9 @@ def test_a_kept_adapter_merges_to_what_merging_at_once_gives(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The nano model with a LoRA and a DoRA adapter as mlx-lm's own trainer lays them down, weights random."""
+    """The nano model with a LoRA and a DoRA adapter as mlx-lm's own trainer lays them down, weights
+    random.
+    """
     from mlx.utils import tree_flatten
     from mlx_lm import load
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -180,7 +240,10 @@ def trained(tmp_path_factory):
         model.freeze()
         linear_to_lora_layers(model, 2, parameters, use_dora=kind == "dora")
         weights = dict(tree_flatten(model.trainable_parameters()))
-        random = {k: v + 0.05 * mx.random.normal(v.shape, key=mx.random.key(len(k))) for k, v in weights.items()}
+        random = {
+            k: v + 0.05 * mx.random.normal(v.shape, key=mx.random.key(len(k)))
+            for k, v in weights.items()
+        }
         (folder / kind).mkdir()
         mx.save_safetensors(str(folder / kind / "adapters.safetensors"), random)
         config = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": parameters}
@@ -192,28 +255,63 @@ def trained(tmp_path_factory):
 def test_adapters_of_mlx_lm_merged_equal_applied(tmp_path, trained, kind):
     tokens = np.load(NANO / "golden.npz")["input_ids"]
     applied = mlx_lm_logits(trained / "base", tokens, trained / kind)
-    convert(ConvertOptions(source=trained / "base", target=tmp_path / "m", adapter_folder=trained / kind))
+    convert(
+        ConvertOptions(
+            source=trained / "base", target=tmp_path / "m", adapter_folder=trained / kind
+        )
+    )
     assert np.abs(our_logits(tmp_path / "m", tokens) - applied).max() < 1e-4
     assert np.abs(our_logits(trained / "base", tokens) - applied).max() > 0.1
     hashes = json.loads((tmp_path / "m" / "conversion.json").read_text())["source_sha256"]
-    assert hashes["adapters.safetensors"] == hashlib.sha256((trained / kind / "adapters.safetensors").read_bytes()).hexdigest()
+    assert (
+        hashes["adapters.safetensors"]
+        == hashlib.sha256((trained / kind / "adapters.safetensors").read_bytes()).hexdigest()
+    )
     # into CoreNet's file, and into a quantized base, whose other matrices stay packed
-    convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "pt", adapter_folder=trained / kind))
-    assert (tmp_path / "pt" / "model.safetensors").read_bytes() == (tmp_path / "m" / "model.safetensors").read_bytes()
-    convert(ConvertOptions(source=trained / "base8", target=tmp_path / "q", adapter_folder=trained / kind))
+    convert(
+        ConvertOptions(
+            source=NANO / "checkpoint.pt", target=tmp_path / "pt", adapter_folder=trained / kind
+        )
+    )
+    assert (tmp_path / "pt" / "model.safetensors").read_bytes() == (
+        tmp_path / "m" / "model.safetensors"
+    ).read_bytes()
+    convert(
+        ConvertOptions(
+            source=trained / "base8", target=tmp_path / "q", adapter_folder=trained / kind
+        )
+    )
     written = mx.load(str(tmp_path / "q" / "model.safetensors"))
     assert "transformer.layers.3.attn.out_proj.scales" in written
-    assert "transformer.layers.3.attn.qkv_proj.scales" not in written and "transformer.token_embeddings.scales" not in written
+    assert (
+        "transformer.layers.3.attn.qkv_proj.scales" not in written
+        and "transformer.token_embeddings.scales" not in written
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c, t: c.update(fine_tune_type="full"), "fine_tune_type is 'full'; lora and dora are merged"),
-        (lambda c, t: c.update(lora_parameters={"rank": 4}), "has no number as lora_parameters.scale"),
-        (lambda c, t: t.update({"model.x.lora_a": mx.zeros((1,))}), "adapts model.x.lora_a, which .* does not have"),
-        (lambda c, t: t.pop("transformer.layers.3.attn.qkv_proj.lora_b"), "the parts of .*3.attn.qkv_proj.weight have"),
-        (lambda c, t: t.update({"transformer.layers.3.attn.qkv_proj.lora_b": mx.zeros((4, 7))}), "which do not fit a base of"),
+        (
+            lambda c, t: c.update(fine_tune_type="full"),
+            "fine_tune_type is 'full'; lora and dora are merged",
+        ),
+        (
+            lambda c, t: c.update(lora_parameters={"rank": 4}),
+            "has no number as lora_parameters.scale",
+        ),
+        (
+            lambda c, t: t.update({"model.x.lora_a": mx.zeros((1,))}),
+            "adapts model.x.lora_a, which .* does not have",
+        ),
+        (
+            lambda c, t: t.pop("transformer.layers.3.attn.qkv_proj.lora_b"),
+            "the parts of .*3.attn.qkv_proj.weight have",
+        ),
+        (
+            lambda c, t: t.update({"transformer.layers.3.attn.qkv_proj.lora_b": mx.zeros((4, 7))}),
+            "which do not fit a base of",
+        ),
     ],
 )
 def test_adapters_of_mlx_lm_that_do_not_fit(tmp_path, trained, change, message):
@@ -224,5 +322,9 @@ def test_adapters_of_mlx_lm_that_do_not_fit(tmp_path, trained, change, message):
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(tmp_path / "a" / "adapters.safetensors"), tensors)
     with pytest.raises(ConversionError, match=message):
-        convert(ConvertOptions(source=trained / "base", target=tmp_path / "m", adapter_folder=tmp_path / "a"))
+        convert(
+            ConvertOptions(
+                source=trained / "base", target=tmp_path / "m", adapter_folder=tmp_path / "a"
+            )
+        )
     assert not (tmp_path / "m").exists()

@@ -13,19 +13,36 @@ BUNDLED = Path(__file__).parents[1] / "openelm_mlx" / "assets" / "openelm-tiny"
 def test_the_bundled_model_is_small_and_complete():
     names = {path.name for path in BUNDLED.iterdir()}
     assert names >= {
-        "config.json", "model.safetensors", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-        "generation_config.json", "chat_template.jinja", "README.md", "conversion.json", "SOURCE.md",
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "README.md",
+        "conversion.json",
+        "SOURCE.md",
+    }
     assert sum(path.stat().st_size for path in BUNDLED.iterdir()) < 8_000_000
 
 
 def test_the_bundled_model_is_what_its_command_makes(tmp_path):
-    convert(ConvertOptions(source=GOLDEN / "openelm-tiny" / "checkpoint.pt", target=tmp_path / "m", bits=8, instruct=True,
-                           tokenizer=NANO / "tokenizer.model"))  # fmt: skip
+    convert(
+        ConvertOptions(
+            source=GOLDEN / "openelm-tiny" / "checkpoint.pt",
+            target=tmp_path / "m",
+            bits=8,
+            instruct=True,
+            tokenizer=NANO / "tokenizer.model",
+        )
+    )
     for path in (tmp_path / "m").iterdir():
         if path.suffix in (".jinja", ".json", ".model") and path.name != "conversion.json":
             assert path.read_bytes() == (BUNDLED / path.name).read_bytes(), path.name
-    made, bundled = (mx.load(str(folder / "model.safetensors")) for folder in (tmp_path / "m", BUNDLED))
+    made, bundled = (
+        mx.load(str(folder / "model.safetensors")) for folder in (tmp_path / "m", BUNDLED)
+    )
     assert made.keys() == bundled.keys()
     assert all(mx.array_equal(made[name], bundled[name]) for name in made)
 
@@ -47,12 +64,24 @@ def test_the_chat_template_gives_the_instruct_formats_ids():
         )
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Good day. "}
+    user, answer = (
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": " Good day. "},
+    )
     end, ask = spm.encode("\n<|assistant|>\n"), spm.encode("\n<|user|>\nHi")
     assert ids([user]) == [1, *spm.encode("<|system|>\n"), 2, *ask, 2, *end]
     assert ids([{"role": "system", "content": "Be kind."}, user, answer, user]) == [
-        1, *spm.encode("<|system|>\nBe kind."), 2, *ask, 2, *spm.encode("\n<|assistant|>\n Good day. "), 2, *ask, 2, *end
-    ]  # fmt: skip
+        1,
+        *spm.encode("<|system|>\nBe kind."),
+        2,
+        *ask,
+        2,
+        *spm.encode("\n<|assistant|>\n Good day. "),
+        2,
+        *ask,
+        2,
+        *end,
+    ]
 
 
 def test_config_is_in_mlx_lms_form():

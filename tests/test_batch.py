@@ -20,7 +20,10 @@ SAMPLING = [
     SamplingOptions(temperature=0.9, top_p=0.9, seed=1),
     SamplingOptions(temperature=1.0, repetition_penalty=1.3, frequency_penalty=0.2, seed=2),
 ] * 3
-OPTIONS = [GenerationOptions(max_tokens=5 + 7 * k, ignore_eos=True, logprobs=k if k in (2, 5) else None) for k in range(9)]
+OPTIONS = [
+    GenerationOptions(max_tokens=5 + 7 * k, ignore_eos=True, logprobs=k if k in (2, 5) else None)
+    for k in range(9)
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +32,30 @@ def engine(tiny):
 
 
 def alone(engine, k, sampling=None, options=None, **settings):
-    return list(stream_generate(engine, PROMPTS[k], sampling or SAMPLING[k], options or OPTIONS[k], **settings))
+    return list(
+        stream_generate(
+            engine, PROMPTS[k], sampling or SAMPLING[k], options or OPTIONS[k], **settings
+        )
+    )
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_each_sequence_is_its_single_run(engine, slots, compiled):
-    """Ragged lengths, own options, seeds and ends; with three slots most of them wait and join later."""
+    """Ragged lengths, own options, seeds and ends; with three slots most of them wait and join
+    later.
+    """
     results = batch_generate(engine, PROMPTS, SAMPLING, OPTIONS, slots=slots, compiled=compiled)
     for k, result in enumerate(results):
         events = alone(engine, k)
         assert list(result.tokens) == [event.token for event in events]
-        assert result.text == "".join(event.text for event in events) and result.finish_reason == "length"
-        assert result.stats.generation_tokens == len(events) and result.stats.prompt_tokens == len(PROMPTS[k])
+        assert (
+            result.text == "".join(event.text for event in events)
+            and result.finish_reason == "length"
+        )
+        assert result.stats.generation_tokens == len(events) and result.stats.prompt_tokens == len(
+            PROMPTS[k]
+        )
 
 
 def test_a_joining_sequence_changes_nothing_and_events_are_complete(engine):
@@ -60,8 +74,12 @@ def test_a_joining_sequence_changes_nothing_and_events_are_complete(engine):
     for number, k in numbers.items():
         single = alone(engine, k)
         assert [event.token for event in events[number]] == [event.token for event in single]
-        assert [event.logprob for event in events[number]] == pytest.approx([event.logprob for event in single], abs=1e-4)
-        assert [len(event.top_logprobs) for event in events[number]] == [len(event.top_logprobs) for event in single]
+        assert [event.logprob for event in events[number]] == pytest.approx(
+            [event.logprob for event in single], abs=1e-4
+        )
+        assert [len(event.top_logprobs) for event in events[number]] == [
+            len(event.top_logprobs) for event in single
+        ]
 
 
 @pytest.mark.parametrize("settings", [{}, {"kv_bits": 8}, {"kv_window": 20}], ids=str)
@@ -74,7 +92,9 @@ def test_samples_of_a_prompt_share_its_prefill(engine, monkeypatch, settings):
 
     samplings = [SamplingOptions(temperature=0.9, seed=1, stream=k) for k in range(4)]
     settings = {"max_tokens": 6, "ignore_eos": True, **settings}
-    alone = [[e.token for e in stream_generate(engine, prompt, one, **settings)] for one in samplings]
+    alone = [
+        [e.token for e in stream_generate(engine, prompt, one, **settings)] for one in samplings
+    ]
     with monkeypatch.context() as patched:
         patched.setattr(type(engine.model), "hidden", counted)
         results = batch_generate(engine, [prompt] * 4, samplings, **settings)
@@ -93,7 +113,9 @@ def test_a_long_prompt_that_joins_stalls_nobody(engine, monkeypatch, admission):
         return hidden(self, tokens, *rest, **named)
 
     batch = BatchEngine(engine, 4, admission=admission, compiled=False)
-    running = [batch.submit(PROMPTS[k], SAMPLING[k], max_tokens=40, ignore_eos=True) for k in range(2)]
+    running = [
+        batch.submit(PROMPTS[k], SAMPLING[k], max_tokens=40, ignore_eos=True) for k in range(2)
+    ]
     while len(batch.step()) < 2:
         pass
     prompt = PROMPTS[8]
@@ -108,7 +130,9 @@ def test_a_long_prompt_that_joins_stalls_nobody(engine, monkeypatch, admission):
 
 
 def test_prompts_are_read_at_the_pace_of_the_device():
-    """From any start, a step with prompt tokens comes to take about four times one without, as far as that can be."""
+    """From any start, a step with prompt tokens comes to take about four times one without, as far
+    as that can be.
+    """
     for cost, wanted in ((0.001, (1, 2**30)), (0.5, (4, 8)), (0.1, (22, 36)), (9.0, (4, 4))):
         pace = Pace()
         for step in range(300):
@@ -143,7 +167,11 @@ def test_cancelling_one_leaves_the_others(engine):
     tokens: dict[int, list] = {number: [] for number in numbers}
     for step in range(300):
         if step == 4:
-            assert batch.cancel(numbers[0]) and batch.cancel(numbers[3]) and not batch.cancel(numbers[0])
+            assert (
+                batch.cancel(numbers[0])
+                and batch.cancel(numbers[3])
+                and not batch.cancel(numbers[0])
+            )
         for number, event in batch.step():
             tokens[number].append(event.token)
         if not batch.busy:
@@ -163,13 +191,20 @@ def test_quantized_caches_and_the_bundled_model_batch_too(tiny, engine):
         single = stream_generate(engine, PROMPTS[k], kv_bits=8, max_tokens=6)
         assert list(result.tokens) == [event.token for event in single]
     texts = ["Once upon a time", "The king said", "It was"]
-    for text, result in zip(texts, batch_generate(tiny, texts, max_tokens=6, stop=("e",)), strict=True):
-        assert result.text == "".join(event.text for event in stream_generate(tiny, text, max_tokens=6, stop=("e",)))
+    for text, result in zip(
+        texts, batch_generate(tiny, texts, max_tokens=6, stop=("e",)), strict=True
+    ):
+        assert result.text == "".join(
+            event.text for event in stream_generate(tiny, text, max_tokens=6, stop=("e",))
+        )
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_a_batch_grows_from_one_row_to_many_and_back(engine, bits):
-    wanted = {k: GenerationOptions(max_tokens=length, ignore_eos=True) for k, length in enumerate((40, 4, 9, 20))}
+    wanted = {
+        k: GenerationOptions(max_tokens=length, ignore_eos=True)
+        for k, length in enumerate((40, 4, 9, 20))
+    }
     batch = BatchEngine(engine, 8, EngineOptions(kv_bits=bits))
     tokens: dict[int, list[int]] = {batch.submit(PROMPTS[0], SAMPLING[0], wanted[0]): []}
     step = 0
@@ -178,16 +213,23 @@ def test_a_batch_grows_from_one_row_to_many_and_back(engine, bits):
             tokens[number].append(event.token)
         step += 1
         if step in (3, 4, 17):
-            tokens[batch.submit(PROMPTS[len(tokens)], SAMPLING[len(tokens)], wanted[len(tokens)])] = []
+            tokens[
+                batch.submit(PROMPTS[len(tokens)], SAMPLING[len(tokens)], wanted[len(tokens)])
+            ] = []
     for k, found in enumerate(tokens.values()):
         assert found == [event.token for event in alone(engine, k, options=wanted[k], kv_bits=bits)]
 
 
 @pytest.mark.parametrize("most", [0, 2])
 def test_log_probabilities_of_the_chosen_tokens_alone(engine, most):
-    options = [GenerationOptions(max_tokens=6, ignore_eos=True, logprobs=wanted) for wanted in (0, most, None)]
+    options = [
+        GenerationOptions(max_tokens=6, ignore_eos=True, logprobs=wanted)
+        for wanted in (0, most, None)
+    ]
     batch = BatchEngine(engine, 2)
-    events: dict[int, list] = {batch.submit(PROMPTS[k], SAMPLING[k], options[k]): [] for k in range(3)}
+    events: dict[int, list] = {
+        batch.submit(PROMPTS[k], SAMPLING[k], options[k]): [] for k in range(3)
+    }
     while batch.busy:
         for number, event in batch.step():
             events[number].append(event)
@@ -200,8 +242,15 @@ def test_log_probabilities_of_the_chosen_tokens_alone(engine, most):
 
 
 def test_filters_stay_while_any_row_lives_so_that_few_steps_are_traced(engine):
-    """Requests come and go beside one that stays: the sets of filters only grow, and the tokens are those alone."""
-    kinds = [{"temperature": 1.0, "top_k": 5}, {"repetition_penalty": 1.3}, {"temperature": 1.0, "min_p": 0.1}, {}]
+    """Requests come and go beside one that stays: the sets of filters only grow, and the tokens are
+    those alone.
+    """
+    kinds = [
+        {"temperature": 1.0, "top_k": 5},
+        {"repetition_penalty": 1.3},
+        {"temperature": 1.0, "min_p": 0.1},
+        {},
+    ]
     kinds = [SamplingOptions(seed=4, **kind) for kind in kinds * 4]
     batch, seen, tokens = BatchEngine(engine, 3), [], {}
     tokens[batch.submit(PROMPTS[0], max_tokens=150, ignore_eos=True)] = []
@@ -214,7 +263,9 @@ def test_filters_stay_while_any_row_lives_so_that_few_steps_are_traced(engine):
             seen.append(batch._spec)
     assert len(tokens) == len(kinds) + 1 and len(seen) == 3
     for kind, found in zip(kinds, list(tokens.values())[1:], strict=True):
-        assert found == [event.token for event in stream_generate(engine, PROMPTS[1], kind, OPTIONS[0])]
+        assert found == [
+            event.token for event in stream_generate(engine, PROMPTS[1], kind, OPTIONS[0])
+        ]
 
 
 def test_rows_that_nobody_uses_stand_still(engine):
@@ -226,21 +277,31 @@ def test_rows_that_nobody_uses_stand_still(engine):
     while batch.busy:
         batch.step()
         seen.append(batch._state.position.tolist() if hasattr(batch, "_state") else [])
-    assert sorted(late - early for early, late in zip(seen[4], seen[20], strict=True)) == [0] * 4 + [16] * 8
+    assert (
+        sorted(late - early for early, late in zip(seen[4], seen[20], strict=True))
+        == [0] * 4 + [16] * 8
+    )
 
 
 ENGINE = Path(openelm_mlx.__file__).parent
 
 
 class InterruptAt:
-    """A trace function that raises KeyboardInterrupt at one line of the engine, once; not while a token becomes an event."""
+    """A trace function that raises KeyboardInterrupt at one line of the engine, once; not while a
+    token becomes an event.
+    """
 
     def __init__(self, line):
         self.left, self.done = line, False
 
     def __call__(self, frame, event, argument):
         path = Path(frame.f_code.co_filename)
-        return self.line if path.parent == ENGINE and path.stem not in ("request", "threads", "tokenizer", "stats") else None
+        return (
+            self.line
+            if path.parent == ENGINE
+            and path.stem not in ("request", "threads", "tokenizer", "stats")
+            else None
+        )
 
     def line(self, frame, event, argument):
         self.left -= event == "line"
@@ -269,7 +330,9 @@ def finished(batch, interrupt=None):
 
 @pytest.mark.parametrize("settings", [{}, {"kv_window": 24}], ids=str)
 def test_an_interrupt_anywhere_loses_nothing(engine, settings):
-    """Requests go on with the tokens that they get alone, and the prefix cache holds what it says."""
+    """Requests go on with the tokens that they get alone, and the prefix cache holds what it
+    says.
+    """
     draft = random_engine(engine, seed=1, noise=0.3)
     options = [GenerationOptions(max_tokens=4 + 3 * k, ignore_eos=True) for k in range(4)]
     wanted = [[e.token for e in alone(engine, k, options=options[k], **settings)] for k in range(4)]
@@ -310,11 +373,15 @@ def test_what_functions_of_the_caller_raise_loses_nothing(engine):
     wanted = [[e.token for e in alone(engine, k, options=options)] for k in range(4)]
     for k in range(4):
         processor = fails(2, lambda logits, newest, positions: logits) if k == 1 else None
-        batch.submit(PROMPTS[k], replace(SAMPLING[k], processor=processor), options, progress=fails(k))
+        batch.submit(
+            PROMPTS[k], replace(SAMPLING[k], processor=processor), options, progress=fails(k)
+        )
     assert sorted(finished(batch)) == sorted(wanted)
 
 
-@pytest.mark.parametrize("rows", [1, 4])  # it fails for the first tokens of all, or in a step of several
+@pytest.mark.parametrize(
+    "rows", [1, 4]
+)  # it fails for the first tokens of all, or in a step of several
 def test_a_request_that_always_fails_can_be_cancelled(engine, rows):
     def processor(logits, newest, positions):
         if logits.shape[0] >= rows:
@@ -354,27 +421,45 @@ def test_a_prompt_that_is_cancelled_is_prefilled_no_further(engine):
 def test_a_wrong_prompt_fails_alone(engine):
     results = batch_generate(engine, [PROMPTS[0], "", [1] * 999, PROMPTS[1]], max_tokens=3)
     assert [result.error is None for result in results] == [True, False, False, True]
-    assert isinstance(results[1].error, PromptError) and "context holds 512" in str(results[2].error)
+    assert isinstance(results[1].error, PromptError) and "context holds 512" in str(
+        results[2].error
+    )
     assert len(results[3].tokens) == 3
 
 
 def test_mistakes(engine):
     for slots in (0, 2.5):
-        with pytest.raises(OptionError, match=rf"slots is {slots}; allowed is a whole number from 1 up"):
+        with pytest.raises(
+            OptionError, match=rf"slots is {slots}; allowed is a whole number from 1 up"
+        ):
             BatchEngine(engine, slots=slots)
-    with pytest.raises(OptionError, match="sampling has 2 entries for 1 prompts; give one for all, or one each"):
+    with pytest.raises(
+        OptionError, match="sampling has 2 entries for 1 prompts; give one for all, or one each"
+    ):
         batch_generate(engine, ["a"], [SamplingOptions()] * 2)
-    with pytest.raises(PromptError, match=r"prompts is one text; give a list of prompts, also for a single one: \[text\]"):
+    with pytest.raises(
+        PromptError,
+        match=r"prompts is one text; give a list of prompts, also for a single one: \[text\]",
+    ):
         batch_generate(engine, "hi")
     for name, value in (("kv_bits", 8), ("prefill_chunk", 7), ("compiled", False)):
-        with pytest.raises(OptionError, match=f"{name} is an option of the engine, not of a request; give it to the BatchEngine"):
+        with pytest.raises(
+            OptionError,
+            match=f"{name} is an option of the engine, not of a request; give it to the BatchEngine",
+        ):
             BatchEngine(engine).submit("a", **{name: value})
-    with pytest.raises(OptionError, match="max_tokens is an option of a request, not of the engine; give it to submit"):
+    with pytest.raises(
+        OptionError,
+        match="max_tokens is an option of a request, not of the engine; give it to submit",
+    ):
         BatchEngine(engine, max_tokens=3)
     with pytest.raises(OptionError, match="draft_tokens is 3, but nothing drafts"):
         BatchEngine(engine).submit("a", draft_tokens=3)
     full = BatchEngine(engine, 1, max_waiting=2)
     full.submit("a"), full.submit("b")
-    with pytest.raises(BusyError, match="2 requests wait already; read events until some have ended, or give a larger"):
+    with pytest.raises(
+        BusyError,
+        match="2 requests wait already; read events until some have ended, or give a larger",
+    ):
         full.submit("c")
     assert [quarters(n) for n in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, *[12] * 4, *[16] * 4, 24]

@@ -24,7 +24,9 @@ def true_figures(truth, case):
     return {
         "time_to_first_token_seconds": statistics.median(run[0] for run in runs),
         "prefill_tokens_per_second": statistics.median(case.prompt_tokens / run[0] for run in runs),
-        "decode_tokens_per_second": statistics.median((len(run) - 1) / (run[-1] - run[0]) for run in runs),
+        "decode_tokens_per_second": statistics.median(
+            (len(run) - 1) / (run[-1] - run[0]) for run in runs
+        ),
     }
 
 
@@ -83,7 +85,9 @@ def test_our_session_agrees_with_the_engines_own_clock_and_tokens(tiny):
 
 def test_the_prompt_is_a_novel_cut_to_length_and_the_same_each_time(tiny):
     long = prompt_ids(tiny, 700)
-    assert len(long) == 700 and long[0] == tiny.tokenizer.bos_id and long[:50] == prompt_ids(tiny, 50)
+    assert (
+        len(long) == 700 and long[0] == tiny.tokenizer.bos_id and long[:50] == prompt_ids(tiny, 50)
+    )
     assert tiny.tokenizer.decode(long[1:12]).startswith("Squire Trelaw")
 
 
@@ -91,21 +95,37 @@ def test_trials_take_turns_and_warm_up_is_not_counted():
     order = []
     sessions = [Sleeper(0.0), Sleeper(0.0)]
     for number, session in enumerate(sessions):
-        session.generate = lambda prompt, tokens, n=number, run=session.generate: order.append(n) or run(prompt, tokens)
+        session.generate = lambda prompt, tokens, n=number, run=session.generate: (
+            order.append(n) or run(prompt, tokens)
+        )
     entries = [Entry(CASE, session, [1]) for session in sessions]
     ticks = []
     measure(entries, 5, lambda label, work: ticks.append(work))
     assert order == [0, 1, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1]
-    assert len(ticks) == 12 and all(len(entry.values["decode_tokens_per_second"]) == 5 for entry in entries)
+    assert len(ticks) == 12 and all(
+        len(entry.values["decode_tokens_per_second"]) == 5 for entry in entries
+    )
 
 
 def test_a_peer_that_parts_is_not_timed_and_the_row_says_where():
-    mine, other, same = Sleeper(0.0), Sleeper(0.0, engine="p", tokens=[0, 1, 7, 3, 4, 5, 6, 7, 8]), Sleeper(0.0, engine="q")
+    mine, other, same = (
+        Sleeper(0.0),
+        Sleeper(0.0, engine="p", tokens=[0, 1, 7, 3, 4, 5, 6, 7, 8]),
+        Sleeper(0.0, engine="q"),
+    )
     entry = Entry(CASE, mine, [1])
-    peers = [Entry(replace(CASE, engine="p"), other, [1], entry), Entry(replace(CASE, engine="q"), same, [1], entry)]
+    peers = [
+        Entry(replace(CASE, engine="p"), other, [1], entry),
+        Entry(replace(CASE, engine="q"), same, [1], entry),
+    ]
     measure([entry, *peers], 5, nothing)
     ours_row, parted, agreed = (row_of(e) for e in (entry, *peers))
-    assert other.calls == 1 and parted.metrics == {} and parted.parts_at == 2 and parted.agrees is False
+    assert (
+        other.calls == 1
+        and parted.metrics == {}
+        and parted.parts_at == 2
+        and parted.agrees is False
+    )
     assert parted.notes == ("not timed: token 2 is 7, in stub 2",)
     same.notes = ("weights expanded",)
     assert row_of(peers[1]).notes[0] == "weights expanded"
@@ -164,17 +184,31 @@ def test_an_interrupt_leaves_the_finished_trials():
 
 
 def test_notes_on_a_machine_that_is_not_at_rest():
-    assert machine.rest_notes({"load_average": 0.4, "cores": 2, "thermal_pressure": "nominal"}, "nominal", 0) == []
-    busy = machine.rest_notes({"load_average": 3.1, "cores": 2, "thermal_pressure": "heavy"}, "moderate", 5)
+    assert (
+        machine.rest_notes(
+            {"load_average": 0.4, "cores": 2, "thermal_pressure": "nominal"}, "nominal", 0
+        )
+        == []
+    )
+    busy = machine.rest_notes(
+        {"load_average": 3.1, "cores": 2, "thermal_pressure": "heavy"}, "moderate", 5
+    )
     assert busy == [
-        "the machine was busy before the run: load 3.1 on 2 cores", "the machine was hot before the run: thermal pressure heavy",
-        "the machine was hot after the run: thermal pressure moderate", "the processor throttled 5 times during the run",
-    ]  # fmt: skip
-    steady, wide = Metric.of([10, 10.1, 10, 9.9, 10], "tokens/s"), Metric.of([10, 14, 8, 13, 9], "tokens/s")
+        "the machine was busy before the run: load 3.1 on 2 cores",
+        "the machine was hot before the run: thermal pressure heavy",
+        "the machine was hot after the run: thermal pressure moderate",
+        "the processor throttled 5 times during the run",
+    ]
+    steady, wide = (
+        Metric.of([10, 10.1, 10, 9.9, 10], "tokens/s"),
+        Metric.of([10, 14, 8, 13, 9], "tokens/s"),
+    )
     falling = Metric.of([10, 9.6, 9.3, 9.1, 8.6], "tokens/s")
     assert machine.trial_notes("decode_tokens_per_second", steady) == []
     assert machine.trial_notes("decode_tokens_per_second", wide) == ["decode: quartiles 40% apart"]
-    assert machine.trial_notes("decode_tokens_per_second", falling) == ["decode: -15% from the first trial to the last"]
+    assert machine.trial_notes("decode_tokens_per_second", falling) == [
+        "decode: -15% from the first trial to the last"
+    ]
     assert machine.read_pressure("com.apple.system.thermalpressurelevel 1\n") == "moderate"
     assert machine.read_pressure("") is None and machine.read_pressure("x 9") is None
 
@@ -182,7 +216,11 @@ def test_notes_on_a_machine_that_is_not_at_rest():
 def test_a_trial_with_other_tokens_is_noted_once():
     session = Sleeper(0.0)
     run = session.generate
-    session.generate = lambda prompt, tokens: replace(run(prompt, tokens), tokens=tuple(range(session.calls, session.calls + 9)))
+    session.generate = lambda prompt, tokens: replace(
+        run(prompt, tokens), tokens=tuple(range(session.calls, session.calls + 9))
+    )
     entry = Entry(CASE, session, [1])
     measure([entry], 5, nothing)
-    assert [note for note in row_of(entry).notes if "tokens" in note] == [f"{harness.UNSTEADY}, from token 0 on"]
+    assert [note for note in row_of(entry).notes if "tokens" in note] == [
+        f"{harness.UNSTEADY}, from token 0 on"
+    ]

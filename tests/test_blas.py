@@ -12,9 +12,16 @@ from openelm_mlx.blas import BlasChoice, choose_blas, load_blas
 from openelm_mlx.errors import OptionError
 
 
-@pytest.mark.parametrize(("wish", "platform", "found", "path"), [
-    ("auto", "linux", ("a", "b"), "a"), ("auto", "linux", (), None), ("off", "linux", ("a",), None),
-    ("/x.so", "linux", ("a",), "/x.so"), ("auto", "darwin", ("a",), None)])
+@pytest.mark.parametrize(
+    ("wish", "platform", "found", "path"),
+    [
+        ("auto", "linux", ("a", "b"), "a"),
+        ("auto", "linux", (), None),
+        ("off", "linux", ("a",), None),
+        ("/x.so", "linux", ("a",), "/x.so"),
+        ("auto", "darwin", ("a",), None),
+    ],
+)
 def test_choice(wish: str, platform: str, found: tuple[str, ...], path: str | None) -> None:
     assert choose_blas({"OPENELM_BLAS": wish}, platform, found).path == path
 
@@ -48,8 +55,11 @@ print(first.path, "openblas" in pathlib.Path("/proc/self/maps").read_text(), fir
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     told, late, found = run.stdout.splitlines()
     assert told == "True None" and late == "mlx was imported first, too late for another BLAS"
-    assert found in (f"{names[0]} True found on this system", f"{names[-1]} True found on this system",
-                     "None False no OpenBLAS found; install libopenblas0-pthread")
+    assert found in (
+        f"{names[0]} True found on this system",
+        f"{names[-1]} True found on this system",
+        "None False no OpenBLAS found; install libopenblas0-pthread",
+    )
     assert names == blas.NAMES or found.startswith("None")
 
 

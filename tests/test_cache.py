@@ -1,4 +1,6 @@
-"""Keys and values kept, of one sequence and of rows: the same logits as one pass over the whole text without a cache."""
+"""Keys and values kept, of one sequence and of rows: the same logits as one pass over the whole
+text without a cache.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def model():
 
 
 def reference(model, kind, tokens=TOKENS):
-    """The same attention without any cache: one pass, every token's keys and values packed and unpacked, and a mask."""
+    """The same attention without any cache: one pass, every token's keys and values packed and
+    unpacked, and a mask.
+    """
 
     class Whole:
         def positions(self, length):
@@ -57,7 +61,9 @@ def reference(model, kind, tokens=TOKENS):
 
 
 def close(kind, logits, wanted):
-    """Equal to rounding; where values are packed, one that lies between two steps may round either way."""
+    """Equal to rounding; where values are packed, one that lies between two steps may round either
+    way.
+    """
     distance = mx.abs(logits - wanted)
     mean, most = (1e-4, 1e-4) if isinstance(kind.store, Plain) else (1e-3, 0.1)
     return distance.mean().item() < mean and distance.max().item() < most
@@ -77,19 +83,33 @@ def fed(model, buffers, kind, start, tokens):
 
 @each_kind
 def test_chunks_and_steps_equal_one_masked_pass(model, kind):
-    """100 tokens through a ring of 17 + 32 slots: in chunks of any size, then token by token, then several at once."""
+    """100 tokens through a ring of 17 + 32 slots: in chunks of any size, then token by token, then
+    several at once.
+    """
     wanted = reference(model, kind)
     for chunk in (1, 7, 64, 100):
         cache = KVCache(model.args, kind)
-        parts = [model(mx.array([TOKENS[i : i + chunk]]), cache) for i in range(0, len(TOKENS), chunk)]
+        parts = [
+            model(mx.array([TOKENS[i : i + chunk]]), cache) for i in range(0, len(TOKENS), chunk)
+        ]
         assert close(kind, mx.concatenate(parts, axis=1), wanted) and cache.offset == len(TOKENS)
     cache = prefilled(model, kind, TOKENS[:60])
-    assert close(kind, model.logits(model.hidden(mx.array([TOKENS[60:]]), cache.layers, last=True)), wanted[:, -1])
+    assert close(
+        kind,
+        model.logits(model.hidden(mx.array([TOKENS[60:]]), cache.layers, last=True)),
+        wanted[:, -1],
+    )
     cache = prefilled(model, kind, TOKENS[:10])
     cache.reserve(len(TOKENS))
     arrays, position = cache.arrays, 10
     for length in [1] * 60 + [5] * 6:
-        logits, arrays = fed(model, arrays, kind, mx.array([position]), mx.array([TOKENS[position : position + length]]))
+        logits, arrays = fed(
+            model,
+            arrays,
+            kind,
+            mx.array([position]),
+            mx.array([TOKENS[position : position + length]]),
+        )
         assert close(kind, logits, wanted[:, position : position + length])
         position += length
 
@@ -109,7 +129,9 @@ def test_several_sequences_of_equal_length_equal_each_alone(model, kind):
 
 @each_kind
 def test_rows_of_any_length_equal_each_alone(model, kind):
-    """Rows come, go and move; a step feeds one token, or a draft of up to 17, of which each row keeps some."""
+    """Rows come, go and move; a step feeds one token, or a draft of up to 17, of which each row
+    keeps some.
+    """
     rows, texts = Rows(model.args, kind), {0: (TOKENS, 70), 2: (OTHERS, 7), 3: (TOKENS[3:], 21)}
     rows.resize([], 4)
     for row, (tokens, length) in texts.items():
@@ -118,19 +140,29 @@ def test_rows_of_any_length_equal_each_alone(model, kind):
     position = {row: length for row, (_, length) in texts.items()}
 
     def step(length, drafts):
-        """Feed `length` tokens of each text, or in place of the last ones as many that are wrong."""
+        """Feed `length` tokens of each text, or in place of the last ones as many that are
+        wrong.
+        """
         starts = [position.get(row, 0) for row in range(rows.count)]
-        tokens = mx.array([
-            (texts[row][0][start : start + length - drafts.get(row, 0)] + [5] * 20)[:length] if row in texts else [9] * length
-            for row, start in enumerate(starts)
-        ])  # fmt: skip
-        buffers = rows.lend([starts[row] + length if row in texts else 0 for row in range(rows.count)])
+        tokens = mx.array(
+            [
+                (texts[row][0][start : start + length - drafts.get(row, 0)] + [5] * 20)[:length]
+                if row in texts
+                else [9] * length
+                for row, start in enumerate(starts)
+            ]
+        )
+        buffers = rows.lend(
+            [starts[row] + length if row in texts else 0 for row in range(rows.count)]
+        )
         assert buffers[0][0].shape[:2] == (2, rows.count)
         logits, buffers = fed(model, buffers, kind, mx.array(starts), tokens)
         rows.restore(buffers)
         for row in texts:
             kept = length - drafts.get(row, 0)
-            assert close(kind, logits[row, :kept], wanted[row][0, position[row] : position[row] + kept]), row
+            assert close(
+                kind, logits[row, :kept], wanted[row][0, position[row] : position[row] + kept]
+            ), row
             position[row] += kept
 
     for _ in range(4):
@@ -158,14 +190,18 @@ def test_rows_of_any_length_equal_each_alone(model, kind):
 
 @each_kind
 def test_drafts_ahead_at_every_place_of_the_ring_leave_it_intact(model, kind):
-    """Sixteen wrong tokens, written ahead and taken back at every step, change nothing that follows."""
+    """Sixteen wrong tokens, written ahead and taken back at every step, change nothing that
+    follows.
+    """
     wanted = reference(model, kind)
     cache = prefilled(model, kind, TOKENS[:40])
     cache.reserve(len(TOKENS) + 17)
     arrays = cache.arrays
     for position in range(40, 95):
         _, arrays = fed(model, arrays, kind, mx.array([position]), mx.array([[5] * 17]))
-        logits, arrays = fed(model, arrays, kind, mx.array([position]), mx.array([[TOKENS[position]]]))
+        logits, arrays = fed(
+            model, arrays, kind, mx.array([position]), mx.array([[TOKENS[position]]])
+        )
         assert close(kind, logits[:, 0], wanted[:, position])
 
 
@@ -232,7 +268,9 @@ def stopped_at(model, layer, run):
 @pytest.mark.parametrize("held", [0, 5, 40, 250])
 @pytest.mark.parametrize("more", [5, 30])
 def test_a_pass_that_was_interrupted_leaves_a_true_cache(model, kind, held, more):
-    """A layer is a pass, and a block of slots, ahead of the next. What was held gives right answers, or is refused."""
+    """A layer is a pass, and a block of slots, ahead of the next. What was held gives right
+    answers, or is refused.
+    """
     text = TOKENS * 3
     cache = prefilled(model, kind, text[:held]) if held else KVCache(model.args, kind)
     stopped_at(model, 1, lambda: model(mx.array([OTHERS[:more]]), cache))
@@ -240,7 +278,11 @@ def test_a_pass_that_was_interrupted_leaves_a_true_cache(model, kind, held, more
     for length in (held, held - 1) if held and cache.can_trim(1) else (held,):
         part = cache.prefix(length) if length else cache
         tokens = text[:held] + OTHERS[50:60]
-        assert close(kind, model(mx.array([tokens[length:]]), part), reference(model, kind, tokens)[:, length:])
+        assert close(
+            kind,
+            model(mx.array([tokens[length:]]), part),
+            reference(model, kind, tokens)[:, length:],
+        )
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -271,7 +313,12 @@ def test_rows_know_what_was_written_and_forget_it_with_the_row(model):
         assert rows.written == [90] + [0] * (count - 1)
         assert [rows.extract(row, 70).offset for row in range(1, count)] == [0] * (count - 1)
         cache = rows.extract(0, 70)
-        assert (cache.offset, cache.written, cache.can_trim(SLACK - 20), cache.can_trim(SLACK - 19)) == (70, 90, True, False)
+        assert (
+            cache.offset,
+            cache.written,
+            cache.can_trim(SLACK - 20),
+            cache.can_trim(SLACK - 19),
+        ) == (70, 90, True, False)
         rows.resize([0], 4)
         rows.resize([], 2)
         assert (rows.written, rows.buffers, rows.nbytes) == ([0, 0], [], 0)
@@ -282,7 +329,9 @@ def test_a_window_that_an_interrupted_pass_has_overwritten_is_refused(model):
     for held, more in ((5, SLACK + 20), (40, SLACK + 1)):
         cache = prefilled(model, kind, TOKENS[:held])
         stopped_at(model, 1, lambda: model(mx.array([OTHERS[:more]]), cache))  # noqa: B023
-        with pytest.raises(CacheError, match="an interrupted pass has overwritten what this cache held; clear it"):
+        with pytest.raises(
+            CacheError, match="an interrupted pass has overwritten what this cache held; clear it"
+        ):
             model(mx.array([TOKENS[held:]]), cache)
         assert cache.prefix(held) is None
         cache.clear()
@@ -292,7 +341,9 @@ def test_a_window_that_an_interrupted_pass_has_overwritten_is_refused(model):
 def test_a_window_forgets_only_what_it_can_take_back(model):
     cache = KVCache(model.args, KINDS["window"], [], 500)
     assert cache.can_trim(SLACK) and not cache.can_trim(SLACK + 1)
-    cache = KVCache(model.args, KINDS["window"], [], 480, written=500)  # 20 drafts were written, and none was kept
+    cache = KVCache(
+        model.args, KINDS["window"], [], 480, written=500
+    )  # 20 drafts were written, and none was kept
     assert cache.can_trim(SLACK - 20) and not cache.can_trim(SLACK - 19)
     assert cache.prefix(480 - SLACK + 19) is None
     cache.clear()
@@ -306,7 +357,9 @@ def test_bytes_per_token_are_those_of_the_arrays(model):
 
 
 def test_room_comes_and_goes_in_blocks(model):
-    """Blocks of 256 slots for one row, quarters of a power of two for several; nothing held is lost."""
+    """Blocks of 256 slots for one row, quarters of a power of two for several; nothing held is
+    lost.
+    """
     rows = Rows(model.args, CacheKind())
     rows.place(0, prefilled(model, CacheKind(), TOKENS[:40]))
     seen = []
@@ -319,10 +372,24 @@ def test_room_comes_and_goes_in_blocks(model):
     for end in (41, 65, 128, 129, 97, 96, 64):
         rows.restore(rows.lend([end, 5]))
         seen.append(rows.capacity)
-    assert seen == [64, 128, 128, 192, 192, 192, 64] and rows.nbytes == 64 * 2 * CacheKind().bytes_per_token(model.args, 4)
+    assert seen == [
+        64,
+        128,
+        128,
+        192,
+        192,
+        192,
+        64,
+    ] and rows.nbytes == 64 * 2 * CacheKind().bytes_per_token(model.args, 4)
     cache = rows.extract(0, 40)
-    assert cache.capacity == 40 and rows.extract(1, 6).arrays == [] and rows.extract(1, 5).offset == 5
-    assert close(CacheKind(), model(mx.array([TOKENS[40:60]]), cache), reference(model, CacheKind())[:, 40:60])
+    assert (
+        cache.capacity == 40 and rows.extract(1, 6).arrays == [] and rows.extract(1, 5).offset == 5
+    )
+    assert close(
+        CacheKind(),
+        model(mx.array([TOKENS[40:60]]), cache),
+        reference(model, CacheKind())[:, 40:60],
+    )
     rows.restore(rows.lend([300, 0]))
     assert rows.capacity == 384
     rows.resize([0], 1)
@@ -342,7 +409,9 @@ def test_a_single_row_takes_over_a_cache_and_gives_it_back_without_a_copy(model)
     rows.place(0, cache)
     assert cache.arrays == [] and cache.offset == 0
     assert [layer[0] for layer in rows.buffers] == arrays and mx.get_active_memory() == before
-    assert [layer[0] for layer in rows.extract(0, 40).arrays] == arrays and rows.extract(0, 40).offset == 0
+    assert [layer[0] for layer in rows.extract(0, 40).arrays] == arrays and rows.extract(
+        0, 40
+    ).offset == 0
 
 
 def test_a_copy_does_not_hold_on_to_the_whole(model):
@@ -362,7 +431,9 @@ def test_a_copy_does_not_hold_on_to_the_whole(model):
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_steps_update_the_buffers_in_place(model, count, compiled):
-    """Unused room costs no memory while rows are stepped: a copy of one layer's buffer would be half of it."""
+    """Unused room costs no memory while rows are stepped: a copy of one layer's buffer would be
+    half of it.
+    """
     grown, nbytes = [], 0
 
     def step(token, position, buffers):
@@ -393,9 +464,13 @@ def test_steps_update_the_buffers_in_place(model, count, compiled):
 
 
 def test_mistakes(model):
-    with pytest.raises(CacheError, match="an empty cache cannot be enlarged before its first tokens; prefill first"):
+    with pytest.raises(
+        CacheError, match="an empty cache cannot be enlarged before its first tokens; prefill first"
+    ):
         KVCache(model.args).reserve(3)
-    with pytest.raises(CacheError, match="the cache has 2 entries for a model of 3 layers; make one for this model"):
+    with pytest.raises(
+        CacheError, match="the cache has 2 entries for a model of 3 layers; make one for this model"
+    ):
         random_model(seed=1, layers=3)(mx.array([[1]]), KVCache(model.args))
 
 
@@ -412,9 +487,15 @@ def test_kinds_that_options_ask_for(model):
 
     assert kind() == CacheKind() and kind(kv_bits=8).store == Quantized(8, 32)
     layouts = [kind(kv_window=size, kv_bits=8).layout for size in (511, 512, 10**9)]
-    assert layouts == [Window(511, 4), Growing(), Growing()]  # a window that no context fills is none
+    assert layouts == [
+        Window(511, 4),
+        Growing(),
+        Growing(),
+    ]  # a window that no context fills is none
     assert kind(kv_window=20, kv_keep=0).layout == Window(20, 0)
-    with pytest.raises(CacheError, match="kv_bits 4 needs heads of a multiple of 32; this model's have 16"):
+    with pytest.raises(
+        CacheError, match="kv_bits 4 needs heads of a multiple of 32; this model's have 16"
+    ):
         CacheKind.of(replace(model.args, head_dim=16), EngineOptions(kv_bits=4))
 
 
@@ -422,6 +503,9 @@ def test_loss_of_a_kind(tiny):
     from openelm_mlx.benchmarks.kv_loss import kv_loss
 
     engine = random_engine(tiny, seed=1)
-    losses = [kv_loss(engine, [TOKENS], kind, prompt=30) for kind in (KINDS["plain"], KINDS["8 bits"], KINDS["4 bits"])]
+    losses = [
+        kv_loss(engine, [TOKENS], kind, prompt=30)
+        for kind in (KINDS["plain"], KINDS["8 bits"], KINDS["4 bits"])
+    ]
     assert losses[0].kl == 0.0 and losses[0].top_1 == 1.0 and 0 < losses[1].kl < losses[2].kl
     assert losses[0].bytes_per_token > losses[1].bytes_per_token > losses[2].bytes_per_token

@@ -53,7 +53,9 @@ def reads_as(engine, tokens, shown):
 
 
 def next_prompt(talk, text):
-    """Return what the model should be fed next: the system turn, the saved tokens and the message."""
+    """Return what the model should be fed next: the system turn, the saved tokens and the
+    message.
+    """
     messages = [{"role": "system", "content": talk.system or ""}, {"role": "user", "content": text}]
     ids, eos = encode_messages(talk.engine.tokenizer, messages), talk.engine.tokenizer.eos_id
     head = ids.index(eos) + 1
@@ -435,8 +437,10 @@ def test_options_of_the_engine_are_its_own_class(tiny, small):
         Conversation(small, engine_options=EngineOptions(kv_bits=8), max_tokens=3),
     ):
         assert (talk.engine_options.kv_bits, talk.options.max_tokens) == (8, 3)
-    for wrong in (lambda: setattr(talk, "engine_options", GenerationOptions()),
-                  lambda: Conversation(small, engine_options=GenerationOptions())):  # fmt: skip
+    for wrong in (
+        lambda: setattr(talk, "engine_options", GenerationOptions()),
+        lambda: Conversation(small, engine_options=GenerationOptions()),
+    ):
         with pytest.raises(OptionError, match="engine_options is .*; allowed is one made by Engin"):
             wrong()
     narrow = replace(small, config=replace(small.config, head_dim=16))
@@ -463,7 +467,9 @@ def test_a_conversation_takes_whatever_drafts(small):
 
 
 def test_a_conversation_keeps_one_sequence_and_shares_what_it_is_given(small):
-    """A shared cache holds the conversations side by side, and what they have in common is read once."""
+    """A shared cache holds the conversations side by side, and what they have in common is read
+    once.
+    """
     settings = {"temperature": 1.0, "seed": 7, "max_tokens": 8}
     alone = Conversation(small, "Be brief. " * 20, **settings)
     costs = [ask(alone, text)[1] for text in ("one", "two")]

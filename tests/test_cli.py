@@ -17,13 +17,21 @@ from openelm_mlx.memory import facts
 
 
 def run(*args, **settings):
-    return subprocess.run([sys.executable, "-m", "openelm_mlx", *args], capture_output=True, text=True, timeout=60, **settings)
+    return subprocess.run(
+        [sys.executable, "-m", "openelm_mlx", *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **settings,
+    )
 
 
 def test_help_loads_neither_engine_nor_hub():
-    code = ("import sys\nfrom openelm_mlx.cli.main import main\n"
-            "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-            "print([m for m in ('mlx', 'mlx.core', 'huggingface_hub', 'numpy', 'rich') if m in sys.modules])")  # fmt: skip
+    code = (
+        "import sys\nfrom openelm_mlx.cli.main import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('mlx', 'mlx.core', 'huggingface_hub', 'numpy', 'rich') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.endswith("[]\n") and all(name in result.stdout for name in COMMANDS)
 
@@ -34,7 +42,10 @@ def test_generate_prints_text_on_stdout_and_the_rest_on_stderr():
     result = json.loads(piped.stdout)
     assert plain.returncode == piped.returncode == 0
     assert plain.stdout == result["text"] + "\n" and "tokens/s" in plain.stderr
-    assert len(result["tokens"]) == 8 == result["stats"]["generation_tokens"] and result["finish_reason"] == "length"
+    assert (
+        len(result["tokens"]) == 8 == result["stats"]["generation_tokens"]
+        and result["finish_reason"] == "length"
+    )
 
 
 def test_speculation_and_a_cache_file_change_the_cost_only(tmp_path, capsys):
@@ -47,7 +58,10 @@ def test_speculation_and_a_cache_file_change_the_cost_only(tmp_path, capsys):
     assert len({result["text"] for result in results}) == 1
     assert results[1]["stats"]["accepted_tokens"] and results[1]["stats"]["target_passes"] < 7
     assert results[3]["stats"]["reused_tokens"] == results[3]["stats"]["prompt_tokens"] - 1
-    assert main([*common, *cache, "--kv-bits", "8"]) == 2 and "Give the same options" in capsys.readouterr().err
+    assert (
+        main([*common, *cache, "--kv-bits", "8"]) == 2
+        and "Give the same options" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,9 +90,15 @@ def test_flags_of_every_class_reach_the_engine(tiny, tmp_path, capsys):
         return json.loads(capsys.readouterr().out)["tokens"]
 
     plain = tokens()
-    assert plain == tokens("--prefill-chunk", "2", "--no-compiled") == tokens("--kv-window", "200", "--kv-keep", "2")
+    assert (
+        plain
+        == tokens("--prefill-chunk", "2", "--no-compiled")
+        == tokens("--kv-window", "200", "--kv-keep", "2")
+    )
     third = plain[2]
-    assert tokens("--stop-token", "3", "--stop-token", str(third)) == plain[: plain.index(third) + 1]
+    assert (
+        tokens("--stop-token", "3", "--stop-token", str(third)) == plain[: plain.index(third) + 1]
+    )
     assert third not in tokens("--logit-bias", f"{third}=-100", "--logit-bias", "3=-1")
     drawn = ["--temperature", "1", "--seed", "4", "--repetition-penalty", "1.5"]
     others = (["--penalty-window", "3"], ["--xtc-probability", "1", "--xtc-threshold", "0.01"])
@@ -99,7 +119,12 @@ def test_inspect(tiny, capsys):
     shown = capsys.readouterr().out
     assert "1,079,891,456" in shown and shown.count("│ ") > 28
     bundled = inspect("openelm-tiny")
-    assert bundled["bytes"] == tiny.nbytes == bundled["bytes_read_per_token"] == sum(bundled["bytes_by_part"].values())
+    assert (
+        bundled["bytes"]
+        == tiny.nbytes
+        == bundled["bytes_read_per_token"]
+        == sum(bundled["bytes_by_part"].values())
+    )
 
 
 def test_of_an_untied_embedding_a_token_reads_one_row(tmp_path):
@@ -117,9 +142,27 @@ def test_doctor(capsys):
     assert found["self_test"].startswith("16 of 16 ")
     assert found["backend"] == "metal" or (found["cxx_compiler"] is not None) == compiles()
     assert found["backend"] in ("metal", "cpu") and found["memory_bytes"] > 0
-    good = {"system": "Darwin", "machine": "arm64", "blas": "x", "backend": "metal", "cxx_compiler": None, "cores": 8,
-            "load_average": 1.0, "memory_bytes": 16e9, "free_disk_bytes": 100e9}  # fmt: skip
+    good = {
+        "system": "Darwin",
+        "machine": "arm64",
+        "blas": "x",
+        "backend": "metal",
+        "cxx_compiler": None,
+        "cores": 8,
+        "load_average": 1.0,
+        "memory_bytes": 16e9,
+        "free_disk_bytes": 100e9,
+    }
     assert hints(good) == [] and set(good) <= set(facts())
-    slow = good | {"system": "Linux", "blas": "MLX's own", "backend": "cpu", "load_average": 9.0, "memory_bytes": 4e9}
-    assert [any(word in hint for hint in hints(slow)) for word in ("OPENELM_BLAS", "g++", "busy", "4-bit")] == [True] * 4
+    slow = good | {
+        "system": "Linux",
+        "blas": "MLX's own",
+        "backend": "cpu",
+        "load_average": 9.0,
+        "memory_bytes": 4e9,
+    }
+    assert [
+        any(word in hint for hint in hints(slow))
+        for word in ("OPENELM_BLAS", "g++", "busy", "4-bit")
+    ] == [True] * 4
     assert "Rosetta" in hints(good | {"machine": "x86_64"})[0]

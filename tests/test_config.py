@@ -19,11 +19,16 @@ def test_published_sizes(name, parameters):
     assert config.num_parameters == parameters
     again = OpenELMConfig.from_hf_dict(config.to_hf_dict())
     assert layer_shapes(again) == layer_shapes(config) and again.to_hf_dict() == config.to_hf_dict()
-    assert OpenELMConfig.from_name(f"apple/OpenELM-{name.replace('.', '_').upper()}-Instruct") == config
+    assert (
+        OpenELMConfig.from_name(f"apple/OpenELM-{name.replace('.', '_').upper()}-Instruct")
+        == config
+    )
 
 
 def test_heads_of_the_270m():
-    assert [shape.q_heads for shape in layer_shapes(OpenELMConfig.from_name("270m"))] == [12] * 5 + [16] * 7 + [20] * 4
+    assert [shape.q_heads for shape in layer_shapes(OpenELMConfig.from_name("270m"))] == [
+        12
+    ] * 5 + [16] * 7 + [20] * 4
 
 
 @pytest.mark.parametrize(
@@ -38,8 +43,14 @@ def test_heads_of_the_270m():
         ({"num_kv_heads": [5] * 16}, "multiple of key/value heads"),
         ({"ffn_with_glu": 1}, "true or false"),
         ({"model_dim": 0}, "at least 1"),
-        ({"eos_token_id": []}, r"eos_token_ids is \(\); it must be a whole number or a list of them"),
-        ({"eos_token_id": [2, "7"]}, "eos_token_ids is .*; it must be a whole number or a list of them"),
+        (
+            {"eos_token_id": []},
+            r"eos_token_ids is \(\); it must be a whole number or a list of them",
+        ),
+        (
+            {"eos_token_id": [2, "7"]},
+            "eos_token_ids is .*; it must be a whole number or a list of them",
+        ),
         ({"eos_token_ids": [2, 7]}, "did you mean eos_token_id"),
     ],
 )
@@ -49,9 +60,13 @@ def test_refused(change, text):
 
 
 def test_files(tmp_path):
-    (tmp_path / "c.yaml").write_text("model: {language_modeling: {general_gpt: {model_name: OpenELM-1_1B, vocab_size: 32128}}}")
+    (tmp_path / "c.yaml").write_text(
+        "model: {language_modeling: {general_gpt: {model_name: OpenELM-1_1B, vocab_size: 32128}}}"
+    )
     section = corenet_section(tmp_path / "c.yaml")
-    assert section["model_name"] == "OpenELM-1_1B" and corenet_overrides(section) == {"vocab_size": 32128}
+    assert section["model_name"] == "OpenELM-1_1B" and corenet_overrides(section) == {
+        "vocab_size": 32128
+    }
     (tmp_path / "d.yaml").write_text("model: 3")
     with pytest.raises(ConfigError, match="no section"):
         corenet_section(tmp_path / "d.yaml")
@@ -67,7 +82,9 @@ def test_a_text_may_end_at_any_of_several_ids(tmp_path):
     assert raw["eos_token_id"] == 2
     config = OpenELMConfig.from_hf_dict(raw | {"eos_token_id": [2, 7]})
     assert (config.eos_token_ids, config.eos_token_id) == ((2, 7), 2)
-    assert OpenELMConfig.from_hf_dict(config.to_hf_dict()) == replace(config, **written_shapes(config))
+    assert OpenELMConfig.from_hf_dict(config.to_hf_dict()) == replace(
+        config, **written_shapes(config)
+    )
     assert config.to_hf_dict()["eos_token_id"] == [2, 7]
     assert config.with_eos_of(tmp_path) == config
     stated = tmp_path / "generation_config.json"
@@ -76,10 +93,16 @@ def test_a_text_may_end_at_any_of_several_ids(tmp_path):
         assert config.with_eos_of(tmp_path).eos_token_ids == ends
     for wrong in ("7", [[7]], [True]):
         stated.write_text(json.dumps({"eos_token_id": wrong}))
-        with pytest.raises(ConfigError, match="generation_config.json: eos_token_id is .*; it must be a whole number or a"):
+        with pytest.raises(
+            ConfigError,
+            match="generation_config.json: eos_token_id is .*; it must be a whole number or a",
+        ):
             config.with_eos_of(tmp_path)
 
 
 def written_shapes(config):
     again = OpenELMConfig.from_hf_dict(OpenELMConfig.from_name("270m").to_hf_dict())
-    return {name: getattr(again, name) for name in ("num_query_heads", "num_kv_heads", "ffn_multipliers")}
+    return {
+        name: getattr(again, name)
+        for name in ("num_query_heads", "num_kv_heads", "ffn_multipliers")
+    }

@@ -17,7 +17,13 @@ from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from safetensors.numpy import save_file
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors, layer_shapes
-from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, OptionError, TokenizerError
+from openelm_mlx.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    OptionError,
+    TokenizerError,
+)
 
 PLAIN = ("tied-gqa4", "untied-mha", "noqknorm-gqa2", "noglu-gqa2", "gpt-test")
 
@@ -26,7 +32,9 @@ def broken(nano: Path, tmp_path: Path, change) -> Path:
     """A copy of the nano folder whose tensors `change` altered."""
     source = tmp_path / "source"
     shutil.copytree(nano, source)
-    tensors = {name: np.array(array) for name, array in mx.load(str(source / "model.safetensors")).items()}
+    tensors = {
+        name: np.array(array) for name, array in mx.load(str(source / "model.safetensors")).items()
+    }
     change(tensors)
     save_file(tensors, source / "model.safetensors")
     return source
@@ -45,15 +53,28 @@ def refused(tmp_path: Path, error, message: str, **fields) -> None:
 def test_shapes_are_read_off_the_tensors(name, tmp_path):
     arch = json.loads((GOLDEN / name / "arch.json").read_text())
     tokenizer = tokenizer_file(tmp_path, arch["vocab_size"]) if arch["vocab_size"] > 30 else None
-    report = convert(ConvertOptions(source=GOLDEN / name / "checkpoint.pt", target=tmp_path / "m", tokenizer=tokenizer,
-                                    **FLAGS.get(name, {})))  # fmt: skip
+    report = convert(
+        ConvertOptions(
+            source=GOLDEN / name / "checkpoint.pt",
+            target=tmp_path / "m",
+            tokenizer=tokenizer,
+            **FLAGS.get(name, {}),
+        )
+    )
     config = OpenELMConfig.from_file(tmp_path / "m" / "config.json")
     shapes = layer_shapes(config)
     assert [s.q_heads for s in shapes] == arch["num_query_heads"]
     assert [s.kv_heads for s in shapes] == arch["num_kv_heads"]
     assert [s.ffn_dim for s in shapes] == arch["ffn_dims"]
-    for key in ("head_dim", "ffn_with_glu", "normalize_qk_projections", "share_input_output_layers",
-                "rope_freq_constant", "max_context_length", "model_dim"):  # fmt: skip
+    for key in (
+        "head_dim",
+        "ffn_with_glu",
+        "normalize_qk_projections",
+        "share_input_output_layers",
+        "rope_freq_constant",
+        "max_context_length",
+        "model_dim",
+    ):
         assert getattr(config, key) == arch[key]
     assert report.parameters == config.num_parameters == arch["num_parameters"]
     assert report.bits_per_weight == 32
@@ -64,7 +85,9 @@ def test_shapes_are_read_off_the_tensors(name, tmp_path):
 
 
 def test_head_dim_is_asked_for_by_name(tmp_path):
-    refused(tmp_path, ConversionError, "--head-dim", source=GOLDEN / "noqknorm-gqa2" / "checkpoint.pt")
+    refused(
+        tmp_path, ConversionError, "--head-dim", source=GOLDEN / "noqknorm-gqa2" / "checkpoint.pt"
+    )
 
 
 def test_mlx_lm_gives_the_golden_tokens(tmp_path, nano):
@@ -89,7 +112,9 @@ def test_mlx_lm_gives_the_golden_tokens(tmp_path, nano):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_quantized_weights_are_mlxs(bits, tmp_path):
-    options = ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "m", bits=bits, group_size=32)
+    options = ConvertOptions(
+        source=NANO / "checkpoint.pt", target=tmp_path / "m", bits=bits, group_size=32
+    )
     report = convert(options)
     written = mx.load(str(tmp_path / "m" / "model.safetensors"))
     original = TorchCheckpoint(NANO / "checkpoint.pt").load("layers.1.ffn.proj_2.weight")
@@ -100,19 +125,31 @@ def test_quantized_weights_are_mlxs(bits, tmp_path):
         assert mx.array_equal(written[stem + part], want)
     assert report.written_bytes == sum(array.nbytes for array in written.values())
     assert json.loads((tmp_path / "m" / "config.json").read_text())["quantization"] == {
-        "group_size": 32, "bits": bits, "mode": "affine"
-    }  # fmt: skip
+        "group_size": 32,
+        "bits": bits,
+        "mode": "affine",
+    }
 
 
 def test_rows_that_do_not_divide_are_refused_by_name(tmp_path):
-    refused(tmp_path, ConversionError, "token_embeddings.weight has rows of 96 weights.*use --group-size 32|proj_2",
-            source=GOLDEN / "untied-mha" / "checkpoint.pt", tokenizer=tokenizer_file(tmp_path, 112),
-            bits=4, group_size=128)  # fmt: skip
+    refused(
+        tmp_path,
+        ConversionError,
+        "token_embeddings.weight has rows of 96 weights.*use --group-size 32|proj_2",
+        source=GOLDEN / "untied-mha" / "checkpoint.pt",
+        tokenizer=tokenizer_file(tmp_path, 112),
+        bits=4,
+        group_size=128,
+    )
 
 
 def test_a_source_without_tokenizer(tmp_path):
-    refused(tmp_path, TokenizerError, "no tokenizer.model beside .*--tokenizer",
-            source=GOLDEN / "tied-gqa4" / "checkpoint.pt")  # fmt: skip
+    refused(
+        tmp_path,
+        TokenizerError,
+        "no tokenizer.model beside .*--tokenizer",
+        source=GOLDEN / "tied-gqa4" / "checkpoint.pt",
+    )
 
 
 def test_padded_embeddings_are_trimmed(tmp_path, nano):
@@ -124,7 +161,9 @@ def test_padded_embeddings_are_trimmed(tmp_path, nano):
     raw = json.loads((source / "config.json").read_text()) | {"vocab_size": 4224}
     (source / "config.json").write_text(json.dumps(raw))
     assert convert(ConvertOptions(source=source, target=tmp_path / "m")).dropped_rows == 128
-    assert (tmp_path / "m" / "model.safetensors").read_bytes() == (nano / "model.safetensors").read_bytes()
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == (
+        nano / "model.safetensors"
+    ).read_bytes()
 
 
 N = "transformer.layers.2.attn.out_proj.weight"
@@ -174,8 +213,13 @@ def test_misspelt_config_field(tmp_path, nano):
 
 
 def test_vocabulary_mismatch(tmp_path):
-    refused(tmp_path, TokenizerError, "4096 pieces, but the model 128 rows", tokenizer=NANO / "tokenizer.model",
-            source=GOLDEN / "tied-gqa4" / "checkpoint.pt")  # fmt: skip
+    refused(
+        tmp_path,
+        TokenizerError,
+        "4096 pieces, but the model 128 rows",
+        tokenizer=NANO / "tokenizer.model",
+        source=GOLDEN / "tied-gqa4" / "checkpoint.pt",
+    )
 
 
 def test_truncated_source(tmp_path, nano):
@@ -191,14 +235,18 @@ def test_shards_with_path_tricks(tmp_path, nano):
     shutil.copytree(nano, source)
     index = {"weight_map": {"transformer.norm.weight": "../model.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(tmp_path, ConversionError, "shards must be .safetensors files of this folder", source=source)
+    refused(
+        tmp_path, ConversionError, "shards must be .safetensors files of this folder", source=source
+    )
 
 
 def test_existing_target_needs_force(tmp_path):
     options = ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "m")
     convert(options)
     before = (tmp_path / "m" / "model.safetensors").read_bytes()
-    with pytest.raises(ConversionError, match="exists; choose another folder, or replace it with --force"):
+    with pytest.raises(
+        ConversionError, match="exists; choose another folder, or replace it with --force"
+    ):
         convert(replace(options, bits=4))
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
     convert(replace(options, bits=4, force=True))
@@ -210,7 +258,9 @@ def test_force_spares_other_folders(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
     with pytest.raises(ConversionError, match="is no model folder"):
-        convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "photos", force=True))
+        convert(
+            ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "photos", force=True)
+        )
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):
@@ -220,7 +270,8 @@ def test_ctrl_c_leaves_nothing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         convert(
-            ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "a" / "b"), progress=interrupt
+            ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "a" / "b"),
+            progress=interrupt,
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -235,7 +286,9 @@ def test_full_disk_leaves_nothing(tmp_path):
         "except ConversionError as error: print(error)"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code, NANO / "checkpoint.pt", tmp_path / "m"], capture_output=True, text=True
+        [sys.executable, "-c", code, NANO / "checkpoint.pt", tmp_path / "m"],
+        capture_output=True,
+        text=True,
     )
     assert "cannot be written: File too large" in run.stdout
     assert list(tmp_path.iterdir()) == []
@@ -257,7 +310,9 @@ def test_verify_compares_with_the_source(tmp_path, bits, kl):
     assert result["top_1_agreement"] > 0.9
 
 
-@pytest.mark.parametrize("field", [{"bits": 7}, {"group_size": 48}, {"dtype": "int8"}, {"head_dim": 1}])
+@pytest.mark.parametrize(
+    "field", [{"bits": 7}, {"group_size": 48}, {"dtype": "int8"}, {"head_dim": 1}]
+)
 def test_options_are_checked(field):
     with pytest.raises(OptionError, match=next(iter(field))):
         ConvertOptions(source="a", target="b", **field)

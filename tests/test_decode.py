@@ -1,4 +1,6 @@
-"""The compiled step: traced once a block, in place, equal to its eager twin; and nothing left behind."""
+"""The compiled step: traced once a block, in place, equal to its eager twin; and nothing left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ PROMPT = [1, 9, 30, 12, 9, 30, 12, 9]
 
 def variant(tiny, dtype=mx.float32, bits=None) -> Engine:
     engine = random_engine(tiny, seed=1)
-    engine.model.load_weights([(name, cast(array, dtype)) for name, array in parameters(engine.model).items()])
+    engine.model.load_weights(
+        [(name, cast(array, dtype)) for name, array in parameters(engine.model).items()]
+    )
     if bits is not None:
         nn.quantize(engine.model, group_size=32, bits=bits)
     mx.eval(engine.model.parameters())
@@ -26,13 +30,25 @@ def variant(tiny, dtype=mx.float32, bits=None) -> Engine:
 
 
 @pytest.mark.parametrize(
-    "dtype, bits", [(mx.float32, None), (mx.bfloat16, None), (mx.float16, None), (mx.bfloat16, 4), (mx.float32, 8)]
+    "dtype, bits",
+    [
+        (mx.float32, None),
+        (mx.bfloat16, None),
+        (mx.float16, None),
+        (mx.bfloat16, 4),
+        (mx.float32, 8),
+    ],
 )
 def test_compiled_equals_eager_for_every_type_and_width(tiny, dtype, bits):
     engine = variant(tiny, dtype, bits)
     for settings in ({}, {"temperature": 1.0, "seed": 2}, {"kv_bits": 8}):
         runs = [
-            [e.token for e in stream_generate(engine, PROMPT, max_tokens=16, ignore_eos=True, compiled=compiled, **settings)]
+            [
+                e.token
+                for e in stream_generate(
+                    engine, PROMPT, max_tokens=16, ignore_eos=True, compiled=compiled, **settings
+                )
+            ]
             for compiled in (True, False)
         ]
         assert runs[0] == runs[1], settings
@@ -79,7 +95,9 @@ def test_the_device_works_on_the_next_token_while_the_host_reads_one(tiny, monke
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_decoding_copies_no_buffer(tiny, rows):
-    """Keys and values are updated in place: a copy of one layer's buffer would be half of them all."""
+    """Keys and values are updated in place: a copy of one layer's buffer would be half of them
+    all.
+    """
     engine = random_engine(tiny, seed=1)
     engine.config = replace(engine.config, max_context_length=8192)
     batch = BatchEngine(engine, rows, admission=1 << 30)
@@ -99,7 +117,9 @@ def test_decoding_copies_no_buffer(tiny, rows):
 def test_closing_anywhere_frees_the_memory_and_leaves_the_engine_usable(tiny):
     engine = random_engine(tiny, seed=1)
     wanted = [e.token for e in stream_generate(engine, PROMPT, max_tokens=12, ignore_eos=True)]
-    list(stream_generate(engine, PROMPT, max_tokens=3, draft=engine, ignore_eos=True))  # traces of speculation
+    list(
+        stream_generate(engine, PROMPT, max_tokens=3, draft=engine, ignore_eos=True)
+    )  # traces of speculation
     mx.clear_cache()
     before = mx.get_active_memory()
     for stop in range(12):
@@ -108,7 +128,9 @@ def test_closing_anywhere_frees_the_memory_and_leaves_the_engine_usable(tiny):
             assert [next(stream).token for _ in range(stop)] == wanted[:stop]
             stream.close()
     assert mx.get_active_memory() <= before + 4096
-    assert [e.token for e in stream_generate(engine, PROMPT, max_tokens=12, ignore_eos=True)] == wanted
+    assert [
+        e.token for e in stream_generate(engine, PROMPT, max_tokens=12, ignore_eos=True)
+    ] == wanted
 
 
 def test_an_interrupt_while_waiting_for_a_token_leaves_a_true_cache(tiny, monkeypatch):
@@ -119,11 +141,20 @@ def test_an_interrupt_while_waiting_for_a_token_leaves_a_true_cache(tiny, monkey
         patched.setattr(mx.array, "tolist", interrupted)
         next(stream)
     assert cache.tokens == PROMPT + seen[:-1]  # the latest may have been fed, or not
-    rest = [e.token for e in stream_generate(engine, PROMPT + seen, max_tokens=5, ignore_eos=True, prompt_cache=cache)]
-    assert seen + rest == [e.token for e in stream_generate(engine, PROMPT, max_tokens=9, ignore_eos=True)]
+    rest = [
+        e.token
+        for e in stream_generate(
+            engine, PROMPT + seen, max_tokens=5, ignore_eos=True, prompt_cache=cache
+        )
+    ]
+    assert seen + rest == [
+        e.token for e in stream_generate(engine, PROMPT, max_tokens=9, ignore_eos=True)
+    ]
 
 
-@pytest.mark.parametrize("settings", [{}, {"prompt_lookup": 1, "adaptive_draft": False}, {"logprobs": 1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"prompt_lookup": 1, "adaptive_draft": False}, {"logprobs": 1}]
+)
 def test_a_batch_goes_on_after_an_interrupt_while_waiting(tiny, monkeypatch, settings):
     engine = random_engine(tiny, seed=1)
     wanted = [e.token for e in stream_generate(engine, PROMPT, max_tokens=12, ignore_eos=True)]
@@ -167,7 +198,9 @@ def interrupted_at(engine, layer, run):
 @pytest.mark.parametrize("held", [0, 40])
 @pytest.mark.parametrize("drafting", [False, True])
 def test_an_interrupt_amid_a_pass_leaves_a_true_cache(tiny, kind, held, drafting):
-    """Layers before the interrupted one are a prompt and a block of slots ahead of those behind it."""
+    """Layers before the interrupted one are a prompt and a block of slots ahead of those behind
+    it.
+    """
     engine, draft = random_engine(tiny, seed=1), random_engine(tiny, seed=2)
     settings = {"max_tokens": 8, "ignore_eos": True, "prefill_chunk": 300, **kind}
     cache, kept = PromptCache(), ModelDraft(engine, draft)
@@ -179,29 +212,44 @@ def test_an_interrupt_amid_a_pass_leaves_a_true_cache(tiny, kind, held, drafting
     if held:
         tokens(begun, prompt_cache=cache, draft=kept)
     for longer in (begun[:20] + PROMPT * 50, begun + PROMPT):
-        interrupted_at(draft if drafting else engine, 1, lambda: tokens(longer, prompt_cache=cache, draft=kept))  # noqa: B023
+        interrupted_at(
+            draft if drafting else engine, 1, lambda: tokens(longer, prompt_cache=cache, draft=kept)
+        )  # noqa: B023
         for prompt in (begun[:20] + [5, 6], begun[:20] + PROMPT * 2, begun):
             assert tokens(prompt, prompt_cache=cache, draft=kept) == tokens(prompt)
     assert tokens(begun, prompt_cache=cache) == tokens(begun)
 
 
 @pytest.mark.parametrize(
-    "name", ["layers.0.attn.q_norm.weight", "layers.1.attn.k_norm.weight", "layers.1.ffn.proj_1.weight", "norm.weight",
-             "token_embeddings.weight"],
-)  # fmt: skip
+    "name",
+    [
+        "layers.0.attn.q_norm.weight",
+        "layers.1.attn.k_norm.weight",
+        "layers.1.ffn.proj_1.weight",
+        "norm.weight",
+        "token_embeddings.weight",
+    ],
+)
 def test_new_weights_count_from_the_next_generation_on(tiny, name):
     changed = f"transformer.{name}"
     engine = random_engine(tiny, seed=1)
     list(stream_generate(engine, PROMPT, max_tokens=2, draft=engine))
     before = [e.token for e in stream_generate(engine, PROMPT, max_tokens=20, ignore_eos=True)]
     weights = parameters(engine.model)
-    new = weights[changed] * mx.random.uniform(0.2, 3.0, weights[changed].shape, key=mx.random.key(3))
+    new = weights[changed] * mx.random.uniform(
+        0.2, 3.0, weights[changed].shape, key=mx.random.key(3)
+    )
     engine.model.load_weights([(changed, new)], strict=False)
     fresh = random_engine(tiny, seed=1)
     fresh.model.load_weights([(changed, new)], strict=False)
     for settings in ({"compiled": False}, {}, {"draft": engine}):
-        found, wanted = ([e.token for e in stream_generate(one, PROMPT, max_tokens=20, ignore_eos=True, **settings)]
-                         for one in (engine, fresh))  # fmt: skip
+        found, wanted = (
+            [
+                e.token
+                for e in stream_generate(one, PROMPT, max_tokens=20, ignore_eos=True, **settings)
+            ]
+            for one in (engine, fresh)
+        )
         assert found == wanted != before
     (batched,) = batch_generate(engine, [PROMPT], max_tokens=20, ignore_eos=True)
     assert list(batched.tokens) == wanted
@@ -213,4 +261,7 @@ def test_the_steps_used_last_are_kept(tiny, monkeypatch):
     made = [steps.cached(key, False, object) for key in "aba"]
     assert made[2] is made[0]
     steps.cached("c", False, object)
-    assert steps.cached("a", False, object) is made[0] and steps.cached("b", False, object) is not made[1]
+    assert (
+        steps.cached("a", False, object) is made[0]
+        and steps.cached("b", False, object) is not made[1]
+    )

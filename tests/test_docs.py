@@ -1,4 +1,6 @@
-"""The Python in README and docs runs as it stands, commands exist, figures are the measured ones."""
+"""The Python in README and docs runs as it stands, commands exist, figures are the measured
+ones.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(line: str) -> Iterator[list[str]]:
-    """The commands of a line of shell, without variables before them and files after `<` and `>`."""
+    """The commands of a line of shell, without variables before them and files after `<` and
+    `>`.
+    """
     words = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
     words.whitespace_split = True
     command: list[str] = []

@@ -1,4 +1,6 @@
-"""A download goes on where it broke, is checked and recorded, and takes nothing a server should not send."""
+"""A download goes on where it broke, is checked and recorded, and takes nothing a server should not
+send.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,12 @@ def test_a_cut_connection_goes_on_where_it_broke(tmp_path):
 
     with serving({"/f": BODY}, cut) as server:
         assert get(server, tmp_path).read_bytes() == BODY
-        assert [wanted for _, wanted in server.requests] == [None, "bytes=100000-", "bytes=200000-", "bytes=300000-"]
+        assert [wanted for _, wanted in server.requests] == [
+            None,
+            "bytes=100000-",
+            "bytes=200000-",
+            "bytes=300000-",
+        ]
     assert only_the_file(tmp_path)
 
 
@@ -76,7 +83,10 @@ def test_a_killed_download_goes_on_in_the_next_run(tmp_path):
         return True
 
     with serving({"/f": BODY}, cut) as server:
-        with pytest.raises(HubError, match="ended after 100000 of 700000 bytes; 100000 bytes are kept, and the same command"):
+        with pytest.raises(
+            HubError,
+            match="ended after 100000 of 700000 bytes; 100000 bytes are kept, and the same command",
+        ):
             get(server, tmp_path)
         assert len(server.requests) == 1 + ATTEMPTS
         server.behave, server.requests = lambda handler, number: False, []
@@ -119,10 +129,17 @@ def test_a_weak_tag_does_not_promise_the_same_bytes(tmp_path):
 
 def test_a_length_that_is_too_long(tmp_path):
     def lie(handler, number):
-        handler.answer(BODY, length=len(BODY) + 5 - (len(BODY) if handler.headers.get("Range") else 0), sent=len(BODY))
+        handler.answer(
+            BODY,
+            length=len(BODY) + 5 - (len(BODY) if handler.headers.get("Range") else 0),
+            sent=len(BODY),
+        )
         return True
 
-    with serving({"/f": BODY}, lie) as server, pytest.raises(HubError, match="ended after 700000 of 700005 bytes"):
+    with (
+        serving({"/f": BODY}, lie) as server,
+        pytest.raises(HubError, match="ended after 700000 of 700005 bytes"),
+    ):
         get(server, tmp_path)
     assert not (tmp_path / "f").exists()
 
@@ -138,7 +155,10 @@ def test_more_than_was_promised(tmp_path):
         handler.wfile.write(BODY)
         return True
 
-    with serving({}, lie) as server, pytest.raises(HubError, match="sends more than the 700000 bytes it promised; not taken"):
+    with (
+        serving({}, lie) as server,
+        pytest.raises(HubError, match="sends more than the 700000 bytes it promised; not taken"),
+    ):
         get(server, tmp_path)
 
 
@@ -159,9 +179,13 @@ def test_more_than_any_file_has_or_the_disk_holds(tmp_path, length, message):
 
 
 @pytest.mark.parametrize(
-    ("place", "message"), [("file:///etc/passwd", "HTTP 302"),
-                           ("ftp://127.0.0.1/f", "not a safe address"), ("/f", "infinite loop|HTTP 30")]
-)  # fmt: skip
+    ("place", "message"),
+    [
+        ("file:///etc/passwd", "HTTP 302"),
+        ("ftp://127.0.0.1/f", "not a safe address"),
+        ("/f", "infinite loop|HTTP 30"),
+    ],
+)
 def test_redirects_that_are_refused(tmp_path, place, message):
     def redirect(handler, number):
         handler.send_response(302)
@@ -196,7 +220,9 @@ def test_never_from_https_to_http():
 
     from openelm_mlx.convert.download import SameScheme
 
-    with pytest.raises(HubError, match="redirects to http://x/f, which is not a safe address; not followed"):
+    with pytest.raises(
+        HubError, match="redirects to http://x/f, which is not a safe address; not followed"
+    ):
         SameScheme().redirect_request(Request("https://x/f"), None, 302, "", None, "http://x/f")
 
 
@@ -225,7 +251,9 @@ def test_nobody_listens(tmp_path, capsys):
     with serving({}) as server:
         pass
     waited = []
-    with pytest.raises(HubError, match=r"/f: \[Errno \d+\] Connection refused; check the network, try again"):
+    with pytest.raises(
+        HubError, match=r"/f: \[Errno \d+\] Connection refused; check the network, try again"
+    ):
         fetch(server.url + "/f", tmp_path / "f", wait=waited.append)
     assert waited == [] and capsys.readouterr().err == ""
 
@@ -233,7 +261,10 @@ def test_nobody_listens(tmp_path, capsys):
 def test_a_certificate_that_nobody_trusts(tmp_path):
     hub = Hub({}, tls=True)
     try:
-        with pytest.raises(HubError, match="its certificate cannot be verified; behind a proxy that reads TLS set SSL_CERT_FILE"):
+        with pytest.raises(
+            HubError,
+            match="its certificate cannot be verified; behind a proxy that reads TLS set SSL_CERT_FILE",
+        ):
             fetch(hub.url + "/f", tmp_path / "f", wait=lambda seconds: pytest.fail("tried again"))
     finally:
         hub.server.shutdown()
@@ -248,7 +279,10 @@ def test_waiting_is_told(tmp_path, capsys):
 
     with serving({"/f": BODY}, fail_once) as server:
         assert get(server, tmp_path).read_bytes() == BODY
-    assert capsys.readouterr().err == f"openelm: {server.url}/f: HTTP 503; attempt 2 of {ATTEMPTS} in 2 s\n"
+    assert (
+        capsys.readouterr().err
+        == f"openelm: {server.url}/f: HTTP 503; attempt 2 of {ATTEMPTS} in 2 s\n"
+    )
 
 
 def test_a_file_damaged_or_replaced_later_is_noticed(tmp_path):
@@ -256,11 +290,16 @@ def test_a_file_damaged_or_replaced_later_is_noticed(tmp_path):
         get(server, tmp_path)
         for damaged in (BODY[:-1], BODY[:-1] + bytes([BODY[-1] ^ 1])):
             (tmp_path / "f").write_bytes(damaged)
-            with pytest.raises(HubError, match="is not the file that was downloaded first .* delete it, and the same command"):
+            with pytest.raises(
+                HubError,
+                match="is not the file that was downloaded first .* delete it, and the same command",
+            ):
                 get(server, tmp_path)
         (tmp_path / "f").unlink()
         server.files["/f"] = BODY[:-1]
-        with pytest.raises(HubError, match=r"is not the file it was: 699999 bytes .* delete .*f.record.json"):
+        with pytest.raises(
+            HubError, match=r"is not the file it was: 699999 bytes .* delete .*f.record.json"
+        ):
             get(server, tmp_path)
         assert not (tmp_path / "f").exists()
 

@@ -1,4 +1,6 @@
-"""Outputs and inputs that cannot be: found before the work, by every command; and results that outlive a failed save."""
+"""Outputs and inputs that cannot be: found before the work, by every command; and results that
+outlive a failed save.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +22,40 @@ from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import check_writable, read_text, replacing
 
 BELOW_A_FILE = "/dev/null/x.png"  # nobody can make this, not even root
-# (flag, command line): the model or source does not exist either, which is told only after what is told here
+# (flag, command line): the model or source does not exist either, which is told only after what is
+# told here
 BEFORE_THE_WORK = [
-    *((f"--{name}", ["benchmark", "no-such-model"]) for name in ("output", "csv", "markdown", "plot", "report")),
+    *(
+        (f"--{name}", ["benchmark", "no-such-model"])
+        for name in ("output", "csv", "markdown", "plot", "report")
+    ),
     ("--cache-file", ["generate", "Once", "--model", "no-such-model"]),
     ("--output", ["convert", "no-such-model"]),
     ("--output", ["convert", "corenet:270m", "--to", "gguf"]),
 ]
 UNREADABLE = [
     ("--verify-text", ["convert", "no-such-model"], "cannot be read: No such file"),
-    ("--calibration-text", ["convert", "no-such-model", "--bits", "4", "--calibrate", "gptq"], "cannot be read: No such file"),
+    (
+        "--calibration-text",
+        ["convert", "no-such-model", "--bits", "4", "--calibrate", "gptq"],
+        "cannot be read: No such file",
+    ),
     ("--recipe", ["convert", "no-such-model"], "none.yaml does not exist"),
 ]
 
 
-@pytest.mark.parametrize(("flag", "words"), BEFORE_THE_WORK, ids=lambda value: value if isinstance(value, str) else value[0])
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    BEFORE_THE_WORK,
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
 def test_what_cannot_be_written_is_told_before_the_work(flag, words, capsys):
     assert main([*words, flag, BELOW_A_FILE]) == 2
     shown = capsys.readouterr()
-    assert shown.err == f"openelm: {flag} {BELOW_A_FILE} cannot be written: /dev/null is no folder; give another place\n"
+    assert (
+        shown.err
+        == f"openelm: {flag} {BELOW_A_FILE} cannot be written: /dev/null is no folder; give another place\n"
+    )
     assert shown.out == ""
 
 
@@ -49,15 +66,26 @@ def test_names_that_mlx_cannot_open_are_told_before_the_work(tmp_path, monkeypat
     except OSError:
         pytest.skip("this file system takes names in UTF-8 only")
     monkeypatch.chdir(latin)
-    for words in (["--cache-file", "kept"], ["--model", str(nano), "--cache-file", str(latin / "kept")]):
+    for words in (
+        ["--cache-file", "kept"],
+        ["--model", str(nano), "--cache-file", str(latin / "kept")],
+    ):
         assert main(["generate", "Once", "--max-tokens", "1", *words]) == 2
         shown = capsys.readouterr()
-        assert "is no name in UTF-8, and MLX opens no other; rename it, or its folder" in shown.err and shown.out == ""
+        assert (
+            "is no name in UTF-8, and MLX opens no other; rename it, or its folder" in shown.err
+            and shown.out == ""
+        )
     shutil.copytree(nano, latin, dirs_exist_ok=True)
     assert main(["generate", "Once", "--max-tokens", "1", "--model", str(latin)]) == 2
     assert "is no name in UTF-8" in capsys.readouterr().err
-    assert main(["convert", ".", "-o", "../again"]) == 0  # what is read here has its own name in UTF-8
-    assert json.loads((tmp_path / "again" / "conversion.json").read_text(encoding="utf-8"))["source"] == "caf?"
+    assert (
+        main(["convert", ".", "-o", "../again"]) == 0
+    )  # what is read here has its own name in UTF-8
+    assert (
+        json.loads((tmp_path / "again" / "conversion.json").read_text(encoding="utf-8"))["source"]
+        == "caf?"
+    )
     assert main(["generate", "Once", "--cache-file", ""]) == 2
     assert capsys.readouterr().err == "openelm: --cache-file is empty; give a path\n"
 
@@ -66,11 +94,18 @@ def test_a_cache_is_an_ordinary_file(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     for name in ("/dev/null", str(tmp_path / "pipe")):
         assert main(["generate", "Once", "--max-tokens", "1", "--cache-file", name]) == 2
-        assert capsys.readouterr() == ("", f"openelm: --cache-file {name} is no ordinary file; give another name\n")
+        assert capsys.readouterr() == (
+            "",
+            f"openelm: --cache-file {name} is no ordinary file; give another name\n",
+        )
 
 
-@pytest.mark.parametrize(("flag", "words", "message"), UNREADABLE, ids=[flag for flag, _, _ in UNREADABLE])
-def test_what_cannot_be_read_is_told_before_the_work(flag, words, message, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("flag", "words", "message"), UNREADABLE, ids=[flag for flag, _, _ in UNREADABLE]
+)
+def test_what_cannot_be_read_is_told_before_the_work(
+    flag, words, message, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert main([*words, "-o", "m", flag, "none.yaml"]) == 2
     error = capsys.readouterr().err
@@ -80,7 +115,9 @@ def test_what_cannot_be_read_is_told_before_the_work(flag, words, message, capsy
 def test_a_text_that_is_too_short_is_told_before_anything_is_measured(tmp_path):
     (tmp_path / "empty.txt").touch()
     seen = []
-    options = ConvertOptions(NANO / "checkpoint.pt", tmp_path / "m", target_bpw=4, verify_text=tmp_path / "empty.txt")
+    options = ConvertOptions(
+        NANO / "checkpoint.pt", tmp_path / "m", target_bpw=4, verify_text=tmp_path / "empty.txt"
+    )
     with pytest.raises(ConversionError, match="empty.txt has no text to verify on"):
         convert(options, lambda *progress: seen.append(progress))
     assert seen == []
@@ -90,7 +127,11 @@ def test_a_text_may_come_from_a_pipe(tmp_path):
     read_end, write_end = os.pipe()
     os.write(write_end, b"Once upon a time there was a fox.")
     os.close(write_end)
-    report = convert(ConvertOptions(NANO / "checkpoint.pt", tmp_path / "m", verify_text=Path(f"/dev/fd/{read_end}")))
+    report = convert(
+        ConvertOptions(
+            NANO / "checkpoint.pt", tmp_path / "m", verify_text=Path(f"/dev/fd/{read_end}")
+        )
+    )
     os.close(read_end)
     assert report.verification["tokens"] > 5
 
@@ -100,9 +141,11 @@ def test_why_a_file_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "there" / "new")
     for name, message in (
-        ("there", "it is a folder; give the name of a file"), ("none/x", "its folder does not exist; make it first"),
-        ("file/x", f"{tmp_path / 'file'} is no folder"), ("n" * 300, "File name too long; give another place"),
-    ):  # fmt: skip
+        ("there", "it is a folder; give the name of a file"),
+        ("none/x", "its folder does not exist; make it first"),
+        ("file/x", f"{tmp_path / 'file'} is no folder"),
+        ("n" * 300, "File name too long; give another place"),
+    ):
         with pytest.raises(OptionError) as error:
             check_writable(tmp_path / name, "--csv")
         assert str(error.value).startswith(f"--csv {tmp_path / name} cannot be written: {message}")
@@ -114,7 +157,9 @@ def test_why_a_file_cannot_be_written(tmp_path):
 
 @pytest.mark.needs("Linux")
 def test_a_folder_in_which_nobody_can_make_a_file():
-    with pytest.raises(OptionError, match=r"^--csv /proc/x cannot be written: .*; give another place$"):
+    with pytest.raises(
+        OptionError, match=r"^--csv /proc/x cannot be written: .*; give another place$"
+    ):
         check_writable("/proc/x", "--csv")  # root is told that it may write there
 
 
@@ -147,15 +192,22 @@ def test_links_devices_and_modes_stay_what_they_are(tmp_path):
 
 def test_texts_that_cannot_be_read(tmp_path):
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    with pytest.raises(OptionError, match=r"--system-file .*latin cannot be read as UTF-8 text: byte 3 .* with iconv"):
+    with pytest.raises(
+        OptionError,
+        match=r"--system-file .*latin cannot be read as UTF-8 text: byte 3 .* with iconv",
+    ):
         read_text(tmp_path / "latin", "--system-file")
-    with pytest.raises(OptionError, match=r"--system-file .* cannot be read: Is a directory; give a text file"):
+    with pytest.raises(
+        OptionError, match=r"--system-file .* cannot be read: Is a directory; give a text file"
+    ):
         read_text(tmp_path, "--system-file")
 
 
 @contextmanager
 def files_of_at_most(size: int):
-    """A limit on the size of files stands for a full disk: writing fails in the middle in the same way."""
+    """A limit on the size of files stands for a full disk: writing fails in the middle in the same
+    way.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -171,16 +223,23 @@ def test_a_cache_that_cannot_be_saved_loses_no_text(json_asked, tmp_path, capsys
     with files_of_at_most(1000):
         assert main([*words, *["--json"] * json_asked]) == 2
     shown = capsys.readouterr()
-    assert (json.loads(shown.out)["tokens"] if json_asked else shown.out.strip())
+    assert json.loads(shown.out)["tokens"] if json_asked else shown.out.strip()
     last = shown.err.splitlines()[-1]
-    assert last.startswith(f"openelm: {path} cannot be written: ") and last.count(str(path.parent)) <= 2
+    assert (
+        last.startswith(f"openelm: {path} cannot be written: ")
+        and last.count(str(path.parent)) <= 2
+    )
     assert ".talk" not in shown.err and list(tmp_path.iterdir()) == []
 
 
 def test_files_that_cannot_be_saved_lose_neither_the_table_nor_each_other(tmp_path, capsys):
     result = tmp_path / "result.json"
     save(rich_document(), result)
-    words = [word for name in ("output", "csv", "markdown") for word in (f"--{name}", str(tmp_path / name))]
+    words = [
+        word
+        for name in ("output", "csv", "markdown")
+        for word in (f"--{name}", str(tmp_path / name))
+    ]
     assert main(["benchmark", "--show", str(result), *words]) == 0
     table = capsys.readouterr().out
     sizes = {name: (tmp_path / name).stat().st_size for name in ("output", "csv", "markdown")}
@@ -190,7 +249,11 @@ def test_files_that_cannot_be_saved_lose_neither_the_table_nor_each_other(tmp_pa
     with files_of_at_most(sizes[small]):
         assert main(["benchmark", "--show", str(result), *words]) == 2
     shown = capsys.readouterr()
-    assert shown.out == table and sorted(path.name for path in tmp_path.iterdir()) == sorted([small, "result.json"])
+    assert shown.out == table and sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [small, "result.json"]
+    )
     lost = [name for name in sizes if name != small]
-    assert all(f"--{name}: cannot write {tmp_path / name}: File too large" in shown.err for name in lost)
+    assert all(
+        f"--{name}: cannot write {tmp_path / name}: File too large" in shown.err for name in lost
+    )
     assert shown.err.count("\n") == 1

@@ -1,4 +1,6 @@
-"""Damaged files: whatever is read, the answer is a model or an error of this project that names the file."""
+"""Damaged files: whatever is read, the answer is a model or an error of this project that names the
+file.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,13 @@ from openelm_mlx.convert.yaml_files import corenet_section
 from openelm_mlx.config import expected_tensors
 from openelm_mlx.errors import OpenELMError
 
-FUZZ = settings(max_examples=60, deadline=None, derandomize=True, database=None,
-                suppress_health_check=list(HealthCheck))  # fmt: skip
+FUZZ = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 SCRATCH = Path(tempfile.mkdtemp(prefix="openelm-fuzz-"))
 
 
@@ -44,19 +51,26 @@ def made(name: str, **fields) -> Path:
 
 
 def damage() -> st.SearchStrategy:
-    """What to do to the bytes of a file: (position as a share, bytes to put there or number to cut or repeat)."""
+    """What to do to the bytes of a file: (position as a share, bytes to put there or number to cut
+    or repeat).
+    """
     share = st.floats(0, 1, allow_nan=False)
     flips = st.lists(st.tuples(share, st.binary(min_size=1, max_size=9)), min_size=1, max_size=4)
     return st.one_of(
-        st.tuples(st.just("flip"), flips), st.tuples(st.just("cut"), share),
+        st.tuples(st.just("flip"), flips),
+        st.tuples(st.just("cut"), share),
         st.tuples(st.just("insert"), share, st.binary(min_size=1, max_size=40)),
         st.tuples(st.just("all"), st.binary(max_size=200)),
-    )  # fmt: skip
+    )
 
 
 def damaged(data: bytes, change, span: int) -> bytes:
-    """`data` with the change applied within its first (or, for a negative span, last) `span` bytes."""
-    begin, width = (0, min(span, len(data))) if span > 0 else (max(len(data) + span, 0), min(-span, len(data)))
+    """`data` with the change applied within its first (or, for a negative span, last) `span`
+    bytes.
+    """
+    begin, width = (
+        (0, min(span, len(data))) if span > 0 else (max(len(data) + span, 0), min(-span, len(data)))
+    )
 
     def at(share: float) -> int:
         return begin + int(share * (width - 1))
@@ -87,9 +101,16 @@ def check_folder(kind: str, original: Path, file: str, change, span: int) -> Non
     folder = SCRATCH / f"damaged-{kind}"
     folder.mkdir(exist_ok=True)
     for path in original.iterdir():
-        if path.is_file() and path.name in ("model.safetensors", "config.json", "tokenizer.model", "weights.safetensors"):
+        if path.is_file() and path.name in (
+            "model.safetensors",
+            "config.json",
+            "tokenizer.model",
+            "weights.safetensors",
+        ):
             data = path.read_bytes()
-            (folder / path.name).write_bytes(damaged(data, change, span) if path.name == file else data)
+            (folder / path.name).write_bytes(
+                damaged(data, change, span) if path.name == file else data
+            )
     survives(lambda: everything(folder), str(folder))
 
 
@@ -98,7 +119,9 @@ def check_folder(kind: str, original: Path, file: str, change, span: int) -> Non
 def test_pt(change, span):
     path = SCRATCH / "x.pt"
     path.write_bytes(damaged((GOLDEN / "gpt-test" / "checkpoint.pt").read_bytes(), change, span))
-    survives(lambda: everything(path, tokenizer=tokenizer_file(SCRATCH, 64)), str(path), "tokenizer-64")
+    survives(
+        lambda: everything(path, tokenizer=tokenizer_file(SCRATCH, 64)), str(path), "tokenizer-64"
+    )
 
 
 @given(damage())
@@ -112,8 +135,13 @@ def test_pickle_of_a_pt(change):
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:
         for info in old.infolist():
             data = old.read(info)
-            new.writestr(info.filename, damaged(data, change, 1 << 30) if info.filename.endswith("data.pkl") else data)
-    survives(lambda: everything(path, tokenizer=tokenizer_file(SCRATCH, 64)), str(path), "tokenizer-64")
+            new.writestr(
+                info.filename,
+                damaged(data, change, 1 << 30) if info.filename.endswith("data.pkl") else data,
+            )
+    survives(
+        lambda: everything(path, tokenizer=tokenizer_file(SCRATCH, 64)), str(path), "tokenizer-64"
+    )
 
 
 @given(damage(), st.sampled_from([16, 1200]))
@@ -138,7 +166,9 @@ def test_config_json(change):
 @FUZZ
 def test_gguf(change, span):
     path = SCRATCH / "x.gguf"
-    path.write_bytes(damaged(made("tiny.gguf", target_format="gguf", bits=8).read_bytes(), change, span))
+    path.write_bytes(
+        damaged(made("tiny.gguf", target_format="gguf", bits=8).read_bytes(), change, span)
+    )
     survives(lambda: everything(path), str(path))
 
 
@@ -149,8 +179,12 @@ def test_yaml(change):
     path.write_bytes(damaged((GOLDEN / "dora" / "config.yaml").read_bytes(), change, 1 << 30))
     survives(lambda: corenet_section(path), "c.yaml")
     source = GOLDEN / "dora" / "checkpoint.pt"
-    survives(lambda: everything(source, config=path, tokenizer=tokenizer_file(SCRATCH, 112)), str(path), str(source),
-             "tokenizer-112")  # fmt: skip
+    survives(
+        lambda: everything(source, config=path, tokenizer=tokenizer_file(SCRATCH, 112)),
+        str(path),
+        str(source),
+        "tokenizer-112",
+    )
 
 
 @given(damage())
@@ -172,7 +206,10 @@ def test_index_json(change):
 def test_adapter_folders(change, file):
     folder = SCRATCH / "adapter"
     folder.mkdir(exist_ok=True)
-    stem, config = "transformer.layers.0.ffn.proj_2", {"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0}}
+    stem, config = (
+        "transformer.layers.0.ffn.proj_2",
+        {"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0}},
+    )
     (folder / "adapter_config.json").write_text(json.dumps(config))
     arrays = {f"{stem}.lora_a": mx.ones((32, 2)), f"{stem}.lora_b": mx.ones((2, 32))}
     mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
@@ -191,8 +228,11 @@ def test_tokenizers(change, span):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8,
-)  # fmt: skip
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
 
 
 @given(st.sampled_from(sorted(TINY.to_hf_dict()) + ["quantization"]), json_values)
@@ -221,7 +261,9 @@ def test_any_entry_in_a_safetensors_header(key, value):
     for side in ("config.json", "tokenizer.model"):
         (target / side).write_bytes((tiny_folder() / side).read_bytes())
     text = json.dumps(header).encode()
-    (target / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    (target / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + data[8 + length :]
+    )
     survives(lambda: everything(target), str(target))
 
 
@@ -242,5 +284,8 @@ def test_flipped_weights_are_noticed(tmp_path):
     data = bytearray((NANO / "checkpoint.pt").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "x.pt").write_bytes(data)
-    with pytest.raises(OpenELMError, match="x.pt: record '.*/data/.*' does not match its checksum: the file is damaged"):
+    with pytest.raises(
+        OpenELMError,
+        match="x.pt: record '.*/data/.*' does not match its checksum: the file is damaged",
+    ):
         everything(tmp_path / "x.pt", tokenizer=NANO / "tokenizer.model")

@@ -51,7 +51,15 @@ def test_a_closed_stdin_is_one_line(monkeypatch, capsys):
 
 
 def test_a_text_cut_by_the_context_says_so(short, capsys):
-    long = ["generate", "Once upon a time", "--model", str(short), "--max-tokens", "100", "--ignore-eos"]
+    long = [
+        "generate",
+        "Once upon a time",
+        "--model",
+        str(short),
+        "--max-tokens",
+        "100",
+        "--ignore-eos",
+    ]
     assert main(long) == 0 and "the context of 64 tokens is full" in capsys.readouterr().err
     assert main([*long, "--json"]) == 0
     cut = json.loads(capsys.readouterr().out)
@@ -63,8 +71,13 @@ def test_a_text_cut_by_the_context_says_so(short, capsys):
 def test_log_probabilities_carry_the_text_of_their_tokens(tiny, capsys):
     result = generated(capsys, "Once upon", "--logprobs", "3")
     for token, entry in zip(result["tokens"], result["logprobs"], strict=True):
-        assert (entry["token"], entry["text"]) == (token, tiny.tokenizer.piece_bytes(token).decode())
-        assert len(entry["top"]) == 3 and entry["top"][0]["text"] == entry["text"]  # greedy: the likeliest was taken
+        assert (entry["token"], entry["text"]) == (
+            token,
+            tiny.tokenizer.piece_bytes(token).decode(),
+        )
+        assert (
+            len(entry["top"]) == 3 and entry["top"][0]["text"] == entry["text"]
+        )  # greedy: the likeliest was taken
         assert entry["top"][0]["logprob"] == entry["logprob"]
 
 
@@ -79,4 +92,9 @@ def test_a_wait_shows_on_a_terminal_and_is_taken_away(monkeypatch):
             shown += os.read(screen, 4096)
         shown += os.read(screen, 4096)
     os.close(screen)
-    assert shown.decode().split("\r\x1b[K") == ["", "loading a model ...\r", "reading the prompt: 512 of 2048 tokens ...\r", ""]
+    assert shown.decode().split("\r\x1b[K") == [
+        "",
+        "loading a model ...\r",
+        "reading the prompt: 512 of 2048 tokens ...\r",
+        "",
+    ]

@@ -32,7 +32,16 @@ def load_golden(name: str, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["tied-gqa4", "untied-mha", "noqknorm-gqa2", "noglu-gqa2", "gpt-test", "openelm-nano", "openelm-tiny"]
+    "name",
+    [
+        "tied-gqa4",
+        "untied-mha",
+        "noqknorm-gqa2",
+        "noglu-gqa2",
+        "gpt-test",
+        "openelm-nano",
+        "openelm-tiny",
+    ],
 )
 def test_logits_equal_the_reference(name, tmp_path):
     model, tokens, expected = load_golden(name, tmp_path)
@@ -60,8 +69,13 @@ def test_greedy_tokens_of_the_trained_model_equal_the_reference(tmp_path):
     from openelm_mlx import load, stream_generate
 
     folder = tmp_path / "tiny"
-    convert(ConvertOptions(source=GOLDEN / "openelm-tiny" / "checkpoint.pt", target=folder,
-                           tokenizer=NANO / "tokenizer.model"))  # fmt: skip
+    convert(
+        ConvertOptions(
+            source=GOLDEN / "openelm-tiny" / "checkpoint.pt",
+            target=folder,
+            tokenizer=NANO / "tokenizer.model",
+        )
+    )
     golden = np.load(GOLDEN / "openelm-tiny" / "golden.npz")
     prompt, wanted = golden["input_ids"][0].tolist(), golden["greedy_ids"][0].tolist()
     events = stream_generate(load(folder), prompt, max_tokens=len(wanted), ignore_eos=True)

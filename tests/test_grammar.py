@@ -1,4 +1,6 @@
-"""Answers of a given form: the masks, by brute force over all texts or by derivatives of the expression."""
+"""Answers of a given form: the masks, by brute force over all texts or by derivatives of the
+expression.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,52 @@ from openelm_mlx.tokenizer import StreamingDecoder, Tokenizer
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 EOS = 2
-# <unk>, <s>, </s>; every byte; and pieces that overlap: spaces before words, parts of JSON, half a character
+# <unk>, <s>, </s>; every byte; and pieces that overlap: spaces before words, parts of JSON, half a
+# character
 PIECES = [b" \xe2\x81\x87 ", b"", b"", *(bytes([byte]) for byte in range(256))]
-PIECES += [text.encode() for text in (
-    "a", "b", "ab", "ba", "aab", "abc", "c", " a", " ab", "  ", " c b", "bb", "cab", "yes", " yes", "no", " no", "ye",
-    '"', '": ', '", "', '{"', ' {"', '"}', "}", "]", "[", ", ", ": ", "true", "false", "12", "1", "2", ' "', "é", "a\n", "aé",
-)] + [b"a\xc3"]  # fmt: skip
+PIECES += [
+    text.encode()
+    for text in (
+        "a",
+        "b",
+        "ab",
+        "ba",
+        "aab",
+        "abc",
+        "c",
+        " a",
+        " ab",
+        "  ",
+        " c b",
+        "bb",
+        "cab",
+        "yes",
+        " yes",
+        "no",
+        " no",
+        "ye",
+        '"',
+        '": ',
+        '", "',
+        '{"',
+        ' {"',
+        '"}',
+        "}",
+        "]",
+        "[",
+        ", ",
+        ": ",
+        "true",
+        "false",
+        "12",
+        "1",
+        "2",
+        ' "',
+        "é",
+        "a\n",
+        "aé",
+    )
+] + [b"a\xc3"]
 
 
 def engine_of(pieces: list[bytes], ends: tuple[int, ...] = (EOS,), vocab: int | None = None) -> Any:
@@ -83,7 +125,9 @@ class Texts:
 
 
 class Expression:
-    """A regular expression by Brzozowski's derivatives: ("set", bytes), ("cat", a, b), ("or", a, b), ("star", a)."""
+    """A regular expression by Brzozowski's derivatives: ("set", bytes), ("cat", a, b), ("or", a,
+    b), ("star", a).
+    """
 
     EMPTY, NOTHING = ("empty",), ("set", b"")
 
@@ -148,9 +192,15 @@ def written(tree: Any) -> str:
 def trees() -> st.SearchStrategy[Any]:
     sets = st.sets(st.sampled_from(list(b"abc y")), min_size=1, max_size=3)
     leaf = sets.map(lambda chosen: ("set", bytes(sorted(chosen))))
-    return st.recursive(leaf, lambda tree: st.one_of(
-        st.tuples(st.just("cat"), tree, tree), st.tuples(st.just("or"), tree, tree), st.tuples(st.just("star"), tree)
-    ), max_leaves=10)  # fmt: skip
+    return st.recursive(
+        leaf,
+        lambda tree: st.one_of(
+            st.tuples(st.just("cat"), tree, tree),
+            st.tuples(st.just("or"), tree, tree),
+            st.tuples(st.just("star"), tree),
+        ),
+        max_leaves=10,
+    )
 
 
 def documents(schema: dict[str, Any]) -> list[Any]:
@@ -176,9 +226,10 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
     words = st.text(alphabet='ab"\\é 1', max_size=3)  # a newline may be written as \\n or \\u000a
     enum = st.lists(st.one_of(words, st.integers(-9, 99), st.none()), min_size=1, max_size=3)
     leaf = st.one_of(
-        enum.map(lambda values: {"enum": values}), st.just({"type": "boolean"}),
+        enum.map(lambda values: {"enum": values}),
+        st.just({"type": "boolean"}),
         st.integers(0, 20).map(lambda low: {"type": "integer", "minimum": low, "maximum": low + 3}),
-    )  # fmt: skip
+    )
 
     def array(items: Any) -> dict[str, Any]:
         return {"type": "array", "items": items, "maxItems": 2}
@@ -197,10 +248,17 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def first_space(language: Any) -> Any:
-    """The languages of an answer's tokens: with a space before the text, or else a text that begins with none."""
-    return (Spaced if isinstance(language, Expression) else lambda found: Texts(
-        [b" " + text for text in found.texts] + [text for text in found.texts if not text.startswith(b" ")]
-    ))(language)  # fmt: skip
+    """The languages of an answer's tokens: with a space before the text, or else a text that begins
+    with none.
+    """
+    return (
+        Spaced
+        if isinstance(language, Expression)
+        else lambda found: Texts(
+            [b" " + text for text in found.texts]
+            + [text for text in found.texts if not text.startswith(b" ")]
+        )
+    )(language)
 
 
 class Spaced:
@@ -212,7 +270,9 @@ class Spaced:
 
 
 def walk(found: Constraint, language: Any, rng: random.Random, steps: int = 8) -> list[int]:
-    """Follow random allowed tokens; at each step the mask is what the language says of every single piece."""
+    """Follow random allowed tokens; at each step the mask is what the language says of every single
+    piece.
+    """
     text: list[int] = []
     for _ in range(steps):
         assert language.alive
@@ -452,21 +512,33 @@ def test_a_schema_is_given_as_text_or_as_a_dict_with_its_keys_in_order() -> None
     ("schema", "texts"),
     [
         ({"type": "integer"}, {"9007199254740992": 16, "90071992547409920": 16, "-12": 3}),
-        ({"type": ["null", "number"]}, {"0.123456789": 11, "0.1234567891": 11, "null": 4, "1e5": 1}),
+        (
+            {"type": ["null", "number"]},
+            {"0.123456789": 11, "0.1234567891": 11, "null": 4, "1e5": 1},
+        ),
         ({"type": "number", "minimum": 0, "maximum": 1}, {"0.25": 4, "1.5": 2, "-1": 0}),
         ({"type": "number", "exclusiveMaximum": 1e-8, "minimum": 1e-12}, {"0.000000000001": 14}),
         ({"type": "integer", "minimum": 2**54}, {"18014398509481985": 17}),
         ({"type": "number", "multipleOf": 0.5}, {"1.5": 3, "1.25": 2}),
         ({"properties": {"a": {"const": 1}}}, {'{"b"': 2, '{"a": 1}': 8, '{"a": 1, ': 7}),
         ({"properties": {"a": {"const": 1}}, "additionalProperties": {}}, {'{"a": 1, "b"': 12}),
-        ({"properties": {"a": {"const": 1}}, "required": ["a"], "minProperties": 2}, {'{"a": 1, "b"': 12}),
+        (
+            {"properties": {"a": {"const": 1}}, "required": ["a"], "minProperties": 2},
+            {'{"a": 1, "b"': 12},
+        ),
         ({"type": "object"}, {'{"b": 1e2': 9}),
-        ({"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {}}}]}, {'{"a": 1, "b"': 12}),
+        (
+            {"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {}}}]},
+            {'{"a": 1, "b"': 12},
+        ),
         ({"items": {"type": "integer"}, "type": "array"}, {"[1, 90071992547409920": 20}),
         ({"enum": [{"type": "integer"}]}, {'{"type": "integer"}': 19}),
-        ({"properties": {"type": {"type": "integer"}}, "required": ["type"]}, {'{"type": 9007199254740993': 24}),
+        (
+            {"properties": {"type": {"type": "integer"}}, "required": ["type"]},
+            {'{"type": 9007199254740993': 24},
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_schema_leaves_open_comes_to_an_end(
     schema: dict[str, Any], texts: dict[str, int]
 ) -> None:

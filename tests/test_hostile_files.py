@@ -21,14 +21,21 @@ BOMBS = {
     "expanded.pt": "a tensor of a billion entries over one number",
     "merge.yaml": "merge keys that double 40 times",
     "alias.yaml": "aliases that double 40 times",
-    "deep.yaml": "brackets in brackets", "long.yaml": "half a megabyte",
-    "deep.json": "brackets in brackets", "layers.json": "a million million layers", "digits.json": "a number of 4000 digits",
+    "deep.yaml": "brackets in brackets",
+    "long.yaml": "half a megabyte",
+    "deep.json": "brackets in brackets",
+    "layers.json": "a million million layers",
+    "digits.json": "a number of 4000 digits",
     "long.json": "nine megabytes of lists",
-    "header.safetensors": "a header of two thousand million bytes", "lists.safetensors": "a header of a million lists",
-    "shape.safetensors": "a shape of a billion billion numbers", "digits.safetensors": "numbers of 4000 digits",
-    "count.gguf": "a list of 2**60 entries", "tensors.gguf": "2**60 tensors", "dims.gguf": "a tensor of 2**62 numbers",
+    "header.safetensors": "a header of two thousand million bytes",
+    "lists.safetensors": "a header of a million lists",
+    "shape.safetensors": "a shape of a billion billion numbers",
+    "digits.safetensors": "numbers of 4000 digits",
+    "count.gguf": "a list of 2**60 entries",
+    "tensors.gguf": "2**60 tensors",
+    "dims.gguf": "a tensor of 2**62 numbers",
     "piece.json": "a tokenizer with a piece of a million characters",
-}  # fmt: skip
+}
 
 
 def bomb(name: str, folder: Path) -> None:
@@ -51,11 +58,20 @@ def bomb(name: str, folder: Path) -> None:
         return text + struct.pack("<Q20sIQ7s", 20, b"general.architecture", 8, 7, b"openelm") + tail
 
     def tensor(storage_elements: int, count: int) -> bytes:
-        text = b"\x80\x02}(X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n(" + b"(X\x07\x00\x00\x00storage"
-        text += b"ctorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK" + bytes([storage_elements]) + b"tQK\x00"
+        text = (
+            b"\x80\x02}(X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n("
+            + b"(X\x07\x00\x00\x00storage"
+        )
+        text += (
+            b"ctorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK"
+            + bytes([storage_elements])
+            + b"tQK\x00"
+        )
         return text + b"J" + struct.pack("<i", count) + b"\x85K\x00\x85\x89}tRu."
 
-    doubling = "\n".join(f"k{n}: &k{n} {{<<: [*k{n - 1}, *k{n - 1}], a{n}: 1}}" for n in range(1, 41))
+    doubling = "\n".join(
+        f"k{n}: &k{n} {{<<: [*k{n - 1}, *k{n - 1}], a{n}: 1}}" for n in range(1, 41)
+    )
     aliases = "\n".join(f"k{n}: &k{n} [*k{n - 1}, *k{n - 1}]" for n in range(1, 41))
     shape = {"w": {"dtype": "F32", "shape": [1 << 60] * 2, "data_offsets": [0, 64]}}
     deep = "[" * 100_000
@@ -66,20 +82,36 @@ def bomb(name: str, folder: Path) -> None:
         "expanded.pt": lambda: zipped(tensor(2, 1 << 30)),
         "merge.yaml": lambda: f"k0: &k0 {{a: 1}}\n{doubling}\n".encode(),
         "alias.yaml": lambda: f"k0: &k0 [a]\n{aliases}\nmodel: *k40\n".encode(),
-        "deep.yaml": deep.encode, "long.yaml": lambda: b"a: b\n" * 100_000, "deep.json": deep.encode,
-        "layers.json": lambda: json.dumps(TINY.to_hf_dict() | {"num_transformer_layers": 10**12}).encode(),
+        "deep.yaml": deep.encode,
+        "long.yaml": lambda: b"a: b\n" * 100_000,
+        "deep.json": deep.encode,
+        "layers.json": lambda: json.dumps(
+            TINY.to_hf_dict() | {"num_transformer_layers": 10**12}
+        ).encode(),
         "digits.json": lambda: json.dumps(TINY.to_hf_dict() | {"model_dim": 10**4000}).encode(),
         "long.json": lambda: b"[" + b"[]," * 3_000_000 + b"[]]",
         "header.safetensors": lambda: (2_000_000_000).to_bytes(8, "little") + b"{" + bytes(999),
         "lists.safetensors": lambda: header({"w": [[]] * 1_000_000}),
         "shape.safetensors": lambda: header(shape),
-        "digits.safetensors": lambda: header({"w": {"dtype": "F32", "shape": [10**4000] * 8, "data_offsets": [0, 10**4000]}}),
+        "digits.safetensors": lambda: header(
+            {"w": {"dtype": "F32", "shape": [10**4000] * 8, "data_offsets": [0, 10**4000]}}
+        ),
         "count.gguf": lambda: metadata(struct.pack("<Q1sIIQ", 1, b"x", 9, 0, 1 << 60)),
         "tensors.gguf": lambda: metadata(b"", tensors=1 << 60),
-        "dims.gguf": lambda: metadata(struct.pack("<Q1sI2QIQ", 1, b"x", 2, 1 << 62, 1 << 62, 0, 0), keys=1),
-        "piece.json": lambda: json.dumps({"added_tokens": [], "model": {
-            "type": "BPE", "merges": [], "vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "a" * 1_000_000: 3}}}).encode(),
-    }  # fmt: skip
+        "dims.gguf": lambda: metadata(
+            struct.pack("<Q1sI2QIQ", 1, b"x", 2, 1 << 62, 1 << 62, 0, 0), keys=1
+        ),
+        "piece.json": lambda: json.dumps(
+            {
+                "added_tokens": [],
+                "model": {
+                    "type": "BPE",
+                    "merges": [],
+                    "vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "a" * 1_000_000: 3},
+                },
+            }
+        ).encode(),
+    }
     (folder / name).write_bytes(contents[name]())
 
 
@@ -119,7 +151,11 @@ def test_bombs_are_refused_in_little_time_and_memory(tmp_path):
     """One process for all, with 400 MB above its imports and 60 s of CPU in all."""
     for name in BOMBS:
         bomb(name, tmp_path)
-    run = subprocess.run([sys.executable, "-c", CHILD, *(tmp_path / name for name in BOMBS)], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD, *(tmp_path / name for name in BOMBS)],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
     answers = {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines()}
     assert answers.keys() == BOMBS.keys()
@@ -130,11 +166,16 @@ def test_bombs_are_refused_in_little_time_and_memory(tmp_path):
 # tricks with paths
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "x\0.safetensors", 3, ".."])
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "x\0.safetensors", 3, ".."]
+)
 def test_index_files_cannot_point_elsewhere(tmp_path, name):
     random_folder(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
-    with pytest.raises(OpenELMError, match="index.json points to .*; shards must be .safetensors files of this folder"):
+    with pytest.raises(
+        OpenELMError,
+        match="index.json points to .*; shards must be .safetensors files of this folder",
+    ):
         everything(tmp_path)
 
 
@@ -147,5 +188,7 @@ def test_a_link_inside_a_zip_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02}.")
         archive.writestr(info, "/etc/passwd")
-    with pytest.raises(OpenELMError, match="record 'archive/data/0' is a link; torch writes none such: refused"):
+    with pytest.raises(
+        OpenELMError, match="record 'archive/data/0' is a link; torch writes none such: refused"
+    ):
         everything(tmp_path / "x.pt")

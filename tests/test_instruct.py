@@ -38,12 +38,21 @@ def test_user_cannot_close_the_turn() -> None:
     assert ids.count(2) == 2
 
 
-@pytest.mark.parametrize(("messages", "text"), [
-    ([], "is empty"), ([{"role": "system", "content": ""}], "system message only"),
-    (USER, "the messages are of type dict; give a list of them"), ("Hi", "the messages are of type str"),
-    (None, "the messages are of type NoneType"), (["Hi"], "message 1 is of type str; give a dict"),
-    ([USER, ("assistant", "Yo")], "message 2 is of type tuple; give a dict"),
-    ([BOT], "expected 'user'"), ([USER, USER], "expected 'assistant'"), ([{"role": "user"}], "has no text")])
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([], "is empty"),
+        ([{"role": "system", "content": ""}], "system message only"),
+        (USER, "the messages are of type dict; give a list of them"),
+        ("Hi", "the messages are of type str"),
+        (None, "the messages are of type NoneType"),
+        (["Hi"], "message 1 is of type str; give a dict"),
+        ([USER, ("assistant", "Yo")], "message 2 is of type tuple; give a dict"),
+        ([BOT], "expected 'user'"),
+        ([USER, USER], "expected 'assistant'"),
+        ([{"role": "user"}], "has no text"),
+    ],
+)
 def test_refusals(messages: list[dict[str, str]], text: str) -> None:
     with pytest.raises(PromptError, match=text):
         encode_messages(Codepoints(), messages)

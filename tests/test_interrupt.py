@@ -1,4 +1,6 @@
-"""A conversion that is stopped anywhere leaves the old target or the new one, whole, and nothing else that loads."""
+"""A conversion that is stopped anywhere leaves the old target or the new one, whole, and nothing
+else that loads.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ from openelm_mlx.convert import ConvertOptions, convert
 
 from openelm_mlx.errors import ConversionError
 
-# One process that has imported everything forks a child for each event of the file system (opening, renaming,
-# removing, making a folder) and stops it just before; what is left then is described on standard output.
+# One process that has imported everything forks a child for each event of the file system (opening,
+# renaming, removing, making a folder) and stops it just before; what is left then is described on
+# standard output.
 FORKS = """
 import json, os, signal, sys
 from pathlib import Path
@@ -84,15 +87,22 @@ def source(tmp_path_factory) -> Path:
     return random_folder(tmp_path_factory.mktemp("source"))
 
 
-def interrupted(source: Path, tmp_path: Path, kind: str, name: str, steps: str, stride: int = 1) -> list[dict]:
-    """What lies in the folder after each interruption; the last entry is the run that was not interrupted."""
+def interrupted(
+    source: Path, tmp_path: Path, kind: str, name: str, steps: str, stride: int = 1
+) -> list[dict]:
+    """What lies in the folder after each interruption; the last entry is the run that was not
+    interrupted.
+    """
     (tmp_path / "work").mkdir()
     target = tmp_path / "work" / "model"
     convert(ConvertOptions(source=source, target=target, target_format=kind))
     run = subprocess.run(
         [sys.executable, "-c", FORKS, source, target, kind, name, steps, str(stride)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONHASHSEED": "0"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert lines[-1]["status"] == 0 and len(lines) > 3
@@ -109,10 +119,16 @@ def folders(state: dict[str, str], name: str) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.needs("another system than macOS")  # it forks a process that has imported MLX
-@pytest.mark.parametrize(("kind", "name", "steps", "stride"), [
-    ("mlx", "SIGKILL", "one", 1), ("mlx", "SIGKILL", "two", 2), ("gguf", "SIGKILL", "one", 1),
-    ("mlx", "SIGINT", "one", 4), ("mlx", "SIGTERM", "one", 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "name", "steps", "stride"),
+    [
+        ("mlx", "SIGKILL", "one", 1),
+        ("mlx", "SIGKILL", "two", 2),
+        ("gguf", "SIGKILL", "one", 1),
+        ("mlx", "SIGINT", "one", 4),
+        ("mlx", "SIGTERM", "one", 5),
+    ],
+)
 def test_stopped_before_any_event_of_the_file_system(tmp_path, source, kind, name, steps, stride):
     lines = interrupted(source, tmp_path, kind, name, steps, stride)
     new = folders(lines[-1]["state"], "model")
@@ -122,8 +138,18 @@ def test_stopped_before_any_event_of_the_file_system(tmp_path, source, kind, nam
     for line in lines[:-1]:
         found = folders(line["state"], "model")
         target = found.pop("model", None)
-        seen.add("old" if target == old["model"] else "new" if target == new["model"] else "gone" if target is None else "mixed")
-        for other in found.values():  # what is left beside it does not load, unless it is the old model, whole
+        seen.add(
+            "old"
+            if target == old["model"]
+            else "new"
+            if target == new["model"]
+            else "gone"
+            if target is None
+            else "mixed"
+        )
+        for other in (
+            found.values()
+        ):  # what is left beside it does not load, unless it is the old model, whole
             assert "config.json" not in other or other in (old["model"], new["model"])
         if name != "SIGKILL" and line["status"] == 2 << 8:
             assert found == {} or old["model"] in found.values()
@@ -141,8 +167,13 @@ def folders_of(tmp_path: Path, source: Path, kind: str) -> dict[str, str]:
         "                  for p in ([root] if root.is_file() else sorted(root.rglob('*'))) if p.is_file()}))"
     )
     convert(ConvertOptions(source=source, target=tmp_path / "before" / "model", target_format=kind))
-    run = subprocess.run([sys.executable, "-c", code, tmp_path / "before" / "model"], capture_output=True, text=True,
-                         env={**os.environ, "PYTHONHASHSEED": "0"}, check=True)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "before" / "model"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        check=True,
+    )
     return json.loads(run.stdout)
 
 
@@ -168,7 +199,9 @@ def test_the_next_run_puts_back_what_a_killed_one_had_moved_aside(tmp_path, sour
     convert(ConvertOptions(source=source, target=tmp_path / "model"))
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     (tmp_path / "model").rename(tmp_path / f".model.old-{dead_pid()}-abc")
-    with pytest.raises(ConversionError, match="exists; choose another folder, or replace it with --force"):
+    with pytest.raises(
+        ConversionError, match="exists; choose another folder, or replace it with --force"
+    ):
         convert(ConvertOptions(source=source, target=tmp_path / "model", bits=4, group_size=32))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
@@ -179,7 +212,10 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path, source):
         (tmp_path / "model").mkdir(exist_ok=True)
         (tmp_path / "model" / "mine").write_text("x")
 
-    with pytest.raises(ConversionError, match="has appeared meanwhile; choose another one, or replace it with --force"):
+    with pytest.raises(
+        ConversionError,
+        match="has appeared meanwhile; choose another one, or replace it with --force",
+    ):
         convert(ConvertOptions(source=source, target=tmp_path / "model"), progress=appear)
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "mine"]
 
@@ -187,21 +223,39 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path, source):
 @pytest.mark.parametrize("kind", ["mlx", "gguf"])
 @pytest.mark.parametrize("space", [600, 1200])
 def test_a_full_disk_leaves_the_old_target(tmp_path, kind, space):
-    """A file system of its own with `space` KB left beside the old target; the new one needs 5 MB."""
+    """A file system of its own with `space` KB left beside the old target; the new one needs 5
+    MB.
+    """
     disk = tmp_path / "disk"
     disk.mkdir()
     old = tmp_path / "old"
     convert(ConvertOptions(source=NANO / "checkpoint.pt", target=old, target_format=kind, bits=8))
-    used = sum(path.stat().st_size for path in ([old] if old.is_file() else old.iterdir())) // 1024 + 64
+    used = (
+        sum(path.stat().st_size for path in ([old] if old.is_file() else old.iterdir())) // 1024
+        + 64
+    )
     options = ["-t", "tmpfs", "-o", f"size={used + space}k", "tmpfs"]
-    mounted = subprocess.run(["mount", *options, disk], capture_output=True).returncode == 0 if sys.platform == "linux" else False
+    mounted = (
+        subprocess.run(["mount", *options, disk], capture_output=True).returncode == 0
+        if sys.platform == "linux"
+        else False
+    )
     if not mounted:
         pytest.skip("wants the right to mount a tmpfs")
     try:
         shutil.copy(old, disk / "model") if old.is_file() else shutil.copytree(old, disk / "model")
         before = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
-        with pytest.raises(ConversionError, match="cannot be written: .*(No space left on device|is the disk full)"):
-            convert(ConvertOptions(source=NANO / "checkpoint.pt", target=disk / "model", target_format=kind, force=True))
+        with pytest.raises(
+            ConversionError, match="cannot be written: .*(No space left on device|is the disk full)"
+        ):
+            convert(
+                ConvertOptions(
+                    source=NANO / "checkpoint.pt",
+                    target=disk / "model",
+                    target_format=kind,
+                    force=True,
+                )
+            )
         assert {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()} == before
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -216,6 +270,10 @@ def test_sigterm_on_the_command_line_leaves_nothing(tmp_path, source):
         "pipeline.write_weights = stop\n"
         "from openelm_mlx.cli.main import main; sys.exit(main(['convert', *sys.argv[1:]]))"
     )
-    run = subprocess.run([sys.executable, "-c", code, source, "-o", tmp_path / "model"], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, source, "-o", tmp_path / "model"],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 143 and list(tmp_path.iterdir()) == []
     assert "Traceback" not in run.stderr

@@ -65,11 +65,19 @@ def test_a_link_to_a_file_that_is_not_there_is_left_out(tmp_path, source):
     assert not list((tmp_path / "m").glob("LICENSE*"))
 
 
-@pytest.mark.parametrize(("name", "license_", "link"), [
-    ("270m", "apple-amlr", "https://huggingface.co/apple/OpenELM-270M/blob/main/LICENSE"),
-    ("apple/OpenELM-3B", "apple-amlr", "https://huggingface.co/apple/OpenELM-3B/blob/main/LICENSE"),
-    ("corenet:270m@100k", "other", CORENET_LINK), ("corenet-mlx:450m-4bit", "other", CORENET_LINK),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "license_", "link"),
+    [
+        ("270m", "apple-amlr", "https://huggingface.co/apple/OpenELM-270M/blob/main/LICENSE"),
+        (
+            "apple/OpenELM-3B",
+            "apple-amlr",
+            "https://huggingface.co/apple/OpenELM-3B/blob/main/LICENSE",
+        ),
+        ("corenet:270m@100k", "other", CORENET_LINK),
+        ("corenet-mlx:450m-4bit", "other", CORENET_LINK),
+    ],
+)
 def test_a_source_without_a_card_is_known_by_apples_names(tmp_path, source, name, license_, link):
     found = terms(again(source, tmp_path / "m", source_name=name))
     assert found == APPLE | {"license": license_, "license_link": link}
@@ -80,9 +88,16 @@ def test_of_other_sources_nothing_is_made_up(tmp_path, source, name):
     assert terms(again(source, tmp_path / "m", source_name=name)) == {}
 
 
-@pytest.mark.parametrize("card", [
-    "", "---\nlicense: mit", "license: mit\n", "---\nlicense:\n- a\nlicense_name: #\n---\n", "\xff",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "card",
+    [
+        "",
+        "---\nlicense: mit",
+        "license: mit\n",
+        "---\nlicense:\n- a\nlicense_name: #\n---\n",
+        "\xff",
+    ],
+)
 def test_a_card_that_names_no_licence(tmp_path, source, card):
     (source / "README.md").write_text(card, encoding="latin-1")
     assert terms(again(source, tmp_path / "m")) == {}

@@ -30,7 +30,11 @@ def broken(nano, tmp_path, change):
 
 def test_quantizing_while_loading_equals_converting(nano, tmp_path):
     target = tmp_path / "q"
-    convert(ConvertOptions(source=NANO / "checkpoint.pt", target=target, tokenizer=NANO / "tokenizer.model", bits=4))
+    convert(
+        ConvertOptions(
+            source=NANO / "checkpoint.pt", target=target, tokenizer=NANO / "tokenizer.model", bits=4
+        )
+    )
     tokens = mx.array([[1, 5, 9]])
     assert mx.array_equal(load(nano, bits=4).model(tokens), load(target).model(tokens))
     with pytest.raises(OptionError, match="quantized already"):
@@ -98,7 +102,9 @@ def test_tokenizer_and_index_must_fit(nano, tmp_path):
     with pytest.raises(TokenizerError, match="--tokenizer"):
         load(folder)
     assert load(folder, tokenizer=NANO / "tokenizer.model").vocab == 4096
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../other.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "../other.safetensors"}})
+    )
     with pytest.raises(CheckpointError, match="outside its folder"):
         load(folder)
     raw = json.loads((folder / "config.json").read_text())
@@ -114,7 +120,9 @@ def test_float16_is_refused_or_widened_where_it_overflows(metal):
         compute_dtype(OpenELMConfig.from_name("3b"), weights, "float16")
     assert compute_dtype(OpenELMConfig.from_name("270m"), weights, "float16") == mx.float16
     half = {name: array.astype(mx.float16) for name, array in weights.items()}
-    assert compute_dtype(OpenELMConfig.from_name("3b"), half, None) == mx.bfloat16  # on Metal, unasked
+    assert (
+        compute_dtype(OpenELMConfig.from_name("3b"), half, None) == mx.bfloat16
+    )  # on Metal, unasked
     with pytest.raises(OptionError, match="allowed: float32"):
         compute_dtype(OpenELMConfig.from_name("270m"), weights, "int8")
 
@@ -125,15 +133,34 @@ def test_float16_is_refused_or_widened_where_it_overflows(metal):
         (None, {"repetition_penalty": 1.2}),  # Apple's own examples
         ({"bos_token_id": 1, "top_k": None}, {"repetition_penalty": 1.2}),
         ({"do_sample": False, "temperature": 0.6, "top_k": 5}, {}),
-        ({"temperature": 0.6, "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),  # greedy, as Hugging Face has it
+        (
+            {"temperature": 0.6, "repetition_penalty": 1.1},
+            {"repetition_penalty": 1.1},
+        ),  # greedy, as Hugging Face has it
         ({"do_sample": True}, {"temperature": 1.0}),
-        ({"do_sample": True, "temperature": 0.6, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "max_length": 9},
-         {"temperature": 0.6, "top_k": 5, "top_p": 0.9, "min_p": 0.1}),
-        ({"do_sample": True, "temperature": 0.6, "presence_penalty": 1.0, "frequency_penalty": 0.2},
-         {"temperature": 0.6, "presence_penalty": 1.0, "frequency_penalty": 0.2}),
+        (
+            {
+                "do_sample": True,
+                "temperature": 0.6,
+                "top_k": 5,
+                "top_p": 0.9,
+                "min_p": 0.1,
+                "max_length": 9,
+            },
+            {"temperature": 0.6, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
+        ),
+        (
+            {
+                "do_sample": True,
+                "temperature": 0.6,
+                "presence_penalty": 1.0,
+                "frequency_penalty": 0.2,
+            },
+            {"temperature": 0.6, "presence_penalty": 1.0, "frequency_penalty": 0.2},
+        ),
         ({"presence_penalty": 1.0}, {"presence_penalty": 1.0}),
     ],
-)  # fmt: skip
+)
 def test_a_folder_says_how_its_model_chats(tmp_path, stated, wanted):
     folder = random_folder(tmp_path / "m")
     if stated is not None:
@@ -147,9 +174,18 @@ def test_a_folder_says_how_its_model_chats(tmp_path, stated, wanted):
         ("{", "generation_config.json cannot be read as JSON"),
         ("[]", "generation_config.json must hold an object, not list"),
         ('{"do_sample": 1}', "generation_config.json: do_sample is 1; it must be true or false"),
-        ('{"temperature": "hot"}', "generation_config.json: temperature is 'hot'; allowed is a number from 0.0 to 100.0"),
-        ('{"do_sample": true, "top_p": 2}', "generation_config.json: top_p is 2; allowed is a number from 0.0 to 1.0"),
-        ('{"repetition_penalty": 0}', "generation_config.json: repetition_penalty is 0; allowed is"),
+        (
+            '{"temperature": "hot"}',
+            "generation_config.json: temperature is 'hot'; allowed is a number from 0.0 to 100.0",
+        ),
+        (
+            '{"do_sample": true, "top_p": 2}',
+            "generation_config.json: top_p is 2; allowed is a number from 0.0 to 1.0",
+        ),
+        (
+            '{"repetition_penalty": 0}',
+            "generation_config.json: repetition_penalty is 0; allowed is",
+        ),
     ],
 )
 def test_a_damaged_generation_config_is_named(tmp_path, content, message):

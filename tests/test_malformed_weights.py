@@ -1,4 +1,6 @@
-"""Files of weights that are cut, malformed or hostile are refused by name and fault; so is an array the writer did not plan."""
+"""Files of weights that are cut, malformed or hostile are refused by name and fault; so is an array
+the writer did not plan.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ GOOD = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}
     [
         (header({"w": GOOD})[:30], "is truncated or no safetensors file"),
         (header({"w": GOOD}, bytes(60)), "is truncated: tensor w ends at byte"),
-        (header(b"{" + b" " * (3 << 20)), "has a header of 3145729 bytes; no OpenELM needs above 2097152"),
+        (
+            header(b"{" + b" " * (3 << 20)),
+            "has a header of 3145729 bytes; no OpenELM needs above 2097152",
+        ),
         (header(b'{"w": '), "cannot be read as safetensors: "),
         (header(b'{"w": "\xff"}'), "cannot be read as safetensors: "),
         (header(b"{" * 20), "cannot be read as safetensors: "),
@@ -45,10 +50,19 @@ GOOD = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}
         (header({"w": GOOD | {"shape": [1] * 9}}), "the header's entry of tensor w is malformed"),
         (header({"w": GOOD | {"shape": [4, 4.0]}}), "the header's entry of tensor w is malformed"),
         (header({"w": GOOD | {"shape": [4, True]}}), "the header's entry of tensor w is malformed"),
-        (header({"w": GOOD | {"data_offsets": [0]}}), "the header's entry of tensor w is malformed"),
-        (header({"w": GOOD | {"dtype": "F8_E4M3"}}), "tensor w has type F8_E4M3; readable are F64, F32, F16, BF16"),
+        (
+            header({"w": GOOD | {"data_offsets": [0]}}),
+            "the header's entry of tensor w is malformed",
+        ),
+        (
+            header({"w": GOOD | {"dtype": "F8_E4M3"}}),
+            "tensor w has type F8_E4M3; readable are F64, F32, F16, BF16",
+        ),
         (header({"w": GOOD | {"dtype": ["F32"]}}), r"tensor w has type \['F32'\]; readable are"),
-        (header({"w": GOOD | {"data_offsets": [64, 0]}}), r"tensor w of shape \(4, 4\) does not take -64 bytes"),
+        (
+            header({"w": GOOD | {"data_offsets": [64, 0]}}),
+            r"tensor w of shape \(4, 4\) does not take -64 bytes",
+        ),
     ],
 )
 def test_malformed_safetensors(tmp_path, content, message):
@@ -62,7 +76,9 @@ def test_a_safetensors_header_that_is_no_object(tmp_path):
     from openelm_mlx.convert.sources.huggingface import read_header
 
     (tmp_path / "x").write_bytes(header(b"[]"))
-    with pytest.raises(ConversionError, match="cannot be read as safetensors: its header is no object"):
+    with pytest.raises(
+        ConversionError, match="cannot be read as safetensors: its header is no object"
+    ):
         read_header(tmp_path / "x")
 
 
@@ -70,14 +86,21 @@ def test_indexes_that_do_not_fit(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for name in ("a.safetensors", "b.safetensors"):
         (tmp_path / name).write_bytes(header({"w": GOOD}))
-    with pytest.raises(ConversionError, match="holds 2 safetensors files and no model.safetensors.index.json"):
+    with pytest.raises(
+        ConversionError, match="holds 2 safetensors files and no model.safetensors.index.json"
+    ):
         HuggingFaceFolder(tmp_path)
     for content, message in (
-        ("[", "cannot be read as JSON"), ("{}", "has no weight_map"), ('{"weight_map": {}}', "has no weight_map"),
+        ("[", "cannot be read as JSON"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {}}', "has no weight_map"),
         ('{"weight_map": {"w": "c.safetensors"}}', "lacks c.safetensors, which its index lists"),
         ('{"weight_map": {"v": "a.safetensors"}}', "the index lists tensors no shard holds: v"),
-        ('{"weight_map": {"w": "a.safetensors", "x": "b.safetensors"}}', "holds tensor w twice, in b.safetensors too"),
-    ):  # fmt: skip
+        (
+            '{"weight_map": {"w": "a.safetensors", "x": "b.safetensors"}}',
+            "holds tensor w twice, in b.safetensors too",
+        ),
+    ):
         index.write_text(content)
         with pytest.raises(ConversionError, match=message):
             HuggingFaceFolder(tmp_path)
@@ -99,7 +122,11 @@ def test_a_file_removed_after_it_was_opened(tmp_path):
 def test_a_gguf_file_cut_after_it_was_opened(tmp_path):
     from openelm_mlx.convert import convert
 
-    convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "x.gguf", target_format="gguf"))
+    convert(
+        ConvertOptions(
+            source=NANO / "checkpoint.pt", target=tmp_path / "x.gguf", target_format="gguf"
+        )
+    )
     source = GGUFFile(tmp_path / "x.gguf")
     os.truncate(tmp_path / "x.gguf", 400_000)
     with pytest.raises(ConversionError, match="x.gguf cannot be read: "):
@@ -120,16 +147,24 @@ def zipped(path: Path, pickled: bytes, *extra, **fields) -> Path:
 
 PROTO = b"\x80\x02"
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
-STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x10tQ"
+STORAGE = (
+    b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x10tQ"
+)
 
 
 @pytest.mark.parametrize(
     ("pickled", "message"),
     [
-        (b"}" * 400_002 + b".", "data.pkl has more than 400000 opcodes; no state dict needs as many"),
+        (
+            b"}" * 400_002 + b".",
+            "data.pkl has more than 400000 opcodes; no state dict needs as many",
+        ),
         (PROTO + b"}", "data.pkl is damaged"),
         (PROTO + b"}2.", "data.pkl uses pickle's opcode DUP, which no state dict needs: refused"),
-        (PROTO + b"(c__main__\nf\n.", "asks for the global __main__.f, which no state dict of tensors needs: refused"),
+        (
+            PROTO + b"(c__main__\nf\n.",
+            "asks for the global __main__.f, which no state dict of tensors needs: refused",
+        ),
         (PROTO + b"I3\n.", "uses pickle's opcode INT"),
         (PROTO + b"(.", "damaged .an item is missing"),
         (PROTO + b"h\x07.", "damaged .memo 7 was never stored"),
@@ -140,10 +175,22 @@ STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x
         (PROTO + b"K\x01K\x02\x93.", "damaged .a global has no name"),
         (PROTO + b"K\x01)R.", "damaged .what is called is no function"),
         (PROTO + b".", "data.pkl is damaged .list index"),
-        (PROTO + b"ctorch\nFloatStorage\n)R.", "calls torch.FloatStorage in a form torch does not write"),
-        (PROTO + TENSOR + b"(K\x01K\x02K\x03K\x04tR.", "describes a tensor without a storage, a shape or strides"),
-        (PROTO + TENSOR + b"(" + STORAGE + b"K\x00(" + b"K\x01" * 9 + b"t)tR.", "describes a tensor of 9 dimensions"),
-        (PROTO + TENSOR + b"(" + STORAGE + b"K\x00(\x88t(K\x01ttR.", "whose shape, strides or offset are no whole numbers"),
+        (
+            PROTO + b"ctorch\nFloatStorage\n)R.",
+            "calls torch.FloatStorage in a form torch does not write",
+        ),
+        (
+            PROTO + TENSOR + b"(K\x01K\x02K\x03K\x04tR.",
+            "describes a tensor without a storage, a shape or strides",
+        ),
+        (
+            PROTO + TENSOR + b"(" + STORAGE + b"K\x00(" + b"K\x01" * 9 + b"t)tR.",
+            "describes a tensor of 9 dimensions",
+        ),
+        (
+            PROTO + TENSOR + b"(" + STORAGE + b"K\x00(\x88t(K\x01ttR.",
+            "whose shape, strides or offset are no whole numbers",
+        ),
         (PROTO + b"K\x01Q.", "refers to a storage in a form torch does not write"),
     ],
 )
@@ -168,10 +215,22 @@ EMPTY = PROTO + b"}."
 @pytest.mark.parametrize(
     ("extra", "fields", "message"),
     [
-        ([], {"compression": zipfile.ZIP_DEFLATED}, "is compressed or encrypted; torch stores plainly"),
-        ([("a/byteorder", b"big")], {}, "was not saved on a little-endian machine; save it again on one"),
+        (
+            [],
+            {"compression": zipfile.ZIP_DEFLATED},
+            "is compressed or encrypted; torch stores plainly",
+        ),
+        (
+            [("a/byteorder", b"big")],
+            {},
+            "was not saved on a little-endian machine; save it again on one",
+        ),
         ([("a/byteorder", b"little" * 9)], {}, "was not saved on a little-endian machine"),
-        ([("b/x", b"")], {}, "is a zip file, but not a checkpoint of torch.save: it has no single NAME/data.pkl"),
+        (
+            [("b/x", b"")],
+            {},
+            "is a zip file, but not a checkpoint of torch.save: it has no single NAME/data.pkl",
+        ),
     ],
 )
 def test_zips_that_torch_does_not_write(tmp_path, extra, fields, message):
@@ -186,7 +245,9 @@ def test_two_records_of_one_name(tmp_path):
 
 
 def test_a_pickle_beyond_all_size(tmp_path):
-    with pytest.raises(ConversionError, match="data.pkl has 8388609 bytes; no state dict needs above 8388608"):
+    with pytest.raises(
+        ConversionError, match="data.pkl has 8388609 bytes; no state dict needs above 8388608"
+    ):
         TorchCheckpoint(zipped(tmp_path / "x.pt", bytes((8 << 20) + 1)))
 
 
@@ -201,7 +262,10 @@ def test_records_that_reach_past_the_file_or_are_damaged(tmp_path):
     damaged = bytearray(data)
     damaged[data.index(EMPTY)] ^= 1
     (tmp_path / "x.pt").write_bytes(damaged)
-    with pytest.raises(ConversionError, match="x.pt is damaged: Bad CRC-32 for file 'a/data.pkl'; download or copy it again"):
+    with pytest.raises(
+        ConversionError,
+        match="x.pt is damaged: Bad CRC-32 for file 'a/data.pkl'; download or copy it again",
+    ):
         TorchCheckpoint(tmp_path / "x.pt")
     (tmp_path / "x.pt").write_bytes((GOLDEN / "gpt-test" / "checkpoint.pt").read_bytes())
     source = TorchCheckpoint(tmp_path / "x.pt")
@@ -209,7 +273,9 @@ def test_records_that_reach_past_the_file_or_are_damaged(tmp_path):
     for member in source._members.values():
         whole[member.header_offset] = 0
     (tmp_path / "x.pt").write_bytes(whole)
-    with pytest.raises(ConversionError, match="record '.*/data/.*' is damaged; the file may be truncated"):
+    with pytest.raises(
+        ConversionError, match="record '.*/data/.*' is damaged; the file may be truncated"
+    ):
         source.load(next(iter(source.tensors)))
 
 
@@ -218,7 +284,11 @@ def test_records_that_reach_past_the_file_or_are_damaged(tmp_path):
 
 def gguf_bytes(*entries: bytes, tensors: tuple[bytes, ...] = ()) -> bytes:
     text = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(entries) + 1)
-    return text + entry(b"general.architecture", 8, struct.pack("<Q7s", 7, b"openelm")) + b"".join((*entries, *tensors))
+    return (
+        text
+        + entry(b"general.architecture", 8, struct.pack("<Q7s", 7, b"openelm"))
+        + b"".join((*entries, *tensors))
+    )
 
 
 def entry(name: bytes, kind: int, value: bytes) -> bytes:
@@ -233,13 +303,34 @@ def place(name: bytes) -> bytes:
     ("content", "message"),
     [
         (gguf_bytes(entry(b"x", 99, b"")), "its metadata has a value of unknown type 99, at byte"),
-        (gguf_bytes(entry(b"x", 9, struct.pack("<IQ", 4, 1 << 40))), "has a list of 1099511627776 entries; no OpenELM needs"),
-        (gguf_bytes(entry(b"x", 9, struct.pack("<IQ", 9, 1))), "its metadata has a list of unknown type 9, at byte"),
-        (gguf_bytes(entry(b"x", 0, b"a"), entry(b"x", 0, b"a")), "is damaged: it has the key 'x' twice"),
-        (gguf_bytes(entry(b"general.alignment", 4, struct.pack("<I", 3))), "is damaged: its alignment is 3"),
-        (gguf_bytes(tensors=(place(b"t"), place(b"t"))) + bytes(999), "is damaged: it has a tensor twice"),
-        (gguf_bytes(tensors=(place(b"token_embd.weight"),)) + bytes(999), "this is no OpenELM checkpoint"),
-        (gguf_bytes(entry(b"x", 8, struct.pack("<Q", 1 << 60))), "is truncated or damaged: its header needs bytes past the end"),
+        (
+            gguf_bytes(entry(b"x", 9, struct.pack("<IQ", 4, 1 << 40))),
+            "has a list of 1099511627776 entries; no OpenELM needs",
+        ),
+        (
+            gguf_bytes(entry(b"x", 9, struct.pack("<IQ", 9, 1))),
+            "its metadata has a list of unknown type 9, at byte",
+        ),
+        (
+            gguf_bytes(entry(b"x", 0, b"a"), entry(b"x", 0, b"a")),
+            "is damaged: it has the key 'x' twice",
+        ),
+        (
+            gguf_bytes(entry(b"general.alignment", 4, struct.pack("<I", 3))),
+            "is damaged: its alignment is 3",
+        ),
+        (
+            gguf_bytes(tensors=(place(b"t"), place(b"t"))) + bytes(999),
+            "is damaged: it has a tensor twice",
+        ),
+        (
+            gguf_bytes(tensors=(place(b"token_embd.weight"),)) + bytes(999),
+            "this is no OpenELM checkpoint",
+        ),
+        (
+            gguf_bytes(entry(b"x", 8, struct.pack("<Q", 1 << 60))),
+            "is truncated or damaged: its header needs bytes past the end",
+        ),
     ],
 )
 def test_gguf_headers_that_no_tool_writes(tmp_path, content, message):

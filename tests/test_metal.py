@@ -1,4 +1,6 @@
-"""What is set for Metal before MLX starts: decided by pure functions, so testable where there is no Metal."""
+"""What is set for Metal before MLX starts: decided by pure functions, so testable where there is no
+Metal.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ from typing import Any
 import pytest
 
 from openelm_mlx import metal
-from openelm_mlx.metal import LIMITS, MetalSettings, buffer_limits, chip_name, set_buffer_limits, wired_limit
+from openelm_mlx.metal import (
+    LIMITS,
+    MetalSettings,
+    buffer_limits,
+    chip_name,
+    set_buffer_limits,
+    wired_limit,
+)
 
 
 @pytest.mark.parametrize("chip", ["Apple M1", "Apple M2 Pro", "Apple M3 Ultra", "Apple M4 Max"])
@@ -20,10 +29,18 @@ def test_m1_to_m4_get_longer_command_buffers(chip: str) -> None:
     assert chip in choice.reason and "4521" in choice.reason
 
 
-@pytest.mark.parametrize(("chip", "words"), [
-    ("Apple M5", "stay on Apple M5: others gained nothing on an M5 Max"), ("Apple M5 Max", "pull 358"),
-    ("Apple M6", "stay on Apple M6: no others were measured on this chip"), ("Apple M10", "MLX's own"),
-    ("AMD EPYC", "this is AMD EPYC"), ("Intel(R) Core(TM) M3-7Y32", "only Apple's"), (None, "no Apple chip")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("chip", "words"),
+    [
+        ("Apple M5", "stay on Apple M5: others gained nothing on an M5 Max"),
+        ("Apple M5 Max", "pull 358"),
+        ("Apple M6", "stay on Apple M6: no others were measured on this chip"),
+        ("Apple M10", "MLX's own"),
+        ("AMD EPYC", "this is AMD EPYC"),
+        ("Intel(R) Core(TM) M3-7Y32", "only Apple's"),
+        (None, "no Apple chip"),
+    ],
+)
 def test_other_chips_keep_what_mlx_chooses(chip: str | None, words: str) -> None:
     choice = buffer_limits(chip, {})
     assert choice.values == {} and words in choice.reason and str(choice) == "MLX's own"
@@ -35,10 +52,20 @@ def test_what_the_user_has_set_stays_and_is_not_half_replaced(name: str) -> None
     assert choice.values == {} and f"you have set {name}" in choice.reason
 
 
-@pytest.mark.parametrize(("recommended", "system", "expected"), [
-    (22_906_503_168, "15.0", 22_906_503_168), (22_906_503_168, "26.1", 22_906_503_168), (22_906_503_168, "14.7", None),
-    (None, "15.0", None), (0, "15.0", None), (1, "", None)])  # fmt: skip
-def test_wired_limit_needs_metal_and_macos_15(recommended: int | None, system: str, expected: int | None) -> None:
+@pytest.mark.parametrize(
+    ("recommended", "system", "expected"),
+    [
+        (22_906_503_168, "15.0", 22_906_503_168),
+        (22_906_503_168, "26.1", 22_906_503_168),
+        (22_906_503_168, "14.7", None),
+        (None, "15.0", None),
+        (0, "15.0", None),
+        (1, "", None),
+    ],
+)
+def test_wired_limit_needs_metal_and_macos_15(
+    recommended: int | None, system: str, expected: int | None
+) -> None:
     assert wired_limit(recommended, system) == expected
 
 

@@ -50,7 +50,9 @@ def places(model):
 def adapted(kind):
     """The same model twice: with the additions beside its weights, and within them."""
     beside, within = random_model(seed=1), random_model(seed=1)
-    for seed, ((part, name), (other, _)) in enumerate(zip(places(beside), places(within), strict=True)):
+    for seed, ((part, name), (other, _)) in enumerate(
+        zip(places(beside), places(within), strict=True)
+    ):
         module = kind(getattr(part, name), 10 * seed)
         setattr(part, name, module)
         getattr(other, name).weight = getattr(other, name).weight + (module.a @ module.b).T
@@ -66,15 +68,19 @@ def test_what_stands_in_place_of_a_projection_is_called(kind):
     beside(TOKENS[:, :5], cache)
 
     def step(token, position, buffers):
-        return beside.logits(beside.hidden(token, step_caches(buffers, position, CacheKind()), last=True))
+        return beside.logits(
+            beside.hidden(token, step_caches(buffers, position, CacheKind()), last=True)
+        )
 
     stepped = mx.compile(step)(TOKENS[:, 5], mx.array([5, 5]), cache.arrays)
     alone = KVCache(beside.args)
     beside(TOKENS[:1, :7], alone)
     for found, expected in (
-        (beside(TOKENS), wanted), (beside(TOKENS[:, 5:], cache), wanted[:, 5:]), (stepped, wanted[:, 5]),
+        (beside(TOKENS), wanted),
+        (beside(TOKENS[:, 5:], cache), wanted[:, 5:]),
+        (stepped, wanted[:, 5]),
         (beside(TOKENS[:1, 7:], alone), wanted[:1, 7:]),
-    ):  # fmt: skip
+    ):
         assert mx.abs(found - expected).max().item() < 1e-4
 
 
@@ -96,9 +102,17 @@ def test_gradients_of_an_adapter_are_those_of_the_weights_it_adds_to(tokens):
     assert len(found) == 2 * len(places(beside))
     for path in {path.rpartition(".")[0] for path in found}:
         layer, part, name = path.split(".")[2:]
-        module, weight = getattr(getattr(beside.layers[int(layer)], part), name), expected[f"{path}.weight"]
-        for gradient, wanted in ((found[f"{path}.a"], (module.b @ weight).T), (found[f"{path}.b"], (weight @ module.a).T)):
-            assert mx.abs(gradient - wanted).max().item() < 1e-5 + 1e-3 * mx.abs(wanted).max().item(), path
+        module, weight = (
+            getattr(getattr(beside.layers[int(layer)], part), name),
+            expected[f"{path}.weight"],
+        )
+        for gradient, wanted in (
+            (found[f"{path}.a"], (module.b @ weight).T),
+            (found[f"{path}.b"], (weight @ module.a).T),
+        ):
+            assert (
+                mx.abs(gradient - wanted).max().item() < 1e-5 + 1e-3 * mx.abs(wanted).max().item()
+            ), path
 
 
 def test_gradients_of_norms_and_embeddings_are_those_of_differences():
@@ -106,7 +120,9 @@ def test_gradients_of_norms_and_embeddings_are_those_of_differences():
     _, gradients = nn.value_and_grad(model, loss)(model, TOKENS)
     for name, gradient in tree_flatten(gradients):
         if "norm" in name or "embeddings" in name:
-            place = tuple(int(i) for i in divmod(mx.argmax(mx.abs(gradient)).item(), gradient.shape[-1]))[-gradient.ndim :]
+            place = tuple(
+                int(i) for i in divmod(mx.argmax(mx.abs(gradient)).item(), gradient.shape[-1])
+            )[-gradient.ndim :]
             kept, values = dict(tree_flatten(model.parameters()))[name], []
             for way in (size, -size):
                 changed = mx.array(kept)
@@ -114,7 +130,10 @@ def test_gradients_of_norms_and_embeddings_are_those_of_differences():
                 model.load_weights([(name, changed)], strict=False)
                 values.append(loss(model, TOKENS))
             model.load_weights([(name, kept)], strict=False)
-            difference, exact = ((values[0] - values[1]) / (2 * size)).item(), gradient[place].item()
+            difference, exact = (
+                ((values[0] - values[1]) / (2 * size)).item(),
+                gradient[place].item(),
+            )
             assert abs(difference - exact) < 0.05 * abs(exact) + 1e-3, name
 
 
@@ -124,7 +143,14 @@ def test_mlx_lms_caches_drive_the_model():
 
     model = random_model(seed=1)
     wanted = model(TOKENS)
-    for make, most in ((Plain, 1e-4), (lambda: RotatingKVCache(64), 1e-4), (lambda: QuantizedKVCache(32, 8), 0.2)):
+    for make, most in (
+        (Plain, 1e-4),
+        (lambda: RotatingKVCache(64), 1e-4),
+        (lambda: QuantizedKVCache(32, 8), 0.2),
+    ):
         caches = [make() for _ in model.layers]
-        parts = [model(TOKENS[:, start : start + length], caches) for start, length in ((0, 4), (4, 1), (5, 3))]
+        parts = [
+            model(TOKENS[:, start : start + length], caches)
+            for start, length in ((0, 4), (4, 1), (5, 3))
+        ]
         assert mx.abs(mx.concatenate(parts, axis=1) - wanted).max().item() < most

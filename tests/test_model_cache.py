@@ -1,4 +1,6 @@
-"""Whatever convert takes is a model: it is converted once, found again by place and by content, and never mistaken."""
+"""Whatever convert takes is a model: it is converted once, found again by place and by content, and
+never mistaken.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def checkpoint(folder: Path, scale: float = 1.0) -> Path:
-    """A folder with a CoreNet checkpoint as Apple's releases look, all files older than a moment."""
+    """A folder with a CoreNet checkpoint as Apple's releases look, all files older than a
+    moment.
+    """
     folder.mkdir(parents=True)
     for name in ("checkpoint.pt", "config.yaml", "tokenizer.model"):
         shutil.copy(NANO / name, folder / name)
@@ -52,7 +56,10 @@ def corenet_names(nano: Path, target: Path) -> Path:
     """The folder with CoreNet's names of tensors, which the engine itself does not load."""
     shutil.copytree(nano, target)
     weights = mx.load(str(target / "model.safetensors"))
-    mx.save_safetensors(str(target / "model.safetensors"), {k.removeprefix("transformer."): v for k, v in weights.items()})
+    mx.save_safetensors(
+        str(target / "model.safetensors"),
+        {k.removeprefix("transformer."): v for k, v in weights.items()},
+    )
     return target
 
 
@@ -60,8 +67,13 @@ def test_every_form_that_convert_takes_is_a_model(nano, tmp_path, cache, monkeyp
     folder = checkpoint(tmp_path / "corenet")
     shutil.copy(folder / "checkpoint.pt", folder.with_name("renamed.ckpt"))
     shutil.copy(folder / "tokenizer.model", tmp_path)
-    forms = [folder / "checkpoint.pt", folder, tmp_path / "renamed.ckpt", corenet_names(nano, tmp_path / "names"),
-             again(nano, tmp_path / "nano.gguf", target_format="gguf")]  # fmt: skip
+    forms = [
+        folder / "checkpoint.pt",
+        folder,
+        tmp_path / "renamed.ckpt",
+        corenet_names(nano, tmp_path / "names"),
+        again(nano, tmp_path / "nano.gguf", target_format="gguf"),
+    ]
     tokens = mx.array([[1, 5, 9, 700]])
     wanted = load(nano, dtype="float32").model(tokens)
     for form in forms:
@@ -71,16 +83,26 @@ def test_every_form_that_convert_takes_is_a_model(nano, tmp_path, cache, monkeyp
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load(".").path == load("~/corenet").path == load(folder).path
-    assert mx.load(str(load(folder).path / "model.safetensors"))["transformer.norm.weight"].dtype == mx.float32  # as stored
+    assert (
+        mx.load(str(load(folder).path / "model.safetensors"))["transformer.norm.weight"].dtype
+        == mx.float32
+    )  # as stored
 
 
 def test_it_is_announced_and_converted_once(tmp_path, cache, capsys):
     folder = checkpoint(tmp_path / "my model")
     first = resolve_model(str(folder)).folder
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and str(first) in said and f"openelm convert '{folder}' -o FOLDER" in said
+    assert (
+        said.count("\n") == 1
+        and str(first) in said
+        and f"openelm convert '{folder}' -o FOLDER" in said
+    )
     written = (first / CONFIG).stat().st_mtime_ns
-    assert resolve_model(str(folder)).folder == first and (first / CONFIG).stat().st_mtime_ns == written
+    assert (
+        resolve_model(str(folder)).folder == first
+        and (first / CONFIG).stat().st_mtime_ns == written
+    )
     assert capsys.readouterr().err == ""
     assert [one.sources for one in conversions()] == [(str(folder),)]
 
@@ -90,7 +112,11 @@ def test_a_copy_is_found_by_its_content_and_a_change_is_seen(tmp_path, cache, ca
     first = resolve_model(str(folder)).folder
     os.utime(folder / "checkpoint.pt")
     moved = shutil.copytree(folder, tmp_path / "b")
-    assert resolve_model(str(folder)).folder == resolve_model(str(moved / "checkpoint.pt")).folder == first
+    assert (
+        resolve_model(str(folder)).folder
+        == resolve_model(str(moved / "checkpoint.pt")).folder
+        == first
+    )
     assert capsys.readouterr().err.count("converting") == 1
     path = moved / "tokenizer.model"
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
@@ -141,7 +167,10 @@ def test_a_source_that_changes_meanwhile_is_not_kept(tmp_path, cache, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", Writer())
-        with pytest.raises(ConversionError, match="checkpoint.pt changed while it was converted|a changed while it was conv"):
+        with pytest.raises(
+            ConversionError,
+            match="checkpoint.pt changed while it was converted|a changed while it was conv",
+        ):
             resolve_model(str(folder))
     assert conversions() == []
     assert resolve_model(str(folder)).folder.is_dir()
@@ -161,7 +190,9 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
         patched.setattr(sys, "stderr", Writer())
         with pytest.raises(KeyboardInterrupt):
             resolve_model(str(folder))
-    assert conversions() == [] and run(folder).communicate(timeout=60)[0].startswith(str(cache))  # no lock is left either
+    assert conversions() == [] and run(folder).communicate(timeout=60)[0].startswith(
+        str(cache)
+    )  # no lock is left either
     assert len(conversions()) == 1 and not killed.exists()
 
 
@@ -178,15 +209,25 @@ def test_inspect_and_benchmark_take_the_same_models(nano, tmp_path, cache, capsy
 
 def run(*sources: Path, **environ: str) -> subprocess.Popen[str]:
     code = "import sys\nfrom openelm_mlx.hub import resolve_model\nfor name in sys.argv[1:]: print(resolve_model(name).folder)"
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, sources)], env=os.environ | environ, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, sources)],
+        env=os.environ | environ,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_two_processes_convert_once_and_the_oldest_go(tmp_path, cache, monkeypatch):
-    one, two, three = (checkpoint(tmp_path / name, scale) for name, scale in (("one", 1.0), ("two", 2.0), ("three", 3.0)))
+    one, two, three = (
+        checkpoint(tmp_path / name, scale)
+        for name, scale in (("one", 1.0), ("two", 2.0), ("three", 3.0))
+    )
     both = [run(one, two), run(one, two)]
     results = [process.communicate(timeout=60) for process in both]
-    assert results[0][0] == results[1][0] and (results[0][1] + results[1][1]).count("converting") == 2
+    assert (
+        results[0][0] == results[1][0] and (results[0][1] + results[1][1]).count("converting") == 2
+    )
     first, second = map(Path, results[0][0].split())
     in_use = resolve_model(str(one)).folder  # by this process, from now on
     os.utime(f"{first}.lock", (LONG_AGO, LONG_AGO))  # and although it is the oldest
@@ -194,7 +235,9 @@ def test_two_processes_convert_once_and_the_oldest_go(tmp_path, cache, monkeypat
     third = resolve_model(str(three)).folder
     assert in_use == first and first.is_dir() and third.is_dir() and not second.exists()
     assert {one.folder for one in conversions()} == {first, third}
-    assert not [path for path in cache.iterdir() if path.name.startswith(".") or second.name in path.name]
+    assert not [
+        path for path in cache.iterdir() if path.name.startswith(".") or second.name in path.name
+    ]
 
 
 def test_a_limit_that_is_no_number(tmp_path, cache, monkeypatch):
@@ -211,41 +254,76 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "cannot be written, so this conversion is for this run only; set OPENELM_CACHE" in said
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(ConversionError, match="neither .* nor a temporary folder can be written .*; set OPENELM_CACHE"):
+    with pytest.raises(
+        ConversionError,
+        match="neither .* nor a temporary folder can be written .*; set OPENELM_CACHE",
+    ):
         load(folder)
 
 
 def test_a_disk_that_fills_up(tmp_path, cache, monkeypatch):
-    """A limit on the size of files stands in for it: what the system refuses then is refused to the same call."""
+    """A limit on the size of files stands in for it: what the system refuses then is refused to the
+    same call.
+    """
     folder = checkpoint(tmp_path / "a")
-    code = ("import resource, signal, sys\nfrom openelm_mlx.cli.main import main\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\nsys.exit(main(sys.argv[1:]))")  # fmt: skip
+    code = (
+        "import resource, signal, sys\nfrom openelm_mlx.cli.main import main\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\nsys.exit(main(sys.argv[1:]))"
+    )
     command = [sys.executable, "-c", code, "generate", "Hi", "--model", folder]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     last = ran.stderr.strip().splitlines()[-1]
-    assert ran.returncode == 2 and "cannot be written" in last and "set OPENELM_CACHE to another folder" in last
-    assert conversions() == [] and not [path for path in cache.iterdir() if path.name.startswith(".")]
+    assert (
+        ran.returncode == 2
+        and "cannot be written" in last
+        and "set OPENELM_CACHE to another folder" in last
+    )
+    assert conversions() == [] and not [
+        path for path in cache.iterdir() if path.name.startswith(".")
+    ]
 
 
-@pytest.mark.parametrize("name", ["./nothing", "../nothing/", "~/nothing", "/nothing", "nothing.gguf", "some/nothing.pt",
-                                  "a/b/c", r"a\b", "~nobody/nothing"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./nothing",
+        "../nothing/",
+        "~/nothing",
+        "/nothing",
+        "nothing.gguf",
+        "some/nothing.pt",
+        "a/b/c",
+        r"a\b",
+        "~nobody/nothing",
+    ],
+)
 def test_what_looks_like_a_path_is_not_asked_of_the_hub(name, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(HubError) as raised:
         resolve_model(name)
-    assert str(raised.value).startswith(f"there is no file or folder {name}; a model is a folder, a .gguf file")
+    assert str(raised.value).startswith(
+        f"there is no file or folder {name}; a model is a folder, a .gguf file"
+    )
 
 
 def test_what_is_there_and_no_model_says_so(tmp_path):
     (tmp_path / "notes").write_text("hello")
     (tmp_path / "numbers.npz").write_bytes((NANO / "golden.npz").read_bytes())
     for name in ("notes", "numbers.npz"):
-        with pytest.raises(CheckpointError, match=f"{name} is a file, but no model; a model is a folder"):
+        with pytest.raises(
+            CheckpointError, match=f"{name} is a file, but no model; a model is a folder"
+        ):
             resolve_model(str(tmp_path / name))
-    with pytest.raises(CheckpointError, match="has no model.safetensors with config.json, and no checkpoint.pt or .gguf"):
+    with pytest.raises(
+        CheckpointError,
+        match="has no model.safetensors with config.json, and no checkpoint.pt or .gguf",
+    ):
         resolve_model(str(tmp_path))
-    with pytest.raises(OptionError, match="--revision main chooses a version on the hub; .*notes does not come from there"):
+    with pytest.raises(
+        OptionError,
+        match="--revision main chooses a version on the hub; .*notes does not come from there",
+    ):
         resolve_model(str(tmp_path / "notes"), revision="main")
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03")
     with pytest.raises(OpenELMError, match="cut.gguf is truncated or damaged"):
@@ -260,7 +338,11 @@ def test_what_may_not_be_read_says_so(tmp_path):
 
 
 def test_inspect_tells_a_path_from_a_published_size(tmp_path):
-    assert inspect("270m")["parameters"] == inspect("apple/OpenELM-270M-Instruct")["parameters"] > 270e6
+    assert (
+        inspect("270m")["parameters"]
+        == inspect("apple/OpenELM-270M-Instruct")["parameters"]
+        > 270e6
+    )
     for name in ("./270m", f"{tmp_path}/270m", "~/OpenELM-1_1B"):
         with pytest.raises(HubError, match=f"there is no file or folder {name}"):
             inspect(name)
@@ -269,6 +351,8 @@ def test_inspect_tells_a_path_from_a_published_size(tmp_path):
 def test_a_checkpoint_without_its_tokenizer(tmp_path, cache):
     folder = checkpoint(tmp_path / "a")
     (folder / "tokenizer.model").rename(tmp_path / "mine.model")
-    with pytest.raises(OpenELMError, match="no tokenizer.model beside .*; give one with --tokenizer"):
+    with pytest.raises(
+        OpenELMError, match="no tokenizer.model beside .*; give one with --tokenizer"
+    ):
         load(folder)
     assert load(folder, tokenizer=tmp_path / "mine.model").vocab == 4096

@@ -1,4 +1,6 @@
-"""`openelm models`: every name, what of it is on this disk, and its removal; what doctor says of the caches."""
+"""`openelm models`: every name, what of it is on this disk, and its removal; what doctor says of
+the caches.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,12 @@ def fetched(disk: Path, hub_id: str, size: int = 5000) -> Path:
 def convert_elsewhere(*sources: Path) -> None:
     """Fill the cache from a process that has ended."""
     code = "import sys\nfrom openelm_mlx.hub import resolve_model\nfor name in sys.argv[1:]: resolve_model(name)"
-    subprocess.run([sys.executable, "-c", code, *map(str, sources)], check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", code, *map(str, sources)],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
 
 
 def listed(capsys) -> dict[str, dict]:
@@ -58,20 +65,31 @@ def test_every_name_is_listed_with_what_is_here(disk, capsys):
     (disk / "ours" / "corenet-3b").mkdir(parents=True)
     (disk / "ours" / "corenet-3b" / "checkpoint.pt.part").write_bytes(b"12345")
     models = listed(capsys)
-    assert models.keys() >= {"openelm-tiny", *SHORT_NAMES, *CATALOG} and "someone/another-model" not in models
+    assert (
+        models.keys() >= {"openelm-tiny", *SHORT_NAMES, *CATALOG}
+        and "someone/another-model" not in models
+    )
     here = {name: one["nbytes"] for name, one in models.items() if one["path"]}
     del here["openelm-tiny"]
     assert here == {"270m": 5040, "mlx-community/OpenELM-450M-4bit": 110, "corenet:3b": 5}
     assert models["corenet:3b"]["partial"] and not models["270m"]["partial"]
     assert main(["models"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"\n{name} " in shown for name in (*SHORT_NAMES, *(name for name in CATALOG if "@" not in name)))
-    assert "5.0 kB  apple/OpenELM-270M" in shown and "5 bytes  CoreNet's pretrained checkpoint (fetched in part)" in shown
+    assert all(
+        f"\n{name} " in shown
+        for name in (*SHORT_NAMES, *(name for name in CATALOG if "@" not in name))
+    )
+    assert (
+        "5.0 kB  apple/OpenELM-270M" in shown
+        and "5 bytes  CoreNet's pretrained checkpoint (fetched in part)" in shown
+    )
     assert "345k" in shown and str(disk / "hub") in shown
 
 
 def test_a_conversion_is_listed_and_removed_by_its_file(disk, capsys, monkeypatch):
-    one, two = (Path(shutil.copytree(NANO, disk / name)) / "checkpoint.pt" for name in ("one", "two"))
+    one, two = (
+        Path(shutil.copytree(NANO, disk / name)) / "checkpoint.pt" for name in ("one", "two")
+    )
     two.with_name("config.yaml").unlink()
     convert_elsewhere(one, two)
     models = {name: entry for name, entry in listed(capsys).items() if entry["kind"] == "converted"}
@@ -80,7 +98,9 @@ def test_a_conversion_is_listed_and_removed_by_its_file(disk, capsys, monkeypatc
     monkeypatch.chdir(disk / "one")
     assert main(["models", "remove", "checkpoint.pt", "--yes"]) == 0
     assert capsys.readouterr().out.startswith("removed checkpoint-")
-    assert [name for name, entry in listed(capsys).items() if entry["kind"] == "converted"] == [in_use.name]
+    assert [name for name, entry in listed(capsys).items() if entry["kind"] == "converted"] == [
+        in_use.name
+    ]
     assert main(["models", "remove", in_use.name, "--yes"]) == 2 and in_use.is_dir()
     assert "stays: a process uses it; end that first" in capsys.readouterr().err
 
@@ -93,9 +113,14 @@ def test_what_was_fetched_is_removed_and_nothing_else(disk, capsys):
     corenet = disk / "ours" / "corenet-mlx-1.1b-4bit"
     corenet.mkdir(parents=True)
     assert listed(capsys)["3b"]["partial"]
-    assert main(["models", "remove", "270m", "apple/OpenELM-3B", "corenet-mlx:1.1b-4bit", "--yes"]) == 0
+    assert (
+        main(["models", "remove", "270m", "apple/OpenELM-3B", "corenet-mlx:1.1b-4bit", "--yes"])
+        == 0
+    )
     assert capsys.readouterr().out == "removed 270m\nremoved 3b\nremoved corenet-mlx:1.1b-4bit\n"
-    assert not folder.exists() and not cut.parent.exists() and not corenet.exists() and other.exists()
+    assert (
+        not folder.exists() and not cut.parent.exists() and not corenet.exists() and other.exists()
+    )
 
 
 def test_removing_asks_first(disk, capsys, monkeypatch):
@@ -116,12 +141,15 @@ def test_removing_asks_first(disk, capsys, monkeypatch):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(("name", "said"), [
-    ("270m", "270m is not on this disk; `openelm models` lists what is"),
-    ("nonsense", "nonsense is not on this disk"),
-    ("openelm-tiny", "openelm-tiny comes with openelm-mlx and stays as long as it does"),
-    ("corenet:270mm", "did you mean corenet:270m, "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("270m", "270m is not on this disk; `openelm models` lists what is"),
+        ("nonsense", "nonsense is not on this disk"),
+        ("openelm-tiny", "openelm-tiny comes with openelm-mlx and stays as long as it does"),
+        ("corenet:270mm", "did you mean corenet:270m, "),
+    ],
+)
 def test_what_cannot_be_removed(disk, capsys, name, said):
     assert main(["models", "remove", name, "--yes"]) == 2 and said in capsys.readouterr().err
 
@@ -135,12 +163,21 @@ def test_doctor_names_the_caches_that_are_used(disk, capsys):
     assert str(disk / "hub") in shown and f"{disk / 'ours' / 'converted'} (1.5 kB)" in shown
     assert "bytes" not in shown and "None" not in shown
     code = "from openelm_mlx.memory import facts; print(facts()['hub_cache'])"
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | {"XDG_CACHE_HOME": "/x"}
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | {
+        "XDG_CACHE_HOME": "/x"
+    }
     ran = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
     assert ran.stdout == "/x/huggingface/hub\n"
 
 
 def test_sizes_are_told_in_the_unit_that_fits():
-    sizes = {0: "0 bytes", 999: "999 bytes", 1000: "1.0 kB", 999_949: "999.9 kB", 999_999: "1.0 MB", 25_276_514_304: "25.3 GB",
-             1.2e15: "1200.0 TB"}  # fmt: skip
+    sizes = {
+        0: "0 bytes",
+        999: "999 bytes",
+        1000: "1.0 kB",
+        999_949: "999.9 kB",
+        999_999: "1.0 MB",
+        25_276_514_304: "25.3 GB",
+        1.2e15: "1200.0 TB",
+    }
     assert {size: size_text(size) for size in sizes} == sizes

@@ -1,4 +1,6 @@
-"""Peers give the tokens that this engine gives: each on the bundled model, where it is installed."""
+"""Peers give the tokens that this engine gives: each on the bundled model, where it is
+installed.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,6 @@ PROMPT = "Once upon a time there was a little fox who"
 TOKENS = 32
 
 
-
 @pytest.fixture(scope="module")
 def prompt(tiny) -> list[int]:
     return tiny.tokenizer.encode(PROMPT)
@@ -34,17 +35,28 @@ def prompt(tiny) -> list[int]:
 
 @pytest.fixture(scope="module")
 def ours(tiny, prompt) -> tuple[int, ...]:
-    return tuple(event.token for event in stream_generate(tiny, prompt, max_tokens=TOKENS, ignore_eos=True))
+    return tuple(
+        event.token for event in stream_generate(tiny, prompt, max_tokens=TOKENS, ignore_eos=True)
+    )
 
 
-@pytest.mark.parametrize("name", [
-    name if name == "mlx-lm" else pytest.param(name, marks=pytest.mark.needs(name)) for name in peers.PEERS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "mlx-lm" else pytest.param(name, marks=pytest.mark.needs(name))
+        for name in peers.PEERS
+    ],
+)
 def test_a_peer_gives_our_greedy_tokens(name, prompt, ours):
     session = peers.open_peer(name, BUNDLED, "float32")
     try:
         first, again = session.generate(prompt, TOKENS), session.generate(prompt, TOKENS)
         assert first.tokens == again.tokens == ours
-        assert len(first.seconds) == TOKENS and list(first.seconds) == sorted(first.seconds) and first.seconds[0] > 0
+        assert (
+            len(first.seconds) == TOKENS
+            and list(first.seconds) == sorted(first.seconds)
+            and first.seconds[0] > 0
+        )
         assert session.generate(prompt[:1], 1).tokens[0] in range(4096)
         assert session.engine == name and session.version and session.load_seconds > 0
     finally:
@@ -55,7 +67,11 @@ def test_a_peer_gives_our_greedy_tokens(name, prompt, ours):
 def test_llama_cpp_opens_what_was_converted_before(prompt, ours, tmp_path):
     path = peers.prepared("llama.cpp", BUNDLED, "float32", tmp_path)
     session = peers.open_peer("llama.cpp", path, "float32")
-    assert session.generate(prompt, TOKENS).tokens == ours and "8-bit as float32" in session.version and session.notes
+    assert (
+        session.generate(prompt, TOKENS).tokens == ours
+        and "8-bit as float32" in session.version
+        and session.notes
+    )
     session.close()
     assert path.is_file()
 
@@ -70,7 +86,9 @@ def test_mlx_lm_counts_its_own_weights_as_memory(tiny, prompt):
     before = mx.get_active_memory()
     session = peers.open_peer("mlx-lm", BUNDLED, "float32")
     memory = session.generate(prompt, 4).peak_memory_bytes
-    assert tiny.nbytes < memory < 2 * tiny.nbytes  # though the model of another engine lies in memory too
+    assert (
+        tiny.nbytes < memory < 2 * tiny.nbytes
+    )  # though the model of another engine lies in memory too
     session.close()
     assert mx.get_active_memory() - before < tiny.nbytes / 2
 
@@ -97,7 +115,9 @@ def test_unknown_missing_and_damaged(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert peers.why_not("torch") == "not installed: `pip install torch safetensors`"
     assert "brew install llama.cpp" in peers.why_not("llama.cpp")
-    with pytest.raises(BenchmarkError, match="mlx-lm cannot run here: not installed: `pip install mlx-lm`"):
+    with pytest.raises(
+        BenchmarkError, match="mlx-lm cannot run here: not installed: `pip install mlx-lm`"
+    ):
         peers.open_peer("mlx-lm", BUNDLED)
 
 
@@ -110,27 +130,37 @@ def test_the_reference_expands_quantized_weights_as_mlx_does(bits):
     import torch
     from openelm_mlx.benchmarks.peers.torch_reference import dequantize
 
-    packed, scales, biases = mx.quantize(mx.random.normal((6, 128), key=mx.random.key(bits)), group_size=32, bits=bits)
+    packed, scales, biases = mx.quantize(
+        mx.random.normal((6, 128), key=mx.random.key(bits)), group_size=32, bits=bits
+    )
     ours = mx.dequantize(packed, scales, biases, group_size=32, bits=bits)
     words, *floats = (torch.from_numpy(np.array(array)) for array in (packed, scales, biases))
     assert np.allclose(dequantize(words, *floats, bits=bits).numpy(), np.array(ours), atol=1e-6)
 
 
 @pytest.mark.needs("torch")
-@pytest.mark.parametrize("name", ["tied-gqa4", "untied-mha", "noqknorm-gqa2", "noglu-gqa2", "gpt-test", "openelm-tiny"])
+@pytest.mark.parametrize(
+    "name", ["tied-gqa4", "untied-mha", "noqknorm-gqa2", "noglu-gqa2", "gpt-test", "openelm-tiny"]
+)
 def test_the_reference_computes_what_corenet_computes(name, tmp_path):
-    """One token at a time through its cache, and the prompt in two pieces, against logits of CoreNet's own class."""
+    """One token at a time through its cache, and the prompt in two pieces, against logits of
+    CoreNet's own class.
+    """
     import torch
     from openelm_mlx.benchmarks.peers.torch_reference import ReferenceOpenELM
     from test_golden import load_golden
 
     ours, tokens, expected = load_golden(name, tmp_path)
-    weights = {key: torch.from_numpy(np.array(array)) for key, array in tree_flatten(ours.parameters())}
+    weights = {
+        key: torch.from_numpy(np.array(array)) for key, array in tree_flatten(ours.parameters())
+    }
     model = ReferenceOpenELM(ours.args, weights)
     ids = torch.from_numpy(np.array(tokens[0]).astype(np.int64))
     with torch.inference_mode():
         cache, pieces = model.make_cache(len(ids)), model.make_cache(len(ids))
-        logits = [model(ids[number : number + 1], cache, number).numpy() for number in range(len(ids))]
+        logits = [
+            model(ids[number : number + 1], cache, number).numpy() for number in range(len(ids))
+        ]
         model(ids[:7], pieces, 0)
         last = model(ids[7:], pieces, 7).numpy()
     assert np.abs(np.stack(logits) - expected[0]).max() < 1e-4
@@ -147,14 +177,21 @@ def test_affine_weights_keep_their_integers_in_llama_cpps_blocks(bits, group_siz
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    words, scales, biases = mx.quantize(mx.random.normal((6, 128), key=mx.random.key(bits)), group_size=group_size, bits=bits)
-    scales, biases = scales.astype(mx.float16).astype(mx.float32), biases.astype(mx.float16).astype(mx.float32)
+    words, scales, biases = mx.quantize(
+        mx.random.normal((6, 128), key=mx.random.key(bits)), group_size=group_size, bits=bits
+    )
+    scales, biases = (
+        scales.astype(mx.float16).astype(mx.float32),
+        biases.astype(mx.float16).astype(mx.float32),
+    )
     matrix = Packed(words, scales, biases, bits, group_size, "affine")
     stored = dequantize(blocks(matrix), GGMLQuantizationType[matrix.kind])
     assert np.abs(stored - np.array(matrix.expanded())).max() < 1e-6
 
 
-@pytest.mark.parametrize(("bits", "form"), [(None, "float32"), (4, "Q4_1"), (8, "8-bit as bfloat16")])
+@pytest.mark.parametrize(
+    ("bits", "form"), [(None, "float32"), (4, "Q4_1"), (8, "8-bit as bfloat16")]
+)
 def test_the_gguf_holds_the_weights_of_the_folder(bits, form, tmp_path):
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -167,7 +204,9 @@ def test_the_gguf_holds_the_weights_of_the_folder(bits, form, tmp_path):
     module = load(folder, "float32").model.transformer.layers[1].ffn.proj_1
     expected = ours["transformer.layers.1.ffn.proj_1.weight"]
     if bits:
-        expected = mx.dequantize(expected, module.scales, module.biases, module.group_size, module.bits)
+        expected = mx.dequantize(
+            expected, module.scales, module.biases, module.group_size, module.bits
+        )
     tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "x.gguf").tensors}
     halves = [tensors[f"blk.1.ffn_{half}.weight"] for half in ("gate", "up")]
     stored = np.concatenate([dequantize(half.data, half.tensor_type) for half in halves])
@@ -206,7 +245,9 @@ def program(path: Path, text: str) -> Path:
 
 
 def test_the_server_is_asked_and_its_clock_read(tmp_path):
-    server = LlamaServer(program(tmp_path / "llama-server", STUB.format(python=sys.executable)), tmp_path / "x.gguf")
+    server = LlamaServer(
+        program(tmp_path / "llama-server", STUB.format(python=sys.executable)), tmp_path / "x.gguf"
+    )
     try:
         timed = server.generate([1, 2], 10)
         assert timed.tokens == tuple(range(10)) and server.version == "4711"
@@ -220,8 +261,12 @@ def test_the_server_is_asked_and_its_clock_read(tmp_path):
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
-    broken = program(tmp_path / "llama-server", "#!/bin/sh\necho 'unknown model architecture: openelm'\nexit 3\n")
-    with pytest.raises(BenchmarkError, match="ended with status 3: unknown model architecture: openelm"):
+    broken = program(
+        tmp_path / "llama-server", "#!/bin/sh\necho 'unknown model architecture: openelm'\nexit 3\n"
+    )
+    with pytest.raises(
+        BenchmarkError, match="ended with status 3: unknown model architecture: openelm"
+    ):
         LlamaServer(broken, tmp_path / "x.gguf")
 
 

@@ -33,7 +33,9 @@ def test_panels_are_those_that_the_rows_can_fill():
     kinds = [(panel.kind, panel.model) for panel in panels(rich_document())]
     tiny = ["speed", "parts", "layers", "context", "loss", "settings"]
     large = ["speed", "parts", "layers"]
-    expected = [(kind, "openelm-tiny") for kind in tiny] + [(kind, "1.1b (random weights)") for kind in large]
+    expected = [(kind, "openelm-tiny") for kind in tiny] + [
+        (kind, "1.1b (random weights)") for kind in large
+    ]
     assert kinds == [*expected, ("ratios", "")]
     assert [panel.kind for panel in panels(sparse_document())] == ["speed"]
     assert panels(replace(rich_document(), rows=(), ratios=())) == []
@@ -42,11 +44,21 @@ def test_panels_are_those_that_the_rows_can_fill():
 def test_speed_holds_medians_quartiles_and_the_bound():
     document = rich_document()
     lines = axes_of(named(document, "speed")).get_lines()
-    shown = {label: sorted(y for line in lines if line.get_label() == label for y in line.get_ydata())
-             for label in ("openelm-mlx", "mlx-lm", "memory bound")}  # fmt: skip
-    assert shown["openelm-mlx"] == pytest.approx([210, 480, 610, 640]) and shown["mlx-lm"] == pytest.approx([150, 560])
-    assert shown["memory bound"][::2] == pytest.approx(sorted(row.bound_tokens_per_second for row in document.rows[:4]))
-    spans = [tuple(line.get_ydata()) for line in lines if len(line.get_ydata()) == 2 and line.get_label() != "memory bound"]
+    shown = {
+        label: sorted(y for line in lines if line.get_label() == label for y in line.get_ydata())
+        for label in ("openelm-mlx", "mlx-lm", "memory bound")
+    }
+    assert shown["openelm-mlx"] == pytest.approx([210, 480, 610, 640]) and shown[
+        "mlx-lm"
+    ] == pytest.approx([150, 560])
+    assert shown["memory bound"][::2] == pytest.approx(
+        sorted(row.bound_tokens_per_second for row in document.rows[:4])
+    )
+    spans = [
+        tuple(line.get_ydata())
+        for line in lines
+        if len(line.get_ydata()) == 2 and line.get_label() != "memory bound"
+    ]
     first = document.rows[0].metrics["decode_tokens_per_second"]
     assert spans[0] == (first.q1, first.q3)
     assert "49 % of the memory bound" in named(document, "speed").words
@@ -58,7 +70,9 @@ def test_bytes_of_a_bar_add_up_and_stand_in_one_order():
     widths = [label.get_text() for label in ax.get_yticklabels()]
     assert widths == ["float32", "8-bit", "4-bit", "3-bit"]
     top = [bar for bar in ax.patches if round(bar.get_y() + bar.get_height() / 2) == 0]
-    assert sum(bar.get_width() for bar in top) * 1e6 == pytest.approx(sum(document.rows[0].bytes_per_token.values()))
+    assert sum(bar.get_width() for bar in top) * 1e6 == pytest.approx(
+        sum(document.rows[0].bytes_per_token.values())
+    )
     assert [text.get_text() for text in ax.figure.legends[0].get_texts()] == list(PARTS)
 
 
@@ -74,7 +88,9 @@ def test_bytes_by_layer_are_those_of_the_tensors(model):
             sizes[part] += 2 * shape[0] * shape[1]
             by_hand[part][int(name.split(".")[2])] += 2 * shape[0] * shape[1] / 1e6
     found = layer_megabytes(config, sizes)
-    assert found["attention"] == pytest.approx(by_hand["attention"]) and found["ffn"] == pytest.approx(by_hand["ffn"])
+    assert found["attention"] == pytest.approx(by_hand["attention"]) and found[
+        "ffn"
+    ] == pytest.approx(by_hand["ffn"])
     assert sum(found["kv"]) == pytest.approx(1)
     assert known_config(NASTY) is None and known_config("/etc") is None
 
@@ -82,22 +98,51 @@ def test_bytes_by_layer_are_those_of_the_tensors(model):
 def test_context_and_loss_and_settings_and_ratios_hold_their_figures():
     document = rich_document()
     line = axes_of(named(document, "context")).get_lines()[0]
-    assert list(line.get_xdata()) == [64, 256, 512, 960] and line.get_ydata()[-1] == pytest.approx(370)
-    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes_of(named(document, "loss")).get_lines()]
-    assert dots == [(8.5, 2e-4), (4.5, 3.1e-2), (3.5, 0.22)]  # full precision has no loss and no dot
+    assert list(line.get_xdata()) == [64, 256, 512, 960] and line.get_ydata()[-1] == pytest.approx(
+        370
+    )
+    dots = [
+        (line.get_xdata()[0], line.get_ydata()[0])
+        for line in axes_of(named(document, "loss")).get_lines()
+    ]
+    assert dots == [
+        (8.5, 2e-4),
+        (4.5, 3.1e-2),
+        (3.5, 0.22),
+    ]  # full precision has no loss and no dot
     labels = [label.get_text() for label in axes_of(named(document, "settings")).get_yticklabels()]
     assert labels == ["plain", "batch 8", "quantized 8-bit cache", "prompt-lookup"]
-    marks = [line.get_label() for line in axes_of(named(document, "ratios")).get_lines() if len(line.get_xdata()) == 1]
-    assert marks == ["better", "better", "worse", "no difference"]  # a longer time to the first token is worse
+    marks = [
+        line.get_label()
+        for line in axes_of(named(document, "ratios")).get_lines()
+        if len(line.get_xdata()) == 1
+    ]
+    assert marks == [
+        "better",
+        "better",
+        "worse",
+        "no difference",
+    ]  # a longer time to the first token is worse
 
 
 def test_first_tokens_of_new_and_warm_processes_stand_beside_each_other():
     ax = axes_of(named(startup_document(), "first"))
     single = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
     dots = {(line.get_label(), round(line.get_ydata()[0])): line.get_xdata()[0] for line in single}
-    assert dots == pytest.approx({("openelm-mlx", 0): 210, ("mlx-lm", 0): 1400, ("openelm-mlx", 1): 11, ("mlx-lm", 1): 19,
-                                  ("openelm-mlx", 2): 4})  # fmt: skip
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["new process", "warm", "reused prefix"]
+    assert dots == pytest.approx(
+        {
+            ("openelm-mlx", 0): 210,
+            ("mlx-lm", 0): 1400,
+            ("openelm-mlx", 1): 11,
+            ("mlx-lm", 1): 19,
+            ("openelm-mlx", 2): 4,
+        }
+    )
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "new process",
+        "warm",
+        "reused prefix",
+    ]
 
 
 def test_of_many_ratios_those_of_decode_are_drawn():
@@ -114,7 +159,9 @@ def test_a_ratio_whose_interval_reaches_nothing_is_drawn_all_the_same():
     wide = replace(document.ratios[0], low=-0.5, high=3.0)
     assert panel_svg(named(replace(document, ratios=(wide,)), "ratios"), LIGHT).startswith(b"<?xml")
     equal = replace(document.ratios[0], ratio=1.0, low=1.0, high=1.0)
-    assert panel_svg(named(replace(document, ratios=(equal,)), "ratios"), LIGHT).startswith(b"<?xml")
+    assert panel_svg(named(replace(document, ratios=(equal,)), "ratios"), LIGHT).startswith(
+        b"<?xml"
+    )
 
 
 def test_lines_far_below_their_bound_are_drawn_on_a_logarithmic_axis():
@@ -130,14 +177,22 @@ def test_widths_and_numbers_in_words():
     assert width(case) == "bfloat16" and width(replace(case, bits=4)) == "4-bit"
     assert width(replace(case, bits_per_weight=4.62)) == "4.62 bits/weight"
     assert width(replace(case, bits_per_weight=16.0)) == "bfloat16"
-    assert [number(value) for value in (0, 0.25, 12.345, 1234.5, 2e-5)] == ["0", "0.25", "12.3", "1,234", "2.0e-05"]
+    assert [number(value) for value in (0, 0.25, 12.345, 1234.5, 2e-5)] == [
+        "0",
+        "0.25",
+        "12.3",
+        "1,234",
+        "2.0e-05",
+    ]
 
 
 @pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml")])
 def test_a_picture_replaces_an_older_file_and_leaves_nothing_beside_it(name, magic, tmp_path):
     (tmp_path / name).write_text("old")
     write_plot(rich_document(), tmp_path / name)
-    assert (tmp_path / name).read_bytes().startswith(magic) and [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes().startswith(magic) and [
+        path.name for path in tmp_path.iterdir()
+    ] == [name]
 
 
 def test_names_are_text_and_never_mathematics(tmp_path):
@@ -146,13 +201,17 @@ def test_names_are_text_and_never_mathematics(tmp_path):
 
     write_plot(sparse_document(), tmp_path / "a.svg")
     ElementTree.parse(tmp_path / "a.svg")
-    svg = panel_svg(panels(replace(rich_document(), rows=(row(engine=NASTY), row()), ratios=()))[0], DARK)
+    svg = panel_svg(
+        panels(replace(rich_document(), rows=(row(engine=NASTY), row()), ratios=()))[0], DARK
+    )
     ElementTree.fromstring(svg)
 
 
 def test_the_caption_tells_machine_date_and_that_it_is_no_mac():
     text = caption(rich_document())
-    assert text.startswith("Linux CPU result, not Apple silicon: Made-up chip, 24 GB, Linux 6.1 · openelm-mlx 0.1.0")
+    assert text.startswith(
+        "Linux CPU result, not Apple silicon: Made-up chip, 24 GB, Linux 6.1 · openelm-mlx 0.1.0"
+    )
     assert "2026-01-02" in text
     mac = replace(rich_document(), machine={"chip": "Some Mac", "system": "Darwin"}, partial=True)
     assert caption(mac).startswith("Some Mac, Darwin") and "PARTIAL RUN" in caption(mac)
@@ -163,10 +222,14 @@ def test_what_cannot_be_drawn_or_written_says_why(tmp_path, monkeypatch):
         write_plot(rich_document(), tmp_path / "a.pdf")
     with pytest.raises(BenchmarkError, match="nothing to draw"):
         write_plot(replace(rich_document(), rows=(), ratios=()), tmp_path / "a.png")
-    with pytest.raises(BenchmarkError, match="cannot write .*; give a file in a folder that exists"):
+    with pytest.raises(
+        BenchmarkError, match="cannot write .*; give a file in a folder that exists"
+    ):
         write_plot(sparse_document(), tmp_path / "none" / "a.png")
     monkeypatch.setattr(builtins, "__import__", without_matplotlib(builtins.__import__))
-    with pytest.raises(BenchmarkError, match=r"pictures need matplotlib: `pip install 'openelm-mlx\[plot\]'`"):
+    with pytest.raises(
+        BenchmarkError, match=r"pictures need matplotlib: `pip install 'openelm-mlx\[plot\]'`"
+    ):
         write_plot(sparse_document(), tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
 
@@ -182,6 +245,10 @@ def without_matplotlib(real):
 
 def test_rows_without_times_draw_their_bytes_only():
     case = Case("openelm-mlx", "270m", "bfloat16", 4, 4.5, 64, 64)
-    only = Row(case, bytes_per_token={"ffn": 2e6, "attention": 1e6}, metrics={"load_seconds": metric(1, "s")})
+    only = Row(
+        case,
+        bytes_per_token={"ffn": 2e6, "attention": 1e6},
+        metrics={"load_seconds": metric(1, "s")},
+    )
     document = replace(rich_document(), rows=(only,), ratios=())
     assert [panel.kind for panel in panels(document)] == ["parts", "layers"]

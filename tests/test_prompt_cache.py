@@ -1,4 +1,6 @@
-"""The store of sequences that were run: what it finds, keeps and drops, against a naive one; and its files."""
+"""The store of sequences that were run: what it finds, keeps and drops, against a naive one; and
+its files.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ from openelm_mlx.loading import parameters
 from openelm_mlx.prompt_cache import common_prefix
 
 PLAIN, EIGHT, WINDOW = CacheKind(), CacheKind(Quantized(8, 32)), CacheKind(Plain(), Window(20, 3))
-OPTIONS = {PLAIN: None, EIGHT: EngineOptions(kv_bits=8), WINDOW: EngineOptions(kv_window=20, kv_keep=3)}
+OPTIONS = {
+    PLAIN: None,
+    EIGHT: EngineOptions(kv_bits=8),
+    WINDOW: EngineOptions(kv_window=20, kv_keep=3),
+}
 TOKENS = [1] + [(7 * i * i + 3 * i) % 64 for i in range(99)]
 ONE, OTHER = object(), object()  # what stands for weights
 
@@ -88,15 +94,23 @@ class Naive:
         return best[0]
 
     def put(self, who, tokens, size):
-        self.entries = [e for e in self.entries if e[0] != who or tokens[: len(e[1])] != e[1]] + [(who, tokens, size)]
+        self.entries = [e for e in self.entries if e[0] != who or tokens[: len(e[1])] != e[1]] + [
+            (who, tokens, size)
+        ]
         while sum(e[2] for e in self.entries) > self.max_bytes and len(self.entries) > 1:
             del self.entries[0]
 
 
 def test_a_store_equals_a_naive_one_over_random_sequences(engine):
-    """Longest prefix, order of use, budget; owners, kinds and weights apart; and the arrays are those of the tokens."""
+    """Longest prefix, order of use, budget; owners, kinds and weights apart; and the arrays are
+    those of the tokens.
+    """
     R = random.Random(5)
-    slot = sum(2 * shape.kv_heads for shape in layer_shapes(engine.config)) * engine.config.head_dim * 4
+    slot = (
+        sum(2 * shape.kv_heads for shape in layer_shapes(engine.config))
+        * engine.config.head_dim
+        * 4
+    )
     store, naive, shared = PromptCache(60 * slot), Naive(60 * slot), 0
     for _ in range(600):
         weights, owner = R.choice([ONE, ONE, ONE, OTHER]), R.choice(["", "", "anna"])
@@ -111,14 +125,25 @@ def test_a_store_equals_a_naive_one_over_random_sequences(engine):
             cache = written(engine, tokens)
             store.put(weights, tokens, cache, owner)
             naive.put(who, tokens, cache.nbytes)
-        assert len(store) == len(naive.entries) and store.tokens == (naive.entries[-1][1] if naive.entries else [])
+        assert len(store) == len(naive.entries) and store.tokens == (
+            naive.entries[-1][1] if naive.entries else []
+        )
         assert store.nbytes == sum(entry[2] for entry in naive.entries) <= 60 * slot
     assert shared > 500
     store.clear()
-    assert (len(store), store.nbytes, store.tokens, store.take(ONE, PLAIN, [0, 1])) == (0, 0, [], None)
+    assert (len(store), store.nbytes, store.tokens, store.take(ONE, PLAIN, [0, 1])) == (
+        0,
+        0,
+        [],
+        None,
+    )
 
 
-@pytest.mark.parametrize("strange", [{"weights": OTHER}, {"kind": EIGHT}, {"owner": "ben"}], ids=lambda one: next(iter(one)))
+@pytest.mark.parametrize(
+    "strange",
+    [{"weights": OTHER}, {"kind": EIGHT}, {"owner": "ben"}],
+    ids=lambda one: next(iter(one)),
+)
 def test_an_entry_is_for_its_weights_its_kind_and_its_owner(engine, strange):
     store, whose = PromptCache(), {"weights": ONE, "kind": PLAIN, "owner": "anna"}
     store.put(ONE, TOKENS[:9], written(engine, TOKENS[:9]), "anna")
@@ -134,7 +159,12 @@ def test_what_is_wholly_used_is_moved_and_what_is_partly_used_is_copied(engine):
     part, count = store.take(ONE, PLAIN, [*TOKENS[:50], 5])
     mx.eval(part.arrays)
     assert part.nbytes <= cache.nbytes / 2
-    assert count == 50 and part is not cache and store.tokens == TOKENS and read(part, 50) == TOKENS[:50]
+    assert (
+        count == 50
+        and part is not cache
+        and store.tokens == TOKENS
+        and read(part, 50) == TOKENS[:50]
+    )
     assert mx.get_active_memory() - before == pytest.approx(part.nbytes, rel=0.1)
     before = mx.get_active_memory()
     assert store.take(ONE, PLAIN, TOKENS)[1] == 99  # all but one token of an entry: it stays
@@ -180,7 +210,9 @@ def test_the_latest_stays_whatever_it_takes(engine):
 
 def test_tokens_that_the_cache_does_not_hold_are_refused(engine):
     store = PromptCache()
-    with pytest.raises(CacheError, match="the cache holds 9 tokens, but 8 were given; give those that it holds"):
+    with pytest.raises(
+        CacheError, match="the cache holds 9 tokens, but 8 were given; give those that it holds"
+    ):
         store.put(ONE, TOKENS[:8], written(engine, TOKENS[:9]))
     assert len(store) == 0
 
@@ -189,7 +221,9 @@ def test_a_window_that_has_forgotten_serves_no_earlier_text(engine):
     """Another entry may; and a shorter one is kept as long as the longer one cannot give it."""
     store, full = PromptCache(), WINDOW.layout.capacity
     store.put(ONE, TOKENS[:40], written(engine, TOKENS[:40], WINDOW))
-    store.put(ONE, TOKENS[:full], written(engine, TOKENS[:full], WINDOW))  # not yet run over: it can give everything
+    store.put(
+        ONE, TOKENS[:full], written(engine, TOKENS[:full], WINDOW)
+    )  # not yet run over: it can give everything
     assert len(store) == 1
     store.put(ONE, TOKENS[:90], written(engine, TOKENS[:90], WINDOW))
     assert len(store) == 2
@@ -216,14 +250,27 @@ def ids_of(tiny, parts):
     return ids
 
 
-@pytest.mark.parametrize("held, prompt, dropped", [
-    (("On", "ce up", "on"), "Once upon", 0),  # the very text
-    (("On", "ce up", "on"), "Once upon a", 0),
-    (("On", "ce up", "on a", " m", "o", "use"), "Once upon a mole", 3),  # up to the last word that both have
-    (("On", "ce up", "on", "</s>"), "Once upon a", 1),  # an answer that ended: text goes on before its EOS
-    (("Once ", "\n"), "Once \nupon", 0),
-])  # fmt: skip
-def test_text_goes_on_from_the_held_tokens_that_spell_its_beginning(tiny, engine, held, prompt, dropped):
+@pytest.mark.parametrize(
+    "held, prompt, dropped",
+    [
+        (("On", "ce up", "on"), "Once upon", 0),  # the very text
+        (("On", "ce up", "on"), "Once upon a", 0),
+        (
+            ("On", "ce up", "on a", " m", "o", "use"),
+            "Once upon a mole",
+            3,
+        ),  # up to the last word that both have
+        (
+            ("On", "ce up", "on", "</s>"),
+            "Once upon a",
+            1,
+        ),  # an answer that ended: text goes on before its EOS
+        (("Once ", "\n"), "Once \nupon", 0),
+    ],
+)
+def test_text_goes_on_from_the_held_tokens_that_spell_its_beginning(
+    tiny, engine, held, prompt, dropped
+):
     store, tokenizer, ids = PromptCache(), tiny.tokenizer, ids_of(tiny, held)
     other = ids_of(tiny, ("On", "ce up", "ward"))  # shares less
     for tokens in (ids, other, other[:2]):
@@ -262,7 +309,11 @@ def test_a_saved_cache_goes_on_where_it_ended(engine, tmp_path, kind):
     assert again.tokens == store.tokens == TOKENS[:60] and len(again) == 1
     took, count = again.take(engine.steps.refresh(), kind, TOKENS[:61])
     assert (count, took.offset, took.written) == (60, 60, 63)
-    assert (next_logits(engine, TOKENS[60:70], took) == next_logits(engine, TOKENS[60:70], cache)).all().item()
+    assert (
+        (next_logits(engine, TOKENS[60:70], took) == next_logits(engine, TOKENS[60:70], cache))
+        .all()
+        .item()
+    )
 
 
 def test_the_latest_sequence_of_an_engine_is_saved(tiny, engine, tmp_path):
@@ -276,13 +327,17 @@ def test_the_latest_sequence_of_an_engine_is_saved(tiny, engine, tmp_path):
 
 def test_saved_caches_are_refused_where_they_do_not_belong(tiny, engine, tmp_path):
     path = tmp_path / "talk.safetensors"
-    with pytest.raises(CacheError, match="the cache holds nothing that random-1 has run; there is nothing to save"):
+    with pytest.raises(
+        CacheError, match="the cache holds nothing that random-1 has run; there is nothing to save"
+    ):
         PromptCache().save(path, engine)
     store = ran(engine, TOKENS[:9])
     with pytest.raises(CacheError, match="cannot be written"):
         store.save(tmp_path / "missing" / "talk.safetensors", engine)
     store.save(path, engine)
-    with pytest.raises(CacheError, match="made with other weights or another tokenizer than random-2's"):
+    with pytest.raises(
+        CacheError, match="made with other weights or another tokenizer than random-2's"
+    ):
         PromptCache.load(path, random_engine(tiny, seed=2))
     weight = engine.model.layers[0].ffn.proj_1.weight
     before = weight[3, 5].item()
@@ -293,14 +348,24 @@ def test_saved_caches_are_refused_where_they_do_not_belong(tiny, engine, tmp_pat
     with pytest.raises(CacheError, match="other weights"):
         PromptCache.load(path, engine)
     weight[3, 6], weight[3, 5] = weight[3, 5].item(), before
-    for other in (replace(engine, quantization={"bits": 8}), replace(engine, tokenizer=copy.copy(engine.tokenizer))):
+    for other in (
+        replace(engine, quantization={"bits": 8}),
+        replace(engine, tokenizer=copy.copy(engine.tokenizer)),
+    ):
         other.tokenizer.fingerprint += "0" * (other.quantization is None)
         with pytest.raises(CacheError, match="other weights or another tokenizer"):
             PromptCache.load(path, other)
-    with pytest.raises(CacheError, match="holds plain keys and values; asked for are 8-bit keys and values, group 32"):
+    with pytest.raises(
+        CacheError,
+        match="holds plain keys and values; asked for are 8-bit keys and values, group 32",
+    ):
         PromptCache.load(path, engine, OPTIONS[EIGHT])
     data = path.read_bytes()
-    for name, content in {"cut": data[: len(data) // 2], "noise": b"\x00" * 99, "empty": b""}.items():
+    for name, content in {
+        "cut": data[: len(data) // 2],
+        "noise": b"\x00" * 99,
+        "empty": b"",
+    }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CacheError, match=r"is no saved cache.*give another file|is damaged"):
             PromptCache.load(tmp_path / name, engine)
@@ -315,7 +380,9 @@ def test_saved_caches_are_refused_where_they_do_not_belong(tiny, engine, tmp_pat
         with pytest.raises(OptionError, match="engine is .*; allowed is a loaded model"):
             use(engine, str(path))
     for size in (-1, "1 GB", 1e9):
-        with pytest.raises(OptionError, match=f"max_bytes is {size!r}; allowed is a whole number from 0 up"):
+        with pytest.raises(
+            OptionError, match=f"max_bytes is {size!r}; allowed is a whole number from 0 up"
+        ):
             PromptCache(size)
 
 
@@ -324,16 +391,21 @@ def test_saved_caches_that_someone_changed_are_refused(engine, tmp_path, kind):
     store = ran(engine, TOKENS[:9], kind)
     store.save(tmp_path / "whole.safetensors", engine)
     arrays, about = mx.load(str(tmp_path / "whole.safetensors"), return_metadata=True)
-    assert PromptCache.load(tmp_path / "whole.safetensors", engine, OPTIONS[kind]).tokens == TOKENS[:9]
+    assert (
+        PromptCache.load(tmp_path / "whole.safetensors", engine, OPTIONS[kind]).tokens == TOKENS[:9]
+    )
     for change, fields, what in (
-        (lambda a: a[..., :5, :], {}, "layer 0 have the shape"), (lambda a: a[:, :, :1], {}, "layer 1 have the shape"),
-        (lambda a: mx.concatenate([a, a]), {}, "layer 0 have the shape"), (lambda a: a[..., 0], {}, "layer 0 have the shape"),
+        (lambda a: a[..., :5, :], {}, "layer 0 have the shape"),
+        (lambda a: a[:, :, :1], {}, "layer 1 have the shape"),
+        (lambda a: mx.concatenate([a, a]), {}, "layer 0 have the shape"),
+        (lambda a: a[..., 0], {}, "layer 0 have the shape"),
         (lambda a: a, {"tokens": json.dumps([1.5] * 9)}, "tokens outside the vocabulary"),
         (lambda a: a, {"tokens": json.dumps([64] * 9)}, "tokens outside the vocabulary"),
         (lambda a: a, {"tokens": json.dumps(TOKENS[1:9])}, "9 positions for 8 tokens"),
         (lambda a: a, {"tokens": "[]", "offset": "0"}, "0 positions for 0 tokens"),
-        (lambda a: a, {"tokens": "[" * 10**5}, "maximum recursion depth"), (lambda a: a, {"tokens": "{}"}, "positions for"),
-    ):  # fmt: skip
+        (lambda a: a, {"tokens": "[" * 10**5}, "maximum recursion depth"),
+        (lambda a: a, {"tokens": "{}"}, "positions for"),
+    ):
         changed = {name: mx.contiguous(change(array)) for name, array in arrays.items()}
         mx.save_safetensors(str(tmp_path / "changed.safetensors"), changed, {**about, **fields})
         with pytest.raises(CacheError, match=f"is damaged: .*{what}"):
@@ -356,7 +428,9 @@ def test_generations_of_every_kind_share_a_store_and_say_what_they_say_alone(eng
             reused.setdefault(str(kind), []).append(count)
     full = [0, 39, 45, 40, 99]
     assert list(reused.values())[:2] == [full, full]
-    assert reused["{'kv_window': 24}"][1] == 0 and reused["{'kv_window': 24}"][4] > 39  # it had to begin anew
+    assert (
+        reused["{'kv_window': 24}"][1] == 0 and reused["{'kv_window': 24}"][4] > 39
+    )  # it had to begin anew
 
 
 def test_weights_that_changed_find_nothing_of_before(tiny, engine):
@@ -376,7 +450,10 @@ def test_a_generation_that_was_let_go_disturbs_no_other(engine):
 
     class Client:
         def __init__(self):
-            self.events, self.myself = stream_generate(engine, TOKENS, prompt_cache=store, max_tokens=20), self
+            self.events, self.myself = (
+                stream_generate(engine, TOKENS, prompt_cache=store, max_tokens=20),
+                self,
+            )
 
     next(Client().events)
     counts = []
@@ -398,7 +475,10 @@ def test_a_cache_saved_between_the_tokens_of_one_draft_is_whole(engine, tmp_path
     store.save(path, engine)
     held = PromptCache.load(path, engine).tokens
     assert held == store.tokens and held[:11] == [*TOKENS[:9], *seen][:11]
-    assert generated(engine, [*held, 5], PromptCache.load(path, engine)) == (generated(engine, [*held, 5])[0], len(held))
+    assert generated(engine, [*held, 5], PromptCache.load(path, engine)) == (
+        generated(engine, [*held, 5])[0],
+        len(held),
+    )
 
 
 def test_a_batch_keeps_owners_apart(tiny, engine):
@@ -410,7 +490,10 @@ def test_a_batch_keeps_owners_apart(tiny, engine):
     events = [event for _ in range(2) for _, event in batch.step()]
     assert [event.stats.reused_tokens for event in events] == [0, 0, 30]
     encode = tiny.tokenizer.encode
-    letters = [1, *(token for letter in "Once" for token in encode(letter, bos=False, continued=True))]
+    letters = [
+        1,
+        *(token for letter in "Once" for token in encode(letter, bos=False, continued=True)),
+    ]
     batch = BatchEngine(tiny, 1, prompt_cache=store)
     batch.submit(letters, owner="one", max_tokens=1)
     batch.step()
@@ -420,7 +503,11 @@ def test_a_batch_keeps_owners_apart(tiny, engine):
 
 
 def test_what_began_with_other_weights_is_not_found(tiny):
-    engine, store, name = random_engine(tiny, seed=1), PromptCache(), "transformer.layers.1.ffn.proj_1.weight"
+    engine, store, name = (
+        random_engine(tiny, seed=1),
+        PromptCache(),
+        "transformer.layers.1.ffn.proj_1.weight",
+    )
     batch = BatchEngine(engine, 2, prompt_cache=store)
     batch.submit(TOKENS[:20], max_tokens=9, ignore_eos=True)
     batch.step(), batch.step()

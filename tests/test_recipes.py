@@ -1,4 +1,6 @@
-"""Recipes: which entry speaks for a matrix, what a YAML may say, and what it is told when it says something else."""
+"""Recipes: which entry speaks for a matrix, what a YAML may say, and what it is told when it says
+something else.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def test_the_most_particular_line_wins(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(YAML)
     plan = find_recipe(str(path)).plan(SHAPES)
-    assert list(plan) == [name.removesuffix(".weight") for name, shape in SHAPES.items() if len(shape) == 2]
+    assert list(plan) == [
+        name.removesuffix(".weight") for name, shape in SHAPES.items() if len(shape) == 2
+    ]
     forms = {stem.removeprefix("transformer."): form for stem, form in plan.items()}
     assert forms["token_embeddings"] == Form(6)
     assert forms["layers.0.attn.out_proj"] == forms["layers.1.ffn.proj_2"] == Form(8)
@@ -48,7 +52,10 @@ def test_built_in_recipes_fit_every_published_size(name):
     for size in ("270m", "450m", "1.1b", "3b"):
         shapes = expected_tensors(OpenELMConfig.from_name(size))
         plan = BUILT_IN[name].plan(shapes)
-        assert all(form is not None and shapes[f"{stem}.weight"][1] % form.group_size == 0 for stem, form in plan.items())
+        assert all(
+            form is not None and shapes[f"{stem}.weight"][1] % form.group_size == 0
+            for stem, form in plan.items()
+        )
         assert len(set(plan.values())) > 1
 
 
@@ -76,7 +83,9 @@ def test_what_a_recipe_may_not_say(text, message, tmp_path):
 
 
 def test_names_that_are_no_recipe():
-    with pytest.raises(OptionError, match=r"recipe is 'mixed-3_4'; known: mixed-2-4.* did you mean mixed-3-4\?"):
+    with pytest.raises(
+        OptionError, match=r"recipe is 'mixed-3_4'; known: mixed-2-4.* did you mean mixed-3-4\?"
+    ):
         find_recipe("mixed-3_4")
     with pytest.raises(OptionError, match="layers.99.ffn.proj_1, which this model does not have"):
         Recipe(single={"layers.99.ffn.proj_1": Form(4)}).plan(SHAPES)
@@ -86,7 +95,10 @@ def test_names_that_are_no_recipe():
     ("fields", "message"),
     [
         ({"recipe": "mixed-3-4", "bits": 4}, "--bits or --mode and --recipe each choose the forms"),
-        ({"recipe": "mixed-3-4", "target_bpw": 4.0}, "--recipe and --target-bpw each choose the forms"),
+        (
+            {"recipe": "mixed-3-4", "target_bpw": 4.0},
+            "--recipe and --target-bpw each choose the forms",
+        ),
         ({"calibrate": "gptq"}, "--calibrate gptq needs something to round"),
         ({"calibration_text": "a.txt", "bits": 4}, "--calibration-text is used by"),
         ({"calibrate": "awq", "bits": 4}, "calibrate is 'awq'; allowed: gptq, distill"),
@@ -100,8 +112,14 @@ def test_options_that_contradict_each_other(fields, message):
 
 
 def test_a_recipe_lands_in_the_folder(tmp_path):
-    (tmp_path / "r.yaml").write_text("default: {bits: 4, group_size: 32}\ntoken_embeddings: 8\nattn.out_proj: whole")
-    convert(ConvertOptions(NANO / "checkpoint.pt", tmp_path / "m", recipe=str(tmp_path / "r.yaml"), dtype="float16"))
+    (tmp_path / "r.yaml").write_text(
+        "default: {bits: 4, group_size: 32}\ntoken_embeddings: 8\nattn.out_proj: whole"
+    )
+    convert(
+        ConvertOptions(
+            NANO / "checkpoint.pt", tmp_path / "m", recipe=str(tmp_path / "r.yaml"), dtype="float16"
+        )
+    )
     stored = mx.load(str(tmp_path / "m" / "model.safetensors"))
     raw = json.loads((tmp_path / "m" / "config.json").read_text())["quantization"]
     assert raw["transformer.token_embeddings"] == {"group_size": 64, "bits": 8, "mode": "affine"}

@@ -1,4 +1,6 @@
-"""Scoring: the same log probabilities as one sequence at a time, and as those of tokens that were drawn."""
+"""Scoring: the same log probabilities as one sequence at a time, and as those of tokens that were
+drawn.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,13 @@ from openelm_mlx import stream_generate
 from openelm_mlx.errors import OptionError, PromptError
 from openelm_mlx.scoring import LOGITS_ROWS, batches, score
 
-TEXTS = ("Once upon a time there was a king.", "The", "", "He said that it was late, and went home.", "Once upon")
+TEXTS = (
+    "Once upon a time there was a king.",
+    "The",
+    "",
+    "He said that it was late, and went home.",
+    "Once upon",
+)
 
 
 def one_by_one(engine, tokens):
@@ -25,7 +33,9 @@ def one_by_one(engine, tokens):
 def test_scores_are_those_of_each_sequence_alone(tiny, batch_tokens):
     sequences = [tiny.tokenizer.encode(text) for text in TEXTS]
     scores = score(tiny, sequences, batch_tokens=batch_tokens)
-    assert [len(row) for row in scores] == [len(tokens) - 1 for tokens in sequences] and scores[2] == []
+    assert [len(row) for row in scores] == [len(tokens) - 1 for tokens in sequences] and scores[
+        2
+    ] == []
     for row, tokens in zip(scores, sequences, strict=True):
         assert row == pytest.approx(one_by_one(tiny, tokens), abs=1e-4)
     assert score(tiny, []) == []
@@ -33,7 +43,9 @@ def test_scores_are_those_of_each_sequence_alone(tiny, batch_tokens):
 
 def test_scores_are_the_log_probabilities_of_drawn_tokens(tiny):
     prompt = tiny.tokenizer.encode("Once upon a time")
-    drawn = list(stream_generate(tiny, prompt, max_tokens=12, temperature=1.0, top_k=50, seed=3, logprobs=0))
+    drawn = list(
+        stream_generate(tiny, prompt, max_tokens=12, temperature=1.0, top_k=50, seed=3, logprobs=0)
+    )
     (row,) = score(tiny, [prompt + [event.token for event in drawn]])
     assert row[-len(drawn) :] == pytest.approx([event.logprob for event in drawn], abs=1e-4)
 
@@ -58,11 +70,15 @@ def test_batches_hold_sequences_of_similar_length_and_no_more_tokens_than_asked(
 
 
 def test_refused_before_any_work(tiny):
-    with pytest.raises(PromptError, match="sequence 2: the prompt is empty; give at least one token"):
+    with pytest.raises(
+        PromptError, match="sequence 2: the prompt is empty; give at least one token"
+    ):
         score(tiny, [[1, 5], []])
     with pytest.raises(PromptError, match="sequence 1: token id 99999 is outside the vocabulary"):
         score(tiny, [[1, 99999]])
-    with pytest.raises(PromptError, match=r"sequences is one text; give a list, also for a single one: \[text\]"):
+    with pytest.raises(
+        PromptError, match=r"sequences is one text; give a list, also for a single one: \[text\]"
+    ):
         score(tiny, "Once")
     with pytest.raises(OptionError, match="batch_tokens is 0; allowed is a whole number from 1 up"):
         score(tiny, [[1, 5]], batch_tokens=0)

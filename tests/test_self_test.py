@@ -1,4 +1,6 @@
-"""The self test of `openelm doctor` knows what whole passes give, and sees a kernel that is wrong."""
+"""The self test of `openelm doctor` knows what whole passes give, and sees a kernel that is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -38,4 +40,8 @@ def test_the_facts_are_printed_where_mlx_fails(capsys, monkeypatch):
     monkeypatch.setattr("openelm_mlx.model.rotate", fail)
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert "MLX failed: [metal] no such kernel" in shown and "converted cache" in shown and "! this device" in shown
+    assert (
+        "MLX failed: [metal] no such kernel" in shown
+        and "converted cache" in shown
+        and "! this device" in shown
+    )

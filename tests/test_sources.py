@@ -1,4 +1,6 @@
-"""A source is known by its content, whatever its name; what cannot be opened is refused in plain words."""
+"""A source is known by its content, whatever its name; what cannot be opened is refused in plain
+words.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +41,19 @@ def test_from_forces_a_format(tmp_path, nano):
         open_source(source, "gguf")
     with pytest.raises(ConversionError, match="is no GGUF file"):
         open_source(NANO / "checkpoint.pt", "gguf")
-    with pytest.raises(ConversionError, match="is no folder; --from mlx takes the folder of a model"):
+    with pytest.raises(
+        ConversionError, match="is no folder; --from mlx takes the folder of a model"
+    ):
         open_source(NANO / "checkpoint.pt", "mlx")
     with pytest.raises(ConversionError, match="no checkpoint of torch.save"):
         open_source(nano / "config.json", "pt")
 
 
 def test_sources_that_are_none(tmp_path, nano):
-    with pytest.raises(ConversionError, match="does not exist; give a CoreNet .pt file, a folder of safetensors or a GGUF"):
+    with pytest.raises(
+        ConversionError,
+        match="does not exist; give a CoreNet .pt file, a folder of safetensors or a GGUF",
+    ):
         open_source(tmp_path / "nothing")
     with pytest.raises(ConversionError, match="holds neither safetensors nor a .pt or GGUF file"):
         open_source(tmp_path)
@@ -62,7 +69,10 @@ def test_a_folder_without_config_is_read_off_its_shapes(tmp_path, nano):
     shutil.copytree(nano, tmp_path / "bare")
     (tmp_path / "bare" / "config.json").unlink()
     opened = open_model(ConvertOptions(source=tmp_path / "bare", target=tmp_path / "m"))
-    assert opened.trimmed.num_parameters == OpenELMConfig.from_file(nano / "config.json").num_parameters
+    assert (
+        opened.trimmed.num_parameters
+        == OpenELMConfig.from_file(nano / "config.json").num_parameters
+    )
 
 
 def test_files_that_may_not_be_read(tmp_path, monkeypatch):
@@ -78,8 +88,11 @@ def test_files_that_may_not_be_read(tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_empty_or_not_what_its_name_says(tmp_path):
-    for name, data, text in (("x.gguf", b"", "x.gguf is empty; fetch or copy it again"), ("x.pt", b"", "x.pt is empty"),
-                             ("X.GGUF", b"version https://git-lfs", "X.GGUF is no GGUF file")):  # fmt: skip
+    for name, data, text in (
+        ("x.gguf", b"", "x.gguf is empty; fetch or copy it again"),
+        ("x.pt", b"", "x.pt is empty"),
+        ("X.GGUF", b"version https://git-lfs", "X.GGUF is no GGUF file"),
+    ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ConversionError, match=text):
             open_source(tmp_path / name)
@@ -87,7 +100,9 @@ def test_a_file_that_is_empty_or_not_what_its_name_says(tmp_path):
 
 def test_options_of_a_source_are_checked_before_it_is_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConversionError, match="is neither a file nor a folder; give a CoreNet .pt file"):
+    with pytest.raises(
+        ConversionError, match="is neither a file nor a folder; give a CoreNet .pt file"
+    ):
         open_source(ConvertOptions(source=tmp_path / "pipe", target="x").source)
 
 

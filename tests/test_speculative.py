@@ -1,4 +1,6 @@
-"""A draft is never seen in the text: the parts by themselves, then whole runs with every kind of draft."""
+"""A draft is never seen in the text: the parts by themselves, then whole runs with every kind of
+draft.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,15 @@ from openelm_mlx.tokenizer import Tokenizer
 
 PROMPT = [1, 9, 30, 12, 9, 30, 12, 9]
 SAMPLED = {
-    "temperature": 0.9, "top_k": 5, "top_p": 0.97, "min_p": 0.02, "repetition_penalty": 1.2, "presence_penalty": 0.1,
-    "frequency_penalty": 0.1, "seed": 4,
-}  # fmt: skip
+    "temperature": 0.9,
+    "top_k": 5,
+    "top_p": 0.97,
+    "min_p": 0.02,
+    "repetition_penalty": 1.2,
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "seed": 4,
+}
 FIXED = {"draft_tokens": 4, "adaptive_draft": False}
 
 
@@ -45,7 +53,9 @@ def run(engine, prompt=PROMPT, **settings):
 
 
 def run_batch(engine, requests, draft=None, **settings):
-    """Tokens and statistics of each of `requests` (prompt, settings); the later half arrives while the first runs."""
+    """Tokens and statistics of each of `requests` (prompt, settings); the later half arrives while
+    the first runs.
+    """
     batch = BatchEngine(engine, draft=draft, **settings)
     tokens, stats, numbers = [[] for _ in requests], [None] * len(requests), {}
 
@@ -64,7 +74,9 @@ def run_batch(engine, requests, draft=None, **settings):
 
 
 class HalfRight:
-    """Drafts that are right for 0, 1, ... tokens in turn and then wrong, by a token that the model has not, now and then."""
+    """Drafts that are right for 0, 1, ... tokens in turn and then wrong, by a token that the model
+    has not, now and then.
+    """
 
     def __init__(self, texts):
         self.texts, self.calls = texts, 0
@@ -77,13 +89,19 @@ class HalfRight:
 
 
 def test_agreeing_counts_to_the_first_difference():
-    tokens, drafted = np.random.default_rng(0).integers(0, 2, (40, 6)), np.random.default_rng(1).integers(0, 2, (40, 5))
+    tokens, drafted = (
+        np.random.default_rng(0).integers(0, 2, (40, 6)),
+        np.random.default_rng(1).integers(0, 2, (40, 5)),
+    )
     lengths = np.arange(40) % 6
     expected = [
         len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(t, d[:n], strict=False))))
         for t, d, n in zip(tokens, drafted, lengths, strict=True)
     ]
-    assert agreeing(mx.array(tokens), Drafted(mx.array(drafted), mx.array(lengths))).tolist() == expected
+    assert (
+        agreeing(mx.array(tokens), Drafted(mx.array(drafted), mx.array(lengths))).tolist()
+        == expected
+    )
     assert len(set(expected)) > 3
 
 
@@ -98,7 +116,9 @@ def test_acceptance_is_that_of_the_coupling(seed):
 
     def drawn(probabilities):
         logits = mx.broadcast_to(mx.array(np.log(probabilities).astype(np.float32)), (runs, vocab))
-        return np.array(draw(logits, filters, controls, keys, places, None, places.astype(mx.uint32)))
+        return np.array(
+            draw(logits, filters, controls, keys, places, None, places.astype(mx.uint32))
+        )
 
     ours, theirs = drawn(p), drawn(q)
     exact = sum(1 / np.maximum(p / p[x], q / q[x]).sum() for x in range(vocab))
@@ -112,18 +132,31 @@ def test_acceptance_is_that_of_the_coupling(seed):
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
     "kind, compiled",
-    [({}, True), ({"kv_bits": 8}, False), ({"kv_window": 24}, False), ({"kv_window": 24, "kv_bits": 4}, True)],
+    [
+        ({}, True),
+        ({"kv_bits": 8}, False),
+        ({"kv_window": 24}, False),
+        ({"kv_window": 24, "kv_bits": 4}, True),
+    ],
     ids=str,
 )
 def test_tokens_are_those_without_a_draft(target, draft, kind, compiled, sampling):
     plain, _ = run(target, max_tokens=40, **kind, **sampling)
     wrong = HalfRight([PROMPT + plain + [0] * 16])
     for speculation in (
-        {"draft": draft}, {"draft": target}, {"draft": wrong}, {"prompt_lookup": 2}, {"draft": draft, "prompt_lookup": 2}
-    ):  # fmt: skip
-        tokens, stats = run(target, max_tokens=40, compiled=compiled, **FIXED, **speculation, **kind, **sampling)
+        {"draft": draft},
+        {"draft": target},
+        {"draft": wrong},
+        {"prompt_lookup": 2},
+        {"draft": draft, "prompt_lookup": 2},
+    ):
+        tokens, stats = run(
+            target, max_tokens=40, compiled=compiled, **FIXED, **speculation, **kind, **sampling
+        )
         assert tokens == plain, speculation
-        assert stats.drafted_tokens and (stats.target_passes < 40 or speculation.get("draft") is draft)
+        assert stats.drafted_tokens and (
+            stats.target_passes < 40 or speculation.get("draft") is draft
+        )
     assert wrong.calls > 8
 
 
@@ -131,14 +164,24 @@ def test_tokens_are_those_without_a_draft(target, draft, kind, compiled, samplin
 def test_tokens_in_a_batch_are_those_alone_without_a_draft(target, draft, kind):
     """Eight requests of other lengths and options, in one batch with each kind of draft."""
     options = [
-        {"max_tokens": 12 + 3 * row, "draft_tokens": 1 + row, "seed": row, "temperature": 0.4 * (row % 4), "top_k": 8 * (row % 3),
-         "repetition_penalty": 1.0 + 0.2 * (row % 2), "prompt_lookup": 2 * (row % 2), "adaptive_draft": row > 3}
+        {
+            "max_tokens": 12 + 3 * row,
+            "draft_tokens": 1 + row,
+            "seed": row,
+            "temperature": 0.4 * (row % 4),
+            "top_k": 8 * (row % 3),
+            "repetition_penalty": 1.0 + 0.2 * (row % 2),
+            "prompt_lookup": 2 * (row % 2),
+            "adaptive_draft": row > 3,
+        }
         for row in range(8)
-    ]  # fmt: skip
+    ]
     requests = [(PROMPT[: 1 + row] * (1 + row), each) for row, each in enumerate(options)]
     off = {"draft_tokens": 8, "adaptive_draft": True, "prompt_lookup": 0}
     plain = [run(target, prompt, **(each | off), **kind)[0] for prompt, each in requests]
-    texts = [prompt + tokens + [0] * 16 for (prompt, _), tokens in zip(requests, plain, strict=True)]
+    texts = [
+        prompt + tokens + [0] * 16 for (prompt, _), tokens in zip(requests, plain, strict=True)
+    ]
     for source in (draft, target, HalfRight(texts)):
         tokens, stats = run_batch(target, requests, source, **kind)
         assert tokens == plain
@@ -155,14 +198,23 @@ def test_a_model_drafting_for_itself_is_always_right(target):
         tokens, stats = run_batch(target, requests, target)
         assert all(one.accepted_tokens == one.drafted_tokens > 20 for one in stats)
         assert stats[0].tokens_per_pass == 5.0
-        assert tokens[7] == run(target, requests[7][0], **(settings | {"draft_tokens": 8, "adaptive_draft": True}))[0]
+        assert (
+            tokens[7]
+            == run(
+                target, requests[7][0], **(settings | {"draft_tokens": 8, "adaptive_draft": True})
+            )[0]
+        )
 
 
 @pytest.mark.parametrize("pause", [5, 20, 60])
 def test_a_draft_model_catches_up_after_a_pause(target, monkeypatch, pause):
-    """By a short lag in its row, by a long one outside it, while other rows pause at other times."""
+    """By a short lag in its row, by a long one outside it, while other rows pause at other
+    times.
+    """
     monkeypatch.setattr(DraftLength, "length", lambda self, known: 4 * (known // pause % 2))
-    requests = [(PROMPT[: 2 + row] * 2, {"max_tokens": 160 - 9 * row, **SAMPLED}) for row in range(3)]
+    requests = [
+        (PROMPT[: 2 + row] * 2, {"max_tokens": 160 - 9 * row, **SAMPLED}) for row in range(3)
+    ]
     for group in (requests[:1], requests):
         _, stats = run_batch(target, group, target)
         assert all(one.accepted_tokens == one.drafted_tokens > 40 for one in stats)
@@ -197,14 +249,26 @@ def test_a_draft_model_keeps_what_it_has_read(target, draft):
 def test_a_draft_model_reads_nothing_twice(target, monkeypatch):
     """It is fed one pair of tokens a draft, and in a next turn what is new of it."""
     fed, whole = [], target.model.hidden
-    monkeypatch.setattr(type(target.model), "hidden", lambda model, tokens, *rest, **named: (
-        fed.append(tokens.size), whole(tokens, *rest, **named))[1])  # fmt: skip
+    monkeypatch.setattr(
+        type(target.model),
+        "hidden",
+        lambda model, tokens, *rest, **named: (
+            fed.append(tokens.size),
+            whole(tokens, *rest, **named),
+        )[1],
+    )
     kept = ModelDraft(target, target)
     tokens, _ = run(target, draft=kept, max_tokens=41, compiled=False, **FIXED)
-    assert set(fed[2:]) == {2, 1, 5}  # after both prompts: pairs and single tokens of the draft, and five to verify
+    assert set(fed[2:]) == {
+        2,
+        1,
+        5,
+    }  # after both prompts: pairs and single tokens of the draft, and five to verify
     fed.clear()
     run(target, PROMPT + tokens + PROMPT, draft=kept, max_tokens=6, compiled=False, **FIXED)
-    assert sum(fed) < len(PROMPT + tokens + PROMPT) + 4 * len(PROMPT)  # the target, which kept nothing, reads all of it
+    assert sum(fed) < len(PROMPT + tokens + PROMPT) + 4 * len(
+        PROMPT
+    )  # the target, which kept nothing, reads all of it
 
 
 def test_a_draft_model_never_reads_an_id_that_only_the_target_has(tiny, monkeypatch):
@@ -225,7 +289,9 @@ def test_a_draft_model_never_reads_an_id_that_only_the_target_has(tiny, monkeypa
 def test_closing_between_the_tokens_of_one_draft_leaves_true_caches(target):
     cache, kept = PromptCache(), ModelDraft(target, target)
     settings = {"temperature": 1.0, "seed": 1, "max_tokens": 10}
-    stream = stream_generate(target, PROMPT, draft=kept, prompt_cache=cache, ignore_eos=True, **settings, **FIXED)
+    stream = stream_generate(
+        target, PROMPT, draft=kept, prompt_cache=cache, ignore_eos=True, **settings, **FIXED
+    )
     seen = [next(stream).token for _ in range(4)]
     stream.close()
     plain, _ = run(target, **settings)
@@ -240,7 +306,9 @@ def test_a_stop_amid_a_draft_leaves_a_true_cache(target):
     settings = {"temperature": 2.0, "seed": 1, "max_tokens": 12}
     plain, _ = run(target, **settings)
     kept = ModelDraft(target, target)
-    stops = [token for place, token in enumerate(plain[:9]) if place > 1 and plain.index(token) == place]
+    stops = [
+        token for place, token in enumerate(plain[:9]) if place > 1 and plain.index(token) == place
+    ]
     assert len(stops) > 2
     for stop in stops:
         tokens, stats = run(target, draft=kept, stop_tokens=(stop,), **settings, **FIXED)
@@ -265,7 +333,9 @@ def test_a_draft_that_is_interrupted_leaves_a_true_cache(target, monkeypatch):
         return run
 
     monkeypatch.setattr(drafts, "make_drafter", interrupted)
-    stream = stream_generate(target, PROMPT, draft=kept, ignore_eos=True, compiled=False, **settings, **FIXED)
+    stream = stream_generate(
+        target, PROMPT, draft=kept, ignore_eos=True, compiled=False, **settings, **FIXED
+    )
     with pytest.raises(KeyboardInterrupt):
         list(stream)  # its last draft is a shorter one
     monkeypatch.undo()
@@ -283,7 +353,9 @@ def test_a_draft_model_is_not_asked_beyond_its_own_context(target):
 
 
 def test_sampled_tokens_follow_the_exact_joint_distribution(tiny):
-    """Three tokens of 600 requests against the product of the model's own conditional probabilities."""
+    """Three tokens of 600 requests against the product of the model's own conditional
+    probabilities.
+    """
     vocab, prompt = 6, [1, 5, 3]
     target, draft = (random_engine(tiny, seed=3, vocab=vocab) for _ in range(2))
     draft.model.lm_head.weight += 0.5 * mx.random.normal(draft.model.lm_head.weight.shape) / 8
@@ -304,7 +376,9 @@ def test_sampled_tokens_follow_the_exact_joint_distribution(tiny):
     runs, settings = 600, SAMPLED | FIXED | {"draft_tokens": 2, "max_tokens": 4}
     requests = [(prompt, settings | {"seed": seed}) for seed in range(runs)]
     tokens, stats = run_batch(target, requests, draft, slots=32)
-    drafted, accepted = (sum(getattr(one, name) for one in stats) for name in ("drafted_tokens", "accepted_tokens"))
+    drafted, accepted = (
+        sum(getattr(one, name) for one in stats) for name in ("drafted_tokens", "accepted_tokens")
+    )
     assert 0.3 * drafted < accepted < 0.9 * drafted  # both fates come up
     counts = Counter(tuple(found[:3]) for found in tokens)
     chi, freedom, rare = 0.0, -1, [0.0, 0]
@@ -323,26 +397,46 @@ def test_sampled_tokens_follow_the_exact_joint_distribution(tiny):
 
 def test_a_tokenizer_is_the_same_from_either_file(tiny):
     folder = tiny.tokenizer.path.parent
-    model, json = (Tokenizer.from_file(folder / name) for name in ("tokenizer.model", "tokenizer.json"))
+    model, json = (
+        Tokenizer.from_file(folder / name) for name in ("tokenizer.model", "tokenizer.json")
+    )
     assert model.fingerprint != json.fingerprint
-    tokens = [event.token for event in stream_generate(replace(tiny, tokenizer=model), "Once", max_tokens=6)]
+    tokens = [
+        event.token
+        for event in stream_generate(replace(tiny, tokenizer=model), "Once", max_tokens=6)
+    ]
     draft = replace(tiny, tokenizer=json)
-    assert [e.token for e in stream_generate(replace(tiny, tokenizer=model), "Once", max_tokens=6, draft=draft)] == tokens
+    assert [
+        e.token
+        for e in stream_generate(replace(tiny, tokenizer=model), "Once", max_tokens=6, draft=draft)
+    ] == tokens
 
 
 def test_mistakes(tiny, target, draft):
-    with pytest.raises(OptionError, match="has another tokenizer than openelm-tiny; a draft must share it"):
+    with pytest.raises(
+        OptionError, match="has another tokenizer than openelm-tiny; a draft must share it"
+    ):
         stream_generate(tiny, "Once", draft=target)
-    with pytest.raises(OptionError, match="has another tokenizer than openelm-tiny; a draft must share it"):
+    with pytest.raises(
+        OptionError, match="has another tokenizer than openelm-tiny; a draft must share it"
+    ):
         stream_generate(tiny, "Once", draft=ModelDraft(target, draft))
-    with pytest.raises(OptionError, match="draft_tokens is 99; allowed is a whole number from 1 to 16"):
+    with pytest.raises(
+        OptionError, match="draft_tokens is 99; allowed is a whole number from 1 to 16"
+    ):
         stream_generate(tiny, "Once", draft_tokens=99)
     with pytest.raises(OptionError, match="draft is 'openelm-tiny'; allowed is a loaded model"):
         stream_generate(tiny, "Once", draft="openelm-tiny")
     for name, value in (("draft_tokens", 3), ("adaptive_draft", False)):
-        with pytest.raises(OptionError, match=f"{name} is {value}, but nothing drafts; give a draft model or prompt_lookup"):
+        with pytest.raises(
+            OptionError,
+            match=f"{name} is {value}, but nothing drafts; give a draft model or prompt_lookup",
+        ):
             stream_generate(tiny, "Once", **{name: value})
     for given in (None, ["x"], [1.5], "5 6"):
         own = SimpleNamespace(propose=lambda known, length, given=given: given)
-        with pytest.raises(OptionError, match=r"draft proposed .*; allowed is a list of token ids, \[\] for no draft"):
+        with pytest.raises(
+            OptionError,
+            match=r"draft proposed .*; allowed is a list of token ids, \[\] for no draft",
+        ):
             list(stream_generate(target, PROMPT, draft=own))

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from openelm_mlx.drafts import EXTRA, LEAVING, LENGTHS, DraftLength, PromptLookup, gain, longest_gain
+from openelm_mlx.drafts import (
+    EXTRA,
+    LEAVING,
+    LENGTHS,
+    DraftLength,
+    PromptLookup,
+    gain,
+    longest_gain,
+)
 
 
 def test_lookup_finds_the_latest_occurrence_and_repeats_a_loop():
@@ -13,9 +21,16 @@ def test_lookup_finds_the_latest_occurrence_and_repeats_a_loop():
     known = [5, 6, 7, 8, 5, 6, 9, 5, 6]
     assert lookup.find(known) == (6, 2) and lookup.propose(known, 5) == [9, 5, 6, 9, 5]
     unseen = [*known, 1]
-    assert lookup.find(unseen) is None and lookup.propose(unseen, 5) == [] and lookup.length(unseen) == 0
+    assert (
+        lookup.find(unseen) is None
+        and lookup.propose(unseen, 5) == []
+        and lookup.length(unseen) == 0
+    )
     assert PromptLookup(3, limit=8).find([1, 2, 3]) is None
-    assert PromptLookup(3, limit=8).find([4, 5, 9, 5]) == (2, 1)  # no longer match: the latest one of length 1
+    assert PromptLookup(3, limit=8).find([4, 5, 9, 5]) == (
+        2,
+        1,
+    )  # no longer match: the latest one of length 1
     assert PromptLookup(3, limit=5, adaptive=False).length([4, 5, 9, 5]) == 5
 
 
@@ -49,7 +64,11 @@ def test_drafting_stops_while_it_loses_and_tries_again():
 
 def test_the_gain_is_tokens_by_passes():
     a, k = 0.7, 3
-    assert gain(a, k, 0.1) == pytest.approx(sum(a**i for i in range(k + 1)) / (1 + LEAVING + k * (0.1 + EXTRA)))
+    assert gain(a, k, 0.1) == pytest.approx(
+        sum(a**i for i in range(k + 1)) / (1 + LEAVING + k * (0.1 + EXTRA))
+    )
     for cost in (0.0, 0.2, 0.9):
         best, most = longest_gain(a, 6, cost)
-        assert best <= 6 and most == gain(a, best, cost) == max(gain(a, k, cost) for k in LENGTHS if k <= 6)
+        assert best <= 6 and most == gain(a, best, cost) == max(
+            gain(a, k, cost) for k in LENGTHS if k <= 6
+        )

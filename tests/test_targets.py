@@ -35,8 +35,12 @@ def test_hf_to_mlx_to_hf_is_bit_exact(tmp_path, nano, dtype):
     run(nano, tmp_path / "hf", target_format="hf", dtype=dtype)
     run(tmp_path / "hf", tmp_path / "mlx")
     run(tmp_path / "mlx", tmp_path / "back", target_format="hf")
-    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (tmp_path / "hf" / "model.safetensors").read_bytes()
-    assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        tmp_path / "hf" / "model.safetensors"
+    ).read_bytes()
+    assert (tmp_path / "back" / "config.json").read_bytes() == (
+        tmp_path / "hf" / "config.json"
+    ).read_bytes()
     before, after = weights(nano), weights(tmp_path / "back")
     assert before.keys() == after.keys()
     for name, array in before.items():
@@ -57,13 +61,21 @@ def test_a_quantized_folder_as_hf_is_whole(tmp_path, nano):
     assert "quantization" not in json.loads((tmp_path / "hf" / "config.json").read_text())
     stored = weights(tmp_path / "q")
     stem = N.removesuffix("weight")
-    want = mx.dequantize(*(stored[stem + part] for part in ("weight", "scales", "biases")), group_size=64, bits=8)
+    want = mx.dequantize(
+        *(stored[stem + part] for part in ("weight", "scales", "biases")), group_size=64, bits=8
+    )
     assert mx.array_equal(weights(tmp_path / "hf")[N], want)
 
 
-@pytest.mark.parametrize(("kind", "fields"), [
-    ("F32", {}), ("F16", {"dtype": "float16"}), ("BF16", {"dtype": "bfloat16"}), ("Q8_0", {"bits": 8}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("F32", {}),
+        ("F16", {"dtype": "float16"}),
+        ("BF16", {"dtype": "bfloat16"}),
+        ("Q8_0", {"bits": 8}),
+    ],
+)
 def test_mlx_to_gguf_to_mlx_within_the_formats_rounding(tmp_path, nano, kind, fields):
     planned = run(nano, tmp_path / "x.gguf", target_format="gguf", dry_run=True, **fields)
     assert list(tmp_path.iterdir()) == [] and planned.memory_bytes > 0
@@ -73,7 +85,11 @@ def test_mlx_to_gguf_to_mlx_within_the_formats_rounding(tmp_path, nano, kind, fi
     assert before.keys() == after.keys()
     for name, array in before.items():
         if array.ndim == 1 or kind != "Q8_0":
-            want = array if kind == "Q8_0" else array.astype(getattr(mx, fields.get("dtype", "float32")))
+            want = (
+                array
+                if kind == "Q8_0"
+                else array.astype(getattr(mx, fields.get("dtype", "float32")))
+            )
             assert mx.array_equal(after[name], want)
         else:  # half a step of a block of 32, and float16's rounding of the step (2 ** -11) at 127 of them
             blocks, error = (x.reshape(-1, 32) for x in (array, mx.abs(after[name] - array)))
@@ -95,22 +111,38 @@ def test_gguf_holds_llama_cpps_keys_and_names(tmp_path, nano):
 
     run(nano, tmp_path / "nano-instruct.gguf", target_format="gguf", bits=8)
     reader = gguf.GGUFReader(tmp_path / "nano-instruct.gguf")
-    values = {name: field.contents() for name, field in reader.fields.items() if name[:5] != "GGUF."}
+    values = {
+        name: field.contents() for name, field in reader.fields.items() if name[:5] != "GGUF."
+    }
     raw = json.loads((nano / "config.json").read_text())
     assert values["general.architecture"] == "openelm" and values["general.type"] == "model"
-    assert values["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q8_0 and values["general.quantization_version"] == 2
+    assert (
+        values["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q8_0
+        and values["general.quantization_version"] == 2
+    )
     want = {
-        "block_count": 4, "context_length": raw["max_context_length"], "embedding_length": 128,
-        "attention.head_count": raw["num_query_heads"], "attention.head_count_kv": raw["num_kv_heads"],
-        "attention.key_length": raw["head_dim"], "attention.value_length": raw["head_dim"],
-        "rope.dimension_count": raw["head_dim"], "rope.freq_base": 10000.0,
+        "block_count": 4,
+        "context_length": raw["max_context_length"],
+        "embedding_length": 128,
+        "attention.head_count": raw["num_query_heads"],
+        "attention.head_count_kv": raw["num_kv_heads"],
+        "attention.key_length": raw["head_dim"],
+        "attention.value_length": raw["head_dim"],
+        "rope.dimension_count": raw["head_dim"],
+        "rope.freq_base": 10000.0,
         "feed_forward_length": [int(m * 128) for m in raw["ffn_multipliers"]],
-    }  # fmt: skip
+    }
     assert {key: values[f"openelm.{key}"] for key in want} == want
     assert np.float32(values["openelm.attention.layer_norm_rms_epsilon"]) == np.float32(1e-6)
     assert values["tokenizer.ggml.model"] == "llama" and values["tokenizer.ggml.pre"] == "default"
-    assert [values[f"tokenizer.ggml.{key}_token_id"] for key in ("unknown", "bos", "eos")] == [0, 1, 2]
-    assert len(values["tokenizer.ggml.tokens"]) == 4096 and values["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+    assert [values[f"tokenizer.ggml.{key}_token_id"] for key in ("unknown", "bos", "eos")] == [
+        0,
+        1,
+        2,
+    ]
+    assert len(values["tokenizer.ggml.tokens"]) == 4096 and values["tokenizer.ggml.token_type"][
+        :4
+    ] == [2, 3, 3, 6]
     assert "<|system|>" in values["tokenizer.chat_template"]
     arch = gguf.MODEL_ARCH.OPENELM
     layers = [t for t in gguf.MODEL_TENSORS[arch] if "blk" in gguf.TENSOR_NAMES[t]]
@@ -123,7 +155,9 @@ def test_a_gguf_target_is_replaced_only_with_force(tmp_path, nano):
     target = tmp_path / "x.gguf"
     run(nano, target, target_format="gguf")
     before = target.read_bytes()
-    with pytest.raises(ConversionError, match="exists; choose another file, or replace it with --force"):
+    with pytest.raises(
+        ConversionError, match="exists; choose another file, or replace it with --force"
+    ):
         run(nano, target, target_format="gguf", bits=8)
     assert target.read_bytes() == before
     run(nano, target, target_format="gguf", bits=8, force=True)
@@ -138,25 +172,45 @@ def test_a_gguf_target_is_replaced_only_with_force(tmp_path, nano):
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("untied-mha", "a head of its own"), ("noqknorm-gqa2", "no QK-norm"), ("noglu-gqa2", "a plain FFN"),
-     ("lora", "a head of its own")],
-)  # fmt: skip
+    [
+        ("untied-mha", "a head of its own"),
+        ("noqknorm-gqa2", "no QK-norm"),
+        ("noglu-gqa2", "a plain FFN"),
+        ("lora", "a head of its own"),
+    ],
+)
 def test_models_that_llama_cpp_cannot_express(tmp_path, name, what):
     head = {"head_dim": 64} if name == "noqknorm-gqa2" else {}
     size = json.loads((GOLDEN / name / "arch.json").read_text())["vocab_size"]
-    with pytest.raises(ConversionError, match=f"the model has {what}, which llama.cpp's openelm cannot express"):
-        run(GOLDEN / name / "checkpoint.pt", tmp_path / "x", target_format="gguf", tokenizer=tokenizer_file(tmp_path, size),
-            **head)  # fmt: skip
+    with pytest.raises(
+        ConversionError, match=f"the model has {what}, which llama.cpp's openelm cannot express"
+    ):
+        run(
+            GOLDEN / name / "checkpoint.pt",
+            tmp_path / "x",
+            target_format="gguf",
+            tokenizer=tokenizer_file(tmp_path, size),
+            **head,
+        )
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"target_format": "hf", "bits": 4}, "--to hf writes whole weights"),
-        ({"target_format": "gguf", "adapter": "keep"}, "--to gguf writes one file of weights; leave out --adapter keep"),
-        ({"target_format": "gguf", "bits": 4}, "--to gguf writes F32, F16, BF16 .--dtype. and Q8_0 .--bits 8."),
+        (
+            {"target_format": "gguf", "adapter": "keep"},
+            "--to gguf writes one file of weights; leave out --adapter keep",
+        ),
+        (
+            {"target_format": "gguf", "bits": 4},
+            "--to gguf writes F32, F16, BF16 .--dtype. and Q8_0 .--bits 8.",
+        ),
         ({"target_format": "onnx"}, "target_format is 'onnx'; allowed: mlx, hf, gguf"),
-        ({"source_format": "x"}, "source_format is 'x'; allowed: pt, huggingface, mlx, corenet-mlx, gguf"),
+        (
+            {"source_format": "x"},
+            "source_format is 'x'; allowed: pt, huggingface, mlx, corenet-mlx, gguf",
+        ),
         ({"adapter": "x"}, "adapter is 'x'; allowed: merge, keep"),
     ],
 )
@@ -182,34 +236,65 @@ def test_weights_beyond_q8_0(tmp_path, nano):
 
 
 def test_rows_that_are_no_q8_0_blocks(tmp_path):
-    with pytest.raises(ConversionError, match=r"has rows of 24 weights, no multiple of Q8_0's 32; leave out --bits"):
+    with pytest.raises(
+        ConversionError, match=r"has rows of 24 weights, no multiple of Q8_0's 32; leave out --bits"
+    ):
         source = tmp_path / "s"
         source.mkdir()
         from openelm_mlx.config import OpenELMConfig, expected_tensors
 
-        config = OpenELMConfig(model_dim=24, head_dim=8, num_transformer_layers=1, vocab_size=64, num_gqa_groups=1,
-                               ffn_dim_divisor=8, qkv_multipliers=(1.0,), ffn_multipliers=(1.0,))  # fmt: skip
-        mx.save_safetensors(str(source / "model.safetensors"), {n: mx.ones(s) for n, s in expected_tensors(config).items()})
+        config = OpenELMConfig(
+            model_dim=24,
+            head_dim=8,
+            num_transformer_layers=1,
+            vocab_size=64,
+            num_gqa_groups=1,
+            ffn_dim_divisor=8,
+            qkv_multipliers=(1.0,),
+            ffn_multipliers=(1.0,),
+        )
+        mx.save_safetensors(
+            str(source / "model.safetensors"),
+            {n: mx.ones(s) for n, s in expected_tensors(config).items()},
+        )
         (source / "config.json").write_text(json.dumps(config.to_hf_dict()))
-        run(source, tmp_path / "x", target_format="gguf", bits=8, tokenizer=tokenizer_file(tmp_path, 64))
+        run(
+            source,
+            tmp_path / "x",
+            target_format="gguf",
+            bits=8,
+            tokenizer=tokenizer_file(tmp_path, 64),
+        )
 
 
 def test_shards_are_written_and_read(tmp_path, nano):
-    """Three shards with an index, read by mlx-lm's rule (every model*.safetensors) and by this converter."""
+    """Three shards with an index, read by mlx-lm's rule (every model*.safetensors) and by this
+    converter.
+    """
     arrays = weights(nano)
-    plan = {name: TensorInfo(str(a.dtype).removeprefix("mlx.core."), a.shape) for name, a in arrays.items()}
+    plan = {
+        name: TensorInfo(str(a.dtype).removeprefix("mlx.core."), a.shape)
+        for name, a in arrays.items()
+    }
     sharded = tmp_path / "sharded"
     shutil.copytree(nano, sharded)
     (sharded / "model.safetensors").unlink()
     names = write_weights(sharded, plan, arrays.items(), limit=2 << 20)
-    assert names == [f"model-{n}-of-{len(names):05d}.safetensors" for n in ("00001", "00002", "00003", "00004")[: len(names)]]
+    assert names == [
+        f"model-{n}-of-{len(names):05d}.safetensors"
+        for n in ("00001", "00002", "00003", "00004")[: len(names)]
+    ]
     assert len(names) > 1
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in arrays.values())
-    assert index["weight_map"].keys() == arrays.keys() and set(index["weight_map"].values()) == set(names)
+    assert index["weight_map"].keys() == arrays.keys() and set(index["weight_map"].values()) == set(
+        names
+    )
     assert all(mx.array_equal(array, arrays[name]) for name, array in weights(sharded).items())
     run(sharded, tmp_path / "one")
-    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (nano / "model.safetensors").read_bytes()
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        nano / "model.safetensors"
+    ).read_bytes()
 
 
 def test_the_3b_is_never_written_in_float16(tmp_path):
@@ -218,7 +303,10 @@ def test_the_3b_is_never_written_in_float16(tmp_path):
     from openelm_mlx.config import OpenELMConfig
 
     options = ConvertOptions(source=tmp_path, target="x", dtype="float16")
-    with pytest.raises(ConversionError, match="OpenELM-3B needs a wider range than float16 has; use --dtype bfloat16 or"):
+    with pytest.raises(
+        ConversionError,
+        match="OpenELM-3B needs a wider range than float16 has; use --dtype bfloat16 or",
+    ):
         target_dtype("w", "bfloat16", OpenELMConfig.from_name("3b"), options)
 
 

@@ -37,16 +37,23 @@ class Terminal:
         self.before = termios.tcgetattr(self.side)
         environment = {**os.environ, "TERM": "xterm", "XDG_STATE_HOME": home, "HOME": home}
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "openelm_mlx", *arguments], stdin=self.side, stdout=self.side, stderr=self.side,
-            env=environment, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )  # fmt: skip
+            [sys.executable, "-m", "openelm_mlx", *arguments],
+            stdin=self.side,
+            stdout=self.side,
+            stderr=self.side,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
         self.raw, self.taken = "", 0
 
     def resize(self, columns: int) -> None:
         fcntl.ioctl(self.side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 
     def wait_for(self, pattern: str, seconds: float = 30, of: str = "text") -> str:
-        """Return what was shown up to the first match, and take it off. `of="raw"` looks at the status line as well."""
+        """Return what was shown up to the first match, and take it off. `of="raw"` looks at the
+        status line as well.
+        """
         end = time.monotonic() + seconds
         while True:
             shown = self.raw if of == "raw" else seen(self.raw)[self.taken :]
@@ -91,7 +98,9 @@ class Terminal:
 @pytest.fixture
 def terminal(tmp_path):
     """A chat whose answers go on until they are cut."""
-    with closing(Terminal("chat", *GREEDY, "--max-tokens", "400", "--ignore-eos", home=str(tmp_path))) as terminal:
+    with closing(
+        Terminal("chat", *GREEDY, "--max-tokens", "400", "--ignore-eos", home=str(tmp_path))
+    ) as terminal:
         shown = terminal.wait_for("leaves")
         assert "million parameters" in shown and "context 1024" in shown and "greedy" in shown
         terminal.wait_for("›")
@@ -99,7 +108,9 @@ def terminal(tmp_path):
 
 
 def seen(raw: str) -> str:
-    """The text without the status line; what the chat goes back over, to write it on the next line, is gone."""
+    """The text without the status line; what the chat goes back over, to write it on the next line,
+    is gone.
+    """
     raw = STATUS.sub("", raw)
     while back := BACK.search(raw):
         raw = raw[: back.start() - int(back[1])] + raw[back.end() :]
@@ -108,7 +119,9 @@ def seen(raw: str) -> str:
 
 def test_a_conversation_on_a_terminal(tiny, terminal, tmp_path):
     # an answer is stopped; the conversation goes on, and the cost of what there was is told
-    wanted = "".join(event.text for event in Conversation(tiny, max_tokens=12, temperature=0).send("Hello!"))
+    wanted = "".join(
+        event.text for event in Conversation(tiny, max_tokens=12, temperature=0).send("Hello!")
+    )
     terminal.type("Hello!")
     terminal.wait_for(re.escape(wanted[:8]))
     terminal.type("", "ctrl-c")
@@ -174,7 +187,9 @@ def test_a_killed_chat_leaves_the_terminal_as_it_was(terminal):
     terminal.wait_for("Ctrl-C stops", of="raw")
     assert not terminal.restored()
     shown = terminal.wait_for(r"› Hello!\n+([^\n]+\n){3}")
-    lines = shown.splitlines()[-3:]  # of a narrow window: the terminal has to break none of them by itself
+    lines = shown.splitlines()[
+        -3:
+    ]  # of a narrow window: the terminal has to break none of them by itself
     assert all(len(line) < 30 for line in lines) and max(map(len, lines)) > 20, lines
     os.kill(terminal.child.pid, signal.SIGTERM)
     assert terminal.status() == 128 + signal.SIGTERM and terminal.restored()

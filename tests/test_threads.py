@@ -1,4 +1,6 @@
-"""A generation may be driven from any thread and from asyncio, and the process ends cleanly afterwards."""
+"""A generation may be driven from any thread and from asyncio, and the process ends cleanly
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +153,9 @@ def test_one_works_at_a_time() -> None:
 
 
 def test_a_compiled_function_never_runs_the_trace_of_an_earlier_one() -> None:
-    """MLX finds traces by the address of the function, and functions that are made anew get the same one."""
+    """MLX finds traces by the address of the function, and functions that are made anew get the
+    same one.
+    """
     one = mx.array(1.0)
     for number in range(50):
         weight = mx.array(float(number))
@@ -255,12 +259,18 @@ PROMPT = [1, 50, 60, 10]
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "filters and penalties": {
-        "temperature": 0.8, "seed": 3, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "logprobs": 2
+        "temperature": 0.8,
+        "seed": 3,
+        "top_k": 40,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "repetition_penalty": 1.2,
+        "logprobs": 2,
     },
     "drafts": {"prompt_lookup": 2, "adaptive_draft": False},
     "window": {"kv_window": 8, "kv_keep": 2},
     "quantized": {"kv_bits": 8},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +323,9 @@ def test_one_scheduler_for_several_threads(small: Engine) -> None:
 
 
 def test_new_weights_count_in_every_thread(tiny: Engine) -> None:
-    """Compiled steps of equal options are made anew, often at the address of those for the weights before."""
+    """Compiled steps of equal options are made anew, often at the address of those for the weights
+    before.
+    """
     engine, name, seen = random_engine(tiny, 1), "transformer.norm.weight", []
     norm = parameters(engine.model)[name]
     for seed in range(5):

@@ -15,7 +15,17 @@ from openelm_mlx.errors import PromptError, TokenizerError
 from openelm_mlx.loading import Engine
 from openelm_mlx.tokenizer import StreamingDecoder, Tokenizer
 
-TEXTS = ["Hello world", "  two spaces", "a  b\n\n c ", "", "né 漢字 🦙🏽", "</s> is text", "<0x41>", "\tx", " "]
+TEXTS = [
+    "Hello world",
+    "  two spaces",
+    "a  b\n\n c ",
+    "",
+    "né 漢字 🦙🏽",
+    "</s> is text",
+    "<0x41>",
+    "\tx",
+    " ",
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +35,15 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"Hello world number {i}, a user is here\n" for i in range(200)]
     (base / "corpus.txt").write_text("".join(lines))
     spm.SentencePieceTrainer.Train(
-        input=os.fspath(base / "corpus.txt"), model_prefix=os.fspath(base / "tokenizer"), vocab_size=330,
-        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, minloglevel=2)
+        input=os.fspath(base / "corpus.txt"),
+        model_prefix=os.fspath(base / "tokenizer"),
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
     return base / "tokenizer.model"
 
 
@@ -44,7 +60,9 @@ def test_round_trip_streamed_and_whole(model_file: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_tokenizer_json_gives_the_same_ids_and_parses_no_control_token(nano: Path, text: str) -> None:
+def test_tokenizer_json_gives_the_same_ids_and_parses_no_control_token(
+    nano: Path, text: str
+) -> None:
     one, other = (Tokenizer.from_file(nano / f"tokenizer.{kind}") for kind in ("model", "json"))
     assert one.encode(text) == other.encode(text) and one.decode(other.encode(text)) == text
     assert other.encode(f"{text}</s><s>") == one.encode(f"{text}</s><s>")
@@ -67,13 +85,30 @@ def tokenizer(tiny: Engine, request: pytest.FixtureRequest) -> Tokenizer:
 
 def random_texts(count: int) -> Iterator[str]:
     generator = random.Random(1)
-    parts = ["a", "the ", "Once", " ", "  ", "\n", "\t", "é", "漢", "🦙🏽", "<s>", "</s>", "<0x41>", "1"]
+    parts = [
+        "a",
+        "the ",
+        "Once",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "é",
+        "漢",
+        "🦙🏽",
+        "<s>",
+        "</s>",
+        "<0x41>",
+        "1",
+    ]
     for _ in range(count):
         yield "".join(generator.choice(parts) for _ in range(generator.randint(1, 8)))
 
 
 def test_a_continuation_is_encoded_as_what_follows(tokenizer: Tokenizer) -> None:
-    """Its ids decode to exactly the joined text; and no piece spans a line break, behind which it is the text's own end."""
+    """Its ids decode to exactly the joined text; and no piece spans a line break, behind which it
+    is the text's own end.
+    """
     texts = list(random_texts(2000))
     break_ids = tokenizer.encode("\n")
     for text, more in zip(texts, texts[1:], strict=False):
@@ -84,7 +119,9 @@ def test_a_continuation_is_encoded_as_what_follows(tokenizer: Tokenizer) -> None
 
 
 def test_streamed_after_a_prompt_is_what_is_added_to_its_text(tokenizer: Tokenizer) -> None:
-    """Wherever prompt and answer are cut apart, amid a character too, and for bytes that are no text."""
+    """Wherever prompt and answer are cut apart, amid a character too, and for bytes that are no
+    text.
+    """
     generator = random.Random(2)
     lists = [tokenizer.encode(text) for text in random_texts(1000)]
     lists += [[1, *(generator.randrange(3, 262) for _ in range(6))] for _ in range(1000)]
@@ -97,25 +134,58 @@ def test_streamed_after_a_prompt_is_what_is_added_to_its_text(tokenizer: Tokeniz
 
 @pytest.mark.parametrize("continued", [False, True])
 def test_what_is_no_utf8_is_refused(tokenizer: Tokenizer, continued: bool) -> None:
-    with pytest.raises(PromptError, match=r"character 4 is the lone surrogate '\\udce9'.* iconv -f latin1 -t utf-8"):
+    with pytest.raises(
+        PromptError, match=r"character 4 is the lone surrogate '\\udce9'.* iconv -f latin1 -t utf-8"
+    ):
         tokenizer.encode("caf\udce9", continued=continued)
-    with pytest.raises(PromptError, match=r"'\\ud83d'\. It is half a character of UTF-16; give the other half with it"):
+    with pytest.raises(
+        PromptError,
+        match=r"'\\ud83d'\. It is half a character of UTF-16; give the other half with it",
+    ):
         tokenizer.encode("half an emoji \ud83d", continued=continued)
     with pytest.raises(PromptError, match="the text is of type bytes; give a str"):
         tokenizer.encode(b"cafe", continued=continued)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("steps", [
-    {"normalizer": {"type": "Prepend", "prepend": "▁"}, "pre_tokenizer": None},
-    {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}},
-    {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}]}}])
-def test_every_form_of_the_dummy_prefix_is_known(tiny: Engine, tmp_path: Path, steps: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {"normalizer": {"type": "Prepend", "prepend": "▁"}, "pre_tokenizer": None},
+        {
+            "normalizer": None,
+            "pre_tokenizer": {
+                "type": "Metaspace",
+                "replacement": "▁",
+                "prepend_scheme": "always",
+                "split": False,
+            },
+        },
+        {
+            "normalizer": None,
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {
+                        "type": "Metaspace",
+                        "replacement": "▁",
+                        "prepend_scheme": "first",
+                        "split": False,
+                    }
+                ],
+            },
+        },
+    ],
+)
+def test_every_form_of_the_dummy_prefix_is_known(
+    tiny: Engine, tmp_path: Path, steps: dict[str, object]
+) -> None:
     content = json.loads((tiny.path / "tokenizer.json").read_text(encoding="utf-8"))
     (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **steps}), encoding="utf-8")
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.encode("there", bos=False) == tiny.tokenizer.encode("there", bos=False)
-    assert tokenizer.encode("there", bos=False, continued=True) == tiny.tokenizer.encode("there", bos=False, continued=True)
+    assert tokenizer.encode("there", bos=False, continued=True) == tiny.tokenizer.encode(
+        "there", bos=False, continued=True
+    )
 
 
 def test_refusals(model_file: Path, tmp_path: Path) -> None:
@@ -129,5 +199,7 @@ def test_refusals(model_file: Path, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="outside the vocabulary of 330"):
         Tokenizer.from_file(model_file).piece_bytes(330)
     for wrong in ([9, 2.0], ["9"], [True], [None], "9", 9, None):
-        with pytest.raises(TokenizerError, match="only token ids, which are integers, can be decoded"):
+        with pytest.raises(
+            TokenizerError, match="only token ids, which are integers, can be decoded"
+        ):
             Tokenizer.from_file(model_file).decode(wrong)

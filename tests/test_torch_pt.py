@@ -51,7 +51,13 @@ class Writer(pickle._Pickler):
 def tensor(key, kind, elements, shape, strides, offset=0):
     storage = Storage(key, kind, elements)
     return Call(
-        "torch._utils._rebuild_tensor_v2", storage, offset, shape, strides, False, collections.OrderedDict()
+        "torch._utils._rebuild_tensor_v2",
+        storage,
+        offset,
+        shape,
+        strides,
+        False,
+        collections.OrderedDict(),
     )
 
 
@@ -77,15 +83,22 @@ def test_shared_storage_strides_and_offset(tmp_path):
         "scalar": tensor("0", "FloatStorage", 24, (), (), offset=5),
         "expanded": tensor("0", "FloatStorage", 24, (3, 2), (0, 1), offset=2),
         "parameter": Call(
-            "torch._utils._rebuild_parameter", tensor("0", "FloatStorage", 24, (24,), (1,)), True, {}
+            "torch._utils._rebuild_parameter",
+            tensor("0", "FloatStorage", 24, (24,), (1,)),
+            True,
+            {},
         ),
     }
     file = TorchCheckpoint(write(tmp_path / "x.pt", state, {"0": data}))
     view = np.lib.stride_tricks.as_strided
     expected = {
-        "plain": data.reshape(4, 6), "transposed": data.reshape(4, 6).T, "scalar": data[5],
-        "window": view(data[1:], (2, 3), (48, 8)), "expanded": np.tile(data[2:4], (3, 1)), "parameter": data,
-    }  # fmt: skip
+        "plain": data.reshape(4, 6),
+        "transposed": data.reshape(4, 6).T,
+        "scalar": data[5],
+        "window": view(data[1:], (2, 3), (48, 8)),
+        "expanded": np.tile(data[2:4], (3, 1)),
+        "parameter": data,
+    }
     assert file.tensors.keys() == expected.keys()
     for name, want in expected.items():
         assert file.tensors[name].shape == want.shape
@@ -95,20 +108,29 @@ def test_shared_storage_strides_and_offset(tmp_path):
 def test_types(tmp_path):
     values = np.array([1.5, -2.0, 0.25, 3.0], np.float32)
     storages = {
-        "0": values, "1": values.astype(np.float16), "2": (values.view(np.uint32) >> 16).astype(np.uint16),
-        "3": values.astype(np.float64), "4": values.astype(np.int64),
-    }  # fmt: skip
+        "0": values,
+        "1": values.astype(np.float16),
+        "2": (values.view(np.uint32) >> 16).astype(np.uint16),
+        "3": values.astype(np.float64),
+        "4": values.astype(np.int64),
+    }
     kinds = ("FloatStorage", "HalfStorage", "BFloat16Storage", "DoubleStorage", "LongStorage")
-    state = {"model": {kind: tensor(str(i), kind, 4, (2, 2), (2, 1)) for i, kind in enumerate(kinds)}}
+    state = {
+        "model": {kind: tensor(str(i), kind, 4, (2, 2), (2, 1)) for i, kind in enumerate(kinds)}
+    }
     file = TorchCheckpoint(write(tmp_path / "x.pt", state, storages))
-    for kind, dtype in zip(kinds, (mx.float32, mx.float16, mx.bfloat16, mx.float32, mx.int64), strict=True):
+    for kind, dtype in zip(
+        kinds, (mx.float32, mx.float16, mx.bfloat16, mx.float32, mx.int64), strict=True
+    ):
         array = file.load(kind)
         assert array.dtype == dtype
         want = values.astype(np.int64) if dtype == mx.int64 else values
         assert array.astype(mx.float32).flatten().tolist() == want.tolist()
 
 
-@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "torch.load", "collections.Counter"])
+@pytest.mark.parametrize(
+    "name", ["os.system", "builtins.eval", "torch.load", "collections.Counter"]
+)
 def test_other_globals_are_refused_by_name(tmp_path, name):
     path = write(tmp_path / "x.pt", {"w": Call(name, "touch pwned")}, {})
     with pytest.raises(ConversionError, match=f"asks for the global {name}.*refused"):

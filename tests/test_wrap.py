@@ -11,7 +11,9 @@ from openelm_mlx.cli.wrap import WordWrap
 
 
 class Screen:
-    """Lines of a terminal of `width` columns that knows the line break, "back" and "erase to the end of the line"."""
+    """Lines of a terminal of `width` columns that knows the line break, "back" and "erase to the
+    end of the line".
+    """
 
     def __init__(self, width: int) -> None:
         self.width, self.lines, self.at = width, [[]], 0
@@ -31,7 +33,10 @@ class Screen:
                 if not cell_len(part):
                     line[-1] += part
                     continue
-                line += [part, *[""] * (cell_len(part) - 1)]  # the second half of a wide character is a cell too
+                line += [
+                    part,
+                    *[""] * (cell_len(part) - 1),
+                ]  # the second half of a wide character is a cell too
                 self.at = len(line)
                 assert self.at <= self.width, "the terminal would have wrapped by itself"
 
@@ -47,7 +52,11 @@ def wrapped(pieces: list[str], width: int) -> list[str]:
 
 
 def test_a_word_is_never_cut_however_it_arrives():
-    assert wrapped(["the quick", " bro", "wn fox", " ju", "mps"], 12) == ["the quick ", "brown fox ", "jumps"]
+    assert wrapped(["the quick", " bro", "wn fox", " ju", "mps"], 12) == [
+        "the quick ",
+        "brown fox ",
+        "jumps",
+    ]
     rng = random.Random(4)
     for _ in range(200):
         text = " ".join("x" * rng.randint(1, 9) for _ in range(30))
@@ -66,7 +75,10 @@ def test_a_word_longer_than_a_line_fills_lines():
 
 def test_wide_characters_take_two_columns_and_part_anywhere():
     assert wrapped(["ab\u72ac\u732b", "\u9ce5\u9b5a"], 8) == ["ab\u72ac\u732b", "\u9ce5\u9b5a"]
-    assert wrapped(["e\u0301" * 12], 10) == ["e\u0301" * 9, "e\u0301" * 3]  # a combining accent takes none
+    assert wrapped(["e\u0301" * 12], 10) == [
+        "e\u0301" * 9,
+        "e\u0301" * 3,
+    ]  # a combining accent takes none
 
 
 def test_line_breaks_indents_and_blanks_at_the_edge():
@@ -83,7 +95,10 @@ def test_a_resized_window_is_respected():
     width = [30]
     wrap = WordWrap(lambda: width[0])
     assert wrap.push("one two three four five") == "one two three four five"
-    width[0] = 12  # the terminal shows "one two thre", "e four five": 11 columns of its second line are taken
+    width[0] = (
+        # the terminal shows "one two thre", "e four five": 11 columns of its second line are taken
+        12
+    )
     assert wrap.push(" six") == "\nsix"
     width[0] = 80
     assert "\n" not in wrap.push(" seven eight nine")

@@ -4,8 +4,8 @@
     llama_cpp.py        llama.cpp, as its Python binding or its server, on a GGUF with the same weights (llama_gguf.py)
     torch_reference.py  OpenELM in PyTorch, written here to be read; on Apple's GPU or the CPU
 
-A peer answers only for its own tokens and times. Whether the tokens are ours, and so whether the times count, is for
-the harness to say.
+A peer answers only for its own tokens and times. Whether the tokens are ours, and so whether the
+times count, is for the harness to say.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ PEERS = tuple(MODULES)
 
 
 def why_not(name: str) -> str | None:
-    """What keeps the peer `name` from running here, with its remedy, in one line; None where it runs.
+    """What keeps the peer `name` from running here, with its remedy, in one line; None where it
+    runs.
 
     Imports no engine. Raises `OptionError` for a name that is no peer.
     """
@@ -46,14 +47,16 @@ def why_not(name: str) -> str | None:
 
 
 def open_peer(name: str, folder: Path, dtype: str | None = None) -> Session:
-    """The peer `name` with the model of `folder` loaded, computing in `dtype` (None: what our loader would take).
+    """The peer `name` with the model of `folder` loaded, computing in `dtype` (None: what our
+    loader would take).
 
     In place of a folder llama.cpp also takes a GGUF, and then needs a `dtype`.
 
-    `load_seconds` of the session counts from the start of reading the weights until the engine is ready (llama.cpp maps
-    its file and reads it as it goes), without the import of the engine and without a tokenizer; `notes`, where a session
-    has them, belong beside its figures. Raises `OptionError` for an unknown name, `BenchmarkError` where the peer is not
-    usable or cannot load the model.
+    `load_seconds` of the session counts from the start of reading the weights until the engine is
+    ready (llama.cpp maps its file and reads it as it goes), without the import of the engine and
+    without a tokenizer; `notes`, where a session has them, belong beside its figures. Raises
+    `OptionError` for an unknown name, `BenchmarkError` where the peer is not usable or cannot load
+    the model.
     """
     if obstacle := why_not(name):
         raise BenchmarkError(f"{name} cannot run here: {obstacle}")
@@ -67,9 +70,11 @@ def open_peer(name: str, folder: Path, dtype: str | None = None) -> Session:
 
 
 def prepared(name: str, folder: Path, dtype: str, scratch: Path) -> Path:
-    """What `open_peer` opens without converting it first: the folder itself, for llama.cpp a GGUF written into `scratch`.
+    """What `open_peer` opens without converting it first: the folder itself, for llama.cpp a GGUF
+    written into `scratch`.
 
-    For those who time the opening. Raises `ConversionError` for a model that the peer cannot express.
+    For those who time the opening. Raises `ConversionError` for a model that the peer cannot
+    express.
     """
     if name != "llama.cpp":
         return folder
@@ -79,7 +84,9 @@ def prepared(name: str, folder: Path, dtype: str, scratch: Path) -> Path:
 
 
 def dtype_of(folder: Path, asked: str | None) -> str:
-    """The type our loader would compute in, by name. Raises what `load` raises for a type that does not fit."""
+    """The type our loader would compute in, by name. Raises what `load` raises for a type that does
+    not fit.
+    """
     from openelm_mlx.config import OpenELMConfig
     from openelm_mlx.loading import DTYPES, compute_dtype, read_weights
 

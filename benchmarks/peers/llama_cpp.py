@@ -1,7 +1,8 @@
 """llama.cpp behind the `Session` of timing.py, on a GGUF with the very weights of the model folder.
 
-Its Python binding (llama-cpp-python) where that is installed, else its llama-server; a program named in
-OPENELM_LLAMA_CPP wins over both. In float32 its cache is float32 too: the default float16 cache moves the logits.
+Its Python binding (llama-cpp-python) where that is installed, else its llama-server; a program
+named in OPENELM_LLAMA_CPP wins over both. In float32 its cache is float32 too: the default float16
+cache moves the logits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from openelm_mlx.benchmarks.timing import Session, Timed
 
 @cache
 def silence() -> Any:
-    """A log callback that drops what llama.cpp says while it works: the terminal belongs to the progress bar."""
+    """A log callback that drops what llama.cpp says while it works: the terminal belongs to the
+    progress bar.
+    """
     import llama_cpp
 
     return llama_cpp.llama_log_callback(lambda level, text, data: None)
@@ -38,12 +41,22 @@ class LlamaCpp:
 
         llama_cpp.llama_log_set(silence(), None)
         kind = llama_cpp.GGML_TYPE_F32 if dtype == "float32" else llama_cpp.GGML_TYPE_F16
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         start = perf_counter()
         self.model: Any = llama_cpp.Llama(
-            str(gguf), n_ctx=0, n_gpu_layers=-1, type_k=kind, type_v=kind, verbose=False,
-            n_threads=cores, n_threads_batch=cores,
-        )  # fmt: skip
+            str(gguf),
+            n_ctx=0,
+            n_gpu_layers=-1,
+            type_k=kind,
+            type_v=kind,
+            verbose=False,
+            n_threads=cores,
+            n_threads_batch=cores,
+        )
         self.load_seconds = perf_counter() - start
         self.version = f"python {llama_cpp.__version__}"
 
@@ -64,13 +77,17 @@ class LlamaCpp:
 
 
 class Owned:
-    """A session that takes its folder of files with it when it closes; its version tells the weights' form."""
+    """A session that takes its folder of files with it when it closes; its version tells the
+    weights' form.
+    """
 
     def __init__(self, session: Session, form: str, folder: Path | None) -> None:
         self.session, self.folder = session, folder
         self.engine, self.load_seconds = session.engine, session.load_seconds
         self.version = f"{session.version}, weights {form}"
-        self.notes = (f"llama.cpp has no type for these weights: they run {form}",) if " as " in form else ()
+        self.notes = (
+            (f"llama.cpp has no type for these weights: they run {form}",) if " as " in form else ()
+        )
 
     def generate(self, prompt: list[int], tokens: int) -> Timed:
         return self.session.generate(prompt, tokens)
@@ -89,7 +106,9 @@ def prepare(folder: Path, dtype: str, scratch: Path) -> Path:
 
 
 def open_session(source: Path, dtype: str) -> Session:
-    """Of a model folder, whose GGUF lives as long as the session; or of a GGUF that `prepare` wrote."""
+    """Of a model folder, whose GGUF lives as long as the session; or of a GGUF that `prepare`
+    wrote.
+    """
     if source.is_file():
         return Owned(start(source, dtype), source.stem, None)
     work = Path(tempfile.mkdtemp(prefix="openelm-gguf-"))
@@ -104,5 +123,7 @@ def open_session(source: Path, dtype: str) -> Session:
 def start(gguf: Path, dtype: str) -> Session:
     program = find_server()
     if program and (os.environ.get(VARIABLE) or find_spec("llama_cpp") is None):
-        return LlamaServer(program, gguf, ("-ctk", "f32", "-ctv", "f32") if dtype == "float32" else ())
+        return LlamaServer(
+            program, gguf, ("-ctk", "f32", "-ctv", "f32") if dtype == "float32" else ()
+        )
     return LlamaCpp(gguf, dtype)

@@ -1,10 +1,11 @@
 """The GGUF that llama.cpp is timed on: the very weights of a model folder.
 
-A folder in full precision goes through our converter. MLX's affine 4 and 5 bits in groups of 32 or more are, integer
-for integer, llama.cpp's Q4_1 and Q5_1 (weight = d * integer + m in blocks of 32, d and m in float16), so quantized
-matrices of these widths keep their integers; a group of 64 fills two blocks. No GGUF type holds the other widths, which
-are expanded to the type of the activations: llama.cpp then reads more bytes, and its version says so.
-Source of the blocks: ggml/src/ggml-common.h, block_q4_1 and block_q5_1.
+A folder in full precision goes through our converter. MLX's affine 4 and 5 bits in groups of 32 or
+more are, integer for integer, llama.cpp's Q4_1 and Q5_1 (weight = d * integer + m in blocks of 32,
+d and m in float16), so quantized matrices of these widths keep their integers; a group of 64 fills
+two blocks. No GGUF type holds the other widths, which are expanded to the type of the activations:
+llama.cpp then reads more bytes, and its version says so. Source of the blocks:
+ggml/src/ggml-common.h, block_q4_1 and block_q5_1.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Packed(NamedTuple):
         return KINDS.get(self.bits) if fits else None
 
     def expanded(self) -> mx.array:
-        return mx.dequantize(self.words, self.scales, self.biases, self.group_size, self.bits, self.mode)
+        return mx.dequantize(
+            self.words, self.scales, self.biases, self.group_size, self.bits, self.mode
+        )
 
 
 def write_gguf(folder: Path, dtype: str, path: Path) -> str:
@@ -59,7 +62,9 @@ def write_gguf(folder: Path, dtype: str, path: Path) -> str:
     return write_quantized(folder, OpenELMConfig.from_hf_dict(raw), quantization, dtype, path)
 
 
-def write_quantized(folder: Path, config: OpenELMConfig, quantization: Mapping[str, Any], dtype: str, path: Path) -> str:
+def write_quantized(
+    folder: Path, config: OpenELMConfig, quantization: Mapping[str, Any], dtype: str, path: Path
+) -> str:
     import gguf
     from openelm_mlx.convert.targets.gguf import add_metadata, add_tokenizer, check_gguf, gguf_names
     from openelm_mlx.convert.tokenizer_model import read_tokenizer
@@ -90,14 +95,24 @@ def write_quantized(folder: Path, config: OpenELMConfig, quantization: Mapping[s
     return ", ".join(sorted(told))
 
 
-def packed(weights: Mapping[str, mx.array], module: str, quantization: Mapping[str, Any]) -> Packed | None:
-    """The quantized matrix of `module` under config.json's settings, or None where it is not quantized."""
+def packed(
+    weights: Mapping[str, mx.array], module: str, quantization: Mapping[str, Any]
+) -> Packed | None:
+    """The quantized matrix of `module` under config.json's settings, or None where it is not
+    quantized.
+    """
     if f"{module}.scales" not in weights:
         return None
     form = {**quantization, **(quantization.get(module) or {})}
     biases = weights.get(f"{module}.biases")
-    return Packed(weights[f"{module}.weight"], weights[f"{module}.scales"], biases, int(form["bits"]), int(form["group_size"]),
-                  form.get("mode", "affine"))  # fmt: skip
+    return Packed(
+        weights[f"{module}.weight"],
+        weights[f"{module}.scales"],
+        biases,
+        int(form["bits"]),
+        int(form["group_size"]),
+        form.get("mode", "affine"),
+    )
 
 
 def blocks(matrix: Packed) -> np.ndarray:
@@ -105,9 +120,13 @@ def blocks(matrix: Packed) -> np.ndarray:
 
     Byte i of the low bits holds integers i and i + 16 of its block.
     """
-    integers = unpacked(np.array(matrix.words), matrix.bits).reshape(matrix.words.shape[0], -1, BLOCK)
+    integers = unpacked(np.array(matrix.words), matrix.bits).reshape(
+        matrix.words.shape[0], -1, BLOCK
+    )
     scales, biases = (
-        np.repeat(np.array(array.astype(mx.float16)), matrix.group_size // BLOCK, axis=1)[..., None].view(np.uint8)
+        np.repeat(np.array(array.astype(mx.float16)), matrix.group_size // BLOCK, axis=1)[
+            ..., None
+        ].view(np.uint8)
         for array in (matrix.scales, matrix.biases)
         if array is not None
     )

@@ -1,4 +1,6 @@
-"""mlx-lm behind the `Session` of timing.py: its own model class, cache and loop on the same folder."""
+"""mlx-lm behind the `Session` of timing.py: its own model class, cache and loop on the same
+folder.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class MlxLm:
         self.nbytes = sum(array.nbytes for _, array in parameters)
 
     def generate(self, prompt: list[int], tokens: int) -> Timed:
-        """Greedy is what `generate_step` does unasked. Memory is that of its weights and what the run added to them."""
+        """Greedy is what `generate_step` does unasked. Memory is that of its weights and what the
+        run added to them.
+        """
         found: list[int] = []
         seconds: list[float] = []
         streams: Any = [generation_stream]

@@ -29,11 +29,15 @@ class TensorSource(Protocol):
 
     path: Path
     tensors: dict[str, TensorInfo]
-    config: OpenELMConfig | None = None  # what the source itself says of its model; None: a file beside it, or the shapes
+    config: OpenELMConfig | None = (
+        None  # what the source itself says of its model; None: a file beside it, or the shapes
+    )
     tokenizer: TokenizerModel | None = None  # where the source carries one
     instruct: bool = False  # whether the source has a chat template
     licence: Mapping[str, str] = {}  # what the source itself says of its licence, by licence.KEYS
-    forms: Mapping[str, Form] = {}  # stems of matrices that are quantized in the source, in forms this project writes
+    forms: Mapping[
+        str, Form
+    ] = {}  # stems of matrices that are quantized in the source, in forms this project writes
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -41,7 +45,9 @@ class TensorSource(Protocol):
         return (self.path,)
 
     def load(self, name: str) -> mx.array:
-        """The tensor `name` in the type it is stored in, whole: quantized matrices are dequantized."""
+        """The tensor `name` in the type it is stored in, whole: quantized matrices are
+        dequantized.
+        """
         ...
 
     def rows(self, name: str, start: int, stop: int) -> mx.array:
@@ -62,24 +68,36 @@ def open_source(path: Path, source_format: str | None = None) -> TensorSource:
 
     if not os.path.exists(path):
         raise ConversionError(f"{path} does not exist; give {WANTED}")
-    if not os.path.isfile(path) and not os.path.isdir(path):  # a pipe would be waited for without end
+    if not os.path.isfile(path) and not os.path.isdir(
+        path
+    ):  # a pipe would be waited for without end
         raise ConversionError(f"{path} is neither a file nor a folder; give {WANTED}")
     kind = kind_of(path) if path.is_file() else None
     if path.is_dir():
         found = weights_by_kind(path)
         if source_format is not None:
-            found = {kind: files for kind, files in found.items() if kind == FILE_KIND[source_format]}
+            found = {
+                kind: files for kind, files in found.items() if kind == FILE_KIND[source_format]
+            }
         kind = next(iter(found), None)
         if kind is None:
-            wanted = "nothing that --from " + source_format if source_format else "neither safetensors nor a .pt or GGUF file"
-            raise ConversionError(f"{path} holds {wanted}{' reads' if source_format else ''}; give {WANTED}")
+            wanted = (
+                "nothing that --from " + source_format
+                if source_format
+                else "neither safetensors nor a .pt or GGUF file"
+            )
+            raise ConversionError(
+                f"{path} holds {wanted}{' reads' if source_format else ''}; give {WANTED}"
+            )
         if kind == "safetensors":
             return safetensors_folder(path)
         if len(found[kind]) > 1:
             raise ConversionError(f"{path} holds {len(found[kind])} {kind} files; name one of them")
         path = found[kind][0]
     elif kind == "safetensors" and source_format is None:
-        raise ConversionError(f"{path} is one file of a model; give its folder, which also holds config.json")
+        raise ConversionError(
+            f"{path} is one file of a model; give its folder, which also holds config.json"
+        )
     if source_format is not None:
         kind = FILE_KIND[source_format]
     if kind is None and path.stat().st_size == 0:
@@ -89,7 +107,9 @@ def open_source(path: Path, source_format: str | None = None) -> TensorSource:
 
         return GGUFFile(path)
     if kind == "safetensors":
-        raise ConversionError(f"{path} is no folder; --from {source_format} takes the folder of a model")
+        raise ConversionError(
+            f"{path} is no folder; --from {source_format} takes the folder of a model"
+        )
     return TorchCheckpoint(path)
 
 
@@ -107,11 +127,19 @@ def safetensors_folder(path: Path) -> TensorSource:
 
 
 WANTED = "a CoreNet .pt file, a folder of safetensors or a GGUF file"
-FILE_KIND = {"pt": "pt", "huggingface": "safetensors", "mlx": "safetensors", "corenet-mlx": "safetensors", "gguf": "gguf"}
+FILE_KIND = {
+    "pt": "pt",
+    "huggingface": "safetensors",
+    "mlx": "safetensors",
+    "corenet-mlx": "safetensors",
+    "gguf": "gguf",
+}
 
 
 def kind_of(path: Path) -> str | None:
-    """safetensors, gguf or pt, by the first bytes; None for anything else. Raises `ConversionError` if unreadable."""
+    """safetensors, gguf or pt, by the first bytes; None for anything else. Raises `ConversionError`
+    if unreadable.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(9)
@@ -123,7 +151,11 @@ def kind_of(path: Path) -> str | None:
         return None  # a zip too, of numpy's arrays
     if head[:4] == b"PK\x03\x04" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
         return "pt"  # a zip, or a bare pickle: torch's formats, new and old
-    return "safetensors" if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40 else None
+    return (
+        "safetensors"
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40
+        else None
+    )
 
 
 def weights_by_kind(folder: Path) -> dict[str, list[Path]]:

@@ -1,7 +1,9 @@
-"""Read llama.cpp's GGUF files of architecture `openelm`: metadata and places first, tensors on demand.
+"""Read llama.cpp's GGUF files of architecture `openelm`: metadata and places first, tensors on
+demand.
 
-The layout is that of ggml's gguf.md, version 2 or 3; llama.cpp's conversion/openelm.py says which key and which tensor
-is what. It splits proj_1 into gate and up and permutes nothing. Block formats are decoded by the `gguf` package.
+The layout is that of ggml's gguf.md, version 2 or 3; llama.cpp's conversion/openelm.py says which
+key and which tensor is what. It splits proj_1 into gate and up and permutes nothing. Block formats
+are decoded by the `gguf` package.
 """
 
 from __future__ import annotations
@@ -23,18 +25,39 @@ from openelm_mlx.convert.tokenizer_model import UNUSED, TokenizerModel, assemble
 from openelm_mlx.config import OpenELMConfig, layer_shapes
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, TokenizerError
 
-NAMES = {  # GGUF's stem -> Hugging Face's; blk.N. and transformer.layers.N. stand before the second group
-    "token_embd": "token_embeddings", "output_norm": "norm", "output": "lm_head",
-}  # fmt: skip
+# GGUF's stem -> Hugging Face's; blk.N. and transformer.layers.N. stand before the second group
+NAMES = {
+    "token_embd": "token_embeddings",
+    "output_norm": "norm",
+    "output": "lm_head",
+}
 LAYER_NAMES = {
-    "attn_norm": "attn_norm", "attn_qkv": "attn.qkv_proj", "attn_q_norm": "attn.q_norm", "attn_k_norm": "attn.k_norm",
-    "attn_output": "attn.out_proj", "ffn_norm": "ffn_norm", "ffn_gate": "ffn.proj_1", "ffn_up": "ffn.proj_1",
+    "attn_norm": "attn_norm",
+    "attn_qkv": "attn.qkv_proj",
+    "attn_q_norm": "attn.q_norm",
+    "attn_k_norm": "attn.k_norm",
+    "attn_output": "attn.out_proj",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "ffn.proj_1",
+    "ffn_up": "ffn.proj_1",
     "ffn_down": "ffn.proj_2",
-}  # fmt: skip
+}
 FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 READABLE = (*FLOAT_TYPES, *BLOCK_TYPES)
-SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 STRING, ARRAY = 8, 9
 MAX_ENTRIES, MAX_TOKENS = 1 << 16, 1 << 20  # the 3B has 30 keys, 327 tensors, 32000 tokens
 CHUNK = 1 << 20  # weights decoded at a time: the package needs several copies
@@ -58,7 +81,9 @@ class Cursor:
 
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.at:
-            raise ConversionError(f"{self.path} is truncated or damaged: its header needs bytes past the end, at {self.at}")
+            raise ConversionError(
+                f"{self.path} is truncated or damaged: its header needs bytes past the end, at {self.at}"
+            )
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -70,33 +95,46 @@ class Cursor:
 
     def value(self, kind: int) -> Any:
         if kind in SCALARS:
-            return np.frombuffer(self.take(np.dtype(SCALARS[kind]).itemsize), SCALARS[kind])[0].item()
+            return np.frombuffer(self.take(np.dtype(SCALARS[kind]).itemsize), SCALARS[kind])[
+                0
+            ].item()
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
-            raise ConversionError(f"{self.path}: its metadata has a value of unknown type {kind}, at byte {self.at}")
+            raise ConversionError(
+                f"{self.path}: its metadata has a value of unknown type {kind}, at byte {self.at}"
+            )
         inner, count = self.number("<I"), self.number("<Q")
         if count > MAX_TOKENS:
-            raise ConversionError(f"{self.path}: its metadata has a list of {count} entries; no OpenELM needs that many")
+            raise ConversionError(
+                f"{self.path}: its metadata has a list of {count} entries; no OpenELM needs that many"
+            )
         if inner in SCALARS:
             size = np.dtype(SCALARS[inner]).itemsize
             return np.frombuffer(self.take(count * size), SCALARS[inner]).tolist()
         if inner != STRING:
-            raise ConversionError(f"{self.path}: its metadata has a list of unknown type {inner}, at byte {self.at}")
+            raise ConversionError(
+                f"{self.path}: its metadata has a list of unknown type {inner}, at byte {self.at}"
+            )
         return [self.text() for _ in range(count)]
 
 
 class GGUFFile(TensorSource):
-    """A GGUF file as a checkpoint with Hugging Face's names. Raises `ConversionError` for what it cannot read.
+    """A GGUF file as a checkpoint with Hugging Face's names. Raises `ConversionError` for what it
+    cannot read.
 
-    All tensors have the type of the embedding: float32, float16 or bfloat16, and float32 where blocks are decoded,
-    which holds every value of every block format exactly. (Norms are float32 in the file whatever the rest is.)
+    All tensors have the type of the embedding: float32, float16 or bfloat16, and float32 where
+    blocks are decoded, which holds every value of every block format exactly. (Norms are float32 in
+    the file whatever the rest is.)
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            with (
+                open(self.path, "rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            ):
                 self.metadata, places = read_header(Cursor(data, self.path))
         except (OSError, ValueError) as error:
             raise ConversionError(f"{self.path} cannot be read: {error}") from None
@@ -105,7 +143,10 @@ class GGUFFile(TensorSource):
             self._parts.setdefault(hugging_face_name(name), []).append(place)
         embedding = self._parts.get("transformer.token_embeddings.weight")
         self._dtype = FLOAT_TYPES.get(embedding[0].kind.name, "float32") if embedding else "float32"
-        self.tensors = {name: TensorInfo(self._dtype, self._joined(name, parts)) for name, parts in self._parts.items()}
+        self.tensors = {
+            name: TensorInfo(self._dtype, self._joined(name, parts))
+            for name, parts in self._parts.items()
+        }
         self.instruct = "tokenizer.chat_template" in self.metadata
         said = {key: self.metadata.get(f"general.{key.replace('_', '.')}") for key in KEYS}
         self.licence = {key: text for key, text in said.items() if isinstance(text, str) and text}
@@ -117,7 +158,9 @@ class GGUFFile(TensorSource):
         return self._load(name, getattr(mx, self._dtype))
 
     def load_exact(self, name: str) -> mx.array:
-        """The tensor `name` in float32: also norms beside half types, which `load` rounds, as they lie in the file."""
+        """The tensor `name` in float32: also norms beside half types, which `load` rounds, as they
+        lie in the file.
+        """
         return self._load(name, mx.float32)
 
     def _load(self, name: str, dtype: mx.Dtype) -> mx.array:
@@ -133,10 +176,15 @@ class GGUFFile(TensorSource):
         out = np.empty((rows, place.shape[-1]), np.float32)
         step = max(1, CHUNK // place.shape[-1])
         try:
-            with open(self.path, "rb") as file, np.errstate(all="ignore"):  # damaged blocks hold anything: NaN is refused later
+            with (
+                open(self.path, "rb") as file,
+                np.errstate(all="ignore"),
+            ):  # damaged blocks hold anything: NaN is refused later
                 file.seek(place.start)
                 for row in range(0, rows, step):
-                    stored = np.fromfile(file, np.uint8, min(step, rows - row) * width).reshape(-1, width)
+                    stored = np.fromfile(file, np.uint8, min(step, rows - row) * width).reshape(
+                        -1, width
+                    )
                     out[row : row + step] = dequantize(stored, place.kind)
         except (OSError, ValueError) as error:
             raise ConversionError(f"{self.path} cannot be read: {error}") from None
@@ -147,38 +195,62 @@ class GGUFFile(TensorSource):
             return parts[0].shape
         gate, up = (part.shape for part in parts[:2])
         if len(parts) > 2 or len(gate) != 2 or gate != up:
-            raise ConversionError(f"{self.path}: the parts of {name} have shapes {gate} and {up}; they must be two alike")
+            raise ConversionError(
+                f"{self.path}: the parts of {name} have shapes {gate} and {up}; they must be two alike"
+            )
         return (2 * gate[0], gate[1])
 
     def _read_config(self) -> OpenELMConfig:
-        """The shapes say what model it is; the metadata must agree, and adds what shapes cannot say."""
+        """The shapes say what model it is; the metadata must agree, and adds what shapes cannot
+        say.
+        """
         shapes = {name: info.shape for name, info in self.tensors.items()}
         head_dim = self._number("attention.key_length", whole=True)
-        base, eps = self._number("rope.freq_base", 10000.0), self._number("attention.layer_norm_rms_epsilon", 1e-6)
+        base, eps = (
+            self._number("rope.freq_base", 10000.0),
+            self._number("attention.layer_norm_rms_epsilon", 1e-6),
+        )
         section = {"max_context_length": self._number("context_length", 2048, whole=True)}
         if "transformer.layers.0.attn.q_norm.weight" in shapes:
             head_dim = None
         try:
             config = infer_config(shapes, section, head_dim, base)
             config = replace(config, rms_norm_eps=eps)
-            described = [layer_shapes(config)[number] for number in range(config.num_transformer_layers)]
+            described = [
+                layer_shapes(config)[number] for number in range(config.num_transformer_layers)
+            ]
         except (CheckpointError, ConfigError) as error:
             raise ConversionError(f"{self.path}: {error}") from None
-        for key, column in (("attention.head_count", 0), ("attention.head_count_kv", 1), ("feed_forward_length", 2)):
+        for key, column in (
+            ("attention.head_count", 0),
+            ("attention.head_count_kv", 1),
+            ("feed_forward_length", 2),
+        ):
             stated = self.metadata.get(f"openelm.{key}", [])
             stated = stated if isinstance(stated, list) else [stated] * len(described)
             if stated and stated != [shape[column] for shape in described]:
-                raise ConversionError(f"{self.path}: its metadata says {key} {stated[:4]}..., its tensors say otherwise")
+                raise ConversionError(
+                    f"{self.path}: its metadata says {key} {stated[:4]}..., its tensors say otherwise"
+                )
         return config
 
     def _number(self, key: str, default: float | None = None, whole: bool = False) -> Any:
-        """A number of the metadata; float32 as the decimal that was meant (1e-06, not 9.9999999747524e-07)."""
+        """A number of the metadata; float32 as the decimal that was meant (1e-06, not
+        9.9999999747524e-07).
+        """
         value = self.metadata.get(f"openelm.{key}", default)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0 \
-                or (whole and not isinstance(value, int)):  # fmt: skip
-            raise ConversionError(f"{self.path}: its metadata says openelm.{key} {str(value)[:40]}; it must be a number above 0")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+            or value <= 0
+            or (whole and not isinstance(value, int))
+        ):
+            raise ConversionError(
+                f"{self.path}: its metadata says openelm.{key} {str(value)[:40]}; it must be a number above 0"
+            )
         with np.errstate(over="ignore"):
             return value if whole else float(str(np.float32(value)))
 
@@ -191,10 +263,14 @@ def read_header(cursor: Cursor) -> tuple[dict[str, Any], dict[str, Place]]:
     version = cursor.number("<I")
     if version not in (2, 3):
         what = "big-endian" if version in (2 << 24, 3 << 24) else f"of version {version}"
-        raise ConversionError(f"{path} is a GGUF file {what}; little-endian files of versions 2 and 3 are read")
+        raise ConversionError(
+            f"{path} is a GGUF file {what}; little-endian files of versions 2 and 3 are read"
+        )
     num_tensors, num_keys = cursor.number("<Q"), cursor.number("<Q")
     if max(num_tensors, num_keys) > MAX_ENTRIES:
-        raise ConversionError(f"{path} is damaged: it claims {num_tensors} tensors and {num_keys} keys")
+        raise ConversionError(
+            f"{path} is damaged: it claims {num_tensors} tensors and {num_keys} keys"
+        )
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
         key = cursor.text()
@@ -216,10 +292,14 @@ def read_header(cursor: Cursor) -> tuple[dict[str, Any], dict[str, Place]]:
 def check_model(path: Path, metadata: dict[str, Any]) -> None:
     architecture = metadata.get("general.architecture")
     if architecture != "openelm":
-        raise ConversionError(f"{path} holds a model of architecture {str(architecture)[:40]!r}; only openelm is converted")
+        raise ConversionError(
+            f"{path} holds a model of architecture {str(architecture)[:40]!r}; only openelm is converted"
+        )
     parts = metadata.get("split.count", 1)
     if parts not in (0, 1):
-        raise ConversionError(f"{path} is one part of {str(parts)[:20]}; join them with llama-gguf-split --merge first")
+        raise ConversionError(
+            f"{path} is one part of {str(parts)[:20]}; join them with llama-gguf-split --merge first"
+        )
 
 
 def read_place(cursor: Cursor) -> tuple[str, Place]:
@@ -233,7 +313,9 @@ def read_place(cursor: Cursor) -> tuple[str, Place]:
     kinds = {kind.value: kind for kind in GGMLQuantizationType}
     if code not in kinds or kinds[code].name not in READABLE:
         kind = kinds[code].name if code in kinds else code
-        raise ConversionError(f"{cursor.path}: tensor {name[:60]} has type {kind}; readable are {', '.join(READABLE)}")
+        raise ConversionError(
+            f"{cursor.path}: tensor {name[:60]} has type {kind}; readable are {', '.join(READABLE)}"
+        )
     return name, Place(kinds[code], shape, offset)
 
 
@@ -242,10 +324,14 @@ def located(cursor: Cursor, name: str, place: Place, base: int) -> Place:
 
     block, size = GGML_QUANT_SIZES[place.kind]
     if min(place.shape) < 1 or place.shape[-1] % block:
-        raise ConversionError(f"{cursor.path}: tensor {name[:60]} of shape {place.shape} is not made of {place.kind.name} blocks")
+        raise ConversionError(
+            f"{cursor.path}: tensor {name[:60]} of shape {place.shape} is not made of {place.kind.name} blocks"
+        )
     start, end = base + place.start, base + place.start + math.prod(place.shape) // block * size
     if end > len(cursor.data):
-        raise ConversionError(f"{cursor.path} is truncated: tensor {name[:60]} ends at byte {end} of {len(cursor.data)}")
+        raise ConversionError(
+            f"{cursor.path} is truncated: tensor {name[:60]} ends at byte {end} of {len(cursor.data)}"
+        )
     return place._replace(start=start)
 
 
@@ -260,21 +346,34 @@ def hugging_face_name(name: str) -> str:
 
 
 def read_tokenizer(path: Path, metadata: dict[str, Any]) -> TokenizerModel | None:
-    """The SentencePiece model behind tokenizer.ggml.*, None if there is none. Raises `TokenizerError`."""
+    """The SentencePiece model behind tokenizer.ggml.*, None if there is none. Raises
+    `TokenizerError`.
+    """
     kind = metadata.get("tokenizer.ggml.model")
     if kind in (None, "none", "no_vocab"):
         return None
     tokens: Any
     scores: Any
     kinds: Any
-    tokens, scores, kinds = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type"))
-    ids = [metadata.get(f"tokenizer.ggml.{key}_token_id", n) for key, n in (("unknown", 0), ("bos", 1), ("eos", 2))]
+    tokens, scores, kinds = (
+        metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")
+    )
+    ids = [
+        metadata.get(f"tokenizer.ggml.{key}_token_id", n)
+        for key, n in (("unknown", 0), ("bos", 1), ("eos", 2))
+    ]
     if kind != "llama" or ids != [0, 1, 2]:
-        raise TokenizerError(f"{path} has a tokenizer of kind {str(kind)[:40]!r} with special ids {ids}, where OpenELM's "
-                             "is 'llama' with 0, 1, 2; give the right one with --tokenizer")  # fmt: skip
-    if not (whole(tokens, str) and whole(scores, (int, float)) and whole(kinds, int)) \
-            or not len(tokens) == len(scores) == len(kinds) >= 3:  # fmt: skip
-        raise TokenizerError(f"{path}: the lists of its tokenizer (tokens, scores, token_type) do not fit together")
+        raise TokenizerError(
+            f"{path} has a tokenizer of kind {str(kind)[:40]!r} with special ids {ids}, where OpenELM's "
+            "is 'llama' with 0, 1, 2; give the right one with --tokenizer"
+        )
+    if (
+        not (whole(tokens, str) and whole(scores, (int, float)) and whole(kinds, int))
+        or not len(tokens) == len(scores) == len(kinds) >= 3
+    ):
+        raise TokenizerError(
+            f"{path}: the lists of its tokenizer (tokens, scores, token_type) do not fit together"
+        )
     size = len(tokens)
     while size > 3 and kinds[size - 1] == UNUSED and tokens[size - 1].startswith("[PAD"):
         size -= 1  # rows that pad the vocabulary have such names

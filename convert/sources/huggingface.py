@@ -1,4 +1,6 @@
-"""Read a Hugging Face folder: one safetensors file, or shards with an index. Headers first, data on demand."""
+"""Read a Hugging Face folder: one safetensors file, or shards with an index. Headers first, data on
+demand.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,24 @@ from openelm_mlx.config_files import read_json
 from openelm_mlx.errors import ConfigError, ConversionError
 
 DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
-}  # fmt: skip
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "BOOL": "bool",
+}
 SAFETENSORS_DTYPE = {name: code for code, name in DTYPES.items()}
-MAX_HEADER_BYTES = 2 << 20  # the 3B's has 40 KB; the format allows 100 MB, which as JSON would take gigabytes
+MAX_HEADER_BYTES = (
+    2 << 20
+)  # the 3B's has 40 KB; the format allows 100 MB, which as JSON would take gigabytes
 MAX_NUMBER = 1 << 62
 
 
@@ -30,7 +45,9 @@ class Located(NamedTuple):
 
 
 class HuggingFaceFolder(TensorSource):
-    """The tensors of a folder, listed on opening and read one at a time. Raises `ConversionError`."""
+    """The tensors of a folder, listed on opening and read one at a time. Raises
+    `ConversionError`.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -40,7 +57,9 @@ class HuggingFaceFolder(TensorSource):
         for file in weight_files(self.path, weight_map):
             for name, located in read_header(file).items():
                 if name in self._located:
-                    raise ConversionError(f"{self.path} holds tensor {name} twice, in {file.name} too")
+                    raise ConversionError(
+                        f"{self.path} holds tensor {name} twice, in {file.name} too"
+                    )
                 if weight_map is None or weight_map.get(name) == file.name:
                     self._located[name] = located
         if weight_map is not None and (missing := sorted(weight_map.keys() - self._located.keys())):
@@ -60,7 +79,9 @@ class HuggingFaceFolder(TensorSource):
     def rows(self, name: str, start: int, stop: int) -> mx.array:
         file, begin, (dtype, shape) = self._located[name]
         row = math.prod(shape[1:]) * itemsize(dtype)
-        return load_located(Located(file, begin + start * row, TensorInfo(dtype, (stop - start, *shape[1:]))))
+        return load_located(
+            Located(file, begin + start * row, TensorInfo(dtype, (stop - start, *shape[1:])))
+        )
 
 
 def load_located(located: Located) -> mx.array:
@@ -81,7 +102,11 @@ def read_index(folder: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{path} has no weight_map")
     for shard in weight_map.values():
-        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\\0")
+        plain = (
+            isinstance(shard, str)
+            and shard.endswith(".safetensors")
+            and not set(shard) & set("/\\\0")
+        )
         if not plain:
             raise ConversionError(
                 f"{path} points to {shard!r}; shards must be .safetensors files of this folder"
@@ -114,7 +139,9 @@ def read_header(path: Path) -> dict[str, Located]:
             if size < 8 or length > size - 8:
                 raise ConversionError(f"{path} is truncated or no safetensors file")
             if length > MAX_HEADER_BYTES:
-                raise ConversionError(f"{path} has a header of {length} bytes; no OpenELM needs above {MAX_HEADER_BYTES}")
+                raise ConversionError(
+                    f"{path} has a header of {length} bytes; no OpenELM needs above {MAX_HEADER_BYTES}"
+                )
             raw: Any = json.loads(file.read(length))
     except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path} cannot be read as safetensors: {error}") from None
@@ -130,11 +157,19 @@ def locate(path: Path, name: str, entry: Any, base: int, size: int) -> Located:
     except (KeyError, TypeError, ValueError):
         raise ConversionError(f"{path}: the header's entry of tensor {name} is malformed") from None
     if not isinstance(code, str) or code not in DTYPES:
-        raise ConversionError(f"{path}: tensor {name} has type {str(code):.40}; readable are {', '.join(DTYPES)}")
-    if len(shape) > 8 or any(type(n) is not int or not 0 <= n < MAX_NUMBER for n in (*shape, start, end)):
+        raise ConversionError(
+            f"{path}: tensor {name} has type {str(code):.40}; readable are {', '.join(DTYPES)}"
+        )
+    if len(shape) > 8 or any(
+        type(n) is not int or not 0 <= n < MAX_NUMBER for n in (*shape, start, end)
+    ):
         raise ConversionError(f"{path}: the header's entry of tensor {name} is malformed")
     if end - start != math.prod(shape) * itemsize(DTYPES[code]):
-        raise ConversionError(f"{path}: tensor {name} of shape {shape} does not take {end - start} bytes")
+        raise ConversionError(
+            f"{path}: tensor {name} of shape {shape} does not take {end - start} bytes"
+        )
     if base + end > size:
-        raise ConversionError(f"{path} is truncated: tensor {name} ends at byte {base + end} of {size}")
+        raise ConversionError(
+            f"{path} is truncated: tensor {name} ends at byte {base + end} of {size}"
+        )
     return Located(path, base + start, TensorInfo(DTYPES[code], shape))

@@ -1,9 +1,10 @@
-"""Folders whose matrices MLX quantized: mlx-lm's, mlx-community's, this project's, and those of CoreNet's MLX port.
+"""Folders whose matrices MLX quantized: mlx-lm's, mlx-community's, this project's, and those of
+CoreNet's MLX port.
 
-A quantized matrix lies there as packed `weight` with `scales` and, in affine mode, `biases`; config.json says bits,
-group size and mode, for all layers or layer by layer. What lies so is given out whole, dequantized one tensor at a
-time; `packed` hands over the stored arrays for a target of the very same form. (What MLX 0.10 packed for CoreNet's
-folders means the same today.)
+A quantized matrix lies there as packed `weight` with `scales` and, in affine mode, `biases`;
+config.json says bits, group size and mode, for all layers or layer by layer. What lies so is given
+out whole, dequantized one tensor at a time; `packed` hands over the stored arrays for a target of
+the very same form. (What MLX 0.10 packed for CoreNet's folders means the same today.)
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ AFFINE_BITS, AFFINE_GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 
 class QuantizedFolder(TensorSource):
-    """A folder of safetensors seen as one of whole matrices. Raises `ConversionError` where the parts do not fit."""
+    """A folder of safetensors seen as one of whole matrices. Raises `ConversionError` where the
+    parts do not fit.
+    """
 
     def __init__(self, source: TensorSource, quantization: Any) -> None:
         self.path = source.path
@@ -32,10 +35,17 @@ class QuantizedFolder(TensorSource):
         self._settings: dict[str, tuple[int, int, str]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.forms: dict[str, Form] = {}
-        plain = next((i.dtype for i in source.tensors.values() if len(i.shape) == 1 and i.dtype in FLOATS), "bfloat16")
-        stems = {name.removesuffix(".scales") for name in source.tensors if name.endswith(".scales")}
+        plain = next(
+            (i.dtype for i in source.tensors.values() if len(i.shape) == 1 and i.dtype in FLOATS),
+            "bfloat16",
+        )
+        stems = {
+            name.removesuffix(".scales") for name in source.tensors if name.endswith(".scales")
+        }
         if stems and not isinstance(quantization, Mapping):
-            raise ConversionError(f"{self.path} holds quantized weights, but its config.json has no quantization")
+            raise ConversionError(
+                f"{self.path} holds quantized weights, but its config.json has no quantization"
+            )
         for name, info in source.tensors.items():
             stem, _, part = name.rpartition(".")
             if stem not in stems:
@@ -46,7 +56,9 @@ class QuantizedFolder(TensorSource):
                 self.tensors[name] = self._unpacked(stem, settings, plain)
                 try:
                     self.forms[stem] = Form(*settings)
-                except OptionError:  # readable, but no form this project writes: such matrices become whole
+                except (
+                    OptionError
+                ):  # readable, but no form this project writes: such matrices become whole
                     continue
             elif part not in ("scales", "biases"):
                 self.tensors[name] = info
@@ -68,12 +80,20 @@ class QuantizedFolder(TensorSource):
         if biases is not None:
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
         weight = mx.dequantize(
-            arrays[name], scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=mx.float32
+            arrays[name],
+            scales,
+            biases,
+            group_size=group_size,
+            bits=bits,
+            mode=mode,
+            dtype=mx.float32,
         )
         return weight.astype(getattr(mx, self.tensors[name].dtype))
 
     def packed(self, name: str) -> dict[str, mx.array]:
-        """The stored arrays of a quantized matrix: weight, scales and perhaps biases, under their names."""
+        """The stored arrays of a quantized matrix: weight, scales and perhaps biases, under their
+        names.
+        """
         stem = name.removesuffix(".weight")
         names = [f"{stem}.{part}" for part in ("weight", "scales", "biases")]
         return {name: self._source.load(name) for name in names if name in self._source.tensors}
@@ -82,14 +102,28 @@ class QuantizedFolder(TensorSource):
         """Type and shape of the whole matrix, once its parts are seen to fit."""
         bits, group_size, mode = settings
         stored = self._source.tensors
-        weight, scales, biases = (stored.get(f"{stem}.{part}") for part in ("weight", "scales", "biases"))
-        rows, columns = (weight.shape[0], weight.shape[1] * 32 // bits) if weight and len(weight.shape) == 2 else (0, 0)
+        weight, scales, biases = (
+            stored.get(f"{stem}.{part}") for part in ("weight", "scales", "biases")
+        )
+        rows, columns = (
+            (weight.shape[0], weight.shape[1] * 32 // bits)
+            if weight and len(weight.shape) == 2
+            else (0, 0)
+        )
         affine = mode == "affine"
-        side = TensorInfo(scales.dtype if affine and scales else "uint8", (rows, columns // group_size))
+        side = TensorInfo(
+            scales.dtype if affine and scales else "uint8", (rows, columns // group_size)
+        )
         fits = (
-            weight is not None and weight.dtype == "uint32" and columns % group_size == 0 and rows > 0 and columns > 0
-            and scales == side and biases == (side if affine else None) and (not affine or side.dtype in FLOATS)
-        )  # fmt: skip
+            weight is not None
+            and weight.dtype == "uint32"
+            and columns % group_size == 0
+            and rows > 0
+            and columns > 0
+            and scales == side
+            and biases == (side if affine else None)
+            and (not affine or side.dtype in FLOATS)
+        )
         if not fits:
             raise ConversionError(
                 f"{self.path}: the parts of {stem} (weight {describe(weight)}, scales {describe(scales)}, biases "
@@ -103,19 +137,29 @@ def describe(info: TensorInfo | None) -> str:
 
 
 def settings_of(path: Path, stem: str, quantization: Mapping[str, Any]) -> tuple[int, int, str]:
-    """Bits, group size and mode of one layer: its own entry, else the common one (mlx-lm's form)."""
+    """Bits, group size and mode of one layer: its own entry, else the common one (mlx-lm's
+    form).
+    """
     own = quantization.get(stem)
     entry = own if isinstance(own, Mapping) else quantization
     mode = entry.get("mode", "affine")
     if not isinstance(mode, str) or mode not in (*BLOCK_FORMATS, "affine"):
-        raise ConversionError(f"{path}: config.json quantizes {stem} in mode {mode!r}; MLX has affine, "
-                              f"{', '.join(BLOCK_FORMATS)}")  # fmt: skip
+        raise ConversionError(
+            f"{path}: config.json quantizes {stem} in mode {mode!r}; MLX has affine, "
+            f"{', '.join(BLOCK_FORMATS)}"
+        )
     default = BLOCK_FORMATS.get(mode, (None, None))
     bits, group_size = (entry.get(key, default[n]) for n, key in enumerate(("bits", "group_size")))
-    allowed = (bits, group_size) == default if mode in BLOCK_FORMATS else bits in AFFINE_BITS and group_size in AFFINE_GROUPS
+    allowed = (
+        (bits, group_size) == default
+        if mode in BLOCK_FORMATS
+        else bits in AFFINE_BITS and group_size in AFFINE_GROUPS
+    )
     if not allowed or type(bits) is not int or type(group_size) is not int:
-        raise ConversionError(f"{path}: config.json quantizes {stem} to {bits!r} bits in groups of {group_size!r}, "
-                              f"which MLX does not have in mode {mode}")  # fmt: skip
+        raise ConversionError(
+            f"{path}: config.json quantizes {stem} to {bits!r} bits in groups of {group_size!r}, "
+            f"which MLX does not have in mode {mode}"
+        )
     return bits, group_size, mode
 
 

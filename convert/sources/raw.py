@@ -9,10 +9,22 @@ import numpy as np
 
 from openelm_mlx.errors import ConversionError
 
-NUMPY_CODE = {  # MLX's name -> what numpy reads; numpy has no bfloat16, so its bits travel as uint16
-    "float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int64": "<i8", "int32": "<i4",
-    "int16": "<i2", "int8": "i1", "uint8": "u1", "uint16": "<u2", "uint32": "<u4", "uint64": "<u8", "bool": "?",
-}  # fmt: skip
+# MLX's name -> what numpy reads; numpy has no bfloat16, so its bits travel as uint16
+NUMPY_CODE = {
+    "float64": "<f8",
+    "float32": "<f4",
+    "float16": "<f2",
+    "bfloat16": "<u2",
+    "int64": "<i8",
+    "int32": "<i4",
+    "int16": "<i2",
+    "int8": "i1",
+    "uint8": "u1",
+    "uint16": "<u2",
+    "uint32": "<u4",
+    "uint64": "<u8",
+    "bool": "?",
+}
 
 
 def itemsize(dtype: str) -> int:
@@ -28,7 +40,9 @@ def read_strided(
     strides: tuple[int, ...],
     offset: int,
 ) -> mx.array:
-    """A view of a storage of `elements` at byte `start`; strides and offset count elements and fit (caller checks)."""
+    """A view of a storage of `elements` at byte `start`; strides and offset count elements and fit
+    (caller checks).
+    """
     code = np.dtype(NUMPY_CODE[dtype])
     if 0 in shape:
         return to_mlx(np.zeros(shape, code), dtype)
@@ -37,7 +51,9 @@ def read_strided(
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read: {error}") from None
     steps = tuple(step * code.itemsize for step in strides)
-    view = np.lib.stride_tricks.as_strided(storage[offset:], shape=shape, strides=steps, writeable=False)
+    view = np.lib.stride_tricks.as_strided(
+        storage[offset:], shape=shape, strides=steps, writeable=False
+    )
     return to_mlx(view, dtype)
 
 
@@ -45,7 +61,9 @@ def to_mlx(array: np.ndarray, dtype: str) -> mx.array:
     """A copy in C order, whatever the strides."""
     if dtype == "bfloat16":
         return mx.array(array).view(mx.bfloat16)
-    if dtype == "float64":  # MLX computes in float32 at most on the GPU; no published checkpoint needs more
+    if (
+        dtype == "float64"
+    ):  # MLX computes in float32 at most on the GPU; no published checkpoint needs more
         return mx.array(array.astype(np.float32))
     return mx.array(array)
 

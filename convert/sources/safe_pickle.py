@@ -1,8 +1,9 @@
-"""The part of pickle that torch's state dicts use, and no more: reading one can neither run code nor exhaust memory.
+"""The part of pickle that torch's state dicts use, and no more: reading one can neither run code
+nor exhaust memory.
 
-Python's own unpickler obeys any file: a memo index of ten digits makes it allocate for all indices below, a tuple of
-tuples used as a key is hashed for ever. Here each opcode (as `pickletools` decodes it) is a few lines that check what
-they get, and the number of opcodes is bounded.
+Python's own unpickler obeys any file: a memo index of ten digits makes it allocate for all indices
+below, a tuple of tuples used as a key is hashed for ever. Here each opcode (as `pickletools`
+decodes it) is a few lines that check what they get, and the number of opcodes is bounded.
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ from typing import Any, NamedTuple
 from openelm_mlx.errors import ConversionError, reason
 
 STORAGE_DTYPES = {
-    "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "DoubleStorage": "float64",
-    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
-    "ByteStorage": "uint8", "BoolStorage": "bool",
-}  # fmt: skip
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "DoubleStorage": "float64",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
 MAX_OPCODES = 400_000  # the 3B's takes 10,000
 MAX_NUMBER = 1 << 62
 
@@ -52,12 +60,24 @@ class Mark:
     """Where a run of items on the stack begins."""
 
 
-REBUILD_TENSOR, REBUILD_PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+REBUILD_TENSOR, REBUILD_PARAMETER = (
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+)
 ORDERED_DICT = "collections.OrderedDict"
 STORAGES = {f"torch.{name}": dtype for name, dtype in STORAGE_DTYPES.items()}
 GLOBALS = {ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER, *STORAGES}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-PLAIN = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+PLAIN = {
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+}
 IGNORED = {"PROTO", "FRAME"}
 
 
@@ -67,7 +87,9 @@ def read_state(data: bytes, where: str) -> Any:
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if number >= MAX_OPCODES:
-                raise ConversionError(f"{where}: data.pkl has more than {MAX_OPCODES} opcodes; no state dict needs as many")
+                raise ConversionError(
+                    f"{where}: data.pkl has more than {MAX_OPCODES} opcodes; no state dict needs as many"
+                )
             if opcode.name != "STOP":  # after which there is no more
                 machine.run(opcode.name, argument)
         return machine.pop()
@@ -83,19 +105,29 @@ class Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.steps: Mapping[str, Callable[[Any], None]] = {
-            "EMPTY_DICT": lambda _: self.push({}), "EMPTY_LIST": lambda _: self.push([]),
-            "EMPTY_TUPLE": lambda _: self.push(()), "MARK": lambda _: self.push(Mark),
-            "TUPLE": lambda _: self.push(tuple(self.items())), "TUPLE1": lambda _: self.push(self.last(1)),
-            "TUPLE2": lambda _: self.push(self.last(2)), "TUPLE3": lambda _: self.push(self.last(3)),
-            "BINGET": self.get, "LONG_BINGET": self.get, "BINPUT": self.put, "LONG_BINPUT": self.put,
+            "EMPTY_DICT": lambda _: self.push({}),
+            "EMPTY_LIST": lambda _: self.push([]),
+            "EMPTY_TUPLE": lambda _: self.push(()),
+            "MARK": lambda _: self.push(Mark),
+            "TUPLE": lambda _: self.push(tuple(self.items())),
+            "TUPLE1": lambda _: self.push(self.last(1)),
+            "TUPLE2": lambda _: self.push(self.last(2)),
+            "TUPLE3": lambda _: self.push(self.last(3)),
+            "BINGET": self.get,
+            "LONG_BINGET": self.get,
+            "BINPUT": self.put,
+            "LONG_BINPUT": self.put,
             "MEMOIZE": lambda _: self.put(len(self.memo)),
             "GLOBAL": lambda argument: self.find(argument.replace(" ", ".", 1)),
             "STACK_GLOBAL": lambda _: self.find_pair(*self.last(2)),
-            "BINPERSID": lambda _: self.push(self.storage(self.pop())), "REDUCE": lambda _: self.push(self.call()),
-            "BUILD": lambda _: self.drop(), "SETITEM": lambda _: self.set_items(self.last(2)),
-            "SETITEMS": lambda _: self.set_items(self.items()), "APPEND": lambda _: self.extend(self.last(1)),
+            "BINPERSID": lambda _: self.push(self.storage(self.pop())),
+            "REDUCE": lambda _: self.push(self.call()),
+            "BUILD": lambda _: self.drop(),
+            "SETITEM": lambda _: self.set_items(self.last(2)),
+            "SETITEMS": lambda _: self.set_items(self.items()),
+            "APPEND": lambda _: self.extend(self.last(1)),
             "APPENDS": lambda _: self.extend(self.items()),
-        }  # fmt: skip
+        }
 
     def run(self, name: str, argument: Any) -> None:
         if name in PLAIN:
@@ -105,7 +137,9 @@ class Machine:
         elif name in self.steps:
             self.steps[name](argument)
         elif name not in IGNORED:
-            raise ConversionError(f"{self.where}: data.pkl uses pickle's opcode {name}, which no state dict needs: refused")
+            raise ConversionError(
+                f"{self.where}: data.pkl uses pickle's opcode {name}, which no state dict needs: refused"
+            )
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -168,12 +202,19 @@ class Machine:
 
     def storage(self, pid: Any) -> StorageRecord:
         """torch's storages: ("storage", type, key, location, number of elements)."""
-        if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], Global):
+        if (
+            isinstance(pid, tuple)
+            and len(pid) == 5
+            and pid[0] == "storage"
+            and isinstance(pid[1], Global)
+        ):
             dtype, key, elements = STORAGES.get(pid[1].name), pid[2], pid[4]
             named = isinstance(key, (str, int)) and re.fullmatch(r"\w{1,64}", str(key), re.ASCII)
             if dtype and named and type(elements) is int and 0 <= elements < MAX_NUMBER:
                 return StorageRecord(dtype, str(key), elements)
-        raise ConversionError(f"{self.where}: data.pkl refers to a storage in a form torch does not write")
+        raise ConversionError(
+            f"{self.where}: data.pkl refers to a storage in a form torch does not write"
+        )
 
     def call(self) -> Any:
         function, arguments = self.last(2)
@@ -183,16 +224,33 @@ class Machine:
             return {}
         if function.name == REBUILD_TENSOR and len(arguments) >= 4:
             return self.tensor(*arguments[:4])
-        if function.name == REBUILD_PARAMETER and arguments and isinstance(arguments[0], TensorRecord):
+        if (
+            function.name == REBUILD_PARAMETER
+            and arguments
+            and isinstance(arguments[0], TensorRecord)
+        ):
             return arguments[0]
-        raise ConversionError(f"{self.where}: data.pkl calls {function.name} in a form torch does not write")
+        raise ConversionError(
+            f"{self.where}: data.pkl calls {function.name} in a form torch does not write"
+        )
 
     def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> TensorRecord:
-        if not (isinstance(storage, StorageRecord) and isinstance(shape, tuple) and isinstance(strides, tuple)):
-            raise ConversionError(f"{self.where}: data.pkl describes a tensor without a storage, a shape or strides")
+        if not (
+            isinstance(storage, StorageRecord)
+            and isinstance(shape, tuple)
+            and isinstance(strides, tuple)
+        ):
+            raise ConversionError(
+                f"{self.where}: data.pkl describes a tensor without a storage, a shape or strides"
+            )
         if len(shape) > 8 or len(strides) > 8:
-            raise ConversionError(f"{self.where}: data.pkl describes a tensor of {len(shape)} dimensions")
-        if any(type(number) is not int or abs(number) > MAX_NUMBER for number in (offset, *shape, *strides)):
+            raise ConversionError(
+                f"{self.where}: data.pkl describes a tensor of {len(shape)} dimensions"
+            )
+        if any(
+            type(number) is not int or abs(number) > MAX_NUMBER
+            for number in (offset, *shape, *strides)
+        ):
             raise ConversionError(
                 f"{self.where}: data.pkl describes a tensor whose shape, strides or offset are no whole numbers"
             )

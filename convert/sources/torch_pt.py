@@ -1,8 +1,9 @@
 """Read torch's zip format (`torch.save`) without torch and without trust.
 
-A `.pt` is a zip: `NAME/data.pkl` pickles the structure, `NAME/data/KEY` holds each storage's raw bytes. The pickle
-reader here (`safe_pickle`) builds dicts and tensors and nothing else: any other global is refused by name, so that
-opening a file never runs what somebody put in it. A record's checksum is compared when its tensor is loaded.
+A `.pt` is a zip: `NAME/data.pkl` pickles the structure, `NAME/data/KEY` holds each storage's raw
+bytes. The pickle reader here (`safe_pickle`) builds dicts and tensors and nothing else: any other
+global is refused by name, so that opening a file never runs what somebody put in it. A record's
+checksum is compared when its tensor is loaded.
 """
 
 from __future__ import annotations
@@ -25,15 +26,23 @@ from openelm_mlx.convert.sources.safe_pickle import TensorRecord, read_state
 from openelm_mlx.errors import ConversionError
 
 MAX_PICKLE_BYTES = 8 << 20  # the 3B's has 60 KB
-DAMAGED_ZIP = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error, zlib.error)
+DAMAGED_ZIP = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
 NESTED_UNDER = ("model", "state_dict", "model_state_dict")
 
 
 class TorchCheckpoint(TensorSource):
     """A state dict in a `.pt` file; tensors are listed on opening and read one at a time.
 
-    Raises `ConversionError` when the file is not torch's zip format, is cut short, names a global outside the
-    four that tensors need, or describes a tensor that does not lie within its storage.
+    Raises `ConversionError` when the file is not torch's zip format, is cut short, names a global
+    outside the four that tensors need, or describes a tensor that does not lie within its storage.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -45,9 +54,13 @@ class TorchCheckpoint(TensorSource):
                 check_byteorder(self.path, archive, self._members)
                 state = read_pickle(self.path, archive, self._members["data.pkl"])
         except OSError as error:
-            raise ConversionError(f"{self.path} cannot be read: {error.strerror or error}") from None
+            raise ConversionError(
+                f"{self.path} cannot be read: {error.strerror or error}"
+            ) from None
         except DAMAGED_ZIP as error:
-            raise ConversionError(f"{self.path} is damaged: {str(error):.200}; download or copy it again") from None
+            raise ConversionError(
+                f"{self.path} is damaged: {str(error):.200}; download or copy it again"
+            ) from None
         self._records = state_dict_of(self.path, state)
         self.tensors: dict[str, TensorInfo] = {}
         for name, record in self._records.items():
@@ -71,7 +84,13 @@ class TorchCheckpoint(TensorSource):
             check_crc(self.path, member, start)
             self._intact.add(storage.key)
         return read_strided(
-            self.path, start, storage.elements, storage.dtype, record.shape, record.strides, record.offset
+            self.path,
+            start,
+            storage.elements,
+            storage.dtype,
+            record.shape,
+            record.strides,
+            record.offset,
         )
 
     def _check_bounds(self, name: str, record: TensorRecord) -> None:
@@ -79,7 +98,9 @@ class TorchCheckpoint(TensorSource):
         storage, size = record.storage, itemsize(record.storage.dtype)
         member = self._members.get(f"data/{storage.key}")
         if member is None:
-            raise ConversionError(f"{where} needs storage {storage.key}, which the archive does not hold")
+            raise ConversionError(
+                f"{where} needs storage {storage.key}, which the archive does not hold"
+            )
         if storage.elements * size > member.file_size:
             raise ConversionError(
                 f"{where} declares a storage of {storage.elements * size} bytes, but the archive holds {member.file_size}"
@@ -93,8 +114,12 @@ class TorchCheckpoint(TensorSource):
             (n - 1) * step for n, step in zip(record.shape, record.strides, strict=True)
         )
         if 0 not in record.shape and last >= storage.elements:
-            raise ConversionError(f"{where} reaches element {last} of a storage of {storage.elements}")
-        if math.prod(record.shape) > storage.elements:  # a stride of 0 can make any size out of one number
+            raise ConversionError(
+                f"{where} reaches element {last} of a storage of {storage.elements}"
+            )
+        if (
+            math.prod(record.shape) > storage.elements
+        ):  # a stride of 0 can make any size out of one number
             raise ConversionError(f"{where} of shape {record.shape} is larger than its storage")
 
 
@@ -108,7 +133,8 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 def check_crc(path: Path, member: zipfile.ZipInfo, start: int) -> None:
     """Compare a record with its checksum; 0 stands for none. Raises `ConversionError`.
 
-    torch computes it unless told not to (torch.serialization.set_crc32_options): what does not match is damaged.
+    torch computes it unless told not to (torch.serialization.set_crc32_options): what does not
+    match is damaged.
     """
     crc, left = 0, member.file_size
     if member.CRC == 0:
@@ -130,12 +156,18 @@ def checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.Z
     roots = {info.filename.split("/", 1)[0] for info in archive.infolist()}
     for info in archive.infolist():
         parts = info.filename.split("/")
-        if "\\" in info.filename or len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
+        if (
+            "\\" in info.filename
+            or len(parts) < 2
+            or any(part in ("", ".", "..") for part in parts)
+        ):
             raise ConversionError(
                 f"{path} holds a record named {info.filename!r}; torch writes none such: refused"
             )
         if stat.S_ISLNK(info.external_attr >> 16):
-            raise ConversionError(f"{path}: record {info.filename!r} is a link; torch writes none such: refused")
+            raise ConversionError(
+                f"{path}: record {info.filename!r} is a link; torch writes none such: refused"
+            )
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise ConversionError(
                 f"{path}: record {info.filename!r} is compressed or encrypted; torch stores plainly"
@@ -155,10 +187,14 @@ def checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.Z
     return members
 
 
-def check_byteorder(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> None:
+def check_byteorder(
+    path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]
+) -> None:
     info = members.get("byteorder")
     if info is not None and (info.file_size > 16 or archive.read(info).strip() != b"little"):
-        raise ConversionError(f"{path} was not saved on a little-endian machine; save it again on one")
+        raise ConversionError(
+            f"{path} was not saved on a little-endian machine; save it again on one"
+        )
 
 
 def read_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
@@ -171,9 +207,13 @@ def read_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> 
 
 
 def state_dict_of(path: Path, state: Any) -> dict[str, TensorRecord]:
-    """The tensors by name, found at the top or under one of the usual keys of a training checkpoint."""
+    """The tensors by name, found at the top or under one of the usual keys of a training
+    checkpoint.
+    """
     if isinstance(state, dict):
-        inner = next((state[key] for key in NESTED_UNDER if isinstance(state.get(key), dict)), state)
+        inner = next(
+            (state[key] for key in NESTED_UNDER if isinstance(state.get(key), dict)), state
+        )
         odd = [
             str(name)
             for name, value in inner.items()
@@ -183,16 +223,22 @@ def state_dict_of(path: Path, state: Any) -> dict[str, TensorRecord]:
             return dict(inner)
         if inner:
             raise ConversionError(f"{path} holds entries that are no tensors: {', '.join(odd[:3])}")
-    raise ConversionError(f"{path} holds no tensors by name; it must be torch.save(model.state_dict(), path)")
+    raise ConversionError(
+        f"{path} holds no tensors by name; it must be torch.save(model.state_dict(), path)"
+    )
 
 
 def data_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a stored record's bytes start: behind a local header whose length only the file itself tells."""
+    """Where a stored record's bytes start: behind a local header whose length only the file itself
+    tells.
+    """
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise ConversionError(f"{path}: record {info.filename!r} is damaged; the file may be truncated")
+        raise ConversionError(
+            f"{path}: record {info.filename!r} is damaged; the file may be truncated"
+        )
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     return int(info.header_offset + 30 + name_length + extra_length)
 
@@ -201,7 +247,9 @@ def not_a_zip(path: Path) -> str:
     with open(path, "rb") as file:
         head = file.read(16)
     if head[:4] == b"PK\x03\x04":
-        return f"{path} is truncated: its directory at the end is missing; download or copy it again"
+        return (
+            f"{path} is truncated: its directory at the end is missing; download or copy it again"
+        )
     if head[:1] == b"\x80":
         return (
             f"{path} is in torch's legacy format (before torch 1.6), which is not read here; "

@@ -1,7 +1,8 @@
-"""Write GGUF for llama.cpp: its keys, its tensor names, its block format Q8_0, one tensor in memory at a time.
+"""Write GGUF for llama.cpp: its keys, its tensor names, its block format Q8_0, one tensor in memory
+at a time.
 
-Keys, names and types follow llama.cpp's conversion/openelm.py: proj_1 is split into gate and up, vectors are float32,
-the tokenizer goes along. The file itself is laid out by the `gguf` package.
+Keys, names and types follow llama.cpp's conversion/openelm.py: proj_1 is split into gate and up,
+vectors are float32, the tokenizer goes along. The file itself is laid out by the `gguf` package.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 from openelm_mlx.convert.sources.gguf import CHUNK, LAYER_NAMES, NAMES
-from openelm_mlx.convert.tokenizer_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, TokenizerModel
+from openelm_mlx.convert.tokenizer_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    TokenizerModel,
+)
 
 from openelm_mlx.config import OpenELMConfig, expected_tensors, layer_shapes
 from openelm_mlx.errors import ConversionError, OptionError
@@ -26,18 +34,29 @@ LARGEST_SCALE = 65504.0  # Q8_0 keeps a block's largest weight / 127 as float16
 
 
 def check_gguf(config: OpenELMConfig, q8: bool) -> None:
-    """Raise `ConversionError` for a model that llama.cpp's `openelm` cannot express, before any work."""
-    for held, what in ((config.share_input_output_layers, "a head of its own"), (config.ffn_with_glu, "a plain FFN"),
-                       (config.normalize_qk_projections, "no QK-norm")):  # fmt: skip
+    """Raise `ConversionError` for a model that llama.cpp's `openelm` cannot express, before any
+    work.
+    """
+    for held, what in (
+        (config.share_input_output_layers, "a head of its own"),
+        (config.ffn_with_glu, "a plain FFN"),
+        (config.normalize_qk_projections, "no QK-norm"),
+    ):
         if not held:
-            raise ConversionError(f"the model has {what}, which llama.cpp's openelm cannot express; leave out --to gguf")
+            raise ConversionError(
+                f"the model has {what}, which llama.cpp's openelm cannot express; leave out --to gguf"
+            )
     for name, shape in expected_tensors(config).items():
         if q8 and len(shape) == 2 and shape[1] % 32:
-            raise ConversionError(f"{name} has rows of {shape[1]} weights, no multiple of Q8_0's 32; leave out --bits")
+            raise ConversionError(
+                f"{name} has rows of {shape[1]} weights, no multiple of Q8_0's 32; leave out --bits"
+            )
 
 
 def gguf_type(dtype: str, bits: int | None, group_size: int | None, mode: str | None) -> str:
-    """F32, F16, BF16 or Q8_0, from the options of a conversion. Raises `OptionError` for what GGUF is not written in."""
+    """F32, F16, BF16 or Q8_0, from the options of a conversion. Raises `OptionError` for what GGUF
+    is not written in.
+    """
     if bits is None and mode is None:
         return TYPES[dtype]
     if bits != 8 or group_size not in (None, 32) or mode not in (None, "affine"):
@@ -81,9 +100,15 @@ def gguf_layout(config: OpenELMConfig, kind: str) -> list[Stored]:
 
 
 def write_gguf(
-    path: Path, name: str, config: OpenELMConfig, tokenizer: TokenizerModel, kind: str, chat_template: str | None,
-    arrays: Iterable[tuple[str, mx.array]], licence: Mapping[str, str],
-) -> None:  # fmt: skip
+    path: Path,
+    name: str,
+    config: OpenELMConfig,
+    tokenizer: TokenizerModel,
+    kind: str,
+    chat_template: str | None,
+    arrays: Iterable[tuple[str, mx.array]],
+    licence: Mapping[str, str],
+) -> None:
     """Write the whole file; `arrays` come in the order of `expected_tensors`.
 
     `licence` has the keys of a model card.
@@ -97,7 +122,9 @@ def write_gguf(
     add_tokenizer(writer, tokenizer, chat_template)
     layout = gguf_layout(config, kind)
     for tensor in layout:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind)
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind
+        )
     kinds = {tensor.name: tensor.kind for tensor in layout}
     try:
         writer.write_header_to_file()
@@ -116,12 +143,19 @@ def encoded(name: str, array: mx.array, kind: Any) -> np.ndarray:
     from gguf.quants import quantize
 
     if kind.name == "Q8_0" and (mx.abs(array).max() > 127 * LARGEST_SCALE).item():
-        raise ConversionError(f"{name} has weights beyond the range of Q8_0; use --dtype float32 without --bits")
+        raise ConversionError(
+            f"{name} has weights beyond the range of Q8_0; use --dtype float32 without --bits"
+        )
     if array.ndim == 1:
         return np.array(array.astype(mx.float32))
     step = max(1, CHUNK // array.shape[1])
-    rows = (np.array(array[row : row + step].astype(mx.float32)) for row in range(0, array.shape[0], step))
-    return np.concatenate([np.ascontiguousarray(quantize(part, kind)).view(np.uint8) for part in rows])
+    rows = (
+        np.array(array[row : row + step].astype(mx.float32))
+        for row in range(0, array.shape[0], step)
+    )
+    return np.concatenate(
+        [np.ascontiguousarray(quantize(part, kind)).view(np.uint8) for part in rows]
+    )
 
 
 def add_metadata(writer: Any, name: str, config: OpenELMConfig, kind: str) -> None:
@@ -141,7 +175,12 @@ def add_metadata(writer: Any, name: str, config: OpenELMConfig, kind: str) -> No
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
+    file_types = {
+        "F32": "ALL_F32",
+        "F16": "MOSTLY_F16",
+        "BF16": "MOSTLY_BF16",
+        "Q8_0": "MOSTLY_Q8_0",
+    }
     writer.add_file_type(gguf.LlamaFileType[file_types[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
@@ -165,5 +204,10 @@ def add_tokenizer(writer: Any, tokenizer: TokenizerModel, chat_template: str | N
 
 
 def piece_kind(spm: Any, number: int) -> int:
-    kinds = ((spm.is_unknown, UNKNOWN), (spm.is_control, CONTROL), (spm.is_unused, UNUSED), (spm.is_byte, BYTE))
+    kinds = (
+        (spm.is_unknown, UNKNOWN),
+        (spm.is_control, CONTROL),
+        (spm.is_unused, UNUSED),
+        (spm.is_byte, BYTE),
+    )
     return next((kind for test, kind in kinds if test(number)), NORMAL)

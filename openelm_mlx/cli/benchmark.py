@@ -1,4 +1,6 @@
-"""`openelm benchmark`: what this machine does with a model, how far that is from what it could, and who is faster."""
+"""`openelm benchmark`: what this machine does with a model, how far that is from what it could, and
+who is faster.
+"""
 
 from __future__ import annotations
 
@@ -38,42 +40,127 @@ was measured.
 
 def register(commands: Any) -> None:
     parser = commands.add_parser(
-        "benchmark", help="tokens per second, memory and loss, against peers and physics",
-        description="Measure a model on this machine.", epilog=EXAMPLES,
+        "benchmark",
+        help="tokens per second, memory and loss, against peers and physics",
+        description="Measure a model on this machine.",
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("models", metavar="MODEL", nargs="*", help="default: openelm-tiny")
     what = parser.add_argument_group("what to measure")
     suites = "; ".join(f"{name}: {suite.help}" for name, suite in SUITES.items())
-    what.add_argument("--suite", choices=SUITES, default="quick", metavar="NAME", help=f"{suites} (default quick)")
-    what.add_argument("--random-weights", nargs="+", metavar="SIZE", default=(),
-                      help=f"published sizes with random weights, nothing downloaded: {', '.join(SIZES)}")
-    what.add_argument("--bits", nargs="+", type=whole, metavar="N", default=(),
-                      help=f"widths of the weights: {', '.join(map(str, BITS))}")
-    what.add_argument("--group-size", type=whole, choices=(32, 64, 128), default=64, help="with --bits (default 64)")
+    what.add_argument(
+        "--suite", choices=SUITES, default="quick", metavar="NAME", help=f"{suites} (default quick)"
+    )
+    what.add_argument(
+        "--random-weights",
+        nargs="+",
+        metavar="SIZE",
+        default=(),
+        help=f"published sizes with random weights, nothing downloaded: {', '.join(SIZES)}",
+    )
+    what.add_argument(
+        "--bits",
+        nargs="+",
+        type=whole,
+        metavar="N",
+        default=(),
+        help=f"widths of the weights: {', '.join(map(str, BITS))}",
+    )
+    what.add_argument(
+        "--group-size",
+        type=whole,
+        choices=(32, 64, 128),
+        default=64,
+        help="with --bits (default 64)",
+    )
     what.add_argument("--dtype", choices=DTYPES, help="compute in this type")
-    what.add_argument("--prompt-tokens", nargs="+", type=whole, metavar="N", default=(), help="lengths of the prompt")
-    what.add_argument("--generation-tokens", nargs="+", type=whole, metavar="N", default=(), help="tokens after it")
-    what.add_argument("--batch-size", nargs="+", type=whole, metavar="N", default=(), dest="batch_sizes",
-                      help="sequences at a time")
-    what.add_argument("--cache", nargs="+", metavar="KIND", default=(), dest="caches",
-                      help="how keys and values are kept: plain, kv8, kv4, window-N")
-    what.add_argument("--speculation", nargs="+", metavar="KIND", default=(), dest="speculations",
-                      help="none, prompt-lookup, 'draft MODEL'")
-    what.add_argument("--trials", type=whole, metavar="N", help="counted runs of each case, at least 5")
-    what.add_argument("--minutes", type=real, metavar="N", default=30.0, help="length of the soak suite (default 30)")
-    what.add_argument("--peers", metavar="NAMES", default="", help="also time these: mlx-lm,llama.cpp,torch")
+    what.add_argument(
+        "--prompt-tokens",
+        nargs="+",
+        type=whole,
+        metavar="N",
+        default=(),
+        help="lengths of the prompt",
+    )
+    what.add_argument(
+        "--generation-tokens",
+        nargs="+",
+        type=whole,
+        metavar="N",
+        default=(),
+        help="tokens after it",
+    )
+    what.add_argument(
+        "--batch-size",
+        nargs="+",
+        type=whole,
+        metavar="N",
+        default=(),
+        dest="batch_sizes",
+        help="sequences at a time",
+    )
+    what.add_argument(
+        "--cache",
+        nargs="+",
+        metavar="KIND",
+        default=(),
+        dest="caches",
+        help="how keys and values are kept: plain, kv8, kv4, window-N",
+    )
+    what.add_argument(
+        "--speculation",
+        nargs="+",
+        metavar="KIND",
+        default=(),
+        dest="speculations",
+        help="none, prompt-lookup, 'draft MODEL'",
+    )
+    what.add_argument(
+        "--trials", type=whole, metavar="N", help="counted runs of each case, at least 5"
+    )
+    what.add_argument(
+        "--minutes",
+        type=real,
+        metavar="N",
+        default=30.0,
+        help="length of the soak suite (default 30)",
+    )
+    what.add_argument(
+        "--peers", metavar="NAMES", default="", help="also time these: mlx-lm,llama.cpp,torch"
+    )
     out = parser.add_argument_group("what to write")
-    out.add_argument("--output", metavar="FILE", help="everything as JSON, for --compare and for benchmarks/results")
+    out.add_argument(
+        "--output",
+        metavar="FILE",
+        help="everything as JSON, for --compare and for benchmarks/results",
+    )
     out.add_argument("--csv", metavar="FILE", help="one line per case")
     out.add_argument("--markdown", metavar="FILE", help="the table")
     out.add_argument("--plot", metavar="FILE", help="pictures, .png or .svg; needs matplotlib")
-    out.add_argument("--report", metavar="FILE", help="one HTML page with tables, pictures and machine facts")
-    out.add_argument("--json", action="store_true", help="print one JSON object, also with --compare and --predict")
+    out.add_argument(
+        "--report", metavar="FILE", help="one HTML page with tables, pictures and machine facts"
+    )
+    out.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object, also with --compare and --predict",
+    )
     other = parser.add_argument_group("instead of measuring")
-    other.add_argument("--compare", nargs=2, metavar="FILE", help="significant changes from the first result to the second")
-    other.add_argument("--show", metavar="FILE", help="show, plot or report a result measured before")
-    other.add_argument("--predict", metavar="CHIP", help="expected tokens/s of a chip, as in m3-max; list shows them")
+    other.add_argument(
+        "--compare",
+        nargs=2,
+        metavar="FILE",
+        help="significant changes from the first result to the second",
+    )
+    other.add_argument(
+        "--show", metavar="FILE", help="show, plot or report a result measured before"
+    )
+    other.add_argument(
+        "--predict",
+        metavar="CHIP",
+        help="expected tokens/s of a chip, as in m3-max; list shows them",
+    )
     parser.set_defaults(run=run)
 
 
@@ -100,13 +187,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def refuse_outputs(args: argparse.Namespace) -> None:
-    """Raise `OptionError` for files that would not be written: comparisons and predictions are printed only."""
+    """Raise `OptionError` for files that would not be written: comparisons and predictions are
+    printed only.
+    """
     from openelm_mlx.errors import OptionError
 
     for name in ("output", "csv", "markdown", "plot", "report"):
         if getattr(args, name) and (args.compare or args.predict):
             what = "--compare" if args.compare else "--predict"
-            raise OptionError(f"--{name} does not go with {what}, which prints its result; use --json, or > FILE")
+            raise OptionError(
+                f"--{name} does not go with {what}, which prints its result; use --json, or > FILE"
+            )
 
 
 def measure(args: argparse.Namespace) -> Document:
@@ -114,12 +205,22 @@ def measure(args: argparse.Namespace) -> Document:
     from openelm_mlx.benchmarks.suites import BenchmarkOptions
 
     options = BenchmarkOptions(
-        models=tuple(args.models), suite=args.suite, random_weights=tuple(args.random_weights), bits=tuple(args.bits),
-        dtype=args.dtype, group_size=args.group_size, prompt_tokens=tuple(args.prompt_tokens),
-        generation_tokens=tuple(args.generation_tokens), batch_sizes=tuple(args.batch_sizes), caches=tuple(args.caches),
-        speculations=tuple(args.speculations), trials=args.trials, minutes=args.minutes,
-        peers=tuple(name.strip() for name in args.peers.split(",") if name.strip()), command=command_line(),
-    )  # fmt: skip
+        models=tuple(args.models),
+        suite=args.suite,
+        random_weights=tuple(args.random_weights),
+        bits=tuple(args.bits),
+        dtype=args.dtype,
+        group_size=args.group_size,
+        prompt_tokens=tuple(args.prompt_tokens),
+        generation_tokens=tuple(args.generation_tokens),
+        batch_sizes=tuple(args.batch_sizes),
+        caches=tuple(args.caches),
+        speculations=tuple(args.speculations),
+        trials=args.trials,
+        minutes=args.minutes,
+        peers=tuple(name.strip() for name in args.peers.split(",") if name.strip()),
+        command=command_line(),
+    )
     with progress_bar() as progress:
         return run_benchmark(options, progress)
 
@@ -144,10 +245,18 @@ def progress_bar() -> Iterator[Progress | None]:
         BarColumn(20, table_column=Column(no_wrap=True)),
         TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
         TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
-        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        TextColumn(
+            "{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        ),
     )
     # drawn between trials only: a thread that draws during them would be measured with them
-    with Bars(*columns, console=Console(stderr=True), transient=True, auto_refresh=False, speed_estimate_period=3600) as bars:
+    with Bars(
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        auto_refresh=False,
+        speed_estimate_period=3600,
+    ) as bars:
         yield Bar(bars, bars.add_task("loading", total=None))
 
 
@@ -163,7 +272,9 @@ class Bar:
 
 
 def check_targets(args: argparse.Namespace) -> None:
-    """Before anything is measured: whether it can be written afterwards. Raises `OptionError` or `BenchmarkError`."""
+    """Before anything is measured: whether it can be written afterwards. Raises `OptionError` or
+    `BenchmarkError`.
+    """
     from openelm_mlx.errors import BenchmarkError
     from openelm_mlx.files import check_writable
 
@@ -177,7 +288,8 @@ def check_targets(args: argparse.Namespace) -> None:
 
 
 def write(document: Document, args: argparse.Namespace) -> None:
-    """The table or JSON on stdout, then the files, the most valuable one first: what fails takes nothing else along.
+    """The table or JSON on stdout, then the files, the most valuable one first: what fails takes
+    nothing else along.
 
     Raises `BenchmarkError` for all files that could not be written.
     """
@@ -244,9 +356,16 @@ def compare(before: str, after: str, as_json: bool) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """From a model of kernels and bytes, checked against the results that come with this package."""
+    """From a model of kernels and bytes, checked against the results that come with this
+    package.
+    """
     from openelm_mlx import benchmarks
     from openelm_mlx.benchmarks.predict_table import show
 
-    show(args.predict, args.random_weights or args.models, Path(benchmarks.__file__).parent / "results", args.json)
+    show(
+        args.predict,
+        args.random_weights or args.models,
+        Path(benchmarks.__file__).parent / "results",
+        args.json,
+    )
     return 0

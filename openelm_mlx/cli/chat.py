@@ -1,4 +1,6 @@
-"""`openelm chat`: a conversation on a terminal, one message a line from a pipe, or one question and out."""
+"""`openelm chat`: a conversation on a terminal, one message a line from a pipe, or one question and
+out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The commands of a chat: each is a line that begins with a slash, at the prompt and in a pipe alike."""
+"""The commands of a chat: each is a line that begins with a slash, at the prompt and in a pipe
+alike.
+"""
 
 from __future__ import annotations
 

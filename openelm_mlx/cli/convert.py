@@ -29,15 +29,28 @@ def register(commands: Any) -> None:
     from openelm_mlx.convert.options import ConvertOptions
 
     parser = commands.add_parser(
-        "convert", help="convert and quantize weights",
+        "convert",
+        help="convert and quantize weights",
         description="Write a model folder that this engine and mlx-lm load. A failed run leaves nothing behind.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("source", metavar="SOURCE",
-                        help="a .pt file, model folder or GGUF file, a hub id, or a name: 270m, corenet:270m ...")
-    parser.add_argument("-o", "--output", dest="target", metavar="PATH", required=True,
-                        help="folder to write, or GGUF file")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON object: sizes, forms and losses")
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a .pt file, model folder or GGUF file, a hub id, or a name: 270m, corenet:270m ...",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        dest="target",
+        metavar="PATH",
+        required=True,
+        help="folder to write, or GGUF file",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object: sizes, forms and losses"
+    )
     add_flags(parser, ConvertOptions, skip=("source", "target"))
     parser.set_defaults(run=run)
 
@@ -55,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
     from openelm_mlx.convert.staging import check_inputs, check_target
     from openelm_mlx.hub import is_published
 
-    signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # so that what is half-written is removed
+    signal.signal(
+        signal.SIGTERM, lambda *received: sys.exit(143)
+    )  # so that what is half-written is removed
     if is_published(args.source) and not os.path.exists(args.source):
         published(args.source)  # names and target are checked before gigabytes are fetched
     asked = from_args(ConvertOptions, args)
@@ -63,13 +78,22 @@ def run(args: argparse.Namespace) -> int:
     check_inputs(asked)
     find_source(args)
     options = from_args(ConvertOptions, args)
-    columns = (TextColumn("converting"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
+    columns = (
+        TextColumn("converting"),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
         task, phase = bar.add_task("", total=None), 0
 
         def show(done: int, total: int, name: str) -> None:
             nonlocal phase
-            if total != phase:  # measuring, learning and writing count apart: so does the time they take
+            if (
+                total != phase
+            ):  # measuring, learning and writing count apart: so does the time they take
                 bar.reset(task)
             phase = total
             bar.update(task, completed=done, total=total, description=name)
@@ -83,7 +107,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_source(args: argparse.Namespace) -> None:
-    """Put a path in the place of a source's name, fetched if need be, and a mirror's tokenizer where none lies there."""
+    """Put a path in the place of a source's name, fetched if need be, and a mirror's tokenizer
+    where none lies there.
+    """
     from pathlib import Path
 
     from openelm_mlx.convert.catalog import fetch_with_bar
@@ -113,12 +139,18 @@ def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]
     from openelm_mlx.convert.forms import config_entry
 
     found = {
-        "target": str(report.target), "written": not options.dry_run, "parameters": report.parameters,
-        "source_bytes": report.source_bytes, "bytes": report.written_bytes, "bits_per_weight": report.bits_per_weight,
-        "dropped_embedding_rows": report.dropped_rows, "quantization": config_entry(report.forms),
-        "memory_bytes": report.memory_bytes, "calibration": dict(report.measured),
+        "target": str(report.target),
+        "written": not options.dry_run,
+        "parameters": report.parameters,
+        "source_bytes": report.source_bytes,
+        "bytes": report.written_bytes,
+        "bits_per_weight": report.bits_per_weight,
+        "dropped_embedding_rows": report.dropped_rows,
+        "quantization": config_entry(report.forms),
+        "memory_bytes": report.memory_bytes,
+        "calibration": dict(report.measured),
         "verification": None if report.verification is None else dict(report.verification),
-    }  # fmt: skip
+    }
     if options.target_format == "gguf":
         del found["quantization"]  # llama.cpp's types are no forms of MLX
     return found

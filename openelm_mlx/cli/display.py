@@ -12,15 +12,17 @@ from openelm_mlx.cli.streams import Waiting, columns, moves_cursor, printable
 from openelm_mlx.cli.wrap import WordWrap
 
 ERASE_BELOW = "\x1b[J"
-# One line down and up again makes room at the bottom of the screen. Then: remember the place, write below, return.
+# One line down and up again makes room at the bottom of the screen. Then: remember the place, write
+# below, return.
 BELOW = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[7m{}\x1b[0m\x1b8"
 
 
 class Display:
     """One answer. `with Display(live=True) as display: display.write("text", "status")`.
 
-    `live` asks for the status line, which needs a terminal that moves its cursor. The cursor rests at the end of the
-    text all the time, so that a resized window and a killed process leave nothing but that one line behind.
+    `live` asks for the status line, which needs a terminal that moves its cursor. The cursor rests
+    at the end of the text all the time, so that a resized window and a killed process leave nothing
+    but that one line behind.
     """
 
     def __init__(self, live: bool) -> None:
@@ -52,7 +54,12 @@ class Display:
         else:
             print(text, end="", flush=True)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.waiting.end()
         print(ERASE_BELOW if self.live else "", flush=True)
 
@@ -74,7 +81,9 @@ class Meter:
 
     def __str__(self) -> str:
         seconds = self.last - self.first
-        return f"{self.tokens} tokens" + (f" at {(self.tokens - 1) / seconds:.1f} tokens/s" if seconds else "")
+        return f"{self.tokens} tokens" + (
+            f" at {(self.tokens - 1) / seconds:.1f} tokens/s" if seconds else ""
+        )
 
 
 class StopKey:
@@ -103,5 +112,10 @@ class StopKey:
             self.over = True  # what cleans up now is not to be interrupted again
             raise KeyboardInterrupt
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         signal.signal(signal.SIGINT, self.before)

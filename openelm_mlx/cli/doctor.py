@@ -1,4 +1,6 @@
-"""`openelm doctor`: what a bug report needs, whether this machine computes correctly, what slows it down."""
+"""`openelm doctor`: what a bug report needs, whether this machine computes correctly, what slows it
+down.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"facts": found, "hints": advice}, default=str))
         return 0
-    shown = {name.removesuffix("_bytes"): size_text(value) if name.endswith("_bytes") and value is not None else value
-             for name, value in found.items() if name != "converted_cache_bytes"}  # fmt: skip
+    shown = {
+        name.removesuffix("_bytes"): size_text(value)
+        if name.endswith("_bytes") and value is not None
+        else value
+        for name, value in found.items()
+        if name != "converted_cache_bytes"
+    }
     shown["converted_cache"] = (
         f"{found['converted_cache']} ({size_text(found['converted_cache_bytes'])})"
     )

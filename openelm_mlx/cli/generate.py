@@ -195,7 +195,9 @@ def text_of(engine: Engine, token: int) -> str:
 
 
 def cache_from(path: str, engine: Engine, options: EngineOptions) -> PromptCache:
-    """Load the cache saved at `path`, of the kind that the options ask for, or make an empty one."""
+    """Load the cache saved at `path`, of the kind that the options ask for, or make an empty
+    one.
+    """
     from openelm_mlx.prompt_cache import PromptCache
 
     if os.path.exists(path):

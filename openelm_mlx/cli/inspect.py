@@ -17,10 +17,12 @@ EXAMPLES = """examples:
 
 def register(commands: Any) -> None:
     parser = commands.add_parser(
-        "inspect", help="layers, parameters and bytes of a model",
+        "inspect",
+        help="layers, parameters and bytes of a model",
         description="Heads and widths of each layer, parameters, bytes by part. Reads no weights, only their headers.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", default="openelm-tiny", help=MODEL_HELP
     )
@@ -44,7 +46,10 @@ def show(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 80)
-    table = Table(title=f"{facts['name']}: {facts['layers_total']} layers, dim {facts['model_dim']}", title_justify="left")
+    table = Table(
+        title=f"{facts['name']}: {facts['layers_total']} layers, dim {facts['model_dim']}",
+        title_justify="left",
+    )
     for column in ("layer", "query heads", "kv heads", "FFN width"):
         table.add_column(column, justify="right")
     table.add_column("parameters")
@@ -52,15 +57,25 @@ def show(facts: dict[str, Any]) -> None:
     for number, layer in enumerate(facts["layers"]):
         bar = "█" * max(1, round(24 * layer["parameters"] / widest))
         table.add_row(
-            str(number), str(layer["q_heads"]), str(layer["kv_heads"]), str(layer["ffn_dim"]),
+            str(number),
+            str(layer["q_heads"]),
+            str(layer["kv_heads"]),
+            str(layer["ffn_dim"]),
             f"{bar} {layer['parameters'] / 1e6:.2f}M",
-        )  # fmt: skip
+        )
     console.print(table)
     print(f"parameters          {facts['parameters']:,}")
-    print(f"vocabulary          {facts['vocab_size']:,}, context {facts['max_context_length']:,} tokens")
-    print(f"weights             {facts['bytes']:,} bytes, {facts['bits_per_weight']:.2f} bits per weight")
+    print(
+        f"vocabulary          {facts['vocab_size']:,}, context {facts['max_context_length']:,} tokens"
+    )
+    print(
+        f"weights             {facts['bytes']:,} bytes, {facts['bits_per_weight']:.2f} bits per weight"
+    )
     for part, size in facts["bytes_by_part"].items():
         print(f"  {part:<18}{size:,} bytes ({size / facts['bytes']:.1%})")
     print(f"a token reads       {facts['bytes_read_per_token']:,} bytes of weights")
-    print("a token adds        " + "; ".join(f"{size:,} bytes {kind}" for kind, size in facts["kv_bytes_per_token"].items()))
+    print(
+        "a token adds        "
+        + "; ".join(f"{size:,} bytes {kind}" for kind, size in facts["kv_bytes_per_token"].items())
+    )
     print(f"assumed             {facts['assumed']}")

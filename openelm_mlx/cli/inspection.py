@@ -1,4 +1,6 @@
-"""Facts behind `openelm inspect`: computed from a configuration and the headers of safetensors files."""
+"""Facts behind `openelm inspect`: computed from a configuration and the headers of safetensors
+files.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +114,9 @@ def cache_kinds(config: OpenELMConfig) -> dict[str, CacheKind]:
 
 
 def by_part(sizes: dict[str, int]) -> dict[str, int]:
-    """Bytes of each part of the model; quantization's scales and biases apart from the weights they belong to."""
+    """Bytes of each part of the model; quantization's scales and biases apart from the weights they
+    belong to.
+    """
     parts: dict[str, int] = {}
     for tensor, size in sizes.items():
         part = next((part for part, mark in PARTS if mark in tensor), "norms")
@@ -123,7 +127,9 @@ def by_part(sizes: dict[str, int]) -> dict[str, int]:
 
 
 def tensor_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of each tensor, from the headers of the folder's safetensors files. Raises `CheckpointError`."""
+    """Bytes of each tensor, from the headers of the folder's safetensors files. Raises
+    `CheckpointError`.
+    """
     sizes: dict[str, int] = {}
     files = sorted(folder.glob("model*.safetensors"))
     if not files:

@@ -22,8 +22,9 @@ from openelm_mlx.hub import (
 class Kept:
     """A name and what it stands for. `path` is None and `nbytes` 0 where nothing of it is here.
 
-    `kind` is bundled, hub, corenet or converted. `partial` says that a download was cut, and goes on when the model is
-    asked for again. A conversion has `used`, in seconds since the epoch, and `sources`, the paths or names it is from.
+    `kind` is bundled, hub, corenet or converted. `partial` says that a download was cut, and goes
+    on when the model is asked for again. A conversion has `used`, in seconds since the epoch, and
+    `sources`, the paths or names it is from.
     """
 
     kind: str
@@ -37,7 +38,9 @@ class Kept:
 
 
 def inventory() -> list[Kept]:
-    """All names, in the order they are shown in; what is converted comes last, the one used last before the others."""
+    """All names, in the order they are shown in; what is converted comes last, the one used last
+    before the others.
+    """
     models = [Kept("bundled", "openelm-tiny", "comes with openelm-mlx", BUNDLED, size_of(BUNDLED))]
     return models + on_the_hub() + from_corenet() + converted()
 
@@ -74,8 +77,18 @@ def from_corenet() -> list[Kept]:
 
 
 def converted() -> list[Kept]:
-    return [Kept("converted", one.folder.name, ", ".join(one.sources) or "from an earlier version", one.folder, one.nbytes,
-                 used=one.used, sources=one.sources) for one in reversed(model_cache.conversions())]  # fmt: skip
+    return [
+        Kept(
+            "converted",
+            one.folder.name,
+            ", ".join(one.sources) or "from an earlier version",
+            one.folder,
+            one.nbytes,
+            used=one.used,
+            sources=one.sources,
+        )
+        for one in reversed(model_cache.conversions())
+    ]
 
 
 def matching(name: str) -> list[Kept]:
@@ -91,8 +104,12 @@ def matching(name: str) -> list[Kept]:
         name = published(name).name  # or the nearest names are told
     hub_id = SHORT_NAMES.get(name.lower(), name)
     names = {name, hub_id, str(Path(os.path.abspath(os.path.expanduser(name))))}
-    found = [one for one in on_the_hub() + from_corenet() + converted()
-             if one.path is not None and names & {one.name, SHORT_NAMES.get(one.name, one.name), *one.sources}]  # fmt: skip
+    found = [
+        one
+        for one in on_the_hub() + from_corenet() + converted()
+        if one.path is not None
+        and names & {one.name, SHORT_NAMES.get(one.name, one.name), *one.sources}
+    ]
     if not found and (path := cached_repositories().get(hub_id)):
         found = [Kept("hub", hub_id, "from the hub", path, size_of(path))]
     if not found:
@@ -101,7 +118,9 @@ def matching(name: str) -> list[Kept]:
 
 
 def remove(one: Kept) -> None:
-    """Remove from this disk what `matching` found. Raises `HubError` where it is in use or cannot be removed."""
+    """Remove from this disk what `matching` found. Raises `HubError` where it is in use or cannot
+    be removed.
+    """
     try:
         if one.kind == "hub":
             remove_repository(SHORT_NAMES.get(one.name, one.name))

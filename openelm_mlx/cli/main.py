@@ -1,4 +1,6 @@
-"""`openelm`: finds the command, runs it, and turns a user's mistake into one line and exit status 2."""
+"""`openelm`: finds the command, runs it, and turns a user's mistake into one line and exit status
+2.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from openelm_mlx.cli.streams import all_characters
 from openelm_mlx.errors import OpenELMError
 
 COMMANDS = ("chat", "generate", "convert", "benchmark", "inspect", "models", "doctor")
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # what a stream that is full or gone answers
+UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EBADF,
+)  # what a stream that is full or gone answers
 
 EXAMPLES = """examples:
   openelm chat                                     talk to the bundled model
@@ -52,10 +60,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status, 2 for a mistake of the user's and for output that cannot be written."""
+    """Run a command; its exit status, 2 for a mistake of the user's and for output that cannot be
+    written.
+    """
     occupy_closed_streams()
     if sys.stdout is None:
-        say("openelm: standard output is closed, so no result can be shown; leave out `>&-`, or write `>/dev/null`")
+        say(
+            "openelm: standard output is closed, so no result can be shown; leave out `>&-`, or write `>/dev/null`"
+        )
         return 2
     all_characters(sys.stdout)
     try:
@@ -82,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def occupy_closed_streams() -> None:
-    """Give the numbers 0, 1 and 2 away where they are free: else a model's file would get one, and be taken for a stream."""
+    """Give the numbers 0, 1 and 2 away where they are free: else a model's file would get one, and
+    be taken for a stream.
+    """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -101,6 +115,8 @@ def say(text: str) -> None:
 
 
 def abandon(stream: TextIO) -> None:
-    """Let what is left in a stream go nowhere: it would fail once more at exit, with a traceback."""
+    """Let what is left in a stream go nowhere: it would fail once more at exit, with a
+    traceback.
+    """
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -24,15 +24,20 @@ When all of them take more than $OPENELM_CACHE_GB (50 unless set), those not use
 
 def register(commands: Any) -> None:
     parser = commands.add_parser(
-        "models", help="names of models, and what is on this disk",
+        "models",
+        help="names of models, and what is on this disk",
         description="List every name of a model with what it takes on this disk, or remove it from there.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
     actions = parser.add_subparsers(title="actions", metavar="[ACTION]")
-    removing = actions.add_parser("remove", help="remove models from this disk",
-                                  description="Remove what was fetched or converted; it asks first.")  # fmt: skip
+    removing = actions.add_parser(
+        "remove",
+        help="remove models from this disk",
+        description="Remove what was fetched or converted; it asks first.",
+    )
     removing.add_argument(
         "names",
         metavar="NAME",
@@ -62,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(models: list[Kept], limit: float) -> None:
-    """Names, sizes and meanings; the many names of one checkpoint in training share a line unless they are here."""
+    """Names, sizes and meanings; the many names of one checkpoint in training share a line unless
+    they are here.
+    """
     from openelm_mlx.cli.inventory import size_text
     from openelm_mlx.hub import hub_cache
     from openelm_mlx.model_cache import cache_folder, conversions_folder

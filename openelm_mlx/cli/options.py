@@ -35,7 +35,8 @@ OTHER_NAMES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Says every mistake in one line, with the nearest option, command or choice where there is one.
+    """Says every mistake in one line, with the nearest option, command or choice where there is
+    one.
 
     `of_stray_words` ends the error for an argument too many: where the command expects such words.
     """

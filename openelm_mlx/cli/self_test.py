@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 PROMPT = "Once upon a time"
-# Greedy tokens in float32, one pass over the whole text each, on the CPU. The next best is never nearer than 0.2 in
-# logits, so rounding changes none of them, and a kernel that computes something else changes most.
+# Greedy tokens in float32, one pass over the whole text each, on the CPU. The next best is never
+# nearer than 0.2 in logits, so rounding changes none of them, and a kernel that computes something
+# else changes most.
 TOKENS = (444, 310, 261, 583, 872, 1086, 523, 4024, 272, 262, 523, 429, 310, 492, 651, 2422)
 
 

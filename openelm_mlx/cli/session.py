@@ -103,7 +103,9 @@ class Session:
         self.answer(lambda progress: self.conversation.send(text, progress))
 
     def answer(self, ask: Ask) -> None:
-        """Show an answer as it comes. Ctrl-C in a dialogue ends this answer, not the conversation."""
+        """Show an answer as it comes. Ctrl-C in a dialogue ends this answer, not the
+        conversation.
+        """
         display, stop, meter = Display(self.dialogue), StopKey(), Meter()
 
         def progress(done: int, total: int) -> None:

@@ -21,7 +21,9 @@ def utf8_stdin() -> TextIO:
     """
     if sys.stdin is None or sys.stdin.closed:
         raise PromptError("standard input is closed; give the text on the command line")
-    reconfigure: Any = getattr(sys.stdin, "reconfigure", None)  # a stand-in such as StringIO has none
+    reconfigure: Any = getattr(
+        sys.stdin, "reconfigure", None
+    )  # a stand-in such as StringIO has none
     if reconfigure is not None:
         reconfigure(encoding="utf-8", errors="surrogateescape")
     return sys.stdin
@@ -46,7 +48,9 @@ def printable(text: str) -> str:
 
 def moves_cursor(stream: TextIO | None) -> bool:
     """Tell whether `stream` is a terminal that knows the usual escape sequences."""
-    return stream is not None and stream.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+    return (
+        stream is not None and stream.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+    )
 
 
 def columns(stream: TextIO) -> int:
@@ -99,7 +103,12 @@ class Waiting:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self.over = True
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.end()
 
     def _show(self) -> None:

@@ -27,7 +27,10 @@ from openelm_mlx.errors import OpenELMError
 if TYPE_CHECKING:
     from openelm_mlx.chat import Conversation
 
-PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # a paste arrives in brackets, so that its lines stay together
+PASTE_ON, PASTE_OFF = (
+    "\x1b[?2004h",
+    "\x1b[?2004l",
+)  # a paste arrives in brackets, so that its lines stay together
 
 
 def dialogue(conversation: Conversation) -> int:
@@ -35,10 +38,16 @@ def dialogue(conversation: Conversation) -> int:
     output = create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
     session = Session(conversation, dialogue=True)
     prompts: PromptSession[str] = PromptSession(
-        history=History(str(history_file())), key_bindings=key_bindings(), multiline=True, output=output,
-        bottom_toolbar=session.status, prompt_continuation="… ", completer=Lines(), complete_while_typing=False,
+        history=History(str(history_file())),
+        key_bindings=key_bindings(),
+        multiline=True,
+        output=output,
+        bottom_toolbar=session.status,
+        prompt_continuation="… ",
+        completer=Lines(),
+        complete_while_typing=False,
         enable_suspend=True,
-    )  # fmt: skip
+    )
 
     def confirm(question: str) -> bool:
         with suppress(KeyboardInterrupt, EOFError):
@@ -92,7 +101,9 @@ class Lines(Completer):
     def __init__(self) -> None:
         self.paths = PathCompleter(expanduser=True)
 
-    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+    def get_completions(
+        self, document: Document, complete_event: CompleteEvent
+    ) -> Iterable[Completion]:
         text = document.text_before_cursor
         if not text.startswith("/") or "\n" in text:
             return
@@ -124,11 +135,17 @@ class History(FileHistory):
 def history_file() -> Path:
     """Return the file of earlier messages: $XDG_STATE_HOME/openelm-mlx/history."""
     try:
-        folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "openelm-mlx"
+        folder = (
+            Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+            / "openelm-mlx"
+        )
         folder.mkdir(parents=True, exist_ok=True)
         # only its owner may read it: it holds what was asked
         os.close(os.open(folder / "history", os.O_WRONLY | os.O_CREAT, 0o600))
-    except (OSError, RuntimeError):  # a home that is unknown or cannot be written costs the history, not the chat
+    except (
+        OSError,
+        RuntimeError,
+    ):  # a home that is unknown or cannot be written costs the history, not the chat
         return Path(os.devnull)
     return folder / "history"
 
@@ -150,11 +167,18 @@ class SilentKeys:
         return self
 
     def bracket_pastes(self) -> None:
-        """Keep the lines of a paste together during an answer too; each prompt ends with turning that off."""
+        """Keep the lines of a paste together during an answer too; each prompt ends with turning
+        that off.
+        """
         if moves_cursor(sys.stdout):
             print(PASTE_ON, end="", flush=True)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._restore()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

@@ -14,8 +14,8 @@ class WordWrap:
 
         width 10   "the quick" -> "the quick", " bro" -> " ", then back over "bro": a new line, "bro"; "wn" -> "wn"
 
-    `columns()` is asked at each piece, so that a resized window is respected. The last column stays free: a
-    terminal that waits there for the next character forgets so when the cursor is moved.
+    `columns()` is asked at each piece, so that a resized window is respected. The last column stays
+    free: a terminal that waits there for the next character forgets so when the cursor is moved.
     """
 
     def __init__(self, columns: Callable[[], int]) -> None:
@@ -54,7 +54,10 @@ class WordWrap:
         size = cell_len(char)
         if self.column + size <= self.width:
             return self._take(char, size)
-        if size > 1 or self.word_width in (0, self.column):  # between wide characters, words, or within a long one
+        if size > 1 or self.word_width in (
+            0,
+            self.column,
+        ):  # between wide characters, words, or within a long one
             self.column = 0
             self._new_word()
             return "\n" + self._take(char, size)
