@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 PIP_FLAGS := --disable-pip-version-check --no-input
-# The tree as it is installed, for the type checker: convert and benchmarks lie beside the package here, inside it there.
-TYPES := build/types
 
 .PHONY: chat test clean help
 help:
@@ -39,8 +37,7 @@ chat: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
-	@rm -rf $(TYPES) && mkdir -p $(TYPES) && cp -R openelm_mlx $(TYPES) && cp -R convert benchmarks $(TYPES)/openelm_mlx
-	MYPYPATH=$(TYPES) $(BIN)/mypy -p openelm_mlx
+	$(BIN)/mypy -p openelm_mlx
 	$(BIN)/python -m pytest
 
 clean:

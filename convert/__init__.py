@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from openelm_mlx.convert.catalog import fetch_published
+    from openelm_mlx.convert.fetch.catalog import fetch_published
     from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import ConversionReport, convert
 
@@ -21,7 +21,7 @@ _HOME = {
     "ConversionReport": "pipeline",
     "ConvertOptions": "options",
     "convert": "pipeline",
-    "fetch_published": "catalog",
+    "fetch_published": "fetch.catalog",
 }
 __all__ = ["ConversionReport", "ConvertOptions", "convert", "fetch_published"]
 

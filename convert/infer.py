@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.yaml_files import corenet_overrides, corenet_section
-
-from openelm_mlx.config import PUBLISHED, OpenELMConfig, normal_name
 from openelm_mlx.config_files import read_json
+from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.sources.yaml_files import corenet_overrides, corenet_section
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError
+from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, normal_name
 
 Shapes = Mapping[str, tuple[int, ...]]  # under Hugging Face's names
 

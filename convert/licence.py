@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openelm_mlx.hub import SHORT_NAMES, is_published
+from openelm_mlx.engine.hub import SHORT_NAMES, is_published
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.options import ConvertOptions

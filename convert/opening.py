@@ -7,19 +7,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import mlx.core as mx
-from openelm_mlx.convert.adapters import AdaptedCheckpoint, LoraOptions, has_adapters
-from openelm_mlx.convert.folder import find_tokenizer
-from openelm_mlx.convert.forms import Form
 from openelm_mlx.convert.infer import config_for, config_path, with_flags
-from openelm_mlx.convert.mlx_adapters import FusedAdapter
 from openelm_mlx.convert.names import check_coverage, renamed_tensors
 from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.quantize.forms import Form
 from openelm_mlx.convert.sources import TensorSource, open_source
-from openelm_mlx.convert.tokenizer_model import TokenizerModel
-
-from openelm_mlx.config import OpenELMConfig, expected_tensors
+from openelm_mlx.convert.sources.adapters import AdaptedCheckpoint, LoraOptions, has_adapters
+from openelm_mlx.convert.sources.mlx_adapters import FusedAdapter
+from openelm_mlx.convert.targets.folder import find_tokenizer
+from openelm_mlx.convert.tokenizers.tokenizer_model import TokenizerModel
+from openelm_mlx.device import mx
 from openelm_mlx.errors import CheckpointError, OpenELMError, OptionError, TokenizerError
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 
 MAX_PADDING_ROWS = 256  # CoreNet pads 32000 tokens to 32128 rows; a larger gap is another tokenizer
 

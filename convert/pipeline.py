@@ -7,30 +7,30 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
-from openelm_mlx.convert.adapters import ADAPTER_FOLDER, write_adapter
-from openelm_mlx.convert.folder import (
+
+from openelm_mlx.convert.licence import licence_of
+from openelm_mlx.convert.opening import OpenedModel, open_model
+from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.quantize.forms import Form, Plan, matrices
+from openelm_mlx.convert.quantize.packing import planned, quantized
+from openelm_mlx.convert.quantize.planning import memory_needed, plan_quantization
+from openelm_mlx.convert.record import KEPT, MERGED, SourceHash, conversion_record
+from openelm_mlx.convert.sources import TensorInfo, TensorSource
+from openelm_mlx.convert.sources.adapters import ADAPTER_FOLDER, write_adapter
+from openelm_mlx.convert.staging import check_inputs, check_target, staged
+from openelm_mlx.convert.targets.folder import (
     CHAT_TEMPLATE,
     sampling_defaults,
     write_record,
     write_side_files,
 )
-from openelm_mlx.convert.forms import Form, Plan, matrices
-from openelm_mlx.convert.licence import licence_of
-from openelm_mlx.convert.opening import OpenedModel, open_model
-from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.planning import memory_needed, plan_quantization
-from openelm_mlx.convert.quantize import planned, quantized
-from openelm_mlx.convert.record import KEPT, MERGED, SourceHash, conversion_record
-from openelm_mlx.convert.sources import TensorInfo, TensorSource
-from openelm_mlx.convert.staging import check_inputs, check_target, staged
+from openelm_mlx.convert.targets.writer import nbytes, write_weights
 from openelm_mlx.convert.verify import check_bound, verification_text, verify
-from openelm_mlx.convert.writer import nbytes, write_weights
-
-from openelm_mlx.config import OpenELMConfig, expected_tensors
+from openelm_mlx.device import mx
+from openelm_mlx.engine.options import shown
 from openelm_mlx.errors import CheckpointError, ConversionError, OptionError
-from openelm_mlx.options import shown
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 
 Progress = Callable[
     [int, int, str], None

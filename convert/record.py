@@ -14,11 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.convert.forms import Form, Plan, config_entry
-from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.recipes import number_of, role
-
 from openelm_mlx import __version__
+from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.quantize.forms import Form, Plan, config_entry
+from openelm_mlx.convert.quantize.recipes import number_of, role
 
 CHUNK = 1 << 22
 MERGED, KEPT = "merged", "kept beside its base"

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
-from openelm_mlx.convert.dense import log_probs
-from openelm_mlx.convert.forms import read_plan
+
+from openelm_mlx.config_files import read_json
 from openelm_mlx.convert.opening import OpenedModel
-from openelm_mlx.convert.planning import exact_weights
-from openelm_mlx.convert.quantize import restored
+from openelm_mlx.convert.quantize.forms import read_plan
+from openelm_mlx.convert.quantize.functional import log_probs
+from openelm_mlx.convert.quantize.packing import restored
+from openelm_mlx.convert.quantize.planning import exact_weights
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.staging import config_of
-
-from openelm_mlx.config import OpenELMConfig, expected_tensors
-from openelm_mlx.config_files import read_json
+from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import read_text
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 
 TEXT = "Once upon a time there was a little girl who lived in a house at the edge of a great forest with her mother."
 ROW = 512  # tokens scored in one context, BOS included
@@ -144,7 +144,7 @@ def read_gguf(path: Path) -> Written:
 
 
 def dense_model(config: OpenELMConfig, weights: Mapping[str, mx.array]) -> Model:
-    from openelm_mlx.model import OpenELM
+    from openelm_mlx.model.decoder import OpenELM
 
     model = OpenELM(config)
     model.load_weights(list(weights.items()))

@@ -7,33 +7,37 @@ for help, loads neither MLX nor the hub.
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "BatchEngine": "scheduler",
-    "BatchResult": "batch",
-    "Conversation": "chat",
-    "Engine": "loading",
-    "EngineOptions": "options",
-    "Event": "request",
-    "GenerationOptions": "options",
-    "GenerationStats": "stats",
-    "ModelDraft": "drafts",
-    "OpenELMConfig": "config",
+    "BatchEngine": "engine.scheduler",
+    "BatchResult": "engine.batch",
+    "Conversation": "engine.conversation",
+    "Engine": "engine.loading",
+    "EngineOptions": "engine.options",
+    "Event": "engine.request",
+    "GenerationOptions": "engine.options",
+    "GenerationStats": "engine.stats",
+    "ModelDraft": "engine.drafts",
+    "OpenELMConfig": "model.config",
     "OpenELMError": "errors",
-    "PromptCache": "prompt_cache",
-    "SamplingOptions": "options",
-    "batch_generate": "batch",
-    "encode_messages": "instruct",
-    "generate": "generation",
-    "layer_shapes": "config",
-    "load": "loading",
-    "stream_generate": "generation",
+    "PromptCache": "engine.prompt_cache",
+    "SamplingOptions": "engine.options",
+    "batch_generate": "engine.batch",
+    "encode_messages": "engine.instruct",
+    "generate": "engine.generation",
+    "layer_shapes": "model.config",
+    "load": "engine.loading",
+    "stream_generate": "engine.generation",
 }
-_MODULES = ("chat", "config", "convert", "errors")  # no second import for `openelm_mlx.errors`
+_MODULES = {  # modules that are public by a shorter name
+    "chat": "engine.conversation",
+    "config": "model.config",
+    "convert": "convert",
+    "errors": "errors",
+}
 __all__ = [  # written out: type checkers and editors read it
     "BatchEngine",
     "BatchResult",
@@ -57,31 +61,26 @@ __all__ = [  # written out: type checkers and editors read it
 ]
 
 if TYPE_CHECKING:
-    from openelm_mlx.batch import BatchResult, batch_generate
-    from openelm_mlx.chat import Conversation
-    from openelm_mlx.config import OpenELMConfig, layer_shapes
-    from openelm_mlx.drafts import ModelDraft
+    from openelm_mlx.engine.batch import BatchResult, batch_generate
+    from openelm_mlx.engine.conversation import Conversation
+    from openelm_mlx.engine.drafts import ModelDraft
+    from openelm_mlx.engine.generation import generate, stream_generate
+    from openelm_mlx.engine.instruct import encode_messages
+    from openelm_mlx.engine.loading import Engine, load
+    from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
+    from openelm_mlx.engine.prompt_cache import PromptCache
+    from openelm_mlx.engine.request import Event
+    from openelm_mlx.engine.scheduler import BatchEngine
+    from openelm_mlx.engine.stats import GenerationStats
     from openelm_mlx.errors import OpenELMError
-    from openelm_mlx.generation import generate, stream_generate
-    from openelm_mlx.instruct import encode_messages
-    from openelm_mlx.loading import Engine, load
-    from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
-    from openelm_mlx.prompt_cache import PromptCache
-    from openelm_mlx.request import Event
-    from openelm_mlx.scheduler import BatchEngine
-    from openelm_mlx.stats import GenerationStats
-
-
-# In a bare clone `convert/` and `benchmarks/` lie beside this package instead of inside it.
-if (Path(__file__).parents[1] / "pyproject.toml").exists():
-    __path__.append(str(Path(__file__).parents[1]))
+    from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"openelm_mlx.{_HOME[name]}"), name)
     if name in _MODULES:
-        return import_module(f"openelm_mlx.{name}")
+        return import_module(f"openelm_mlx.{_MODULES[name]}")
     raise AttributeError(f"module 'openelm_mlx' has no attribute {name!r}")
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.errors import ConfigError, OptionError
-from openelm_mlx.options import SamplingOptions
 
 GENERATION_CONFIG = "generation_config.json"
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")

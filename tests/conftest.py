@@ -13,16 +13,18 @@ from golden_set import NANO
 from optional import skip_without, skipped_line
 
 from openelm_mlx import load
-from openelm_mlx.hub import resolve_model
-from openelm_mlx.loading import Engine
+from openelm_mlx.engine.hub import resolve_model
+from openelm_mlx.engine.loading import Engine
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "needs(*names): skipped where one of these is missing; see tests/optional.py"
+        "markers",
+        "needs(*names): skipped where one of these is missing; see tests/helpers/optional.py",
     )
     config.addinivalue_line(
-        "markers", "with_or_without(*names): holds with and without these; see tests/optional.py"
+        "markers",
+        "with_or_without(*names): holds with and without these; see tests/helpers/optional.py",
     )
 
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import mlx.core as mx
 from golden_set import GOLDEN, NANO
+
 from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.device import mx
 
 BUNDLED = Path(__file__).parents[1] / "openelm_mlx" / "assets" / "openelm-tiny"
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from openelm_mlx import blas
-from openelm_mlx.blas import BlasChoice, choose_blas, load_blas
+from openelm_mlx import device_settings
+from openelm_mlx.device_settings import BlasChoice, choose_blas, load_blas
 from openelm_mlx.errors import OptionError
 
 
@@ -28,7 +28,7 @@ def test_choice(wish: str, platform: str, found: tuple[str, ...], path: str | No
 
 @pytest.mark.needs("Linux")
 def test_named_library_that_is_missing_is_refused() -> None:
-    code = "from openelm_mlx.blas import load_blas; load_blas({'OPENELM_BLAS': '/no/such.so'})"
+    code = "from openelm_mlx.device_settings import load_blas; load_blas({'OPENELM_BLAS': '/no/such.so'})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert OptionError.__name__ in run.stderr and "give auto, off, or the path" in run.stderr
 
@@ -40,16 +40,18 @@ def test_off_loads_nothing() -> None:
 
 @pytest.mark.needs("Linux")
 @pytest.mark.with_or_without("OpenBLAS")
-@pytest.mark.parametrize("names", [blas.NAMES, ("libnothing.so",)], ids=["system", "none"])
+@pytest.mark.parametrize(
+    "names", [device_settings.NAMES, ("libnothing.so",)], ids=["system", "none"]
+)
 def test_what_came_of_it_before_mlx_is_still_told_after_it(names: tuple[str, ...]) -> None:
     code = f"""
 import pathlib
-from openelm_mlx import blas
-blas.NAMES = {names}
-first = blas.load_blas({{}})
+from openelm_mlx import device_settings
+device_settings.NAMES = {names}
+first = device_settings.load_blas({{}})
 import mlx.core
-print(blas.load_blas({{}}) == first, blas.load_blas({{"OPENELM_BLAS": "off"}}).path)
-print(blas.load_blas({{"OPENELM_BLAS": "/other.so"}}).reason)
+print(device_settings.load_blas({{}}) == first, device_settings.load_blas({{"OPENELM_BLAS": "off"}}).path)
+print(device_settings.load_blas({{"OPENELM_BLAS": "/other.so"}}).reason)
 print(first.path, "openblas" in pathlib.Path("/proc/self/maps").read_text(), first.reason)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -60,7 +62,7 @@ print(first.path, "openblas" in pathlib.Path("/proc/self/maps").read_text(), fir
         f"{names[-1]} True found on this system",
         "None False no OpenBLAS found; install libopenblas0-pthread",
     )
-    assert names == blas.NAMES or found.startswith("None")
+    assert names == device_settings.NAMES or found.startswith("None")
 
 
 def test_a_system_library_is_looked_for_unless_told_otherwise() -> None:

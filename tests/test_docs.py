@@ -14,7 +14,7 @@ import pytest
 from readme_table import RESULTS, filled
 
 from openelm_mlx.cli.main import build_parser
-from openelm_mlx.config import PUBLISHED, OpenELMConfig
+from openelm_mlx.model.config import PUBLISHED, OpenELMConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / RESULTS / "README.md"])
@@ -85,12 +85,12 @@ def test_every_page_is_in_the_index():
 
 
 def test_the_figures_are_those_of_the_result_files():
-    assert filled(README) == README, "`python tests/readme_table.py` writes what is right"
+    assert filled(README) == README, "`python tests/helpers/readme_table.py` writes what is right"
 
 
 def test_result_files_read_as_they_say():
-    from openelm_mlx.benchmarks.document import load
-    from openelm_mlx.benchmarks.tables import markdown
+    from openelm_mlx.benchmarks.results.document import load
+    from openelm_mlx.benchmarks.results.tables import markdown
 
     for file in (ROOT / RESULTS).glob("*.json"):
         assert file.with_suffix(".md").read_text(encoding="utf-8") == markdown(load(file)), (
@@ -114,8 +114,8 @@ def test_kernels_are_those_of_the_ledger_shown():
 
 
 def test_kernels_of_four_rows_are_those_of_the_ledger():
-    from openelm_mlx.benchmarks.ledger import ledger
-    from openelm_mlx.benchmarks.traced import Form, trace_ours
+    from openelm_mlx.benchmarks.ledger.count import ledger
+    from openelm_mlx.benchmarks.ledger.trace import Form, trace_ours
 
     form = Form("bfloat16", {"group_size": 64, "bits": 4})
     four = ledger(trace_ours(OpenELMConfig.from_name("270m"), form, rows=4))
@@ -134,7 +134,7 @@ def test_sizes_are_those_of_the_configurations():
 def test_the_defaults_of_the_bundled_models_chat_are_those_of_its_folder():
     from openelm_mlx.cli.session import settings
     from openelm_mlx.config_files import chat_sampling
-    from openelm_mlx.hub import BUNDLED
+    from openelm_mlx.engine.hub import BUNDLED
 
     defaults, _, _ = settings(chat_sampling(BUNDLED)).partition(", seed")
     assert f"\n{defaults}, seed " in README

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from bench_document import rich_document
 from golden_set import NANO
-from openelm_mlx.benchmarks.document import save
-from openelm_mlx.convert import ConvertOptions, convert
 
+from openelm_mlx.benchmarks.results.document import save
 from openelm_mlx.cli.main import main
+from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import check_writable, read_text, replacing
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from openelm_mlx import metal
-from openelm_mlx.metal import (
+from openelm_mlx import device_settings
+from openelm_mlx.device_settings import (
     LIMITS,
     MetalSettings,
     buffer_limits,
@@ -70,8 +70,8 @@ def test_wired_limit_needs_metal_and_macos_15(
 
 
 def test_limits_go_into_the_environment_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metal, "_applied", None)
-    monkeypatch.setattr(metal, "chip_name", lambda: "Apple M2 Max")
+    monkeypatch.setattr(device_settings, "_applied", None)
+    monkeypatch.setattr(device_settings, "chip_name", lambda: "Apple M2 Max")
     monkeypatch.delitem(sys.modules, "mlx.core")
     environ: dict[str, str] = {}
     first = set_buffer_limits(environ)
@@ -80,8 +80,8 @@ def test_limits_go_into_the_environment_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_after_mlx_has_started_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metal, "_applied", None)
-    monkeypatch.setattr(metal, "chip_name", lambda: "Apple M2 Max")
+    monkeypatch.setattr(device_settings, "_applied", None)
+    monkeypatch.setattr(device_settings, "chip_name", lambda: "Apple M2 Max")
     environ: dict[str, str] = {}
     assert "too late" in set_buffer_limits(environ).reason and environ == {}
 
@@ -112,7 +112,7 @@ def test_the_chip_as_macos_names_it(
 @pytest.mark.needs("another system than macOS")
 def test_no_chip_and_no_setting_off_macos() -> None:
     assert chip_name() is None
-    code = "import os; before = dict(os.environ); import openelm_mlx.loading; print(dict(os.environ) == before)"
+    code = "import os; before = dict(os.environ); import openelm_mlx.engine.loading; print(dict(os.environ) == before)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "True\n"
 

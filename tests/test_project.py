@@ -32,17 +32,6 @@ def test_no_assert_in_the_package_and_no_import_by_folder_name(path):
     assert not [name for name in names if name.split(".")[0] in ("convert", "benchmarks")]
 
 
-def test_every_package_is_listed_for_the_wheel():
-    listed = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for init in [
-        *ROOT.glob("openelm_mlx/**/__init__.py"),
-        *ROOT.glob("convert/**/__init__.py"),
-        *ROOT.glob("benchmarks/**/__init__.py"),
-    ]:
-        name = ".".join(init.parent.relative_to(ROOT).parts)
-        assert f'"{name if name.startswith("openelm_mlx") else "openelm_mlx." + name}"' in listed
-
-
 def test_what_was_skipped_is_said_in_one_line():
     reasons = ["Skipped: wants Chromium", "Skipped: wants Linux", "Skipped: wants Chromium"]
     assert skipped_line(reasons) == "3 skipped: 2 want Chromium, 1 wants Linux"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from openelm_mlx.errors import BenchmarkError, OptionError, reason
 
 if TYPE_CHECKING:
-    from openelm_mlx.benchmarks.timing import Session
+    from openelm_mlx.benchmarks.measure.timing import Session
 
 MODULES = {"mlx-lm": "mlx_lm", "llama.cpp": "llama_cpp", "torch": "torch_reference"}
 PEERS = tuple(MODULES)
@@ -87,8 +87,8 @@ def dtype_of(folder: Path, asked: str | None) -> str:
     """The type our loader would compute in, by name. Raises what `load` raises for a type that does
     not fit.
     """
-    from openelm_mlx.config import OpenELMConfig
-    from openelm_mlx.loading import DTYPES, compute_dtype, read_weights
+    from openelm_mlx.engine.loading import DTYPES, compute_dtype, read_weights
+    from openelm_mlx.model.config import OpenELMConfig
 
     config = OpenELMConfig.from_file(folder / "config.json")
     dtype = compute_dtype(config, read_weights(folder), asked)

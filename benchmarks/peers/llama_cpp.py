@@ -16,9 +16,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from openelm_mlx.benchmarks.measure.timing import Session, Timed
 from openelm_mlx.benchmarks.peers.llama_gguf import write_gguf
 from openelm_mlx.benchmarks.peers.llama_server import VARIABLE, LlamaServer, find_server
-from openelm_mlx.benchmarks.timing import Session, Timed
 
 
 @cache

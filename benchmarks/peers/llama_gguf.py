@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
 
-from openelm_mlx.config import OpenELMConfig, expected_tensors
 from openelm_mlx.config_files import read_json
-from openelm_mlx.loading import DTYPES, read_weights
+from openelm_mlx.device import mx
+from openelm_mlx.engine.loading import DTYPES, read_weights
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 
 BLOCK = 32
 KINDS = {4: "Q4_1", 5: "Q5_1"}
@@ -66,8 +66,9 @@ def write_quantized(
     folder: Path, config: OpenELMConfig, quantization: Mapping[str, Any], dtype: str, path: Path
 ) -> str:
     import gguf
+
     from openelm_mlx.convert.targets.gguf import add_metadata, add_tokenizer, check_gguf, gguf_names
-    from openelm_mlx.convert.tokenizer_model import read_tokenizer
+    from openelm_mlx.convert.tokenizers.tokenizer_model import read_tokenizer
 
     check_gguf(config, False)
     weights, told = read_weights(folder), set()

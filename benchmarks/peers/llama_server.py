@@ -21,8 +21,7 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
-from openelm_mlx.benchmarks.timing import Timed
-
+from openelm_mlx.benchmarks.measure.timing import Timed
 from openelm_mlx.errors import BenchmarkError, reason
 
 VARIABLE = "OPENELM_LLAMA_CPP"

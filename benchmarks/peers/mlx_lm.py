@@ -9,14 +9,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.utils import load_model
-from openelm_mlx.benchmarks.timing import Timed
 
-from openelm_mlx.loading import DTYPES, cast
+from openelm_mlx.benchmarks.measure.timing import Timed
+from openelm_mlx.device import mx, nn, utils
+from openelm_mlx.engine.loading import DTYPES, cast
 
 
 class MlxLm:
@@ -24,7 +22,7 @@ class MlxLm:
 
     def __init__(self, model: nn.Module, load_seconds: float) -> None:
         self.model, self.load_seconds, self.version = model, load_seconds, version("mlx-lm")
-        parameters: Any = tree_flatten(model.parameters())
+        parameters: Any = utils.tree_flatten(model.parameters())
         self.nbytes = sum(array.nbytes for _, array in parameters)
 
     def generate(self, prompt: list[int], tokens: int) -> Timed:
@@ -53,6 +51,6 @@ class MlxLm:
 def open_session(folder: Path, dtype: str) -> MlxLm:
     start = perf_counter()
     model, _ = load_model(folder, lazy=True)
-    model.update(tree_map(lambda array: cast(array, DTYPES[dtype]), model.parameters()))
+    model.update(utils.tree_map(lambda array: cast(array, DTYPES[dtype]), model.parameters()))
     mx.eval(model.parameters())
     return MlxLm(model, perf_counter() - start)

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from openelm_mlx.benchmarks.timing import Timed
 from safetensors.torch import load_file
 
-from openelm_mlx.config import OpenELMConfig, layer_shapes
+from openelm_mlx.benchmarks.measure.timing import Timed
 from openelm_mlx.config_files import read_json
 from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Weights = dict[str, torch.Tensor]

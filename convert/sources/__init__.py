@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from openelm_mlx.errors import ConversionError
 
 if TYPE_CHECKING:
-    import mlx.core as mx
-    from openelm_mlx.convert.forms import Form
-    from openelm_mlx.convert.tokenizer_model import TokenizerModel
-
-    from openelm_mlx.config import OpenELMConfig
+    from openelm_mlx.convert.quantize.forms import Form
+    from openelm_mlx.convert.tokenizers.tokenizer_model import TokenizerModel
+    from openelm_mlx.device import mx
+    from openelm_mlx.model.config import OpenELMConfig
 
 
 class TensorInfo(NamedTuple):
@@ -114,10 +113,9 @@ def open_source(path: Path, source_format: str | None = None) -> TensorSource:
 
 
 def safetensors_folder(path: Path) -> TensorSource:
+    from openelm_mlx.config_files import read_json
     from openelm_mlx.convert.sources.huggingface import HuggingFaceFolder
     from openelm_mlx.convert.sources.quantized import QuantizedFolder, quantization_of
-
-    from openelm_mlx.config_files import read_json
 
     source = HuggingFaceFolder(path)
     if not any(name.endswith(".scales") for name in source.tensors):

@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
+
 from openelm_mlx.convert.infer import infer_config
 from openelm_mlx.convert.licence import KEYS
 from openelm_mlx.convert.sources import TensorInfo, TensorSource
-from openelm_mlx.convert.tokenizer_model import UNUSED, TokenizerModel, assemble
-
-from openelm_mlx.config import OpenELMConfig, layer_shapes
+from openelm_mlx.convert.tokenizers.tokenizer_model import UNUSED, TokenizerModel, assemble
+from openelm_mlx.device import mx
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, TokenizerError
+from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 
 # GGUF's stem -> Hugging Face's; blk.N. and transformer.layers.N. stand before the second group
 NAMES = {

@@ -9,11 +9,10 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
+from openelm_mlx.config_files import read_json
 from openelm_mlx.convert.sources import TensorInfo, TensorSource, weights_by_kind
 from openelm_mlx.convert.sources.raw import itemsize, read_strided
-
-from openelm_mlx.config_files import read_json
+from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, ConversionError
 
 DTYPES = {

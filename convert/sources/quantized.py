@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-from openelm_mlx.convert.forms import Form
+from openelm_mlx.convert.quantize.forms import Form
 from openelm_mlx.convert.sources import TensorInfo, TensorSource
-
+from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
 
 FLOATS = ("float32", "float16", "bfloat16")

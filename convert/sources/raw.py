@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
+from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
 
 # MLX's name -> what numpy reads; numpy has no bfloat16, so its bits travel as uint16

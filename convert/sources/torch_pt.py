@@ -18,11 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from openelm_mlx.convert.sources import TensorInfo, TensorSource
 from openelm_mlx.convert.sources.raw import itemsize, read_strided
 from openelm_mlx.convert.sources.safe_pickle import TensorRecord, read_state
-
+from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
 
 MAX_PICKLE_BYTES = 8 << 20  # the 3B's has 60 KB

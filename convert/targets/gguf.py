@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
+
 from openelm_mlx.convert.sources.gguf import CHUNK, LAYER_NAMES, NAMES
-from openelm_mlx.convert.tokenizer_model import (
+from openelm_mlx.convert.tokenizers.tokenizer_model import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -23,9 +23,9 @@ from openelm_mlx.convert.tokenizer_model import (
     UNUSED,
     TokenizerModel,
 )
-
-from openelm_mlx.config import OpenELMConfig, expected_tensors, layer_shapes
+from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors, layer_shapes
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 STEMS = {name: stem for stem, name in (*NAMES.items(), *LAYER_NAMES.items())}

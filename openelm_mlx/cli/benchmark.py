@@ -13,15 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.benchmarks.suites import BITS, SIZES, SUITES
+from openelm_mlx.benchmarks.measure.suites import BITS, SIZES, SUITES
 from openelm_mlx.cli.options import real, whole
-from openelm_mlx.options import DTYPES
+from openelm_mlx.engine.options import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from openelm_mlx.benchmarks.document import Document
-    from openelm_mlx.benchmarks.run import Progress
+    from openelm_mlx.benchmarks.measure.run import Progress
+    from openelm_mlx.benchmarks.results.document import Document
 
 EXAMPLES = """examples:
   openelm benchmark                                  the bundled model, under 2 minutes
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
         return predict(args)
     check_targets(args)
     if args.show:
-        from openelm_mlx.benchmarks.document import load
+        from openelm_mlx.benchmarks.results.document import load
 
         document = load(args.show)
     else:
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
     write(document, args)
     if document.partial and not args.show:
         return 130
-    from openelm_mlx.benchmarks.run import failed
+    from openelm_mlx.benchmarks.measure.run import failed
 
     return 1 if failed(document) else 0
 
@@ -201,8 +201,8 @@ def refuse_outputs(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace) -> Document:
-    from openelm_mlx.benchmarks.run import run as run_benchmark
-    from openelm_mlx.benchmarks.suites import BenchmarkOptions
+    from openelm_mlx.benchmarks.measure.run import run as run_benchmark
+    from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
 
     options = BenchmarkOptions(
         models=tuple(args.models),
@@ -293,10 +293,10 @@ def write(document: Document, args: argparse.Namespace) -> None:
 
     Raises `BenchmarkError` for all files that could not be written.
     """
-    from openelm_mlx.benchmarks import tables
-    from openelm_mlx.benchmarks.document import save, write_file
-    from openelm_mlx.benchmarks.plot import write_plot
-    from openelm_mlx.benchmarks.report import write_report
+    from openelm_mlx.benchmarks.results import tables
+    from openelm_mlx.benchmarks.results.document import save, write_file
+    from openelm_mlx.benchmarks.results.plot import write_plot
+    from openelm_mlx.benchmarks.results.report import write_report
     from openelm_mlx.errors import BenchmarkError, OpenELMError
 
     writers: dict[str, Callable[[str], None]] = {
@@ -322,8 +322,8 @@ def write(document: Document, args: argparse.Namespace) -> None:
 
 def show(document: Document, as_json: bool) -> None:
     """The result on stdout: JSON, a drawn table on a terminal, or Markdown."""
-    from openelm_mlx.benchmarks import tables
-    from openelm_mlx.benchmarks.document import to_json
+    from openelm_mlx.benchmarks.results import tables
+    from openelm_mlx.benchmarks.results.document import to_json
 
     if as_json:
         print(to_json(document), end="")
@@ -340,8 +340,8 @@ def compare(before: str, after: str, as_json: bool) -> int:
     """Exit status 1 where something has become significantly worse."""
     import json
 
-    import openelm_mlx.benchmarks.compare as comparing
-    from openelm_mlx.benchmarks.document import load
+    import openelm_mlx.benchmarks.results.compare as comparing
+    from openelm_mlx.benchmarks.results.document import load
 
     comparison = comparing.compare(load(before), load(after))
     if as_json:
@@ -360,7 +360,7 @@ def predict(args: argparse.Namespace) -> int:
     package.
     """
     from openelm_mlx import benchmarks
-    from openelm_mlx.benchmarks.predict_table import show
+    from openelm_mlx.benchmarks.ledger.predict_table import show
 
     show(
         args.predict,

@@ -22,11 +22,11 @@ from openelm_mlx.cli.options import (
     load_model,
 )
 from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin, without_line_end
+from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.errors import OpenELMError, OptionError
-from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
 
 if TYPE_CHECKING:
-    from openelm_mlx.chat import Conversation
+    from openelm_mlx.engine.conversation import Conversation
 
 DESCRIPTION = """Talk to a model. Sampling options that are not given are the model's own defaults, which
 the first lines of the chat show. Where stdin or stdout is not a terminal, answers go to
@@ -98,7 +98,7 @@ def opened(args: argparse.Namespace) -> Conversation:
     SamplingOptions(**given)
     if " " in args.model.strip() and not os.path.exists(os.path.expanduser(args.model)):
         raise OptionError(f"there is no model {args.model!r}; a message is given with -p")
-    from openelm_mlx.tokenizer import check_text
+    from openelm_mlx.engine.tokenizer import check_text
 
     system = args.system
     if args.system_file is not None:
@@ -107,7 +107,7 @@ def opened(args: argparse.Namespace) -> Conversation:
         system = text_of(given_path(args.system_file)).rstrip("\n")
     check_text(system or "")
     engine, draft = load_model(args.model, args), load_draft(args)
-    from openelm_mlx.chat import Conversation
+    from openelm_mlx.engine.conversation import Conversation
 
     if not engine.instruct:
         print(

@@ -15,9 +15,14 @@ from typing import Any
 
 from openelm_mlx.cli.options import did_you_mean, has_flag
 from openelm_mlx.cli.session import Session, facts, settings, written
+from openelm_mlx.engine.options import (
+    EngineOptions,
+    GenerationOptions,
+    SamplingOptions,
+    with_overrides,
+)
 from openelm_mlx.errors import OpenELMError, OptionError, PromptError
 from openelm_mlx.files import replacing
-from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions, with_overrides
 
 KEYS = """Enter sends; Alt-Enter, or a \\ at the end of a line, starts a new one.
 Tab completes commands, paths and settings. Ctrl-C stops an answer.
@@ -64,7 +69,7 @@ def show_help(session: Session, rest: str) -> None:
 
 
 def show(session: Session, rest: str) -> None:
-    from openelm_mlx.drafts import ModelDraft
+    from openelm_mlx.engine.drafts import ModelDraft
 
     talk = session.conversation
     exchanges = len(talk.messages) // 2
@@ -113,7 +118,7 @@ def parsed(item: Field[Any], value: str) -> Any:
     """
     kind = str(item.type)
     if item.name == "seed" and value.lower() in ("random", "new", "none"):
-        from openelm_mlx.sampling import new_seed
+        from openelm_mlx.engine.sampling import new_seed
 
         return new_seed()
     if value.lower() == "none" and ("None" in kind or kind.startswith("tuple")):
@@ -193,7 +198,7 @@ def save(session: Session, rest: str) -> None:
 
 
 def load(session: Session, rest: str) -> None:
-    from openelm_mlx.chat import Conversation
+    from openelm_mlx.engine.conversation import Conversation
 
     old = session.conversation
     try:

@@ -59,14 +59,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from openelm_mlx.blas import load_blas
-
-    load_blas()  # before MLX is imported: measuring and learning run the whole model
-    from openelm_mlx.convert.catalog import published
+    from openelm_mlx.convert.fetch.catalog import published
     from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import convert
     from openelm_mlx.convert.staging import check_inputs, check_target
-    from openelm_mlx.hub import is_published
+    from openelm_mlx.engine.hub import is_published
 
     signal.signal(
         signal.SIGTERM, lambda *received: sys.exit(143)
@@ -112,9 +109,14 @@ def find_source(args: argparse.Namespace) -> None:
     """
     from pathlib import Path
 
-    from openelm_mlx.convert.catalog import fetch_with_bar
-    from openelm_mlx.hub import is_published, looks_like_path, mirrored_tokenizer, resolve_model
-    from openelm_mlx.model_paths import missing_tokenizer
+    from openelm_mlx.convert.fetch.catalog import fetch_with_bar
+    from openelm_mlx.engine.hub import (
+        is_published,
+        looks_like_path,
+        mirrored_tokenizer,
+        resolve_model,
+    )
+    from openelm_mlx.engine.model_paths import missing_tokenizer
 
     given, path = args.source, Path(os.path.expanduser(args.source))
     tokenizer = getattr(args, "tokenizer", None)
@@ -136,7 +138,7 @@ def find_source(args: argparse.Namespace) -> None:
 
 def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]:
     """The report for JSON, under the names of conversion.json."""
-    from openelm_mlx.convert.forms import config_entry
+    from openelm_mlx.convert.quantize.forms import config_entry
 
     found = {
         "target": str(report.target),

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 PACKAGES = {"openelm_mlx": "openelm-mlx", "mlx_lm": "mlx-lm"}
@@ -26,9 +29,9 @@ def register(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from openelm_mlx.cli.inventory import size_text
     from openelm_mlx.cli.self_test import TOKENS, matching_tokens
-    from openelm_mlx.memory import facts
+    from openelm_mlx.device import facts
 
-    found = facts()
+    found = facts() | caches()
     try:
         right = matching_tokens()
         found["self_test"] = (
@@ -65,6 +68,25 @@ def run(args: argparse.Namespace) -> int:
     fine = "this machine computes correctly, and nothing was found that would slow it down"
     print("\n".join(f"! {hint}" for hint in advice) or fine)
     return 0
+
+
+def caches() -> dict[str, Any]:
+    """Say where downloads and conversions are kept, their size, and the disk space left for more."""
+    from openelm_mlx.engine.hub import hub_cache
+    from openelm_mlx.engine.model_cache import conversions, conversions_folder
+
+    return {
+        "hub_cache": str(hub_cache()),
+        "converted_cache": str(conversions_folder()),
+        "converted_cache_bytes": sum(one.nbytes for one in conversions()),
+        "free_disk_bytes": free_bytes(hub_cache()),
+    }
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free where `folder` is or would be made: a home may not exist."""
+    place = next(above for above in (folder, *folder.parents) if os.path.exists(above))
+    return shutil.disk_usage(place).free
 
 
 def hints(found: Mapping[str, Any]) -> list[str]:

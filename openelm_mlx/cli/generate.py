@@ -20,15 +20,15 @@ from openelm_mlx.cli.options import (
     load_model,
 )
 from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin, without_line_end
+from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.errors import OptionError
 from openelm_mlx.files import check_writable, name_for_mlx
-from openelm_mlx.options import EngineOptions, GenerationOptions, SamplingOptions
 
 if TYPE_CHECKING:
-    from openelm_mlx.loading import Engine
-    from openelm_mlx.prompt_cache import PromptCache
-    from openelm_mlx.request import Event
-    from openelm_mlx.stats import GenerationStats
+    from openelm_mlx.engine.loading import Engine
+    from openelm_mlx.engine.prompt_cache import PromptCache
+    from openelm_mlx.engine.request import Event
+    from openelm_mlx.engine.stats import GenerationStats
 
 EXAMPLES = """examples:
   openelm generate "Once upon a time"
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         )
     prompt = read_prompt(args)
     engine, draft = load_model(args.model, args), load_draft(args)
-    from openelm_mlx.generation import stream_generate
+    from openelm_mlx.engine.generation import stream_generate
 
     cache = None if args.cache_file is None else cache_from(args.cache_file, engine, engine_options)
     events = []
@@ -198,7 +198,7 @@ def cache_from(path: str, engine: Engine, options: EngineOptions) -> PromptCache
     """Load the cache saved at `path`, of the kind that the options ask for, or make an empty
     one.
     """
-    from openelm_mlx.prompt_cache import PromptCache
+    from openelm_mlx.engine.prompt_cache import PromptCache
 
     if os.path.exists(path):
         return PromptCache.load(path, engine, options)

@@ -11,10 +11,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.config import PUBLISHED, OpenELMConfig, expected_tensors, layer_shapes, normal_name
+from openelm_mlx.engine.options import KV_BITS, EngineOptions
 from openelm_mlx.errors import CacheError, CheckpointError
-from openelm_mlx.kv import CacheKind
-from openelm_mlx.options import KV_BITS, EngineOptions
+from openelm_mlx.model.cache_kinds import CacheKind
+from openelm_mlx.model.config import (
+    PUBLISHED,
+    OpenELMConfig,
+    expected_tensors,
+    layer_shapes,
+    normal_name,
+)
 
 PARTS = (
     ("embedding", "token_embeddings"),
@@ -41,7 +47,7 @@ def inspect(name: str) -> dict[str, Any]:
 
     A published size needs no file, and of a folder only the headers are read.
     """
-    from openelm_mlx.hub import resolve_model
+    from openelm_mlx.engine.hub import resolve_model
 
     apples = "/" not in name or name.lower().startswith("apple/")
     if apples and normal_name(name) in PUBLISHED and not os.path.exists(name):

@@ -7,15 +7,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from openelm_mlx import model_cache
-from openelm_mlx.errors import HubError
-from openelm_mlx.hub import (
+from openelm_mlx.engine import model_cache
+from openelm_mlx.engine.hub import (
     BUNDLED,
     SHORT_NAMES,
     cached_repositories,
     is_published,
     remove_repository,
 )
+from openelm_mlx.errors import HubError
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def on_the_hub() -> list[Kept]:
 
 
 def from_corenet() -> list[Kept]:
-    from openelm_mlx.convert.catalog import CATALOG, fetched_folder
+    from openelm_mlx.convert.fetch.catalog import CATALOG, fetched_folder
 
     models = []
     for entry in CATALOG.values():
@@ -99,7 +99,7 @@ def matching(name: str) -> list[Kept]:
     if name == "openelm-tiny":
         raise HubError("openelm-tiny comes with openelm-mlx and stays as long as it does")
     if is_published(name):
-        from openelm_mlx.convert.catalog import published
+        from openelm_mlx.convert.fetch.catalog import published
 
         name = published(name).name  # or the nearest names are told
     hub_id = SHORT_NAMES.get(name.lower(), name)

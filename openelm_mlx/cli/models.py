@@ -50,8 +50,8 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from openelm_mlx.cli.inventory import inventory
-    from openelm_mlx.hub import hub_cache
-    from openelm_mlx.model_cache import conversions_folder, limit_bytes
+    from openelm_mlx.engine.hub import hub_cache
+    from openelm_mlx.engine.model_cache import conversions_folder, limit_bytes
 
     models, limit = inventory(), limit_bytes()
     if args.json:
@@ -71,8 +71,8 @@ def show(models: list[Kept], limit: float) -> None:
     they are here.
     """
     from openelm_mlx.cli.inventory import size_text
-    from openelm_mlx.hub import hub_cache
-    from openelm_mlx.model_cache import cache_folder, conversions_folder
+    from openelm_mlx.engine.hub import hub_cache
+    from openelm_mlx.engine.model_cache import cache_folder, conversions_folder
 
     rows = [("MODEL", "ON DISK", "")]
     for one in models:

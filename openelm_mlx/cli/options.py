@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, asdict, fields
 from typing import Any, NoReturn, TypeVar
 
 from openelm_mlx.cli.streams import Waiting
-from openelm_mlx.options import GenerationOptions, ModelOptions, nearest
+from openelm_mlx.engine.options import GenerationOptions, ModelOptions, nearest
 
 T = TypeVar("T")
 MODEL_HELP = "a name from `openelm models`, a folder or a file (default openelm-tiny)"
@@ -205,7 +205,7 @@ def add_draft_flag(parser: argparse.ArgumentParser) -> None:
 
 def load_draft(args: argparse.Namespace) -> Any:
     """Load the engine of `--draft-model`; None where the flag was not given."""
-    from openelm_mlx.loading import load
+    from openelm_mlx.engine.loading import load
 
     if args.draft_model is None:
         return None
@@ -221,7 +221,7 @@ def load_model(name: str, args: argparse.Namespace) -> Any:
     """
     options = from_args(ModelOptions, args)
     from_args(GenerationOptions, args).check_draft(args.draft_model is not None)
-    from openelm_mlx.loading import load
+    from openelm_mlx.engine.loading import load
 
     with Waiting(f"loading {name}"):
         return load(name, **asdict(options))

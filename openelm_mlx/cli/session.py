@@ -13,12 +13,12 @@ from openelm_mlx.cli.display import Display, Meter, StopKey
 from openelm_mlx.cli.generate import context_full
 from openelm_mlx.cli.streams import columns, moves_cursor, printable
 from openelm_mlx.cli.wrap import WordWrap
-from openelm_mlx.options import SamplingOptions
+from openelm_mlx.engine.options import SamplingOptions
 
 if TYPE_CHECKING:
-    from openelm_mlx.chat import Conversation
-    from openelm_mlx.request import Event
-    from openelm_mlx.stats import GenerationStats
+    from openelm_mlx.engine.conversation import Conversation
+    from openelm_mlx.engine.request import Event
+    from openelm_mlx.engine.stats import GenerationStats
 
     # takes progress(done, total), and returns the events of an answer
     Ask = Callable[[Callable[[int, int], None]], Generator[Event, None, None]]

@@ -25,7 +25,7 @@ from openelm_mlx.cli.streams import moves_cursor, printable
 from openelm_mlx.errors import OpenELMError
 
 if TYPE_CHECKING:
-    from openelm_mlx.chat import Conversation
+    from openelm_mlx.engine.conversation import Conversation
 
 PASTE_ON, PASTE_OFF = (
     "\x1b[?2004h",

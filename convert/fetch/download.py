@@ -1,0 +1,316 @@
+"""Fetch a large file over HTTP so that nothing is lost by a cut connection and nothing is taken
+that changed.
+
+A download goes to `NAME.part`, beside it `NAME.part.json` with what the server said of the file;
+the next attempt, or the next run, goes on from there if the server still offers the same file. What
+a first complete download was is recorded in `NAME.record.json` (address, size, SHA-256), and every
+later use is checked against that.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from openelm_mlx.engine.hub import CERTIFICATE_REMEDY
+from openelm_mlx.errors import HubError, OpenELMError, reason
+from openelm_mlx.files import replacing
+
+Progress = Callable[
+    [int, int | None, str], None
+]  # bytes there, bytes in all (None: not said), file name
+CHUNK = 1 << 20
+MAX_BYTES = 1 << 38  # 274 GB; the largest published file has 12 GB
+TIMEOUT = 30.0  # seconds without a byte
+ATTEMPTS = 6  # in a row that bring nothing new
+UNREACHABLE = (socket.gaierror, ConnectionRefusedError, ssl.SSLCertVerificationError)
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+@dataclass
+class Offer:
+    """What a server says of a file: its size, and the tag that changes with its content. None: it
+    does not say.
+    """
+
+    size: int | None
+    tag: str | None
+
+
+class SameScheme(urllib.request.HTTPRedirectHandler):
+    """Redirects are followed to http(s) only, and never from https to http."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
+    ) -> Any:
+        if not newurl.startswith("https://") and not (
+            newurl.startswith("http://") and req.full_url.startswith("http://")
+        ):
+            raise HubError(
+                f"{req.full_url} redirects to {newurl[:200]}, which is not a safe address; not followed"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def fetch(
+    url: str,
+    target: Path,
+    progress: Progress | None = None,
+    inspect: Callable[[Path], None] | None = None,
+    timeout: float = TIMEOUT,
+    wait: Callable[[float], None] = time.sleep,
+) -> Path:
+    """Make `target` the file at `url`, downloaded now or before. Raises `HubError`.
+
+    `inspect` raises an `OpenELMError` for a file that is not what it should be, which is then not
+    kept. `timeout` is in seconds without a byte; `wait` is called with the seconds between
+    attempts.
+    """
+    record = target.with_name(f"{target.name}.record.json")
+    recorded = read_record(record)
+    if target.is_file() and recorded is not None:
+        check(target, recorded, record, progress)
+        return target
+    part = target.with_name(f"{target.name}.part")
+    with open(part, "ab+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise HubError(
+                f"{part} is being downloaded by another process; wait for it to end"
+            ) from None
+        digest = Download(url, target, file, progress, timeout, wait).run()
+        file.flush()
+        os.fsync(file.fileno())
+        found = {"url": url, "size": file.tell(), "sha256": digest}
+        if recorded is not None and (recorded["size"], recorded["sha256"]) != (
+            found["size"],
+            digest,
+        ):
+            file.truncate(0)
+            raise HubError(
+                f"{url} is not the file it was: {found['size']} bytes with SHA-256 {digest}, at the first download "
+                f"{recorded['size']} bytes with {recorded['sha256']}; if it was replaced on purpose, delete {record}"
+            )
+        if inspect is not None:
+            try:
+                inspect(part)
+            except OpenELMError as error:
+                file.truncate(0)
+                raise HubError(f"what {url} sent is not kept: {error}") from None
+        write_json(record, found)
+        os.replace(part, target)
+    state_of(part).unlink(missing_ok=True)
+    return target
+
+
+class Download:
+    """One file on its way: attempts until it is whole, or until several in a row brought
+    nothing.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        target: Path,
+        file: IO[bytes],
+        progress: Progress | None,
+        timeout: float,
+        wait: Callable[[float], None],
+    ) -> None:
+        self.url, self.target, self.file, self.timeout, self.wait = url, target, file, timeout, wait
+        self.progress = progress or (lambda done, total, name: None)
+        self.state = state_of(Path(file.name))
+        self.offer, self.restarts, self.reached = read_offer(self.state), 0, False
+        self.opener = urllib.request.build_opener(SameScheme)
+
+    def run(self) -> str:
+        """The SHA-256 of the whole file, which then ends at the file's position."""
+        fruitless, problem = 0, ""
+        while max(fruitless, self.restarts) < ATTEMPTS:
+            if fruitless:
+                seconds = min(2.0**fruitless, 30.0)
+                again = f"attempt {fruitless + 1} of {ATTEMPTS} in {seconds:.0f} s"
+                print(f"openelm: {self.url}: {problem}; {again}", file=sys.stderr)
+                self.wait(seconds)
+            before = self.file.seek(0, os.SEEK_END)
+            try:
+                if self.attempt(before):
+                    return file_hash(self.file)
+                problem = (
+                    f"the connection ended after {self.file.tell()} of {self.offer.size} bytes"
+                )
+            except urllib.error.HTTPError as error:
+                self.reached = True
+                problem = problem if error.code == 416 and problem else f"HTTP {error.code}"
+                if error.code not in (408, 416, 425, 429) and error.code < 500:
+                    raise HubError(f"cannot fetch {self.url}: {problem}") from None
+                if error.code == 416:  # what is here is longer than what is there
+                    self.start_over()
+            except (OSError, http.client.HTTPException) as error:
+                if getattr(error, "errno", None) in DISK_FULL:
+                    raise
+                cause = getattr(error, "reason", error)  # urllib wraps what went wrong
+                problem = reason(cause if isinstance(cause, Exception) else error)
+                if not self.reached and isinstance(cause, UNREACHABLE):
+                    break  # it will be so in a minute, too
+            fruitless = 0 if self.file.seek(0, os.SEEK_END) > before else fruitless + 1
+        kept = self.file.tell()
+        remedy = (
+            f"{kept} bytes are kept, and the same command goes on from there"
+            if kept
+            else "check the network, try again"
+        )
+        if "CERTIFICATE_VERIFY_FAILED" in problem:
+            problem, remedy = "its certificate cannot be verified", CERTIFICATE_REMEDY
+        raise HubError(f"cannot fetch {self.url}: {problem}; {remedy}")
+
+    def attempt(self, start: int) -> bool:
+        """Ask for what is missing and write what comes; whether the file is whole then."""
+        headers = {"User-Agent": "openelm-mlx", "Accept-Encoding": "identity"}
+        if (
+            start and self.offer.tag
+        ):  # without a tag nobody can tell whether it is still the same file
+            headers |= {"Range": f"bytes={start}-", "If-Range": self.offer.tag}
+        with self.opener.open(
+            urllib.request.Request(self.url, headers=headers), timeout=self.timeout
+        ) as response:
+            self.reached = True
+            offer = offered(response)
+            if response.status == 206 and (offer.begin != start or offer.size != self.offer.size):
+                self.start_over()
+                return False
+            if response.status != 206:
+                self.start_over()
+            if (offer.size or 0) > MAX_BYTES:
+                raise HubError(
+                    f"{self.url} claims {offer.size} bytes; no published file has that many"
+                )
+            self.remember(Offer(offer.size, offer.tag or self.offer.tag))
+            self.check_room()
+            return self.receive(response)
+
+    def receive(self, response: Any) -> bool:
+        done, total = self.file.seek(0, os.SEEK_END), self.offer.size
+        while block := response.read1(CHUNK):  # read() would lose what came before a stall
+            done += len(block)
+            if done > (MAX_BYTES if total is None else total):
+                self.start_over()
+                raise HubError(
+                    f"{self.url} sends more than the {total} bytes it promised; not taken"
+                )
+            self.file.write(block)
+            self.progress(done, total, self.target.name)
+        self.file.flush()
+        return total is None or done == total
+
+    def start_over(self) -> None:
+        self.restarts += int(
+            self.file.seek(0, os.SEEK_END) > 0
+        )  # or a server could keep this going for ever
+        self.file.truncate(0)
+        self.remember(Offer(None, None))
+
+    def remember(self, offer: Offer) -> None:
+        self.offer = offer
+        write_json(self.state, {"url": self.url, "size": offer.size, "tag": offer.tag})
+
+    def check_room(self) -> None:
+        missing = (self.offer.size or 0) - self.file.seek(0, os.SEEK_END)
+        free = shutil.disk_usage(self.target.parent).free
+        if missing > free:
+            raise HubError(
+                f"{self.target.parent} has {free} bytes free; {self.url} needs {missing} more"
+            )
+
+
+@dataclass
+class Answer(Offer):
+    begin: int
+
+
+def offered(response: Any) -> Answer:
+    """Size of the whole file, its tag, and where the bytes that come begin."""
+    headers = response.headers
+    tag = headers.get("ETag") or headers.get("Last-Modified")
+    if tag is not None and tag.startswith("W/"):
+        tag = None  # a weak tag does not promise the same bytes
+    if response.status == 206:
+        match = re.fullmatch(
+            r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", headers.get("Content-Range", "")
+        )
+        return Answer(int(match[2]), tag, int(match[1])) if match else Answer(None, tag, -1)
+    length = headers.get("Content-Length", "")
+    return Answer(int(length) if re.fullmatch(r"\d{1,30}", length) else None, tag, 0)
+
+
+def check(target: Path, recorded: dict[str, Any], record: Path, progress: Progress | None) -> None:
+    """Raise `HubError` unless `target` is what its record says."""
+    size = target.stat().st_size
+    if size == recorded["size"]:
+        if progress is not None:
+            progress(size, size, target.name)
+        with open(target, "rb") as file:
+            if file_hash(file) == recorded["sha256"]:
+                return
+    raise HubError(
+        f"{target} is not the file that was downloaded first ({recorded['size']} bytes, SHA-256 {recorded['sha256']}); "
+        f"delete it, and the same command fetches it again"
+    )
+
+
+def file_hash(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while block := file.read(CHUNK):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def state_of(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
+
+
+def read_offer(path: Path) -> Offer:
+    raw = read_json(path)
+    size, tag = raw.get("size"), raw.get("tag")
+    return Offer(
+        size if type(size) is int else None,
+        tag if isinstance(tag, str) and tag.isprintable() else None,
+    )
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    raw = read_json(path)
+    return raw if type(raw.get("size")) is int and isinstance(raw.get("sha256"), str) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in one of the small files kept here; empty where it is missing or damaged."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """All of it or nothing, like every file here."""
+    with replacing(path) as new:
+        new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

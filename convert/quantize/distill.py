@@ -1,0 +1,211 @@
+"""Learning by gradient what rounding lost: codes, scales, biases and norms against the exact
+model's distributions.
+
+The rounded model is trained to give the exact model's next-token distributions (KL divergence) on
+calibration text. Rounding passes gradients straight through (Bengio et al., arXiv:1308.3432);
+scales and biases are learned as in LLM-QAT and mlx-lm's distilled weight quantization. It starts
+where error feedback ended, so every step is a small one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from openelm_mlx.convert.quantize.calibrate import Learned
+from openelm_mlx.convert.quantize.functional import (
+    Target,
+    Weights,
+    embed,
+    head,
+    kl_divergence,
+    layer,
+    logits,
+    target,
+)
+from openelm_mlx.convert.quantize.gptq import Codes
+from openelm_mlx.convert.quantize.grids import as_stored
+from openelm_mlx.device import mx, utils
+from openelm_mlx.model.config import OpenELMConfig
+
+Progress = Callable[[int, int, str], None]
+SEED = 17
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Adam with a warm-up and a cosine to zero. Rates are relative: codes in steps of the grid, the
+    rest in shares.
+    """
+
+    epochs: float = 1.5  # passes over the calibration rows
+    rows: int = 4  # in one step
+    codes: float = 2e-3  # of a grid step
+    scales: float = 2e-3  # of a scale; biases move in scales, four times as far
+    norms: float = 1e-3  # of a norm's weight
+    warm_up: int = 10
+    decays: tuple[float, float] = (0.9, 0.95)
+
+    def rate(self, step: int, steps: int) -> float:
+        return min(1.0, (step + 1) / self.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+@dataclass
+class Start:
+    """A matrix as error feedback left it: codes before rounding [rows, columns], scales and biases
+    [rows, groups].
+    """
+
+    codes: Codes
+    place: mx.array
+    scales: mx.array
+    biases: mx.array
+
+    def weights(self, moved: dict[str, mx.array]) -> mx.array:
+        """Float32 weights [rows, columns] after these changes; gradients pass the rounding as if it
+        were not there.
+        """
+        size, top = self.codes.form.group_size, 2**self.codes.form.bits - 1
+        place = mx.clip(moved["codes"], 0, top)
+        rounded = place + mx.stop_gradient(mx.round(place) - place)
+        scale = self.scales * (1 + moved["scales"])
+        bias = self.biases + self.scales * moved["biases"]
+        groups = rounded.reshape(len(rounded), -1, size) * scale[..., None] + bias[..., None]
+        return groups.reshape(rounded.shape)
+
+
+def distill(
+    config: OpenELMConfig,
+    exact: Weights,
+    start: Learned,
+    tokens: mx.array,
+    dtype: str,
+    schedule: Schedule | None = None,
+    progress: Progress | None = None,
+) -> Learned:
+    """Train `start` on tokens [rows, length]. The same tokens and seed give the same result on one
+    machine.
+    """
+    schedule = schedule or Schedule()
+    starts = {
+        stem: Start(codes, mx.array(codes.before), mx.array(codes.scales), mx.array(codes.biases))
+        for stem, codes in start.codes.items()
+    }
+    norms = [name for name, array in exact.items() if array.ndim == 1]
+    moved: dict[str, Any] = {
+        "matrices": [
+            {
+                "codes": s.place,
+                "scales": mx.zeros(s.scales.shape),
+                "biases": mx.zeros(s.biases.shape),
+            }
+            for s in starts.values()
+        ],
+        "norms": [mx.zeros(exact[name].shape) for name in norms],
+    }
+
+    def weights_of(moved: dict[str, Any]) -> dict[str, mx.array]:
+        matrices = {
+            f"{stem}.weight": starts[stem].weights(own)
+            for stem, own in zip(starts, moved["matrices"], strict=True)
+        }
+        changed = {
+            name: exact[name] * (1 + share)
+            for name, share in zip(norms, moved["norms"], strict=True)
+        }
+        return {**start.weights, **matrices, **changed}
+
+    def loss(moved: dict[str, Any], batch: mx.array, reference: Target) -> mx.array:
+        return kl_divergence(reference, logits(config, weights_of(moved), batch)).mean()
+
+    rates = {"codes": schedule.codes, "scales": schedule.scales, "biases": 4 * schedule.scales}
+    scale_of = {"matrices": [rates for _ in starts], "norms": [schedule.norms for _ in norms]}
+    states = last_states(config, exact, tokens)
+    steps = max(1, round(schedule.epochs * len(tokens) / schedule.rows))
+    first, second = utils.tree_map(mx.zeros_like, moved), utils.tree_map(mx.zeros_like, moved)
+    gradient = mx.value_and_grad(loss)
+    order = rows_in_turn(len(tokens), steps * schedule.rows)
+    for step in range(steps):
+        rows = mx.array(order[step * schedule.rows : (step + 1) * schedule.rows])
+        reference = target(head(config, exact, states[rows]))
+        value, slope = gradient(moved, tokens[rows], reference)
+        moved, first, second = adam(moved, slope, first, second, scale_of, schedule, step, steps)
+        mx.eval(moved, first, second, value)
+        if progress is not None:
+            progress(step + 1, steps, f"distilling, loss {value.item():.4f}")
+    return finished(start, starts, norms, moved, weights_of, dtype)
+
+
+def adam(
+    values: Any,
+    slopes: Any,
+    first: Any,
+    second: Any,
+    rates: Any,
+    schedule: Schedule,
+    step: int,
+    steps: int,
+) -> tuple[Any, Any, Any]:
+    """One step of Adam (arXiv:1412.6980) at a rate of its own for every kind of value."""
+    a, b = schedule.decays
+    first = utils.tree_map(lambda m, g: a * m + (1 - a) * g, first, slopes)
+    second = utils.tree_map(lambda v, g: b * v + (1 - b) * g * g, second, slopes)
+    now = schedule.rate(step, steps)
+    correct = math.sqrt(1 - b ** (step + 1)) / (1 - a ** (step + 1))
+    values = utils.tree_map(
+        lambda x, m, v, rate: x - now * rate * correct * m / (mx.sqrt(v) + 1e-12),
+        values,
+        first,
+        second,
+        rates,
+    )
+    return values, first, second
+
+
+def last_states(config: OpenELMConfig, exact: Weights, tokens: mx.array) -> mx.array:
+    """The exact model's states before the head [rows, length, model_dim]: its distributions are
+    made from them anew.
+    """
+    parts = []
+    for start in range(0, len(tokens), 8):
+        x = embed(exact, tokens[start : start + 8])
+        for number in range(config.num_transformer_layers):
+            x = layer(config, number, exact, x)
+        mx.eval(x)
+        parts.append(x)
+    return mx.concatenate(parts)
+
+
+def rows_in_turn(rows: int, count: int) -> np.ndarray:
+    """`count` row numbers: every row once, in random order, before any comes again."""
+    random = np.random.default_rng(SEED)
+    return np.concatenate([random.permutation(rows) for _ in range(-(-count // rows))])[:count]
+
+
+def finished(
+    start: Learned,
+    starts: dict[str, Start],
+    norms: list[str],
+    moved: dict[str, Any],
+    weights_of: Callable[[dict[str, Any]], dict[str, mx.array]],
+    dtype: str,
+) -> Learned:
+    """Codes rounded for good, scales, biases and norms as they will be stored."""
+    kind = getattr(mx, dtype)
+    result = Learned(dict(weights_of(moved)), plan=start.plan)
+    for (stem, own), change in zip(starts.items(), moved["matrices"], strict=True):
+        top = 2**own.codes.form.bits - 1
+        place = np.clip(np.array(change["codes"]), 0, top)
+        scales = as_stored(np.array(own.scales * (1 + change["scales"])), kind)[1]
+        biases = as_stored(np.array(own.biases + own.scales * change["biases"]), kind)[1]
+        codes = Codes(own.codes.form, np.rint(place).astype(np.uint8), scales, biases, place)
+        result.codes[stem] = codes
+        result.weights[f"{stem}.weight"] = mx.array(codes.dense())
+    for name in norms:
+        result.norms[name] = result.weights[name].astype(kind)
+        result.weights[name] = result.norms[name].astype(mx.float32)
+    return result

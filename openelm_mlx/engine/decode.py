@@ -1,0 +1,247 @@
+"""The device side of generation: the prompt in chunks, then one compiled step for all rows.
+
+Everything here has B rows, and a single sequence is one row. A step feeds the newest token of every
+row, and the tokens drafted after it, and draws what follows each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from openelm_mlx.device import mx
+from openelm_mlx.engine import threads
+from openelm_mlx.engine.sampling import Controls, Filters, History, Logprobs, draw, logprobs
+from openelm_mlx.model.cache import step_caches
+from openelm_mlx.model.cache_kinds import Arrays, CacheKind
+from openelm_mlx.model.decoder import OpenELM
+
+Progress = Callable[[int, int], None]
+
+
+class State(NamedTuple):
+    """All that a step reads and writes, as arrays: nothing here makes the compiler trace again."""
+
+    token: mx.array  # [B] uint32, the newest token, not yet fed
+    position: mx.array  # [B] int32, its position
+    alive: mx.array  # [B] int32, 1 or 0: a row that nobody uses stands still at position 0
+    key: mx.array  # [B, 2] uint32, of the random numbers
+    controls: Controls  # the values of the sampling options
+    history: History | None
+    buffers: list[Arrays]  # keys and values, one entry a layer
+
+    def after(self, moved: Moved) -> State:
+        """Return the state after a draw."""
+        return self._replace(**moved._asdict())
+
+
+class Moved(NamedTuple):
+    """What drawing a token changes of a state."""
+
+    token: mx.array
+    position: mx.array
+    history: History | None
+
+
+class Drafted(NamedTuple):
+    """The tokens drafted for each row [B, k], and how many of them count [B]; the rest is
+    padding.
+    """
+
+    tokens: mx.array
+    lengths: mx.array
+
+
+class Drawn(NamedTuple):
+    """What one pass drew. Without a draft `tokens` is [B] and `kept` None."""
+
+    tokens: mx.array  # uint32, [B, k + 1]: what the model draws after each token that was fed
+    kept: mx.array | None  # [B], how many drafted tokens were; the one drawn after them is valid
+    logprobs: Logprobs | None  # of all tokens, row by row
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """What a step is traced for; schedulers with equal specifications share their steps."""
+
+    filters: Filters
+    vocab: int  # ids from here on exist in the weights only, and are never sampled
+    logprobs: int | None
+    compiled: bool
+    kind: CacheKind = CacheKind()
+
+
+def forward(
+    model: OpenELM, kind: CacheKind, state: State, drafted: mx.array | None
+) -> tuple[mx.array, list[Arrays]]:
+    """Feed each row its newest token and its draft: logits [B, (k + 1,) vocab], and the buffers."""
+    caches = step_caches(state.buffers, state.position, kind)
+    if drafted is None:
+        hidden = model.hidden(state.token, caches, last=True)
+    else:
+        hidden = model.hidden(mx.concatenate([state.token[:, None], drafted], axis=1), caches)
+    return model.logits(hidden), [cache.arrays for cache in caches]
+
+
+def choose(
+    spec: StepSpec,
+    logits: mx.array,
+    state: State,
+    drafted: Drafted | None = None,
+    mask: mx.array | None = None,
+) -> tuple[Drawn, Moved]:
+    """Draw from the logits that `forward` gave; return what was drawn and what changes by it.
+
+    `mask` [B * (k + 1), vocab / 32] has a bit for each token that a grammar allows.
+    """
+    logits = logits[..., : spec.vocab]
+    if spec.logprobs is not None:
+        logits = logits.astype(mx.float32)
+    if drafted is not None:
+        return choose_drafted(spec, logits, state, drafted, mask)
+    position = state.position + state.alive
+    token = draw(
+        logits, spec.filters, state.controls, state.key, position, state.history, state.token, mask
+    )
+    history = None if state.history is None else state.history.plus(token)
+    detail = None if spec.logprobs is None else logprobs(logits, token, spec.logprobs)
+    return Drawn(token, None, detail), Moved(token, position, history)
+
+
+def choose_drafted(
+    spec: StepSpec, logits: mx.array, state: State, drafted: Drafted, mask: mx.array | None
+) -> tuple[Drawn, Moved]:
+    """Draw after each of the k + 1 tokens fed, each with its own noise and the history up to it.
+
+    The tokens are those that one step after the other would draw, whatever was drafted
+    (arXiv:2408.07978); drafted tokens are kept while they agree.
+    """
+    rows, length, vocab = logits.shape
+    logits = logits.reshape(-1, vocab)
+    fed = mx.concatenate([state.token[:, None], drafted.tokens], axis=1)
+    positions = state.position[:, None] + mx.arange(1, length + 1)
+    history = None if state.history is None else along(state.history, drafted.tokens)
+    tokens = draw(
+        logits,
+        spec.filters,
+        state.controls.repeated(length),
+        mx.repeat(state.key, length, axis=0),
+        positions.reshape(-1),
+        None if history is None else each(lambda part: part.flatten(0, 1), history),
+        fed.reshape(-1),
+        mask,
+    )
+    detail = None if spec.logprobs is None else logprobs(logits, tokens, spec.logprobs)
+    tokens = tokens.reshape(rows, length)
+    count = agreeing(tokens, drafted)
+    newest = mx.take_along_axis(tokens, count[:, None], axis=1)[:, 0]
+    if history is not None:
+        kept = mx.arange(rows) * length + count
+        history = each(lambda part: mx.take(part.flatten(0, 1), kept, axis=0), history).plus(newest)
+    position = state.position + state.alive * (count + 1)
+    return Drawn(tokens, count, detail), Moved(newest, position, history)
+
+
+def along(history: History, drafted: mx.array) -> History:
+    """Return the history before and after each token of a draft [B, k]; arrays are [B, k + 1,
+    ...].
+    """
+    steps = [history]
+    for index in range(drafted.shape[1]):
+        steps.append(steps[-1].plus(drafted[:, index]))
+    return each(lambda *parts: mx.stack(list(parts), axis=1), *steps)
+
+
+def each(change: Callable[..., mx.array], *histories: History) -> History:
+    """Apply a function to the arrays of a history, or to those of several; what is None stays."""
+    columns = zip(*histories, strict=True)
+    return History(*(None if arrays[0] is None else change(*arrays) for arrays in columns))
+
+
+def agreeing(tokens: mx.array, drafted: Drafted) -> mx.array:
+    """Return how many drafted tokens of each row are those drawn [B, k + 1], from the first on:
+    [B].
+    """
+    k = drafted.tokens.shape[1]
+    agree = (tokens[:, :k] == drafted.tokens) & (mx.arange(k) < drafted.lengths[:, None])
+    return mx.cumprod(agree.astype(mx.int32), axis=1).sum(axis=1)
+
+
+class Steps:
+    """The functions of one model that are compiled, the latest few specifications kept.
+
+    Weights are constants of a compiled function, so whatever starts a generation calls `refresh`.
+    """
+
+    LIMIT = 48
+
+    def __init__(self, model: OpenELM) -> None:
+        self.model = model
+        self._made: dict[Hashable, Any] = {}
+        self._weights: list[mx.array] = []
+        self._identity = object()
+
+    def refresh(self) -> object:
+        """Forget what was compiled for other weights: the model was trained, merged or loaded anew.
+
+        Return the identity of the weights that the model has now: another object where they
+        changed.
+        """
+        weights = arrays_of(self.model)
+        held = self._weights
+        if len(weights) != len(held) or any(a is not b for a, b in zip(weights, held, strict=True)):
+            self._made.clear()
+            self._weights, self._identity = weights, object()
+        return self._identity
+
+    def step(self, spec: StepSpec) -> Callable[..., tuple[tuple[Drawn, Moved], list[Arrays]]]:
+        """Return (state, drafted) -> ((drawn, moved), buffers): one pass, and what it draws.
+
+        Compiled, it is traced again only for other shapes: more rows, more slots, longer drafts.
+        """
+
+        def step(state: State, drafted: Drafted | None = None) -> Any:
+            tokens = None if drafted is None else drafted.tokens
+            logits, buffers = forward(self.model, spec.kind, state, tokens)
+            return choose(spec, logits, state, drafted), buffers
+
+        return self.cached(spec, spec.compiled, lambda: step)
+
+    def parts(self, spec: StepSpec) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Return `forward` and `choose` apart, for masks that are known only after the pass
+        began.
+        """
+        ahead = self.cached(
+            ("forward", spec.kind, spec.compiled),
+            spec.compiled,
+            lambda: partial(forward, self.model, spec.kind),
+        )
+        return ahead, self.cached(("choose", spec), spec.compiled, lambda: partial(choose, spec))
+
+    def cached(self, key: Hashable, compiled: bool, make: Callable[[], Any]) -> Any:
+        """Return what `make` made for this key, now or earlier, and compiled where asked for.
+
+        The least recently used beyond the limit is dropped.
+        """
+        made = self._made.pop(key, None)
+        if made is None:
+            made = threads.compiled(make()) if compiled else make()
+        self._made[key] = made  # newest last
+        while len(self._made) > self.LIMIT:
+            del self._made[next(iter(self._made))]
+        return made
+
+
+def arrays_of(tree: Any) -> list[mx.array]:
+    """The parameters of a module in order, without their names: four times as fast as
+    `tree_flatten`.
+    """
+    if isinstance(tree, mx.array):
+        return [tree]
+    if isinstance(tree, dict):
+        parts = [part for name, part in tree.items() if not name.startswith("_")]
+    else:
+        parts = tree if isinstance(tree, list) else []
+    return [array for part in parts for array in arrays_of(part)]

@@ -1,0 +1,282 @@
+"""Answers of a given form: a JSON schema, a regular expression or a list of choices.
+
+llguidance follows the text and says which tokens may come next; `sampling.draw` applies its masks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from openelm_mlx.engine.options import GenerationOptions, shown
+from openelm_mlx.engine.tokenizer import Tokenizer
+from openelm_mlx.errors import OptionError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from openelm_mlx.engine.loading import Engine
+
+Form = tuple[str, Any]  # the option that asks for it, and its value
+# What each option advises where its value cannot be followed.
+ADVICE = {
+    "json_schema": "Leave out what is not supported, or say it in another way",
+    "regex": "Allowed is what most languages have, without look-around, word boundaries and references",
+    "choices": "Give texts that the model's tokens can spell",
+}
+# Without it a mask allows only the tokenizer's own spelling of text that the grammar leaves no
+# choice in.
+HEADER = '%llguidance {"no_forcing": true}\nstart: '
+# The text is laid out as json.dumps does it. A small model that may write white space writes it
+# without end.
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+LIMITS: dict[str, Any] = {}  # of llguidance: its own, which end what would take forever
+LITERAL = {"const", "default", "enum", "examples"}  # keys of a schema that hold no schemas
+# keys beside which an object may have further properties, of its own or of the schemas it is joined
+# with
+OPENING = {"patternProperties", "minProperties", "allOf", "anyOf", "oneOf", "$ref"}
+BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+_vocabularies: WeakKeyDictionary[Tokenizer, dict[int, Any]] = WeakKeyDictionary()
+
+
+def constraint(engine: Engine, options: GenerationOptions) -> Constraint | None:
+    """Return what keeps one answer to the form that the options give, or None where they give none.
+
+    The form is that of the answer's whole text, as a `StreamingDecoder` without a prompt shows it.
+    Raises `OptionError` where this model's tokens can spell no text of the form.
+    """
+    if not options.constrained:
+        return None
+    ends = {*engine.config.eos_token_ids, *options.stop_tokens}
+    return Constraint(engine.tokenizer, engine.vocab, ends, form_of(options))
+
+
+def form_of(options: GenerationOptions) -> Form:
+    """Return the form that constrained options ask for.
+
+    Raises `OptionError` for several forms, for one that cannot be followed, and without llguidance.
+    """
+    given = [name for name in ADVICE if getattr(options, name) not in (None, ())]
+    if len(given) > 1:
+        raise OptionError(
+            f"{' and '.join(given)} are given; an answer has one form, so leave one out"
+        )
+    if options.ignore_eos:
+        raise OptionError(
+            f"{given[0]} and ignore_eos are given; a text of this form ends, so leave one out"
+        )
+    form = given[0], getattr(options, given[0])
+    grammar(*form)
+    return form
+
+
+@lru_cache(maxsize=64)
+def grammar(name: str, value: Any) -> str:
+    """Return the grammar of an answer's tokens in llguidance's dialect of Lark.
+
+    The tokens may begin with one space more than the text does, as the first token of a word has
+    one. So the tokens of a text that begins with a space begin with two.
+    """
+    try:
+        from llguidance import LLMatcher, regex_to_lark
+    except ImportError:
+        advice = "pip install 'openelm-mlx[grammar]'"
+        raise OptionError(f"{name} needs the package llguidance; {advice}") from None
+    try:
+        " ".join((value,) if isinstance(value, str) else value).encode()
+    except UnicodeEncodeError:
+        why = "that is not valid UTF-8, so no text has it"
+        raise OptionError(f"{name} is {value!a}; {why}") from None
+    if name == "json_schema":
+        schemas = (json.dumps({"x-guidance": LAYOUT} | schema) for schema in schemas_of(value))
+        texts = [f'SPACE? answer\nSPACE: " "\nanswer: %json {schema}' for schema in schemas]
+    else:
+        choices = (json.dumps(choice, ensure_ascii=False) for choice in value)
+        choice = f"/{regex_to_lark(value, '')}/" if name == "regex" else " | ".join(choices)
+        texts = [f'ANSWER\nANSWER: (" " TEXT) | (TEXT & ~/ (?s:.)*/)\nTEXT: {choice}']
+    for text in texts:
+        wrong, reports = LLMatcher.validate_grammar_with_warnings(HEADER + text)
+        if not wrong:
+            return HEADER + text
+    raise refusal((name, value), reports[0])
+
+
+def limited(schema: Any) -> Any:
+    """Return a narrower schema whose documents come to an end, as a small model may go on forever.
+
+    Numbers lie within 2**53 (RFC 8259, section 6) and have at most nine digits after the point and
+    no exponent, and objects that list properties have no others, where the schema leaves it open.
+    """
+    if isinstance(schema, list):
+        return [limited(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: part if key in LITERAL else limited(part) for key, part in schema.items()}
+    kinds = schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if "integer" in kinds or "number" in kinds:
+        made = {"minimum": -(2**53), "maximum": 2**53} | made
+    bounds = [made[key] for key in BOUNDS & made.keys()]
+    tiny = any(isinstance(bound, float) and 0 < abs(bound) < 1e-6 for bound in bounds)
+    if "number" in kinds and not tiny:
+        made = {"multipleOf": 1e-9} | made
+    if schema.get("properties") and not OPENING & schema.keys():
+        made = {"additionalProperties": False} | made
+    return made
+
+
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """Return a schema as JSON. Raises `OptionError` where it holds what JSON has not."""
+    try:
+        return json.dumps(dict(schema))
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"json_schema is {shown(schema)}; that is no JSON: {error}") from None
+
+
+def schemas_of(text: str) -> list[dict[str, Any]]:
+    """Return the JSON schema that a text holds, first as `limited` unless it joins others, then as
+    it is.
+
+    Raises `OptionError`.
+    """
+    try:
+        schema = json.loads(text)
+        schemas = [schema if '"allOf"' in text else limited(schema), schema]
+    except ValueError as error:
+        raise OptionError(f"json_schema is {shown(text)}; that is no JSON: {error}") from None
+    except RecursionError:
+        raise OptionError(f"json_schema is {shown(text)}; it is nested too deeply") from None
+    if not isinstance(schema, dict):
+        raise OptionError(f"json_schema is {shown(text)}; allowed is a schema that is an object")
+    return schemas
+
+
+def refusal(form: Form, report: str) -> OptionError:
+    """Return an error that says in one line what llguidance reports in several."""
+    name, value = form
+    said = re.search(r"^error: (.*)", report, re.M) or re.search(
+        r"(?:JSON schema: |\(in regex\): |^)(?!at \d)(.*?)(?: in regex /.*)?$", report, re.M
+    )
+    why = f"it cannot be followed: {said[1] if said else report}"
+    if "NoExtension" in report:
+        why = "no text of this model's tokens has this form"
+    return OptionError(f"{name} is {shown(value)}; {why}. {ADVICE[name]}")
+
+
+class Constraint:
+    """The tokens that one answer may go on with.
+
+    A mask is a row of bits, the lowest of a word first: 1 for a token that is allowed, ends of text
+    included where the text may end. What `mask` and `along` return is valid until the next call.
+    A form that becomes too complex to be followed is `broken`: the text can only end where it is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int, ends: Iterable[int], form: Form) -> None:
+        from llguidance import LLMatcher, LLParserLimits
+
+        self._form, self._words = form, (vocab + 31) // 32
+        self._ends, self._eos = frozenset(ends), tokenizer.eos_id
+        self._on = bits(self._ends, self._words)  # set where the text may end
+        self._off = ~bits({*self._ends, self._eos}, self._words)  # cleared elsewhere
+        self._masks, self._address = buffer(1, self._words)
+        self.broken = False
+        limits = LLParserLimits(verbose_errors=False, **LIMITS)
+        known = vocabulary(tokenizer, vocab)
+        self._matcher = LLMatcher(known, grammar(*form), log_level=0, limits=limits)
+        self.mask()
+        if self.broken:
+            raise refusal(form, self._matcher.get_error())
+
+    def mask(self) -> NDArray[np.uint32]:
+        """Return the mask of the next token, [ceil(vocab / 32)] uint32."""
+        return self._fill(0)
+
+    def along(self, drafts: Sequence[int]) -> tuple[NDArray[np.uint32], int]:
+        """Return the masks before each drafted token and after the last usable one, and how many
+        are usable.
+
+        A draft is usable up to the first token that is not allowed or ends the text. The masks are
+        [usable + 1, ceil(vocab / 32)] uint32; the constraint is left where it was.
+        """
+        if len(drafts) >= len(self._masks):
+            self._masks, self._address = buffer(len(drafts) + 1, self._words)
+        mask, usable = self._fill(0), 0
+        try:
+            for token in drafts:
+                if token in self._ends or not contains(mask, token):
+                    break
+                self.accept(token)
+                usable += 1
+                mask = self._fill(usable)
+        finally:  # also after an interrupt
+            if usable:
+                self._matcher.rollback(usable)
+        return self._masks[: usable + 1], usable
+
+    def accept(self, token: int) -> None:
+        """Go on with a token that was drawn. One that ends the text changes nothing."""
+        if token not in self._ends:
+            self.broken = not self._matcher.consume_token(token)
+
+    def _fill(self, row: int) -> NDArray[np.uint32]:
+        mask: NDArray[np.uint32] = self._masks[row]
+        self._matcher.unsafe_compute_mask_ptr(self._address + row * mask.nbytes, mask.nbytes)
+        self.broken = self._matcher.is_error()
+        may_end = contains(mask, self._eos)  # and nothing else may come once it is broken
+        mask &= self._off
+        if may_end:
+            mask |= self._on
+        return mask
+
+
+def contains(mask: NDArray[np.uint32], token: int) -> bool:
+    return bool(int(mask[token >> 5]) >> (token & 31) & 1)
+
+
+def bits(tokens: Iterable[int], words: int) -> NDArray[np.uint32]:
+    """Return a mask of these tokens, [words] uint32; those beyond it are left out."""
+    import numpy as np
+
+    flags = np.zeros(words * 32, dtype=np.uint8)
+    flags[[token for token in tokens if token < len(flags)]] = 1
+    return np.packbits(flags, bitorder="little").view(np.uint32)
+
+
+def buffer(rows: int, words: int) -> tuple[NDArray[np.uint32], int]:
+    """Return an array of masks and its address, which takes longer to ask for than a mask does."""
+    import numpy as np
+
+    masks = np.empty((rows, words), dtype=np.uint32)
+    return masks, masks.ctypes.data
+
+
+def vocabulary(tokenizer: Tokenizer, vocab: int) -> Any:
+    """Return llguidance's index of a tokenizer's first `vocab` pieces, made once: 32,000 take 50
+    ms.
+    """
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    built = _vocabularies.setdefault(tokenizer, {})
+    if vocab not in built:
+        built[vocab] = LLTokenizer(TokenizerWrapper(Pieces(tokenizer, vocab)), n_vocab=vocab)
+    return built[vocab]
+
+
+class Pieces:
+    """The pieces of a tokenizer as llguidance asks for them.
+
+    It holds no reference to the tokenizer, so that both can be freed together.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
+        self.tokens = [tokenizer.piece_bytes(token) for token in range(vocab)]
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
+        self.special_token_ids = [token for token, piece in enumerate(self.tokens) if not piece]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return []  # it would spell forced text, and HEADER forces none

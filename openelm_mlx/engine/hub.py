@@ -1,0 +1,251 @@
+"""From a model's name to a folder on this disk; the only importer of huggingface_hub."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from openelm_mlx.engine.model_cache import converted
+from openelm_mlx.engine.model_paths import WEIGHT_SUFFIXES, loadable
+from openelm_mlx.errors import HubError, OptionError
+
+TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
+MIRRORS = ("mlx-community/OpenELM-270M", "mlx-community/OpenELM-270M-Instruct")
+BUNDLED = Path(__file__).parents[1] / "assets" / "openelm-tiny"
+SHORT_NAMES = {
+    f"{size}{kind}".lower().replace("_", "."): f"apple/OpenELM-{size}{kind}"
+    for size in ("270M", "450M", "1_1B", "3B")
+    for kind in ("", "-Instruct")
+}
+LICENCE = ["LICENSE*", "README.md"]
+PATTERNS = ["*.safetensors", "*.json", "tokenizer.*", "*.jinja", *LICENCE]
+CORENET = "corenet"  # names of the converter's catalog begin so, with -mlx and a colon
+# no hub id ends so
+FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".yaml", ".yml", ".npz", ".model", ".txt", ".zip")
+CERTIFICATE_REMEDY = "behind a proxy that reads TLS set SSL_CERT_FILE to its certificate, and check this machine's date"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (PermissionError, NotADirectoryError, FileExistsError)
+MODELS = "a folder, a .gguf file, a CoreNet checkpoint (.pt), a hub id (owner/name) or a name from `openelm models`"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The place of a model on this disk; `tokenizer` is None where the folder holds one."""
+
+    folder: Path
+    tokenizer: Path | None
+
+
+def resolve_model(
+    name: str, revision: str | None = None, tokenizer: str | Path | None = None
+) -> Resolved:
+    """Find the folder of a model by its name or path; fetch and convert what is not there yet.
+
+    `revision` is a branch, tag or commit on the hub. Raises `HubError` for what cannot be found or
+    fetched, another `OpenELMError` for what is found and is no model.
+    """
+    given = Path(os.path.expanduser(tokenizer)) if tokenizer else None
+    here, hub_id = Path(os.path.expanduser(name)), None
+    if name != "openelm-tiny" and not (name and os.path.exists(here)) and not is_published(name):
+        hub_id = hub_id_of(name)
+    if hub_id is None and revision is not None:
+        what = f"--revision {revision} chooses a version on the hub"
+        raise OptionError(f"{what}; {name} does not come from there")
+    if name == "openelm-tiny":
+        return Resolved(BUNDLED, given)
+    if hub_id is None and os.path.exists(here):
+        try:
+            return as_loaded(here, given)
+        except OSError as error:
+            raise HubError(f"{name} cannot be read: {error.strerror or error}") from None
+    if hub_id is None:
+        from openelm_mlx.convert.fetch.catalog import published_model
+
+        return Resolved(published_model(name, given), None)
+    folder = snapshot(hub_id, revision)
+    if given is None and hub_id.startswith("apple/OpenELM-"):
+        given = mirrored_tokenizer()
+    return as_loaded(folder, given, hub_id)
+
+
+def as_loaded(source: Path, tokenizer: Path | None, name: str | None = None) -> Resolved:
+    """Return `source` itself, or what it is converted into where the engine cannot load it."""
+    if source.is_dir() and loadable(source):
+        return Resolved(source, tokenizer)
+    return Resolved(converted(source, tokenizer, name), None)
+
+
+def is_published(name: str) -> bool:
+    """Tell whether `name` has the form of a name of `convert.catalog`, be there one or not."""
+    return name.lower().startswith((f"{CORENET}:", f"{CORENET}-mlx:"))
+
+
+def looks_like_path(name: str) -> bool:
+    """Tell whether `name` can only be meant as a file or folder, so that the hub is not asked."""
+    if name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name:
+        return True
+    return name.count("/") > 1 or os.path.splitext(name)[1].lower() in FILE_SUFFIXES
+
+
+def hub_id_of(name: str) -> str:
+    """Return the hub id of a short name, or `name` where it is an id. Raises `HubError`."""
+    link = os.path.islink(os.path.expanduser(name))
+    if link or looks_like_path(name):
+        place = f"{name} behind this link" if link else name
+        raise HubError(f"there is no file or folder {place}; a model is {MODELS}")
+    hub_id = SHORT_NAMES.get(name.lower(), name)
+    formed = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id, re.ASCII)
+    if formed and ".." not in hub_id and "--" not in hub_id:
+        return hub_id
+    names = ["openelm-tiny", *SHORT_NAMES]
+    close = difflib.get_close_matches(name.lower(), names, n=3)
+    meant = f"did you mean {', '.join(close)}? A" if close else "a"
+    raise HubError(f"unknown model {name!r}; {meant} model is {MODELS}")
+
+
+def snapshot(hub_id: str, revision: str | None = None, patterns: list[str] = PATTERNS) -> Path:
+    """Return the folder of a hub's model, fetched if need be. Raises `HubError` with the cause."""
+    from huggingface_hub import snapshot_download
+
+    fetch = partial(snapshot_download, hub_id, revision=revision)
+    try:
+        folder = Path(fetch(allow_patterns=patterns))
+    except Exception as error:  # the hub's client and what lies beneath it raise all kinds
+        try:  # a cached copy that lacks only the licence will do
+            known = [pattern for pattern in patterns if pattern not in LICENCE]
+            folder = Path(fetch(allow_patterns=known, local_files_only=True))
+        except Exception:
+            raise HubError(explain(hub_id, revision, error)) from error
+    if patterns is PATTERNS and not any(folder.glob("*.safetensors")):
+        what = f"{hub_id} has no safetensors on the hub, or was fetched in part only"
+        remedy = f"see its page, or `openelm models remove {hub_id}` and fetch it again"
+        raise HubError(f"{what}; {remedy}")
+    return folder
+
+
+def mirrored_tokenizer() -> Path:
+    """Fetch LLaMA's tokenizer.model, which Apple's repositories lack. Raises `HubError`."""
+    problems = []
+    for mirror in MIRRORS:
+        try:
+            path = snapshot(mirror, patterns=["tokenizer.model"]) / "tokenizer.model"
+        except HubError as error:
+            problems.append(str(error))
+            if status_of(error) is None:  # the hub itself is out of reach, so is the other mirror
+                break
+            continue
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == TOKENIZER_SHA256:
+            return path
+        problems.append(f"{mirror}: tokenizer.model is missing or has the wrong hash")
+    what = f"no mirror gave the tokenizer ({'; '.join(problems)})"
+    raise HubError(f"{what}; give one with --tokenizer")
+
+
+def hub_cache() -> Path:
+    """Return the folder in which the hub's client keeps what it fetched."""
+    from huggingface_hub import constants
+
+    return Path(os.path.expanduser(constants.HF_HUB_CACHE))
+
+
+def cached_repositories() -> dict[str, Path]:
+    """Map hub ids to folders in the hub's cache, those of downloads that were cut included."""
+    found = [path for path in sorted(hub_cache().glob("models--*--*")) if path.is_dir()]
+    return {path.name.removeprefix("models--").replace("--", "/"): path for path in found}
+
+
+def remove_repository(hub_id: str) -> None:
+    """Remove all revisions of a model from the hub's cache. Raises `OSError`."""
+    from huggingface_hub import scan_cache_dir
+
+    folder, found = cached_repositories()[hub_id], scan_cache_dir()
+    repos = frozenset(repo for repo in found.repos if repo.repo_path == folder)
+    revisions = [revision.commit_hash for repo in repos for revision in repo.revisions]
+    alone = replace(found, repos=repos)  # copies elsewhere share revisions
+    alone.delete_revisions(*revisions).execute()
+    if folder.exists():  # what a cut download left is no revision
+        shutil.rmtree(folder)
+
+
+def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
+    """Say in one line what failed and what to do, from the exception and those beneath it."""
+    from huggingface_hub import constants, errors
+
+    causes = list(chain(error))
+    texts, status = [str(cause) for cause in causes], status_of(error)
+
+    def caused_by(kind: Any) -> bool:
+        return any(isinstance(cause, kind) for cause in causes)
+
+    if caused_by(errors.HFValidationError):
+        what = texts[-1].splitlines()[0].rstrip(".")[:200]
+        return f"{hub_id} is no id of the hub (owner/name): {what}; check the spelling"
+    if any(getattr(cause, "errno", None) in FULL for cause in causes):
+        return f"the disk is full while fetching {hub_id}; free some space and run the same command, it resumes"
+    # an error of a connection has no file name
+    if any(isinstance(cause, UNWRITABLE) and cause.filename for cause in causes):
+        return f"{constants.HF_HUB_CACHE} cannot be written, so {hub_id} cannot be fetched; set HF_HUB_CACHE to another folder"
+    offline, hub = constants.HF_HUB_OFFLINE, constants.ENDPOINT
+    if caused_by(getattr(errors, "IncompleteSnapshotError", ())):
+        where = "HF_HUB_OFFLINE is set" if offline else f"{hub} cannot be reached"
+        remedy = "run the same command with a network and it fetches the rest"
+        what = f"{hub_id} is on this disk in part only, and {where}"
+        return f"{what}; {remedy}, or `openelm models remove {hub_id}`"
+    if offline:
+        what = f"{hub_id} is not on this disk, and HF_HUB_OFFLINE is set"
+        return f"{what}; unset it to fetch the model"
+    if caused_by(errors.GatedRepoError):
+        terms = f"accept its terms at {hub}/{hub_id}"
+        return f"{hub_id} is gated (HTTP {status}): {terms}, then log in: hf auth login"
+    if caused_by(errors.RevisionNotFoundError):
+        what = f"{hub_id} has no revision {revision!r} on the hub (HTTP {status})"
+        return f"{what}; check the spelling"
+    if status in (401, 403):
+        return f"{hub_id} is private, gated or does not exist (HTTP {status}); check the id or log in: hf auth login"
+    here = near_folder(hub_id)
+    if status == 404:
+        return f"{hub_id} was not found on the hub (HTTP 404); check the spelling{here}"
+    if status == 429:
+        return f"the hub limits how often it may be asked (HTTP 429); wait some minutes, or log in: hf auth login ({hub_id})"
+    if status is not None:
+        return f"{hub} answered with HTTP {status} for {hub_id}; try again later"
+    if any("CERTIFICATE_VERIFY_FAILED" in text for text in texts):
+        what = f"the certificate of {hub} cannot be verified, so {hub_id} was not fetched"
+        return f"{what}; {CERTIFICATE_REMEDY}"
+    endpoint = f"{hub} (HF_ENDPOINT)" if os.environ.get("HF_ENDPOINT") else hub
+    reason = next((text.splitlines()[0] for text in reversed(texts) if text), "no answer")[:200]
+    what = f"{hub_id} is not on this disk and {endpoint} cannot be reached ({reason})"
+    return f"{what}; check the network and any proxy, then try again{here}"
+
+
+def near_folder(hub_id: str) -> str:
+    """Return a hint for a mistyped path such as models/270m, which reads like a hub id."""
+    meant = os.path.isdir(os.path.dirname(hub_id))
+    return f"; there is no folder {hub_id} here either" if meant else ""
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the exception and its causes, the innermost last."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status that an exception or one of its causes carries, if any."""
+    for cause in chain(error):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+    return None

@@ -1,0 +1,270 @@
+"""A name becomes an `Engine`: model, tokenizer and configuration, checked before the work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openelm_mlx import device
+from openelm_mlx.config_files import APPLES_DEFAULTS, chat_sampling, read_json
+from openelm_mlx.device import mx, nn, set_wired_limit, utils
+from openelm_mlx.engine.decode import Steps
+from openelm_mlx.engine.hub import Resolved, resolve_model
+from openelm_mlx.engine.options import ModelOptions, SamplingOptions, shown
+from openelm_mlx.engine.threads import asynchronous, device_work
+from openelm_mlx.engine.tokenizer import Tokenizer
+from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError, reason
+from openelm_mlx.files import name_for_mlx
+from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.decoder import OpenELM
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from openelm_mlx.engine.options import GenerationOptions
+    from openelm_mlx.engine.prompts import Prompt
+    from openelm_mlx.engine.request import Event
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+# OpenELM-3B and up: activations overflow float16 (CoreNet, mlx_examples/open_elm/README.md)
+WIDE_MODEL_DIM = 3072
+
+
+@dataclass(repr=False)
+class Engine:
+    """A loaded model, ready to generate, from any thread and for several at once.
+
+    Only a thread of yours that runs `engine.model` itself needs care: it should call
+    `mx.clear_streams()` before it ends, or MLX may crash when the process exits.
+    """
+
+    model: OpenELM
+    tokenizer: Tokenizer
+    config: OpenELMConfig
+    name: str
+    path: Path
+    quantization: dict[str, Any] | None = None
+    instruct: bool = False
+    chat_sampling: SamplingOptions = SamplingOptions(
+        repetition_penalty=APPLES_DEFAULTS["repetition_penalty"]
+    )
+    steps: Steps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.steps = Steps(self.model)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingOptions | None = None,
+        options: GenerationOptions | None = None,
+        **settings: Any,
+    ) -> AsyncGenerator[Event, None]:
+        """Yield one `Event` per token to a coroutine, as `stream_generate` does to others.
+
+        >>> async for event in engine.stream("Once upon a time", max_tokens=64):
+        ...     print(event.text, end="", flush=True)
+
+        Several may run at once, a step of each in turn; the event loop is free meanwhile. Errors
+        are raised where the first event is awaited. Cancelling the task, or closing the iterator,
+        ends the generation after the step under way.
+        """
+        from openelm_mlx.engine.generation import stream_generate
+
+        return asynchronous(partial(stream_generate, self, prompt, sampling, options, **settings))
+
+    def __repr__(self) -> str:
+        """One line: <Engine openelm-tiny: 6.5 M parameters, 6.9 MB, context 1024>"""
+        size = f"{self.config.num_parameters / 1e6:,.1f} M parameters, {self.nbytes / 1e6:,.1f} MB"
+        return f"<Engine {self.name}: {size}, context {self.config.max_context_length}>"
+
+    @property
+    def vocab(self) -> int:
+        """Ids below this may be sampled: the embedding's rows without a piece are padding."""
+        return min(self.config.vocab_size, self.tokenizer.vocab_size)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(array.nbytes for array in parameters(self.model).values())
+
+
+def load(
+    name: str | Path = "openelm-tiny",
+    dtype: str | mx.Dtype | None = None,
+    bits: int | None = None,
+    group_size: int = 64,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+) -> Engine:
+    """Load a model: a folder, a .gguf or .pt file, a hub id, or a name from `openelm models`.
+
+    A file, and a folder that the engine does not load as it is, is converted once into a cache.
+    `dtype` is that of the activations, by name or MLX's own (default: float32 on the CPU backend;
+    on Metal the checkpoint's own, bfloat16 where it holds float32). `bits` quantizes a
+    full-precision model while loading. Raises `HubError`, `ConfigError`, `CheckpointError`,
+    `ConversionError`, `TokenizerError` or `OptionError`.
+    """
+    if isinstance(dtype, mx.Dtype):
+        dtype = str(dtype).rpartition(".")[2]
+    if not isinstance(name, (str, Path)):
+        allowed = "allowed is a name, or a path to a folder or file"
+        raise OptionError(f"the model is {shown(name)}; {allowed}")
+    # in types of Python, and a text as a path
+    chosen = ModelOptions(dtype, bits, group_size, tokenizer, revision)  # type: ignore[arg-type]
+    resolved = resolve_model(str(name), chosen.revision, chosen.tokenizer)
+    return load_resolved(str(name), resolved, chosen.dtype, chosen.bits, chosen.group_size)
+
+
+@device_work
+def load_resolved(
+    name: str, resolved: Resolved, dtype: str | None, bits: int | None, group_size: int
+) -> Engine:
+    """Return the engine of a folder in this project's layout; the errors are those of `load`."""
+    folder = resolved.folder
+    raw = read_json(folder / "config.json")
+    config = OpenELMConfig.from_hf_dict(raw).with_eos_of(folder)
+    sampling = chat_sampling(folder)
+    weights = read_weights(folder)
+    quantization = raw.get("quantization") or raw.get("quantization_config")
+    if bits is not None and quantization:
+        raise OptionError(f"{name} is quantized already; --bits needs full-precision weights")
+    model = OpenELM(config)
+    if quantization:
+        quantize_as_stored(model, quantization, weights)
+    check_coverage(folder, model, weights)
+    computed = compute_dtype(config, weights, dtype)
+    model.load_weights([(key, cast(array, computed)) for key, array in weights.items()])
+    if bits is not None:
+        quantize_now(model, bits, group_size)
+        quantization = {"bits": bits, "group_size": group_size}
+    model.eval()
+    set_wired_limit()
+    mx.eval(model.parameters())
+    given = resolved.tokenizer
+    tokenizer = Tokenizer.from_file(given) if given else Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        pieces, rows = tokenizer.vocab_size, config.vocab_size
+        raise TokenizerError(
+            f"{tokenizer.path} has {pieces} pieces but the model only {rows} embeddings: "
+            "the tokenizer belongs to another model; pass the right one with --tokenizer"
+        )
+    instruct = speaks_instruct(folder, name)
+    return Engine(model, tokenizer, config, name, folder, quantization, instruct, sampling)
+
+
+def parameters(model: OpenELM) -> dict[str, mx.array]:
+    """Every parameter of the model under its path, which is its name in a checkpoint."""
+    return dict(utils.tree_flatten(model.parameters()))  # type: ignore[arg-type]
+
+
+def speaks_instruct(folder: Path, name: str) -> bool:
+    """Tell whether the model was trained on the Instruct format: by its template or its name."""
+    if (folder / "chat_template.jinja").exists() or "instruct" in name.rsplit("/", 1)[-1].lower():
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.exists() and "chat_template" in read_json(settings)
+
+
+def read_weights(folder: Path) -> dict[str, mx.array]:
+    """The tensors of model.safetensors, or of an index's shards. Raises `CheckpointError`."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        try:
+            content = json.loads(index.read_text(encoding="utf-8"))
+            names = sorted(set(content["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} is no index of shards: {reason(error)}") from None
+        if bad := [name for name in names if Path(str(name)).name != name]:
+            raise CheckpointError(f"{index} names a file outside its folder: {bad[0]!r}")
+    weights: dict[str, mx.array] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            remedy = "`openelm convert` makes a complete model folder"
+            raise CheckpointError(f"{folder} has no {name}; {remedy}")
+        try:
+            loaded = mx.load(name_for_mlx(folder / name))
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{folder / name} is damaged or cut short: {error}") from None
+        weights.update(loaded if isinstance(loaded, dict) else {})
+    return weights
+
+
+def quantize_as_stored(
+    model: OpenELM, quantization: dict[str, Any], weights: dict[str, mx.array]
+) -> None:
+    """Quantize each layer in its own form in config.json, or in the common one if it has scales.
+
+    Raises `ConfigError` where there is no common form.
+    """
+
+    def form_of(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized"):
+            return False
+        own = quantization.get(path)
+        return own if isinstance(own, dict) else f"{path}.scales" in weights
+
+    keys = ("group_size", "bits", "mode")
+    form: dict[str, Any] = {key: quantization[key] for key in keys if key in quantization}
+    if not {"group_size", "bits"} <= form.keys():
+        raise ConfigError("config.json has a quantization without group_size and bits")
+    nn.quantize(model, class_predicate=form_of, **form)
+
+
+def quantize_now(model: OpenELM, bits: int, group_size: int) -> None:
+    try:
+        nn.quantize(model, group_size=group_size, bits=bits)
+    except ValueError as error:
+        form = f"{bits} bits in groups of {group_size}"
+        raise OptionError(f"cannot quantize to {form}: {error}") from None
+
+
+def check_coverage(folder: Path, model: OpenELM, weights: dict[str, mx.array]) -> None:
+    """Raise `CheckpointError` unless the file has every parameter, in its shape, and no other."""
+    expected = {name: array.shape for name, array in parameters(model).items()}
+    differences = {
+        "missing": expected.keys() - weights.keys(),
+        "unknown": weights.keys() - expected.keys(),
+    }
+    parts = [
+        f"{len(names)} tensors {what}, first: {min(names)}"
+        for what, names in differences.items()
+        if names
+    ]
+    if parts:
+        remedy = "Convert the original again with `openelm convert`"
+        raise CheckpointError(f"{folder}: {'; '.join(parts)}. {remedy}")
+    for name, shape in expected.items():
+        if (found := weights[name].shape) != shape:
+            what = f"{name} has shape {list(found)}; config.json asks for {list(shape)}"
+            raise CheckpointError(f"{folder}: {what}")
+
+
+def compute_dtype(
+    config: OpenELMConfig, weights: dict[str, mx.array], asked: str | None
+) -> mx.Dtype:
+    """The type of activations. Raises `OptionError` for float16 where the model overflows it."""
+    if asked is not None and asked not in DTYPES:
+        raise OptionError(f"dtype is {asked!r}; allowed: {', '.join(DTYPES)}")
+    stored = weights["transformer.norm.weight"].dtype
+    if asked is not None:
+        dtype = DTYPES[asked]
+    elif device.kind() == "cpu":
+        dtype = mx.float32  # the CPU backend emulates half types
+    else:
+        dtype = mx.bfloat16 if stored == mx.float32 else stored
+    if dtype == mx.float16 and config.model_dim >= WIDE_MODEL_DIM:
+        if asked is not None:
+            needs = "OpenELM-3B needs a wider range than float16 has"
+            raise OptionError(f"{needs}; use bfloat16, or float32 to check")
+        return mx.bfloat16
+    return dtype
+
+
+def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Packed integers stay; weights, scales and biases become `dtype`."""
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array

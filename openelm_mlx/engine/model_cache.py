@@ -1,0 +1,380 @@
+"""The cache that lets whatever convert takes run as it is: converted once, without loss.
+
+    ~/.cache/openelm-mlx/converted/     (~/Library/Caches on macOS; $OPENELM_CACHE moves it)
+      checkpoint-1a2b3c4d5e6f7a8b/      a model folder, named for the SHA-256 of what it is made of
+      checkpoint-1a2b3c4d5e6f7a8b.lock  shared while it is used, exclusive while made or removed
+      index/*.json                      source path -> folder, with size and times of every file
+
+The index saves hashing a file again. A file that it does not know, or that changed since, is
+hashed: so a moved or touched copy is found by its content, and a changed file is never taken for
+the old one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from openelm_mlx import __version__
+from openelm_mlx.config_files import GENERATION_CONFIG
+from openelm_mlx.engine.model_paths import WEIGHT_SUFFIXES, check_kind, missing_tokenizer
+from openelm_mlx.engine.tokenizer import FILES
+from openelm_mlx.errors import ConversionError, OptionError
+from openelm_mlx.files import replacing
+
+if TYPE_CHECKING:
+    from openelm_mlx.convert.options import ConvertOptions
+
+# what convert reads beside the weights
+SIDE_FILES = ("config.json", "config.yaml", *FILES, "chat_template.jinja", GENERATION_CONFIG)
+DEFAULT_LIMIT_GB = 50.0  # four conversions of the 3B in float32
+SETTLED_SECONDS = 2.0  # a file changed later may change again in one tick of its file system
+# of file systems that cannot lock
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+_held: dict[Path, IO[str]] = {}  # locks of the folders this process uses, to its end
+_temporary: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One folder of the cache.
+
+    `used` is in seconds since the epoch; `sources` are the paths or names that it was made from.
+    """
+
+    folder: Path
+    nbytes: int
+    used: float
+    sources: tuple[str, ...]
+
+
+def cache_folder() -> Path:
+    """Return $OPENELM_CACHE, or the folder `openelm-mlx` where the system keeps caches."""
+    if own := os.environ.get("OPENELM_CACHE"):
+        return Path(os.path.expanduser(own))
+    home = Path(os.path.expanduser("~"))
+    usual = home / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "openelm-mlx"
+
+
+def conversions_folder() -> Path:
+    return cache_folder() / "converted"
+
+
+def limit_bytes() -> float:
+    """Return the size to keep the cache under, from $OPENELM_CACHE_GB. Raises `OptionError`."""
+    given = os.environ.get("OPENELM_CACHE_GB") or str(DEFAULT_LIMIT_GB)
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = -1.0
+    if not 0 <= limit < float("inf"):
+        wanted = f"a number of gigabytes, for example {DEFAULT_LIMIT_GB:g}"
+        raise OptionError(f"OPENELM_CACHE_GB is {given!r}; give {wanted}")
+    return limit * 1e9
+
+
+def converted(source: Path, tokenizer: Path | None = None, name: str | None = None) -> Path:
+    """Return the model folder of `source`, found in the cache or converted into it now.
+
+    `name` is what the user called the source, where it is no path. Raises an `OpenELMError` for
+    what convert does not take, and where the result cannot be written.
+    """
+    limit = limit_bytes()
+    source = Path(os.path.abspath(source))
+    if (known := recall(source, tokenizer)) is not None:
+        return known
+    from openelm_mlx.convert.opening import open_model
+    from openelm_mlx.convert.options import ConvertOptions
+
+    check_kind(source)
+    instruct = "instruct" in f"{source.parent.name} {source.name} {name or ''}".lower()
+    pieces = tokenizer or missing_tokenizer(source)
+    options = ConvertOptions(
+        source, source, tokenizer=pieces, source_name=name, instruct=instruct or None
+    )
+    opened = open_model(options)
+    read = [*opened.source.files, *watched(source)]
+    read += [] if tokenizer is None else [opened.tokenizer.path]
+    before = {str(path): state(path) for path in read}
+    # a GGUF file says the rest itself
+    names = SIDE_FILES if opened.source.tokenizer is None else SIDE_FILES[-1:]
+    beside = [path for path in watched(source) if path.name in names and path.is_file()]
+    key = content_key(opened.source.files, beside, opened.tokenizer.data, instruct)
+    called = name or (source.stem if source.is_file() else source.name)
+    label = re.sub(r"[^\w.-]+", "-", called).strip(".-") or "model"
+    copies = filter(complete, conversions_folder().glob(f"*-{key}"))  # under another name
+    folder = next(copies, conversions_folder() / f"{label}-{key}")
+    if not writable(folder.parent) and not complete(folder):
+        folder = temporary_folder(folder)
+
+    def make() -> None:
+        convert_into(folder, options, name or str(source), tokenizer)
+        if before != {str(path): state(path) for path in read}:
+            remove_folder(folder)
+            raise ConversionError(f"{source} changed while it was converted; run the command again")
+        make_room(folder, limit)
+
+    hold(folder, make)
+    remember(source, tokenizer, folder, before, name)
+    return folder
+
+
+def recall(source: Path, tokenizer: Path | None = None) -> Path | None:
+    """Return the conversion of `source` if the index knows it and no file for it has changed."""
+    source = Path(os.path.abspath(source))
+    record = read_record(record_path(source, tokenizer))
+    files, folder = record.get("files"), conversions_folder() / str(record.get("folder"))
+    if record.get("version") != __version__ or not isinstance(files, dict) or not complete(folder):
+        return None
+    if not files.keys() >= {str(path) for path in watched(source)}:
+        return None
+    if any(state(Path(path)) != before for path, before in files.items()):
+        return None
+    try:
+        hold(folder, lambda: None)
+    except ConversionError:  # it has just been removed
+        return None
+    return folder
+
+
+def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path | None) -> None:
+    """Say so in one line, and convert; `given` is the tokenizer that the user chose."""
+    from dataclasses import replace
+
+    from openelm_mlx.convert.pipeline import convert
+
+    command = ["openelm", "convert", shown, "-o", "FOLDER"]
+    if given is not None:
+        command += ["--tokenizer", str(given)]
+    keep = f"to keep it: {shlex.join(command)}"
+    print(f"openelm: converting {shown} once, into {folder}; {keep}", file=sys.stderr)
+    try:
+        convert(replace(options, target=folder))
+    except ConversionError as error:
+        if complete(folder):  # another process was faster, on a file system without locks
+            return
+        if str(folder) not in str(error):
+            raise
+        remedy = "free some space (`openelm models` shows what is kept)"
+        raise ConversionError(
+            f"{error}; {remedy}, or set OPENELM_CACHE to another folder"
+        ) from None
+
+
+def hold(folder: Path, make: Callable[[], None]) -> None:
+    """Let `folder` be made at most once, by this process or another, and hold it until the end."""
+    if folder in _held and complete(folder):
+        return
+    for _ in range(5):  # more than once only where the folder is removed at the same moment
+        try:
+            file: IO[str] = open(lock_path(folder), "a" if writable(folder.parent) else "r")
+        except OSError:  # a cache that others prepared and nobody can write, without locks
+            break
+        try:
+            waiting = f"openelm: waiting for another process that converts into {folder}"
+            lock(file, fcntl.LOCK_SH, waiting)
+            if not complete(folder):
+                lock(file, fcntl.LOCK_EX)
+                if not complete(folder):
+                    make()
+                lock(file, fcntl.LOCK_SH)
+            if complete(folder) and same_file(file, lock_path(folder)):
+                with contextlib.suppress(OSError):
+                    os.utime(lock_path(folder))  # when it was used last
+                _held[folder], file = file, _held.get(folder, file)
+                return
+        finally:
+            if _held.get(folder) is not file:
+                file.close()
+    if not complete(folder):
+        what = "was removed at once by another process"
+        raise ConversionError(f"{folder} {what}; run the command again")
+
+
+def lock(file: IO[str], kind: int, notice: str = "") -> None:
+    """Lock `file`; print `notice` if that takes waiting. Where files cannot be locked, pass."""
+    try:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if notice:
+                print(notice, file=sys.stderr)
+            fcntl.flock(file, kind)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+
+
+def same_file(file: IO[str], path: Path) -> bool:
+    """Tell whether `path` still names the open `file`: another process may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def conversions() -> list[Conversion]:
+    """List the conversions in the cache, the one used longest ago first."""
+    root = conversions_folder()
+    sources: dict[str, list[str]] = {}
+    for path in root.glob("index/*.json"):
+        record = read_record(path)
+        name = str(record.get("name") or record.get("source"))
+        sources.setdefault(str(record.get("folder")), []).append(name)
+    found = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        if not folder.name.startswith(".") and complete(folder):
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            marked = lock_path(folder) if lock_path(folder).exists() else folder
+            names = tuple(sorted(sources.get(folder.name, ())))
+            found.append(Conversion(folder, size, marked.stat().st_mtime, names))
+    return sorted(found, key=lambda one: one.used)
+
+
+def make_room(keep: Path, limit: float) -> None:
+    """Remove what was used longest ago until the rest fits; `keep` and what is in use stay."""
+    from openelm_mlx.convert.staging import clear_leftovers
+
+    for path in keep.parent.glob(".*.partial-*"):  # of runs that were killed
+        clear_leftovers(keep.parent / path.name[1:].rsplit(".partial-", 1)[0])
+    kept = conversions()
+    total = sum(one.nbytes for one in kept)
+    for one in kept:
+        if total > limit and one.folder != keep and remove(one.folder):
+            total -= one.nbytes
+
+
+def remove(folder: Path) -> bool:
+    """Remove a conversion and its entries in the index; return False where a process uses it."""
+    try:
+        with open(lock_path(folder), "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_folder(folder)
+            for path in folder.parent.glob("index/*.json"):
+                if read_record(path).get("folder") == folder.name:
+                    path.unlink(missing_ok=True)
+            lock_path(folder).unlink(missing_ok=True)
+    except OSError:
+        return False
+    return not folder.exists()
+
+
+def remove_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / "config.json").unlink()  # a removal that is cut short leaves nothing that loads
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def complete(folder: Path) -> bool:
+    """Tell whether a conversion was finished: its config.json is written last."""
+    return (folder / "config.json").is_file()
+
+
+def writable(root: Path) -> bool:
+    """Tell whether files can be made in the cache, which is made first if need be."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return True
+    except OSError:
+        return False
+
+
+def temporary_folder(folder: Path) -> Path:
+    """Return a folder for this run, as the cache cannot be written. Raises `ConversionError`."""
+    root, remedy = folder.parent, "set OPENELM_CACHE to a folder that can"
+    try:
+        _temporary.append(tempfile.TemporaryDirectory(prefix="openelm-"))
+    except OSError as error:
+        what = f"neither {root} nor a temporary folder can be written ({error.strerror or error})"
+        raise ConversionError(f"{what}; {remedy}") from None
+    what = f"{root} cannot be written, so this conversion is for this run only"
+    print(f"openelm: {what}; {remedy}", file=sys.stderr)
+    return Path(_temporary[-1].name) / folder.name
+
+
+def content_key(
+    weights: Iterable[Path], beside: Iterable[Path], tokenizer: bytes, instruct: bool
+) -> str:
+    """Hash the content of everything that a conversion depends on, to 16 hex digits."""
+    weights = list(weights)
+    pieces = hashlib.sha256(tokenizer).hexdigest()
+    digest = hashlib.sha256(f"{__version__} {instruct} {pieces}".encode())
+    for path in [*weights, *beside]:
+        digest.update(f"\n{'' if [path] == weights else path.name} ".encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def watched(source: Path) -> list[Path]:
+    """List the files whose coming, going or changing may change what `source` becomes."""
+    folder, weights = source.parent, [source]
+    if source.is_dir():
+        folder = source
+        weights = [path for path in folder.iterdir() if path.suffix.lower() in WEIGHT_SUFFIXES]
+    return [*weights, *(folder / name for name in SIDE_FILES)]
+
+
+def state(path: Path) -> list[int] | None:
+    """Return what shows that a file has changed: size, times, inode. None where it is missing."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def lock_path(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def record_path(source: Path, tokenizer: Path | None) -> Path:
+    what = f"{source}\n{'' if tokenizer is None else os.path.abspath(tokenizer)}"
+    digest = hashlib.sha256(os.fsencode(what)).hexdigest()
+    return conversions_folder() / "index" / f"{digest[:32]}.json"
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
+
+
+def remember(
+    source: Path, tokenizer: Path | None, folder: Path, files: dict[str, Any], name: str | None
+) -> None:
+    """Write the index's entry.
+
+    Where a file changed a moment ago the entry has no `files`, so that the source is hashed again.
+    """
+    if folder.parent != conversions_folder():
+        return
+    newest = max((times[1] for times in files.values() if times), default=0) / 1e9
+    settled = newest <= time.time() - SETTLED_SECONDS
+    path = record_path(source, tokenizer)
+    about = {"version": __version__, "source": str(source), "name": name, "folder": folder.name}
+    content = {**about, "files": files if settled else None}
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as new:
+            new.write_text(json.dumps(content) + "\n", encoding="utf-8")

@@ -1,0 +1,478 @@
+"""Options, defined once: Python, the command line and benchmarks all build these.
+
+No MLX here, so that `openelm --help` can list every option without loading the engine. `metadata`
+carries the help text and the allowed range of each field.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
+
+from openelm_mlx.errors import OptionError
+
+T = TypeVar("T")
+KV_BITS = (4, 8)
+DTYPES = ("float32", "bfloat16", "float16")
+COARSEST_GREEDY = 1e-6  # below it a temperature leaves float32 logits no choice but the highest
+UNFIT = object()
+KINDS = {
+    "bool": "True or False",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "Path": "a path in UTF-8",
+    "tuple[str, ...]": "a text of at least one character, or a list of such texts",
+    "tuple[int, ...]": "a whole number, or a list of such numbers",
+    "tuple[tuple[int, float], ...]": "a dict of token ids to numbers, or texts ID=NUMBER,",
+    "Callable[..., Any]": "a hashable function",
+}
+
+
+def check_fields(options: Any) -> None:
+    """Check every field of a dataclass by annotation and metadata, and store it in that type.
+
+    A number that loses nothing by it is converted: of numpy or MLX to Python's, 4.0 to 4 for an
+    integer. Raises `OptionError` for the first field of another type, outside the inclusive
+    ``metadata["range"]``, or not one of ``metadata["choices"]``. None is allowed where the
+    annotation says so.
+    """
+    for item in fields(options):
+        given = getattr(options, item.name)
+        value = as_annotated(str(item.type), given)
+        if value is UNFIT or not within(item, value):
+            raise OptionError(f"{item.name} is {shown(given)}; {allowed(item)}")
+        object.__setattr__(options, item.name, value)
+
+
+def as_annotated(annotation: str, given: Any) -> Any:
+    """`given` in the type that `annotation` names; UNFIT where that would lose something."""
+    kind, _, rest = annotation.partition(" | ")
+    if given is None:
+        return None if rest == "None" else UNFIT
+    if kind == "Path":
+        fits = isinstance(given, (str, os.PathLike)) and fit_path(given)
+        return Path(os.path.expanduser(given)) if fits else UNFIT
+    if kind == "str":
+        return str(given) if isinstance(given, str) else UNFIT
+    if kind == "Callable[..., Any]":
+        return given if callable(given) and hashable(given) else UNFIT
+    if kind == "tuple[tuple[int, float], ...]":
+        return as_pairs(given)
+    if kind.startswith("tuple["):
+        parts = given if isinstance(given, (list, tuple)) else (given,)
+        found = tuple(as_annotated(kind[len("tuple[") : -len(", ...]")], part) for part in parts)
+        return UNFIT if UNFIT in found or "" in found else found
+    scalar = getattr(given, "shape", None) == ()  # of numpy or MLX
+    number = given.item() if scalar else given
+    if kind == "bool" or isinstance(number, bool):
+        return number if kind == "bool" and isinstance(number, bool) else UNFIT
+    if not isinstance(number, (int, float)):
+        return UNFIT
+    if kind == "float":
+        return float(number) if abs(number) <= sys.float_info.max else UNFIT  # NaN is not, either
+    return int(number) if isinstance(number, int) or number.is_integer() else UNFIT
+
+
+def as_pairs(given: Any) -> Any:
+    """Token ids and their numbers, sorted, from a dict, pairs or texts ID=NUMBER; else UNFIT.
+
+    The last of several numbers for one id counts.
+    """
+    items = [given] if isinstance(given, str) else given
+    items = given.items() if isinstance(given, Mapping) else items
+    pairs = {}
+    try:
+        for item in items:
+            pair = item.split("=") if isinstance(item, str) else item
+            token, number = (float(one) if isinstance(one, str) else one for one in pair)
+            pairs[as_annotated("int", token)] = as_annotated("float", number)
+    except (TypeError, ValueError):
+        return UNFIT
+    if UNFIT in pairs or UNFIT in pairs.values() or min(pairs, default=0) < 0:
+        return UNFIT
+    return tuple(sorted(pairs.items()))
+
+
+def hashable(given: Any) -> bool:
+    try:
+        hash(given)
+    except TypeError:
+        return False
+    return True
+
+
+def fit_path(given: str | os.PathLike[str]) -> bool:
+    """Tell whether MLX can open a file of this name: it takes names in UTF-8 only."""
+    name = os.fspath(given)
+    return isinstance(name, str) and name != "" and "\0" not in name and encodable(name)
+
+
+def encodable(text: str) -> bool:
+    """Tell whether a text has a form in UTF-8: no half of a character of UTF-16."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def within(item: Field[Any], value: Any) -> bool:
+    if value is None:
+        return True
+    if "choices" in item.metadata:
+        return value in item.metadata["choices"]
+    if "range" not in item.metadata:
+        return True
+    low, high = item.metadata["range"]
+    entries = value if isinstance(value, tuple) else (value,)
+    numbers = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    return all(low <= number <= high for number in numbers)
+
+
+def allowed(item: Field[Any]) -> str:
+    """Say what a field may be, as in "allowed is a whole number from 1 to 16, or None"."""
+    kind, _, rest = str(item.type).partition(" | ")
+    none = ", or None" if rest == "None" else ""
+    if "choices" in item.metadata:
+        return f"allowed: {', '.join(map(str, item.metadata['choices']))}{none}"
+    limits = ""
+    if "range" in item.metadata:
+        low, high = item.metadata["range"]
+        limits = f" from {low} up" if high == math.inf else f" from {low} to {high}"
+    return f"allowed is {item.metadata.get('kind', KINDS[kind])}{limits}{none}"
+
+
+def shown(value: Any) -> str:
+    """Quote a value for an error: in one line, and not a long one."""
+    text = " ".join(repr(str(value) if isinstance(value, Path) else value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_unset(options: Any, name: str, why: str) -> None:
+    """Raise `OptionError`, which says `why`, where the option `name` is not at its default."""
+    value = getattr(options, name)
+    if value != getattr(type(options), name):
+        raise OptionError(f"{name} is {value}, but {why}")
+
+
+def check_count(name: str, value: Any, least: int = 0) -> None:
+    """Raise `OptionError` for anything but a whole number from `least` up."""
+    if type(value) is not int or value < least:
+        raise OptionError(f"{name} is {shown(value)}; allowed is a whole number from {least} up")
+
+
+def check_loaded(name: str, engine: Any) -> None:
+    """Raise `OptionError` for anything but an `Engine`, above all for the name of a model."""
+    if not hasattr(engine, "tokenizer"):
+        wanted = f"a loaded model, as in {name} = load('openelm-tiny')"
+        raise OptionError(f"{name} is {shown(engine)}; allowed is {wanted}")
+
+
+def explained(*options: type) -> Callable[[T], T]:
+    """Decorate a function or class so that its docstring ends with all options and their meanings.
+
+    The options are the fields of the classes `options`, or of the decorated dataclass; their texts
+    come from the metadata of the fields. `help` and notebooks show them.
+    """
+
+    def explain(target: T) -> T:
+        classes = options or ((target,) if is_dataclass(target) else ())
+        items = [item for cls in classes for item in fields(cls) if "help" in item.metadata]
+        lines = [line for item in items for line in explanation(item)]
+        target.__doc__ = "\n".join([cleandoc(target.__doc__ or ""), "", "Options:", *lines])
+        return target
+
+    return explain
+
+
+def explanation(item: Field[Any]) -> list[str]:
+    default = "" if item.default is MISSING else f" = {item.default!r}"
+    limits = "" if item.type == "bool" else f"; {allowed(item)}"
+    text = textwrap.wrap(item.metadata["help"] + limits, 72)
+    return [f"    {item.name}: {item.type}{default}", *(f"        {line}" for line in text)]
+
+
+def option(
+    default: Any, help: str, low: float | None = None, high: float = math.inf, **metadata: Any
+) -> Any:
+    """A field of a class of options, from `low` to `high`, for `check_fields` and command lines."""
+    limits = {} if low is None else {"range": (low, high)}
+    return field(default=default, metadata={"help": help, **limits, **metadata})
+
+
+@explained()
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is drawn from the logits.
+
+    `sampling.filter_logits` states the order of the filters.
+    """
+
+    temperature: float = option(
+        0.0, "0 is greedy: top-k, top-p, min-p and XTC then change nothing", 0.0, 100.0
+    )
+    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", 0)
+    top_p: float = option(1.0, "keep the smallest set of tokens with this mass", 0.0, 1.0)
+    min_p: float = option(0.0, "drop tokens below this share of the likeliest one", 0.0, 1.0)
+    xtc_probability: float = option(
+        0.0, "exclude top choices this often: all likely tokens but the least likely one", 0.0, 1.0
+    )
+    xtc_threshold: float = option(
+        0.1, "with xtc_probability: a token is likely from here on", 0.0, 0.5
+    )
+    repetition_penalty: float = option(
+        1.0, "divide the score of tokens seen in prompt or answer; 1 is off", 0.01, 100.0
+    )
+    presence_penalty: float = option(
+        0.0, "subtracted from the score of tokens already generated", -100.0, 100.0
+    )
+    frequency_penalty: float = option(
+        0.0, "subtracted once for each time a token was generated", -100.0, 100.0
+    )
+    penalty_window: int = option(
+        0, "penalties look at this many latest tokens only; 0 is the whole text", 0, 65536
+    )
+    logit_bias: tuple[tuple[int, float], ...] = option(
+        (), "added to the score of a token id", -100.0, 100.0, metavar="ID=NUMBER"
+    )
+    processor: Callable[..., Any] | None = option(
+        None,
+        "f(logits [B, vocab], newest tokens [B], positions drawn [B]) -> logits, row by row; "
+        "MLX operations only, as it is compiled with the step",
+        flag=None,
+    )
+    seed: int | None = option(None, "same seed, same tokens; unset draws a new one", 0, 2**63 - 1)
+    stream: int = option(
+        0,
+        "independent noise under the same seed: sample i of n, retry j",
+        0,
+        2**31 - 1,
+        flag="--seed-stream",
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.xtc_probability == 0.0:
+            check_unset(self, "xtc_threshold", "nothing is excluded; give xtc_probability too")
+        if not self.penalised:
+            check_unset(self, "penalty_window", "there is no penalty; give one, or leave it out")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < COARSEST_GREEDY or self.top_k == 1
+
+    @property
+    def idle(self) -> list[str]:
+        """Names of the filters that were set but change nothing, because the choice is greedy."""
+        if not self.greedy or self.top_k == 1:
+            return []
+        names = ("top_k", "top_p", "min_p", "xtc_probability")
+        return [name for name in names if getattr(self, name) != getattr(SamplingOptions, name)]
+
+    @property
+    def penalised(self) -> bool:
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0)
+
+
+@explained()
+@dataclass(frozen=True)
+class GenerationOptions:
+    """When a request has ended, what is reported with its tokens, and what is drafted."""
+
+    max_tokens: int = option(256, "stop after this many tokens", 1)
+    stop: tuple[str, ...] = option((), "stop before this text")
+    stop_tokens: tuple[int, ...] = option(
+        (), "stop at this id as at the end of text", 0, 2**31 - 1, flag="--stop-token", metavar="ID"
+    )
+    ignore_eos: bool = option(False, "go on past the end-of-text token")
+    logprobs: int | None = option(
+        None, "report log probabilities: of the chosen token and of this many likeliest", 0, 100
+    )
+    prompt_lookup: int = option(
+        0, "draft what followed the last time these N tokens were seen; 0 is off", 0, 16
+    )
+    draft_tokens: int = option(
+        8, "with a draft model or prompt lookup: draft at most this many", 1, 16
+    )
+    adaptive_draft: bool = option(
+        True, "draft less where little is accepted; off always drafts the whole length"
+    )
+    json_schema: str | None = option(
+        None, "answer in JSON of this schema", metavar="FILE", kind="a dict, or JSON as a text"
+    )
+    regex: str | None = option(None, "answer with a text that this expression matches as a whole")
+    choices: tuple[str, ...] = option((), "answer with one of these texts", commas=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.json_schema, Mapping):
+            from openelm_mlx.engine.grammar import schema_text
+
+            object.__setattr__(self, "json_schema", schema_text(self.json_schema))
+        check_fields(self)
+        if self.constrained:
+            from openelm_mlx.engine.grammar import form_of
+
+            form_of(self)
+        if wrong := next((text for text in self.stop if not encodable(text)), None):
+            why = "that is not valid UTF-8, so no generated text contains it"
+            raise OptionError(f"stop is {wrong!a}; {why}")
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the answer has to have a form."""
+        return self.json_schema is not None or self.regex is not None or self.choices != ()
+
+    def check_draft(self, drafts: bool) -> None:
+        """Raise `OptionError` where the length of drafts was set and nothing drafts.
+
+        `drafts` says whether there is a draft model; these options know of prompt lookup.
+        """
+        if not drafts and not self.prompt_lookup:
+            for name in ("draft_tokens", "adaptive_draft"):
+                check_unset(self, name, "nothing drafts; give a draft model or prompt_lookup too")
+
+
+@explained()
+@dataclass(frozen=True)
+class EngineOptions:
+    """How requests are run: what all that run together share."""
+
+    prefill_chunk: int = option(512, "prompt tokens in one pass of the model", 1)
+    compiled: bool = option(True, "run the decode step compiled; off is its eager twin")
+    kv_bits: int | None = option(None, "quantize keys and values of the cache", choices=KV_BITS)
+    kv_window: int | None = option(
+        None, "attend to this many tokens only: the first and the latest", 2
+    )
+    kv_keep: int = option(4, "with a window: keep this many first tokens", 0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.kv_window is None:
+            check_unset(self, "kv_keep", "there is no window; give kv_window too, or leave it out")
+        elif self.kv_window <= self.kv_keep:
+            given = f"kv_window is {self.kv_window} and kv_keep {self.kv_keep}"
+            raise OptionError(f"{given}; the window must be the larger one")
+
+
+@explained()
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is loaded."""
+
+    dtype: str | None = option(None, "compute in this type", choices=DTYPES)
+    bits: int | None = option(None, "quantize while loading", choices=(2, 3, 4, 5, 6, 8))
+    group_size: int = option(64, "with bits: weights that share a scale", choices=(32, 64, 128))
+    tokenizer: Path | None = option(None, "a tokenizer.model from elsewhere")
+    revision: str | None = option(None, "branch, tag or commit on the hub", metavar="REV")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.bits is None:
+            check_unset(self, "group_size", "nothing is quantized here; give bits too")
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that `word` was meant to be: the only one it begins, else the most similar."""
+    known = list(known)
+    begun = [name for name in known if name.startswith(word)]
+    near = begun if len(begun) == 1 else get_close_matches(word, known, 1)
+    return near[0] if near else None
+
+
+class RequestSettings(TypedDict, total=False):
+    """The options of a request as keywords: `**settings: Unpack[RequestSettings]`.
+
+    The keys are the fields of `SamplingOptions` and `GenerationOptions`, which explain them.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    xtc_probability: float
+    xtc_threshold: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    penalty_window: int
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]]
+    processor: Callable[..., Any] | None
+    seed: int | None
+    stream: int
+    max_tokens: int
+    stop: str | Sequence[str]
+    stop_tokens: int | Sequence[int]
+    ignore_eos: bool
+    logprobs: int | None
+    prompt_lookup: int
+    draft_tokens: int
+    adaptive_draft: bool
+    json_schema: str | Mapping[str, Any] | None
+    regex: str | None
+    choices: str | Sequence[str]
+
+
+class EngineSettings(TypedDict, total=False):
+    """The fields of `EngineOptions` as keywords, likewise."""
+
+    prefill_chunk: int
+    compiled: bool
+    kv_bits: int | None
+    kv_window: int | None
+    kv_keep: int
+
+
+class Settings(RequestSettings, EngineSettings, total=False):
+    """Every option as a keyword, for what runs a single request or a list of them."""
+
+
+# the keyword that takes such options, and whose options they are
+PLACES: dict[type, tuple[str, str]] = {
+    SamplingOptions: ("sampling", "a request, not of the engine; give it to submit"),
+    GenerationOptions: ("options", "a request, not of the engine; give it to submit"),
+    EngineOptions: ("engine_options", "the engine, not of a request; give it to the BatchEngine"),
+}
+
+
+def with_overrides(
+    kinds: tuple[type, ...], given: tuple[Any, ...], overrides: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Return one object of each of `kinds`: the `given` one, or defaults, with fields replaced.
+
+    Raises `OptionError` for an object of another kind, for a name that belongs to another kind, and
+    for an unknown one, with the nearest name that is known.
+    """
+    for kind, value in zip(kinds, given, strict=True):
+        if value is not None and not isinstance(value, kind):
+            name = PLACES[kind][0] if len(kinds) > 1 else "options"
+            wanted = f"one made by {kind.__name__}(...), or keywords"
+            raise OptionError(f"{name} is {shown(value)}; allowed is {wanted}")
+    names = [item.name for kind in kinds for item in fields(kind)]
+    for name in overrides:
+        for kind, (_, place) in PLACES.items():
+            if kind not in kinds and name in (item.name for item in fields(kind)):
+                raise OptionError(f"{name} is an option of {place}")
+        if name not in names:
+            near = nearest(name, names)
+            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(names)}"
+            raise OptionError(f"unknown option {name!r}; {hint}")
+    made = []
+    for kind, value in zip(kinds, given, strict=True):
+        own = {f.name: overrides[f.name] for f in fields(kind) if f.name in overrides}
+        made.append(replace(kind() if value is None else value, **own))
+    return tuple(made)
+
+
+def check_token_ids(sampling: SamplingOptions, options: GenerationOptions, vocab: int) -> None:
+    """Raise `OptionError` where an option names a token that is not one of `vocab`."""
+    biased = [token for token, _ in sampling.logit_bias]
+    for name, ids in (("logit_bias", biased), ("stop_tokens", options.stop_tokens)):
+        if wrong := [token for token in ids if token >= vocab]:
+            known = f"allowed are ids from 0 to {vocab - 1}"
+            raise OptionError(f"{name} has the token id {wrong[0]}; {known}")

@@ -1,0 +1,301 @@
+"""A store of sequences that were run, with their keys and values: between prompts, and in files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import takewhile
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openelm_mlx.device import mx
+from openelm_mlx.engine.options import EngineOptions, check_count, check_loaded, with_overrides
+from openelm_mlx.engine.threads import device_work
+from openelm_mlx.engine.tokenizer import Tokenizer, spelling
+from openelm_mlx.errors import CacheError, reason
+from openelm_mlx.files import name_for_mlx, replacing
+from openelm_mlx.model.cache import KVCache
+from openelm_mlx.model.cache_kinds import CacheKind, Window
+from openelm_mlx.model.config import layer_shapes
+
+if TYPE_CHECKING:
+    from openelm_mlx.engine.loading import Engine
+
+FORMAT = "openelm-mlx prompt cache 4"
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A sequence, and the cache that holds its tokens and nothing else."""
+
+    weights: object
+    owner: str
+    tokens: list[int]
+    cache: KVCache
+    nbytes: int
+
+    def serves(self, weights: object, kind: CacheKind, owner: str) -> bool:
+        return self.weights is weights and self.cache.kind == kind and self.owner == owner
+
+    def covers(self, other: Entry) -> bool:
+        """Tell whether whatever `other` can give, this can give as well."""
+        length = len(other.tokens)
+        if not other.serves(self.weights, self.cache.kind, self.owner):
+            return False
+        return self.tokens[:length] == other.tokens and self.cache.can_trim(
+            len(self.tokens) - length
+        )
+
+
+class PromptCache:
+    """Sequences with their keys and values, so that a next prompt prefills only what is new in it.
+
+    Whoever generates takes a cache out and puts it back longer. What was taken is the borrower's
+    alone, and what is put back is the store's alone: no two ever write to the same arrays. An entry
+    is found only by the weights that computed it, for its kind of cache, and by its owner, so that
+    no owner can tell from the time of an answer what another has asked. Beyond `max_bytes` the
+    least recently used entries go; the latest stays even where it alone takes more.
+
+    Conversations, generations and batches of any threads may share a `PromptCache`. They use it in
+    turn; only the garbage collector may close a generation, which adds an entry, in the midst of
+    it.
+    """
+
+    def __init__(self, max_bytes: int = 2**30) -> None:
+        check_count("max_bytes", max_bytes)
+        self.max_bytes = max_bytes
+        self._entries: list[Entry] = []  # the least recently used first
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens of the latest entry, [] if there is none."""
+        return list(self._entries[-1].tokens) if self._entries else []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self._entries)
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    def take(
+        self, weights: object, kind: CacheKind, tokens: Sequence[int], owner: str = ""
+    ) -> tuple[KVCache, int] | None:
+        """Return a cache that holds a beginning of `tokens`, and how many of them, or None.
+
+        It is the longest beginning that any entry can give, but never all of `tokens`: one must be
+        run for its logits.
+
+            held    [1, 5, 9]  [1, 5, 9, 4, 2]
+            tokens  [1, 5, 9, 4, 7]             -> a copy of the second entry's first 4
+            tokens  [1, 5, 9, 8]                -> the first entry itself, which leaves the store
+
+        `weights` is what `engine.steps.refresh()` returns for the weights in use. A window gives no
+        beginning whose latest tokens it has overwritten.
+        """
+        wanted = list(tokens[:-1])
+        found = [
+            (common, common == len(entry.tokens), place, entry)
+            for place, entry in enumerate(self._entries)
+            if entry.serves(weights, kind, owner)
+            and (common := common_prefix(entry.tokens, wanted))
+        ]
+        found.sort(key=itemgetter(0, 1, 2), reverse=True)  # of equals a whole one: it needs no copy
+        for common, whole, _, entry in found:
+            cache = entry.cache if whole else entry.cache.prefix(common)
+            if cache is not None:
+                with suppress(ValueError):  # it may have moved, or gone, since it was found
+                    self._entries.remove(entry)
+                if not whole:
+                    self._entries.append(entry)
+                return cache, common
+        return None
+
+    def put(self, weights: object, tokens: Sequence[int], cache: KVCache, owner: str = "") -> None:
+        """Add the sequence `tokens`, which `cache` holds; from now on the cache is the store's.
+
+        Entries that are a beginning of the sequence are dropped where the new one can give them as
+        well. Raises `CacheError` where `cache` holds more or fewer tokens.
+        """
+        if cache.offset != len(tokens):
+            what = f"the cache holds {cache.offset} tokens, but {len(tokens)} were given"
+            raise CacheError(f"{what}; give those that it holds")
+        if not tokens:
+            return
+        new = Entry(weights, owner, list(tokens), cache, cache.nbytes)
+        self._entries = [old for old in self._entries if not new.covers(old)] + [new]
+        excess = self.nbytes - self.max_bytes
+        while excess > 0 and len(self._entries) > 1:
+            excess -= self._entries.pop(0).nbytes
+
+    def ids_for(
+        self, tokenizer: Tokenizer, text: str, weights: object, kind: CacheKind, owner: str = ""
+    ) -> list[int]:
+        """Return ids of `text`: those of an entry, as far as it spells the text, and then new ones.
+
+        held    <s> Once upon a ti me       (as they were drawn, where "time" is a piece, too)
+        text    Once upon a time there was
+        ids     <s> Once upon a ti me | there was
+
+        Where that reuses no more tokens than encoding the text anew, the ids are those. Raises
+        `PromptError` as `Tokenizer.encode` does.
+        """
+        tokens = tokenizer.encode(text)
+        held = [entry.tokens for entry in self._entries if entry.serves(weights, kind, owner)]
+        plain = max((common_prefix(one, tokens) for one in held), default=0)
+        spelled = ((*continuation(tokenizer, one, text), one) for one in held)
+        kept, place, best = max(spelled, default=(0, 0, []))
+        if kept <= plain:
+            return tokens
+        return [*best[:kept], *tokenizer.encode(text[place:], bos=False, continued=kept > 1)]
+
+    @device_work
+    def save(self, path: str | Path, engine: Engine) -> None:
+        """Write the latest sequence that `engine` has run to a safetensors file; all or nothing.
+
+        Its keys and values go with it, and the fingerprint of `engine`. Raises `CacheError` where
+        there is no such sequence, and for a path that cannot be written.
+        """
+        check_loaded("engine", engine)
+        weights = engine.steps.refresh()
+        entry = next((one for one in reversed(self._entries) if one.weights is weights), None)
+        if entry is None:
+            what = f"the cache holds nothing that {engine.name} has run"
+            raise CacheError(f"{what}; there is nothing to save")
+        cache = entry.cache
+        used = cache.capacity if isinstance(cache.kind.layout, Window) else cache.offset
+        arrays = {
+            f"{number}.{part}": mx.contiguous(array[..., :used, :])
+            for number, layer in enumerate(cache.arrays)
+            for part, array in enumerate(layer)
+        }
+        about = {
+            "format": FORMAT,
+            "kind": str(cache.kind),
+            "fingerprint": fingerprint(engine),
+            "offset": str(cache.offset),
+            "written": str(cache.written),
+            "tokens": json.dumps(entry.tokens),
+        }
+        try:
+            with replacing(path, suffix=".safetensors") as new:
+                mx.save_safetensors(name_for_mlx(new), arrays, about)
+        except OSError as error:
+            raise CacheError(f"{path} cannot be written: {error.strerror}") from None
+        except RuntimeError as error:  # MLX's
+            raise CacheError(f"{path} cannot be written: {error}") from None
+
+    @classmethod
+    @device_work
+    def load(
+        cls, path: str | Path, engine: Engine, options: EngineOptions | None = None
+    ) -> PromptCache:
+        """Return a store with the sequence of a saved file, whose kind of cache the options name.
+
+        Raises `CacheError` where it was made with other weights, another tokenizer or another kind
+        of cache, and where it is damaged.
+        """
+        check_loaded("engine", engine)
+        (options,) = with_overrides((EngineOptions,), (options,), {})
+        kind = CacheKind.of(engine.config, options)
+        try:
+            loaded: Any = mx.load(name_for_mlx(path), format="safetensors", return_metadata=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            what = f"{path} is no saved cache ({error})"
+            raise CacheError(f"{what}; give another file, or move it away") from None
+        arrays, about = loaded
+        if about.get("format") != FORMAT:
+            why = f"its format is {about.get('format')!r}, not {FORMAT!r}"
+            what = f"{path} is no saved cache of this version: {why}"
+            raise CacheError(f"{what}. Give another file, or move it away")
+        if about.get("fingerprint") != fingerprint(engine):
+            what = f"{path} was made with other weights or another tokenizer than {engine.name}'s"
+            raise CacheError(f"{what}; delete it, or use the model it was made with")
+        if about.get("kind") != str(kind):
+            what = f"{path} holds {about.get('kind')}; asked for are {kind}"
+            raise CacheError(f"{what}. Give the same options")
+        store = cls()
+        try:
+            store.put(engine.steps.refresh(), *restored(arrays, about, engine, kind))
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            raise CacheError(f"{path} is damaged: {reason(error)}") from None
+        return store
+
+
+def restored(
+    arrays: dict[str, mx.array], about: dict[str, Any], engine: Engine, kind: CacheKind
+) -> tuple[list[int], KVCache]:
+    """Return the tokens and the cache of a saved file; what does not fit raises a built-in
+    error.
+    """
+    tokens, offset, config = json.loads(about["tokens"]), int(about["offset"]), engine.config
+    if not isinstance(tokens, list) or not 0 < len(tokens) == offset:
+        raise ValueError(f"{offset} positions for {len(tokens)} tokens")
+    if any(type(token) is not int or not 0 <= token < config.vocab_size for token in tokens):
+        raise ValueError("tokens outside the vocabulary")
+    cache = KVCache(config, kind)
+    slots = kind.layout.capacity if isinstance(kind.layout, Window) else offset
+    for number, shape in enumerate(layer_shapes(config)):
+        like = kind.store.pack(mx.zeros((2, 1, shape.kv_heads, slots, config.head_dim)))
+        layer = [arrays[f"{number}.{part}"] for part in range(len(like))]
+        if wrong := [a.shape for a, b in zip(layer, like, strict=True) if a.shape != b.shape]:
+            raise ValueError(f"keys and values of layer {number} have the shape {wrong[0]}")
+        cache.arrays.append(layer)
+    cache.offset, cache.written = offset, max(offset, int(about["written"]))
+    cache.reserve(offset)
+    mx.eval(cache.arrays)
+    return tokens, cache
+
+
+def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
+    """Return how many tokens two sequences of one type have in common, from the first on."""
+    start, stride = 0, 64  # equal parts are compared in C
+    while (part := held[start : start + stride]) and part == wanted[start : start + stride]:
+        start += stride
+    for count, (ours, theirs) in enumerate(zip(held[start:], wanted[start:], strict=False), start):
+        if ours != theirs:
+            return count
+    return min(len(held), len(wanted))
+
+
+def continuation(tokenizer: Tokenizer, held: Sequence[int], text: str) -> tuple[int, int]:
+    """Return how many tokens of `held` spell a beginning of `text`, and its number of characters.
+
+    Where `held` goes on otherwise than `text`, they end with the last word that both share.
+    """
+    if not held or held[0] != tokenizer.bos_id:
+        return 0, 0
+
+    def visible(token: int) -> bool:
+        return token < tokenizer.vocab_size and tokenizer.piece_bytes(token) != b""
+
+    kept, place = spelling(tokenizer, takewhile(visible, held[1:]), text, words=True)
+    return 1 + kept, place
+
+
+def fingerprint(engine: Engine) -> str:
+    """Return a sha256 of what keys and values depend on: configuration, tokenizer, every weight.
+
+    A tensor counts by two sums modulo 2^32: of its words, each as wide as an element, and of its
+    words weighted by their place.
+    """
+    from openelm_mlx.engine.loading import parameters
+
+    about = json.dumps(engine.config.to_hf_dict(), sort_keys=True, default=str)
+    digest = hashlib.sha256(about.encode())
+    digest.update(repr(sorted((engine.quantization or {}).items(), key=str)).encode())
+    digest.update(engine.tokenizer.fingerprint.encode())
+    for name, array in sorted(parameters(engine.model).items()):
+        width = {1: mx.uint8, 2: mx.uint16}.get(array.itemsize, mx.uint32)
+        words = array.reshape(-1).view(width).astype(mx.uint32)
+        places = mx.arange(words.size, dtype=mx.uint32) % 65521 + 1
+        sums: Any = mx.stack([words.sum(), (words * places).sum()]).tolist()
+        digest.update(f"{name} {array.dtype} {array.shape} {sums}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,119 @@
+"""Keys and values of sequences of different lengths that are stepped together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from openelm_mlx.device import mx
+from openelm_mlx.model.cache import BLOCK, KVCache
+from openelm_mlx.model.cache_kinds import Arrays, CacheKind, resized
+
+if TYPE_CHECKING:
+    from openelm_mlx.model.config import OpenELMConfig
+
+SHARED_BLOCK = 64  # every row attends to all slots, so unused ones cost more than in a single row
+
+
+def quarters(n: int, least: int = 1) -> int:
+    """Round up to a quarter of a power of two: few sizes, so few traces, and little that is
+    unused.
+    """
+    step = max(least, 1 << max((n - 1).bit_length() - 2, 0))
+    return -(-n // step) * step
+
+
+class Rows:
+    """The caches of `count` rows; arrays are [2, count, kv_heads, slots, width].
+
+    A step borrows the buffers with `lend` and puts those that it made in their place with
+    `restore`. No other reference may be left when they are computed, or they are copied. How many
+    tokens a row holds is known to whoever runs the steps; `written` is one past the last position
+    ever written to.
+    """
+
+    def __init__(self, config: OpenELMConfig, kind: CacheKind) -> None:
+        self.config, self.kind = config, kind
+        self.buffers: list[Arrays] = []  # one entry a layer; none before the first row
+        self.written = [0]
+
+    @property
+    def count(self) -> int:
+        return len(self.written)
+
+    def room(self, tokens: int) -> int:
+        """Return the slots of each row for this many tokens: in blocks of 256 for a single row."""
+        wanted = quarters(tokens, SHARED_BLOCK) if self.count > 1 else tokens
+        return self.kind.layout.room(wanted, BLOCK if self.count == 1 else 1)
+
+    @property
+    def capacity(self) -> int:
+        return self.buffers[0][0].shape[-2] if self.buffers else 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for arrays in self.buffers for array in arrays)
+
+    def place(self, row: int, cache: KVCache) -> None:
+        """Copy the cache of one sequence into a row.
+
+        Where there is one row only, it takes the arrays over, and the cache is empty afterwards.
+        """
+        cache.reserve(cache.offset)  # the same in all layers
+        self.written[row] = cache.written
+        if self.count == 1:
+            self.buffers = cache.arrays
+            cache.clear()
+            return
+        room = max(self.capacity, self.room(cache.offset))
+        used = min(room, cache.capacity)
+        held = self.buffers or [
+            [resized(a[..., :0, :], room) for a in arrays] for arrays in cache.arrays
+        ]
+        self.buffers = [
+            [resized(resized(array, room), self.count, axis=1) for array in arrays]
+            for arrays in held
+        ]
+        for arrays, new in zip(self.buffers, cache.arrays, strict=True):
+            for array, part in zip(arrays, new, strict=True):
+                array[:, row : row + 1, :, :used] = part[..., :used, :]
+
+    def extract(self, row: int, length: int) -> KVCache:
+        """Return the first `length` tokens of a row as a cache of its own.
+
+        Where there is one row only, it gives its arrays away, and is empty afterwards. The cache is
+        empty where the row does not hold the tokens.
+        """
+        if not self.buffers or length > self.written[row]:
+            return KVCache(self.config, self.kind)
+        whole = KVCache(self.config, self.kind, self.buffers, length, self.written[row])
+        if self.count > 1:
+            return whole.row(row, length)
+        self.buffers, self.written = [], [0]
+        return whole
+
+    def resize(self, rows: list[int], count: int) -> None:
+        """Keep these rows, in this order, as rows 0, 1, ... of `count`; the others are unused."""
+        if not rows:
+            self.buffers = []
+        if rows != list(range(len(rows))):
+            index = mx.array(rows, dtype=mx.int32)
+            self.buffers = [[mx.take(a, index, axis=1) for a in arrays] for arrays in self.buffers]
+        self.buffers = [[resized(a, count, axis=1) for a in arrays] for arrays in self.buffers]
+        self.written = [self.written[row] for row in rows] + [0] * (count - len(rows))
+
+    def lend(self, ends: list[int]) -> list[Arrays]:
+        """Hand out the buffers to a step that writes positions below `ends[row]`; 0: an unused row.
+
+        They have room for that, and shrink where half of it would do.
+        """
+        self.written = [
+            max(held, end) if end else 0 for held, end in zip(self.written, ends, strict=True)
+        ]
+        room, capacity = self.room(max(1, *ends)), self.capacity
+        if not room <= capacity < 2 * room or capacity != self.room(capacity):
+            self.buffers = [[resized(a, room) for a in arrays] for arrays in self.buffers]
+        return self.buffers
+
+    def restore(self, buffers: list[Arrays]) -> None:
+        """Take what a step has made of the buffers."""
+        self.buffers = buffers

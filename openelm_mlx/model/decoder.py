@@ -1,0 +1,303 @@
+"""The OpenELM decoder in MLX.
+
+Module names are the checkpoint's names, so a checkpoint loads without a map.
+Layer (arXiv:2404.14619; corenet/modeling/models/language_modeling/general_gpt.py):
+    x = x + out_proj(attention(attn_norm(x)))
+    x = x + proj_2(silu(gate) * up)          [gate; up] = proj_1(ffn_norm(x))
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+from openelm_mlx.device import mx, nn
+from openelm_mlx.model.cache import Cache, KVCache, as_caches
+from openelm_mlx.model.cache_kinds import Mask
+from openelm_mlx.model.config import LayerShape, OpenELMConfig, layer_shapes
+
+VALUE = 1e30  # marks a value head in a table of norm weights: no weight is as large
+
+
+def rotary(positions: mx.array, head_dim: int, base: float) -> mx.array:
+    """Return the rotary embedding (arXiv:2104.09864) of positions [batch or 1, length].
+
+    It is [batch or 1, length, 1, 2, head_dim / 2] complex64, by which `rotate` multiplies in every
+    layer. Complex, because each input of a kernel costs the host time: here and in
+    `Attention.head_weights` one array holds two numbers an element.
+    """
+    turn: mx.array = turns(positions[..., None, None, None], frequencies(head_dim, base))
+    return turn
+
+
+@lru_cache(maxsize=8)
+def frequencies(head_dim: int, base: float) -> mx.array:
+    """Return radians per position, forwards and backwards: [2, head_dim / 2].
+
+    They are evaluated, so that no step computes them again.
+    """
+    half = head_dim // 2
+    forwards = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(base) / half))
+    both = mx.stack([forwards, -forwards])
+    mx.eval(both)
+    return both
+
+
+@partial(mx.compile, shapeless=True)
+def turns(positions: mx.array, radians: mx.array) -> mx.array:
+    """Return exp(i * angle), as one fused kernel."""
+    angles = positions.astype(mx.float32) * radians
+    return mx.cos(angles) + 1j * mx.sin(angles)
+
+
+@partial(mx.compile, shapeless=True)
+def rotate(
+    x: mx.array, normed: mx.array, swapped: mx.array, weights: mx.array, turn: mx.array
+) -> mx.array:
+    """Scale and rotate query and key heads, pass value heads through, as one kernel in float32.
+
+    Of a pair (a, b), a becomes Re((a + ib) exp(i angle)) and b becomes Re((b + ia) exp(-i angle)).
+    """
+    own = mx.real(weights)  # so `weights - own` is i times the partner's
+    pair = normed.astype(mx.float32) * own + swapped.astype(mx.float32) * (weights - own)
+    return mx.where(own == VALUE, x, mx.real(pair * turn).astype(x.dtype))
+
+
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
+
+
+def for_any_thread(array: mx.array) -> mx.array:
+    """Start computing an array that a module keeps: one that is not evaluated belongs to its
+    thread.
+    """
+    with suppress(ValueError):  # within a transformation, such as mx.compile, it is kept for that
+        mx.async_eval(array)
+    return array
+
+
+class Transposed(nn.Module):
+    """A module that transposes its weight once and not at every token."""
+
+    def __init__(self, *shape: int, **options: Any) -> None:
+        super().__init__(*shape, **options)  # that of nn.Linear or nn.Embedding
+        self._kept: tuple[mx.array, ...] = ()
+
+    def transposed(self) -> mx.array:
+        """Return the weight [output, input] as a view [input, output].
+
+        It is made anew when another weight is put in place.
+        """
+        if not self._kept or self._kept[0] is not self.weight:
+            self._kept = (self.weight, for_any_thread(self.weight.T))
+        view: mx.array = self._kept[1]
+        return view
+
+
+class Linear(Transposed, nn.Linear):
+    """A projection without bias."""
+
+    def __init__(self, input_dims: int, output_dims: int) -> None:
+        super().__init__(input_dims, output_dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x @ self.transposed()
+
+
+class Embedding(Transposed, nn.Embedding):
+    """The rows of the tokens, and the head where it is tied to them."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return x @ self.transposed()
+
+
+def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
+    """Return residual + projection(x), as one kernel where the projection is a plain matrix.
+
+    Whatever else is in its place, such as an adapter, is called.
+    """
+    if type(projection) is Linear:
+        return mx.addmm(residual, x, projection.transposed())
+    return residual + projection(x)
+
+
+class Pass(NamedTuple):
+    """What all layers share in one pass; their activations are [batch * length, width]."""
+
+    batch: int
+    length: int
+    turn: mx.array  # of `rotary`
+    mask: Mask
+
+
+class Projection(NamedTuple):
+    """What `qkv_proj` gave in one layer, and what it takes to norm and to rotate it.
+
+    A cache asks for the heads when it stores them: norm, rotation and store can become one kernel.
+    """
+
+    raw: mx.array  # [B, L, q + 2 kv, head_dim]
+    weights: mx.array  # of `Attention.head_weights`
+    turn: mx.array  # of `rotary`
+    q_heads: int
+    eps: float | None  # of the norm of queries and keys; None: there is none
+    last: bool  # only the last token asks; keys and values are those of all
+
+    def heads(self) -> tuple[mx.array, mx.array]:
+        """Return queries [B, q_heads, L or 1, D], and keys and values [2, B, kv_heads, L, D]."""
+        x = self.raw
+        B, L, _, D = x.shape
+        pairs = (B, L, -1, 2, D // 2)
+        plain = x.reshape(*pairs)
+        # Value heads are normed for nothing: one kernel for all heads is what counts.
+        normed = plain if self.eps is None else mx.fast.rms_norm(x, None, self.eps).reshape(*pairs)
+        turned = rotate(plain, normed, normed[..., ::-1, :], self.weights, self.turn)
+        if L == 1:  # reshaping does what transposing would, in one operation
+            turned = turned.reshape(B, -1, 1, D)
+        else:
+            turned = turned.reshape(B, L, -1, D).swapaxes(1, 2)
+        q, kv = mx.split(turned, [self.q_heads], axis=1)
+        kv = kv.reshape(2, 1, -1, L, D) if B == 1 else kv.reshape(B, 2, -1, L, D).swapaxes(0, 1)
+        return q[:, :, -1:] if self.last and L > 1 else q, kv
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RMS-normalised queries and keys, all heads in one projection."""
+
+    def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
+        super().__init__()
+        self.q_heads, self.kv_heads, _ = shape
+        self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
+        self.scale = config.head_dim**-0.5
+        heads = self.q_heads + 2 * self.kv_heads
+        self.qkv_proj = Linear(config.model_dim, heads * config.head_dim)  # rows: [q | k | v]
+        self.out_proj = Linear(self.q_heads * config.head_dim, config.model_dim)
+        self.normalize = config.normalize_qk_projections
+        if self.normalize:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self._table: tuple[Any, ...] = ()
+
+    def head_weights(self) -> mx.array:
+        """Return [heads, 2, head_dim / 2] complex64: the norm weight of each element, `VALUE` in
+        value heads.
+
+        The imaginary part is the weight of the element it turns with. The table is kept between
+        calls, and made anew when training or loading puts other norm weights in place.
+        """
+        sources = (self.q_norm.weight, self.k_norm.weight) if self.normalize else (None, None)
+        if self._table and self._table[0] is sources[0] and self._table[1] is sources[1]:
+            return self._table[2]
+        ones = mx.ones((self.head_dim,))
+        q, k = (ones if weight is None else weight.astype(mx.float32) for weight in sources)
+        rows = [q] * self.q_heads + [k] * self.kv_heads + [ones * VALUE] * self.kv_heads
+        weights = mx.stack(rows).reshape(len(rows), 2, -1)
+        self._table = (*sources, for_any_thread(weights + 1j * weights[:, ::-1]))
+        return self._table[2]
+
+    def __call__(
+        self, x: mx.array, residual: mx.array, shared: Pass, cache: Cache, last: bool = False
+    ) -> mx.array:
+        B, L, turn, mask = shared
+        projected = self.qkv_proj(x).reshape(B, L, -1, self.head_dim)
+        eps = self.eps if self.normalize else None
+        projection = Projection(projected, self.head_weights(), turn, self.q_heads, eps, last)
+        if last and L > 1:
+            mask, L = mask[..., -1:, :] if isinstance(mask, mx.array) else None, 1
+            residual = residual.reshape(B, -1, residual.shape[-1])[:, -1]
+        out = cache.attend(projection, mask, self.scale)  # [B, heads, L, head_dim]
+        out = out if L == 1 else out.swapaxes(1, 2)
+        return project_onto(residual, self.out_proj, out.reshape(B * L, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, or a plain SiLU network where the configuration has no gate."""
+
+    def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
+        super().__init__()
+        self.gated = config.ffn_with_glu
+        self.proj_1 = Linear(config.model_dim, shape.ffn_dim * (2 if self.gated else 1))
+        self.proj_2 = Linear(shape.ffn_dim, config.model_dim)
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        x = self.proj_1(x)
+        if not self.gated:
+            x = nn.silu(x)
+        elif x.shape[0] == 1:
+            # Halves as rows: split along a row, they would keep its stride, and be copied for
+            # proj_2.
+            x = swiglu(*mx.split(x.reshape(2, -1), 2))
+        else:
+            x = swiglu(*mx.split(x, 2, axis=-1))
+        return project_onto(residual, self.proj_2, x)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
+        super().__init__()
+        self.attn = Attention(config, shape)
+        self.ffn = FeedForward(config, shape)
+        self.attn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, shared: Pass, cache: Cache, last: bool = False) -> mx.array:
+        x = self.attn(self.attn_norm(x), x, shared, cache, last)
+        return self.ffn(self.ffn_norm(x), x)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: OpenELMConfig) -> None:
+        super().__init__()
+        self.token_embeddings = Embedding(config.vocab_size, config.model_dim)
+        self.layers = [DecoderLayer(config, shape) for shape in layer_shapes(config)]
+        self.norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+
+
+class OpenELM(nn.Module):
+    """The language model. `model(tokens, cache)` also follows mlx-lm's calling convention."""
+
+    def __init__(self, config: OpenELMConfig) -> None:
+        super().__init__()
+        self.args = config
+        self.model_type = config.model_type
+        self.transformer = Transformer(config)
+        if not config.share_input_output_layers:
+            self.lm_head = Linear(config.model_dim, config.vocab_size)
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return self.transformer.layers
+
+    def hidden(
+        self, tokens: mx.array, cache: KVCache | list[Any] | None = None, last: bool = False
+    ) -> mx.array:
+        """Return the normalised last hidden states [batch, length, model_dim] of token ids.
+
+        The ids are [batch, length], or [batch] for one each. With `last`, only the last position's
+        states are returned, [batch, model_dim]: the last layer then computes no other. `cache` is a
+        `KVCache`, or a list with an entry for each layer, ours or mlx-lm's.
+        """
+        caches = as_caches(cache, len(self.layers))
+        batch, length = tokens.shape if tokens.ndim == 2 else (tokens.size, 1)
+        turn = rotary(caches[0].positions(length), self.args.head_dim, self.args.rope_freq_constant)
+        shared = Pass(batch, length, turn, caches[0].mask(length))
+        x = self.transformer.token_embeddings(tokens.reshape(-1))
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            x = layer(x, shared, layer_cache, last and layer is self.layers[-1])
+        x = self.transformer.norm(x)
+        return x if last else x.reshape(batch, length, -1)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return the logits [..., vocab] of hidden states [..., model_dim].
+
+        The head is the embedding matrix, unless the two are untied.
+        """
+        if self.args.share_input_output_layers:
+            return self.transformer.token_embeddings.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    def __call__(self, tokens: mx.array, cache: KVCache | list[Any] | None = None) -> mx.array:
+        return self.logits(self.hidden(tokens, cache))

@@ -1,0 +1,394 @@
+"""`openelm benchmark` from end to end on the bundled model, short."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import drift
+import pytest
+import soak as soaking
+from small import random_engine
+from trials import Answer, Request
+
+from openelm_mlx.benchmarks import peers
+from openelm_mlx.benchmarks.measure import bandwidth, machine, run, startup
+from openelm_mlx.benchmarks.measure.harness import label
+from openelm_mlx.benchmarks.measure.loaded import last_part
+from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
+from openelm_mlx.benchmarks.measure.timing import Timed
+from openelm_mlx.benchmarks.results import document as results
+from openelm_mlx.cli.main import main
+from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
+from openelm_mlx.errors import BenchmarkError
+
+
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch):
+    monkeypatch.setattr(bandwidth.measure, "__defaults__", (2**22, 3))
+
+
+SHORT = ["--prompt-tokens", "12", "--generation-tokens", "5"]
+
+
+def test_help_teaches_by_example_and_loads_nothing_heavy():
+    code = (
+        "import sys\nfrom openelm_mlx.cli.main import main\n"
+        "try:\n    main(['benchmark', '--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = ('mlx.core', 'numpy', 'rich', 'openelm_mlx.benchmarks.results.document')\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.endswith("[]\n")
+    for example in (
+        "openelm benchmark --suite quick --peers mlx-lm",
+        "--compare before.json after.json",
+    ):
+        assert example in result.stdout
+
+
+def test_a_run_against_mlx_lm_ends_with_a_table_and_writes_all_files(tiny, tmp_path, capsys):
+    files = {name: str(tmp_path / f"x.{name}") for name in ("json", "csv", "md")}
+    written = ["--output", files["json"], "--csv", files["csv"], "--markdown", files["md"]]
+    assert main(["benchmark", *SHORT, "--peers", "mlx-lm", *written]) == 0
+    text = capsys.readouterr().out
+    document = results.load(files["json"])
+    ours, theirs = document.rows
+    assert (ours.case.engine, theirs.case.engine, theirs.agrees) == ("openelm-mlx", "mlx-lm", True)
+    assert (
+        len(ours.metrics["decode_tokens_per_second"].values)
+        == 7
+        == len(theirs.metrics["prefill_tokens_per_second"].values)
+    )
+    assert {ratio.metric for ratio in document.ratios} == {
+        name for name in ours.metrics if name in theirs.metrics
+    } & {"prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds"}
+    assert ours.percent_of_bound == pytest.approx(
+        100
+        * ours.metrics["decode_tokens_per_second"].median
+        * sum(ours.bytes_per_token.values())
+        / document.machine["bandwidth_bytes_per_second"]
+    )
+    assert (
+        0.99
+        < (sum(ours.bytes_per_token.values()) - ours.bytes_per_token["kv"]) / tiny.nbytes
+        < 1.01
+    )
+    assert (
+        "| openelm-mlx |" in text
+        and "| openelm-mlx / |" in text
+        and "is not counted" in " ".join(text.split())
+    )
+    assert text == Path(files["md"]).read_text() and Path(files["csv"]).read_text().startswith(
+        "engine,model"
+    )
+    assert {"mlx-lm", "mlx", "openelm-mlx"} <= document.versions.keys() and document.machine[
+        "cores"
+    ] == os.cpu_count()
+    assert main(["benchmark", "--show", files["json"], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(Path(files["json"]).read_text())
+    assert main(["benchmark", "--compare", files["json"], files["json"]]) == 0
+
+
+def test_every_kind_of_case_runs(capsys):
+    options = BenchmarkOptions(
+        prompt_tokens=(20,),
+        generation_tokens=(6,),
+        batch_sizes=(1, 2),
+        caches=("kv8",),
+        speculations=("none", "prompt-lookup"),
+        trials=5,
+    )
+    document = run.run(options)
+    labels = [
+        label(row.case).removeprefix("openelm-mlx openelm-tiny 8-bit 20+6 ")
+        for row in document.rows
+    ]
+    assert labels == ["kv8", "kv8 prompt-lookup", "batch 2 kv8", "batch 2 kv8 prompt-lookup"]
+    assert all("decode_tokens_per_second" in row.metrics for row in document.rows)
+    one, lookup, batch, both = (row.metrics for row in document.rows)
+    assert (
+        "tokens_per_pass" in lookup and "tokens_per_pass" in both and "tokens_per_pass" not in one
+    )
+    assert (
+        "time_to_first_token_reused_seconds" in one
+        and "time_to_first_token_reused_seconds" not in batch
+    )
+    assert batch["peak_memory_bytes"].median > one["peak_memory_bytes"].median
+
+
+def test_widths_are_made_from_the_stored_weights_and_their_loss_is_measured(monkeypatch):
+    from openelm_mlx.benchmarks.measure import quality
+
+    monkeypatch.setattr(quality, "TOKENS", 32)
+    monkeypatch.setattr(quality.own_text, "__defaults__", (32,))
+    document = run.run(
+        BenchmarkOptions(
+            suite="bits", bits=(8, 4), prompt_tokens=(9,), generation_tokens=(2,), trials=5
+        )
+    )
+    (row,) = document.rows
+    assert (
+        row.case.bits == 4
+        and row.metrics["kl_mean"].median > 0
+        and row.metrics["top_1_agreement"].median > 0.5
+    )
+    assert (
+        "openelm-tiny has 8-bit weights already: 8 bits left out, fewer bits made from those"
+        in document.notes
+    )
+    assert (
+        "loss is against the model as stored, on 32 tokens that it samples itself" in document.notes
+    )
+
+
+def test_widths_that_do_not_fit_into_memory_together_are_measured_one_by_one(monkeypatch):
+    options = BenchmarkOptions(suite="paper", random_weights=("3b",))
+    work = run.Run(options, run.Unwatched())
+    work.peers = []
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 64 * 2**30)
+    assert work.groups("3b") == [(None, 4)] and work.notes == []
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 8 * 2**30)
+    assert work.groups("3b") == [(None,), (4,)]
+    assert work.notes == [
+        "3b: the widths do not fit into memory together and were measured one after the other"
+    ]
+
+
+def test_what_does_not_fit_the_context_is_left_out_and_said():
+    document = run.run(
+        BenchmarkOptions(
+            prompt_tokens=(8, 2000), generation_tokens=(3,), trials=5, peers=("mlx-lm", "mlx-lm")
+        )
+    )
+    assert [row.case.prompt_tokens for row in document.rows] == [8, 8]
+    assert "openelm-tiny: 2000 + 3 tokens left out, its context holds 1024" in document.notes
+
+
+def test_one_of_several_models_that_cannot_be_loaded_costs_the_others_nothing(capsys):
+    document = run.run(
+        BenchmarkOptions(
+            models=("270n", "openelm-tiny"), prompt_tokens=(8,), generation_tokens=(2,), trials=5
+        )
+    )
+    assert len(document.rows) == 1 and any(
+        note.startswith("270n was left out: unknown model '270n'") for note in document.notes
+    )
+    assert main(["benchmark", "270n", "450n"]) == 2
+    assert (
+        "openelm: " in (error := capsys.readouterr().err)
+        and "270n was left out" in error
+        and "450n was left out" in error
+    )
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, capsys):
+    from openelm_mlx.cli import benchmark
+
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    assert main(["benchmark", "--plot", "x.png"]) == 2
+    assert "--plot needs matplotlib: `pip install 'openelm-mlx[plot]'`" in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_installed_is_left_out_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(peers, "why_not", lambda name: "not installed: `pip install mlx-lm`")
+    document = run.run(
+        BenchmarkOptions(prompt_tokens=(8,), generation_tokens=(2,), trials=5, peers=("mlx-lm",))
+    )
+    assert (
+        "mlx-lm was left out: not installed: `pip install mlx-lm`" in document.notes
+        and len(document.rows) == 1
+    )
+
+
+def test_ctrl_c_keeps_finished_trials_and_marks_them_partial(tmp_path, capsys, monkeypatch):
+    """A real SIGINT, in the midst of the fourth round."""
+    ticks = []
+
+    class Interrupting(run.Unwatched):
+        def tick(self, text, work):
+            ticks.append(text)
+            if len(ticks) == 2 * 4 + 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(run, "Unwatched", Interrupting)
+    file = tmp_path / "part.json"
+    options = [
+        "benchmark",
+        "--prompt-tokens",
+        "8",
+        "12",
+        "--generation-tokens",
+        "2",
+        "--output",
+        str(file),
+    ]
+    assert main(options) == 130
+    document = results.load(file)
+    counts = [len(row.metrics["decode_tokens_per_second"].values) for row in document.rows]
+    assert document.partial and all(3 <= count < 7 for count in counts)
+    assert "interrupted: only the trials that were finished are here" in document.notes
+    assert "partial:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trials", "3"], "trials is 3; allowed is a number from 5 up"),
+        (["--random-weights", "2b"], "no size '2b' was published"),
+        (["270n"], "did you mean"),
+        (["--peers", "vllm"], "'vllm' is no peer; known: mlx-lm, llama.cpp, torch"),
+        (
+            ["--output", "none/x.json"],
+            "--output none/x.json cannot be written: its folder does not exist; make it first",
+        ),
+        (["--plot", "x.gif"], "--plot x.gif: give a name that ends in .png or .svg"),
+        (["--compare", "a.json", "b.json"], "cannot read a.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["benchmark", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("openelm: ") and message in error and error.count("\n") == 1
+
+
+def test_a_new_process_gives_the_same_first_token(tiny):
+    from openelm_mlx.benchmarks.peers.openelm import OurSession, prompt_ids
+
+    prompt = prompt_ids(tiny, 12)
+    seconds, token = startup.startup(
+        "openelm-mlx", tiny.path, "float32", prompt, tiny.tokenizer.path
+    )
+    assert (token,) == OurSession(tiny).generate(prompt, 1).tokens and seconds > 0.05
+    with pytest.raises(
+        BenchmarkError, match="^openelm-mlx did not start up: unknown model 'no-such-folder'"
+    ):
+        startup.startup("openelm-mlx", Path("no-such-folder"), "float32", prompt)
+
+
+def test_the_startup_suite_takes_turns_with_peers_and_times_only_those_that_agree(
+    tiny, monkeypatch
+):
+    ran = []
+
+    def child(engine, folder, dtype, prompt, tokenizer):
+        ran.append((engine, tokenizer))
+        return 0.5, 7 if engine == "openelm-mlx" else 8
+
+    monkeypatch.setattr(startup, "startup", child)
+    monkeypatch.setattr(peers, "why_not", lambda name: None)
+    document = run.run(BenchmarkOptions(suite="startup", trials=5, peers=("mlx-lm",)))
+    ours, theirs = document.rows
+    assert ours.metrics["startup_seconds"].values == (0.5,) * 5 and ours.case.generation_tokens == 1
+    assert theirs.metrics == {} and (theirs.agrees, theirs.parts_at) == (False, 0)
+    assert (
+        theirs.notes == ("not timed: token 0 is 8, in openelm-mlx 7",)
+        and [name for name, _ in ran].count("mlx-lm") == 1
+    )
+    assert ran[0][1] == tiny.tokenizer.path
+
+
+def test_the_command_in_a_result_names_no_folder_of_the_user(monkeypatch):
+    from openelm_mlx.cli.benchmark import command_line
+
+    words = [
+        "benchmark",
+        "/home/someone/my model",
+        "--output=/home/someone/x.json",
+        "apple/OpenELM-270M",
+    ]
+    monkeypatch.setattr(sys, "argv", ["openelm", *words])
+    assert command_line() == "openelm benchmark 'my model' --output=x.json apple/OpenELM-270M"
+
+
+def test_a_soak_of_a_few_requests_finds_nothing_wrong(tiny, monkeypatch):
+    monkeypatch.setattr(soaking, "SAMPLE", 1.0)  # all are run again alone
+    monkeypatch.setattr(soaking, "CANCELLED", 0.3)
+    monkeypatch.setattr(soaking, "PROBE", (16, 8))
+    small = random_engine(tiny, seed=3)
+    seen = soaking.soak(
+        small, seed=5, draft=random_engine(tiny, seed=3, noise=0.3), clients=4, requests=3
+    )
+    assert seen.failures == [] and sum(seen.generations.values()) == 12 and len(seen.probes) == 2
+    assert seen.tokens > 0 and seen.checked == 12 and seen.cancelled > 0
+    assert "repeated alone" in seen.summary()[0]
+
+
+def test_a_soak_sees_a_wrong_token(tiny):
+    seen = drift.Soak()
+    driver = soaking.Driver(tiny, random.Random(0), seen)
+    request = Request([1, 5, 9], SamplingOptions(), GenerationOptions(max_tokens=3))
+    driver.check(request, EngineOptions(), Answer([4095, 4095, 1], "", "length"))
+    assert len(seen.failures) == 1 and seen.failures[0].startswith(
+        "WRONG: a client's answer, token 0 is 4095, alone"
+    )
+
+
+def test_a_soak_judges_memory_and_speed():
+    steady = [Timed((1, 2), (1.0, 1.0 + 0.01)) for _ in range(12)]
+    slower = [Timed((1, 2), (1.0, 1.0 + 0.01 * (1 + i / 20))) for i in range(12)]
+    still = [0.01] * 12
+    good = drift.Soak(
+        probes=steady, references=still, arrays=[10**6, 10**6 + 20], process=[100, 10**8, 10**8]
+    )
+    bad = drift.Soak(
+        probes=slower,
+        references=still,
+        arrays=[10**8, 10**8 + 3 * 2**20],
+        process=[10**7, 10**8, 3 * 10**8],
+    )
+    good.judge()
+    bad.judge()
+    assert good.failures == []
+    assert bad.failures == [
+        "memory did not return: arrays grew by 3.1 MB",
+        "memory did not return: the process grew by 200 MB in the second half",
+        "decode speed fell by 28% against a fixed work timed beside it",
+    ]
+    hot = drift.Soak(probes=slower, references=[0.01 * (1 + i / 20) for i in range(12)])
+    hot.judge()
+    assert (
+        hot.failures == []
+        and "-27.6%; relative to a fixed work timed beside them -0.0%" in hot.summary()[-1]
+    )
+    assert drift.trend([1.0] * 5) == (0.0, False)
+
+
+def test_a_chip_that_is_not_here_is_predicted_and_marked_so(capsys):
+    assert main(["benchmark", "270m", "--predict", "m3-max"]) == 0
+    text = capsys.readouterr().out
+    assert "predicted, not measured" in text and "270m" in text and "│ 1.1b" not in text
+
+
+def test_a_draft_model_by_folder_and_no_folder_named_in_the_result(tiny, tmp_path, monkeypatch):
+    (tmp_path / "near").symlink_to(tiny.path)
+    options = BenchmarkOptions(
+        models=(str(tiny.path),),
+        prompt_tokens=(9,),
+        generation_tokens=(8,),
+        trials=5,
+        speculations=(f"draft {tmp_path / 'near'}",),
+    )
+    (row,) = run.run(options).rows
+    assert row.case.model == "openelm-tiny" and row.case.speculation == "draft openelm-tiny"
+    assert row.metrics["tokens_per_pass"].median > 1  # it drafts for itself
+    assert (
+        last_part("apple/OpenELM-270M") == "apple/OpenELM-270M"
+        and last_part("prompt-lookup") == "prompt-lookup"
+    )
+
+
+@pytest.mark.with_or_without("OpenBLAS", "a C++ compiler", "a writable home")
+def test_machine_facts():
+    found = machine.machine()
+    assert (
+        found["cores"] == os.cpu_count()
+        and found["memory_bytes"] == machine.memory_bytes()
+        and "user" not in str(found)
+    )

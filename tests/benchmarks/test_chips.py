@@ -1,0 +1,201 @@
+"""The table of chips, and what is predicted from it."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+
+from openelm_mlx.benchmarks.hardware.chips import CHIPS, find, nominal_bandwidth
+from openelm_mlx.benchmarks.hardware.roofline import bound, bytes_per_token
+from openelm_mlx.benchmarks.ledger.predict import (
+    EVIDENCE,
+    KNOWN_ERRORS,
+    LATENCY,
+    efficiency,
+    errors,
+    predict,
+)
+from openelm_mlx.benchmarks.ledger.predict_table import predictions, show
+from openelm_mlx.benchmarks.results.document import Case, Document, Metric, Row, save
+from openelm_mlx.errors import BenchmarkError, ConfigError
+from openelm_mlx.model.config import OpenELMConfig
+
+M270 = OpenELMConfig.from_name("270m")
+
+
+@pytest.mark.parametrize(
+    ("name", "cores", "bandwidth"),
+    [
+        ("Apple M1", (7, 8), 68e9),
+        ("m2-ultra", (60, 76), 800e9),
+        ("Apple M3 Max", (40,), 400e9),
+        ("M3 Max", (40,), 400e9),
+        ("m3-max-30", (30,), 300e9),
+        ("m3_max 30-core", (30,), 300e9),
+        ("m4-max-32", (32,), 410e9),
+        ("m5-pro", (16, 20), 307e9),
+        ("m5-8", (8, 10), 153e9),
+        ("Apple M5 Ultra", (80,), 1200e9),
+        ("m6", (12,), 170e9),
+    ],
+)
+def test_lookup(name: str, cores: tuple[int, ...], bandwidth: float) -> None:
+    chip = find(name)
+    assert set(chip.gpu_cores) <= set(cores) and chip.bandwidth == bandwidth
+    assert nominal_bandwidth(name) == bandwidth
+
+
+def test_gpu_cores_tell_chips_of_one_name_apart() -> None:
+    assert (
+        find("Apple M4 Max", 32).bandwidth_gb == 410
+        and find("Apple M4 Max", 40).bandwidth_gb == 546
+    )
+    assert (
+        nominal_bandwidth("Apple M4 Max", 32) == 410e9
+        and nominal_bandwidth("Apple M4 Max") == 546e9
+    )
+    with pytest.raises(
+        BenchmarkError, match="Apple M6 with 10 GPU cores is not in the table; it has 12"
+    ):
+        find("m6-10")
+    with pytest.raises(
+        BenchmarkError, match="Apple M4 Max with 36 GPU cores is not in the table; it has 32 or 40"
+    ):
+        find("m4-max", 36)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("m3-mx", "no chip 'm3-mx' in the table; did you mean m3-max"),
+        ("Apple M9 Max", "did you mean"),
+        ("AMD EPYC", "known: m1, m1-pro"),
+        ("", "known: m1"),
+    ],
+)
+def test_what_is_not_in_the_table_is_refused_with_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(BenchmarkError, match=message):
+        find(name)
+    assert nominal_bandwidth(name) is None
+
+
+def test_table_is_whole() -> None:
+    assert {(chip.generation, chip.tier) for chip in CHIPS} >= {
+        (g, t) for g in range(1, 6) for t in ("base", "pro", "max")
+    }
+    assert all(
+        len(chip.source) > 20 and chip.gpu_cores == tuple(sorted(chip.gpu_cores)) for chip in CHIPS
+    )
+    assert all(find(chip.name, chip.gpu_cores[0]) is chip for chip in CHIPS)
+    assert all(find(f"{chip.short}-{chip.gpu_cores[-1]}") is chip for chip in CHIPS)
+    assert all(find(short, cores) for short, cores in EVIDENCE)
+
+
+def test_prediction_is_the_sum_of_its_parts() -> None:
+    found = predict("m3-max", M270, "bfloat16", {"bits": 4, "group_size": 64}, 128)
+    assert found.kernels == 13 * 16 + 10 and found.kernel_seconds == found.kernels * LATENCY
+    assert found.bytes_per_token == bytes_per_token(
+        M270, "bfloat16", {"bits": 4, "group_size": 64}, 128
+    )
+    seconds = 218 * 2.5e-6 + sum(found.bytes_per_token.values()) / (400e9 * efficiency("max"))
+    assert found.tokens_per_second == pytest.approx(1 / seconds)
+    assert found.tokens_per_second < bound(found.bytes_per_token, found.chip.bandwidth)
+    assert found.predicted and "predicted, not measured" in found.assumed[0]
+
+
+def test_the_figure_quoted_for_the_only_published_rate_of_openelm_is_what_is_predicted() -> None:
+    found = predict(
+        "m1-ultra", OpenELMConfig.from_name("1.1b"), "float16", {"bits": 4, "group_size": 64}, 576
+    )
+    assert f"predicted for this engine are {found.tokens_per_second:.0f}" in KNOWN_ERRORS[-1]
+
+
+def test_efficiency_is_what_llama_cpp_reached() -> None:
+    assert efficiency("base") == pytest.approx(
+        6.72 * 12.55 * 2**30 / 100e9
+    )  # the only row of its tier: an M2
+    assert 0.5 < efficiency("ultra") < efficiency("max") < efficiency("pro") < 1
+    with pytest.raises(BenchmarkError, match="no evidence for chips of tier 'nano'"):
+        efficiency("nano")
+
+
+def test_faster_memory_fewer_bits_and_shorter_context_are_faster() -> None:
+    rates = [
+        predict("m1", M270).tokens_per_second,
+        predict("m1-pro", M270).tokens_per_second,
+        predict("m1-pro", M270, quantization={"bits": 4, "group_size": 64}).tokens_per_second,
+    ]
+    assert rates == sorted(rates)
+    assert predict("m1", M270, context=2048).tokens_per_second < rates[0]
+
+
+def measured_on(chip: str, rate: float, path: Path, **case: object) -> None:
+    settings = {
+        "engine": "openelm-mlx",
+        "model": "270m",
+        "dtype": "bfloat16",
+        "bits": None,
+        "bits_per_weight": 16.0,
+        "prompt_tokens": 32,
+        "generation_tokens": 64,
+    } | case
+    row = Row(Case(**settings), {"decode_tokens_per_second": Metric.of([rate] * 5, "tokens/s")})  # type: ignore[arg-type]
+    save(
+        Document(datetime.now(timezone.utc).isoformat(), "test", (row,), machine={"chip": chip}),
+        path,
+    )
+
+
+def test_the_model_is_held_against_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = predict("m2-max", M270, context=64).tokens_per_second
+    measured_on("Apple M2 Max", expected / 1.25, tmp_path / "a.json")
+    show("m2-max", ["270m"], results=tmp_path / "none")
+    assert "this engine has not been measured on any chip" in capsys.readouterr().out
+    measured_on("AMD EPYC", 10, tmp_path / "b.json")
+    measured_on("Apple M2 Max", 10, tmp_path / "c.json", engine="mlx-lm")
+    measured_on("Apple M2 Max", 10, tmp_path / "d.json", batch_size=4)
+    (tmp_path / "e.json").write_text("{}")
+    (found,) = errors(sorted(tmp_path.glob("*.json")))
+    assert found.relative == pytest.approx(0.25) and found.chip.name == "Apple M2 Max"
+    show("m3-max", ["270m"], results=tmp_path)
+    shown = capsys.readouterr().out
+    assert (
+        "checked on Apple M2 Max, 270m: measured" in shown and "has not been measured" not in shown
+    )
+    assert "-10 to +97 % on an M1 Ultra" in shown
+
+
+def test_table_says_that_it_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    show("m3-max", ["270m", "3b"])
+    shown = capsys.readouterr().out
+    assert "predicted, not measured" in shown and "4 bits" in shown
+    assert "https://github.com/lablup/mlxcel/tree/main/benchmarks" in shown
+    assert max(len(line) for line in shown.splitlines() if "│" in line) <= 80
+    show("m3-max", ["270m", "3b"], as_json=True)
+    facts = json.loads(capsys.readouterr().out)
+    assert (
+        facts["predicted"] is True
+        and len(facts["rows"]) == 6
+        and all(row["predicted"] for row in facts["rows"])
+    )
+    show("list")
+    chips, sources = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    assert len(chips) == len(CHIPS) and len(sources) == len(
+        {chip.source for chip in CHIPS}
+    )  # each is named once
+    for line, chip in zip(chips, CHIPS, strict=True):
+        assert f"[{line.split('[')[1]} {chip.source}" in sources
+    show("list", as_json=True)
+    assert len(json.loads(capsys.readouterr().out)) == len(CHIPS)
+
+
+def test_unknown_sizes_and_chips_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no published OpenELM size"):
+        predictions("m3-max", ["7b"])
+    with pytest.raises(BenchmarkError, match="did you mean"):
+        predictions("m3-maxx")

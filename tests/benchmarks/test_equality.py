@@ -1,0 +1,89 @@
+"""A few of the trials of `tests/equality/equality.py`, and that its judge sees what is wrong."""
+
+from __future__ import annotations
+
+import equality
+import numpy as np
+import pytest
+from judge import Judge, Report
+from reference import Reference
+from small import random_engine
+from trials import Answer, Request, alone
+
+from openelm_mlx.benchmarks.scripts import latency
+from openelm_mlx.device import mx
+from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
+from openelm_mlx.model.cache_kinds import CacheKind
+
+WAYS = {
+    "a batch",
+    "a batch with drafts and reuse",
+    "a draft model",
+    "a reused prefix",
+    "both drafts",
+    "other chunks",
+    "prompt lookup",
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return random_engine(tiny, seed=1)
+
+
+@pytest.mark.parametrize(("bits", "trials"), [(None, 4), (8, 2)])
+def test_a_request_has_one_answer_however_it_is_run(tiny, engine, bits, trials):
+    draft = random_engine(tiny, seed=1, noise=0.3)
+    report = equality.run(lambda done: (engine, draft), trials, seed=7, kv_bits=bits, check=1.0)
+    assert report.failures == []
+    assert report.compared.keys() > WAYS and report.trials == trials <= report.checked
+
+
+def test_the_independent_pass_is_the_model(engine):
+    tokens = [1, *range(5, 40)]
+    ours = np.array(engine.model(mx.array([tokens]))[0])[:, : engine.vocab]
+    assert np.abs(Reference(engine).logits(tokens, CacheKind()) - ours).max() < 1e-4
+
+
+def test_the_judge_tells_a_wrong_token_from_a_tie(engine):
+    request = Request(
+        [1, 5, 9], SamplingOptions(), GenerationOptions(max_tokens=4, ignore_eos=True)
+    )
+    kind, right = CacheKind(), alone(engine, request, EngineOptions())
+    judge = Judge(engine, Report())
+    judge.compare("a way", request, kind, right, Answer(right.tokens[:2], "", None))
+    assert judge.report.differences == [] and judge.report.failures == []
+    judge.compare("a way", request, kind, right, Answer(right.tokens[:2], "", "length"))
+    wrong = [*right.tokens[:3], (right.tokens[3] + 1) % engine.vocab]
+    judge.compare("a way", request, kind, right, Answer(wrong, "", "length"))
+    judge.compare("a way", request, kind, right, Answer(right.tokens, "other", "length"))
+    judge.check(request, kind, Answer(wrong, "", "length"))
+    assert len(judge.report.failures) == 4
+    for text in (
+        "the same tokens, but",
+        "independent pass: token 3",
+        "token 2 is None",
+        "WRONG: a way, token 3",
+    ):
+        assert any(text in failure for failure in judge.report.failures)
+    tie = SamplingOptions(logit_bias={7: 50.0, 8: 50.0 + gap(engine)})
+    judge = Judge(engine, Report())
+    judge.compare(
+        "a way",
+        Request([1, 5, 9], tie, request.options),
+        kind,
+        *(Answer([token], "", None) for token in (7, 8)),
+    )
+    assert judge.report.failures == [] and judge.report.differences[0].gap < 1e-5
+
+
+def gap(engine) -> float:
+    """By how much the logit of token 7 exceeds that of token 8, after [1, 5, 9]."""
+    logits = Reference(engine).logits([1, 5, 9], CacheKind())[-1]
+    return float(logits[7] - logits[8])
+
+
+@pytest.mark.needs("a C++ compiler")
+def test_new_settings_of_the_sampler_are_not_traced_again(tiny):
+    found = latency.temperatures(random_engine(tiny, seed=2), settings=24, pairs=1)
+    assert found["traces"] == found["combinations"] < 16

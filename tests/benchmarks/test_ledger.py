@@ -1,0 +1,369 @@
+"""The ledger of a decoded token: counted by our rules, and held against MLX's own graph, strides
+and arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optional import compiles
+
+from openelm_mlx.benchmarks.hardware.roofline import bytes_per_token
+from openelm_mlx.benchmarks.ledger import trace as traced
+from openelm_mlx.benchmarks.ledger.count import ledger, main
+from openelm_mlx.benchmarks.ledger.fake_fast_ops import one_primitive_each
+from openelm_mlx.benchmarks.ledger.graph import Array, Node, fuse, trace
+from openelm_mlx.benchmarks.ledger.host import host_times, undisturbed
+from openelm_mlx.benchmarks.ledger.layout import VIEWS, Layout, after, kernels
+from openelm_mlx.benchmarks.ledger.trace import Form, trace_mlx_lm, trace_ours
+from openelm_mlx.device import mx, nn
+from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.model.config import OpenELMConfig, layer_shapes
+
+M270 = OpenELMConfig.from_name("270m")
+SMALL = replace(M270, num_transformer_layers=3)
+FOUR_BITS = {"group_size": 64, "bits": 4}
+FORMS = [Form("float32"), Form("bfloat16"), Form("bfloat16", FOUR_BITS)]
+
+
+def primitives_of(outputs: Any, path: Path) -> Counter[str]:
+    """Names of the primitives of a graph as MLX itself tells them."""
+    mx.export_to_dot(str(path), *outputs)
+    return Counter(re.findall(r'label ="(\w+)"', path.read_text()))
+
+
+def kernels_only(names: Counter[str]) -> Counter[str]:
+    stand_ins = {"Depends", "RMSNorm", "RoPE", "ScaledDotProductAttention", "Dequantize"}
+    return Counter({name: count for name, count in names.items() if name not in VIEWS | stand_ins})
+
+
+@pytest.mark.with_or_without("a C++ compiler")
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_kernels_of_the_compiled_step_are_those_mlx_fuses(
+    form: Form, rows: int, tmp_path: Path
+) -> None:
+    """Without a compiler MLX runs the step unfused: then its primitives are those the fused nodes
+    were made from.
+    """
+    counted = trace_ours(SMALL, form, rows=rows)
+    with one_primitive_each():
+        step = traced.our_step(traced.our_model(SMALL, form), compiled=True)
+        after = step(traced.our_state(SMALL, rows, 64, traced.DTYPES[form.dtype]))
+        kept = [array for arrays in after.buffers for array in arrays]
+        real = primitives_of([after.token, after.position, *kept], tmp_path / "g.dot")
+    parts = Counter(part.name for node in counted.graph.nodes for part in node.parts or (node,))
+    fused = Counter(node.fused_name for node in counted.graph.nodes)
+    assert kernels_only(fused if compiles() else parts) == kernels_only(real)
+    assert any(len(node.parts) > 5 for node in counted.graph.nodes)
+    stand_ins = sum(
+        node.name in ("RMSNorm", "ScaledDotProductAttention", "Dequantize")
+        for node in counted.graph.nodes
+    )
+    assert real["Depends"] == stand_ins
+
+
+@pytest.mark.with_or_without("a C++ compiler")
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_kernels_of_mlx_lm_are_those_of_its_eager_graph(form: Form, tmp_path: Path) -> None:
+    counted = Counter(node.fused_name for node in trace_mlx_lm(SMALL, form).graph.nodes)
+    with one_primitive_each():
+        caches = traced.mlx_lm_caches(SMALL, 64, traced.DTYPES[form.dtype])
+        outputs = traced.mlx_lm_step(traced.mlx_lm_model(SMALL, form), caches)(
+            mx.array([1], mx.uint32)
+        )
+        real = primitives_of(
+            [*outputs, *(c.keys for c in caches), *(c.values for c in caches)], tmp_path / "g.dot"
+        )
+    if compiles():
+        real["Compiled"] = real.pop(next(name for name in real if name.startswith("Compiled")))
+    else:
+        gates = counted.pop("Compiled")  # silu(gate) * up, which mlx-lm compiles by itself
+        counted += Counter({"Sigmoid": gates, "Multiply": 2 * gates})
+    assert kernels_only(counted) == kernels_only(real)
+
+
+@pytest.mark.parametrize(
+    ("form", "ours", "peer"),
+    [
+        (FORMS[0], 11 * 16 + 7, 16 * 16 + 6),
+        (FORMS[1], 11 * 16 + 7, 16 * 16 + 6),
+        (FORMS[2], 13 * 16 + 10, 17 * 16 + 9),
+    ],
+    ids=lambda value: str(value),
+)
+def test_kernels_of_270m_counted_by_hand(form: Form, ours: int, peer: int) -> None:
+    """A layer of ours: 2 norms, 4 projections (2 of them with the residual), norm and rotation of q
+    and k, storing, attention, gate; quantized 2 residuals more. Once a token: embedding (4
+    quantized), angles, mask, position, norm, head, argmax.
+    """
+    mine, other = ledger(trace_ours(M270, form)), ledger(trace_mlx_lm(M270, form))
+    assert (mine.kernels, other.kernels) == (ours, peer)
+    assert (
+        mine.by_purpose["copy"]
+        == mine.by_purpose["copy of keys or values"]
+        == mine.by_purpose["other"]
+        == 0
+    )
+    assert sum(mine.by_primitive.values()) == sum(mine.by_purpose.values()) == mine.kernels
+    assert mine.kernels <= (218 if form.quantization else 183)
+    every_layer = {purpose for purpose, count in mine.by_purpose.items() if count == 16}
+    assert every_layer == {
+        "norm before attention",
+        "attn.qkv_proj",
+        "query and key norm",
+        "scale and rotate query and key",
+        "store key and value",
+        "attention",
+        "attn.out_proj",
+        "norm before FFN",
+        "ffn.proj_1",
+        "gate",
+        "ffn.proj_2",
+    }
+
+
+def test_kernels_of_four_rows_of_270m_counted_by_hand() -> None:
+    """Those of one row; queries are copied in each layer, and there is a mask for each number of
+    heads, not one for all.
+    """
+    one, four = (ledger(trace_ours(M270, FORMS[2], rows=rows)) for rows in (1, 4))
+    heads = len({shape.q_heads for shape in layer_shapes(M270)})
+    assert four.kernels == one.kernels + M270.num_transformer_layers + heads - 1 <= 238
+    assert (four.by_purpose["copy"], four.by_purpose["mask"], four.by_purpose["residual"]) == (
+        16,
+        heads,
+        32,
+    )
+
+
+@pytest.mark.parametrize("form", FORMS[::2], ids=str)
+def test_rows_share_the_bytes_of_the_weights(form: Form) -> None:
+    one, four = (ledger(trace_ours(SMALL, form, 96, rows)) for rows in (1, 4))
+    row = SMALL.model_dim * (
+        4 if form.quantization is None else 0.5
+    )  # each looks up its own embedding
+    assert four.bytes_read["embedding"] == one.bytes_read["embedding"] + 3 * row
+    assert four.bytes_read["kv"] == 4 * one.bytes_read["kv"]
+    assert all(
+        four.bytes_read[part] == one.bytes_read[part] for part in ("attention", "ffn", "norms")
+    )
+
+
+def test_a_split_gate_is_copied_for_a_quantized_projection() -> None:
+    """mlx-lm's gate keeps the row stride of what it was split from, and the quantized product of
+    one row asks for its own.
+    """
+    assert ledger(trace_mlx_lm(SMALL, FORMS[2])).by_purpose["copy"] == 3
+    x = mx.zeros((1, 1, 128))
+    gate, up = mx.split(x, 2, axis=-1)
+    product = mx.compile(lambda a, b: nn.silu(a) * b, shapeless=True)(gate, up)
+    mx.eval(product)
+    assert memoryview(product).strides == (512, 512, 4)
+
+
+@pytest.mark.parametrize("name", ["270m", "3b"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_bytes_on_the_graph_are_those_of_the_roofline(name: str, form: Form) -> None:
+    config, context = replace(OpenELMConfig.from_name(name), num_transformer_layers=4), 96
+    expected = bytes_per_token(config, form.dtype, form.quantization, context)
+    mine, peer = (
+        ledger(trace_ours(config, form, context)),
+        ledger(trace_mlx_lm(config, form, context)),
+    )
+    for part in ("embedding", "attention", "ffn", "scales", "kv"):
+        assert mine.bytes_read[part] == peer.bytes_read[part] == expected[part], part
+    assert peer.bytes_read["norms"] == expected["norms"]
+    assert mine.bytes_read["norms"] == expected["norms"] - per_head(
+        config, form
+    )  # q_norm and k_norm lie in tables of ours
+
+
+def per_head(config: OpenELMConfig, form: Form) -> int:
+    return 2 * config.head_dim * traced.DTYPES[form.dtype].size * config.num_transformer_layers
+
+
+def test_single_layers_may_be_quantized_their_own_way() -> None:
+    form = Form(
+        "bfloat16",
+        FOUR_BITS
+        | {
+            "transformer.layers.0.ffn.proj_2": {"bits": 8, "group_size": 32},
+            "transformer.layers.1.ffn.proj_2": False,
+        },
+    )
+    entry = ledger(trace_ours(SMALL, form))
+    expected = bytes_per_token(SMALL, "bfloat16", form.quantization, 64)
+    assert entry.kernels == 13 * 3 + 10 - 1  # one residual is added by its unquantized projection
+    assert {part: entry.bytes_read[part] for part in ("ffn", "scales")} == {
+        part: expected[part] for part in ("ffn", "scales")
+    }
+
+
+VIEWED = [
+    lambda x: x.transpose(0, 2, 1, 3),
+    lambda x: x[:, 2:5],
+    lambda x: x[..., ::-1],
+    lambda x: x.reshape(1, 6, 16),
+    lambda x: x.transpose(0, 2, 1, 3)[:, :, 1:3].reshape(1, 2, 4, 4),
+    lambda x: mx.split(x, 2, axis=1)[1],
+    lambda x: mx.expand_dims(x, 2),
+    lambda x: x[:1, :1].squeeze(0),
+    lambda x: mx.broadcast_to(x[:, :1], (1, 6, 2, 8)),
+    lambda x: x.swapaxes(1, 2).reshape(1, 96),
+    lambda x: x.transpose(3, 2, 1, 0).reshape(8, 12),
+]
+
+
+@pytest.mark.parametrize("number", range(len(VIEWED)))
+def test_strides_are_those_of_mlx(number: int) -> None:
+    x = mx.random.normal((1, 6, 2, 8))
+    real = VIEWED[number](x)
+    mx.eval(x, real)
+    graph = trace(lambda x: [VIEWED[number](x)], x)
+    layouts: dict[str, Layout] = {}
+    copies = 0
+    for node in graph.nodes:
+        inputs = [layouts.get(array.name, Layout.rows(array.shape)) for array in node.inputs]
+        copies += kernels(node, inputs)
+        layouts |= {
+            out.name: layout for out, layout in zip(node.outputs, after(node, inputs), strict=True)
+        }
+    found = layouts[graph.outputs[0].name]
+    strides = tuple(step // 4 for step in memoryview(real).strides or ())
+    matter = [i for i, n in enumerate(real.shape) if n > 1]
+    assert [found.strides[i] for i in matter] == [strides[i] for i in matter]
+    assert copies == (number in (4, 9, 10))  # what lies apart cannot be merged in place
+
+
+def test_a_primitive_without_a_rule_is_an_error() -> None:
+    array = Array("A", (4, 4), mx.float32)
+    with pytest.raises(
+        BenchmarkError, match="does not know how many kernels FFT launches; add its rule"
+    ):
+        kernels(Node("FFT", (array,), (array,)), [Layout.rows((4, 4))])
+    with pytest.raises(BenchmarkError, match="does not know Load without inputs"):
+        kernels(Node("Load", (), (array,)), [])
+
+
+def test_attention_copies_what_several_rows_do_not_lay_out_for_it() -> None:
+    """mlx/backend/metal/scaled_dot_product_attention.cpp: q_copy_unless and mask_copy_unless, by
+    hand.
+    """
+
+    def count(rows: int, mask_heads: int, sliced: bool) -> int:
+        q = Layout(
+            (rows, 4, 1, 64),
+            (6 * 64 if sliced else 4 * 64, 64, 64, 1),
+            rows * 6 * 64 if sliced else rows * 256,
+        )
+        held = Layout((rows, 2, 256, 64), (2 * 256 * 64, 256 * 64, 64, 1), rows * 2 * 256 * 64)
+        node = Node(
+            "ScaledDotProductAttention",
+            (Array("q", q.shape, mx.float32),),
+            (Array("o", q.shape, mx.float32),),
+        )
+        return kernels(node, [q, held, held, Layout.rows((rows, mask_heads, 1, 256))])
+
+    assert [
+        count(1, 1, True),
+        count(4, 4, False),
+        count(4, 4, True),
+        count(4, 1, False),
+        count(4, 1, True),
+    ] == [1, 1, 2, 2, 3]
+
+
+def test_a_product_of_several_rows_is_split_where_the_inner_width_is_the_largest() -> None:
+    """mlx/backend/metal/matmul.cpp, case 1 of steel_matmul_regular: two kernels; of one row always
+    one.
+    """
+
+    def count(rows: int, inner: int, columns: int) -> int:
+        shapes = [(rows, inner), (inner, columns), (rows, columns)]
+        x, w, out = (
+            Array(name, shape, mx.float32) for name, shape in zip("xwo", shapes, strict=True)
+        )
+        return kernels(Node("Matmul", (x, w), (out,)), [Layout.rows(x.shape), Layout.rows(w.shape)])
+
+    assert [count(1, 1280, 512), count(4, 1280, 512), count(4, 1280, 5120), count(4, 64, 64)] == [
+        1,
+        2,
+        1,
+        1,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'; allowed: float32"),
+        ({"quantization": {"bits": 4, "group_size": 48}}, "cannot quantize to"),
+        ({"quantization": {"bits": "4"}}, "needs whole numbers bits and group_size"),
+    ],
+)
+def test_forms_that_cannot_be(form: dict[str, Any], message: str) -> None:
+    with pytest.raises(BenchmarkError, match=message):
+        trace_ours(SMALL, Form(**form))
+
+
+def test_elementwise_neighbours_fuse_and_other_readers_stop_it() -> None:
+    def function(x: mx.array) -> list[mx.array]:
+        y = mx.exp(x) + 1
+        return [y * 2, y @ y]  # y is read by a product too, so it ends a kernel of its own
+
+    names = [
+        node.fused_name
+        for node in fuse(trace(function, mx.ones((4, 4)))).nodes
+        if node.name not in VIEWS
+    ]
+    assert sorted(names) == ["CompiledBroadcastMultiply", "CompiledExpBroadcastAdd", "Matmul"]
+
+
+@pytest.mark.needs("a C++ compiler")
+def test_the_host_builds_a_compiled_step_faster_than_an_eager_one() -> None:
+    """CPU time of the submitting thread, so a busy machine does not matter; the ledger prints the
+    figures.
+    """
+    times = host_times(replace(M270, num_transformer_layers=8), FORMS[0], steps=24)
+    ours, peer = times["openelm-mlx, compiled"], times["mlx-lm"]
+    assert ours.build < 0.6 * peer.build and ours.total < 0.75 * peer.total
+    assert mx.fast.rms_norm(mx.array([[3.0]]), None, 1e-6).item() == pytest.approx(
+        1
+    )  # the stand-ins are gone
+
+
+def test_command_prints_both_ledgers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["270m", "--bits", "4", "--steps", "0", "--json"]) == 0
+    ours, peer = json.loads(capsys.readouterr().out)["ledgers"]
+    assert ours["engine"] == "openelm-mlx" and ours["kernels"] < peer["kernels"]
+    assert main(["270m", "--rows", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "one token of each of 4 rows" in shown and "mlx-lm" not in shown
+    assert main(["270m", "--steps", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert all(
+        word in shown
+        for word in ("by purpose", "RoPE", "of mlx-lm's", "not run on Metal", "same kernel")
+    )
+    assert main(["7b"]) == 2 and "no published OpenELM size" in capsys.readouterr().err
+
+
+@pytest.mark.needs("Linux")  # nothing else lets a process choose its cores
+def test_the_clock_has_one_core_for_itself_and_gives_the_others_back() -> None:
+    before = os.sched_getaffinity(0), os.sched_getscheduler(0)
+    with pytest.raises(ZeroDivisionError), undisturbed():
+        mx.eval(mx.zeros(3) + 1)
+        threads = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+        assert len(threads) > 1 and {tuple(os.sched_getaffinity(thread)) for thread in threads} == {
+            (max(before[0]),)
+        }
+        raise ZeroDivisionError
+    assert (os.sched_getaffinity(0), os.sched_getscheduler(0)) == before

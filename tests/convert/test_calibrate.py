@@ -1,0 +1,241 @@
+"""Learned rounding: packing, grids, error feedback and distillation, each against plain rounding or
+MLX itself.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from formats import tokenizer_file
+from golden_set import GOLDEN
+from small_model import random_tokens, small_model
+
+from openelm_mlx import load
+from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.convert.quantize.allocate import make_reference, true_loss
+from openelm_mlx.convert.quantize.calibrate import Learned, calibrate
+from openelm_mlx.convert.quantize.calibration_text import (
+    CONTROL,
+    PROMPTS,
+    QUESTIONS,
+    prompt_ids,
+    sampled_tokens,
+    text_tokens,
+)
+from openelm_mlx.convert.quantize.distill import Schedule, Start, distill, finished
+from openelm_mlx.convert.quantize.forms import Form, matrices
+from openelm_mlx.convert.quantize.gptq import error_feedback
+from openelm_mlx.convert.quantize.grids import fit_groups, pack
+from openelm_mlx.convert.quantize.packing import restored
+from openelm_mlx.device import mx
+from openelm_mlx.errors import ConversionError, OptionError
+from openelm_mlx.model.config import expected_tensors
+from openelm_mlx.model.decoder import OpenELM
+
+AFFINE = [Form(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+
+
+def gaussian(rows, columns, seed=0):
+    return np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
+
+
+@pytest.mark.parametrize("form", AFFINE, ids=str)
+def test_codes_are_packed_as_mlx_packs_them(form):
+    packed, scales, biases = mx.quantize(
+        mx.array(gaussian(8, 256)), group_size=form.group_size, bits=form.bits
+    )
+    repeat = lambda side: np.repeat(np.array(side), form.group_size, axis=1)  # noqa: E731
+    values = np.array(
+        mx.dequantize(packed, scales, biases, group_size=form.group_size, bits=form.bits)
+    )
+    codes = np.rint((values - repeat(biases)) / repeat(scales))
+    assert mx.array_equal(pack(codes, form.bits), packed)
+
+
+@pytest.mark.parametrize("form", [Form(2, 32), Form(3, 64), Form(4, 128)], ids=str)
+def test_fitted_grids_and_error_feedback_beat_nearest_rounding(form):
+    weights, inputs = (
+        gaussian(16, 256),
+        gaussian(400, 256, 1) @ gaussian(256, 256, 2) / 16,
+    )  # correlated columns
+    hessian = inputs.T @ inputs / len(inputs)
+    loss = lambda other: float((((other - weights) @ inputs.T) ** 2).mean())  # noqa: E731
+    nearest = np.array(
+        mx.dequantize(
+            *mx.quantize(mx.array(weights), group_size=form.group_size, bits=form.bits),
+            group_size=form.group_size,
+            bits=form.bits,
+        )
+    )
+    groups = weights.reshape(16, -1, form.group_size)
+    scale, bias = fit_groups(groups, np.ones(groups.shape[1:], np.float32), form, mx.float16)
+    codes = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, 2**form.bits - 1)
+    fitted = (codes * scale[..., None] + bias[..., None]).reshape(weights.shape)
+    assert ((fitted - weights) ** 2).mean() < ((nearest - weights) ** 2).mean()
+    learned = error_feedback(weights, hessian, form, mx.float16)
+    assert loss(learned.dense()) < 0.7 * min(loss(fitted), loss(nearest))
+    arrays = learned.arrays("a.weight", mx.float16)
+    assert np.abs(np.array(restored("a.weight", arrays, form)) - learned.dense()).max() < 1e-5
+    assert (np.abs(learned.before - learned.codes) <= 0.5).all()
+
+
+@pytest.mark.parametrize("form", [Form(2, 32), Form(3, 64), Form(4, 128)], ids=str)
+def test_a_fitted_grid_is_better_than_any_mere_cut_of_the_range(form):
+    groups = gaussian(16, 256).reshape(16, -1, form.group_size)
+    importance = np.random.default_rng(1).uniform(0.1, 4, groups.shape[1:]).astype(np.float32)
+    top, (low, high) = 2**form.bits - 1, (groups.min(-1), groups.max(-1))
+
+    def errors(scale, bias):
+        codes = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, top)
+        return (importance * (codes * scale[..., None] + bias[..., None] - groups) ** 2).sum(-1)
+
+    cuts = [
+        errors((high - low) * part / top, (low + high) / 2 - (high - low) * part / 2)
+        for part in np.linspace(0.5, 1, 51)
+    ]
+    fitted = errors(*fit_groups(groups, importance, form, mx.float16))
+    assert fitted.mean() < 0.97 * np.min(cuts, axis=0).mean()
+
+
+def test_constant_rows_and_inputs_that_are_not_finite():
+    flat = np.zeros((2, 64), np.float32)
+    assert np.abs(error_feedback(flat, np.eye(64), Form(4, 64), mx.float16).dense()).max() < 1e-6
+    with pytest.raises(ConversionError, match="activations that are not finite"):
+        error_feedback(flat, np.full((64, 64), np.inf), Form(4, 64), mx.float16)
+
+
+@pytest.mark.parametrize("name", ["tied-gqa4", "untied-mha"])
+def test_each_method_loses_less_than_the_one_before(name):
+    config, weights = small_model(name)
+    shapes = expected_tensors(config)
+    plan = dict.fromkeys(matrices(shapes), Form(2, 32))
+    plan["transformer.layers.0.ffn.proj_1"] = Form(4, 32, "mxfp4")
+    plan["transformer.layers.1.attn.out_proj"] = None
+    tokens = random_tokens(config, rows=8)
+    reference = make_reference(config, weights, tokens)
+    learned = calibrate("gptq", config, weights, plan, tokens, "float16")
+    trained = distill(config, weights, learned, tokens, "float16", Schedule(epochs=6))
+    losses = [true_loss(reference, plan, "float16")] + [
+        reference.loss(m.stored_weights("float16")) for m in (learned, trained)
+    ]
+    assert losses[1] < 0.85 * losses[0] and losses[2] < 0.9 * losses[1]
+    assert "transformer.layers.0.ffn.proj_1.weight" not in learned.arrays("float16")
+    again = distill(config, weights, learned, tokens, "float16", Schedule(epochs=6)).arrays(
+        "float16"
+    )
+    for tensor, parts in trained.arrays("float16").items():
+        assert all(mx.array_equal(parts[part], again[tensor][part]) for part in parts)
+    for result in (learned, trained):  # what is stored stands for the weights that were measured
+        for tensor, parts in result.arrays("float16").items():
+            ours = restored(tensor, parts, plan.get(tensor.removesuffix(".weight")))
+            assert mx.abs(ours - result.stored_weights("float16")[tensor]).max().item() < 1e-5
+    assert set(trained.norms) == {tensor for tensor, shape in shapes.items() if len(shape) == 1}
+
+
+def test_the_weights_that_are_trained_are_those_that_are_stored():
+    form = Form(3, 32)
+    codes = error_feedback(gaussian(8, 64), np.eye(64), form, mx.float32)
+    start = Start(codes, *map(mx.array, (codes.before, codes.scales, codes.biases)))
+    shift = {"codes": 0.7, "scales": 0.1, "biases": -0.2}
+    moved = {"codes": start.place, "scales": mx.zeros((8, 2)), "biases": mx.zeros((8, 2))}
+    moved = {name: array + shift[name] for name, array in moved.items()}
+    stored = finished(
+        Learned({}), {"m": start}, [], {"matrices": [moved]}, lambda moved: {}, "float32"
+    )
+    assert mx.allclose(stored.weights["m.weight"], start.weights(moved), atol=1e-5)
+    assert not mx.allclose(stored.weights["m.weight"], mx.array(codes.dense()), atol=1e-2)
+
+
+def test_samples_are_the_models_own_and_do_not_depend_on_how_many():
+    config, weights = small_model()
+    model = OpenELM(config)
+    model.load_weights(list(weights.items()))
+    encode = lambda text: [5 + len(word) for word in text.split()]  # noqa: E731
+    few, many = (sampled_tokens(model, encode, rows, 24) for rows in (3, 20))
+    assert many.shape == (20, 24) and mx.array_equal(few, many[:3])
+    assert (many[:, 0] == 1).all() and not any(
+        (many[:, 1:] == control).any() for control in CONTROL
+    )
+    assert many[1, 1].item() == 5 + len("The")
+    greedy_like = (
+        mx.take_along_axis(model(many)[:, 4:-1], many[:, 5:, None], axis=-1).mean()
+        - model(many).mean()
+    )
+    assert greedy_like.item() > 0  # likelier than a token drawn evenly
+
+
+def test_an_instruct_model_also_answers(tiny):
+    from openelm_mlx.engine.instruct import encode_messages
+
+    encode = lambda text: tiny.tokenizer.encode(text, bos=False)  # noqa: E731
+    want = encode_messages(tiny.tokenizer, [{"role": "user", "content": QUESTIONS[1]}])
+    assert prompt_ids(encode, 3, instruct=True) == want
+    assert (
+        prompt_ids(encode, 2, instruct=True)
+        == prompt_ids(encode, 2, instruct=False)
+        == [1, *encode(PROMPTS[2])]
+    )
+
+
+def test_calibration_text_of_a_user(tmp_path):
+    encode = lambda text: [ord(letter) for letter in text]  # noqa: E731
+    path = tmp_path / "mine.txt"
+    path.write_text("abcdefghijk")
+    assert text_tokens(path, encode, 4).tolist() == [
+        [1, 97, 98, 99],
+        [1, 100, 101, 102],
+        [1, 103, 104, 105],
+    ]
+    assert text_tokens(path, encode, 4, limit=2).tolist() == [[1, 97, 98, 99], [1, 100, 101, 102]]
+    with pytest.raises(ConversionError, match="mine.txt has 11 tokens; at least 40 are needed"):
+        text_tokens(path, encode, 41)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(OptionError, match="cannot be read as UTF-8"):
+        text_tokens(path, encode, 4)
+    with pytest.raises(OptionError, match="cannot be read: No such file"):
+        text_tokens(tmp_path / "none.txt", encode, 4)
+
+
+@pytest.mark.parametrize("method", ["gptq", "distill"])
+def test_a_calibrated_folder_is_what_was_learned(method, tmp_path):
+    from mlx_lm import load as mlx_lm_load
+
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time two birds flew in a forest with a fox who lived there " * 80)
+    common = {
+        "source": GOLDEN / "tied-gqa4" / "checkpoint.pt",
+        "tokenizer": tokenizer_file(tmp_path),
+        "dtype": "float16",
+        "bits": 3,
+        "group_size": 32,
+        "verify_text": text,
+    }
+    plain = convert(ConvertOptions(target=tmp_path / "plain", **common))
+    report = convert(
+        ConvertOptions(
+            target=tmp_path / "m",
+            calibrate=method,
+            calibration_text=text,
+            calibration_tokens=1024,
+            **common,
+        )
+    )
+    assert report.written_bytes == plain.written_bytes
+    assert (
+        report.verification["mean_kl_divergence"] < 0.7 * plain.verification["mean_kl_divergence"]
+    )
+    tokens = mx.array([[1, 30, 44, 90, 7]])
+    theirs, _ = mlx_lm_load(str(tmp_path / "m"))
+    assert (
+        mx.abs(theirs(tokens).astype(mx.float32) - load(tmp_path / "m").model(tokens)).max().item()
+        < 0.05
+    )
+    record = json.loads((tmp_path / "m" / "conversion.json").read_text())
+    assert record["calibration"] == {
+        "calibration_tokens": 1024,
+        "calibration_text": "text.txt",
+        "method": method,
+    }
+    assert f"--calibrate {method}" in record["command"] and str(tmp_path) not in json.dumps(record)

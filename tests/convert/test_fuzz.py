@@ -1,0 +1,291 @@
+"""Damaged files: whatever is read, the answer is a model or an error of this project that names the
+file.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from formats import TINY, everything, random_folder, tokenizer_file
+from golden_set import GOLDEN, NANO
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.convert.sources.adapters import AdaptedCheckpoint, LoraOptions, has_adapters
+from openelm_mlx.convert.sources.yaml_files import corenet_section
+from openelm_mlx.convert.tokenizers.tokenizer_model import read_tokenizer
+from openelm_mlx.device import mx
+from openelm_mlx.errors import OpenELMError
+from openelm_mlx.model.config import expected_tensors
+
+FUZZ = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+SCRATCH = Path(tempfile.mkdtemp(prefix="openelm-fuzz-"))
+
+
+def teardown_module():
+    import shutil
+
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+def tiny_folder() -> Path:
+    folder = SCRATCH / "tiny"
+    return folder if folder.exists() else random_folder(folder)
+
+
+def made(name: str, **fields) -> Path:
+    target = SCRATCH / name
+    if not target.exists():
+        convert(ConvertOptions(source=tiny_folder(), target=target, **fields))
+    return target
+
+
+def damage() -> st.SearchStrategy:
+    """What to do to the bytes of a file: (position as a share, bytes to put there or number to cut
+    or repeat).
+    """
+    share = st.floats(0, 1, allow_nan=False)
+    flips = st.lists(st.tuples(share, st.binary(min_size=1, max_size=9)), min_size=1, max_size=4)
+    return st.one_of(
+        st.tuples(st.just("flip"), flips),
+        st.tuples(st.just("cut"), share),
+        st.tuples(st.just("insert"), share, st.binary(min_size=1, max_size=40)),
+        st.tuples(st.just("all"), st.binary(max_size=200)),
+    )
+
+
+def damaged(data: bytes, change, span: int) -> bytes:
+    """`data` with the change applied within its first (or, for a negative span, last) `span`
+    bytes.
+    """
+    begin, width = (
+        (0, min(span, len(data))) if span > 0 else (max(len(data) + span, 0), min(-span, len(data)))
+    )
+
+    def at(share: float) -> int:
+        return begin + int(share * (width - 1))
+
+    if change[0] == "cut":
+        return data[: at(change[1])]
+    if change[0] == "insert":
+        return data[: at(change[1])] + change[2] + data[at(change[1]) :]
+    if change[0] == "all":
+        return change[1]
+    result = bytearray(data)
+    for share, new in change[1]:
+        result[at(share) : at(share) + len(new)] = new
+    return bytes(result)
+
+
+def survives(action, *names: str) -> None:
+    """`action` succeeds, or fails with a one-line error of this project that names the file."""
+    try:
+        action()
+    except OpenELMError as error:
+        text = str(error)
+        assert any(name in text for name in names), text
+        assert len(text) < 5000
+
+
+def check_folder(kind: str, original: Path, file: str, change, span: int) -> None:
+    folder = SCRATCH / f"damaged-{kind}"
+    folder.mkdir(exist_ok=True)
+    for path in original.iterdir():
+        if path.is_file() and path.name in (
+            "model.safetensors",
+            "config.json",
+            "tokenizer.model",
+            "weights.safetensors",
+        ):
+            data = path.read_bytes()
+            (folder / path.name).write_bytes(
+                damaged(data, change, span) if path.name == file else data
+            )
+    survives(lambda: everything(folder), str(folder))
+
+
+@given(damage(), st.sampled_from([600, -400, 1 << 30]))
+@FUZZ
+def test_pt(change, span):
+    path = SCRATCH / "x.pt"
+    path.write_bytes(damaged((GOLDEN / "gpt-test" / "checkpoint.pt").read_bytes(), change, span))
+    survives(
+        lambda: everything(path, tokenizer=tokenizer_file(SCRATCH, 64)), str(path), "tokenizer-64"
+    )
+
+
+@given(damage())
+@FUZZ
+def test_pickle_of_a_pt(change):
+    """The zip stays whole and its checksums right, so that the damage reaches the pickle reader."""
+    import zipfile
+
+    path = SCRATCH / "y.pt"
+    source = GOLDEN / "gpt-test" / "checkpoint.pt"
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:
+        for info in old.infolist():
+            data = old.read(info)
+            new.writestr(
+                info.filename,
+                damaged(data, change, 1 << 30) if info.filename.endswith("data.pkl") else data,
+            )
+    survives(
+        lambda: everything(path, tokenizer=tokenizer_file(SCRATCH, 64)), str(path), "tokenizer-64"
+    )
+
+
+@given(damage(), st.sampled_from([16, 1200]))
+@FUZZ
+def test_safetensors(change, span):
+    check_folder("hf", tiny_folder(), "model.safetensors", change, span)
+
+
+@given(damage(), st.sampled_from([16, 3000]))
+@FUZZ
+def test_quantized_safetensors(change, span):
+    check_folder("mlx", made("quantized", bits=4, group_size=32), "model.safetensors", change, span)
+
+
+@given(damage())
+@FUZZ
+def test_config_json(change):
+    check_folder("config", made("quantized", bits=4, group_size=32), "config.json", change, 1 << 30)
+
+
+@given(damage(), st.sampled_from([40, 1400, 4000]))
+@FUZZ
+def test_gguf(change, span):
+    path = SCRATCH / "x.gguf"
+    path.write_bytes(
+        damaged(made("tiny.gguf", target_format="gguf", bits=8).read_bytes(), change, span)
+    )
+    survives(lambda: everything(path), str(path))
+
+
+@given(damage())
+@FUZZ
+def test_yaml(change):
+    path = SCRATCH / "c.yaml"
+    path.write_bytes(damaged((GOLDEN / "dora" / "config.yaml").read_bytes(), change, 1 << 30))
+    survives(lambda: corenet_section(path), "c.yaml")
+    source = GOLDEN / "dora" / "checkpoint.pt"
+    survives(
+        lambda: everything(source, config=path, tokenizer=tokenizer_file(SCRATCH, 112)),
+        str(path),
+        str(source),
+        "tokenizer-112",
+    )
+
+
+@given(damage())
+@FUZZ
+def test_index_json(change):
+    folder = SCRATCH / "sharded"
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "tokenizer.model"):
+        (folder / name).write_bytes((tiny_folder() / name).read_bytes())
+    shard = "model-00001-of-00001.safetensors"
+    (folder / shard).write_bytes((tiny_folder() / "model.safetensors").read_bytes())
+    index = json.dumps({"weight_map": dict.fromkeys(expected_tensors(TINY), shard)}).encode()
+    (folder / "model.safetensors.index.json").write_bytes(damaged(index, change, 1 << 30))
+    survives(lambda: everything(folder), str(folder))
+
+
+@given(damage(), st.sampled_from(["adapter_config.json", "adapters.safetensors"]))
+@settings(FUZZ, max_examples=40)
+def test_adapter_folders(change, file):
+    folder = SCRATCH / "adapter"
+    folder.mkdir(exist_ok=True)
+    stem, config = (
+        "transformer.layers.0.ffn.proj_2",
+        {"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0}},
+    )
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    arrays = {f"{stem}.lora_a": mx.ones((32, 2)), f"{stem}.lora_b": mx.ones((2, 32))}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+    (folder / file).write_bytes(damaged((folder / file).read_bytes(), change, 1 << 30))
+    survives(lambda: everything(tiny_folder(), adapter_folder=folder), str(folder))
+
+
+@given(damage(), st.sampled_from([300, -600, 1 << 30]))
+@settings(FUZZ, max_examples=30)
+def test_tokenizers(change, span):
+    path = SCRATCH / "t"
+    for original in (tiny_folder() / "tokenizer.model", made("plain") / "tokenizer.json"):
+        path.write_bytes(damaged(original.read_bytes(), change, span))
+        survives(lambda: read_tokenizer(path), str(path))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(sorted(TINY.to_hf_dict()) + ["quantization"]), json_values)
+@FUZZ
+def test_any_value_under_any_key_of_a_config(key, value):
+    folder = made("quantized", bits=4, group_size=32)
+    raw = json.loads((folder / "config.json").read_text())
+    target = SCRATCH / "valued"
+    target.mkdir(exist_ok=True)
+    for name in ("model.safetensors", "tokenizer.model"):
+        (target / name).write_bytes((folder / name).read_bytes())
+    (target / "config.json").write_text(json.dumps(raw | {key: value}))
+    survives(lambda: everything(target), str(target))
+
+
+@given(st.sampled_from(["dtype", "shape", "data_offsets", None]), json_values)
+@FUZZ
+def test_any_entry_in_a_safetensors_header(key, value):
+    data = (tiny_folder() / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = "transformer.layers.0.attn.out_proj.weight"
+    header[name] = value if key is None else header[name] | {key: value}
+    target = SCRATCH / "entry"
+    target.mkdir(exist_ok=True)
+    for side in ("config.json", "tokenizer.model"):
+        (target / side).write_bytes((tiny_folder() / side).read_bytes())
+    text = json.dumps(header).encode()
+    (target / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + data[8 + length :]
+    )
+    survives(lambda: everything(target), str(target))
+
+
+def test_adapters_survive_damage_to_their_list():
+    from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
+
+    source = TorchCheckpoint(GOLDEN / "dora" / "checkpoint.pt")
+    names = list(source.tensors)
+    for name in names:
+        info = source.tensors.pop(name)
+        if has_adapters(source):
+            survives(lambda: AdaptedCheckpoint(source, LoraOptions(alpha=16.0)), str(source.path))
+        source.tensors[name] = info
+
+
+def test_flipped_weights_are_noticed(tmp_path):
+    """A byte changed among the weights of a .pt: the checksum of its record tells."""
+    data = bytearray((NANO / "checkpoint.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(
+        OpenELMError,
+        match="x.pt: record '.*/data/.*' does not match its checksum: the file is damaged",
+    ):
+        everything(tmp_path / "x.pt", tokenizer=NANO / "tokenizer.model")

@@ -1,0 +1,152 @@
+"""Forms of quantized tensors: what MLX packs, what config.json says, what mlx-lm and this engine
+make of it.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from golden_set import NANO
+
+from openelm_mlx import load
+from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.convert.quantize.forms import (
+    Form,
+    all_forms,
+    check_divides,
+    config_entry,
+    make_form,
+    matrices,
+    read_plan,
+)
+from openelm_mlx.convert.quantize.packing import planned, quantized, restored
+from openelm_mlx.convert.sources import TensorInfo
+from openelm_mlx.convert.targets.writer import nbytes
+from openelm_mlx.device import mx
+from openelm_mlx.errors import ConversionError, OptionError
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("form", all_forms(), ids=str)
+def test_every_form_is_packed_as_planned_and_near_the_weights(form, dtype):
+    weights = mx.random.normal((8, 256), key=mx.random.key(0)).astype(getattr(mx, dtype))
+    arrays = quantized("a.weight", weights, form)
+    plan = planned("a.weight", TensorInfo(dtype, (8, 256)), form)
+    assert {n: (str(a.dtype).removeprefix("mlx.core."), a.shape) for n, a in arrays.items()} == plan
+    assert (
+        form.nbytes((8, 256), dtype)
+        == sum(map(nbytes, plan.values()))
+        == sum(a.nbytes for a in arrays.values())
+    )
+    ours = np.array(restored("a.weight", arrays, form))
+    exact = np.array(weights.astype(mx.float32))
+    steps = {"affine": 3 / 2**form.bits, "mxfp8": 1 / 15}.get(
+        form.mode, 1 / 2
+    )  # E4M3 has 3 bits of fraction, E2M1 one
+    assert np.abs(ours - exact).max() < np.abs(exact).max() * steps
+    parts = [arrays.get("a." + part) for part in ("weight", "scales", "biases")]
+    theirs = mx.dequantize(
+        *parts, group_size=form.group_size, bits=form.bits, mode=form.mode
+    ).astype(mx.float32)
+    assert np.abs(ours - np.array(theirs)).max() <= (0 if dtype == "float32" else 0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((7, None, None), "bits is 7; "),
+        ((4, 16, None), "group_size is 16; mode affine has 32 or 64 or 128"),
+        ((4, 64, "mxfp4"), "group_size is 64; mode mxfp4 has 32"),
+        ((8, None, "nvfp4"), "bits is 8; mode nvfp4 has 4"),
+        ((None, None, "affine"), "mode affine needs --bits"),
+        ((None, 64, None), "nothing is quantized; give --bits or --mode"),
+        ((4, None, "gguf"), "mode is 'gguf'; allowed: affine, mxfp4, mxfp8, nvfp4"),
+        ((True, None, None), "bits is True"),
+    ],
+)
+def test_combinations_that_do_not_exist(flags, message):
+    with pytest.raises(OptionError, match=message):
+        make_form(*flags)
+    with pytest.raises(OptionError, match=message):
+        ConvertOptions("a", "b", bits=flags[0], group_size=flags[1], mode=flags[2])
+
+
+def test_flags_make_forms():
+    assert make_form(4, None, None) == Form(4, 64, "affine")
+    assert make_form(None, None, "nvfp4") == Form(4, 16, "nvfp4")
+    assert make_form(None, None, None) is None
+    with pytest.raises(OptionError, match="mode is 'x'"):
+        Form(4, 64, "x")
+
+
+def test_rows_that_do_not_divide():
+    shapes = {"a.weight": (4, 128), "b.weight": (4, 96), "norm.weight": (96,)}
+    with pytest.raises(
+        ConversionError, match=r"b.weight has rows of 96 weights.*64; use --group-size 32"
+    ):
+        check_divides(dict.fromkeys(matrices(shapes), Form(4, 64)), shapes)
+    with pytest.raises(ConversionError, match="no group size fits: leave it unquantized"):
+        check_divides({"a": Form(4, 64)}, {"a.weight": (4, 100)})
+    check_divides({"a": Form(4, 64), "b": None}, shapes)
+
+
+MIXED = {
+    "token_embeddings": Form(6, 32),
+    "ffn.proj_1": Form(3, 128),
+    "ffn.proj_2": Form(4, 16, "nvfp4"),
+    "attn.qkv_proj": None,
+}
+
+
+def mixed_plan(shapes):
+    return {
+        s: next((f for role, f in MIXED.items() if s.endswith(role)), Form(4, 64))
+        for s in matrices(shapes)
+    }
+
+
+def test_config_entry_is_read_back():
+    shapes = expected_tensors(OpenELMConfig.from_name("270m"))
+    plan = mixed_plan(shapes)
+    stored = {f"{stem}.scales" for stem, form in plan.items() if form is not None}
+    assert read_plan(config_entry(plan), shapes, stored) == plan
+    assert config_entry(dict.fromkeys(plan)) is None
+    assert read_plan(None, shapes, set()) == dict.fromkeys(plan)
+    assert config_entry(dict.fromkeys(plan, Form(4, 64))) == {
+        "group_size": 64,
+        "bits": 4,
+        "mode": "affine",
+    }
+
+
+@pytest.mark.parametrize("name", ["mixed", "mxfp4", "mxfp8", "nvfp4"])
+def test_mlx_lm_and_the_engine_compute_alike(name, tmp_path, monkeypatch):
+    from mlx_lm import load as mlx_lm_load
+
+    from openelm_mlx.convert.quantize import planning
+
+    if name == "mixed":
+        monkeypatch.setattr(
+            planning,
+            "given_forms",
+            lambda opened, options: mixed_plan(expected_tensors(opened.trimmed)),
+        )
+    mode = None if name == "mixed" else name
+    convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "m", mode=mode))
+    tokens = mx.array([[1, 300, 17, 4000, 5]])
+    theirs, _ = mlx_lm_load(str(tmp_path / "m"))
+    ours = load(tmp_path / "m")
+    assert mx.abs(theirs(tokens) - ours.model(tokens)).max().item() < 1e-3
+    stored = mx.load(str(tmp_path / "m" / "model.safetensors"))
+    assert ours.nbytes == sum(array.nbytes for array in stored.values())
+    if name == "mixed":
+        entries = json.loads((tmp_path / "m" / "config.json").read_text())["quantization"]
+        assert entries["transformer.layers.1.ffn.proj_2"] == {
+            "group_size": 16,
+            "bits": 4,
+            "mode": "nvfp4",
+        }
+        assert "transformer.layers.1.attn.qkv_proj" not in entries

@@ -1,0 +1,114 @@
+"""A source is known by its content, whatever its name; what cannot be opened is refused in plain
+words.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+from formats import again, everything, weights
+from golden_set import NANO
+
+from openelm_mlx.convert import ConvertOptions
+from openelm_mlx.convert.opening import open_model
+from openelm_mlx.convert.sources import kind_of, open_source
+from openelm_mlx.convert.sources.gguf import GGUFFile
+from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
+from openelm_mlx.errors import ConversionError, OpenELMError
+from openelm_mlx.model.config import OpenELMConfig
+
+
+def test_a_format_is_found_by_content_not_by_name(tmp_path, nano):
+    shutil.copy(NANO / "checkpoint.pt", tmp_path / "weights.gguf")
+    assert isinstance(open_source(tmp_path / "weights.gguf"), TorchCheckpoint)
+    again(nano, tmp_path / "g", target_format="gguf")
+    (tmp_path / "g").rename(tmp_path / "model.pt")
+    assert isinstance(open_source(tmp_path / "model.pt"), GGUFFile)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "model.pt").rename(tmp_path / "folder" / "model.safetensors")
+    assert isinstance(open_source(tmp_path / "folder"), GGUFFile)
+
+
+def test_from_forces_a_format(tmp_path, nano):
+    source = tmp_path / "both"
+    shutil.copytree(nano, source)
+    shutil.copy(NANO / "checkpoint.pt", source / "checkpoint.pt")
+    assert open_source(source).tensors.keys() == weights(nano).keys()
+    assert isinstance(open_source(source, "pt"), TorchCheckpoint)
+    with pytest.raises(ConversionError, match="holds nothing that --from gguf reads"):
+        open_source(source, "gguf")
+    with pytest.raises(ConversionError, match="is no GGUF file"):
+        open_source(NANO / "checkpoint.pt", "gguf")
+    with pytest.raises(
+        ConversionError, match="is no folder; --from mlx takes the folder of a model"
+    ):
+        open_source(NANO / "checkpoint.pt", "mlx")
+    with pytest.raises(ConversionError, match="no checkpoint of torch.save"):
+        open_source(nano / "config.json", "pt")
+
+
+def test_sources_that_are_none(tmp_path, nano):
+    with pytest.raises(
+        ConversionError,
+        match="does not exist; give a CoreNet .pt file, a folder of safetensors or a GGUF",
+    ):
+        open_source(tmp_path / "nothing")
+    with pytest.raises(ConversionError, match="holds neither safetensors nor a .pt or GGUF file"):
+        open_source(tmp_path)
+    with pytest.raises(ConversionError, match="is one file of a model; give its folder"):
+        open_source(nano / "model.safetensors")
+    for name in ("a", "b"):
+        shutil.copy(NANO / "checkpoint.pt", tmp_path / name)
+    with pytest.raises(ConversionError, match="holds 2 pt files; name one of them"):
+        open_source(tmp_path)
+
+
+def test_a_folder_without_config_is_read_off_its_shapes(tmp_path, nano):
+    shutil.copytree(nano, tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    opened = open_model(ConvertOptions(source=tmp_path / "bare", target=tmp_path / "m"))
+    assert (
+        opened.trimmed.num_parameters
+        == OpenELMConfig.from_file(nano / "config.json").num_parameters
+    )
+
+
+def test_files_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*arguments, **fields):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "x.pt").write_bytes(b"PK\x03\x04")
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("zipfile.ZipFile", refuse)
+    for read in (kind_of, TorchCheckpoint, GGUFFile):
+        with pytest.raises(ConversionError, match=r"x.pt cannot be read: .*Permission denied"):
+            read(tmp_path / "x.pt")
+
+
+def test_a_file_that_is_empty_or_not_what_its_name_says(tmp_path):
+    for name, data, text in (
+        ("x.gguf", b"", "x.gguf is empty; fetch or copy it again"),
+        ("x.pt", b"", "x.pt is empty"),
+        ("X.GGUF", b"version https://git-lfs", "X.GGUF is no GGUF file"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ConversionError, match=text):
+            open_source(tmp_path / name)
+
+
+def test_options_of_a_source_are_checked_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(
+        ConversionError, match="is neither a file nor a folder; give a CoreNet .pt file"
+    ):
+        open_source(ConvertOptions(source=tmp_path / "pipe", target="x").source)
+
+
+def test_pipes_and_folders_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(OpenELMError, match="holds neither safetensors nor"):
+        everything(tmp_path)
+    with pytest.raises(OpenELMError, match="no checkpoint|neither a file nor"):
+        everything(tmp_path / "model.safetensors")

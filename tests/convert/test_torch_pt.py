@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from golden_set import GOLDEN
+
+from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
+from openelm_mlx.device import mx
+from openelm_mlx.errors import ConversionError
+
+
+class Global:
+    """Pickled as a bare global of torch, which need not be installed."""
+
+    def __init__(self, name: str) -> None:
+        self.module, self.name = name.rsplit(".", 1)
+
+
+class Call:
+    def __init__(self, name, *args) -> None:
+        self.name, self.args = name, args
+
+
+class Storage:
+    def __init__(self, key, kind, elements) -> None:
+        self.pid = ("storage", Global(f"torch.{kind}"), key, "cpu", elements)
+
+
+class Writer(pickle._Pickler):
+    """Writes the globals and storages above in torch's form."""
+
+    def persistent_id(self, obj):
+        return obj.pid if isinstance(obj, Storage) else None
+
+    def save(self, obj, save_persistent_id=True):
+        if isinstance(obj, Global):
+            self.write(b"c" + f"{obj.module}\n{obj.name}\n".encode())
+        elif isinstance(obj, Call):
+            self.save(Global(obj.name))
+            self.save(obj.args)
+            self.write(b"R")
+        else:
+            super().save(obj, save_persistent_id)
+
+
+def tensor(key, kind, elements, shape, strides, offset=0):
+    storage = Storage(key, kind, elements)
+    return Call(
+        "torch._utils._rebuild_tensor_v2",
+        storage,
+        offset,
+        shape,
+        strides,
+        False,
+        collections.OrderedDict(),
+    )
+
+
+def write(path, state, storages, extra=(), root="archive"):
+    stream = io.BytesIO()
+    Writer(stream, 2).dump(state)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{root}/data.pkl", stream.getvalue())
+        archive.writestr(f"{root}/byteorder", "little")
+        for key, array in storages.items():
+            archive.writestr(f"{root}/data/{key}", array.tobytes())
+        for name, data in extra:
+            archive.writestr(name, data)
+    return path
+
+
+def test_shared_storage_strides_and_offset(tmp_path):
+    data = np.arange(24, dtype=np.float32)
+    state = {
+        "plain": tensor("0", "FloatStorage", 24, (4, 6), (6, 1)),
+        "transposed": tensor("0", "FloatStorage", 24, (6, 4), (1, 6)),
+        "window": tensor("0", "FloatStorage", 24, (2, 3), (12, 2), offset=1),
+        "scalar": tensor("0", "FloatStorage", 24, (), (), offset=5),
+        "expanded": tensor("0", "FloatStorage", 24, (3, 2), (0, 1), offset=2),
+        "parameter": Call(
+            "torch._utils._rebuild_parameter",
+            tensor("0", "FloatStorage", 24, (24,), (1,)),
+            True,
+            {},
+        ),
+    }
+    file = TorchCheckpoint(write(tmp_path / "x.pt", state, {"0": data}))
+    view = np.lib.stride_tricks.as_strided
+    expected = {
+        "plain": data.reshape(4, 6),
+        "transposed": data.reshape(4, 6).T,
+        "scalar": data[5],
+        "window": view(data[1:], (2, 3), (48, 8)),
+        "expanded": np.tile(data[2:4], (3, 1)),
+        "parameter": data,
+    }
+    assert file.tensors.keys() == expected.keys()
+    for name, want in expected.items():
+        assert file.tensors[name].shape == want.shape
+        np.testing.assert_array_equal(np.array(file.load(name)), want)
+
+
+def test_types(tmp_path):
+    values = np.array([1.5, -2.0, 0.25, 3.0], np.float32)
+    storages = {
+        "0": values,
+        "1": values.astype(np.float16),
+        "2": (values.view(np.uint32) >> 16).astype(np.uint16),
+        "3": values.astype(np.float64),
+        "4": values.astype(np.int64),
+    }
+    kinds = ("FloatStorage", "HalfStorage", "BFloat16Storage", "DoubleStorage", "LongStorage")
+    state = {
+        "model": {kind: tensor(str(i), kind, 4, (2, 2), (2, 1)) for i, kind in enumerate(kinds)}
+    }
+    file = TorchCheckpoint(write(tmp_path / "x.pt", state, storages))
+    for kind, dtype in zip(
+        kinds, (mx.float32, mx.float16, mx.bfloat16, mx.float32, mx.int64), strict=True
+    ):
+        array = file.load(kind)
+        assert array.dtype == dtype
+        want = values.astype(np.int64) if dtype == mx.int64 else values
+        assert array.astype(mx.float32).flatten().tolist() == want.tolist()
+
+
+@pytest.mark.parametrize(
+    "name", ["os.system", "builtins.eval", "torch.load", "collections.Counter"]
+)
+def test_other_globals_are_refused_by_name(tmp_path, name):
+    path = write(tmp_path / "x.pt", {"w": Call(name, "touch pwned")}, {})
+    with pytest.raises(ConversionError, match=f"asks for the global {name}.*refused"):
+        TorchCheckpoint(path)
+
+
+GOOD = {"w": tensor("0", "FloatStorage", 4, (4,), (1,))}
+FOUR = {"0": np.zeros(4, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"w": tensor("0", "FloatStorage", 4, (5,), (1,))}, "reaches element 4 of a storage of 4"),
+        ({"w": tensor("0", "FloatStorage", 4, (2,), (1,), offset=3)}, "reaches element 4"),
+        ({"w": tensor("0", "FloatStorage", 4, (2,), (-1,), offset=3)}, "impossible shape"),
+        ({"w": tensor("0", "FloatStorage", 9, (4,), (1,))}, "declares a storage of 36 bytes"),
+        ({"w": tensor("7", "FloatStorage", 4, (4,), (1,))}, "needs storage 7"),
+        ({"w": tensor("../0", "FloatStorage", 4, (4,), (1,))}, "in a form torch does not write"),
+        ({"w": tensor("0", "FloatStorage", 4, (1 << 40,), (0,))}, "is larger than its storage"),
+        ({"w": 3}, "entries that are no tensors: w"),
+        ([1], "holds no tensors by name"),
+    ],
+)
+def test_impossible_tensors_are_refused(tmp_path, state, message):
+    with pytest.raises(ConversionError, match=message):
+        TorchCheckpoint(write(tmp_path / "x.pt", state, FOUR))
+
+
+@pytest.mark.parametrize("name", ["archive/../evil", "/etc/passwd", "archive\\x/y", "evil"])
+def test_path_tricks_are_refused(tmp_path, name):
+    with pytest.raises(ConversionError, match="torch writes none such"):
+        TorchCheckpoint(write(tmp_path / "x.pt", GOOD, FOUR, extra=[(name, b"x")]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x02abc", "legacy format"),
+        (b"hello", "no checkpoint of torch.save"),
+        (b"PK\x03\x04abc", "truncated"),
+    ],
+)
+def test_other_files_are_explained(tmp_path, content, message):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ConversionError, match=message):
+        TorchCheckpoint(tmp_path / "x.pt")
+
+
+def test_a_truncated_file(tmp_path):
+    whole = (GOLDEN / "tied-gqa4" / "checkpoint.pt").read_bytes()
+    (tmp_path / "x.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConversionError, match="is truncated"):
+        TorchCheckpoint(tmp_path / "x.pt")
+
+
+def test_damaged_pickle(tmp_path):
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}q")
+    with pytest.raises(ConversionError, match="data.pkl is damaged"):
+        TorchCheckpoint(path)

@@ -1,0 +1,209 @@
+"""Verification: figures against hand-made models, the bound, the record, and a dry run that touches
+nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from golden_set import NANO
+
+from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.convert.record import command_line
+from openelm_mlx.convert.verify import check_bound, compare, text_batches
+from openelm_mlx.device import mx
+from openelm_mlx.errors import ConversionError, OptionError
+
+SOURCE = NANO / "checkpoint.pt"
+
+
+def always(*probs):
+    """A model that gives these probabilities whatever it reads."""
+    return lambda tokens: mx.broadcast_to(mx.log(mx.array(probs)), (*tokens.shape, len(probs)))
+
+
+def test_figures_by_hand():
+    tokens = mx.array([[1, 0, 2, 2]])
+    found = compare(always(0.5, 0.25, 0.25), always(0.25, 0.25, 0.5), [tokens, tokens[:, :2]])
+    kl = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+    assert found["tokens"] == 4 and found["top_1_agreement"] == 0
+    assert found["mean_kl_divergence"] == pytest.approx(kl, rel=1e-5)
+    assert found["p99_kl_divergence"] == pytest.approx(kl, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(
+        math.exp(-(2 * math.log(0.25) + 2 * math.log(0.5)) / 4), rel=1e-5
+    )
+    assert found["perplexity_of_source"] == pytest.approx(
+        math.exp(-(2 * math.log(0.5) + 2 * math.log(0.25)) / 4), rel=1e-5
+    )
+    assert found["max_logit_difference"] == pytest.approx(math.log(2), rel=1e-5)
+    same = compare(always(0.5, 0.5), always(0.5, 0.5), [mx.array([[1, 0]])])
+    assert same["mean_kl_divergence"] == 0 and same["top_1_agreement"] == 1
+
+
+def test_every_token_of_a_text_is_scored_once():
+    batches = text_batches(list(range(10, 33)), 4)
+    assert [batch.shape for batch in batches] == [(4, 4), (3, 4), (1, 3)]
+    assert [i for batch in batches for row in batch.tolist() for i in row if i != 1] == list(
+        range(10, 33)
+    )
+    assert text_batches([], 4) == []
+
+
+def test_bound():
+    check_bound({"mean_kl_divergence": 0.1}, None)
+    check_bound({"mean_kl_divergence": 0.1}, 0.1)
+    for value in (0.2, math.nan):
+        with pytest.raises(
+            ConversionError,
+            match=r"mean KL divergence is .* above --max-kl 0.1; nothing was written",
+        ):
+            check_bound({"mean_kl_divergence": value}, 0.1)
+
+
+def test_above_the_bound_nothing_is_left_and_the_status_is_2(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "openelm_mlx",
+        "convert",
+        str(SOURCE),
+        "-o",
+        str(tmp_path / "m"),
+        "--bits",
+        "2",
+        "--max-kl",
+        "0.01",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (
+        result.returncode == 2
+        and "above --max-kl 0.01" in result.stderr
+        and "Traceback" not in result.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_losses_and_origin_are_recorded(tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("Once upon a time there was a fox. " * 5)
+    report = convert(ConvertOptions(SOURCE, tmp_path / "m", bits=8, verify_text=text, max_kl=0.1))
+    record = json.loads((tmp_path / "m" / "conversion.json").read_text())
+    assert record["verification"] == report.verification and report.verification["tokens"] > 30
+    assert record["source_sha256"] == {
+        "checkpoint.pt": hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+    }
+    assert (
+        record["command"]
+        == "openelm convert checkpoint.pt -o m --bits 8 --verify-text mine.txt --max-kl 0.1"
+    )
+    assert record["bytes"] == report.written_bytes and set(record["versions"]) == {"mlx", "python"}
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert (
+        "on mine.txt:" in card
+        and f"{report.verification['mean_kl_divergence']:.6g}" in card
+        and record["command"] in card
+    )
+    assert record["source_sha256"]["checkpoint.pt"] in card
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff"])
+def test_texts_that_cannot_be_verified_on(content, tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(content)
+    with pytest.raises(
+        (ConversionError, OptionError),
+        match="text (has no text to verify on|cannot be read as UTF-8)",
+    ):
+        convert(ConvertOptions(SOURCE, tmp_path / "m", verify_text=path))
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_dry_run_shows_and_writes_nothing(tmp_path, capsys):
+    from openelm_mlx.cli.main import main
+
+    assert main(
+        [
+            "convert",
+            str(SOURCE),
+            "-o",
+            str(tmp_path / "a" / "m"),
+            "--recipe",
+            "mixed-3-5",
+            "--dtype",
+            "float16",
+            "--dry-run",
+        ]
+    ) in (0, None)
+    shown = capsys.readouterr().out
+    assert (
+        "layer 3" in shown
+        and "5/128" in shown
+        and "memory needed: about" in shown
+        and "nothing was written" in shown
+    )
+    assert list(tmp_path.iterdir()) == []
+    written = convert(
+        ConvertOptions(SOURCE, tmp_path / "m", recipe="mixed-3-5", dtype="float16")
+    ).written_bytes
+    assert f"{written:,} bytes" in shown
+
+
+def test_json_of_a_conversion_is_what_its_record_says(tmp_path, capsys):
+    from openelm_mlx.cli.main import main
+
+    command = ["convert", str(SOURCE), "-o", str(tmp_path / "m"), "--bits", "4", "--json"]
+    assert main([*command, "--dry-run"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert (
+        planned["written"] is False
+        and planned["verification"] is None
+        and not (tmp_path / "m").exists()
+    )
+    assert main([*command, "--verify"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    record = json.loads((tmp_path / "m" / "conversion.json").read_text())
+    shared = ("parameters", "bytes", "dropped_embedding_rows", "quantization", "verification")
+    assert {key: told[key] for key in shared} == {key: record[key] for key in shared}
+    assert told["target"] == str(tmp_path / "m") and told["bits_per_weight"] == pytest.approx(
+        record["bits_per_weight"], abs=1e-4
+    )
+    assert planned == {
+        **told,
+        "written": False,
+        "verification": None,
+        "memory_bytes": planned["memory_bytes"],
+    }
+    assert (
+        main(
+            [
+                "convert",
+                str(SOURCE),
+                "-o",
+                str(tmp_path / "m.gguf"),
+                "--to",
+                "gguf",
+                "--bits",
+                "8",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert "quantization" not in told and 8 < told["bits_per_weight"] < 10
+
+
+def test_the_command_is_written_as_it_would_be_typed():
+    options = ConvertOptions(
+        "/x/a b.pt", "/y/m", instruct=False, target_bpw=3.5, calibrate="gptq", recipe=None
+    )
+    assert (
+        command_line(options)
+        == "openelm convert 'a b.pt' -o m --target-bpw 3.5 --calibrate gptq --no-instruct"
+    )
+    assert "--to hf" in command_line(ConvertOptions("a", "b", target_format="hf"))

@@ -1,0 +1,128 @@
+"""Verification of GGUF files: the figures of a folder, from the file's own blocks and keys; above
+the bound no file.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from golden_set import NANO
+
+from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.convert.opening import open_model
+from openelm_mlx.convert.verify import check_bound, verify
+from openelm_mlx.device import mx
+from openelm_mlx.errors import ConversionError
+
+SOURCE = NANO / "checkpoint.pt"
+
+
+def run(source: Path, target: Path, **fields):
+    return convert(
+        ConvertOptions(source=source, target=target, **{"target_format": "gguf", **fields})
+    )
+
+
+@pytest.mark.parametrize("fields", [{}, {"dtype": "float16"}, {"dtype": "bfloat16"}], ids=str)
+def test_whole_weights_lose_what_a_folder_of_them_loses(tmp_path, fields):
+    found = run(SOURCE, tmp_path / "x.gguf", verify=True, **fields).verification
+    folder = run(SOURCE, tmp_path / "x", target_format="mlx", verify=True, **fields).verification
+    assert found == pytest.approx(folder, rel=1e-3, abs=1e-7)  # a device may sum in another order
+    assert (
+        (found["max_logit_difference"] == 0) == (found["mean_kl_divergence"] == 0) == (not fields)
+    )
+    assert abs(found["mean_kl_divergence"]) < 1e-4 and found["top_1_agreement"] > 0.9
+
+
+def test_q8_0_loses_a_little_and_is_written_below_the_bound(tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("Once upon a time there was a fox. " * 5)
+    found = run(SOURCE, tmp_path / "x.gguf", bits=8, verify_text=text, max_kl=1e-3).verification
+    assert (
+        0 < found["mean_kl_divergence"] < 1e-3
+        and found["top_1_agreement"] > 0.9
+        and found["tokens"] > 30
+    )
+    again = run(
+        tmp_path / "x.gguf", tmp_path / "y.gguf", max_kl=0
+    ).verification  # its blocks as float32 are exact
+    assert again["max_logit_difference"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "x.gguf", "y.gguf"]
+
+
+def test_above_the_bound_no_file_is_left_and_the_status_is_2(tmp_path):
+    target = tmp_path / "a" / "x.gguf"
+    command = [
+        sys.executable,
+        "-m",
+        "openelm_mlx",
+        "convert",
+        str(SOURCE),
+        "-o",
+        str(target),
+        "--to",
+        "gguf",
+        "--bits",
+        "8",
+        "--max-kl",
+        "0",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert (
+        "above --max-kl 0; nothing was written: take --dtype float32, without --bits"
+        in result.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_above_the_bound_the_file_that_was_there_stays(tmp_path):
+    run(SOURCE, tmp_path / "x.gguf")
+    before = (tmp_path / "x.gguf").read_bytes()
+    with pytest.raises(ConversionError, match="above --max-kl 0; nothing was written"):
+        run(SOURCE, tmp_path / "x.gguf", bits=8, max_kl=0, force=True)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+
+
+def test_a_text_that_cannot_be_verified_on_leaves_no_file(tmp_path):
+    text = tmp_path / "text"
+    text.write_bytes(b"")
+    with pytest.raises(ConversionError, match="text has no text to verify on"):
+        run(SOURCE, tmp_path / "x.gguf", verify_text=text)
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_norms_are_compared_as_they_lie_in_the_file(tmp_path):
+    """Float32 beside half matrices, also where the source mixes types: there is nothing to lose."""
+    run(SOURCE, tmp_path / "m", target_format="mlx", dtype="bfloat16")
+    weights = mx.load(str(tmp_path / "m" / "model.safetensors"))
+    weights = {
+        name: array.astype(mx.float32) * 1.001 if array.ndim == 1 else array
+        for name, array in weights.items()
+    }
+    mx.eval(weights)  # they are read when asked for, and their file is about to be overwritten
+    mx.save_safetensors(str(tmp_path / "m" / "model.safetensors"), weights)
+    assert (
+        run(tmp_path / "m", tmp_path / "x.gguf", verify=True).verification["max_logit_difference"]
+        == 0
+    )
+
+
+def test_the_file_is_read_with_its_own_configuration(tmp_path):
+    run(SOURCE, tmp_path / "x.gguf", rope_base=500.0)
+    run(SOURCE, tmp_path / "x", rope_base=500.0, target_format="mlx")
+    opened = open_model(ConvertOptions(SOURCE, tmp_path / "y"))
+    losses = verify(tmp_path / "x.gguf", opened)
+    assert losses["mean_kl_divergence"] > 1e-3
+    assert losses == pytest.approx(verify(tmp_path / "x", opened), rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("target", "remedy"), [("mlx", "take more bits"), ("hf", "float32"), ("gguf", "float32")]
+)
+def test_the_remedy_is_one_that_the_target_has(target, remedy):
+    with pytest.raises(ConversionError, match=f"nothing was written: .*{remedy}"):
+        check_bound({"mean_kl_divergence": 0.1}, 0.01, target)

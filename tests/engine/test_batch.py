@@ -1,0 +1,465 @@
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small import random_engine
+
+import openelm_mlx
+from openelm_mlx import BatchEngine, PromptCache, batch_generate, stream_generate
+from openelm_mlx.engine.admission import Pace
+from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
+from openelm_mlx.engine.rows import quarters
+from openelm_mlx.errors import BusyError, OptionError, PromptError
+
+PROMPTS = [[1] + [(5 * i + 11 * k) % 60 + 3 for i in range(3 + 9 * k)] for k in range(9)]
+SAMPLING = [
+    SamplingOptions(),
+    SamplingOptions(temperature=0.9, top_p=0.9, seed=1),
+    SamplingOptions(temperature=1.0, repetition_penalty=1.3, frequency_penalty=0.2, seed=2),
+] * 3
+OPTIONS = [
+    GenerationOptions(max_tokens=5 + 7 * k, ignore_eos=True, logprobs=k if k in (2, 5) else None)
+    for k in range(9)
+]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return random_engine(tiny, seed=1)
+
+
+def alone(engine, k, sampling=None, options=None, **settings):
+    return list(
+        stream_generate(
+            engine, PROMPTS[k], sampling or SAMPLING[k], options or OPTIONS[k], **settings
+        )
+    )
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_each_sequence_is_its_single_run(engine, slots, compiled):
+    """Ragged lengths, own options, seeds and ends; with three slots most of them wait and join
+    later.
+    """
+    results = batch_generate(engine, PROMPTS, SAMPLING, OPTIONS, slots=slots, compiled=compiled)
+    for k, result in enumerate(results):
+        events = alone(engine, k)
+        assert list(result.tokens) == [event.token for event in events]
+        assert (
+            result.text == "".join(event.text for event in events)
+            and result.finish_reason == "length"
+        )
+        assert result.stats.generation_tokens == len(events) and result.stats.prompt_tokens == len(
+            PROMPTS[k]
+        )
+
+
+def test_a_joining_sequence_changes_nothing_and_events_are_complete(engine):
+    batch = BatchEngine(engine, slots=4)
+    events: dict[int, list] = {}
+    numbers = {}
+    for step in range(200):
+        if step % 5 == 0 and len(numbers) < len(PROMPTS):
+            k = len(numbers)
+            numbers[batch.submit(PROMPTS[k], SAMPLING[k], OPTIONS[k])] = k
+        for number, event in batch.step():
+            events.setdefault(number, []).append(event)
+        if len(numbers) == len(PROMPTS) and not batch.busy:
+            break
+    assert len(events) == len(PROMPTS) and batch.step() == []
+    for number, k in numbers.items():
+        single = alone(engine, k)
+        assert [event.token for event in events[number]] == [event.token for event in single]
+        assert [event.logprob for event in events[number]] == pytest.approx(
+            [event.logprob for event in single], abs=1e-4
+        )
+        assert [len(event.top_logprobs) for event in events[number]] == [
+            len(event.top_logprobs) for event in single
+        ]
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_bits": 8}, {"kv_window": 20}], ids=str)
+def test_samples_of_a_prompt_share_its_prefill(engine, monkeypatch, settings):
+    prompt, passed, hidden = PROMPTS[4], [], type(engine.model).hidden
+
+    def counted(self, tokens, *rest, **named):
+        passed.append(tokens.size)
+        return hidden(self, tokens, *rest, **named)
+
+    samplings = [SamplingOptions(temperature=0.9, seed=1, stream=k) for k in range(4)]
+    settings = {"max_tokens": 6, "ignore_eos": True, **settings}
+    alone = [
+        [e.token for e in stream_generate(engine, prompt, one, **settings)] for one in samplings
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr(type(engine.model), "hidden", counted)
+        results = batch_generate(engine, [prompt] * 4, samplings, **settings)
+    assert [list(one.tokens) for one in results] == alone
+    assert passed[0] == len(prompt) and set(passed[1:]) <= {4}
+    assert [one.stats.reused_tokens for one in results] == [0] + [len(prompt)] * 3
+
+
+@pytest.mark.parametrize("admission", [8, 1 << 30])
+def test_a_long_prompt_that_joins_stalls_nobody(engine, monkeypatch, admission):
+    """A step reads at most `admission` tokens of it beside a token for each row that runs."""
+    passed, hidden = [], type(engine.model).hidden
+
+    def counted(self, tokens, *rest, **named):
+        passed.append(tokens.size if tokens.ndim == 2 else 0)
+        return hidden(self, tokens, *rest, **named)
+
+    batch = BatchEngine(engine, 4, admission=admission, compiled=False)
+    running = [
+        batch.submit(PROMPTS[k], SAMPLING[k], max_tokens=40, ignore_eos=True) for k in range(2)
+    ]
+    while len(batch.step()) < 2:
+        pass
+    prompt = PROMPTS[8]
+    monkeypatch.setattr(type(engine.model), "hidden", counted)
+    joining, read, found = batch.submit(prompt, SAMPLING[2], max_tokens=3), [], []
+    while joining not in found:
+        passed.clear()
+        found = [number for number, _ in batch.step()]
+        read.append(sum(passed))
+        assert sorted(set(found) - {joining}) == running
+    assert sum(read) == len(prompt) and max(read) == min(admission, len(prompt))
+
+
+def test_prompts_are_read_at_the_pace_of_the_device():
+    """From any start, a step with prompt tokens comes to take about four times one without, as far
+    as that can be.
+    """
+    for cost, wanted in ((0.001, (1, 2**30)), (0.5, (4, 8)), (0.1, (22, 36)), (9.0, (4, 4))):
+        pace = Pace()
+        for step in range(300):
+            prefilled = pace.tokens if step % 3 else 0
+            pace.learn(1.0 + cost * prefilled, prefilled)
+        low, high = wanted
+        assert low <= pace.tokens <= high and (cost > 0.001 or pace.tokens > 1000)
+    pace = Pace()
+    pace.learn(1.0, 0)
+    pace.learn(1.1, 5)  # a prompt's last few tokens say nothing of more
+    assert pace.tokens == Pace.FIRST
+
+
+def test_the_first_token_is_handed_out_before_a_step_is_built(engine, monkeypatch):
+    built, cached = [], type(engine.steps).cached
+
+    def noted(self, key, compiled, make):
+        built.append(key)
+        return cached(self, key, compiled, make)
+
+    monkeypatch.setattr(type(engine.steps), "cached", noted)
+    events = stream_generate(engine, PROMPTS[3], SAMPLING[1], OPTIONS[1])
+    next(events)
+    assert built == []
+    next(events)
+    assert built
+
+
+def test_cancelling_one_leaves_the_others(engine):
+    batch = BatchEngine(engine, slots=2)
+    numbers = [batch.submit(PROMPTS[k], SAMPLING[k], OPTIONS[8]) for k in range(4)]
+    tokens: dict[int, list] = {number: [] for number in numbers}
+    for step in range(300):
+        if step == 4:
+            assert (
+                batch.cancel(numbers[0])
+                and batch.cancel(numbers[3])
+                and not batch.cancel(numbers[0])
+            )
+        for number, event in batch.step():
+            tokens[number].append(event.token)
+        if not batch.busy:
+            break
+    assert len(tokens[numbers[0]]) == 4 and tokens[numbers[3]] == []
+    for k in (1, 2):
+        assert tokens[numbers[k]] == [event.token for event in alone(engine, k, options=OPTIONS[8])]
+    batch.submit(PROMPTS[0])
+    batch.step()
+    batch.close()
+    assert not batch.busy and alone(engine, 0)
+
+
+def test_quantized_caches_and_the_bundled_model_batch_too(tiny, engine):
+    results = batch_generate(engine, PROMPTS, kv_bits=8, max_tokens=6)
+    for k, result in enumerate(results):
+        single = stream_generate(engine, PROMPTS[k], kv_bits=8, max_tokens=6)
+        assert list(result.tokens) == [event.token for event in single]
+    texts = ["Once upon a time", "The king said", "It was"]
+    for text, result in zip(
+        texts, batch_generate(tiny, texts, max_tokens=6, stop=("e",)), strict=True
+    ):
+        assert result.text == "".join(
+            event.text for event in stream_generate(tiny, text, max_tokens=6, stop=("e",))
+        )
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_batch_grows_from_one_row_to_many_and_back(engine, bits):
+    wanted = {
+        k: GenerationOptions(max_tokens=length, ignore_eos=True)
+        for k, length in enumerate((40, 4, 9, 20))
+    }
+    batch = BatchEngine(engine, 8, EngineOptions(kv_bits=bits))
+    tokens: dict[int, list[int]] = {batch.submit(PROMPTS[0], SAMPLING[0], wanted[0]): []}
+    step = 0
+    while batch.busy:
+        for number, event in batch.step():
+            tokens[number].append(event.token)
+        step += 1
+        if step in (3, 4, 17):
+            tokens[
+                batch.submit(PROMPTS[len(tokens)], SAMPLING[len(tokens)], wanted[len(tokens)])
+            ] = []
+    for k, found in enumerate(tokens.values()):
+        assert found == [event.token for event in alone(engine, k, options=wanted[k], kv_bits=bits)]
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_log_probabilities_of_the_chosen_tokens_alone(engine, most):
+    options = [
+        GenerationOptions(max_tokens=6, ignore_eos=True, logprobs=wanted)
+        for wanted in (0, most, None)
+    ]
+    batch = BatchEngine(engine, 2)
+    events: dict[int, list] = {
+        batch.submit(PROMPTS[k], SAMPLING[k], options[k]): [] for k in range(3)
+    }
+    while batch.busy:
+        for number, event in batch.step():
+            events[number].append(event)
+    for k, found in enumerate(events.values()):
+        single = alone(engine, k, options=options[k])
+        assert [event.token for event in found] == [event.token for event in single]
+        assert {len(event.top_logprobs) for event in (*found, *single)} == {(0, most, 0)[k]}
+        for one, other in zip(found, single, strict=True):
+            assert one.logprob == (None if k == 2 else pytest.approx(other.logprob, abs=1e-4))
+
+
+def test_filters_stay_while_any_row_lives_so_that_few_steps_are_traced(engine):
+    """Requests come and go beside one that stays: the sets of filters only grow, and the tokens are
+    those alone.
+    """
+    kinds = [
+        {"temperature": 1.0, "top_k": 5},
+        {"repetition_penalty": 1.3},
+        {"temperature": 1.0, "min_p": 0.1},
+        {},
+    ]
+    kinds = [SamplingOptions(seed=4, **kind) for kind in kinds * 4]
+    batch, seen, tokens = BatchEngine(engine, 3), [], {}
+    tokens[batch.submit(PROMPTS[0], max_tokens=150, ignore_eos=True)] = []
+    for _ in range(150):
+        if len(tokens) <= len(kinds) and sum(map(bool, batch._rows)) < 2:
+            tokens[batch.submit(PROMPTS[1], kinds[len(tokens) - 1], OPTIONS[0])] = []
+        for number, event in batch.step():
+            tokens[number].append(event.token)
+        if hasattr(batch, "_spec") and batch._spec not in seen:
+            seen.append(batch._spec)
+    assert len(tokens) == len(kinds) + 1 and len(seen) == 3
+    for kind, found in zip(kinds, list(tokens.values())[1:], strict=True):
+        assert found == [
+            event.token for event in stream_generate(engine, PROMPTS[1], kind, OPTIONS[0])
+        ]
+
+
+def test_rows_that_nobody_uses_stand_still(engine):
+    """Else their positions would run past the buffers, whose slots belong to others there."""
+    batch = BatchEngine(engine, 9)
+    for k in range(9):  # of twelve rows, three were never used, and one soon is not
+        batch.submit(PROMPTS[k], max_tokens=30 if k else 2, ignore_eos=True)
+    seen = []
+    while batch.busy:
+        batch.step()
+        seen.append(batch._state.position.tolist() if hasattr(batch, "_state") else [])
+    assert (
+        sorted(late - early for early, late in zip(seen[4], seen[20], strict=True))
+        == [0] * 4 + [16] * 8
+    )
+
+
+ENGINE = Path(openelm_mlx.__file__).parent / "engine"
+
+
+class InterruptAt:
+    """A trace function that raises KeyboardInterrupt at one line of the engine, once; not while a
+    token becomes an event.
+    """
+
+    def __init__(self, line):
+        self.left, self.done = line, False
+
+    def __call__(self, frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        return (
+            self.line
+            if path.is_relative_to(ENGINE)
+            and path.stem not in ("request", "threads", "tokenizer", "stats")
+            else None
+        )
+
+    def line(self, frame, event, argument):
+        self.left -= event == "line"
+        if self.left <= 0 and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+        return self.line
+
+
+def finished(batch, interrupt=None):
+    """The tokens of all requests, whatever a step raises meanwhile."""
+    found: dict[int, list] = {}
+    while batch.busy:
+        if interrupt is not None and not interrupt.done:
+            sys.settrace(interrupt)
+        try:
+            events = batch.step()
+        except (KeyboardInterrupt, RuntimeError):
+            continue
+        finally:
+            sys.settrace(None)
+        for number, event in events:
+            found.setdefault(number, []).append(event.token)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_window": 24}], ids=str)
+def test_an_interrupt_anywhere_loses_nothing(engine, settings):
+    """Requests go on with the tokens that they get alone, and the prefix cache holds what it
+    says.
+    """
+    draft = random_engine(engine, seed=1, noise=0.3)
+    options = [GenerationOptions(max_tokens=4 + 3 * k, ignore_eos=True) for k in range(4)]
+    wanted = [[e.token for e in alone(engine, k, options=options[k], **settings)] for k in range(4)]
+    for line in range(150, 15000, 587):
+        store, interrupt = PromptCache(), InterruptAt(line)
+        batch = BatchEngine(engine, 4, draft=draft, prompt_cache=store, **settings)
+        for k in range(4):
+            batch.submit(PROMPTS[k], SAMPLING[k], options[k])
+        assert sorted(finished(batch, interrupt), key=len) == wanted, line
+        for entry in list(store._entries)[-2:]:
+            longer, more = [*entry.tokens, 7, 8], {"max_tokens": 3, "ignore_eos": True, **settings}
+            kept = [e.token for e in stream_generate(engine, longer, prompt_cache=store, **more)]
+            assert kept == [e.token for e in stream_generate(engine, longer, **more)], line
+        if not interrupt.done:
+            break
+    assert line > 5000
+
+
+def fails(times, call=lambda *given: None):
+    """A function of the caller's that raises so many times, and then does what `call` does."""
+    left = iter(range(times))
+
+    def function(*given):
+        if next(left, None) is not None:
+            raise RuntimeError("mine")
+        return call(*given)
+
+    return function
+
+
+def test_what_functions_of_the_caller_raise_loses_nothing(engine):
+    options = GenerationOptions(max_tokens=9, ignore_eos=True)
+
+    class Guess:
+        propose = staticmethod(fails(3, lambda known, length: [5] * length))
+
+    batch = BatchEngine(engine, 4, draft=Guess(), admission=1 << 30)
+    wanted = [[e.token for e in alone(engine, k, options=options)] for k in range(4)]
+    for k in range(4):
+        processor = fails(2, lambda logits, newest, positions: logits) if k == 1 else None
+        batch.submit(
+            PROMPTS[k], replace(SAMPLING[k], processor=processor), options, progress=fails(k)
+        )
+    assert sorted(finished(batch)) == sorted(wanted)
+
+
+@pytest.mark.parametrize(
+    "rows", [1, 4]
+)  # it fails for the first tokens of all, or in a step of several
+def test_a_request_that_always_fails_can_be_cancelled(engine, rows):
+    def processor(logits, newest, positions):
+        if logits.shape[0] >= rows:
+            raise RuntimeError("mine")
+        return logits
+
+    batch = BatchEngine(engine, 4)
+    options = GenerationOptions(max_tokens=9, ignore_eos=True)
+    for _ in range(3):
+        batch.submit(PROMPTS[0], options=options)
+    batch.step()
+    failing = batch.submit(PROMPTS[4], SamplingOptions(processor=processor), options)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="mine"):
+            for _ in range(9):
+                batch.step()
+    assert batch.cancel(failing)
+    batch.step()
+    assert len(finished(batch)) == 3
+
+
+def test_a_prompt_that_is_cancelled_is_prefilled_no_further(engine):
+    batch = BatchEngine(engine, 4, prompt_cache=PromptCache(), admission=16)
+    batch.submit(PROMPTS[0], max_tokens=40, ignore_eos=True)
+    batch.step()
+    long = batch.submit(PROMPTS[8], max_tokens=4)
+    batch.step()
+    assert batch.cancel(long) and not batch.cancel(long)
+    assert batch.prompt_cache.tokens == PROMPTS[8][:16]
+    batch.step()
+    pair = [batch.submit(PROMPTS[1], max_tokens=4) for _ in range(2)]  # one of several in a pass
+    assert batch._next_admission(99).requests[1].number == pair[1] and batch.cancel(pair[0])
+    events = [one for _ in range(8) for one in batch.step()]
+    assert {number for number, _ in events} == {1, pair[1]}
+
+
+def test_a_wrong_prompt_fails_alone(engine):
+    results = batch_generate(engine, [PROMPTS[0], "", [1] * 999, PROMPTS[1]], max_tokens=3)
+    assert [result.error is None for result in results] == [True, False, False, True]
+    assert isinstance(results[1].error, PromptError) and "context holds 512" in str(
+        results[2].error
+    )
+    assert len(results[3].tokens) == 3
+
+
+def test_mistakes(engine):
+    for slots in (0, 2.5):
+        with pytest.raises(
+            OptionError, match=rf"slots is {slots}; allowed is a whole number from 1 up"
+        ):
+            BatchEngine(engine, slots=slots)
+    with pytest.raises(
+        OptionError, match="sampling has 2 entries for 1 prompts; give one for all, or one each"
+    ):
+        batch_generate(engine, ["a"], [SamplingOptions()] * 2)
+    with pytest.raises(
+        PromptError,
+        match=r"prompts is one text; give a list of prompts, also for a single one: \[text\]",
+    ):
+        batch_generate(engine, "hi")
+    for name, value in (("kv_bits", 8), ("prefill_chunk", 7), ("compiled", False)):
+        with pytest.raises(
+            OptionError,
+            match=f"{name} is an option of the engine, not of a request; give it to the BatchEngine",
+        ):
+            BatchEngine(engine).submit("a", **{name: value})
+    with pytest.raises(
+        OptionError,
+        match="max_tokens is an option of a request, not of the engine; give it to submit",
+    ):
+        BatchEngine(engine, max_tokens=3)
+    with pytest.raises(OptionError, match="draft_tokens is 3, but nothing drafts"):
+        BatchEngine(engine).submit("a", draft_tokens=3)
+    full = BatchEngine(engine, 1, max_waiting=2)
+    full.submit("a"), full.submit("b")
+    with pytest.raises(
+        BusyError,
+        match="2 requests wait already; read events until some have ended, or give a larger",
+    ):
+        full.submit("c")
+    assert [quarters(n) for n in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, *[12] * 4, *[16] * 4, 24]

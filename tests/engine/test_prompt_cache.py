@@ -1,0 +1,520 @@
+"""The store of sequences that were run: what it finds, keeps and drops, against a naive one; and
+its files.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import random
+from dataclasses import replace
+
+import pytest
+from small import random_engine
+
+from openelm_mlx import BatchEngine, EngineOptions, PromptCache, stream_generate
+from openelm_mlx.device import mx
+from openelm_mlx.engine.loading import parameters
+from openelm_mlx.engine.prompt_cache import common_prefix
+from openelm_mlx.errors import CacheError, OptionError, PromptError
+from openelm_mlx.model.cache import KVCache
+from openelm_mlx.model.cache_kinds import SLACK, CacheKind, Plain, Quantized, Window
+from openelm_mlx.model.config import layer_shapes
+
+PLAIN, EIGHT, WINDOW = CacheKind(), CacheKind(Quantized(8, 32)), CacheKind(Plain(), Window(20, 3))
+OPTIONS = {
+    PLAIN: None,
+    EIGHT: EngineOptions(kv_bits=8),
+    WINDOW: EngineOptions(kv_window=20, kv_keep=3),
+}
+TOKENS = [1] + [(7 * i * i + 3 * i) % 64 for i in range(99)]
+ONE, OTHER = object(), object()  # what stands for weights
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return random_engine(tiny, seed=1)
+
+
+def written(engine, tokens, kind=PLAIN, room=None):
+    """A cache whose keys and values are the tokens themselves, each in its slot."""
+    cache = KVCache(engine.config, kind)
+    slots = kind.layout.capacity if kind == WINDOW else room or len(tokens)
+    for shape in layer_shapes(engine.config):
+        new = mx.zeros((2, 1, shape.kv_heads, slots, engine.config.head_dim))
+        place = kind.layout.slots(mx.arange(len(tokens)))
+        new[..., place, :] = mx.array(tokens, dtype=mx.float32)[:, None]
+        cache.arrays.append(kind.store.pack(new))
+    cache.offset = cache.written = len(tokens)
+    mx.eval(cache.arrays)
+    return cache
+
+
+def read(cache, count):
+    """The tokens that such a cache holds; all layers, keys and values agree."""
+    rows = [array[..., :count, :].swapaxes(-1, -2).reshape(-1, count) for (array,) in cache.arrays]
+    rows = mx.concatenate(rows)
+    assert (rows == rows[:1]).all().item()
+    return rows[0].astype(mx.int32).tolist()
+
+
+def ran(engine, tokens, kind=PLAIN):
+    """The cache after a pass of the model over the tokens, put into a store."""
+    cache, store = KVCache(engine.config, kind), PromptCache()
+    engine.model.hidden(mx.array([tokens]), cache, last=True)
+    mx.eval(cache.arrays)
+    store.put(engine.steps.refresh(), tokens, cache)
+    return store
+
+
+def next_logits(engine, tokens, cache):
+    return engine.model(mx.array([tokens]), cache)[0, -1]
+
+
+class Naive:
+    """The same store over plain lists: (who, tokens, bytes), the least recently used first."""
+
+    def __init__(self, max_bytes):
+        self.max_bytes, self.entries = max_bytes, []
+
+    def take(self, who, tokens):
+        best = None
+        for index, (whose, held, _) in enumerate(self.entries):
+            count = 0
+            while count < min(len(held), len(tokens) - 1) and held[count] == tokens[count]:
+                count += 1
+            if whose == who and count and (best is None or (count, count == len(held)) >= best[:2]):
+                best = count, count == len(held), index
+        if best is None:
+            return 0
+        entry = self.entries.pop(best[2])
+        if not best[1]:
+            self.entries.append(entry)
+        return best[0]
+
+    def put(self, who, tokens, size):
+        self.entries = [e for e in self.entries if e[0] != who or tokens[: len(e[1])] != e[1]] + [
+            (who, tokens, size)
+        ]
+        while sum(e[2] for e in self.entries) > self.max_bytes and len(self.entries) > 1:
+            del self.entries[0]
+
+
+def test_a_store_equals_a_naive_one_over_random_sequences(engine):
+    """Longest prefix, order of use, budget; owners, kinds and weights apart; and the arrays are
+    those of the tokens.
+    """
+    R = random.Random(5)
+    slot = (
+        sum(2 * shape.kv_heads for shape in layer_shapes(engine.config))
+        * engine.config.head_dim
+        * 4
+    )
+    store, naive, shared = PromptCache(60 * slot), Naive(60 * slot), 0
+    for _ in range(600):
+        weights, owner = R.choice([ONE, ONE, ONE, OTHER]), R.choice(["", "", "anna"])
+        who, tokens = (id(weights), owner), [R.randrange(2) for _ in range(R.randint(1, 12))]
+        took = store.take(weights, PLAIN, tokens, owner)
+        count = naive.take(who, tokens)
+        assert (took[1] if took else 0) == count
+        if took is not None:
+            assert took[0].offset == count and read(took[0], count) == tokens[:count]
+            shared += count
+        if R.random() < 0.7:
+            cache = written(engine, tokens)
+            store.put(weights, tokens, cache, owner)
+            naive.put(who, tokens, cache.nbytes)
+        assert len(store) == len(naive.entries) and store.tokens == (
+            naive.entries[-1][1] if naive.entries else []
+        )
+        assert store.nbytes == sum(entry[2] for entry in naive.entries) <= 60 * slot
+    assert shared > 500
+    store.clear()
+    assert (len(store), store.nbytes, store.tokens, store.take(ONE, PLAIN, [0, 1])) == (
+        0,
+        0,
+        [],
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [{"weights": OTHER}, {"kind": EIGHT}, {"owner": "ben"}],
+    ids=lambda one: next(iter(one)),
+)
+def test_an_entry_is_for_its_weights_its_kind_and_its_owner(engine, strange):
+    store, whose = PromptCache(), {"weights": ONE, "kind": PLAIN, "owner": "anna"}
+    store.put(ONE, TOKENS[:9], written(engine, TOKENS[:9]), "anna")
+    assert store.take(tokens=TOKENS, **whose | strange) is None and len(store) == 1
+    assert store.take(tokens=TOKENS, **whose)[1] == 9
+
+
+def test_what_is_wholly_used_is_moved_and_what_is_partly_used_is_copied(engine):
+    store, cache = PromptCache(), written(engine, TOKENS, room=1024)
+    store.put(ONE, TOKENS, cache)
+    mx.clear_cache()  # a buffer that is used again may be larger than what is asked of it
+    before = mx.get_active_memory()
+    part, count = store.take(ONE, PLAIN, [*TOKENS[:50], 5])
+    mx.eval(part.arrays)
+    assert part.nbytes <= cache.nbytes / 2
+    assert (
+        count == 50
+        and part is not cache
+        and store.tokens == TOKENS
+        and read(part, 50) == TOKENS[:50]
+    )
+    assert mx.get_active_memory() - before == pytest.approx(part.nbytes, rel=0.1)
+    before = mx.get_active_memory()
+    assert store.take(ONE, PLAIN, TOKENS)[1] == 99  # all but one token of an entry: it stays
+    assert store.take(ONE, PLAIN, [*TOKENS, 5])[0] is cache
+    assert mx.get_active_memory() == before and (len(store), store.nbytes) == (0, 0)
+
+
+def test_of_two_that_share_as_much_the_one_that_need_not_be_copied_is_taken(engine):
+    store, short = PromptCache(), written(engine, [1, 5, 9])
+    store.put(ONE, [1, 5, 9, 4, 2], written(engine, [1, 5, 9, 4, 2]))
+    store.put(ONE, [1, 5, 9], short)
+    assert store.take(ONE, PLAIN, [1, 5, 9, 8]) == (short, 3) and store.tokens == [1, 5, 9, 4, 2]
+
+
+def test_an_entry_that_comes_in_the_midst_of_a_search_takes_no_other_ones_place(engine):
+    class Meanwhile(str):
+        """An owner that is compared while the collector closes another generation."""
+
+        def __eq__(self, other):
+            if coming:
+                tokens = coming.pop()
+                store.put(weights, tokens, written(engine, tokens))
+            return other == ""
+
+        __hash__ = str.__hash__
+
+    store, weights, coming = PromptCache(), object(), [[1, 5, 9, 4, 6]]
+    for tokens in ([1, 5, 9, 4], [1, 5, 9, 8, 7]):
+        store.put(weights, tokens, written(engine, tokens))
+    cache, reused = store.take(weights, PLAIN, [1, 5, 9, 8, 7, 3], Meanwhile())
+    assert reused == 5 and read(cache, 5) == [1, 5, 9, 8, 7]
+    assert len(store) == 1 and store.tokens == [1, 5, 9, 4, 6]
+
+
+def test_the_latest_stays_whatever_it_takes(engine):
+    store = PromptCache(max_bytes=0)
+    for count in (9, 4):
+        store.put(ONE, TOKENS[:count], written(engine, TOKENS[:count]))
+        assert store.tokens == TOKENS[:count] and len(store) == 1
+    store.put(ONE, [], KVCache(engine.config))  # nothing was run: there is nothing to keep
+    assert store.tokens == TOKENS[:4]
+
+
+def test_tokens_that_the_cache_does_not_hold_are_refused(engine):
+    store = PromptCache()
+    with pytest.raises(
+        CacheError, match="the cache holds 9 tokens, but 8 were given; give those that it holds"
+    ):
+        store.put(ONE, TOKENS[:8], written(engine, TOKENS[:9]))
+    assert len(store) == 0
+
+
+def test_a_window_that_has_forgotten_serves_no_earlier_text(engine):
+    """Another entry may; and a shorter one is kept as long as the longer one cannot give it."""
+    store, full = PromptCache(), WINDOW.layout.capacity
+    store.put(ONE, TOKENS[:40], written(engine, TOKENS[:40], WINDOW))
+    store.put(
+        ONE, TOKENS[:full], written(engine, TOKENS[:full], WINDOW)
+    )  # not yet run over: it can give everything
+    assert len(store) == 1
+    store.put(ONE, TOKENS[:90], written(engine, TOKENS[:90], WINDOW))
+    assert len(store) == 2
+    assert store.take(ONE, WINDOW, [*TOKENS[:55], 5])[1] == full  # the shorter one, wholly
+    assert store.take(ONE, WINDOW, [*TOKENS[:50], 5]) is None and len(store) == 1
+    assert store.take(ONE, WINDOW, [*TOKENS[: 90 - SLACK], 5])[1] == 90 - SLACK
+
+
+@pytest.mark.parametrize("kind", [PLAIN, EIGHT, WINDOW], ids=str)
+def test_what_was_taken_goes_on_as_the_whole_text(engine, kind):
+    store = ran(engine, TOKENS[:60], kind)
+    for text in ([*TOKENS[:55], 7, 8], [*TOKENS[:60], 5, 6]):  # a copy, then the entry itself
+        took, count = store.take(engine.steps.refresh(), kind, text)
+        wanted = next_logits(engine, text, KVCache(engine.config, kind))
+        distance = mx.abs(next_logits(engine, text[count:], took) - wanted).max().item()
+        assert count >= 55 and distance < (0.1 if kind == EIGHT else 1e-4)
+
+
+def ids_of(tiny, parts):
+    """Ids of a text that was generated in these parts, each of them encoded alone."""
+    ids = tiny.tokenizer.encode(parts[0])
+    for part in parts[1:]:
+        ids += [2] if part == "</s>" else tiny.tokenizer.encode(part, bos=False, continued=True)
+    return ids
+
+
+@pytest.mark.parametrize(
+    "held, prompt, dropped",
+    [
+        (("On", "ce up", "on"), "Once upon", 0),  # the very text
+        (("On", "ce up", "on"), "Once upon a", 0),
+        (
+            ("On", "ce up", "on a", " m", "o", "use"),
+            "Once upon a mole",
+            3,
+        ),  # up to the last word that both have
+        (
+            ("On", "ce up", "on", "</s>"),
+            "Once upon a",
+            1,
+        ),  # an answer that ended: text goes on before its EOS
+        (("Once ", "\n"), "Once \nupon", 0),
+    ],
+)
+def test_text_goes_on_from_the_held_tokens_that_spell_its_beginning(
+    tiny, engine, held, prompt, dropped
+):
+    store, tokenizer, ids = PromptCache(), tiny.tokenizer, ids_of(tiny, held)
+    other = ids_of(tiny, ("On", "ce up", "ward"))  # shares less
+    for tokens in (ids, other, other[:2]):
+        store.put(ONE, tokens, written(engine, tokens))
+    found = store.ids_for(tokenizer, prompt, ONE, PLAIN)
+    assert common_prefix(found, ids) == len(ids) - dropped and tokenizer.decode(found) == prompt
+    assert found != tokenizer.encode(prompt) or held[0] == "Once "
+    assert store.ids_for(tokenizer, "Another text", ONE, PLAIN) == tokenizer.encode("Another text")
+    store.put(OTHER, ids[1:], written(engine, ids[1:]))  # what has no start token begins no text
+    for strange in ((OTHER, PLAIN), (ONE, EIGHT), (ONE, PLAIN, "anna")):
+        assert store.ids_for(tokenizer, prompt, *strange) == tokenizer.encode(prompt)
+
+
+def test_text_goes_on_from_half_a_character(tiny, engine):
+    store, tokenizer = PromptCache(), tiny.tokenizer
+    ids = tokenizer.encode("A 🦙")[:-2]
+    store.put(ONE, ids, written(engine, ids))
+    shown = tokenizer.decode(ids)
+    assert shown.endswith("\ufffd")
+    found = store.ids_for(tokenizer, shown + " is", ONE, PLAIN)
+    assert found[: len(ids)] == ids and tokenizer.decode(found) == shown + " is"
+    assert store.ids_for(tokenizer, "A 🦙 is", ONE, PLAIN) == tokenizer.encode("A 🦙 is")
+    with pytest.raises(PromptError, match="not valid UTF-8"):
+        store.ids_for(tokenizer, "\ud800", ONE, PLAIN)
+
+
+@pytest.mark.parametrize("kind", [PLAIN, EIGHT, WINDOW], ids=str)
+def test_a_saved_cache_goes_on_where_it_ended(engine, tmp_path, kind):
+    store = ran(engine, TOKENS[:60], kind)
+    cache, count = store.take(engine.steps.refresh(), kind, TOKENS[:61])
+    cache.written += 3  # as after drafts that were rejected
+    store.put(engine.steps.refresh(), TOKENS[:count], cache)
+    store.save(tmp_path / "talk.safetensors", engine)
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.safetensors"]
+    again = PromptCache.load(tmp_path / "talk.safetensors", engine, OPTIONS[kind])
+    assert again.tokens == store.tokens == TOKENS[:60] and len(again) == 1
+    took, count = again.take(engine.steps.refresh(), kind, TOKENS[:61])
+    assert (count, took.offset, took.written) == (60, 60, 63)
+    assert (
+        (next_logits(engine, TOKENS[60:70], took) == next_logits(engine, TOKENS[60:70], cache))
+        .all()
+        .item()
+    )
+
+
+def test_the_latest_sequence_of_an_engine_is_saved(tiny, engine, tmp_path):
+    other, store = random_engine(tiny, seed=2), ran(engine, TOKENS[:9])
+    store.put(other.steps.refresh(), TOKENS[:5], written(other, TOKENS[:5]))
+    store.put(engine.steps.refresh(), TOKENS[1:9], written(engine, TOKENS[1:9]))
+    for whose, tokens in ((engine, TOKENS[1:9]), (other, TOKENS[:5])):
+        store.save(tmp_path / "talk.safetensors", whose)
+        assert PromptCache.load(tmp_path / "talk.safetensors", whose).tokens == tokens
+
+
+def test_saved_caches_are_refused_where_they_do_not_belong(tiny, engine, tmp_path):
+    path = tmp_path / "talk.safetensors"
+    with pytest.raises(
+        CacheError, match="the cache holds nothing that random-1 has run; there is nothing to save"
+    ):
+        PromptCache().save(path, engine)
+    store = ran(engine, TOKENS[:9])
+    with pytest.raises(CacheError, match="cannot be written"):
+        store.save(tmp_path / "missing" / "talk.safetensors", engine)
+    store.save(path, engine)
+    with pytest.raises(
+        CacheError, match="made with other weights or another tokenizer than random-2's"
+    ):
+        PromptCache.load(path, random_engine(tiny, seed=2))
+    weight = engine.model.layers[0].ffn.proj_1.weight
+    before = weight[3, 5].item()
+    weight[3, 5] = before + 1e-3  # a single weight
+    with pytest.raises(CacheError, match="other weights"):
+        PromptCache.load(path, engine)
+    weight[3, 5], weight[3, 6] = weight[3, 6].item(), before  # two that changed places
+    with pytest.raises(CacheError, match="other weights"):
+        PromptCache.load(path, engine)
+    weight[3, 6], weight[3, 5] = weight[3, 5].item(), before
+    for other in (
+        replace(engine, quantization={"bits": 8}),
+        replace(engine, tokenizer=copy.copy(engine.tokenizer)),
+    ):
+        other.tokenizer.fingerprint += "0" * (other.quantization is None)
+        with pytest.raises(CacheError, match="other weights or another tokenizer"):
+            PromptCache.load(path, other)
+    with pytest.raises(
+        CacheError,
+        match="holds plain keys and values; asked for are 8-bit keys and values, group 32",
+    ):
+        PromptCache.load(path, engine, OPTIONS[EIGHT])
+    data = path.read_bytes()
+    for name, content in {
+        "cut": data[: len(data) // 2],
+        "noise": b"\x00" * 99,
+        "empty": b"",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CacheError, match=r"is no saved cache.*give another file|is damaged"):
+            PromptCache.load(tmp_path / name, engine)
+    mx.save_safetensors(str(path), {"a": mx.zeros(3)}, {"format": "other"})
+    with pytest.raises(CacheError, match="no saved cache of this version"):
+        PromptCache.load(path, engine)
+    with pytest.raises(CacheError, match="no saved cache"):
+        PromptCache.load(tmp_path / "nowhere", engine)
+    with pytest.raises(OptionError, match="options is .*; allowed is one made by EngineOptions"):
+        PromptCache.load(path, engine, EIGHT)
+    for use in (PromptCache().save, PromptCache.load):
+        with pytest.raises(OptionError, match="engine is .*; allowed is a loaded model"):
+            use(engine, str(path))
+    for size in (-1, "1 GB", 1e9):
+        with pytest.raises(
+            OptionError, match=f"max_bytes is {size!r}; allowed is a whole number from 0 up"
+        ):
+            PromptCache(size)
+
+
+@pytest.mark.parametrize("kind", [PLAIN, EIGHT, WINDOW], ids=str)
+def test_saved_caches_that_someone_changed_are_refused(engine, tmp_path, kind):
+    store = ran(engine, TOKENS[:9], kind)
+    store.save(tmp_path / "whole.safetensors", engine)
+    arrays, about = mx.load(str(tmp_path / "whole.safetensors"), return_metadata=True)
+    assert (
+        PromptCache.load(tmp_path / "whole.safetensors", engine, OPTIONS[kind]).tokens == TOKENS[:9]
+    )
+    for change, fields, what in (
+        (lambda a: a[..., :5, :], {}, "layer 0 have the shape"),
+        (lambda a: a[:, :, :1], {}, "layer 1 have the shape"),
+        (lambda a: mx.concatenate([a, a]), {}, "layer 0 have the shape"),
+        (lambda a: a[..., 0], {}, "layer 0 have the shape"),
+        (lambda a: a, {"tokens": json.dumps([1.5] * 9)}, "tokens outside the vocabulary"),
+        (lambda a: a, {"tokens": json.dumps([64] * 9)}, "tokens outside the vocabulary"),
+        (lambda a: a, {"tokens": json.dumps(TOKENS[1:9])}, "9 positions for 8 tokens"),
+        (lambda a: a, {"tokens": "[]", "offset": "0"}, "0 positions for 0 tokens"),
+        (lambda a: a, {"tokens": "[" * 10**5}, "maximum recursion depth"),
+        (lambda a: a, {"tokens": "{}"}, "positions for"),
+    ):
+        changed = {name: mx.contiguous(change(array)) for name, array in arrays.items()}
+        mx.save_safetensors(str(tmp_path / "changed.safetensors"), changed, {**about, **fields})
+        with pytest.raises(CacheError, match=f"is damaged: .*{what}"):
+            PromptCache.load(tmp_path / "changed.safetensors", engine, OPTIONS[kind])
+
+
+def generated(engine, prompt, store=None, **settings):
+    """The tokens that follow, and how many of the prompt's the store gave."""
+    settings = {"max_tokens": 4, "ignore_eos": True} | settings
+    events = list(stream_generate(engine, prompt, prompt_cache=store, **settings))
+    return [event.token for event in events], events[-1].stats.reused_tokens
+
+
+def test_generations_of_every_kind_share_a_store_and_say_what_they_say_alone(engine):
+    store, reused = PromptCache(), {}
+    for kind in ({}, {"kv_bits": 8}, {"kv_window": 24}):
+        for prompt in (TOKENS, TOKENS[:40], [*TOKENS[:45], 7], [*TOKENS[:40], 9, 9], TOKENS):
+            found, count = generated(engine, prompt, store, **kind)
+            assert found == generated(engine, prompt, **kind)[0]
+            reused.setdefault(str(kind), []).append(count)
+    full = [0, 39, 45, 40, 99]
+    assert list(reused.values())[:2] == [full, full]
+    assert (
+        reused["{'kv_window': 24}"][1] == 0 and reused["{'kv_window': 24}"][4] > 39
+    )  # it had to begin anew
+
+
+def test_weights_that_changed_find_nothing_of_before(tiny, engine):
+    store, other = PromptCache(), random_engine(tiny, seed=2)
+    generated(engine, TOKENS[:20], store)
+    assert generated(other, TOKENS[:20], store) == generated(other, TOKENS[:20])
+    weight = other.model.layers[0].ffn.proj_1
+    weight.weight = weight.weight * 1.5
+    assert generated(other, TOKENS[:20], store) == generated(other, TOKENS[:20])
+    assert generated(engine, TOKENS[:21], store)[1] == 20
+
+
+def test_a_generation_that_was_let_go_disturbs_no_other(engine):
+    """It is collected amid the prefill of another one, and gives its cache back then."""
+    store = PromptCache()
+    wanted = generated(engine, TOKENS[::-1])[0]
+
+    class Client:
+        def __init__(self):
+            self.events, self.myself = (
+                stream_generate(engine, TOKENS, prompt_cache=store, max_tokens=20),
+                self,
+            )
+
+    next(Client().events)
+    counts = []
+
+    def progress(done, total):
+        gc.collect()
+        counts.append(len(store))
+
+    assert generated(engine, TOKENS[::-1], store, prefill_chunk=16, progress=progress)[0] == wanted
+    assert counts[-1] == 1 and len(store) == 2 and generated(engine, [*TOKENS, 5], store)[1] == 100
+
+
+def test_a_cache_saved_between_the_tokens_of_one_draft_is_whole(engine, tmp_path):
+    store, path = PromptCache(), tmp_path / "talk.safetensors"
+    settings = {"draft": engine, "draft_tokens": 4, "adaptive_draft": False}
+    stream = stream_generate(engine, TOKENS[:9], prompt_cache=store, **settings)
+    seen = [next(stream).token for _ in range(3)]
+    stream.close()
+    store.save(path, engine)
+    held = PromptCache.load(path, engine).tokens
+    assert held == store.tokens and held[:11] == [*TOKENS[:9], *seen][:11]
+    assert generated(engine, [*held, 5], PromptCache.load(path, engine)) == (
+        generated(engine, [*held, 5])[0],
+        len(held),
+    )
+
+
+def test_a_batch_keeps_owners_apart(tiny, engine):
+    """Also where they ask the same at the same time, and where text goes on from held tokens."""
+    store = PromptCache()
+    batch = BatchEngine(engine, 4, prompt_cache=store, admission=1 << 30)
+    for owner in ("one", "other", "one"):
+        batch.submit(TOKENS[:30], owner=owner, max_tokens=1)
+    events = [event for _ in range(2) for _, event in batch.step()]
+    assert [event.stats.reused_tokens for event in events] == [0, 0, 30]
+    encode = tiny.tokenizer.encode
+    letters = [
+        1,
+        *(token for letter in "Once" for token in encode(letter, bos=False, continued=True)),
+    ]
+    batch = BatchEngine(tiny, 1, prompt_cache=store)
+    batch.submit(letters, owner="one", max_tokens=1)
+    batch.step()
+    for owner, begun in (("one", letters), ("other", encode("Once"))):
+        batch.submit("Once upon", owner=owner, max_tokens=1, continued=True)
+        assert batch._waiting[-1].prompt == [*begun, *encode("Once upon")[len(encode("Once")) :]]
+
+
+def test_what_began_with_other_weights_is_not_found(tiny):
+    engine, store, name = (
+        random_engine(tiny, seed=1),
+        PromptCache(),
+        "transformer.layers.1.ffn.proj_1.weight",
+    )
+    batch = BatchEngine(engine, 2, prompt_cache=store)
+    batch.submit(TOKENS[:20], max_tokens=9, ignore_eos=True)
+    batch.step(), batch.step()
+    engine.model.load_weights([(name, parameters(engine.model)[name] * 2)], strict=False)
+    batch.submit(TOKENS[20:29], max_tokens=2, ignore_eos=True)
+    while batch.busy:
+        batch.step()
+    weights = engine.steps.refresh()
+    assert store.take(weights, CacheKind(), TOKENS[:20]) is None
+    assert store.take(weights, CacheKind(), TOKENS[20:29]) is not None

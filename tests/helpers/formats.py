@@ -1,0 +1,115 @@
+"""What the tests of formats share: tokenizers of any size, a small model folder, what a written
+folder holds.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.convert.opening import open_model
+from openelm_mlx.device import mx
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+
+CORPUS = (
+    "once upon a time there was a little girl who lived in a forest with a fox",
+    "two birds flew",
+)
+TINY = OpenELMConfig(
+    model_dim=32,
+    head_dim=8,
+    num_transformer_layers=1,
+    vocab_size=64,
+    num_gqa_groups=1,
+    ffn_dim_divisor=32,
+    qkv_multipliers=(1.0,),
+    ffn_multipliers=(1.0,),
+)
+
+
+@cache
+def trained_tokenizer(size: int) -> bytes:
+    """A SentencePiece model of `size` pieces."""
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 9),
+        model_writer=model,
+        vocab_size=size,
+        model_type="bpe",
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=True,
+    )
+    return model.getvalue()
+
+
+def tokenizer_file(folder: Path, size: int = 128) -> Path:
+    """That of `size` pieces, as tokenizer.model in the folder."""
+    path = folder / "tokenizer.model"
+    path.write_bytes(trained_tokenizer(size))
+    return path
+
+
+def random_folder(
+    folder: Path, config: OpenELMConfig = TINY, seed: int = 0, spread: float = 0.1
+) -> Path:
+    """A Hugging Face folder of random weights with its tokenizer; with TINY a conversion of it
+    takes milliseconds.
+    """
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    arrays = {
+        n: mx.array(rng.normal(0, spread, s).astype(np.float32))
+        for n, s in expected_tensors(config).items()
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    (folder / "config.json").write_text(json.dumps(config.to_hf_dict()))
+    tokenizer_file(folder, config.vocab_size)
+    return folder
+
+
+def again(source: Path, target: Path, **fields) -> Path:
+    """The target, converted from the source."""
+    convert(ConvertOptions(source=source, target=target, **fields))
+    return target
+
+
+def weights(folder: Path) -> dict[str, mx.array]:
+    return mx.load(str(folder / "model.safetensors"))
+
+
+def everything(source: Path, **fields) -> None:
+    """Open, check and load all of a source, as a conversion does."""
+    opened = open_model(ConvertOptions(source=source, target="x", **fields))
+    for name in opened.names.values():
+        array = opened.source.load(name)
+        mx.eval(array)
+        stem = name.removesuffix(".weight")
+        if stem in opened.source.forms:
+            opened.source.packed(name)
+
+
+def mlx_lm_logits(folder: Path, tokens: np.ndarray, adapter: Path | None = None) -> np.ndarray:
+    """The float32 logits of a folder, as mlx-lm loads it."""
+    from mlx_lm import load
+
+    model, _ = load(str(folder), adapter_path=None if adapter is None else str(adapter))
+    return np.array(model(mx.array(tokens)).astype(mx.float32))
+
+
+def our_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """The float32 logits of an unquantized folder in this engine."""
+    from openelm_mlx.model.decoder import OpenELM
+
+    model = OpenELM(OpenELMConfig.from_file(folder / "config.json"))
+    model.load_weights(str(folder / "model.safetensors"))
+    return np.array(model(mx.array(tokens)).astype(mx.float32))
