@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from openelm_mlx.convert.quantize.forms import BITS, GROUP_SIZES, MODES, Form, make_form
-from openelm_mlx.engine.options import DTYPES, check_fields, explained
+from openelm_mlx.engine.options import DTYPES
 from openelm_mlx.errors import OptionError
+from openelm_mlx.fields import check_fields, explained
 
 SOURCE_FORMATS = ("pt", "huggingface", "mlx", "corenet-mlx", "gguf")
 TARGET_FORMATS = ("mlx", "hf", "gguf")

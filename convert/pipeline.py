@@ -28,8 +28,8 @@ from openelm_mlx.convert.targets.folder import (
 from openelm_mlx.convert.targets.writer import nbytes, write_weights
 from openelm_mlx.convert.verify import check_bound, verification_text, verify
 from openelm_mlx.device import mx
-from openelm_mlx.engine.options import shown
 from openelm_mlx.errors import CheckpointError, ConversionError, OptionError
+from openelm_mlx.fields import shown
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 
 Progress = Callable[

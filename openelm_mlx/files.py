@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from openelm_mlx.engine.options import fit_path
 from openelm_mlx.errors import OptionError
+from openelm_mlx.fields import fit_path
 
 
 @contextmanager

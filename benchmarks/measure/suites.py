@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from openelm_mlx.engine.options import check_fields
 from openelm_mlx.errors import OptionError
+from openelm_mlx.fields import check_fields
 
 MIN_TRIALS = 5
 BITS = (2, 3, 4, 5, 6, 8)

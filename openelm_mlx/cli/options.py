@@ -9,7 +9,8 @@ from dataclasses import MISSING, Field, asdict, fields
 from typing import Any, NoReturn, TypeVar
 
 from openelm_mlx.cli.streams import Waiting
-from openelm_mlx.engine.options import GenerationOptions, ModelOptions, nearest
+from openelm_mlx.engine.options import GenerationOptions, ModelOptions
+from openelm_mlx.fields import nearest
 
 T = TypeVar("T")
 MODEL_HELP = "a name from `openelm models`, a folder or a file (default openelm-tiny)"

@@ -10,8 +10,6 @@ from openelm_mlx.engine.options import (
     EngineOptions,
     GenerationOptions,
     SamplingOptions,
-    explained,
-    shown,
     with_overrides,
 )
 from openelm_mlx.engine.prompt_cache import PromptCache
@@ -20,6 +18,7 @@ from openelm_mlx.engine.request import Event
 from openelm_mlx.engine.scheduler import BatchEngine
 from openelm_mlx.engine.stats import GenerationStats
 from openelm_mlx.errors import OpenELMError, OptionError, PromptError
+from openelm_mlx.fields import explained, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

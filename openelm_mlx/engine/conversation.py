@@ -20,13 +20,12 @@ from openelm_mlx.engine.options import (
     GenerationOptions,
     SamplingOptions,
     check_loaded,
-    explained,
-    shown,
     with_overrides,
 )
 from openelm_mlx.engine.prompt_cache import PromptCache
 from openelm_mlx.engine.tokenizer import Tokenizer, check_text, spelling
 from openelm_mlx.errors import PromptError
+from openelm_mlx.fields import explained, shown
 from openelm_mlx.model.cache_kinds import CacheKind
 
 if TYPE_CHECKING:

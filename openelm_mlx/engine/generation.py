@@ -18,13 +18,13 @@ from openelm_mlx.engine.options import (
     EngineOptions,
     GenerationOptions,
     SamplingOptions,
-    explained,
     with_overrides,
 )
 from openelm_mlx.engine.prompt_cache import PromptCache
 from openelm_mlx.engine.prompts import Prompt
 from openelm_mlx.engine.request import Event
 from openelm_mlx.engine.scheduler import BatchEngine
+from openelm_mlx.fields import explained
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # only type checkers import it; nothing to install

@@ -12,9 +12,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from openelm_mlx.engine.options import GenerationOptions, shown
+from openelm_mlx.engine.options import GenerationOptions
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import OptionError
+from openelm_mlx.fields import shown
 
 if TYPE_CHECKING:
     import numpy as np

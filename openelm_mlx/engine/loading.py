@@ -13,10 +13,11 @@ from openelm_mlx.config_files import APPLES_DEFAULTS, chat_sampling, read_json
 from openelm_mlx.device import mx, nn, set_wired_limit, utils
 from openelm_mlx.engine.decode import Steps
 from openelm_mlx.engine.hub import Resolved, resolve_model
-from openelm_mlx.engine.options import ModelOptions, SamplingOptions, shown
+from openelm_mlx.engine.options import ModelOptions, SamplingOptions
 from openelm_mlx.engine.threads import asynchronous, device_work
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError, reason
+from openelm_mlx.fields import shown
 from openelm_mlx.files import name_for_mlx
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM

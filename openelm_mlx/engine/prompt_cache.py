@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.device import mx
-from openelm_mlx.engine.options import EngineOptions, check_count, check_loaded, with_overrides
+from openelm_mlx.engine.options import EngineOptions, check_loaded, with_overrides
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.engine.tokenizer import Tokenizer, spelling
 from openelm_mlx.errors import CacheError, reason
+from openelm_mlx.fields import check_count
 from openelm_mlx.files import name_for_mlx, replacing
 from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.cache_kinds import CacheKind, Window

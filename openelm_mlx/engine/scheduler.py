@@ -19,11 +19,8 @@ from openelm_mlx.engine.options import (
     EngineOptions,
     GenerationOptions,
     SamplingOptions,
-    check_count,
     check_loaded,
     check_token_ids,
-    explained,
-    shown,
     with_overrides,
 )
 from openelm_mlx.engine.prompt_cache import PromptCache
@@ -43,6 +40,7 @@ from openelm_mlx.engine.speculation import Speculation
 from openelm_mlx.engine.stats import Reader
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.errors import BusyError, OptionError
+from openelm_mlx.fields import check_count, explained, shown
 from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.cache_kinds import CacheKind
 

@@ -24,8 +24,8 @@ from openelm_mlx.engine.drafts import (
     ModelDraft,
     PromptLookup,
 )
-from openelm_mlx.engine.options import UNFIT, as_annotated, shown
 from openelm_mlx.errors import OptionError
+from openelm_mlx.fields import UNFIT, as_annotated, shown
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.decode import State, StepSpec

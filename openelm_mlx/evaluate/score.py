@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from openelm_mlx.device import mx
-from openelm_mlx.engine.options import check_count, check_loaded
+from openelm_mlx.engine.options import check_loaded
 from openelm_mlx.engine.prompts import prompt_tokens
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.errors import PromptError
+from openelm_mlx.fields import check_count
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
