@@ -1,13 +1,22 @@
-"""`openelm inspect`: what a model is made of, without reading its weights."""
+"""`openelm inspect`: what a model is made of, computed from its configuration and the headers of its files."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
+import os
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cli.options import MODEL_HELP
+from openelm_mlx.errors import CacheError, CheckpointError
+
+if TYPE_CHECKING:
+    from openelm_mlx.model.cache_kinds import CacheKind
+    from openelm_mlx.model.config import OpenELMConfig
 
 EXAMPLES = """examples:
   openelm inspect 1.1b                 a published size, nothing downloaded
@@ -31,8 +40,6 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from openelm_mlx.cli.inspection import inspect
-
     facts = inspect(args.model)
     if args.json:
         print(json.dumps(facts))
@@ -79,3 +86,144 @@ def show(facts: dict[str, Any]) -> None:
         + "; ".join(f"{size:,} bytes {kind}" for kind, size in facts["kv_bytes_per_token"].items())
     )
     print(f"assumed             {facts['assumed']}")
+
+
+PARTS = (
+    ("embedding", "token_embeddings"),
+    ("head", "lm_head"),
+    ("attention", "_proj"),
+    ("feed-forward", ".proj_"),
+)
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "U8": 1,
+    "I8": 1,
+    "I64": 8,
+    "U16": 2,
+}
+
+
+def inspect(name: str) -> dict[str, Any]:
+    """Return everything that `openelm inspect` shows, as plain data.
+
+    A published size needs no file, and of a folder only the headers are read.
+    """
+    from openelm_mlx.engine.hub import resolve_model
+    from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, expected_tensors, normal_name
+
+    apples = "/" not in name or name.lower().startswith("apple/")
+    if apples and normal_name(name) in PUBLISHED and not os.path.exists(name):
+        config = OpenELMConfig.from_name(name)
+        sizes = {tensor: 2 * math.prod(shape) for tensor, shape in expected_tensors(config).items()}
+        return describe(
+            name, config, sizes, "bfloat16 weights and cache, as nothing was downloaded"
+        )
+    folder = resolve_model(name).folder
+    return describe(
+        name,
+        OpenELMConfig.from_file(folder / "config.json"),
+        tensor_bytes(folder),
+        "a bfloat16 cache",
+    )
+
+
+def describe(
+    name: str, config: OpenELMConfig, sizes: dict[str, int], assumed: str
+) -> dict[str, Any]:
+    """All figures from the bytes of each tensor."""
+    from openelm_mlx.model.config import expected_tensors, layer_shapes
+
+    shapes = layer_shapes(config)
+    total = sum(sizes.values())
+    layers = []
+    for number, shape in enumerate(shapes):
+        prefix = f"transformer.layers.{number}."
+        count = sum(
+            math.prod(s)
+            for tensor, s in expected_tensors(config).items()
+            if tensor.startswith(prefix)
+        )
+        layers.append({**shape._asdict(), "parameters": count})
+    embedding = sum(size for tensor, size in sizes.items() if "token_embeddings" in tensor)
+    # an untied input embedding is looked up by row; a tied one is the head and is read whole
+    read = (
+        total
+        if config.share_input_output_layers
+        else total - embedding + embedding // config.vocab_size
+    )
+    return {
+        "name": name,
+        "model_dim": config.model_dim,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_context_length": config.max_context_length,
+        "layers_total": len(shapes),
+        "layers": layers,
+        "parameters": config.num_parameters,
+        "bytes": total,
+        "bits_per_weight": 8 * total / config.num_parameters,
+        "bytes_by_part": by_part(sizes),
+        "bytes_read_per_token": read,
+        "kv_bytes_per_token": {
+            name: kind.bytes_per_token(config, itemsize=2)
+            for name, kind in cache_kinds(config).items()
+        },
+        "assumed": assumed,
+    }
+
+
+def cache_kinds(config: OpenELMConfig) -> dict[str, CacheKind]:
+    """The caches a token can be kept in; one that the model's head width forbids is left out."""
+    from openelm_mlx.engine.options import KV_BITS, EngineOptions
+    from openelm_mlx.model.cache_kinds import CacheKind
+
+    kinds = {"16-bit": CacheKind()}
+    for bits in sorted(KV_BITS, reverse=True):
+        with contextlib.suppress(CacheError):
+            kinds[f"{bits}-bit (--kv-bits {bits})"] = CacheKind.of(
+                config, EngineOptions(kv_bits=bits)
+            )
+    return kinds
+
+
+def by_part(sizes: dict[str, int]) -> dict[str, int]:
+    """Bytes of each part of the model; quantization's scales and biases apart from the weights they
+    belong to.
+    """
+    parts: dict[str, int] = {}
+    for tensor, size in sizes.items():
+        part = next((part for part, mark in PARTS if mark in tensor), "norms")
+        if tensor.endswith((".scales", ".biases")):
+            part = "scales and biases"
+        parts[part] = parts.get(part, 0) + size
+    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+def tensor_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of each tensor, from the headers of the folder's safetensors files. Raises
+    `CheckpointError`.
+    """
+    sizes: dict[str, int] = {}
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{folder} has no model.safetensors; `openelm convert` makes a complete model folder"
+        )
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if length > path.stat().st_size:
+                    raise ValueError("its header is longer than the file")
+                header = json.loads(file.read(length))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    sizes[name] = DTYPE_BYTES[entry["dtype"]] * math.prod(entry["shape"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+    return sizes

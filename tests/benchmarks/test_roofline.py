@@ -10,7 +10,7 @@ import pytest
 
 from openelm_mlx.benchmarks.hardware.roofline import PARTS, bound, bytes_per_token, part_of
 from openelm_mlx.benchmarks.measure.bandwidth import measure
-from openelm_mlx.cli.inspection import tensor_bytes
+from openelm_mlx.cli.inspect import tensor_bytes
 from openelm_mlx.config_files import read_json
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import BenchmarkError, CacheError

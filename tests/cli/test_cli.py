@@ -11,7 +11,7 @@ from formats import TINY, random_folder
 from optional import compiles
 
 from openelm_mlx.cli.doctor import caches, hints
-from openelm_mlx.cli.inspection import inspect
+from openelm_mlx.cli.inspect import inspect
 from openelm_mlx.cli.main import COMMANDS, main
 from openelm_mlx.device import facts
 

@@ -7,7 +7,7 @@ import re
 
 from rich.cells import cell_len
 
-from openelm_mlx.cli.wrap import WordWrap
+from openelm_mlx.cli.display import WordWrap
 
 
 class Screen:
