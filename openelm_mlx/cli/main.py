@@ -8,7 +8,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import TextIO
@@ -40,6 +40,13 @@ MODEL is a folder, a .gguf file, a CoreNet checkpoint (.pt), a hub id
 -instruct; `openelm models` lists all names.
 """
 
+SHELLS = ("bash", "zsh", "fish")
+COMPLETION_EXAMPLES = """examples:
+  openelm completion bash > ~/.local/share/bash-completion/completions/openelm
+  openelm completion zsh > ~/.zfunc/_openelm      with `fpath+=~/.zfunc` before compinit in ~/.zshrc
+  openelm completion fish > ~/.config/fish/completions/openelm.fish
+"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
@@ -53,10 +60,39 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name in COMMANDS:
         import_module(f"openelm_mlx.cli.{name}").register(commands)
+    completing = commands.add_parser(
+        "completion",
+        help="completion of commands and options for a shell",
+        description="Print the completion script for a shell.",
+        epilog=COMPLETION_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    completing.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
+    completing.set_defaults(run=lambda args: print(completion(parser, args.shell)))
     helper = commands.add_parser("help", help="this page, or that of a command")
-    helper.add_argument("command", metavar="COMMAND", nargs="?", choices=commands.choices)
+    names = [*commands.choices]
+    helper.add_argument("command", metavar="COMMAND", nargs="?", choices=names)
     helper.set_defaults(run=lambda args: commands.choices.get(args.command, parser).print_help())
     return parser
+
+
+def completion(parser: argparse.ArgumentParser, shell: str) -> str:
+    """Return the script by which `shell` (one of `SHELLS`) completes every command and option."""
+    import shtab
+
+    for action in actions(parser):
+        if action.metavar in ("FILE", "FOLDER", "MODEL", "SOURCE", "TARGET", "PATH"):
+            action.complete = shtab.FILE  # type: ignore[attr-defined]  # shtab reads it
+    return str(shtab.complete(parser, shell))
+
+
+def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Iterate over the options and arguments of a parser and of the commands below it."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from actions(command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
