@@ -4,31 +4,28 @@ in float32.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from openelm_mlx.config_files import read_json
 from openelm_mlx.convert.opening import OpenedModel
 from openelm_mlx.convert.quantize.forms import read_plan
-from openelm_mlx.convert.quantize.functional import log_probs
 from openelm_mlx.convert.quantize.packing import restored
 from openelm_mlx.convert.quantize.planning import exact_weights
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.staging import config_of
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
+from openelm_mlx.evaluate.score import Model, compare
 from openelm_mlx.files import read_text
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 
 TEXT = "Once upon a time there was a little girl who lived in a house at the edge of a great forest with her mother."
 ROW = 512  # tokens scored in one context, BOS included
 BATCH = 4  # rows in one pass
-Model = Callable[[mx.array], mx.array]
+NAMES = {"reference_perplexity": "perplexity_of_source"}  # in conversion.json
 
 
 @dataclass(frozen=True)
@@ -58,43 +55,14 @@ def verification_text(opened: OpenedModel, text: Path | None = None) -> list[mx.
 def verify(
     path: Path, opened: OpenedModel, batches: Iterable[mx.array] | None = None
 ) -> dict[str, float]:
-    """Losses of what was written to `path` on batches of token ids, or on a short text of our own;
-    see `compare`.
+    """Return the losses of what was written to `path`, on batches of token ids or a short text of
+    our own, under the names that conversion.json gives them.
     """
     batches = verification_text(opened) if batches is None else batches
     exact = dense_model(opened.trimmed, exact_weights(opened))
     written = read_folder(path) if path.is_dir() else read_gguf(path)
-    return compare(exact, dense_model(written.config, written.weights), batches)
-
-
-def compare(exact: Model, ours: Model, batches: Iterable[mx.array]) -> dict[str, float]:
-    """Two models on batches of token ids [rows, length]; both give logits [rows, length, vocab].
-
-    KL divergence is of the exact distribution from ours, in nats, over every position; agreement is
-    of the likeliest token; perplexity scores every token but the first of a row.
-    """
-    divergences, agree, difference, scores, counts = [], 0.0, 0.0, [0.0, 0.0], 0
-    for tokens in batches:
-        logits = [model(tokens).astype(mx.float32) for model in (exact, ours)]
-        reference, other = (log_probs(x) for x in logits)
-        divergences.append(np.array((mx.exp(reference) * (reference - other)).sum(axis=-1)).ravel())
-        same: Any = (reference.argmax(-1) == other.argmax(-1)).sum().item()
-        largest: Any = mx.abs(logits[0] - logits[1]).max().item()
-        agree, difference = agree + same, max(difference, largest)
-        for place, x in enumerate((reference, other)):
-            score: Any = mx.take_along_axis(x[:, :-1], tokens[:, 1:, None], axis=-1).sum().item()
-            scores[place] += score
-        counts += tokens[:, 1:].size
-    all_of = np.concatenate(divergences)
-    return {
-        "tokens": counts,
-        "mean_kl_divergence": float(all_of.mean()),
-        "p99_kl_divergence": float(np.quantile(all_of, 0.99)),
-        "top_1_agreement": agree / all_of.size,
-        "perplexity": math.exp(-scores[1] / counts),
-        "perplexity_of_source": math.exp(-scores[0] / counts),
-        "max_logit_difference": difference,
-    }
+    found = asdict(compare(exact, dense_model(written.config, written.weights), batches))
+    return {NAMES.get(name, name): value for name, value in found.items()}
 
 
 def check_bound(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
 
 OURS = "openelm-mlx"
+LOSS_TOKENS = 512  # on which the loss of fewer bits is measured
 
 
 class Progress(Protocol):
@@ -349,9 +350,12 @@ class Run:
         return session
 
     def losses(self, model: str, loaded: list[Weights]) -> dict[int | None, dict[str, list[float]]]:
-        """What each width loses, by width."""
-        from openelm_mlx.benchmarks.measure.quality import losses
+        """Return the metrics of each number of bits against the model as stored, on text that this
+        one writes.
+        """
         from openelm_mlx.benchmarks.measure.weights import open_engine
+        from openelm_mlx.device import mx
+        from openelm_mlx.evaluate.score import compare, own_text
 
         if self.options.random_weights:
             self.notes.append(
@@ -361,10 +365,20 @@ class Run:
         reference = (
             loaded[0].engine if loaded[0].stored else open_engine(model, self.suite.dtype, None)[0]
         )
-        found, tokens = losses(
-            reference, {weights.bits: weights.engine for weights in loaded if not weights.stored}
-        )
+        unknown = mx.where(mx.arange(reference.config.vocab_size) < reference.vocab, 0.0, -mx.inf)
+        length = min(LOSS_TOKENS, reference.config.max_context_length)
+        bos = reference.tokenizer.bos_id
+        text = own_text(reference.model, [[bos]], length, seed=0, banned=unknown)
+        found: dict[int | None, dict[str, list[float]]] = {}
+        for weights in loaded:
+            if weights.stored:
+                continue
+            loss = compare(reference.model, weights.engine.model, [text], vocab=reference.vocab)
+            found[weights.bits] = {
+                "kl_mean": [loss.mean_kl_divergence],
+                "top_1_agreement": [loss.top_1_agreement],
+            }
         self.notes.append(
-            f"loss is against the model as stored, on {tokens} tokens that it samples itself"
+            f"loss is against the model as stored, on {length} tokens that it samples itself"
         )
         return found

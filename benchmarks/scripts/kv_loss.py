@@ -12,51 +12,37 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from openelm_mlx import batch_generate, load, stream_generate
 from openelm_mlx.device import mx
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import EngineOptions
 from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.evaluate.score import Comparison, compare
 from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.cache_kinds import CacheKind
 
 
-class Loss(NamedTuple):
-    """Against a plain cache: mean KL divergence in nats, share of equal likeliest tokens, and bytes
-    a token.
+def kv_loss(
+    engine: Engine, pieces: list[list[int]], kind: CacheKind, prompt: int = 64
+) -> Comparison:
+    """Compare a cache of this kind with a plain one, over the positions after the first `prompt`."""
+    plain, ours = (partial(read, engine, each) for each in (CacheKind(), kind))
+    return compare(plain, ours, [mx.array([tokens]) for tokens in pieces], first=prompt)
+
+
+def read(engine: Engine, kind: CacheKind, tokens: mx.array) -> mx.array:
+    """Return the logits [1, length, vocab] of ids [1, length], fed 64 at a time through a cache of
+    this kind.
     """
-
-    kl: float
-    top_1: float
-    bytes_per_token: int
-
-
-def kv_loss(engine: Engine, pieces: list[list[int]], kind: CacheKind, prompt: int = 64) -> Loss:
-    """The loss over all tokens after the first `prompt` of each piece, fed in chunks of 64."""
-    kl = same = 0.0
-    count = 0
-    for tokens in pieces:
-        plain, ours = (read(engine, tokens, each)[prompt:] for each in (CacheKind(), kind))
-        reference, other = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (plain, ours))
-        divergence: Any = (mx.exp(reference) * (reference - other)).sum().item()
-        equal: Any = (reference.argmax(-1) == other.argmax(-1)).sum().item()
-        kl, same = kl + divergence, same + equal
-        count += plain.shape[0]
-    return Loss(kl / count, same / count, kind.bytes_per_token(engine.config, itemsize=2))
-
-
-def read(engine: Engine, tokens: list[int], kind: CacheKind) -> mx.array:
-    """Logits [length, vocab] of a text fed through a cache of this kind."""
     cache, parts = KVCache(engine.config, kind), []
-    for start in range(0, len(tokens), 64):
-        parts.append(
-            engine.model(mx.array([tokens[start : start + 64]]), cache)[0].astype(mx.float32)
-        )
+    for start in range(0, tokens.size, 64):
+        parts.append(engine.model(tokens[:, start : start + 64], cache))
         mx.eval(parts[-1])
-    return mx.concatenate(parts)
+    return mx.concatenate(parts, axis=1)
 
 
 def partings(
@@ -128,9 +114,11 @@ def main(argv: list[str] | None = None) -> int:
         (f"window of {half}", EngineOptions(kv_window=half)),
         (f"window of {half}, 8 bits", EngineOptions(kv_window=half, kv_bits=8)),
     ):
-        loss = kv_loss(engine, pieces, CacheKind.of(engine.config, options))
+        kind = CacheKind.of(engine.config, options)
+        loss, size = kv_loss(engine, pieces, kind), kind.bytes_per_token(engine.config, itemsize=2)
         print(
-            f"| {name} | {loss.bytes_per_token:,} | {loss.kl:.6f} | {loss.top_1:.2%} |", flush=True
+            f"| {name} | {size:,} | {loss.mean_kl_divergence:.6f} | {loss.top_1_agreement:.2%} |",
+            flush=True,
         )
     return 0
 

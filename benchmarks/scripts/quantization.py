@@ -21,9 +21,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from openelm_mlx.benchmarks.scripts import quantization_peers as peers
 from openelm_mlx.convert import ConvertOptions, convert
@@ -31,7 +28,7 @@ from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.quantize.allocate import choose, make_reference, measure, plan_bytes
 from openelm_mlx.convert.quantize.calibrate import calibrate
 from openelm_mlx.convert.quantize.forms import Form, Plan, matrices
-from openelm_mlx.convert.quantize.functional import kl_divergence, logits, target
+from openelm_mlx.convert.quantize.functional import logits
 from openelm_mlx.convert.quantize.packing import rounded
 from openelm_mlx.convert.quantize.planning import (
     MEASURE_TOKENS,
@@ -42,6 +39,7 @@ from openelm_mlx.convert.quantize.planning import (
 from openelm_mlx.convert.verify import text_batches
 from openelm_mlx.device import mx
 from openelm_mlx.errors import OpenELMError
+from openelm_mlx.evaluate.score import compare
 from openelm_mlx.files import check_writable, read_text
 from openelm_mlx.model.config import expected_tensors
 
@@ -74,19 +72,16 @@ class Judge:
         self.batches = text_batches(
             opened.tokenizer.processor.encode(read_text(text, "TEXT")), length
         )
-        self.targets = [target(logits(self.config, exact, tokens)) for tokens in self.batches]
-        mx.eval(self.targets)
+        self.exact = [logits(self.config, exact, tokens) for tokens in self.batches]
+        mx.eval(self.exact)
 
     def __call__(self, weights: Weights) -> tuple[float, float, float]:
-        """Mean and 99th percentile of KL divergence in nats, and top-1 agreement."""
-        divergences, agree = [], 0
-        for tokens, exact in zip(self.batches, self.targets, strict=True):
-            scores = logits(self.config, weights, tokens)
-            divergences.append(np.array(kl_divergence(exact, scores)).ravel())
-            same: Any = (exact.probs.argmax(-1) == scores.argmax(-1)).sum().item()
-            agree += same
-        found = np.concatenate(divergences)
-        return float(found.mean()), float(np.quantile(found, 0.99)), agree / found.size
+        """Return mean and 99th percentile of the KL divergence in nats, and top-1 agreement."""
+        known = iter(self.exact)
+        found = compare(
+            lambda _: next(known), lambda tokens: logits(self.config, weights, tokens), self.batches
+        )
+        return found.mean_kl_divergence, found.p99_kl_divergence, found.top_1_agreement
 
 
 def run(model: Path, text: Path, args: argparse.Namespace) -> Iterator[Row]:

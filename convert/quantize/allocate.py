@@ -16,18 +16,16 @@ from typing import Any
 
 from openelm_mlx.convert.quantize.forms import BITS, ITEMSIZE, Form, Plan, all_forms, matrices
 from openelm_mlx.convert.quantize.functional import (
-    Target,
     Weights,
     embed,
     head,
-    kl_divergence,
     layer,
     layer_of,
-    target,
 )
 from openelm_mlx.convert.quantize.packing import rounded
 from openelm_mlx.device import mx
 from openelm_mlx.errors import OptionError
+from openelm_mlx.evaluate.score import kl_divergence
 from openelm_mlx.model.config import OpenELMConfig
 
 Progress = Callable[[int, int, str], None]
@@ -49,13 +47,13 @@ class Reference:
     weights: Weights
     batches: tuple[mx.array, ...]  # token ids [rows, length]
     states: tuple[tuple[mx.array, ...], ...]  # of each batch, the input of every layer
-    targets: tuple[Target, ...]
+    logits: tuple[mx.array, ...]
     moments: Moments
 
     def loss(self, weights: Weights, start: int = -1) -> float:
         """Mean KL divergence in nats of `weights`, equal to the exact ones before layer `start`."""
         total, count = 0.0, 0
-        for tokens, states, exact in zip(self.batches, self.states, self.targets, strict=True):
+        for tokens, states, exact in zip(self.batches, self.states, self.logits, strict=True):
             x = embed(weights, tokens) if start < 0 else states[start]
             for number in range(max(start, 0), self.config.num_transformer_layers):
                 x = layer(self.config, number, weights, x)
@@ -78,7 +76,7 @@ def make_reference(config: OpenELMConfig, weights: Weights, tokens: mx.array) ->
         xs = [embed(weights, batch)]
         for number in range(config.num_transformer_layers):
             xs.append(layer(config, number, weights, xs[-1], look))
-        exact.append(target(head(config, weights, xs[-1], look)))
+        exact.append(head(config, weights, xs[-1], look))
         states.append(tuple(xs[:-1]))
         mx.eval(xs, exact[-1], sums)
     moments = {stem: total / tokens.size for stem, total in sums.items()}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
+from openelm_mlx.evaluate.score import own_text
 from openelm_mlx.files import read_text
 from openelm_mlx.model.config import OpenELMConfig
 
@@ -106,7 +107,7 @@ def sampled_tokens(
         banned = mx.zeros((ROWS_AT_ONCE, model.args.vocab_size))
         for row, number in enumerate(numbers):
             banned[row, mx.array((0, BOS) if asks(number, instruct) else CONTROL)] = -mx.inf
-        parts.append(sample_batch(model, prompts, banned, length, SEED + first))
+        parts.append(own_text(model, prompts, length, SEED + first, banned))
         if progress is not None:
             progress(min(first + ROWS_AT_ONCE, rows), rows, "the model writes calibration text")
     return mx.concatenate(parts)[:rows]
@@ -128,23 +129,3 @@ def prompt_ids(encode: Encode, row: int, instruct: bool) -> list[int]:
     )  # as openelm_mlx.engine.instruct builds them
     system, user, assistant = (encode(turn) for turn in turns)
     return [BOS, *system, EOS, *user, EOS, *assistant]
-
-
-def sample_batch(
-    model: OpenELM, prompts: list[list[int]], banned: mx.array, length: int, seed: int
-) -> mx.array:
-    from openelm_mlx.model.cache import KVCache
-
-    cache = KVCache(model.args)
-    key = mx.random.key(seed)
-    done = [mx.array([ids[:1] for ids in prompts], dtype=mx.int32)]
-    for position in range(1, length):
-        logits = model(done[-1], cache)[:, -1].astype(mx.float32) + banned
-        key, draw = mx.random.split(key)
-        sampled = mx.random.categorical(logits, key=draw).astype(mx.int32)
-        given = mx.array(
-            [ids[position] if position < len(ids) else -1 for ids in prompts], dtype=mx.int32
-        )
-        done.append(mx.where(given < 0, sampled, given)[:, None])
-        mx.eval(done[-1])
-    return mx.concatenate(done, axis=1)

@@ -18,18 +18,16 @@ import numpy as np
 
 from openelm_mlx.convert.quantize.calibrate import Learned
 from openelm_mlx.convert.quantize.functional import (
-    Target,
     Weights,
     embed,
     head,
-    kl_divergence,
     layer,
     logits,
-    target,
 )
 from openelm_mlx.convert.quantize.gptq import Codes
 from openelm_mlx.convert.quantize.grids import as_stored
 from openelm_mlx.device import mx, utils
+from openelm_mlx.evaluate.score import kl_divergence
 from openelm_mlx.model.config import OpenELMConfig
 
 Progress = Callable[[int, int, str], None]
@@ -119,7 +117,7 @@ def distill(
         }
         return {**start.weights, **matrices, **changed}
 
-    def loss(moved: dict[str, Any], batch: mx.array, reference: Target) -> mx.array:
+    def loss(moved: dict[str, Any], batch: mx.array, reference: mx.array) -> mx.array:
         return kl_divergence(reference, logits(config, weights_of(moved), batch)).mean()
 
     rates = {"codes": schedule.codes, "scales": schedule.scales, "biases": 4 * schedule.scales}
@@ -131,7 +129,7 @@ def distill(
     order = rows_in_turn(len(tokens), steps * schedule.rows)
     for step in range(steps):
         rows = mx.array(order[step * schedule.rows : (step + 1) * schedule.rows])
-        reference = target(head(config, exact, states[rows]))
+        reference = head(config, exact, states[rows])
         value, slope = gradient(moved, tokens[rows], reference)
         moved, first, second = adam(moved, slope, first, second, scale_of, schedule, step, steps)
         mx.eval(moved, first, second, value)

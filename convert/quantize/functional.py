@@ -9,7 +9,6 @@ the layer that changed. A test holds both to the same logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from openelm_mlx.device import mx
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
@@ -99,32 +98,3 @@ def logits(
     for number in range(config.num_transformer_layers):
         x = layer(config, number, weights, x, look)
     return head(config, weights, x, look)
-
-
-def log_probs(scores: mx.array) -> mx.array:
-    scores = scores.astype(mx.float32)
-    return scores - mx.logsumexp(scores, axis=-1, keepdims=True)
-
-
-class Target(NamedTuple):
-    """The exact model's distributions: probabilities [..., vocab] and their negative entropy [...],
-    in nats.
-    """
-
-    probs: mx.array
-    negative_entropy: mx.array
-
-
-def target(scores: mx.array) -> Target:
-    logs = log_probs(scores)
-    probs = mx.exp(logs)
-    return Target(probs, (probs * logs).sum(axis=-1))
-
-
-def kl_divergence(exact: Target, scores: mx.array) -> mx.array:
-    """KL(exact || softmax(scores)) in nats per position: sum p log p - sum p s + log sum exp s, in
-    few passes.
-    """
-    return (
-        exact.negative_entropy + mx.logsumexp(scores, axis=-1) - (exact.probs * scores).sum(axis=-1)
-    )

@@ -1,1 +1,5 @@
-"""x."""
+"""How good a model's predictions are, and how far they are from those of another model.
+
+Here lives what scores text and compares distributions, for anything that gives logits. What reads
+files, converts or measures time does not: those rooms call this one.
+"""

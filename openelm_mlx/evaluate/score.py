@@ -1,9 +1,15 @@
-"""How likely a model finds given texts: one pass for many of them, nothing drawn."""
+"""Log probabilities, divergences and perplexities of text, in nats.
+
+The logits of a long text are never in memory all at once: they are made and used for `POSITIONS`
+positions at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine.options import check_loaded
@@ -14,8 +20,165 @@ from openelm_mlx.fields import check_count
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
+    from openelm_mlx.model.decoder import OpenELM
 
-LOGITS_ROWS = 256  # positions whose logits exist at one time: 33 MB for 32,000 ids
+POSITIONS = 256  # whose logits exist at one time: 33 MB for 32,000 ids
+Model = Callable[[mx.array], mx.array]  # ids [rows, length] -> logits [rows, length, vocab]
+
+
+def log_probs(logits: mx.array) -> mx.array:
+    """Return the log probabilities of the distributions over the last axis, in float32."""
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def kl_divergence(reference: mx.array, other: mx.array) -> mx.array:
+    """Return KL(reference || other) at each position, from finite logits [..., vocab] of both.
+
+    It is the sum of p (d + expm1(-d)) with d = log p - log q. This equals the sum of p d, as p and
+    q both sum to 1, but none of its terms is negative: nothing cancels, so that a divergence of
+    1e-7 is right to a few digits in float32. Gradients flow to `other`; `reference` is a constant.
+    """
+    found: Any = divergence(reference.astype(mx.float32), other.astype(mx.float32))
+    return found  # type: ignore[no-any-return]
+
+
+@mx.custom_function
+def divergence(reference: mx.array, other: mx.array) -> mx.array:
+    flat = [logits.reshape(-1, logits.shape[-1]) for logits in (reference, other)]
+    parts = []
+    for start in range(0, len(flat[0]), POSITIONS):
+        a, b = (logits[start : start + POSITIONS] for logits in flat)
+        norm_a, norm_b = (mx.logsumexp(logits, axis=-1, keepdims=True) for logits in (a, b))
+        p, q = mx.exp(a - norm_a), mx.exp(b - norm_b)
+        d = (a - b) - (norm_a - norm_b)  # like logits first: their difference is nearly exact
+        near = mx.maximum(d, -1)  # below it expm1 may overflow, and the plain form is as good
+        terms = p * mx.maximum(near + mx.expm1(-near), 0)
+        parts.append(mx.where(d >= -1, terms, q + p * (d - 1)).sum(axis=-1))
+    return mx.concatenate(parts).reshape(reference.shape[:-1])
+
+
+@divergence.vjp
+def gradient(
+    logits: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array]:
+    p, q = (mx.softmax(x, axis=-1, precise=True) for x in logits)
+    return mx.zeros_like(p), cotangent[..., None] * (q - p)
+
+
+def top_1_agreement(reference: mx.array, other: mx.array) -> mx.array:
+    """Tell, for each position, whether both distributions [..., vocab] have one likeliest token."""
+    return reference.argmax(axis=-1) == other.argmax(axis=-1)
+
+
+def perplexity(log_probabilities: Iterable[float]) -> float:
+    """Return the exponential of the mean negative log probability."""
+    scores = list(log_probabilities)
+    mean = -math.fsum(scores) / len(scores)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a model is from a reference, over positions of text.
+
+    The divergence is KL(reference || model) and the agreement that of the likeliest token, at every
+    position; a perplexity is over the tokens that have another before them.
+    """
+
+    tokens: int
+    mean_kl_divergence: float
+    p99_kl_divergence: float
+    top_1_agreement: float
+    perplexity: float
+    reference_perplexity: float
+    max_logit_difference: float
+
+
+def compare(
+    reference: Model,
+    other: Model,
+    batches: Iterable[mx.array],
+    *,
+    vocab: int | None = None,
+    first: int = 0,
+) -> Comparison:
+    """Compare two models on batches of token ids [rows, length].
+
+    Ids from `vocab` on are left out of the distributions, and positions before `first` out of the
+    figures.
+    """
+    import numpy as np
+
+    found: list[list[Any]] = [[] for _ in range(5)]
+    for tokens in batches:
+        parts, start = [], 0
+        targets = mx.pad(tokens[:, 1:], [(0, 0), (0, 1)]).reshape(-1)  # the last position has none
+        for a, b in zip(pieces(reference, tokens), pieces(other, tokens), strict=True):
+            a, b, end = a[:, :vocab], b[:, :vocab], start + len(a)
+            chosen = targets[start:end, None]
+            scores = [mx.take_along_axis(log_probs(x), chosen, axis=-1)[:, 0] for x in (a, b)]
+            largest = mx.abs(a - b).max(axis=-1)
+            figures = kl_divergence(a, b), top_1_agreement(a, b), largest, *scores
+            parts.append(np.array(mx.stack([figure.astype(mx.float32) for figure in figures])))
+            start = end
+        rows = np.concatenate(parts, axis=1).reshape(5, *tokens.shape)[:, :, first:]
+        for place, row in enumerate(rows):
+            found[place].append((row if place < 3 else row[:, :-1]).ravel())
+    kl, same, difference, ours, theirs = (np.concatenate(row).astype(np.float64) for row in found)
+    return Comparison(
+        tokens=ours.size,
+        mean_kl_divergence=float(kl.mean()),
+        p99_kl_divergence=float(np.quantile(kl, 0.99)),
+        top_1_agreement=float(same.mean()),
+        perplexity=perplexity(theirs),
+        reference_perplexity=perplexity(ours),
+        max_logit_difference=float(difference.max()),
+    )
+
+
+def pieces(model: Model, tokens: mx.array) -> Iterator[mx.array]:
+    """Yield the logits of ids [rows, length] as float32 [positions, vocab], row after row.
+
+    OpenELM's head is run for each piece by itself; any other model gives all logits first.
+    """
+    from openelm_mlx.model.decoder import OpenELM
+
+    if isinstance(model, OpenELM):
+        states = model.hidden(tokens)
+    else:
+        states = model(tokens)
+    states = states.reshape(tokens.size, -1)
+    for start in range(0, tokens.size, POSITIONS):
+        piece = states[start : start + POSITIONS]
+        yield (model.logits(piece) if isinstance(model, OpenELM) else piece).astype(mx.float32)
+
+
+def own_text(
+    model: OpenELM,
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    seed: int,
+    banned: mx.array | None = None,
+) -> mx.array:
+    """Return rows of ids [prompts, length] that the model writes after each prompt.
+
+    Every token is drawn from the whole distribution, the same on every run. `banned` is added to
+    the logits, [vocab] or [prompts, vocab]: -inf for what is never drawn.
+    """
+    from openelm_mlx.model.cache import KVCache
+
+    cache, key = KVCache(model.args), mx.random.key(seed)
+    done = [mx.array([ids[:1] for ids in prompts], dtype=mx.int32)]
+    for position in range(1, length):
+        logits = model(done[-1], cache)[:, -1].astype(mx.float32)
+        key, draw = mx.random.split(key)
+        drawn = mx.random.categorical(logits if banned is None else logits + banned, key=draw)
+        given = [ids[position] if position < len(ids) else -1 for ids in prompts]
+        known = mx.array(given, dtype=mx.int32)
+        done.append(mx.where(known < 0, drawn.astype(mx.int32), known)[:, None])
+        mx.eval(done[-1])
+    return mx.concatenate(done, axis=1)
 
 
 def score(
@@ -72,11 +235,11 @@ def score_batch(engine: Engine, rows: list[list[int]]) -> list[list[float]]:
     places = mx.array([n * width + i for n, length in enumerate(lengths) for i in range(length)])
     targets = mx.array([token for row in rows for token in row[1:]])
     found: list[float] = []
-    for start in range(0, targets.size, LOGITS_ROWS):
-        part = slice(start, start + LOGITS_ROWS)
-        logits = engine.model.logits(hidden[places[part]])[:, : engine.vocab].astype(mx.float32)
-        chosen = mx.take_along_axis(logits, mx.minimum(targets[part], engine.vocab - 1)[:, None], 1)
-        logp = chosen[:, 0] - mx.logsumexp(logits, axis=-1)
-        found += mx.where(targets[part] < engine.vocab, logp, -mx.inf).tolist()  # type: ignore[arg-type]
+    for start in range(0, targets.size, POSITIONS):
+        part = slice(start, start + POSITIONS)
+        logp = log_probs(engine.model.logits(hidden[places[part]])[:, : engine.vocab])
+        known = mx.minimum(targets[part], engine.vocab - 1)[:, None]
+        chosen = mx.take_along_axis(logp, known, axis=-1)[:, 0]
+        found += mx.where(targets[part] < engine.vocab, chosen, -mx.inf).tolist()  # type: ignore[arg-type]
     rest = iter(found)
     return [[next(rest) for _ in range(length)] for length in lengths]

@@ -15,7 +15,6 @@ from openelm_mlx import load
 from openelm_mlx.benchmarks.hardware.roofline import bytes_per_token
 from openelm_mlx.benchmarks.measure import weights
 from openelm_mlx.benchmarks.measure.loaded import Weights, bounded
-from openelm_mlx.benchmarks.measure.quality import divergence, own_text
 from openelm_mlx.benchmarks.measure.suites import (
     SUITES,
     BenchmarkOptions,
@@ -32,6 +31,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.engine.loading import parameters
 from openelm_mlx.engine.options import EngineOptions
 from openelm_mlx.errors import BenchmarkError, OpenELMError, OptionError
+from openelm_mlx.evaluate.score import compare, own_text
 from openelm_mlx.model.config import OpenELMConfig
 
 CASE = Case("openelm-mlx", "openelm-tiny", "float32", 8, 9.02, 64, 64)
@@ -402,15 +402,11 @@ def test_weights_that_cannot_be_written_are_an_error(tiny, tmp_path):
 
 
 def test_narrower_widths_lose_more(tiny):
-    text = own_text(tiny, 48)
-    assert len(text) == 48 and text[0] == 1 and text[:24] == own_text(tiny, 24)
-    losses = [
-        divergence(tiny, weights.open_engine("openelm-tiny", None, bits)[0], text)
-        for bits in (6, 3)
-    ]
-    assert 0 < losses[0][0] < losses[1][0] and losses[0][1] >= losses[1][1]
-    same = divergence(tiny, tiny, text)
-    assert abs(same[0]) < 1e-6 and same[1] == 1.0
+    text = own_text(tiny.model, [[1]], 48, seed=0)
+    engines = [weights.open_engine("openelm-tiny", None, bits)[0] for bits in (6, 3)]
+    six, three = (compare(tiny.model, engine.model, [text]) for engine in engines)
+    assert 0 < six.mean_kl_divergence < three.mean_kl_divergence
+    assert six.top_1_agreement >= three.top_1_agreement
 
 
 def test_unquantized_weights_are_what_the_quantized_ones_stood_for(tiny):

@@ -123,10 +123,7 @@ def test_every_kind_of_case_runs(capsys):
 
 
 def test_widths_are_made_from_the_stored_weights_and_their_loss_is_measured(monkeypatch):
-    from openelm_mlx.benchmarks.measure import quality
-
-    monkeypatch.setattr(quality, "TOKENS", 32)
-    monkeypatch.setattr(quality.own_text, "__defaults__", (32,))
+    monkeypatch.setattr(run, "LOSS_TOKENS", 32)
     document = run.run(
         BenchmarkOptions(
             suite="bits", bits=(8, 4), prompt_tokens=(9,), generation_tokens=(2,), trials=5

@@ -12,7 +12,7 @@ from small import random_engine
 from openelm_mlx import stream_generate
 from openelm_mlx.device import mx
 from openelm_mlx.errors import OptionError, PromptError
-from openelm_mlx.evaluate.score import LOGITS_ROWS, batches, score
+from openelm_mlx.evaluate.score import POSITIONS, batches, score
 
 TEXTS = (
     "Once upon a time there was a king.",
@@ -52,7 +52,7 @@ def test_scores_are_the_log_probabilities_of_drawn_tokens(tiny):
 
 def test_more_positions_than_logits_are_kept_for(tiny):
     engine = random_engine(tiny, 3)
-    tokens = [3 + i * i % 61 for i in range(LOGITS_ROWS + 40)]
+    tokens = [3 + i * i % 61 for i in range(POSITIONS + 40)]
     assert score(engine, [tokens])[0] == pytest.approx(one_by_one(engine, tokens), abs=1e-4)
 
 
