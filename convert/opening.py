@@ -4,23 +4,40 @@ belongs to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from openelm_mlx.convert.infer import config_for, config_path, with_flags
-from openelm_mlx.convert.names import check_coverage, renamed_tensors
+from openelm_mlx.config_files import read_json
 from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.quantize.forms import Form
-from openelm_mlx.convert.sources import TensorSource, open_source
+from openelm_mlx.convert.sources import (
+    OVERRIDES,
+    Shapes,
+    TensorSource,
+    infer_config,
+    matrix_shape,
+    open_source,
+    overrides,
+)
 from openelm_mlx.convert.sources.adapters import AdaptedCheckpoint, LoraOptions, has_adapters
 from openelm_mlx.convert.sources.mlx_adapters import FusedAdapter
-from openelm_mlx.convert.targets.folder import find_tokenizer
-from openelm_mlx.convert.tokenizers.tokenizer_model import TokenizerModel
+from openelm_mlx.convert.sources.yaml_files import read_yaml
+from openelm_mlx.convert.tokenizers.tokenizer_model import TokenizerModel, find_tokenizer
 from openelm_mlx.device import mx
-from openelm_mlx.errors import CheckpointError, OpenELMError, OptionError, TokenizerError
-from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    OpenELMError,
+    OptionError,
+    TokenizerError,
+)
+from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, expected_tensors, normal_name
 
 MAX_PADDING_ROWS = 256  # CoreNet pads 32000 tokens to 32128 rows; a larger gap is another tokenizer
+ADAPTER = re.compile(r"\.base_layer\.|lora_|magnitude")
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,6 @@ class OpenedModel:
     """
 
     source: TensorSource
-    names: Mapping[str, str]  # Hugging Face's name -> the source's
     config: OpenELMConfig
     trimmed: OpenELMConfig
     tokenizer: TokenizerModel
@@ -39,31 +55,17 @@ class OpenedModel:
     def adapters(self) -> AdaptedCheckpoint | None:
         return self.source if isinstance(self.source, AdaptedCheckpoint) else None
 
-    @property
-    def stored_forms(self) -> dict[str, Form]:
-        """Hugging Face's stem -> the form a matrix is quantized in already."""
-        stems = {
-            name.removesuffix(".weight"): original.removesuffix(".weight")
-            for name, original in self.names.items()
-        }
-        return {
-            stem: self.source.forms[original]
-            for stem, original in stems.items()
-            if original in self.source.forms
-        }
-
-    def packed(self, name: str, rows: int) -> dict[str, mx.array]:
-        """The stored arrays of a matrix among `stored_forms`, without the rows that pad the
-        vocabulary.
+    def packed(self, name: str) -> dict[str, mx.array]:
+        """The stored arrays of a matrix that is quantized in the source, without the rows that pad
+        the vocabulary.
         """
-        original, result = self.names[name], {}
-        for stored, array in self.source.packed(original).items():
+        rows, result = expected_tensors(self.trimmed)[name][0], {}
+        for stored, array in self.source.packed(name).items():
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
                 raise CheckpointError(
                     f"{self.source.path}: {stored} holds NaN or infinite scales; the checkpoint is damaged"
                 )
-            part = stored.removeprefix(original.removesuffix("weight"))
-            result[name.removesuffix("weight") + part] = array[:rows]
+            result[stored] = array[:rows]
         return result
 
 
@@ -71,8 +73,8 @@ def open_model(options: ConvertOptions) -> OpenedModel:
     """Raises an `OpenELMError` that names the file; reads no weights."""
     try:
         source = with_adapters(open_source(options.source, options.source_format), options)
-        names = renamed_tensors(source.tensors)
-        shapes = {name: source.tensors[original].shape for name, original in names.items()}
+        check_no_adapter(source.tensors)
+        shapes = {name: info.shape for name, info in source.tensors.items()}
         own = source.config
         config = (
             with_flags(own, options)
@@ -80,8 +82,8 @@ def open_model(options: ConvertOptions) -> OpenedModel:
             else config_for(options.source, shapes, options)
         )
         check_coverage(shapes, expected_tensors(config))
-        tokenizer = find_tokenizer(options, source)
-        return OpenedModel(source, names, config, trim_vocabulary(config, tokenizer), tokenizer)
+        tokenizer = find_tokenizer(options.source, options.tokenizer, source.tokenizer)
+        return OpenedModel(source, config, trim_vocabulary(config, tokenizer), tokenizer)
     except OpenELMError as error:
         files = (options.source, options.config, options.tokenizer, options.adapter_folder)
         if any(str(path) in str(error) for path in files if path is not None):
@@ -108,6 +110,15 @@ def with_adapters(source: TensorSource, options: ConvertOptions) -> TensorSource
     return source
 
 
+def check_no_adapter(names: Iterable[str]) -> None:
+    """Raise `ConversionError` for parts of an adapter that `with_adapters` did not understand."""
+    for name in names:
+        if ADAPTER.search(name):
+            raise ConversionError(
+                f"the checkpoint holds an adapter ({name}); only whole models are converted: merge it first"
+            )
+
+
 def trim_vocabulary(config: OpenELMConfig, tokenizer: TokenizerModel) -> OpenELMConfig:
     """The configuration without the rows that pad the vocabulary. Raises `TokenizerError` for a
     mismatch.
@@ -124,3 +135,93 @@ def trim_vocabulary(config: OpenELMConfig, tokenizer: TokenizerModel) -> OpenELM
         vocab_size=pieces,
         padding_index=padding if padding is not None and padding < pieces else None,
     )
+
+
+def check_coverage(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise `CheckpointError` that names the first tensors missing, superfluous or of the wrong
+    shape.
+    """
+    problems = []
+    if missing := [name for name in expected if name not in found]:
+        problems.append(f"{len(missing)} missing ({', '.join(missing[:3])})")
+    if extra := [name for name in found if name not in expected]:
+        problems.append(f"{len(extra)} the model does not have ({', '.join(extra[:3])})")
+    for name, shape in expected.items():
+        if name in found and tuple(found[name]) != tuple(shape):
+            problems.append(
+                f"{name} has shape {tuple(found[name])} where the configuration asks for {tuple(shape)}"
+            )
+            break
+    if problems:
+        raise CheckpointError("the tensors do not make this model: " + "; ".join(problems))
+
+
+def config_for(source: Path, shapes: Shapes, options: ConvertOptions) -> OpenELMConfig:
+    """The source's configuration. Raises `ConfigError`, `CheckpointError` or `ConversionError`."""
+    path = config_path(source, options)
+    section: dict[str, Any] = {}
+    if path is not None:
+        raw = read_json(path) if path.suffix == ".json" else {}
+        if path.suffix == ".json" and not is_corenet_section(raw):
+            return with_flags(OpenELMConfig.from_file(path), options)
+        section = {k: v for k, v in raw.items() if k != "quantization"} or corenet_section(path)
+        size = normal_name(str(section.get("model_name", "")))
+        if (
+            size in PUBLISHED
+        ):  # an adapted embedding leaves the head behind: what the tensors hold wins
+            rows = matrix_shape(shapes, "transformer.token_embeddings.weight")[0]
+            held: dict[str, Any] = {"share_input_output_layers": "lm_head.weight" not in shapes}
+            held |= {} if "vocab_size" in section else {"vocab_size": rows}
+            published = OpenELMConfig(**PUBLISHED[size] | overrides(section) | held)
+            return with_flags(published, options)
+    return infer_config(shapes, section, options.head_dim, options.rope_base)
+
+
+def config_path(source: Path, options: ConvertOptions) -> Path | None:
+    """`--config`, else config.json of a folder, else config.yaml beside the checkpoint."""
+    if options.config is not None or source.is_file():
+        return options.config or beside(source, "config.yaml")
+    return beside(source, "config.json") or beside(source, "config.yaml")
+
+
+def is_corenet_section(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of CoreNet's MLX port: the YAML's section, not Hugging Face's
+    keys.
+    """
+    return "model_name" in raw and "model_dim" not in raw
+
+
+def beside(source: Path, name: str) -> Path | None:
+    path = (source if source.is_dir() else source.parent) / name
+    return path if path.is_file() else None
+
+
+def with_flags(config: OpenELMConfig, options: ConvertOptions) -> OpenELMConfig:
+    if options.head_dim not in (None, config.head_dim):
+        raise ConversionError(
+            f"--head-dim {options.head_dim} contradicts the configuration, which has {config.head_dim}"
+        )
+    return (
+        config
+        if options.rope_base is None
+        else replace(config, rope_freq_constant=options.rope_base)
+    )
+
+
+def corenet_section(path: str | Path) -> dict[str, Any]:
+    """`model.language_modeling.general_gpt` of a CoreNet YAML. Raises `ConfigError`."""
+    node: Any = read_yaml(path)
+    for key in ("model", "language_modeling", "general_gpt"):
+        node = node.get(key) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise ConfigError(
+            f"{path} has no section model.language_modeling.general_gpt: no CoreNet language model"
+        )
+    known = {"model_name", *OVERRIDES}
+    if unknown := sorted(str(key) for key in node.keys() - known):
+        raise ConfigError(
+            f"{path}: general_gpt has keys this engine does not know: {', '.join(unknown)}"
+        )
+    return node

@@ -81,7 +81,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     opened = open_model(options)  # 1. what is there, 2. what model it makes
     if opened.source.instruct and options.instruct is None:
         options = replace(options, instruct=True)
-    source, names, trimmed = opened.source, opened.names, opened.trimmed
+    source, trimmed = opened.source, opened.trimmed
     judged_on = (
         verification_text(opened, options.verify_text) if options.verifies else []
     )  # a bad text is found here
@@ -89,10 +89,10 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         return convert_to_gguf(opened, options, judged_on, progress)
     sampling = sampling_defaults(options.source, trimmed)
     first = "transformer.token_embeddings.weight"
-    dtype = target_dtype(names[first], source.tensors[names[first]].dtype, trimmed, options)
+    dtype = target_dtype(first, source.tensors[first].dtype, trimmed, options)
     planning = plan_quantization(opened, dtype, options, progress)  # 3. what will be written
     forms = planning.forms
-    plan = make_plan(source, names, trimmed, forms, options)
+    plan = make_plan(source, trimmed, forms, options)
     report = make_report(source, opened.config, trimmed, sum(map(nbytes, plan.values())), options)
     report = replace(
         report,
@@ -166,7 +166,7 @@ def convert_to_gguf(
     from openelm_mlx.convert.targets.gguf import check_gguf, gguf_layout, gguf_type, write_gguf
 
     forms: Plan = dict.fromkeys(matrices(expected_tensors(opened.trimmed)))
-    plan = make_plan(opened.source, opened.names, opened.trimmed, forms, options)
+    plan = make_plan(opened.source, opened.trimmed, forms, options)
     dtype = plan["transformer.token_embeddings.weight"].dtype
     kind = gguf_type(dtype, options.bits, options.group_size, options.mode)
     check_gguf(opened.trimmed, kind == "Q8_0")
@@ -189,7 +189,6 @@ def convert_to_gguf(
 
 def make_plan(
     source: TensorSource,
-    names: Mapping[str, str],
     config: OpenELMConfig,
     forms: Plan,
     options: ConvertOptions,
@@ -200,7 +199,7 @@ def make_plan(
     shapes = expected_tensors(config)
     plan: dict[str, TensorInfo] = {}
     for name, shape in shapes.items():
-        dtype = target_dtype(names[name], source.tensors[names[name]].dtype, config, options)
+        dtype = target_dtype(name, source.tensors[name].dtype, config, options)
         plan |= planned(name, TensorInfo(dtype, shape), forms.get(name.removesuffix(".weight")))
     return plan
 
@@ -230,7 +229,7 @@ def stream(
     """
     shapes, stored = (
         expected_tensors(opened.trimmed),
-        opened.stored_forms if options.dtype is None else {},
+        opened.source.forms if options.dtype is None else {},
     )
     for number, (name, shape) in enumerate(shapes.items(), start=1):
         stem = name.removesuffix(".weight")
@@ -238,15 +237,12 @@ def stream(
         if learned and name in learned:
             yield from learned[name].items()
         elif form is not None and form == stored.get(stem):
-            yield from opened.packed(name, shape[0]).items()
+            yield from opened.packed(name).items()
         elif form is not None:
             yield from quantized_by_rows(opened, name, shape, form, options).items()
         else:
-            array = opened.source.load(opened.names[name])
-            yield (
-                name,
-                final_array(opened.source, opened.names[name], name, array, shape[0], options),
-            )
+            array = opened.source.load(name)
+            yield name, final_array(opened.source, name, array, shape[0], options)
         if progress is not None:
             progress(number, len(shapes), name)
 
@@ -257,13 +253,12 @@ def quantized_by_rows(
     """The arrays of a quantized matrix. Its groups lie within rows, so a few rows at a time give
     the same.
     """
-    original = opened.names[name]
     step = max(1, CHUNK_BYTES // (4 * shape[1]))
     parts: list[dict[str, mx.array]] = []
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
-        rows = opened.source.rows(original, start, stop)
-        rows = final_array(opened.source, original, name, rows, stop - start, options)
+        rows = opened.source.rows(name, start, stop)
+        rows = final_array(opened.source, name, rows, stop - start, options)
         parts.append(quantized(name, rows, form))
         mx.async_eval(*parts[-1].values())  # while these are rounded, the next are read
         del rows
@@ -272,18 +267,17 @@ def quantized_by_rows(
 
 def final_array(
     source: TensorSource,
-    original: str,
     name: str,
     array: mx.array,
     rows: int,
     options: ConvertOptions,
 ) -> mx.array:
-    """What was read as `original`, checked, without padding rows and in the type asked for."""
+    """What was read as `name`, checked, without padding rows and in the type asked for."""
     if name in VOCABULARY_TENSORS and array.shape[0] > rows:
         array = array[:rows]
     if not all_finite(array):
         raise CheckpointError(
-            f"{source.path}: {original} holds NaN or infinite weights; the checkpoint is damaged"
+            f"{source.path}: {name} holds NaN or infinite weights; the checkpoint is damaged"
         )
     if options.dtype is not None:
         array = array.astype(getattr(mx, options.dtype))
@@ -291,7 +285,7 @@ def final_array(
             array
         ):  # the other types have float32's range
             raise ConversionError(
-                f"{original} overflows {options.dtype}; use --dtype bfloat16 or float32"
+                f"{name} overflows {options.dtype}; use --dtype bfloat16 or float32"
             )
     return array
 

@@ -72,7 +72,7 @@ def given_forms(opened: OpenedModel, options: ConvertOptions) -> Plan:
     if options.recipe is not None:
         forms = find_recipe(options.recipe).plan(shapes)
     elif not options.quantizes and options.keeps_forms:
-        forms |= opened.stored_forms
+        forms |= opened.source.forms
     check_divides(forms, shapes)
     return forms
 
@@ -81,10 +81,10 @@ def exact_weights(opened: OpenedModel) -> dict[str, mx.array]:
     """The source's weights in float32. Raises `CheckpointError` for numbers that are none."""
     weights = {}
     for name, shape in expected_tensors(opened.trimmed).items():
-        weights[name] = opened.source.load(opened.names[name])[: shape[0]].astype(mx.float32)
+        weights[name] = opened.source.load(name)[: shape[0]].astype(mx.float32)
         if not mx.isfinite(weights[name]).all().item():
             raise CheckpointError(
-                f"{opened.names[name]} holds NaN or infinite weights; the checkpoint is damaged"
+                f"{name} holds NaN or infinite weights; the checkpoint is damaged"
             )
     return weights
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.convert.names import rename
 from openelm_mlx.convert.sources import TensorInfo, TensorSource
 from openelm_mlx.convert.sources.yaml_files import read_yaml
 from openelm_mlx.device import mx
@@ -32,7 +31,7 @@ BASE = re.compile(r"(.+)\.base_layer\.weight")
 PART = re.compile(
     r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.(\w+)(?:\.weight)?"
 )
-EMBEDDING, HEAD = "token_embeddings", "classifier"
+HEAD = "lm_head.weight"
 ADAPTER_FOLDER = "adapter"
 
 
@@ -77,12 +76,10 @@ class AdaptedCheckpoint(TensorSource):
             base = BASE.fullmatch(original)
             name = f"{base[1]}.weight" if base else original
             self._original[name], self.tensors[name] = original, info
-        embedding = next(
-            (adapter.stem for adapter in self.adapters.values() if adapter.embedding), None
-        )
-        if embedding is not None and not {f"{HEAD}.weight", "lm_head.weight"} & self.tensors.keys():
-            self._original[f"{HEAD}.weight"] = f"{embedding}.base_layer.weight"
-            self.tensors[f"{HEAD}.weight"] = self.tensors[f"{embedding}.weight"]
+        embedding = next((a.stem for a in self.adapters.values() if a.embedding), None)
+        if embedding is not None and HEAD not in self.tensors:
+            self._original[HEAD] = f"{embedding}.base_layer.weight"
+            self.tensors[HEAD] = self.tensors[f"{embedding}.weight"]
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -190,13 +187,13 @@ def strengths(path: Path, options: LoraOptions) -> Any:
     def strength(stem: str, rank: int) -> float:
         if options.alpha is not None:
             return scaled(options.alpha, rank, options.rank_stabilised)
-        stem = stem.removeprefix("transformer.")
+        corenets = "classifier" if stem == "lm_head" else stem.removeprefix("transformer.")
         for pattern, alpha, yaml_rank, rank_stabilised in rules:
-            if not pattern.match(stem):
+            if not pattern.match(corenets):
                 continue
             if yaml_rank != rank:
                 raise ConfigError(
-                    f"{options.yaml} gives {stem} rank {yaml_rank}, but its tensors have rank {rank}"
+                    f"{options.yaml} gives {corenets} rank {yaml_rank}, but its tensors have rank {rank}"
                 )
             return scaled(alpha, rank, rank_stabilised)
         raise ConversionError(
@@ -283,7 +280,7 @@ def write_adapter(
     arrays: dict[str, mx.array] = {}
     keys = []
     for adapter in adapters:
-        stem = rename(f"{adapter.stem}.weight").removesuffix(".weight")
+        stem = adapter.stem
         keys.append(stem)
         a, b = checkpoint.factors(adapter)
         b = b if len(scales) == 1 else b * adapter.scale

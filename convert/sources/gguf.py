@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from openelm_mlx.convert.infer import infer_config
 from openelm_mlx.convert.licence import KEYS
-from openelm_mlx.convert.sources import TensorInfo, TensorSource
+from openelm_mlx.convert.sources import TensorInfo, TensorSource, infer_config
 from openelm_mlx.convert.tokenizers.tokenizer_model import UNUSED, TokenizerModel, assemble
 from openelm_mlx.device import mx
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, TokenizerError

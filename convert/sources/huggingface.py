@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from openelm_mlx.config_files import read_json
-from openelm_mlx.convert.sources import TensorInfo, TensorSource, weights_by_kind
+from openelm_mlx.convert.sources import TensorInfo, TensorSource, canonical, weights_by_kind
 from openelm_mlx.convert.sources.raw import itemsize, read_strided
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, ConversionError
@@ -50,21 +50,22 @@ class HuggingFaceFolder(TensorSource):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._located: dict[str, Located] = {}
+        found: dict[str, Located] = {}
         self.instruct = (self.path / "chat_template.jinja").is_file()
         weight_map = read_index(self.path)
         for file in weight_files(self.path, weight_map):
             for name, located in read_header(file).items():
-                if name in self._located:
+                if name in found:
                     raise ConversionError(
                         f"{self.path} holds tensor {name} twice, in {file.name} too"
                     )
                 if weight_map is None or weight_map.get(name) == file.name:
-                    self._located[name] = located
-        if weight_map is not None and (missing := sorted(weight_map.keys() - self._located.keys())):
+                    found[name] = located
+        if weight_map is not None and (missing := sorted(weight_map.keys() - found.keys())):
             raise ConversionError(
                 f"{self.path}: the index lists tensors no shard holds: {', '.join(missing[:3])}"
             )
+        self._located = canonical(found)
         self.tensors = {name: located.info for name, located in self._located.items()}
 
     @property

@@ -12,7 +12,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from openelm_mlx.config_files import read_json
-from openelm_mlx.convert.names import rename
 from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.convert.sources.huggingface import Located, load_located, read_header
 from openelm_mlx.device import mx
@@ -40,14 +39,13 @@ class FusedAdapter(TensorSource):
         self._parts: dict[
             str, dict[str, str]
         ] = {}  # name in the source -> leaf -> name in the adapter
-        originals = {rename(name): name for name in source.tensors}
         for name in self._located:
             stem, _, leaf = name.rpartition(".")
-            if leaf not in LEAVES or f"{stem}.weight" not in originals:
+            if leaf not in LEAVES or f"{stem}.weight" not in source.tensors:
                 raise ConversionError(
                     f"{folder} adapts {name[:100]}, which {source.path} does not have"
                 )
-            self._parts.setdefault(originals[f"{stem}.weight"], {})[leaf] = name
+            self._parts.setdefault(f"{stem}.weight", {})[leaf] = name
         for name, parts in self._parts.items():
             self._check(name, parts)
         self.tensors = dict(source.tensors)
@@ -81,7 +79,7 @@ class FusedAdapter(TensorSource):
         return weight.astype(base.dtype)
 
     def _is_embedding(self, name: str) -> bool:
-        return rename(name) == f"{EMBEDDING}.weight"
+        return name == f"{EMBEDDING}.weight"
 
     def _check(self, name: str, parts: dict[str, str]) -> None:
         shape = self._source.tensors[name].shape

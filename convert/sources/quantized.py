@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from openelm_mlx.convert.quantize.forms import Form
-from openelm_mlx.convert.sources import TensorInfo, TensorSource
+from openelm_mlx.convert.sources import TensorInfo, TensorSource, canonical_name
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
 
@@ -45,6 +45,8 @@ class QuantizedFolder(TensorSource):
             raise ConversionError(
                 f"{self.path} holds quantized weights, but its config.json has no quantization"
             )
+        if isinstance(quantization, Mapping):
+            quantization = {canonical_name(str(key)): of for key, of in quantization.items()}
         for name, info in source.tensors.items():
             stem, _, part = name.rpartition(".")
             if stem not in stems:

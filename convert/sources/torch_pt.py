@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.convert.sources import TensorInfo, TensorSource
+from openelm_mlx.convert.sources import TensorInfo, TensorSource, canonical
 from openelm_mlx.convert.sources.raw import itemsize, read_strided
 from openelm_mlx.convert.sources.safe_pickle import TensorRecord, read_state
 from openelm_mlx.device import mx
@@ -60,7 +60,7 @@ class TorchCheckpoint(TensorSource):
             raise ConversionError(
                 f"{self.path} is damaged: {str(error):.200}; download or copy it again"
             ) from None
-        self._records = state_dict_of(self.path, state)
+        self._records = canonical(state_dict_of(self.path, state))
         self.tensors: dict[str, TensorInfo] = {}
         for name, record in self._records.items():
             self._check_bounds(name, record)

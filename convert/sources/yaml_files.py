@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from openelm_mlx.errors import ConfigError, reason
 
 MAX_YAML_BYTES = 1 << 18  # CoreNet's recipes have 5 KB
-OVERRIDES = ("vocab_size", "max_context_length", "padding_index")
-
-
-def corenet_section(path: str | Path) -> dict[str, Any]:
-    """`model.language_modeling.general_gpt` of a CoreNet YAML. Raises `ConfigError`."""
-    node: Any = read_yaml(path)
-    for key in ("model", "language_modeling", "general_gpt"):
-        node = node.get(key) if isinstance(node, dict) else None
-    if not isinstance(node, dict):
-        raise ConfigError(
-            f"{path} has no section model.language_modeling.general_gpt: no CoreNet language model"
-        )
-    known = {"model_name", *OVERRIDES}
-    if unknown := sorted(str(key) for key in node.keys() - known):
-        raise ConfigError(
-            f"{path}: general_gpt has keys this engine does not know: {', '.join(unknown)}"
-        )
-    return node
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -53,8 +34,3 @@ def read_yaml(path: str | Path) -> Any:
         raise ConfigError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {reason(error)}") from None
-
-
-def corenet_overrides(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a CoreNet YAML overrides: sizes of vocabulary and context, padding row."""
-    return {name: section[name] for name in OVERRIDES if section.get(name) is not None}

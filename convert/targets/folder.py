@@ -5,24 +5,19 @@ record.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from openelm_mlx.config_files import GENERATION_CONFIG, chat_sampling, generation_config
 from openelm_mlx.convert.licence import Licence
-from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize.forms import Plan, config_entry
 from openelm_mlx.convert.record import model_card
-from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.convert.staging import UNFINISHED_CONFIG
 from openelm_mlx.convert.tokenizers.tokenizer_json import build_tokenizer_json, tokenizer_config
-from openelm_mlx.convert.tokenizers.tokenizer_model import TokenizerModel, read_tokenizer
-from openelm_mlx.errors import TokenizerError
+from openelm_mlx.convert.tokenizers.tokenizer_model import TokenizerModel
 from openelm_mlx.model.config import OpenELMConfig
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- if not messages or messages[0]['role'] != 'system' -%}
@@ -39,32 +34,6 @@ CHAT_TEMPLATE = """\
 {{- '\\n<|assistant|>\\n' -}}
 {%- endif -%}
 """
-
-
-def find_tokenizer(options: ConvertOptions, source: TensorSource) -> TokenizerModel:
-    """`--tokenizer` (a file or a folder), else what the source carries, else beside it. Raises
-    `TokenizerError`.
-    """
-    given = options.tokenizer
-    if given is None and source.tokenizer is not None:
-        return source.tokenizer
-    folder = options.source if options.source.is_dir() else options.source.parent
-    path = folder if given is None else given
-    found = (
-        [path]
-        if os.path.isfile(path)
-        else [path / name for name in TOKENIZER_FILES if os.path.isfile(path / name)]
-    )
-    if found:
-        return read_tokenizer(found[0])
-    if given is not None:
-        raise TokenizerError(
-            f"{given} does not exist; --tokenizer takes a SentencePiece tokenizer.model"
-        )
-    raise TokenizerError(
-        f"no tokenizer.model beside {options.source}; give one with --tokenizer "
-        "(OpenELM uses LLaMA's, 32000 pieces; its checkpoints do not contain it)"
-    )
 
 
 def write_side_files(

@@ -5,6 +5,7 @@ keep of it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
     6,
 )  # sentencepiece_model.proto; GGUF has the same
 KINDS = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 MAX_TOKENIZER_BYTES = 16 << 20  # LLaMA's tokenizer.json has 1.8 MB
 MAX_PIECE = 128  # characters; LLaMA's longest has 16
 
@@ -74,6 +76,31 @@ def read_tokenizer(path: Path) -> TokenizerModel:
     model = TokenizerModel(path, data)
     model.num_pieces  # noqa: B018  (damaged bytes are to be refused here, not in the middle of the work)
     return model
+
+
+def find_tokenizer(source: Path, given: Path | None, own: TokenizerModel | None) -> TokenizerModel:
+    """`given` (a file or a folder), else the source's `own`, else what lies beside `source`. Raises
+    `TokenizerError`.
+    """
+    if given is None and own is not None:
+        return own
+    folder = source if source.is_dir() else source.parent
+    path = folder if given is None else given
+    found = (
+        [path]
+        if os.path.isfile(path)
+        else [path / name for name in TOKENIZER_FILES if os.path.isfile(path / name)]
+    )
+    if found:
+        return read_tokenizer(found[0])
+    if given is not None:
+        raise TokenizerError(
+            f"{given} does not exist; --tokenizer takes a SentencePiece tokenizer.model"
+        )
+    raise TokenizerError(
+        f"no tokenizer.model beside {source}; give one with --tokenizer "
+        "(OpenELM uses LLaMA's, 32000 pieces; its checkpoints do not contain it)"
+    )
 
 
 def assemble(

@@ -140,8 +140,8 @@ class Altered(TorchCheckpoint):
         change(self.tensors)
 
 
-Q = "layers.1.attn.qkv_proj."
-M = "token_embeddings.lora_magnitude_vector.lora"
+Q = "transformer.layers.1.attn.qkv_proj."
+M = "transformer.token_embeddings.lora_magnitude_vector.lora"
 
 
 @pytest.mark.parametrize(
@@ -160,17 +160,17 @@ M = "token_embeddings.lora_magnitude_vector.lora"
         ),
         (
             "lora",
-            lambda t: t.update({Q + "lora_A.lora.weight": t["norm.weight"]}),
+            lambda t: t.update({Q + "lora_A.lora.weight": t["transformer.norm.weight"]}),
             r"has A of shape \(96,\) and B",
         ),
         (
             "dora",
-            lambda t: t.update({Q + "lora_magnitude_vector.lora": t["norm.weight"]}),
+            lambda t: t.update({Q + "lora_magnitude_vector.lora": t["transformer.norm.weight"]}),
             r"\(96,\) for 256 rows",
         ),
         (
             "dora",
-            lambda t: t.update({M: t["norm.weight"]}),
+            lambda t: t.update({M: t["transformer.norm.weight"]}),
             "is DoRA on an embedding, which CoreNet does not define",
         ),
     ],
@@ -193,7 +193,7 @@ def test_a_merge_in_half_precision_rounds_once(tmp_path):
     )
     run("lora", tmp_path, dtype="bfloat16")
     written = mx.load(str(tmp_path / "m" / "model.safetensors"))
-    exact = source.load("layers.1.attn.qkv_proj.weight")
+    exact = source.load("transformer.layers.1.attn.qkv_proj.weight")
     assert mx.array_equal(
         written["transformer.layers.1.attn.qkv_proj.weight"], exact.astype(mx.bfloat16)
     )

@@ -81,7 +81,9 @@ def test_shapes_are_read_off_the_tensors(name, tmp_path):
     written = mx.load(str(tmp_path / "m" / "model.safetensors"))
     original = TorchCheckpoint(GOLDEN / name / "checkpoint.pt")
     assert {k: v.shape for k, v in written.items()} == expected_tensors(config)
-    assert mx.array_equal(written["transformer.norm.weight"], original.load("norm.weight"))
+    assert mx.array_equal(
+        written["transformer.norm.weight"], original.load("transformer.norm.weight")
+    )
 
 
 def test_head_dim_is_asked_for_by_name(tmp_path):
@@ -117,7 +119,9 @@ def test_quantized_weights_are_mlxs(bits, tmp_path):
     )
     report = convert(options)
     written = mx.load(str(tmp_path / "m" / "model.safetensors"))
-    original = TorchCheckpoint(NANO / "checkpoint.pt").load("layers.1.ffn.proj_2.weight")
+    original = TorchCheckpoint(NANO / "checkpoint.pt").load(
+        "transformer.layers.1.ffn.proj_2.weight"
+    )
     stem = "transformer.layers.1.ffn.proj_2."
     for part, want in zip(
         ("weight", "scales", "biases"), mx.quantize(original, group_size=32, bits=bits), strict=True

@@ -120,7 +120,7 @@ import resource, sys
 from pathlib import Path
 import openelm_mlx.convert.pipeline, openelm_mlx.convert.sources.gguf, gguf, yaml, sentencepiece, tokenizers
 from openelm_mlx.model.config import OpenELMConfig
-from openelm_mlx.convert.sources.yaml_files import corenet_section
+from openelm_mlx.convert.opening import corenet_section
 from openelm_mlx.convert.targets.folder import build_tokenizer_json
 from openelm_mlx.convert.sources import open_source
 from openelm_mlx.convert.sources.gguf import GGUFFile

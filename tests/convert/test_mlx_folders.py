@@ -96,9 +96,10 @@ def corenet_mlx(folder: Path, bits: int | None) -> Path:
     """
     folder.mkdir()
     source = TorchCheckpoint(GOLDEN / "tied-gqa4" / "checkpoint.pt")
+    named = {name.removeprefix("transformer."): source.load(name) for name in source.tensors}
     arrays, config = {}, {"model_name": "golden", "vocab_size": 128, "max_context_length": 64}
-    for name in source.tensors:
-        array = source.load(name).astype(mx.float16)
+    for name, array in named.items():
+        array = array.astype(mx.float16)
         if bits and array.ndim == 2 and name != "token_embeddings.weight":
             for part, value in zip(
                 ("weight", "scales", "biases"), mx.quantize(array, 32, bits), strict=True
@@ -139,7 +140,9 @@ def test_a_width_this_project_does_not_write_becomes_whole(tmp_path):
     assert open_source(source).forms == {}
     written = weights(again(source, tmp_path / "m"))
     name = "layers.1.ffn.proj_2.weight"
-    assert mx.array_equal(written["transformer." + name], open_source(source).load(name))
+    assert mx.array_equal(
+        written["transformer." + name], open_source(source).load("transformer." + name)
+    )
 
 
 def test_packed_weights_mean_what_they_meant_in_mlx_0_10(tmp_path):
@@ -158,13 +161,13 @@ def test_packed_weights_mean_what_they_meant_in_mlx_0_10(tmp_path):
     whole = groups * stored["scales"][..., None].astype(np.float32) + stored["biases"][
         ..., None
     ].astype(np.float32)
-    loaded = open_source(source).load(stem + "weight")
+    loaded = open_source(source).load(f"transformer.{stem}weight")
     np.testing.assert_array_equal(np.array(loaded), whole.reshape(loaded.shape).astype(np.float16))
 
 
 def test_a_published_size_in_corenets_config(tmp_path):
     """`model_name` alone names the shapes there."""
-    from openelm_mlx.convert.infer import config_for
+    from openelm_mlx.convert.opening import config_for
     from openelm_mlx.model.config import expected_tensors
 
     size = OpenELMConfig.from_name("270m")
@@ -242,8 +245,8 @@ def test_scales_that_are_no_numbers(tmp_path):
 def test_a_source_that_is_quantized_has_packed_arrays_only_there():
     source = TorchCheckpoint(NANO / "checkpoint.pt")
     with pytest.raises(KeyError):
-        source.packed("norm.weight")
-    assert source.forms == {} and np.array(source.load("norm.weight")).ndim == 1
+        source.packed("transformer.norm.weight")
+    assert source.forms == {} and np.array(source.load("transformer.norm.weight")).ndim == 1
 
 
 def test_how_a_model_chats_goes_along_and_mlx_lm_reads_the_folder(tmp_path):

@@ -12,8 +12,8 @@ from formats import again, trained_tokenizer
 from golden_set import NANO
 
 from openelm_mlx.config_files import read_json
-from openelm_mlx.convert.infer import infer_config
-from openelm_mlx.convert.names import renamed_tensors
+from openelm_mlx.convert.opening import check_no_adapter
+from openelm_mlx.convert.sources import canonical, infer_config
 from openelm_mlx.convert.sources.yaml_files import read_yaml
 from openelm_mlx.convert.tokenizers.tokenizer_json import build_tokenizer_json
 from openelm_mlx.convert.tokenizers.tokenizer_model import (
@@ -77,11 +77,11 @@ def test_names_that_mean_one_tensor_or_none_known():
         ConversionError,
         match="holds both norm.weight and transformer.norm.weight, which are one tensor",
     ):
-        renamed_tensors(["norm.weight", "transformer.norm.weight"])
+        canonical({"norm.weight": 1, "transformer.norm.weight": 2})
     with pytest.raises(
         ConversionError, match="the checkpoint holds an adapter .*lora_C.weight.; only whole models"
     ):
-        renamed_tensors(["layers.0.attn.qkv_proj.lora_C.weight"])
+        check_no_adapter(["transformer.layers.0.attn.qkv_proj.lora_C.weight"])
 
 
 # configurations

@@ -90,7 +90,7 @@ def weights(folder: Path) -> dict[str, mx.array]:
 def everything(source: Path, **fields) -> None:
     """Open, check and load all of a source, as a conversion does."""
     opened = open_model(ConvertOptions(source=source, target="x", **fields))
-    for name in opened.names.values():
+    for name in opened.source.tensors:
         array = opened.source.load(name)
         mx.eval(array)
         stem = name.removesuffix(".weight")

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from openelm_mlx.convert.sources.yaml_files import corenet_overrides, corenet_section
+from openelm_mlx.convert.opening import corenet_section
+from openelm_mlx.convert.sources import overrides
 from openelm_mlx.errors import ConfigError
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 
@@ -64,9 +65,7 @@ def test_files(tmp_path):
         "model: {language_modeling: {general_gpt: {model_name: OpenELM-1_1B, vocab_size: 32128}}}"
     )
     section = corenet_section(tmp_path / "c.yaml")
-    assert section["model_name"] == "OpenELM-1_1B" and corenet_overrides(section) == {
-        "vocab_size": 32128
-    }
+    assert section["model_name"] == "OpenELM-1_1B" and overrides(section) == {"vocab_size": 32128}
     (tmp_path / "d.yaml").write_text("model: 3")
     with pytest.raises(ConfigError, match="no section"):
         corenet_section(tmp_path / "d.yaml")

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from golden_set import FLAGS, GOLDEN, NANO
 
-from openelm_mlx.convert.infer import config_for
-from openelm_mlx.convert.names import renamed_tensors
+from openelm_mlx.convert.opening import config_for
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.pipeline import convert
 from openelm_mlx.convert.sources import open_source
@@ -22,11 +21,10 @@ pytestmark = pytest.mark.with_or_without("OpenBLAS", "a C++ compiler")
 def load_golden(name: str, tmp_path):
     path = GOLDEN / name / "checkpoint.pt"
     source = open_source(path)
-    there = renamed_tensors(source.tensors)
-    shapes = {ours: source.tensors[theirs].shape for ours, theirs in there.items()}
+    shapes = {name: info.shape for name, info in source.tensors.items()}
     options = ConvertOptions(source=path, target=tmp_path / "unused", **FLAGS.get(name, {}))
     model = OpenELM(config_for(path, shapes, options))
-    model.load_weights([(ours, source.load(theirs)) for ours, theirs in there.items()])
+    model.load_weights([(name, source.load(name)) for name in source.tensors])
     golden = np.load(GOLDEN / name / "golden.npz")
     return model, mx.array(golden["input_ids"]), golden["logits"]
 
