@@ -2,7 +2,7 @@
 
     python packaging/manual.py      needs argparse-manpage, which the extra `dev` installs
 
-A test holds the committed page equal to what this gives, so `man openelm` and `--help` say the same.
+A test compares the committed page with the parsers, so `man openelm` and `--help` say the same.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def test_a_cache_is_an_ordinary_file(tmp_path, capsys):
         assert main(["generate", "Once", "--max-tokens", "1", "--cache-file", name]) == 2
         assert capsys.readouterr() == (
             "",
-            f"openelm: --cache-file {name} is no ordinary file; give another name\n",
+            f"openelm: --cache-file {name} is not a regular file; give another name\n",
         )
 
 

@@ -1,6 +1,4 @@
-"""`openelm chat`: a conversation on a terminal, one message a line from a pipe, or one question and
-out.
-"""
+"""`openelm chat`: a conversation on a terminal or through a pipe, or a single question."""
 
 from __future__ import annotations
 
@@ -28,9 +26,9 @@ from openelm_mlx.errors import OpenELMError, OptionError
 if TYPE_CHECKING:
     from openelm_mlx.engine.conversation import Conversation
 
-DESCRIPTION = """Talk to a model. Sampling options that are not given are the model's own defaults, which
-the first lines of the chat show. Where stdin or stdout is not a terminal, answers go to
-stdout and everything else to stderr."""
+DESCRIPTION = """Talk to a model. Sampling options that are not given are the model's own
+defaults, which the first lines of the chat show. Where stdin or stdout is not a terminal,
+answers go to stdout and everything else to stderr."""
 
 EXAMPLES = """examples:
   openelm chat                                       the bundled model
@@ -111,8 +109,8 @@ def opened(args: argparse.Namespace) -> Conversation:
 
     if not engine.instruct:
         print(
-            f"{args.model} has no chat template, as a model that was trained to continue text, not to converse; "
-            "if this one was, convert it with --instruct",
+            f"{args.model} has no chat template, as a model that was trained to continue text, "
+            "not to converse; if this one was, convert it with --instruct",
             file=sys.stderr,
         )
     return Conversation(
@@ -151,7 +149,7 @@ def one_answer(conversation: Conversation, text: str, as_json: bool) -> int:
 def lines(conversation: Conversation) -> int:
     """Run one message or command per line of stdin; return the exit status.
 
-    What cannot be done is said on stderr, and the conversation goes on.
+    A line that fails is reported on stderr, and the conversation goes on.
     """
     from openelm_mlx.cli.session import Session
 

@@ -1,6 +1,4 @@
-"""The commands of a chat: each is a line that begins with a slash, at the prompt and in a pipe
-alike.
-"""
+"""The commands of a chat: lines that begin with a slash, at the prompt and in a pipe alike."""
 
 from __future__ import annotations
 
@@ -78,7 +76,8 @@ def show(session: Session, rest: str) -> None:
         "system": talk.system or "(empty)",
         "sampling": settings(talk.sampling),
         "answers": f"at most {talk.options.max_tokens} tokens",
-        "context": f"{talk.context_used} of {talk.context_length} tokens, {counted(exchanges, 'exchange')}",
+        "context": f"{talk.context_used} of {talk.context_length} tokens, "
+        f"{counted(exchanges, 'exchange')}",
     }
     if isinstance(talk.draft, ModelDraft):
         rows["drafts"] = facts(talk.draft.engine)
@@ -114,7 +113,7 @@ def set_option(session: Session, rest: str) -> None:
 def parsed(item: Field[Any], value: str) -> Any:
     """Read the value of a setting.
 
-    A text that is no number is returned as it is: the options refuse it, and say what is allowed.
+    A text that is not a number is returned as it is: the options refuse it.
     """
     kind = str(item.type)
     if item.name == "seed" and value.lower() in ("random", "new", "none"):
@@ -180,7 +179,7 @@ def save(session: Session, rest: str) -> None:
     path = given_path(rest)
     if os.path.exists(path):
         if not os.path.isfile(path):
-            raise OptionError(f"{rest} is no ordinary file; give another name")
+            raise OptionError(f"{rest} is not a regular file; give another name")
         if session.confirm is None:
             raise OptionError(f"{rest} exists already; give another name, or remove it")
         if not session.confirm(f"{rest} exists already; replace it?"):
@@ -205,7 +204,7 @@ def load(session: Session, rest: str) -> None:
         data = json.loads(text_of(given_path(rest)))
     except (ValueError, RecursionError) as error:
         raise PromptError(
-            f"{rest} is no saved conversation ({error}); give a file that /save wrote"
+            f"{rest} is not a saved conversation ({error}); give a file that /save wrote"
         ) from None
     talk = Conversation.from_json(
         old.engine,
@@ -216,9 +215,8 @@ def load(session: Session, rest: str) -> None:
         draft=old.draft,
     )
     session.conversation, session.stats, session.meter.tokens = talk, None, 0
-    lines = [
-        f"loaded {counted(len(talk.messages) // 2, 'exchange')}, system: {short(talk.system or '(empty)')}"
-    ]
+    exchanges = counted(len(talk.messages) // 2, "exchange")
+    lines = [f"loaded {exchanges}, system: {short(talk.system or '(empty)')}"]
     lines += [
         f"{mark} {short(message['content'])}"
         for mark, message in zip("› ", talk.messages[-2:], strict=False)
@@ -271,10 +269,10 @@ def find(name: str) -> Command | None:
 
 
 def unknown(name: str) -> OpenELMError:
-    """Return the error for a name that is no command."""
+    """Return the error for a name that is not a command."""
     hint = did_you_mean(name.lower(), BY_NAME)
     return OptionError(
-        f"{name} is no command{hint} (/help lists them; // begins a message with one slash)"
+        f"{name} is not a command{hint} (/help lists them; // begins a message with one slash)"
     )
 
 
@@ -313,17 +311,19 @@ def text_of(path: Path, most: int | None = None) -> str:
     """Return the text of a file of at most `most` bytes. Raises `PromptError`."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise PromptError(f"{path} is no ordinary file; give a file of text")
+            raise PromptError(f"{path} is not a regular file; give a file of text")
         if most is not None and path.stat().st_size > most:
             raise PromptError(
-                f"{path} has {path.stat().st_size:,} bytes, far more than the context holds; give a part"
+                f"{path} has {path.stat().st_size:,} bytes, far more than the context holds; "
+                "give a part"
             )
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         if b"\0" in error.object:
             raise PromptError(f"{path} is not text; give a file of text") from None
         raise PromptError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, as with iconv -f latin1 -t utf-8"
+            f"{path} is not UTF-8 text (byte {error.start}); "
+            "convert it, as with iconv -f latin1 -t utf-8"
         ) from None
     except (OSError, ValueError) as error:
         raise PromptError(

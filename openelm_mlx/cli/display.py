@@ -1,4 +1,4 @@
-"""An answer on stdout: words are wrapped at the edge of a terminal, and a status line stands below."""
+"""Shows an answer on stdout: wraps its words on a terminal, with a status line below."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ BELOW = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[7m{}\x1b[0m\x1b8"
 
 
 class WordWrap:
-    """Says what to write for each piece of text so that no word breaks at the edge.
+    """Returns what to write for each piece of text so that no word breaks at the edge.
 
-        width 10   "the quick" -> "the quick", " bro" -> " ", then back over "bro": a new line, "bro"; "wn" -> "wn"
+        width 10   "the quick" -> "the quick"
+                   " bro" -> " ", "bro" moves to a new line
+                   "wn" -> "wn"
 
     `columns()` is asked at each piece, so that a resized window is respected. The last column stays
     free: a terminal that waits there for the next character forgets so when the cursor is moved.
@@ -97,7 +99,7 @@ class WordWrap:
 
 
 class Display:
-    """One answer. `with Display(live=True) as display: display.write("text", "status")`.
+    """Shows one answer: `with Display(live=True) as display: display.write("text", "status")`.
 
     `live` asks for the status line, which needs a terminal that moves its cursor. The cursor rests
     at the end of the text all the time, so that a resized window and a killed process leave nothing

@@ -1,4 +1,4 @@
-"""`openelm doctor`: what a bug report needs, whether this machine computes correctly, what slows it down."""
+"""`openelm doctor`: reports what a bug report needs, wrong results, and what slows down."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="check this machine; what a bug report needs",
-        description="Show what a bug report needs, whether this device computes correctly, what slows it "
-        "down, and the remedy.",
+        description="Show what a bug report needs, whether this device computes correctly, "
+        "what slows it down, and the remedy.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -36,9 +36,8 @@ def run(args: argparse.Namespace) -> int:
     found = facts() | caches()
     try:
         right = matching_tokens()
-        found["self_test"] = (
-            f"{right} of {len(TOKENS)} greedy tokens of the bundled model as on the reference device"
-        )
+        tokens = f"{right} of {len(TOKENS)} greedy tokens of the bundled model"
+        found["self_test"] = f"{tokens} as on the reference device"
     except RuntimeError as error:  # of MLX: the facts are wanted then above all
         right, found["self_test"] = 0, f"MLX failed: {error}"
     advice = hints(found)
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def caches() -> dict[str, Any]:
-    """Say where downloads and conversions are kept, their size, and the disk space left for more."""
+    """Report where downloads and conversions are kept, their size, and the free disk space."""
     from openelm_mlx.engine.hub import hub_cache
     from openelm_mlx.engine.model_cache import conversions, conversions_folder
 
@@ -86,7 +85,7 @@ def caches() -> dict[str, Any]:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes free where `folder` is or would be made: a home may not exist."""
+    """Return the bytes free where `folder` is or would be made: a home may not exist."""
     place = next(above for above in (folder, *folder.parents) if os.path.exists(above))
     return shutil.disk_usage(place).free
 

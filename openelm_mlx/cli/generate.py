@@ -35,8 +35,8 @@ EXAMPLES = """examples:
   openelm generate "Once upon a time" --model 270m --temperature 0.7 --top-p 0.9 --seed 1
   cat story.txt | openelm generate - --max-tokens 64 --json
   openelm generate "$(cat code.py)" --prompt-lookup 3        drafts from the prompt itself
-  openelm generate "Once" --model 3b --draft-model 270m      a small model drafts, the large one decides
-  openelm generate "$(cat long.txt)" --cache-file long.safetensors   the next run starts where this one ends
+  openelm generate "Once" --model 3b --draft-model 270m      a small model drafts for a large one
+  openelm generate "$(cat long.txt)" --cache-file long.safetensors   the next run starts there
 """
 
 DESCRIPTION = """Continue a text; it goes to stdout, statistics to stderr. Without a temperature
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         # a pipe would be waited for without end
         if os.path.exists(args.cache_file) and not os.path.isfile(args.cache_file):
             raise OptionError(
-                f"--cache-file {args.cache_file} is no ordinary file; give another name"
+                f"--cache-file {args.cache_file} is not a regular file; give another name"
             )
     if sampling.idle:
         flags = ", ".join("--" + name.replace("_", "-") for name in sampling.idle)
@@ -151,8 +151,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         print()
         if context_full(last, options):
+            length = engine.config.max_context_length
             print(
-                f"the text ends here because the context of {engine.config.max_context_length} tokens is full",
+                f"the text ends here because the context of {length} tokens is full",
                 file=sys.stderr,
             )
         print(summary(last.stats), file=sys.stderr)
@@ -180,7 +181,7 @@ def context_full(last: Event, options: GenerationOptions) -> bool:
 
 
 def logprobs(engine: Engine, event: Event) -> dict[str, Any]:
-    """The log probability of a token, and the likeliest tokens with their texts."""
+    """Return the log probability of a token, and the likeliest tokens with their texts."""
     top = [
         {"token": token, "text": text_of(engine, token), "logprob": value}
         for token, value in event.top_logprobs
@@ -206,7 +207,7 @@ def cache_from(path: str, engine: Engine, options: EngineOptions) -> PromptCache
 
 
 def summary(stats: GenerationStats | None) -> str:
-    """One line of statistics, as generate and chat show it."""
+    """Return one line of statistics, as generate and chat show it."""
     if stats is None:
         return "nothing was generated"
     rate = (
@@ -216,9 +217,11 @@ def summary(stats: GenerationStats | None) -> str:
     )
     reused = f" ({stats.reused_tokens} of them from the cache)" if stats.reused_tokens else ""
     if stats.drafted_tokens:
-        rate += f" ({stats.accepted_tokens} of {stats.drafted_tokens} drafted accepted, {stats.tokens_per_pass:.2f} a pass)"
+        accepted = f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted accepted"
+        rate += f" ({accepted}, {stats.tokens_per_pass:.2f} a pass)"
     return (
-        f"prompt {stats.prompt_tokens} tokens{reused}, first token after {stats.time_to_first_token_seconds:.2f} s; "
+        f"prompt {stats.prompt_tokens} tokens{reused}, "
+        f"first token after {stats.time_to_first_token_seconds:.2f} s; "
         f"generated {stats.generation_tokens}{rate}; "
         f"peak memory {stats.peak_memory_bytes / 1e6:.0f} MB"
     )

@@ -1,4 +1,4 @@
-"""`openelm inspect`: what a model is made of, computed from its configuration and the headers of its files."""
+"""`openelm inspect`: a model's layers, parameters and bytes, from its configuration and headers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
         help="layers, parameters and bytes of a model",
-        description="Heads and widths of each layer, parameters, bytes by part. Reads no weights, only their headers.",
+        description="Show heads and widths of each layer, parameters, and bytes by part. "
+        "It reads no weights, only their headers.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -72,12 +73,10 @@ def show(facts: dict[str, Any]) -> None:
         )
     console.print(table)
     print(f"parameters          {facts['parameters']:,}")
-    print(
-        f"vocabulary          {facts['vocab_size']:,}, context {facts['max_context_length']:,} tokens"
-    )
-    print(
-        f"weights             {facts['bytes']:,} bytes, {facts['bits_per_weight']:.2f} bits per weight"
-    )
+    context = f"{facts['max_context_length']:,} tokens"
+    print(f"vocabulary          {facts['vocab_size']:,}, context {context}")
+    bits = f"{facts['bits_per_weight']:.2f} bits per weight"
+    print(f"weights             {facts['bytes']:,} bytes, {bits}")
     for part, size in facts["bytes_by_part"].items():
         print(f"  {part:<18}{size:,} bytes ({size / facts['bytes']:.1%})")
     print(f"a token reads       {facts['bytes_read_per_token']:,} bytes of weights")
@@ -135,7 +134,7 @@ def inspect(name: str) -> dict[str, Any]:
 def describe(
     name: str, config: OpenELMConfig, sizes: dict[str, int], assumed: str
 ) -> dict[str, Any]:
-    """All figures from the bytes of each tensor."""
+    """Compute all figures from the bytes of each tensor."""
     from openelm_mlx.model.config import expected_tensors, layer_shapes
 
     shapes = layer_shapes(config)
@@ -178,7 +177,7 @@ def describe(
 
 
 def cache_kinds(config: OpenELMConfig) -> dict[str, CacheKind]:
-    """The caches a token can be kept in; one that the model's head width forbids is left out."""
+    """Return the kinds of cache that the model's head width allows, by their names."""
     from openelm_mlx.engine.options import KV_BITS, EngineOptions
     from openelm_mlx.model.cache_kinds import CacheKind
 
@@ -192,9 +191,7 @@ def cache_kinds(config: OpenELMConfig) -> dict[str, CacheKind]:
 
 
 def by_part(sizes: dict[str, int]) -> dict[str, int]:
-    """Bytes of each part of the model; quantization's scales and biases apart from the weights they
-    belong to.
-    """
+    """Sum the bytes of each part of the model; scales and biases are a part of their own."""
     parts: dict[str, int] = {}
     for tensor, size in sizes.items():
         part = next((part for part, mark in PARTS if mark in tensor), "norms")

@@ -1,6 +1,4 @@
-"""`openelm`: finds the command, runs it, and turns a user's mistake into one line and exit status
-2.
-"""
+"""`openelm`: finds the command, runs it, and reports a user's mistake in one line."""
 
 from __future__ import annotations
 
@@ -96,13 +94,15 @@ def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status, 2 for a mistake of the user's and for output that cannot be
-    written.
+    """Run a command and return its exit status.
+
+    It is 2 for a mistake of the user's and for output that cannot be written.
     """
     occupy_closed_streams()
     if sys.stdout is None:
         say(
-            "openelm: standard output is closed, so no result can be shown; leave out `>&-`, or write `>/dev/null`"
+            "openelm: standard output is closed, so no result can be shown; "
+            "leave out `>&-`, or write `>/dev/null`"
         )
         return 2
     all_characters(sys.stdout)
@@ -130,8 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def occupy_closed_streams() -> None:
-    """Give the numbers 0, 1 and 2 away where they are free: else a model's file would get one, and
-    be taken for a stream.
+    """Open /dev/null for each of the descriptors 0, 1 and 2 that is closed.
+
+    Otherwise a model's file would get that number and be taken for a stream.
     """
     for number in (0, 1, 2):
         try:
@@ -143,7 +144,7 @@ def occupy_closed_streams() -> None:
 
 
 def say(text: str) -> None:
-    """One line on stderr, if that can be written."""
+    """Print one line on stderr, if that can be written."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -151,8 +152,6 @@ def say(text: str) -> None:
 
 
 def abandon(stream: TextIO) -> None:
-    """Let what is left in a stream go nowhere: it would fail once more at exit, with a
-    traceback.
-    """
+    """Discard what is left in a stream: it would fail once more at exit, with a traceback."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -26,7 +26,7 @@ When all of them take more than $OPENELM_CACHE_GB (50 unless set), those not use
 
 @dataclass(frozen=True)
 class Kept:
-    """A name and what it stands for. `path` is None and `nbytes` 0 where nothing of it is here.
+    """A name and what it stands for; `path` is None and `nbytes` 0 if nothing of it is here.
 
     `kind` is bundled, hub, corenet or converted. `partial` says that a download was cut, and goes
     on when the model is asked for again. A conversion has `used`, in seconds since the epoch, and
@@ -47,7 +47,8 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "models",
         help="names of models, and what is on this disk",
-        description="List every name of a model with what it takes on this disk, or remove it from there.",
+        description="List every name of a model with its size on this disk, "
+        "or remove models from there.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -87,8 +88,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(models: list[Kept], limit: float) -> None:
-    """Names, sizes and meanings; the many names of one checkpoint in training share a line unless
-    they are here.
+    """Print names, sizes and meanings.
+
+    CoreNet's checkpoints in training share one line, but for those that are on this disk.
     """
     from openelm_mlx.engine.hub import hub_cache
     from openelm_mlx.engine.model_cache import cache_folder, conversions_folder
@@ -112,7 +114,8 @@ def show(models: list[Kept], limit: float) -> None:
         print(f"\nconverted, {total} of at most {size_text(limit)} in {conversions_folder()}:")
         print_rows([(one.name, size_text(one.nbytes), one.about) for one in kept])
     print(
-        f"\nfetched models lie in {hub_cache()} and {cache_folder()}; `openelm models remove NAME` frees their space"
+        f"\nfetched models lie in {hub_cache()} and {cache_folder()}; "
+        "`openelm models remove NAME` frees their space"
     )
 
 
@@ -140,8 +143,9 @@ def remove(args: argparse.Namespace) -> int:
 
 
 def inventory() -> list[Kept]:
-    """All names, in the order they are shown in; what is converted comes last, the one used last
-    before the others.
+    """List all names in the order they are shown in.
+
+    Conversions come last, the most recently used one first.
     """
     from openelm_mlx.engine.hub import BUNDLED
 
@@ -245,7 +249,7 @@ def delete(one: Kept) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder, each counted once: the hub's cache links to them."""
+    """Sum the bytes of a folder's files, each counted once: the hub's cache links to them."""
     return sum(
         path.lstat().st_size
         for path in folder.rglob("*")
@@ -254,7 +258,7 @@ def size_of(folder: Path) -> int:
 
 
 def size_text(nbytes: float) -> str:
-    """A size for people, in decimal units: 25.3 GB."""
+    """Format a size for people, in decimal units: 25.3 GB."""
     units = iter(("bytes", "kB", "MB", "GB", "TB"))
     unit = next(units)
     while nbytes >= 999.95 and unit != "TB":

@@ -1,4 +1,4 @@
-"""Flags made from option dataclasses, so that names, defaults and help are written once."""
+"""Makes flags from option dataclasses, so that names, defaults and help are written once."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ OTHER_NAMES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Says every mistake in one line, with the nearest option, command or choice where there is
-    one.
+    """Reports a mistake in one line, with the nearest option, command or choice if there is one.
 
-    `of_stray_words` ends the error for an argument too many: where the command expects such words.
+    `of_stray_words` ends the error about an unexpected argument: it says where the command expects
+    such words.
     """
 
     of_stray_words = ""
@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
             flag = rest[0].partition("=")[0]
             positional = {action.dest for action in self._actions if not action.option_strings}
             if flag in ("-m", "--model") and positional & {"model", "models"}:
-                self.error(f"{flag} is no option here; give MODEL without it")
+                self.error(f"{flag} is not an option here; give MODEL without it")
             if flag in self._option_string_actions:
                 self.error(f"{flag} comes after --, where nothing is an option; give it before")
             self.error(f"unknown option {flag}{did_you_mean(flag, self._option_string_actions)}")
@@ -79,8 +79,12 @@ class Parser(argparse.ArgumentParser):
         if action.option_strings:
             raise argparse.ArgumentError(None, f"{action.option_strings[0]} is {value!r}{hint}")
         raise argparse.ArgumentError(
-            None, f"{value!r} is no {str(action.metavar).lower().strip('[]')}{hint}"
+            None, f"{value!r} is not {article(str(action.metavar).lower().strip('[]'))}{hint}"
         )
+
+
+def article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -91,23 +95,23 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def whole(text: str) -> int:
-    """The type of flags that take an integer."""
+    """Parse the value of a flag that takes an integer."""
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def real(text: str) -> float:
-    """The type of flags that take a number."""
+    """Parse the value of a flag that takes a number."""
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def contents(name: str) -> str:
-    """The type of flags that take the text of a file. Raises an `OpenELMError`."""
+    """Read the file that a flag names. Raises an `OpenELMError`."""
     from openelm_mlx.cli.chat_commands import given_path, text_of
 
     return text_of(given_path(name))

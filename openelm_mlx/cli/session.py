@@ -1,4 +1,4 @@
-"""A conversation as its user meets it: a line is a message or a command, answers are streamed."""
+"""Runs a conversation line by line: a line is a message or a command, answers are streamed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Session:
 
     @property
     def out(self) -> TextIO:
-        """The stream for everything but answers."""
+        """Return the stream for everything but answers."""
         return sys.stdout if self.dialogue and sys.stdout.isatty() else sys.stderr
 
     def greet(self) -> None:
@@ -60,7 +60,7 @@ class Session:
         )
 
     def say(self, text: str) -> None:
-        """Show a text that is no answer, wrapped on a terminal."""
+        """Show a text that is not an answer, wrapped on a terminal."""
         out = self.out
         text = WordWrap(lambda: columns(out)).push(text) if moves_cursor(out) else printable(text)
         print(text, file=out, flush=True)
@@ -141,22 +141,23 @@ class Session:
         if context_full(last, options):
             self.say("[the context is full: the answer ends here; the next message makes room]")
         elif self.dialogue:
-            self.say(
-                f"[the answer was cut at {options.max_tokens} tokens; /set max_tokens N allows more]"
-            )
+            tokens = options.max_tokens
+            self.say(f"[the answer was cut at {tokens} tokens; /set max_tokens N allows more]")
 
     def status(self) -> str:
         """Return the line below the prompt: the last answer's speed, and the context in use."""
         talk = self.conversation
         speed = f"{self.stats.generation_tokens_per_second:.1f} tokens/s | " if self.stats else ""
-        return f" {printable(talk.engine.name)} | {speed}context {talk.context_used} of {talk.context_length}"
+        context = f"context {talk.context_used} of {talk.context_length}"
+        return f" {printable(talk.engine.name)} | {speed}{context}"
 
 
 def facts(engine: Any) -> str:
     """Describe a model in one line: its size, its precision and its context."""
-    bits = 8 * engine.nbytes / engine.config.num_parameters
+    parameters = engine.config.num_parameters
     return (
-        f"{engine.name}: {engine.config.num_parameters / 1e6:,.1f} million parameters, {bits:.1f} bits per weight, "
+        f"{engine.name}: {parameters / 1e6:,.1f} million parameters, "
+        f"{8 * engine.nbytes / parameters:.1f} bits per weight, "
         f"context {engine.config.max_context_length} tokens"
     )
 

@@ -30,7 +30,7 @@ def utf8_stdin() -> TextIO:
 
 
 def without_line_end(text: str) -> str:
-    """The text without one line break at its end, be it that of Unix or of Windows."""
+    """Remove one line break from the end of a text, be it that of Unix or of Windows."""
     return text[: -len("\n")].removesuffix("\r") if text.endswith("\n") else text
 
 
@@ -65,7 +65,7 @@ def columns(stream: TextIO) -> int:
 
 
 class Waiting:
-    """A line on a terminal's stderr that says what is going on.
+    """Shows a line on a terminal's stderr that says what is going on.
 
         with Waiting("loading 3b"): ...
 

@@ -1,4 +1,4 @@
-"""The dialogue on a terminal: a prompt with history and completion, silent keys between prompts."""
+"""The dialogue on a terminal: a prompt with history and completion, no echo during answers."""
 
 from __future__ import annotations
 

@@ -174,11 +174,11 @@ def test_set_refuses_a_cache_that_the_model_cannot_have(chat, tmp_path):
         ("/set draft_tokens 4", "nothing drafts"),
         ("/reset now", "takes nothing after it"),
         ("/save", "/save needs a file"),
-        ("/save .", "is no ordinary file"),
+        ("/save .", "is not a regular file"),
         ("/save no/such/folder/talk.json", "cannot write no/such/folder/talk.json: No such file"),
         ("/load nowhere", "cannot read nowhere: No such file"),
-        ("/load /dev/null", "no ordinary file"),
-        (f"/load {__file__}", "no saved conversation"),
+        ("/load /dev/null", "not a regular file"),
+        (f"/load {__file__}", "not a saved conversation"),
         (f"/load {__file__}", "give a file that /save wrote"),
         ("/read ~nobody-of-this-name/x", "home folder"),
         (b"/system caf\xe9", "UTF-8"),
@@ -245,7 +245,7 @@ def test_read_sends_a_file(tiny, chat, tmp_path, monkeypatch):
         status == 2
         and "not UTF-8 text (byte 3)" in err
         and "2,000,000 bytes" in err
-        and "no ordinary file" in err
+        and "not a regular file" in err
     )
 
 
@@ -263,7 +263,7 @@ def test_saved_and_loaded(tiny, chat, tmp_path, monkeypatch):
         status == 2 and "exists already" in err and (tmp_path / "talk.json").read_bytes() == saved
     )
     (tmp_path / "half.json").write_bytes(saved[:40])
-    assert "no saved conversation" in chat("/load ~/half.json")[2]
+    assert "not a saved conversation" in chat("/load ~/half.json")[2]
 
 
 def test_one_question_and_out(tiny, stdin, capsys, tmp_path):

@@ -36,8 +36,10 @@ def test_bash_offers_the_commands_and_the_options_of_one(
     def offered(*words: str) -> list[str]:
         line = " ".join(f"'{word}'" for word in words)
         script = (
-            f"source {tmp_path / 'openelm.bash'}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
-            "$(complete -p openelm | sed 's/.*-F \\([^ ]*\\).*/\\1/'); printf '%s\\n' \"${COMPREPLY[@]}\""
+            f"source {tmp_path / 'openelm.bash'}\n"
+            f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}\n"
+            "$(complete -p openelm | sed 's/.*-F \\([^ ]*\\).*/\\1/')\n"
+            "printf '%s\\n' \"${COMPREPLY[@]}\""
         )
         run = subprocess.run([bash, "-c", script], capture_output=True, text=True, check=True)
         return run.stdout.split()

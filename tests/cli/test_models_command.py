@@ -44,7 +44,10 @@ def fetched(disk: Path, hub_id: str, size: int = 5000) -> Path:
 
 def convert_elsewhere(*sources: Path) -> None:
     """Fill the cache from a process that has ended."""
-    code = "import sys\nfrom openelm_mlx.engine.hub import resolve_model\nfor name in sys.argv[1:]: resolve_model(name)"
+    code = (
+        "import sys\nfrom openelm_mlx.engine.hub import resolve_model\n"
+        "for name in sys.argv[1:]: resolve_model(name)"
+    )
     subprocess.run(
         [sys.executable, "-c", code, *map(str, sources)],
         check=True,

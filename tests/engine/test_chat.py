@@ -196,9 +196,9 @@ def test_saved_tokens_are_fed_as_far_as_they_read_as_the_saved_texts(small):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "no saved conversation: it needs the keys 'system' and 'messages'"),
-        ([], "no saved conversation"),
-        ({"system": None, "messages": [5]}, "no saved conversation"),
+        ({}, "not a saved conversation: it needs the keys 'system' and 'messages'"),
+        ([], "not a saved conversation"),
+        ({"system": None, "messages": [5]}, "not a saved conversation"),
         ({"system": None, "messages": [{"role": "user", "content": "x"}]}, "ending with an answer"),
         (
             {

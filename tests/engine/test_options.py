@@ -310,7 +310,7 @@ def test_flags_of_options_that_are_lists(capsys):
     ):
         from_args(SamplingOptions, parser.parse_args(["--logit-bias", "5"]))
     for words, text in (
-        (["--stop-token", "x"], "'x' is no whole number"),
+        (["--stop-token", "x"], "'x' is not a whole number"),
         (["--processor", "x"], "unknown option --processor"),
     ):
         with pytest.raises(SystemExit):
