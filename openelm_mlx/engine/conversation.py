@@ -361,14 +361,14 @@ class Conversation:
         """Restore a saved conversation; `settings` are arguments of the class.
 
         Saved tokens that do not read as the saved texts, such as those of another tokenizer, are
-        replaced by the texts encoded. Raises `PromptError` for data that is no saved conversation.
+        replaced by the texts encoded. Raises `PromptError` for data that is not a saved conversation.
         """
         try:
             form, system, saved = data.get("format"), data["system"], data["messages"]
             messages = [(m["role"], m["content"]) for m in saved]
         except (AttributeError, KeyError, TypeError):
             needs = "it needs the keys 'system' and 'messages'"
-            raise PromptError(f"this is no saved conversation: {needs}") from None
+            raise PromptError(f"this is not a saved conversation: {needs}") from None
         if form not in READABLE:
             raise PromptError(
                 f"this saved conversation has the format {form!r}; "
