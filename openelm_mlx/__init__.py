@@ -13,20 +13,20 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BatchEngine": "engine.scheduler",
-    "BatchResult": "engine.batch",
+    "BatchResult": "engine.generation",
     "Conversation": "engine.conversation",
     "Engine": "engine.loading",
     "EngineOptions": "engine.options",
     "Event": "engine.request",
     "GenerationOptions": "engine.options",
-    "GenerationStats": "engine.stats",
-    "ModelDraft": "engine.drafts",
+    "GenerationStats": "engine.request",
+    "ModelDraft": "engine.draft_model",
     "OpenELMConfig": "model.config",
     "OpenELMError": "errors",
     "PromptCache": "engine.prompt_cache",
     "SamplingOptions": "engine.options",
-    "batch_generate": "engine.batch",
-    "encode_messages": "engine.instruct",
+    "batch_generate": "engine.generation",
+    "encode_messages": "engine.prompts",
     "generate": "engine.generation",
     "layer_shapes": "model.config",
     "load": "engine.loading",
@@ -61,17 +61,15 @@ __all__ = [  # written out: type checkers and editors read it
 ]
 
 if TYPE_CHECKING:
-    from openelm_mlx.engine.batch import BatchResult, batch_generate
     from openelm_mlx.engine.conversation import Conversation
-    from openelm_mlx.engine.drafts import ModelDraft
-    from openelm_mlx.engine.generation import generate, stream_generate
-    from openelm_mlx.engine.instruct import encode_messages
+    from openelm_mlx.engine.draft_model import ModelDraft
+    from openelm_mlx.engine.generation import BatchResult, batch_generate, generate, stream_generate
     from openelm_mlx.engine.loading import Engine, load
     from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
     from openelm_mlx.engine.prompt_cache import PromptCache
-    from openelm_mlx.engine.request import Event
+    from openelm_mlx.engine.prompts import encode_messages
+    from openelm_mlx.engine.request import Event, GenerationStats
     from openelm_mlx.engine.scheduler import BatchEngine
-    from openelm_mlx.engine.stats import GenerationStats
     from openelm_mlx.errors import OpenELMError
     from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 

@@ -128,11 +128,13 @@ class OurSession:
         or several that were drafted. What is taken down is the first sequence's, at the times when
         all tokens of a step are known.
         """
-        from openelm_mlx.engine.batch import ALL, BatchEngine
+        from openelm_mlx.engine.generation import UNLIMITED, BatchEngine
 
         shared = {name: value for name, value in self.settings.items() if name in SHARED}
         own = {name: value for name, value in self.settings.items() if name not in SHARED}
-        batch = BatchEngine(self.model, self.batch_size, draft=self.draft, admission=ALL, **shared)
+        batch = BatchEngine(
+            self.model, self.batch_size, draft=self.draft, admission=UNLIMITED, **shared
+        )
         found: list[int] = []
         seconds: list[float] = []
         others, peak = self._others(), 0

@@ -21,8 +21,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from openelm_mlx.convert.fetch.download import Progress, fetch
-from openelm_mlx.engine.hub import mirrored_tokenizer
-from openelm_mlx.engine.model_cache import cache_folder, converted, recall
+from openelm_mlx.engine.hub import converted, mirrored_tokenizer
+from openelm_mlx.engine.model_cache import cache_folder, recall
 from openelm_mlx.errors import HubError
 
 ROOT = "https://docs-assets.developer.apple.com/ml-research/models/corenet/v0.1.0/openelm/"

@@ -126,6 +126,6 @@ def prompt_ids(encode: Encode, row: int, instruct: bool) -> list[int]:
         "<|system|>\n",
         f"\n<|user|>\n{question}",
         "\n<|assistant|>\n",
-    )  # as openelm_mlx.engine.instruct builds them
+    )  # as openelm_mlx.engine.prompts builds them
     system, user, assistant = (encode(turn) for turn in turns)
     return [BOS, *system, EOS, *user, EOS, *assistant]

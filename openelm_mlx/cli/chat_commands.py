@@ -67,7 +67,7 @@ def show_help(session: Session, rest: str) -> None:
 
 
 def show(session: Session, rest: str) -> None:
-    from openelm_mlx.engine.drafts import ModelDraft
+    from openelm_mlx.engine.draft_model import ModelDraft
 
     talk = session.conversation
     exchanges = len(talk.messages) // 2

@@ -114,9 +114,9 @@ def find_source(args: argparse.Namespace) -> None:
         is_published,
         looks_like_path,
         mirrored_tokenizer,
+        missing_tokenizer,
         resolve_model,
     )
-    from openelm_mlx.engine.model_paths import missing_tokenizer
 
     given, path = args.source, Path(os.path.expanduser(args.source))
     tokenizer = getattr(args, "tokenizer", None)

@@ -27,8 +27,7 @@ from openelm_mlx.files import check_writable, name_for_mlx
 if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
     from openelm_mlx.engine.prompt_cache import PromptCache
-    from openelm_mlx.engine.request import Event
-    from openelm_mlx.engine.stats import GenerationStats
+    from openelm_mlx.engine.request import Event, GenerationStats
 
 EXAMPLES = """examples:
   openelm generate "Once upon a time"

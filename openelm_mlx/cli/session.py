@@ -16,8 +16,7 @@ from openelm_mlx.engine.options import SamplingOptions
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.conversation import Conversation
-    from openelm_mlx.engine.request import Event
-    from openelm_mlx.engine.stats import GenerationStats
+    from openelm_mlx.engine.request import Event, GenerationStats
 
     # takes progress(done, total), and returns the events of an answer
     Ask = Callable[[Callable[[int, int], None]], Generator[Event, None, None]]

@@ -14,7 +14,6 @@ from inspect import GEN_RUNNING, GEN_SUSPENDED, getgeneratorstate
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-from openelm_mlx.engine.instruct import answer_prefix, encode_messages, turn_tokens
 from openelm_mlx.engine.options import (
     EngineOptions,
     GenerationOptions,
@@ -23,6 +22,7 @@ from openelm_mlx.engine.options import (
     with_overrides,
 )
 from openelm_mlx.engine.prompt_cache import PromptCache
+from openelm_mlx.engine.prompts import answer_prefix, encode_messages, turn_tokens
 from openelm_mlx.engine.tokenizer import Tokenizer, check_text, spelling
 from openelm_mlx.errors import PromptError
 from openelm_mlx.fields import explained, shown
@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # only type checkers import it; nothing to install
 
     from openelm_mlx.engine.decode import Progress
-    from openelm_mlx.engine.drafts import Draft, ModelDraft
+    from openelm_mlx.engine.draft_model import ModelDraft
     from openelm_mlx.engine.loading import Engine
     from openelm_mlx.engine.options import Settings
     from openelm_mlx.engine.request import Event
+    from openelm_mlx.engine.speculation import Draft
 
 __all__ = ["Conversation", "encode_messages"]
 
@@ -103,7 +104,7 @@ class Conversation:
         prompt_cache: PromptCache | None = None,
         **settings: Unpack[Settings],
     ) -> None:
-        from openelm_mlx.engine.drafts import ModelDraft
+        from openelm_mlx.engine.draft_model import ModelDraft
 
         check_loaded("engine", engine)
         self.engine = engine

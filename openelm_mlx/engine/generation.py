@@ -2,17 +2,19 @@
 
     prompt -> token ids         prompts.py
     ids -> a queued request     scheduler.py
-    prompt -> a prefilled row   admission.py, with what the prefix cache holds (prompt_cache.py)
-    row -> the next token       decode.py: one step for all rows; speculative.py: drafts for it
+    prompt -> a prefilled row   admission.py, with what the prefix cache has (prompt_cache.py)
+    row -> the next token       decode.py: one step for all rows; speculation.py: drafts for it
     token -> event              request.py
 
-Everything that generates runs on a scheduler; here it has one row.
+Everything that generates runs on a scheduler: with one row for a single prompt, with several for a
+list of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.engine.options import (
     EngineOptions,
@@ -24,15 +26,21 @@ from openelm_mlx.engine.prompt_cache import PromptCache
 from openelm_mlx.engine.prompts import Prompt
 from openelm_mlx.engine.request import Event
 from openelm_mlx.engine.scheduler import BatchEngine
-from openelm_mlx.fields import explained
+from openelm_mlx.errors import OpenELMError, OptionError, PromptError
+from openelm_mlx.fields import explained, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # only type checkers import it; nothing to install
 
     from openelm_mlx.engine.decode import Progress
-    from openelm_mlx.engine.drafts import Draft, ModelDraft
+    from openelm_mlx.engine.draft_model import ModelDraft
     from openelm_mlx.engine.loading import Engine
     from openelm_mlx.engine.options import Settings
+    from openelm_mlx.engine.request import GenerationStats
+    from openelm_mlx.engine.speculation import Draft
+
+UNLIMITED = 1 << 30  # prompt tokens beside a step: nobody waits for a single token of a list
+ENGINE = {item.name for item in fields(EngineOptions)}
 
 
 @explained(SamplingOptions, GenerationOptions, EngineOptions)
@@ -55,17 +63,9 @@ def generate(
 
     `settings` are options by name; they replace those in the option objects.
     """
-    events = stream_generate(
-        engine,
-        prompt,
-        sampling,
-        options,
-        engine_options=engine_options,
-        prompt_cache=prompt_cache,
-        draft=draft,
-        progress=progress,
-        **settings,
-    )
+    objects: Any = {"engine_options": engine_options, "prompt_cache": prompt_cache}
+    objects |= {"draft": draft, "progress": progress, **settings}
+    events = stream_generate(engine, prompt, sampling, options, **objects)
     return "".join(event.text for event in events)
 
 
@@ -88,21 +88,22 @@ def stream_generate(
     >>> for event in stream_generate(engine, "Once upon a time", max_tokens=64):
     ...     print(event.text, end="", flush=True)
 
-    `settings` are options by name; they replace those in the option objects.
-
     A `prompt` is text, token ids or a list of messages `{"role": ..., "content": ...}`. The text of
     all events is what the tokens add to the prompt's text, its leading space included; only an
-    answer in the Instruct format starts without.
+    answer in the Instruct format starts without one.
 
-    `prompt_cache` is reused as far as something it holds agrees with the prompt, and holds prompt
-    and answer afterwards. A prompt of text goes on from the tokens it holds where their text is the
-    beginning of the prompt's. `draft` (a smaller engine with the same tokenizer, a `ModelDraft` of
-    one, which keeps its cache between calls, or your own `drafts.Draft`) and the option
-    `prompt_lookup` speed up decoding without changing what is drawn. `progress(done, total)` is
-    called after each prefilled chunk. `position_offset` is how many tokens of the text, at its
-    beginning, are no longer in the prompt: random numbers are those of the whole text. Closing the
-    iterator stops at once and leaves nothing in flight. Raises `PromptError` (empty, too long, no
-    text nor ids), `OptionError` and `CacheError` before any work.
+    `settings` are options by name; they replace those in the option objects. `prompt_cache` is
+    reused as far as one of its sequences agrees with the prompt, and stores prompt and answer
+    afterwards. A prompt of text goes on from stored tokens whose text is the beginning of the
+    prompt's. `draft` is a smaller engine with the same tokenizer, a `ModelDraft` of one, which
+    keeps its cache between calls, or your own `speculation.Draft`; it and the option `prompt_lookup`
+    speed up decoding without changing what is drawn. `progress(done, total)` is called after each
+    prefilled chunk with numbers of tokens. `position_offset` is how many tokens of the text, at its
+    beginning, are no longer in the prompt: random numbers are those of the entire text.
+
+    Closing the iterator stops at once and leaves nothing in flight. Raises `PromptError` (the
+    prompt is empty, too long, or neither text nor ids nor messages), `OptionError` and `CacheError`
+    before any work.
     """
     sampling, options, engine_options = with_overrides(
         (SamplingOptions, GenerationOptions, EngineOptions),
@@ -129,3 +130,87 @@ def _events(scheduler: BatchEngine) -> Generator[Event, None, None]:
                 yield event
     finally:
         scheduler.close()
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What one prompt of a list gave; `error` is set instead where it could not be run."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str | None
+    stats: GenerationStats | None
+    error: OpenELMError | None = None
+
+
+@explained(SamplingOptions, GenerationOptions, EngineOptions)
+def batch_generate(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    sampling: SamplingOptions | Sequence[SamplingOptions] | None = None,
+    options: GenerationOptions | Sequence[GenerationOptions] | None = None,
+    *,
+    slots: int = 16,
+    engine_options: EngineOptions | None = None,
+    prompt_cache: PromptCache | None = None,
+    draft: Engine | ModelDraft | Draft | None = None,
+    **settings: Unpack[Settings],
+) -> list[BatchResult]:
+    """Continue many prompts, up to `slots` of them at a time; return results in their order.
+
+    >>> results = batch_generate(engine, ["Once upon", "A dog"], max_tokens=32)
+    >>> texts = [result.text for result in results]
+
+    `sampling` and `options` are one object for all prompts or a list with one for each; `settings`
+    are options by their names and apply to all. `prompt_cache` and `draft` are those of
+    `stream_generate`. A prompt that cannot be run gives a result with `error` and does not disturb
+    the others. Raises `OptionError` for options that are wrong for all, and `PromptError` where
+    `prompts` is one text.
+    """
+    if isinstance(prompts, (str, bytes)):
+        what = "prompts is one text"
+        raise PromptError(f"{what}; give a list of prompts, also for a single one: [text]")
+    if not hasattr(prompts, "__getitem__") or not hasattr(prompts, "__len__"):
+        raise PromptError(f"prompts is {shown(prompts)}; give a list of prompts")
+    each_sampling = spread("sampling", sampling, len(prompts))
+    each_options = spread("options", options, len(prompts))
+    shared: Any = {name: value for name, value in settings.items() if name in ENGINE}
+    own: Any = {name: value for name, value in settings.items() if name not in ENGINE}
+    with_overrides((SamplingOptions, GenerationOptions), (None, None), own)  # wrong for all?
+    shared |= {"draft": draft, "prompt_cache": prompt_cache, "max_waiting": max(len(prompts), 1)}
+    batch = BatchEngine(engine, slots, engine_options, admission=UNLIMITED, **shared)
+    numbers: list[int | OpenELMError] = []
+    found: dict[int, list[Event]] = {}
+    try:
+        for prompt, one, other in zip(prompts, each_sampling, each_options, strict=True):
+            try:
+                numbers.append(batch.submit(prompt, one, other, **own))
+            except OpenELMError as error:
+                numbers.append(error)
+        while batch.busy:
+            for number, event in batch.step():
+                found.setdefault(number, []).append(event)
+    finally:
+        batch.close()
+    return [result_of(number, found) for number in numbers]
+
+
+def result_of(number: int | OpenELMError, found: dict[int, list[Event]]) -> BatchResult:
+    """Return the result of one prompt from its events, or from the error that refused it."""
+    if isinstance(number, OpenELMError):
+        return BatchResult("", (), None, None, number)
+    events, last = found[number], found[number][-1]
+    tokens = tuple(event.token for event in events)
+    return BatchResult("".join(e.text for e in events), tokens, last.finish_reason, last.stats)
+
+
+def spread(name: str, given: Any, count: int) -> list[Any]:
+    """Return one object for each prompt. Raises `OptionError` for too many or too few."""
+    if given is None or isinstance(given, (SamplingOptions, GenerationOptions)):
+        return [given] * count
+    if not isinstance(given, (list, tuple)):
+        raise OptionError(f"{name} is {shown(given)}; give one for all, or a list of one each")
+    if len(given) != count:
+        what = f"{name} has {len(given)} entries for {count} prompts"
+        raise OptionError(f"{what}; give one for all, or one each")
+    return list(given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.engine.model_cache import converted
-from openelm_mlx.engine.model_paths import WEIGHT_SUFFIXES, loadable
-from openelm_mlx.errors import HubError, OptionError
+from openelm_mlx.engine.model_cache import WEIGHT_SUFFIXES, convert_once, recall
+from openelm_mlx.engine.tokenizer import FILES
+from openelm_mlx.errors import CheckpointError, HubError, OptionError, TokenizerError
 
 TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
 MIRRORS = ("mlx-community/OpenELM-270M", "mlx-community/OpenELM-270M-Instruct")
@@ -28,6 +29,7 @@ SHORT_NAMES = {
 }
 LICENCE = ["LICENSE*", "README.md"]
 PATTERNS = ["*.safetensors", "*.json", "tokenizer.*", "*.jinja", *LICENCE]
+LLAMA_ROWS = range(32000, 32257)  # of an embedding that LLaMA's tokenizer fits, with padding
 CORENET = "corenet"  # names of the converter's catalog begin so, with -mlx and a colon
 # no hub id ends so
 FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".yaml", ".yml", ".npz", ".model", ".txt", ".zip")
@@ -82,6 +84,73 @@ def as_loaded(source: Path, tokenizer: Path | None, name: str | None = None) -> 
     if source.is_dir() and loadable(source):
         return Resolved(source, tokenizer)
     return Resolved(converted(source, tokenizer, name), None)
+
+
+def converted(source: Path, tokenizer: Path | None = None, name: str | None = None) -> Path:
+    """Return the model folder of `source`, found in the cache or converted into it now.
+
+    `name` is what the user called the source, where that is not a path. Raises an `OpenELMError`
+    for what convert does not take, and where the result cannot be written.
+    """
+    source = Path(os.path.abspath(source))
+    if (known := recall(source, tokenizer)) is not None:
+        return known
+    check_kind(source)
+    return convert_once(source, tokenizer, tokenizer or missing_tokenizer(source), name)
+
+
+def loadable(folder: Path) -> bool:
+    """Tell whether the engine should load this folder as it is, without a conversion.
+
+    A damaged folder counts as loadable: loading says best what is wrong with it.
+    """
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not (folder / "config.json").is_file() or not (index.is_file() or weights.is_file()):
+        return False
+    corenets = ("token_embeddings.", "layers.")
+    try:
+        if index.is_file():
+            names = json.loads(index.read_bytes())["weight_map"]
+        else:
+            with open(weights, "rb") as file:
+                names = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 24)))
+        return not any(str(name).startswith(corenets) for name in names)
+    except (OSError, ValueError, LookupError, TypeError):
+        return True
+
+
+def check_kind(source: Path) -> None:
+    """Raise `CheckpointError` for a folder without weights, or a file that is no model at all."""
+    from openelm_mlx.convert.sources import kind_of, weights_by_kind
+
+    if source.is_dir() and not weights_by_kind(source):
+        loaded = "no model.safetensors with config.json"
+        converted = "no checkpoint.pt or .gguf file that could be converted"
+        raise CheckpointError(f"{source} has {loaded}, and {converted}; a model is {MODELS}")
+    known = source.suffix.lower() in WEIGHT_SUFFIXES
+    if source.is_file() and not known and kind_of(source) is None:
+        raise CheckpointError(f"{source} is a file, but no model; a model is {MODELS}")
+
+
+def missing_tokenizer(source: Path, source_format: str | None = None) -> Path | None:
+    """LLaMA's tokenizer from a mirror, where a checkpoint has its vocabulary and no tokenizer.
+
+    Raises `ConversionError` for what convert cannot read, and `TokenizerError` where no mirror can
+    be reached.
+    """
+    from openelm_mlx.convert.sources import open_source
+
+    folder = source if source.is_dir() else source.parent
+    opened = open_source(source, source_format)
+    if opened.tokenizer is not None or any((folder / name).is_file() for name in FILES):
+        return None
+    tables = [name for name in opened.tensors if name.endswith("token_embeddings.weight")]
+    if not tables or opened.tensors[tables[0]].shape[0] not in LLAMA_ROWS:
+        return None
+    try:
+        return mirrored_tokenizer()
+    except HubError as error:
+        raise TokenizerError(f"there is no tokenizer beside {source}, and {error}") from None
 
 
 def is_published(name: str) -> bool:

@@ -31,7 +31,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 from openelm_mlx import __version__
 from openelm_mlx.config_files import GENERATION_CONFIG
-from openelm_mlx.engine.model_paths import WEIGHT_SUFFIXES, check_kind, missing_tokenizer
 from openelm_mlx.engine.tokenizer import FILES
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import replacing
@@ -39,6 +38,7 @@ from openelm_mlx.files import replacing
 if TYPE_CHECKING:
     from openelm_mlx.convert.options import ConvertOptions
 
+WEIGHT_SUFFIXES = (".gguf", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 # what convert reads beside the weights
 SIDE_FILES = ("config.json", "config.yaml", *FILES, "chat_template.jinja", GENERATION_CONFIG)
 DEFAULT_LIMIT_GB = 50.0  # four conversions of the 3B in float32
@@ -89,28 +89,27 @@ def limit_bytes() -> float:
     return limit * 1e9
 
 
-def converted(source: Path, tokenizer: Path | None = None, name: str | None = None) -> Path:
-    """Return the model folder of `source`, found in the cache or converted into it now.
+def convert_once(
+    source: Path, chosen: Path | None, tokenizer: Path | None, name: str | None = None
+) -> Path:
+    """Convert `source` into the cache, unless a copy of it was, and return the model folder.
 
-    `name` is what the user called the source, where it is no path. Raises an `OpenELMError` for
-    what convert does not take, and where the result cannot be written.
+    `tokenizer` is the file to use, or None where `source` has one; `chosen` is the one that the
+    user named. `name` is what the user called the source, where that is not a path. Raises an
+    `OpenELMError` for what convert does not take, and where the result cannot be written.
     """
     limit = limit_bytes()
     source = Path(os.path.abspath(source))
-    if (known := recall(source, tokenizer)) is not None:
-        return known
     from openelm_mlx.convert.opening import open_model
     from openelm_mlx.convert.options import ConvertOptions
 
-    check_kind(source)
     instruct = "instruct" in f"{source.parent.name} {source.name} {name or ''}".lower()
-    pieces = tokenizer or missing_tokenizer(source)
     options = ConvertOptions(
-        source, source, tokenizer=pieces, source_name=name, instruct=instruct or None
+        source, source, tokenizer=tokenizer, source_name=name, instruct=instruct or None
     )
     opened = open_model(options)
     read = [*opened.source.files, *watched(source)]
-    read += [] if tokenizer is None else [opened.tokenizer.path]
+    read += [] if chosen is None else [opened.tokenizer.path]
     before = {str(path): state(path) for path in read}
     # a GGUF file says the rest itself
     names = SIDE_FILES if opened.source.tokenizer is None else SIDE_FILES[-1:]
@@ -124,14 +123,14 @@ def converted(source: Path, tokenizer: Path | None = None, name: str | None = No
         folder = temporary_folder(folder)
 
     def make() -> None:
-        convert_into(folder, options, name or str(source), tokenizer)
+        convert_into(folder, options, name or str(source), chosen)
         if before != {str(path): state(path) for path in read}:
             remove_folder(folder)
             raise ConversionError(f"{source} changed while it was converted; run the command again")
         make_room(folder, limit)
 
     hold(folder, make)
-    remember(source, tokenizer, folder, before, name)
+    remember(source, chosen, folder, before, name)
     return folder
 
 

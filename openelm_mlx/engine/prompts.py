@@ -1,19 +1,29 @@
-"""Prompts become token ids: text, ids as given, or the messages of a conversation."""
+"""Prompts become token ids: text, ids as given, or messages in the Instruct format.
+
+The Instruct format follows OpenELM-Instruct's published recipe: BOS, `<|system|>\\n...`, EOS,
+`\\n<|user|>\\n...`, EOS, `\\n<|assistant|>\\n...`, EOS. The recipe (apple/corenet,
+projects/openelm/instruction_tuning/openelm-instruct.yaml) has this template and trains with
+huggingface/alignment-handbook at 70769f9 of 2024-04-11, whose `maybe_insert_system_message` adds an
+empty system turn where a conversation lacks one. The text between two EOS is encoded by itself,
+dummy prefix included, because Hugging Face's fast Llama tokenizer treats special tokens so. The
+training was not rerun here. Turns are built from ids, so no text can close its own turn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, cast
 
-from openelm_mlx.engine.instruct import Message, encode_messages
-from openelm_mlx.engine.tokenizer import as_id
+from openelm_mlx.engine.tokenizer import StreamingDecoder, Tokenizer, as_id, check_text
 from openelm_mlx.errors import PromptError
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
 
+Message = Mapping[str, str]
 # text, token ids, or the messages of a conversation
 Prompt = str | Sequence[int] | Sequence[Message]
+MESSAGE = "a dict with the keys 'role' and 'content'"
 
 
 def prompt_tokens(
@@ -21,8 +31,8 @@ def prompt_tokens(
 ) -> list[int]:
     """Return the ids of a prompt: BOS and text, ids as given, or messages in the Instruct format.
 
-    `continued` may return other ids of the same text, which go on from those that a cache holds.
-    They are taken where they fit into the context. Raises `PromptError`.
+    `continued` may return other ids of the same text, which go on from those in a cache. They are
+    used where they fit into the context. Raises `PromptError`.
     """
     limit = engine.config.max_context_length
     if isinstance(prompt, str):
@@ -36,37 +46,105 @@ def prompt_tokens(
     else:
         tokens = token_ids(prompt)
         if wrong := [token for token in tokens if not 0 <= token < engine.config.vocab_size]:
-            raise PromptError(
-                f"token id {wrong[0]} is outside the vocabulary of {engine.config.vocab_size}"
-            )
+            size = engine.config.vocab_size
+            raise PromptError(f"token id {wrong[0]} is outside the vocabulary of {size}")
     if len(tokens) > limit:
-        raise PromptError(
-            f"the prompt has {len(tokens)} tokens; the model's context holds {limit}. Shorten the prompt"
-        )
+        what = f"the prompt has {len(tokens)} tokens; the model's context holds {limit}"
+        raise PromptError(f"{what}. Shorten the prompt")
     return tokens
 
 
 def token_ids(given: Any) -> list[int]:
-    """Return a list of ids from any iterable of integers, also a numpy or MLX array.
+    """Return a list of ids from any iterable of integers, also from a numpy or MLX array.
 
     Raises `PromptError`.
     """
     listed = given.tolist() if hasattr(given, "tolist") else given
-    if isinstance(given, (bytes, bytearray, memoryview, Mapping, Set)) or not isinstance(
-        listed, Iterable
-    ):
-        raise PromptError(
-            f"the prompt is of type {type(given).__name__}; give text, a list of token ids or a list of messages"
-        )
+    unordered = isinstance(given, (bytes, bytearray, memoryview, Mapping, Set))
+    if unordered or not isinstance(listed, Iterable):
+        what = f"the prompt is of type {type(given).__name__}"
+        raise PromptError(f"{what}; give text, a list of token ids or a list of messages")
     ids = []
     for place, token in enumerate(listed, 1):
         try:
             ids.append(as_id(token))
         except TypeError:
             raise PromptError(
-                f"number {place} of the prompt is of type {type(token).__name__}; a list is one of token ids, which are "
-                "integers, or of messages. Give text as one string"
+                f"number {place} of the prompt is of type {type(token).__name__}; a list is one of "
+                "token ids, which are integers, or of messages. Give text as one string"
             ) from None
     if not ids:
         raise PromptError("the prompt is empty; give at least one token")
     return ids
+
+
+def encode_messages(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True
+) -> list[int]:
+    """Return the ids of a conversation in the Instruct format, BOS included.
+
+    With `add_generation_prompt` they end where the model writes its answer. Raises `PromptError`
+    where the roles are out of order or a message has no text.
+    """
+    check_messages(messages)
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": ""}, *messages]
+    ids: list[int] = []
+    for i, message in enumerate(messages):
+        ids += turn_tokens(tokenizer, message["role"], message["content"], first=i == 0)
+    return ids + answer_prefix(tokenizer) if add_generation_prompt else ids
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise `PromptError` unless user and assistant take turns, perhaps after a system message."""
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        what = f"the messages are of type {type(messages).__name__}"
+        raise PromptError(f"{what}; give a list of them, each {MESSAGE}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            what = f"message {i + 1} is of type {type(message).__name__}"
+            raise PromptError(f"{what}; give {MESSAGE}")
+    if not messages:
+        raise PromptError("the conversation is empty; give at least one user message")
+    offset = 1 if messages[0].get("role") == "system" else 0
+    if len(messages) == offset:
+        raise PromptError("the conversation has a system message only; add a user message")
+    for i, message in enumerate(messages):
+        role = message.get("role")
+        expected = "system" if i < offset else ("user", "assistant")[(i - offset) % 2]
+        if role != expected:
+            raise PromptError(
+                f"message {i + 1} has the role {role!r}, expected {expected!r}; allowed are one "
+                "system message first, then user and assistant in turns"
+            )
+        if not isinstance(message.get("content"), str):
+            raise PromptError(f"message {i + 1} has no text; give a string as its content")
+
+
+def turn_tokens(tokenizer: Tokenizer, role: str, content: str, first: bool = False) -> list[int]:
+    """Return the ids of one turn, its EOS included.
+
+    The `first` turn of a conversation starts with BOS, the others start with a line break. Raises
+    `PromptError` as `check_text` does.
+    """
+    check_text(content)  # here, so that the place it names is one in the user's text
+    start = "" if first else "\n"
+    text = tokenizer.encode(f"{start}<|{role}|>\n{content}", bos=False)
+    return [*([tokenizer.bos_id] if first else []), *text, tokenizer.eos_id]
+
+
+def answer_prefix(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids after which the model writes its answer."""
+    return tokenizer.encode("\n<|assistant|>\n", bos=False)
+
+
+def decoder_after(tokenizer: Tokenizer, prompt: list[int]) -> StreamingDecoder:
+    """Return a decoder of the tokens that follow a prompt.
+
+    An answer in the Instruct format is a text of its own; any other continues the prompt's text.
+    """
+    frame = answer_prefix(tokenizer)
+    if prompt[-len(frame) :] == frame:
+        return StreamingDecoder(tokenizer)
+    pieces = tokenizer.vocab_size
+    return StreamingDecoder(tokenizer, [token for token in prompt if token < pieces])

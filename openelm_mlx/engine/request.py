@@ -1,21 +1,26 @@
-"""One request: what was asked for, how far it came, and the tokens drawn for it turned into
-events.
+"""One request on the host's side: what was asked for, how far it came, and what it cost.
+
+The tokens that the device draws for a request become its events here. Time is measured by a clock
+that tells the engine's own time from its reader's.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
+from threading import Lock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine.decode import State, StepSpec, each
 from openelm_mlx.engine.grammar import constraint
-from openelm_mlx.engine.instruct import answer_prefix
 from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
+from openelm_mlx.engine.prompts import decoder_after
 from openelm_mlx.engine.sampling import Controls, Filters, History, Logprobs, new_seed, seed_key
-from openelm_mlx.engine.stats import Clock, GenerationStats, Reader
-from openelm_mlx.engine.tokenizer import StreamingDecoder
+from openelm_mlx.engine.tokenizer import StreamingDecoder, TextFilter
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.decode import Progress
@@ -23,14 +28,47 @@ if TYPE_CHECKING:
     from openelm_mlx.engine.speculation import Proposal
     from openelm_mlx.model.cache_kinds import CacheKind
 
+# The log probability of a token, and those of the likeliest ones with their ids.
+TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """The cost of one generation.
+
+    Rates are tokens per second of the engine's own time, which a slow reader of the events does not
+    lower; a rate without a measurement is 0. The first token belongs to the prompt's time, so the
+    generation rate counts the tokens after it.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int  # of the prompt, found in the cache
+    generation_tokens: int
+    prompt_tokens_per_second: float  # of those prefilled
+    generation_tokens_per_second: float
+    time_to_first_token_seconds: float  # from when the request started to run
+    total_seconds: float  # from then to the last token, the reader's time included
+    peak_memory_bytes: int  # of the process, while this request ran
+    seed: int
+    waiting_seconds: float = 0.0  # in a batch's queue, before the request started to run
+    drafted_tokens: int = 0  # proposed by a draft model or prompt lookup
+    accepted_tokens: int = 0  # of those, kept
+    target_passes: int = 0  # of the model itself, the prompt's excluded
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens a pass of the model gave: 1 without speculation, 0 where there was no pass."""
+        return (self.generation_tokens - 1) / self.target_passes if self.target_passes else 0.0
+
 
 @dataclass(frozen=True)
 class Event:
     """One token, and the text that became safe to print with it.
 
     Only the last event has `finish_reason` and `stats`. The reason is "stop" at the end of text, a
-    stop string or token, and "length" where max_tokens, a full context or a form that became too
-    complex cut the text. `top_logprobs` are pairs (token, log probability), the likeliest first.
+    stop string or a stop token, and "length" where max_tokens, a full context or a grammar that
+    became too complex cut the text. `logprob` is the natural logarithm of the token's probability;
+    `top_logprobs` are pairs (token, log probability), the likeliest first.
     """
 
     text: str
@@ -43,7 +81,10 @@ class Event:
 
 @dataclass(eq=False)
 class Request:
-    """One sequence on the host's side, alone or in a batch."""
+    """One sequence on the host's side, alone or in a batch.
+
+    Raises `OptionError` for a grammar that the model's tokens cannot follow.
+    """
 
     number: int
     engine: Engine = field(repr=False)
@@ -56,22 +97,22 @@ class Request:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        """Raise `OptionError` for a form of the answer that the model cannot follow."""
         engine, options, sampling = self.engine, self.options, self.sampling
         self.constraint = constraint(engine, options)
         self.seed = new_seed() if sampling.seed is None else sampling.seed
         self.key = seed_key(self.seed, sampling.stream, self.position_offset)  # [1, 2]
         self.known = list(self.prompt)  # prompt and answer so far
-        self.room = min(options.max_tokens, engine.config.max_context_length - len(self.prompt) + 1)
-        whole = options.constrained  # a text in a given form does not continue the prompt's
-        decoder = (
-            StreamingDecoder(engine.tokenizer) if whole else decoder_after(engine, self.prompt)
-        )
+        space = engine.config.max_context_length - len(self.prompt) + 1
+        self.max_new_tokens = min(options.max_tokens, space)
+        if options.constrained:  # such a text does not continue the prompt's
+            decoder = StreamingDecoder(engine.tokenizer)
+        else:
+            decoder = decoder_after(engine.tokenizer, self.prompt)
         self.text = TextFilter(decoder, options.stop)
         ends = () if options.ignore_eos else engine.config.eos_token_ids
         self.ends = frozenset((*ends, *options.stop_tokens))
-        self.reused = 0  # tokens of the prompt that a cache held
-        self.weights: object = None  # that the prompt was prefilled with
+        self.reused = 0  # tokens of the prompt found in a cache
+        self.weights: object = None  # the prompt was prefilled with these
         self.clock = Clock(self.reader)
         self.done = False
 
@@ -82,8 +123,8 @@ class Request:
 
     @property
     def left(self) -> int:
-        """Tokens that may still be drawn."""
-        return self.room - self.clock.tokens
+        """The number of tokens that may still be drawn."""
+        return self.max_new_tokens - self.clock.tokens
 
     def take(self, token: int, detail: TokenLogprobs | None) -> Event:
         """Return the event of the next token; the last one carries reason and statistics."""
@@ -107,10 +148,6 @@ class Request:
         return Event(shown, token, logprob, top, reason, stats)
 
 
-# The log probability of a token, and those of the likeliest ones with their ids.
-TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
-
-
 def on_host(detail: Logprobs | None, count: int) -> list[TokenLogprobs | None]:
     """Wait for the log probabilities of `count` tokens."""
     if detail is None:
@@ -123,21 +160,22 @@ def on_host(detail: Logprobs | None, count: int) -> list[TokenLogprobs | None]:
 
 
 def spec_for(
-    requests: Sequence[Request], vocab: int, kind: CacheKind, compiled: bool, held: Filters
+    requests: Sequence[Request], vocab: int, kind: CacheKind, compiled: bool, others: Filters
 ) -> StepSpec:
-    """Return what a step must be traced for, to serve all of these requests; `held` filters
-    stay.
+    """Return what a step must be traced for, to serve all of these requests.
+
+    `others` are filters that stay, though none of these requests needs them.
     """
     wanted = [one.options.logprobs for one in requests if one.options.logprobs is not None]
     masked = any(one.constraint is not None for one in requests)
-    filters = Filters.of([one.sampling for one in requests], masked).beside(held)
+    filters = Filters.of([one.sampling for one in requests], masked).beside(others)
     return StepSpec(filters, vocab, max(wanted, default=None), compiled, kind)
 
 
 def state_of(rows: Sequence[Request | None], spec: StepSpec) -> State:
-    """Return the state of these rows as the host knows it; None is a row that nobody uses.
+    """Return the state of these rows as the host knows it; None is an unused row.
 
-    Every token known has been drawn, and the newest has not been fed.
+    Every known token has been drawn, and the newest has not been fed.
     """
     unused, filters, vocab = mx.zeros((1, 2), mx.uint32), spec.filters, spec.vocab
     known = [[0] if one is None else one.known for one in rows]
@@ -160,11 +198,10 @@ def state_of(rows: Sequence[Request | None], spec: StepSpec) -> State:
 def mask_of(
     rows: Sequence[Request | None], spec: StepSpec, drafted: Proposal | None = None
 ) -> mx.array | None:
-    """Return the tokens that the grammars of the rows allow next, and after each token of their
-    drafts.
+    """Return the tokens that the rows' grammars allow next, and after each token of their drafts.
 
     [B * (k + 1), vocab / 32] uint32, a bit for each token; all of them in rows without a grammar.
-    Drafts are shortened to what a grammar allows.
+    Drafts are shortened to what a grammar allows. None where no row has a grammar.
     """
     if not spec.filters.masked:
         return None
@@ -181,50 +218,99 @@ def mask_of(
     return mx.array(masks.reshape(-1, shape[-1]))
 
 
-def decoder_after(engine: Engine, prompt: list[int]) -> StreamingDecoder:
-    """Return a decoder for the tokens that follow a prompt.
+class Reader:
+    """Measures how long the reader of events was away, and how long the device stood idle then.
 
-    An answer in the Instruct format is a text of its own; any other continues the prompt's text.
-    """
-    frame = answer_prefix(engine.tokenizer)
-    if prompt[-len(frame) :] == frame:
-        return StreamingDecoder(engine.tokenizer)
-    pieces = engine.tokenizer.vocab_size
-    return StreamingDecoder(engine.tokenizer, [token for token in prompt if token < pieces])
-
-
-class TextFilter:
-    """Holds decoded text back while its end could still be the beginning of a stop string.
-
-    stop "END":  "...the E" shows "...the ", "N" shows nothing, "joy" shows "ENjoy", "D" stops for good.
-
-    Of several stop strings the match that begins first in the text wins, however the text is cut
-    into tokens: a shorter match waits while a longer one that began before it may still come true.
+    While the reader is away the device computes the next token, and for how long shows only when
+    somebody waits for it. So after the 1st, 2nd, 4th, 8th ... slow return the engine waits for that
+    token before it hands over an event.
     """
 
-    def __init__(self, decoder: StreamingDecoder, stop: tuple[str, ...]) -> None:
-        self.decoder, self.stop = decoder, stop
-        self.held, self.stopped = "", False
+    SLOW = 1e-3  # seconds; a reader that prints needs less
 
-    def push(self, token: int) -> str:
-        return self._release(self.decoder.push(token), final=False)
+    def __init__(self) -> None:
+        self.away = 0.0  # seconds of slow returns
+        self.absences = 0  # how many of them began with a token under way
+        self._waits: list[float] = []  # seconds that such a token took from the reader's leaving on
+        self._slow, self._wait, self._left = 0, False, 0.0
 
-    def flush(self) -> str:
-        return self._release(self.decoder.flush(), final=True)
+    def leave(self) -> None:
+        """Note that an event is handed over."""
+        self._left = time.perf_counter()
+        if self._wait:
+            mx.synchronize()
+            start, self._left = self._left, time.perf_counter()
+            self._waits.append(self._left - start)
 
-    def _release(self, text: str, final: bool) -> str:
-        if self.stopped:
-            return ""
-        text = self.held + text
-        match = min((text.index(stop) for stop in self.stop if stop in text), default=len(text))
-        longest = max((len(stop) - 1 for stop in self.stop), default=0)
-        first = match if final else max(len(text) - longest, 0)
-        undecided = [
-            place
-            for place in range(first, match)
-            if any(stop.startswith(text[place:]) for stop in self.stop)
-        ]
-        end = undecided[0] if undecided else match
-        self.stopped = end == match < len(text)
-        self.held = "" if self.stopped else text[end:]
-        return text[:end]
+    def back(self) -> None:
+        """Note that the reader asks for more."""
+        away = time.perf_counter() - self._left if self._left else 0.0
+        waited, self._wait, self._left = self._wait, False, 0.0
+        if away > self.SLOW:
+            self._slow += 1
+            self._wait = self._slow & self._slow - 1 == 0  # a power of two
+            self.away += away
+            self.absences += not waited
+
+    def idle(self, away: float, absences: int) -> float:
+        """Return the device's idle seconds since `away` and `absences` were these; 0 if unknown."""
+        if not self._waits:
+            return 0.0
+        return max(self.away - away - (self.absences - absences) * fmean(self._waits), 0.0)
+
+
+class Clock:
+    """The time of one request: waiting until `start`, to the first token, from it to the last."""
+
+    _running: WeakSet[Clock] = WeakSet()
+    _lock = Lock()
+
+    def __init__(self, reader: Reader | None = None) -> None:
+        self.reader = Reader() if reader is None else reader
+        self.made = self.started = self.first = self.last = time.perf_counter()
+        self.tokens = self.peak = 0
+        self.passes = self.drafted = self.accepted = 0  # of the model; tokens drafted, and kept
+        self._before = (0.0, 0)
+
+    def start(self) -> Clock:
+        """Note that the request runs from now on.
+
+        MLX has one peak of memory for all: what it was until now is noted for those that run.
+        """
+        with self._lock:
+            peak = mx.get_peak_memory()
+            for other in self._running:
+                other.peak = max(other.peak, peak)
+            mx.reset_peak_memory()
+            self._running.add(self)
+        self.started = self.first = self.last = time.perf_counter()
+        return self
+
+    def token(self) -> None:
+        """Note that the host knows one more token."""
+        self.last = time.perf_counter()
+        self.tokens += 1
+        if self.tokens == 1:
+            self.first, self._before = self.last, (self.reader.away, self.reader.absences)
+
+    def stats(self, prompt: int, reused: int, seed: int) -> GenerationStats:
+        """Return the statistics of a request that has ended; `prompt` and `reused` are tokens."""
+        with self._lock:
+            self._running.discard(self)
+        to_first = self.first - self.started
+        after = self.last - self.first - self.reader.idle(*self._before)
+        return GenerationStats(
+            prompt_tokens=prompt,
+            reused_tokens=reused,
+            generation_tokens=self.tokens,
+            prompt_tokens_per_second=(prompt - reused) / to_first if to_first > 0 else 0.0,
+            generation_tokens_per_second=(self.tokens - 1) / after if after > 0 else 0.0,
+            time_to_first_token_seconds=to_first,
+            total_seconds=self.last - self.started,
+            peak_memory_bytes=max(self.peak, mx.get_peak_memory()),
+            seed=seed,
+            waiting_seconds=self.started - self.made,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
+            target_passes=self.passes,
+        )

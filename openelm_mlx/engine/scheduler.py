@@ -27,6 +27,7 @@ from openelm_mlx.engine.prompt_cache import PromptCache
 from openelm_mlx.engine.prompts import Prompt, prompt_tokens
 from openelm_mlx.engine.request import (
     Event,
+    Reader,
     Request,
     TokenLogprobs,
     mask_of,
@@ -37,7 +38,6 @@ from openelm_mlx.engine.request import (
 from openelm_mlx.engine.rows import Rows, quarters
 from openelm_mlx.engine.sampling import Filters
 from openelm_mlx.engine.speculation import Speculation
-from openelm_mlx.engine.stats import Reader
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.errors import BusyError, OptionError
 from openelm_mlx.fields import check_count, explained, shown
@@ -48,9 +48,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from openelm_mlx.engine.decode import Progress
-    from openelm_mlx.engine.drafts import Draft, ModelDraft
+    from openelm_mlx.engine.draft_model import ModelDraft
     from openelm_mlx.engine.loading import Engine
     from openelm_mlx.engine.options import EngineSettings, RequestSettings
+    from openelm_mlx.engine.speculation import Draft
 
 
 class Pending(NamedTuple):
@@ -361,7 +362,7 @@ class BatchEngine:
             and len(self._passes) == 1
             and self._passes[0].drafted is None
             and any(request.left > 1 for _, request in live)
-            and not self._speculation.hopeful(live)
+            and not self._speculation.pays(live)
         )
 
     def _launch(self, unread: int = 0) -> None:

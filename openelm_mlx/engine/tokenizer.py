@@ -47,7 +47,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read one file. Raises `TokenizerError` where it is none, or damaged."""
+        """Read one file. Raises `TokenizerError` where it is damaged or not a tokenizer."""
         path = Path(path)
         try:
             data = path.read_bytes()
@@ -61,21 +61,22 @@ class Tokenizer:
             pieces, encoder, bos, eos = read(data)
         except Exception as error:  # both libraries raise bare and varied types on damaged files
             raise TokenizerError(
-                f"{path} is damaged or no tokenizer ({error}); fetch it again, "
+                f"{path} is damaged or not a tokenizer ({error}); fetch it again, "
                 "or pass --tokenizer with the path of another"
             ) from error
         return cls(pieces, encoder, path, hashlib.sha256(data).hexdigest(), bos, eos)
 
     @property
     def vocab_size(self) -> int:
+        """The number of pieces; ids are below it."""
         return len(self.pieces)
 
     def same_pieces(self, other: Tokenizer) -> bool:
-        """Whether every id stands for the same text in both, whatever file they were read from."""
+        """Tell whether every id stands for the same text in both, whatever their files are."""
         return self.pieces == other.pieces
 
     def encode(self, text: str, bos: bool = True, continued: bool = False) -> list[int]:
-        """Ids of `text`, the dummy prefix included, after the start token where `bos`.
+        """Return the ids of `text`, the dummy prefix included, after the start token where `bos`.
 
         Text that is `continued` goes on from earlier text and has no dummy prefix: then
         decode(earlier ids + these) is the joined text. Raises `PromptError` as `check_text` does.
@@ -85,13 +86,16 @@ class Tokenizer:
         return [self.bos_id, *ids] if bos else ids
 
     def piece_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes of one piece, its spaces real ones; empty for control tokens."""
+        """Return the UTF-8 bytes of one piece, its spaces real ones; b"" for control tokens.
+
+        Raises `TokenizerError` for an id outside the vocabulary.
+        """
         if not 0 <= token < self.vocab_size:
             raise TokenizerError(f"token {token} lies outside the vocabulary of {self.vocab_size}")
         return self.pieces[token]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, without the dummy prefix's space. Raises `TokenizerError`."""
+        """Return the text of `ids`, without the dummy prefix's space. Raises `TokenizerError`."""
         listed: Any = ids.tolist() if hasattr(ids, "tolist") else ids
         try:
             data = b"".join(self.piece_bytes(as_id(token)) for token in listed)
@@ -102,14 +106,14 @@ class Tokenizer:
 
 
 def as_id(token: Any) -> int:
-    """A token id, of numpy too, as Python's integer. Raises `TypeError` for what is none."""
+    """Return a token id, also one of numpy, as a Python integer. Raises `TypeError` for others."""
     if isinstance(token, bool):
-        raise TypeError("a bool is no token id")
+        raise TypeError("a bool is not a token id")
     return operator.index(token)
 
 
 def check_text(text: str) -> None:
-    """Raise `PromptError` for what is no text, or has lone surrogates, which UTF-8 has not."""
+    """Raise `PromptError` for what is not a text, or has lone surrogates, which UTF-8 lacks."""
     if not isinstance(text, str):
         raise PromptError(f"the text is of type {type(text).__name__}; give a str")
     try:
@@ -117,7 +121,7 @@ def check_text(text: str) -> None:
     except UnicodeEncodeError as error:
         lone = text[error.start]
         advice = "It is half a character of UTF-16; give the other half with it, or neither"
-        if "\udc80" <= lone <= "\udcff":  # the form that Python gives a byte it cannot decode
+        if "\udc80" <= lone <= "\udcff":  # Python decodes an invalid byte to one of these
             example = "for example with iconv -f latin1 -t utf-8"
             advice = f"Convert what it came from to UTF-8 first, {example}"
         what = f"character {error.start + 1} is the lone surrogate {lone!a}"
@@ -125,7 +129,7 @@ def check_text(text: str) -> None:
 
 
 class StreamingDecoder:
-    """Text of tokens as they come: what decode(prompt + tokens) adds to decode(prompt).
+    """The text of tokens as they come: what decode(prompt + tokens) adds to decode(prompt).
 
     It is never half a character. Without a `prompt` the tokens begin the text: the dummy prefix's
     space is left out. A character that a prompt breaks off is part of the prompt's text, as the
@@ -141,12 +145,12 @@ class StreamingDecoder:
         self._tokenizer, self._at_start = tokenizer, not tail
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._utf8.decode(tail)
-        # how many characters of the replacement the prompt's text ends with
+        # how many replacement characters the prompt's text ends with
         self._told = len(self._pending.decode("utf-8", errors="replace"))
 
     @property
     def pending(self) -> bool:
-        """Tell whether half a character waits for its other half."""
+        """Whether half a character waits for its other half."""
         return bool(self._pending)
 
     @property
@@ -154,7 +158,7 @@ class StreamingDecoder:
         return self._utf8.getstate()[0]
 
     def push(self, token: int) -> str:
-        """Text that is safe to print now."""
+        """Return the text that is safe to print after one more token."""
         data = self._tokenizer.piece_bytes(token)
         if data and self._at_start:
             data = data.removeprefix(b" ")
@@ -162,7 +166,7 @@ class StreamingDecoder:
         return self._new(self._utf8.decode(data))
 
     def flush(self) -> str:
-        """A replacement character for a dangling byte, or nothing."""
+        """Return a replacement character for a dangling byte, or nothing."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return self._new(text)
@@ -172,13 +176,53 @@ class StreamingDecoder:
         return text[told:]
 
 
+class TextFilter:
+    """Keeps decoded text back while its end could still be the beginning of a stop string.
+
+    stop "END":  after "...the E" it returns "...the ", after "N" nothing, after "joy" "ENjoy"; had
+    "D" come instead, it would return nothing, and have `stopped`.
+
+    Of several stop strings the match that begins first in the text wins, however the text is cut
+    into tokens: a shorter match waits while a longer one that began before it may still come true.
+    """
+
+    def __init__(self, decoder: StreamingDecoder, stop: tuple[str, ...]) -> None:
+        self.decoder, self.stop = decoder, stop
+        self.stopped, self._waiting = False, ""
+
+    def push(self, token: int) -> str:
+        """Return the text that is safe to show after one more token."""
+        return self._release(self.decoder.push(token), final=False)
+
+    def flush(self) -> str:
+        """Return the text that was kept back, as no more tokens will come."""
+        return self._release(self.decoder.flush(), final=True)
+
+    def _release(self, text: str, final: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._waiting + text
+        match = min((text.index(stop) for stop in self.stop if stop in text), default=len(text))
+        longest = max((len(stop) - 1 for stop in self.stop), default=0)
+        first = match if final else max(len(text) - longest, 0)
+        undecided = [
+            place
+            for place in range(first, match)
+            if any(stop.startswith(text[place:]) for stop in self.stop)
+        ]
+        end = undecided[0] if undecided else match
+        self.stopped = end == match < len(text)
+        self._waiting = "" if self.stopped else text[end:]
+        return text[:end]
+
+
 def spelling(
     tokenizer: Tokenizer, tokens: Iterable[int], text: str, words: bool = False
 ) -> tuple[int, int]:
     """Return how many of the first `tokens` spell a beginning of `text`, and its length.
 
-    They end with a whole character, and, where the next token goes on otherwise than `text` and
-    `words` are asked for, with the last word that both share.
+    They end with a complete character. Where the next token goes on otherwise than `text` and
+    `words` are asked for, they end with the last word that both share.
     """
     decoder, count, place, kept = StreamingDecoder(tokenizer), 0, 0, (0, 0)
     for count, token in enumerate(tokens, 1):
@@ -193,7 +237,7 @@ def spelling(
 
 
 def _spelled(name: str, control: bool, unknown: bool, byte: bool) -> bytes:
-    """UTF-8 bytes of a piece: a byte's name is <0xE2>, say."""
+    """Return the UTF-8 bytes of a piece; a piece that stands for one byte is named <0xE2>, say."""
     if unknown:
         return UNKNOWN
     if control:
@@ -242,12 +286,12 @@ def _read_json(data: bytes) -> tuple[list[bytes], Encoder, int, int]:
     ]
     bos, eos = fast.token_to_id("<s>"), fast.token_to_id("</s>")
     if bos is None or eos is None:
-        raise ValueError("it has no <s> or no </s>")
+        raise ValueError("it lacks <s> or </s>")
     return pieces, encoder, bos, eos
 
 
 def _without_dummy_prefix(data: bytes) -> str:
-    """A tokenizer.json without what prepends a space: "Prepend" or "Metaspace" among its steps."""
+    """Return a tokenizer.json without the steps that prepend a space: Prepend and Metaspace."""
 
     def changed(part: Any) -> Any:
         if not isinstance(part, dict):

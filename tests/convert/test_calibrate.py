@@ -167,7 +167,7 @@ def test_samples_are_the_models_own_and_do_not_depend_on_how_many():
 
 
 def test_an_instruct_model_also_answers(tiny):
-    from openelm_mlx.engine.instruct import encode_messages
+    from openelm_mlx.engine.prompts import encode_messages
 
     encode = lambda text: tiny.tokenizer.encode(text, bos=False)  # noqa: E731
     want = encode_messages(tiny.tokenizer, [{"role": "user", "content": QUESTIONS[1]}])

@@ -10,9 +10,9 @@ from small import random_engine
 
 from openelm_mlx import BatchEngine, batch_generate, generate, stream_generate
 from openelm_mlx.device import mx
-from openelm_mlx.engine.instruct import encode_messages
 from openelm_mlx.engine.prompt_cache import PromptCache
-from openelm_mlx.engine.request import TextFilter
+from openelm_mlx.engine.prompts import encode_messages
+from openelm_mlx.engine.tokenizer import TextFilter
 from openelm_mlx.errors import CacheError, OptionError, PromptError
 from openelm_mlx.model.cache import KVCache
 

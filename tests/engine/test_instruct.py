@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from openelm_mlx.engine.instruct import encode_messages
+from openelm_mlx.engine.prompts import encode_messages
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import PromptError
 

@@ -16,11 +16,11 @@ from small import random_engine
 
 from openelm_mlx import BatchEngine, ModelDraft, PromptCache, stream_generate
 from openelm_mlx.device import mx
-from openelm_mlx.engine import drafts
+from openelm_mlx.engine import draft_model
 from openelm_mlx.engine.decode import Drafted, agreeing
-from openelm_mlx.engine.drafts import DraftLength
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.engine.sampling import Controls, Filters, History, draw, filter_logits, seed_key
+from openelm_mlx.engine.speculation import DraftLength
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import OptionError
 
@@ -322,7 +322,7 @@ def test_a_stop_amid_a_draft_leaves_a_true_cache(target):
 def test_a_draft_that_is_interrupted_leaves_a_true_cache(target, monkeypatch):
     settings = {"temperature": 1.0, "seed": 1, "max_tokens": 19}
     draft = replace(target)  # functions of its own: the one that fails stays among them
-    kept, made = ModelDraft(target, draft), drafts.make_drafter
+    kept, made = ModelDraft(target, draft), draft_model.make_drafter
 
     def interrupted(*given):
         if given[-1] == 4:
@@ -333,7 +333,7 @@ def test_a_draft_that_is_interrupted_leaves_a_true_cache(target, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(drafts, "make_drafter", interrupted)
+    monkeypatch.setattr(draft_model, "make_drafter", interrupted)
     stream = stream_generate(
         target, PROMPT, draft=kept, ignore_eos=True, compiled=False, **settings, **FIXED
     )

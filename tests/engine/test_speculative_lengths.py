@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from openelm_mlx.engine.drafts import (
+from openelm_mlx.engine.speculation import (
     EXTRA,
     LEAVING,
     LENGTHS,

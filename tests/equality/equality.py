@@ -30,7 +30,7 @@ from trials import Answer, Maker, Request, alone, together
 from openelm_mlx import PromptCache, batch_generate, generate, load
 from openelm_mlx.benchmarks.measure.weights import small_engine
 from openelm_mlx.device import blas
-from openelm_mlx.engine.drafts import ModelDraft
+from openelm_mlx.engine.draft_model import ModelDraft
 from openelm_mlx.engine.loading import DTYPES, Engine
 from openelm_mlx.engine.options import EngineOptions
 from openelm_mlx.model.cache_kinds import CacheKind

@@ -31,7 +31,7 @@ from openelm_mlx.benchmarks.measure.suites import Point
 from openelm_mlx.benchmarks.measure.weights import small_engine
 from openelm_mlx.benchmarks.peers.openelm import OurSession
 from openelm_mlx.device import mx
-from openelm_mlx.engine.drafts import ModelDraft
+from openelm_mlx.engine.draft_model import ModelDraft
 from openelm_mlx.engine.options import EngineOptions
 from openelm_mlx.model.cache_kinds import CacheKind
 
