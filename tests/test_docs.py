@@ -115,10 +115,10 @@ def test_kernels_are_those_of_the_ledger_shown():
 
 def test_kernels_of_four_rows_are_those_of_the_ledger():
     from openelm_mlx.benchmarks.ledger.count import ledger
-    from openelm_mlx.benchmarks.ledger.trace import Form, trace_ours
+    from openelm_mlx.benchmarks.ledger.steps import WeightSpec, trace_ours
 
-    form = Form("bfloat16", {"group_size": 64, "bits": 4})
-    four = ledger(trace_ours(OpenELMConfig.from_name("270m"), form, rows=4))
+    spec = WeightSpec("bfloat16", {"group_size": 64, "bits": 4})
+    four = ledger(trace_ours(OpenELMConfig.from_name("270m"), spec, rows=4))
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert f"With 4 of them that is {four.kernels} kernels at 4 bits" in text
 

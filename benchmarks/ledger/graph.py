@@ -1,94 +1,46 @@
-"""The graph of a function as plain data: primitives with the shapes they read and write, fused as
-`mx.compile` fuses.
+"""The graph of a function as plain data: primitives with the shapes they read and write.
 
 `trace` asks MLX itself (`mx.export_function` with a callback, which simplifies but does not fuse);
-`fuse` then follows the rules of `compile_fuse` in mlx/compile.cpp. That both agree with MLX is held
-by a test, on the names of the fused kernels that `mx.export_to_dot` shows of the compiled function.
+`fuse` then follows the rules of `compile_fuse` in mlx/compile.cpp. A test compares both with MLX,
+by the names of the fused kernels that `mx.export_to_dot` shows of the compiled function.
+
+On the CPU backend `mx.fast.rms_norm` and its kin expand into many primitives (mlx/fast.cpp:
+`use_fallback`). Inside `one_primitive_each` each of them becomes one `mx.depends`, which has the
+right shape, reads what the call reads and computes nothing. Graphs made so are for counting and for
+timing the host; their numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
+from unittest.mock import patch
 
-from openelm_mlx.benchmarks.ledger.fake_fast_ops import NAMES
 from openelm_mlx.device import mx
 
 MAX_DEPTH, MAX_INPUTS = 11, 24  # max_compile_depth and max_compile_arrays of mlx/compile.cpp
-
-UNARY = {
-    "Abs",
-    "ArcCos",
-    "ArcCosh",
-    "ArcSin",
-    "ArcSinh",
-    "ArcTan",
-    "ArcTanh",
-    "AsType",
-    "Ceil",
-    "Cos",
-    "Conjugate",
-    "Cosh",
-    "Remainder",
-    "Erf",
-    "ErfInv",
-    "Exp",
-    "Floor",
-    "Log",
-    "Log1p",
-    "LogicalNot",
-    "Negative",
-    "Round",
-    "Sigmoid",
-    "Sign",
-    "Sin",
-    "Sinh",
-    "Square",
-    "Sqrt",
-    "Rsqrt",
-    "Tan",
-    "Tanh",
-    "Expm1",
-    "Real",
-    "Imag",
-    "BitwiseInvert",
-}
-BINARY = {
-    "Add",
-    "Divide",
-    "Equal",
-    "Greater",
-    "GreaterEqual",
-    "Less",
-    "LessEqual",
-    "LogicalAnd",
-    "LogicalOr",
-    "LogAddExp",
-    "Maximum",
-    "Minimum",
-    "Multiply",
-    "NotEqual",
-    "Power",
-    "Subtract",
-    "BitwiseBinary",
-    "BitwiseAnd",
-    "BitwiseOr",
-    "BitwiseXor",
-    "LeftShift",
-    "RightShift",
-    "ArcTan2",
-}
-FUSABLE = UNARY | BINARY | {"Select", "Broadcast"}
+# is_unary and is_binary of mlx/compile.cpp, and the two that it fuses besides
+ELEMENTWISE = (
+    "Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh AsType Ceil Cos Conjugate Cosh Remainder Erf "
+    "ErfInv Exp Floor Log Log1p LogicalNot Negative Round Sigmoid Sign Sin Sinh Square Sqrt Rsqrt "
+    "Tan Tanh Expm1 Real Imag BitwiseInvert "
+    "Add Divide Equal Greater GreaterEqual Less LessEqual LogicalAnd LogicalOr LogAddExp Maximum "
+    "Minimum Multiply NotEqual Power Subtract BitwiseBinary BitwiseAnd BitwiseOr BitwiseXor "
+    "LeftShift RightShift ArcTan2 Select Broadcast"
+)
+FUSABLE = frozenset(ELEMENTWISE.split())
+STAND_INS = ("RMSNorm", "RoPE", "ScaledDotProductAttention", "Dequantize", "Compiled")
+SHAPED = ("Dequantize", "Compiled")  # their first input only gives the shape and is not read
 
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a graph. `constant` is set when the function captured it: a weight, a table, a
-    scalar.
-    """
+    """An array of a graph; a `constant` is one that the function captured, as a weight is."""
 
     name: str
     shape: tuple[int, ...]
@@ -99,10 +51,14 @@ class Array:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.size
+
 
 @dataclass(frozen=True)
 class Node:
-    """One primitive. A fused one holds the primitives it was fused from."""
+    """One primitive. A fused one keeps the primitives it was fused from."""
 
     name: str
     inputs: tuple[Array, ...]
@@ -126,8 +82,9 @@ class Graph:
 
 
 def trace(function: Callable[..., Any], *arguments: mx.array) -> Graph:
-    """The simplified graph of `function(*arguments)`. Nothing is computed; inner compiled functions
-    are inlined.
+    """Return the simplified graph of `function(*arguments)`.
+
+    Nothing is computed; inner compiled functions are inlined.
     """
     ends: dict[str, tuple[Array, ...]] = {}
     constants: dict[str, mx.array] = {}
@@ -145,31 +102,87 @@ def trace(function: Callable[..., Any], *arguments: mx.array) -> Graph:
             constants.update(event["constants"])
         elif kind == "primitive":
             inputs, outputs = (tuple(map(array, event[side])) for side in ("inputs", "outputs"))
-            nodes.append(
-                untagged(Node(event["name"], inputs, outputs, tuple(event["arguments"])), constants)
-            )
+            node = Node(event["name"], inputs, outputs, tuple(event["arguments"]))
+            nodes.append(untagged(node, constants))
 
     mx.export_function(visit, function, *arguments)
     return Graph(nodes, ends["inputs"], ends["outputs"], constants)
 
 
 def untagged(node: Node, constants: dict[str, mx.array]) -> Node:
-    """A stand-in under the name of what it stands for, without its tag."""
-    if node.name == "Depends" and node.inputs[-1].constant and not node.inputs[-1].shape:
-        name = NAMES.get(float(constants[node.inputs[-1].name].item()))  # type: ignore[arg-type]
-        if name is not None:
-            template = name in (
-                "Dequantize",
-                "Compiled",
-            )  # these read what follows; the first input only gives the shape
-            return Node(name, node.inputs[template:-1], node.outputs)
-    return node
+    """Return a stand-in under the name of what it stands for, without its tag."""
+    if node.name != "Depends" or not node.inputs[-1].constant or node.inputs[-1].shape:
+        return node
+    number: Any = constants[node.inputs[-1].name].item()
+    name = next((name for name in STAND_INS if tag(name).item() == number), None)
+    return node if name is None else Node(name, node.inputs[name in SHAPED : -1], node.outputs)
+
+
+@contextmanager
+def one_primitive_each(tagged: bool = False) -> Iterator[None]:
+    """Replace `mx.fast` and `mx.dequantize` by stand-ins of one primitive each.
+
+    `tagged` adds the tag that `trace` reads. It is one more input, so leave it out where the host
+    is timed.
+    """
+
+    def one(name: str, out: mx.array, *reads: Any) -> mx.array:
+        arrays = [array for array in reads if isinstance(array, mx.array)]
+        return mx.depends(out, arrays + [tag(name)] * tagged)
+
+    def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **_: Any) -> mx.array:
+        return one("RMSNorm", x, weight)
+
+    def rope(x: mx.array, dims: int, *, offset: Any = None, **_: Any) -> mx.array:
+        return one("RoPE", x, offset)
+
+    def attention(q: mx.array, k: mx.array, v: mx.array, *, mask: Any = None, **_: Any) -> mx.array:
+        return one("ScaledDotProductAttention", q, k, v, mask)
+
+    def dequantize(
+        w: mx.array,
+        scales: mx.array,
+        biases: Any = None,
+        group: Any = None,
+        bits: Any = 4,
+        **_: Any,
+    ) -> mx.array:
+        dtype = scales.dtype if mx.issubdtype(scales.dtype, mx.floating) else mx.bfloat16
+        out = constant((*w.shape[:-1], w.shape[-1] * 32 // bits), dtype)
+        return one("Dequantize", out, w, scales, biases)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(mx, "dequantize", dequantize))
+        stack.enter_context(patch.object(mx.fast, "rms_norm", rms_norm))
+        stack.enter_context(patch.object(mx.fast, "rope", rope))
+        stack.enter_context(patch.object(mx.fast, "scaled_dot_product_attention", attention))
+        yield
+
+
+def fused(out: mx.array, *reads: mx.array) -> mx.array:
+    """Stand in for a function that is compiled by itself: one kernel with the shape of `out`."""
+    return mx.depends(out, [*reads, tag("Compiled")])
+
+
+@cache
+def tag(name: str) -> mx.array:
+    array = mx.array(7001.0 + STAND_INS.index(name))  # no step has such a constant
+    mx.eval(array)
+    return array
+
+
+def blank(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Return an evaluated array of this shape that takes no memory: not a kernel of a graph."""
+    array = mx.broadcast_to(mx.zeros((), dtype), shape)
+    mx.eval(array)
+    return array
+
+
+constant = cache(blank)  # what is written into must be an array of its own instead
 
 
 def fuse(graph: Graph) -> Graph:
-    """The graph after `mx.compile`: neighbouring elementwise primitives in one node (compile_fuse,
-    mlx/compile.cpp).
-    """
+    """Return the graph after `mx.compile`: neighbouring elementwise primitives are one node."""
     made = {out.name: node for node in graph.nodes for out in node.outputs}
     readers: dict[str, list[str]] = defaultdict(list)
     for node in graph.nodes:
@@ -201,7 +214,7 @@ def fuse(graph: Graph) -> Graph:
 def collect(
     root: Array, made: dict[str, Node], readers: dict[str, list[str]], ends: set[str]
 ) -> dict[str, None]:
-    """Names of the arrays to be made inside one fused kernel that ends in `root`."""
+    """Return the names of the arrays that are made inside one fused kernel that ends in `root`."""
     inside: dict[str, None] = {}
     outside: set[str] = set()
 
@@ -214,9 +227,8 @@ def collect(
             outside.add(name)
             return
         read_elsewhere = depth and not all(reader in inside for reader in readers[name])
-        if read_elsewhere and (
-            node.name != "Broadcast" or len(outside) >= MAX_INPUTS
-        ):  # a broadcast would be split off
+        # a broadcast that others read too is split off, if there is an input left for it
+        if read_elsewhere and (node.name != "Broadcast" or len(outside) >= MAX_INPUTS):
             outside.add(name)
             return
         if name in ends:
@@ -234,6 +246,7 @@ def collect(
 
 
 def merge(root: Array, made: dict[str, Node], inside: dict[str, None], ends: set[str]) -> Node:
+    """Return the fused node of the arrays `inside`, its parts in an order in which they can run."""
     parts: dict[str, Node] = {}
     inputs: dict[str, Array] = {}
 
@@ -246,7 +259,5 @@ def merge(root: Array, made: dict[str, Node], inside: dict[str, None], ends: set
             parts[array.name] = made[array.name]
 
     visit(root)
-    outputs = [
-        part.outputs[0] for name, part in parts.items() if name in ends and name != root.name
-    ]
-    return Node("Compiled", tuple(inputs.values()), (*outputs, root), parts=tuple(parts.values()))
+    kept = [part.outputs[0] for name, part in parts.items() if name in ends and name != root.name]
+    return Node("Compiled", tuple(inputs.values()), (*kept, root), parts=tuple(parts.values()))

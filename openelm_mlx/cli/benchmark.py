@@ -360,12 +360,9 @@ def predict(args: argparse.Namespace) -> int:
     package.
     """
     from openelm_mlx import benchmarks
-    from openelm_mlx.benchmarks.ledger.predict_table import show
+    from openelm_mlx.benchmarks.ledger.predict import show
+    from openelm_mlx.benchmarks.results.document import load
 
-    show(
-        args.predict,
-        args.random_weights or args.models,
-        Path(benchmarks.__file__).parent / "results",
-        args.json,
-    )
+    paths = sorted((Path(benchmarks.__file__).parent / "results").glob("*.json"))
+    show(args.predict, args.random_weights or args.models, map(load, paths), args.json)
     return 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
-from pathlib import Path
 
 import pytest
 
@@ -14,12 +12,13 @@ from openelm_mlx.benchmarks.ledger.predict import (
     EVIDENCE,
     KNOWN_ERRORS,
     LATENCY,
+    checks,
     efficiency,
-    errors,
     predict,
+    predictions,
+    show,
 )
-from openelm_mlx.benchmarks.ledger.predict_table import predictions, show
-from openelm_mlx.benchmarks.results.document import Case, Document, Metric, Row, save
+from openelm_mlx.benchmarks.results.document import Case, Document, Metric, Row
 from openelm_mlx.errors import BenchmarkError, ConfigError
 from openelm_mlx.model.config import OpenELMConfig
 
@@ -132,7 +131,7 @@ def test_faster_memory_fewer_bits_and_shorter_context_are_faster() -> None:
     assert predict("m1", M270, context=2048).tokens_per_second < rates[0]
 
 
-def measured_on(chip: str, rate: float, path: Path, **case: object) -> None:
+def measured_on(chip: str, rate: float, **case: object) -> Document:
     settings = {
         "engine": "openelm-mlx",
         "model": "270m",
@@ -143,31 +142,29 @@ def measured_on(chip: str, rate: float, path: Path, **case: object) -> None:
         "generation_tokens": 64,
     } | case
     row = Row(Case(**settings), {"decode_tokens_per_second": Metric.of([rate] * 5, "tokens/s")})  # type: ignore[arg-type]
-    save(
-        Document(datetime.now(timezone.utc).isoformat(), "test", (row,), machine={"chip": chip}),
-        path,
-    )
+    return Document("2026-01-01T00:00:00+00:00", "test", (row,), machine={"chip": chip})
 
 
-def test_the_model_is_held_against_what_was_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_predictions_are_checked_against_what_was_measured(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     expected = predict("m2-max", M270, context=64).tokens_per_second
-    measured_on("Apple M2 Max", expected / 1.25, tmp_path / "a.json")
-    show("m2-max", ["270m"], results=tmp_path / "none")
+    show("m2-max", ["270m"])
     assert "this engine has not been measured on any chip" in capsys.readouterr().out
-    measured_on("AMD EPYC", 10, tmp_path / "b.json")
-    measured_on("Apple M2 Max", 10, tmp_path / "c.json", engine="mlx-lm")
-    measured_on("Apple M2 Max", 10, tmp_path / "d.json", batch_size=4)
-    (tmp_path / "e.json").write_text("{}")
-    (found,) = errors(sorted(tmp_path.glob("*.json")))
-    assert found.relative == pytest.approx(0.25) and found.chip.name == "Apple M2 Max"
-    show("m3-max", ["270m"], results=tmp_path)
+    documents = [
+        measured_on("Apple M2 Max", expected / 1.25),
+        measured_on("AMD EPYC", 10),
+        measured_on("Apple M2 Max", 10, engine="mlx-lm"),
+        measured_on("Apple M2 Max", 10, batch_size=4),
+        measured_on("Apple M2 Max", 10, model="somebody's own"),
+    ]
+    (found,) = checks(documents)
+    assert found.error == pytest.approx(0.25) and found.chip.name == "Apple M2 Max"
+    show("m3-max", ["270m"], documents)
     shown = capsys.readouterr().out
-    assert (
-        "checked on Apple M2 Max, 270m: measured" in shown and "has not been measured" not in shown
-    )
-    assert "-10 to +97 % on an M1 Ultra" in shown
+    assert "checked on Apple M2 Max, 270m: measured" in shown
+    assert "has not been measured" not in shown
+    assert "+97 % on an M1 Ultra" in shown
 
 
 def test_table_says_that_it_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
