@@ -168,7 +168,7 @@ def checks(documents: Iterable[Any]) -> list[Check]:
     found = []
     for document in documents:
         with suppress(BenchmarkError):  # its chip is not in the table
-            chip = find(str(document.machine.get("chip", "")), document.machine.get("gpu_cores"))
+            chip = find(document.machine.chip or "", document.machine.gpu_cores)
             found += [check for row in document.rows for check in check_of(row, chip)]
     return found
 

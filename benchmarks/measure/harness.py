@@ -11,8 +11,8 @@ from typing import Any
 from openelm_mlx.benchmarks.measure.machine import trial_notes
 from openelm_mlx.benchmarks.measure.suites import MIN_TRIALS
 from openelm_mlx.benchmarks.measure.timing import Session, Timed
-from openelm_mlx.benchmarks.results.bootstrap import paired_ratio
 from openelm_mlx.benchmarks.results.document import METRICS, Case, Metric, Ratio, Row
+from openelm_mlx.benchmarks.results.statistics import paired_ratio
 from openelm_mlx.errors import BenchmarkError, OpenELMError
 
 RATIOS = ("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds")
@@ -181,7 +181,7 @@ def ratios_of(entries: Sequence[Entry]) -> list[Ratio]:
         for name in RATIOS:
             a, b = ours.values.get(name, []), peer.values.get(name, [])
             if min(len(a), len(b)) >= 2:
-                low, middle, high = paired_ratio(a, b)
+                low, middle, high = paired_ratio([a], [b])
                 found.append(Ratio(name, list(entries).index(ours), number, middle, low, high))
     return found
 

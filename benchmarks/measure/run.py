@@ -22,7 +22,7 @@ from openelm_mlx.benchmarks.measure.suites import (
     speculation_settings,
     work,
 )
-from openelm_mlx.benchmarks.results.document import Document, Ratio, Row
+from openelm_mlx.benchmarks.results.document import Document, Machine, Ratio, Row
 from openelm_mlx.errors import BenchmarkError, OpenELMError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Run:
             command=self.options.command,
             suite=self.options.suite,
             partial=partial,
-            machine=before,
+            machine=Machine(**before),
             versions=self.versions,
             notes=tuple(dict.fromkeys(notes)),
             rows=tuple(self.rows),
@@ -141,8 +141,8 @@ class Run:
             f"bound: {self.bandwidth / 1e9:.1f} GB/s over the bytes that a token must read; {found.assumed}"
         )
         return {
-            "bandwidth_bytes_per_second": self.bandwidth,
-            "nominal_bandwidth_bytes_per_second": nominal_bandwidth(
+            "copy_bytes_per_second": self.bandwidth,
+            "nominal_bytes_per_second": nominal_bandwidth(
                 facts.get("chip"), facts.get("gpu_cores")
             ),
         }

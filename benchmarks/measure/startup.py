@@ -14,13 +14,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.benchmarks.measure.suites import Point
-from openelm_mlx.benchmarks.results.document import Metric, Row
 from openelm_mlx.errors import BenchmarkError, OpenELMError
 
 if TYPE_CHECKING:
     from openelm_mlx.benchmarks.measure.harness import Tick
     from openelm_mlx.benchmarks.measure.loaded import Weights
     from openelm_mlx.benchmarks.measure.timing import Session
+    from openelm_mlx.benchmarks.results.document import Row
 
 TIMEOUT = 600
 
@@ -74,6 +74,7 @@ def startup_rows(
     """
     from openelm_mlx.benchmarks.peers import prepared
     from openelm_mlx.benchmarks.peers.openelm import prompt_ids
+    from openelm_mlx.benchmarks.results.document import Metric, Row
 
     prompt, path = prompt_ids(weights.engine, prompt_tokens), weights.engine.tokenizer.path
     tokenizer = path if os.path.exists(path) else None

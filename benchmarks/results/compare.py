@@ -141,7 +141,7 @@ def warnings(before: Document, after: Document) -> list[str]:
     """What makes two documents hard to compare."""
     notes = []
     for name in MACHINE:
-        old, new = before.machine.get(name), after.machine.get(name)
+        old, new = getattr(before.machine, name), getattr(after.machine, name)
         if not alike(old, new):
             told = ("unknown" if value is None else value for value in (old, new))
             notes.append(
@@ -153,7 +153,7 @@ def warnings(before: Document, after: Document) -> list[str]:
     for document, when in ((before, "first"), (after, "second")):
         if document.partial:
             notes.append(f"the {when} result is partial: it was interrupted")
-        load, cores = document.machine.get("load_average"), document.machine.get("cores")
+        load, cores = document.machine.load_average, document.machine.cores
         if isinstance(load, (int, float)) and isinstance(cores, int) and load > BUSY * cores:
             notes.append(
                 f"the machine was busy before the {when} run: load {load:.1f} on {cores} cores"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,7 @@ def caption(document: Document) -> str:
     """Two lines: machine and versions; date and how to read the marks. Says so when no Mac was
     measured.
     """
-    machine, versions = document.machine, document.versions
+    machine, versions = asdict(document.machine), document.versions
     facts = [machine_line(machine), *(f"{name} {version}" for name, version in versions.items())]
     marks = ["dots are medians, lines their quartiles", document.created[:10]]
     if document.partial:

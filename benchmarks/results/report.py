@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ FACTS = {  # of the machine: key -> how it is called
     "blas": "BLAS",
     "load_average": "Load before the run",
     "thermal_pressure": "Thermal pressure before the run",
-    "bandwidth_bytes_per_second": "Memory bandwidth, measured",
-    "nominal_bandwidth_bytes_per_second": "Memory bandwidth, nominal",
+    "copy_bytes_per_second": "Memory bandwidth, copying",
+    "nominal_bytes_per_second": "Memory bandwidth, nominal",
 }
 
 
@@ -97,8 +97,8 @@ def render(document: Document) -> str:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         document=document,
-        title=f"OpenELM benchmark: {document.machine.get('chip') or 'unknown machine'}",
-        linux=LINUX if is_linux(document.machine) else "",
+        title=f"OpenELM benchmark: {document.machine.chip or 'unknown machine'}",
+        linux=LINUX if is_linux(asdict(document.machine)) else "",
         cards=cards(document),
         pictures=pictures,
         missing=missing,
@@ -310,7 +310,7 @@ def facts(document: Document) -> list[tuple[str, str]]:
     """Machine, versions and date, in words; facts this page does not know by name follow as they
     are.
     """
-    machine = document.machine
+    machine = asdict(document.machine)
     found = [
         (label, fact(key, machine[key]))
         for key, label in FACTS.items()
@@ -365,7 +365,7 @@ def assumptions(document: Document) -> list[str]:
         told.append(
             "A peer ran the same weights and prompt. Its times count only where all its tokens are ours."
         )
-    if is_linux(document.machine):
+    if is_linux(asdict(document.machine)):
         told.append(
             "MLX's CPU backend on Linux emulates half precision and has no GPU kernels: nothing here tells a Mac's speed."
         )

@@ -172,13 +172,13 @@ def markdown(document: Document) -> str:
 
 
 def title(document: Document) -> str:
-    machine, versions = document.machine, document.versions
+    machine, versions = asdict(document.machine), document.versions
     memory = machine.get("memory_bytes")
     words = [
         machine.get("chip"),
         f"{machine['cores']} cores" if machine.get("cores") else None,
         f"{memory / 2**30:.0f} GiB" if isinstance(memory, (int, float)) else None,
-        f"{machine.get('system', '')} {machine.get('system_version', '')}".strip(),
+        f"{machine['system'] or ''} {machine['system_version'] or ''}".strip(),
         f"{machine.get('backend')} backend" if machine.get("backend") else None,
         f"BLAS: {machine['blas']}"
         if machine.get("backend") == "cpu" and machine.get("blas")

@@ -26,7 +26,7 @@ from typing import Any
 
 from openelm_mlx import BatchEngine, stream_generate
 from openelm_mlx.benchmarks.measure.weights import open_engine, random_engine
-from openelm_mlx.benchmarks.results.bootstrap import paired_ratio
+from openelm_mlx.benchmarks.results.statistics import paired_ratio
 from openelm_mlx.device import blas, mx
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import SamplingOptions
@@ -123,7 +123,7 @@ def join(engine: Engine, trials: int, **settings: Any) -> Result:
         during += joining
         among.append(first)
     slow, steps = percentile(before + during, 0.99), median(before + during)
-    late = paired_ratio(among, alone)
+    late = paired_ratio([among], [alone])
     return {
         "settings": settings,
         "trials": trials,
@@ -198,7 +198,7 @@ def temperatures(engine: Engine, settings: int, pairs: int) -> Result:
         result[name] = {
             "known_ms": 1000 * median(others),
             "new_ms": 1000 * median(ours),
-            "new_by_known": paired_ratio(ours, others)._asdict(),
+            "new_by_known": paired_ratio([ours], [others])._asdict(),
             "wished_for": NEW,
         }
     return result

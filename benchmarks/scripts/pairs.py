@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from openelm_mlx.benchmarks.results.bootstrap import Interval, paired_ratio
+from openelm_mlx.benchmarks.results.statistics import Interval, paired_ratio
 from openelm_mlx.errors import BenchmarkError
 
 SAMPLED = {"temperature": 0.8, "seed": 1, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}
@@ -152,7 +152,7 @@ class Found:
 
     @property
     def ratios(self) -> dict[str, Interval]:
-        return {name: paired_ratio(*pair) for name, pair in self.rates.items()}
+        return {name: paired_ratio([ours], [theirs]) for name, (ours, theirs) in self.rates.items()}
 
     def __str__(self) -> str:
         blas = " and ".join(

@@ -17,7 +17,7 @@ from openelm_mlx.benchmarks.measure.harness import Entry, measure, row_of
 from openelm_mlx.benchmarks.measure.timing import Timed
 from openelm_mlx.benchmarks.results import bootstrap
 from openelm_mlx.benchmarks.results.compare import compare, lines
-from openelm_mlx.benchmarks.results.document import Document, Metric, Row, save
+from openelm_mlx.benchmarks.results.document import Document, Machine, Metric, Row, save
 from openelm_mlx.cli.main import main
 from openelm_mlx.errors import BenchmarkError
 
@@ -113,7 +113,7 @@ def test_what_makes_two_results_hard_to_compare_is_said():
     row = Row(CASE, {"decode_tokens_per_second": Metric.of([1, 2, 3], "tokens/s")})
     other = Row(replace(CASE, prompt_tokens=9), row.metrics)
     before = Document(
-        "", "", (row,), machine={"chip": "a", "memory_bytes": 25276514304}, versions={"mlx": "1"}
+        "", "", (row,), machine=Machine(chip="a", memory_bytes=25276514304), versions={"mlx": "1"}
     )
     busy = {
         "chip": "b",
@@ -121,7 +121,9 @@ def test_what_makes_two_results_hard_to_compare_is_said():
         "cores": 8,
         "memory_bytes": 25276518400,
     }  # a page more is the same machine
-    after = Document("", "", (row, other), machine=busy, versions={"mlx": "2"}, partial=True)
+    after = Document(
+        "", "", (row, other), machine=Machine(**busy), versions={"mlx": "2"}, partial=True
+    )
     assert compare(before, after).notes == (
         "another machine: chip a before, b after",
         "another machine: cores unknown before, 8 after",
@@ -160,7 +162,7 @@ def test_the_more_figures_are_compared_the_surer_each_must_be():
     before, after = (Metric.of([v, v + 1, v + 2, v + 3, v + 4], "tokens/s") for v in (100, 93))
 
     def run_of(metric, figures):
-        cases = (replace(CASE, prompt_tokens=n) for n in range(figures))
+        cases = (replace(CASE, prompt_tokens=n) for n in range(1, figures + 1))
         return Document("", "", tuple(Row(c, {"decode_tokens_per_second": metric}) for c in cases))
 
     one, many = (compare(run_of(before, n), run_of(after, n)) for n in (1, 40))

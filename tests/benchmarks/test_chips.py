@@ -18,7 +18,7 @@ from openelm_mlx.benchmarks.ledger.predict import (
     predictions,
     show,
 )
-from openelm_mlx.benchmarks.results.document import Case, Document, Metric, Row
+from openelm_mlx.benchmarks.results.document import Case, Document, Machine, Metric, Row
 from openelm_mlx.errors import BenchmarkError, ConfigError
 from openelm_mlx.model.config import OpenELMConfig
 
@@ -142,7 +142,7 @@ def measured_on(chip: str, rate: float, **case: object) -> Document:
         "generation_tokens": 64,
     } | case
     row = Row(Case(**settings), {"decode_tokens_per_second": Metric.of([rate] * 5, "tokens/s")})  # type: ignore[arg-type]
-    return Document("2026-01-01T00:00:00+00:00", "test", (row,), machine={"chip": chip})
+    return Document("2026-01-01T00:00:00+00:00", "test", (row,), machine=Machine(chip=chip))
 
 
 def test_predictions_are_checked_against_what_was_measured(

@@ -4,11 +4,23 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from openelm_mlx.benchmarks.results.bootstrap import paired_ratio
-from openelm_mlx.benchmarks.results.document import Case, Document, Metric, Ratio, Row
+from openelm_mlx.benchmarks.results.document import (
+    DECODE,
+    Case,
+    Document,
+    Machine,
+    Metric,
+    Ratio,
+    Row,
+    completed,
+)
 
+CASE = Case("openelm-mlx", "openelm-tiny", "float32", 8, 9.02, 64, 64)
+SLOWER = Metric.of([50, 51, 49, 50.5, 49.5], "tokens/s")
+RATE = Metric.of([100, 104, 98, 101, 99], "tokens/s")
 NASTY = "</title><img src=x onerror=alert(1)>$x^2$&'\""
 MACHINE = {
     "chip": "Made-up chip",
@@ -19,7 +31,7 @@ MACHINE = {
     "backend": "cpu",
     "blas": "MLX's own",
     "load_average": 0.3,
-    "bandwidth_bytes_per_second": 12.5e9,
+    "copy_bytes_per_second": 12.5e9,
 }
 
 
@@ -52,18 +64,42 @@ def row(
         read |= {"scales": 900e3 * 4 / 8 if bits else 0.0, "kv": 700.0 * prompt}
         if model != "openelm-tiny":
             read = {part: 150 * size for part, size in read.items()}
-    bound = 12.5e9 / sum(read.values()) if read else None
     case = Case(engine, model, "float32", bits, weight, prompt, 64, **more)
-    return Row(
-        case, metrics, read, bound, 100 * decode / bound if bound else None, agrees, None, notes
-    )
+    return Row(case, metrics, read, agrees=agrees, notes=notes)
 
 
-def ratio(rows: Sequence[Row], name: str, ours: int, peer: int) -> Ratio:
-    low, middle, high = paired_ratio(
-        *(rows[number].metrics[name].values for number in (ours, peer))
+def small_document(**changes: Any) -> Document:
+    """Return a row of ours, a peer's that is half as fast, and a peer's that was not timed."""
+    memory = Metric.of([1.5e7] * 5, "bytes")
+    rows = (
+        Row(CASE, {DECODE: RATE, "peak_memory_bytes": memory}, {"embedding": 10.0, "kv": 5.5}),
+        Row(replace(CASE, engine="mlx-lm"), {DECODE: SLOWER}, agrees=True),
+        Row(
+            replace(CASE, engine="torch"),
+            agrees=False,
+            parts_at=7,
+            notes=("not timed: token 7 is 3, in openelm-mlx 4",),
+        ),
     )
-    return Ratio(name, ours, peer, middle, low, high)
+    plain = Document(
+        "2026-01-01T00:00:00Z",
+        "openelm benchmark --peers mlx-lm,torch",
+        rows,
+        "quick",
+        machine=Machine(
+            chip="A chip",
+            cores=2,
+            memory_bytes=16 * 2**30,
+            system="Linux",
+            backend="cpu",
+            blas="MLX's own",
+            copy_bytes_per_second=3100.0,
+        ),
+        versions={"mlx": "0.32.4"},
+        notes=("a note",),
+        ratios=(Ratio(DECODE, 0, 1),),
+    )
+    return replace(completed(plain), **changes)
 
 
 def rich_document() -> Document:
@@ -87,25 +123,24 @@ def rich_document() -> Document:
         row("1.1b", bits=4, decode=11, prompt=32, random_weights=True),
         row("1.1b", decode=2.4, prompt=32, random_weights=True),
     ]
-    ratios = tuple(
-        ratio(rows, *pair)
-        for pair in (
-            ("decode_tokens_per_second", 0, 7),
-            ("decode_tokens_per_second", 2, 8),
-            ("time_to_first_token_seconds", 0, 7),
-            ("prefill_tokens_per_second", 2, 8),
-        )
+    ratios = (
+        Ratio(DECODE, 0, 7),
+        Ratio(DECODE, 2, 8),
+        Ratio("time_to_first_token_seconds", 0, 7),
+        Ratio("prefill_tokens_per_second", 2, 8),
     )
-    return Document(
-        "2026-01-02T03:04:05Z",
-        "openelm benchmark --suite quick",
-        tuple(rows),
-        "quick",
-        False,
-        MACHINE,
-        {"openelm-mlx": "0.1.0", "mlx": "0.32.4", "python": "3.11"},
-        ("the machine was busy",),
-        ratios,
+    return completed(
+        Document(
+            "2026-01-02T03:04:05Z",
+            "openelm benchmark --suite quick",
+            tuple(rows),
+            "quick",
+            False,
+            Machine(**MACHINE),
+            {"openelm-mlx": "0.1.0", "mlx": "0.32.4", "python": "3.11"},
+            notes=("the machine was busy",),
+            ratios=ratios,
+        )
     )
 
 
@@ -125,7 +160,7 @@ def startup_document() -> Document:
         "openelm benchmark --suite startup",
         tuple(rows),
         "startup",
-        machine=MACHINE,
+        machine=Machine(**MACHINE),
     )
 
 
@@ -139,7 +174,7 @@ def sparse_document() -> Document:
         rows,
         None,
         True,
-        {"chip": NASTY},
+        Machine(chip=NASTY),
         {},
-        (NASTY,),
+        notes=(NASTY,),
     )

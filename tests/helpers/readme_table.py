@@ -62,12 +62,12 @@ def what(case: Case) -> str:
 
 
 def blas(document: Document) -> str:
-    name = str(document.machine["blas"])
+    name = str(document.machine.blas)
     return "OpenBLAS" if "openblas" in name else name
 
 
 def copied(document: Document) -> str:
-    return f"{document.machine['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"
+    return f"{(document.machine.copy_bytes_per_second or 0) / 1e9:.1f} GB/s"
 
 
 def command(document: Document) -> str:
