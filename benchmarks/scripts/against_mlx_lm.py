@@ -25,7 +25,7 @@ from openelm_mlx.benchmarks.peers.openelm import TEXT
 from openelm_mlx.device import mx
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import SamplingOptions
-from openelm_mlx.engine.sampling import Controls, Filters, draw, seed_key
+from openelm_mlx.engine.sampling import Context, Controls, Filters, draw, seed_key
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.model.decoder import OpenELM
 
@@ -233,7 +233,7 @@ def acceptance(target: Engine, draft: Engine, text: str, tokens: int) -> None:
             for engine in (target, draft)
         ]
         ours, theirs = (
-            draw(scores, filters, controls, keys, places, None, whole[0, places - 1])
+            draw(scores, filters, Context(controls, keys, places, whole[0, places - 1]))
             for scores in logits
         )
         p, q = (mx.softmax(scores, axis=-1) for scores in logits)

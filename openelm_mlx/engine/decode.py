@@ -1,4 +1,4 @@
-"""The device side of generation: the prompt in chunks, then one compiled step for all rows.
+"""The device side of decoding: one compiled step for all rows.
 
 Everything here has B rows, and a single sequence is one row. A step feeds the newest token of every
 row, and the tokens drafted after it, and draws what follows each of them.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine import threads
-from openelm_mlx.engine.sampling import Controls, Filters, History, Logprobs, draw, logprobs
+from openelm_mlx.engine.sampling import Context, Controls, Filters, History, draw, numbers
 from openelm_mlx.model.cache import step_caches
 from openelm_mlx.model.cache_kinds import Arrays, CacheKind
 from openelm_mlx.model.decoder import OpenELM
@@ -22,11 +22,11 @@ Progress = Callable[[int, int], None]
 
 
 class State(NamedTuple):
-    """All that a step reads and writes, as arrays: nothing here makes the compiler trace again."""
+    """The arrays that a step reads and writes: other values in them need no other trace."""
 
     token: mx.array  # [B] uint32, the newest token, not yet fed
     position: mx.array  # [B] int32, its position
-    alive: mx.array  # [B] int32, 1 or 0: a row that nobody uses stands still at position 0
+    alive: mx.array  # [B] int32, 1 or 0: an unused row stands still at position 0
     key: mx.array  # [B, 2] uint32, of the random numbers
     controls: Controls  # the values of the sampling options
     history: History | None
@@ -38,7 +38,7 @@ class State(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """What drawing a token changes of a state."""
+    """The parts of a state that change when a token is drawn."""
 
     token: mx.array
     position: mx.array
@@ -46,25 +46,31 @@ class Moved(NamedTuple):
 
 
 class Drafted(NamedTuple):
-    """The tokens drafted for each row [B, k], and how many of them count [B]; the rest is
-    padding.
-    """
+    """The tokens drafted for each row, [B, k], and how many are not padding, [B]."""
 
     tokens: mx.array
     lengths: mx.array
 
 
-class Drawn(NamedTuple):
-    """What one pass drew. Without a draft `tokens` is [B] and `kept` None."""
+class Logprobs(NamedTuple):
+    """Natural-log probabilities under the model itself, before any sampling option."""
 
-    tokens: mx.array  # uint32, [B, k + 1]: what the model draws after each token that was fed
-    kept: mx.array | None  # [B], how many drafted tokens were; the one drawn after them is valid
+    chosen: mx.array  # [B]
+    top_tokens: mx.array  # [B, n]
+    top: mx.array  # [B, n]
+
+
+class Drawn(NamedTuple):
+    """The tokens that one pass drew. Without a draft `tokens` is [B] and `kept` None."""
+
+    tokens: mx.array  # uint32, [B, k + 1]: one after each token that was fed
+    kept: mx.array | None  # [B], how many drafted tokens agree; the one drawn after them is valid
     logprobs: Logprobs | None  # of all tokens, row by row
 
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What a step is traced for; schedulers with equal specifications share their steps."""
+    """The settings that a step is traced for; schedulers with equal ones share their steps."""
 
     filters: Filters
     vocab: int  # ids from here on exist in the weights only, and are never sampled
@@ -76,7 +82,10 @@ class StepSpec:
 def forward(
     model: OpenELM, kind: CacheKind, state: State, drafted: mx.array | None
 ) -> tuple[mx.array, list[Arrays]]:
-    """Feed each row its newest token and its draft: logits [B, (k + 1,) vocab], and the buffers."""
+    """Feed each row its newest token and its draft; return logits and the changed buffers.
+
+    The logits are [B, vocab], or [B, k + 1, vocab] with a draft [B, k].
+    """
     caches = step_caches(state.buffers, state.position, kind)
     if drafted is None:
         hidden = model.hidden(state.token, caches, last=True)
@@ -92,9 +101,9 @@ def choose(
     drafted: Drafted | None = None,
     mask: mx.array | None = None,
 ) -> tuple[Drawn, Moved]:
-    """Draw from the logits that `forward` gave; return what was drawn and what changes by it.
+    """Draw from the logits of `forward`; return what was drawn and what changes by it.
 
-    `mask` [B * (k + 1), vocab / 32] has a bit for each token that a grammar allows.
+    `mask` [B * (k + 1), ceil(vocab / 32)] uint32 has a bit for each token that a grammar allows.
     """
     logits = logits[..., : spec.vocab]
     if spec.logprobs is not None:
@@ -102,9 +111,8 @@ def choose(
     if drafted is not None:
         return choose_drafted(spec, logits, state, drafted, mask)
     position = state.position + state.alive
-    token = draw(
-        logits, spec.filters, state.controls, state.key, position, state.history, state.token, mask
-    )
+    context = Context(state.controls, state.key, position, state.token, state.history, mask)
+    token = draw(logits, spec.filters, context)
     history = None if state.history is None else state.history.plus(token)
     detail = None if spec.logprobs is None else logprobs(logits, token, spec.logprobs)
     return Drawn(token, None, detail), Moved(token, position, history)
@@ -115,39 +123,36 @@ def choose_drafted(
 ) -> tuple[Drawn, Moved]:
     """Draw after each of the k + 1 tokens fed, each with its own noise and the history up to it.
 
-    The tokens are those that one step after the other would draw, whatever was drafted
+    The tokens are those that k + 1 single steps would draw, whatever was drafted
     (arXiv:2408.07978); drafted tokens are kept while they agree.
     """
     rows, length, vocab = logits.shape
     logits = logits.reshape(-1, vocab)
     fed = mx.concatenate([state.token[:, None], drafted.tokens], axis=1)
-    positions = state.position[:, None] + mx.arange(1, length + 1)
+    positions = (state.position + 1)[:, None] + numbers(length)
     history = None if state.history is None else along(state.history, drafted.tokens)
-    tokens = draw(
-        logits,
-        spec.filters,
+    context = Context(
         state.controls.repeated(length),
         mx.repeat(state.key, length, axis=0),
         positions.reshape(-1),
-        None if history is None else each(lambda part: part.flatten(0, 1), history),
         fed.reshape(-1),
+        None if history is None else each(lambda part: part.flatten(0, 1), history),
         mask,
     )
+    tokens = draw(logits, spec.filters, context)
     detail = None if spec.logprobs is None else logprobs(logits, tokens, spec.logprobs)
     tokens = tokens.reshape(rows, length)
     count = agreeing(tokens, drafted)
     newest = mx.take_along_axis(tokens, count[:, None], axis=1)[:, 0]
     if history is not None:
-        kept = mx.arange(rows) * length + count
+        kept = numbers(rows) * length + count
         history = each(lambda part: mx.take(part.flatten(0, 1), kept, axis=0), history).plus(newest)
     position = state.position + state.alive * (count + 1)
     return Drawn(tokens, count, detail), Moved(newest, position, history)
 
 
 def along(history: History, drafted: mx.array) -> History:
-    """Return the history before and after each token of a draft [B, k]; arrays are [B, k + 1,
-    ...].
-    """
+    """Return the history before and after each token of a draft [B, k], in arrays [B, k + 1, ...]."""
     steps = [history]
     for index in range(drafted.shape[1]):
         steps.append(steps[-1].plus(drafted[:, index]))
@@ -155,22 +160,34 @@ def along(history: History, drafted: mx.array) -> History:
 
 
 def each(change: Callable[..., mx.array], *histories: History) -> History:
-    """Apply a function to the arrays of a history, or to those of several; what is None stays."""
+    """Apply a function to the arrays of a history, or of several together; None stays None."""
     columns = zip(*histories, strict=True)
     return History(*(None if arrays[0] is None else change(*arrays) for arrays in columns))
 
 
 def agreeing(tokens: mx.array, drafted: Drafted) -> mx.array:
-    """Return how many drafted tokens of each row are those drawn [B, k + 1], from the first on:
-    [B].
+    """Return how many drafted tokens of each row agree with those drawn [B, k + 1], [B].
+
+    They are counted from the first on, up to the first that differs.
     """
     k = drafted.tokens.shape[1]
-    agree = (tokens[:, :k] == drafted.tokens) & (mx.arange(k) < drafted.lengths[:, None])
+    agree = (tokens[:, :k] == drafted.tokens) & (numbers(k) < drafted.lengths[:, None])
     return mx.cumprod(agree.astype(mx.int32), axis=1).sum(axis=1)
 
 
+def logprobs(logits: mx.array, tokens: mx.array, n: int) -> Logprobs:
+    """Return the log probabilities of `tokens` [B] and of the n likeliest tokens.
+
+    At least one likeliest token is taken, as MLX 0.32 divides by zero on arrays without elements.
+    """
+    logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    order = mx.argsort(-logp, axis=-1)[:, : max(n, 1)]
+    chosen = mx.take_along_axis(logp, tokens[:, None], axis=-1)[:, 0]
+    return Logprobs(chosen, order, mx.take_along_axis(logp, order, axis=-1))
+
+
 class Steps:
-    """The functions of one model that are compiled, the latest few specifications kept.
+    """The compiled functions of one model, of the latest `LIMIT` specifications.
 
     Weights are constants of a compiled function, so whatever starts a generation calls `refresh`.
     """
@@ -186,20 +203,19 @@ class Steps:
     def refresh(self) -> object:
         """Forget what was compiled for other weights: the model was trained, merged or loaded anew.
 
-        Return the identity of the weights that the model has now: another object where they
+        Return an object that stands for the weights that the model has now: another one where they
         changed.
         """
-        weights = arrays_of(self.model)
-        held = self._weights
-        if len(weights) != len(held) or any(a is not b for a, b in zip(weights, held, strict=True)):
+        weights, old = arrays_of(self.model), self._weights
+        if len(weights) != len(old) or any(a is not b for a, b in zip(weights, old, strict=True)):
             self._made.clear()
             self._weights, self._identity = weights, object()
         return self._identity
 
     def step(self, spec: StepSpec) -> Callable[..., tuple[tuple[Drawn, Moved], list[Arrays]]]:
-        """Return (state, drafted) -> ((drawn, moved), buffers): one pass, and what it draws.
+        """Return the function (state, drafted) -> ((drawn, moved), buffers) of one pass.
 
-        Compiled, it is traced again only for other shapes: more rows, more slots, longer drafts.
+        If compiled, it is traced again only for other shapes: more rows or slots, longer drafts.
         """
 
         def step(state: State, drafted: Drafted | None = None) -> Any:
@@ -210,9 +226,7 @@ class Steps:
         return self.cached(spec, spec.compiled, lambda: step)
 
     def parts(self, spec: StepSpec) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Return `forward` and `choose` apart, for masks that are known only after the pass
-        began.
-        """
+        """Return `forward` and `choose` apart: a mask is known only after the pass has begun."""
         ahead = self.cached(
             ("forward", spec.kind, spec.compiled),
             spec.compiled,
@@ -221,9 +235,9 @@ class Steps:
         return ahead, self.cached(("choose", spec), spec.compiled, lambda: partial(choose, spec))
 
     def cached(self, key: Hashable, compiled: bool, make: Callable[[], Any]) -> Any:
-        """Return what `make` made for this key, now or earlier, and compiled where asked for.
+        """Return what `make` makes, or made earlier for this key; compiled where asked for.
 
-        The least recently used beyond the limit is dropped.
+        Beyond the limit the least recently used is dropped.
         """
         made = self._made.pop(key, None)
         if made is None:
@@ -235,9 +249,7 @@ class Steps:
 
 
 def arrays_of(tree: Any) -> list[mx.array]:
-    """The parameters of a module in order, without their names: four times as fast as
-    `tree_flatten`.
-    """
+    """Return the parameters of a module in order, four times as fast as `tree_flatten`."""
     if isinstance(tree, mx.array):
         return [tree]
     if isinstance(tree, dict):

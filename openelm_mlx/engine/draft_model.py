@@ -14,7 +14,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.engine.options import check_loaded
 from openelm_mlx.engine.prompt_cache import PromptCache
 from openelm_mlx.engine.rows import Rows
-from openelm_mlx.engine.sampling import Controls, Filters, History, draw
+from openelm_mlx.engine.sampling import Context, Controls, Filters, History, draw
 from openelm_mlx.errors import OptionError
 from openelm_mlx.model.cache import KVCache, step_caches
 from openelm_mlx.model.cache_kinds import Arrays, CacheKind
@@ -221,7 +221,8 @@ def make_drafter(
         newest, tokens = pairs[:, 1], []
         for position in range(2, k + 2):
             logits = model.logits(hidden)[:, :vocab]
-            newest = draw(logits, filters, controls, key, start + position, history, newest)
+            context = Context(controls, key, start + position, newest, history)
+            newest = draw(logits, filters, context)
             tokens.append(newest)
             if len(tokens) < k:
                 history = None if history is None else history.plus(newest)

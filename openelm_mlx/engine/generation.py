@@ -96,10 +96,11 @@ def stream_generate(
     reused as far as one of its sequences agrees with the prompt, and stores prompt and answer
     afterwards. A prompt of text goes on from stored tokens whose text is the beginning of the
     prompt's. `draft` is a smaller engine with the same tokenizer, a `ModelDraft` of one, which
-    keeps its cache between calls, or your own `speculation.Draft`; it and the option `prompt_lookup`
-    speed up decoding without changing what is drawn. `progress(done, total)` is called after each
-    prefilled chunk with numbers of tokens. `position_offset` is how many tokens of the text, at its
-    beginning, are no longer in the prompt: random numbers are those of the entire text.
+    keeps its cache between calls, or your own `speculation.Draft`; it and the option
+    `prompt_lookup` speed up decoding without changing what is drawn. `progress(done, total)` is
+    called after each prefilled chunk with numbers of tokens. `position_offset` is how many tokens
+    of the text, at its beginning, are no longer in the prompt: random numbers are those of the
+    entire text.
 
     Closing the iterator stops at once and leaves nothing in flight. Raises `PromptError` (the
     prompt is empty, too long, or neither text nor ids nor messages), `OptionError` and `CacheError`

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from openelm_mlx.device import mx
-from openelm_mlx.engine.decode import State, StepSpec, each
+from openelm_mlx.engine.decode import Logprobs, State, StepSpec, each
 from openelm_mlx.engine.grammar import constraint
 from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
 from openelm_mlx.engine.prompts import decoder_after
-from openelm_mlx.engine.sampling import Controls, Filters, History, Logprobs, new_seed, seed_key
+from openelm_mlx.engine.sampling import Controls, Filters, History, new_seed, seed_key
 from openelm_mlx.engine.tokenizer import StreamingDecoder, TextFilter
 
 if TYPE_CHECKING:
@@ -181,8 +181,9 @@ def state_of(rows: Sequence[Request | None], spec: StepSpec) -> State:
     known = [[0] if one is None else one.known for one in rows]
     samplings = [None if one is None else one.sampling for one in rows]
     texts = [([], []) if one is None else one.texts for one in rows]
-    pairs = zip(texts, samplings, strict=True)
-    histories = [History.of(*text, sampling, filters, vocab) for text, sampling in pairs]
+    windows = [0 if sampling is None else sampling.penalty_window for sampling in samplings]
+    pairs = zip(texts, windows, strict=True)
+    histories = [History.of(*text, window, filters, vocab) for text, window in pairs]
     some = [history for history in histories if history is not None]
     return State(
         token=mx.array([tokens[-1] for tokens in known], dtype=mx.uint32),

@@ -1,13 +1,13 @@
 """From logits to the next token, on the device, for rows that each have their own options.
 
-Which filters are on (`Filters`) is part of what a step is traced for; their values (`Controls`) are
-arrays, one a row. A row for which a filter is off has a value there that changes nothing, bit for
-bit, so that it gets the token it would get alone. `filter_logits` states the order of the filters.
+A step is traced for a set of filters (`Filters`), whose values are arrays with one entry a row
+(`Controls`). A row that does not use a filter has a value there that changes nothing, bit for bit,
+so it gets the token that it would get alone. `filter_logits` states the order of the filters.
 
-Randomness is a pure function of seed, stream and position in the text, counted from BOS: the noise
+Randomness is a pure function of seed, stream and position in the text, counted from BOS. The noise
 for a token does not depend on chunking, batching, caching, drafts or how many tokens were drawn
-before, so a seed always gives the same text. Seed and stream are hashed: those of adjacent ones
-have nothing in common.
+before, so a seed always gives the same text. Seed and stream are hashed, so that adjacent ones have
+nothing in common.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from openelm_mlx.device import mx
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.errors import OptionError
 
-NEVER = -float("inf")
+NEVER = -math.inf
 SHORTLISTS = (64, 1024)  # few, as each is a trace of its own
 COLD = 1e-30  # the temperature of a greedy choice: whatever is below the highest is out of reach
-EXCLUDING = 0x9E3779B9  # what randomness is for, where it is not the draw
-NOWHERE = -(2**31)  # an empty place of a penalty window: no token, of neither prompt nor answer
+EXCLUDING = 0x9E3779B9  # the purpose of randomness that decides for XTC; that of a draw is 0
+NOWHERE = -(2**31)  # marks an empty place of a penalty window: neither prompt nor answer
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Which options of sampling any row uses. Without any, a token is the argmax of the logits."""
+    """Which sampling options any row uses. Without any, a token is the argmax of the logits."""
 
     sampled: bool = False
     top_k: bool = False
-    shortlist: int = 0  # top-k leaves every row that samples at most so many; 0 where not
+    shortlist: int = 0  # top-k leaves each sampling row at most this many tokens; 0: no such limit
     top_p: bool = False
     min_p: bool = False
     xtc: bool = False
@@ -52,7 +52,7 @@ class Filters:
 
     @classmethod
     def of(cls, rows: Iterable[SamplingOptions], masked: bool = False) -> Filters:
-        """What these rows need, together."""
+        """Return the filters that these rows need together; `masked` says if one has a grammar."""
         rows = list(rows)
         warm = [o for o in rows if not o.greedy]  # the others ignore what is drawn from
         fewest, most = (pick((o.top_k for o in warm), default=0) for pick in (min, max))
@@ -72,15 +72,13 @@ class Filters:
             processors=tuple(dict.fromkeys(o.processor for o in rows if o.processor is not None)),
         )
 
-    def beside(self, held: Filters) -> Filters:
-        """Return these with those held for other rows: fewer sets occur, so fewer steps are
-        traced.
-        """
+    def beside(self, others: Filters) -> Filters:
+        """Return these filters and `others`: fewer sets occur so, and fewer steps are traced."""
         own = ("shortlist", "masked", "processors")
         names = [item.name for item in fields(self) if item.name not in own]
-        every = any(one.sampled and not one.shortlist for one in (self, held))
-        shortlist = 0 if every else max(self.shortlist, held.shortlist)
-        both = {name: max(getattr(self, name), getattr(held, name)) for name in names}
+        every = any(one.sampled and not one.shortlist for one in (self, others))
+        shortlist = 0 if every else max(self.shortlist, others.shortlist)
+        both = {name: max(getattr(self, name), getattr(others, name)) for name in names}
         return replace(self, shortlist=shortlist, **both)
 
     @property
@@ -89,7 +87,7 @@ class Filters:
 
 
 class Controls(NamedTuple):
-    """The values of the options, one a row [B]; None where no row uses them."""
+    """The values of the options for each row [B]; None where no row uses an option."""
 
     temperature: mx.array | None = None  # COLD where greedy
     top_k: mx.array | None = None  # int32
@@ -105,9 +103,9 @@ class Controls(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[SamplingOptions | None], filters: Filters, vocab: int) -> Controls:
-        """The values for these rows; None is a row that is not in use."""
+        """Return the values for these rows; None is an unused row."""
         given = [SamplingOptions() if o is None else o for o in rows]
-        places: dict[Any, int] = {each: index for index, each in enumerate(filters.processors)}
+        places: dict[Any, int] = {one: index for index, one in enumerate(filters.processors)}
 
         def column(on: bool, value: Callable[[SamplingOptions], float]) -> mx.array | None:
             return mx.array([value(o) for o in given]) if on else None
@@ -122,24 +120,17 @@ class Controls(NamedTuple):
             column(filters.repetition, lambda o: o.repetition_penalty),
             column(filters.counts, lambda o: o.presence_penalty),
             column(filters.counts, lambda o: o.frequency_penalty),
-            mx.stack([biases(o, vocab) for o in given]) if filters.bias else None,
+            mx.stack([dense("f", vocab, o.logit_bias) for o in given]) if filters.bias else None,
             column(bool(places), lambda o: places.get(o.processor, -1)),
         )
 
     def repeated(self, times: int) -> Controls:
-        """Row 0 so many times, then row 1, and so on: for several tokens of each row in a pass."""
+        """Return each row `times` times in a row, for several tokens of each row in a pass."""
         return Controls(*(None if a is None else mx.repeat(a, times, axis=0) for a in self))
 
 
-def biases(options: SamplingOptions, vocab: int) -> mx.array:
-    row: Any = array("f", bytes(4 * vocab))
-    for token, bias in options.logit_bias:
-        row[token] = bias
-    return mx.array(row)
-
-
 class History(NamedTuple):
-    """What the penalties look at, per row: how often each token stands in text and answer.
+    """How often each token occurs in the text and in the answer of each row, for the penalties.
 
     A row with a penalty window counts its latest tokens only; `latest` knows which leaves next.
     """
@@ -148,35 +139,32 @@ class History(NamedTuple):
     answer: mx.array | None  # [B, vocab] int32
     # [B, window] int32, newest last: t of the answer, -1 - t of the prompt, or NOWHERE
     latest: mx.array | None
-    window: mx.array | None  # [B] int32, 0 where the whole text counts
+    window: mx.array | None  # [B] int32, 0 where the entire text counts
 
     @classmethod
     def of(
-        cls,
-        prompt: list[int],
-        answer: list[int],
-        o: SamplingOptions | None,
-        filters: Filters,
-        vocab: int,
+        cls, prompt: list[int], answer: list[int], size: int, filters: Filters, vocab: int
     ) -> History | None:
-        """The history of one row after these tokens; None where no penalty is in use."""
+        """Return the history of one row after these tokens; None where no row has a penalty.
+
+        `size` is the row's penalty window in tokens, 0 for the entire text.
+        """
         if not filters.penalised:
             return None
-        size = o.penalty_window if o else 0
         signed = [-1 - token for token in prompt] + answer
         counted = signed[-size:]  # all of them where size is 0
-        of_answer = [token for token in counted if token >= 0]
-        of_text = [token if token >= 0 else -1 - token for token in counted]
+        of_answer = ((token, 1) for token in counted)
+        of_text = ((token if token >= 0 else -1 - token, 1) for token in counted)
         empty = [NOWHERE] * filters.window
         return cls(
-            counts(of_text, vocab) if filters.repetition else None,
-            counts(of_answer, vocab) if filters.counts else None,
+            dense("i", vocab, of_text)[None] if filters.repetition else None,
+            dense("i", vocab, of_answer)[None] if filters.counts else None,
             mx.array([(empty + signed)[-filters.window :]], mx.int32) if filters.window else None,
             mx.array([size], mx.int32) if filters.window else None,
         )
 
     def plus(self, tokens: mx.array) -> History:
-        """After one more token a row, tokens [B]."""
+        """Return the history after one more token a row, tokens [B]."""
         text, answer, latest, window = self
         entering = tokens[:, None].astype(mx.int32)
         if text is not None:
@@ -196,26 +184,44 @@ class History(NamedTuple):
         return History(text, answer, mx.concatenate([latest[:, 1:], entering], axis=1), window)
 
 
-def counts(tokens: list[int], vocab: int) -> mx.array:
-    """How often each token of the vocabulary is among these, [1, vocab] int32."""
-    found: Any = array("i", bytes(4 * vocab))
-    for token in tokens:
-        if token < vocab:
-            found[token] += 1
-    return mx.array(found)[None]
+def dense(code: str, vocab: int, pairs: Iterable[tuple[int, float]]) -> mx.array:
+    """Return [vocab] numbers of an `array` type: 0, and what pairs (token, number) add to it."""
+    row: Any = array(code, bytes(4 * vocab))
+    for token, number in pairs:
+        if 0 <= token < vocab:
+            row[token] += number
+    return mx.array(row)
 
 
-def filter_logits(
-    logits: mx.array,
-    filters: Filters,
-    controls: Controls,
-    keys: mx.array,
-    positions: mx.array,
-    history: History | None,
-    newest: mx.array,
-    mask: mx.array | None = None,
-) -> mx.array:
-    """Logits [B, vocab] after every option but the draw itself, in this order.
+class Context(NamedTuple):
+    """What a draw looks at besides the logits, for each row."""
+
+    controls: Controls
+    keys: mx.array  # [B, 2] uint32, as of `seed_key`
+    positions: mx.array  # [B], of the tokens drawn
+    newest: mx.array  # [B], the tokens before them; processors see them and the positions
+    history: History | None = None
+    mask: mx.array | None = None  # [B, ceil(vocab / 32)] uint32, a bit a token, 1 where allowed
+
+
+def draw(logits: mx.array, filters: Filters, context: Context) -> mx.array:
+    """Draw one token a row, [B] uint32, from logits [B, vocab].
+
+    Sampling is argmax(filtered logits + Gumbel noise), which draws exactly from their softmax. A
+    greedy choice is the argmax of the penalised logits, without noise; of equal ones the lowest id.
+    """
+    controls = context.controls
+    if filters.penalised or filters.bias or filters.processors or filters.sampled:
+        logits = logits.astype(mx.float32)  # which is the largest does not change by it
+    if controls.temperature is None:
+        return mx.argmax(scores(logits, filters, context), axis=-1)
+    filtered = filter_logits(logits, filters, context)
+    noise = gumbel(context.keys, context.positions, logits.shape[-1])
+    return mx.argmax(filtered + mx.where(controls.temperature[:, None] > COLD, noise, 0), axis=-1)
+
+
+def filter_logits(logits: mx.array, filters: Filters, context: Context) -> mx.array:
+    """Return logits [B, vocab] after every option but the draw itself, in this order.
 
     1. The row's processor, its bias, then the mask of a grammar: nothing allows what it forbids.
     2. Penalties: repetition on prompt and answer, then presence and frequency on the answer.
@@ -227,10 +233,11 @@ def filter_logits(
        tokens that have at least the threshold, renormalised, go but the least likely of them.
 
     softmax of the result is exactly the distribution that tokens are drawn from. Where a row is
-    greedy the highest logits alone stay, and `draw` takes the lowest id of equal ones. The
-    arguments are those of `draw`.
+    greedy the highest logits alone stay. Raises `OptionError` for a processor that returns anything
+    but logits of this shape.
     """
-    x = scores(logits, filters, controls, positions, history, newest, mask)
+    controls = context.controls
+    x = scores(logits, filters, context)
     best = x.max(axis=-1, keepdims=True)
     if controls.temperature is None:  # every row is greedy
         return mx.where(x == best, x, NEVER)
@@ -242,24 +249,17 @@ def filter_logits(
     if controls.xtc_probability is not None and controls.xtc_threshold is not None:
         likely = mx.softmax(-gaps, axis=-1) >= controls.xtc_threshold[:, None]
         least = mx.where(likely, gaps, -1).max(axis=-1, keepdims=True)
-        excluding = (coin(keys, positions) < controls.xtc_probability)[:, None]
+        excluding = (coin(context.keys, context.positions) < controls.xtc_probability)[:, None]
         gaps = mx.where(excluding & (gaps < least), math.inf, gaps)
     return -gaps
 
 
-def scores(
-    logits: mx.array,
-    filters: Filters,
-    controls: Controls,
-    positions: mx.array,
-    history: History | None,
-    newest: mx.array,
-    mask: mx.array | None,
-) -> mx.array:
-    """Logits after processors, bias, mask and penalties; a greedy choice is their argmax.
+def scores(logits: mx.array, filters: Filters, context: Context) -> mx.array:
+    """Return logits after processors, bias, mask and penalties; a greedy choice is their argmax.
 
-    Repetition (arXiv:1909.05858) looks at prompt and answer, the other two at the answer.
+    The repetition penalty is that of arXiv:1909.05858.
     """
+    controls, _, positions, newest, history, mask = context
     for index, processor in enumerate(filters.processors):
         which: Any = controls.processor
         made = processor(logits, newest, positions)
@@ -284,7 +284,7 @@ def scores(
 
 
 def keep_likeliest(gaps: mx.array, filters: Filters, controls: Controls) -> mx.array:
-    """Top-k, then top-p, by one sort: each keeps so many of all tokens, by gap and then by id.
+    """Apply top-k, then top-p, by one sort: each keeps a number of tokens, by gap and then by id.
 
     `gaps` [B, vocab] say how far the score of a token is below the highest; inf is never drawn.
     """
@@ -301,28 +301,29 @@ def keep_likeliest(gaps: mx.array, filters: Filters, controls: Controls) -> mx.a
         short = mass < controls.top_p[:, None] * mass[:, -1:]  # up to here it is not enough
         kept = mx.minimum(kept, 1 + short.sum(axis=-1, keepdims=True))
     widest = mx.take_along_axis(ranked, kept - 1, axis=-1)
-    room = kept - (ranked < widest).sum(axis=-1, keepdims=True)  # for tokens of the widest gap
+    tied = kept - (ranked < widest).sum(axis=-1, keepdims=True)  # how many of the widest gap stay
     equal = gaps == widest
     among = mx.cumsum(equal.astype(mx.int32), axis=-1)
-    return mx.where((gaps < widest) | (equal & (among <= room)), gaps, math.inf)
+    return mx.where((gaps < widest) | (equal & (among <= tied)), gaps, math.inf)
 
 
 @lru_cache
 def numbers(count: int) -> mx.array:
-    """0, 1, 2, ... as int32: a constant of what is compiled; mx.arange would run at every step."""
+    """Return 0, 1, ... as int32, a constant of compiled code; mx.arange would run at every step."""
     values: Any = array("i", range(count))
     return mx.array(values)
 
 
 def new_seed() -> int:
+    """Return a random seed of 62 bits."""
     return secrets.randbits(62)
 
 
 def seed_key(seed: int, stream: int = 0, offset: int = 0) -> mx.array:
-    """The key of one sequence, [1, 2] uint32: a hash of seed and stream.
+    """Return the key of one sequence, [1, 2] uint32: a hash of seed and stream.
 
-    `offset` tokens of the text are no longer in the prompt: noise at position p is that at
-    p + offset without it.
+    With `offset`, position p gets the noise of position p + offset: so many tokens of the text are
+    no longer in the prompt.
     """
     digest = blake2b(struct.pack("<2Q", seed, stream), digest_size=8).digest()
     high, low = struct.unpack("<2I", digest)
@@ -330,13 +331,13 @@ def seed_key(seed: int, stream: int = 0, offset: int = 0) -> mx.array:
 
 
 def keyed(keys: mx.array, positions: mx.array, purpose: int = 0) -> mx.array:
-    """Random keys [B, 2] of draws: from keys of rows [B, 2], positions [B] and a purpose."""
+    """Return random keys [B, 2] of draws from keys [B, 2] of rows, positions [B] and a purpose."""
     second = mx.array([0, 1], mx.uint32)  # in one expression, so that it is one kernel
     return keys + positions[:, None].astype(mx.uint32) * second + mx.array([purpose, 0], mx.uint32)
 
 
 def gumbel(keys: mx.array, positions: mx.array, vocab: int) -> mx.array:
-    """Gumbel noise [B, vocab], a function of keys [B, 2] and positions [B] of the draws alone."""
+    """Return Gumbel noise [B, vocab], a function of keys [B, 2] and positions [B] alone."""
     mixed = keyed(keys, positions)
     if keys.shape[0] == 1:
         return mx.random.gumbel((vocab,), key=mixed.reshape(2))[None]
@@ -345,53 +346,5 @@ def gumbel(keys: mx.array, positions: mx.array, vocab: int) -> mx.array:
 
 
 def coin(keys: mx.array, positions: mx.array) -> mx.array:
-    """A uniform number from 0 up to 1 for each row, [B]: likewise a function of these alone."""
+    """Return a uniform number in [0, 1) for each row, [B], likewise a function of these alone."""
     return mx.vmap(lambda key: mx.random.uniform(key=key))(keyed(keys, positions, EXCLUDING))
-
-
-def draw(
-    logits: mx.array,
-    filters: Filters,
-    controls: Controls,
-    keys: mx.array,
-    positions: mx.array,
-    history: History | None,
-    newest: mx.array,
-    mask: mx.array | None = None,
-) -> mx.array:
-    """One token a row, [B] uint32, from logits [B, vocab].
-
-    `positions` [B] are those of the tokens drawn, `keys` [B, 2] those of the rows, `newest` [B]
-    the tokens before them (processors see both), and `mask` [B, ceil(vocab / 32)] uint32 has a bit
-    for each token, 1 where allowed.
-
-    Sampling is argmax(filtered logits + Gumbel noise), which draws exactly from their softmax. A
-    greedy choice is the argmax of the penalised logits, without noise.
-    """
-    if filters.penalised or filters.bias or filters.processors or filters.sampled:
-        logits = logits.astype(mx.float32)  # which is the largest does not change by it
-    if controls.temperature is None:
-        x = scores(logits, filters, controls, positions, history, newest, mask)
-        return mx.argmax(x, axis=-1)
-    filtered = filter_logits(logits, filters, controls, keys, positions, history, newest, mask)
-    noise = gumbel(keys, positions, logits.shape[-1])
-    return mx.argmax(filtered + mx.where(controls.temperature[:, None] > COLD, noise, 0), axis=-1)
-
-
-class Logprobs(NamedTuple):
-    """Natural-log probabilities under the model itself, before any sampling option."""
-
-    chosen: mx.array  # [B]
-    top_tokens: mx.array  # [B, n]
-    top: mx.array  # [B, n]
-
-
-def logprobs(logits: mx.array, tokens: mx.array, n: int) -> Logprobs:
-    """Return the log probabilities of `tokens` [B] and of the n likeliest tokens.
-
-    At least one is taken, as MLX 0.32 divides by zero on arrays without elements.
-    """
-    logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    order = mx.argsort(-logp, axis=-1)[:, : max(n, 1)]
-    chosen = mx.take_along_axis(logp, tokens[:, None], axis=-1)[:, 0]
-    return Logprobs(chosen, order, mx.take_along_axis(logp, order, axis=-1))

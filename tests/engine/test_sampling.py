@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from openelm_mlx.device import mx
+from openelm_mlx.engine.decode import logprobs
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.engine.sampling import (
+    Context,
     Controls,
     Filters,
     History,
@@ -21,7 +23,6 @@ from openelm_mlx.engine.sampling import (
     draw,
     filter_logits,
     gumbel,
-    logprobs,
     seed_key,
 )
 from openelm_mlx.errors import OptionError
@@ -55,7 +56,7 @@ class Row:
         self.key = seed_key(options.seed or 0)
 
 
-def inputs(rows: list[Row], masked: bool = False) -> tuple[Any, ...]:
+def inputs(rows: list[Row], masked: bool = False) -> tuple[mx.array, Filters, Context]:
     """What `draw` and `filter_logits` take for these rows; histories go through `plus`, as in
     generation.
     """
@@ -63,7 +64,7 @@ def inputs(rows: list[Row], masked: bool = False) -> tuple[Any, ...]:
     filters = Filters.of(options, masked)
     histories = []
     for row in rows:
-        history = History.of(row.prompt, row.answer[:1], row.options, filters, vocab)
+        history = History.of(row.prompt, row.answer[:1], row.options.penalty_window, filters, vocab)
         for token in row.answer[1:]:
             history = history and history.plus(mx.array([token], mx.uint32))
         histories.append(history)
@@ -80,16 +81,15 @@ def inputs(rows: list[Row], masked: bool = False) -> tuple[Any, ...]:
     mask = (words.reshape(len(rows), -1, 32) << np.arange(32, dtype=np.uint32)).sum(
         -1, dtype=np.uint32
     )
-    return (
-        mx.array(np.stack([row.logits for row in rows])),
-        filters,
+    context = Context(
         Controls.of(options, filters, vocab),
         mx.concatenate([row.key for row in rows]),
         mx.array([row.position for row in rows]),
-        history,
         mx.array([(row.prompt + row.answer or [0])[-1] for row in rows]),
+        history,
         mx.array(mask) if masked else None,
     )
+    return mx.array(np.stack([row.logits for row in rows])), filters, context
 
 
 def softmax(x):
@@ -234,7 +234,7 @@ def test_penalties_of_a_window_forget_what_has_left_it():
             penalty_window=window, repetition_penalty=1.1, frequency_penalty=1.0
         )
         prompt, answer = rng.integers(0, 6, 3).tolist(), []
-        history = History.of(prompt, answer, options, filters, 6)
+        history = History.of(prompt, answer, options.penalty_window, filters, 6)
         for token in rng.integers(0, 6, 30).tolist():
             answer.append(token)
             history = history.plus(mx.array([token], mx.uint32))
@@ -244,16 +244,18 @@ def test_penalties_of_a_window_forget_what_has_left_it():
                 [sum(known == token for known, _ in counted) for token in range(6)]
             ]
             assert history.answer.tolist() == [[counted.count((token, True)) for token in range(6)]]
-            again = History.of(prompt, answer, options, filters, 6)  # as when rows come and go
+            again = History.of(
+                prompt, answer, options.penalty_window, filters, 6
+            )  # as when rows come and go
             assert all((a == b).all().item() for a, b in zip(history, again, strict=True))
 
 
 def test_tokens_that_exist_in_the_weights_only_are_no_part_of_a_history():
     options = SamplingOptions(repetition_penalty=1.1)
-    history = History.of([1, 90, 1], [2], options, Filters.of([options]), 4)
+    history = History.of([1, 90, 1], [2], 0, Filters.of([options]), 4)
     assert history.text.tolist() == [[0, 2, 1, 0]] and history.answer is history.latest is None
-    assert History.of([], [], options, Filters.of([options]), 4).text.tolist() == [[0, 0, 0, 0]]
-    assert History.of([1], [2], SamplingOptions(), Filters(), 4) is None
+    assert History.of([], [], 0, Filters.of([options]), 4).text.tolist() == [[0, 0, 0, 0]]
+    assert History.of([1], [2], 0, Filters(), 4) is None
 
 
 def likelier_later(logits: mx.array, newest: mx.array, positions: mx.array) -> mx.array:
@@ -320,12 +322,12 @@ def test_every_combination_of_filters_gives_the_documented_distribution(masked):
 
 
 def drawn(rows: list[Row], compiled: bool = False) -> list[int]:
-    logits, filters, *rest = inputs(rows, masked=any(not row.allowed.all() for row in rows))
+    logits, filters, context = inputs(rows, masked=any(not row.allowed.all() for row in rows))
 
-    def step(logits: mx.array, rest: list[Any]) -> mx.array:
-        return draw(logits, filters, *rest)
+    def step(logits: mx.array, context: Context) -> mx.array:
+        return draw(logits, filters, context)
 
-    return (mx.compile(step) if compiled else step)(logits, rest).tolist()
+    return (mx.compile(step) if compiled else step)(logits, context).tolist()
 
 
 def test_a_row_in_a_batch_draws_what_it_draws_alone():
@@ -358,13 +360,13 @@ def test_new_values_of_the_same_filters_cost_no_trace():
             logit_bias={int(rng.integers(VOCAB)): 1.0},
         )
         row = Row(rng.normal(size=VOCAB), options, [1, 2], [3])
-        logits, filters, *rest = inputs([row])
+        logits, filters, context = inputs([row])
 
-        def step(logits: mx.array, rest: list[Any], filters: Filters = filters) -> mx.array:
+        def step(logits: mx.array, context: Context, filters: Filters = filters) -> mx.array:
             traced.append(filters)
-            return draw(logits, filters, *rest)
+            return draw(logits, filters, context)
 
-        token = steps.setdefault(filters, mx.compile(step))(logits, rest).item()
+        token = steps.setdefault(filters, mx.compile(step))(logits, context).item()
         assert token == drawn([row])[0]
     assert len(traced) == len(steps) == len({*traced}) == 2
 
@@ -398,7 +400,7 @@ def test_a_greedy_choice_is_the_argmax_of_what_the_model_computed():
         Filters.of([SamplingOptions(), SamplingOptions(top_k=1, temperature=2.0, top_p=0.5)])
         == Filters()
     )
-    token = draw(logits, Filters(), Controls(), seed_key(0), NEWEST, None, NEWEST)
+    token = draw(logits, Filters(), Context(Controls(), seed_key(0), NEWEST, NEWEST))
     graph = io.StringIO()
     mx.export_to_dot(graph, token)
     assert graph.getvalue().count("shape=rectangle") == 2, graph.getvalue()  # ArgReduce and Squeeze

@@ -19,7 +19,15 @@ from openelm_mlx.device import mx
 from openelm_mlx.engine import draft_model
 from openelm_mlx.engine.decode import Drafted, agreeing
 from openelm_mlx.engine.options import SamplingOptions
-from openelm_mlx.engine.sampling import Controls, Filters, History, draw, filter_logits, seed_key
+from openelm_mlx.engine.sampling import (
+    Context,
+    Controls,
+    Filters,
+    History,
+    draw,
+    filter_logits,
+    seed_key,
+)
 from openelm_mlx.engine.speculation import DraftLength
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import OptionError
@@ -117,9 +125,8 @@ def test_acceptance_is_that_of_the_coupling(seed):
 
     def drawn(probabilities):
         logits = mx.broadcast_to(mx.array(np.log(probabilities).astype(np.float32)), (runs, vocab))
-        return np.array(
-            draw(logits, filters, controls, keys, places, None, places.astype(mx.uint32))
-        )
+        context = Context(controls, keys, places, places.astype(mx.uint32))
+        return np.array(draw(logits, filters, context))
 
     ours, theirs = drawn(p), drawn(q)
     exact = sum(1 / np.maximum(p / p[x], q / q[x]).sum() for x in range(vocab))
@@ -366,9 +373,10 @@ def test_sampled_tokens_follow_the_exact_joint_distribution(tiny):
 
     def conditional(text):
         logits = target.model(mx.array([prompt + text]))[0, -1:]
-        history = History.of(prompt, text, options, filters, vocab)
+        history = History.of(prompt, text, options.penalty_window, filters, vocab)
         newest = mx.array((prompt + text)[-1:])
-        scores = filter_logits(logits, filters, controls, seed_key(0), newest * 0, history, newest)
+        context = Context(controls, seed_key(0), newest * 0, newest, history)
+        scores = filter_logits(logits, filters, context)
         return np.array(mx.softmax(scores, axis=-1)[0], dtype=np.float64)
 
     first = conditional([])

@@ -17,7 +17,15 @@ import numpy as np
 from openelm_mlx.device import mx, nn
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import SamplingOptions
-from openelm_mlx.engine.sampling import Controls, Filters, History, filter_logits, gumbel, seed_key
+from openelm_mlx.engine.sampling import (
+    Context,
+    Controls,
+    Filters,
+    History,
+    filter_logits,
+    gumbel,
+    seed_key,
+)
 from openelm_mlx.model.cache_kinds import CacheKind, Quantized, Window
 from openelm_mlx.model.config import layer_shapes
 
@@ -95,12 +103,13 @@ class Reference:
             sampling = SamplingOptions(temperature=1.0, **penalties)
         vocab, filters = self.engine.vocab, Filters.of([sampling])
         controls = Controls.of([sampling], filters, vocab)
-        history = History.of(prompt, answer, sampling, filters, vocab)
+        history = History.of(prompt, answer, sampling.penalty_window, filters, vocab)
         keys = seed_key(sampling.seed or 0, sampling.stream)
         positions = mx.array([len(prompt) + len(answer)], dtype=mx.int32)
         newest = mx.array([[*prompt, *answer][-1]], dtype=mx.uint32)
         given = mx.array(logits[None].astype(np.float32))
-        found = filter_logits(given, filters, controls, keys, positions, history, newest)
+        context = Context(controls, keys, positions, newest, history)
+        found = filter_logits(given, filters, context)
         if not greedy:
             found = found + gumbel(keys, positions, vocab)
         return np.array(found[0]).astype(np.float64)
