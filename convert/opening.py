@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.config_files import read_json
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.sources import (
     OVERRIDES,
@@ -34,6 +33,7 @@ from openelm_mlx.errors import (
     OptionError,
     TokenizerError,
 )
+from openelm_mlx.files import read_json
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, expected_tensors, normal_name
 
 MAX_PADDING_ROWS = 256  # CoreNet pads 32000 tokens to 32128 rows; a larger gap is another tokenizer

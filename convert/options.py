@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from openelm_mlx.convert.quantize.forms import BITS, GROUP_SIZES, MODES, Form, make_form
-from openelm_mlx.engine.options import DTYPES
+from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import OptionError
 from openelm_mlx.fields import check_fields, explained
+from openelm_mlx.quantization import BITS, GROUP_SIZES, MODES, QuantSpec, make_spec
 
 SOURCE_FORMATS = ("pt", "huggingface", "mlx", "corenet-mlx", "gguf")
 TARGET_FORMATS = ("mlx", "hf", "gguf")
@@ -41,7 +41,7 @@ class ConvertOptions:
         default=None,
         metadata={
             "help": "type of the weights; unset keeps what there is, quantized or not",
-            "choices": DTYPES,
+            "choices": FLOATS,
         },
     )
     head_dim: int | None = field(
@@ -176,9 +176,9 @@ class ConvertOptions:
         )  # the record of a conversion is UTF-8
 
     @property
-    def form(self) -> Form | None:
+    def form(self) -> QuantSpec | None:
         """The one form of every matrix, None where the weights stay whole."""
-        return make_form(self.bits, self.group_size, self.mode)
+        return make_spec(self.bits, self.group_size, self.mode)
 
     @property
     def quantizes(self) -> bool:
@@ -208,7 +208,7 @@ class ConvertOptions:
 
 def check_quantization(options: ConvertOptions) -> None:
     """Raise `OptionError` for two ways to choose forms at once, or for calibration of nothing."""
-    uniform = make_form(options.bits, options.group_size, options.mode)
+    uniform = make_spec(options.bits, options.group_size, options.mode)
     flags = {
         "--bits or --mode": uniform,
         "--recipe": options.recipe,

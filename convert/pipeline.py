@@ -12,11 +12,10 @@ import numpy as np
 from openelm_mlx.convert.licence import licence_of
 from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.quantize.forms import Form, Plan, matrices
 from openelm_mlx.convert.quantize.packing import planned, quantized
 from openelm_mlx.convert.quantize.planning import memory_needed, plan_quantization
 from openelm_mlx.convert.record import KEPT, MERGED, SourceHash, conversion_record
-from openelm_mlx.convert.sources import TensorInfo, TensorSource
+from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.convert.sources.adapters import ADAPTER_FOLDER, write_adapter
 from openelm_mlx.convert.staging import check_inputs, check_target, staged
 from openelm_mlx.convert.targets.folder import (
@@ -25,12 +24,14 @@ from openelm_mlx.convert.targets.folder import (
     write_record,
     write_side_files,
 )
-from openelm_mlx.convert.targets.writer import nbytes, write_weights
+from openelm_mlx.convert.targets.writer import write_weights
 from openelm_mlx.convert.verify import check_bound, verification_text, verify
 from openelm_mlx.device import mx
 from openelm_mlx.errors import CheckpointError, ConversionError, OptionError
 from openelm_mlx.fields import shown
+from openelm_mlx.files import TensorInfo
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.quantization import Plan, QuantSpec, matrices
 
 Progress = Callable[
     [int, int, str], None
@@ -93,7 +94,9 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     planning = plan_quantization(opened, dtype, options, progress)  # 3. what will be written
     forms = planning.forms
     plan = make_plan(source, trimmed, forms, options)
-    report = make_report(source, opened.config, trimmed, sum(map(nbytes, plan.values())), options)
+    report = make_report(
+        source, opened.config, trimmed, sum(info.nbytes for info in plan.values()), options
+    )
     report = replace(
         report,
         forms=forms,
@@ -248,7 +251,7 @@ def stream(
 
 
 def quantized_by_rows(
-    opened: OpenedModel, name: str, shape: tuple[int, ...], form: Form, options: ConvertOptions
+    opened: OpenedModel, name: str, shape: tuple[int, ...], form: QuantSpec, options: ConvertOptions
 ) -> dict[str, mx.array]:
     """The arrays of a quantized matrix. Its groups lie within rows, so a few rows at a time give
     the same.
@@ -315,7 +318,7 @@ def make_report(
         target=options.target,
         config=trimmed,
         parameters=trimmed.num_parameters,
-        source_bytes=sum(map(nbytes, source.tensors.values())),
+        source_bytes=sum(info.nbytes for info in source.tensors.values()),
         written_bytes=written,
         bits_per_weight=8 * written / trimmed.num_parameters,
         dropped_rows=config.vocab_size - trimmed.vocab_size,

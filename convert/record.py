@@ -16,8 +16,8 @@ from typing import Any
 
 from openelm_mlx import __version__
 from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.quantize.forms import Form, Plan, config_entry
 from openelm_mlx.convert.quantize.recipes import number_of, role
+from openelm_mlx.quantization import Plan, QuantSpec, config_entry
 
 CHUNK = 1 << 22
 MERGED, KEPT = "merged", "kept beside its base"
@@ -172,7 +172,7 @@ def form_rows(forms: Plan) -> tuple[list[str], list[list[str]]]:
     return ["", *roles], rows
 
 
-def short(form: Form | None) -> str:
+def short(form: QuantSpec | None) -> str:
     """5 bits in groups of 64 as 5/64."""
     if form is None:
         return "whole"

@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.config_files import read_json
 from openelm_mlx.convert.opening import OpenedModel
-from openelm_mlx.convert.quantize.forms import read_plan
 from openelm_mlx.convert.quantize.packing import restored
 from openelm_mlx.convert.quantize.planning import exact_weights
 from openelm_mlx.convert.sources.gguf import GGUFFile
@@ -19,8 +17,9 @@ from openelm_mlx.convert.staging import config_of
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.evaluate.score import Model, compare
-from openelm_mlx.files import read_text
+from openelm_mlx.files import read_json, read_text
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.quantization import read_plan
 
 TEXT = "Once upon a time there was a little girl who lived in a house at the edge of a great forest with her mother."
 ROW = 512  # tokens scored in one context, BOS included

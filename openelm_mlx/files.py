@@ -1,22 +1,178 @@
-"""Files that are there whole or not at all; what cannot be written or read is said beforehand."""
+"""Files: JSON and safetensors headers read without trust, writing that is done or not at all."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from openelm_mlx.errors import OptionError
+from openelm_mlx.dtypes import BY_SAFETENSORS, itemsize
+from openelm_mlx.errors import CheckpointError, ConfigError, OptionError
 from openelm_mlx.fields import fit_path
+
+MAX_JSON_BYTES = 4 << 20  # a sharded 3B's index has 40 KB
+# the 3B's has 40 KB; the format allows 100 MB, which as JSON would take gigabytes
+MAX_HEADER_BYTES = 2 << 20
+MAX_NUMBER = 1 << 62
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class TensorInfo(NamedTuple):
+    """What a file says of a tensor before its data is read: the name of its type, its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+
+class TensorPlace(NamedTuple):
+    """Where a tensor lies: in which file, from which byte on, and what it is."""
+
+    file: Path
+    start: int
+    info: TensorInfo
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises `ConfigError` with the file's name."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            why = f"it has more than {MAX_JSON_BYTES} bytes"
+            raise ConfigError(f"{path} is not a configuration: {why}")
+        raw = json.loads(data.decode("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold an object, not {type(raw).__name__}")
+    return raw
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON for people to read."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Return which shard of a sharded model holds each tensor, None where there is no index.
+
+    Raises `CheckpointError`; a shard must be a plain file of the folder.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        return None
+    try:
+        weight_map = read_json(path).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map")
+    for shard in weight_map.values():
+        plain = isinstance(shard, str) and shard.endswith(".safetensors")
+        if not plain or set(shard) & set("/\\\0"):
+            allowed = "shards must be .safetensors files of this folder"
+            raise CheckpointError(f"{path} points to {shard!r}; {allowed}")
+    return weight_map
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return model.safetensors, or the shards that the index lists. Raises `CheckpointError`."""
+    weight_map = read_index(folder)
+    names = [WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        if weight_map is not None:
+            raise CheckpointError(f"{folder} lacks {', '.join(missing[:3])}, which its index lists")
+        remedy = "`openelm convert` makes a complete model folder"
+        raise CheckpointError(f"{folder} has no {WEIGHTS}; {remedy}")
+    return [folder / name for name in names]
+
+
+def read_places(folder: Path, files: Iterable[Path] | None = None) -> dict[str, TensorPlace]:
+    """Return every tensor of a folder and its place, from the headers of its safetensors files.
+
+    `files` are read where there is no index. Raises `CheckpointError`.
+    """
+    weight_map = read_index(folder)
+    places: dict[str, TensorPlace] = {}
+    for file in weight_files(folder) if files is None or weight_map is not None else files:
+        for name, place in read_header(file).items():
+            if name in places:
+                raise CheckpointError(f"{folder} holds tensor {name} twice, in {file.name} too")
+            if weight_map is None or weight_map.get(name) == file.name:
+                places[name] = place
+    if weight_map is not None and (missing := sorted(weight_map.keys() - places.keys())):
+        listed = ", ".join(missing[:3])
+        raise CheckpointError(f"{folder}: the index lists tensors no shard holds: {listed}")
+    return places
+
+
+def read_header(path: Path) -> dict[str, TensorPlace]:
+    """Return the tensors of one safetensors file, each checked to lie within it.
+
+    Raises `CheckpointError`.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(f"{path} is truncated or not a safetensors file")
+            if length > MAX_HEADER_BYTES:
+                allowed = f"no OpenELM needs above {MAX_HEADER_BYTES}"
+                raise CheckpointError(f"{path} has a header of {length} bytes; {allowed}")
+            raw: Any = json.loads(file.read(length))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
+    if not isinstance(raw, dict):
+        what = "its header is not an object"
+        raise CheckpointError(f"{path} cannot be read as safetensors: {what}")
+    raw.pop("__metadata__", None)
+    return {name: checked_place(path, name, entry, 8 + length) for name, entry in raw.items()}
+
+
+def checked_place(path: Path, name: str, entry: Any, base: int) -> TensorPlace:
+    malformed = f"{path}: the header's entry of tensor {name} is malformed"
+    try:
+        code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(malformed) from None
+    if not isinstance(code, str) or code not in BY_SAFETENSORS:
+        readable = ", ".join(BY_SAFETENSORS)
+        raise CheckpointError(
+            f"{path}: tensor {name} has type {str(code):.40}; readable are {readable}"
+        )
+    numbers = (*shape, start, end)
+    if len(shape) > 8 or any(type(n) is not int or not 0 <= n < MAX_NUMBER for n in numbers):
+        raise CheckpointError(malformed)
+    info = TensorInfo(BY_SAFETENSORS[code].name, shape)
+    if end - start != info.nbytes:
+        raise CheckpointError(
+            f"{path}: tensor {name} of shape {shape} does not take {end - start} bytes"
+        )
+    size = path.stat().st_size
+    if base + end > size:
+        raise CheckpointError(
+            f"{path} is truncated: tensor {name} ends at byte {base + end} of {size}"
+        )
+    return TensorPlace(path, base + start, info)
 
 
 @contextmanager
 def replacing(path: str | Path, suffix: str = "") -> Iterator[Path]:
-    """A new file to write, which takes the place of `path` when the block ends without an error.
+    """Yield a new file to write. It takes the place of `path` when the block ends without an error.
 
     A symbolic link stays one, a device or pipe (/dev/stdout) is written to. Raises `OSError` where
     no file can be made or moved; what was at `path` then stays as it was.
@@ -42,9 +198,9 @@ def replacing(path: str | Path, suffix: str = "") -> Iterator[Path]:
 
 
 def name_for_mlx(path: str | Path) -> str:
-    """The path as MLX takes it. Raises `OptionError` where MLX would say "std::bad_cast"."""
+    """Return the path as MLX takes it. Raises `OptionError` where MLX would say "std::bad_cast"."""
     if not fit_path(path):
-        what = f"{str(path)!r} is no name in UTF-8, and MLX opens no other"
+        what = f"{str(path)!r} is not a name in UTF-8, and MLX opens no other"
         raise OptionError(f"{what}; rename it, or its folder")
     return str(path)
 
@@ -86,13 +242,13 @@ def why_not_writable(path: Path, folder: bool) -> str | None:
     if not above.exists():
         return "its folder does not exist; make it first"
     if not above.is_dir():
-        return f"{above} is no folder; give another place"
+        return f"{above} is not a folder; give another place"
     with tempfile.TemporaryFile(dir=above):
         return None
 
 
 def read_text(path: str | Path, flag: str) -> str:
-    """A text file that the user named. Raises `OptionError` that names `flag` and `path`."""
+    """Return the text of a file that the user named. Raises `OptionError` that names `flag`."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:

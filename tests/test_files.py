@@ -54,7 +54,7 @@ def test_what_cannot_be_written_is_told_before_the_work(flag, words, capsys):
     shown = capsys.readouterr()
     assert (
         shown.err
-        == f"openelm: {flag} {BELOW_A_FILE} cannot be written: /dev/null is no folder; give another place\n"
+        == f"openelm: {flag} {BELOW_A_FILE} cannot be written: /dev/null is not a folder; give another place\n"
     )
     assert shown.out == ""
 
@@ -73,12 +73,12 @@ def test_names_that_mlx_cannot_open_are_told_before_the_work(tmp_path, monkeypat
         assert main(["generate", "Once", "--max-tokens", "1", *words]) == 2
         shown = capsys.readouterr()
         assert (
-            "is no name in UTF-8, and MLX opens no other; rename it, or its folder" in shown.err
+            "is not a name in UTF-8, and MLX opens no other; rename it, or its folder" in shown.err
             and shown.out == ""
         )
     shutil.copytree(nano, latin, dirs_exist_ok=True)
     assert main(["generate", "Once", "--max-tokens", "1", "--model", str(latin)]) == 2
-    assert "is no name in UTF-8" in capsys.readouterr().err
+    assert "is not a name in UTF-8" in capsys.readouterr().err
     assert (
         main(["convert", ".", "-o", "../again"]) == 0
     )  # what is read here has its own name in UTF-8
@@ -143,7 +143,7 @@ def test_why_a_file_cannot_be_written(tmp_path):
     for name, message in (
         ("there", "it is a folder; give the name of a file"),
         ("none/x", "its folder does not exist; make it first"),
-        ("file/x", f"{tmp_path / 'file'} is no folder"),
+        ("file/x", f"{tmp_path / 'file'} is not a folder"),
         ("n" * 300, "File name too long; give another place"),
     ):
         with pytest.raises(OptionError) as error:

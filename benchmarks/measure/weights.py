@@ -14,14 +14,16 @@ from time import perf_counter
 from typing import Any
 
 from openelm_mlx import device
-from openelm_mlx.config_files import read_json
 from openelm_mlx.device import mx, nn
+from openelm_mlx.dtypes import DTYPES, name_of
 from openelm_mlx.engine.hub import BUNDLED, resolve_model
-from openelm_mlx.engine.loading import DTYPES, Engine, load, parameters, quantize_now
+from openelm_mlx.engine.loading import Engine, load, parameters, quantize_now
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import BenchmarkError
-from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, normal_name
+from openelm_mlx.files import read_json
+from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, expected_tensors, normal_name
 from openelm_mlx.model.decoder import OpenELM
+from openelm_mlx.quantization import KEYS, QuantSpec, matrices, quantization_of, spec_of
 
 SEED = 0
 
@@ -41,16 +43,10 @@ def facts_of(name: str, random: bool) -> Facts:
     if random:
         return Facts(published(name), None)
     raw = read_json(resolve_model(name).folder / "config.json")
-    quantization = raw.get("quantization") or raw.get("quantization_config") or {}
-    widths = [
-        value.get("bits")
-        for value in (quantization, *quantization.values())
-        if isinstance(value, dict)
-    ]
-    return Facts(
-        OpenELMConfig.from_hf_dict(raw),
-        min((bits for bits in widths if isinstance(bits, int)), default=None),
-    )
+    config, quantization = OpenELMConfig.from_hf_dict(raw), quantization_of(raw) or {}
+    specs = (spec_of(quantization, stem) for stem in matrices(expected_tensors(config)))
+    bits = [spec.bits for spec in specs if spec is not None] if quantization else []
+    return Facts(config, min(bits, default=None))
 
 
 def published(size: str) -> OpenELMConfig:
@@ -80,7 +76,7 @@ def open_engine(
             engine.config,
             engine.name,
             engine.path,
-            {"bits": bits, "group_size": group_size},
+            QuantSpec(bits, group_size).as_config(),
             engine.instruct,
         )
         evaluate_one_by_one(engine)
@@ -126,7 +122,7 @@ def random_engine(
     that is not published.
     """
     config = published(size)
-    kind = DTYPES[dtype or ("float32" if device.kind() == "cpu" else "bfloat16")]
+    kind = DTYPES[dtype or ("float32" if device.kind() == "cpu" else "bfloat16")].mlx
     model = OpenELM(config)
     names = sorted(parameters(model).items())
     keys = mx.random.split(mx.random.key(SEED), len(names))
@@ -139,7 +135,7 @@ def random_engine(
     if bits is not None:
         quantize_now(model, bits, group_size)
     model.eval()
-    quantization = None if bits is None else {"bits": bits, "group_size": group_size}
+    quantization = None if bits is None else QuantSpec(bits, group_size).as_config()
     engine = Engine(
         model, padded_tokenizer(config.vocab_size), config, normal_name(size), BUNDLED, quantization
     )
@@ -241,7 +237,7 @@ def write_folder(engine: Engine, folder: Path) -> Path:
         mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
         config: dict[str, Any] = engine.config.to_hf_dict()
         if engine.quantization:
-            config["quantization"] = config["quantization_config"] = engine.quantization
+            config |= dict.fromkeys(KEYS, engine.quantization)
         (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         write_tokenizer(engine, folder)
     except (OSError, RuntimeError) as error:
@@ -266,4 +262,4 @@ def bits_per_weight(engine: Engine) -> float:
 
 def dtype_name(engine: Engine) -> str:
     """The type that activations are computed in: that of the norms."""
-    return str(parameters(engine.model)["transformer.norm.weight"].dtype).rsplit(".", 1)[-1]
+    return name_of(parameters(engine.model)["transformer.norm.weight"].dtype)

@@ -87,9 +87,9 @@ def dtype_of(folder: Path, asked: str | None) -> str:
     """The type our loader would compute in, by name. Raises what `load` raises for a type that does
     not fit.
     """
-    from openelm_mlx.engine.loading import DTYPES, compute_dtype, read_weights
+    from openelm_mlx.dtypes import name_of
+    from openelm_mlx.engine.loading import compute_dtype, read_weights
     from openelm_mlx.model.config import OpenELMConfig
 
     config = OpenELMConfig.from_file(folder / "config.json")
-    dtype = compute_dtype(config, read_weights(folder), asked)
-    return next(name for name, value in DTYPES.items() if value == dtype)
+    return name_of(compute_dtype(config, read_weights(folder), asked))

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from openelm_mlx.config_files import read_json
 from openelm_mlx.device import mx
-from openelm_mlx.engine.loading import DTYPES, read_weights
+from openelm_mlx.dtypes import DTYPES
+from openelm_mlx.engine.loading import read_weights
+from openelm_mlx.files import read_json
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.quantization import QuantSpec, quantization_of, spec_of
 
 BLOCK = 32
 KINDS = {4: "Q4_1", 5: "Q5_1"}
@@ -31,20 +33,16 @@ class Packed(NamedTuple):
     words: mx.array  # [rows, columns * bits / 32] uint32
     scales: mx.array  # [rows, groups]
     biases: mx.array | None
-    bits: int
-    group_size: int
-    mode: str
+    spec: QuantSpec
 
     @property
     def kind(self) -> str | None:
         """The GGUF type that holds the same integers, if there is one."""
-        fits = self.mode == "affine" and self.group_size % BLOCK == 0
-        return KINDS.get(self.bits) if fits else None
+        fits = self.spec.mode == "affine" and self.spec.group_size % BLOCK == 0
+        return KINDS.get(self.spec.bits) if fits else None
 
     def expanded(self) -> mx.array:
-        return mx.dequantize(
-            self.words, self.scales, self.biases, self.group_size, self.bits, self.mode
-        )
+        return mx.dequantize(self.words, self.scales, self.biases, **self.spec.as_config())
 
 
 def write_gguf(folder: Path, dtype: str, path: Path) -> str:
@@ -55,8 +53,8 @@ def write_gguf(folder: Path, dtype: str, path: Path) -> str:
     from openelm_mlx.convert import ConvertOptions, convert
 
     raw = read_json(folder / "config.json")
-    quantization = raw.get("quantization") or raw.get("quantization_config")
-    if not quantization:
+    quantization = quantization_of(raw)
+    if quantization is None:
         convert(ConvertOptions(folder, path, target_format="gguf", dtype=dtype))
         return dtype
     return write_quantized(folder, OpenELMConfig.from_hf_dict(raw), quantization, dtype, path)
@@ -84,7 +82,7 @@ def write_quantized(
             else:
                 array = weights[name] if found is None else found.expanded()
                 whole, kind = plain(array, dtype if array.ndim == 2 else "float32")
-                told |= {f"{found.bits}-bit as {dtype}"} if found is not None else set()
+                told |= {f"{found.spec.bits}-bit as {dtype}"} if found is not None else set()
             names = gguf_names(name)
             for part_name, part in zip(names, np.split(whole, len(names)), strict=True):
                 writer.add_tensor(part_name, part, raw_dtype=kind)
@@ -102,18 +100,11 @@ def packed(
     """The quantized matrix of `module` under config.json's settings, or None where it is not
     quantized.
     """
-    if f"{module}.scales" not in weights:
+    spec = spec_of(quantization, module) if f"{module}.scales" in weights else None
+    if spec is None:
         return None
-    form = {**quantization, **(quantization.get(module) or {})}
-    biases = weights.get(f"{module}.biases")
-    return Packed(
-        weights[f"{module}.weight"],
-        weights[f"{module}.scales"],
-        biases,
-        int(form["bits"]),
-        int(form["group_size"]),
-        form.get("mode", "affine"),
-    )
+    words, scales = weights[f"{module}.weight"], weights[f"{module}.scales"]
+    return Packed(words, scales, weights.get(f"{module}.biases"), spec)
 
 
 def blocks(matrix: Packed) -> np.ndarray:
@@ -121,11 +112,11 @@ def blocks(matrix: Packed) -> np.ndarray:
 
     Byte i of the low bits holds integers i and i + 16 of its block.
     """
-    integers = unpacked(np.array(matrix.words), matrix.bits).reshape(
+    integers = unpacked(np.array(matrix.words), matrix.spec.bits).reshape(
         matrix.words.shape[0], -1, BLOCK
     )
     scales, biases = (
-        np.repeat(np.array(array.astype(mx.float16)), matrix.group_size // BLOCK, axis=1)[
+        np.repeat(np.array(array.astype(mx.float16)), matrix.spec.group_size // BLOCK, axis=1)[
             ..., None
         ].view(np.uint8)
         for array in (matrix.scales, matrix.biases)
@@ -133,7 +124,7 @@ def blocks(matrix: Packed) -> np.ndarray:
     )
     low = integers & 15
     parts = [scales, biases, low[..., :16] | low[..., 16:] << 4]
-    if matrix.bits == 5:
+    if matrix.spec.bits == 5:
         parts.insert(2, np.packbits(integers >> 4, axis=-1, bitorder="little"))
     return np.concatenate(parts, axis=-1).reshape(integers.shape[0], -1)
 
@@ -150,7 +141,5 @@ def plain(array: mx.array, dtype: str) -> tuple[np.ndarray, Any]:
     """Unquantized values and their GGUF type; numpy has no bfloat16, so its bytes stand for it."""
     import gguf
 
-    array = array.astype(DTYPES[dtype])
-    if dtype == "bfloat16":
-        return np.array(array.view(mx.uint8)), gguf.GGMLQuantizationType.BF16
-    return np.array(array), gguf.GGMLQuantizationType["F32" if dtype == "float32" else "F16"]
+    array, kind = array.astype(DTYPES[dtype].mlx), gguf.GGMLQuantizationType[DTYPES[dtype].gguf]
+    return np.array(array.view(mx.uint8) if dtype == "bfloat16" else array), kind

@@ -14,7 +14,8 @@ from mlx_lm.utils import load_model
 
 from openelm_mlx.benchmarks.measure.timing import Timed
 from openelm_mlx.device import mx, nn, utils
-from openelm_mlx.engine.loading import DTYPES, cast
+from openelm_mlx.dtypes import DTYPES
+from openelm_mlx.engine.loading import cast
 
 
 class MlxLm:
@@ -51,6 +52,6 @@ class MlxLm:
 def open_session(folder: Path, dtype: str) -> MlxLm:
     start = perf_counter()
     model, _ = load_model(folder, lazy=True)
-    model.update(utils.tree_map(lambda array: cast(array, DTYPES[dtype]), model.parameters()))
+    model.update(utils.tree_map(lambda array: cast(array, DTYPES[dtype].mlx), model.parameters()))
     mx.eval(model.parameters())
     return MlxLm(model, perf_counter() - start)

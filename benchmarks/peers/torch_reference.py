@@ -8,7 +8,6 @@ corenet/modeling/models/language_modeling/general_gpt.py.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,11 +17,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from openelm_mlx.benchmarks.measure.timing import Timed
-from openelm_mlx.config_files import read_json
+from openelm_mlx.dtypes import DTYPES, name_of
 from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.files import read_json, weight_files
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
+from openelm_mlx.quantization import quantization_of, spec_of
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Weights = dict[str, torch.Tensor]
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -121,27 +121,22 @@ def read_folder(folder: Path, dtype: torch.dtype, device: str) -> tuple[OpenELMC
     formats.
     """
     raw = read_json(folder / "config.json")
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     stored: Weights = {}
-    for name in names:
-        stored.update(load_file(folder / name))
-    quantization = raw.get("quantization") or raw.get("quantization_config") or {}
+    for path in weight_files(folder):
+        stored.update(load_file(path))
+    quantization = quantization_of(raw) or {}
     weights: Weights = {}
     for name, tensor in stored.items():
         module, _, kind = name.rpartition(".")
         if kind in ("scales", "biases"):
             continue
         if f"{module}.scales" in stored:
-            form = {**quantization, **(quantization.get(module) or {})}
-            if form.get("mode", "affine") != "affine":
-                raise BenchmarkError(
-                    f"{module} is quantized as {form['mode']}; the PyTorch reference reads affine only"
-                )
+            spec = spec_of(quantization, module)
+            if spec is None or spec.mode != "affine":
+                what = f"{module} is quantized as {spec}; the PyTorch reference reads affine only"
+                raise BenchmarkError(what)
             tensor = dequantize(
-                tensor, stored[f"{module}.scales"], stored[f"{module}.biases"], int(form["bits"])
+                tensor, stored[f"{module}.scales"], stored[f"{module}.biases"], spec.bits
             )
         weights[name] = tensor.to(
             device=device, dtype=dtype, copy=True
@@ -178,7 +173,7 @@ class TorchReference:
         self.model, self.load_seconds = model, load_seconds
         self.device = model.embedding.device.type
         self.version = f"{torch.__version__} on {self.device}"
-        kind = str(model.embedding.dtype).removeprefix("torch.")
+        kind = name_of(model.embedding.dtype)
         self.notes = (
             (f"the PyTorch reference expands quantized weights to {kind}",) if expanded else ()
         )
@@ -210,9 +205,9 @@ class TorchReference:
 def open_session(folder: Path, dtype: str) -> TorchReference:
     device = "mps" if torch.backends.mps.is_available() else "cpu"
     start = perf_counter()
-    config, weights = read_folder(folder, DTYPES[dtype], device)
+    config, weights = read_folder(folder, DTYPES[dtype].torch, device)
     if device == "mps":
         torch.mps.synchronize()
     seconds = perf_counter() - start
-    quantized = {"quantization", "quantization_config"} & read_json(folder / "config.json").keys()
-    return TorchReference(ReferenceOpenELM(config, weights), seconds, bool(quantized))
+    quantized = quantization_of(read_json(folder / "config.json")) is not None
+    return TorchReference(ReferenceOpenELM(config, weights), seconds, quantized)

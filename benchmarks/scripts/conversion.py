@@ -21,13 +21,13 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from openelm_mlx.benchmarks.measure.weights import padded_pieces, published
-from openelm_mlx.convert.sources import TensorInfo
 from openelm_mlx.convert.targets.writer import write_weights
 from openelm_mlx.convert.tokenizers.tokenizer_json import build_tokenizer_json, tokenizer_config
 from openelm_mlx.convert.tokenizers.tokenizer_model import read_tokenizer
 from openelm_mlx.device import mx
 from openelm_mlx.engine.hub import BUNDLED
 from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.files import TensorInfo
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 
 IMPORTS = "import openelm_mlx.cli.main, openelm_mlx.convert.pipeline, mlx.core, numpy, sentencepiece, rich.progress"

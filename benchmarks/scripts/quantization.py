@@ -27,7 +27,6 @@ from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.quantize.allocate import choose, make_reference, measure, plan_bytes
 from openelm_mlx.convert.quantize.calibrate import calibrate
-from openelm_mlx.convert.quantize.forms import Form, Plan, matrices
 from openelm_mlx.convert.quantize.functional import logits
 from openelm_mlx.convert.quantize.packing import rounded
 from openelm_mlx.convert.quantize.planning import (
@@ -42,6 +41,7 @@ from openelm_mlx.errors import OpenELMError
 from openelm_mlx.evaluate.score import compare
 from openelm_mlx.files import check_writable, read_text
 from openelm_mlx.model.config import expected_tensors
+from openelm_mlx.quantization import Plan, QuantSpec, matrices
 
 DTYPE = "float16"
 Weights = dict[str, mx.array]
@@ -121,7 +121,7 @@ def run(model: Path, text: Path, args: argparse.Namespace) -> Iterator[Row]:
         folder = Path(scratch) / "whole"
         convert(ConvertOptions(model, folder, dtype="float32"))
         for bits in args.bits:
-            uniform: Plan = dict.fromkeys(matrices(shapes), Form(bits, 64))
+            uniform: Plan = dict.fromkeys(matrices(shapes), QuantSpec(bits, 64))
             budget = plan_bytes(uniform, shapes, DTYPE)
             bpw = 8 * budget / opened.trimmed.num_parameters
             base = math.nan

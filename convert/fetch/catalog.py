@@ -182,9 +182,8 @@ def readable_as(name: str) -> Callable[[Path], None]:
     """A look at the structure of a file just fetched: a length the server lied about shows
     there.
     """
-    from openelm_mlx.config_files import read_json
-    from openelm_mlx.convert.sources.huggingface import read_header
     from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
+    from openelm_mlx.files import read_header, read_json
 
     readers: dict[str, Callable[[Path], object]] = {
         ".pt": TorchCheckpoint,

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from openelm_mlx.convert.quantize.forms import BITS, ITEMSIZE, Form, Plan, all_forms, matrices
 from openelm_mlx.convert.quantize.functional import (
     Weights,
     embed,
@@ -24,13 +23,15 @@ from openelm_mlx.convert.quantize.functional import (
 )
 from openelm_mlx.convert.quantize.packing import rounded
 from openelm_mlx.device import mx
+from openelm_mlx.dtypes import itemsize
 from openelm_mlx.errors import OptionError
 from openelm_mlx.evaluate.score import kl_divergence
 from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.quantization import BITS, Plan, QuantSpec, all_specs, matrices
 
 Progress = Callable[[int, int, str], None]
 Losses = dict[
-    str, dict[Form | None, float]
+    str, dict[QuantSpec | None, float]
 ]  # stem -> form -> mean KL divergence in nats; None is whole and costs 0
 Moments = Mapping[str, mx.array]  # stem -> mean square of each input column, [columns]
 BATCH = 4  # rows of tokens in one pass: bounds the memory of logits
@@ -102,7 +103,7 @@ def measure(
     weights = dict(reference.weights)
     for number, (stem, shape) in enumerate(stems.items()):
         name, exact = stem + ".weight", reference.weights[stem + ".weight"]
-        forms = [form for form in all_forms() if shape[1] % form.group_size == 0]
+        forms = [form for form in all_specs() if shape[1] % form.group_size == 0]
         probes = [
             f
             for f in forms
@@ -168,13 +169,13 @@ def plan_bytes(plan: Plan, shapes: Mapping[str, tuple[int, ...]], dtype: str) ->
     return total
 
 
-def form_bytes(form: Form | None, shape: tuple[int, ...], dtype: str) -> int:
-    return math.prod(shape) * ITEMSIZE[dtype] if form is None else form.nbytes(shape, dtype)
+def form_bytes(form: QuantSpec | None, shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * itemsize(dtype) if form is None else form.nbytes(shape, dtype)
 
 
 def choose(
     losses: Losses, shapes: Mapping[str, tuple[int, ...]], dtype: str, target_bpw: float
-) -> dict[str, Form | None]:
+) -> dict[str, QuantSpec | None]:
     """The forms of least summed loss whose bytes, all tensors counted, are at most `target_bpw`
     bits per weight.
 
@@ -213,11 +214,13 @@ def choose(
     return exchanged(plan, losses, sizes, room)
 
 
-def hull(points: list[tuple[int, float, Form | None]]) -> list[tuple[int, float, Form | None]]:
+def hull(
+    points: list[tuple[int, float, QuantSpec | None]],
+) -> list[tuple[int, float, QuantSpec | None]]:
     """The lower convex hull of (bytes, loss): smallest first, each step a smaller gain per byte
     than the one before.
     """
-    kept: list[tuple[int, float, Form | None]] = []
+    kept: list[tuple[int, float, QuantSpec | None]] = []
     for point in sorted(points, key=lambda p: (p[0], p[1])):
         if kept and point[1] >= kept[-1][1]:
             continue
@@ -229,16 +232,18 @@ def hull(points: list[tuple[int, float, Form | None]]) -> list[tuple[int, float,
     return kept
 
 
-def gain(low: tuple[int, float, Form | None], high: tuple[int, float, Form | None]) -> float:
+def gain(
+    low: tuple[int, float, QuantSpec | None], high: tuple[int, float, QuantSpec | None]
+) -> float:
     return (low[1] - high[1]) / max(high[0] - low[0], 1e-9)
 
 
 def exchanged(
-    plan: dict[str, Form | None],
+    plan: dict[str, QuantSpec | None],
     losses: Losses,
-    sizes: Mapping[str, Mapping[Form | None, int]],
+    sizes: Mapping[str, Mapping[QuantSpec | None, int]],
     room: int,
-) -> dict[str, Form | None]:
+) -> dict[str, QuantSpec | None]:
     """Fill the room that is left: single changes, or one matrix giving bytes to another, while the
     sum falls.
     """

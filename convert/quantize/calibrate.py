@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from openelm_mlx.convert.quantize.forms import Plan
 from openelm_mlx.convert.quantize.functional import (
     EMBEDDINGS,
     Weights,
@@ -22,6 +21,7 @@ from openelm_mlx.convert.quantize.gptq import Codes, error_feedback
 from openelm_mlx.convert.quantize.packing import quantized, restored
 from openelm_mlx.device import mx
 from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.quantization import Plan
 
 Progress = Callable[[int, int, str], None]
 BATCH = 8  # rows of tokens in one pass

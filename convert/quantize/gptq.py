@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from openelm_mlx.convert.quantize.forms import Form
 from openelm_mlx.convert.quantize.grids import fit_groups, pack
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
+from openelm_mlx.quantization import QuantSpec
 
 BLOCK = (
     128  # columns whose errors are gathered before they are passed on; every group size divides it
@@ -29,7 +29,7 @@ class Codes:
     stored.
     """
 
-    form: Form
+    form: QuantSpec
     codes: np.ndarray
     scales: np.ndarray
     biases: np.ndarray
@@ -54,7 +54,11 @@ class Codes:
 
 
 def error_feedback(
-    weights: np.ndarray, hessian: np.ndarray, form: Form, dtype: mx.Dtype, damping: float = DAMPING
+    weights: np.ndarray,
+    hessian: np.ndarray,
+    form: QuantSpec,
+    dtype: mx.Dtype,
+    damping: float = DAMPING,
 ) -> Codes:
     """Codes of `weights` [rows, columns] of small error in the inputs with second moments `hessian`
     [columns, columns].

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from openelm_mlx.convert.quantize.forms import Form
 from openelm_mlx.device import mx
+from openelm_mlx.quantization import QuantSpec
 
 SHRINKS = np.linspace(
     1.0, 0.5, 26
@@ -25,7 +25,7 @@ def as_stored(array: np.ndarray, dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]
 
 
 def fit_groups(
-    values: np.ndarray, importance: np.ndarray, form: Form, dtype: mx.Dtype
+    values: np.ndarray, importance: np.ndarray, form: QuantSpec, dtype: mx.Dtype
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scale and bias [rows, groups], as stored in `dtype`, of least weighted square error for
     values [rows, groups, group_size].

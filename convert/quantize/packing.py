@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from openelm_mlx.convert.quantize.forms import Form
-from openelm_mlx.convert.sources import TensorInfo
 from openelm_mlx.device import mx
+from openelm_mlx.files import TensorInfo
+from openelm_mlx.quantization import QuantSpec
 
 PARTS = ("weight", "scales", "biases")
 
 
-def planned(name: str, info: TensorInfo, form: Form | None) -> dict[str, TensorInfo]:
+def planned(name: str, info: TensorInfo, form: QuantSpec | None) -> dict[str, TensorInfo]:
     """What is written for the tensor `name`: itself, or packed weights with scales and perhaps
     biases.
     """
@@ -26,7 +26,7 @@ def planned(name: str, info: TensorInfo, form: Form | None) -> dict[str, TensorI
     return result | {stem + part: TensorInfo(info.dtype, groups) for part in ("scales", "biases")}
 
 
-def quantized(name: str, array: mx.array, form: Form | None) -> dict[str, mx.array]:
+def quantized(name: str, array: mx.array, form: QuantSpec | None) -> dict[str, mx.array]:
     """The arrays that `planned` promised, rounded to the nearest value of each group's grid
     (mlx.core.quantize).
     """
@@ -37,7 +37,7 @@ def quantized(name: str, array: mx.array, form: Form | None) -> dict[str, mx.arr
     return {stem + part: value for part, value in zip(PARTS, packed, strict=False)}
 
 
-def restored(name: str, arrays: Mapping[str, mx.array], form: Form | None) -> mx.array:
+def restored(name: str, arrays: Mapping[str, mx.array], form: QuantSpec | None) -> mx.array:
     """The float32 weights that the stored arrays of a tensor stand for."""
     array = arrays[name]
     if form is None:
@@ -58,7 +58,7 @@ def restored(name: str, arrays: Mapping[str, mx.array], form: Form | None) -> mx
     return weights
 
 
-def rounded(array: mx.array, form: Form | None, dtype: mx.Dtype) -> mx.array:
+def rounded(array: mx.array, form: QuantSpec | None, dtype: mx.Dtype) -> mx.array:
     """The float32 weights that `array`, stored as `form` with scales in `dtype`, stands for."""
     array = array.astype(dtype)
     return restored("weight", quantized("weight", array, form), form)

@@ -14,11 +14,11 @@ from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize.allocate import Losses, choose, make_reference, measure, true_loss
 from openelm_mlx.convert.quantize.calibrate import calibrate
 from openelm_mlx.convert.quantize.calibration_text import row_length, sampled_tokens, text_tokens
-from openelm_mlx.convert.quantize.forms import Form, Plan, check_divides, matrices
 from openelm_mlx.convert.quantize.recipes import find_recipe
 from openelm_mlx.device import mx
-from openelm_mlx.errors import CheckpointError
+from openelm_mlx.errors import CheckpointError, ConversionError
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.quantization import MODES, Plan, QuantSpec, matrices
 
 Progress = Callable[[int, int, str], None]
 MEASURE_TOKENS = 2048  # on which every matrix is measured in every width
@@ -68,13 +68,38 @@ def plan_quantization(
 def given_forms(opened: OpenedModel, options: ConvertOptions) -> Plan:
     """The forms that flags or a recipe ask for. Unasked, the source's are kept."""
     shapes = expected_tensors(opened.trimmed)
-    forms: dict[str, Form | None] = dict.fromkeys(matrices(shapes), options.form)
+    forms: dict[str, QuantSpec | None] = dict.fromkeys(matrices(shapes), options.form)
     if options.recipe is not None:
         forms = find_recipe(options.recipe).plan(shapes)
     elif not options.quantizes and options.keeps_forms:
         forms |= opened.source.forms
     check_divides(forms, shapes)
     return forms
+
+
+def check_divides(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `ConversionError` naming the first matrix whose rows do not divide into the groups
+    planned for it.
+    """
+    stems = matrices(shapes)
+    for stem, form in plan.items():
+        if form is None or stems[stem][1] % form.group_size == 0:
+            continue
+        quantized = [stems[other][1] for other, taken in plan.items() if taken is not None]
+        sizes = MODES[form.mode][1]
+        fits = [
+            str(size)
+            for size in sorted(sizes, reverse=True)
+            if all(width % size == 0 for width in quantized)
+        ]
+        remedy = (
+            f"use --group-size {' or '.join(fits)}"
+            if fits
+            else "no group size fits: leave it unquantized"
+        )
+        raise ConversionError(
+            f"{stem}.weight has rows of {stems[stem][1]} weights, no multiple of group size {form.group_size}; {remedy}"
+        )
 
 
 def exact_weights(opened: OpenedModel) -> dict[str, mx.array]:

@@ -21,9 +21,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.convert.quantize.forms import Form, make_form, matrices
 from openelm_mlx.convert.sources.yaml_files import read_yaml
 from openelm_mlx.errors import ConfigError, OptionError
+from openelm_mlx.quantization import QuantSpec, make_spec, matrices
 
 ROLES = (
     "token_embeddings",
@@ -44,14 +44,16 @@ class Recipe:
     whole.
     """
 
-    default: Form | None = None
-    roles: Mapping[str, Form | None] = field(default_factory=dict)
-    ends: Mapping[str, tuple[int, Form | None]] = field(
+    default: QuantSpec | None = None
+    roles: Mapping[str, QuantSpec | None] = field(default_factory=dict)
+    ends: Mapping[str, tuple[int, QuantSpec | None]] = field(
         default_factory=dict
     )  # first, last -> layers, form
-    single: Mapping[str, Form | None] = field(default_factory=dict)  # layers.3.ffn.proj_2 -> form
+    single: Mapping[str, QuantSpec | None] = field(
+        default_factory=dict
+    )  # layers.3.ffn.proj_2 -> form
 
-    def plan(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Form | None]:
+    def plan(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, QuantSpec | None]:
         """The form of every matrix of a model. Raises `OptionError` for a matrix the model does not
         have.
         """
@@ -64,7 +66,7 @@ class Recipe:
         layers = 1 + max((number_of(name) for name in short), default=-1)
         return {stem: self.form(name, layers) for name, stem in short.items()}
 
-    def form(self, name: str, layers: int) -> Form | None:
+    def form(self, name: str, layers: int) -> QuantSpec | None:
         """The form of one matrix, by the most particular entry."""
         if name in self.single:
             return self.single[name]
@@ -79,31 +81,37 @@ BUILT_IN: dict[
     str, Recipe
 ] = {  # what measuring OpenELM Tiny chose by role: more for embeddings and first layer
     "mixed-2-4": Recipe(
-        Form(2, 128),
+        QuantSpec(2, 128),
         {
-            "token_embeddings": Form(4, 128),
-            "attn.qkv_proj": Form(3, 128),
-            "ffn.proj_2": Form(3, 128),
+            "token_embeddings": QuantSpec(4, 128),
+            "attn.qkv_proj": QuantSpec(3, 128),
+            "ffn.proj_2": QuantSpec(3, 128),
         },
-        {"first": (1, Form(3, 64))},
+        {"first": (1, QuantSpec(3, 64))},
     ),
     "mixed-3-4": Recipe(
-        Form(3, 128), {"token_embeddings": Form(4, 128)}, {"first": (1, Form(4, 128))}
+        QuantSpec(3, 128),
+        {"token_embeddings": QuantSpec(4, 128)},
+        {"first": (1, QuantSpec(4, 128))},
     ),
     "mixed-3-5": Recipe(
-        Form(3, 128),
+        QuantSpec(3, 128),
         {
-            "token_embeddings": Form(5, 128),
-            "attn.qkv_proj": Form(4, 128),
-            "ffn.proj_2": Form(4, 128),
+            "token_embeddings": QuantSpec(5, 128),
+            "attn.qkv_proj": QuantSpec(4, 128),
+            "ffn.proj_2": QuantSpec(4, 128),
         },
-        {"first": (1, Form(5, 128))},
+        {"first": (1, QuantSpec(5, 128))},
     ),
     "mixed-4-5": Recipe(
-        Form(4, 128), {"token_embeddings": Form(5, 128)}, {"first": (1, Form(5, 128))}
+        QuantSpec(4, 128),
+        {"token_embeddings": QuantSpec(5, 128)},
+        {"first": (1, QuantSpec(5, 128))},
     ),
     "mixed-5-6": Recipe(
-        Form(5, 128), {"token_embeddings": Form(6, 128)}, {"first": (1, Form(6, 128))}
+        QuantSpec(5, 128),
+        {"token_embeddings": QuantSpec(6, 128)},
+        {"first": (1, QuantSpec(6, 128))},
     ),
 }
 
@@ -144,7 +152,7 @@ def read_recipe(path: Path) -> Recipe:
             f"{path} is no recipe: it must map default, {', '.join(ROLES)}, first or last to a form"
         )
     kinds: dict[str, dict[str, Any]] = {"roles": {}, "ends": {}, "single": {}}
-    default: Form | None = None
+    default: QuantSpec | None = None
     for key, value in raw.items():
         where = f"{path}: {key}"
         if key == "default":
@@ -163,7 +171,7 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(default, **kinds)
 
 
-def read_end(where: str, value: Any) -> tuple[int, Form | None]:
+def read_end(where: str, value: Any) -> tuple[int, QuantSpec | None]:
     if not isinstance(value, dict):
         return 1, read_form(where, value)
     count = value.get("layers", 1)
@@ -172,7 +180,7 @@ def read_end(where: str, value: Any) -> tuple[int, Form | None]:
     return count, read_form(where, {key: entry for key, entry in value.items() if key != "layers"})
 
 
-def read_form(where: str, value: Any) -> Form | None:
+def read_form(where: str, value: Any) -> QuantSpec | None:
     if value == WHOLE:
         return None
     if isinstance(value, int) and not isinstance(value, bool):
@@ -186,7 +194,7 @@ def read_form(where: str, value: Any) -> Form | None:
             f"{where} has the setting {unknown[0]!r}; known: {', '.join(SETTINGS)}{hint(unknown[0], SETTINGS)}"
         )
     try:
-        form = make_form(value.get("bits"), value.get("group_size"), value.get("mode"))
+        form = make_spec(value.get("bits"), value.get("group_size"), value.get("mode"))
     except (OptionError, TypeError) as error:
         raise ConfigError(f"{where}: {error}") from None
     if form is None:

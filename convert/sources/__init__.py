@@ -6,15 +6,16 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError
+from openelm_mlx.files import TensorInfo, read_json
 from openelm_mlx.model.config import OpenELMConfig
 
 if TYPE_CHECKING:
-    from openelm_mlx.convert.quantize.forms import Form
     from openelm_mlx.convert.tokenizers.tokenizer_model import TokenizerModel
     from openelm_mlx.device import mx
+    from openelm_mlx.quantization import QuantSpec
 
 
 Value = TypeVar("Value")
@@ -25,13 +26,6 @@ RENAMES = (  # CoreNet's names become Hugging Face's; the first pattern that mat
 )
 OVERRIDES = ("vocab_size", "max_context_length", "padding_index")  # of a CoreNet YAML
 COMPUTED = re.compile(r"\.inv_freq$|(^|\.)causal_mask$")  # buffers of some exports, never read
-
-
-class TensorInfo(NamedTuple):
-    """What a file says of a tensor before its data is read; `dtype` is MLX's name for the type."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class TensorSource(Protocol):
@@ -49,7 +43,7 @@ class TensorSource(Protocol):
     instruct: bool = False  # whether the source has a chat template
     licence: Mapping[str, str] = {}  # what the source itself says of its licence, by licence.KEYS
     forms: Mapping[
-        str, Form
+        str, QuantSpec
     ] = {}  # stems of matrices that are quantized in the source, in forms this project writes
 
     @property
@@ -155,9 +149,9 @@ def open_source(path: Path, source_format: str | None = None) -> TensorSource:
 
 
 def safetensors_folder(path: Path) -> TensorSource:
-    from openelm_mlx.config_files import read_json
     from openelm_mlx.convert.sources.huggingface import HuggingFaceFolder
-    from openelm_mlx.convert.sources.quantized import QuantizedFolder, quantization_of
+    from openelm_mlx.convert.sources.quantized import QuantizedFolder
+    from openelm_mlx.quantization import quantization_of
 
     source = HuggingFaceFolder(path)
     if not any(name.endswith(".scales") for name in source.tensors):

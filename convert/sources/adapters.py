@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.convert.sources import TensorInfo, TensorSource
+from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.convert.sources.yaml_files import read_yaml
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, ConversionError, OptionError
+from openelm_mlx.files import TensorInfo
 
 BASE = re.compile(r"(.+)\.base_layer\.weight")
 PART = re.compile(

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from openelm_mlx.convert.licence import KEYS
-from openelm_mlx.convert.sources import TensorInfo, TensorSource, infer_config
+from openelm_mlx.convert.sources import TensorSource, infer_config
 from openelm_mlx.convert.tokenizers.tokenizer_model import UNUSED, TokenizerModel, assemble
 from openelm_mlx.device import mx
+from openelm_mlx.dtypes import BY_GGUF
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, TokenizerError
+from openelm_mlx.files import TensorInfo
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 
 # GGUF's stem -> Hugging Face's; blk.N. and transformer.layers.N. stand before the second group
@@ -41,9 +43,8 @@ LAYER_NAMES = {
     "ffn_up": "ffn.proj_1",
     "ffn_down": "ffn.proj_2",
 }
-FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-READABLE = (*FLOAT_TYPES, *BLOCK_TYPES)
+READABLE = (*BY_GGUF, *BLOCK_TYPES)
 SCALARS = {
     0: "<u1",
     1: "<i1",
@@ -141,7 +142,8 @@ class GGUFFile(TensorSource):
         for name, place in places.items():
             self._parts.setdefault(hugging_face_name(name), []).append(place)
         embedding = self._parts.get("transformer.token_embeddings.weight")
-        self._dtype = FLOAT_TYPES.get(embedding[0].kind.name, "float32") if embedding else "float32"
+        stored = BY_GGUF.get(embedding[0].kind.name) if embedding else None
+        self._dtype = "float32" if stored is None else stored.name
         self.tensors = {
             name: TensorInfo(self._dtype, self._joined(name, parts))
             for name, parts in self._parts.items()

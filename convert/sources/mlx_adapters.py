@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from openelm_mlx.config_files import read_json
 from openelm_mlx.convert.sources import TensorSource
-from openelm_mlx.convert.sources.huggingface import Located, load_located, read_header
+from openelm_mlx.convert.sources.huggingface import load_place
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
+from openelm_mlx.files import TensorPlace, read_header, read_json
 
 ADAPTERS = "adapters.safetensors"
 LEAVES = ("lora_a", "lora_b", "m")
@@ -68,7 +68,7 @@ class FusedAdapter(TensorSource):
         if name not in self._parts:
             return base
         parts = {
-            leaf: load_located(self._located[part]).astype(mx.float32)
+            leaf: load_place(self._located[part]).astype(mx.float32)
             for leaf, part in self._parts[name].items()
         }
         a, b = parts["lora_a"], parts["lora_b"]
@@ -97,7 +97,7 @@ class FusedAdapter(TensorSource):
             )
 
 
-def read_adapter(folder: Path) -> tuple[float, dict[str, Located]]:
+def read_adapter(folder: Path) -> tuple[float, dict[str, TensorPlace]]:
     """The scale and the places of the tensors of an adapter folder. Raises `ConversionError` or
     `ConfigError`.
     """

@@ -13,14 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.convert.quantize.forms import Form
-from openelm_mlx.convert.sources import TensorInfo, TensorSource, canonical_name
+from openelm_mlx.convert.sources import TensorSource, canonical_name
 from openelm_mlx.device import mx
-from openelm_mlx.errors import ConversionError, OptionError
-
-FLOATS = ("float32", "float16", "bfloat16")
-BLOCK_FORMATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # mode -> bits, group size
-AFFINE_BITS, AFFINE_GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
+from openelm_mlx.dtypes import DTYPES, FLOATS
+from openelm_mlx.errors import ConfigError, ConversionError
+from openelm_mlx.files import TensorInfo
+from openelm_mlx.quantization import QuantSpec, spec_of
 
 
 class QuantizedFolder(TensorSource):
@@ -28,12 +26,12 @@ class QuantizedFolder(TensorSource):
     parts do not fit.
     """
 
-    def __init__(self, source: TensorSource, quantization: Any) -> None:
+    def __init__(self, source: TensorSource, quantization: Mapping[str, Any] | None) -> None:
         self.path = source.path
         self._source, self.instruct = source, source.instruct
-        self._settings: dict[str, tuple[int, int, str]] = {}
+        self._specs: dict[str, QuantSpec] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        self.forms: dict[str, Form] = {}
+        self.forms: dict[str, QuantSpec] = {}
         plain = next(
             (i.dtype for i in source.tensors.values() if len(i.shape) == 1 and i.dtype in FLOATS),
             "bfloat16",
@@ -41,7 +39,7 @@ class QuantizedFolder(TensorSource):
         stems = {
             name.removesuffix(".scales") for name in source.tensors if name.endswith(".scales")
         }
-        if stems and not isinstance(quantization, Mapping):
+        if stems and quantization is None:
             raise ConversionError(
                 f"{self.path} holds quantized weights, but its config.json has no quantization"
             )
@@ -52,18 +50,14 @@ class QuantizedFolder(TensorSource):
             if stem not in stems:
                 self.tensors[name] = info
             elif part == "weight":
-                settings = settings_of(self.path, stem, quantization)
-                self._settings[stem] = settings
-                self.tensors[name] = self._unpacked(stem, settings, plain)
-                try:
-                    self.forms[stem] = Form(*settings)
-                except (
-                    OptionError
-                ):  # readable, but no form this project writes: such matrices become whole
-                    continue
+                spec = self._spec(stem, quantization or {})
+                self._specs[stem] = spec
+                self.tensors[name] = self._unpacked(stem, spec, plain)
+                if spec.writable:  # a matrix in another spec is written unquantized
+                    self.forms[stem] = spec
             elif part not in ("scales", "biases"):
                 self.tensors[name] = info
-        if lost := sorted(stems - self._settings.keys()):
+        if lost := sorted(stems - self._specs.keys()):
             raise ConversionError(f"{self.path}: {lost[0]}.scales has no weight beside it")
 
     @property
@@ -73,9 +67,8 @@ class QuantizedFolder(TensorSource):
     def load(self, name: str) -> mx.array:
         """The tensor `name`; dequantized in float32 and rounded once to the type of its scales."""
         stem = name.removesuffix(".weight")
-        if stem not in self._settings:
+        if stem not in self._specs:
             return self._source.load(name)
-        bits, group_size, mode = self._settings[stem]
         arrays = self.packed(name)
         scales, biases = arrays[f"{stem}.scales"], arrays.get(f"{stem}.biases")
         if biases is not None:
@@ -84,12 +77,10 @@ class QuantizedFolder(TensorSource):
             arrays[name],
             scales,
             biases,
-            group_size=group_size,
-            bits=bits,
-            mode=mode,
+            **self._specs[stem].as_config(),
             dtype=mx.float32,
         )
-        return weight.astype(getattr(mx, self.tensors[name].dtype))
+        return weight.astype(DTYPES[self.tensors[name].dtype].mlx)
 
     def packed(self, name: str) -> dict[str, mx.array]:
         """The stored arrays of a quantized matrix: weight, scales and perhaps biases, under their
@@ -99,9 +90,19 @@ class QuantizedFolder(TensorSource):
         names = [f"{stem}.{part}" for part in ("weight", "scales", "biases")]
         return {name: self._source.load(name) for name in names if name in self._source.tensors}
 
-    def _unpacked(self, stem: str, settings: tuple[int, int, str], plain: str) -> TensorInfo:
+    def _spec(self, stem: str, quantization: Mapping[str, Any]) -> QuantSpec:
+        try:
+            spec = spec_of(quantization, stem)
+        except ConfigError as error:
+            raise ConversionError(f"{self.path}: {error}") from None
+        if spec is None:
+            what = f"{stem} is quantized, but its config.json says that it is not"
+            raise ConversionError(f"{self.path}: {what}")
+        return spec
+
+    def _unpacked(self, stem: str, spec: QuantSpec, plain: str) -> TensorInfo:
         """Type and shape of the whole matrix, once its parts are seen to fit."""
-        bits, group_size, mode = settings
+        bits, group_size, mode = spec.bits, spec.group_size, spec.mode
         stored = self._source.tensors
         weight, scales, biases = (
             stored.get(f"{stem}.{part}") for part in ("weight", "scales", "biases")
@@ -135,35 +136,3 @@ class QuantizedFolder(TensorSource):
 
 def describe(info: TensorInfo | None) -> str:
     return "none" if info is None else f"{info.dtype} {list(info.shape)}"
-
-
-def settings_of(path: Path, stem: str, quantization: Mapping[str, Any]) -> tuple[int, int, str]:
-    """Bits, group size and mode of one layer: its own entry, else the common one (mlx-lm's
-    form).
-    """
-    own = quantization.get(stem)
-    entry = own if isinstance(own, Mapping) else quantization
-    mode = entry.get("mode", "affine")
-    if not isinstance(mode, str) or mode not in (*BLOCK_FORMATS, "affine"):
-        raise ConversionError(
-            f"{path}: config.json quantizes {stem} in mode {mode!r}; MLX has affine, "
-            f"{', '.join(BLOCK_FORMATS)}"
-        )
-    default = BLOCK_FORMATS.get(mode, (None, None))
-    bits, group_size = (entry.get(key, default[n]) for n, key in enumerate(("bits", "group_size")))
-    allowed = (
-        (bits, group_size) == default
-        if mode in BLOCK_FORMATS
-        else bits in AFFINE_BITS and group_size in AFFINE_GROUPS
-    )
-    if not allowed or type(bits) is not int or type(group_size) is not int:
-        raise ConversionError(
-            f"{path}: config.json quantizes {stem} to {bits!r} bits in groups of {group_size!r}, "
-            f"which MLX does not have in mode {mode}"
-        )
-    return bits, group_size, mode
-
-
-def quantization_of(raw: Mapping[str, Any]) -> Any:
-    """The entry of config.json, under either of the keys mlx-lm writes."""
-    return raw.get("quantization") or raw.get("quantization_config")

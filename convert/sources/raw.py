@@ -7,28 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from openelm_mlx.device import mx
+from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.errors import ConversionError
-
-# MLX's name -> what numpy reads; numpy has no bfloat16, so its bits travel as uint16
-NUMPY_CODE = {
-    "float64": "<f8",
-    "float32": "<f4",
-    "float16": "<f2",
-    "bfloat16": "<u2",
-    "int64": "<i8",
-    "int32": "<i4",
-    "int16": "<i2",
-    "int8": "i1",
-    "uint8": "u1",
-    "uint16": "<u2",
-    "uint32": "<u4",
-    "uint64": "<u8",
-    "bool": "?",
-}
-
-
-def itemsize(dtype: str) -> int:
-    return np.dtype(NUMPY_CODE[dtype]).itemsize
 
 
 def read_strided(
@@ -43,7 +23,7 @@ def read_strided(
     """A view of a storage of `elements` at byte `start`; strides and offset count elements and fit
     (caller checks).
     """
-    code = np.dtype(NUMPY_CODE[dtype])
+    code = np.dtype(DTYPES[dtype].numpy)
     if 0 in shape:
         return to_mlx(np.zeros(shape, code), dtype)
     try:

@@ -14,20 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from openelm_mlx.dtypes import BY_STORAGE
 from openelm_mlx.errors import ConversionError, reason
 
-STORAGE_DTYPES = {
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "DoubleStorage": "float64",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-}
 MAX_OPCODES = 400_000  # the 3B's takes 10,000
 MAX_NUMBER = 1 << 62
 
@@ -65,7 +54,7 @@ REBUILD_TENSOR, REBUILD_PARAMETER = (
     "torch._utils._rebuild_parameter",
 )
 ORDERED_DICT = "collections.OrderedDict"
-STORAGES = {f"torch.{name}": dtype for name, dtype in STORAGE_DTYPES.items()}
+STORAGES = {f"torch.{name}": dtype.name for name, dtype in BY_STORAGE.items()}
 GLOBALS = {ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER, *STORAGES}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 PLAIN = {

@@ -18,11 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.convert.sources import TensorInfo, TensorSource, canonical
-from openelm_mlx.convert.sources.raw import itemsize, read_strided
+from openelm_mlx.convert.sources import TensorSource, canonical
+from openelm_mlx.convert.sources.raw import read_strided
 from openelm_mlx.convert.sources.safe_pickle import TensorRecord, read_state
 from openelm_mlx.device import mx
+from openelm_mlx.dtypes import itemsize
 from openelm_mlx.errors import ConversionError
+from openelm_mlx.files import TensorInfo
 
 MAX_PICKLE_BYTES = 8 << 20  # the 3B's has 60 KB
 DAMAGED_ZIP = (

@@ -27,7 +27,7 @@ def read_yaml(path: str | Path) -> Any:
             data = file.read(MAX_YAML_BYTES + 1)
         if len(data) > MAX_YAML_BYTES:
             raise ConfigError(
-                f"{path} is no configuration: it has more than {MAX_YAML_BYTES} bytes"
+                f"{path} is not a configuration: it has more than {MAX_YAML_BYTES} bytes"
             )
         return yaml.load(data.decode("utf-8"), Loader)
     except FileNotFoundError:

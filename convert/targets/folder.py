@@ -9,14 +9,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.config_files import GENERATION_CONFIG, chat_sampling, generation_config
 from openelm_mlx.convert.licence import Licence
-from openelm_mlx.convert.quantize.forms import Plan, config_entry
 from openelm_mlx.convert.record import model_card
 from openelm_mlx.convert.staging import UNFINISHED_CONFIG
 from openelm_mlx.convert.tokenizers.tokenizer_json import build_tokenizer_json, tokenizer_config
 from openelm_mlx.convert.tokenizers.tokenizer_model import TokenizerModel
-from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.engine.chat_defaults import chat_sampling, generation_config
+from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig
+from openelm_mlx.quantization import Plan, config_entry
 
 CHAT_TEMPLATE = """\
 {{- bos_token -}}

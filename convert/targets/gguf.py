@@ -24,10 +24,10 @@ from openelm_mlx.convert.tokenizers.tokenizer_model import (
     TokenizerModel,
 )
 from openelm_mlx.device import mx
+from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors, layer_shapes
 
-TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 STEMS = {name: stem for stem, name in (*NAMES.items(), *LAYER_NAMES.items())}
 GATE_AND_UP = ("ffn_gate", "ffn_up")
 LARGEST_SCALE = 65504.0  # Q8_0 keeps a block's largest weight / 127 as float16
@@ -58,7 +58,7 @@ def gguf_type(dtype: str, bits: int | None, group_size: int | None, mode: str | 
     is not written in.
     """
     if bits is None and mode is None:
-        return TYPES[dtype]
+        return DTYPES[dtype].gguf
     if bits != 8 or group_size not in (None, 32) or mode not in (None, "affine"):
         raise OptionError(
             "--to gguf writes F32, F16, BF16 (--dtype) and Q8_0 (--bits 8); for others give the file to llama-quantize"

@@ -5,20 +5,15 @@ than a tensor.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from openelm_mlx.convert.sources import TensorInfo
-from openelm_mlx.convert.sources.huggingface import SAFETENSORS_DTYPE
-from openelm_mlx.convert.sources.raw import itemsize, to_bytes
+from openelm_mlx.convert.sources.raw import to_bytes
 from openelm_mlx.device import mx
+from openelm_mlx.dtypes import DTYPES
+from openelm_mlx.files import INDEX, WEIGHTS, TensorInfo
 
 SHARD_BYTES = 5 << 30
-
-
-def nbytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * itemsize(info.dtype)
 
 
 def split(plan: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> list[dict[str, TensorInfo]]:
@@ -28,11 +23,11 @@ def split(plan: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> list[dict
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, info in plan.items():
-        if shards[-1] and size + nbytes(info) > limit:
+        if shards[-1] and size + info.nbytes > limit:
             shards.append({})
             size = 0
         shards[-1][name] = info
-        size += nbytes(info)
+        size += info.nbytes
     return shards
 
 
@@ -42,9 +37,9 @@ def header(plan: Mapping[str, TensorInfo], target_format: str = "mlx") -> bytes:
     }
     start = 0
     for name, info in plan.items():
-        end = start + nbytes(info)
+        end = start + info.nbytes
         entries[name] = {
-            "dtype": SAFETENSORS_DTYPE[info.dtype],
+            "dtype": DTYPES[info.dtype].safetensors,
             "shape": list(info.shape),
             "data_offsets": [start, end],
         }
@@ -65,7 +60,7 @@ def write_weights(
     file names.
     """
     shards = split(plan, limit)
-    names = ["model.safetensors"]
+    names = [WEIGHTS]
     if len(shards) > 1:
         names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
     stream = iter(arrays)
@@ -75,19 +70,17 @@ def write_weights(
             for expected, info in shard.items():
                 name, array = next(stream)
                 data = to_bytes(array)
-                if name != expected or len(data) != nbytes(info):
+                if name != expected or len(data) != info.nbytes:
                     raise RuntimeError(
-                        f"bug: planned {expected} of {nbytes(info)} bytes, got {name} of {len(data)}"
+                        f"bug: planned {expected} of {info.nbytes} bytes, got {name} of {len(data)}"
                     )
                 file.write(data)
     if len(shards) > 1:
         index = {
-            "metadata": {"total_size": sum(map(nbytes, plan.values()))},
+            "metadata": {"total_size": sum(info.nbytes for info in plan.values())},
             "weight_map": {
                 name: file for file, shard in zip(names, shards, strict=True) for name in shard
             },
         }
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=1) + "\n", encoding="utf-8"
-        )
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return names

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.benchmarks.measure.suites import BITS, SIZES, SUITES
 from openelm_mlx.cli.options import real, whole
-from openelm_mlx.engine.options import DTYPES
+from openelm_mlx.dtypes import FLOATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -74,7 +74,7 @@ def register(commands: Any) -> None:
         default=64,
         help="with --bits (default 64)",
     )
-    what.add_argument("--dtype", choices=DTYPES, help="compute in this type")
+    what.add_argument("--dtype", choices=FLOATS, help="compute in this type")
     what.add_argument(
         "--prompt-tokens",
         nargs="+",

@@ -138,7 +138,7 @@ def find_source(args: argparse.Namespace) -> None:
 
 def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]:
     """The report for JSON, under the names of conversion.json."""
-    from openelm_mlx.convert.quantize.forms import config_entry
+    from openelm_mlx.quantization import config_entry
 
     found = {
         "target": str(report.target),

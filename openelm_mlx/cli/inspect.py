@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cli.options import MODEL_HELP
-from openelm_mlx.errors import CacheError, CheckpointError
+from openelm_mlx.errors import CacheError
+from openelm_mlx.files import read_places
 
 if TYPE_CHECKING:
     from openelm_mlx.model.cache_kinds import CacheKind
@@ -93,18 +94,6 @@ PARTS = (
     ("attention", "_proj"),
     ("feed-forward", ".proj_"),
 )
-DTYPE_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "U8": 1,
-    "I8": 1,
-    "I64": 8,
-    "U16": 2,
-}
 
 
 def inspect(name: str) -> dict[str, Any]:
@@ -205,22 +194,4 @@ def tensor_bytes(folder: Path) -> dict[str, int]:
     """Bytes of each tensor, from the headers of the folder's safetensors files. Raises
     `CheckpointError`.
     """
-    sizes: dict[str, int] = {}
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"{folder} has no model.safetensors; `openelm convert` makes a complete model folder"
-        )
-    for path in files:
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if length > path.stat().st_size:
-                    raise ValueError("its header is longer than the file")
-                header = json.loads(file.read(length))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    sizes[name] = DTYPE_BYTES[entry["dtype"]] * math.prod(entry["shape"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from None
-    return sizes
+    return {name: place.info.nbytes for name, place in read_places(folder).items()}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx import device
-from openelm_mlx.config_files import APPLES_DEFAULTS, chat_sampling, read_json
 from openelm_mlx.device import mx, nn, set_wired_limit, utils
+from openelm_mlx.dtypes import DTYPES, FLOATS, name_of
+from openelm_mlx.engine.chat_defaults import APPLES_DEFAULTS, chat_sampling
 from openelm_mlx.engine.decode import Steps
 from openelm_mlx.engine.hub import Resolved, resolve_model
 from openelm_mlx.engine.options import ModelOptions, SamplingOptions
@@ -18,18 +18,18 @@ from openelm_mlx.engine.threads import asynchronous, device_work
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError, reason
 from openelm_mlx.fields import shown
-from openelm_mlx.files import name_for_mlx
-from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.files import name_for_mlx, read_json, weight_files
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 from openelm_mlx.model.decoder import OpenELM
+from openelm_mlx.quantization import Plan, QuantSpec, quantization_of, read_plan
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Mapping
 
     from openelm_mlx.engine.options import GenerationOptions
     from openelm_mlx.engine.prompts import Prompt
     from openelm_mlx.engine.request import Event
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # OpenELM-3B and up: activations overflow float16 (CoreNet, mlx_examples/open_elm/README.md)
 WIDE_MODEL_DIM = 3072
 
@@ -47,7 +47,7 @@ class Engine:
     config: OpenELMConfig
     name: str
     path: Path
-    quantization: dict[str, Any] | None = None
+    quantization: Mapping[str, Any] | None = None  # as in config.json, with false for the others
     instruct: bool = False
     chat_sampling: SamplingOptions = SamplingOptions(
         repetition_penalty=APPLES_DEFAULTS["repetition_penalty"]
@@ -110,7 +110,7 @@ def load(
     `ConversionError`, `TokenizerError` or `OptionError`.
     """
     if isinstance(dtype, mx.Dtype):
-        dtype = str(dtype).rpartition(".")[2]
+        dtype = name_of(dtype)
     if not isinstance(name, (str, Path)):
         allowed = "allowed is a name, or a path to a folder or file"
         raise OptionError(f"the model is {shown(name)}; {allowed}")
@@ -130,18 +130,21 @@ def load_resolved(
     config = OpenELMConfig.from_hf_dict(raw).with_eos_of(folder)
     sampling = chat_sampling(folder)
     weights = read_weights(folder)
-    quantization = raw.get("quantization") or raw.get("quantization_config")
+    quantization = quantization_of(raw)
     if bits is not None and quantization:
         raise OptionError(f"{name} is quantized already; --bits needs full-precision weights")
     model = OpenELM(config)
     if quantization:
-        quantize_as_stored(model, quantization, weights)
+        plan = read_plan(quantization, expected_tensors(config), weights)
+        quantize_as_stored(model, plan)
+        unquantized = [stem for stem, spec in plan.items() if spec is None]
+        quantization = {**quantization, **dict.fromkeys(unquantized, False)}
     check_coverage(folder, model, weights)
     computed = compute_dtype(config, weights, dtype)
     model.load_weights([(key, cast(array, computed)) for key, array in weights.items()])
     if bits is not None:
         quantize_now(model, bits, group_size)
-        quantization = {"bits": bits, "group_size": group_size}
+        quantization = QuantSpec(bits, group_size).as_config()
     model.eval()
     set_wired_limit()
     mx.eval(model.parameters())
@@ -171,49 +174,28 @@ def speaks_instruct(folder: Path, name: str) -> bool:
 
 
 def read_weights(folder: Path) -> dict[str, mx.array]:
-    """The tensors of model.safetensors, or of an index's shards. Raises `CheckpointError`."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        try:
-            content = json.loads(index.read_text(encoding="utf-8"))
-            names = sorted(set(content["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is no index of shards: {reason(error)}") from None
-        if bad := [name for name in names if Path(str(name)).name != name]:
-            raise CheckpointError(f"{index} names a file outside its folder: {bad[0]!r}")
+    """Return the tensors of model.safetensors, or of an index's shards. Raises `CheckpointError`."""
     weights: dict[str, mx.array] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            remedy = "`openelm convert` makes a complete model folder"
-            raise CheckpointError(f"{folder} has no {name}; {remedy}")
+    for path in weight_files(folder):
         try:
-            loaded = mx.load(name_for_mlx(folder / name))
+            loaded = mx.load(name_for_mlx(path))
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{folder / name} is damaged or cut short: {error}") from None
+            raise CheckpointError(f"{path} is damaged or cut short: {error}") from None
         weights.update(loaded if isinstance(loaded, dict) else {})
     return weights
 
 
-def quantize_as_stored(
-    model: OpenELM, quantization: dict[str, Any], weights: dict[str, mx.array]
-) -> None:
-    """Quantize each layer in its own form in config.json, or in the common one if it has scales.
+def quantize_as_stored(model: OpenELM, plan: Plan) -> None:
+    """Quantize each layer by its spec. Raises `ConfigError` for one that its rows do not fit."""
 
-    Raises `ConfigError` where there is no common form.
-    """
+    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        spec = plan.get(path)
+        return False if spec is None else spec.as_config()
 
-    def form_of(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if not hasattr(module, "to_quantized"):
-            return False
-        own = quantization.get(path)
-        return own if isinstance(own, dict) else f"{path}.scales" in weights
-
-    keys = ("group_size", "bits", "mode")
-    form: dict[str, Any] = {key: quantization[key] for key in keys if key in quantization}
-    if not {"group_size", "bits"} <= form.keys():
-        raise ConfigError("config.json has a quantization without group_size and bits")
-    nn.quantize(model, class_predicate=form_of, **form)
+    try:
+        nn.quantize(model, class_predicate=settings)
+    except ValueError as error:
+        raise ConfigError(f"config.json's quantization does not fit: {reason(error)}") from None
 
 
 def quantize_now(model: OpenELM, bits: int, group_size: int) -> None:
@@ -249,11 +231,11 @@ def compute_dtype(
     config: OpenELMConfig, weights: dict[str, mx.array], asked: str | None
 ) -> mx.Dtype:
     """The type of activations. Raises `OptionError` for float16 where the model overflows it."""
-    if asked is not None and asked not in DTYPES:
-        raise OptionError(f"dtype is {asked!r}; allowed: {', '.join(DTYPES)}")
+    if asked is not None and asked not in FLOATS:
+        raise OptionError(f"dtype is {asked!r}; allowed: {', '.join(FLOATS)}")
     stored = weights["transformer.norm.weight"].dtype
     if asked is not None:
-        dtype = DTYPES[asked]
+        dtype = DTYPES[asked].mlx
     elif device.kind() == "cpu":
         dtype = mx.float32  # the CPU backend emulates half types
     else:

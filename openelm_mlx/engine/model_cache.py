@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from openelm_mlx import __version__
-from openelm_mlx.config_files import GENERATION_CONFIG
 from openelm_mlx.engine.tokenizer import FILES
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import replacing
+from openelm_mlx.model.config import GENERATION_CONFIG
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.options import ConvertOptions

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import OptionError
 from openelm_mlx.fields import (
     check_fields,
@@ -21,9 +22,9 @@ from openelm_mlx.fields import (
     option,
     shown,
 )
+from openelm_mlx.quantization import BITS, GROUP_SIZES, MLX_GROUP_SIZE
 
 KV_BITS = (4, 8)
-DTYPES = ("float32", "bfloat16", "float16")
 COARSEST_GREEDY = 1e-6  # below it a temperature leaves float32 logits no choice but the highest
 
 
@@ -194,9 +195,11 @@ class EngineOptions:
 class ModelOptions:
     """How a model is loaded."""
 
-    dtype: str | None = option(None, "compute in this type", choices=DTYPES)
-    bits: int | None = option(None, "quantize while loading", choices=(2, 3, 4, 5, 6, 8))
-    group_size: int = option(64, "with bits: weights that share a scale", choices=(32, 64, 128))
+    dtype: str | None = option(None, "compute in this type", choices=FLOATS)
+    bits: int | None = option(None, "quantize while loading", choices=BITS)
+    group_size: int = option(
+        MLX_GROUP_SIZE, "with bits: weights that share a scale", choices=GROUP_SIZES
+    )
     tokenizer: Path | None = option(None, "a tokenizer.model from elsewhere")
     revision: str | None = option(None, "branch, tag or commit on the hub", metavar="REV")
 

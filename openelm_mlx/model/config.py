@@ -15,9 +15,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openelm_mlx.config_files import GENERATION_CONFIG, generation_config, read_json
 from openelm_mlx.errors import ConfigError
+from openelm_mlx.files import read_json
 
+GENERATION_CONFIG = "generation_config.json"
+BOS, EOS = 1, 2  # of LLaMA's tokenizer, which OpenELM uses; 0 is <unk>
 Multipliers = tuple[float, ...]
 
 
@@ -56,8 +58,8 @@ class OpenELMConfig:
     share_input_output_layers: bool = True
     rope_freq_constant: float = 10000.0
     rms_norm_eps: float = 1e-6
-    bos_token_id: int = 1
-    eos_token_ids: tuple[int, ...] = (2,)
+    bos_token_id: int = BOS
+    eos_token_ids: tuple[int, ...] = (EOS,)
     padding_index: int | None = None
 
     model_type = "openelm"  # a class attribute, not a field: mlx-lm asks for it
@@ -147,13 +149,14 @@ class OpenELMConfig:
 
     def with_eos_of(self, folder: Path) -> OpenELMConfig:
         """The same, with the EOS ids that generation_config.json adds. Raises `ConfigError`."""
-        stated = generation_config(folder).get("eos_token_id")
+        path = folder / GENERATION_CONFIG
+        stated = read_json(path).get("eos_token_id") if path.exists() else None
         ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
         try:
             return replace(self, eos_token_ids=tuple(dict.fromkeys((*self.eos_token_ids, *ids))))
         except (ConfigError, TypeError):
             what = f"eos_token_id is {stated!r}; it must be a whole number or a list of them"
-            raise ConfigError(f"{folder / GENERATION_CONFIG}: {what}") from None
+            raise ConfigError(f"{path}: {what}") from None
 
     def to_hf_dict(self) -> dict[str, Any]:
         """The content of config.json for `from_hf_dict`, and the per-layer lists for mlx-lm."""

@@ -11,9 +11,9 @@ import pytest
 from openelm_mlx.benchmarks.hardware.roofline import PARTS, bound, bytes_per_token, part_of
 from openelm_mlx.benchmarks.measure.bandwidth import measure
 from openelm_mlx.cli.inspect import tensor_bytes
-from openelm_mlx.config_files import read_json
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import BenchmarkError, CacheError
+from openelm_mlx.files import read_json
 from openelm_mlx.model.config import OpenELMConfig
 
 # one layer: 2 query heads, 1 key/value head of 64; FFN 256 wide; 128 -> 128; 1000 tokens

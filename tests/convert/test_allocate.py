@@ -24,7 +24,6 @@ from openelm_mlx.convert.quantize.allocate import (
     plan_bytes,
     true_loss,
 )
-from openelm_mlx.convert.quantize.forms import Form, matrices
 from openelm_mlx.convert.quantize.functional import logits
 from openelm_mlx.convert.quantize.packing import rounded
 from openelm_mlx.device import mx
@@ -32,6 +31,7 @@ from openelm_mlx.errors import CheckpointError, OptionError
 from openelm_mlx.evaluate.score import kl_divergence
 from openelm_mlx.model.config import expected_tensors
 from openelm_mlx.model.decoder import OpenELM
+from openelm_mlx.quantization import QuantSpec, matrices
 
 F16 = "float16"
 
@@ -74,15 +74,15 @@ def test_a_measured_loss_is_the_loss_of_that_one_change():
         "transformer.layers.2.attn.qkv_proj",
     ):
         group = 64 if shapes[f"{stem}.weight"][1] % 64 == 0 else 32
-        name, form = f"{stem}.weight", Form(3, group)
+        name, form = f"{stem}.weight", QuantSpec(3, group)
         model.load_weights([(name, rounded(weights[name], form, mx.float16))], strict=False)
         assert math.isclose(
             losses[stem][form], kl_divergence(exact, model(tokens)).mean().item(), rel_tol=0.02
         )
         model.load_weights([(name, weights[name])], strict=False)
         of = losses[stem]
-        assert of[Form(4, group)] < of[Form(3, group)] < of[Form(2, group)]
-        assert of[None] == 0 and of[Form(4, 32)] <= of[Form(4, 64)] * 1.2
+        assert of[QuantSpec(4, group)] < of[QuantSpec(3, group)] < of[QuantSpec(2, group)]
+        assert of[None] == 0 and of[QuantSpec(4, 32)] <= of[QuantSpec(4, 64)] * 1.2
         assert all(shapes[name][1] % f.group_size == 0 for f in of if f is not None)
 
 
@@ -103,7 +103,7 @@ def test_the_hull_keeps_the_steps_of_falling_gain():
 @pytest.mark.parametrize("seed", [0, 4, 7, 10, 16])  # of these all but the first need exchanges
 def test_the_plan_is_nearly_the_best_of_all_plans(seed):
     random = np.random.default_rng(seed)
-    forms = [Form(bits, group) for bits in (2, 3, 4, 6) for group in (32, 128)]
+    forms = [QuantSpec(bits, group) for bits in (2, 3, 4, 6) for group in (32, 128)]
     shapes = {f"m{n}.weight": (int(random.integers(1, 9)) * 16, 256) for n in range(4)} | {
         "norm.weight": (256,)
     }
@@ -162,7 +162,7 @@ def test_a_folder_of_the_asked_size_loses_less_than_a_uniform_one(tmp_path):
     config, weights = small_model()
     reference = make_reference(config, weights, random_tokens(config))
     assert true_loss(reference, report.forms, F16) < true_loss(
-        reference, dict.fromkeys(report.forms, Form(4, 64)), F16
+        reference, dict.fromkeys(report.forms, QuantSpec(4, 64)), F16
     )
     record = json.loads((tmp_path / "m" / "conversion.json").read_text())
     assert record["calibration"]["sum_of_losses"] == pytest.approx(

@@ -25,7 +25,6 @@ from openelm_mlx.convert.quantize.calibration_text import (
     text_tokens,
 )
 from openelm_mlx.convert.quantize.distill import Schedule, Start, distill, finished
-from openelm_mlx.convert.quantize.forms import Form, matrices
 from openelm_mlx.convert.quantize.gptq import error_feedback
 from openelm_mlx.convert.quantize.grids import fit_groups, pack
 from openelm_mlx.convert.quantize.packing import restored
@@ -33,8 +32,9 @@ from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.model.config import expected_tensors
 from openelm_mlx.model.decoder import OpenELM
+from openelm_mlx.quantization import QuantSpec, matrices
 
-AFFINE = [Form(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+AFFINE = [QuantSpec(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 
 
 def gaussian(rows, columns, seed=0):
@@ -54,7 +54,7 @@ def test_codes_are_packed_as_mlx_packs_them(form):
     assert mx.array_equal(pack(codes, form.bits), packed)
 
 
-@pytest.mark.parametrize("form", [Form(2, 32), Form(3, 64), Form(4, 128)], ids=str)
+@pytest.mark.parametrize("form", [QuantSpec(2, 32), QuantSpec(3, 64), QuantSpec(4, 128)], ids=str)
 def test_fitted_grids_and_error_feedback_beat_nearest_rounding(form):
     weights, inputs = (
         gaussian(16, 256),
@@ -81,7 +81,7 @@ def test_fitted_grids_and_error_feedback_beat_nearest_rounding(form):
     assert (np.abs(learned.before - learned.codes) <= 0.5).all()
 
 
-@pytest.mark.parametrize("form", [Form(2, 32), Form(3, 64), Form(4, 128)], ids=str)
+@pytest.mark.parametrize("form", [QuantSpec(2, 32), QuantSpec(3, 64), QuantSpec(4, 128)], ids=str)
 def test_a_fitted_grid_is_better_than_any_mere_cut_of_the_range(form):
     groups = gaussian(16, 256).reshape(16, -1, form.group_size)
     importance = np.random.default_rng(1).uniform(0.1, 4, groups.shape[1:]).astype(np.float32)
@@ -101,17 +101,19 @@ def test_a_fitted_grid_is_better_than_any_mere_cut_of_the_range(form):
 
 def test_constant_rows_and_inputs_that_are_not_finite():
     flat = np.zeros((2, 64), np.float32)
-    assert np.abs(error_feedback(flat, np.eye(64), Form(4, 64), mx.float16).dense()).max() < 1e-6
+    assert (
+        np.abs(error_feedback(flat, np.eye(64), QuantSpec(4, 64), mx.float16).dense()).max() < 1e-6
+    )
     with pytest.raises(ConversionError, match="activations that are not finite"):
-        error_feedback(flat, np.full((64, 64), np.inf), Form(4, 64), mx.float16)
+        error_feedback(flat, np.full((64, 64), np.inf), QuantSpec(4, 64), mx.float16)
 
 
 @pytest.mark.parametrize("name", ["tied-gqa4", "untied-mha"])
 def test_each_method_loses_less_than_the_one_before(name):
     config, weights = small_model(name)
     shapes = expected_tensors(config)
-    plan = dict.fromkeys(matrices(shapes), Form(2, 32))
-    plan["transformer.layers.0.ffn.proj_1"] = Form(4, 32, "mxfp4")
+    plan = dict.fromkeys(matrices(shapes), QuantSpec(2, 32))
+    plan["transformer.layers.0.ffn.proj_1"] = QuantSpec(4, 32, "mxfp4")
     plan["transformer.layers.1.attn.out_proj"] = None
     tokens = random_tokens(config, rows=8)
     reference = make_reference(config, weights, tokens)
@@ -135,7 +137,7 @@ def test_each_method_loses_less_than_the_one_before(name):
 
 
 def test_the_weights_that_are_trained_are_those_that_are_stored():
-    form = Form(3, 32)
+    form = QuantSpec(3, 32)
     codes = error_feedback(gaussian(8, 64), np.eye(64), form, mx.float32)
     start = Start(codes, *map(mx.array, (codes.before, codes.scales, codes.biases)))
     shift = {"codes": 0.7, "scales": 0.1, "biases": -0.2}

@@ -19,7 +19,7 @@ from openelm_mlx.convert.sources.huggingface import HuggingFaceFolder
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.convert.targets.writer import write_weights
 from openelm_mlx.device import mx
-from openelm_mlx.errors import ConversionError
+from openelm_mlx.errors import CheckpointError, ConversionError
 
 # safetensors
 
@@ -35,7 +35,7 @@ GOOD = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (header({"w": GOOD})[:30], "is truncated or no safetensors file"),
+        (header({"w": GOOD})[:30], "is truncated or not a safetensors file"),
         (header({"w": GOOD}, bytes(60)), "is truncated: tensor w ends at byte"),
         (
             header(b"{" + b" " * (3 << 20)),
@@ -73,11 +73,11 @@ def test_malformed_safetensors(tmp_path, content, message):
 
 
 def test_a_safetensors_header_that_is_no_object(tmp_path):
-    from openelm_mlx.convert.sources.huggingface import read_header
+    from openelm_mlx.files import read_header
 
     (tmp_path / "x").write_bytes(header(b"[]"))
     with pytest.raises(
-        ConversionError, match="cannot be read as safetensors: its header is no object"
+        CheckpointError, match="cannot be read as safetensors: its header is not an object"
     ):
         read_header(tmp_path / "x")
 
@@ -341,7 +341,7 @@ def test_gguf_headers_that_no_tool_writes(tmp_path, content, message):
 
 
 def test_the_writer_holds_to_its_plan(tmp_path):
-    from openelm_mlx.convert.sources import TensorInfo
+    from openelm_mlx.files import TensorInfo
 
     plan = {"a": TensorInfo("float32", (2, 2))}
     for arrays in ([("a", mx.zeros((3,)))], [("b", mx.zeros((2, 2)))]):

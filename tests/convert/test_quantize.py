@@ -12,25 +12,21 @@ from golden_set import NANO
 
 from openelm_mlx import load
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.quantize.forms import (
-    Form,
-    all_forms,
-    check_divides,
-    config_entry,
-    make_form,
-    matrices,
-    read_plan,
-)
 from openelm_mlx.convert.quantize.packing import planned, quantized, restored
-from openelm_mlx.convert.sources import TensorInfo
-from openelm_mlx.convert.targets.writer import nbytes
+from openelm_mlx.convert.quantize.planning import check_divides
 from openelm_mlx.device import mx
-from openelm_mlx.errors import ConversionError, OptionError
-from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.errors import ConversionError
+from openelm_mlx.files import TensorInfo
+from openelm_mlx.model.config import expected_tensors
+from openelm_mlx.quantization import (
+    QuantSpec,
+    all_specs,
+    matrices,
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("form", all_forms(), ids=str)
+@pytest.mark.parametrize("form", all_specs(), ids=str)
 def test_every_form_is_packed_as_planned_and_near_the_weights(form, dtype):
     weights = mx.random.normal((8, 256), key=mx.random.key(0)).astype(getattr(mx, dtype))
     arrays = quantized("a.weight", weights, form)
@@ -38,7 +34,7 @@ def test_every_form_is_packed_as_planned_and_near_the_weights(form, dtype):
     assert {n: (str(a.dtype).removeprefix("mlx.core."), a.shape) for n, a in arrays.items()} == plan
     assert (
         form.nbytes((8, 256), dtype)
-        == sum(map(nbytes, plan.values()))
+        == sum(info.nbytes for info in plan.values())
         == sum(a.nbytes for a in arrays.values())
     )
     ours = np.array(restored("a.weight", arrays, form))
@@ -54,71 +50,29 @@ def test_every_form_is_packed_as_planned_and_near_the_weights(form, dtype):
     assert np.abs(ours - np.array(theirs)).max() <= (0 if dtype == "float32" else 0.05)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ((7, None, None), "bits is 7; "),
-        ((4, 16, None), "group_size is 16; mode affine has 32 or 64 or 128"),
-        ((4, 64, "mxfp4"), "group_size is 64; mode mxfp4 has 32"),
-        ((8, None, "nvfp4"), "bits is 8; mode nvfp4 has 4"),
-        ((None, None, "affine"), "mode affine needs --bits"),
-        ((None, 64, None), "nothing is quantized; give --bits or --mode"),
-        ((4, None, "gguf"), "mode is 'gguf'; allowed: affine, mxfp4, mxfp8, nvfp4"),
-        ((True, None, None), "bits is True"),
-    ],
-)
-def test_combinations_that_do_not_exist(flags, message):
-    with pytest.raises(OptionError, match=message):
-        make_form(*flags)
-    with pytest.raises(OptionError, match=message):
-        ConvertOptions("a", "b", bits=flags[0], group_size=flags[1], mode=flags[2])
-
-
-def test_flags_make_forms():
-    assert make_form(4, None, None) == Form(4, 64, "affine")
-    assert make_form(None, None, "nvfp4") == Form(4, 16, "nvfp4")
-    assert make_form(None, None, None) is None
-    with pytest.raises(OptionError, match="mode is 'x'"):
-        Form(4, 64, "x")
-
-
 def test_rows_that_do_not_divide():
     shapes = {"a.weight": (4, 128), "b.weight": (4, 96), "norm.weight": (96,)}
     with pytest.raises(
         ConversionError, match=r"b.weight has rows of 96 weights.*64; use --group-size 32"
     ):
-        check_divides(dict.fromkeys(matrices(shapes), Form(4, 64)), shapes)
+        check_divides(dict.fromkeys(matrices(shapes), QuantSpec(4, 64)), shapes)
     with pytest.raises(ConversionError, match="no group size fits: leave it unquantized"):
-        check_divides({"a": Form(4, 64)}, {"a.weight": (4, 100)})
-    check_divides({"a": Form(4, 64), "b": None}, shapes)
+        check_divides({"a": QuantSpec(4, 64)}, {"a.weight": (4, 100)})
+    check_divides({"a": QuantSpec(4, 64), "b": None}, shapes)
 
 
 MIXED = {
-    "token_embeddings": Form(6, 32),
-    "ffn.proj_1": Form(3, 128),
-    "ffn.proj_2": Form(4, 16, "nvfp4"),
+    "token_embeddings": QuantSpec(6, 32),
+    "ffn.proj_1": QuantSpec(3, 128),
+    "ffn.proj_2": QuantSpec(4, 16, "nvfp4"),
     "attn.qkv_proj": None,
 }
 
 
 def mixed_plan(shapes):
     return {
-        s: next((f for role, f in MIXED.items() if s.endswith(role)), Form(4, 64))
+        s: next((f for role, f in MIXED.items() if s.endswith(role)), QuantSpec(4, 64))
         for s in matrices(shapes)
-    }
-
-
-def test_config_entry_is_read_back():
-    shapes = expected_tensors(OpenELMConfig.from_name("270m"))
-    plan = mixed_plan(shapes)
-    stored = {f"{stem}.scales" for stem, form in plan.items() if form is not None}
-    assert read_plan(config_entry(plan), shapes, stored) == plan
-    assert config_entry(dict.fromkeys(plan)) is None
-    assert read_plan(None, shapes, set()) == dict.fromkeys(plan)
-    assert config_entry(dict.fromkeys(plan, Form(4, 64))) == {
-        "group_size": 64,
-        "bits": 4,
-        "mode": "affine",
     }
 
 

@@ -10,11 +10,11 @@ import pytest
 from golden_set import NANO
 
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.quantize.forms import Form
 from openelm_mlx.convert.quantize.recipes import BUILT_IN, Recipe, find_recipe, read_recipe
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, OptionError
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.quantization import QuantSpec
 
 SHAPES = expected_tensors(OpenELMConfig.from_name("270m"))
 YAML = """
@@ -37,14 +37,14 @@ def test_the_most_particular_line_wins(tmp_path):
         name.removesuffix(".weight") for name, shape in SHAPES.items() if len(shape) == 2
     ]
     forms = {stem.removeprefix("transformer."): form for stem, form in plan.items()}
-    assert forms["token_embeddings"] == Form(6)
-    assert forms["layers.0.attn.out_proj"] == forms["layers.1.ffn.proj_2"] == Form(8)
+    assert forms["token_embeddings"] == QuantSpec(6)
+    assert forms["layers.0.attn.out_proj"] == forms["layers.1.ffn.proj_2"] == QuantSpec(8)
     assert forms["layers.2.attn.out_proj"] is None
-    assert forms["layers.2.attn.qkv_proj"] == Form(3, 128)
-    assert forms["layers.2.ffn.proj_2"] == Form(4, 16, "nvfp4")
-    assert forms["layers.7.ffn.proj_1"] == Form(2)
-    assert forms["layers.15.attn.qkv_proj"] == Form(5, 32)
-    assert forms["layers.15.ffn.proj_2"] == Form(4)
+    assert forms["layers.2.attn.qkv_proj"] == QuantSpec(3, 128)
+    assert forms["layers.2.ffn.proj_2"] == QuantSpec(4, 16, "nvfp4")
+    assert forms["layers.7.ffn.proj_1"] == QuantSpec(2)
+    assert forms["layers.15.attn.qkv_proj"] == QuantSpec(5, 32)
+    assert forms["layers.15.ffn.proj_2"] == QuantSpec(4)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -88,7 +88,7 @@ def test_names_that_are_no_recipe():
     ):
         find_recipe("mixed-3_4")
     with pytest.raises(OptionError, match="layers.99.ffn.proj_1, which this model does not have"):
-        Recipe(single={"layers.99.ffn.proj_1": Form(4)}).plan(SHAPES)
+        Recipe(single={"layers.99.ffn.proj_1": QuantSpec(4)}).plan(SHAPES)
 
 
 @pytest.mark.parametrize(

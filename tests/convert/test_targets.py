@@ -10,11 +10,11 @@ from formats import tokenizer_file
 from golden_set import GOLDEN
 
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.sources import TensorInfo
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.targets.writer import write_weights
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
+from openelm_mlx.files import TensorInfo
 
 N = "transformer.layers.2.ffn.proj_1.weight"
 

@@ -11,7 +11,6 @@ import pytest
 from formats import again, trained_tokenizer
 from golden_set import NANO
 
-from openelm_mlx.config_files import read_json
 from openelm_mlx.convert.opening import check_no_adapter
 from openelm_mlx.convert.sources import canonical, infer_config
 from openelm_mlx.convert.sources.yaml_files import read_yaml
@@ -26,6 +25,7 @@ from openelm_mlx.convert.tokenizers.tokenizer_model import (
     read_tokenizer,
 )
 from openelm_mlx.errors import ConfigError, ConversionError, OpenELMError, TokenizerError
+from openelm_mlx.files import read_json
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 
 # shapes and names
@@ -89,9 +89,13 @@ def test_names_that_mean_one_tensor_or_none_known():
 
 def test_configurations_beyond_all_size(tmp_path):
     (tmp_path / "c").write_bytes(b" " * ((4 << 20) + 1))
-    with pytest.raises(ConfigError, match="c is no configuration: it has more than 4194304 bytes"):
+    with pytest.raises(
+        ConfigError, match="c is not a configuration: it has more than 4194304 bytes"
+    ):
         read_json(tmp_path / "c")
-    with pytest.raises(ConfigError, match="c is no configuration: it has more than 262144 bytes"):
+    with pytest.raises(
+        ConfigError, match="c is not a configuration: it has more than 262144 bytes"
+    ):
         read_yaml(tmp_path / "c")
 
 

@@ -1,8 +1,7 @@
-"""The JSON files that a configuration stands in, read without trust in their size or shape."""
+"""How a model chats unless told otherwise: what its generation_config.json says of sampling."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,31 +9,13 @@ from typing import Any
 
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.errors import ConfigError, OptionError
+from openelm_mlx.files import read_json
+from openelm_mlx.model.config import GENERATION_CONFIG
 
-GENERATION_CONFIG = "generation_config.json"
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", *PENALTIES)
-# of the examples in its model cards
+# those of the examples in Apple's model cards
 APPLES_DEFAULTS: Mapping[str, Any] = {"do_sample": False, "repetition_penalty": 1.2}
-MAX_JSON_BYTES = 4 << 20  # a sharded 3B's index has 40 KB
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `ConfigError` with the file's name."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            why = f"it has more than {MAX_JSON_BYTES} bytes"
-            raise ConfigError(f"{path} is no configuration: {why}")
-        raw = json.loads(data.decode("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold an object, not {type(raw).__name__}")
-    return raw
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
