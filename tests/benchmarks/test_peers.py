@@ -22,6 +22,7 @@ from openelm_mlx.device import mx, utils
 from openelm_mlx.engine.hub import BUNDLED
 from openelm_mlx.engine.loading import parameters
 from openelm_mlx.errors import BenchmarkError, OptionError
+from openelm_mlx.quantization import QuantSpec
 
 PROMPT = "Once upon a time there was a little fox who"
 TOKENS = 32
@@ -186,7 +187,7 @@ def test_affine_weights_keep_their_integers_in_llama_cpps_blocks(bits, group_siz
         scales.astype(mx.float16).astype(mx.float32),
         biases.astype(mx.float16).astype(mx.float32),
     )
-    matrix = Packed(words, scales, biases, bits, group_size, "affine")
+    matrix = Packed(words, scales, biases, QuantSpec(bits, group_size))
     stored = dequantize(blocks(matrix), GGMLQuantizationType[matrix.kind])
     assert np.abs(stored - np.array(matrix.expanded())).max() < 1e-6
 
