@@ -5,11 +5,18 @@ BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 PIP_FLAGS := --disable-pip-version-check --no-input
 
-.PHONY: chat test clean help
+# every client that the tests of an ordinary machine use
+EXTRAS := dev,plot,grammar
+# two processes; a test file stays in one, so that the models its tests share are made once
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+.PHONY: chat test coverage dist clean help
 help:
-	@echo "make chat   install and chat with the bundled model"
-	@echo "make test   lint, types and tests, as CI runs them"
-	@echo "make clean  remove the virtual environment and caches"
+	@echo "make chat      install and chat with the bundled model"
+	@echo "make test      lint, types and tests, as CI runs them"
+	@echo "make coverage  the lines that no test executes"
+	@echo "make dist      build wheel and source distribution, and check what they hold"
+	@echo "make clean     remove the virtual environment and caches"
 
 # $(call install,WHAT): make the virtual environment where there is no whole one, and install WHAT into it. What pip says
 # goes to a log, of which the end is shown when something fails. A later run of make ends what was interrupted: the script
@@ -29,7 +36,7 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml
-	$(call install,.[dev])
+	$(call install,.[$(EXTRAS)])
 	@touch $(VENV)/installed $@
 
 chat: $(VENV)/installed
@@ -38,7 +45,18 @@ chat: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p openelm_mlx
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+coverage: $(VENV)/installed-dev
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --quiet --editable '.[coverage]'
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -n 2 --dist loadfile
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+dist: $(VENV)/installed-dev
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --quiet --editable '.[dist]'
+	$(BIN)/python packaging/check_distributions.py dist
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from formats import again
 from golden_set import NANO
-from optional import skip_without, skipped_line
+from optional import OPTIONAL, mark_each, marker, skip_without, skipped_line
 
 from openelm_mlx import load
 from openelm_mlx.engine.hub import resolve_model
@@ -26,6 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "with_or_without(*names): holds with and without these; see tests/helpers/optional.py",
     )
+    for name in OPTIONAL:
+        config.addinivalue_line("markers", f"{marker(name)}: names {name}")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    mark_each(item)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -67,10 +74,6 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden nano model as a folder of this project."""
-    from formats import (
-        again,
-    )  # not above: it imports MLX, and openelm_mlx loads a faster BLAS before that
-
     return again(NANO / "checkpoint.pt", tmp_path_factory.mktemp("nano") / "nano")
 
 

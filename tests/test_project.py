@@ -41,7 +41,9 @@ def test_what_was_skipped_is_said_in_one_line():
 # a Python that makes a virtual environment whose pip says a lot, and fails where a file `broken`
 # lies
 PYTHON = """#!/bin/sh
-if [ "$2" = venv ]; then mkdir -p .venv/bin && cp "$0" .venv/bin/python && touch .venv/bin/activate; fi
+if [ "$2" = venv ]; then
+    mkdir -p .venv/bin && cp "$0" .venv/bin/python && touch .venv/bin/activate
+fi
 if [ "$3" = install ]; then
     seq 100
     [ ! -e broken ] || { echo "no such package" >&2; exit 1; }

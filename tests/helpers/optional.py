@@ -3,15 +3,20 @@
 `@pytest.mark.needs("Chromium")` is for a test that means nothing without it: it is skipped, and the
 last lines of the run say so. `@pytest.mark.with_or_without("OpenBLAS")` is for a test that holds
 either way; `.ci/run` runs both kinds once more on a machine that has none of these things.
+
+Each thing is a marker of its own too, so that `pytest -m metal` or `pytest -m "not chromium"`
+selects the tests that name it: "a C++ compiler" is `a_c_compiler`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
@@ -33,14 +38,22 @@ def compiles() -> bool:
     return len(calls) == 1
 
 
+def metal() -> bool:
+    """Tell whether MLX computes on the GPU of a Mac."""
+    from openelm_mlx import device
+
+    return device.kind() == "metal"
+
+
 def peer(name: str) -> bool:
+    """Tell whether a benchmark could measure this peer here."""
     from openelm_mlx.benchmarks import peers
 
     return peers.why_not(name) is None
 
 
 def writable_home() -> bool:
-    """Root is told that it may write anywhere, so a file is made."""
+    """Tell whether the home takes a file. It is tried, as root is told so of any folder."""
     try:
         with TemporaryFile(dir=Path.home()):
             return True
@@ -49,15 +62,18 @@ def writable_home() -> bool:
 
 
 def permissions_hold() -> bool:
-    """Root may write where nobody may."""
+    """Tell whether a folder without write permission refuses a file. For root it does not."""
     with TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
         return not os.access(folder, os.W_OK)
 
 
 OPTIONAL: dict[str, Callable[[], bool]] = {
+    "Metal": metal,
     "a C++ compiler": compiles,
     "Chromium": lambda: find_chromium() is not None,
+    "matplotlib": lambda: find_spec("matplotlib") is not None,
+    "llguidance": lambda: find_spec("llguidance") is not None,
     "llama.cpp": lambda: peer("llama.cpp"),
     "torch": lambda: peer("torch"),
     "OpenBLAS": lambda: load_blas().path is not None,
@@ -69,21 +85,48 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
 }
 
 
+def marker(name: str) -> str:
+    """Return the marker that selects the tests which name this thing.
+
+    >>> marker("another user than root")
+    'another_user_than_root'
+    """
+    return re.sub(r"\W+", "_", name).strip("_").lower()
+
+
+def names_of(item: pytest.Item) -> tuple[list[str], list[str]]:
+    """Return what a test needs, and what it holds with and without."""
+    needs, both = (
+        [name for mark in item.iter_markers(kind) for name in mark.args]
+        for kind in ("needs", "with_or_without")
+    )
+    return needs, both
+
+
+def mark_each(item: pytest.Item) -> None:
+    """Give a test the marker of each thing that it names."""
+    for name in {name for names in names_of(item) for name in names} & OPTIONAL.keys():
+        item.add_marker(marker(name))
+
+
 def skip_without(item: pytest.Item) -> None:
     """Skip a test that needs what is not here. An unknown name is a mistake of the test."""
-    names = [name for mark in item.iter_markers("needs") for name in mark.args]
-    both = [name for mark in item.iter_markers("with_or_without") for name in mark.args]
-    if unknown := set(names + both) - OPTIONAL.keys():
+    needs, both = names_of(item)
+    if unknown := set(needs + both) - OPTIONAL.keys():
         pytest.fail(
             f"marked with {sorted(unknown)}; tests/helpers/optional.py knows {list(OPTIONAL)}"
         )
-    for name in names:
+    for name in needs:
         if not OPTIONAL[name]():
             pytest.skip(f"wants {name}")
 
 
 def skipped_line(reasons: Iterable[str]) -> str | None:
-    """One line for all that was skipped, as in "15 skipped: 12 want llama.cpp, 3 want Chromium"."""
+    """Return one line for all that was skipped, or None.
+
+    >>> skipped_line(["Skipped: wants Chromium", "Skipped: wants Linux", "Skipped: wants Chromium"])
+    '3 skipped: 2 want Chromium, 1 wants Linux'
+    """
     counts = Counter(reason.removeprefix("Skipped: ") for reason in reasons)
     if not counts:
         return None
