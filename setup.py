@@ -33,12 +33,12 @@ def index_page() -> str:
     return re.sub(r"\[([^]]+)\]\((?!\w+://)[^)]+\)", r"\1", text)
 
 
-for name in LINKED:
-    if not (ROOT / "openelm_mlx" / name).is_dir():
-        sys.exit(
-            f"openelm_mlx/{name} must be a symbolic link to {name}, but git made none here: "
-            f"run `git config core.symlinks true && git checkout -- openelm_mlx/{name}`"
-        )
+links = [f"openelm_mlx/{name}" for name in LINKED]
+if not all(Path(ROOT, link).is_dir() for link in links):
+    sys.exit(
+        f"{' and '.join(links)} must be symbolic links, but git made text files of them here: run "
+        f"`git config core.symlinks true && git checkout -- {' '.join(links)}`"
+    )
 setup(
     cmdclass={"sdist": SourceDistribution},
     long_description=index_page(),
