@@ -1,4 +1,4 @@
-# `make chat` talks to the bundled model, `make test` runs all that CI runs. Both need Python 3.10+ and make only.
+# `make chat` talks to the bundled model, `make test` runs all that CI runs. Both need Python 3.11+ and make only.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +22,7 @@ help:
 # goes to a log, of which the end is shown when something fails. A later run of make ends what was interrupted: the script
 # `activate` is what an environment gets last.
 define install
-@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("openelm-mlx needs Python 3.10 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("openelm-mlx needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 @mkdir -p $(VENV)
 @echo "installing openelm-mlx into $(VENV), once (log: $(LOG)) ..." >&2
 @{ { [ -f $(BIN)/activate ] && $(BIN)/python -m pip --version; } || $(PYTHON) -m venv $(VENV); } >$(LOG) 2>&1 && \

@@ -63,6 +63,10 @@ def check_wheel(wheel: Path, tracked: set[str]) -> None:
             expected.add(name)
     expected = {name for name in expected if not name.startswith("openelm_mlx/benchmarks/scripts/")}
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    data = [name for name in names if ".data/" in name]
+    if [name.split(".data/data/")[1] for name in data] != ["share/man/man1/openelm.1"]:
+        sys.exit(f"wheel: beside the package only the manual page is expected, not {data}")
+    names = [name for name in names if name not in data]
     if len(names) != len(set(names)) or set(names) != expected:
         twice = sorted({name for name in names if names.count(name) > 1})
         missing, extra = sorted(expected - set(names)), sorted(set(names) - expected)

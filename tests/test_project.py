@@ -4,32 +4,133 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
-from optional import skipped_line
+import yaml
+from optional import OPTIONAL, marker, skipped_line
+
+import openelm_mlx
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [
+PRODUCT = [
     path
-    for folder in ("openelm_mlx", "convert", "benchmarks", "tests")
+    for folder in ("openelm_mlx", "convert", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+# what a module is called on the package index, where its name does not say so
+DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "yaml": "pyyaml", "google": "protobuf"}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_assert_in_the_package_and_no_import_by_folder_name(path):
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    if "tests" not in path.parts:
-        assert not [node.lineno for node in nodes if isinstance(node, ast.Assert)]
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [
-        node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level
+def nodes(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def imported(path: Path) -> set[str]:
+    """Return the top-level names that a file imports, anywhere in it."""
+    names = set()
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
+def required(requirements: list[str]) -> set[str]:
+    """Return the names of requirements as the package index writes them."""
+    names = (re.match(r"[\w.-]+", requirement) for requirement in requirements)
+    return {name.group().lower().replace("_", "-") for name in names if name}
+
+
+def text_of(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_the_product_does_not_assert():
+    found = [path for path in PRODUCT if any(isinstance(node, ast.Assert) for node in nodes(path))]
+    assert not found, f"{found}: `assert` is for tests; raise a child of OpenELMError"
+
+
+def test_convert_and_benchmarks_are_imported_as_parts_of_the_package():
+    assert not [path for path in PRODUCT + TESTS if imported(path) & {"convert", "benchmarks"}]
+
+
+def test_what_is_imported_is_required():
+    known = {"openelm_mlx", "soak"} | sys.stdlib_module_names
+    everything = required(PROJECT["dependencies"]).union(*map(required, EXTRAS.values()))
+    for path in PRODUCT:
+        for name in imported(path) - known:
+            distribution = DISTRIBUTIONS.get(name, name.lower().replace("_", "-"))
+            assert distribution in everything, f"{path} imports {name}; pyproject.toml lacks it"
+
+
+def test_an_extra_that_a_message_or_a_page_names_exists():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]
+    named = {
+        extra
+        for path in [*PRODUCT, *TESTS, *pages, ROOT / "Makefile"]
+        for words in re.findall(
+            r"(?:openelm-mlx|\.)\[([\w,]+)\]'", path.read_text(encoding="utf-8")
+        )
+        for extra in words.split(",")
+    }
+    assert {"plot", "grammar"} <= named <= EXTRAS.keys()
+
+
+def test_the_version_stands_in_one_place():
+    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {
+        "attr": "openelm_mlx.__version__"
+    }
+    others = ["pyproject.toml", "setup.py", "Makefile", "CITATION.cff"]
+    for path in [*(ROOT / other for other in others), *WORKFLOWS]:
+        assert openelm_mlx.__version__ not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_pythons_that_are_promised_are_those_that_are_tested():
+    minors = [
+        int(found.group(1))
+        for line in PROJECT["classifiers"]
+        if (found := re.fullmatch(r"Programming Language :: Python :: 3\.(\d+)", line))
     ]
-    assert not [name for name in names if name.split(".")[0] in ("convert", "benchmarks")]
+    oldest, newest = min(minors), max(minors)
+    assert minors == list(range(oldest, newest + 1))
+    assert PROJECT["requires-python"] == f">=3.{oldest}"
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py3{oldest}"
+    assert PYPROJECT["tool"]["mypy"]["python_version"] == f"3.{oldest}"
+    assert f"sys.version_info >= (3, {oldest})" in text_of("Makefile")
+    assert f"Python 3.{oldest}+" in text_of("README.md")
+    jobs = yaml.safe_load(text_of(".github/workflows/test.yml"))["jobs"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == [f"3.{oldest}", f"3.{newest}"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_are_limited_and_pin_their_actions(path):
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert workflow["permissions"] in ({}, {"contents": "read"}) and "concurrency" in workflow
+    for name, job in workflow["jobs"].items():
+        assert "timeout-minutes" in job or "uses" in job, name
+    for action in re.findall(r"uses: (?!\./)(.+)", path.read_text(encoding="utf-8")):
+        assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
+
+
+def test_each_optional_thing_is_a_marker(pytestconfig):
+    markers = [line.partition(":")[0] for line in pytestconfig.getini("markers")]
+    assert {marker(name) for name in OPTIONAL} <= set(markers)
+    assert len({marker(name) for name in OPTIONAL}) == len(OPTIONAL)
+    assert (marker("a C++ compiler"), marker("/dev/full")) == ("a_c_compiler", "dev_full")
 
 
 def test_what_was_skipped_is_said_in_one_line():

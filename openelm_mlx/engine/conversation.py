@@ -29,7 +29,7 @@ from openelm_mlx.fields import explained, shown
 from openelm_mlx.model.cache_kinds import CacheKind
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack  # only type checkers import it; nothing to install
+    from typing import Unpack
 
     from openelm_mlx.engine.decode import Progress
     from openelm_mlx.engine.draft_model import ModelDraft

@@ -30,7 +30,7 @@ from openelm_mlx.errors import OpenELMError, OptionError, PromptError
 from openelm_mlx.fields import explained, shown
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack  # only type checkers import it; nothing to install
+    from typing import Unpack
 
     from openelm_mlx.engine.decode import Progress
     from openelm_mlx.engine.draft_model import ModelDraft

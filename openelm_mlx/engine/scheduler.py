@@ -45,7 +45,7 @@ from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.cache_kinds import CacheKind
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack
 
     from openelm_mlx.engine.decode import Progress
     from openelm_mlx.engine.draft_model import ModelDraft
