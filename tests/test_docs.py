@@ -4,16 +4,17 @@ ones.
 
 from __future__ import annotations
 
+import codecs
+import json
 import re
 import shlex
-from collections.abc import Iterator
-from importlib.util import find_spec
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from readme_table import RESULTS, filled
 
-from openelm_mlx.cli.main import build_parser
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig
 
 ROOT = Path(__file__).parents[1]
@@ -31,22 +32,44 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
 
 
-def commands(line: str) -> Iterator[list[str]]:
-    """The commands of a line of shell, without variables before them and files after `<` and
-    `>`.
+# Commands that are run elsewhere: by make and CI, or by nobody but the user.
+ELSEWHERE = ("make", "pip", "uv", "uvx", "pipx", "brew", "apt", ".", "man")
+
+
+def console_lines(page: Path) -> list[str]:
+    """The command lines of a page: what follows `$ ` in a console block, or all lines of one
+    without any.
     """
-    words = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
+    found = []
+    for block in blocks(page, "console"):
+        lines = re.sub(r"\\\n", " ", block).splitlines()
+        prompts = [line for line in lines if line.lstrip().startswith("$ ")]
+        found += [line.strip().removeprefix("$ ") for line in prompts or lines if line.strip()]
+    return found
+
+
+def parsed(line: str) -> list[tuple[list[str], str]]:
+    """The commands of a line of shell, each with its standard input.
+
+    That is a text, or "<NAME" for a file; variables before a command are left out.
+    """
+    words = shlex.shlex(line, posix=True, punctuation_chars=True)
     words.whitespace_split = True
-    command: list[str] = []
+    commands: list[tuple[list[str], str]] = [([], "")]
     for word in words:
-        if word in ("|", ";", "&&"):
-            yield command
-            command = []
-        elif word in ("<", ">"):
+        command, text = commands[-1]
+        if word == "|":
+            fed = codecs.decode(command[1], "unicode_escape") if command[0] == "printf" else ""
+            commands[-1:] = [([], fed)] if command[0] == "printf" else [commands[-1], ([], "")]
+        elif word in (";", "&&"):
+            commands.append(([], ""))
+        elif word == "<":
+            commands[-1] = command, "<" + next(words)
+        elif word in (">", ">>"):
             next(words)
         elif command or not re.fullmatch(r"[A-Z_]+=\S*", word):
             command.append(word)
-    yield command
+    return [one for one in commands if one[0]]
 
 
 PYTHON = [page for page in PAGES if blocks(page, "python")]
@@ -59,18 +82,25 @@ def test_python_runs(page, capsys):
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=named)
-def test_commands_parse(page):
-    parser = build_parser()
-    for block in blocks(page, "(?:console|text)?"):
-        for line in re.sub(r"\\\n", " ", block).splitlines():
-            if not re.match(r" *(\$ |openelm |python -m |printf )", line):
-                continue
-            for command in commands(line.strip()):
-                if command[:1] == ["openelm"]:
-                    assert callable(parser.parse_args(command[1:]).run), line
-                elif command[:2] == ["python", "-m"]:
-                    assert find_spec(command[2]), line
+CONSOLE = [page for page in PAGES if console_lines(page)]
+
+
+@pytest.mark.parametrize("page", CONSOLE, ids=named)
+def test_commands_run(page, tmp_path):
+    """Every command of a page, in its order, with stand-ins for what it would download."""
+    todo = []
+    for command, text in (one for line in console_lines(page) for one in parsed(line)):
+        if command[0] == "openelm":
+            todo.append((command[1:], text or "Hello!\n"))
+        elif command[0] == "python":
+            todo.append((command, text))
+        else:
+            assert command[0] in ELSEWHERE, command
+    runner = [sys.executable, ROOT / "tests" / "helpers" / "documented.py", tmp_path]
+    done = subprocess.run(runner, input=json.dumps(todo), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    failed = [one for one in json.loads(done.stdout) if one["status"] not in (0, None)]
+    assert not failed, "\n".join(f"{' '.join(one['argv'])}: {one['err']}" for one in failed)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
