@@ -69,7 +69,7 @@ def test_convert_and_benchmarks_are_imported_as_parts_of_the_package():
 
 
 def test_what_is_imported_is_required():
-    known = {"openelm_mlx", "soak"} | sys.stdlib_module_names
+    known = {"openelm_mlx"} | sys.stdlib_module_names
     everything = required(PROJECT["dependencies"]).union(*map(required, EXTRAS.values()))
     for path in PRODUCT:
         for name in imported(path) - known:

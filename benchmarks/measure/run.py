@@ -229,8 +229,7 @@ class Run:
         """Load the model in these widths, time every point, and take down the rows, the last ones
         at an interrupt too.
         """
-        from soak import soak_row
-
+        from openelm_mlx.benchmarks.checks.soak import soak_row
         from openelm_mlx.benchmarks.measure.loaded import open_weights
         from openelm_mlx.benchmarks.measure.startup import startup_rows
 

@@ -10,13 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import drift
 import pytest
-import soak as soaking
 from small import random_engine
-from trials import Answer, Request
 
 from openelm_mlx.benchmarks import peers
+from openelm_mlx.benchmarks.checks import drift
+from openelm_mlx.benchmarks.checks import soak as soaking
+from openelm_mlx.benchmarks.checks.trials import Answer, Request
 from openelm_mlx.benchmarks.measure import bandwidth, machine, run, startup
 from openelm_mlx.benchmarks.measure.harness import label
 from openelm_mlx.benchmarks.measure.loaded import last_part

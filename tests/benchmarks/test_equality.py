@@ -1,16 +1,15 @@
-"""A few of the trials of `tests/equality/equality.py`, and that its judge sees what is wrong."""
+"""A few of the trials of `benchmarks/scripts/equality.py`, and that its judge sees what is wrong."""
 
 from __future__ import annotations
 
-import equality
 import numpy as np
 import pytest
-from judge import Judge, Report
-from reference import Reference
 from small import random_engine
-from trials import Answer, Request, alone
 
-from openelm_mlx.benchmarks.scripts import latency
+from openelm_mlx.benchmarks.checks.judge import Judge, Report
+from openelm_mlx.benchmarks.checks.reference import Reference
+from openelm_mlx.benchmarks.checks.trials import Answer, Request, alone
+from openelm_mlx.benchmarks.scripts import equality, latency
 from openelm_mlx.device import mx
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.model.cache_kinds import CacheKind

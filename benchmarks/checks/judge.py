@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from reference import Reference
-from trials import Answer, Request
-
+from openelm_mlx.benchmarks.checks.reference import Reference
+from openelm_mlx.benchmarks.checks.trials import Answer, Request
 from openelm_mlx.device import mx
 from openelm_mlx.engine.loading import Engine, parameters
 from openelm_mlx.model.cache_kinds import CacheKind, Quantized

@@ -24,10 +24,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from judge import Judge, Report
-from trials import Answer, Maker, Request, alone, together
-
 from openelm_mlx import PromptCache, batch_generate, generate, load
+from openelm_mlx.benchmarks.checks.judge import Judge, Report
+from openelm_mlx.benchmarks.checks.trials import Answer, Maker, Request, alone, together
 from openelm_mlx.benchmarks.measure.weights import small_engine
 from openelm_mlx.device import blas
 from openelm_mlx.engine.draft_model import ModelDraft
@@ -191,10 +190,10 @@ def opened(
             if name:
                 held[0] = load(name, dtype), load(draft, dtype) if draft else None
             else:
-                made = small_engine(tokenizer_of, number, dtype=DTYPES[dtype])
+                made = small_engine(tokenizer_of, number, dtype=DTYPES[dtype].mlx)
                 held[number] = (
                     made,
-                    small_engine(tokenizer_of, number, dtype=DTYPES[dtype], noise=0.3),
+                    small_engine(tokenizer_of, number, dtype=DTYPES[dtype].mlx, noise=0.3),
                 )
         return held[number]
 

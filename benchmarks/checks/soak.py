@@ -1,6 +1,6 @@
 """Many clients at random: does memory return, does speed hold, is every token still the right one?
 
-    python tests/equality/soak.py [MODEL] [--draft MODEL] [--clients 12] [--requests 1000] [--json FILE]
+    python -m openelm_mlx.benchmarks.checks.soak [MODEL] [--draft MODEL] [--clients 12] [--requests 1000] [--json FILE]
 
 Clients ask one thing after the other of one `BatchEngine`: prompts with shared beginnings, random
 options, some cancelled midway. Shifts follow each other, each with a kind of cache of its own, with
@@ -21,11 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drift import Soak, reference_seconds, resident_bytes
-from judge import Judge, Report
-from trials import Answer, Maker, Request, alone
-
 from openelm_mlx import BatchEngine, PromptCache, load
+from openelm_mlx.benchmarks.checks.drift import Soak, reference_seconds, resident_bytes
+from openelm_mlx.benchmarks.checks.judge import Judge, Report
+from openelm_mlx.benchmarks.checks.trials import Answer, Maker, Request, alone
 from openelm_mlx.benchmarks.measure.harness import Entry, Tick, figures, row_of
 from openelm_mlx.benchmarks.measure.suites import Point
 from openelm_mlx.benchmarks.measure.weights import small_engine
