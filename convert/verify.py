@@ -18,7 +18,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.evaluate.score import Model, compare
 from openelm_mlx.files import read_json, read_text
-from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.model.config import BOS, OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import read_plan
 
 TEXT = "Once upon a time there was a little girl who lived in a house at the edge of a great forest with her mother."
@@ -82,7 +82,7 @@ def text_batches(ids: list[int], length: int) -> list[mx.array]:
     """All tokens in consecutive rows, each after BOS: full rows in batches, the shorter last one by
     itself.
     """
-    rows = [[1, *ids[start : start + length - 1]] for start in range(0, len(ids), length - 1)]
+    rows = [[BOS, *ids[start : start + length - 1]] for start in range(0, len(ids), length - 1)]
     full = [row for row in rows if len(row) == length]
     batches = [full[start : start + BATCH] for start in range(0, len(full), BATCH)]
     batches += [[row] for row in rows[len(full) :]]

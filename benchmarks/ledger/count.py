@@ -22,7 +22,6 @@ from openelm_mlx.benchmarks.hardware.roofline import part_of
 from openelm_mlx.benchmarks.ledger.graph import Array, Node
 from openelm_mlx.benchmarks.ledger.layout import VIEWS, Layout, after, kernels
 from openelm_mlx.benchmarks.ledger.steps import (
-    DTYPES,
     HostTime,
     Traced,
     WeightSpec,
@@ -31,8 +30,10 @@ from openelm_mlx.benchmarks.ledger.steps import (
     trace_ours,
 )
 from openelm_mlx.device import mx
+from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.quantization import make_spec
 
 KV = "kv"
 UPDATES = {"ScatterAxis": 2, "SliceUpdate": 1}  # which input is written into the first one
@@ -235,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("size", nargs="?", default="270m", help="a published size (default: 270m)")
     add("--bits", type=int, help="of the weights (default: unquantized)")
     add("--group-size", type=int, default=64, help="weights that share a scale (default: 64)")
-    dtypes = ", ".join(DTYPES)
+    dtypes = ", ".join(FLOATS)
     add("--dtype", default="bfloat16", help=f"of the activations: {dtypes} (default: bfloat16)")
     add("--context", type=int, default=64, help="tokens attended to (default: 64)")
     rows = "sequences stepped together, 1 to 5 (default: 1)"
@@ -244,10 +245,10 @@ def main(arguments: list[str] | None = None) -> int:
     add("--steps", type=int, default=100, help=steps)
     add("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    quantization = {"group_size": options.group_size, "bits": options.bits}
     try:
         config = OpenELMConfig.from_name(options.size)
-        spec = WeightSpec(options.dtype, quantization if options.bits else None)
+        quantized = make_spec(options.bits, options.group_size if options.bits else None, None)
+        spec = WeightSpec(options.dtype, None if quantized is None else quantized.as_config())
         ledgers = [ledger(trace_ours(config, spec, options.context, options.rows))]
         times = {}
         if options.rows == 1:  # mlx-lm has another cache for several rows, which is not counted

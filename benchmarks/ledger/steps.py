@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from openelm_mlx.benchmarks.hardware.roofline import settings
 from openelm_mlx.benchmarks.ledger.graph import (
     Graph,
     Node,
@@ -28,6 +27,7 @@ from openelm_mlx.benchmarks.ledger.graph import (
     trace,
 )
 from openelm_mlx.device import mx, nn, utils
+from openelm_mlx.dtypes import DTYPES, FLOATS
 from openelm_mlx.engine.decode import State, Steps, StepSpec
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.engine.sampling import Controls, Filters
@@ -35,8 +35,8 @@ from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.model.cache import BLOCK
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 from openelm_mlx.model.decoder import OpenELM, Transposed
+from openelm_mlx.quantization import spec_of
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 TURN, WARM_UP = 12, 4  # steps of each engine in a turn, and those of them that are not counted
 FIRST, LAST = 8, 200  # positions of timed steps, all within the first block of the buffers
 
@@ -52,8 +52,8 @@ class WeightSpec:
     quantization: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise BenchmarkError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        if self.dtype not in FLOATS:
+            raise BenchmarkError(f"dtype is {self.dtype!r}; allowed: {', '.join(FLOATS)}")
 
     def __str__(self) -> str:
         if not self.quantization:
@@ -63,7 +63,7 @@ class WeightSpec:
 
     @property
     def mlx(self) -> mx.Dtype:
-        return DTYPES[self.dtype]
+        return DTYPES[self.dtype].mlx
 
     def apply(self, model: nn.Module) -> None:
         """Replace every parameter by a marked constant; nothing is computed or allocated."""
@@ -81,10 +81,9 @@ class WeightSpec:
 
     def layer(self, path: str, module: nn.Module) -> dict[str, Any] | bool:
         """Return how the layer at `path` is quantized, as `nn.quantize` asks it."""
-        own = settings(path, self.quantization) if hasattr(module, "to_quantized") else None
-        if own is None:
-            return False
-        return {key: own[key] for key in ("group_size", "bits", "mode") if key in own}
+        quantizable = bool(self.quantization) and hasattr(module, "to_quantized")
+        spec = spec_of(self.quantization or {}, path) if quantizable else None
+        return False if spec is None else spec.as_config()
 
 
 def named(model: nn.Module) -> list[tuple[str, mx.array]]:

@@ -12,10 +12,10 @@ from typing import Any
 
 from openelm_mlx.errors import OptionError
 from openelm_mlx.fields import check_fields
+from openelm_mlx.model.config import PUBLISHED
+from openelm_mlx.quantization import BITS
 
 MIN_TRIALS = 5
-BITS = (2, 3, 4, 5, 6, 8)
-SIZES = ("270m", "450m", "1.1b", "3b")
 TINY = ("openelm-tiny",)
 
 
@@ -89,7 +89,7 @@ SUITES = {
     # not in eights, and the rate counts the steps after the first token.
     "paper": Suite(
         "all four sizes in bfloat16 and 4 bits, 36 + 1024 tokens, as the OpenELM paper measured MLX",
-        models=SIZES,
+        models=tuple(PUBLISHED),
         bits=(None, 4),
         dtype="bfloat16",
         prompt_tokens=(36,),

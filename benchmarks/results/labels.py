@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from openelm_mlx.benchmarks.results.document import METRICS, Case, Document, Row
+from openelm_mlx.dtypes import DTYPES
 
 OURS = "openelm-mlx"
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 T = TypeVar("T")
 
 
@@ -21,13 +21,17 @@ def model_name(case: Case) -> str:
     return f"{case.model} (random weights)" if case.random_weights else case.model
 
 
+def itemsize(case: Case) -> int:
+    return DTYPES.get(case.dtype, DTYPES["float32"]).itemsize
+
+
 def width(case: Case) -> str:
     """Of the weights: `4-bit`, `4.6 bits/weight` where they are mixed, else the type that
     everything is in.
     """
     if case.bits is not None:
         return f"{case.bits}-bit"
-    if case.bits_per_weight is not None and case.bits_per_weight < 7.5 * BYTES.get(case.dtype, 4):
+    if case.bits_per_weight is not None and case.bits_per_weight < 7.5 * itemsize(case):
         return f"{case.bits_per_weight:.3g} bits/weight"
     return case.dtype
 
@@ -36,7 +40,7 @@ def bits_of(case: Case) -> float:
     """Bits a weight takes, with its share of scales where that is known: what widths are sorted
     by.
     """
-    return case.bits_per_weight or float(case.bits or 8 * BYTES.get(case.dtype, 4))
+    return case.bits_per_weight or float(case.bits or 8 * itemsize(case))
 
 
 def is_plain(case: Case) -> bool:

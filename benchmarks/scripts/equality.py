@@ -29,8 +29,9 @@ from openelm_mlx.benchmarks.checks.judge import Judge, Report
 from openelm_mlx.benchmarks.checks.trials import Answer, Maker, Request, alone, together
 from openelm_mlx.benchmarks.measure.weights import small_engine
 from openelm_mlx.device import blas
+from openelm_mlx.dtypes import DTYPES, FLOATS
 from openelm_mlx.engine.draft_model import ModelDraft
-from openelm_mlx.engine.loading import DTYPES, Engine
+from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import EngineOptions
 from openelm_mlx.model.cache_kinds import CacheKind
 
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="quantized keys and values")
     parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), default="float32", help="default: float32"
+        "--dtype", choices=sorted(FLOATS), default="float32", help="default: float32"
     )
     parser.add_argument(
         "--check",

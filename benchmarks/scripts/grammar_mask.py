@@ -29,6 +29,7 @@ from openelm_mlx import GenerationOptions, SamplingOptions, batch_generate, load
 from openelm_mlx.engine.grammar import Constraint, constraint
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.tokenizer import Tokenizer
+from openelm_mlx.model.config import EOS
 
 WORDS = ("name", "age", "kind", "colour", "tags", "title", "when", "size", "note", "owner")
 VALUES = ("red", "green", "a king", "12", "yes", "no", "old", "the sea", "Tom", "ready")
@@ -152,7 +153,7 @@ def walk(found: Constraint, pieces: list[bytes], rng: random.Random) -> list[flo
 def measure_masks(schemas: list[dict[str, Any]], count: int, seed: int) -> None:
     pieces, rng = common_pieces(count), random.Random(seed)
     tokenizer = Tokenizer(pieces, lambda text, continued: [], Path(), "")
-    config = SimpleNamespace(eos_token_ids=(2,))
+    config = SimpleNamespace(eos_token_ids=(EOS,))
     engine: Any = SimpleNamespace(tokenizer=tokenizer, vocab=len(pieces), config=config)
     times, built = [], []
     for one in schemas:
@@ -204,7 +205,7 @@ def begins(schema: dict[str, Any], text: str) -> bool:
     """Tell whether a text is the beginning of a document: byte by byte, by a fresh constraint."""
     pieces = [b"", b"", b"", *(bytes([byte]) for byte in range(256))]
     tokenizer = Tokenizer(pieces, lambda text, continued: [], Path(), "")
-    config = SimpleNamespace(eos_token_ids=(2,))
+    config = SimpleNamespace(eos_token_ids=(EOS,))
     engine: Any = SimpleNamespace(tokenizer=tokenizer, vocab=len(pieces), config=config)
     found: Any = constraint(engine, GenerationOptions(json_schema=json.dumps(schema)))
     tokens = [3 + byte for byte in text.removesuffix("\ufffd").encode()]

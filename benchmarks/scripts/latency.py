@@ -31,6 +31,7 @@ from openelm_mlx.device import blas, mx
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.engine.sampling import Filters
+from openelm_mlx.model.config import BOS
 
 ROWS, PROMPT, ANSWER = (
     8,
@@ -52,7 +53,7 @@ Result = dict[str, Any]
 
 def ids(engine: Engine, count: int, seed: int) -> list[int]:
     rng = random.Random(seed)
-    return [1, *(rng.randrange(3, engine.vocab) for _ in range(count - 1))]
+    return [BOS, *(rng.randrange(3, engine.vocab) for _ in range(count - 1))]
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -24,6 +24,7 @@ from typing import Any
 
 from openelm_mlx.benchmarks.results.statistics import Interval, paired_ratio
 from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.model.config import BOS
 
 SAMPLED = {"temperature": 0.8, "seed": 1, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}
 WARM_UP = 2  # generations of each before the first pair
@@ -82,7 +83,7 @@ def worker() -> None:
                 "mlx": version("mlx"),
             }
         else:
-            prompt = [1, *((37 * i) % (engine.vocab - 3) + 3 for i in range(asked["prompt"] - 1))]
+            prompt = [BOS, *((37 * i) % (engine.vocab - 3) + 3 for i in range(asked["prompt"] - 1))]
             times, tokens = list[float](), list[int]()
             start, used = perf_counter(), process_time()
             for event in openelm_mlx.stream_generate(

@@ -24,9 +24,9 @@ from openelm_mlx.convert.fetch.download import Progress, fetch
 from openelm_mlx.engine.hub import converted, mirrored_tokenizer
 from openelm_mlx.engine.model_cache import cache_folder, recall
 from openelm_mlx.errors import HubError
+from openelm_mlx.model.config import PUBLISHED
 
 ROOT = "https://docs-assets.developer.apple.com/ml-research/models/corenet/v0.1.0/openelm/"
-SIZES = {"270m": "270M", "450m": "450M", "1.1b": "1.1B", "3b": "3B"}
 ITERATIONS = (50, 100, 150, 200, 250, 300, 330, 335, 340, 345, 350)
 LORA_YAML = """\
   lora:
@@ -69,7 +69,8 @@ class Published:
 
 def make_catalog() -> dict[str, Published]:
     entries = []
-    for size, spelt in SIZES.items():
+    for size in PUBLISHED:
+        spelt = size.upper()
         model = f"model:\n  language_modeling:\n    general_gpt:\n      model_name: OpenELM-{spelt.replace('.', '_')}\n"
         checkpoints = {f"corenet:{size}": "average"}
         checkpoints |= {f"corenet:{size}@{n}k": f"epoch_0_iter_{1000 * n - 1}" for n in ITERATIONS}

@@ -16,7 +16,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.evaluate.score import own_text
 from openelm_mlx.files import read_text
-from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig
 
 if TYPE_CHECKING:
     from openelm_mlx.model.decoder import OpenELM
@@ -53,7 +53,6 @@ QUESTIONS = (
 SEED = 17
 LENGTH = 257  # tokens in a row: BOS and 256
 ROWS_AT_ONCE = 16  # sampled together; a row's text does not depend on how many rows are asked for
-BOS, EOS = 1, 2
 CONTROL = (
     0,
     BOS,
@@ -106,7 +105,7 @@ def sampled_tokens(
         prompts = [prompt_ids(encode, number, instruct)[:length] for number in numbers]
         banned = mx.zeros((ROWS_AT_ONCE, model.args.vocab_size))
         for row, number in enumerate(numbers):
-            banned[row, mx.array((0, BOS) if asks(number, instruct) else CONTROL)] = -mx.inf
+            banned[row, mx.array((UNK, BOS) if asks(number, instruct) else CONTROL)] = -mx.inf
         parts.append(own_text(model, prompts, length, SEED + first, banned))
         if progress is not None:
             progress(min(first + ROWS_AT_ONCE, rows), rows, "the model writes calibration text")

@@ -24,7 +24,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.dtypes import BY_GGUF
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, TokenizerError
 from openelm_mlx.files import TensorInfo
-from openelm_mlx.model.config import OpenELMConfig, layer_shapes
+from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig, layer_shapes
 
 # GGUF's stem -> Hugging Face's; blk.N. and transformer.layers.N. stand before the second group
 NAMES = {
@@ -361,9 +361,9 @@ def read_tokenizer(path: Path, metadata: dict[str, Any]) -> TokenizerModel | Non
     )
     ids = [
         metadata.get(f"tokenizer.ggml.{key}_token_id", n)
-        for key, n in (("unknown", 0), ("bos", 1), ("eos", 2))
+        for key, n in (("unknown", UNK), ("bos", BOS), ("eos", EOS))
     ]
-    if kind != "llama" or ids != [0, 1, 2]:
+    if kind != "llama" or ids != [UNK, BOS, EOS]:
         raise TokenizerError(
             f"{path} has a tokenizer of kind {str(kind)[:40]!r} with special ids {ids}, where OpenELM's "
             "is 'llama' with 0, 1, 2; give the right one with --tokenizer"

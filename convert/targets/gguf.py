@@ -26,7 +26,7 @@ from openelm_mlx.convert.tokenizers.tokenizer_model import (
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.errors import ConversionError, OptionError
-from openelm_mlx.model.config import OpenELMConfig, expected_tensors, layer_shapes
+from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig, expected_tensors, layer_shapes
 
 STEMS = {name: stem for stem, name in (*NAMES.items(), *LAYER_NAMES.items())}
 GATE_AND_UP = ("ffn_gate", "ffn_up")
@@ -193,9 +193,9 @@ def add_tokenizer(writer: Any, tokenizer: TokenizerModel, chat_template: str | N
     writer.add_token_list([spm.id_to_piece(i).encode() for i in range(count)])
     writer.add_token_scores([spm.get_score(i) for i in range(count)])
     writer.add_token_types([piece_kind(spm, i) for i in range(count)])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_unk_token_id(UNK)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from openelm_mlx.convert.tokenizers.tokenizer_model import MAX_PIECE, TokenizerModel
 from openelm_mlx.errors import TokenizerError
+from openelm_mlx.model.config import BOS, EOS, UNK
 
 PROBES = (
     "Once upon a time",
@@ -34,7 +35,7 @@ def build_tokenizer_json(model: TokenizerModel) -> dict[str, Any]:
             f"{model.path} has {spm.vocab_size()} pieces; <unk>, <s> and </s> must be the first three"
         )
     pieces = [spm.id_to_piece(i) for i in range(spm.vocab_size())]
-    bos, unk = pieces[1], pieces[0]
+    bos, unk = pieces[BOS], pieces[UNK]
     if (longest := max(map(len, pieces))) > MAX_PIECE:
         raise TokenizerError(
             f"{model.path} has a piece of {longest} characters; OpenELM's tokenizer has at most 16"
@@ -66,7 +67,7 @@ def build_tokenizer_json(model: TokenizerModel) -> dict[str, Any]:
                 sequence_part(bos),
                 {"Sequence": {"id": "B", "type_id": 1}},
             ],
-            "special_tokens": {bos: {"id": bos, "ids": [1], "tokens": [bos]}},
+            "special_tokens": {bos: {"id": bos, "ids": [BOS], "tokens": [bos]}},
         },
         "decoder": {
             "type": "Sequence",
@@ -129,7 +130,7 @@ def check_ids(model: TokenizerModel, content: dict[str, Any]) -> None:
     other = Tokenizer.from_str(json.dumps(content))
     probes = PROBES + (BYTE_PROBES if content["model"]["byte_fallback"] else ())
     for text in probes:
-        if other.encode(text).ids != [1, *model.processor.encode(text)]:
+        if other.encode(text).ids != [BOS, *model.processor.encode(text)]:
             raise TokenizerError(
                 f"{model.path} is no SentencePiece model of LLaMA's kind (BPE, identity normalization, dummy prefix): "
                 f"{text!r} would get other ids in tokenizer.json"
@@ -143,8 +144,8 @@ def tokenizer_config(model: TokenizerModel) -> dict[str, Any]:
     spm = model.processor
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": spm.id_to_piece(1),
-        "eos_token": spm.id_to_piece(2),
-        "unk_token": spm.id_to_piece(0),
+        "bos_token": spm.id_to_piece(BOS),
+        "eos_token": spm.id_to_piece(EOS),
+        "unk_token": spm.id_to_piece(UNK),
         "clean_up_tokenization_spaces": False,
     }

@@ -13,9 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.benchmarks.measure.suites import BITS, SIZES, SUITES
+from openelm_mlx.benchmarks.measure.suites import SUITES
 from openelm_mlx.cli.options import real, whole
 from openelm_mlx.dtypes import FLOATS
+from openelm_mlx.model.config import PUBLISHED
+from openelm_mlx.quantization import BITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,7 +59,7 @@ def register(commands: Any) -> None:
         nargs="+",
         metavar="SIZE",
         default=(),
-        help=f"published sizes with random weights, nothing downloaded: {', '.join(SIZES)}",
+        help=f"published sizes with random weights, nothing downloaded: {', '.join(PUBLISHED)}",
     )
     what.add_argument(
         "--bits",

@@ -18,13 +18,14 @@ from typing import Any
 from openelm_mlx.engine.model_cache import WEIGHT_SUFFIXES, convert_once, recall
 from openelm_mlx.engine.tokenizer import FILES
 from openelm_mlx.errors import CheckpointError, HubError, OptionError, TokenizerError
+from openelm_mlx.model.config import PUBLISHED
 
 TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
 MIRRORS = ("mlx-community/OpenELM-270M", "mlx-community/OpenELM-270M-Instruct")
 BUNDLED = Path(__file__).parents[1] / "assets" / "openelm-tiny"
 SHORT_NAMES = {
-    f"{size}{kind}".lower().replace("_", "."): f"apple/OpenELM-{size}{kind}"
-    for size in ("270M", "450M", "1_1B", "3B")
+    f"{size}{kind}".lower(): f"apple/OpenELM-{size.upper().replace('.', '_')}{kind}"
+    for size in PUBLISHED
     for kind in ("", "-Instruct")
 }
 LICENCE = ["LICENSE*", "README.md"]

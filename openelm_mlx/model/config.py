@@ -19,7 +19,7 @@ from openelm_mlx.errors import ConfigError
 from openelm_mlx.files import read_json
 
 GENERATION_CONFIG = "generation_config.json"
-BOS, EOS = 1, 2  # of LLaMA's tokenizer, which OpenELM uses; 0 is <unk>
+UNK, BOS, EOS = 0, 1, 2  # of LLaMA's tokenizer, which OpenELM uses
 Multipliers = tuple[float, ...]
 
 

@@ -28,7 +28,7 @@ from openelm_mlx.benchmarks.ledger.steps import (
     undisturbed,
 )
 from openelm_mlx.device import mx, nn
-from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.errors import BenchmarkError, ConfigError
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 
 M270 = OpenELMConfig.from_name("270m")
@@ -309,13 +309,19 @@ def test_a_product_of_several_rows_is_split_where_the_inner_width_is_the_largest
     ("spec", "message"),
     [
         ({"dtype": "int8"}, "dtype is 'int8'; allowed: float32"),
-        ({"quantization": {"bits": 4, "group_size": 48}}, "cannot quantize to"),
-        ({"quantization": {"bits": "4"}}, "needs whole numbers bits and group_size"),
+        ({"quantization": {"bits": 4, "group_size": 48}}, "4 bits in groups of 48, which MLX"),
+        ({"quantization": {"bits": "4"}}, "has a quantization without group_size"),
     ],
 )
 def test_specs_that_cannot_be(spec: dict[str, Any], message: str) -> None:
-    with pytest.raises(BenchmarkError, match=message):
+    with pytest.raises((BenchmarkError, ConfigError), match=message):
         trace_ours(SMALL, WeightSpec(**spec))
+
+
+def test_rows_that_do_not_divide_into_groups() -> None:
+    spec = WeightSpec(quantization={"bits": 4, "group_size": 128})
+    with pytest.raises(BenchmarkError, match="cannot quantize to {'bits': 4"):
+        trace_ours(replace(SMALL, model_dim=21 * 64), spec)
 
 
 def test_elementwise_neighbours_fuse_and_other_readers_stop_it() -> None:

@@ -4,6 +4,7 @@ reaches it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from openelm_mlx.benchmarks.hardware.roofline import PARTS, bound, bytes_per_tok
 from openelm_mlx.benchmarks.measure.bandwidth import measure
 from openelm_mlx.cli.inspect import tensor_bytes
 from openelm_mlx.engine.loading import Engine
-from openelm_mlx.errors import BenchmarkError, CacheError
+from openelm_mlx.errors import BenchmarkError, CacheError, ConfigError
 from openelm_mlx.files import read_json
 from openelm_mlx.model.config import OpenELMConfig
 
@@ -114,21 +115,27 @@ def test_the_bundled_model_reads_what_its_file_holds(tiny: Engine) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "int8"}, "dtype is 'int8'; allowed: float32, float16, bfloat16"),
+        ({"dtype": "int8"}, "dtype is 'int8'; allowed: float32, bfloat16, float16"),
         ({"dtype": "float32", "context_tokens": -1}, "context_tokens is -1"),
         (
             {"dtype": "float32", "quantization": {"bits": 4, "group_size": 96}},
-            "no multiple of group_size 96",
+            "quantizes .* to 4 bits in groups of 96, which MLX does not have in mode affine",
         ),
         (
             {"dtype": "float32", "quantization": {"bits": 4}},
-            "needs whole numbers bits and group_size",
+            "has a quantization without group_size",
         ),
     ],
 )
 def test_what_cannot_be_sized(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(BenchmarkError, match=message):
+    with pytest.raises((BenchmarkError, ConfigError), match=message):
         bytes_per_token(ONE, **arguments)
+
+
+def test_rows_that_do_not_divide_into_groups() -> None:
+    narrow = replace(ONE, model_dim=96)
+    with pytest.raises(BenchmarkError, match="has rows of 96, no multiple of group_size 64"):
+        bytes_per_token(narrow, "float32", {"bits": 4, "group_size": 64})
 
 
 def test_bound() -> None:
