@@ -1,33 +1,45 @@
-"""Prompts on their way into rows: grouped, taken up from the prefix cache, prefilled in chunks."""
+"""From a request to a row: requests wait, are grouped, prefilled in chunks, and join the rows."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine.decode import choose
 from openelm_mlx.engine.prompt_cache import PromptCache, common_prefix
-from openelm_mlx.engine.request import Request, TokenLogprobs, mask_of, on_host, spec_for, state_of
+from openelm_mlx.engine.prompts import Prompt, prompt_tokens
+from openelm_mlx.engine.request import (
+    Event,
+    Request,
+    TokenLogprobs,
+    mask_of,
+    on_host,
+    spec_for,
+    state_of,
+)
 from openelm_mlx.engine.sampling import Filters
+from openelm_mlx.errors import BusyError
 from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.cache_kinds import CacheKind, Window
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
+    from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
 
 PASS_TOKENS = 4096  # prompt tokens of all rows in one pass, so that activations stay small
 SHARED = 64  # tokens from which on a common beginning is worth waiting for
 
 
 class Pace:
-    """How many prompt tokens a step may prefill beside running rows: as many as take thrice its
-    time.
+    """How many prompt tokens a step may prefill beside running rows.
 
-    How much a prompt token costs beside a step depends on device, weights and rows. So the number
-    follows the time that steps take with and without prompt tokens, which changes no token.
+    They may take about thrice the time of a step without any. How long one takes depends on device,
+    weights and rows, so the number follows the time of steps with and without prompt tokens. No
+    token changes by it.
     """
 
     LEAST, FIRST = 4, 32
@@ -89,11 +101,12 @@ class Admission:
 
     @property
     def cache_is_one(self) -> bool:
-        """Whether the cache holds one sequence."""
+        """Whether the cache stores one sequence."""
         return len(self._prompts) == 1
 
     @property
     def complete(self) -> bool:
+        """Whether every prompt is prefilled to its end."""
         return len(self._last) == len(self._prompts)
 
     def drop(self, request: Request) -> None:
@@ -101,14 +114,14 @@ class Admission:
         place = self.requests.index(request)
         del self.requests[place], self._places[place]
 
-    def run(self, budget: float) -> int:
+    def run(self, budget: int) -> int:
         """Prefill the next chunk, of about `budget` tokens; return how many there were."""
-        self.cache.offset = self._done  # not what a pass held that was interrupted
-        if not self.cache.can_trim(0):  # of which a window lost what it needs
+        self.cache.offset = self._done  # without what an interrupted pass has stored
+        if not self.cache.can_trim(0):  # which has overwritten what a window needs
             self.cache.clear()
             self.requests[0].reused = self._reused = self._done = 0
         count, start = len(self._prompts), self._done
-        columns = int(max(1, min(self.chunk, PASS_TOKENS // count, budget // count)))
+        columns = max(1, min(self.chunk, PASS_TOKENS // count, budget // count))
         end = min(start + columns, self.longest)
         tokens, model = self._padded[:, start:end], self.engine.model
         if count == 1:  # of one prompt only the last position goes through the last layer's FFN
@@ -142,32 +155,178 @@ class Admission:
         return list(zip(tokens, on_host(drawn.logprobs, len(tokens)), strict=True))
 
     def caches(self) -> list[KVCache]:
-        """What was prefilled, one cache for each request."""
+        """Return what was prefilled, one cache for each request."""
         if len(self.requests) == 1 and self.cache_is_one:
             return [self.cache]
         pairs = zip(self._places, self.requests, strict=True)
         return [self.cache.row(place, len(one.known)) for place, one in pairs]
 
 
+class Queue:
+    """The requests of a scheduler that have no row yet: they wait, are prefilled, or may join.
+
+    `limit` is the number of prompt tokens that a step prefills beside running rows, by default the
+    one that `Pace` learns; `chunk` is the most of one pass, and `max_waiting` the most requests
+    that wait.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        kind: CacheKind,
+        store: PromptCache | None,
+        chunk: int,
+        limit: int | None,
+        max_waiting: int,
+    ) -> None:
+        self.engine, self.kind, self.store = engine, kind, store
+        self.chunk, self.limit, self.max_waiting = chunk, limit, max_waiting
+        self.pace, self._numbers = Pace(), 0
+        self.waiting: deque[Request] = deque()
+        self.joining: list[tuple[Request, KVCache]] = []  # prefilled, with the first token drawn
+        self._admission: Admission | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is here."""
+        return bool(self.waiting or self._admission or self.joining)
+
+    def add(
+        self,
+        prompt: Prompt,
+        sampling: SamplingOptions,
+        options: GenerationOptions,
+        continued: bool,
+        **about: Any,
+    ) -> int:
+        """Let a prompt wait, and return the number of its request; `about` are fields of that.
+
+        Errors and `continued` are those of `BatchEngine.submit`.
+        """
+        if len(self.waiting) >= self.max_waiting:
+            raise BusyError(
+                f"{self.max_waiting} requests wait already; read events until some have ended, "
+                "or give a larger max_waiting"
+            )
+        goes_on = None
+        if continued and self.store is not None:
+            weights, pieces = self.engine.steps.refresh(), self.engine.tokenizer
+            found: Any = {"weights": weights, "kind": self.kind, "owner": about["owner"]}
+            goes_on = partial(self.store.ids_for, pieces, **found)
+        tokens = prompt_tokens(self.engine, prompt, goes_on)
+        self._numbers += 1
+        request = Request(self._numbers, self.engine, tokens, sampling, options, **about)
+        self.waiting.append(request)
+        return self._numbers
+
+    def admit(self, free: int, idle: bool, events: list[tuple[int, Event]]) -> tuple[int, bool]:
+        """Prefill a bounded number of prompt tokens, and draw the first token of complete prompts.
+
+        There are `free` rows; `idle` says that no row runs. Events are appended. Return the number
+        of tokens, and whether any prompt has become complete.
+        """
+        allowed = self.pace.tokens if self.limit is None else self.limit
+        if idle:
+            allowed = max(allowed, self.chunk)  # nobody waits for the rows
+        budget, complete = allowed, False
+        while budget > 0:
+            admission = self._admission or self.begin(free - len(self.joining), budget)
+            if admission is None:
+                break
+            if not admission.complete:  # it is where the draw of its first tokens was interrupted
+                budget -= admission.run(budget)
+            if admission.complete:
+                drawn = admission.first_tokens()
+                joining = list(zip(admission.requests, admission.caches(), strict=True))
+                self._admission, complete, self.joining = None, True, self.joining + joining
+                self._hand_out(joining, drawn, events)
+        return allowed - budget, complete
+
+    def begin(self, free: int, budget: int) -> Admission | None:
+        """Begin the admission of what is at the head of the queue, if a row is free for it."""
+        if not self.waiting or free < 1:
+            return None
+        group = next_group(list(self.waiting)[:free], budget, self.kind, self.store)
+        admission = Admission(self.engine, group, self.kind, self.chunk, self.store)
+        others = deque(one for one in self.waiting if one not in group)
+        self._admission, self.waiting = admission, others
+        return admission
+
+    def _hand_out(
+        self,
+        joining: list[tuple[Request, KVCache]],
+        drawn: list[tuple[int, TokenLogprobs | None]],
+        events: list[tuple[int, Event]],
+    ) -> None:
+        """Append the events of the first tokens; requests that have ended do not join."""
+        for (request, cache), token in zip(joining, drawn, strict=True):
+            events.append((request.number, request.take(*token)))
+            if request.done:
+                self.joining.remove((request, cache))
+                keep(self.store, request, cache)
+            elif self.store is not None and any(shares(o, [request]) for o in self.waiting):
+                keep(self.store, request, cache.prefix(cache.offset))  # they wait for it
+
+    def cancel(self, number: int) -> bool:
+        """Drop a request; return False where it is not here."""
+        for request, cache in self.joining:
+            if request.number == number:
+                self.joining = [pair for pair in self.joining if pair[0] is not request]
+                keep(self.store, request, cache)
+                return True
+        for request in self._admission.requests if self._admission else []:
+            if request.number == number:
+                self._withdraw(request)
+                return True
+        count = len(self.waiting)
+        self.waiting = deque(one for one in self.waiting if one.number != number)
+        return len(self.waiting) < count
+
+    def close(self) -> None:
+        """Drop every request; the prefix cache gets what was prefilled."""
+        self.waiting.clear()
+        while self._admission is not None:
+            self._withdraw(self._admission.requests[0])
+        for request, cache in self.joining:
+            keep(self.store, request, cache)
+        self.joining = []
+
+    def _withdraw(self, request: Request) -> None:
+        """Take a request out of the admission; what is prefilled goes to the prefix cache."""
+        admission: Any = self._admission
+        if len(admission.requests) > 1:
+            admission.drop(request)
+            return
+        self._admission = None
+        if admission.cache_is_one:
+            keep(self.store, request, admission.cache)
+
+
+def keep(store: PromptCache | None, request: Request, cache: KVCache | None) -> None:
+    """Give the prefix cache what a request leaves, under the weights that it began with."""
+    if store is not None and cache is not None and cache.can_trim(0):
+        store.put(request.weights, request.known[: cache.offset], cache, request.owner)
+
+
 def next_group(
-    waiting: Sequence[Request], budget: float, kind: CacheKind, store: PromptCache | None
+    waiting: Sequence[Request], budget: int, kind: CacheKind, store: PromptCache | None
 ) -> list[Request]:
     """Choose which of the waiting requests are prefilled next: the first, and others like it.
 
-    Padding wastes at most a quarter. A prompt that shares its beginning with one of the group waits
-    for the next turn, when the prefix cache holds that beginning.
+    At most a quarter of the tokens is padding. A prompt that shares its beginning with one of the
+    group waits for the next turn, when the prefix cache has that beginning.
     """
     first, *others = waiting
-    group, room = [first], budget - len(first.known)
+    group, left = [first], budget - len(first.known)
     for one in others:
         if one.known == first.known and one.owner == first.owner:
             group.append(one)
             continue
         shorter, longer = sorted((len(one.known), len(first.known)))
         alike = longer <= (shorter if isinstance(kind.layout, Window) else 1.25 * shorter + 4)
-        if alike and len(one.known) <= room and not (store is not None and shares(one, group)):
+        if alike and len(one.known) <= left and not (store is not None and shares(one, group)):
             group.append(one)
-            room -= len(one.known)
+            left -= len(one.known)
     return group
 
 

@@ -186,6 +186,12 @@ def logprobs(logits: mx.array, tokens: mx.array, n: int) -> Logprobs:
     return Logprobs(chosen, order, mx.take_along_axis(logp, order, axis=-1))
 
 
+def start(drawn: Drawn, moved: Moved) -> None:
+    """Start computing. The cache buffers are left out: to name them would copy them each step."""
+    parts = (drawn.tokens, drawn.kept, *(drawn.logprobs or ()), *moved[:2], *(moved.history or ()))
+    mx.async_eval([part for part in parts if part is not None])
+
+
 class Steps:
     """The compiled functions of one model, of the latest `LIMIT` specifications.
 

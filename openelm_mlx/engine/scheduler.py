@@ -1,7 +1,8 @@
 """The scheduler: requests come in, and every step gives each running one its next token.
 
-Requests wait in a queue, their prompts are prefilled in chunks beside the rows that run, and the
-rows are stepped together. A single sequence is one row: everything that generates runs here.
+Requests wait in a queue, and their prompts are prefilled in chunks beside the rows that run
+(admission.py); the rows are stepped together. A single sequence is one row: everything that
+generates runs here.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openelm_mlx.device import mx
-from openelm_mlx.engine.admission import Admission, Pace, next_group, shares
-from openelm_mlx.engine.decode import Drafted, Drawn, Moved, State, StepSpec
+from openelm_mlx.engine.admission import Queue, keep
+from openelm_mlx.engine.decode import Drafted, Drawn, State, StepSpec, start
 from openelm_mlx.engine.options import (
     EngineOptions,
     GenerationOptions,
@@ -24,24 +24,14 @@ from openelm_mlx.engine.options import (
     with_overrides,
 )
 from openelm_mlx.engine.prompt_cache import PromptCache
-from openelm_mlx.engine.prompts import Prompt, prompt_tokens
-from openelm_mlx.engine.request import (
-    Event,
-    Reader,
-    Request,
-    TokenLogprobs,
-    mask_of,
-    on_host,
-    spec_for,
-    state_of,
-)
+from openelm_mlx.engine.prompts import Prompt
+from openelm_mlx.engine.request import Event, Reader, Request, mask_of, on_host, spec_for, state_of
 from openelm_mlx.engine.rows import Rows, quarters
 from openelm_mlx.engine.sampling import Filters
 from openelm_mlx.engine.speculation import Speculation
 from openelm_mlx.engine.threads import device_work
-from openelm_mlx.errors import BusyError, OptionError
+from openelm_mlx.errors import OptionError
 from openelm_mlx.fields import check_count, explained, shown
-from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.cache_kinds import CacheKind
 
 if TYPE_CHECKING:
@@ -55,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class Pending(NamedTuple):
-    """A pass that was submitted and not yet read: what it draws, and for whom."""
+    """A pass that was submitted and has not been read: the tokens that it draws, and for whom."""
 
     drawn: Drawn
     rows: list[tuple[int, Request]]
@@ -64,7 +54,7 @@ class Pending(NamedTuple):
 
 @explained(EngineOptions)
 class BatchEngine:
-    """Runs up to `slots` sequences together; more wait their turn, at most `max_waiting`.
+    """Runs up to `slots` sequences together; up to `max_waiting` more wait their turn.
 
     >>> batch = BatchEngine(engine)
     >>> number = batch.submit("Once upon a time", temperature=0.7, max_tokens=64)
@@ -72,14 +62,15 @@ class BatchEngine:
     ...     for number, event in batch.step():
     ...         print(number, event.text)
 
-    `submit` takes a prompt at any time, `cancel` drops one. What a sequence gets does not depend on
-    its neighbours: its random numbers are a function of its seed and position, and no token attends
-    to another row. `prompt_cache` is drawn on by all, and holds what they leave; `draft` is that of
-    `stream_generate`. `options` and `settings` are engine options. Any thread may call it.
+    `submit` takes a prompt at any time, `cancel` drops one. The tokens of a sequence do not depend
+    on its neighbours: its random numbers are a function of its seed and position, and no token
+    attends to another row. All sequences use `prompt_cache`, and leave their tokens in it; `draft`
+    is that of `stream_generate`. `options` and `settings` are engine options. Any thread may call
+    it.
 
     Beside running sequences a step prefills at most `admission` tokens of waiting prompts, so that
     a long one stalls nobody; by default as many as take about thrice the time of a step without
-    any.
+    any. Raises `OptionError`, and `CacheError` for a cache that the model cannot have.
     """
 
     _spec: StepSpec  # of the rows as they are arranged now
@@ -104,26 +95,23 @@ class BatchEngine:
         if not isinstance(prompt_cache, PromptCache | None):
             raise OptionError(f"prompt_cache is {shown(prompt_cache)}; allowed is a PromptCache")
         self.engine, self.slots, self.prompt_cache = engine, slots, prompt_cache
-        self.admission, self.max_waiting = admission, max_waiting
         (self.options,) = with_overrides((EngineOptions,), (options,), settings)
         self.kind = CacheKind.of(engine.config, self.options)
         self._draft, self._speculation = draft, Speculation(engine, draft)
-        self._reader, self._pace = Reader(), Pace()
-        self._numbers = 0
-        self._waiting: deque[Request] = deque()
+        self._reader = Reader()
         self._events: list[tuple[int, Event]] = []  # not yet handed out
-        self._admission: Admission | None = None
-        self._joining: list[tuple[Request, KVCache]] = []  # prefilled, not yet in a row
+        chunk = self.options.prefill_chunk
+        self._queue = Queue(engine, self.kind, prompt_cache, chunk, admission, max_waiting)
         self._empty()
 
     def _empty(self) -> None:
-        """No row is used, and nothing is under way."""
+        """Start again without any row, and with nothing under way."""
         self._rows: list[Request | None] = []
         self._buffers = Rows(self.engine.config, self.kind)
         self._passes: deque[Pending] = deque()  # submitted and not yet read, two at most
         self._filters = Filters()  # in use since the rows were all unused
         self._logits: mx.array | None = None  # of a pass whose draw waits for a mask
-        self._stale = bool(self._joining)  # rows are to be arranged anew
+        self._stale = bool(self._queue.joining)  # rows are to be arranged anew
 
     @property
     def _masked(self) -> bool:
@@ -133,8 +121,7 @@ class BatchEngine:
     @property
     def busy(self) -> bool:
         """Whether anything runs or waits."""
-        coming = self._waiting or self._admission or self._joining
-        return bool(coming or self._events or self._live())
+        return bool(self._queue.busy or self._events or self._live())
 
     @explained(SamplingOptions, GenerationOptions)
     @device_work
@@ -150,9 +137,9 @@ class BatchEngine:
         continued: bool = False,
         **settings: Unpack[RequestSettings],
     ) -> int:
-        """Queue a prompt; returns the number that its events carry.
+        """Queue a prompt, and return the number that its events carry.
 
-        Prompts of one `owner` never meet what the prefix cache holds of another's. Where text is
+        A prompt never reuses what the prefix cache has of another `owner`. Where text is
         `continued`, its ids go on from those in the prefix cache whose text it begins with; else
         they depend on the text alone. `position_offset` and `progress` are those of
         `stream_generate`. Raises `PromptError`, `OptionError`, and `BusyError` where `max_waiting`
@@ -166,56 +153,33 @@ class BatchEngine:
             allowed = "allowed is a function of two numbers, or None"
             raise OptionError(f"progress is {shown(progress)}; {allowed}")
         check_count("position_offset", position_offset)
-        if len(self._waiting) >= self.max_waiting:
-            raise BusyError(
-                f"{self.max_waiting} requests wait already; read events until some have ended, "
-                "or give a larger max_waiting"
-            )
-        goes_on = None
-        if continued and self.prompt_cache is not None:
-            weights, pieces = self.engine.steps.refresh(), self.engine.tokenizer
-            found: Any = {"weights": weights, "kind": self.kind, "owner": owner}
-            goes_on = partial(self.prompt_cache.ids_for, pieces, **found)
-        tokens = prompt_tokens(self.engine, prompt, goes_on)
-        self._numbers += 1
-        rest = (self._reader, owner, position_offset, progress)
-        request = Request(self._numbers, self.engine, tokens, drawn_by, ended_by, *rest)
-        self._waiting.append(request)
-        return self._numbers
+        about: Any = {"owner": owner, "position_offset": position_offset, "progress": progress}
+        return self._queue.add(prompt, drawn_by, ended_by, continued, reader=self._reader, **about)
 
     @device_work
     def cancel(self, number: int) -> bool:
-        """Drop a sequence; False when it has ended already or never was."""
+        """Drop a sequence; return False where it has ended already or never was."""
         for row, request in self._live():
             if request.number == number:
                 self._retire(row, request, self._fed(request))
                 return True
-        for request, cache in self._joining:
-            if request.number == number:
-                self._joining = [pair for pair in self._joining if pair[0] is not request]
-                self._keep(request, cache)
-                return True
-        for request in self._admission.requests if self._admission else []:
-            if request.number == number:
-                self._withdraw(request)
-                return True
-        waiting = len(self._waiting)
-        self._waiting = deque(one for one in self._waiting if one.number != number)
-        return len(self._waiting) < waiting
+        return self._queue.cancel(number)
 
     @device_work
     def step(self) -> list[tuple[int, Event]]:
-        """Admit what waits, draw for every running sequence; (number, event) for each token.
+        """Admit what waits, and draw for every running sequence; return (number, event) pairs.
 
-        What a processor, a draft or a progress function raises loses nothing, nor does an
-        interrupt: the next step hands out the events so far, and goes on from the tokens known.
+        Nothing is lost where a processor, a draft or a progress function raises, or at an
+        interrupt: the next step hands out the events so far, and goes on from the known tokens.
         """
         self._reader.back()
         begun, steady = time.perf_counter(), bool(self._rows) and not self._stale
         try:
             if self._stale and not self._passes and self._logits is None:
                 self._arrange()
-            prefilled = self._admit()
+            live = len(self._live())
+            prefilled, joined = self._queue.admit(self.slots - live, not live, self._events)
+            self._stale = self._stale or joined
             if self._live():
                 self._advance()
         except BaseException:
@@ -223,7 +187,7 @@ class BatchEngine:
             self._logits, self._stale = None, True
             raise
         if steady and not self._stale:
-            self._pace.learn(time.perf_counter() - begun, prefilled)
+            self._queue.pace.learn(time.perf_counter() - begun, prefilled)
         self._reader.leave()
         events, self._events = self._events, []
         return events
@@ -231,89 +195,25 @@ class BatchEngine:
     @device_work
     def close(self) -> None:
         """Drop everything and wait for what is under way; the prefix cache gets what was run."""
-        self._waiting.clear()
         self._events = []
-        while self._admission is not None:
-            self._withdraw(self._admission.requests[0])
-        for request, cache in self._joining:
-            self._keep(request, cache)
-        self._joining = []
+        self._queue.close()
         for row, request in self._live():
             self._retire(row, request, self._fed(request))
         self._empty()
         mx.synchronize()
 
-    # Prompts come in
-
-    def _admit(self) -> int:
-        """Prefill a bounded number of prompt tokens, and hand on the prompts that are complete.
-
-        Return how many tokens that were.
-        """
-        allowed = self._pace.tokens if self.admission is None else self.admission
-        if not self._live():
-            allowed = max(allowed, self.options.prefill_chunk)  # nobody waits for the rows
-        budget = allowed
-        while budget > 0:
-            admission = self._admission or self._next_admission(budget)
-            if admission is None:
-                break
-            if not admission.complete:  # it is where the draw of its first tokens was interrupted
-                budget -= admission.run(budget)
-            if admission.complete:
-                drawn = admission.first_tokens()
-                joining = list(zip(admission.requests, admission.caches(), strict=True))
-                self._admission, self._stale, self._joining = None, True, self._joining + joining
-                self._join(joining, drawn)
-        return allowed - budget
-
-    def _next_admission(self, budget: float) -> Admission | None:
-        free = self.slots - len(self._live()) - len(self._joining)
-        if not self._waiting or free < 1:
-            return None
-        group = next_group(list(self._waiting)[:free], budget, self.kind, self.prompt_cache)
-        admission = Admission(
-            self.engine, group, self.kind, self.options.prefill_chunk, self.prompt_cache
-        )
-        others = deque(one for one in self._waiting if one not in group)
-        self._admission, self._waiting = admission, others
-        return admission
-
-    def _withdraw(self, request: Request) -> None:
-        """Take a request out of the admission; what is prefilled goes to the prefix cache."""
-        admission: Any = self._admission
-        if len(admission.requests) > 1:
-            admission.drop(request)
-            return
-        self._admission = None
-        if admission.cache_is_one:
-            self._keep(request, admission.cache)
-
-    def _join(
-        self,
-        joining: list[tuple[Request, KVCache]],
-        drawn: list[tuple[int, TokenLogprobs | None]],
-    ) -> None:
-        """Hand out the first tokens; the requests that go on get a row at the next step."""
-        for (request, cache), token in zip(joining, drawn, strict=True):
-            self._events.append((request.number, request.take(*token)))
-            if request.done:
-                self._joining.remove((request, cache))
-                self._keep(request, cache)
-            elif self.prompt_cache is not None and any(shares(o, [request]) for o in self._waiting):
-                self._keep(request, cache.prefix(cache.offset))  # they wait for it
-
     def _arrange(self) -> None:
-        """Give everybody a row, and find out what a step for all of them is."""
-        self._joining = [(one, cache) for one, cache in self._joining if not one.done]
-        everybody = [one for _, one in self._live()] + [one for one, _ in self._joining]
+        """Give each prefilled request a row, and find the step that serves all rows."""
+        queue = self._queue
+        queue.joining = [(one, cache) for one, cache in queue.joining if not one.done]
+        everybody = [one for _, one in self._live()] + [one for one, _ in queue.joining]
         try:
             self._give_rows()
-        except BaseException:  # nobody knows which row holds what: all are prefilled again
-            self._joining = []
+        except BaseException:  # what the rows contain is unknown: all are prefilled again
+            queue.joining = []
             self._speculation = Speculation(self.engine, self._draft)
             self._empty()
-            self._waiting.extendleft(reversed(everybody))
+            queue.waiting.extendleft(reversed(everybody))
             raise
         self._stale = False
         compiled, vocab = self.options.compiled, self.engine.vocab
@@ -326,21 +226,19 @@ class BatchEngine:
 
     def _give_rows(self) -> None:
         """Use as few rows as will do, of few sizes, so that few shapes are traced."""
-        live = self._live()
-        kept, count = [row for row, _ in live], quarters(max(1, len(live) + len(self._joining)))
+        live, joining = self._live(), self._queue.joining
+        kept, count = [row for row, _ in live], quarters(max(1, len(live) + len(joining)))
         if kept != list(range(count)):
             self._buffers.resize(kept, count)
             self._speculation.move(kept, count)
             self._rows = [one for _, one in live] + [None] * (count - len(live))
-        while self._joining:
-            (request, cache), row = self._joining[0], self._rows.index(None)
+        while joining:
+            (request, cache), row = joining[0], self._rows.index(None)
             self._buffers.place(row, cache)
             self._speculation.admit(row, request)
             self._rows[row] = request
-            self._joining.pop(0)
-            self._keep(request, cache)  # where it was copied the original is free, else empty
-
-    # Tokens come out
+            joining.pop(0)
+            keep(self.prompt_cache, request, cache)  # a copied one is free, else it is empty
 
     def _advance(self) -> None:
         """Read one pass, while the device is at the next one where that can be known."""
@@ -366,7 +264,7 @@ class BatchEngine:
         )
 
     def _launch(self, unread: int = 0) -> None:
-        """Submit a pass and its draw: one token for every row, or a draft where one is worth it.
+        """Submit a pass and its draw: one token for every row, or a draft where one pays.
 
         `unread` counts the tokens of each row that were drawn and that the host does not know yet.
         """
@@ -388,12 +286,10 @@ class BatchEngine:
             drawn, moved = self._pass(self._step, drafted, unread + length)
         self._state = self._state.after(moved)
         self._passes.append(Pending(drawn, live, None if proposal is None else proposal.lengths))
-        submit(drawn, moved)
+        start(drawn, moved)
 
     def _pass(self, run: Callable[..., Any], given: Any, written: int) -> Any:
-        """Run a pass over the buffers that writes `written` slots beyond the known tokens of a
-        row.
-        """
+        """Run a pass over the buffers that writes `written` slots after a row's known tokens."""
         ends = [0] * len(self._rows)
         for row, request in self._live():
             ends[row] = len(request.known) + written
@@ -407,8 +303,8 @@ class BatchEngine:
         drawn = pending.drawn
         tokens: Any = drawn.tokens.tolist()
         counts: Any = None if drawn.kept is None else drawn.kept.tolist()
-        width = 1 if counts is None else len(tokens[0])
-        details = on_host(drawn.logprobs, width * len(tokens))
+        length = 1 if counts is None else len(tokens[0])
+        details = on_host(drawn.logprobs, length * len(tokens))
         for row, request in pending.rows:
             if request.done:
                 continue
@@ -420,7 +316,7 @@ class BatchEngine:
                 request.clock.drafted += pending.drafted[row]
                 request.clock.accepted += kept
             for place in range(kept + 1):
-                detail = details[row * width + place]
+                detail = details[row * length + place]
                 self._events.append((request.number, request.take(values[place], detail)))
                 if request.done:  # a drafted token that was kept has been fed
                     fed = len(request.known) if place < kept else self._fed(request)
@@ -428,8 +324,9 @@ class BatchEngine:
                     break
 
     def _fed(self, request: Request) -> int:
-        """Tokens known of a running request that its row holds: all, if the next pass is under
-        way.
+        """Return how many known tokens of a running request are in its row.
+
+        The newest is there only if the next pass is under way.
         """
         return len(request.known) - (not self._passes and self._logits is None)
 
@@ -438,7 +335,7 @@ class BatchEngine:
         self._rows[row], request.done = None, True
         self._speculation.release(row)
         if self.prompt_cache is not None:
-            self._keep(request, self._buffers.extract(row, fed))
+            keep(self.prompt_cache, request, self._buffers.extract(row, fed))
         live = self._live()
         if not live:
             self._empty()
@@ -448,17 +345,6 @@ class BatchEngine:
             alive = mx.array([one is not None for one in self._rows], dtype=mx.int32)
             self._state = self._state._replace(alive=alive, position=self._state.position * alive)
 
-    def _keep(self, request: Request, cache: KVCache | None) -> None:
-        """Give the prefix cache what a request leaves, under the weights that it began with."""
-        if self.prompt_cache is not None and cache is not None and cache.can_trim(0):
-            tokens = request.known[: cache.offset]
-            self.prompt_cache.put(request.weights, tokens, cache, request.owner)
-
     def _live(self) -> list[tuple[int, Request]]:
+        """Return the running requests with their rows."""
         return [(row, one) for row, one in enumerate(self._rows) if one and not one.done]
-
-
-def submit(drawn: Drawn, moved: Moved) -> None:
-    """Start computing. Never names the cache buffers here: that would copy them at every step."""
-    parts = (drawn.tokens, drawn.kept, *(drawn.logprobs or ()), *moved[:2], *(moved.history or ()))
-    mx.async_eval([part for part in parts if part is not None])

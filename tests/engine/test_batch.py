@@ -413,7 +413,7 @@ def test_a_prompt_that_is_cancelled_is_prefilled_no_further(engine):
     assert batch.prompt_cache.tokens == PROMPTS[8][:16]
     batch.step()
     pair = [batch.submit(PROMPTS[1], max_tokens=4) for _ in range(2)]  # one of several in a pass
-    assert batch._next_admission(99).requests[1].number == pair[1] and batch.cancel(pair[0])
+    assert batch._queue.begin(8, 99).requests[1].number == pair[1] and batch.cancel(pair[0])
     events = [one for _ in range(8) for one in batch.step()]
     assert {number for number, _ in events} == {1, pair[1]}
 

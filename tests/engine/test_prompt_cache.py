@@ -499,7 +499,10 @@ def test_a_batch_keeps_owners_apart(tiny, engine):
     batch.step()
     for owner, begun in (("one", letters), ("other", encode("Once"))):
         batch.submit("Once upon", owner=owner, max_tokens=1, continued=True)
-        assert batch._waiting[-1].prompt == [*begun, *encode("Once upon")[len(encode("Once")) :]]
+        assert batch._queue.waiting[-1].prompt == [
+            *begun,
+            *encode("Once upon")[len(encode("Once")) :],
+        ]
 
 
 def test_what_began_with_other_weights_is_not_found(tiny):
