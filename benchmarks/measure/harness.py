@@ -63,13 +63,13 @@ def measure(entries: Sequence[Entry], trials: int, tick: Tick) -> None:
         )
     for entry in entries:
         warm_up(entry)
-        tick(label(entry.case), entry.work)
+        tick(str(entry.case), entry.work)
     for number in range(trials):
         # every other round backwards: who comes after whom must not decide either
         for entry in list(entries)[:: -1 if number % 2 else 1]:
             if entry.timed:
                 run_trial(entry)
-            tick(label(entry.case), entry.work)
+            tick(str(entry.case), entry.work)
 
 
 def warm_up(entry: Entry) -> None:
@@ -184,13 +184,3 @@ def ratios_of(entries: Sequence[Entry]) -> list[Ratio]:
                 low, middle, high = paired_ratio([a], [b])
                 found.append(Ratio(name, list(entries).index(ours), number, middle, low, high))
     return found
-
-
-def label(case: Case) -> str:
-    """A case in few words, for the progress bar and messages."""
-    parts = [case.engine, case.model, f"{case.bits}-bit" if case.bits else case.dtype]
-    parts.append(f"{case.prompt_tokens}+{case.generation_tokens}")
-    parts += [f"batch {case.batch_size}"] if case.batch_size > 1 else []
-    parts += [case.cache] if case.cache != "plain" else []
-    parts += [case.speculation] if case.speculation else []
-    return " ".join(parts)

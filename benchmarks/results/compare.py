@@ -1,60 +1,64 @@
-"""Two documents against each other: what has become faster or slower beyond what chance does."""
+"""Two documents against each other: what became faster or slower by more than chance explains.
+
+Times and rates are one family of tests: Welch's t on the logarithms of process medians, with Holm's
+correction, so that two runs of the same thing pass in all of them with at least 95 %. A figure that
+repeats another leaves the family, and one that no clock measures (bytes, losses) is compared by its
+resolution. `tests/benchmarks/test_compare.py` simulates how often this is wrong.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.benchmarks.measure.machine import BUSY
-from openelm_mlx.benchmarks.results.bootstrap import Interval, interval, standard_error
-from openelm_mlx.benchmarks.results.document import Case, Document, Metric, Row
+from openelm_mlx.benchmarks.results.document import Case, Document, Machine, Metric, Row
+from openelm_mlx.benchmarks.results.statistics import (
+    difference,
+    holm,
+    independent,
+    student_t,
+    welch,
+)
 from openelm_mlx.errors import BenchmarkError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-CONFIDENCE = 0.95
-RESOLUTION = {
-    "s": 1e-4,
-    "bytes": 2**20,
-    "nats": 1e-4,
-    "share": 1e-3,
-}  # least half width of an interval, by unit
+PROCESSES = 5  # finds a slowdown of 10 % in 95 of 100 runs where processes differ by 2 %; 3 do not
+CHANCE = 0.05
 TIMED = ("s", "tokens/s")
-MACHINE = ("chip", "cores", "memory_bytes", "system", "backend", "blas")
+# a smaller change is none: by unit, absolute and as a share
+RESOLUTION = {"s": 1e-4, "bytes": 2**20, "nats": 1e-4, "share": 1e-3, "tokens": 1e-2}
+RELATIVE = {"bytes": 0.01}
+COPIES = {"prefill_tokens_per_second": "time_to_first_token_seconds"}  # of the prompt's length
+SAME_MACHINE = ("chip", "processor", "cores", "memory_bytes", "system", "backend", "blas")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of one case in both documents."""
+    """One metric of one case in both documents.
+
+    `smallest` is the change that would have shown, as a share; `chance` is how often two runs of
+    the same thing would differ as much, corrected for all figures. Both are None where no test is
+    made.
+    """
 
     case: Case
     metric: str
-    before: Interval
-    after: Interval
+    before: float
+    after: float
     higher_is_better: bool
-
-    @property
-    def significant(self) -> bool:
-        """Whether the intervals keep apart."""
-        return not self.before.overlaps(self.after)
-
-    @property
-    def better(self) -> bool:
-        return (self.after.middle > self.before.middle) == self.higher_is_better
+    verdict: str  # "better", "worse" or "same"
+    chance: float | None = None
+    smallest: float | None = None
 
     @property
     def change(self) -> float:
-        """Of the median, as a share of that before."""
-        return self.after.middle / self.before.middle - 1 if self.before.middle else 0.0
-
-    @property
-    def verdict(self) -> str:
-        if not self.significant:
-            return "same"
-        return "better" if self.better else "worse"
+        """The change of the median as a share of that before."""
+        return self.after / self.before - 1 if self.before else 0.0
 
 
 @dataclass(frozen=True)
@@ -64,168 +68,167 @@ class Comparison:
 
     @property
     def regressed(self) -> bool:
-        return any(d.verdict == "worse" for d in self.differences)
+        return any(one.verdict == "worse" for one in self.differences)
+
+    @property
+    def sensitivity(self) -> float | None:
+        """The smallest change that would have shown: the median over the tested figures."""
+        found = [one.smallest for one in self.differences if one.smallest is not None]
+        return median(found) if found else None
 
 
 def compare(before: Document, after: Document) -> Comparison:
-    """Every metric that both documents have for the same case, over at least two trials each.
+    """Judge every metric that both documents have for the same case.
 
-    A difference counts where the bootstrap intervals of the two medians do not overlap. Their
-    confidence is raised with the number of comparisons (Bonferroni), so that two runs of the same
-    thing pass in all of them with 95 %. No time is taken for surer than the typical one of its run:
-    few trials that happen to lie close do not make a steady machine. Raises `BenchmarkError` when
-    the documents have nothing in common.
+    Raises `BenchmarkError` where they have nothing in common.
     """
-    pairs = list(common(before, after))
+    pairs = [pair for pair in common(before, after) if comparable(pair)]
     if not pairs:
         raise BenchmarkError(
-            "the two results have no measurement in common; run the same suite on the same models twice"
+            "the two results have no measurement in common; "
+            "run the same suite on the same models twice"
         )
-    confidence = 1 - (1 - CONFIDENCE) / len(pairs)
-    noise = typical_error(before), typical_error(after)
+    timed = [is_timed(pair) for pair in pairs]
+    family = [logarithms(pair) for pair, tested in zip(pairs, timed, strict=True) if tested]
+    chances = iter(holm([welch(*logs) for logs in family]))
+    smallest = iter(smallest_change(*logs, len(family)) for logs in family)
     found = tuple(
-        Difference(
-            case,
-            name,
-            bounds(a, confidence, noise[0]),
-            bounds(b, confidence, noise[1]),
-            a.higher_is_better,
-        )
-        for case, name, a, b in pairs
+        judged(pair, next(chances), next(smallest)) if tested else judged(pair)
+        for pair, tested in zip(pairs, timed, strict=True)
     )
     return Comparison(found, tuple(warnings(before, after)))
 
 
-def common(before: Document, after: Document) -> list[tuple[Case, str, Metric, Metric]]:
+Pair = tuple[Case, str, Metric, Metric]
+
+
+def common(before: Document, after: Document) -> Iterator[Pair]:
+    """Yield the metrics of both documents, without those that repeat another."""
     rows = {key(row): row for row in before.rows}
-    found = []
     for row in after.rows:
         if (other := rows.get(key(row))) is None:
             continue
+        shared = row.metrics.keys() & other.metrics.keys()
         for name, metric in row.metrics.items():
-            if (
-                name in other.metrics
-                and min(len(metric.values), len(other.metrics[name].values)) >= 2
-            ):
-                found.append((row.case, name, other.metrics[name], metric))
-    return found
+            if name in shared and COPIES.get(name) not in shared:
+                yield row.case, name, other.metrics[name], metric
 
 
 def key(row: Row) -> Case:
-    """The case, its bits per weight to a tenth: group sizes tell cases apart, a model converted
-    anew does not.
+    """Return the case with its bits per weight to a tenth: group sizes tell cases apart, a model
+    that was converted anew does not.
     """
     bits = row.case.bits_per_weight
     return replace(row.case, bits_per_weight=None if bits is None else round(bits, 1))
 
 
-def typical_error(document: Document) -> float:
-    """Median over the times and rates of a run of their standard error, as a share of the
-    figure.
-    """
-    metrics = [metric for row in document.rows for metric in row.metrics.values()]
-    found = [
-        standard_error(metric.values) / metric.median
-        for metric in metrics
-        if metric.unit in TIMED and len(metric.values) > 1 and metric.median > 0
-    ]
-    return median(found) if found else 0.0
+def is_timed(pair: Pair) -> bool:
+    return pair[2].unit in TIMED
 
 
-def bounds(metric: Metric, confidence: float, typical: float) -> Interval:
-    least = typical * metric.median if metric.unit in TIMED else 0.0
-    return interval(metric.values, confidence, RESOLUTION.get(metric.unit, 0.0), least)
+def comparable(pair: Pair) -> bool:
+    """Return whether a figure can be judged: a time needs two values above 0 on either side."""
+    sides = [independent(metric.processes) for metric in pair[2:]]
+    return not is_timed(pair) or all(len(side) > 1 and min(side) > 0 for side in sides)
 
 
-def warnings(before: Document, after: Document) -> list[str]:
-    """What makes two documents hard to compare."""
-    notes = []
-    for name in MACHINE:
+def logarithms(pair: Pair) -> tuple[list[float], list[float]]:
+    before, after = (
+        [math.log(value) for value in independent(metric.processes)] for metric in pair[2:]
+    )
+    return before, after
+
+
+def smallest_change(before: Sequence[float], after: Sequence[float], tests: int) -> float:
+    """Return the change that the first step of Holm's correction would have taken for one."""
+    _, error, freedom = difference(before, after)
+    return math.expm1(student_t(1 - CHANCE / tests, freedom) * error)
+
+
+def judged(pair: Pair, chance: float | None = None, smallest: float | None = None) -> Difference:
+    case, name, before, after = pair
+    limit = max(RESOLUTION.get(before.unit, 0), RELATIVE.get(before.unit, 0) * before.median)
+    changed = abs(after.median - before.median) > limit
+    verdict = "same"
+    if changed and (chance is None or chance < CHANCE):
+        more = after.median > before.median
+        verdict = "better" if more == after.higher_is_better else "worse"
+    return Difference(
+        case, name, before.median, after.median, after.higher_is_better, verdict, chance, smallest
+    )
+
+
+# --- what makes two documents hard to compare
+
+
+def warnings(before: Document, after: Document) -> Iterator[str]:
+    if 1 in (before.processes, after.processes):
+        yield (
+            "a result of one process does not tell how processes differ, which by itself can look "
+            f"like a change; measure both with --processes {PROCESSES}"
+        )
+    for name in SAME_MACHINE:
         old, new = getattr(before.machine, name), getattr(after.machine, name)
         if not alike(old, new):
             told = ("unknown" if value is None else value for value in (old, new))
-            notes.append(
-                "another machine: {} {} before, {} after".format(name.replace("_", " "), *told)
-            )
+            yield "another machine: {} {} before, {} after".format(name.replace("_", " "), *told)
     for name in sorted(before.versions.keys() & after.versions.keys()):
         if before.versions[name] != after.versions[name]:
-            notes.append(f"{name} {before.versions[name]} before, {after.versions[name]} after")
+            yield f"{name} {before.versions[name]} before, {after.versions[name]} after"
     for document, when in ((before, "first"), (after, "second")):
         if document.partial:
-            notes.append(f"the {when} result is partial: it was interrupted")
-        load, cores = document.machine.load_average, document.machine.cores
-        if isinstance(load, (int, float)) and isinstance(cores, int) and load > BUSY * cores:
-            notes.append(
-                f"the machine was busy before the {when} run: load {load:.1f} on {cores} cores"
-            )
+            yield f"the {when} result is partial: it was interrupted"
+        if busy(document.machine):
+            load, cores = document.machine.load_average, document.machine.cores
+            yield f"the machine was busy before the {when} run: load {load:.1f} on {cores} cores"
     missing = len({key(row) for row in before.rows} ^ {key(row) for row in after.rows})
     if missing:
-        notes.append(f"{missing} {'case is' if missing == 1 else 'cases are'} in one result only")
-    return notes
+        yield f"{missing} {'case is' if missing == 1 else 'cases are'} in one result only"
+
+
+def busy(machine: Machine) -> bool:
+    """Return whether others used the machine before the run: half a core's load for each core."""
+    return (machine.load_average or 0) > (machine.cores or math.inf) / 2
 
 
 def alike(old: Any, new: Any) -> bool:
-    """Tell whether two facts are those of one machine.
-
-    The memory that a system reports differs by some pages from start to start.
+    """Return whether two facts are those of one machine, whose memory differs by some pages from
+    start to start.
     """
     if isinstance(old, int) and isinstance(new, int):
         return math.isclose(old, new, rel_tol=1e-3)
     return bool(old == new)
 
 
+# --- how it is told
+
+
 def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """All of it for JSON: every figure with its two intervals, also where they show no
-    difference.
-    """
-    differences = [
-        {
-            **asdict(d),
-            "before": d.before._asdict(),
-            "after": d.after._asdict(),
-            "change": d.change,
-            "verdict": d.verdict,
-        }
-        for d in comparison.differences
-    ]
-    facts = {
+    """Return everything for JSON, also the figures that show no difference."""
+    return {
         "regressed": comparison.regressed,
-        "smallest_change_that_would_have_shown": sensitivity(comparison),
+        "smallest_change_that_would_have_shown": comparison.sensitivity,
+        "differences": [asdict(one) | {"change": one.change} for one in comparison.differences],
+        "notes": list(comparison.notes),
     }
-    return {**facts, "differences": differences, "notes": list(comparison.notes)}
 
 
 def lines(comparison: Comparison) -> list[str]:
-    """Describe every difference case by case, then how much could have been missed.
-
-    Each is one line, however long.
-    """
-    from openelm_mlx.benchmarks.measure.harness import label
-
-    found = []
-    for d in comparison.differences:
-        if d.significant:
-            found.append(
-                f"{d.verdict}: {label(d.case)}, {d.metric.replace('_', ' ')}: {d.before.middle:.4g} -> "
-                f"{d.after.middle:.4g} ({d.change:+.1%})"
-            )
-    same = sum(not d.significant for d in comparison.differences)
-    count = len(comparison.differences)
-    found.append(
-        f"{same} of {count} figures show no significant difference; smallest change that would have shown: "
-        f"{sensitivity(comparison):.0%} (median over the figures)"
-    )
-    return found + [f"! {note}" for note in comparison.notes]
-
-
-def sensitivity(comparison: Comparison) -> float:
-    """Median over the figures of the change that the two intervals are wide enough to hide."""
-    hidden = [
-        (d.before.high - d.before.middle + d.after.high - d.after.middle) / abs(d.before.middle)
-        for d in comparison.differences
-        if d.before.middle
+    """Describe every difference, then how much could have been missed, a line each."""
+    changed = [one for one in comparison.differences if one.verdict != "same"]
+    found = [
+        f"{one.verdict}: {one.case}, {one.metric.replace('_', ' ')}: {one.before:.4g} -> "
+        f"{one.after:.4g} ({one.change:+.1%})"
+        for one in changed
     ]
-    return median(hidden) if hidden else 0.0
+    count = len(comparison.differences)
+    told = f"{count - len(changed)} of {count} figures show no significant difference"
+    if comparison.sensitivity is not None:
+        told += (
+            f"; smallest change that would have shown: {comparison.sensitivity:.0%} "
+            "(median over the times and rates)"
+        )
+    return [*found, told, *(f"! {note}" for note in comparison.notes)]
 
 
 def show(comparison: Comparison, console: Console) -> None:

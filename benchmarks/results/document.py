@@ -108,6 +108,14 @@ class Case:
     speculation: str | None = None  # "prompt-lookup" or "draft NAME"
     random_weights: bool = False
 
+    def __str__(self) -> str:
+        """Return the case in few words, for messages."""
+        parts = [self.engine, self.model, f"{self.bits}-bit" if self.bits else self.dtype]
+        parts.append(f"{self.prompt_tokens}+{self.generation_tokens}")
+        parts += [f"batch {self.batch_size}"] if self.batch_size > 1 else []
+        parts += [self.cache] if self.cache != "plain" else []
+        return " ".join([*parts, *([self.speculation] if self.speculation else [])])
+
 
 @dataclass(frozen=True, config=STRICT)
 class Row:

@@ -103,3 +103,32 @@ def incomplete_beta(x: float, a: float, b: float) -> float:
         if abs(c * d - 1) < 1e-14:
             break
     return front * fraction
+
+
+def difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Return the difference of the means, its standard error, and Welch's degrees of freedom."""
+    (mean, error), (other_mean, other_error) = mean_and_error(before), mean_and_error(after)
+    total = error**2 + other_error**2
+    parts = error**4 / (len(before) - 1) + other_error**4 / (len(after) - 1)
+    freedom = total**2 / parts if parts else len(before) + len(after) - 2.0
+    return other_mean - mean, math.sqrt(total), freedom
+
+
+def welch(before: Sequence[float], after: Sequence[float]) -> float:
+    """Return the p-value of Welch's two-sided t test of equal means: how often two samples of the
+    same thing differ as much. Raises `ValueError` below two values on a side.
+    """
+    gap, error, freedom = difference(before, after)
+    return two_sided(gap / error, freedom) if error else float(gap == 0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values of a family for their number (Holm 1979): one below 0.05 is then a false
+    alarm in at most 5 % of families in which nothing has changed.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    for step, index in enumerate(order):
+        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - step)))
+        corrected[index] = largest
+    return corrected

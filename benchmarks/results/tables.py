@@ -293,9 +293,7 @@ def legend(document: Document) -> list[str]:
 
 
 def row_notes(document: Document) -> list[str]:
-    from openelm_mlx.benchmarks.measure.harness import label
-
-    return [f"{label(row.case)}: {'; '.join(row.notes)}" for row in document.rows if row.notes]
+    return [f"{row.case}: {'; '.join(row.notes)}" for row in document.rows if row.notes]
 
 
 def wrap(text: str, bullet: str = "") -> list[str]:

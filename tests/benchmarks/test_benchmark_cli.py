@@ -18,7 +18,6 @@ from openelm_mlx.benchmarks.checks import drift
 from openelm_mlx.benchmarks.checks import soak as soaking
 from openelm_mlx.benchmarks.checks.trials import Answer, Request
 from openelm_mlx.benchmarks.measure import bandwidth, machine, run, startup
-from openelm_mlx.benchmarks.measure.harness import label
 from openelm_mlx.benchmarks.measure.loaded import last_part
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
 from openelm_mlx.benchmarks.measure.timing import Timed
@@ -105,8 +104,7 @@ def test_every_kind_of_case_runs(capsys):
     )
     document = run.run(options)
     labels = [
-        label(row.case).removeprefix("openelm-mlx openelm-tiny 8-bit 20+6 ")
-        for row in document.rows
+        str(row.case).removeprefix("openelm-mlx openelm-tiny 8-bit 20+6 ") for row in document.rows
     ]
     assert labels == ["kv8", "kv8 prompt-lookup", "batch 2 kv8", "batch 2 kv8 prompt-lookup"]
     assert all("decode_tokens_per_second" in row.metrics for row in document.rows)
