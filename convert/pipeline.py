@@ -12,8 +12,8 @@ import numpy as np
 from openelm_mlx.convert.licence import licence_of
 from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.quantize.packing import planned, quantized
-from openelm_mlx.convert.quantize.planning import memory_needed, plan_quantization
+from openelm_mlx.convert.quantize.plan import memory_needed, plan_quantization
+from openelm_mlx.convert.quantize.rounding import layout, quantized
 from openelm_mlx.convert.record import KEPT, MERGED, SourceHash, conversion_record
 from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.convert.sources.adapters import ADAPTER_FOLDER, write_adapter
@@ -92,7 +92,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     first = "transformer.token_embeddings.weight"
     dtype = target_dtype(first, source.tensors[first].dtype, trimmed, options)
     planning = plan_quantization(opened, dtype, options, progress)  # 3. what will be written
-    forms = planning.forms
+    forms = planning.plan
     plan = make_plan(source, trimmed, forms, options)
     report = make_report(
         source, opened.config, trimmed, sum(info.nbytes for info in plan.values()), options
@@ -203,7 +203,7 @@ def make_plan(
     plan: dict[str, TensorInfo] = {}
     for name, shape in shapes.items():
         dtype = target_dtype(name, source.tensors[name].dtype, config, options)
-        plan |= planned(name, TensorInfo(dtype, shape), forms.get(name.removesuffix(".weight")))
+        plan |= layout(name, TensorInfo(dtype, shape), forms.get(name.removesuffix(".weight")))
     return plan
 
 

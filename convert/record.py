@@ -16,7 +16,7 @@ from typing import Any
 
 from openelm_mlx import __version__
 from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.quantize.recipes import number_of, role
+from openelm_mlx.convert.quantize.plan import number_of, role
 from openelm_mlx.quantization import Plan, QuantSpec, config_entry
 
 CHUNK = 1 << 22

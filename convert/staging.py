@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.quantize.recipes import find_recipe
+from openelm_mlx.convert.quantize.plan import find_recipe
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import check_writable, read_text
 

@@ -1,66 +1,71 @@
-"""Prove a conversion: the written folder or GGUF file, read back, against the source's own weights
-in float32.
-"""
+"""Proof of a conversion: what was written is read back and compared with the source in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.convert.opening import OpenedModel
-from openelm_mlx.convert.quantize.packing import restored
-from openelm_mlx.convert.quantize.planning import exact_weights
+from openelm_mlx.convert.quantize.plan import exact_weights
+from openelm_mlx.convert.quantize.rounding import dequantized
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.staging import config_of
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
-from openelm_mlx.evaluate.score import Model, compare
+from openelm_mlx.evaluate.score import compare
 from openelm_mlx.files import read_json, read_text
 from openelm_mlx.model.config import BOS, OpenELMConfig, expected_tensors
-from openelm_mlx.quantization import read_plan
+from openelm_mlx.quantization import quantization_of, read_plan
 
-TEXT = "Once upon a time there was a little girl who lived in a house at the edge of a great forest with her mother."
+if TYPE_CHECKING:
+    from openelm_mlx.convert.opening import OpenedModel
+    from openelm_mlx.model.decoder import OpenELM
+
+TEXT = (
+    "Once upon a time there was a little girl who lived in a house at the edge of a great forest "
+    "with her mother."
+)
 ROW = 512  # tokens scored in one context, BOS included
 BATCH = 4  # rows in one pass
-NAMES = {"reference_perplexity": "perplexity_of_source"}  # in conversion.json
-
-
-@dataclass(frozen=True)
-class Written:
-    """What was written, read back: its own configuration, and the float32 weights that its stored
-    tensors stand for.
-    """
-
-    config: OpenELMConfig
-    weights: Mapping[str, mx.array]
+NAMES = {"reference_perplexity": "perplexity_of_source"}  # what conversion.json calls a figure
 
 
 def verification_text(opened: OpenedModel, text: Path | None = None) -> list[mx.array]:
-    """Batches of token ids [rows, length] from a file, or from a short text of our own.
+    """Return batches of token ids [rows, length] from a file, or from a short text of our own.
 
-    Raises `OptionError` for a file that is no text, `ConversionError` for an empty one.
+    Raises `OptionError` for a file that is not text, `ConversionError` for an empty one.
     """
-    ids = opened.tokenizer.processor.encode(
-        TEXT if text is None else read_text(text, "--verify-text")
-    )
+    content = TEXT if text is None else read_text(text, "--verify-text")
+    ids = opened.tokenizer.processor.encode(content)
     batches = text_batches(ids, min(ROW, opened.trimmed.max_context_length))
     if not batches:
         raise ConversionError(f"{text} has no text to verify on")
     return batches
 
 
+def text_batches(ids: list[int], length: int) -> list[mx.array]:
+    """Return all tokens in consecutive rows, each after BOS: full rows in batches, the shorter last
+    one by itself.
+    """
+    step = length - 1
+    rows = [[BOS, *ids[start : start + step]] for start in range(0, len(ids), step)]
+    full = [row for row in rows if len(row) == length]
+    batches = [full[start : start + BATCH] for start in range(0, len(full), BATCH)]
+    batches += [[row] for row in rows[len(full) :]]
+    return [mx.array(batch, dtype=mx.int32) for batch in batches]
+
+
 def verify(
     path: Path, opened: OpenedModel, batches: Iterable[mx.array] | None = None
 ) -> dict[str, float]:
-    """Return the losses of what was written to `path`, on batches of token ids or a short text of
-    our own, under the names that conversion.json gives them.
+    """Return the losses of the folder or GGUF file at `path` on batches of token ids, or on a short
+    text of our own, under the names that conversion.json gives them.
     """
     batches = verification_text(opened) if batches is None else batches
     exact = dense_model(opened.trimmed, exact_weights(opened))
-    written = read_folder(path) if path.is_dir() else read_gguf(path)
-    found = asdict(compare(exact, dense_model(written.config, written.weights), batches))
+    written = dense_model(*(read_folder(path) if path.is_dir() else read_gguf(path)))
+    found = asdict(compare(exact, written, batches))
     return {NAMES.get(name, name): value for name, value in found.items()}
 
 
@@ -69,48 +74,36 @@ def check_bound(
 ) -> None:
     """Raise `ConversionError` where the mean KL divergence is above the bound."""
     found = losses["mean_kl_divergence"]
-    better = "take more bits, --target-bpw or --calibrate"
-    if target_format != "mlx":  # the others have few forms or none, and lose nothing in float32
-        better = "take --dtype float32, without --bits"
+    remedy = "take more bits, --target-bpw or --calibrate"
+    if target_format != "mlx":  # the others quantize little or not at all: float32 loses nothing
+        remedy = "take --dtype float32, without --bits"
     if max_kl is not None and not found <= max_kl:
         raise ConversionError(
-            f"the mean KL divergence is {found:.4g} nats, above --max-kl {max_kl:g}; nothing was written: {better}"
+            f"the mean KL divergence is {found:.4g} nats, above --max-kl {max_kl:g}; nothing was "
+            f"written: {remedy}"
         )
 
 
-def text_batches(ids: list[int], length: int) -> list[mx.array]:
-    """All tokens in consecutive rows, each after BOS: full rows in batches, the shorter last one by
-    itself.
-    """
-    rows = [[BOS, *ids[start : start + length - 1]] for start in range(0, len(ids), length - 1)]
-    full = [row for row in rows if len(row) == length]
-    batches = [full[start : start + BATCH] for start in range(0, len(full), BATCH)]
-    batches += [[row] for row in rows[len(full) :]]
-    return [mx.array(batch, dtype=mx.int32) for batch in batches]
-
-
-def read_folder(folder: Path) -> Written:
+def read_folder(folder: Path) -> tuple[OpenELMConfig, dict[str, mx.array]]:
+    """Return a folder's configuration, and the float32 weights that its tensors stand for."""
     config = OpenELMConfig.from_file(config_of(folder))
-    written: dict[str, mx.array] = {}
+    stored: dict[str, Any] = {}
     for file in sorted(folder.glob("model*.safetensors")):
-        arrays: Any = mx.load(str(file))
-        written |= arrays
+        stored |= mx.load(str(file))  # type: ignore[arg-type]
     shapes = expected_tensors(config)
-    plan = read_plan(read_json(config_of(folder)).get("quantization"), shapes, set(written))
-    return Written(
-        config,
-        {name: restored(name, written, plan.get(name.removesuffix(".weight"))) for name in shapes},
-    )
+    plan = read_plan(quantization_of(read_json(config_of(folder))), shapes, stored)
+    return config, {
+        name: dequantized(name, stored, plan.get(name.removesuffix(".weight"))) for name in shapes
+    }
 
 
-def read_gguf(path: Path) -> Written:
+def read_gguf(path: Path) -> tuple[OpenELMConfig, dict[str, mx.array]]:
+    """Return a GGUF file's configuration, and the float32 weights that its blocks stand for."""
     file = GGUFFile(path)
-    return Written(
-        file.config, {name: file.load_exact(name) for name in expected_tensors(file.config)}
-    )
+    return file.config, {name: file.load_exact(name) for name in expected_tensors(file.config)}
 
 
-def dense_model(config: OpenELMConfig, weights: Mapping[str, mx.array]) -> Model:
+def dense_model(config: OpenELMConfig, weights: Mapping[str, mx.array]) -> OpenELM:
     from openelm_mlx.model.decoder import OpenELM
 
     model = OpenELM(config)

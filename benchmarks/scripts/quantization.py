@@ -1,5 +1,5 @@
-"""Quantizations at equal bytes: uniform, measured allocation and learned rounding of this project,
-and mlx-lm's tools.
+"""Compare quantizations at equal bytes: uniform, measured and learned ones of this project, and the
+tools of mlx-lm.
 
     python -m openelm_mlx.benchmarks.scripts.quantization checkpoint.pt heldout.txt --bits 3 4 5
 
@@ -7,6 +7,8 @@ Each size is that of uniform affine quantization in groups of 64 with scales in 
 is chosen and learned on text that the exact model writes, or on --calibration-text; TEXT is only
 for the report. All weights are compared as the float32 numbers that the stored ones stand for, in
 one and the same model.
+
+mlx-lm's tools are called as Python functions, as its command lines fetch texts from the network.
 """
 
 from __future__ import annotations
@@ -21,229 +23,344 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from openelm_mlx.benchmarks.scripts import quantization_peers as peers
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.opening import OpenedModel, open_model
+from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.quantize.allocate import choose, make_reference, measure, plan_bytes
-from openelm_mlx.convert.quantize.calibrate import calibrate
-from openelm_mlx.convert.quantize.functional import logits
-from openelm_mlx.convert.quantize.packing import rounded
-from openelm_mlx.convert.quantize.planning import (
+from openelm_mlx.convert.quantize.calibrate import (
     MEASURE_TOKENS,
-    exact_weights,
+    calibrate,
     given_tokens,
     written_tokens,
 )
+from openelm_mlx.convert.quantize.functional import logits
+from openelm_mlx.convert.quantize.plan import exact_weights
+from openelm_mlx.convert.quantize.rounding import dequantized, rounded
 from openelm_mlx.convert.verify import text_batches
-from openelm_mlx.device import mx
+from openelm_mlx.device import mx, nn
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.evaluate.score import compare
 from openelm_mlx.files import check_writable, read_text
 from openelm_mlx.model.config import expected_tensors
 from openelm_mlx.quantization import Plan, QuantSpec, matrices
 
-DTYPE = "float16"
+DTYPE = "float16"  # of scales, biases, norms and matrices that are not quantized
+LEARNED = ("gptq", "distill")
 Weights = dict[str, mx.array]
+Result = tuple[Weights, int]  # float32 weights, and the bytes they are stored in
+Method = tuple[str, Callable[[], Result]]  # the name in the table, and the work
 
 
 @dataclass(frozen=True)
 class Row:
-    """One quantization on the report text. `size` is the uniform width whose bytes it may take."""
+    """One quantization on the report text, at the size of uniform quantization to `size` bits."""
 
     size: int
     method: str
-    bytes: int
-    bits_per_weight: float
-    mean_kl: float
-    p99_kl: float
-    top_1_agreement: float
-    ratio: float
-    seconds: float
+    bytes: int = 0
+    bits_per_weight: float = math.nan
+    mean_kl: float = math.nan
+    p99_kl: float = math.nan
+    top_1_agreement: float = math.nan
+    ratio: float = math.nan
+    seconds: float = 0.0
     note: str = ""
 
-
-class Judge:
-    """The report text and what the exact model says of it, computed once."""
-
-    def __init__(self, opened: OpenedModel, exact: Weights, text: Path) -> None:
-        self.config = opened.trimmed
-        length = min(512, self.config.max_context_length)
-        self.batches = text_batches(
-            opened.tokenizer.processor.encode(read_text(text, "TEXT")), length
+    def cells(self) -> str:
+        """Return the row as a line of the table."""
+        start = f"| {self.size} bits | {self.method} |"
+        if self.note:
+            return f"{start} {self.note} | | | | | |"
+        return (
+            f"{start} {self.bytes:,} | {self.bits_per_weight:.3f} | {self.mean_kl:.5f} | "
+            f"{self.p99_kl:.4f} | {self.top_1_agreement:.4f} | {self.ratio:.3f} |"
         )
-        self.exact = [logits(self.config, exact, tokens) for tokens in self.batches]
-        mx.eval(self.exact)
-
-    def __call__(self, weights: Weights) -> tuple[float, float, float]:
-        """Return mean and 99th percentile of the KL divergence in nats, and top-1 agreement."""
-        known = iter(self.exact)
-        found = compare(
-            lambda _: next(known), lambda tokens: logits(self.config, weights, tokens), self.batches
-        )
-        return found.mean_kl_divergence, found.p99_kl_divergence, found.top_1_agreement
 
 
-def run(model: Path, text: Path, args: argparse.Namespace) -> Iterator[Row]:
-    """The rows of the table, each as soon as it is known."""
-    with tempfile.TemporaryDirectory() as scratch:
-        options = ConvertOptions(
-            model,
-            Path(scratch) / "whole",
-            dtype="float32",
-            calibrate="distill",
-            bits=4,
-            calibration_text=args.calibration_text,
-            calibration_tokens=args.calibration_tokens,
-        )
-        opened = open_model(options)
-        exact = exact_weights(opened)
-        shapes = expected_tensors(opened.trimmed)
-        judge = Judge(opened, exact, text)
-        say(f"{sum(tokens.size for tokens in judge.batches)} positions of {text.name} are judged")
-        given = given_tokens(opened, options)
-        tokens = written_tokens(opened, exact, options, None) if given is None else given
-        say(f"{tokens.size} tokens of calibration text")
-        reference = make_reference(
-            opened.trimmed, exact, tokens[: max(1, MEASURE_TOKENS // tokens.shape[1])]
-        )
-        losses = None
-        if any(method in args.methods for method in ("target-bpw", "gptq", "distill")):
-            widths = min(args.bits) + 0.5, max(args.bits) + 0.5
-            losses = measure(
-                reference,
-                shapes,
-                DTYPE,
-                sum(widths) / 2,
-                progress,
-                spread=(widths[1] - widths[0]) / 2,
+def run(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """Yield the rows of the table, each as soon as it is known."""
+    folder = scratch / "exact"
+    options = ConvertOptions(
+        args.model,
+        folder,
+        dtype="float32",
+        calibrate="distill",
+        bits=4,
+        calibration_text=args.calibration_text,
+        calibration_tokens=args.calibration_tokens,
+    )
+    opened = open_model(options)
+    config, exact = opened.trimmed, exact_weights(opened)
+    ids = opened.tokenizer.processor.encode(read_text(args.text, "TEXT"))
+    batches = text_batches(ids, min(512, config.max_context_length))
+    known = [logits(config, exact, tokens) for tokens in batches]
+    mx.eval(known)
+    say(f"{sum(tokens.size for tokens in batches)} positions of {args.text.name} are compared")
+    given = given_tokens(opened, options)
+    tokens = written_tokens(opened, exact, options) if given is None else given
+    say(f"{tokens.size} tokens of calibration text")
+    ours = OurMethods(args, config, exact, tokens)
+    convert(ConvertOptions(args.model, folder, dtype="float32"))
+    for bits in args.bits:
+        budget, base = ours.uniform_bytes(bits), math.nan
+        tools = [
+            tool(folder, tokens, bits, budget) for name, tool in TOOLS.items() if name in args.peers
+        ]
+        for method, work in (*ours.methods(bits), *(one for tool in tools for one in tool)):
+            start = time.perf_counter()
+            try:
+                weights, size = work()
+            except Exception as error:  # mlx-lm's tools may fail in any way; the table says how
+                yield Row(bits, method, note=f"does not run: {error}"[:120])
+                continue
+            seconds, exact_logits = time.perf_counter() - start, iter(known)
+            found = compare(
+                lambda _: next(exact_logits), lambda x: logits(config, weights, x), batches
             )
-        folder = Path(scratch) / "whole"
-        convert(ConvertOptions(model, folder, dtype="float32"))
-        for bits in args.bits:
-            uniform: Plan = dict.fromkeys(matrices(shapes), QuantSpec(bits, 64))
-            budget = plan_bytes(uniform, shapes, DTYPE)
-            bpw = 8 * budget / opened.trimmed.num_parameters
-            base = math.nan
-
-            def row(method: str, work: Callable[[], tuple[Weights, int]], bits: int = bits) -> Row:
-                nonlocal base
-                start = time.perf_counter()
-                try:
-                    weights, size = work()
-                except (
-                    Exception
-                ) as error:  # a tool of others may fail in any way; the table says how
-                    nothing = math.nan
-                    note = f"does not run: {error}"[:120]
-                    return Row(bits, method, 0, 0, nothing, nothing, nothing, nothing, 0, note)
-                seconds = time.perf_counter() - start
-                found = judge(weights)
-                base = found[0] if method == "uniform" else base
-                return Row(
-                    bits,
-                    method,
-                    size,
-                    8 * size / opened.trimmed.num_parameters,
-                    *found,
-                    found[0] / base,
-                    seconds,
-                )
-
-            def rounded(plan: Plan) -> tuple[Weights, int]:
-                return nearest(exact, plan), plan_bytes(plan, shapes, DTYPE)
-
-            def learned(method: str, plan: Plan) -> tuple[Weights, int]:
-                found = calibrate(method, opened.trimmed, exact, plan, tokens, DTYPE, progress)
-                return found.stored_weights(DTYPE), plan_bytes(plan, shapes, DTYPE)
-
-            yield row("uniform", partial(rounded, uniform))
-            if losses is not None:
-                plan = choose(losses, shapes, DTYPE, bpw)
-                if "target-bpw" in args.methods:
-                    yield row("target-bpw", partial(rounded, plan))
-                for method in ("gptq", "distill"):
-                    if method in args.methods:
-                        yield row(f"target-bpw + {method}", partial(learned, method, plan))
-            for name, tool in peers.TOOLS.items():
-                if name in args.peers:
-                    for variant, work in tool(folder, tokens, bits, budget):
-                        yield row(variant, work)
+            kl = found.mean_kl_divergence
+            base = kl if method == "uniform" else base
+            per_weight = 8 * size / config.num_parameters
+            figures = kl, found.p99_kl_divergence, found.top_1_agreement, kl / base
+            yield Row(bits, method, size, per_weight, *figures, seconds)
 
 
-def nearest(exact: Weights, plan: Plan) -> Weights:
-    """What rounding to nearest makes of the weights."""
-    return {
-        name: rounded(array, plan.get(name.removesuffix(".weight")), getattr(mx, DTYPE))
-        for name, array in exact.items()
-    }
+class OurMethods:
+    """Plans of this project at a given size, with and without learned rounding."""
+
+    def __init__(self, args: argparse.Namespace, config: Any, exact: Weights, tokens: mx.array):
+        self.wanted, self.config, self.exact, self.tokens = args.methods, config, exact, tokens
+        self.shapes = expected_tensors(config)
+        if {"target-bpw", *LEARNED} & set(args.methods):
+            rows = max(1, MEASURE_TOKENS // tokens.shape[1])
+            low, high = min(args.bits) + 0.5, max(args.bits) + 0.5
+            middle, spread = (low + high) / 2, (high - low) / 2
+            reference = make_reference(config, exact, tokens[:rows])
+            self.losses = measure(reference, self.shapes, DTYPE, middle, progress, spread)
+
+    def uniform(self, bits: int) -> Plan:
+        return dict.fromkeys(matrices(self.shapes), QuantSpec(bits, 64))
+
+    def uniform_bytes(self, bits: int) -> int:
+        return plan_bytes(self.uniform(bits), self.shapes, DTYPE)
+
+    def methods(self, bits: int) -> Iterator[Method]:
+        yield "uniform", partial(self.nearest, self.uniform(bits))
+        if not hasattr(self, "losses"):
+            return
+        bpw = 8 * self.uniform_bytes(bits) / self.config.num_parameters
+        plan = choose(self.losses, self.shapes, DTYPE, bpw)
+        if "target-bpw" in self.wanted:
+            yield "target-bpw", partial(self.nearest, plan)
+        for method in LEARNED:
+            if method in self.wanted:
+                yield f"target-bpw + {method}", partial(self.learned, method, plan)
+
+    def nearest(self, plan: Plan) -> Result:
+        weights = {
+            name: rounded(array, plan.get(name.removesuffix(".weight")), getattr(mx, DTYPE))
+            for name, array in self.exact.items()
+        }
+        return weights, plan_bytes(plan, self.shapes, DTYPE)
+
+    def learned(self, method: str, plan: Plan) -> Result:
+        found = calibrate(method, self.config, self.exact, plan, self.tokens, DTYPE, progress)
+        return found.stored_weights(DTYPE), plan_bytes(plan, self.shapes, DTYPE)
+
+
+def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Load a folder with mlx-lm: the model and its configuration."""
+    from mlx_lm.utils import load_model
+
+    return load_model(folder)
+
+
+def stored(model: nn.Module) -> Result:
+    """Return the weights of an mlx-lm model as they would be stored with scales in `DTYPE`."""
+    weights: Weights = {}
+    size = 0
+    for path, module in model.named_modules():
+        own = {f"{path}.{key}": x for key, x in module.items() if isinstance(x, mx.array)}
+        for key, x in own.items():
+            own[key] = x.astype(getattr(mx, DTYPE)) if mx.issubdtype(x.dtype, mx.floating) else x
+        size += sum(x.nbytes for x in own.values())
+        if "scales" in module:
+            spec, name = QuantSpec(module.bits, module.group_size), f"{path}.weight"
+            weights[name] = dequantized(name, own, spec)
+        else:
+            weights |= {key: x.astype(mx.float32) for key, x in own.items()}
+    return weights, size
+
+
+def mixed(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Method]:
+    name = {3: "mixed_3_4", 4: "mixed_4_6"}.get(bits, "mixed_4_6")
+
+    def work() -> Result:
+        from mlx_lm.convert import mixed_quant_predicate_builder
+        from mlx_lm.utils import quantize_model
+
+        model, config = loaded(folder)
+        predicate: Any = mixed_quant_predicate_builder(name, model)
+        quantize_model(model, config, 64, bits, quant_predicate=predicate)
+        return stored(model)
+
+    yield f"mlx-lm {name}", work
+
+
+def dynamic(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Method]:
+    """Take its sensitivities, and the lowest threshold whose bytes fit."""
+
+    def work(low: int, high: int, group: int) -> Result:
+        from mlx_lm.quant.dynamic_quant import estimate_sensitivities
+
+        model, _ = loaded(folder)
+        found = estimate_sensitivities(model, tokens[:8], low, group, high, group)
+        names = [name for name, _ in sorted(found, key=lambda entry: -entry[1])]
+        best: Result | None = None
+        for count in range(len(names) + 1):
+            trial, _ = loaded(folder)
+
+            def spec(
+                path: str, module: nn.Module, many: tuple[str, ...] = tuple(names[:count])
+            ) -> Any:
+                own = {"bits": high if path in many else low, "group_size": group}
+                return hasattr(module, "to_quantized") and own
+
+            nn.quantize(trial, group, low, class_predicate=spec)
+            result = stored(trial)
+            if result[1] > budget:
+                break
+            best = result
+        if best is None:
+            raise ValueError(f"{low} bits are larger than the size")
+        return best
+
+    for low, high, group in ((bits - 1, bits + 1, 64), (bits, bits + 1, 128)):
+        name = f"mlx-lm dynamic_quant {low}/{high} bits, groups of {group}"
+        yield name, partial(work, low, high, group)
+
+
+def awq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Method]:
+    """Run it with a configuration and an adapter of ours, as it has none for OpenELM."""
+
+    class Adapter:
+        """What awq_quantize walks through: it wants `.model[embed]`, `.layers` and item access."""
+
+        def __init__(self, own: Any) -> None:
+            self.own, self.model, self.layers = own, own.transformer, own.layers
+
+        def __contains__(self, key: str) -> bool:
+            return key in self.own
+
+        def __getitem__(self, key: str) -> Any:
+            return self.own[key]
+
+        def __setitem__(self, key: str, value: Any) -> None:
+            self.own[key] = value
+
+    def work() -> Result:
+        from mlx_lm.quant import awq
+
+        scale: Any = awq.ScaleConfig  # it wants names of modules; its types say modules
+        attention = scale(block="attn", prev="attn_norm", layers=["qkv_proj"], kwargs=["mask"])
+        scales = [attention, scale(block="ffn", prev="ffn_norm", layers=["proj_1"])]
+        config = awq.AWQConfig(
+            embed="token_embeddings", lm_head="lm_head", no_clip=["qkv_proj"], scale_configs=scales
+        )
+        model, _ = loaded(folder)
+        sizes = {"bits": bits, "embed_bits": bits, "group_size": 64, "embed_group_size": 64}
+        awq.awq_quantize(Adapter(model), tokens[:8], config, n_grid=8, **sizes)
+        return stored(model)
+
+    yield "mlx-lm awq (with a configuration of ours)", work
+
+
+def gptq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Method]:
+    """Give 2, 4 or 8 bits to linear layers; it rounds the embeddings plainly, to bits of their own."""
+    linear, embeddings = {3: (2, 8), 4: (4, 4), 5: (4, 8)}.get(bits, (4, 8))
+
+    def work() -> Result:
+        from mlx_lm.quant.gptq import gptq_quantize
+
+        model, _ = gptq_quantize(loaded(folder)[0], tokens[:64], linear, 64, embeddings, 64)
+        return stored(model)
+
+    yield f"mlx-lm gptq {linear} bits, embeddings {embeddings}", work
+
+
+def dwq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Method]:
+    """Distil scales and biases in one pass over the calibration text, at two rates."""
+
+    def work(rate: float) -> Result:
+        from mlx_lm.quant.dwq import dwq_quantize
+
+        from openelm_mlx.device import optimizers
+
+        exact, model = loaded(folder)[0], loaded(folder)[0]
+        nn.quantize(model, 64, bits)
+        texts: Any = tokens.tolist()
+        rows = [(row, 0) for row in texts]
+        dwq_quantize(
+            model,
+            lambda batch, index, split: exact(batch),
+            optimizers.Adam(rate, bias_correction=True),
+            rows[4:],
+            rows[:4],
+            batch_size=4,
+            max_seq_length=tokens.shape[1],
+            seed=17,
+            dtype=mx.float32,
+        )
+        return stored(model)
+
+    for rate in (1e-5, 1e-4):
+        yield f"mlx-lm dwq, rate {rate:g}", partial(work, rate)
+
+
+TOOLS = {"mixed": mixed, "dynamic_quant": dynamic, "awq": awq, "gptq": gptq, "dwq": dwq}
 
 
 def progress(done: int, total: int, name: str) -> None:
     if sys.stderr.isatty():
-        print(
-            f"\r{done}/{total} {name:60.60}",
-            end="" if done < total else "\r",
-            file=sys.stderr,
-            flush=True,
-        )
+        end = "" if done < total else "\r"
+        print(f"\r{done}/{total} {name:60.60}", end=end, file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def markdown(rows: list[Row]) -> str:
-    """The table, one line a quantization."""
-    lines = [
-        "| size of | method | bytes | bits/weight | mean KL | p99 KL | top-1 | / uniform |",
-        "|" + "---|" * 8,
-    ]
-    for r in rows:
-        if r.note:
-            lines.append(f"| {r.size} bits | {r.method} | {r.note} | | | | | |")
-        else:
-            lines.append(
-                f"| {r.size} bits | {r.method} | {r.bytes:,} | {r.bits_per_weight:.3f} | {r.mean_kl:.5f} | "
-                f"{r.p99_kl:.4f} | {r.top_1_agreement:.4f} | {r.ratio:.3f} |"
-            )
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m openelm_mlx.benchmarks.scripts.quantization",
+        prog="quantization",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="a whole model: .pt file or folder"
-    )
-    parser.add_argument("text", type=Path, metavar="TEXT", help="the text of the report")
-    parser.add_argument(
-        "--bits", type=int, nargs="+", default=[3, 4, 5], help="uniform widths that set the sizes"
-    )
-    parser.add_argument("--methods", nargs="*", default=["target-bpw", "gptq", "distill"])
-    parser.add_argument(
-        "--peers", nargs="*", default=[], choices=list(peers.TOOLS), help="tools of mlx-lm"
-    )
-    parser.add_argument("--calibration-text", type=Path, help="unset is what the model writes")
-    parser.add_argument("--calibration-tokens", type=int, default=32768)
-    parser.add_argument("--output", type=Path, help="rows as JSON lines, written as they come")
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="an unquantized model: .pt file or folder")
+    add("text", type=Path, metavar="TEXT", help="the text of the report")
+    add("--bits", type=int, nargs="+", default=[3, 4, 5], help="uniform bits that set the sizes")
+    add("--methods", nargs="*", default=["target-bpw", *LEARNED])
+    add("--peers", nargs="*", default=[], choices=list(TOOLS), help="tools of mlx-lm")
+    add("--calibration-text", type=Path, help="unset is what the model writes")
+    add("--calibration-tokens", type=int, default=32768)
+    add("--output", type=Path, help="rows as JSON lines, written as they come")
     args = parser.parse_args(argv)
     rows = []
     try:
         if args.output is not None:
             check_writable(args.output, "--output")
-        for row in run(args.model, args.text, args):
-            rows.append(row)
-            say(markdown([row]).splitlines()[-1] + f" {row.seconds:.0f} s")
-            if args.output is not None:
-                with args.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(row)) + "\n")
+        with tempfile.TemporaryDirectory() as scratch:
+            for row in run(args, Path(scratch)):
+                rows.append(row)
+                say(f"{row.cells()} {row.seconds:.0f} s")
+                if args.output is not None:
+                    with args.output.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(asdict(row)) + "\n")
     except OpenELMError as error:
         parser.exit(2, f"openelm: {error}\n")
-    print(markdown(rows))
+    print("| size of | method | bytes | bits/weight | mean KL | p99 KL | top-1 | / uniform |")
+    print("|" + "---|" * 8, *(row.cells() for row in rows), sep="\n")
     return 0
 
 

@@ -1,10 +1,10 @@
 """Measured allocation: bits go where they lower the loss most, at an exactly counted size.
 
-The loss of a form is the mean KL divergence of the next-token distributions, exact model against a
+The loss of a spec is the mean KL divergence of the next-token distributions, exact model against a
 model in which only that matrix is quantized. Losses of different matrices nearly add up, so the
-plan that minimises their sum under a size is a knapsack with one choice a matrix: solved along the
-convex hull of (bytes, loss) of each matrix, best gain per byte first (Shoham and Gersho, "Efficient
-bit allocation for an arbitrary set of quantizers", IEEE ASSP 36:9, 1988).
+plan of least sum under a size is a knapsack with one choice a matrix. It is solved along the convex
+hull of (bytes, loss) of each matrix, best gain per byte first (Shoham and Gersho, "Efficient bit
+allocation for an arbitrary set of quantizers", IEEE ASSP 36:9, 1988).
 """
 
 from __future__ import annotations
@@ -14,14 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from openelm_mlx.convert.quantize.functional import (
-    Weights,
-    embed,
-    head,
-    layer,
-    layer_of,
-)
-from openelm_mlx.convert.quantize.packing import rounded
+from openelm_mlx.convert.quantize.functional import Weights, embed, head, layer, layer_of
+from openelm_mlx.convert.quantize.rounding import rounded
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import itemsize
 from openelm_mlx.errors import OptionError
@@ -30,37 +24,35 @@ from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import BITS, Plan, QuantSpec, all_specs, matrices
 
 Progress = Callable[[int, int, str], None]
-Losses = dict[
-    str, dict[QuantSpec | None, float]
-]  # stem -> form -> mean KL divergence in nats; None is whole and costs 0
-Moments = Mapping[str, mx.array]  # stem -> mean square of each input column, [columns]
+Spec = QuantSpec | None  # None: not quantized, which costs no loss
+Losses = dict[str, dict[Spec, float]]  # stem -> spec -> mean KL divergence in nats
 BATCH = 4  # rows of tokens in one pass: bounds the memory of logits
-NEAR = 1.5  # bits around the target that are measured; of other widths the error tells the loss
+NEAR = 1.5  # bits from the target that are measured; the loss of others follows from their error
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The exact model on calibration tokens: what every candidate is compared with, and where
-    passes resume.
-    """
+    """The exact model on calibration tokens: every candidate is compared with it."""
 
     config: OpenELMConfig
     weights: Weights
     batches: tuple[mx.array, ...]  # token ids [rows, length]
-    states: tuple[tuple[mx.array, ...], ...]  # of each batch, the input of every layer
+    states: tuple[tuple[mx.array, ...], ...]  # for each batch the input of every layer
     logits: tuple[mx.array, ...]
-    moments: Moments
+    moments: Mapping[str, mx.array]  # stem -> mean square of each input column, [columns]
 
     def loss(self, weights: Weights, start: int = -1) -> float:
-        """Mean KL divergence in nats of `weights`, equal to the exact ones before layer `start`."""
+        """Return the mean KL divergence in nats of `weights`.
+
+        They must equal the exact ones before layer `start`: that is where the passes resume.
+        """
         total, count = 0.0, 0
         for tokens, states, exact in zip(self.batches, self.states, self.logits, strict=True):
             x = embed(weights, tokens) if start < 0 else states[start]
             for number in range(max(start, 0), self.config.num_transformer_layers):
                 x = layer(self.config, number, weights, x)
             divergence: Any = kl_divergence(exact, head(self.config, weights, x)).sum().item()
-            total += divergence
-            count += tokens.size
+            total, count = total + divergence, count + tokens.size
         return total / count
 
 
@@ -69,15 +61,15 @@ def make_reference(config: OpenELMConfig, weights: Weights, tokens: mx.array) ->
     batches = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
     sums: dict[str, mx.array] = {}
 
-    def look(stem: str, x: mx.array) -> None:
+    def hook(stem: str, x: mx.array) -> None:
         sums[stem] = sums.get(stem, mx.array(0.0)) + mx.square(x).sum(axis=0)
 
     states, exact = [], []
     for batch in batches:
         xs = [embed(weights, batch)]
         for number in range(config.num_transformer_layers):
-            xs.append(layer(config, number, weights, xs[-1], look))
-        exact.append(head(config, weights, xs[-1], look))
+            xs.append(layer(config, number, weights, xs[-1], hook))
+        exact.append(head(config, weights, xs[-1], hook))
         states.append(tuple(xs[:-1]))
         mx.eval(xs, exact[-1], sums)
     moments = {stem: total / tokens.size for stem, total in sums.items()}
@@ -92,49 +84,39 @@ def measure(
     progress: Progress | None = None,
     spread: float = 0.0,
 ) -> Losses:
-    """The loss of every matrix in every form that divides its rows: widths near the target
-    measured, others derived.
+    """Return the loss of every matrix in every spec whose groups divide its rows.
 
-    `spread` widens what counts as near, for targets this far around `target_bpw`.
+    Numbers of bits near the target are measured, the others derived. `spread` widens what counts as
+    near, for targets this far around `target_bpw`.
     """
     losses: Losses = {}
-    stems = matrices(shapes)
-    widths = [bits for bits in BITS if abs(bits - target_bpw) <= NEAR + spread] or [8]
+    stems, kind = matrices(shapes), getattr(mx, dtype)
+    near = [bits for bits in BITS if abs(bits - target_bpw) <= NEAR + spread] or [8]
     weights = dict(reference.weights)
     for number, (stem, shape) in enumerate(stems.items()):
         name, exact = stem + ".weight", reference.weights[stem + ".weight"]
-        forms = [form for form in all_specs() if shape[1] % form.group_size == 0]
-        probes = [
-            f
-            for f in forms
-            if f.mode == "affine" and f.bits in widths and f.group_size == probe_group(shape[1])
-        ]
-        points = []
+        specs = [spec for spec in all_specs() if shape[1] % spec.group_size == 0]
+        group = next((size for size in (64, 32) if shape[1] % size == 0), 0)
+        probes = [bits for bits in near if QuantSpec(bits, group) in specs] if group else []
+        moments = reference.moments.get(stem)
         errors = {
-            form: weighted_error(
-                exact, rounded(exact, form, getattr(mx, dtype)), reference.moments.get(stem)
-            )
-            for form in forms
+            spec: weighted_error(exact, rounded(exact, spec, kind), moments) for spec in specs
         }
-        for place, form in enumerate(probes):
-            weights[name] = rounded(exact, form, getattr(mx, dtype))
-            points.append((errors[form], max(reference.loss(weights, layer_of(stem)), 1e-9)))
+        points = []
+        for place, bits in enumerate(probes, start=number * len(probes) + 1):
+            spec = QuantSpec(bits, group)
+            weights[name] = rounded(exact, spec, kind)
+            points.append((errors[spec], max(reference.loss(weights, layer_of(stem)), 1e-9)))
             if progress is not None:
-                progress(
-                    number * len(probes) + place + 1, len(stems) * len(probes), f"measuring {stem}"
-                )
+                progress(place, len(stems) * len(probes), f"measuring {stem}")
         weights[name] = exact
-        losses[stem] = {None: 0.0} | {form: interpolated(points, errors[form]) for form in forms}
+        losses[stem] = {None: 0.0} | {spec: interpolated(points, errors[spec]) for spec in specs}
     return losses
 
 
-def probe_group(columns: int) -> int:
-    return next((size for size in (64, 32) if columns % size == 0), 0)
-
-
 def weighted_error(exact: mx.array, other: mx.array, moments: mx.array | None) -> float:
-    """Mean square error of the products with inputs of these second moments, were their columns
-    independent.
+    """Return the mean square error of the products with inputs of these second moments, were their
+    columns independent.
     """
     square = mx.square(exact - other)
     mean: Any = (square if moments is None else square * moments).mean().item()
@@ -142,11 +124,11 @@ def weighted_error(exact: mx.array, other: mx.array, moments: mx.array | None) -
 
 
 def interpolated(points: list[tuple[float, float]], error: float) -> float:
-    """The loss at this error: straight lines through the measured points, both on logarithmic
-    scales.
+    """Return the loss at this error: straight lines through the measured points (error, loss), both
+    on logarithmic scales.
 
-    Beyond the points loss is proportional to error, as it is for small ones (KL is quadratic, so is
-    the error).
+    Beyond the points the loss is proportional to the error, as it is for small ones: both are
+    quadratic.
     """
     points = sorted(points)
     if not points:
@@ -161,123 +143,107 @@ def interpolated(points: list[tuple[float, float]], error: float) -> float:
 
 
 def plan_bytes(plan: Plan, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
-    """Bytes of all tensors, norms, scales and biases included."""
-    total = 0
-    for name, shape in shapes.items():
-        form = plan.get(name.removesuffix(".weight"))
-        total += form_bytes(form, shape, dtype)
-    return total
+    """Return the bytes of all tensors, norms, scales and biases included."""
+    return sum(
+        spec_bytes(plan.get(name.removesuffix(".weight")), shape, dtype)
+        for name, shape in shapes.items()
+    )
 
 
-def form_bytes(form: QuantSpec | None, shape: tuple[int, ...], dtype: str) -> int:
-    return math.prod(shape) * itemsize(dtype) if form is None else form.nbytes(shape, dtype)
+def spec_bytes(spec: Spec, shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * itemsize(dtype) if spec is None else spec.nbytes(shape, dtype)
 
 
 def choose(
     losses: Losses, shapes: Mapping[str, tuple[int, ...]], dtype: str, target_bpw: float
-) -> dict[str, QuantSpec | None]:
-    """The forms of least summed loss whose bytes, all tensors counted, are at most `target_bpw`
-    bits per weight.
+) -> dict[str, Spec]:
+    """Return the plan of least summed loss whose bytes, all tensors counted, are at most
+    `target_bpw` bits per weight.
 
-    Raises `OptionError` where even the smallest forms need more.
+    Raises `OptionError` where even the smallest plan needs more.
     """
-    budget = int(target_bpw * sum(math.prod(shape) for shape in shapes.values()) / 8)
+    parameters = sum(math.prod(shape) for shape in shapes.values())
     sizes = {
-        stem: {form: form_bytes(form, shapes[f"{stem}.weight"], dtype) for form in of}
-        for stem, of in losses.items()
+        stem: {spec: spec_bytes(spec, shapes[f"{stem}.weight"], dtype) for spec in own}
+        for stem, own in losses.items()
     }
     hulls = {
-        stem: hull([(sizes[stem][form], loss, form) for form, loss in of.items()])
-        for stem, of in losses.items()
+        stem: hull([(sizes[stem][spec], loss, spec) for spec, loss in own.items()])
+        for stem, own in losses.items()
     }
-    plan = {stem: points[0][2] for stem, points in hulls.items()}
-    room = budget - plan_bytes(plan, shapes, dtype)
-    if room < 0:
-        least = (
-            8 * plan_bytes(plan, shapes, dtype) / sum(math.prod(shape) for shape in shapes.values())
-        )
+    smallest = plan_bytes({stem: points[0][2] for stem, points in hulls.items()}, shapes, dtype)
+    left = int(target_bpw * parameters / 8) - smallest
+    if left < 0:
+        least = 8 * smallest / parameters
         raise OptionError(
             f"target_bpw is {target_bpw}; the smallest this model can be is {least:.3f}"
         )
     steps = [
-        ((low[1] - high[1]) / (high[0] - low[0]), stem, place, high[0] - low[0])
+        (gain(low, high), stem, place, high[0] - low[0])
         for stem, points in hulls.items()
         for place, (low, high) in enumerate(zip(points, points[1:], strict=False))
     ]
     taken = dict.fromkeys(hulls, 0)
-    for _, stem, place, cost in sorted(
-        steps, key=lambda step: -step[0]
-    ):  # a hull's own steps stay in order
-        if cost <= room and taken[stem] == place:
-            taken[stem], room = place + 1, room - cost
+    for _, stem, place, cost in sorted(steps, key=lambda step: -step[0]):  # stable: hulls in order
+        if cost <= left and taken[stem] == place:
+            taken[stem], left = place + 1, left - cost
     plan = {stem: hulls[stem][place][2] for stem, place in taken.items()}
-    return exchanged(plan, losses, sizes, room)
+    return exchanged(plan, losses, sizes, left)
 
 
-def hull(
-    points: list[tuple[int, float, QuantSpec | None]],
-) -> list[tuple[int, float, QuantSpec | None]]:
-    """The lower convex hull of (bytes, loss): smallest first, each step a smaller gain per byte
-    than the one before.
+Point = tuple[int, float, Spec]  # bytes, loss
+
+
+def hull(points: list[Point]) -> list[Point]:
+    """Return the lower convex hull: the smallest first, each step a smaller gain per byte than the
+    one before.
     """
-    kept: list[tuple[int, float, QuantSpec | None]] = []
+    kept: list[Point] = []
     for point in sorted(points, key=lambda p: (p[0], p[1])):
         if kept and point[1] >= kept[-1][1]:
             continue
         while len(kept) > 1 and gain(kept[-1], point) >= gain(kept[-2], kept[-1]):
             kept.pop()
-        if kept and kept[-1][0] == point[0]:
-            continue
-        kept.append(point)
+        if not kept or kept[-1][0] != point[0]:
+            kept.append(point)
     return kept
 
 
-def gain(
-    low: tuple[int, float, QuantSpec | None], high: tuple[int, float, QuantSpec | None]
-) -> float:
+def gain(low: Point, high: Point) -> float:
     return (low[1] - high[1]) / max(high[0] - low[0], 1e-9)
 
 
 def exchanged(
-    plan: dict[str, QuantSpec | None],
+    plan: dict[str, Spec],
     losses: Losses,
-    sizes: Mapping[str, Mapping[QuantSpec | None, int]],
-    room: int,
-) -> dict[str, QuantSpec | None]:
-    """Fill the room that is left: single changes, or one matrix giving bytes to another, while the
-    sum falls.
+    sizes: Mapping[str, Mapping[Spec, int]],
+    left: int,
+) -> dict[str, Spec]:
+    """Spend the bytes that are left: change single matrices, or let one give bytes to another,
+    while the sum of losses falls.
     """
     while True:
         moves = [
-            (
-                losses[stem][form] - losses[stem][plan[stem]],
-                sizes[stem][form] - sizes[stem][plan[stem]],
-                stem,
-                form,
-            )
-            for stem in plan
-            for form in losses[stem]
-            if form != plan[stem]
+            (own[spec] - own[plan[stem]], sizes[stem][spec] - sizes[stem][plan[stem]], stem, spec)
+            for stem, own in losses.items()
+            for spec in own
+            if spec != plan[stem]
         ]
-        best = min(
-            ((change, [move]) for move in moves for change, cost in [move[:2]] if cost <= room),
-            default=(0.0, []),
-            key=lambda entry: entry[0],
-        )
-        ups = sorted((m for m in moves if m[0] < 0), key=lambda m: m[0])[:64]
-        downs = [m for m in moves if m[1] < 0]
-        for up in ups:
+        single = (([move], move[0]) for move in moves if move[1] <= left)
+        best, change = min(single, default=([], 0.0), key=lambda entry: entry[1])
+        downs = [move for move in moves if move[1] < 0]
+        for up in sorted((move for move in moves if move[0] < 0), key=lambda move: move[0])[:64]:
             for down in downs:
-                if up[2] != down[2] and up[1] + down[1] <= room and up[0] + down[0] < best[0]:
-                    best = (up[0] + down[0], [up, down])
-        if best[0] > -1e-9:
+                if up[2] != down[2] and up[1] + down[1] <= left and up[0] + down[0] < change:
+                    best, change = [up, down], up[0] + down[0]
+        if change > -1e-9:
             return plan
-        for _, cost, stem, form in best[1]:
-            plan[stem], room = form, room - cost
+        for _, cost, stem, spec in best:
+            plan[stem], left = spec, left - cost
 
 
 def true_loss(reference: Reference, plan: Plan, dtype: str) -> float:
-    """The loss with every matrix in its planned form at once."""
+    """Return the loss with every matrix in its spec at once."""
     weights = {
         name: rounded(array, plan.get(name.removesuffix(".weight")), getattr(mx, dtype))
         for name, array in reference.weights.items()

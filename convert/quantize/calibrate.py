@@ -1,62 +1,192 @@
-"""Learned rounding on top of any plan: matrices one after another, each on the inputs the rounded
-ones before it give.
+"""Calibration: the text it is done on, and rounding learned on that text for any plan.
+
+The text is the user's own or what the exact model itself writes: a model's own samples show the
+distribution that quantization must keep, need no download and no licence, and are the same on every
+run (data-free calibration: Liu et al., arXiv:2305.17888). Matrices are rounded one after another,
+each on the inputs that the rounded ones before it give.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from openelm_mlx.convert.quantize.functional import (
     EMBEDDINGS,
+    Hook,
     Weights,
     embed,
     head,
     head_stem,
+    last_states,
     layer,
 )
-from openelm_mlx.convert.quantize.gptq import Codes, error_feedback
-from openelm_mlx.convert.quantize.packing import quantized, restored
+from openelm_mlx.convert.quantize.rounding import (
+    DAMPING,
+    Codes,
+    dequantized,
+    error_feedback,
+    quantized,
+)
 from openelm_mlx.device import mx
-from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.errors import ConversionError
+from openelm_mlx.evaluate.score import own_text
+from openelm_mlx.files import read_text
+from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig
 from openelm_mlx.quantization import Plan
 
+if TYPE_CHECKING:
+    from openelm_mlx.convert.opening import OpenedModel
+    from openelm_mlx.convert.options import ConvertOptions
+    from openelm_mlx.model.decoder import OpenELM
+
 Progress = Callable[[int, int, str], None]
+Encode = Callable[[str], list[int]]  # text to ids, without BOS
+PROMPTS = (
+    *("", "The", "In", "A", "It was", "This is", "When", "He said", "She", "There was once", "We"),
+    *("How to", "I think", "On the", "If you", "Once upon a time"),
+)
+QUESTIONS = (
+    "Hello!",
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "Explain how rain forms.",
+    "Give me three tips for sleeping well.",
+    "Tell me a story about a fox.",
+    "How do I bake bread?",
+    "Who are you?",
+)
+SEED = 17
+ROW = 257  # tokens in a row of text: BOS and 256
+ROWS_AT_ONCE = 16  # drawn together: a row's text does not depend on how many rows are wanted
+CONTROL = (UNK, BOS, EOS)  # never in a plain sample, so that every row is full
+MEASURE_TOKENS = 2048  # on which every matrix is measured
 BATCH = 8  # rows of tokens in one pass
 GPTQ_ROWS = 64  # more change the second moments little
 LAYER_MATRICES = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
-INPUT_DAMPING = (
-    0.1  # for the tied embeddings: they are inputs too, where every column matters alike
-)
+TIED_DAMPING = 0.1  # tied embeddings are inputs too, where every column matters alike
+
+
+def row_length(config: OpenELMConfig) -> int:
+    return min(ROW, config.max_context_length)
+
+
+def given_tokens(opened: OpenedModel, options: ConvertOptions) -> mx.array | None:
+    """Return the rows of token ids of the user's text, None where none was given."""
+    if options.calibration_text is None:
+        return None
+    rows, length = calibration_shape(opened.trimmed, options)
+    return text_tokens(options.calibration_text, opened.tokenizer.processor.encode, length, rows)
+
+
+def written_tokens(
+    opened: OpenedModel, exact: Weights, options: ConvertOptions, progress: Progress | None = None
+) -> mx.array:
+    """Return rows of token ids that the exact model writes."""
+    from openelm_mlx.model.decoder import OpenELM
+
+    model, encode = OpenELM(opened.trimmed), opened.tokenizer.processor.encode
+    model.load_weights(list(exact.items()))
+    rows, length = calibration_shape(opened.trimmed, options)
+    return sampled_tokens(model, encode, rows, length, progress, options.is_instruct)
+
+
+def calibration_shape(config: OpenELMConfig, options: ConvertOptions) -> tuple[int, int]:
+    """Return how many rows to calibrate on, and how many tokens a row has."""
+    length, learns = row_length(config), options.calibrate is not None and not options.dry_run
+    return max(1, (options.calibration_tokens if learns else MEASURE_TOKENS) // length), length
+
+
+def text_tokens(path: Path, encode: Encode, length: int, limit: int | None = None) -> mx.array:
+    """Return a text file as rows [n, length], each after BOS, at most `limit` of them, spread
+    evenly over the text.
+
+    Raises `OptionError` for a file that cannot be read as UTF-8, `ConversionError` for one shorter
+    than a row.
+    """
+    ids, step = encode(read_text(path, "--calibration-text")), length - 1
+    rows = [[BOS, *ids[at : at + step]] for at in range(0, len(ids) - step + 1, step)]
+    if not rows:
+        raise ConversionError(
+            f"{path} has {len(ids)} tokens; at least {step} are needed to measure anything"
+        )
+    if limit is not None and len(rows) > limit:
+        rows = [rows[number * len(rows) // limit] for number in range(limit)]
+    return mx.array(rows, dtype=mx.int32)
+
+
+def sampled_tokens(
+    model: OpenELM,
+    encode: Encode,
+    rows: int,
+    length: int,
+    progress: Progress | None = None,
+    instruct: bool = False,
+) -> mx.array:
+    """Return rows [rows, length] that `model` writes after each of `PROMPTS` in turn.
+
+    Every other row of an Instruct model is a conversation that starts with one of `QUESTIONS`; it
+    goes on with the next turn where an answer ends.
+    """
+    parts = []
+    for first in range(0, rows, ROWS_AT_ONCE):
+        numbers = range(first, first + ROWS_AT_ONCE)
+        prompts = [prompt_ids(encode, number, instruct)[:length] for number in numbers]
+        banned = mx.zeros((ROWS_AT_ONCE, model.args.vocab_size))
+        for row, number in enumerate(numbers):
+            banned[row, mx.array(CONTROL[:2] if asks(number, instruct) else CONTROL)] = -mx.inf
+        parts.append(own_text(model, prompts, length, SEED + first, banned))
+        if progress is not None:
+            progress(min(first + ROWS_AT_ONCE, rows), rows, "the model writes calibration text")
+    return mx.concatenate(parts)[:rows]
+
+
+def asks(row: int, instruct: bool) -> bool:
+    return instruct and row % 2 == 1
+
+
+def prompt_ids(encode: Encode, row: int, instruct: bool) -> list[int]:
+    """Return the tokens that a row begins with, BOS included; a test holds the turns of a
+    conversation to those of the engine.
+    """
+    if not asks(row, instruct):
+        return [BOS, *encode(PROMPTS[row % len(PROMPTS)])]
+    question = QUESTIONS[row // 2 % len(QUESTIONS)]
+    turns = "<|system|>\n", f"\n<|user|>\n{question}", "\n<|assistant|>\n"
+    system, user, assistant = map(encode, turns)
+    return [BOS, *system, EOS, *user, EOS, *assistant]
 
 
 @dataclass
 class Learned:
-    """Float32 weights as the rounded model has them, and the codes of its affine matrices by
-    stem.
-    """
+    """Float32 weights as the rounded model has them, and the codes of its affine matrices."""
 
     weights: dict[str, mx.array]
-    codes: dict[str, Codes] = field(default_factory=dict)
+    codes: dict[str, Codes] = field(default_factory=dict)  # by stem
     plan: Plan = field(default_factory=dict)
     norms: dict[str, mx.array] = field(default_factory=dict)  # by tensor name, as stored
 
     def arrays(self, dtype: str) -> dict[str, dict[str, mx.array]]:
-        """Tensor name -> what is to be stored for it; matrices in other forms are left to plain rounding."""
+        """Return what is stored for each tensor by name; all others are rounded to nearest."""
         codes = {f"{stem}.weight": codes for stem, codes in self.codes.items()}
         return {name: own.arrays(name, getattr(mx, dtype)) for name, own in codes.items()} | {
             name: {name: array} for name, array in self.norms.items()
         }
 
     def stored_weights(self, dtype: str) -> dict[str, mx.array]:
-        """The float32 weights the stored tensors stand for, whole ones rounded to `dtype`."""
-        packed = {f"{stem}.weight" for stem, form in self.plan.items() if form is not None}
+        """Return the float32 weights that the stored tensors stand for; what is not quantized is
+        rounded to `dtype`.
+        """
+        packed = {f"{stem}.weight" for stem, spec in self.plan.items() if spec is not None}
         kind = getattr(mx, dtype)
         return {
-            name: a if name in packed else a.astype(kind).astype(mx.float32)
-            for name, a in self.weights.items()
+            name: array if name in packed else array.astype(kind).astype(mx.float32)
+            for name, array in self.weights.items()
         }
 
 
@@ -69,8 +199,8 @@ def calibrate(
     dtype: str,
     progress: Progress | None = None,
 ) -> Learned:
-    """Learn the rounding of `plan` on tokens [rows, length]: `gptq`, or `distill`, which goes on
-    from there.
+    """Learn the rounding of `plan` on tokens [rows, length]: by `gptq`, or by `distill`, which goes
+    on from there.
     """
     learned = calibrate_gptq(config, exact, plan, tokens[:GPTQ_ROWS], dtype, progress)
     if method == "gptq":
@@ -88,7 +218,7 @@ def calibrate_gptq(
     dtype: str,
     progress: Progress | None = None,
 ) -> Learned:
-    """Round every affine matrix of `plan` with error feedback on tokens [rows, length]; block
+    """Round every affine matrix of `plan` with error feedback on tokens [rows, length], and block
     formats to nearest.
 
     The second moments come from the model rounded so far, so that later matrices make up for
@@ -96,38 +226,34 @@ def calibrate_gptq(
     """
     done = Learned(dict(exact), plan=plan)
     batches = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
-    order = (
-        [EMBEDDINGS]
-        + [
-            f"transformer.layers.{n}.{stem}"
-            for n in range(config.num_transformer_layers)
-            for stem in LAYER_MATRICES
-        ]
-        + ([] if config.share_input_output_layers else ["lm_head"])
-    )
-    states: list[mx.array] = []
-    for place, stem in enumerate(order):
+    tied, layers = config.share_input_output_layers, config.num_transformer_layers
+    place, count = 0, layers * len(LAYER_MATRICES) + (1 if tied else 2)
+
+    def step(stem: str, moments: mx.array | None, damping: float = DAMPING) -> None:
+        nonlocal place
         if progress is not None:
-            progress(place, len(order), f"rounding {stem}")
-        number = int(stem.split(".")[2]) if ".layers." in stem else -1
-        if stem.endswith(LAYER_MATRICES[0]):
-            states = advance(config, done.weights, batches, states, number)
-        moments, damping = None, {}
-        if stem == EMBEDDINGS:
-            if config.share_input_output_layers:
-                moments, damping = head_moments(config, exact, batches), {"damping": INPUT_DAMPING}
-        elif stem == "lm_head":
-            states = advance(config, done.weights, batches, states, config.num_transformer_layers)
-            moments = second_moments(
-                lambda x, look: head(config, done.weights, x, look), states, stem
-            )
-        else:
-            moments = second_moments(
-                lambda x, look, n=number: layer(config, n, done.weights, x, look), states, stem
-            )
-        round_one(done, exact, stem, moments, dtype, **damping)
+            progress(place, count, f"rounding {stem}")
+        round_one(done, exact, stem, moments, dtype, damping)
+        place += 1
+
+    moments = None
+    if tied:  # rounded as the head they are too, for the inputs that it has in the exact model
+        states = (last_states(config, exact, batch) for batch in batches)
+        moments = second_moments(partial(head, config, exact), states, EMBEDDINGS)
+    step(EMBEDDINGS, moments, TIED_DAMPING if tied else DAMPING)
+    inputs = [embed(done.weights, batch) for batch in batches]
+    for number in range(layers):
+        run = partial(layer, config, number, done.weights)
+        for stem in (f"transformer.layers.{number}.{matrix}" for matrix in LAYER_MATRICES):
+            step(stem, second_moments(run, inputs, stem))
+        inputs = [run(x) for x in inputs]
+        for x in inputs:
+            mx.eval(x)
+    if not tied:
+        stem = head_stem(config)
+        step(stem, second_moments(partial(head, config, done.weights), inputs, stem))
     if progress is not None:
-        progress(len(order), len(order), "rounded")
+        progress(count, count, "rounded")
     return done
 
 
@@ -137,61 +263,29 @@ def round_one(
     stem: str,
     moments: mx.array | None,
     dtype: str,
-    damping: float = 0.01,
+    damping: float,
 ) -> None:
-    form, name = done.plan.get(stem), f"{stem}.weight"
+    spec, name = done.plan.get(stem), f"{stem}.weight"
     kind = getattr(mx, dtype)
-    if form is None or form.mode != "affine":
-        stored = quantized(name, exact[name].astype(kind), form)
-        done.weights[name] = restored(name, stored, form)
+    if spec is None or spec.mode != "affine":
+        stored = quantized(name, exact[name].astype(kind), spec)
+        done.weights[name] = dequantized(name, stored, spec)
         return
-    hessian = (
-        np.eye(exact[name].shape[1], dtype=np.float32) if moments is None else np.array(moments)
-    )
-    codes = error_feedback(np.array(exact[name]), hessian, form, kind, damping)
+    columns = exact[name].shape[1]
+    hessian = np.eye(columns, dtype=np.float32) if moments is None else np.array(moments)
+    codes = error_feedback(np.array(exact[name]), hessian, spec, kind, damping)
     done.codes[stem] = codes
-    done.weights[name] = mx.array(codes.dense())
+    done.weights[name] = mx.array(codes.weights())
 
 
-def advance(
-    config: OpenELMConfig,
-    weights: Weights,
-    batches: list[mx.array],
-    states: list[mx.array],
-    number: int,
-) -> list[mx.array]:
-    """The inputs of layer `number` from those of the layer before it, which is rounded by now."""
-    if number == 0:
-        result = [embed(weights, tokens) for tokens in batches]
-    else:
-        result = [layer(config, number - 1, weights, x) for x in states]
-    for x in result:
-        mx.eval(x)
-    return result
-
-
-def second_moments(run: Callable[..., mx.array], states: list[mx.array], stem: str) -> mx.array:
-    """Mean of x x^T over the inputs of a matrix, [columns, columns]."""
+def second_moments(
+    run: Callable[[mx.array, Hook], mx.array], states: Iterable[mx.array], stem: str
+) -> mx.array:
+    """Return the mean of x x^T over the inputs of a matrix, [columns, columns]."""
     total, count = mx.array(0.0), 0
     for x in states:
         seen: dict[str, mx.array] = {}
         run(x, seen.__setitem__)
-        total = total + seen[stem].T @ seen[stem]
-        count += len(seen[stem])
-        mx.eval(total)
-    return total / count
-
-
-def head_moments(config: OpenELMConfig, exact: Weights, batches: list[mx.array]) -> mx.array:
-    """Second moments of the head's inputs in the exact model."""
-    total, count = mx.array(0.0), 0
-    for tokens in batches:
-        x = embed(exact, tokens)
-        for number in range(config.num_transformer_layers):
-            x = layer(config, number, exact, x)
-        seen: dict[str, mx.array] = {}
-        head(config, exact, x, seen.__setitem__)
-        inputs = seen[head_stem(config)]
-        total, count = total + inputs.T @ inputs, count + len(inputs)
+        total, count = total + seen[stem].T @ seen[stem], count + len(seen[stem])
         mx.eval(total)
     return total / count

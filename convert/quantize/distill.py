@@ -1,10 +1,9 @@
-"""Learning by gradient what rounding lost: codes, scales, biases and norms against the exact
-model's distributions.
+"""Distillation: codes, scales, biases and norms are trained to win back what rounding lost.
 
 The rounded model is trained to give the exact model's next-token distributions (KL divergence) on
 calibration text. Rounding passes gradients straight through (Bengio et al., arXiv:1308.3432);
-scales and biases are learned as in LLM-QAT and mlx-lm's distilled weight quantization. It starts
-where error feedback ended, so every step is a small one.
+scales and biases are learned as in LLM-QAT and mlx-lm's distilled weight quantization. Training
+starts where error feedback ended, so every step is a small one.
 """
 
 from __future__ import annotations
@@ -17,33 +16,27 @@ from typing import Any
 import numpy as np
 
 from openelm_mlx.convert.quantize.calibrate import Learned
-from openelm_mlx.convert.quantize.functional import (
-    Weights,
-    embed,
-    head,
-    layer,
-    logits,
-)
-from openelm_mlx.convert.quantize.gptq import Codes
-from openelm_mlx.convert.quantize.grids import as_stored
+from openelm_mlx.convert.quantize.functional import Weights, head, last_states, logits
+from openelm_mlx.convert.quantize.rounding import Codes, as_stored
 from openelm_mlx.device import mx, utils
 from openelm_mlx.evaluate.score import kl_divergence
 from openelm_mlx.model.config import OpenELMConfig
 
 Progress = Callable[[int, int, str], None]
 SEED = 17
+ROWS_AT_ONCE = 8  # of tokens in one pass of the exact model
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Adam with a warm-up and a cosine to zero. Rates are relative: codes in steps of the grid, the
-    rest in shares.
+    """Adam with a warm-up and a cosine to zero. Rates are relative: to a step of the grid for codes,
+    to the value itself for the rest.
     """
 
     epochs: float = 1.5  # passes over the calibration rows
     rows: int = 4  # in one step
     codes: float = 2e-3  # of a grid step
-    scales: float = 2e-3  # of a scale; biases move in scales, four times as far
+    scales: float = 2e-3  # of a scale; four times as much for biases, which move in scales
     norms: float = 1e-3  # of a norm's weight
     warm_up: int = 10
     decays: tuple[float, float] = (0.9, 0.95)
@@ -54,8 +47,9 @@ class Schedule:
 
 @dataclass
 class Start:
-    """A matrix as error feedback left it: codes before rounding [rows, columns], scales and biases
-    [rows, groups].
+    """A matrix as error feedback left it, with its codes before they were rounded.
+
+    The codes are [rows, columns], scales and biases [rows, groups].
     """
 
     codes: Codes
@@ -64,10 +58,10 @@ class Start:
     biases: mx.array
 
     def weights(self, moved: dict[str, mx.array]) -> mx.array:
-        """Float32 weights [rows, columns] after these changes; gradients pass the rounding as if it
-        were not there.
+        """Return the float32 weights [rows, columns] after these changes; gradients pass the
+        rounding as if it were not there.
         """
-        size, top = self.codes.form.group_size, 2**self.codes.form.bits - 1
+        size, top = self.codes.spec.group_size, 2**self.codes.spec.bits - 1
         place = mx.clip(moved["codes"], 0, top)
         rounded = place + mx.stop_gradient(mx.round(place) - place)
         scale = self.scales * (1 + moved["scales"])
@@ -85,9 +79,7 @@ def distill(
     schedule: Schedule | None = None,
     progress: Progress | None = None,
 ) -> Learned:
-    """Train `start` on tokens [rows, length]. The same tokens and seed give the same result on one
-    machine.
-    """
+    """Train `start` on tokens [rows, length]. On one machine the same tokens give the same result."""
     schedule = schedule or Schedule()
     starts = {
         stem: Start(codes, mx.array(codes.before), mx.array(codes.scales), mx.array(codes.biases))
@@ -122,7 +114,7 @@ def distill(
 
     rates = {"codes": schedule.codes, "scales": schedule.scales, "biases": 4 * schedule.scales}
     scale_of = {"matrices": [rates for _ in starts], "norms": [schedule.norms for _ in norms]}
-    states = last_states(config, exact, tokens)
+    states = states_before_head(config, exact, tokens)
     steps = max(1, round(schedule.epochs * len(tokens) / schedule.rows))
     first, second = utils.tree_map(mx.zeros_like, moved), utils.tree_map(mx.zeros_like, moved)
     gradient = mx.value_and_grad(loss)
@@ -148,7 +140,7 @@ def adam(
     step: int,
     steps: int,
 ) -> tuple[Any, Any, Any]:
-    """One step of Adam (arXiv:1412.6980) at a rate of its own for every kind of value."""
+    """Take one step of Adam (arXiv:1412.6980), at a rate of its own for every kind of value."""
     a, b = schedule.decays
     first = utils.tree_map(lambda m, g: a * m + (1 - a) * g, first, slopes)
     second = utils.tree_map(lambda v, g: b * v + (1 - b) * g * g, second, slopes)
@@ -164,22 +156,19 @@ def adam(
     return values, first, second
 
 
-def last_states(config: OpenELMConfig, exact: Weights, tokens: mx.array) -> mx.array:
-    """The exact model's states before the head [rows, length, model_dim]: its distributions are
-    made from them anew.
+def states_before_head(config: OpenELMConfig, exact: Weights, tokens: mx.array) -> mx.array:
+    """Return the exact model's states [rows, length, model_dim], from which every step makes the
+    distributions anew: those of all tokens at once would not fit into memory.
     """
     parts = []
-    for start in range(0, len(tokens), 8):
-        x = embed(exact, tokens[start : start + 8])
-        for number in range(config.num_transformer_layers):
-            x = layer(config, number, exact, x)
-        mx.eval(x)
-        parts.append(x)
+    for start in range(0, len(tokens), ROWS_AT_ONCE):
+        parts.append(last_states(config, exact, tokens[start : start + ROWS_AT_ONCE]))
+        mx.eval(parts[-1])
     return mx.concatenate(parts)
 
 
 def rows_in_turn(rows: int, count: int) -> np.ndarray:
-    """`count` row numbers: every row once, in random order, before any comes again."""
+    """Return `count` row numbers: every row once, in random order, before any comes again."""
     random = np.random.default_rng(SEED)
     return np.concatenate([random.permutation(rows) for _ in range(-(-count // rows))])[:count]
 
@@ -192,17 +181,17 @@ def finished(
     weights_of: Callable[[dict[str, Any]], dict[str, mx.array]],
     dtype: str,
 ) -> Learned:
-    """Codes rounded for good, scales, biases and norms as they will be stored."""
+    """Round the codes for good, and scales, biases and norms to the type they are stored in."""
     kind = getattr(mx, dtype)
     result = Learned(dict(weights_of(moved)), plan=start.plan)
     for (stem, own), change in zip(starts.items(), moved["matrices"], strict=True):
-        top = 2**own.codes.form.bits - 1
+        top = 2**own.codes.spec.bits - 1
         place = np.clip(np.array(change["codes"]), 0, top)
-        scales = as_stored(np.array(own.scales * (1 + change["scales"])), kind)[1]
-        biases = as_stored(np.array(own.biases + own.scales * change["biases"]), kind)[1]
-        codes = Codes(own.codes.form, np.rint(place).astype(np.uint8), scales, biases, place)
+        scales = as_stored(np.array(own.scales * (1 + change["scales"])), kind)
+        biases = as_stored(np.array(own.biases + own.scales * change["biases"]), kind)
+        codes = Codes(own.codes.spec, np.rint(place).astype(np.uint8), scales, biases, place)
         result.codes[stem] = codes
-        result.weights[f"{stem}.weight"] = mx.array(codes.dense())
+        result.weights[f"{stem}.weight"] = mx.array(codes.weights())
     for name in norms:
         result.norms[name] = result.weights[name].astype(kind)
         result.weights[name] = result.norms[name].astype(mx.float32)

@@ -1,4 +1,4 @@
-"""Measured allocation: the loss of a form is the true one, and the chosen plan is the best there is
+"""Measured allocation: the loss of a spec is the true one, and the chosen plan is the best there is
 at its size.
 """
 
@@ -25,7 +25,7 @@ from openelm_mlx.convert.quantize.allocate import (
     true_loss,
 )
 from openelm_mlx.convert.quantize.functional import logits
-from openelm_mlx.convert.quantize.packing import rounded
+from openelm_mlx.convert.quantize.rounding import rounded
 from openelm_mlx.device import mx
 from openelm_mlx.errors import CheckpointError, OptionError
 from openelm_mlx.evaluate.score import kl_divergence
@@ -74,16 +74,16 @@ def test_a_measured_loss_is_the_loss_of_that_one_change():
         "transformer.layers.2.attn.qkv_proj",
     ):
         group = 64 if shapes[f"{stem}.weight"][1] % 64 == 0 else 32
-        name, form = f"{stem}.weight", QuantSpec(3, group)
-        model.load_weights([(name, rounded(weights[name], form, mx.float16))], strict=False)
+        name, spec = f"{stem}.weight", QuantSpec(3, group)
+        model.load_weights([(name, rounded(weights[name], spec, mx.float16))], strict=False)
         assert math.isclose(
-            losses[stem][form], kl_divergence(exact, model(tokens)).mean().item(), rel_tol=0.02
+            losses[stem][spec], kl_divergence(exact, model(tokens)).mean().item(), rel_tol=0.02
         )
         model.load_weights([(name, weights[name])], strict=False)
-        of = losses[stem]
-        assert of[QuantSpec(4, group)] < of[QuantSpec(3, group)] < of[QuantSpec(2, group)]
-        assert of[None] == 0 and of[QuantSpec(4, 32)] <= of[QuantSpec(4, 64)] * 1.2
-        assert all(shapes[name][1] % f.group_size == 0 for f in of if f is not None)
+        own = losses[stem]
+        assert own[QuantSpec(4, group)] < own[QuantSpec(3, group)] < own[QuantSpec(2, group)]
+        assert own[None] == 0 and own[QuantSpec(4, 32)] <= own[QuantSpec(4, 64)] * 1.2
+        assert all(shapes[name][1] % f.group_size == 0 for f in own if f is not None)
 
 
 def test_interpolation_passes_through_the_points_and_is_proportional_outside():
@@ -103,14 +103,14 @@ def test_the_hull_keeps_the_steps_of_falling_gain():
 @pytest.mark.parametrize("seed", [0, 4, 7, 10, 16])  # of these all but the first need exchanges
 def test_the_plan_is_nearly_the_best_of_all_plans(seed):
     random = np.random.default_rng(seed)
-    forms = [QuantSpec(bits, group) for bits in (2, 3, 4, 6) for group in (32, 128)]
+    specs = [QuantSpec(bits, group) for bits in (2, 3, 4, 6) for group in (32, 128)]
     shapes = {f"m{n}.weight": (int(random.integers(1, 9)) * 16, 256) for n in range(4)} | {
         "norm.weight": (256,)
     }
     losses = {
         f"m{n}": {
-            form: float(random.lognormal()) * 4.0**-form.bits * form.group_size**0.25
-            for form in forms
+            spec: float(random.lognormal()) * 4.0**-spec.bits * spec.group_size**0.25
+            for spec in specs
         }
         for n in range(4)
     }
@@ -118,16 +118,16 @@ def test_the_plan_is_nearly_the_best_of_all_plans(seed):
     budget = 3.9 / 8 * sum(math.prod(shape) for shape in shapes.values())
     assert plan_bytes(plan, shapes, F16) <= budget
     best = min(
-        sum(losses[stem][form] for stem, form in zip(losses, taken, strict=True))
-        for taken in itertools.product(forms, repeat=4)
+        sum(losses[stem][spec] for stem, spec in zip(losses, taken, strict=True))
+        for taken in itertools.product(specs, repeat=4)
         if plan_bytes(dict(zip(losses, taken, strict=True)), shapes, F16) <= budget
     )
-    assert sum(losses[stem][form] for stem, form in plan.items()) <= 1.05 * best
+    assert sum(losses[stem][spec] for stem, spec in plan.items()) <= 1.05 * best
     for one, other in itertools.permutations(plan, 2):  # no exchange of bytes is better
-        for pair in itertools.product(forms, repeat=2):
+        for pair in itertools.product(specs, repeat=2):
             changed = plan | dict(zip((one, other), pair, strict=True))
             gain = sum(
-                losses[stem][plan[stem]] - losses[stem][form] for stem, form in changed.items()
+                losses[stem][plan[stem]] - losses[stem][spec] for stem, spec in changed.items()
             )
             assert gain < 1e-9 or plan_bytes(changed, shapes, F16) > budget
     with pytest.raises(

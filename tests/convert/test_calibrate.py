@@ -15,19 +15,18 @@ from small_model import random_tokens, small_model
 from openelm_mlx import load
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.quantize.allocate import make_reference, true_loss
-from openelm_mlx.convert.quantize.calibrate import Learned, calibrate
-from openelm_mlx.convert.quantize.calibration_text import (
+from openelm_mlx.convert.quantize.calibrate import (
     CONTROL,
     PROMPTS,
     QUESTIONS,
+    Learned,
+    calibrate,
     prompt_ids,
     sampled_tokens,
     text_tokens,
 )
 from openelm_mlx.convert.quantize.distill import Schedule, Start, distill, finished
-from openelm_mlx.convert.quantize.gptq import error_feedback
-from openelm_mlx.convert.quantize.grids import fit_groups, pack
-from openelm_mlx.convert.quantize.packing import restored
+from openelm_mlx.convert.quantize.rounding import dequantized, error_feedback, fit_groups, pack
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.model.config import expected_tensors
@@ -41,21 +40,21 @@ def gaussian(rows, columns, seed=0):
     return np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
 
 
-@pytest.mark.parametrize("form", AFFINE, ids=str)
-def test_codes_are_packed_as_mlx_packs_them(form):
+@pytest.mark.parametrize("spec", AFFINE, ids=str)
+def test_codes_are_packed_as_mlx_packs_them(spec):
     packed, scales, biases = mx.quantize(
-        mx.array(gaussian(8, 256)), group_size=form.group_size, bits=form.bits
+        mx.array(gaussian(8, 256)), group_size=spec.group_size, bits=spec.bits
     )
-    repeat = lambda side: np.repeat(np.array(side), form.group_size, axis=1)  # noqa: E731
+    repeat = lambda side: np.repeat(np.array(side), spec.group_size, axis=1)  # noqa: E731
     values = np.array(
-        mx.dequantize(packed, scales, biases, group_size=form.group_size, bits=form.bits)
+        mx.dequantize(packed, scales, biases, group_size=spec.group_size, bits=spec.bits)
     )
     codes = np.rint((values - repeat(biases)) / repeat(scales))
-    assert mx.array_equal(pack(codes, form.bits), packed)
+    assert mx.array_equal(pack(codes, spec.bits), packed)
 
 
-@pytest.mark.parametrize("form", [QuantSpec(2, 32), QuantSpec(3, 64), QuantSpec(4, 128)], ids=str)
-def test_fitted_grids_and_error_feedback_beat_nearest_rounding(form):
+@pytest.mark.parametrize("spec", [QuantSpec(2, 32), QuantSpec(3, 64), QuantSpec(4, 128)], ids=str)
+def test_fitted_grids_and_error_feedback_beat_nearest_rounding(spec):
     weights, inputs = (
         gaussian(16, 256),
         gaussian(400, 256, 1) @ gaussian(256, 256, 2) / 16,
@@ -64,28 +63,28 @@ def test_fitted_grids_and_error_feedback_beat_nearest_rounding(form):
     loss = lambda other: float((((other - weights) @ inputs.T) ** 2).mean())  # noqa: E731
     nearest = np.array(
         mx.dequantize(
-            *mx.quantize(mx.array(weights), group_size=form.group_size, bits=form.bits),
-            group_size=form.group_size,
-            bits=form.bits,
+            *mx.quantize(mx.array(weights), group_size=spec.group_size, bits=spec.bits),
+            group_size=spec.group_size,
+            bits=spec.bits,
         )
     )
-    groups = weights.reshape(16, -1, form.group_size)
-    scale, bias = fit_groups(groups, np.ones(groups.shape[1:], np.float32), form, mx.float16)
-    codes = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, 2**form.bits - 1)
+    groups = weights.reshape(16, -1, spec.group_size)
+    scale, bias = fit_groups(groups, np.ones(groups.shape[1:], np.float32), spec, mx.float16)
+    codes = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, 2**spec.bits - 1)
     fitted = (codes * scale[..., None] + bias[..., None]).reshape(weights.shape)
     assert ((fitted - weights) ** 2).mean() < ((nearest - weights) ** 2).mean()
-    learned = error_feedback(weights, hessian, form, mx.float16)
-    assert loss(learned.dense()) < 0.7 * min(loss(fitted), loss(nearest))
+    learned = error_feedback(weights, hessian, spec, mx.float16)
+    assert loss(learned.weights()) < 0.7 * min(loss(fitted), loss(nearest))
     arrays = learned.arrays("a.weight", mx.float16)
-    assert np.abs(np.array(restored("a.weight", arrays, form)) - learned.dense()).max() < 1e-5
+    assert np.abs(np.array(dequantized("a.weight", arrays, spec)) - learned.weights()).max() < 1e-5
     assert (np.abs(learned.before - learned.codes) <= 0.5).all()
 
 
-@pytest.mark.parametrize("form", [QuantSpec(2, 32), QuantSpec(3, 64), QuantSpec(4, 128)], ids=str)
-def test_a_fitted_grid_is_better_than_any_mere_cut_of_the_range(form):
-    groups = gaussian(16, 256).reshape(16, -1, form.group_size)
+@pytest.mark.parametrize("spec", [QuantSpec(2, 32), QuantSpec(3, 64), QuantSpec(4, 128)], ids=str)
+def test_a_fitted_grid_is_better_than_any_mere_cut_of_the_range(spec):
+    groups = gaussian(16, 256).reshape(16, -1, spec.group_size)
     importance = np.random.default_rng(1).uniform(0.1, 4, groups.shape[1:]).astype(np.float32)
-    top, (low, high) = 2**form.bits - 1, (groups.min(-1), groups.max(-1))
+    top, (low, high) = 2**spec.bits - 1, (groups.min(-1), groups.max(-1))
 
     def errors(scale, bias):
         codes = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, top)
@@ -95,14 +94,15 @@ def test_a_fitted_grid_is_better_than_any_mere_cut_of_the_range(form):
         errors((high - low) * part / top, (low + high) / 2 - (high - low) * part / 2)
         for part in np.linspace(0.5, 1, 51)
     ]
-    fitted = errors(*fit_groups(groups, importance, form, mx.float16))
+    fitted = errors(*fit_groups(groups, importance, spec, mx.float16))
     assert fitted.mean() < 0.97 * np.min(cuts, axis=0).mean()
 
 
 def test_constant_rows_and_inputs_that_are_not_finite():
     flat = np.zeros((2, 64), np.float32)
     assert (
-        np.abs(error_feedback(flat, np.eye(64), QuantSpec(4, 64), mx.float16).dense()).max() < 1e-6
+        np.abs(error_feedback(flat, np.eye(64), QuantSpec(4, 64), mx.float16).weights()).max()
+        < 1e-6
     )
     with pytest.raises(ConversionError, match="activations that are not finite"):
         error_feedback(flat, np.full((64, 64), np.inf), QuantSpec(4, 64), mx.float16)
@@ -131,14 +131,14 @@ def test_each_method_loses_less_than_the_one_before(name):
         assert all(mx.array_equal(parts[part], again[tensor][part]) for part in parts)
     for result in (learned, trained):  # what is stored stands for the weights that were measured
         for tensor, parts in result.arrays("float16").items():
-            ours = restored(tensor, parts, plan.get(tensor.removesuffix(".weight")))
+            ours = dequantized(tensor, parts, plan.get(tensor.removesuffix(".weight")))
             assert mx.abs(ours - result.stored_weights("float16")[tensor]).max().item() < 1e-5
     assert set(trained.norms) == {tensor for tensor, shape in shapes.items() if len(shape) == 1}
 
 
 def test_the_weights_that_are_trained_are_those_that_are_stored():
-    form = QuantSpec(3, 32)
-    codes = error_feedback(gaussian(8, 64), np.eye(64), form, mx.float32)
+    spec = QuantSpec(3, 32)
+    codes = error_feedback(gaussian(8, 64), np.eye(64), spec, mx.float32)
     start = Start(codes, *map(mx.array, (codes.before, codes.scales, codes.biases)))
     shift = {"codes": 0.7, "scales": 0.1, "biases": -0.2}
     moved = {"codes": start.place, "scales": mx.zeros((8, 2)), "biases": mx.zeros((8, 2))}
@@ -147,7 +147,7 @@ def test_the_weights_that_are_trained_are_those_that_are_stored():
         Learned({}), {"m": start}, [], {"matrices": [moved]}, lambda moved: {}, "float32"
     )
     assert mx.allclose(stored.weights["m.weight"], start.weights(moved), atol=1e-5)
-    assert not mx.allclose(stored.weights["m.weight"], mx.array(codes.dense()), atol=1e-2)
+    assert not mx.allclose(stored.weights["m.weight"], mx.array(codes.weights()), atol=1e-2)
 
 
 def test_samples_are_the_models_own_and_do_not_depend_on_how_many():

@@ -1,6 +1,4 @@
-"""Forms of quantized tensors: what MLX packs, what config.json says, what mlx-lm and this engine
-make of it.
-"""
+"""Quantized tensors: what MLX packs, and what mlx-lm and this engine make of it."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from golden_set import NANO
 
 from openelm_mlx import load
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.quantize.packing import planned, quantized, restored
-from openelm_mlx.convert.quantize.planning import check_divides
+from openelm_mlx.convert.quantize.plan import check_divides
+from openelm_mlx.convert.quantize.rounding import dequantized, layout, quantized
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import TensorInfo
@@ -26,26 +24,26 @@ from openelm_mlx.quantization import (
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("form", all_specs(), ids=str)
-def test_every_form_is_packed_as_planned_and_near_the_weights(form, dtype):
+@pytest.mark.parametrize("spec", all_specs(), ids=str)
+def test_every_form_is_packed_as_planned_and_near_the_weights(spec, dtype):
     weights = mx.random.normal((8, 256), key=mx.random.key(0)).astype(getattr(mx, dtype))
-    arrays = quantized("a.weight", weights, form)
-    plan = planned("a.weight", TensorInfo(dtype, (8, 256)), form)
+    arrays = quantized("a.weight", weights, spec)
+    plan = layout("a.weight", TensorInfo(dtype, (8, 256)), spec)
     assert {n: (str(a.dtype).removeprefix("mlx.core."), a.shape) for n, a in arrays.items()} == plan
     assert (
-        form.nbytes((8, 256), dtype)
+        spec.nbytes((8, 256), dtype)
         == sum(info.nbytes for info in plan.values())
         == sum(a.nbytes for a in arrays.values())
     )
-    ours = np.array(restored("a.weight", arrays, form))
+    ours = np.array(dequantized("a.weight", arrays, spec))
     exact = np.array(weights.astype(mx.float32))
-    steps = {"affine": 3 / 2**form.bits, "mxfp8": 1 / 15}.get(
-        form.mode, 1 / 2
+    steps = {"affine": 3 / 2**spec.bits, "mxfp8": 1 / 15}.get(
+        spec.mode, 1 / 2
     )  # E4M3 has 3 bits of fraction, E2M1 one
     assert np.abs(ours - exact).max() < np.abs(exact).max() * steps
     parts = [arrays.get("a." + part) for part in ("weight", "scales", "biases")]
     theirs = mx.dequantize(
-        *parts, group_size=form.group_size, bits=form.bits, mode=form.mode
+        *parts, group_size=spec.group_size, bits=spec.bits, mode=spec.mode
     ).astype(mx.float32)
     assert np.abs(ours - np.array(theirs)).max() <= (0 if dtype == "float32" else 0.05)
 
@@ -80,12 +78,12 @@ def mixed_plan(shapes):
 def test_mlx_lm_and_the_engine_compute_alike(name, tmp_path, monkeypatch):
     from mlx_lm import load as mlx_lm_load
 
-    from openelm_mlx.convert.quantize import planning
+    from openelm_mlx.convert.quantize import plan
 
     if name == "mixed":
         monkeypatch.setattr(
-            planning,
-            "given_forms",
+            plan,
+            "given_plan",
             lambda opened, options: mixed_plan(expected_tensors(opened.trimmed)),
         )
     mode = None if name == "mixed" else name

@@ -10,7 +10,7 @@ import pytest
 from golden_set import NANO
 
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.quantize.recipes import BUILT_IN, Recipe, find_recipe, read_recipe
+from openelm_mlx.convert.quantize.plan import BUILT_IN, Recipe, find_recipe, read_recipe
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, OptionError
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
@@ -21,7 +21,7 @@ YAML = """
 default: {bits: 3, group_size: 128}
 token_embeddings: 6
 ffn.proj_2: {mode: nvfp4}
-attn.out_proj: whole
+attn.out_proj: unquantized
 first: {layers: 2, bits: 8}
 last: {bits: 5, group_size: 32}
 layers.7.ffn.proj_1: {bits: 2}
@@ -36,15 +36,15 @@ def test_the_most_particular_line_wins(tmp_path):
     assert list(plan) == [
         name.removesuffix(".weight") for name, shape in SHAPES.items() if len(shape) == 2
     ]
-    forms = {stem.removeprefix("transformer."): form for stem, form in plan.items()}
-    assert forms["token_embeddings"] == QuantSpec(6)
-    assert forms["layers.0.attn.out_proj"] == forms["layers.1.ffn.proj_2"] == QuantSpec(8)
-    assert forms["layers.2.attn.out_proj"] is None
-    assert forms["layers.2.attn.qkv_proj"] == QuantSpec(3, 128)
-    assert forms["layers.2.ffn.proj_2"] == QuantSpec(4, 16, "nvfp4")
-    assert forms["layers.7.ffn.proj_1"] == QuantSpec(2)
-    assert forms["layers.15.attn.qkv_proj"] == QuantSpec(5, 32)
-    assert forms["layers.15.ffn.proj_2"] == QuantSpec(4)
+    specs = {stem.removeprefix("transformer."): spec for stem, spec in plan.items()}
+    assert specs["token_embeddings"] == QuantSpec(6)
+    assert specs["layers.0.attn.out_proj"] == specs["layers.1.ffn.proj_2"] == QuantSpec(8)
+    assert specs["layers.2.attn.out_proj"] is None
+    assert specs["layers.2.attn.qkv_proj"] == QuantSpec(3, 128)
+    assert specs["layers.2.ffn.proj_2"] == QuantSpec(4, 16, "nvfp4")
+    assert specs["layers.7.ffn.proj_1"] == QuantSpec(2)
+    assert specs["layers.15.attn.qkv_proj"] == QuantSpec(5, 32)
+    assert specs["layers.15.ffn.proj_2"] == QuantSpec(4)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -53,8 +53,8 @@ def test_built_in_recipes_fit_every_published_size(name):
         shapes = expected_tensors(OpenELMConfig.from_name(size))
         plan = BUILT_IN[name].plan(shapes)
         assert all(
-            form is not None and shapes[f"{stem}.weight"][1] % form.group_size == 0
-            for stem, form in plan.items()
+            spec is not None and shapes[f"{stem}.weight"][1] % spec.group_size == 0
+            for stem, spec in plan.items()
         )
         assert len(set(plan.values())) > 1
 
@@ -68,11 +68,11 @@ def test_built_in_recipes_fit_every_published_size(name):
         ("default: {bits: 7}", "default: bits is 7"),
         ("default: {bits: [4]}", "default: bits is "),
         ("default: {mode: {}}", "default: "),
-        ("default: some", "default is 'some'; it must be whole, a number of bits"),
+        ("default: some", "default is 'some'; it must be unquantized, a number of bits"),
         ("default: {}", "default is empty"),
         ("first: {layers: 0, bits: 4}", "first has layers 0"),
-        ("- 4", "is no recipe"),
-        ("", "is no recipe"),
+        ("- 4", "is not a recipe"),
+        ("", "is not a recipe"),
         ("default: [", "cannot be read as YAML"),
     ],
 )

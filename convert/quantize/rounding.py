@@ -1,0 +1,208 @@
+"""One matrix rounded: to the nearest values as MLX does it, or with error feedback on fitted grids.
+
+A grid is a scale and a bias for each group: value = scale * code + bias. Error feedback (GPTQ:
+Frantar et al., arXiv:2210.17323) rounds columns one after another and passes the error of each on
+to the columns still to come, so that the product with the inputs seen in calibration changes least.
+The grid of a group is fitted when its first column's turn comes, to the weights as they then are.
+This is numpy's work: column by column leaves nothing to do for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from openelm_mlx.device import mx
+from openelm_mlx.errors import ConversionError
+from openelm_mlx.files import TensorInfo
+from openelm_mlx.quantization import QuantSpec
+
+PARTS = ("weight", "scales", "biases")
+BLOCK = 128  # columns whose errors are passed on together; every group size divides it
+DAMPING = 0.01  # of the mean diagonal of the second moments, added to all of it
+SHRINKS = np.linspace(1.0, 0.5, 26)  # of a group's range: a cut-off end buys a finer grid
+REFITS = 3  # alternations of rounding and least squares
+
+
+def layout(name: str, info: TensorInfo, spec: QuantSpec | None) -> dict[str, TensorInfo]:
+    """Return what is stored for the tensor `name`: itself, or packed weights with scales and, in
+    affine mode, biases.
+    """
+    if spec is None:
+        return {name: info}
+    rows, columns = info.shape
+    stem = name.removesuffix("weight")
+    groups = (rows, columns // spec.group_size)
+    result = {name: TensorInfo("uint32", (rows, columns * spec.bits // 32))}
+    if spec.mode != "affine":
+        return result | {stem + "scales": TensorInfo("uint8", groups)}
+    return result | {stem + part: TensorInfo(info.dtype, groups) for part in PARTS[1:]}
+
+
+def quantized(name: str, array: mx.array, spec: QuantSpec | None) -> dict[str, mx.array]:
+    """Return the arrays of `layout`, rounded to the nearest value of each group's grid."""
+    if spec is None:
+        return {name: array}
+    stem = name.removesuffix("weight")
+    packed = mx.quantize(array, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
+    return {stem + part: value for part, value in zip(PARTS, packed, strict=False)}
+
+
+def dequantized(name: str, arrays: Mapping[str, mx.array], spec: QuantSpec | None) -> mx.array:
+    """Return the float32 weights that the stored arrays of a tensor stand for."""
+    array = arrays[name]
+    if spec is None:
+        return array.astype(mx.float32)
+    stem = name.removesuffix("weight")
+    scales, biases = arrays[stem + "scales"], arrays.get(stem + "biases")
+    if biases is not None:  # in half precision the products would be rounded on the way
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(
+        array,
+        scales,
+        biases,
+        group_size=spec.group_size,
+        bits=spec.bits,
+        mode=spec.mode,
+        dtype=mx.float32,
+    )
+
+
+def rounded(array: mx.array, spec: QuantSpec | None, dtype: mx.Dtype) -> mx.array:
+    """Return the float32 weights that `array` stands for once it is stored in `dtype` and `spec`."""
+    return dequantized("weight", quantized("weight", array.astype(dtype), spec), spec)
+
+
+@dataclass
+class Codes:
+    """An affine matrix: codes [rows, columns], scales and biases [rows, groups] in float32.
+
+    The scales and biases are numbers that the storage type has. `before` are the codes before they
+    were rounded, clipped to their range: where learning by gradient starts.
+    """
+
+    spec: QuantSpec
+    codes: np.ndarray
+    scales: np.ndarray
+    biases: np.ndarray
+    before: np.ndarray
+
+    def weights(self) -> np.ndarray:
+        """Return the float32 weights [rows, columns] that these stand for."""
+        size = self.spec.group_size
+        scales, biases = (np.repeat(a, size, axis=1) for a in (self.scales, self.biases))
+        return self.codes * scales + biases
+
+    def arrays(self, name: str, dtype: mx.Dtype) -> dict[str, mx.array]:
+        """Return what is stored for the tensor `name`, as `layout` has it."""
+        stem = name.removesuffix("weight")
+        sides = {stem + "scales": self.scales, stem + "biases": self.biases}
+        return {name: pack(self.codes, self.spec.bits)} | {
+            key: mx.array(a).astype(dtype) for key, a in sides.items()
+        }
+
+
+def pack(codes: np.ndarray, bits: int) -> mx.array:
+    """Return codes [rows, columns] as MLX packs them, uint32 [rows, columns * bits / 32]: one
+    stream of bits, the lowest first.
+    """
+    rows, columns = codes.shape
+    spread = (codes.astype(np.uint8)[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    packed = np.packbits(spread.reshape(rows, columns * bits), axis=-1, bitorder="little")
+    return mx.array(packed.view("<u4").astype(np.uint32))
+
+
+def as_stored(array: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
+    """Return the float32 numbers that stand in a file once the array is stored in this type."""
+    return np.array(mx.array(array.astype(np.float32)).astype(dtype).astype(mx.float32))
+
+
+def error_feedback(
+    weights: np.ndarray,
+    hessian: np.ndarray,
+    spec: QuantSpec,
+    dtype: mx.Dtype,
+    damping: float = DAMPING,
+) -> Codes:
+    """Round `weights` [rows, columns] for inputs with second moments `hessian` [columns, columns].
+
+    Raises `ConversionError` for moments that are not finite.
+    """
+    factor = inverse_factor(hessian, damping)
+    rows, columns = weights.shape
+    size, top = spec.group_size, 2**spec.bits - 1
+    work = weights.astype(np.float32).copy()
+    scales, biases = (np.zeros((rows, columns // size), np.float32) for _ in range(2))
+    codes, before = (np.zeros((rows, columns), kind) for kind in (np.uint8, np.float32))
+    importance = (1.0 / np.diag(factor) ** 2).astype(np.float32)
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        errors = np.zeros((rows, end - start), np.float32)
+        for column in range(start, end):
+            group = column // size
+            if column % size == 0:
+                those = slice(column, column + size)
+                grids = fit_groups(work[:, None, those], importance[None, those], spec, dtype)
+                scales[:, group], biases[:, group] = (side[:, 0] for side in grids)
+            scale, bias = scales[:, group], biases[:, group]
+            place = np.clip((work[:, column] - bias) / np.where(scale == 0, 1.0, scale), 0, top)
+            nearest = np.rint(place)
+            before[:, column], codes[:, column] = place, nearest
+            error = (work[:, column] - (nearest * scale + bias)) / factor[column, column]
+            work[:, column:end] -= error[:, None] * factor[column, column:end]
+            errors[:, column - start] = error
+        work[:, end:] -= errors @ factor[start:end, end:]
+    return Codes(spec, codes, scales, biases, before)
+
+
+def inverse_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
+    """Return the upper Cholesky factor, in float32, of the inverse of the damped second moments."""
+    if not np.isfinite(hessian).all():
+        raise ConversionError(
+            "calibration gave activations that are not finite; check the source with --verify"
+        )
+    damped = hessian.astype(np.float64)
+    level = max(float(np.mean(np.diag(damped))), 1e-12)
+    damped[np.diag_indices_from(damped)] += damping * level
+    inverse = np.linalg.inv(damped)
+    return np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+
+
+def fit_groups(
+    values: np.ndarray, importance: np.ndarray, spec: QuantSpec, dtype: mx.Dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return scale and bias [rows, groups], as stored in `dtype`, of least weighted square error
+    for values [rows, groups, group_size].
+
+    `importance` [groups, group_size] weighs the columns. Ranges from the full one down to half are
+    tried, each with scale and bias refitted by weighted least squares to the codes they give; the
+    best of each group is kept.
+    """
+    top = 2**spec.bits - 1
+    low, high = values.min(-1), values.max(-1)
+    best_error = np.full(low.shape, np.inf)
+    best = np.zeros_like(low), np.zeros_like(low)
+    weight = np.broadcast_to(importance, values.shape)
+    total = weight.sum(-1)
+    for shrink in SHRINKS:
+        middle = (low + high) / 2
+        scale = np.maximum((high - low) * shrink / top, 1e-8)
+        bias = middle - scale * top / 2
+        for _ in range(REFITS):
+            codes = np.clip(np.rint((values - bias[..., None]) / scale[..., None]), 0, top)
+            mean_c, mean_v = (weight * codes).sum(-1) / total, (weight * values).sum(-1) / total
+            spread = (weight * codes * codes).sum(-1) / total - mean_c**2
+            joint = (weight * codes * values).sum(-1) / total - mean_c * mean_v
+            fits = (spread > 1e-6) & (joint > 0)
+            scale = np.where(fits, joint / np.where(fits, spread, 1.0), scale)
+            bias = np.where(fits, mean_v - scale * mean_c, bias)
+        scale, bias = as_stored(scale, dtype), as_stored(bias, dtype)
+        safe = np.where(scale == 0, 1.0, scale)
+        codes = np.clip(np.rint((values - bias[..., None]) / safe[..., None]), 0, top)
+        error = weight * (values - bias[..., None] - scale[..., None] * codes) ** 2
+        better = error.sum(-1) < best_error
+        best_error = np.where(better, error.sum(-1), best_error)
+        best = np.where(better, scale, best[0]), np.where(better, bias, best[1])
+    return best
