@@ -1,17 +1,15 @@
-"""Which sampling should a model's chat start with? Stories told under several settings, and judged.
+"""Compare sampling settings for a model's chat, by the stories that it tells under them.
 
-    python -m openelm_mlx.benchmarks.scripts.chat_defaults MODEL JUDGE ANSWERS.jsonl [--own]
+    python -m openelm_mlx.benchmarks.scripts.chat_defaults MODEL EXACT ANSWERS.jsonl [--own]
 
-JUDGE is the same model unquantized: under it the perplexity of the answers is taken. ANSWERS
-collects the answers, one line a setting. What the file holds already is not generated again, so a
-run that was cut off goes on where it stopped.
+EXACT is the same model unquantized, under which the perplexity of the answers is taken. ANSWERS
+collects them, a line for each setting: a run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -23,29 +21,23 @@ from openelm_mlx import batch_generate, load
 from openelm_mlx.engine.conversation import encode_messages
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import SamplingOptions
-from openelm_mlx.evaluate.score import score
+from openelm_mlx.evaluate.score import perplexity, score
 
+SUBJECTS = (
+    *("a king", "a dog", "a princess who could not laugh", "a poor fisherman and his wife"),
+    *("two brothers", "a clever fox", "a boy who went to sea", "a wolf and three sheep"),
+    *("a garden", "the moon", "a giant and a tailor", "a girl who was lost in the snow"),
+)
 PROMPTS = (
-    "Tell me a story about a king.",
-    "Tell me a story about a dog.",
+    *(f"Tell me a story about {subject}." for subject in SUBJECTS),
     "Tell me a story.",
-    "Tell me a story about a princess who could not laugh.",
-    "Tell me a story about a poor fisherman and his wife.",
-    "Tell me a story about two brothers.",
     "Tell me about a witch who lived in the forest.",
-    "Tell me a story about a clever fox.",
     "Tell me a fairy tale about a golden bird.",
-    "Tell me a story about a boy who went to sea.",
     "What did the old woman find in the well?",
-    "Tell me a story about a wolf and three sheep.",
-    "Tell me a story about a garden.",
     "Write a story about a horse that could speak.",
     "Tell me how the prince came home.",
-    "Tell me a story about the moon.",
-    "Tell me a story about a giant and a tailor.",
     "Tell me a long story about a castle by the sea.",
     "Who lived in the little house?",
-    "Tell me a story about a girl who was lost in the snow.",
 )
 SEEDS = (1, 2, 3)
 GRID = (
@@ -54,9 +46,7 @@ GRID = (
     SamplingOptions(temperature=0.5, repetition_penalty=1.2),
     SamplingOptions(temperature=0.7, repetition_penalty=1.2),
     SamplingOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.2),
-    SamplingOptions(temperature=0.7, min_p=0.1, repetition_penalty=1.1),
-    SamplingOptions(temperature=0.7, min_p=0.1, repetition_penalty=1.15),
-    SamplingOptions(temperature=0.7, min_p=0.1, repetition_penalty=1.2),
+    *(SamplingOptions(temperature=0.7, min_p=0.1, repetition_penalty=p) for p in (1.1, 1.15, 1.2)),
     SamplingOptions(temperature=0.5, min_p=0.3, presence_penalty=1.3),
     SamplingOptions(temperature=0.5, min_p=0.3, presence_penalty=1.0, frequency_penalty=0.2),
 )
@@ -80,7 +70,7 @@ class Answer:
 
     @property
     def loops(self) -> bool:
-        """Tell whether some sequence of six words occurs more than twice."""
+        """Whether some sequence of six words occurs more than twice."""
         words = self.text.lower().split()
         grams = Counter(tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1))
         return max(grams.values(), default=0) > MAY_OCCUR
@@ -91,7 +81,9 @@ class Answer:
 
 
 def answers(engine: Engine, sampling: SamplingOptions) -> list[Answer]:
-    """The first answer of a chat to every prompt, with every seed unless it does not matter."""
+    """Return the first answer of a chat to every prompt, with every seed unless it does not
+    matter.
+    """
     seeds = SEEDS[:1] if sampling.greedy else SEEDS
     chats = [[{"role": "user", "content": text}] for text in PROMPTS for _ in seeds]
     prompts = [encode_messages(engine.tokenizer, messages) for messages in chats]
@@ -104,32 +96,28 @@ def answers(engine: Engine, sampling: SamplingOptions) -> list[Answer]:
     ]
 
 
-def perplexity(judge: Engine, found: Sequence[Answer]) -> float:
-    """Perplexity of all answers' tokens, each after its prompt, under `judge` at temperature 1."""
-    scores = score(judge, [answer.prompt + answer.tokens for answer in found])
-    own = [
-        logp
-        for row, answer in zip(scores, found, strict=True)
-        for logp in row[len(answer.prompt) - 1 :]
-    ]
-    return math.exp(-sum(own) / len(own))
+def answer_perplexity(exact: Engine, found: Sequence[Answer]) -> float:
+    """Return the perplexity of all answers' tokens, each after its prompt, at temperature 1."""
+    scores = score(exact, [answer.prompt + answer.tokens for answer in found])
+    starts = [len(answer.prompt) - 1 for answer in found]
+    return perplexity(p for row, start in zip(scores, starts, strict=True) for p in row[start:])
 
 
 def label(sampling: SamplingOptions) -> str:
-    """The options that differ from their defaults."""
-    given = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
+    """Return the options that differ from their defaults."""
     plain = vars(SamplingOptions())
+    given = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
     changed = [f"{name} {value}" for name, value in given.items() if value != plain[name]]
     return ", ".join(["greedy"] * sampling.greedy + changed)
 
 
-def row(name: str, found: Sequence[Answer], judge: Engine) -> str:
-    """One line of the table."""
+def row(name: str, found: Sequence[Answer], exact: Engine) -> str:
+    """Return one line of the table."""
     words = [answer.words for answer in found]
     return (
         f"| {name} | {sum(answer.loops for answer in found)} of {len(found)} "
         f"| {sum(answer.too_short for answer in found)} | {sum(answer.ended for answer in found)} "
-        f"| {median(words):g} ({min(words)}-{max(words)}) | {perplexity(judge, found):.1f} |"
+        f"| {median(words):g} ({min(words)}-{max(words)}) | {answer_perplexity(exact, found):.1f} |"
     )
 
 
@@ -138,11 +126,11 @@ def main(argv: list[str] | None = None) -> int:
         prog="chat_defaults", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("model")
-    parser.add_argument("judge")
+    parser.add_argument("exact")
     parser.add_argument("answers", type=Path)
     parser.add_argument("--own", action="store_true", help="only the model's own defaults")
     args = parser.parse_args(argv)
-    engine, judge = load(args.model), load(args.judge)
+    engine, exact = load(args.model), load(args.exact)
     lines = args.answers.read_text(encoding="utf-8").splitlines() if args.answers.exists() else []
     known = {name: [Answer(**parts) for parts in found] for name, found in map(json.loads, lines)}
     print("| sampling | loops | too short | ended | words: median (range) | perplexity |")
@@ -154,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             known[name] = answers(engine, sampling)
             with args.answers.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([name, [vars(answer) for answer in known[name]]]) + "\n")
-        print(row(name + " (the model's own)" * (sampling == own), known[name], judge), flush=True)
+        print(row(name + " (the model's own)" * (sampling == own), known[name], exact), flush=True)
     return 0
 
 

@@ -40,9 +40,9 @@ from openelm_mlx.convert.quantize.rounding import dequantized, rounded
 from openelm_mlx.convert.verify import text_batches
 from openelm_mlx.device import mx, nn
 from openelm_mlx.errors import OpenELMError
-from openelm_mlx.evaluate.score import compare
+from openelm_mlx.evaluate.score import Comparison, compare
 from openelm_mlx.files import check_writable, read_text
-from openelm_mlx.model.config import expected_tensors
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import Plan, QuantSpec, matrices
 
 DTYPE = "float16"  # of scales, biases, norms and matrices that are not quantized
@@ -114,15 +114,21 @@ def run(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
             except Exception as error:  # mlx-lm's tools may fail in any way; the table says how
                 yield Row(bits, method, note=f"does not run: {error}"[:120])
                 continue
-            seconds, exact_logits = time.perf_counter() - start, iter(known)
-            found = compare(
-                lambda _: next(exact_logits), lambda x: logits(config, weights, x), batches
-            )
+            seconds = time.perf_counter() - start
+            found = losses(config, weights, batches, known)
             kl = found.mean_kl_divergence
             base = kl if method == "uniform" else base
             per_weight = 8 * size / config.num_parameters
             figures = kl, found.p99_kl_divergence, found.top_1_agreement, kl / base
             yield Row(bits, method, size, per_weight, *figures, seconds)
+
+
+def losses(
+    config: OpenELMConfig, weights: Weights, batches: list[mx.array], known: list[mx.array]
+) -> Comparison:
+    """Compare these weights with the exact ones, whose logits are `known`."""
+    exact = iter(known)
+    return compare(lambda _: next(exact), lambda tokens: logits(config, weights, tokens), batches)
 
 
 class OurMethods:
@@ -276,7 +282,7 @@ def awq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Meth
 
 
 def gptq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Method]:
-    """Give 2, 4 or 8 bits to linear layers; it rounds the embeddings plainly, to bits of their own."""
+    """Give 2, 4 or 8 bits to linear layers; the embeddings it rounds to nearest, to their own."""
     linear, embeddings = {3: (2, 8), 4: (4, 4), 5: (4, 8)}.get(bits, (4, 8))
 
     def work() -> Result:

@@ -232,16 +232,16 @@ def test_cache_kinds_change_the_bytes_and_batches_have_no_bound(tiny):
     assert batch.bytes_per_token is None and lookup.bound_tokens_per_second is None
 
 
-def test_answers_of_a_plain_cache_part_in_no_way_and_wrong_ones_are_seen(tiny, monkeypatch):
+def test_answers_of_a_plain_cache_differ_in_no_way_and_wrong_ones_are_seen(tiny, monkeypatch):
     from openelm_mlx.benchmarks.scripts import kv_loss
 
     engine = random_engine(tiny, seed=4)
     pieces = [[1, *range(5, 25)], [1, *range(30, 50)]]
-    found = kv_loss.partings(engine, pieces, EngineOptions(), 6)
+    found = kv_loss.differences(engine, pieces, EngineOptions(), 6)
     assert found == {"in chunks of 7": 0, "in a batch": 0, "with prompt lookup": 0}
     monkeypatch.setattr(
         kv_loss,
         "answer",
         lambda engine, prompt, how: [how["prefill_chunk"]] if "prefill_chunk" in how else [],
     )
-    assert kv_loss.partings(engine, pieces, EngineOptions(), 6) == dict.fromkeys(found, 2)
+    assert kv_loss.differences(engine, pieces, EngineOptions(), 6) == dict.fromkeys(found, 2)

@@ -9,7 +9,7 @@ import pytest
 
 from openelm_mlx import load, stream_generate
 from openelm_mlx.benchmarks.scripts import chat_defaults
-from openelm_mlx.benchmarks.scripts.chat_defaults import Answer, label, main, perplexity
+from openelm_mlx.benchmarks.scripts.chat_defaults import Answer, answer_perplexity, label, main
 from openelm_mlx.engine.conversation import encode_messages
 from openelm_mlx.engine.options import SamplingOptions
 
@@ -37,7 +37,7 @@ def test_perplexity_is_that_of_the_answers_alone(tiny):
         answers.append(Answer(prompt, [event.token for event in events], "", False))
         logprobs += [event.logprob for event in events]
     assert math.isclose(
-        perplexity(tiny, answers), math.exp(-sum(logprobs) / len(logprobs)), rel_tol=1e-4
+        answer_perplexity(tiny, answers), math.exp(-sum(logprobs) / len(logprobs)), rel_tol=1e-4
     )
 
 
