@@ -1,13 +1,14 @@
-"""What waits for what: a long prompt that joins running rows, and settings of the sampler that were
-never seen before.
+"""Time what a request waits for: others that run, a sampler's new settings, a grammar's masks.
 
-    python -m openelm_mlx.benchmarks.scripts.latency join [MODEL] [--admission 16,32,64] [--json FILE]
-    python -m openelm_mlx.benchmarks.scripts.latency temperatures [MODEL] [--json FILE]
+    python -m openelm_mlx.benchmarks.scripts.latency join [MODEL] [--admission 16,32,64]
+    python -m openelm_mlx.benchmarks.scripts.latency temperatures [MODEL]
+    python -m openelm_mlx.benchmarks.scripts.latency masks [--schemas 1000] [--pieces 32000]
 
-`join`: rows run, a prompt of 900 tokens joins them. How much longer do their steps take meanwhile,
-and how much later does it get its first token than alone? `temperatures`: many settings in one
-process. How many steps are traced, and how much later is the first token of a temperature that is
-new?
+`join`: rows run and a prompt of 900 tokens joins them. How much longer do their steps take
+meanwhile, and how much later does it get its first token than alone? `temperatures`: many settings
+in one process. How many steps are traced, and how much later is the first token of a temperature
+that is new? `masks`: random walks through as many JSON schemas, over a tokenizer of pieces made of
+Python's own library. How long do a grammar, a mask and accepting a token take?
 """
 
 from __future__ import annotations
@@ -16,35 +17,39 @@ import argparse
 import json
 import math
 import random
+import re
 import sys
+import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
+from types import SimpleNamespace
 from typing import Any
 
-from openelm_mlx import BatchEngine, stream_generate
+import numpy as np
+
+from openelm_mlx import BatchEngine, GenerationOptions, SamplingOptions, stream_generate
 from openelm_mlx.benchmarks.measure.weights import open_engine, random_engine
 from openelm_mlx.benchmarks.results.statistics import paired_ratio
+from openelm_mlx.benchmarks.scripts.pairs import in_turns
 from openelm_mlx.device import blas, mx
+from openelm_mlx.engine.grammar import Constraint, constraint
 from openelm_mlx.engine.loading import Engine
-from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.engine.sampling import Filters
-from openelm_mlx.model.config import BOS
+from openelm_mlx.engine.tokenizer import Tokenizer
+from openelm_mlx.model.config import BOS, EOS
 
-ROWS, PROMPT, ANSWER = (
-    8,
-    900,
-    100,
-)  # rows that run; tokens of the prompt that joins and of its answer
-SETTLED = 8  # steps or tokens after which all runs as it will
-STALL, LATE, NEW = (
-    5.0,
-    1.7,
-    1.2,
-)  # wished for: p99 of a step by the median, first token by that alone, by that of a known one
-
+ROWS, PROMPT, ANSWER = 8, 900, 100  # rows that run; tokens of the prompt that joins, of its answer
+STEADY = 8  # steps or tokens after which everything runs at its usual speed
+STALL = 5.0  # aims: at most this ratio of the p99 of a step to the median,
+LATE = 1.7  # of the joining prompt's time to its first token to that alone,
+NEW = 1.2  # and of a new temperature's time to its first token to that of a known one
+BYTES_FROM, LONGEST_WALK = 3, 256
+WORDS = ("name", "age", "kind", "colour", "tags", "title", "when", "size", "note", "owner")
+VALUES = ("red", "green", "a king", "12", "yes", "no", "old", "the sea", "Tom", "ready")
 CLOCKS = {"wall": perf_counter, "cpu": process_time}
 clock = perf_counter
 
@@ -57,60 +62,56 @@ def ids(engine: Engine, count: int, seed: int) -> list[int]:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The least value that `share` of all do not exceed."""
+    """Return the least value that `share` of all do not exceed."""
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 def joined(engine: Engine, seed: int, **settings: Any) -> tuple[list[float], list[float], float]:
-    """Seconds of the steps before the prompt joins, of those until its answer is complete, and to
-    its first token.
+    """Let a prompt join running rows, and return seconds.
+
+    They are those of the steps before it joins, of the steps until its answer is complete, and the
+    time to its first token.
     """
     batch = BatchEngine(engine, 2 * ROWS, **settings)
+    endless: dict[str, Any] = {"max_tokens": engine.config.max_context_length, "ignore_eos": True}
     try:
         for row in range(ROWS):
-            batch.submit(
-                ids(engine, 16 + row, seed + row),
-                max_tokens=engine.config.max_context_length,
-                ignore_eos=True,
-            )
+            batch.submit(ids(engine, 16 + row, seed + row), **endless)
         while len({number for number, _ in batch.step()}) < ROWS:
             pass
-        before = [timed(batch.step) for _ in range(4 * SETTLED)]
+        before = []
+        for _ in range(4 * STEADY):
+            start = clock()
+            batch.step()
+            before.append(clock() - start)
         number = batch.submit(ids(engine, PROMPT, seed + ROWS), max_tokens=ANSWER, ignore_eos=True)
         during: list[float] = []
-        events: list[Any] = []
-
-        def step() -> None:
-            events[:] = batch.step()
-
-        first, came = None, 0
+        first, came = 0.0, 0
         while came < ANSWER:
-            during.append(timed(step))
+            start = clock()
+            events = batch.step()
+            during.append(clock() - start)
             came += sum(owner == number for owner, _ in events)
-            first = sum(during) if came and first is None else first
-        return before, during, first or 0.0
+            first = first or (sum(during) if came else 0.0)
+        return before, during, first
     finally:
         batch.close()
 
 
-def timed(call: Callable[[], Any]) -> float:
-    start = clock()
-    call()
-    return clock() - start
-
-
 def answered(engine: Engine, prompt: list[int], **settings: Any) -> tuple[float, float]:
-    """Seconds from the call to the first event, and to the last."""
+    """Return the seconds from the call to the first event, and to the last."""
     start, first = clock(), 0.0
-    asked = {"max_tokens": SETTLED, "ignore_eos": True, **settings}
-    for _ in stream_generate(engine, prompt, **asked):
+    for _ in stream_generate(
+        engine, prompt, **{"max_tokens": STEADY, "ignore_eos": True} | settings
+    ):
         first = first or clock() - start
     return first, clock() - start
 
 
 def join(engine: Engine, trials: int, **settings: Any) -> Result:
-    """Stalls of the running rows and the wait of the joining one, alone and among them in turns;
-    shapes are traced before.
+    """Measure the stalls of running rows, and the wait of a joining prompt against that alone.
+
+    Both take turns. All shapes are traced before.
     """
     cold = joined(engine, 0, **settings)
     answered(engine, ids(engine, PROMPT, 1))
@@ -124,30 +125,27 @@ def join(engine: Engine, trials: int, **settings: Any) -> Result:
         during += joining
         among.append(first)
     slow, steps = percentile(before + during, 0.99), median(before + during)
-    late = paired_ratio([among], [alone])
     return {
         "settings": settings,
         "trials": trials,
         "median_ms": 1000 * steps,
         "p99_ms": 1000 * slow,
         "stall": slow / steps,
-        "stall_wished_for": STALL,
+        "stall_target": STALL,
         "before_ms": 1000 * median(before),
         "stall_by_before": slow / median(before),
         "slowest_ms": 1000 * max(during),
         "alone_ms": 1000 * median(alone),
         "among_ms": 1000 * median(among),
-        "late": late._asdict(),
-        "late_wished_for": LATE,
+        "late": paired_ratio([among], [alone])._asdict(),
+        "late_target": LATE,
         "first_time": {"slowest_ms": 1000 * max(cold[1]), "among_ms": 1000 * cold[2]},
     }
 
 
 @contextmanager
 def traces() -> Iterator[list[int]]:
-    """Count how often functions that are compiled meanwhile are traced: the only times when Python
-    runs them.
-    """
+    """Count how often compiled functions are traced: only then does Python run them."""
     count, compile_ = [0], mx.compile
 
     def counting(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -165,22 +163,21 @@ def traces() -> Iterator[list[int]]:
 
 
 def settings_of(number: int, rng: random.Random) -> dict[str, Any]:
-    """The options of one of many requests: of few sets of filters, of values that are all
-    different.
-    """
-    found: dict[str, Any] = {"temperature": rng.uniform(0.1, 2.0)}
+    """Return the options of one of many requests: few sets of filters, but values all different."""
+    settings: dict[str, Any] = {"temperature": rng.uniform(0.1, 2.0)}
     if number % 2:
-        found["top_p"] = rng.uniform(0.5, 0.99)
+        settings["top_p"] = rng.uniform(0.5, 0.99)
     if number % 4 >= 2:
-        found["top_k"] = rng.randint(2, 100)
+        settings["top_k"] = rng.randint(2, 100)
     if number % 8 >= 4:
-        found["repetition_penalty"] = rng.uniform(1.01, 1.5)
-    return found
+        settings["repetition_penalty"] = rng.uniform(1.01, 1.5)
+    return settings
 
 
 def temperatures(engine: Engine, settings: int, pairs: int) -> Result:
-    """Traces of many settings, expected one for each combination of filters; first tokens of known
-    and new temperatures.
+    """Count the traces of many settings, and time known temperatures against new ones.
+
+    One trace is expected for each combination of filters.
     """
     rng, prompt = random.Random(0), ids(engine, 16, 0)
     asked = [settings_of(number, rng) for number in range(settings)]
@@ -188,82 +185,166 @@ def temperatures(engine: Engine, settings: int, pairs: int) -> Result:
     with traces() as count:
         for number, chosen in enumerate(asked):
             answered(engine, prompt, seed=number, max_tokens=3, **chosen)
-    known, new = list[tuple[float, float]](), list[tuple[float, float]]()
-    for number in range(2 * pairs):  # in turns, each first in every other pair
-        for which in ((known, new), (new, known))[number % 2]:
-            temperature = 0.7 if which is known else rng.uniform(0.1, 2.0)
-            which.append(answered(engine, prompt, seed=number, temperature=temperature))
     result: Result = {"settings": settings, "traces": count[0], "combinations": expected}
-    for place, name in enumerate(("first_token", f"{SETTLED}_tokens")):
-        ours, others = ([times[place] for times in which] for which in (new, known))
+
+    def new() -> tuple[float, float]:
+        return answered(engine, prompt, seed=1, temperature=rng.uniform(0.1, 2.0))
+
+    def known() -> tuple[float, float]:
+        return answered(engine, prompt, seed=1, temperature=0.7)
+
+    timed = list(in_turns(new, known, 2 * pairs))
+    for place, name in enumerate(("first_token", f"{STEADY}_tokens")):
+        ours, others = ([pair[side][place] for pair in timed] for side in (0, 1))
         result[name] = {
             "known_ms": 1000 * median(others),
             "new_ms": 1000 * median(ours),
             "new_by_known": paired_ratio([ours], [others])._asdict(),
-            "wished_for": NEW,
+            "target": NEW,
         }
     return result
+
+
+def random_schema(rng: random.Random, more: bool, depth: int = 0) -> dict[str, Any]:
+    """Return a random schema: an object at the top, with texts, numbers, lists and objects in it.
+
+    `more` leaves it to the model to add properties.
+    """
+    low = rng.randrange(100)
+    scalars: list[dict[str, Any]] = [
+        {"type": "string"},
+        {"type": "string", "maxLength": rng.randrange(5, 40)},
+        {"enum": rng.sample(VALUES, 3)},
+        {"type": "integer"},
+        {"type": "integer", "minimum": low, "maximum": low + rng.randrange(1000)},
+        {"type": "number"},
+        {"type": "boolean"},
+        {"type": "null"},
+    ]
+    kinds = ["object", "array", *scalars] if depth < 3 else scalars
+    kind = "object" if depth == 0 else rng.choice(kinds)
+    if kind == "array":
+        bounds = {"minItems": rng.randrange(2), "maxItems": rng.randrange(2, 5)}
+        return {"type": "array", "items": random_schema(rng, more, depth + 1)} | bounds
+    if isinstance(kind, dict):
+        return kind
+    names = rng.sample(WORDS, rng.randrange(1, 5))
+    properties = {name: random_schema(rng, more, depth + 1) for name in names}
+    required = [name for name in names if rng.random() < 0.8]
+    made: dict[str, Any] = {"type": "object", "properties": properties, "required": required}
+    return made if more else made | {"additionalProperties": False}
+
+
+def pieces_engine(pieces: list[bytes]) -> Any:
+    """Return what a grammar needs of an engine: control tokens, all bytes, then `pieces`."""
+    pieces = [b"", b"", b"", *(bytes([byte]) for byte in range(256)), *pieces]
+    tokenizer = Tokenizer(pieces, lambda text, continued: [], Path(), "")
+    config = SimpleNamespace(eos_token_ids=(EOS,))
+    return SimpleNamespace(tokenizer=tokenizer, vocab=len(pieces), config=config)
+
+
+def common_pieces(count: int) -> list[bytes]:
+    """Return the commonest words, and beginnings of words, in Python's library."""
+    seen: Counter[str] = Counter()
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:150]:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for word in re.findall(r" ?\w+| ?[^\w\s]+|\s+", text):
+            seen.update(word[:length] for length in range(1, len(word) + 1))
+    texts = sorted(seen, key=lambda text: (-seen[text], text))
+    return [text.encode() for text in texts[:count]]
+
+
+def walk(found: Constraint, ends: Any, rng: random.Random) -> list[float]:
+    """Return the seconds of each mask and acceptance on a random way through one document."""
+    times: list[float] = []
+    for _ in range(LONGEST_WALK):
+        start = perf_counter()
+        mask = found.mask()
+        taken = perf_counter() - start
+        allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(ends)].astype(bool)
+        ending = np.flatnonzero(allowed & ends)
+        # a fifth of the tokens may close a text, a list or an object: by chance alone none would
+        tokens = ending if len(ending) and rng.random() < 0.2 else np.flatnonzero(allowed)
+        token = int(rng.choice(tokens))
+        if token == EOS:
+            return [*times, taken]
+        start = perf_counter()
+        found.accept(token)
+        times.append(taken + perf_counter() - start)
+    return times
+
+
+def masks(schemas: list[dict[str, Any]], count: int, seed: int) -> Result:
+    """Time grammars and their masks over `count` pieces."""
+    engine, rng = pieces_engine(common_pieces(count - BYTES_FROM - 256)), random.Random(seed)
+    ends = np.array([any(mark in piece for mark in b'"]}') for piece in engine.tokenizer.pieces])
+    steps: list[float] = []
+    built: list[float] = []
+    for schema in schemas:
+        start = perf_counter()
+        found: Any = constraint(engine, GenerationOptions(json_schema=json.dumps(schema)))
+        built.append(perf_counter() - start)
+        steps += walk(found, ends, rng)
+    return {
+        "pieces": engine.vocab,
+        "masks": len(steps),
+        "mask_us": 1e6 * median(steps),
+        "mask_p99_us": 1e6 * percentile(steps, 0.99),
+        "mask_longest_us": 1e6 * max(steps),
+        "grammar_ms": 1e3 * median(built),
+        "grammar_p99_ms": 1e3 * percentile(built, 0.99),
+        "first_grammar_ms": 1e3 * built[0],  # with the tokenizer's index
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="latency", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("join", "temperatures"))
-    parser.add_argument(
-        "model", nargs="?", default="openelm-tiny", help="a name, folder or file, or random:SIZE"
-    )
-    parser.add_argument("--dtype", help="compute in this type")
-    parser.add_argument("--bits", type=int, help="quantize the weights")
-    parser.add_argument(
-        "--admission",
-        metavar="N,N,...",
-        help="prompt tokens beside each step; default: the engine's own",
-    )
-    parser.add_argument(
-        "--trials", type=int, default=10, help="joins, or a third of the pairs (default: 10)"
-    )
-    parser.add_argument(
-        "--settings", type=int, default=100, help="settings of the sampler (default: 100)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the result here")
-    parser.add_argument(
-        "--clock",
-        choices=sorted(CLOCKS),
-        default="wall",
-        help="cpu: for a machine that is busy otherwise",
-    )
+    add = parser.add_argument
+    add("what", choices=("join", "temperatures", "masks"))
+    model = "a name, folder or file, or random:SIZE"
+    add("model", nargs="?", default="openelm-tiny", help=model)
+    add("--dtype", help="compute in this type")
+    add("--bits", type=int, help="quantize the weights")
+    admission = "prompt tokens beside each step; default: the engine's own"
+    add("--admission", metavar="N,N,...", help=admission)
+    trials = "joins, or a third of the pairs (default: 10)"
+    add("--trials", type=int, default=10, help=trials)
+    add("--settings", type=int, default=100, help="settings of the sampler (default: 100)")
+    add("--schemas", type=int, default=1000, help="walks through schemas (default: 1000)")
+    add("--pieces", type=int, default=32_000, help="of the tokenizer of masks (default: 32000)")
+    add("--seed", type=int, default=1, help="of schemas and walks (default: 1)")
+    add("--open", action="store_true", help="objects may have further properties")
+    busy = "cpu: for a machine that is busy otherwise"
+    add("--clock", choices=sorted(CLOCKS), default="wall", help=busy)
+    add("--json", type=Path, metavar="FILE", help="write the result here")
     args = parser.parse_args(argv)
     global clock
     clock = CLOCKS[args.clock]
-    size = args.model.removeprefix("random:")
-    engine = (
-        open_engine(size, args.dtype, args.bits)[0]
-        if size == args.model
-        else random_engine(size, args.dtype, args.bits)
-    )
     found: list[Result] = []
-    if args.what == "temperatures":
-        found.append(temperatures(engine, args.settings, 3 * args.trials))
+    if args.what == "masks":
+        rng = random.Random(args.seed)
+        schemas = [random_schema(rng, args.open) for _ in range(args.schemas)]
+        found.append(masks(schemas, args.pieces, args.seed))
     else:
-        for admission in args.admission.split(",") if args.admission else (None,):
+        size = args.model.removeprefix("random:")
+        if size == args.model:
+            engine = open_engine(size, args.dtype, args.bits)[0]
+        else:
+            engine = random_engine(size, args.dtype, args.bits)
+        if args.what == "temperatures":
+            found.append(temperatures(engine, args.settings, 3 * args.trials))
+        for admission in (args.admission or "").split(",") if args.what == "join" else ():
             print(
                 f"\radmission {admission or 'by default'} ...", end="", file=sys.stderr, flush=True
             )
-            found.append(
-                join(engine, args.trials, **({"admission": int(admission)} if admission else {}))
-            )
-    result = {
-        "model": args.model,
-        "dtype": args.dtype,
-        "bits": args.bits,
-        "blas": blas.path,
-        "clock": args.clock,
-        args.what: found,
-    }
-    text = json.dumps(result, indent=1)
+            settings = {"admission": int(admission)} if admission else {}
+            found.append(join(engine, args.trials, **settings))
+    facts = {name: getattr(args, name) for name in ("model", "dtype", "bits", "clock")}
+    text = json.dumps({**facts, "blas": blas.path, args.what: found}, indent=1)
     if args.json:
-        Path(args.json).write_text(text, encoding="utf-8")
+        args.json.write_text(text, encoding="utf-8")
     print(f"\r{text}")
     return 0
 

@@ -1,0 +1,42 @@
+"""The parts of benchmarks/scripts that need neither another checkout nor another engine."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from openelm_mlx.benchmarks.scripts.latency import masks, random_schema
+from openelm_mlx.benchmarks.scripts.pairs import CASES, Comparison, in_turns, measure
+from openelm_mlx.errors import BenchmarkError
+
+
+def test_each_side_comes_first_in_every_other_pair() -> None:
+    order: list[str] = []
+    pairs = list(in_turns(lambda: order.append("a") or "a", lambda: order.append("b") or "b", 4))
+    assert pairs == [("a", "b")] * 4
+    assert "".join(order) == "baabbaab"
+
+
+def test_a_comparison_shows_the_ratio_with_its_interval() -> None:
+    rates = {"decode": ([20.0, 22.0, 21.0], [10.0, 11.0, 10.5])}
+    sides = ({"openblas": True}, {"openblas": False})
+    found = Comparison(CASES["tiny"], rates, False, sides)
+    assert "tokens DIFFER; OpenBLAS loaded: True and False" in str(found)
+    assert "decode: 2.000 x (2.000-2.000, 3 pairs; 21 and 10.5 a second)" in str(found)
+    assert found.as_json()["ratios"]["decode"]["middle"] == pytest.approx(2)
+
+
+def test_a_checkout_without_its_environment_is_refused(tmp_path: Path) -> None:
+    message = "does not have .venv/bin/python; install the project there first"
+    with pytest.raises(BenchmarkError, match=message):
+        measure(tmp_path, tmp_path, CASES["tiny"])
+
+
+@pytest.mark.needs("llguidance")
+def test_masks_of_random_schemas_are_walked_through_and_timed() -> None:
+    rng = random.Random(1)
+    found = masks([random_schema(rng, more=False) for _ in range(3)], 2000, seed=1)
+    assert found["pieces"] == 2000 and found["masks"] > 10
+    assert 0 < found["mask_us"] <= found["mask_p99_us"] <= found["mask_longest_us"]
