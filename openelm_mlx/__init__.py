@@ -32,8 +32,8 @@ _HOME = {
     "load": "engine.loading",
     "stream_generate": "engine.generation",
 }
-_MODULES = {  # modules that are public by a shorter name
-    "chat": "engine.conversation",
+_MODULES = {  # modules that are public as attributes, without an import of their own
+    "chat": "chat",
     "config": "model.config",
     "convert": "convert",
     "errors": "errors",
