@@ -7,16 +7,18 @@ PIP_FLAGS := --disable-pip-version-check --no-input
 
 # every client that the tests of an ordinary machine use
 EXTRAS := dev,plot,grammar
+comma := ,
 # two processes; a test file stays in one, so that the models its tests share are made once
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: chat test coverage dist clean help
+.PHONY: chat test coverage constraints dist clean help
 help:
-	@echo "make chat      install and chat with the bundled model"
-	@echo "make test      lint, types and tests, as CI runs them"
-	@echo "make coverage  the lines that no test executes"
-	@echo "make dist      build wheel and source distribution, and check what they hold"
-	@echo "make clean     remove the virtual environment and caches"
+	@echo "make chat         install and chat with the bundled model"
+	@echo "make test         lint, types and tests, as CI runs them"
+	@echo "make coverage     the lines that no test executes"
+	@echo "make constraints  write the newest versions into constraints/known-good.txt"
+	@echo "make dist         build wheel and source distribution, and check what they hold"
+	@echo "make clean        remove the virtual environment and caches"
 
 # $(call install,WHAT): make the virtual environment where there is no whole one, and install WHAT into it. What pip says
 # goes to a log, of which the end is shown when something fails. A later run of make ends what was interrupted: the script
@@ -53,6 +55,12 @@ coverage: $(VENV)/installed-dev
 	$(BIN)/coverage run -m pytest -q -n 2 --dist loadfile
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+# To test with the versions known to be good: PIP_CONSTRAINT=constraints/known-good.txt make test
+constraints: $(VENV)/installed-dev
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --quiet uv
+	$(BIN)/uv pip compile pyproject.toml $(foreach extra,$(subst $(comma), ,$(EXTRAS)),--extra $(extra)) --upgrade \
+		--universal --no-annotate --custom-compile-command "make constraints" --quiet --output-file constraints/known-good.txt
 
 dist: $(VENV)/installed-dev
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --quiet --editable '.[dist]'
