@@ -17,6 +17,8 @@ from openelm_mlx.benchmarks.results.plot import caption, new_figure, panel_svg, 
 from openelm_mlx.errors import BenchmarkError, OptionError
 from openelm_mlx.model.config import expected_tensors
 
+pytestmark = pytest.mark.needs("matplotlib")
+
 
 def axes_of(panel):
     with style(LIGHT):

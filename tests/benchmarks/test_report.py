@@ -15,6 +15,8 @@ from test_plot import without_matplotlib
 from openelm_mlx.benchmarks.results.report import render, write_report
 from openelm_mlx.errors import BenchmarkError
 
+pytestmark = pytest.mark.needs("matplotlib")
+
 
 class Reader(HTMLParser):
     """Tags with their attributes, and the text between them."""

@@ -35,6 +35,8 @@ from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.tokenizer import StreamingDecoder, Tokenizer
 from openelm_mlx.errors import OptionError, PromptError
 
+pytestmark = pytest.mark.needs("llguidance")
+
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 EOS = 2
 # <unk>, <s>, </s>; every byte; and pieces that overlap: spaces before words, parts of JSON, half a
