@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from openelm_mlx.dtypes import BY_SAFETENSORS, itemsize
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError
@@ -21,6 +24,8 @@ MAX_JSON_BYTES = 4 << 20  # a sharded 3B's index has 40 KB
 # the 3B's has 40 KB; the format allows 100 MB, which as JSON would take gigabytes
 MAX_HEADER_BYTES = 2 << 20
 MAX_NUMBER = 1 << 62
+# errors of file systems that cannot lock
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -195,6 +200,28 @@ def replacing(path: str | Path, suffix: str = "") -> Iterator[Path]:
     except BaseException:  # Ctrl-C too
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def lock(file: IO[str], kind: int, notice: str = "") -> None:
+    """Lock `file`, and print `notice` if that takes waiting. Some file systems have no locks."""
+    try:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if notice:
+                print(notice, file=sys.stderr)
+            fcntl.flock(file, kind)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+
+
+def same_file(file: IO[str], path: Path) -> bool:
+    """Tell whether `path` still names the open `file`: another process may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def name_for_mlx(path: str | Path) -> str:

@@ -163,8 +163,8 @@ def test_sizes_are_those_of_the_configurations():
 
 def test_the_defaults_of_the_bundled_models_chat_are_those_of_its_folder():
     from openelm_mlx.cli.session import settings
-    from openelm_mlx.engine.chat_defaults import chat_sampling
     from openelm_mlx.engine.hub import BUNDLED
+    from openelm_mlx.engine.loading import chat_sampling
 
     defaults, _, _ = settings(chat_sampling(BUNDLED)).partition(", seed")
     assert f"\n{defaults}, seed " in README

@@ -14,7 +14,7 @@ from openelm_mlx.convert.record import model_card
 from openelm_mlx.convert.staging import UNFINISHED_CONFIG
 from openelm_mlx.convert.tokenizers.tokenizer_json import build_tokenizer_json, tokenizer_config
 from openelm_mlx.convert.tokenizers.tokenizer_model import TokenizerModel
-from openelm_mlx.engine.chat_defaults import chat_sampling, generation_config
+from openelm_mlx.engine.loading import chat_sampling, generation_config
 from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig
 from openelm_mlx.quantization import Plan, config_entry
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 from openelm_mlx.engine.model_cache import WEIGHT_SUFFIXES, convert_once, recall
 from openelm_mlx.engine.tokenizer import FILES
 from openelm_mlx.errors import CheckpointError, HubError, OptionError, TokenizerError
+from openelm_mlx.files import INDEX, WEIGHTS, read_header, read_index
 from openelm_mlx.model.config import PUBLISHED
 
 TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
@@ -30,19 +30,29 @@ SHORT_NAMES = {
 }
 LICENCE = ["LICENSE*", "README.md"]
 PATTERNS = ["*.safetensors", "*.json", "tokenizer.*", "*.jinja", *LICENCE]
-LLAMA_ROWS = range(32000, 32257)  # of an embedding that LLaMA's tokenizer fits, with padding
+LLAMA_ROWS = range(32000, 32257)  # rows of an embedding that LLaMA's tokenizer fits, with padding
 CORENET = "corenet"  # names of the converter's catalog begin so, with -mlx and a colon
+CORENET_TENSORS = (
+    "token_embeddings.",
+    "layers.",
+)  # CoreNet's names begin so, Hugging Face's do not
 # no hub id ends so
 FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".yaml", ".yml", ".npz", ".model", ".txt", ".zip")
-CERTIFICATE_REMEDY = "behind a proxy that reads TLS set SSL_CERT_FILE to its certificate, and check this machine's date"
+CERTIFICATE_REMEDY = (
+    "behind a proxy that reads TLS set SSL_CERT_FILE to its certificate, "
+    "and check this machine's date"
+)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (PermissionError, NotADirectoryError, FileExistsError)
-MODELS = "a folder, a .gguf file, a CoreNet checkpoint (.pt), a hub id (owner/name) or a name from `openelm models`"
+MODELS = (
+    "a folder, a .gguf file, a CoreNet checkpoint (.pt), a hub id (owner/name) "
+    "or a name from `openelm models`"
+)
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """The place of a model on this disk; `tokenizer` is None where the folder holds one."""
+    """The place of a model on this disk; `tokenizer` is None where the folder has one."""
 
     folder: Path
     tokenizer: Path | None
@@ -54,7 +64,7 @@ def resolve_model(
     """Find the folder of a model by its name or path; fetch and convert what is not there yet.
 
     `revision` is a branch, tag or commit on the hub. Raises `HubError` for what cannot be found or
-    fetched, another `OpenELMError` for what is found and is no model.
+    fetched, another `OpenELMError` for what is found and is not a model.
     """
     given = Path(os.path.expanduser(tokenizer)) if tokenizer else None
     here, hub_id = Path(os.path.expanduser(name)), None
@@ -105,23 +115,19 @@ def loadable(folder: Path) -> bool:
 
     A damaged folder counts as loadable: loading says best what is wrong with it.
     """
-    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not (folder / "config.json").is_file() or not (index.is_file() or weights.is_file()):
+    if not (folder / "config.json").is_file():
         return False
-    corenets = ("token_embeddings.", "layers.")
+    if not any((folder / name).is_file() for name in (INDEX, WEIGHTS)):
+        return False
     try:
-        if index.is_file():
-            names = json.loads(index.read_bytes())["weight_map"]
-        else:
-            with open(weights, "rb") as file:
-                names = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 24)))
-        return not any(str(name).startswith(corenets) for name in names)
-    except (OSError, ValueError, LookupError, TypeError):
+        names = read_index(folder) or read_header(folder / WEIGHTS)
+    except CheckpointError:
         return True
+    return not any(name.startswith(CORENET_TENSORS) for name in names)
 
 
 def check_kind(source: Path) -> None:
-    """Raise `CheckpointError` for a folder without weights, or a file that is no model at all."""
+    """Raise `CheckpointError` for a folder without weights, or a file that is not a model."""
     from openelm_mlx.convert.sources import kind_of, weights_by_kind
 
     if source.is_dir() and not weights_by_kind(source):
@@ -130,14 +136,14 @@ def check_kind(source: Path) -> None:
         raise CheckpointError(f"{source} has {loaded}, and {converted}; a model is {MODELS}")
     known = source.suffix.lower() in WEIGHT_SUFFIXES
     if source.is_file() and not known and kind_of(source) is None:
-        raise CheckpointError(f"{source} is a file, but no model; a model is {MODELS}")
+        raise CheckpointError(f"{source} is a file, but not a model; a model is {MODELS}")
 
 
 def missing_tokenizer(source: Path, source_format: str | None = None) -> Path | None:
-    """LLaMA's tokenizer from a mirror, where a checkpoint has its vocabulary and no tokenizer.
+    """Fetch LLaMA's tokenizer for a checkpoint that has its vocabulary and comes without one.
 
-    Raises `ConversionError` for what convert cannot read, and `TokenizerError` where no mirror can
-    be reached.
+    Return None where it is not needed. Raises `ConversionError` for what convert cannot read, and
+    `TokenizerError` where no mirror can be reached.
     """
     from openelm_mlx.convert.sources import open_source
 
@@ -155,7 +161,7 @@ def missing_tokenizer(source: Path, source_format: str | None = None) -> Path | 
 
 
 def is_published(name: str) -> bool:
-    """Tell whether `name` has the form of a name of `convert.catalog`, be there one or not."""
+    """Tell whether `name` is spelled like one of convert's catalog, whether or not it is there."""
     return name.lower().startswith((f"{CORENET}:", f"{CORENET}-mlx:"))
 
 
@@ -183,13 +189,13 @@ def hub_id_of(name: str) -> str:
 
 
 def snapshot(hub_id: str, revision: str | None = None, patterns: list[str] = PATTERNS) -> Path:
-    """Return the folder of a hub's model, fetched if need be. Raises `HubError` with the cause."""
+    """Return the folder of a model of the hub, fetched if need be. Raises `HubError`."""
     from huggingface_hub import snapshot_download
 
     fetch = partial(snapshot_download, hub_id, revision=revision)
     try:
         folder = Path(fetch(allow_patterns=patterns))
-    except Exception as error:  # the hub's client and what lies beneath it raise all kinds
+    except Exception as error:  # the client and the libraries below it raise all kinds
         try:  # a cached copy that lacks only the licence will do
             known = [pattern for pattern in patterns if pattern not in LICENCE]
             folder = Path(fetch(allow_patterns=known, local_files_only=True))
@@ -228,7 +234,7 @@ def hub_cache() -> Path:
 
 
 def cached_repositories() -> dict[str, Path]:
-    """Map hub ids to folders in the hub's cache, those of downloads that were cut included."""
+    """Return the folders in the hub's cache by hub id, interrupted downloads included."""
     found = [path for path in sorted(hub_cache().glob("models--*--*")) if path.is_dir()]
     return {path.name.removeprefix("models--").replace("--", "/"): path for path in found}
 
@@ -242,12 +248,12 @@ def remove_repository(hub_id: str) -> None:
     revisions = [revision.commit_hash for repo in repos for revision in repo.revisions]
     alone = replace(found, repos=repos)  # copies elsewhere share revisions
     alone.delete_revisions(*revisions).execute()
-    if folder.exists():  # what a cut download left is no revision
+    if folder.exists():  # what an interrupted download left is not a revision
         shutil.rmtree(folder)
 
 
 def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
-    """Say in one line what failed and what to do, from the exception and those beneath it."""
+    """Say in one line what failed and what to do, from the exception and its causes."""
     from huggingface_hub import constants, errors
 
     causes = list(chain(error))
@@ -258,12 +264,14 @@ def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
 
     if caused_by(errors.HFValidationError):
         what = texts[-1].splitlines()[0].rstrip(".")[:200]
-        return f"{hub_id} is no id of the hub (owner/name): {what}; check the spelling"
+        return f"{hub_id} is not an id of the hub (owner/name): {what}; check the spelling"
     if any(getattr(cause, "errno", None) in FULL for cause in causes):
-        return f"the disk is full while fetching {hub_id}; free some space and run the same command, it resumes"
-    # an error of a connection has no file name
+        remedy = "free some space and run the same command, it resumes"
+        return f"the disk is full while fetching {hub_id}; {remedy}"
+    # an error of a connection does not have a file name
     if any(isinstance(cause, UNWRITABLE) and cause.filename for cause in causes):
-        return f"{constants.HF_HUB_CACHE} cannot be written, so {hub_id} cannot be fetched; set HF_HUB_CACHE to another folder"
+        what = f"{constants.HF_HUB_CACHE} cannot be written, so {hub_id} cannot be fetched"
+        return f"{what}; set HF_HUB_CACHE to another folder"
     offline, hub = constants.HF_HUB_OFFLINE, constants.ENDPOINT
     if caused_by(getattr(errors, "IncompleteSnapshotError", ())):
         where = "HF_HUB_OFFLINE is set" if offline else f"{hub} cannot be reached"
@@ -280,12 +288,14 @@ def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
         what = f"{hub_id} has no revision {revision!r} on the hub (HTTP {status})"
         return f"{what}; check the spelling"
     if status in (401, 403):
-        return f"{hub_id} is private, gated or does not exist (HTTP {status}); check the id or log in: hf auth login"
+        what = f"{hub_id} is private, gated or does not exist (HTTP {status})"
+        return f"{what}; check the id or log in: hf auth login"
     here = near_folder(hub_id)
     if status == 404:
         return f"{hub_id} was not found on the hub (HTTP 404); check the spelling{here}"
     if status == 429:
-        return f"the hub limits how often it may be asked (HTTP 429); wait some minutes, or log in: hf auth login ({hub_id})"
+        remedy = f"wait some minutes, or log in: hf auth login ({hub_id})"
+        return f"the hub limits how often it may be asked (HTTP 429); {remedy}"
     if status is not None:
         return f"{hub} answered with HTTP {status} for {hub_id}; try again later"
     if any("CERTIFICATE_VERIFY_FAILED" in text for text in texts):

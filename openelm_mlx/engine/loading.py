@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from openelm_mlx import device
 from openelm_mlx.device import mx, nn, set_wired_limit, utils
 from openelm_mlx.dtypes import DTYPES, FLOATS, name_of
-from openelm_mlx.engine.chat_defaults import APPLES_DEFAULTS, chat_sampling
 from openelm_mlx.engine.decode import Steps
 from openelm_mlx.engine.hub import Resolved, resolve_model
 from openelm_mlx.engine.options import ModelOptions, SamplingOptions
@@ -19,12 +19,12 @@ from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError, reason
 from openelm_mlx.fields import shown
 from openelm_mlx.files import name_for_mlx, read_json, weight_files
-from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig, expected_tensors
 from openelm_mlx.model.decoder import OpenELM
 from openelm_mlx.quantization import Plan, QuantSpec, quantization_of, read_plan
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator
 
     from openelm_mlx.engine.options import GenerationOptions
     from openelm_mlx.engine.prompts import Prompt
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 # OpenELM-3B and up: activations overflow float16 (CoreNet, mlx_examples/open_elm/README.md)
 WIDE_MODEL_DIM = 3072
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", *PENALTIES)
+# those of the examples in Apple's model cards
+APPLES_DEFAULTS: Mapping[str, Any] = {"do_sample": False, "repetition_penalty": 1.2}
 
 
 @dataclass(repr=False)
@@ -78,13 +82,13 @@ class Engine:
         return asynchronous(partial(stream_generate, self, prompt, sampling, options, **settings))
 
     def __repr__(self) -> str:
-        """One line: <Engine openelm-tiny: 6.5 M parameters, 6.9 MB, context 1024>"""
+        """Return one line: <Engine openelm-tiny: 6.5 M parameters, 6.9 MB, context 1024>"""
         size = f"{self.config.num_parameters / 1e6:,.1f} M parameters, {self.nbytes / 1e6:,.1f} MB"
         return f"<Engine {self.name}: {size}, context {self.config.max_context_length}>"
 
     @property
     def vocab(self) -> int:
-        """Ids below this may be sampled: the embedding's rows without a piece are padding."""
+        """The number of ids that may be sampled: rows of the embedding beyond are padding."""
         return min(self.config.vocab_size, self.tokenizer.vocab_size)
 
     @cached_property
@@ -103,10 +107,12 @@ def load(
 ) -> Engine:
     """Load a model: a folder, a .gguf or .pt file, a hub id, or a name from `openelm models`.
 
-    A file, and a folder that the engine does not load as it is, is converted once into a cache.
-    `dtype` is that of the activations, by name or MLX's own (default: float32 on the CPU backend;
-    on Metal the checkpoint's own, bfloat16 where it holds float32). `bits` quantizes a
-    full-precision model while loading. Raises `HubError`, `ConfigError`, `CheckpointError`,
+    A file, or a folder that the engine cannot load as it is, is converted once into a cache.
+    `dtype` is the type of the activations, by name or MLX's own. By default it is float32 on the
+    CPU backend; elsewhere it is the checkpoint's own, or bfloat16 for a checkpoint in float32.
+    `bits` quantizes a full-precision model while loading, in groups of `group_size` weights.
+    `tokenizer` is a file to use in place of the model's own; `revision` is a branch, tag or commit
+    on the hub. Raises `HubError`, `ConfigError`, `CheckpointError`,
     `ConversionError`, `TokenizerError` or `OptionError`.
     """
     if isinstance(dtype, mx.Dtype):
@@ -114,7 +120,7 @@ def load(
     if not isinstance(name, (str, Path)):
         allowed = "allowed is a name, or a path to a folder or file"
         raise OptionError(f"the model is {shown(name)}; {allowed}")
-    # in types of Python, and a text as a path
+    # converts numbers to Python's own types and texts to paths
     chosen = ModelOptions(dtype, bits, group_size, tokenizer, revision)  # type: ignore[arg-type]
     resolved = resolve_model(str(name), chosen.revision, chosen.tokenizer)
     return load_resolved(str(name), resolved, chosen.dtype, chosen.bits, chosen.group_size)
@@ -161,7 +167,7 @@ def load_resolved(
 
 
 def parameters(model: OpenELM) -> dict[str, mx.array]:
-    """Every parameter of the model under its path, which is its name in a checkpoint."""
+    """Return every parameter of the model by its path, which is its name in a checkpoint."""
     return dict(utils.tree_flatten(model.parameters()))  # type: ignore[arg-type]
 
 
@@ -173,8 +179,38 @@ def speaks_instruct(folder: Path, name: str) -> bool:
     return settings.exists() and "chat_template" in read_json(settings)
 
 
+def generation_config(folder: Path) -> dict[str, Any]:
+    """Return generation_config.json of `folder`, with Apple's defaults if it has no sampling."""
+    path = folder / GENERATION_CONFIG
+    raw = read_json(path) if path.exists() else {}
+    silent = all(raw.get(key) is None for key in ("do_sample", *SAMPLING_KEYS))
+    return {**raw, **APPLES_DEFAULTS} if silent else raw
+
+
+def chat_sampling(folder: Path) -> SamplingOptions:
+    """Return how a chat with the model in `folder` draws tokens unless told otherwise.
+
+    Keys and meaning are those of Hugging Face's GenerationConfig, with two more keys for the
+    penalties on the answer alone. The choice is greedy unless `do_sample` is true; the temperature
+    is then 1 where none is given. Raises `ConfigError` for a damaged file and values out of range.
+    """
+    raw, path = generation_config(folder), folder / GENERATION_CONFIG
+    sample = raw.get("do_sample")
+    if sample is not None and not isinstance(sample, bool):
+        raise ConfigError(f"{path}: do_sample is {sample!r}; it must be true or false")
+    given = {key: raw[key] for key in SAMPLING_KEYS if raw.get(key) is not None}
+    try:
+        options = SamplingOptions(**{"temperature": 1.0, **given})
+    except OptionError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return options if sample else replace(options, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+
+
 def read_weights(folder: Path) -> dict[str, mx.array]:
-    """Return the tensors of model.safetensors, or of an index's shards. Raises `CheckpointError`."""
+    """Return the tensors of model.safetensors, or of the index's shards, by name.
+
+    Raises `CheckpointError` where a file is missing or damaged.
+    """
     weights: dict[str, mx.array] = {}
     for path in weight_files(folder):
         try:
@@ -199,15 +235,16 @@ def quantize_as_stored(model: OpenELM, plan: Plan) -> None:
 
 
 def quantize_now(model: OpenELM, bits: int, group_size: int) -> None:
+    """Quantize every layer. Raises `OptionError` where a layer's rows are not such groups."""
     try:
         nn.quantize(model, group_size=group_size, bits=bits)
     except ValueError as error:
-        form = f"{bits} bits in groups of {group_size}"
-        raise OptionError(f"cannot quantize to {form}: {error}") from None
+        spec = f"{bits} bits in groups of {group_size}"
+        raise OptionError(f"cannot quantize to {spec}: {error}") from None
 
 
 def check_coverage(folder: Path, model: OpenELM, weights: dict[str, mx.array]) -> None:
-    """Raise `CheckpointError` unless the file has every parameter, in its shape, and no other."""
+    """Raise `CheckpointError` unless `weights` are exactly the parameters, in their shapes."""
     expected = {name: array.shape for name, array in parameters(model).items()}
     differences = {
         "missing": expected.keys() - weights.keys(),
@@ -230,7 +267,7 @@ def check_coverage(folder: Path, model: OpenELM, weights: dict[str, mx.array]) -
 def compute_dtype(
     config: OpenELMConfig, weights: dict[str, mx.array], asked: str | None
 ) -> mx.Dtype:
-    """The type of activations. Raises `OptionError` for float16 where the model overflows it."""
+    """Return the type of activations. Raises `OptionError` for float16 where a model overflows."""
     if asked is not None and asked not in FLOATS:
         raise OptionError(f"dtype is {asked!r}; allowed: {', '.join(FLOATS)}")
     stored = weights["transformer.norm.weight"].dtype
@@ -249,5 +286,5 @@ def compute_dtype(
 
 
 def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Packed integers stay; weights, scales and biases become `dtype`."""
+    """Return weights, scales and biases in `dtype`, and packed integers as they are."""
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array

@@ -1,19 +1,17 @@
-"""The cache that lets whatever convert takes run as it is: converted once, without loss.
+"""The cache of conversions: a source that only convert can read is converted once, without loss.
 
     ~/.cache/openelm-mlx/converted/     (~/Library/Caches on macOS; $OPENELM_CACHE moves it)
       checkpoint-1a2b3c4d5e6f7a8b/      a model folder, named for the SHA-256 of what it is made of
       checkpoint-1a2b3c4d5e6f7a8b.lock  shared while it is used, exclusive while made or removed
       index/*.json                      source path -> folder, with size and times of every file
 
-The index saves hashing a file again. A file that it does not know, or that changed since, is
-hashed: so a moved or touched copy is found by its content, and a changed file is never taken for
-the old one.
+The index saves hashing a file again. A file that is not in it, or that changed since, is hashed: so
+a moved or touched copy is found by its content, and a changed file is never taken for the old one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -25,14 +23,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from openelm_mlx import __version__
 from openelm_mlx.engine.tokenizer import FILES
-from openelm_mlx.errors import ConversionError, OptionError
-from openelm_mlx.files import replacing
+from openelm_mlx.errors import ConfigError, ConversionError, OptionError
+from openelm_mlx.files import lock, read_json, replacing, same_file
 from openelm_mlx.model.config import GENERATION_CONFIG
 
 if TYPE_CHECKING:
@@ -43,36 +41,31 @@ WEIGHT_SUFFIXES = (".gguf", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 SIDE_FILES = ("config.json", "config.yaml", *FILES, "chat_template.jinja", GENERATION_CONFIG)
 DEFAULT_LIMIT_GB = 50.0  # four conversions of the 3B in float32
 SETTLED_SECONDS = 2.0  # a file changed later may change again in one tick of its file system
-# of file systems that cannot lock
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
-_held: dict[Path, IO[str]] = {}  # locks of the folders this process uses, to its end
+_locks: dict[Path, IO[str]] = {}  # on the folders that this process uses, until it ends
 _temporary: list[tempfile.TemporaryDirectory[str]] = []
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """One folder of the cache.
-
-    `used` is in seconds since the epoch; `sources` are the paths or names that it was made from.
-    """
+    """One folder of the cache."""
 
     folder: Path
     nbytes: int
-    used: float
-    sources: tuple[str, ...]
+    used: float  # seconds since the epoch
+    sources: tuple[str, ...]  # paths or names that it was made from
 
 
 def cache_folder() -> Path:
     """Return $OPENELM_CACHE, or the folder `openelm-mlx` where the system keeps caches."""
     if own := os.environ.get("OPENELM_CACHE"):
         return Path(os.path.expanduser(own))
-    home = Path(os.path.expanduser("~"))
-    usual = home / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    usual = os.path.expanduser("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
     return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "openelm-mlx"
 
 
 def conversions_folder() -> Path:
+    """Return the folder of all conversions."""
     return cache_folder() / "converted"
 
 
@@ -98,8 +91,7 @@ def convert_once(
     user named. `name` is what the user called the source, where that is not a path. Raises an
     `OpenELMError` for what convert does not take, and where the result cannot be written.
     """
-    limit = limit_bytes()
-    source = Path(os.path.abspath(source))
+    limit, source = limit_bytes(), Path(os.path.abspath(source))
     from openelm_mlx.convert.opening import open_model
     from openelm_mlx.convert.options import ConvertOptions
 
@@ -111,7 +103,7 @@ def convert_once(
     read = [*opened.source.files, *watched(source)]
     read += [] if chosen is None else [opened.tokenizer.path]
     before = {str(path): state(path) for path in read}
-    # a GGUF file says the rest itself
+    # a GGUF file contains the rest itself
     names = SIDE_FILES if opened.source.tokenizer is None else SIDE_FILES[-1:]
     beside = [path for path in watched(source) if path.name in names and path.is_file()]
     key = content_key(opened.source.files, beside, opened.tokenizer.data, instruct)
@@ -135,15 +127,14 @@ def convert_once(
 
 
 def recall(source: Path, tokenizer: Path | None = None) -> Path | None:
-    """Return the conversion of `source` if the index knows it and no file for it has changed."""
+    """Return the conversion of `source` if the index has it and none of its files has changed."""
     source = Path(os.path.abspath(source))
     record = read_record(record_path(source, tokenizer))
     files, folder = record.get("files"), conversions_folder() / str(record.get("folder"))
     if record.get("version") != __version__ or not isinstance(files, dict) or not complete(folder):
         return None
-    if not files.keys() >= {str(path) for path in watched(source)}:
-        return None
-    if any(state(Path(path)) != before for path, before in files.items()):
+    known = files.keys() >= {str(path) for path in watched(source)}
+    if not known or any(state(Path(path)) != before for path, before in files.items()):
         return None
     try:
         hold(folder, lambda: None)
@@ -153,9 +144,7 @@ def recall(source: Path, tokenizer: Path | None = None) -> Path | None:
 
 
 def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path | None) -> None:
-    """Say so in one line, and convert; `given` is the tokenizer that the user chose."""
-    from dataclasses import replace
-
+    """Convert, and say so in one line; `given` is the tokenizer that the user chose."""
     from openelm_mlx.convert.pipeline import convert
 
     command = ["openelm", "convert", shown, "-o", "FOLDER"]
@@ -170,20 +159,21 @@ def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path 
             return
         if str(folder) not in str(error):
             raise
-        remedy = "free some space (`openelm models` shows what is kept)"
-        raise ConversionError(
-            f"{error}; {remedy}, or set OPENELM_CACHE to another folder"
-        ) from None
+        remedy = "free some space (`openelm models` shows what is kept), or set OPENELM_CACHE"
+        raise ConversionError(f"{error}; {remedy} to another folder") from None
 
 
 def hold(folder: Path, make: Callable[[], None]) -> None:
-    """Let `folder` be made at most once, by this process or another, and hold it until the end."""
-    if folder in _held and complete(folder):
+    """Have `folder` made at most once, by this process or another, and keep it from removal.
+
+    Raises `ConversionError` where another process removes it each time.
+    """
+    if folder in _locks and complete(folder):
         return
     for _ in range(5):  # more than once only where the folder is removed at the same moment
         try:
             file: IO[str] = open(lock_path(folder), "a" if writable(folder.parent) else "r")
-        except OSError:  # a cache that others prepared and nobody can write, without locks
+        except OSError:  # a cache that somebody has prepared, read-only and without locks
             break
         try:
             waiting = f"openelm: waiting for another process that converts into {folder}"
@@ -196,40 +186,18 @@ def hold(folder: Path, make: Callable[[], None]) -> None:
             if complete(folder) and same_file(file, lock_path(folder)):
                 with contextlib.suppress(OSError):
                     os.utime(lock_path(folder))  # when it was used last
-                _held[folder], file = file, _held.get(folder, file)
+                _locks[folder], file = file, _locks.get(folder, file)
                 return
         finally:
-            if _held.get(folder) is not file:
+            if _locks.get(folder) is not file:
                 file.close()
     if not complete(folder):
         what = "was removed at once by another process"
         raise ConversionError(f"{folder} {what}; run the command again")
 
 
-def lock(file: IO[str], kind: int, notice: str = "") -> None:
-    """Lock `file`; print `notice` if that takes waiting. Where files cannot be locked, pass."""
-    try:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if notice:
-                print(notice, file=sys.stderr)
-            fcntl.flock(file, kind)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-
-
-def same_file(file: IO[str], path: Path) -> bool:
-    """Tell whether `path` still names the open `file`: another process may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except OSError:
-        return False
-
-
 def conversions() -> list[Conversion]:
-    """List the conversions in the cache, the one used longest ago first."""
+    """Return the conversions in the cache, the least recently used first."""
     root = conversions_folder()
     sources: dict[str, list[str]] = {}
     for path in root.glob("index/*.json"):
@@ -247,10 +215,10 @@ def conversions() -> list[Conversion]:
 
 
 def make_room(keep: Path, limit: float) -> None:
-    """Remove what was used longest ago until the rest fits; `keep` and what is in use stay."""
+    """Remove the least recently used until the rest fits; `keep` and what is in use stay."""
     from openelm_mlx.convert.staging import clear_leftovers
 
-    for path in keep.parent.glob(".*.partial-*"):  # of runs that were killed
+    for path in keep.parent.glob(".*.partial-*"):  # left by runs that were killed
         clear_leftovers(keep.parent / path.name[1:].rsplit(".partial-", 1)[0])
     kept = conversions()
     total = sum(one.nbytes for one in kept)
@@ -275,8 +243,9 @@ def remove(folder: Path) -> bool:
 
 
 def remove_folder(folder: Path) -> None:
+    """Remove a model folder, or what is left of it."""
     with contextlib.suppress(OSError):
-        (folder / "config.json").unlink()  # a removal that is cut short leaves nothing that loads
+        (folder / "config.json").unlink()  # an interrupted removal leaves nothing that loads
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -296,7 +265,7 @@ def writable(root: Path) -> bool:
 
 
 def temporary_folder(folder: Path) -> Path:
-    """Return a folder for this run, as the cache cannot be written. Raises `ConversionError`."""
+    """Return a folder for this run alone, as the cache is read-only. Raises `ConversionError`."""
     root, remedy = folder.parent, "set OPENELM_CACHE to a folder that can"
     try:
         _temporary.append(tempfile.TemporaryDirectory(prefix="openelm-"))
@@ -311,7 +280,7 @@ def temporary_folder(folder: Path) -> Path:
 def content_key(
     weights: Iterable[Path], beside: Iterable[Path], tokenizer: bytes, instruct: bool
 ) -> str:
-    """Hash the content of everything that a conversion depends on, to 16 hex digits."""
+    """Return a hash of everything that a conversion depends on, 16 hex digits."""
     weights = list(weights)
     pieces = hashlib.sha256(tokenizer).hexdigest()
     digest = hashlib.sha256(f"{__version__} {instruct} {pieces}".encode())
@@ -324,7 +293,7 @@ def content_key(
 
 
 def watched(source: Path) -> list[Path]:
-    """List the files whose coming, going or changing may change what `source` becomes."""
+    """Return the files whose coming, going or changing may change what `source` becomes."""
     folder, weights = source.parent, [source]
     if source.is_dir():
         folder = source
@@ -333,7 +302,7 @@ def watched(source: Path) -> list[Path]:
 
 
 def state(path: Path) -> list[int] | None:
-    """Return what shows that a file has changed: size, times, inode. None where it is missing."""
+    """Return what changes with a file, None where it is missing: size, times, inode."""
     try:
         found = path.stat()
     except OSError:
@@ -342,29 +311,31 @@ def state(path: Path) -> list[int] | None:
 
 
 def lock_path(folder: Path) -> Path:
+    """Return the file on which the users of a conversion hold a lock."""
     return folder.with_name(f"{folder.name}.lock")
 
 
 def record_path(source: Path, tokenizer: Path | None) -> Path:
+    """Return the index's file for a source and the tokenizer that the user named for it."""
     what = f"{source}\n{'' if tokenizer is None else os.path.abspath(tokenizer)}"
     digest = hashlib.sha256(os.fsencode(what)).hexdigest()
     return conversions_folder() / "index" / f"{digest[:32]}.json"
 
 
 def read_record(path: Path) -> dict[str, Any]:
+    """Return an entry of the index, {} where there is none that can be read."""
     try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return read_json(path)
+    except ConfigError:
         return {}
-    return raw if isinstance(raw, dict) else {}
 
 
 def remember(
     source: Path, tokenizer: Path | None, folder: Path, files: dict[str, Any], name: str | None
 ) -> None:
-    """Write the index's entry.
+    """Write the index's entry of a source.
 
-    Where a file changed a moment ago the entry has no `files`, so that the source is hashed again.
+    Where a file changed a moment ago the entry lacks `files`, so that the source is hashed again.
     """
     if folder.parent != conversions_folder():
         return

@@ -45,7 +45,7 @@ def test_a_name_that_cannot_be_one_is_told_without_the_hub(tmp_path, monkeypatch
     for name in ("apple/OpenELM.", "apple/OpenELM.git", "a" * 97 + "/b"):
         with pytest.raises(
             HubError,
-            match=rf"{re.escape(name)} is no id of the hub \(owner/name\): Repo.id .*; check the",
+            match=rf"{re.escape(name)} is not an id of the hub \(owner/name\): Repo.id .*; check the",
         ):
             resolve_model(name)
 

@@ -312,7 +312,7 @@ def test_what_is_there_and_no_model_says_so(tmp_path):
     (tmp_path / "numbers.npz").write_bytes((NANO / "golden.npz").read_bytes())
     for name in ("notes", "numbers.npz"):
         with pytest.raises(
-            CheckpointError, match=f"{name} is a file, but no model; a model is a folder"
+            CheckpointError, match=f"{name} is a file, but not a model; a model is a folder"
         ):
             resolve_model(str(tmp_path / name))
     with pytest.raises(
