@@ -21,7 +21,7 @@ from functools import cache
 from typing import Any
 from unittest.mock import patch
 
-from openelm_mlx.device import mx
+from openelm_mlx.device import mx, nn, utils
 
 MAX_DEPTH, MAX_INPUTS = 11, 24  # max_compile_depth and max_compile_arrays of mlx/compile.cpp
 # is_unary and is_binary of mlx/compile.cpp, and the two that it fuses besides
@@ -34,6 +34,7 @@ ELEMENTWISE = (
     "LeftShift RightShift ArcTan2 Select Broadcast"
 )
 FUSABLE = frozenset(ELEMENTWISE.split())
+UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 STAND_INS = ("RMSNorm", "RoPE", "ScaledDotProductAttention", "Dequantize", "Compiled")
 SHAPED = ("Dequantize", "Compiled")  # their first input only gives the shape and is not read
 
@@ -261,3 +262,48 @@ def merge(root: Array, made: dict[str, Node], inside: dict[str, None], ends: set
     visit(root)
     kept = [part.outputs[0] for name, part in parts.items() if name in ends and name != root.name]
     return Node("Compiled", tuple(inputs.values()), (*kept, root), parts=tuple(parts.values()))
+
+
+def named(model: nn.Module) -> list[tuple[str, mx.array]]:
+    return utils.tree_flatten(model.parameters())  # type: ignore[return-value]
+
+
+def mark(number: int, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Return a parameter that takes no memory: its bits tell it from others among constants."""
+    scalar = mx.array(number % 256**dtype.size, UNSIGNED[dtype.size]).view(dtype)
+    array = mx.broadcast_to(scalar, shape)
+    mx.eval(array)
+    return array
+
+
+def marked_as(array: mx.array, names: list[tuple[str, mx.array]]) -> str | None:
+    """Return the parameter that a constant is, as it is or transposed; None if it is not one."""
+    if array.dtype.size not in UNSIGNED or array.ndim == 0:
+        return None
+    number: Any = array[(0,) * array.ndim].view(UNSIGNED[array.dtype.size]).item()
+    for name, parameter in names[number :: 256**array.dtype.size]:
+        shapes = (parameter.shape, parameter.shape[::-1])
+        if parameter.dtype == array.dtype and array.shape in shapes:
+            return name
+    return None
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The graph of one token, with names for the parameters and caches in it."""
+
+    engine: str
+    graph: Graph
+    parameters: dict[str, str]  # name of a constant in the graph -> parameter
+    caches: frozenset[str]  # names in the graph of keys and values
+    context: int  # tokens that the new one attends to, itself included
+    capacity: int
+
+    @classmethod
+    def of(cls, engine: str, graph: Graph, model: nn.Module, first: int, context: int) -> Traced:
+        """Name the parameters among the graph's constants; inputs from `first` on are caches."""
+        names, caches = named(model), graph.inputs[first:]
+        found = {name: marked_as(array, names) for name, array in graph.constants.items()}
+        parameters = {name: parameter for name, parameter in found.items() if parameter}
+        capacity = caches[0].shape[-2]
+        return cls(engine, graph, parameters, frozenset(a.name for a in caches), context, capacity)

@@ -66,6 +66,8 @@ ASSUMED = (
     "keeps up; no throttling",
 )
 
+FIGURES = ["predicted", "tokens_per_second", "kernels", "kernel_seconds", "bytes_per_token"]
+FIGURES += ["memory_seconds", "efficiency"]
 # The formula against rates of other MLX engines, with the kernels and bytes of the models they ran:
 # https://github.com/lablup/mlxcel/tree/main/benchmarks pylm_m1ultra_2026-09-06.csv and
 # pylm_m5max_2026-09-06.csv (mlx-lm 0.31.3), metal_m1ultra_2026-09-08.csv (mlxcel 0.7.0-beta.1);
@@ -199,8 +201,11 @@ def show(
     rows = predictions(chip, sizes)
     first = rows[0][2]
     if as_json:
+        listed = [
+            {"model": size, "weights": weights} | {name: getattr(p, name) for name in FIGURES}
+            for size, weights, p in rows
+        ]
         facts = {"predicted": True, "chip": first.chip.name, "assumed": ASSUMED}
-        listed = [as_dict(*row) for row in rows]
         print(json.dumps({**facts, "known_errors": KNOWN_ERRORS, "rows": listed}))
         return
     from rich.console import Console
@@ -240,20 +245,6 @@ def predictions(chip: str, sizes: Sequence[str] = ()) -> list[tuple[str, str, Pr
         for size, config in configs.items()
         for weights, quantization in WEIGHTS.items()
     ]
-
-
-def as_dict(size: str, weights: str, p: Prediction) -> dict[str, Any]:
-    return {
-        "model": size,
-        "weights": weights,
-        "predicted": True,
-        "tokens_per_second": p.tokens_per_second,
-        "kernels": p.kernels,
-        "kernel_seconds": p.kernel_seconds,
-        "bytes_per_token": p.bytes_per_token,
-        "memory_seconds": p.memory_seconds,
-        "efficiency": p.efficiency,
-    }
 
 
 def show_chips(as_json: bool) -> None:

@@ -1,8 +1,4 @@
-"""The step that decodes one token, in this engine and in mlx-lm: traced for its graph, and timed.
-
-No weights are made for a trace: every parameter is a broadcast scalar of the right shape and type,
-whose bits are its number, so that a constant of the graph can be told from the next.
-"""
+"""The step that decodes one token, in this engine and in mlx-lm, to be traced or timed."""
 
 from __future__ import annotations
 
@@ -11,18 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 from openelm_mlx.benchmarks.ledger.graph import (
-    Graph,
-    Node,
+    Traced,
     blank,
     fuse,
     fused,
+    mark,
+    named,
     one_primitive_each,
     trace,
 )
@@ -84,56 +80,6 @@ class WeightSpec:
         quantizable = bool(self.quantization) and hasattr(module, "to_quantized")
         spec = spec_of(self.quantization or {}, path) if quantizable else None
         return False if spec is None else spec.as_config()
-
-
-def named(model: nn.Module) -> list[tuple[str, mx.array]]:
-    return utils.tree_flatten(model.parameters())  # type: ignore[return-value]
-
-
-def mark(number: int, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[dtype.size]
-    array = mx.broadcast_to(mx.array(number % 256**dtype.size, bits).view(dtype), shape)
-    mx.eval(array)
-    return array
-
-
-def marked_as(array: mx.array, names: list[tuple[str, mx.array]]) -> str | None:
-    """Return the parameter that a constant is, as it is or transposed; None if it is not one."""
-    bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}.get(array.dtype.size)
-    if bits is None or array.ndim == 0:
-        return None
-    number: Any = array[(0,) * array.ndim].view(bits).item()
-    for name, parameter in names[number :: 256**array.dtype.size]:
-        shapes = (parameter.shape, parameter.shape[::-1])
-        if parameter.dtype == array.dtype and array.shape in shapes:
-            return name
-    return None
-
-
-@dataclass(frozen=True)
-class Traced:
-    """The graph of one token, with names for the parameters and caches in it."""
-
-    engine: str
-    graph: Graph
-    parameters: dict[str, str]  # name of a constant in the graph -> parameter
-    caches: frozenset[str]  # names in the graph of keys and values
-    context: int  # tokens that the new one attends to, itself included
-    capacity: int
-
-    @cached_property
-    def makers(self) -> dict[str, Node]:
-        """The node that makes each array."""
-        return {out.name: node for node in self.graph.nodes for out in node.outputs}
-
-    @classmethod
-    def of(cls, engine: str, graph: Graph, model: nn.Module, first: int, context: int) -> Traced:
-        """Name the parameters among the graph's constants; inputs from `first` on are caches."""
-        names, caches = named(model), graph.inputs[first:]
-        found = {name: marked_as(array, names) for name, array in graph.constants.items()}
-        parameters = {name: parameter for name, parameter in found.items() if parameter}
-        capacity = caches[0].shape[-2]
-        return cls(engine, graph, parameters, frozenset(a.name for a in caches), context, capacity)
 
 
 def our_model(config: OpenELMConfig, spec: WeightSpec) -> OpenELM:
@@ -330,7 +276,7 @@ def mlx_lm_steps(config: OpenELMConfig, spec: WeightSpec) -> Iterator[list[mx.ar
 
 
 def fill(model: nn.Module) -> None:
-    """Give the model weights as real ones lie in memory: a broadcast would be copied at each use."""
+    """Give the model weights that lie in memory as real ones do; a broadcast would be copied."""
     zeros = utils.tree_map(lambda array: mx.zeros(array.shape, array.dtype), model.parameters())
     model.update(zeros)
     mx.eval(model.parameters())
