@@ -30,7 +30,7 @@ CHUNK = 64  # tokens fed at a time
 def kv_loss(
     engine: Engine, pieces: list[list[int]], kind: CacheKind, prompt: int = CHUNK
 ) -> Comparison:
-    """Compare a cache of this kind with a plain one, over the positions after the first `prompt`."""
+    """Compare a cache of this kind with a plain one, without the first `prompt` positions."""
     plain, ours = (partial(read, engine, each) for each in (CacheKind(), kind))
     return compare(plain, ours, [mx.array([tokens]) for tokens in pieces], first=prompt)
 

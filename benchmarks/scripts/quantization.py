@@ -27,16 +27,10 @@ from typing import Any
 
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
-from openelm_mlx.convert.quantize.allocate import choose, make_reference, measure, plan_bytes
-from openelm_mlx.convert.quantize.calibrate import (
-    MEASURE_TOKENS,
-    calibrate,
-    given_tokens,
-    written_tokens,
-)
+from openelm_mlx.convert.quantize import allocate, calibrate
 from openelm_mlx.convert.quantize.functional import logits
 from openelm_mlx.convert.quantize.plan import exact_weights
-from openelm_mlx.convert.quantize.rounding import dequantized, rounded
+from openelm_mlx.convert.quantize.rounding import dequantized
 from openelm_mlx.convert.verify import text_batches
 from openelm_mlx.device import mx, nn
 from openelm_mlx.errors import OpenELMError
@@ -47,6 +41,7 @@ from openelm_mlx.quantization import Plan, QuantSpec, matrices
 
 DTYPE = "float16"  # of scales, biases, norms and matrices that are not quantized
 LEARNED = ("gptq", "distill")
+TOOLS = ("mixed", "dynamic_quant", "awq", "gptq", "dwq")  # of mlx-lm
 Weights = dict[str, mx.array]
 Result = tuple[Weights, int]  # float32 weights, and the bytes they are stored in
 Method = tuple[str, Callable[[], Result]]  # the name in the table, and the work
@@ -81,15 +76,8 @@ class Row:
 def run(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     """Yield the rows of the table, each as soon as it is known."""
     folder = scratch / "exact"
-    options = ConvertOptions(
-        args.model,
-        folder,
-        dtype="float32",
-        calibrate="distill",
-        bits=4,
-        calibration_text=args.calibration_text,
-        calibration_tokens=args.calibration_tokens,
-    )
+    text = {name: getattr(args, name) for name in ("calibration_text", "calibration_tokens")}
+    options = ConvertOptions(args.model, folder, bits=4, calibrate="distill", **text)
     opened = open_model(options)
     config, exact = opened.trimmed, exact_weights(opened)
     ids = opened.tokenizer.processor.encode(read_text(args.text, "TEXT"))
@@ -97,17 +85,15 @@ def run(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     known = [logits(config, exact, tokens) for tokens in batches]
     mx.eval(known)
     say(f"{sum(tokens.size for tokens in batches)} positions of {args.text.name} are compared")
-    given = given_tokens(opened, options)
-    tokens = written_tokens(opened, exact, options) if given is None else given
+    given = calibrate.given_tokens(opened, options)
+    tokens = calibrate.written_tokens(opened, exact, options) if given is None else given
     say(f"{tokens.size} tokens of calibration text")
     ours = OurMethods(args, config, exact, tokens)
     convert(ConvertOptions(args.model, folder, dtype="float32"))
     for bits in args.bits:
-        budget, base = ours.uniform_bytes(bits), math.nan
-        tools = [
-            tool(folder, tokens, bits, budget) for name, tool in TOOLS.items() if name in args.peers
-        ]
-        for method, work in (*ours.methods(bits), *(one for tool in tools for one in tool)):
+        budget, base = ours.size(ours.uniform(bits)), math.nan
+        theirs = peer_methods(args.peers, folder, tokens, bits, budget)
+        for method, work in (*ours.methods(bits), *theirs):
             start = time.perf_counter()
             try:
                 weights, size = work()
@@ -138,24 +124,24 @@ class OurMethods:
         self.wanted, self.config, self.exact, self.tokens = args.methods, config, exact, tokens
         self.shapes = expected_tensors(config)
         if {"target-bpw", *LEARNED} & set(args.methods):
-            rows = max(1, MEASURE_TOKENS // tokens.shape[1])
+            rows = max(1, calibrate.MEASURE_TOKENS // tokens.shape[1])
             low, high = min(args.bits) + 0.5, max(args.bits) + 0.5
             middle, spread = (low + high) / 2, (high - low) / 2
-            reference = make_reference(config, exact, tokens[:rows])
-            self.losses = measure(reference, self.shapes, DTYPE, middle, progress, spread)
+            reference = allocate.make_reference(config, exact, tokens[:rows])
+            self.losses = allocate.measure(reference, self.shapes, DTYPE, middle, progress, spread)
 
     def uniform(self, bits: int) -> Plan:
         return dict.fromkeys(matrices(self.shapes), QuantSpec(bits, 64))
 
-    def uniform_bytes(self, bits: int) -> int:
-        return plan_bytes(self.uniform(bits), self.shapes, DTYPE)
+    def size(self, plan: Plan) -> int:
+        return allocate.plan_bytes(plan, self.shapes, DTYPE)
 
     def methods(self, bits: int) -> Iterator[Method]:
         yield "uniform", partial(self.nearest, self.uniform(bits))
         if not hasattr(self, "losses"):
             return
-        bpw = 8 * self.uniform_bytes(bits) / self.config.num_parameters
-        plan = choose(self.losses, self.shapes, DTYPE, bpw)
+        bpw = 8 * self.size(self.uniform(bits)) / self.config.num_parameters
+        plan = allocate.choose(self.losses, self.shapes, DTYPE, bpw)
         if "target-bpw" in self.wanted:
             yield "target-bpw", partial(self.nearest, plan)
         for method in LEARNED:
@@ -163,15 +149,11 @@ class OurMethods:
                 yield f"target-bpw + {method}", partial(self.learned, method, plan)
 
     def nearest(self, plan: Plan) -> Result:
-        weights = {
-            name: rounded(array, plan.get(name.removesuffix(".weight")), getattr(mx, DTYPE))
-            for name, array in self.exact.items()
-        }
-        return weights, plan_bytes(plan, self.shapes, DTYPE)
+        return allocate.rounded_weights(self.exact, plan, DTYPE), self.size(plan)
 
     def learned(self, method: str, plan: Plan) -> Result:
-        found = calibrate(method, self.config, self.exact, plan, self.tokens, DTYPE, progress)
-        return found.stored_weights(DTYPE), plan_bytes(plan, self.shapes, DTYPE)
+        given = self.config, self.exact, plan, self.tokens, DTYPE, progress
+        return calibrate.calibrate(method, *given).stored_weights(DTYPE), self.size(plan)
 
 
 def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -198,132 +180,126 @@ def stored(model: nn.Module) -> Result:
     return weights, size
 
 
-def mixed(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Method]:
-    name = {3: "mixed_3_4", 4: "mixed_4_6"}.get(bits, "mixed_4_6")
+def peer_methods(
+    wanted: list[str], folder: Path, tokens: mx.array, bits: int, budget: int
+) -> Iterator[Method]:
+    """Yield what mlx-lm's tools make of a model at about this size."""
+    recipe = {3: "mixed_3_4"}.get(bits, "mixed_4_6")
+    linear, embeddings = {3: (2, 8), 4: (4, 4)}.get(bits, (4, 8))
+    pairs = (bits - 1, bits + 1, 64), (bits, bits + 1, 128)
+    dynamic_name = "dynamic_quant {}/{} bits, groups of {}"
+    every: dict[str, list[tuple[Any, ...]]] = {  # tool -> variants: name, work and its arguments
+        "mixed": [(recipe, mixed, bits, recipe)],
+        "dynamic_quant": [
+            (dynamic_name.format(*pair), dynamic, tokens, budget, *pair) for pair in pairs
+        ],
+        "awq": [("awq (with a configuration of ours)", awq, tokens, bits)],
+        "gptq": [
+            (f"gptq {linear} bits, embeddings {embeddings}", gptq, tokens, linear, embeddings)
+        ],
+        "dwq": [(f"dwq, rate {rate:g}", dwq, tokens, bits, rate) for rate in (1e-5, 1e-4)],
+    }
+    for name, work, *rest in (
+        variant for tool in TOOLS if tool in wanted for variant in every[tool]
+    ):
+        yield f"mlx-lm {name}", partial(work, folder, *rest)
 
-    def work() -> Result:
-        from mlx_lm.convert import mixed_quant_predicate_builder
-        from mlx_lm.utils import quantize_model
 
-        model, config = loaded(folder)
-        predicate: Any = mixed_quant_predicate_builder(name, model)
-        quantize_model(model, config, 64, bits, quant_predicate=predicate)
-        return stored(model)
+def mixed(folder: Path, bits: int, recipe: str) -> Result:
+    from mlx_lm.convert import mixed_quant_predicate_builder
+    from mlx_lm.utils import quantize_model
 
-    yield f"mlx-lm {name}", work
+    model, config = loaded(folder)
+    predicate: Any = mixed_quant_predicate_builder(recipe, model)
+    quantize_model(model, config, 64, bits, quant_predicate=predicate)
+    return stored(model)
 
 
-def dynamic(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Method]:
+def dynamic(folder: Path, tokens: mx.array, budget: int, low: int, high: int, group: int) -> Result:
     """Take its sensitivities, and the lowest threshold whose bytes fit."""
+    from mlx_lm.quant.dynamic_quant import estimate_sensitivities
 
-    def work(low: int, high: int, group: int) -> Result:
-        from mlx_lm.quant.dynamic_quant import estimate_sensitivities
+    found = estimate_sensitivities(loaded(folder)[0], tokens[:8], low, group, high, group)
+    names = [name for name, _ in sorted(found, key=lambda entry: -entry[1])]
+    best: Result | None = None
+    for count in range(len(names) + 1):
+        trial, many = loaded(folder)[0], set(names[:count])
 
-        model, _ = loaded(folder)
-        found = estimate_sensitivities(model, tokens[:8], low, group, high, group)
-        names = [name for name, _ in sorted(found, key=lambda entry: -entry[1])]
-        best: Result | None = None
-        for count in range(len(names) + 1):
-            trial, _ = loaded(folder)
+        def spec(path: str, module: nn.Module, many: set[str] = many) -> Any:
+            own = {"bits": high if path in many else low, "group_size": group}
+            return hasattr(module, "to_quantized") and own
 
-            def spec(
-                path: str, module: nn.Module, many: tuple[str, ...] = tuple(names[:count])
-            ) -> Any:
-                own = {"bits": high if path in many else low, "group_size": group}
-                return hasattr(module, "to_quantized") and own
-
-            nn.quantize(trial, group, low, class_predicate=spec)
-            result = stored(trial)
-            if result[1] > budget:
-                break
-            best = result
-        if best is None:
-            raise ValueError(f"{low} bits are larger than the size")
-        return best
-
-    for low, high, group in ((bits - 1, bits + 1, 64), (bits, bits + 1, 128)):
-        name = f"mlx-lm dynamic_quant {low}/{high} bits, groups of {group}"
-        yield name, partial(work, low, high, group)
+        nn.quantize(trial, group, low, class_predicate=spec)
+        result = stored(trial)
+        if result[1] > budget:
+            break
+        best = result
+    if best is None:
+        raise ValueError(f"{low} bits are larger than the size")
+    return best
 
 
-def awq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Method]:
+class Adapter:
+    """A model as awq_quantize walks through it: with `.model[embed]`, `.layers` and items."""
+
+    def __init__(self, own: Any) -> None:
+        self.own, self.model, self.layers = own, own.transformer, own.layers
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.own
+
+    def __getitem__(self, key: str) -> Any:
+        return self.own[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.own[key] = value
+
+
+def awq(folder: Path, tokens: mx.array, bits: int) -> Result:
     """Run it with a configuration and an adapter of ours, as it has none for OpenELM."""
+    from mlx_lm.quant import awq
 
-    class Adapter:
-        """What awq_quantize walks through: it wants `.model[embed]`, `.layers` and item access."""
-
-        def __init__(self, own: Any) -> None:
-            self.own, self.model, self.layers = own, own.transformer, own.layers
-
-        def __contains__(self, key: str) -> bool:
-            return key in self.own
-
-        def __getitem__(self, key: str) -> Any:
-            return self.own[key]
-
-        def __setitem__(self, key: str, value: Any) -> None:
-            self.own[key] = value
-
-    def work() -> Result:
-        from mlx_lm.quant import awq
-
-        scale: Any = awq.ScaleConfig  # it wants names of modules; its types say modules
-        attention = scale(block="attn", prev="attn_norm", layers=["qkv_proj"], kwargs=["mask"])
-        scales = [attention, scale(block="ffn", prev="ffn_norm", layers=["proj_1"])]
-        config = awq.AWQConfig(
-            embed="token_embeddings", lm_head="lm_head", no_clip=["qkv_proj"], scale_configs=scales
-        )
-        model, _ = loaded(folder)
-        sizes = {"bits": bits, "embed_bits": bits, "group_size": 64, "embed_group_size": 64}
-        awq.awq_quantize(Adapter(model), tokens[:8], config, n_grid=8, **sizes)
-        return stored(model)
-
-    yield "mlx-lm awq (with a configuration of ours)", work
+    scale: Any = awq.ScaleConfig  # it wants names of modules; its types say modules
+    attention = scale(block="attn", prev="attn_norm", layers=["qkv_proj"], kwargs=["mask"])
+    scales = [attention, scale(block="ffn", prev="ffn_norm", layers=["proj_1"])]
+    config = awq.AWQConfig(
+        embed="token_embeddings", lm_head="lm_head", no_clip=["qkv_proj"], scale_configs=scales
+    )
+    model, _ = loaded(folder)
+    sizes = {"bits": bits, "embed_bits": bits, "group_size": 64, "embed_group_size": 64}
+    awq.awq_quantize(Adapter(model), tokens[:8], config, n_grid=8, **sizes)
+    return stored(model)
 
 
-def gptq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Method]:
-    """Give 2, 4 or 8 bits to linear layers; the embeddings it rounds to nearest, to their own."""
-    linear, embeddings = {3: (2, 8), 4: (4, 4), 5: (4, 8)}.get(bits, (4, 8))
+def gptq(folder: Path, tokens: mx.array, linear: int, embeddings: int) -> Result:
+    """Quantize the linear layers by it; it rounds the embeddings to nearest."""
+    from mlx_lm.quant.gptq import gptq_quantize
 
-    def work() -> Result:
-        from mlx_lm.quant.gptq import gptq_quantize
-
-        model, _ = gptq_quantize(loaded(folder)[0], tokens[:64], linear, 64, embeddings, 64)
-        return stored(model)
-
-    yield f"mlx-lm gptq {linear} bits, embeddings {embeddings}", work
+    model, _ = gptq_quantize(loaded(folder)[0], tokens[:64], linear, 64, embeddings, 64)
+    return stored(model)
 
 
-def dwq(folder: Path, tokens: mx.array, bits: int, budget: int) -> Iterator[Method]:
-    """Distil scales and biases in one pass over the calibration text, at two rates."""
+def dwq(folder: Path, tokens: mx.array, bits: int, rate: float) -> Result:
+    """Distil scales and biases in one pass over the calibration text."""
+    from mlx_lm.quant.dwq import dwq_quantize
 
-    def work(rate: float) -> Result:
-        from mlx_lm.quant.dwq import dwq_quantize
+    from openelm_mlx.device import optimizers
 
-        from openelm_mlx.device import optimizers
-
-        exact, model = loaded(folder)[0], loaded(folder)[0]
-        nn.quantize(model, 64, bits)
-        texts: Any = tokens.tolist()
-        rows = [(row, 0) for row in texts]
-        dwq_quantize(
-            model,
-            lambda batch, index, split: exact(batch),
-            optimizers.Adam(rate, bias_correction=True),
-            rows[4:],
-            rows[:4],
-            batch_size=4,
-            max_seq_length=tokens.shape[1],
-            seed=17,
-            dtype=mx.float32,
-        )
-        return stored(model)
-
-    for rate in (1e-5, 1e-4):
-        yield f"mlx-lm dwq, rate {rate:g}", partial(work, rate)
-
-
-TOOLS = {"mixed": mixed, "dynamic_quant": dynamic, "awq": awq, "gptq": gptq, "dwq": dwq}
+    exact, model = loaded(folder)[0], loaded(folder)[0]
+    nn.quantize(model, 64, bits)
+    texts: Any = tokens.tolist()
+    rows = [(row, 0) for row in texts]
+    dwq_quantize(
+        model,
+        lambda batch, index, split: exact(batch),
+        optimizers.Adam(rate, bias_correction=True),
+        *(rows[4:], rows[:4]),
+        batch_size=4,
+        max_seq_length=tokens.shape[1],
+        seed=17,
+        dtype=mx.float32,
+    )
+    return stored(model)
 
 
 def progress(done: int, total: int, name: str) -> None:
@@ -347,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     add("text", type=Path, metavar="TEXT", help="the text of the report")
     add("--bits", type=int, nargs="+", default=[3, 4, 5], help="uniform bits that set the sizes")
     add("--methods", nargs="*", default=["target-bpw", *LEARNED])
-    add("--peers", nargs="*", default=[], choices=list(TOOLS), help="tools of mlx-lm")
+    add("--peers", nargs="*", default=[], choices=TOOLS, help="tools of mlx-lm")
     add("--calibration-text", type=Path, help="unset is what the model writes")
     add("--calibration-tokens", type=int, default=32768)
     add("--output", type=Path, help="rows as JSON lines, written as they come")

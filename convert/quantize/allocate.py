@@ -244,8 +244,12 @@ def exchanged(
 
 def true_loss(reference: Reference, plan: Plan, dtype: str) -> float:
     """Return the loss with every matrix in its spec at once."""
-    weights = {
+    return reference.loss(rounded_weights(reference.weights, plan, dtype))
+
+
+def rounded_weights(weights: Weights, plan: Plan, dtype: str) -> dict[str, mx.array]:
+    """Return the float32 weights that these stand for once they are stored as planned."""
+    return {
         name: rounded(array, plan.get(name.removesuffix(".weight")), getattr(mx, dtype))
-        for name, array in reference.weights.items()
+        for name, array in weights.items()
     }
-    return reference.loss(weights)

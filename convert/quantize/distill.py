@@ -29,8 +29,8 @@ ROWS_AT_ONCE = 8  # of tokens in one pass of the exact model
 
 @dataclass(frozen=True)
 class Schedule:
-    """Adam with a warm-up and a cosine to zero. Rates are relative: to a step of the grid for codes,
-    to the value itself for the rest.
+    """Adam with a warm-up and a cosine to zero. Rates are relative: those of codes to a step of the
+    grid, the others to the value itself.
     """
 
     epochs: float = 1.5  # passes over the calibration rows
@@ -79,7 +79,7 @@ def distill(
     schedule: Schedule | None = None,
     progress: Progress | None = None,
 ) -> Learned:
-    """Train `start` on tokens [rows, length]. On one machine the same tokens give the same result."""
+    """Train `start` on tokens [rows, length]. On one machine the result is always the same."""
     schedule = schedule or Schedule()
     starts = {
         stem: Start(codes, mx.array(codes.before), mx.array(codes.scales), mx.array(codes.biases))

@@ -208,7 +208,7 @@ class Recipe:
 
 
 def built_in(bits: int, embeddings: int, first: QuantSpec, others: int | None = None) -> Recipe:
-    """Return a recipe in groups of 128; `others` are the bits of attention inputs and FFN outputs."""
+    """Return a recipe in groups of 128; `others` are for attention's inputs and FFN's outputs."""
     roles = {"token_embeddings": QuantSpec(embeddings, 128)}
     if others is not None:
         roles |= dict.fromkeys(("attn.qkv_proj", "ffn.proj_2"), QuantSpec(others, 128))

@@ -71,7 +71,7 @@ def dequantized(name: str, arrays: Mapping[str, mx.array], spec: QuantSpec | Non
 
 
 def rounded(array: mx.array, spec: QuantSpec | None, dtype: mx.Dtype) -> mx.array:
-    """Return the float32 weights that `array` stands for once it is stored in `dtype` and `spec`."""
+    """Return the float32 weights that `array` stands for once it is stored in this spec."""
     return dequantized("weight", quantized("weight", array.astype(dtype), spec), spec)
 
 
