@@ -1,5 +1,4 @@
-"""An independent answer to "which token follows?": a full pass in numpy, float64, without any cache
-of the engine.
+"""An independent pass that tells which token follows: float64 in numpy, no caches of the engine.
 
 Only the filters and the noise are the engine's own (`sampling.filter_logits`, `sampling.gumbel`),
 which have their own tests. What is to be shown here is that batching, chunks, reuse, drafts and
@@ -14,40 +13,30 @@ from typing import Any
 
 import numpy as np
 
+from openelm_mlx.benchmarks.checks.trials import Request
 from openelm_mlx.device import mx, nn
+from openelm_mlx.engine import sampling
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import SamplingOptions
-from openelm_mlx.engine.sampling import (
-    Context,
-    Controls,
-    Filters,
-    History,
-    filter_logits,
-    gumbel,
-    seed_key,
-)
 from openelm_mlx.model.cache_kinds import CacheKind, Quantized, Window
 from openelm_mlx.model.config import layer_shapes
 
 Array = np.ndarray
-PENALTIES = (
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "penalty_window",
-    "logit_bias",
-)  # what a greedy choice still depends on
+# what a greedy choice depends on besides the logits
+PENALTIES = ["repetition_penalty", "presence_penalty", "frequency_penalty", "penalty_window"]
+PENALTIES += ["logit_bias"]
 
 
 class Reference:
-    """The model of `engine` as matrices of numpy."""
+    """The model of an engine as matrices of numpy."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.weights = engine, full_weights(engine)
 
     def logits(self, tokens: list[int], kind: CacheKind) -> Array:
-        """[T, vocab] float64, one row a token: the logits of what follows it, under the cache
-        kind's form and window.
+        """Return [T, vocab] float64: for each token the logits of what follows it.
+
+        Keys and values are as a cache of this kind stores them, and within its window.
         """
         c, W = self.engine.config, self.weights
         length, half = len(tokens), c.head_dim // 2
@@ -75,86 +64,86 @@ class Reference:
             scores = np.where(seen, rotated(q) @ k.swapaxes(1, 2) / math.sqrt(c.head_dim), -np.inf)
             shares = np.exp(scores - scores.max(-1, keepdims=True))
             shares /= shares.sum(-1, keepdims=True)
-            x = (
-                x
-                + (shares @ v).swapaxes(0, 1).reshape(length, -1)
-                @ W[name + "attn.out_proj.weight"].T
-            )
+            heads = (shares @ v).swapaxes(0, 1).reshape(length, -1)
+            x = x + heads @ W[name + "attn.out_proj.weight"].T
             h = norm(x, name + "ffn_norm.weight") @ W[name + "ffn.proj_1.weight"].T
             gate, up = np.split(h, 2, axis=-1) if c.ffn_with_glu else (h, np.ones(()))
             x = x + gate / (1 + np.exp(-gate)) * up @ W[name + "ffn.proj_2.weight"].T
-        x = norm(x, "transformer.norm.weight")
-        head = W[
-            "transformer.token_embeddings.weight"
-            if c.share_input_output_layers
-            else "lm_head.weight"
-        ]
-        return (x @ head.T)[:, : self.engine.vocab]
+        tied = c.share_input_output_layers
+        head = W["transformer.token_embeddings.weight" if tied else "lm_head.weight"]
+        return (norm(x, "transformer.norm.weight") @ head.T)[:, : self.engine.vocab]
 
     def scores(
-        self, logits: Array, sampling: SamplingOptions, prompt: list[int], answer: list[int]
+        self,
+        logits: Array,
+        request: Request,
+        answer: list[int],
+        options: SamplingOptions | None = None,
     ) -> Array:
-        """[vocab]: of these the largest is drawn next, after prompt and answer, from `logits`
-        [vocab] there.
+        """Return [vocab] scores, of which the largest is drawn next, from `logits` [vocab].
+
+        `answer` is what the request has been given so far; `options` are tried instead of its own.
         """
-        greedy = sampling.greedy
+        options = options or request.sampling
+        greedy = options.greedy
         if greedy:
-            penalties = {name: getattr(sampling, name) for name in PENALTIES}
-            sampling = SamplingOptions(temperature=1.0, **penalties)
-        vocab, filters = self.engine.vocab, Filters.of([sampling])
-        controls = Controls.of([sampling], filters, vocab)
-        history = History.of(prompt, answer, sampling.penalty_window, filters, vocab)
-        keys = seed_key(sampling.seed or 0, sampling.stream)
-        positions = mx.array([len(prompt) + len(answer)], dtype=mx.int32)
-        newest = mx.array([[*prompt, *answer][-1]], dtype=mx.uint32)
+            penalties = {name: getattr(options, name) for name in PENALTIES}
+            options = SamplingOptions(temperature=1.0, **penalties)
+        vocab, filters = self.engine.vocab, sampling.Filters.of([options])
+        window, known = options.penalty_window, [*request.prompt, *answer]
+        keys = sampling.seed_key(options.seed or 0, options.stream)
+        positions = mx.array([len(known)], dtype=mx.int32)
+        context = sampling.Context(
+            sampling.Controls.of([options], filters, vocab),
+            keys,
+            positions,
+            mx.array(known[-1:], dtype=mx.uint32),
+            sampling.History.of(request.prompt, answer, window, filters, vocab),
+        )
         given = mx.array(logits[None].astype(np.float32))
-        context = Context(controls, keys, positions, newest, history)
-        found = filter_logits(given, filters, context)
+        found = sampling.filter_logits(given, filters, context)
         if not greedy:
-            found = found + gumbel(keys, positions, vocab)
+            found = found + sampling.gumbel(keys, positions, vocab)
         return np.array(found[0]).astype(np.float64)
 
     def plausible(
         self,
         logits: Array,
-        sampling: SamplingOptions,
-        prompt: list[int],
+        request: Request,
         answer: list[int],
         tokens: tuple[int, int],
         tolerance: float,
     ) -> bool:
-        """Whether an error of `tolerance` in a score or at the border of a filter lets either of
-        two tokens be drawn.
+        """Tell whether a small error lets either of two tokens be drawn.
+
+        That is an error of `tolerance` in a score, or at the border of a filter.
         """
+        shifts = [(tokens[0], 0.0)]
+        shifts += [(token, shift) for token in tokens for shift in (-tolerance, tolerance)]
         likely: set[int] = set()
-        for changed in near(sampling, tolerance):
-            for token, shift in (
-                (tokens[0], 0.0),
-                *((token, s) for token in tokens for s in (-tolerance, tolerance)),
-            ):
+        for options in near(request.sampling, tolerance):
+            for token, shift in shifts:
                 moved = logits.copy()
                 moved[token] += shift
-                scores = self.scores(moved, changed, prompt, answer)
+                scores = self.scores(moved, request, answer, options)
                 likely.update(np.flatnonzero(scores >= scores.max() - tolerance).tolist())
         return likely.issuperset(tokens)
 
 
-def near(sampling: SamplingOptions, tolerance: float) -> list[SamplingOptions]:
-    """The options, and those whose filters are a little tighter or wider."""
-    found = [sampling]
-    for sign in (-1, 1):
-        step = 1 + sign * tolerance
-        changed = replace(
-            sampling, top_p=min(sampling.top_p * step, 1.0), min_p=min(sampling.min_p * step, 1.0)
-        )
-        if sampling.xtc_probability:
-            changed = replace(changed, xtc_threshold=sampling.xtc_threshold * step)
+def near(options: SamplingOptions, tolerance: float) -> list[SamplingOptions]:
+    """Return the options, and those whose filters are a little tighter or wider."""
+    found = [options]
+    for step in (1 - tolerance, 1 + tolerance):
+        top_p, min_p = min(options.top_p * step, 1.0), min(options.min_p * step, 1.0)
+        changed = replace(options, top_p=top_p, min_p=min_p)
+        if options.xtc_probability:
+            changed = replace(changed, xtc_threshold=options.xtc_threshold * step)
         found.append(changed)
     return found
 
 
 def visible(length: int, kind: CacheKind) -> Array:
-    """[length, length], True where the token of a row attends to that of a column."""
+    """Return [length, length], True where the token of a row attends to that of a column."""
     row, column = np.arange(length)[:, None], np.arange(length)[None]
     seen = column <= row
     if isinstance(kind.layout, Window):
@@ -163,32 +152,24 @@ def visible(length: int, kind: CacheKind) -> Array:
 
 
 def stored(x: Array, kind: CacheKind) -> Array:
-    """Keys or values as a cache of this kind gives them back."""
+    """Return keys or values as a cache of this kind gives them back."""
     if not isinstance(kind.store, Quantized):
         return x
-    form: dict[str, Any] = {"group_size": kind.store.group_size, "bits": kind.store.bits}
-    return np.array(
-        mx.dequantize(*mx.quantize(mx.array(x.astype(np.float32)), **form), **form)
-    ).astype(np.float64)
+    spec: dict[str, Any] = {"group_size": kind.store.group_size, "bits": kind.store.bits}
+    packed = mx.quantize(mx.array(x.astype(np.float32)), **spec)
+    return np.array(mx.dequantize(*packed, **spec)).astype(np.float64)
 
 
 def full_weights(engine: Engine) -> dict[str, Array]:
-    """Every weight in float64 under its path, quantized ones as what they stand for."""
+    """Return every weight in float64 by its path; quantized ones as what they stand for."""
     found = {}
     for path, module in engine.model.named_modules():
         for name, value in module.items():
             if not isinstance(value, mx.array) or name in ("scales", "biases"):
                 continue
             if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-                value = mx.dequantize(
-                    value,
-                    module.scales,
-                    module.get("biases"),
-                    group_size=module.group_size,
-                    bits=module.bits,
-                    mode=module.mode,
-                )
-            found[f"{path}.{name}" if path else name] = np.array(value.astype(mx.float32)).astype(
-                np.float64
-            )
+                spec = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
+                value = mx.dequantize(value, module.scales, module.get("biases"), **spec)
+            weight = np.array(value.astype(mx.float32)).astype(np.float64)
+            found[f"{path}.{name}" if path else name] = weight
     return found
