@@ -1,7 +1,7 @@
-"""The one door to MLX: the settings it reads when it starts are made first, then it is imported.
+"""The one door to MLX: the settings that it reads when it starts are made before it is imported.
 
-Whatever computes takes `mx` and `nn` from here, never from `mlx` itself, so that no import order can
-bypass the settings. What kind of device this is, is asked here and nowhere else.
+Whatever computes takes `mx` and `nn` from here, never from `mlx` itself, so that no order of
+imports bypasses the settings. Nothing else asks what kind of device this is.
 """
 
 from __future__ import annotations
@@ -40,20 +40,27 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("nn", "optimizers", "utils"):  # on first use: not all need what they take to import
+    if name in (
+        "nn",
+        "optimizers",
+        "utils",
+    ):  # on first use: importing them takes time, and not all need them
         return import_module(f"mlx.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def kind() -> Literal["metal", "cuda", "cpu"]:
-    """Tell what computes: the GPU of a Mac, one of NVIDIA, or the processor."""
+    """Return what computes: the GPU of a Mac, one of NVIDIA's, or the processor."""
     if mx.metal.is_available():
         return "metal"
     return "cuda" if mx.cuda.is_available() else "cpu"
 
 
 def set_wired_limit() -> int | None:
-    """Let the weights stay wired; the limit set, in bytes, or None. Untested on Metal."""
+    """Let the weights stay wired and return the limit in bytes, None where there is none.
+
+    This was not tested on Metal.
+    """
     if kind() != "metal":
         return None
     recommended = int(mx.device_info().get("max_recommended_working_set_size", 0))
@@ -64,7 +71,7 @@ def set_wired_limit() -> int | None:
 
 
 def facts() -> dict[str, Any]:
-    """Plain facts about this machine; what is unknown is None."""
+    """Return plain facts about this machine; what is unknown is None."""
     macos = platform.mac_ver()[0]
     device: Mapping[str, Any] = mx.device_info() if kind() == "metal" else {}
     buffers = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
@@ -98,7 +105,7 @@ def installed(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name where the system tells it."""
+    """Return the processor's name where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,19 +1,23 @@
 """What is set before MLX starts: the BLAS on Linux, command buffers and wired memory on Metal.
 
-Pure functions choose, so that every choice is tested where neither exists; `device` applies them.
+Functions without side effects choose, so that every choice is tested where neither system exists;
+`device` applies them.
 
-BLAS: MLX's Linux wheel links the reference BLAS; a system OpenBLAS takes its place.
+BLAS: MLX's Linux wheel links the reference BLAS; an OpenBLAS of the system takes its place.
 
-Metal: MLX commits a command buffer after a number of kernels, or of megabytes they touch (40 to 50 of each
-by default, by size of chip; mlx/backend/metal/device.cpp). Each boundary costs GPU time, which is
-much of a small model's token. Measured by others, not by this project, which has not run on Metal:
+Metal: MLX commits a command buffer after a number of kernels or of megabytes that they touch (by
+default 40 to 50 of each, by size of chip; mlx/backend/metal/device.cpp). Each boundary costs GPU
+time, which is much of a small model's token. Others measured the following; this project has not
+run on Metal:
 
-- M3 Ultra: +5 % (20k tokens of context) and +7.7 % (short) decode at 1000 operations and 400 MB, same outputs and peak
-  memory; nothing on a dense 27B model (https://github.com/ml-explore/mlx/issues/4521)
-- M1 Ultra: +11 to 13 % on Gemma 3n at 1000 operations; M1 to M4 get it there by default, M5 does not: on an M5
-  Max it was flat or slower (https://github.com/lablup/mlxcel/pull/360, .../pull/358)
-- 400 MB have no other evidence than that M3 Ultra. 2000 were best for a large mixture of experts on
-  an M1 Ultra, and smaller machines failed to start with it (vllm-project/vllm-metal 578, 637, 585)
+- M3 Ultra: decoding 5 % (20k tokens of context) and 7.7 % (short) faster at 1000 operations and
+  400 MB, with the same outputs and peak memory; no gain on a dense 27B model
+  (https://github.com/ml-explore/mlx/issues/4521)
+- M1 Ultra: 11 to 13 % faster on Gemma 3n at 1000 operations; M1 to M4 get it there by default, M5
+  does not: on an M5 Max it was flat or slower (https://github.com/lablup/mlxcel/pull/360, .../358)
+- The 400 MB have no other evidence than that M3 Ultra. 2000 MB were best for a large mixture of
+  experts on an M1 Ultra, and smaller machines failed to start with it (vllm-project/vllm-metal
+  578, 637, 585)
 """
 
 from __future__ import annotations
@@ -29,6 +33,10 @@ from openelm_mlx.errors import OptionError
 
 DEFAULT = "auto"  # 100 of 100 whole-process runs under load ended cleanly with it
 NAMES = ("libopenblas.so.0", "libopenblas.so")
+# the pair measured in issue 4521
+LIMITS = {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}
+GENERATIONS = range(1, 5)  # M1 to M4
+WIRED_SINCE = 15  # macOS: before it mx.set_wired_limit has no effect
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class BlasChoice:
 
 
 def choose_blas(environ: Mapping[str, str], platform: str, names: tuple[str, ...]) -> BlasChoice:
-    """Choose the BLAS that OPENELM_BLAS asks for: auto (the first candidate), off, or a path."""
+    """Choose the BLAS that OPENELM_BLAS asks for: auto (the first of `names`), off, or a path."""
     wish = environ.get("OPENELM_BLAS") or DEFAULT
     if not platform.startswith("linux"):
         return BlasChoice(None, "only Linux needs another BLAS")
@@ -55,46 +63,38 @@ _loaded: dict[str, BlasChoice] = {}  # by what was asked for, before MLX was imp
 
 
 def load_blas(environ: Mapping[str, str] | None = None) -> BlasChoice:
-    """Load the chosen library for all to see. Once mlx.core is imported it loads nothing, and
-    tells what came of the first call. Raises `OptionError` for a path that cannot be loaded."""
+    """Load the chosen library so that MLX finds it, and return what was loaded.
+
+    Once mlx.core is imported nothing is loaded any more: the first call's choice is returned.
+    Raises `OptionError` for a path that cannot be loaded.
+    """
     environ = os.environ if environ is None else environ
     wish = environ.get("OPENELM_BLAS") or DEFAULT
     if wish in _loaded:
         return _loaded[wish]
-    auto = wish == "auto"
-    # the loader finds them where the system keeps libraries
     choice = choose_blas(environ, sys.platform, NAMES)
     if choice.path is None:
         return choice
     if "mlx.core" in sys.modules:
         return BlasChoice(None, "mlx was imported first, too late for another BLAS")
-    for name in (
-        NAMES if auto else (choice.path,)
-    ):  # no find_library: it starts ldconfig or a compiler, at every start
+    # the system's loader searches; find_library would start a compiler at every start
+    for name in NAMES if wish == "auto" else (choice.path,):
         try:
             ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
             _loaded[wish] = BlasChoice(name, choice.reason)
             return _loaded[wish]
         except OSError as error:
             problem = error
-    if not auto:
-        raise OptionError(
-            f"OPENELM_BLAS={choice.path} cannot be loaded ({problem}); "
-            "give auto, off, or the path of a libopenblas.so"
-        )
+    if wish != "auto":
+        remedy = "give auto, off, or the path of a libopenblas.so"
+        raise OptionError(f"OPENELM_BLAS={choice.path} cannot be loaded ({problem}); {remedy}")
     _loaded[wish] = choose_blas(environ, sys.platform, ())
     return _loaded[wish]
 
 
-# the pair measured in issue 4521
-LIMITS = {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}
-GENERATIONS = range(1, 5)  # M1 to M4
-WIRED_SINCE = 15  # macOS: before it mx.set_wired_limit has no effect
-
-
 @dataclass(frozen=True)
 class MetalSettings:
-    """Environment variables to set before MLX starts, and why these, or none."""
+    """Environment variables to set before MLX starts (perhaps none), and why."""
 
     values: dict[str, str] = field(default_factory=dict)
     reason: str = ""
@@ -104,38 +104,31 @@ class MetalSettings:
 
 
 def buffer_limits(chip: str | None, environ: Mapping[str, str]) -> MetalSettings:
-    """Command-buffer limits for a chip by its name ("Apple M3 Ultra"); what the user has set is
-    never overruled.
+    """Choose limits of command buffers for a chip by its name; the user's own settings win.
 
-    buffer_limits("Apple M2 Pro", {}).values   -> {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}
+    buffer_limits("Apple M2 Pro", {}).values   -> LIMITS
     buffer_limits("Apple M5", {}).values       -> {}
     """
     match = re.match(r"Apple M(\d+)\b", chip or "")
     if match is None:
-        return MetalSettings(
-            reason=f"only Apple's M1 to M4 gain by other limits; this is {chip or 'no Apple chip'}"
-        )
+        this = f"this is {chip or 'not an Apple chip'}"
+        return MetalSettings(reason=f"only Apple's M1 to M4 gain by other limits; {this}")
     if int(match[1]) not in GENERATIONS:
-        return MetalSettings(reason=f"MLX's own limits stay on {chip}: {elsewhere(int(match[1]))}")
+        known = "no others were measured on this chip"
+        if int(match[1]) == 5:
+            known = "others gained nothing on an M5 Max (lablup/mlxcel pull 358)"
+        return MetalSettings(reason=f"MLX's own limits stay on {chip}: {known}")
     if own := sorted(LIMITS.keys() & environ.keys()):
         return MetalSettings(reason=f"you have set {', '.join(own)}")
     why = f"faster decoding on M1 to M4 (ml-explore/mlx issue 4521); this is {chip}"
     return MetalSettings(dict(LIMITS), why)
 
 
-def elsewhere(generation: int) -> str:
-    """Say what is known of other limits on chips of a generation that does not get them."""
-    if generation == 5:
-        return "others gained nothing on an M5 Max (lablup/mlxcel pull 358)"
-    return "no others were measured on this chip"
-
-
 def wired_limit(recommended_bytes: int | None, system_version: str) -> int | None:
-    """Bytes that may stay wired, so that macOS does not page weights out between tokens: all that
-    Metal recommends.
+    """Return the bytes that may stay wired: all that Metal recommends.
 
-    None where it cannot be set: no Metal, or a macOS before 15 (mlx-lm has the same rule in
-    `wired_limit`).
+    macOS does not page wired weights out between tokens. None where nothing can be wired: without
+    Metal, or on a macOS before 15 (mlx-lm's `wired_limit` has the same rule).
     """
     major = re.match(r"\d+", system_version or "")
     if not recommended_bytes or major is None or int(major[0]) < WIRED_SINCE:
@@ -144,7 +137,7 @@ def wired_limit(recommended_bytes: int | None, system_version: str) -> int | Non
 
 
 def chip_name() -> str | None:
-    """The processor's name as macOS tells it, without importing MLX; None elsewhere."""
+    """Return the processor's name as macOS tells it, without importing MLX; None elsewhere."""
     if sys.platform != "darwin":
         return None
     try:
@@ -162,8 +155,9 @@ _applied: MetalSettings | None = None
 
 
 def set_buffer_limits(environ: MutableMapping[str, str] | None = None) -> MetalSettings:
-    """Put the limits for this chip into the environment, where MLX reads them when it starts; later
-    calls tell the choice.
+    """Put this chip's limits into the environment, where MLX reads them when it starts.
+
+    Later calls return the same choice.
     """
     global _applied
     if _applied is None:

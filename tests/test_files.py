@@ -52,10 +52,8 @@ UNREADABLE = [
 def test_what_cannot_be_written_is_told_before_the_work(flag, words, capsys):
     assert main([*words, flag, BELOW_A_FILE]) == 2
     shown = capsys.readouterr()
-    assert (
-        shown.err
-        == f"openelm: {flag} {BELOW_A_FILE} cannot be written: /dev/null is not a folder; give another place\n"
-    )
+    why = "/dev/null is not a folder; give another place"
+    assert shown.err == f"openelm: {flag} {BELOW_A_FILE} cannot be written: {why}\n"
     assert shown.out == ""
 
 

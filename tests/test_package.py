@@ -38,7 +38,8 @@ def test_chat_is_a_module_of_its_own():
 
 
 def test_modules_are_attributes():
-    code = "import openelm_mlx as o; print(o.config.OpenELMConfig, o.errors, o.chat, o.convert.convert)"
+    code = "import openelm_mlx as o; "
+    code += "print(o.config.OpenELMConfig, o.errors, o.chat, o.convert.convert)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "openelm_mlx.model.config.OpenELMConfig" in run.stdout
     assert openelm_mlx.config is config
