@@ -66,9 +66,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def read_own_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file that this project keeps; empty where it is missing or damaged."""
+    try:
+        return read_json(path)
+    except ConfigError:
+        return {}
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON for people to read."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write JSON that people may read: all of it or nothing."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    with replacing(path) as new:
+        new.write_text(text + "\n", encoding="utf-8")
 
 
 def read_index(folder: Path) -> dict[str, str] | None:

@@ -4,7 +4,6 @@ for others.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import tempfile
@@ -20,7 +19,7 @@ from openelm_mlx.engine.hub import BUNDLED, resolve_model
 from openelm_mlx.engine.loading import Engine, load, parameters, quantize_now
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import BenchmarkError
-from openelm_mlx.files import read_json
+from openelm_mlx.files import WEIGHTS, read_json, write_json
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, expected_tensors, normal_name
 from openelm_mlx.model.decoder import OpenELM
 from openelm_mlx.quantization import KEYS, QuantSpec, matrices, quantization_of, spec_of
@@ -234,11 +233,11 @@ def write_folder(engine: Engine, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         arrays = parameters(engine.model)
-        mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
+        mx.save_safetensors(str(folder / WEIGHTS), arrays, {"format": "mlx"})
         config: dict[str, Any] = engine.config.to_hf_dict()
         if engine.quantization:
             config |= dict.fromkeys(KEYS, engine.quantization)
-        (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        write_json(folder / "config.json", config)
         write_tokenizer(engine, folder)
     except (OSError, RuntimeError) as error:
         raise BenchmarkError(

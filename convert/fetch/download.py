@@ -13,7 +13,6 @@ import errno
 import fcntl
 import hashlib
 import http.client
-import json
 import os
 import re
 import shutil
@@ -30,7 +29,7 @@ from typing import IO, Any
 
 from openelm_mlx.engine.hub import CERTIFICATE_REMEDY
 from openelm_mlx.errors import HubError, OpenELMError, reason
-from openelm_mlx.files import replacing
+from openelm_mlx.files import read_own_json, write_json
 
 Progress = Callable[
     [int, int | None, str], None
@@ -288,7 +287,7 @@ def state_of(part: Path) -> Path:
 
 
 def read_offer(path: Path) -> Offer:
-    raw = read_json(path)
+    raw = read_own_json(path)
     size, tag = raw.get("size"), raw.get("tag")
     return Offer(
         size if type(size) is int else None,
@@ -297,20 +296,5 @@ def read_offer(path: Path) -> Offer:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    raw = read_json(path)
+    raw = read_own_json(path)
     return raw if type(raw.get("size")) is int and isinstance(raw.get("sha256"), str) else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in one of the small files kept here; empty where it is missing or damaged."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return raw if isinstance(raw, dict) else {}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All of it or nothing, like every file here."""
-    with replacing(path) as new:
-        new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

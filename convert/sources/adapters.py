@@ -14,7 +14,6 @@ own.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.convert.sources.yaml_files import read_yaml
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, ConversionError, OptionError
-from openelm_mlx.files import TensorInfo
+from openelm_mlx.files import TensorInfo, write_json
 
 BASE = re.compile(r"(.+)\.base_layer\.weight")
 PART = re.compile(
@@ -306,6 +305,4 @@ def write_adapter(
         "num_layers": num_layers,
         "lora_parameters": parameters,
     }
-    (folder / "adapter_config.json").write_text(
-        json.dumps(content, indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(folder / "adapter_config.json", content)

@@ -15,6 +15,7 @@ from openelm_mlx.convert.staging import UNFINISHED_CONFIG
 from openelm_mlx.convert.tokenizers.tokenizer_json import build_tokenizer_json, tokenizer_config
 from openelm_mlx.convert.tokenizers.tokenizer_model import TokenizerModel
 from openelm_mlx.engine.loading import chat_sampling, generation_config
+from openelm_mlx.files import write_json
 from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig
 from openelm_mlx.quantization import Plan, config_entry
 
@@ -76,10 +77,6 @@ def sampling_defaults(source: Path, config: OpenELMConfig) -> dict[str, Any]:
     chat_sampling(folder)
     eos = config.with_eos_of(folder).written_eos
     return {**generation_config(folder), "bos_token_id": config.bos_token_id, "eos_token_id": eos}
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_record(folder: Path, record: dict[str, Any], forms: Plan, instruct: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from openelm_mlx.convert.sources.raw import to_bytes
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
-from openelm_mlx.files import INDEX, WEIGHTS, TensorInfo
+from openelm_mlx.files import INDEX, WEIGHTS, TensorInfo, write_json
 
 SHARD_BYTES = 5 << 30
 
@@ -82,5 +82,5 @@ def write_weights(
                 name: file for file, shard in zip(names, shards, strict=True) for name in shard
             },
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, index)
     return names

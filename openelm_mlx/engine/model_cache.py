@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -29,8 +28,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from openelm_mlx import __version__
 from openelm_mlx.engine.tokenizer import FILES
-from openelm_mlx.errors import ConfigError, ConversionError, OptionError
-from openelm_mlx.files import lock, read_json, replacing, same_file
+from openelm_mlx.errors import ConversionError, OptionError
+from openelm_mlx.files import lock, read_own_json, same_file, write_json
 from openelm_mlx.model.config import GENERATION_CONFIG
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def convert_once(
 def recall(source: Path, tokenizer: Path | None = None) -> Path | None:
     """Return the conversion of `source` if the index has it and none of its files has changed."""
     source = Path(os.path.abspath(source))
-    record = read_record(record_path(source, tokenizer))
+    record = read_own_json(record_path(source, tokenizer))
     files, folder = record.get("files"), conversions_folder() / str(record.get("folder"))
     if record.get("version") != __version__ or not isinstance(files, dict) or not complete(folder):
         return None
@@ -201,7 +200,7 @@ def conversions() -> list[Conversion]:
     root = conversions_folder()
     sources: dict[str, list[str]] = {}
     for path in root.glob("index/*.json"):
-        record = read_record(path)
+        record = read_own_json(path)
         name = str(record.get("name") or record.get("source"))
         sources.setdefault(str(record.get("folder")), []).append(name)
     found = []
@@ -234,7 +233,7 @@ def remove(folder: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove_folder(folder)
             for path in folder.parent.glob("index/*.json"):
-                if read_record(path).get("folder") == folder.name:
+                if read_own_json(path).get("folder") == folder.name:
                     path.unlink(missing_ok=True)
             lock_path(folder).unlink(missing_ok=True)
     except OSError:
@@ -322,14 +321,6 @@ def record_path(source: Path, tokenizer: Path | None) -> Path:
     return conversions_folder() / "index" / f"{digest[:32]}.json"
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Return an entry of the index, {} where there is none that can be read."""
-    try:
-        return read_json(path)
-    except ConfigError:
-        return {}
-
-
 def remember(
     source: Path, tokenizer: Path | None, folder: Path, files: dict[str, Any], name: str | None
 ) -> None:
@@ -346,5 +337,4 @@ def remember(
     content = {**about, "files": files if settled else None}
     with contextlib.suppress(OSError):
         path.parent.mkdir(exist_ok=True)
-        with replacing(path) as new:
-            new.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        write_json(path, content)
