@@ -1,19 +1,19 @@
-"""A conversation: messages in the Instruct format, and a cache that is fed only what is new.
+"""A conversation: messages in the Instruct format, of which the model is fed only what is new.
 
-Every exchange keeps its tokens: those of the question, then those of the answer as it was
-generated, as far as the user saw it. When the context is full, the oldest exchanges are dropped,
-the system turn stays, and a notice says so.
+A full context drops the oldest exchanges and not the system turn, and a notice says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from inspect import GEN_RUNNING, GEN_SUSPENDED, getgeneratorstate
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+from openelm_mlx.engine.draft_model import ModelDraft
+from openelm_mlx.engine.generation import stream_generate
 from openelm_mlx.engine.options import (
     EngineOptions,
     GenerationOptions,
@@ -22,8 +22,17 @@ from openelm_mlx.engine.options import (
     with_overrides,
 )
 from openelm_mlx.engine.prompt_cache import PromptCache
-from openelm_mlx.engine.prompts import answer_prefix, encode_messages, turn_tokens
-from openelm_mlx.engine.tokenizer import Tokenizer, check_text, spelling
+from openelm_mlx.engine.prompts import (
+    Exchange,
+    encode_messages,
+    messages_of,
+    question_tokens,
+    read_saved,
+    saved,
+    turn_tokens,
+)
+from openelm_mlx.engine.sampling import new_seed
+from openelm_mlx.engine.tokenizer import check_text
 from openelm_mlx.errors import PromptError
 from openelm_mlx.fields import explained, shown
 from openelm_mlx.model.cache_kinds import CacheKind
@@ -32,7 +41,6 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from openelm_mlx.engine.decode import Progress
-    from openelm_mlx.engine.draft_model import ModelDraft
     from openelm_mlx.engine.loading import Engine
     from openelm_mlx.engine.options import Settings
     from openelm_mlx.engine.request import Event
@@ -40,23 +48,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversation", "encode_messages"]
 
-Message = dict[str, str]
 STREAMS = 2**31  # the number of streams under one seed: SamplingOptions.stream is below it
-ANSWER_ROOM = 64  # tokens of context kept free for an answer, or a quarter of a small context
+ANSWER_SPACE = 64  # tokens of context kept free for an answer, or a quarter of a small context
 KINDS = (SamplingOptions, GenerationOptions, EngineOptions)
-FORMAT = "openelm-mlx conversation 2"
-READABLE = (None, "openelm-mlx conversation 1", FORMAT)  # files of the first format have no tokens
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """A question, its answer as the user saw it, and the tokens that the model is fed for both."""
-
-    question: str
-    answer: str
-    tokens: tuple[int, ...]  # the user's turn, the assistant's, and EOS after each
-    answer_tokens: int  # how many of them are the answer's, its EOS included
-    attempt: int = 0  # answers to this question that were discarded before this one
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class Request:
     question: str
     prompt: list[int]
     kept: tuple[Exchange, ...]
-    dropped_tokens: int  # of all exchanges so far that the context had no room for
+    dropped_tokens: int  # of all exchanges so far that did not fit into the context
     attempt: int
     notices: list[str]
 
@@ -80,16 +74,17 @@ class Conversation:
     ...     print(event.text, end="", flush=True)
 
     `send(text)` yields events. When the answer ends, also because the iterator was closed midway,
-    `messages` has grown by the question and by what was shown of the answer. Where the answer did
-    not even begin, nothing has changed. `notices` holds what the user should be told since the last
-    `send`.
+    the question and the shown part of the answer are added to `messages`. If the answer did not
+    begin, nothing changes. `notices` are texts that the user should be told since the last `send`.
 
     `sampling` defaults to the model's own defaults for chat (`engine.chat_sampling`); `settings`
-    are field names of the three options classes and go on top. A seed is drawn here where none is
+    are options by name and replace those in the option objects. A seed is drawn here where none is
     given. `sampling`, `options` and `engine_options` may be replaced between messages.
 
-    Keys and values of what was said are kept in `prompt_cache`, which conversations may share. By
-    default a conversation has its own, for the latest exchange and all before it.
+    The keys and values of the conversation are kept in `prompt_cache`, which conversations may
+    share. By default a conversation has its own, for the latest exchange and all before it. Raises
+    `OptionError` for wrong options, `CacheError` for a cache that the model cannot have, and
+    `PromptError` for a system turn that is not a text.
     """
 
     def __init__(
@@ -104,8 +99,6 @@ class Conversation:
         prompt_cache: PromptCache | None = None,
         **settings: Unpack[Settings],
     ) -> None:
-        from openelm_mlx.engine.draft_model import ModelDraft
-
         check_loaded("engine", engine)
         self.engine = engine
         sampling = engine.chat_sampling if sampling is None else sampling
@@ -123,9 +116,8 @@ class Conversation:
         self._exchanges: tuple[Exchange, ...] = ()
         self._dropped_tokens = 0
         self.prompt_cache = PromptCache(max_bytes=0) if prompt_cache is None else prompt_cache
-        # the latest request: an earlier one that has not begun may not begin any more
-        self._request: Request | None = None
-        # a weak reference: an iterator that nobody holds any longer closes itself
+        self._request: Request | None = None  # the latest one; no earlier one may still begin
+        # a weak reference, so that an iterator without any other reference closes itself
         self._events: ref[Generator[Event, None, None]] | None = None
 
     @property
@@ -136,7 +128,7 @@ class Conversation:
     @system.setter
     def system(self, text: str | None) -> None:
         if text is not None and not isinstance(text, str):
-            raise PromptError(f"the system turn is {shown(text)}; give a text, or None for none")
+            raise PromptError(f"the system turn is {shown(text)}; give a text, or None")
         check_text(text or "")
         self._system = text
 
@@ -174,21 +166,15 @@ class Conversation:
         self._engine_options = chosen
 
     @property
-    def messages(self) -> list[Message]:
-        """The messages that the model still sees: a new list of {"role", "content"}
-        dictionaries.
-        """
-        return [
-            {"role": role, "content": text}
-            for exchange in self._exchanges
-            for role, text in (("user", exchange.question), ("assistant", exchange.answer))
-        ]
+    def messages(self) -> list[dict[str, str]]:
+        """The messages that the model still sees: a new list of dictionaries."""
+        return messages_of(self._exchanges)
 
     @property
     def context_used(self) -> int:
-        """Tokens of the context that the conversation takes; 0 before the first answer.
+        """The number of tokens that the conversation takes; 0 before the first answer.
 
-        Never more than the context holds: the end of an answer that filled it has not been fed.
+        It never exceeds the context: the end of an answer that filled it has not been fed.
         """
         if not self._exchanges:
             return 0
@@ -197,7 +183,7 @@ class Conversation:
 
     @property
     def context_length(self) -> int:
-        """Tokens that the model's context holds."""
+        """The number of tokens that the model's context takes."""
         return self.engine.config.max_context_length
 
     def send(self, text: str, progress: Progress | None = None) -> Generator[Event, None, None]:
@@ -230,7 +216,10 @@ class Conversation:
         return self._begin(request, progress)
 
     def undo(self) -> str:
-        """Drop the last exchange and return its question. Raises `PromptError` if there is none."""
+        """Drop the last exchange and return its question.
+
+        Raises `PromptError` if there is none, and while an answer is being generated.
+        """
         self._check_idle()
         if not self._exchanges:
             raise PromptError("there is nothing to undo; the conversation has no exchange yet")
@@ -244,7 +233,7 @@ class Conversation:
             events.close()
 
     def reset(self) -> None:
-        """Forget every exchange; the system turn stays."""
+        """Forget every exchange; the system turn stays. Raises `PromptError` during an answer."""
         self._check_idle()
         self._exchanges, self._dropped_tokens, self._request, self.notices = (), 0, None, []
 
@@ -256,13 +245,11 @@ class Conversation:
 
     def _check_idle(self) -> None:
         if self._answering() is not None:
-            what = "an answer is still being generated"
-            raise PromptError(f"{what}; read it to its end, or end it with stop()")
+            remedy = "read it to its end, or end it with stop()"
+            raise PromptError(f"an answer is still being generated; {remedy}")
 
     def _begin(self, request: Request, progress: Progress | None) -> Generator[Event, None, None]:
-        """Yield the events of the answer. Wrong options raise here, before anything has changed."""
-        from openelm_mlx.engine.generation import stream_generate
-
+        """Yield the events of the answer. Wrong options raise here, before anything changes."""
         # each attempt has its own stream, and so its own noise
         stream = (self.sampling.stream + request.attempt) % STREAMS
         events = stream_generate(
@@ -284,6 +271,7 @@ class Conversation:
     def _answer(
         self, request: Request, events: Generator[Event, None, None]
     ) -> Generator[Event, None, None]:
+        """Yield the events, and add the exchange however they end."""
         if request is not self._request:
             what = "the conversation went on before this answer began"
             raise PromptError(f"{what}; send the message again")
@@ -296,17 +284,12 @@ class Conversation:
                     yield event
         finally:
             if tokens:  # else the prefill failed or was interrupted: nothing was said
-                exchange = self._exchange(request.question, shown, tokens, request.attempt)
+                asked, pieces = request.question, self.engine.tokenizer
+                exchange = Exchange.of(pieces, asked, shown, tokens, request.attempt)
                 self._exchanges = (*request.kept, exchange)
                 self._dropped_tokens = request.dropped_tokens
             else:
                 self.notices = []
-
-    def _exchange(self, question: str, shown: str, said: Sequence[int], attempt: int) -> Exchange:
-        """Return the exchange; it keeps the tokens of `said` as far as they read as `shown`."""
-        tokenizer, asked = self.engine.tokenizer, self._question(question)
-        tokens = [*asked, *as_shown(tokenizer, shown, said), tokenizer.eos_id]
-        return Exchange(question, shown, tuple(tokens), len(tokens) - len(asked), attempt)
 
     def _fit(self, text: str, exchanges: tuple[Exchange, ...], attempt: int = 0) -> Request:
         """Return the request for an answer. Raises `PromptError` if the message alone does not fit.
@@ -315,22 +298,23 @@ class Conversation:
         has to be prefilled again, as its positions change; after that many messages cost only their
         own tokens. The last exchange is dropped only if it does not fit.
         """
-        head, asked, length = self._head(), self._question(text), self.context_length
-        room_for_answer = min(ANSWER_ROOM, length // 4, self.options.max_tokens)
-        room = length - room_for_answer
-        if len(head) + len(asked) > room:
+        head, length = self._head(), self.context_length
+        asked = question_tokens(self.engine.tokenizer, text)
+        answer_space = min(ANSWER_SPACE, length // 4, self.options.max_tokens)
+        space = length - answer_space
+        if len(head) + len(asked) > space:
             parts = [("the message", len(asked)), ("the system turn", len(head))]
             (what, most), (other, rest) = sorted(parts, key=lambda part: -part[1])
             raise PromptError(
                 f"{what} is too long: it takes {most} tokens and {other} {rest}; "
-                f"together at most {room} of the context's {length} fit. Shorten it"
+                f"together at most {space} of the context's {length} fit. Shorten it"
             )
         sizes = [len(one.tokens) for one in exchanges]
         used = len(head) + sum(sizes) + len(asked)
         # the answer fills some of the half; it is expected to be as long as the shortest one so far
-        half = length // 2 - min([room_for_answer, *(one.answer_tokens for one in exchanges)])
+        half = length // 2 - min([answer_space, *(one.answer_tokens for one in exchanges)])
         gone = 0
-        while used > room or (0 < gone < len(sizes) - 1 and used - sizes[gone] >= half):
+        while used > space or (0 < gone < len(sizes) - 1 and used - sizes[gone] >= half):
             used -= sizes[gone]
             gone += 1
         turns = "oldest turn was" if gone == 1 else f"{gone} oldest turns were"
@@ -340,89 +324,27 @@ class Conversation:
         return Request(text, prompt, kept, dropped, attempt, notices)
 
     def _head(self) -> list[int]:
+        """Return the ids of the system turn."""
         return turn_tokens(self.engine.tokenizer, "system", self.system or "", first=True)
-
-    def _question(self, text: str) -> list[int]:
-        tokenizer = self.engine.tokenizer
-        return [*turn_tokens(tokenizer, "user", text), *answer_prefix(tokenizer)]
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` needs: the texts, and the tokens that the model is fed."""
-        details = [{"tokens": list(one.tokens), "attempt": one.attempt} for one in self._exchanges]
-        return {
-            "format": FORMAT,
-            "system": self.system,
-            "messages": self.messages,
-            "exchanges": details,
-            "dropped_tokens": self._dropped_tokens,
-        }
+        return saved(self.system, self._exchanges, self._dropped_tokens)
 
     @classmethod
     def from_json(cls, engine: Engine, data: Any, **settings: Any) -> Conversation:
-        """Restore a saved conversation; `settings` are arguments of the class.
+        """Restore a saved conversation, also one of another tokenizer.
 
-        Saved tokens that do not read as the saved texts, such as those of another tokenizer, are
-        replaced by the texts encoded. Raises `PromptError` for data that is not a saved conversation.
+        `settings` are arguments of the class. Raises `PromptError` for data of another kind.
         """
-        try:
-            form, system, saved = data.get("format"), data["system"], data["messages"]
-            messages = [(m["role"], m["content"]) for m in saved]
-        except (AttributeError, KeyError, TypeError):
-            needs = "it needs the keys 'system' and 'messages'"
-            raise PromptError(f"this is not a saved conversation: {needs}") from None
-        if form not in READABLE:
-            raise PromptError(
-                f"this saved conversation has the format {form!r}; "
-                f"this version reads formats up to {FORMAT!r}. Update openelm-mlx"
-            )
-        roles, texts = [role for role, _ in messages], [text for _, text in messages]
-        in_turns = roles == ["user", "assistant"] * (len(roles) // 2)
-        if not in_turns or not all(isinstance(text, str) for text in texts):
-            must = "must alternate texts of 'user' and 'assistant', ending with an answer"
-            raise PromptError(f"a saved conversation {must}")
-        for text in texts:
-            check_text(text)
+        system, exchanges, dropped = read_saved(engine.tokenizer, engine.vocab, data)
         talk = cls(engine, **{"system": system, **settings})
-        details = data.get("exchanges")
-        if not isinstance(details, list) or len(details) != len(texts) // 2:
-            details = [None] * (len(texts) // 2)
-        talk._exchanges = tuple(map(talk._restored, texts[::2], texts[1::2], details))
-        talk._dropped_tokens = natural(data.get("dropped_tokens"))
+        talk._exchanges, talk._dropped_tokens = exchanges, dropped
         return talk
-
-    def _restored(self, question: str, answer: str, detail: Any) -> Exchange:
-        """Return a saved exchange, with its saved tokens where they read as its texts."""
-        detail = detail if isinstance(detail, dict) else {}
-        tokens: Any = detail.get("tokens")
-        asked = self._question(question)
-        own = isinstance(tokens, list) and tokens[: len(asked)] == asked
-        said = tokens[len(asked) : -1] if own else []
-        known = all(type(token) is int and 0 <= token < self.engine.vocab for token in said)
-        attempt = natural(detail.get("attempt"))
-        return self._exchange(question, answer, said if known else [], attempt)
 
 
 def seeded(sampling: SamplingOptions, seed: int | None = None) -> SamplingOptions:
     """Return the options with a seed: their own, else the one given, else a new one."""
-    from openelm_mlx.engine.sampling import new_seed
-
     if sampling.seed is not None:
         return sampling
     return replace(sampling, seed=new_seed() if seed is None else seed)
-
-
-def natural(value: Any) -> int:
-    """Return a count from a saved file, or 0 where `value` is none."""
-    return value if type(value) is int and value >= 0 else 0
-
-
-def as_shown(tokenizer: Tokenizer, shown: str, said: Sequence[int]) -> list[int]:
-    """Return tokens that read as `shown`: those of `said` that do, then the rest, encoded.
-
-    shown  "I am th"        (the stop string "e" was found, or the answer was stopped)
-    said   "I", " am", " the", ...  -> "I", " am", and " th" encoded
-    """
-    # BOS and EOS spell nothing, and have no place inside a turn
-    visible = [token for token in said if tokenizer.piece_bytes(token)]
-    kept, place = spelling(tokenizer, visible, shown)
-    return [*visible[:kept], *tokenizer.encode(shown[place:], bos=False, continued=True)]

@@ -152,7 +152,7 @@ def choose_drafted(
 
 
 def along(history: History, drafted: mx.array) -> History:
-    """Return the history before and after each token of a draft [B, k], in arrays [B, k + 1, ...]."""
+    """Return the history before and after each token of a draft [B, k]: arrays [B, k + 1, ...]."""
     steps = [history]
     for index in range(drafted.shape[1]):
         steps.append(steps[-1].plus(drafted[:, index]))

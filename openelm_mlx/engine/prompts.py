@@ -1,4 +1,4 @@
-"""Prompts become token ids: text, ids as given, or messages in the Instruct format.
+"""What the model is fed, as token ids: prompts, and the exchanges of a conversation.
 
 The Instruct format follows OpenELM-Instruct's published recipe: BOS, `<|system|>\\n...`, EOS,
 `\\n<|user|>\\n...`, EOS, `\\n<|assistant|>\\n...`, EOS. The recipe (apple/corenet,
@@ -7,14 +7,24 @@ huggingface/alignment-handbook at 70769f9 of 2024-04-11, whose `maybe_insert_sys
 empty system turn where a conversation lacks one. The text between two EOS is encoded by itself,
 dummy prefix included, because Hugging Face's fast Llama tokenizer treats special tokens so. The
 training was not rerun here. Turns are built from ids, so no text can close its own turn.
+
+An exchange keeps the tokens of its answer as they were generated, as far as the user saw it. A
+saved conversation has the texts, and these tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from openelm_mlx.engine.tokenizer import StreamingDecoder, Tokenizer, as_id, check_text
+from openelm_mlx.engine.tokenizer import (
+    StreamingDecoder,
+    Tokenizer,
+    as_id,
+    check_text,
+    spelling,
+)
 from openelm_mlx.errors import PromptError
 
 if TYPE_CHECKING:
@@ -24,6 +34,8 @@ Message = Mapping[str, str]
 # text, token ids, or the messages of a conversation
 Prompt = str | Sequence[int] | Sequence[Message]
 MESSAGE = "a dict with the keys 'role' and 'content'"
+SAVED = "openelm-mlx conversation 2"
+READABLE = (None, "openelm-mlx conversation 1", SAVED)  # files of the first format have no tokens
 
 
 def prompt_tokens(
@@ -148,3 +160,110 @@ def decoder_after(tokenizer: Tokenizer, prompt: list[int]) -> StreamingDecoder:
         return StreamingDecoder(tokenizer)
     pieces = tokenizer.vocab_size
     return StreamingDecoder(tokenizer, [token for token in prompt if token < pieces])
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question, its answer as the user saw it, and the tokens that the model is fed for both."""
+
+    question: str
+    answer: str
+    tokens: tuple[int, ...]  # the user's turn, the assistant's, and EOS after each
+    answer_tokens: int  # how many of them are the answer's, its EOS included
+    attempt: int = 0  # answers to this question that were discarded before this one
+
+    @classmethod
+    def of(
+        cls, tokenizer: Tokenizer, question: str, answer: str, said: Sequence[int], attempt: int
+    ) -> Exchange:
+        """Return the exchange with the generated tokens `said`, as far as they read as `answer`."""
+        asked = question_tokens(tokenizer, question)
+        tokens = [*asked, *as_shown(tokenizer, answer, said), tokenizer.eos_id]
+        return cls(question, answer, tuple(tokens), len(tokens) - len(asked), attempt)
+
+
+def question_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a user's turn, and those after which the model answers it."""
+    return [*turn_tokens(tokenizer, "user", text), *answer_prefix(tokenizer)]
+
+
+def as_shown(tokenizer: Tokenizer, shown: str, said: Sequence[int]) -> list[int]:
+    """Return tokens that read as `shown`: those of `said` that do, then the rest, encoded.
+
+    shown  "I am th"        (the stop string "e" was found, or the answer was stopped)
+    said   "I", " am", " the", ...  -> "I", " am", and " th" encoded
+    """
+    # BOS and EOS spell nothing, and have no place inside a turn
+    visible = [token for token in said if tokenizer.piece_bytes(token)]
+    kept, place = spelling(tokenizer, visible, shown)
+    return [*visible[:kept], *tokenizer.encode(shown[place:], bos=False, continued=True)]
+
+
+def messages_of(exchanges: Sequence[Exchange]) -> list[dict[str, str]]:
+    """Return exchanges as a list of {"role", "content"} dictionaries."""
+    return [
+        {"role": role, "content": text}
+        for exchange in exchanges
+        for role, text in (("user", exchange.question), ("assistant", exchange.answer))
+    ]
+
+
+def saved(system: str | None, exchanges: Sequence[Exchange], dropped: int) -> dict[str, Any]:
+    """Return a conversation as JSON: its texts, and the tokens that the model is fed.
+
+    `dropped` is the number of tokens of earlier exchanges that did not fit into the context.
+    """
+    return {
+        "format": SAVED,
+        "system": system,
+        "messages": messages_of(exchanges),
+        "exchanges": [{"tokens": list(one.tokens), "attempt": one.attempt} for one in exchanges],
+        "dropped_tokens": dropped,
+    }
+
+
+def read_saved(
+    tokenizer: Tokenizer, vocab: int, data: Any
+) -> tuple[str | None, tuple[Exchange, ...], int]:
+    """Return the arguments of `saved` from JSON.
+
+    Saved tokens that do not read as the saved texts, such as those of another tokenizer, are
+    replaced by the texts encoded. Raises `PromptError` for data that is not a saved conversation.
+    """
+    try:
+        form, system, messages = data.get("format"), data["system"], data["messages"]
+        roles = [message["role"] for message in messages]
+        texts = [message["content"] for message in messages]
+    except (AttributeError, KeyError, TypeError):
+        needs = "it needs the keys 'system' and 'messages'"
+        raise PromptError(f"this is not a saved conversation: {needs}") from None
+    if form not in READABLE:
+        raise PromptError(
+            f"this saved conversation has the format {form!r}; "
+            f"this version reads formats up to {SAVED!r}. Update openelm-mlx"
+        )
+    in_turns = roles == ["user", "assistant"] * (len(roles) // 2)
+    if not in_turns or not all(isinstance(text, str) for text in texts):
+        must = "must alternate texts of 'user' and 'assistant', ending with an answer"
+        raise PromptError(f"a saved conversation {must}")
+    for text in texts:
+        check_text(text)
+    details = data.get("exchanges")
+    if not isinstance(details, list) or len(details) != len(texts) // 2:
+        details = [None] * (len(texts) // 2)
+    exchanges = []
+    for question, answer, detail in zip(texts[::2], texts[1::2], details, strict=True):
+        detail = detail if isinstance(detail, dict) else {}
+        tokens: Any = detail.get("tokens")
+        asked = question_tokens(tokenizer, question)
+        own = isinstance(tokens, list) and tokens[: len(asked)] == asked
+        said = tokens[len(asked) : -1] if own else []
+        known = all(type(token) is int and 0 <= token < vocab for token in said)
+        attempt = natural(detail.get("attempt"))
+        exchanges.append(Exchange.of(tokenizer, question, answer, said if known else [], attempt))
+    return system, tuple(exchanges), natural(data.get("dropped_tokens"))
+
+
+def natural(value: Any) -> int:
+    """Return a count from a saved file, or 0 where `value` is not a count."""
+    return value if type(value) is int and value >= 0 else 0
