@@ -121,12 +121,12 @@ def encodable(text: str) -> bool:
 def within(item: Field[Any], value: Any) -> bool:
     if value is None:
         return True
+    entries = value if isinstance(value, tuple) else (value,)
     if "choices" in item.metadata:
-        return value in item.metadata["choices"]
+        return all(entry in item.metadata["choices"] for entry in entries)
     if "range" not in item.metadata:
         return True
     low, high = item.metadata["range"]
-    entries = value if isinstance(value, tuple) else (value,)
     numbers = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
     return all(low <= number <= high for number in numbers)
 

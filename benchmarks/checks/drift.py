@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from openelm_mlx.device import mx
 
 if TYPE_CHECKING:
-    from openelm_mlx.benchmarks.measure.timing import Timed
+    from openelm_mlx.benchmarks.peers import Timed
 
 MEMORY_MAY_GROW = 0.02  # arrays from the first probe on, the process from half way on
 SPEED_MAY_FALL = 0.10

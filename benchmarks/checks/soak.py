@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any
 from openelm_mlx import BatchEngine, PromptCache, load
 from openelm_mlx.benchmarks.checks.drift import Soak, reference_seconds, resident_bytes
 from openelm_mlx.benchmarks.checks.judge import Judge, Report
-from openelm_mlx.benchmarks.checks.trials import Answer, Maker, Request, alone
+from openelm_mlx.benchmarks.checks.trials import Answer, Maker, Request, alone, random_engine
 from openelm_mlx.benchmarks.measure.harness import Entry, Tick, figures, row_of
 from openelm_mlx.benchmarks.measure.suites import Point
-from openelm_mlx.benchmarks.measure.weights import small_engine
 from openelm_mlx.benchmarks.peers.openelm import OurSession
 from openelm_mlx.device import mx
 from openelm_mlx.engine.draft_model import ModelDraft
@@ -35,7 +34,7 @@ from openelm_mlx.engine.options import EngineOptions
 from openelm_mlx.model.cache_kinds import CacheKind
 
 if TYPE_CHECKING:
-    from openelm_mlx.benchmarks.measure.loaded import Weights
+    from openelm_mlx.benchmarks.measure.weights import Weights
     from openelm_mlx.benchmarks.results.document import Row
     from openelm_mlx.engine.generation import Event
     from openelm_mlx.engine.loading import Engine
@@ -237,8 +236,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.model == "random":
         like = load()
-        engine = small_engine(like, 0)
-        draft: Engine | None = small_engine(like, 0, noise=0.3)
+        engine = random_engine(like, 0)
+        draft: Engine | None = random_engine(like, 0, noise=0.3)
     else:
         engine = load(args.model, args.dtype)
         draft = load(args.draft, args.dtype) if args.draft else None

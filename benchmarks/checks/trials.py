@@ -6,13 +6,15 @@ import random
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openelm_mlx import BatchEngine, stream_generate
+from openelm_mlx.device import mx
+from openelm_mlx.engine.hub import BUNDLED
+from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
-
-if TYPE_CHECKING:
-    from openelm_mlx.engine.loading import Engine
+from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.decoder import OpenELM
 
 # Which options are on, few sets, as each is a step to compile; their values are random.
 SHAPES: tuple[tuple[str, ...], ...] = (
@@ -212,3 +214,54 @@ def together(
     finally:
         batch.close()
     return found
+
+
+# --- small random models
+
+
+def random_model(
+    seed: int,
+    vocab: int = 64,
+    dim: int = 64,
+    layers: int = 2,
+    spread: float = 2.0,
+    noise: float = 0.0,
+) -> OpenELM:
+    """Return a model of a few thousand random weights.
+
+    `spread` scales the logits, so that the choice is neither flat nor certain. `noise` is how far
+    its head is from that of the same seed without, as a draft model is from its target.
+    """
+    config = OpenELMConfig(
+        vocab_size=vocab,
+        model_dim=dim,
+        head_dim=32,
+        num_transformer_layers=layers,
+        num_gqa_groups=2,
+        share_input_output_layers=False,
+        qkv_multipliers=(1.0, 2.0),
+        ffn_multipliers=(1.0, 2.0),
+        ffn_dim_divisor=32,
+        max_context_length=512,
+    )
+    mx.random.seed(seed)
+    model = OpenELM(config)
+    head = mx.random.normal((vocab, dim)) * spread / dim**0.5
+    if noise:
+        head = head * (1 + noise * mx.random.normal((vocab, dim)))
+    model.load_weights([("lm_head.weight", head)], strict=False)
+    mx.eval(model.parameters())
+    return model
+
+
+def random_engine(
+    like: Engine, seed: int, *shape: int, dtype: mx.Dtype = mx.float32, **more: float
+) -> Engine:
+    """Return an engine of random weights with the tokenizer of another.
+
+    The rest is passed on to `random_model`.
+    """
+    model = random_model(seed, *shape, **more)  # type: ignore[arg-type]
+    model.set_dtype(dtype)
+    mx.eval(model.parameters())
+    return Engine(model, like.tokenizer, model.args, f"random-{seed}", BUNDLED)

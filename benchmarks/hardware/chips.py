@@ -13,24 +13,41 @@ from difflib import get_close_matches
 
 from openelm_mlx.errors import BenchmarkError
 
-LLAMA_CPP = "llama.cpp discussion 4167, table as in https://gist.github.com/jakehemmerle/3203efa01ac455c2a8a26669eb465af2"
-MAX_VARIANTS = "https://github.com/odysseus-dev/odysseus/issues/2573 (Apple's figures by GPU cores)"
-ULTRA_M3 = "Ars Technica, 'Apple announces M3 Ultra', March 2025 (its table: 60 or 80 GPU cores, 819.2 GB/s)"
-M4 = "https://gist.github.com/kellyshephard (chips_table.md: 8 cores) and https://mactrast.com/?p=168123 (10 cores, 120GB/s)"
-M4_PRO = "https://github.com/jaeseok614/llm-gpu-checker-ko/releases/tag/v7.21.3 (from support.apple.com/en-us/121555)"
-M5 = (
-    "https://the-decoder.com/apples-m5-chip-brings-faster-ai-to-macbook-ipad-and-vision-pro/ (Apple: 10 cores, 153 GB/s) "
-    "and https://gist.github.com/kellyshephard (chips_table.md: 8 cores)"
+LLAMA_CPP = (
+    "llama.cpp discussion 4167, table as in "
+    "https://gist.github.com/jakehemmerle/3203efa01ac455c2a8a26669eb465af2"
 )
-M6 = "https://github.com/midudev/canirun.ai/pull/26 (Apple, 25 August 2026: M6 12 cores, 170 GB/s; M5 Ultra 80 cores, 1.2 TB/s)"
-M5_PRO = "https://www.lowyat.net/2026/385170/apple-m5-pro-m5-max (Apple's press release: up to 20 cores, 307GB/s)"
+MAX_VARIANTS = "https://github.com/odysseus-dev/odysseus/issues/2573 (Apple's figures by GPU cores)"
+ULTRA_M3 = (
+    "Ars Technica, 'Apple announces M3 Ultra', March 2025 "
+    "(its table: 60 or 80 GPU cores, 819.2 GB/s)"
+)
+M4 = (
+    "https://gist.github.com/kellyshephard (chips_table.md: 8 cores) "
+    "and https://mactrast.com/?p=168123 (10 cores, 120GB/s)"
+)
+M4_PRO = (
+    "https://github.com/jaeseok614/llm-gpu-checker-ko/releases/tag/v7.21.3 "
+    "(from support.apple.com/en-us/121555)"
+)
+M5 = (
+    "https://the-decoder.com/apples-m5-chip-brings-faster-ai-to-macbook-ipad-and-vision-pro/ "
+    "(Apple: 10 cores, 153 GB/s) and https://gist.github.com/kellyshephard "
+    "(chips_table.md: 8 cores)"
+)
+M6 = (
+    "https://github.com/midudev/canirun.ai/pull/26 (Apple, 25 August 2026: "
+    "M6 12 cores, 170 GB/s; M5 Ultra 80 cores, 1.2 TB/s)"
+)
+M5_PRO = (
+    "https://www.lowyat.net/2026/385170/apple-m5-pro-m5-max "
+    "(Apple's press release: up to 20 cores, 307GB/s)"
+)
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip as sold: `name` is what `sysctl machdep.cpu.brand_string` and MLX's `device_name`
-    say.
-    """
+    """A chip as sold, by the name that `sysctl machdep.cpu.brand_string` and MLX give it."""
 
     name: str
     gpu_cores: tuple[int, ...]  # what it is sold with, at this bandwidth
@@ -39,7 +56,7 @@ class Chip:
 
     @property
     def short(self) -> str:
-        """As the command line spells it: "Apple M3 Max" -> m3-max."""
+        """The name as the command line spells it: Apple M3 Max is m3-max."""
         return self.name.removeprefix("Apple ").lower().replace(" ", "-")
 
     @property
@@ -48,12 +65,8 @@ class Chip:
         return self.bandwidth_gb * 1e9
 
     @property
-    def generation(self) -> int:
-        return int(self.short.split("-")[0][1:])
-
-    @property
     def tier(self) -> str:
-        """base, pro, max or ultra."""
+        """One of base, pro, max, ultra."""
         return self.short.partition("-")[2] or "base"
 
     def __str__(self) -> str:
@@ -89,8 +102,7 @@ CHIPS = (
 
 
 def find(name: str, gpu_cores: int | None = None) -> Chip:
-    """A chip by MLX's name or the short one, `m3-max`, with its GPU cores where they matter:
-    `m3-max-30`.
+    """Return a chip by MLX's name or the short one, `m3-max`, or with its GPU cores: `m3-max-30`.
 
     Without them it is the one with the most cores. Raises `BenchmarkError` with the nearest names.
     """
@@ -102,24 +114,21 @@ def find(name: str, gpu_cores: int | None = None) -> Chip:
         known = list(dict.fromkeys(chip.short for chip in CHIPS))
         near = get_close_matches(short, known, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-        raise BenchmarkError(f"no chip {name!r} in the table; {hint}")
-    if gpu_cores is None:
-        return sold[-1]
-    fitting = [chip for chip in sold if gpu_cores in chip.gpu_cores]
+        raise BenchmarkError(f"the chip {name!r} is not in the table; {hint}")
+    fitting = [chip for chip in sold if gpu_cores is None or gpu_cores in chip.gpu_cores]
     if not fitting:
         counts = " or ".join(str(count) for chip in sold for count in chip.gpu_cores)
-        raise BenchmarkError(
-            f"{sold[0].name} with {gpu_cores} GPU cores is not in the table; it has {counts}"
-        )
-    return fitting[0]
+        what = f"{sold[0].name} with {gpu_cores} GPU cores is not in the table"
+        raise BenchmarkError(f"{what}; it has {counts}")
+    return fitting[-1]
 
 
-def nominal_bandwidth(device_name: str | None, gpu_cores: int | None = None) -> float | None:
-    """Bytes a second of the chip MLX names, None for one not in the table.
+def nominal_bandwidth(device_name: str | None) -> float | None:
+    """Return the bytes a second of the chip that MLX names; None where it is not in the table.
 
-    Without its GPU cores it is the largest where one name has two.
+    It is the largest where one name has two.
     """
     try:
-        return find(device_name or "", gpu_cores).bandwidth
+        return find(device_name or "").bandwidth
     except BenchmarkError:
         return None

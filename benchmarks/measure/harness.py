@@ -1,30 +1,95 @@
-"""Trials: each case warmed up once, then measured round by round, so that drift hits all that is
-compared alike.
+"""Trials: each case runs once uncounted, then round by round with the others.
+
+So a drift of the machine hits all that is compared alike.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
 
-from openelm_mlx.benchmarks.measure.machine import trial_notes
-from openelm_mlx.benchmarks.measure.suites import MIN_TRIALS
-from openelm_mlx.benchmarks.measure.timing import Session, Timed
+from openelm_mlx.benchmarks.measure.suites import Point, work
+from openelm_mlx.benchmarks.peers import START_UP, Session, Timed
 from openelm_mlx.benchmarks.results.document import METRICS, Case, Metric, Ratio, Row
-from openelm_mlx.benchmarks.results.statistics import paired_ratio
 from openelm_mlx.errors import BenchmarkError, OpenELMError
 
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
 RATIOS = ("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds")
-
 UNSTEADY = "not the same tokens in every trial"
-
-Tick = Callable[
-    [str, float], None
-]  # what is being run, and how much of the work (in tokens) has been done with it
+TIMEOUT = 600  # seconds that a new process may take
 
 
-@dataclass
+# what is being run, and how much of the work (in tokens) was done with it
+Tick = Callable[[str, float], None]
+
+
+class Progress(Protocol):
+    """Whoever watches a run: how much work there will be, and what of it is done."""
+
+    def total(self, work: float) -> None: ...
+    def tick(self, label: str, work: float) -> None: ...
+
+
+class Unwatched:
+    def total(self, work: float) -> None:
+        pass
+
+    def tick(self, label: str, work: float) -> None:
+        pass
+
+
+class Share:
+    """The progress of one process of several, each as long as the first."""
+
+    def __init__(self, progress: Progress, number: int, count: int) -> None:
+        self.progress, self.number, self.count = progress, number, count
+
+    def total(self, work: float) -> None:
+        if self.number == 0:
+            self.progress.total(work * self.count)
+
+    def tick(self, label: str, work: float) -> None:
+        self.progress.tick(f"{self.number + 1}/{self.count} {label}", work)
+
+
+class Sender:
+    """Progress that is sent to the process that waits for it."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+
+    def total(self, work: float) -> None:
+        self.pipe.send((None, work))
+
+    def tick(self, label: str, work: float) -> None:
+        self.pipe.send((label, work))
+
+
+def figures(timed: Timed, case: Case) -> dict[str, float]:
+    """Return the metrics of one run."""
+    found: dict[str, float | None] = {
+        "prefill_tokens_per_second": timed.prefill_rate(case.prompt_tokens, case.batch_size),
+        "decode_tokens_per_second": timed.decode_rate(case.batch_size),
+        "time_to_first_token_seconds": timed.first,
+        "peak_memory_bytes": timed.peak_memory_bytes,
+        "tokens_per_pass": timed.tokens_per_pass,
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def startup_figures(timed: Timed, case: Case) -> dict[str, float]:
+    return {"startup_seconds": timed.first}
+
+
+@dataclass(eq=False)
 class Entry:
     """A case on its way to becoming a row."""
 
@@ -32,35 +97,34 @@ class Entry:
     session: Session
     prompt: list[int]
     against: Entry | None = None  # the entry of our engine that this peer must agree with
+    figures: Callable[[Timed, Case], dict[str, float]] = figures
+    beside: Callable[[], dict[str, float]] | None = None  # figures measured after each trial
+    values: dict[str, list[float]] = field(default_factory=dict)  # of each metric
+    bytes_per_token: dict[str, float] | None = None
     warm: Timed | None = None
-    values: dict[str, list[float]] = field(default_factory=dict)  # metric -> one value a trial
+    trials: int = 0
     parts_at: int | None = None
     failed: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
     def work(self) -> float:
-        """Tokens of one trial, a prompt's counted at an eighth: only their proportions matter, for
-        the estimate.
-        """
-        return self.case.batch_size * (self.case.prompt_tokens / 8 + self.case.generation_tokens)
+        """The tokens of one trial, as the progress bar counts them."""
+        case = self.case
+        return work([Point(case.prompt_tokens, case.generation_tokens, case.batch_size)])
 
     @property
     def timed(self) -> bool:
-        """Whether this entry may be timed: a peer may, once its tokens are ours."""
-        return self.warm is not None and self.parts_at is None
+        """Whether this entry may be timed: a peer may once its tokens are ours."""
+        return self.warm is not None and self.parts_at is None and not self.failed
 
 
 def measure(entries: Sequence[Entry], trials: int, tick: Tick) -> None:
-    """Warm up and check every entry, then run `trials` rounds; the values land in the entries.
+    """Warm up and check every entry, then run `trials` rounds; the values go into the entries.
 
-    An interrupt (Ctrl-C) passes through and leaves the finished trials there. Raises
-    `BenchmarkError` below 5 trials.
+    An interrupt (Ctrl-C) passes through, and the finished trials stay. A peer that fails is left
+    out from then on; the error of our own engine is raised.
     """
-    if trials < MIN_TRIALS:
-        raise BenchmarkError(
-            f"trials is {trials}; allowed is a number from {MIN_TRIALS} up: fewer say nothing of the spread"
-        )
     for entry in entries:
         warm_up(entry)
         tick(str(entry.case), entry.work)
@@ -73,114 +137,127 @@ def measure(entries: Sequence[Entry], trials: int, tick: Tick) -> None:
 
 
 def warm_up(entry: Entry) -> None:
-    """One run that is not counted: it compiles, fills caches, and gives the tokens to compare.
-
-    A peer that fails is left out and says why; a failure of our own engine is the caller's.
-    """
-    case = entry.case
-    try:
-        timed = checked(entry.session.generate(entry.prompt, case.generation_tokens), case)
-    except OpenELMError as error:
-        if entry.against is None:
-            raise
-        entry.notes.append(f"not timed: {error}")
-        entry.failed = True
+    """Run once uncounted: that compiles, fills caches, and gives the tokens to compare."""
+    entry.warm = attempt(entry)
+    against = None if entry.against is None else entry.against
+    if entry.warm is None or against is None or against.warm is None:
         return
-    against = None if entry.against is None else entry.against.warm
-    if against is not None:
-        entry.parts_at = parting(timed.tokens, against.tokens)
-        if entry.parts_at is not None:
-            entry.notes.append(
-                f"not timed: token {entry.parts_at} is {timed.tokens[entry.parts_at]}, "
-                f"in {entry.against.case.engine if entry.against else ''} {against.tokens[entry.parts_at]}"
-            )
-    entry.warm = timed
+    theirs, ours = entry.warm.tokens, against.warm.tokens
+    entry.parts_at = at = first_difference(theirs, ours)
+    if at is not None:
+        what = f"token {at} is {theirs[at]}, in {against.case.engine} {ours[at]}"
+        entry.notes.append(f"not timed: {what}")
 
 
 def run_trial(entry: Entry) -> None:
-    """One counted run; its values are kept only once all of it has succeeded."""
-    case, session = entry.case, entry.session
-    timed = checked(session.generate(entry.prompt, case.generation_tokens), case)
-    where = None if entry.warm is None else parting(timed.tokens, entry.warm.tokens)
+    """Run once; the values are kept only after all of it has succeeded."""
+    timed = attempt(entry)
+    if timed is None:
+        return
+    where = None if entry.warm is None else first_difference(timed.tokens, entry.warm.tokens)
     if where is not None and not any(note.startswith(UNSTEADY) for note in entry.notes):
         entry.notes.append(f"{UNSTEADY}, from token {where} on")
-    found = figures(timed, case)
-    if (reused := getattr(session, "generate_reused", None)) is not None and case.batch_size == 1:
-        seconds = reused(entry.prompt)
-        if seconds is not None:
-            found["time_to_first_token_reused_seconds"] = seconds
-    if (passes := getattr(session, "tokens_per_pass", None)) is not None:
-        found["tokens_per_pass"] = passes
+    found = entry.figures(timed, entry.case)
+    found |= entry.beside() if entry.beside is not None else {}
     for name, value in found.items():
         entry.values.setdefault(name, []).append(value)
+    entry.trials += 1
 
 
-def figures(timed: Timed, case: Case) -> dict[str, float]:
-    """The metrics of one run."""
-    found: dict[str, float | None] = {
-        "prefill_tokens_per_second": timed.prefill_rate(case.prompt_tokens, case.batch_size),
-        "decode_tokens_per_second": timed.decode_rate(case.batch_size),
-        "time_to_first_token_seconds": timed.first,
-        "peak_memory_bytes": timed.peak_memory_bytes,
-    }
-    return {name: float(value) for name, value in found.items() if value is not None}
+def attempt(entry: Entry) -> Timed | None:
+    """Generate; None for a peer that fails, which then says why in its notes."""
+    try:
+        return checked(entry.session.generate(entry.prompt, entry.case.generation_tokens), entry)
+    except OpenELMError as error:
+        if entry.against is None:
+            raise
+        when = f"failed after {entry.trials} trials" if entry.trials else "not timed"
+        entry.notes.append(f"{when}: {error}")
+        entry.failed = True
+        return None
 
 
-def checked(timed: Timed, case: Case) -> Timed:
-    """The run itself, if it is one of the case. Raises `BenchmarkError` for an engine that gave
-    less or another count.
-    """
-    if not len(timed.tokens) == len(timed.seconds) == case.generation_tokens:
-        raise BenchmarkError(
-            f"{case.engine} gave {len(timed.tokens)} tokens at {len(timed.seconds)} times; "
-            f"{case.generation_tokens} were asked for"
-        )
-    if timed.first <= 0 or any(
-        b < a for a, b in zip(timed.seconds, timed.seconds[1:], strict=False)
-    ):
-        raise BenchmarkError(
-            f"{case.engine} gave times that do not rise; its clock cannot be trusted"
-        )
+def checked(timed: Timed, entry: Entry) -> Timed:
+    """Return the run itself. Raises `BenchmarkError` where it is not what was asked for."""
+    engine, wanted = entry.case.engine, entry.case.generation_tokens
+    if not len(timed.tokens) == len(timed.seconds) == wanted:
+        what = f"{len(timed.tokens)} tokens at {len(timed.seconds)} times"
+        raise BenchmarkError(f"{engine} gave {what}; {wanted} were asked for")
+    if timed.first <= 0 or list(timed.seconds) != sorted(timed.seconds):
+        raise BenchmarkError(f"{engine} gave times that do not rise; its clock cannot be trusted")
     return timed
 
 
-def parting(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """Index of the first token that differs, or None."""
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
     return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
 
 
-def row_of(entry: Entry, extra: dict[str, list[float]] | None = None, **facts: Any) -> Row:
-    """The row of an entry: its finished trials summarised, `extra` metrics beside them, notes where
-    trials disagree.
-    """
-    values = {**entry.values, **(extra or {})}
-    metrics = {name: Metric.of(values[name], METRICS[name]) for name in METRICS if values.get(name)}
-    notes = [*getattr(entry.session, "notes", ()), *entry.notes]
-    for name in ("prefill_tokens_per_second", "decode_tokens_per_second"):
-        if name in metrics:
-            notes += trial_notes(name, metrics[name])
-    if entry.timed and not entry.values:
+def row_of(entry: Entry) -> Row:
+    """Return the row of an entry: its finished trials, and notes on what went wrong."""
+    metrics = {
+        name: Metric.of(entry.values[name], unit)
+        for name, unit in METRICS.items()
+        if entry.values.get(name)
+    }
+    notes = [*entry.session.notes, *entry.notes]
+    if entry.timed and not entry.trials:
         notes.append("not timed: the run ended before its first trial")
     elif entry.warm is None and not entry.failed:
         notes.append("not timed: the run ended before its warm-up")
-    agrees = (
-        entry.parts_at is None if entry.against is not None and entry.warm is not None else None
-    )
+    compared = entry.against is not None and entry.warm is not None
     return Row(
-        entry.case, metrics, agrees=agrees, parts_at=entry.parts_at, notes=tuple(notes), **facts
+        entry.case,
+        metrics,
+        bytes_per_token=entry.bytes_per_token,
+        agrees=entry.parts_at is None if compared else None,
+        parts_at=entry.parts_at,
+        notes=tuple(notes),
     )
 
 
 def ratios_of(entries: Sequence[Entry]) -> list[Ratio]:
-    """Ours over each peer, metric by metric, from trials of the same rounds."""
-    found = []
-    for number, peer in enumerate(entries):
-        if peer.against is None:
-            continue
-        ours = peer.against
-        for name in RATIOS:
-            a, b = ours.values.get(name, []), peer.values.get(name, [])
-            if min(len(a), len(b)) >= 2:
-                low, middle, high = paired_ratio([a], [b])
-                found.append(Ratio(name, list(entries).index(ours), number, middle, low, high))
-    return found
+    """Return our metrics over each peer's, as places of entries: trials of the same rounds."""
+    return [
+        Ratio(name, entries.index(peer.against), number)
+        for number, peer in enumerate(entries)
+        if peer.against is not None
+        for name in RATIOS
+        if min(len(one.values.get(name, ())) for one in (peer.against, peer)) >= 2
+    ]
+
+
+class NewProcess:
+    """A session whose every generation is a new process, from its start to its first token."""
+
+    load_seconds, version = 0.0, ""
+
+    def __init__(self, engine: str, folder: Path, dtype: str, tokenizer: Path | None) -> None:
+        self.engine = engine
+        self.notes: tuple[str, ...] = ()
+        self.task: dict[str, str | None] = {"engine": engine, "folder": str(folder), "dtype": dtype}
+        self.task["tokenizer"] = None if tokenizer is None else str(tokenizer)
+
+    def generate(self, prompt: list[int], tokens: int = 1) -> Timed:
+        """Time the first token by the clock of this process, the imports of the new one included.
+
+        Raises `BenchmarkError` with the new process's last line where it fails.
+        """
+        command = [sys.executable, "-c", START_UP, json.dumps({**self.task, "prompt": prompt})]
+        start = perf_counter()
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            line = child.stdout.readline() if child.stdout else ""
+            seconds = perf_counter() - start
+            _, errors = child.communicate(timeout=TIMEOUT)
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+        words = line.split()
+        if child.returncode or len(words) != 2 or words[0] != "token":
+            last = errors.strip().splitlines()[-1:] or [f"it ended with status {child.returncode}"]
+            raise BenchmarkError(f"{self.engine} did not start up: {last[0]}")
+        return Timed((int(words[1]),), (seconds,))
+
+    def close(self) -> None:
+        """Do nothing: no process outlives its generation."""

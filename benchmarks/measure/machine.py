@@ -1,5 +1,6 @@
-"""What a result was measured on, and whether the machine was at rest. The macOS parts are untested
-there.
+"""The machine and the source that a result was measured with, and whether the machine was at rest.
+
+What is read on macOS has not been tested there.
 """
 
 from __future__ import annotations
@@ -8,48 +9,43 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.benchmarks.results.document import Metric
+from openelm_mlx.benchmarks.hardware.chips import nominal_bandwidth
+from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
+from openelm_mlx.benchmarks.results.document import Document, Machine, Metric
 
-FACTS = (
-    "chip",
-    "machine",
-    "cores",
-    "memory_bytes",
-    "system",
-    "system_version",
-    "backend",
-    "blas",
-    "load_average",
-)
 THERMAL_LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")  # OSThermalNotification.h
-BUSY, SPREAD, DRIFT = 0.5, 0.10, 0.10  # load a core; quartiles over median; change over all trials
+BUSY = 0.5  # load a core, from which a machine is not at rest
+SPREAD, DRIFT = 0.10, 0.10  # quartiles over the median; change over all trials
+# bytes of a copy's source, well beyond the last-level caches of every chip in chips.py (96 MB)
+COPIED = 256 * 2**20
+WARM_UP, TRIALS, ROW = 2, 7, 2**18
 
 
-def machine() -> dict[str, Any]:
-    """Plain facts for the result document; call it before a model is loaded, so that the load is
-    not our own.
-    """
+def machine() -> Machine:
+    """Return facts of this machine; before a model is loaded, so that the load is not our own."""
     from openelm_mlx.device import facts
 
-    found = {name: value for name, value in facts().items() if name in FACTS}
+    known = {item.name for item in fields(Machine)}
+    found = {name: value for name, value in facts().items() if name in known}
     found["blas"] = loaded_blas() or "MLX's own"
-    if (pressure := thermal_pressure()) is not None:
-        found["thermal_pressure"] = pressure
-    return found
+    found["processor"], found["thermal_pressure"] = processor(), thermal_pressure()
+    found["nominal_bytes_per_second"] = nominal_bandwidth(found["chip"])
+    return Machine(**found)
 
 
 def versions() -> dict[str, str]:
     from openelm_mlx.device import facts
 
     found = facts()
-    return {
-        "openelm-mlx": found["openelm_mlx"] or "unknown",
-        "mlx": found["mlx"] or "unknown",
-        "python": found["python"],
+    versions = {"openelm-mlx": found["openelm_mlx"], "mlx": found["mlx"]}
+    return {name: text or "unknown" for name, text in versions.items()} | {
+        "python": found["python"]
     }
 
 
@@ -58,39 +54,163 @@ def memory_bytes() -> int:
 
 
 def loaded_blas() -> str | None:
-    """The file name of an OpenBLAS in this process, which on Linux takes the place of MLX's own."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
+    """Return the file name of an OpenBLAS in this process: on Linux it replaces MLX's own."""
+    lines = text_of(Path("/proc/self/maps")).splitlines()
     names = (line.rsplit("/", 1)[-1] for line in lines if "/" in line)
     # numpy brings a private copy under another name, which MLX does not see
-    return next(
-        (
-            name
-            for name in names
-            if name.startswith("libopenblas") and "scipy" not in name and "64_" not in name
-        ),
-        None,
-    )
+    ours = (name for name in names if "scipy" not in name and "64_" not in name)
+    return next((name for name in ours if name.startswith("libopenblas")), None)
+
+
+def processor() -> str | None:
+    """Return the exact model of the processor: Linux's numbers for it, or Apple's model name."""
+    if sys.platform == "darwin":
+        return said(["sysctl", "-n", "hw.model"])
+    return read_processor(text_of(Path("/proc/cpuinfo")))
+
+
+def read_processor(cpuinfo: str) -> str | None:
+    """Return what tells processors of one name apart: `AuthenticAMD family 25 model 17 ...`."""
+    lines = [line.partition(":") for line in cpuinfo.partition("\n\n")[0].splitlines()]
+    first = {name.strip(): value.strip() for name, _, value in lines}
+    words = {"vendor_id": "", "cpu family": "family ", "model": "model ", "stepping": "stepping "}
+    return " ".join(text + first[key] for key, text in words.items() if key in first) or None
+
+
+def text_of(path: Path) -> str:
+    """Return the text of a file that other systems do not have; it is then empty."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def said(command: Sequence[str]) -> str | None:
+    """Return what a program prints, None where it fails or does not exist."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit(root: Path) -> tuple[str | None, bool | None]:
+    """Return the commit of the checkout `root`, and whether it has changes that are not committed.
+
+    Both are None where it is not a git checkout.
+    """
+    if not (root / ".git").exists():
+        return None, None
+    found = said(["git", "-C", str(root), "rev-parse", "HEAD"])
+    status = said(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    return found, None if status is None else bool(status)
+
+
+# --- how a result came about
+
+
+def method(options: BenchmarkOptions, document: Document) -> list[str]:
+    """Say how the figures came about, in the document itself."""
+    suite, facts = options.chosen(), document.machine
+    if suite.soak:
+        probe = "a fixed probe between random generations, all of it on one engine"
+        return [f"figures are those of {probe}"]
+    trials = suite.trials_of_a_process
+    counted = f"{suite.processes} processes with {trials} trials each"
+    counted = f"{trials} trials" if suite.processes == 1 else counted
+    notes = [
+        f"medians of {counted}; one warm-up run of each case comes first and is not counted",
+        "trials of all cases of a model take turns; tokens are greedy, the end of text is ignored, "
+        "the prompt is part of a novel",
+    ]
+    if any(point.speculation == "prompt-lookup" for point in options.points()):
+        quotes = "which the prompt does from its 267th token on"
+        notes.append(f"prompt lookup pays where a text quotes itself, {quotes}")
+    if facts.copy_bytes_per_second:
+        copy = f"{facts.copy_bytes_per_second / 1e9:.1f} GB/s, read and written bytes counted"
+        notes.append(
+            f"the bound is what a copy reaches here ({copy}) over the bytes that a token must "
+            "read; what reads faster than a copy exceeds 100 %"
+        )
+    if facts.read_bytes_per_second:
+        read = f"{facts.read_bytes_per_second / 1e9:.1f} GB/s"
+        notes.append(f"reading alone, the largest of as many integers, reaches {read}")
+    return notes
+
+
+# --- memory bandwidth
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """Bytes a second that MLX's kernels reach here, medians of `trials`.
+
+    A copy counts the bytes that it reads and those that it writes.
+    """
+
+    copy: float
+    read: float
+    how: str
+
+
+def bandwidth(
+    size: int | None = None, trials: int = TRIALS, clock: Callable[[], float] = time.perf_counter
+) -> Bandwidth:
+    """Copy `size` bytes (COPIED) into memory that was written before, and read as many.
+
+    On Metal one kernel fills the memory system. On the CPU backend a stream is a thread, so every
+    core takes its share.
+    """
+    from openelm_mlx import device
+    from openelm_mlx.device import mx
+
+    metal = device.kind() == "metal"
+    count = 1 if metal else os.cpu_count() or 1
+    streams = [mx.default_stream(mx.gpu) if metal else mx.new_stream(mx.cpu) for _ in range(count)]
+    rows = max((size or COPIED) // len(streams) // (4 * ROW), 1)
+    sources = [mx.ones((rows, ROW), mx.int32) for _ in streams]
+    # one row more, or no copy would be made
+    targets = [mx.zeros((rows + 1, ROW), mx.int32) for _ in streams]
+    mx.eval(sources, targets)
+
+    def copy() -> Any:
+        for number, stream in enumerate(streams):
+            with mx.stream(stream):
+                targets[number][:rows] = sources[number]  # in place, as nothing else has the target
+        return targets
+
+    def read() -> Any:
+        found = []
+        for source, stream in zip(sources, streams, strict=True):
+            with mx.stream(stream):
+                found.append(source.max())
+        return found
+
+    def rate(work: Callable[[], Any], moved: int) -> float:
+        rates = []
+        for _ in range(WARM_UP + trials):
+            start = clock()
+            mx.eval(work())
+            rates.append(moved / (clock() - start))
+        return statistics.median(rates[WARM_UP:])
+
+    held = sum(source.nbytes for source in sources)
+    threads = "one kernel on the GPU" if metal else f"{len(streams)} threads of the CPU backend"
+    return Bandwidth(rate(copy, 2 * held), rate(read, held), threads)
+
+
+# --- whether the machine was at rest
 
 
 def thermal_pressure() -> str | None:
-    """macOS's own word for how far it throttles, or None elsewhere."""
+    """Return macOS's own word for how far it throttles; None elsewhere."""
     if sys.platform != "darwin":
         return None
-    command = ["notifyutil", "-g", "com.apple.system.thermalpressurelevel"]
-    try:
-        output = subprocess.run(
-            command, capture_output=True, text=True, timeout=5, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return read_pressure(output)
+    return read_pressure(said(["notifyutil", "-g", "com.apple.system.thermalpressurelevel"]) or "")
 
 
 def read_pressure(output: str) -> str | None:
-    """`com.apple.system.thermalpressurelevel 1` -> "moderate"."""
+    """Read `com.apple.system.thermalpressurelevel 1` as "moderate"."""
     words = output.split()
     if not words or not words[-1].isdigit() or int(words[-1]) >= len(THERMAL_LEVELS):
         return None
@@ -98,27 +218,19 @@ def read_pressure(output: str) -> str | None:
 
 
 def throttle_count() -> int | None:
-    """How often Linux has slowed this processor for its heat since boot; None where it does not
-    say.
-    """
-    try:
-        files = list(
-            Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
-        )
-        return sum(int(file.read_text()) for file in files) if files else None
-    except (OSError, ValueError):
-        return None
+    """Return how often Linux has throttled this processor since boot; None where it is unknown."""
+    cores = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
+    counts = [text_of(file).strip() for file in cores]
+    return sum(map(int, counts)) if counts and all(map(str.isdigit, counts)) else None
 
 
-def rest_notes(before: Mapping[str, Any], after: str | None, throttled: int | None) -> list[str]:
-    """What the facts from before a run, macOS's word after it and Linux's count of throttlings say
-    against it.
-    """
+def rest_notes(before: Machine, after: str | None, throttled: int | None) -> list[str]:
+    """Say what disturbed a run, from the facts before it and the thermal state after it."""
     notes = []
-    load, cores = before.get("load_average"), before.get("cores") or os.cpu_count() or 1
+    load, cores = before.load_average, before.cores or os.cpu_count() or 1
     if load is not None and load > BUSY * cores:
         notes.append(f"the machine was busy before the run: load {load:.1f} on {cores} cores")
-    for when, pressure in (("before", before.get("thermal_pressure")), ("after", after)):
+    for when, pressure in (("before", before.thermal_pressure), ("after", after)):
         if pressure not in (None, "nominal"):
             notes.append(f"the machine was hot {when} the run: thermal pressure {pressure}")
     if throttled:
@@ -126,12 +238,30 @@ def rest_notes(before: Mapping[str, Any], after: str | None, throttled: int | No
     return notes
 
 
-def trial_notes(name: str, metric: Metric) -> list[str]:
-    """What the trials themselves say against a figure: wide spread, or drift from the first to the
-    last.
-    """
-    words = name.split("_")[0]
-    notes = []
+def with_trial_notes(document: Document) -> Document:
+    """Note beside each row what its own trials say against its rates."""
+    rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
+    rows = [
+        replace(
+            row,
+            notes=(
+                *row.notes,
+                *(
+                    n
+                    for name in rates
+                    if name in row.metrics
+                    for n in trial_notes(name, row.metrics)
+                ),
+            ),
+        )
+        for row in document.rows
+    ]
+    return replace(document, rows=tuple(rows))
+
+
+def trial_notes(name: str, metrics: Mapping[str, Metric]) -> list[str]:
+    """Say where trials are far apart, or drift from the first to the last."""
+    metric, words, notes = metrics[name], name.split("_")[0], []
     if metric.spread > SPREAD:
         notes.append(f"{words}: quartiles {metric.spread:.0%} apart")
     change, sure = drift(metric.values)
@@ -141,18 +271,14 @@ def trial_notes(name: str, metric: Metric) -> list[str]:
 
 
 def drift(values: Sequence[float]) -> tuple[float, bool]:
-    """Change over all trials as a share of the median, and whether nearly every pair of trials
-    agrees on its sign.
+    """Return the change over all trials as a share of the median, and whether it is certain.
 
-    The slope is that of Theil and Sen (the median over all pairs), which one outlier does not move.
+    It is where nearly every pair of trials agrees on the sign. The slope is that of Theil and Sen,
+    the median over all pairs, which one outlier does not move.
     """
     if len(values) < 5:
         return 0.0, False
-    pairs = [
-        (values[j] - values[i], j - i)
-        for i in range(len(values))
-        for j in range(i + 1, len(values))
-    ]
+    pairs = [(b - a, j - i) for i, a in enumerate(values) for j, b in enumerate(values) if j > i]
     slope = statistics.median(rise / run for rise, run in pairs)
     tau = sum((rise > 0) - (rise < 0) for rise, _ in pairs) / len(pairs)
     middle = statistics.median(values)

@@ -1,177 +1,226 @@
-"""A run: options become cases, cases are loaded, timed and set down in a document, also when it is
-cut short.
+"""A run: processes one after another, in each of them models are loaded, timed and set down.
+
+`run` starts the processes and puts their documents together; `Run` is what one of them does. The
+document stands also where Ctrl-C cuts the run short.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
+from openelm_mlx import benchmarks
 from openelm_mlx.benchmarks.measure import harness, machine
-from openelm_mlx.benchmarks.measure.harness import Entry
+from openelm_mlx.benchmarks.measure.harness import Entry, Progress, Sender, Share, Unwatched
 from openelm_mlx.benchmarks.measure.suites import (
     BenchmarkOptions,
     Point,
     Suite,
-    settings,
     speculation_settings,
     work,
 )
-from openelm_mlx.benchmarks.results.document import Document, Machine, Ratio, Row
+from openelm_mlx.benchmarks.peers import OURS
+from openelm_mlx.benchmarks.results.document import (
+    Document,
+    Machine,
+    Row,
+    completed,
+    merge,
+)
 from openelm_mlx.errors import BenchmarkError, OpenELMError
 
 if TYPE_CHECKING:
-    from openelm_mlx.benchmarks.measure.loaded import Weights
-    from openelm_mlx.benchmarks.measure.timing import Session
-    from openelm_mlx.benchmarks.peers.openelm import OurSession
+    from multiprocessing.connection import Connection
+
+    from openelm_mlx.benchmarks.measure.weights import Weights
+    from openelm_mlx.benchmarks.peers import Session
     from openelm_mlx.engine.loading import Engine
 
-OURS = "openelm-mlx"
-LOSS_TOKENS = 512  # on which the loss of fewer bits is measured
-
-
-class Progress(Protocol):
-    """Who watches a run: how much work there will be, and what of it is done."""
-
-    def total(self, work: float) -> None: ...
-    def tick(self, label: str, work: float) -> None: ...
-
-
-class Unwatched:
-    def total(self, work: float) -> None:
-        pass
-
-    def tick(self, label: str, work: float) -> None:
-        pass
+ROOT = Path(benchmarks.__file__).resolve().parents[1]
 
 
 def run(options: BenchmarkOptions, progress: Progress | None = None) -> Document:
-    """Measure what `options` ask for. Ctrl-C ends the run, not the document: that is marked as
-    partial.
+    """Measure what `options` ask for. Ctrl-C ends the run; the document is then partial.
 
-    Of several models, one that cannot be loaded or run is left out with a note; raises its
-    `OpenELMError` where there is only one, and `BenchmarkError` where nothing at all could be
-    measured.
+    Of several models, one that cannot be loaded or run is left out with a note. Raises its
+    `OpenELMError` where there is only one, and `BenchmarkError` where nothing could be measured.
     """
-    return Run(options, progress or Unwatched()).document()
+    progress, suite = progress or Unwatched(), options.chosen()
+    load_average, throttled = os.getloadavg()[0], machine.throttle_count()
+    hot = machine.thermal_pressure()
+    if suite.processes == 1:
+        document = Run(options, progress).document()
+    else:
+        document = in_processes(options, progress)
+    before = replace(document.machine, load_average=load_average, thermal_pressure=hot)
+    heat = None if throttled is None else (machine.throttle_count() or 0) - throttled
+    notes = [
+        *machine.method(options, document),
+        *document.notes,
+        *machine.rest_notes(before, machine.thermal_pressure(), heat),
+    ]
+    document = replace(document, machine=before, notes=tuple(dict.fromkeys(notes)))
+    return machine.with_trial_notes(document)
 
 
 def failed(document: Document) -> bool:
-    """Whether a soak in it has seen something wrong."""
+    """Tell whether a soak in it has seen something wrong."""
     return any(note.startswith("failed: ") for row in document.rows for note in row.notes)
 
 
-class Run:
-    """Rows, ratios and notes as they come."""
+# --- processes
 
-    def __init__(self, options: BenchmarkOptions, progress: Progress) -> None:
-        self.options, self.progress = options, progress
+
+def in_processes(options: BenchmarkOptions, progress: Progress) -> Document:
+    """Measure in processes one after another and put their documents together.
+
+    Ctrl-C, and an error in a later process, keep the finished ones; in the first one, the trials
+    that it has finished.
+    """
+    count = options.chosen().processes
+    documents: list[Document] = []
+    while len(documents) < count:
+        try:
+            documents.append(one_process(options, Share(progress, len(documents), count)))
+            cut = None
+        except KeyboardInterrupt:
+            cut = "interrupted"
+        except OpenELMError as error:
+            cut = f"the next one failed: {error}"
+            if not documents:
+                raise
+        if cut is not None:
+            if not documents:
+                raise KeyboardInterrupt
+            notes = (*documents[0].notes, f"{cut}; {len(documents)} of {count} processes are here")
+            documents[0] = replace(documents[0], partial=True, notes=notes)
+        if documents[0].partial:
+            break
+    return merge(documents)
+
+
+def one_process(options: BenchmarkOptions, progress: Share) -> Document:
+    """Return the document of a new process. Raises its `OpenELMError`.
+
+    After Ctrl-C the first process is asked for what it has finished; a second Ctrl-C ends it.
+    """
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(options, progress.number, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        return received(ours, progress)
+    except KeyboardInterrupt:
+        if progress.number:
+            raise
+        process.terminate()
+        try:
+            return received(ours, progress)
+        except EOFError:  # it had not begun
+            raise KeyboardInterrupt from None
+    except EOFError:
+        process.join()
+        what = f"process {progress.number + 1} ended with status {process.exitcode}"
+        raise BenchmarkError(f"{what}; what it said stands above") from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def received(pipe: Connection, progress: Share) -> Document:
+    """Pass on progress until the document comes. Raises `EOFError` where the process has ended."""
+    while True:
+        message = pipe.recv()
+        if isinstance(message, Document):
+            return message
+        if isinstance(message, OpenELMError):
+            raise message
+        label, work = message
+        progress.total(work) if label is None else progress.tick(label, work)
+
+
+def child(options: BenchmarkOptions, number: int, pipe: Connection) -> None:
+    """Measure as one process of several. The terminal's Ctrl-C is left to the first process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        pipe.send(Run(options, Sender(pipe), number).document())
+    except OpenELMError as error:
+        pipe.send(error)
+
+
+# --- one process
+
+
+class Run:
+    """What one process measures: entries and notes, as they come."""
+
+    def __init__(self, options: BenchmarkOptions, progress: Progress, number: int = 0) -> None:
+        self.options, self.progress, self.number = options, progress, number
         self.suite: Suite = options.chosen()
         self.points = options.points()
-        self.rows: list[Row] = []
-        self.ratios: list[Ratio] = []
+        self.trials = self.suite.trials_of_a_process
+        self.entries: list[Entry] = []
+        self.soaked: list[Row] = []
         self.notes: list[str] = []
         self.drafts: dict[str, Engine] = {}
-        self.bandwidth: float | None = None
+        self.versions = machine.versions()
+        self.peers = self.usable_peers()
 
     def document(self) -> Document:
-        before, throttled = machine.machine(), machine.throttle_count()
-        self.peers = self.usable_peers()
-        self.versions = machine.versions()
-        partial = False
+        facts, interrupted = machine.machine(), False
+        commit, dirty = machine.commit(ROOT)
         try:
-            before |= self.measure_bandwidth(before)
+            facts = self.with_bandwidth(facts)
             self.progress.total(self.planned())
-            with tempfile.TemporaryDirectory(prefix="openelm-benchmark-") as folder:
-                self.scratch = Path(folder)
-                for model in self.suite.models:
-                    self.model(model)
+            for model in self.suite.models:
+                self.model(model)
         except KeyboardInterrupt:
-            partial = True
+            interrupted = True
             self.notes.append("interrupted: only the trials that were finished are here")
-        heat = None if throttled is None else (machine.throttle_count() or 0) - throttled
-        if not self.rows and not partial:
+        rows = (*map(harness.row_of, self.entries), *self.soaked)
+        if not rows and not interrupted:
             raise BenchmarkError("; ".join(self.notes) or "nothing was measured")
-        notes = [
-            *self.method(),
-            *self.notes,
-            *machine.rest_notes(before, machine.thermal_pressure(), heat),
-        ]
-        return Document(
-            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            command=self.options.command,
-            suite=self.options.suite,
-            partial=partial,
-            machine=Machine(**before),
-            versions=self.versions,
-            notes=tuple(dict.fromkeys(notes)),
-            rows=tuple(self.rows),
-            ratios=tuple(self.ratios),
+        return completed(
+            Document(
+                created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                command=self.options.command,
+                rows=rows,
+                suite=self.options.suite,
+                partial=interrupted,
+                machine=facts,
+                versions=self.versions,
+                commit=commit,
+                dirty=dirty,
+                notes=tuple(self.notes),
+                ratios=tuple(harness.ratios_of(self.entries)),
+            )
         )
 
-    def model(self, model: str) -> None:
-        """All widths of one model. One of several models that cannot be measured costs the others
-        nothing.
-        """
-        try:
-            for widths in self.groups(model):
-                self.measure(model, widths)
-        except OpenELMError as error:
-            if len(self.suite.models) == 1:
-                raise
-            self.notes.append(f"{model} was left out: {error}")
-
-    def measure_bandwidth(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """What a copy reaches here, and what the maker says where that is known: the ground of
-        every bound.
-        """
-        from openelm_mlx.benchmarks.hardware.chips import nominal_bandwidth
-        from openelm_mlx.benchmarks.measure.bandwidth import measure
-
+    def with_bandwidth(self, facts: Machine) -> Machine:
+        """Add what a copy and a read reach, where the suite measures speed."""
         if not self.suite.speed:
-            return {}
-        found = measure()
-        self.bandwidth = found.bytes_per_second
-        self.notes.append(
-            f"bound: {self.bandwidth / 1e9:.1f} GB/s over the bytes that a token must read; {found.assumed}"
-        )
-        return {
-            "copy_bytes_per_second": self.bandwidth,
-            "nominal_bytes_per_second": nominal_bandwidth(
-                facts.get("chip"), facts.get("gpu_cores")
-            ),
-        }
-
-    def method(self) -> list[str]:
-        """How the figures came about, in the document itself."""
-        if self.suite.soak:
-            return [
-                "figures are those of a fixed probe between random generations, all of it on one engine"
-            ]
-        lookup = any(point.speculation == "prompt-lookup" for point in self.points)
-        return [
-            f"medians of {self.suite.trials} trials; one warm-up run of each case comes before them and is not counted",
-            "trials of all cases of a model take turns; greedy tokens, end of text ignored, the prompt is part of a novel",
-            *[
-                "prompt lookup pays where a text quotes itself, which the prompt does from its 267th token on"
-            ]
-            * lookup,
-        ]
+            return facts
+        found = machine.bandwidth()
+        return replace(facts, copy_bytes_per_second=found.copy, read_bytes_per_second=found.read)
 
     def usable_peers(self) -> list[str]:
-        """Of the peers asked for, those that run here; a note says what the others lack."""
-        if not self.options.peers:
-            return []
-        from openelm_mlx.benchmarks.peers import why_not
+        """Return the peers asked for that run here; a note says what the others lack."""
+        from openelm_mlx.benchmarks import peers
 
         found = []
         for name in dict.fromkeys(self.options.peers):
-            reason = why_not(name)
+            reason = peers.why_not(name)
             if reason is None:
                 found.append(name)
             else:
@@ -179,158 +228,101 @@ class Run:
         return found
 
     def planned(self) -> float:
-        """All tokens there are to run, as the harness counts them."""
+        """Return all work there is, as the harness counts it; that of a soak in seconds."""
         simple = [point for point in self.points if point.simple]
-        speed = (
-            sum(work(self.points)) + len(self.peers) * sum(work(simple))
-            if self.suite.speed
-            else 0.0
-        )
-        startup = (
-            (1 + len(self.peers)) * self.points[0].prompt_tokens if self.suite.startup else 0.0
-        )
-        soak = (
-            60 * self.options.minutes if self.suite.soak else 0.0
-        )  # whose work is counted in seconds
-        widths = len(self.suite.models) * len(self.suite.bits)
-        return widths * (speed * (self.suite.trials + 1) + startup * self.suite.trials + soak)
+        rounds = 0.0
+        if self.suite.speed:
+            rounds += work(self.points) + len(self.peers) * work(simple)
+        if self.suite.startup:
+            rounds += (1 + len(self.peers)) * work([self.first_token])
+        soak = 60 * self.options.minutes if self.suite.soak else 0.0
+        models = len(self.suite.models) * len(self.suite.bits)
+        return models * (rounds * (self.trials + 1) + soak)
 
-    def groups(self, model: str) -> list[tuple[int | None, ...]]:
-        """Widths of one model measured in turns: all of them where they fit into half of the
-        memory, else one by one.
+    @property
+    def first_token(self) -> Point:
+        """The case of a start-up."""
+        return Point(self.points[0].prompt_tokens, 1)
+
+    def model(self, model: str) -> None:
+        """Measure a model in all its numbers of bits.
+
+        One of several models that cannot be measured costs the others nothing.
         """
-        from openelm_mlx.benchmarks.measure.weights import facts_of
+        from openelm_mlx.benchmarks.measure.weights import groups
 
-        facts = facts_of(model, bool(self.options.random_weights))
-        widths = tuple(
-            bits
-            for bits in self.suite.bits
-            if bits is None or facts.bits is None or bits < facts.bits
-        )
-        if widths != self.suite.bits:
-            wide = ", ".join(str(bits) for bits in self.suite.bits if bits not in widths)
-            self.notes.append(
-                f"{model} has {facts.bits}-bit weights already: {wide} bits left out, fewer bits made from those"
-            )
-        whole = 16 if self.suite.dtype in ("bfloat16", "float16") else 32
-        size = (
-            facts.config.num_parameters
-            * sum((bits or whole) / 8 for bits in widths)
-            * (1 + len(self.peers))
-        )
-        if len(widths) == 1 or size < machine.memory_bytes() / 2:
-            return [widths]
-        self.notes.append(
-            f"{model}: the widths do not fit into memory together and were measured one after the other"
-        )
-        return [(bits,) for bits in widths]
+        try:
+            for group in groups(model, self.options, len(self.peers), self.notes):
+                self.measure(model, group)
+        except OpenELMError as error:
+            if len(self.suite.models) == 1:
+                raise
+            self.notes.append(f"{model} was left out: {error}")
 
-    def measure(self, model: str, widths: Sequence[int | None]) -> None:
-        """Load the model in these widths, time every point, and take down the rows, the last ones
-        at an interrupt too.
-        """
+    def measure(self, model: str, group: Sequence[int | None]) -> None:
+        """Load a model in these numbers of bits and time every point."""
         from openelm_mlx.benchmarks.checks.soak import soak_row
-        from openelm_mlx.benchmarks.measure.loaded import open_weights
-        from openelm_mlx.benchmarks.measure.startup import startup_rows
+        from openelm_mlx.benchmarks.measure.weights import open_weights
 
+        options, tick = self.options, self.progress.tick
         with ExitStack() as stack:
-            dtype, random = self.suite.dtype, bool(self.options.random_weights)
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="openelm-")))
+            random = bool(options.random_weights)
             loaded = [
-                open_weights(model, dtype, bits, self.options.group_size, random) for bits in widths
+                open_weights(model, self.suite.dtype, bits, options.group_size, random, scratch)
+                for bits in group
             ]
-            entries: list[Entry] = []
             if self.suite.speed:
-                entries = [entry for weights in loaded for entry in self.entries(weights, stack)]
-            losses: dict[int | None, dict[str, list[float]]] = {}
-            try:
-                harness.measure(entries, self.suite.trials, self.progress.tick)
-                if self.suite.loss:
-                    losses = self.losses(model, loaded)
-            finally:
-                self.take_down(entries, loaded, losses)
-            for weights in loaded:
-                if self.suite.startup:
-                    startup_rows(
-                        self.rows,
-                        weights,
-                        self.scratch,
-                        self.points[0].prompt_tokens,
-                        self.suite.trials,
-                        self.peers,
-                        self.progress.tick,
-                    )
-                if self.suite.soak:
-                    soak_row(self.rows, weights, self.options.minutes, self.progress.tick)
+                found = [self.cases(weights, stack) for weights in loaded]
+                entries = [entry for cases in found for entry in cases]
+                self.entries += entries
+                harness.measure(entries, self.trials, tick)
+                if self.suite.loss and self.number == 0:  # it is the same in every process
+                    self.losses(model, loaded, found)
+            if self.suite.startup:
+                entries = [entry for weights in loaded for entry in self.startups(weights)]
+                self.entries += entries
+                harness.measure(entries, self.trials, tick)
+            for weights in loaded if self.suite.soak else ():
+                soak_row(self.soaked, weights, options.minutes, tick)
 
-    def take_down(
-        self,
-        entries: list[Entry],
-        loaded: list[Weights],
-        losses: dict[int | None, dict[str, list[float]]],
-    ) -> None:
-        from openelm_mlx.benchmarks.measure.loaded import bounded
+    def cases(self, weights: Weights, stack: ExitStack) -> list[Entry]:
+        """Return our engine at every point that fits the context, and the peers at simple ones."""
+        from openelm_mlx.benchmarks.peers.openelm import OurSession, prompt_ids
 
-        start = len(self.rows)
-        known: set[tuple[str, int | None]] = (
-            set()
-        )  # engines and widths that were loaded once for all their cases
-        for entry in entries:
-            key = (entry.case.engine, entry.case.bits)
-            extra = (
-                dict(losses.get(entry.case.bits, {})) if key[0] == OURS and key not in known else {}
-            )
-            if entry.session.load_seconds and key not in known:
-                extra["load_seconds"] = [entry.session.load_seconds]
-            known.add(key)
-            self.rows.append(bounded(harness.row_of(entry, extra), loaded, self.bandwidth))
-        self.ratios += [
-            replace(ratio, row=ratio.row + start, against=ratio.against + start)
-            for ratio in harness.ratios_of(entries)
-        ]
-
-    def entries(self, weights: Weights, stack: ExitStack) -> list[Entry]:
-        """Our engine at every point that fits the model's context, the peers at those that are
-        simple.
-        """
-        from openelm_mlx.benchmarks.peers.openelm import prompt_ids
-
-        peers = [
-            session for name in self.peers if (session := self.open_peer(name, weights)) is not None
-        ]
-        for session in peers:
-            stack.callback(session.close)
+        opened = (self.open_peer(name, weights) for name in self.peers)
+        peers = [session for session in opened if session is not None]
+        for peer in peers:
+            stack.callback(peer.close)
         found: list[Entry] = []
         limit = weights.engine.config.max_context_length
         for point in self.points:
             if point.prompt_tokens + point.generation_tokens - 1 > limit:
                 lengths = f"{point.prompt_tokens} + {point.generation_tokens} tokens"
-                self.notes.append(
-                    f"{weights.engine.name}: {lengths} left out, its context holds {limit}"
-                )
-                self.progress.tick(lengths, sum(work([point])) * (self.suite.trials + 1))
+                what = f"{lengths} left out, its context is {limit} tokens"
+                self.notes.append(f"{weights.engine.name}: {what}")
+                self.progress.tick(lengths, work([point]) * (self.trials + 1))
                 continue
-            prompt = prompt_ids(weights.engine, point.prompt_tokens)
-            session = self.our_session(weights, point)
+            prompt, moved = prompt_ids(weights.engine, point.prompt_tokens), weights.moved(point)
+            draft = self.draft(speculation_settings(point.speculation)[1])
+            seconds = weights.load_seconds or 0.0
+            settings, size = point.settings, point.batch_size
+            session = OurSession(weights.engine, seconds, settings, size, draft)
             stack.callback(session.close)
-            ours = Entry(weights.case(point), session, prompt)
+            beside = partial(session.reused, prompt)
+            case = weights.case(point)
+            ours = Entry(case, session, prompt, beside=beside, bytes_per_token=moved)
             found.append(ours)
-            if point.simple:
-                found += [
-                    Entry(weights.case(point, peer.engine), peer, prompt, against=ours)
-                    for peer in peers
-                ]
+            for peer in peers if point.simple else ():
+                case = weights.case(point, peer.engine)
+                found.append(Entry(case, peer, prompt, against=ours, bytes_per_token=moved))
+        for first in {entry.case.engine: entry for entry in reversed(found)}.values():
+            if seconds := first.session.load_seconds:
+                first.values["load_seconds"] = [seconds]
         return found
 
-    def our_session(self, weights: Weights, point: Point) -> OurSession:
-        from openelm_mlx.benchmarks.peers.openelm import OurSession
-
-        draft = self.draft(speculation_settings(point.speculation)[1])
-        return OurSession(
-            weights.engine, weights.load_seconds or 0.0, settings(point), point.batch_size, draft
-        )
-
     def draft(self, name: str | None) -> Engine | None:
-        """The model that drafts, loaded once."""
+        """Return the model that drafts, loaded once."""
         from openelm_mlx.benchmarks.measure.weights import open_engine
 
         if name is not None and name not in self.drafts:
@@ -341,43 +333,52 @@ class Run:
         from openelm_mlx.benchmarks.peers import open_peer
 
         try:
-            session = open_peer(name, weights.written(self.scratch), weights.dtype)
+            session = open_peer(name, weights.written(), weights.dtype)
         except OpenELMError as error:
             self.notes.append(f"{name} was left out: {error}")
             return None
         self.versions[name] = session.version
         return session
 
-    def losses(self, model: str, loaded: list[Weights]) -> dict[int | None, dict[str, list[float]]]:
-        """Return the metrics of each number of bits against the model as stored, on text that this
-        one writes.
+    def startups(self, weights: Weights) -> list[Entry]:
+        """Return the start-up of our engine and of each peer.
+
+        A peer's file is converted beforehand: that does not belong to its start-up.
         """
-        from openelm_mlx.benchmarks.measure.weights import open_engine
-        from openelm_mlx.device import mx
-        from openelm_mlx.evaluate.score import compare, own_text
+        from openelm_mlx.benchmarks.peers import prepared
+        from openelm_mlx.benchmarks.peers.openelm import prompt_ids
+
+        folder, path = weights.written(), weights.engine.tokenizer.path
+        tokenizer = path if path.exists() else None
+        prompt = prompt_ids(weights.engine, self.first_token.prompt_tokens)
+        found: list[Entry] = []
+        for name in (OURS, *self.peers):
+            place = folder
+            try:
+                if name != OURS:
+                    place = prepared(name, folder, weights.dtype, weights.scratch)
+            except OpenELMError as error:
+                self.notes.append(f"{name} was left out: {error}")
+                continue
+            session = harness.NewProcess(name, place, weights.dtype, tokenizer)
+            ours = found[0] if found else None
+            case = weights.case(self.first_token, name)
+            found.append(Entry(case, session, prompt, ours, harness.startup_figures))
+        return found
+
+    def losses(self, model: str, loaded: list[Weights], cases: list[list[Entry]]) -> None:
+        """Add the loss against the model as stored to the first case of each number of bits."""
+        from openelm_mlx.benchmarks.measure.weights import losses, open_engine
 
         if self.options.random_weights:
-            self.notes.append(
-                "no loss is given: that of random weights would say nothing of trained ones"
-            )
-            return {}
-        reference = (
-            loaded[0].engine if loaded[0].stored else open_engine(model, self.suite.dtype, None)[0]
-        )
-        unknown = mx.where(mx.arange(reference.config.vocab_size) < reference.vocab, 0.0, -mx.inf)
-        length = min(LOSS_TOKENS, reference.config.max_context_length)
-        bos = reference.tokenizer.bos_id
-        text = own_text(reference.model, [[bos]], length, seed=0, banned=unknown)
-        found: dict[int | None, dict[str, list[float]]] = {}
-        for weights in loaded:
-            if weights.stored:
-                continue
-            loss = compare(reference.model, weights.engine.model, [text], vocab=reference.vocab)
-            found[weights.bits] = {
-                "kl_mean": [loss.mean_kl_divergence],
-                "top_1_agreement": [loss.top_1_agreement],
-            }
-        self.notes.append(
-            f"loss is against the model as stored, on {length} tokens that it samples itself"
-        )
-        return found
+            why = "that of random weights would say nothing of trained ones"
+            self.notes.append(f"no loss is given: {why}")
+            return
+        first = loaded[0]
+        reference = first.engine if first.stored else open_engine(model, self.suite.dtype, None)[0]
+        found, tokens = losses(loaded, reference)
+        for figures, entries in zip(found, cases, strict=True):
+            for entry in entries[:1]:
+                entry.values |= {name: [value] for name, value in figures.items()}
+        what = f"on {tokens} tokens that it samples itself"
+        self.notes.append(f"loss is against the model as stored, {what}")

@@ -1,27 +1,29 @@
 """What is measured: the suites, the options that change them, and the grid of cases that follows.
-No MLX here.
+
+Nothing here needs MLX, so that `openelm benchmark --help` can list every option.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
+from openelm_mlx.benchmarks.peers import PEERS
+from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import OptionError
-from openelm_mlx.fields import check_fields
+from openelm_mlx.fields import check_fields, check_unset, option
 from openelm_mlx.model.config import PUBLISHED
-from openelm_mlx.quantization import BITS
+from openelm_mlx.quantization import BITS, GROUP_SIZES
 
 MIN_TRIALS = 5
-TINY = ("openelm-tiny",)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One shape of work, of whatever model."""
+    """The lengths and settings of a case, for whatever model."""
 
     prompt_tokens: int
     generation_tokens: int
@@ -34,15 +36,22 @@ class Point:
         """Whether a peer runs it too."""
         return self.batch_size == 1 and self.cache == "plain" and self.speculation is None
 
+    @property
+    def settings(self) -> dict[str, int]:
+        """Options of its requests and of the engine."""
+        return {**cache_settings(self.cache), **speculation_settings(self.speculation)[0]}
+
 
 @dataclass(frozen=True)
 class Suite:
-    """Axes of a grid. Prompt and generation lengths are crossed; the other axes vary one at a time,
-    at the first lengths.
+    """The axes of a grid.
+
+    Lengths of prompt and generation are crossed; the other axes vary one at a time, at the first
+    lengths. `trials` are spread over the processes.
     """
 
     help: str
-    models: tuple[str, ...] = TINY
+    models: tuple[str, ...] = ("openelm-tiny",)
     bits: tuple[int | None, ...] = (None,)
     dtype: str | None = None
     prompt_tokens: tuple[int, ...] = (64,)
@@ -50,10 +59,11 @@ class Suite:
     batch_sizes: tuple[int, ...] = (1,)
     caches: tuple[str, ...] = ("plain",)
     speculations: tuple[str | None, ...] = (None,)
-    trials: int = 5
+    trials: int = 10
+    processes: int = 5  # results.compare says why
     speed: bool = True  # prefill, decode, first token
     startup: bool = False  # a new process to its first token
-    loss: bool = False  # KL divergence and agreement of each width with full precision
+    loss: bool = False  # KL divergence and agreement with the model as stored
     soak: bool = False
 
     def points(self) -> list[Point]:
@@ -64,6 +74,11 @@ class Suite:
         found += [replace(first, speculation=kind) for kind in self.speculations]
         return list(dict.fromkeys(found))
 
+    @property
+    def trials_of_a_process(self) -> int:
+        """Its share of the trials, but two at least, without which no ratio has an interval."""
+        return max(2, -(-self.trials // self.processes))
+
 
 SUITES = {
     "quick": Suite(
@@ -71,7 +86,6 @@ SUITES = {
         batch_sizes=(1, 4),
         caches=("plain", "kv8"),
         speculations=(None, "prompt-lookup"),
-        trials=7,
     ),
     "standard": Suite(
         "two prompt lengths, batches, cache kinds, speculation, start-up",
@@ -80,7 +94,6 @@ SUITES = {
         batch_sizes=(1, 4, 16),
         caches=("plain", "kv8", "kv4", "window-256"),
         speculations=(None, "prompt-lookup"),
-        trials=7,
         startup=True,
     ),
     # arXiv:2404.14619, benchmarking on Apple hardware: all four sizes in bfloat16 and 4 bits on an
@@ -94,6 +107,8 @@ SUITES = {
         dtype="bfloat16",
         prompt_tokens=(36,),
         generation_tokens=(1024,),
+        trials=6,
+        processes=3,
     ),
     "context": Suite(
         "decode speed against the length of the context, up to 2048",
@@ -101,73 +116,92 @@ SUITES = {
         generation_tokens=(32,),
     ),
     "bits": Suite(
-        "speed, memory and loss of each width of the weights",
+        "speed, memory and loss at every number of bits",
         bits=(None, *reversed(BITS)),
         loss=True,
     ),
-    "startup": Suite("a new process to its first token", speed=False, startup=True, trials=7),
+    "startup": Suite("a new process to its first token", speed=False, startup=True),
     "soak": Suite(
-        "half an hour of everything at random, memory and tokens watched", speed=False, soak=True
+        "half an hour of everything at random, memory and tokens watched; needs a checkout",
+        speed=False,
+        soak=True,
+        processes=1,
     ),
 }
 
 
+def several(help: str, low: float | None = None, **metadata: Any) -> Any:
+    """An option of several values after one flag; without any, the suite decides."""
+    return option((), help, low, nargs="+", **{"metavar": "N", **metadata})
+
+
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What to measure; an empty field leaves it to the suite. Raises `OptionError` for what is out
-    of range.
+    """What to measure; what is not given is left to the suite.
+
+    Raises `OptionError` for what is out of range, or has nothing to act on.
     """
 
     models: tuple[str, ...] = ()
-    suite: str = "quick"
-    random_weights: tuple[str, ...] = ()  # published sizes, instead of models
-    bits: tuple[int, ...] = ()
-    dtype: str | None = None
-    group_size: int = 64
-    prompt_tokens: tuple[int, ...] = ()
-    generation_tokens: tuple[int, ...] = ()
-    batch_sizes: tuple[int, ...] = ()
-    caches: tuple[str, ...] = ()
-    speculations: tuple[str, ...] = ()
-    trials: int | None = None
-    peers: tuple[str, ...] = ()
-    minutes: float = 30.0  # of the soak
+    suite: str = option(
+        "quick",
+        "; ".join(f"{name}: {suite.help}" for name, suite in SUITES.items()),
+        choices=tuple(SUITES),
+        metavar="NAME",
+    )
+    random_weights: tuple[str, ...] = several(
+        f"published sizes with random weights, nothing downloaded: {', '.join(PUBLISHED)}",
+        metavar="SIZE",
+    )
+    bits: tuple[int, ...] = several(
+        f"quantize to these numbers of bits: {', '.join(map(str, BITS))}", choices=BITS
+    )
+    group_size: int = option(64, "with --bits: weights that share a scale", choices=GROUP_SIZES)
+    dtype: str | None = option(None, "compute in this type", choices=FLOATS)
+    prompt_tokens: tuple[int, ...] = several("lengths of the prompt", 1)
+    generation_tokens: tuple[int, ...] = several("tokens generated after it", 1)
+    batch_sizes: tuple[int, ...] = several("sequences at a time", 1, flag="--batch-size")
+    caches: tuple[str, ...] = several(
+        "how keys and values are kept: plain, kv8, kv4, window-N", flag="--cache", metavar="KIND"
+    )
+    speculations: tuple[str, ...] = several(
+        "none, prompt-lookup, 'draft MODEL'", flag="--speculation", metavar="KIND"
+    )
+    trials: int | None = option(
+        None, "counted runs of each case, spread over the processes; at least 5", MIN_TRIALS
+    )
+    processes: int | None = option(
+        None,
+        "measure in this many processes, one after another (default: 5; paper: 3, soak: 1)",
+        1,
+        100,
+    )
+    minutes: float = option(30.0, "length of the soak suite", 0.01)
+    peers: tuple[str, ...] = option(
+        (), f"time these too: {', '.join(PEERS)}", commas=True, choices=PEERS, metavar="NAMES"
+    )
     command: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.suite not in SUITES:
-            raise OptionError(f"suite is {self.suite!r}; allowed: {', '.join(SUITES)}")
         if self.models and self.random_weights:
             raise OptionError("a model and --random-weights exclude each other; give one of them")
-        for name in ("prompt_tokens", "generation_tokens", "batch_sizes"):
-            for value in getattr(self, name):
-                if value < 1:
-                    raise OptionError(f"{name} is {value}; allowed is a number from 1 up")
-        for bits in self.bits:
-            if bits not in BITS:
-                raise OptionError(f"bits is {bits}; allowed: {', '.join(map(str, BITS))}")
-        if self.trials is not None and self.trials < MIN_TRIALS:
-            raise OptionError(
-                f"trials is {self.trials}; allowed is a number from {MIN_TRIALS} up: fewer say nothing of spread"
-            )
-        if self.minutes <= 0:
-            raise OptionError(f"minutes is {self.minutes}; allowed is a number above 0")
         for cache in self.caches:
             cache_settings(cache)
         for kind in self.speculations:
             speculation_settings(kind)
-        if self.group_size != BenchmarkOptions.group_size and not any(self.chosen().bits):
+        if not any(self.chosen().bits):
+            check_unset(self, "group_size", "nothing is quantized here; give bits too")
+        if not self.chosen().soak:
+            why = "only the soak suite runs by the clock; give --suite soak too"
+            check_unset(self, "minutes", why)
+        elif self.processes not in (None, 1):
             raise OptionError(
-                f"group_size is {self.group_size}, but nothing is quantized here; give bits too"
-            )
-        if self.minutes != BenchmarkOptions.minutes and not SUITES[self.suite].soak:
-            raise OptionError(
-                f"minutes is {self.minutes:g}, but only the soak suite runs by the clock; give --suite soak too"
+                f"processes is {self.processes}, but the soak suite runs in one; leave it out"
             )
 
     def chosen(self) -> Suite:
-        """The suite with what these options say otherwise."""
+        """Return the suite, changed as these options say."""
         suite = SUITES[self.suite]
         given: dict[str, Any] = {
             "models": self.random_weights or self.models,
@@ -179,51 +213,45 @@ class BenchmarkOptions:
             "speculations": tuple(None if kind == "none" else kind for kind in self.speculations),
             "dtype": self.dtype,
             "trials": self.trials,
+            "processes": self.processes,
         }
         return replace(suite, **{name: value for name, value in given.items() if value})
 
     def points(self) -> list[Point]:
-        """The suite's own points, or the whole grid over the axes that were given here."""
+        """Return the suite's own points, or the whole grid over the axes that were given.
+
+        Whoever gives lengths wants only those, without the suite's variations beside them.
+        """
         suite = self.chosen()
-        if not (self.batch_sizes or self.caches or self.speculations):
-            return (
-                suite.points()
-                if not (self.prompt_tokens or self.generation_tokens)
-                else lengths_only(suite)
-            )
-        axes = (
+        axes = (self.batch_sizes, self.caches, self.speculations)
+        if not any((*axes, self.prompt_tokens, self.generation_tokens)):
+            return suite.points()
+        grid = (
             suite.prompt_tokens,
             suite.generation_tokens,
             suite.batch_sizes if self.batch_sizes else (1,),
             suite.caches if self.caches else ("plain",),
             suite.speculations if self.speculations else (None,),
         )
-        return [Point(*values) for values in product(*axes)]
-
-
-def lengths_only(suite: Suite) -> list[Point]:
-    """Who names lengths wants those, not the suite's variations beside them."""
-    return [Point(*lengths) for lengths in product(suite.prompt_tokens, suite.generation_tokens)]
+        return [Point(*values) for values in product(*grid)]
 
 
 def cache_settings(cache: str) -> dict[str, int]:
-    """Engine options of a cache kind: plain, kv8, kv4 (quantized), window-N. Raises
-    `OptionError`.
-    """
+    """Return the engine options of a kind of cache. Raises `OptionError` for an unknown one."""
     if cache == "plain":
         return {}
     if match := re.fullmatch(r"kv([48])", cache):
         return {"kv_bits": int(match[1])}
     if match := re.fullmatch(r"window-(\d{1,6})", cache):
         return {"kv_window": int(match[1])}
-    raise OptionError(
-        f"cache is {cache!r}; allowed: plain, kv8, kv4, window-N with a number of tokens N"
-    )
+    kinds = "plain, kv8, kv4, window-N with a number of tokens N"
+    raise OptionError(f"cache is {cache!r}; allowed: {kinds}")
 
 
 def speculation_settings(kind: str | None) -> tuple[dict[str, int], str | None]:
-    """Generation options of a kind of speculation, and the model that drafts, if one does. Raises
-    `OptionError`.
+    """Return the generation options of a kind of speculation, and the model that drafts, if any.
+
+    Raises `OptionError` for an unknown kind.
     """
     if kind in (None, "none"):
         return {}, None
@@ -234,12 +262,11 @@ def speculation_settings(kind: str | None) -> tuple[dict[str, int], str | None]:
     raise OptionError(f"speculation is {kind!r}; allowed: none, prompt-lookup, or 'draft MODEL'")
 
 
-def settings(point: Point) -> dict[str, int]:
-    """Options of a point, of its requests and of the engine."""
-    return {**cache_settings(point.cache), **speculation_settings(point.speculation)[0]}
+def work(points: Iterable[Point]) -> float:
+    """Return the tokens of all points; a prompt's count an eighth, as they are faster.
 
-
-def work(points: list[Point]) -> Iterator[float]:
-    """Tokens of each point, as the harness counts them."""
-    for point in points:
-        yield point.batch_size * (point.prompt_tokens / 8 + point.generation_tokens)
+    Only proportions matter, for the progress bar's estimate.
+    """
+    return sum(
+        point.batch_size * (point.prompt_tokens / 8 + point.generation_tokens) for point in points
+    )

@@ -1,19 +1,27 @@
-"""Models to measure: by name, of random weights, in another width; and the same weights as a folder
-for others.
+"""Models to measure: by name, with random weights, or with fewer bits than they are stored in.
+
+The same weights become a folder for the peers and for new processes.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from openelm_mlx import device
-from openelm_mlx.device import mx, nn
+from openelm_mlx.benchmarks.hardware.roofline import bytes_per_token
+from openelm_mlx.benchmarks.measure import machine
+from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions, Point
+from openelm_mlx.benchmarks.peers import OURS
+from openelm_mlx.benchmarks.results.document import Case
+from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.dtypes import DTYPES, name_of
 from openelm_mlx.engine.hub import BUNDLED, resolve_model
 from openelm_mlx.engine.loading import Engine, load, parameters, quantize_now
@@ -25,42 +33,133 @@ from openelm_mlx.model.decoder import OpenELM
 from openelm_mlx.quantization import KEYS, QuantSpec, matrices, quantization_of, spec_of
 
 SEED = 0
+LOSS_TOKENS = 512  # on which the loss of fewer bits is measured
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What must be known of a model before it is loaded."""
+@dataclass
+class Weights:
+    """A loaded model, and where peers and new processes find the same weights."""
 
-    config: OpenELMConfig
-    bits: int | None  # its own width, where it is quantized; the narrowest where that is mixed
+    engine: Engine
+    load_seconds: float | None  # None where the weights were made, not read
+    bits: int | None  # None where they are unquantized or mixed
+    random: bool
+    stored: bool  # whether they are in the bits that their folder has
+    scratch: Path  # for what is written
+    folder: Path | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The type that activations are computed in: that of the norms."""
+        return name_of(parameters(self.engine.model)["transformer.norm.weight"].dtype)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.engine.nbytes / self.engine.config.num_parameters
+
+    def written(self) -> Path:
+        """Return the folder that others load, written where there is none yet."""
+        if self.folder is None:
+            name = f"{self.engine.name.replace('/', '-')}-{self.bits}"
+            self.folder = write_folder(self.engine, self.scratch / name)
+        return self.folder
+
+    def case(self, point: Point, engine: str = OURS) -> Case:
+        return Case(
+            engine=engine,
+            model=last_part(self.engine.name),
+            dtype=self.dtype,
+            bits=self.bits,
+            bits_per_weight=round(self.bits_per_weight, 4),
+            prompt_tokens=point.prompt_tokens,
+            generation_tokens=point.generation_tokens,
+            batch_size=point.batch_size,
+            cache=point.cache,
+            speculation=None if point.speculation is None else last_part(point.speculation),
+            random_weights=self.random,
+        )
+
+    def moved(self, point: Point) -> dict[str, float] | None:
+        """Return the bytes that a token reads, by part, half way through the answer.
+
+        None stands for batches and speculation: there a pass over the weights gives more tokens.
+        """
+        if point.batch_size > 1 or point.speculation is not None:
+            return None
+        context = point.prompt_tokens + point.generation_tokens // 2
+        context = min(context, point.settings.get("kv_window", context))
+        return bytes_per_token(
+            self.engine.config,
+            self.dtype,
+            self.engine.quantization,
+            context,
+            point.settings.get("kv_bits"),
+        )
 
 
-def facts_of(name: str, random: bool) -> Facts:
-    """Raises `BenchmarkError` for a size that was not published, `HubError` or `ConfigError` for an
-    unknown model.
+def last_part(name: str) -> str:
+    """Return a name without its folders, which concern nobody: `draft /home/me/a` -> `draft a`."""
+    kind, space, path = name.rpartition(" ") if name.startswith("draft ") else ("", "", name)
+    here = Path(os.path.expanduser(path))
+    return f"{kind}{space}{here.resolve().name}" if os.path.exists(here) else name
+
+
+def facts_of(name: str, random: bool) -> tuple[OpenELMConfig, int | None]:
+    """Return the configuration and the fewest bits of a model that is not loaded yet.
+
+    The bits are None where it is not quantized. Raises `BenchmarkError` for a size that was not
+    published, `HubError` or `ConfigError` for an unknown model.
     """
     if random:
-        return Facts(published(name), None)
+        return published(name), None
     raw = read_json(resolve_model(name).folder / "config.json")
-    config, quantization = OpenELMConfig.from_hf_dict(raw), quantization_of(raw) or {}
-    specs = (spec_of(quantization, stem) for stem in matrices(expected_tensors(config)))
-    bits = [spec.bits for spec in specs if spec is not None] if quantization else []
-    return Facts(config, min(bits, default=None))
+    config = OpenELMConfig.from_hf_dict(raw)
+    return config, min(bits_of(config, quantization_of(raw)), default=None)
+
+
+def bits_of(config: OpenELMConfig, quantization: Mapping[str, Any] | None) -> set[int]:
+    """Return the numbers of bits that matrices are quantized to."""
+    stems = matrices(expected_tensors(config)) if quantization else ()
+    specs = [spec_of(quantization or {}, stem) for stem in stems]
+    return {spec.bits for spec in specs if spec is not None}
 
 
 def published(size: str) -> OpenELMConfig:
     if normal_name(size) not in PUBLISHED:
-        raise BenchmarkError(
-            f"no size {size!r} was published; --random-weights takes one of {', '.join(PUBLISHED)}"
-        )
+        known = f"--random-weights takes one of {', '.join(PUBLISHED)}"
+        raise BenchmarkError(f"no size {size!r} was published; {known}")
     return OpenELMConfig.from_name(size)
+
+
+def open_weights(
+    model: str,
+    dtype: str | None,
+    bits: int | None,
+    group_size: int,
+    random: bool,
+    scratch: Path,
+) -> Weights:
+    """Open a model by name or folder, or a published size with random weights.
+
+    Raises `OpenELMError`.
+    """
+    if random:
+        engine = random_engine(model, dtype, bits, group_size)
+        return Weights(engine, None, bits, True, False, scratch)
+    engine, seconds = open_engine(model, dtype, bits, group_size)
+    if bits is not None:
+        return Weights(engine, seconds, bits, False, False, scratch)
+    found = bits_of(engine.config, engine.quantization)
+    uniform = found.pop() if len(found) == 1 else None
+    return Weights(engine, seconds, uniform, False, True, scratch, engine.path)
 
 
 def open_engine(
     name: str, dtype: str | None, bits: int | None, group_size: int = 64
 ) -> tuple[Engine, float]:
-    """A model by name or folder, in `bits` where given, and the seconds it took to load as it is
-    stored.
+    """Load a model, quantize it where `bits` are given, and return it with its loading time.
+
+    The time is that of the model as it is stored, in seconds.
     """
     start = perf_counter()
     engine = load(name, dtype)
@@ -69,122 +168,48 @@ def open_engine(
         if engine.quantization:
             unquantize(engine.model)
         quantize_now(engine.model, bits, group_size)
-        engine = Engine(
-            engine.model,
-            engine.tokenizer,
-            engine.config,
-            engine.name,
-            engine.path,
-            QuantSpec(bits, group_size).as_config(),
-            engine.instruct,
-        )
+        engine = replace(engine, quantization=QuantSpec(bits, group_size).as_config())
         evaluate_one_by_one(engine)
     return engine, seconds
 
 
 def unquantize(model: OpenELM) -> None:
-    """Full-precision layers in place of quantized ones, holding what those stood for."""
+    """Replace quantized layers by unquantized ones with the values that those stood for."""
     layers: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            weight = mx.dequantize(
-                module.weight,
-                module.scales,
-                module.get("biases"),
-                group_size=module.group_size,
-                bits=module.bits,
-                mode=module.mode,
-            )
-            plain: nn.Module = (
-                nn.Embedding(1, 1)
-                if isinstance(module, nn.QuantizedEmbedding)
-                else nn.Linear(1, 1, bias=False)
-            )
+            embedding = isinstance(module, nn.QuantizedEmbedding)
+            plain = nn.Embedding(1, 1) if embedding else nn.Linear(1, 1, bias=False)
+            spec = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+            weight = mx.dequantize(module.weight, module.scales, module.get("biases"), **spec)
             plain.weight = weight.astype(module.scales.dtype)
             layers.append((path, plain))
-    model.update_modules(nest(layers))
-
-
-def nest(leaves: list[tuple[str, nn.Module]]) -> Any:
-    from openelm_mlx.device import utils
-
-    return utils.tree_unflatten(leaves)
+    model.update_modules(utils.tree_unflatten(layers))  # type: ignore[arg-type]
 
 
 def random_engine(
     size: str, dtype: str | None = None, bits: int | None = None, group_size: int = 64
 ) -> Engine:
-    """An engine of a published size with seeded random weights: nothing is downloaded, speed is
-    that of the real one.
+    """Return an engine of a published size with seeded random weights, without a download.
 
-    Entries are normal with variance 1 / columns, norms are 1. Raises `BenchmarkError` for a size
-    that is not published.
+    It is as fast as the real one. Entries are normal with variance 1 / columns, norms are 1. Raises
+    `BenchmarkError` for a size that was not published.
     """
     config = published(size)
     kind = DTYPES[dtype or ("float32" if device.kind() == "cpu" else "bfloat16")].mlx
     model = OpenELM(config)
     names = sorted(parameters(model).items())
     keys = mx.random.split(mx.random.key(SEED), len(names))
-    model.load_weights(
-        [
-            (name, random_tensor(array, key, kind))
-            for (name, array), key in zip(names, keys, strict=True)
-        ]
-    )
+    made = zip(names, keys, strict=True)
+    model.load_weights([(name, random_tensor(array, key, kind)) for (name, array), key in made])
     if bits is not None:
         quantize_now(model, bits, group_size)
     model.eval()
     quantization = None if bits is None else QuantSpec(bits, group_size).as_config()
-    engine = Engine(
-        model, padded_tokenizer(config.vocab_size), config, normal_name(size), BUNDLED, quantization
-    )
+    tokenizer = padded_tokenizer(config.vocab_size)
+    engine = Engine(model, tokenizer, config, normal_name(size), BUNDLED, quantization)
     evaluate_one_by_one(engine)
     return engine
-
-
-def random_model(
-    seed: int,
-    vocab: int = 64,
-    dim: int = 64,
-    layers: int = 2,
-    spread: float = 2.0,
-    noise: float = 0.0,
-) -> OpenELM:
-    """A model of a few thousand random weights, made in a moment.
-
-    `spread` scales the logits, so that the choice is neither flat nor certain. `noise` is how far
-    its head is from that of the same seed without, as a draft model is from its target.
-    """
-    config = OpenELMConfig(
-        vocab_size=vocab,
-        model_dim=dim,
-        head_dim=32,
-        num_transformer_layers=layers,
-        num_gqa_groups=2,
-        share_input_output_layers=False,
-        qkv_multipliers=(1.0, 2.0),
-        ffn_multipliers=(1.0, 2.0),
-        ffn_dim_divisor=32,
-        max_context_length=512,
-    )
-    mx.random.seed(seed)
-    model = OpenELM(config)
-    head = mx.random.normal((vocab, dim)) * spread / dim**0.5
-    if noise:
-        head = head * (1 + noise * mx.random.normal((vocab, dim)))
-    model.load_weights([("lm_head.weight", head)], strict=False)
-    mx.eval(model.parameters())
-    return model
-
-
-def small_engine(
-    like: Engine, seed: int, *shape: int, dtype: mx.Dtype = mx.float32, **more: float
-) -> Engine:
-    """An engine of random weights with the tokenizer of another; the rest is `random_model`'s."""
-    model = random_model(seed, *shape, **more)  # type: ignore[arg-type]
-    model.set_dtype(dtype)
-    mx.eval(model.parameters())
-    return Engine(model, like.tokenizer, model.args, f"random-{seed}", BUNDLED)
 
 
 def random_tensor(like: mx.array, key: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -194,15 +219,13 @@ def random_tensor(like: mx.array, key: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def evaluate_one_by_one(engine: Engine) -> None:
-    """So that no more than one tensor waits in full precision for its quantized form."""
+    """Evaluate the weights so that only one tensor at a time is unquantized in memory."""
     for _, array in sorted(parameters(engine.model).items()):
         mx.eval(array)
 
 
 def padded_tokenizer(vocab: int) -> Tokenizer:
-    """The bundled tokenizer with meaningless pieces up to `vocab`, so that every id of a large
-    model has one.
-    """
+    """Return the bundled tokenizer with meaningless pieces added, so that every id has one."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.model"
         path.write_bytes(padded_pieces((BUNDLED / "tokenizer.model").read_bytes(), vocab))
@@ -210,8 +233,9 @@ def padded_tokenizer(vocab: int) -> Tokenizer:
 
 
 def padded_pieces(data: bytes, vocab: int) -> bytes:
-    """A SentencePiece file with pieces appended: in Protocol Buffers, more entries of a repeated
-    field just follow.
+    """Return a SentencePiece file with pieces appended up to `vocab`.
+
+    In Protocol Buffers, more entries of a repeated field just follow.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -219,16 +243,16 @@ def padded_pieces(data: bytes, vocab: int) -> bytes:
     pieces = []
     for number in range(have, vocab):
         name = f"⟨{number}⟩".encode()
-        body = (
-            b"\x0a" + bytes([len(name)]) + name
-        )  # ModelProto.SentencePiece: field 1, the piece; its score stays 0
-        pieces.append(b"\x0a" + bytes([len(body)]) + body)  # ModelProto: field 1, a piece
+        # ModelProto.SentencePiece: field 1 is the piece; its score stays 0
+        body = b"\x0a" + bytes([len(name)]) + name
+        pieces.append(b"\x0a" + bytes([len(body)]) + body)  # ModelProto: field 1 is a piece
     return data + b"".join(pieces)
 
 
 def write_folder(engine: Engine, folder: Path) -> Path:
-    """The engine's very weights as a model folder for the peers to load. Raises `BenchmarkError`
-    when it cannot be written.
+    """Write the engine's weights as a model folder for the peers.
+
+    Raises `BenchmarkError` where that is impossible.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -240,9 +264,8 @@ def write_folder(engine: Engine, folder: Path) -> Path:
         write_json(folder / "config.json", config)
         write_tokenizer(engine, folder)
     except (OSError, RuntimeError) as error:
-        raise BenchmarkError(
-            f"cannot write the weights for the peers into {folder}: {error}; free some disk"
-        ) from None
+        what = f"cannot write the weights for the peers into {folder}: {error}"
+        raise BenchmarkError(f"{what}; free some disk") from None
     return folder
 
 
@@ -255,10 +278,45 @@ def write_tokenizer(engine: Engine, folder: Path) -> None:
         (folder / "tokenizer.model").write_bytes(data)
 
 
-def bits_per_weight(engine: Engine) -> float:
-    return 8 * engine.nbytes / engine.config.num_parameters
+def groups(
+    model: str, options: BenchmarkOptions, peers: int, notes: list[str]
+) -> list[tuple[int | None, ...]]:
+    """Return the numbers of bits in which a model is measured, those together that take turns.
+
+    That is all of them where they fit into half of the memory, else one by one. `notes` gets why
+    some are left out.
+    """
+    suite, (config, stored) = options.chosen(), facts_of(model, bool(options.random_weights))
+    fewer = tuple(bits for bits in suite.bits if bits is None or stored is None or bits < stored)
+    if fewer != suite.bits:
+        left = ", ".join(str(bits) for bits in suite.bits if bits not in fewer)
+        what = f"{left} bits left out, fewer bits made from those"
+        notes.append(f"{model} has {stored}-bit weights already: {what}")
+    unquantized = 16 if suite.dtype in ("bfloat16", "float16") else 32
+    size = config.num_parameters * sum((bits or unquantized) / 8 for bits in fewer)
+    if len(fewer) == 1 or size * (1 + peers) < machine.memory_bytes() / 2:
+        return [fewer]
+    what = "do not fit into memory together and were measured one after the other"
+    notes.append(f"{model}: the numbers of bits {what}")
+    return [(bits,) for bits in fewer]
 
 
-def dtype_name(engine: Engine) -> str:
-    """The type that activations are computed in: that of the norms."""
-    return name_of(parameters(engine.model)["transformer.norm.weight"].dtype)
+def losses(loaded: Sequence[Weights], reference: Engine) -> tuple[list[dict[str, float]], int]:
+    """Return the loss of each number of bits against a model, and the tokens it is measured on.
+
+    The reference writes the text itself. Weights as they are stored have no loss.
+    """
+    from openelm_mlx.evaluate.score import compare, own_text
+
+    unknown = mx.where(mx.arange(reference.config.vocab_size) < reference.vocab, 0.0, -mx.inf)
+    length = min(LOSS_TOKENS, reference.config.max_context_length)
+    bos = reference.tokenizer.bos_id
+    text = own_text(reference.model, [[bos]], length, seed=0, banned=unknown)
+    found: list[dict[str, float]] = []
+    for weights in loaded:
+        model, figures = weights.engine.model, {}
+        if not weights.stored:
+            loss = compare(reference.model, model, [text], vocab=reference.vocab)
+            figures = {"kl_mean": loss.mean_kl_divergence, "top_1_agreement": loss.top_1_agreement}
+        found.append(figures)
+    return found, length

@@ -1,67 +1,113 @@
-"""Other engines that run the same weights: each optional, each behind the `Session` of timing.py.
+"""The engines that are timed on the same weights: this one and its peers, each behind a `Session`.
 
-    mlx_lm.py           mlx-lm, on the same model folder
-    llama_cpp.py        llama.cpp, as its Python binding or its server, on a GGUF with the same weights (llama_gguf.py)
-    torch_reference.py  OpenELM in PyTorch, written here to be read; on Apple's GPU or the CPU
-
-A peer answers only for its own tokens and times. Whether the tokens are ours, and so whether the
-times count, is for the harness to say.
+A session answers for its own tokens and times only. Whether the tokens agree, and so whether the
+times count, is decided in `measure`, which nothing here may import. Each peer's package is optional
+and is imported by its own module alone.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from openelm_mlx.errors import BenchmarkError, OptionError, reason
+from openelm_mlx.errors import BenchmarkError, OpenELMError, OptionError, reason
 
-if TYPE_CHECKING:
-    from openelm_mlx.benchmarks.measure.timing import Session
+OURS = "openelm-mlx"
+# the module of each peer, and the packages that it needs; llama.cpp is a package or a program
+NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "mlx-lm": ("mlx_lm", ("mlx_lm",)),
+    "llama.cpp": ("llama_cpp", ()),
+    "torch": ("torch_reference", ("torch", "safetensors")),
+}
+PEERS = tuple(NEEDS)
+START_UP = "import sys; from openelm_mlx.benchmarks import peers; sys.exit(peers.start_up())"
 
-MODULES = {"mlx-lm": "mlx_lm", "llama.cpp": "llama_cpp", "torch": "torch_reference"}
-PEERS = tuple(MODULES)
+
+@dataclass(frozen=True)
+class Timed:
+    """A generation, token by token.
+
+    `tokens` are greedy, and those of the first sequence where a batch has several. `seconds[i]` is
+    when token i was known to the host, counted from handing over the prompt.
+    """
+
+    tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
+    peak_memory_bytes: int | None = None
+    tokens_per_pass: float | None = None  # of the target model, under speculation
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first token."""
+        return self.seconds[0]
+
+    @property
+    def decoding(self) -> float:
+        """Seconds from the first token to the last, which is `len(tokens) - 1` steps."""
+        return self.seconds[-1] - self.seconds[0]
+
+    def prefill_rate(self, prompt_tokens: int, batch_size: int = 1) -> float:
+        """Return prompt tokens a second; the first token comes out of the prompt's own pass."""
+        return batch_size * prompt_tokens / self.first
+
+    def decode_rate(self, batch_size: int = 1) -> float | None:
+        """Return tokens a second after the first, over all sequences; None without a step."""
+        steps = len(self.tokens) - 1
+        return batch_size * steps / self.decoding if steps and self.decoding > 0 else None
+
+
+class Session(Protocol):
+    """An engine with a model loaded, ready to be timed."""
+
+    engine: str  # OURS or one of PEERS
+    version: str
+    load_seconds: float
+    notes: tuple[str, ...]  # what belongs beside its figures
+
+    def generate(self, prompt: list[int], tokens: int) -> Timed:
+        """Generate exactly `tokens` greedy tokens after `prompt` (ids, at least one).
+
+        The end of text is ignored, and nothing of an earlier call is reused.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model. The session cannot be used afterwards."""
+        ...
 
 
 def why_not(name: str) -> str | None:
-    """What keeps the peer `name` from running here, with its remedy, in one line; None where it
-    runs.
+    """Return why the peer `name` cannot run here, and the remedy, in one line; None where it can.
 
-    Imports no engine. Raises `OptionError` for a name that is no peer.
+    This imports no engine. Raises `OptionError` for an unknown peer.
     """
     if name not in PEERS:
-        raise OptionError(f"{name!r} is no peer; known: {', '.join(PEERS)}")
-    if name == "llama.cpp":
-        from openelm_mlx.benchmarks.peers.llama_server import find_server
-
-        if find_spec("llama_cpp") or find_server():
-            return None
-        return (
-            "neither llama-cpp-python nor llama-server is installed: `pip install llama-cpp-python` or "
-            "`brew install llama.cpp`, or name the program in OPENELM_LLAMA_CPP"
-        )
-    needed = {"mlx-lm": ("mlx_lm",), "torch": ("torch", "safetensors")}[name]
-    missing = [module.replace("_", "-") for module in needed if find_spec(module) is None]
+        raise OptionError(f"{name!r} is not a peer; known: {', '.join(PEERS)}")
+    module, packages = NEEDS[name]
+    if not packages:
+        obstacle: str | None = module_of(module).why_not()
+        return obstacle
+    missing = [package.replace("_", "-") for package in packages if find_spec(package) is None]
     return f"not installed: `pip install {' '.join(missing)}`" if missing else None
 
 
 def open_peer(name: str, folder: Path, dtype: str | None = None) -> Session:
-    """The peer `name` with the model of `folder` loaded, computing in `dtype` (None: what our
-    loader would take).
+    """Open the peer `name` with the model in `folder`, which it computes in `dtype`.
 
-    In place of a folder llama.cpp also takes a GGUF, and then needs a `dtype`.
-
-    `load_seconds` of the session counts from the start of reading the weights until the engine is
-    ready (llama.cpp maps its file and reads it as it goes), without the import of the engine and
-    without a tokenizer; `notes`, where a session has them, belong beside its figures. Raises
-    `OptionError` for an unknown name, `BenchmarkError` where the peer is not usable or cannot load
-    the model.
+    Without a `dtype` it is the one that this engine would take. llama.cpp takes a GGUF too, which
+    needs a `dtype`. `load_seconds` counts from reading the weights until the engine is ready,
+    without imports and without a tokenizer; llama.cpp maps its file and reads it as it goes. Raises
+    `OptionError` for an unknown name, and `BenchmarkError` where the peer cannot run or load.
     """
     if obstacle := why_not(name):
         raise BenchmarkError(f"{name} cannot run here: {obstacle}")
-    module = import_module(f"openelm_mlx.benchmarks.peers.{MODULES[name]}")
     try:
+        module = module_of(NEEDS[name][0])
         given = dtype if dtype is not None and folder.is_file() else dtype_of(folder, dtype)
         session: Session = module.open_session(folder, given)
     except (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -70,26 +116,48 @@ def open_peer(name: str, folder: Path, dtype: str | None = None) -> Session:
 
 
 def prepared(name: str, folder: Path, dtype: str, scratch: Path) -> Path:
-    """What `open_peer` opens without converting it first: the folder itself, for llama.cpp a GGUF
-    written into `scratch`.
+    """Return what `open_peer` opens without converting it: for llama.cpp a new GGUF in `scratch`.
 
-    For those who time the opening. Raises `ConversionError` for a model that the peer cannot
+    Whoever times the opening needs it. Raises `ConversionError` for a model that the peer cannot
     express.
     """
-    if name != "llama.cpp":
-        return folder
-    from openelm_mlx.benchmarks.peers.llama_cpp import prepare
+    if name == "llama.cpp":
+        written: Path = module_of(NEEDS[name][0]).write_gguf(folder, dtype, scratch)
+        return written
+    return folder
 
-    return prepare(folder, dtype, scratch)
+
+def module_of(name: str) -> Any:
+    return import_module(f"{__name__}.{name}")
 
 
 def dtype_of(folder: Path, asked: str | None) -> str:
-    """The type our loader would compute in, by name. Raises what `load` raises for a type that does
-    not fit.
-    """
+    """Return the type that our loader would compute in. The errors are those of `load`."""
     from openelm_mlx.dtypes import name_of
     from openelm_mlx.engine.loading import compute_dtype, read_weights
     from openelm_mlx.model.config import OpenELMConfig
 
     config = OpenELMConfig.from_file(folder / "config.json")
     return name_of(compute_dtype(config, read_weights(folder), asked))
+
+
+def start_up() -> int:
+    """Print the first token of the task in argv[1]: what a new process does to be timed.
+
+    `sys.executable -c START_UP TASK` runs it. The task is JSON: engine, folder, dtype, tokenizer
+    and prompt.
+    """
+    task = json.loads(sys.argv[1])
+    folder = Path(task["folder"])
+    try:
+        if task["engine"] == OURS:
+            session = module_of("openelm").open_session(folder, task["dtype"], task["tokenizer"])
+        else:
+            session = open_peer(task["engine"], folder, task["dtype"])
+        timed = session.generate(task["prompt"], 1)
+    except OpenELMError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print("token", timed.tokens[0], flush=True)
+    session.close()
+    return 0

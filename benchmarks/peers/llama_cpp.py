@@ -1,72 +1,140 @@
-"""llama.cpp behind the `Session` of timing.py, on a GGUF with the very weights of the model folder.
+"""llama.cpp, on a GGUF with the very weights of the model folder.
 
-Its Python binding (llama-cpp-python) where that is installed, else its llama-server; a program
-named in OPENELM_LLAMA_CPP wins over both. In float32 its cache is float32 too: the default float16
-cache moves the logits.
+It runs as its Python binding (llama-cpp-python) where that is installed, else as its llama-server;
+a program named in OPENELM_LLAMA_CPP wins over both. `llama-bench` and `llama-cli` never show token
+ids, so their times could not be checked; every build of llama.cpp has llama-server beside them,
+which takes and gives ids. In float32 the cache is float32 too: the default float16 moves the logits.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
 import shutil
+import socket
+import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
+from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
-from openelm_mlx.benchmarks.measure.timing import Session, Timed
+from openelm_mlx.benchmarks.peers import Session, Timed
 from openelm_mlx.benchmarks.peers.llama_gguf import write_gguf
-from openelm_mlx.benchmarks.peers.llama_server import VARIABLE, LlamaServer, find_server
+from openelm_mlx.errors import BenchmarkError, reason
+
+__all__ = ["LlamaServer", "find_server", "open_session", "why_not", "write_gguf"]
+
+VARIABLE = "OPENELM_LLAMA_CPP"
+START_SECONDS, ANSWER_SECONDS = 120, 600
+
+
+def why_not() -> str | None:
+    """Return why llama.cpp cannot run here, and the remedy; None where it can."""
+    if find_spec("llama_cpp") or find_server():
+        return None
+    return (
+        "neither llama-cpp-python nor llama-server is installed: `pip install llama-cpp-python` "
+        f"or `brew install llama.cpp`, or name the program in {VARIABLE}"
+    )
+
+
+def find_server() -> Path | None:
+    """Return llama-server: the one OPENELM_LLAMA_CPP points to, else the one on the PATH.
+
+    The variable names the program, another one beside it, or their folder.
+    """
+    named = os.environ.get(VARIABLE)
+    if not named:
+        found = shutil.which("llama-server")
+        return Path(found) if found else None
+    path = Path(os.path.expanduser(named))
+    folder = path if path.is_dir() else path.parent
+    candidates = [folder / "llama-server", folder / "bin" / "llama-server"]
+    if path.name.startswith("llama-server"):
+        candidates = [path]
+    return next((p for p in candidates if p.is_file() and os.access(p, os.X_OK)), None)
+
+
+def open_session(source: Path, dtype: str) -> Session:
+    """Open a model folder, whose GGUF lives as long as the session, or a GGUF from `write_gguf`."""
+    if source.is_file():
+        return OnGguf(start(source, dtype), source)
+    work = Path(tempfile.mkdtemp(prefix="openelm-gguf-"))
+    try:
+        gguf = write_gguf(source, dtype, work)
+        return OnGguf(start(gguf, dtype), gguf, work)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def start(gguf: Path, dtype: str) -> LlamaBinding | LlamaServer:
+    program = find_server()
+    if program and (os.environ.get(VARIABLE) or find_spec("llama_cpp") is None):
+        types = ("-ctk", "f32", "-ctv", "f32") if dtype == "float32" else ()
+        return LlamaServer(program, gguf, types)
+    return LlamaBinding(gguf, dtype)
+
+
+class OnGguf:
+    """A session that tells in what type its weights are, and deletes its file when it closes."""
+
+    engine = "llama.cpp"
+
+    def __init__(
+        self, session: LlamaBinding | LlamaServer, gguf: Path, folder: Path | None = None
+    ) -> None:
+        self.session, self.folder = session, folder
+        self.load_seconds, self.generate = session.load_seconds, session.generate
+        self.version = f"{session.version}, weights {gguf.stem}"
+        expanded = f"llama.cpp has no type for these weights: they run {gguf.stem}"
+        self.notes: tuple[str, ...] = (expanded,) if " as " in gguf.stem else ()
+
+    def close(self) -> None:
+        self.session.close()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @cache
 def silence() -> Any:
-    """A log callback that drops what llama.cpp says while it works: the terminal belongs to the
-    progress bar.
-    """
+    """Return a log callback that drops what llama.cpp says: the terminal has a progress bar."""
     import llama_cpp
 
     return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
-class LlamaCpp:
+class LlamaBinding:
     """llama-cpp-python in this process."""
-
-    engine = "llama.cpp"
 
     def __init__(self, gguf: Path, dtype: str) -> None:
         import llama_cpp
 
         llama_cpp.llama_log_set(silence(), None)
         kind = llama_cpp.GGML_TYPE_F32 if dtype == "float32" else llama_cpp.GGML_TYPE_F16
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-        start = perf_counter()
+        allowed = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
+        settings = {"type_k": kind, "type_v": kind, "n_threads": cores, "n_threads_batch": cores}
+        begin = perf_counter()
         self.model: Any = llama_cpp.Llama(
-            str(gguf),
-            n_ctx=0,
-            n_gpu_layers=-1,
-            type_k=kind,
-            type_v=kind,
-            verbose=False,
-            n_threads=cores,
-            n_threads_batch=cores,
+            str(gguf), n_ctx=0, n_gpu_layers=-1, verbose=False, **settings
         )
-        self.load_seconds = perf_counter() - start
+        self.load_seconds = perf_counter() - begin
         self.version = f"python {llama_cpp.__version__}"
 
     def generate(self, prompt: list[int], tokens: int) -> Timed:
         found: list[int] = []
         seconds: list[float] = []
-        self.model.reset()  # or it would reuse what it holds of the prompt
-        start = perf_counter()
+        self.model.reset()  # or it would reuse what it has of the prompt
+        begin = perf_counter()
         for token in self.model.generate(prompt, temp=0.0):
-            seconds.append(perf_counter() - start)
+            seconds.append(perf_counter() - begin)
             found.append(int(token))
             if len(found) == tokens:
                 break
@@ -76,54 +144,107 @@ class LlamaCpp:
         self.model.close()
 
 
-class Owned:
-    """A session that takes its folder of files with it when it closes; its version tells the
-    weights' form.
-    """
+class LlamaServer:
+    """A running llama-server with one model and one slot, on a free port of this machine."""
 
-    def __init__(self, session: Session, form: str, folder: Path | None) -> None:
-        self.session, self.folder = session, folder
-        self.engine, self.load_seconds = session.engine, session.load_seconds
-        self.version = f"{session.version}, weights {form}"
-        self.notes = (
-            (f"llama.cpp has no type for these weights: they run {form}",) if " as " in form else ()
+    def __init__(self, program: Path, gguf: Path, options: Sequence[str] = ()) -> None:
+        """Start it with the model's own context, and wait until the model is loaded.
+
+        Raises `BenchmarkError` with the last lines that the program printed.
+        """
+        self.port = free_port()
+        self.log = tempfile.TemporaryFile(mode="w+", errors="replace")
+        given = f"-c 0 --host 127.0.0.1 --port {self.port} --parallel 1 -ngl 999 --no-warmup"
+        command = [str(program), "-m", str(gguf), *given.split(), *options]
+        begin = perf_counter()
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
+        try:
+            self.wait(begin + START_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+        self.load_seconds = perf_counter() - begin
+        self.version = program_version(program)
+
+    def wait(self, deadline: float) -> None:
+        while perf_counter() < deadline:
+            if (status := self.process.poll()) is not None:
+                what = f"llama-server ended with status {status}"
+                raise BenchmarkError(f"{what}: {self.last_words()}")
+            with contextlib.suppress(OSError, HTTPException):
+                if self.ask("GET", "/health")[0] == 200:
+                    return
+            sleep(0.01)
+        what = f"llama-server was not ready after {START_SECONDS} s"
+        raise BenchmarkError(f"{what}: {self.last_words()}")
 
     def generate(self, prompt: list[int], tokens: int) -> Timed:
-        return self.session.generate(prompt, tokens)
+        """Generate, timed by the server's own clock, so that HTTP does not count against it.
+
+        It gives the time to the first token and from there to the last; those between are spread
+        evenly. Raises `BenchmarkError` where it fails or stops early.
+        """
+        wish = {
+            "prompt": prompt,
+            "n_predict": tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            "return_tokens": True,
+            "repeat_penalty": 1.0,
+            "samplers": ["temperature"],
+        }
+        try:
+            status, answer = self.ask("POST", "/completion", wish)
+            found = [int(token) for token in answer["tokens"]]
+            times = answer["timings"]
+            first, rest = times["prompt_ms"] / 1000, times["predicted_ms"] / 1000
+        except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
+            what = f"llama-server gave no tokens with times: {reason(error)}"
+            raise BenchmarkError(f"{what}; {self.last_words()}") from None
+        if status != 200 or len(found) != tokens:
+            what = f"{len(found)} tokens of {tokens} (status {status})"
+            raise BenchmarkError(f"llama-server gave {what}")
+        steps = max(tokens - 1, 1)
+        return Timed(tuple(found), tuple(first + rest * number / steps for number in range(tokens)))
+
+    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_SECONDS)
+        with contextlib.closing(connection):
+            text = None if body is None else json.dumps(body)
+            connection.request(method, path, text, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
+    def last_words(self) -> str:
+        self.log.seek(0)
+        lines = [line.strip() for line in self.log.read()[-2000:].splitlines() if line.strip()]
+        return " / ".join(lines[-3:]) or "it said nothing"
 
     def close(self) -> None:
-        self.session.close()
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
 
 
-def prepare(folder: Path, dtype: str, scratch: Path) -> Path:
-    """The folder's GGUF in `scratch`, named for the form of its weights."""
-    work = Path(tempfile.mkdtemp(prefix="gguf-", dir=scratch))
-    path = work / "model.gguf"
-    return path.rename(work / f"{write_gguf(folder, dtype, path)}.gguf")
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
-def open_session(source: Path, dtype: str) -> Session:
-    """Of a model folder, whose GGUF lives as long as the session; or of a GGUF that `prepare`
-    wrote.
-    """
-    if source.is_file():
-        return Owned(start(source, dtype), source.stem, None)
-    work = Path(tempfile.mkdtemp(prefix="openelm-gguf-"))
+def program_version(program: Path) -> str:
+    """Return the number that the program tells: `version: 4321 (abcdef0)` -> `4321`."""
+    command = [str(program), "--version"]
     try:
-        gguf = prepare(source, dtype, work)
-        return Owned(start(gguf, dtype), gguf.stem, work)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def start(gguf: Path, dtype: str) -> Session:
-    program = find_server()
-    if program and (os.environ.get(VARIABLE) or find_spec("llama_cpp") is None):
-        return LlamaServer(
-            program, gguf, ("-ctk", "f32", "-ctv", "f32") if dtype == "float32" else ()
-        )
-    return LlamaCpp(gguf, dtype)
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    match = re.search(r"version:\s*(\S+)", said.stdout + said.stderr)
+    return match.group(1) if match else "unknown"

@@ -1,6 +1,4 @@
-"""mlx-lm behind the `Session` of timing.py: its own model class, cache and loop on the same
-folder.
-"""
+"""mlx-lm: its own model class, cache and loop on the same folder."""
 
 from __future__ import annotations
 
@@ -12,14 +10,17 @@ from typing import Any
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.utils import load_model
 
-from openelm_mlx.benchmarks.measure.timing import Timed
+from openelm_mlx.benchmarks.peers import Timed
 from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.engine.loading import cast
 
 
 class MlxLm:
+    """A model of mlx-lm."""
+
     engine = "mlx-lm"
+    notes: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, load_seconds: float) -> None:
         self.model, self.load_seconds, self.version = model, load_seconds, version("mlx-lm")
@@ -27,8 +28,9 @@ class MlxLm:
         self.nbytes = sum(array.nbytes for _, array in parameters)
 
     def generate(self, prompt: list[int], tokens: int) -> Timed:
-        """Greedy is what `generate_step` does unasked. Memory is that of its weights and what the
-        run added to them.
+        """Generate as `generate_step` does unasked, greedily.
+
+        The memory is that of its weights and what the run added to them.
         """
         found: list[int] = []
         seconds: list[float] = []

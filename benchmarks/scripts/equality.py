@@ -26,8 +26,14 @@ from typing import Any
 
 from openelm_mlx import PromptCache, batch_generate, generate, load
 from openelm_mlx.benchmarks.checks.judge import Judge, Report
-from openelm_mlx.benchmarks.checks.trials import Answer, Maker, Request, alone, together
-from openelm_mlx.benchmarks.measure.weights import small_engine
+from openelm_mlx.benchmarks.checks.trials import (
+    Answer,
+    Maker,
+    Request,
+    alone,
+    random_engine,
+    together,
+)
 from openelm_mlx.device import blas
 from openelm_mlx.dtypes import DTYPES, FLOATS
 from openelm_mlx.engine.draft_model import ModelDraft
@@ -191,10 +197,10 @@ def opened(
             if name:
                 held[0] = load(name, dtype), load(draft, dtype) if draft else None
             else:
-                made = small_engine(tokenizer_of, number, dtype=DTYPES[dtype].mlx)
+                made = random_engine(tokenizer_of, number, dtype=DTYPES[dtype].mlx)
                 held[number] = (
                     made,
-                    small_engine(tokenizer_of, number, dtype=DTYPES[dtype].mlx, noise=0.3),
+                    random_engine(tokenizer_of, number, dtype=DTYPES[dtype].mlx, noise=0.3),
                 )
         return held[number]
 

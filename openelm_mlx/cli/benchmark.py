@@ -1,10 +1,11 @@
-"""`openelm benchmark`: what this machine does with a model, how far that is from what it could, and
-who is faster.
+"""`openelm benchmark`: how fast this machine runs a model, how far that is from what it could be,
+and who is faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import sys
@@ -13,16 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.benchmarks.measure.suites import SUITES
-from openelm_mlx.cli.options import real, whole
-from openelm_mlx.dtypes import FLOATS
-from openelm_mlx.model.config import PUBLISHED
-from openelm_mlx.quantization import BITS
+from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
+from openelm_mlx.cli.options import add_flags, from_args
+from openelm_mlx.errors import BenchmarkError, OpenELMError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from openelm_mlx.benchmarks.measure.run import Progress
+    from openelm_mlx.benchmarks.measure.harness import Progress
     from openelm_mlx.benchmarks.results.document import Document
 
 EXAMPLES = """examples:
@@ -34,10 +33,17 @@ EXAMPLES = """examples:
   openelm benchmark --compare before.json after.json exit status 1 if anything became slower
   openelm benchmark --predict m3-max                 what a chip that you do not own would do
 
-The table shows medians, with the interquartile range in brackets; its notes say how they came about. On a
-terminal it is drawn, into a pipe or file it is Markdown: paste it into an issue as it is. Ctrl-C keeps what
-was measured.
+The table shows medians, with the interquartile range in brackets; its notes say how they came
+about. On a terminal it is drawn, into a pipe or file it is Markdown: paste it into an issue as it
+is. Ctrl-C keeps what was measured.
 """
+OUTPUTS = {
+    "output": "everything as JSON, for --compare and for benchmarks/results",
+    "csv": "one line per case",
+    "markdown": "the table",
+    "plot": "pictures, .png or .svg; needs matplotlib",
+    "report": "one HTML page with tables, pictures and machine facts",
+}
 
 
 def register(commands: Any) -> None:
@@ -49,120 +55,19 @@ def register(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", metavar="MODEL", nargs="*", help="default: openelm-tiny")
-    what = parser.add_argument_group("what to measure")
-    suites = "; ".join(f"{name}: {suite.help}" for name, suite in SUITES.items())
-    what.add_argument(
-        "--suite", choices=SUITES, default="quick", metavar="NAME", help=f"{suites} (default quick)"
-    )
-    what.add_argument(
-        "--random-weights",
-        nargs="+",
-        metavar="SIZE",
-        default=(),
-        help=f"published sizes with random weights, nothing downloaded: {', '.join(PUBLISHED)}",
-    )
-    what.add_argument(
-        "--bits",
-        nargs="+",
-        type=whole,
-        metavar="N",
-        default=(),
-        help=f"widths of the weights: {', '.join(map(str, BITS))}",
-    )
-    what.add_argument(
-        "--group-size",
-        type=whole,
-        choices=(32, 64, 128),
-        default=64,
-        help="with --bits (default 64)",
-    )
-    what.add_argument("--dtype", choices=FLOATS, help="compute in this type")
-    what.add_argument(
-        "--prompt-tokens",
-        nargs="+",
-        type=whole,
-        metavar="N",
-        default=(),
-        help="lengths of the prompt",
-    )
-    what.add_argument(
-        "--generation-tokens",
-        nargs="+",
-        type=whole,
-        metavar="N",
-        default=(),
-        help="tokens after it",
-    )
-    what.add_argument(
-        "--batch-size",
-        nargs="+",
-        type=whole,
-        metavar="N",
-        default=(),
-        dest="batch_sizes",
-        help="sequences at a time",
-    )
-    what.add_argument(
-        "--cache",
-        nargs="+",
-        metavar="KIND",
-        default=(),
-        dest="caches",
-        help="how keys and values are kept: plain, kv8, kv4, window-N",
-    )
-    what.add_argument(
-        "--speculation",
-        nargs="+",
-        metavar="KIND",
-        default=(),
-        dest="speculations",
-        help="none, prompt-lookup, 'draft MODEL'",
-    )
-    what.add_argument(
-        "--trials", type=whole, metavar="N", help="counted runs of each case, at least 5"
-    )
-    what.add_argument(
-        "--minutes",
-        type=real,
-        metavar="N",
-        default=30.0,
-        help="length of the soak suite (default 30)",
-    )
-    what.add_argument(
-        "--peers", metavar="NAMES", default="", help="also time these: mlx-lm,llama.cpp,torch"
-    )
+    add_flags(parser, BenchmarkOptions)
     out = parser.add_argument_group("what to write")
-    out.add_argument(
-        "--output",
-        metavar="FILE",
-        help="everything as JSON, for --compare and for benchmarks/results",
-    )
-    out.add_argument("--csv", metavar="FILE", help="one line per case")
-    out.add_argument("--markdown", metavar="FILE", help="the table")
-    out.add_argument("--plot", metavar="FILE", help="pictures, .png or .svg; needs matplotlib")
-    out.add_argument(
-        "--report", metavar="FILE", help="one HTML page with tables, pictures and machine facts"
-    )
-    out.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object, also with --compare and --predict",
-    )
+    for name, text in OUTPUTS.items():
+        out.add_argument(f"--{name}", metavar="FILE", help=text)
+    text = "print one JSON object, also with --compare and --predict"
+    out.add_argument("--json", action="store_true", help=text)
     other = parser.add_argument_group("instead of measuring")
-    other.add_argument(
-        "--compare",
-        nargs=2,
-        metavar="FILE",
-        help="significant changes from the first result to the second",
-    )
-    other.add_argument(
-        "--show", metavar="FILE", help="show, plot or report a result measured before"
-    )
-    other.add_argument(
-        "--predict",
-        metavar="CHIP",
-        help="expected tokens/s of a chip, as in m3-max; list shows them",
-    )
+    text = "significant changes from the first result to the second"
+    other.add_argument("--compare", nargs=2, metavar="FILE", help=text)
+    text = "show, plot or report a result measured before"
+    other.add_argument("--show", metavar="FILE", help=text)
+    text = "expected tokens/s of a chip, as in m3-max; list shows them"
+    other.add_argument("--predict", metavar="CHIP", help=text)
     parser.set_defaults(run=run)
 
 
@@ -189,52 +94,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def refuse_outputs(args: argparse.Namespace) -> None:
-    """Raise `OptionError` for files that would not be written: comparisons and predictions are
-    printed only.
-    """
-    from openelm_mlx.errors import OptionError
-
-    for name in ("output", "csv", "markdown", "plot", "report"):
-        if getattr(args, name) and (args.compare or args.predict):
-            what = "--compare" if args.compare else "--predict"
-            raise OptionError(
-                f"--{name} does not go with {what}, which prints its result; use --json, or > FILE"
-            )
+    """Raise `OptionError` for files that would not be written: some results are printed only."""
+    what = "--compare" if args.compare else "--predict" if args.predict else None
+    for name in OUTPUTS if what else ():
+        if getattr(args, name):
+            why = "which prints its result; use --json, or > FILE"
+            raise OptionError(f"--{name} does not go with {what}, {why}")
 
 
 def measure(args: argparse.Namespace) -> Document:
+    options = from_args(BenchmarkOptions, args, command=command_line())
     from openelm_mlx.benchmarks.measure.run import run as run_benchmark
-    from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
 
-    options = BenchmarkOptions(
-        models=tuple(args.models),
-        suite=args.suite,
-        random_weights=tuple(args.random_weights),
-        bits=tuple(args.bits),
-        dtype=args.dtype,
-        group_size=args.group_size,
-        prompt_tokens=tuple(args.prompt_tokens),
-        generation_tokens=tuple(args.generation_tokens),
-        batch_sizes=tuple(args.batch_sizes),
-        caches=tuple(args.caches),
-        speculations=tuple(args.speculations),
-        trials=args.trials,
-        minutes=args.minutes,
-        peers=tuple(name.strip() for name in args.peers.split(",") if name.strip()),
-        command=command_line(),
-    )
     with progress_bar() as progress:
         return run_benchmark(options, progress)
 
 
 def command_line() -> str:
-    """What the user typed, with paths cut to their last part: results are shared."""
+    """Return what the user typed, with paths cut to their last part: results are shared."""
     return shlex.join(["openelm", *(re.sub(r"(^|=)/.*/", r"\1", word) for word in sys.argv[1:])])
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress | None]:
-    """A bar with an estimate on a terminal's stderr; nothing elsewhere."""
+    """Show a bar with an estimate on a terminal's stderr, and nothing elsewhere."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -243,21 +126,17 @@ def progress_bar() -> Iterator[Progress | None]:
     from rich.progress import Progress as Bars
     from rich.table import Column
 
+    label = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     columns = (
         BarColumn(20, table_column=Column(no_wrap=True)),
         TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
         TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
-        TextColumn(
-            "{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
-        ),
+        TextColumn("{task.description}", table_column=label),
     )
-    # drawn between trials only: a thread that draws during them would be measured with them
+    # it is drawn between trials only: a thread that draws during them would be measured with them
+    settings: dict[str, Any] = {"transient": True, "auto_refresh": False}
     with Bars(
-        *columns,
-        console=Console(stderr=True),
-        transient=True,
-        auto_refresh=False,
-        speed_estimate_period=3600,
+        *columns, console=Console(stderr=True), speed_estimate_period=3600, **settings
     ) as bars:
         yield Bar(bars, bars.add_task("loading", total=None))
 
@@ -274,13 +153,10 @@ class Bar:
 
 
 def check_targets(args: argparse.Namespace) -> None:
-    """Before anything is measured: whether it can be written afterwards. Raises `OptionError` or
-    `BenchmarkError`.
-    """
-    from openelm_mlx.errors import BenchmarkError
+    """Raise an `OpenELMError`, before anything is measured, for what could not be written."""
     from openelm_mlx.files import check_writable
 
-    for name in ("output", "csv", "markdown", "plot", "report"):
+    for name in OUTPUTS:
         if (target := getattr(args, name)) is not None:
             check_writable(target, f"--{name}")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
@@ -290,16 +166,14 @@ def check_targets(args: argparse.Namespace) -> None:
 
 
 def write(document: Document, args: argparse.Namespace) -> None:
-    """The table or JSON on stdout, then the files, the most valuable one first: what fails takes
-    nothing else along.
+    """Print the result, then write the files, the most valuable one first.
 
-    Raises `BenchmarkError` for all files that could not be written.
+    What fails keeps nothing else from being written. Raises `BenchmarkError` for all that failed.
     """
     from openelm_mlx.benchmarks.results import tables
     from openelm_mlx.benchmarks.results.document import save, write_file
     from openelm_mlx.benchmarks.results.plot import write_plot
     from openelm_mlx.benchmarks.results.report import write_report
-    from openelm_mlx.errors import BenchmarkError, OpenELMError
 
     writers: dict[str, Callable[[str], None]] = {
         "output": lambda path: save(document, path),
@@ -323,7 +197,7 @@ def write(document: Document, args: argparse.Namespace) -> None:
 
 
 def show(document: Document, as_json: bool) -> None:
-    """The result on stdout: JSON, a drawn table on a terminal, or Markdown."""
+    """Print the result as JSON, as a drawn table on a terminal, or as Markdown."""
     from openelm_mlx.benchmarks.results import tables
     from openelm_mlx.benchmarks.results.document import to_json
 
@@ -339,9 +213,7 @@ def show(document: Document, as_json: bool) -> None:
 
 
 def compare(before: str, after: str, as_json: bool) -> int:
-    """Exit status 1 where something has become significantly worse."""
-    import json
-
+    """Print what has changed; the exit status is 1 where something became significantly worse."""
     import openelm_mlx.benchmarks.results.compare as comparing
     from openelm_mlx.benchmarks.results.document import load
 
@@ -358,13 +230,12 @@ def compare(before: str, after: str, as_json: bool) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """From a model of kernels and bytes, checked against the results that come with this
-    package.
-    """
+    """Print what a model of kernels and bytes expects, checked against the results that we have."""
     from openelm_mlx import benchmarks
     from openelm_mlx.benchmarks.ledger.predict import show
     from openelm_mlx.benchmarks.results.document import load
 
+    sizes = vars(args).get("random_weights") or args.models
     paths = sorted((Path(benchmarks.__file__).parent / "results").glob("*.json"))
-    show(args.predict, args.random_weights or args.models, map(load, paths), args.json)
+    show(args.predict, sizes, map(load, paths), args.json)
     return 0

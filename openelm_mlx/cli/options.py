@@ -154,12 +154,14 @@ def add_flag(group: Any, item: Field[Any]) -> None:
         )
     elif kind.startswith("tuple"):
         reads = whole if kind.startswith("tuple[int") else str
-        text += "; may be given several times"
+        several = "nargs" in item.metadata
+        text += "" if several else "; may be given several times"
         text += ", or once with commas between them" if item.metadata.get("commas") else ""
         group.add_argument(
             flag,
             dest=item.name,
-            action="append",
+            action="extend" if several else "append",
+            nargs=item.metadata.get("nargs"),
             type=reads,
             default=argparse.SUPPRESS,
             help=text,

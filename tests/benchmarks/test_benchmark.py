@@ -5,22 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from bench_sessions import CASE
 from small import random_engine
 
 from openelm_mlx import load
 from openelm_mlx.benchmarks.hardware.roofline import bytes_per_token
 from openelm_mlx.benchmarks.measure import weights
-from openelm_mlx.benchmarks.measure.loaded import Weights, bounded
 from openelm_mlx.benchmarks.measure.suites import (
     SUITES,
     BenchmarkOptions,
     Point,
     cache_settings,
-    settings,
     speculation_settings,
 )
+from openelm_mlx.benchmarks.measure.weights import Weights
 from openelm_mlx.benchmarks.peers.openelm import OurSession, prompt_ids
-from openelm_mlx.benchmarks.results.document import Metric, Row
+from openelm_mlx.benchmarks.results.compare import PROCESSES
+from openelm_mlx.benchmarks.results.document import Document, Machine, Metric, Row, completed
 from openelm_mlx.device import mx
 from openelm_mlx.engine.loading import parameters
 from openelm_mlx.engine.options import EngineOptions
@@ -72,20 +73,29 @@ def test_suites_and_grids():
             {"models": ("a",), "random_weights": ("270m",)},
             "a model and --random-weights exclude each other",
         ),
-        ({"prompt_tokens": (0,)}, "prompt_tokens is 0; allowed is a number from 1 up"),
-        ({"bits": (7,)}, "bits is 7; allowed: 2, 3, 4, 5, 6, 8"),
-        ({"trials": 4}, "trials is 4; allowed is a number from 5 up"),
-        ({"minutes": 0}, "minutes is 0.0; allowed is a number above 0"),
+        (
+            {"prompt_tokens": (0,)},
+            "prompt_tokens is \\(0,\\); allowed is a whole number, or a list of such numbers from 1 up",
+        ),
+        ({"bits": (7,)}, "bits is \\(7,\\); allowed: 2, 3, 4, 5, 6, 8"),
+        ({"trials": 4}, "trials is 4; allowed is a whole number from 5 up, or None"),
+        ({"minutes": 0}, "minutes is 0; allowed is a number from 0.01 up"),
         (
             {"minutes": 5},
-            "minutes is 5, but only the soak suite runs by the clock; give --suite soak too",
+            "minutes is 5.0, but only the soak suite runs by the clock; give --suite soak too",
         ),
         ({"group_size": 32}, "group_size is 32, but nothing is quantized here; give bits too"),
         (
             {"bits": (4.5,)},
-            r"bits is \(4.5,\); allowed is a whole number, or a list of such numbers",
+            r"bits is \(4.5,\); allowed: 2, 3, 4, 5, 6, 8",
         ),
         ({"models": 5}, "models is 5; allowed is a text of at least one character, or a list"),
+        ({"processes": 0}, "processes is 0; allowed is a whole number from 1 to 100, or None"),
+        (
+            {"processes": 2, "suite": "soak"},
+            "processes is 2, but the soak suite runs in one; leave it out",
+        ),
+        ({"peers": ("vllm",)}, r"peers is \('vllm',\); allowed: mlx-lm, llama.cpp, torch"),
         ({"caches": ("kv5",)}, "cache is 'kv5'; allowed: plain, kv8, kv4, window-N"),
         ({"speculations": ("draft ",)}, "speculation is 'draft '; allowed: none, prompt-lookup"),
     ],
@@ -95,6 +105,13 @@ def test_options_out_of_range_are_refused(changes, message):
         BenchmarkOptions(**changes)
 
 
+def test_trials_are_spread_over_the_processes_and_none_has_fewer_than_two():
+    for trials, processes, each in ((9, 3, 3), (7, 3, 3), (5, 1, 5), (5, 4, 2), (6, 6, 2)):
+        suite = BenchmarkOptions(trials=trials, processes=processes).chosen()
+        assert suite.trials_of_a_process == each
+    assert SUITES["quick"].processes == PROCESSES and SUITES["soak"].processes == 1
+
+
 def test_kinds_become_generation_options():
     assert cache_settings("kv8") == {"kv_bits": 8} and cache_settings("window-256") == {
         "kv_window": 256
@@ -102,7 +119,8 @@ def test_kinds_become_generation_options():
     assert speculation_settings("draft my model") == ({}, "my model") and speculation_settings(
         None
     ) == ({}, None)
-    assert settings(Point(1, 1, 1, "kv4", "prompt-lookup")) == {"kv_bits": 4, "prompt_lookup": 3}
+    point = Point(1, 1, 1, "kv4", "prompt-lookup")
+    assert point.settings == {"kv_bits": 4, "prompt_lookup": 3}
     with pytest.raises(OptionError, match="speculation is 'magic'"):
         speculation_settings("magic")
 
@@ -136,15 +154,16 @@ def test_random_weights_are_the_same_each_time_and_as_a_folder(small, tmp_path, 
         one.generate(prompt, 6).tokens == two.generate(prompt, 6).tokens
         and two.model.vocab == 32000
     )
-    assert weights.bits_per_weight(engine) == pytest.approx(32 if bits is None else 5, rel=0.02)
-    assert weights.dtype_name(engine) == "float32"
+    made = Weights(engine, None, bits, True, False, tmp_path)
+    assert made.bits_per_weight == pytest.approx(32 if bits is None else 5, rel=0.02)
+    assert made.dtype == "float32"
 
 
-def test_random_weights_have_unit_gain(small):
+def test_random_weights_have_unit_gain(small, tmp_path):
     engine = weights.random_engine("270m", "bfloat16")
     matrix = parameters(engine.model)["transformer.layers.0.ffn.proj_2.weight"].astype(mx.float32)
     assert float(matrix.std().item()) * matrix.shape[1] ** 0.5 == pytest.approx(1, abs=0.02)
-    assert weights.dtype_name(engine) == "bfloat16"
+    assert Weights(engine, None, None, True, False, tmp_path).dtype == "bfloat16"
 
 
 def test_a_size_that_was_not_published_is_refused():
@@ -154,7 +173,7 @@ def test_a_size_that_was_not_published_is_refused():
         weights.random_engine("2b")
     with pytest.raises(OpenELMError, match="unknown model '2b'"):
         weights.facts_of("2b", random=False)
-    assert weights.facts_of("openelm-tiny", random=False).bits == 8
+    assert weights.facts_of("openelm-tiny", random=False)[1] == 8
 
 
 def test_weights_that_cannot_be_written_are_an_error(tiny, tmp_path):
@@ -182,36 +201,20 @@ def test_unquantized_weights_are_what_the_quantized_ones_stood_for(tiny):
 
 
 @pytest.mark.parametrize(("slower", "share"), [(1.0, 100.0), (1.25, 80.0), (0.5, 200.0)])
-def test_a_reader_as_fast_as_the_copy_reaches_the_bound_and_a_faster_one_is_explained(
-    tiny, slower, share
-):
-    """A step that takes as long as a copy of its bytes is at 100 %; of a faster one the row says
-    so.
-    """
-    bandwidth = 8e9
-    loaded = Weights(tiny, 0.1, 8, random=False, stored=True)
-    case = loaded.case(Point(64, 64))
-    seconds = (
-        slower
-        * sum(bytes_per_token(tiny.config, "float32", tiny.quantization, 64 + 32).values())
-        / bandwidth
-    )
-    row = bounded(
-        Row(case, {"decode_tokens_per_second": Metric.of([1 / seconds] * 5, "tokens/s")}),
-        [loaded],
-        bandwidth,
-    )
-    assert row.percent_of_bound == pytest.approx(share)
-    assert sum(row.bytes_per_token.values()) == pytest.approx(seconds * bandwidth / slower)
-    assert (
-        "200 % of the bound: reading was faster here than the copy it stands on" in row.notes
-    ) == (share > 100)
+def test_a_step_that_takes_as_long_as_a_copy_of_its_bytes_reaches_the_bound(tiny, slower, share):
+    point, copied = Point(64, 64), 8e9
+    moved = Weights(tiny, 0.1, 8, False, True, tiny.path).moved(point)
+    assert moved == bytes_per_token(tiny.config, "float32", tiny.quantization, 64 + 32)
+    rate = copied / sum(moved.values()) / slower
+    metrics = {"decode_tokens_per_second": Metric.of([rate] * 5, "tokens/s")}
+    row = Row(CASE, metrics, bytes_per_token=moved)
+    document = Document("", "", (row,), machine=Machine(copy_bytes_per_second=copied))
+    assert completed(document).rows[0].percent_of_bound == pytest.approx(share)
 
 
-def test_cache_kinds_change_the_bytes_and_batches_have_no_bound(tiny):
-    loaded = Weights(tiny, 0.1, 8, random=False, stored=True)
+def test_kinds_of_cache_change_the_bytes_and_batches_have_no_bound(tiny):
     plain, packed, window, batch, lookup = (
-        bounded(Row(loaded.case(point)), [loaded], 1e9)
+        Weights(tiny, 0.1, 8, False, True, tiny.path).moved(point)
         for point in (
             Point(512, 64),
             Point(512, 64, cache="kv8"),
@@ -220,16 +223,8 @@ def test_cache_kinds_change_the_bytes_and_batches_have_no_bound(tiny):
             Point(512, 64, speculation="prompt-lookup"),
         )
     )
-    assert (
-        plain.bytes_per_token["kv"]
-        > 3 * packed.bytes_per_token["kv"]
-        > window.bytes_per_token["kv"]
-    )
-    assert (
-        plain.percent_of_bound is None
-        and plain.bound_tokens_per_second < packed.bound_tokens_per_second
-    )
-    assert batch.bytes_per_token is None and lookup.bound_tokens_per_second is None
+    assert plain["kv"] > 3 * packed["kv"] > window["kv"]
+    assert batch is None and lookup is None
 
 
 def test_answers_of_a_plain_cache_differ_in_no_way_and_wrong_ones_are_seen(tiny, monkeypatch):

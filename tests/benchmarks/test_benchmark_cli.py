@@ -17,22 +17,27 @@ from openelm_mlx.benchmarks import peers
 from openelm_mlx.benchmarks.checks import drift
 from openelm_mlx.benchmarks.checks import soak as soaking
 from openelm_mlx.benchmarks.checks.trials import Answer, Request
-from openelm_mlx.benchmarks.measure import bandwidth, machine, run, startup
-from openelm_mlx.benchmarks.measure.loaded import last_part
+from openelm_mlx.benchmarks.measure import harness, machine, run, weights
+from openelm_mlx.benchmarks.measure.harness import NewProcess
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
-from openelm_mlx.benchmarks.measure.timing import Timed
+from openelm_mlx.benchmarks.measure.weights import groups, last_part
+from openelm_mlx.benchmarks.peers import Timed
 from openelm_mlx.benchmarks.results import document as results
 from openelm_mlx.cli.main import main
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
-from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.errors import BenchmarkError, HubError
+
+SHORT = ["--prompt-tokens", "12", "--generation-tokens", "5", "--processes", "1"]
 
 
 @pytest.fixture(autouse=True)
 def small_copies(monkeypatch):
-    monkeypatch.setattr(bandwidth.measure, "__defaults__", (2**22, 3))
+    monkeypatch.setattr(machine, "COPIED", 2**22)
 
 
-SHORT = ["--prompt-tokens", "12", "--generation-tokens", "5"]
+def measured(**options):
+    """Measure in this process, where a test can change things."""
+    return run.run(BenchmarkOptions(trials=5, processes=1, **options))
 
 
 def test_help_teaches_by_example_and_loads_nothing_heavy():
@@ -61,7 +66,7 @@ def test_a_run_against_mlx_lm_ends_with_a_table_and_writes_all_files(tiny, tmp_p
     assert (ours.case.engine, theirs.case.engine, theirs.agrees) == ("openelm-mlx", "mlx-lm", True)
     assert (
         len(ours.metrics["decode_tokens_per_second"].values)
-        == 7
+        == 10
         == len(theirs.metrics["prefill_tokens_per_second"].values)
     )
     assert {ratio.metric for ratio in document.ratios} == {
@@ -93,16 +98,64 @@ def test_a_run_against_mlx_lm_ends_with_a_table_and_writes_all_files(tiny, tmp_p
     assert main(["benchmark", "--compare", files["json"], files["json"]]) == 0
 
 
-def test_every_kind_of_case_runs(capsys):
+def test_several_processes_share_the_trials_and_become_one_result(tmp_path, capsys):
+    """The real command: what it counts, what it records, and that it compares with itself."""
+    file = str(tmp_path / "x.json")
+    options = ["--prompt-tokens", "8", "--generation-tokens", "3", "--trials", "5"]
+    assert main(["benchmark", *options, "--processes", "2", "--output", file]) == 0
+    document = results.load(file)
+    (row,) = document.rows
+    for name in ("decode_tokens_per_second", "time_to_first_token_seconds"):
+        assert [len(trials) for trials in row.metrics[name].processes] == [3, 3]
+    assert len(row.metrics["load_seconds"].processes) == 2 and document.processes == 2
+    assert "medians of 2 processes with 3 trials each" in document.notes[0]
+    assert document.machine.copy_bytes_per_second > 0 < document.machine.read_bytes_per_second
+    root = Path(__file__).parents[2]
+    head = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    assert document.commit == (head.stdout.strip() or None)
+    assert "| openelm-mlx |" in capsys.readouterr().out
+
+
+def test_a_mistake_that_a_process_finds_is_told_as_if_it_were_found_here():
+    with pytest.raises(HubError, match="unknown model '270n'"):
+        run.run(BenchmarkOptions(models=("270n",), processes=2))
+
+
+@pytest.mark.parametrize(("after", "kept"), [(0, 1), (1, 1)])
+def test_ctrl_c_keeps_finished_processes_or_what_the_first_has_finished(after, kept):
+    """A real SIGINT while a process measures: in the first one, and in the second."""
+
+    class Interrupting(harness.Unwatched):
+        def tick(self, text, work):
+            if text.startswith(f"{after + 1}/") and not self.sent:
+                self.ticks += 1
+                if self.ticks == 4:
+                    self.sent = True
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        ticks, sent = 0, False
+
     options = BenchmarkOptions(
+        prompt_tokens=(8,), generation_tokens=(2,), trials=60, processes=3, command="x"
+    )
+    document = run.run(options, Interrupting())
+    assert document.partial and document.processes == kept
+    counted = len(document.rows[0].metrics["decode_tokens_per_second"].values)
+    assert counted == 20 if after else 0 < counted < 20
+    note = "interrupted; 1 of 3 processes are here" if after else "interrupted: only the trials"
+    assert any(text.startswith(note) for text in document.notes)
+
+
+def test_every_kind_of_case_runs(capsys):
+    document = measured(
         prompt_tokens=(20,),
         generation_tokens=(6,),
         batch_sizes=(1, 2),
         caches=("kv8",),
         speculations=("none", "prompt-lookup"),
-        trials=5,
     )
-    document = run.run(options)
     labels = [
         str(row.case).removeprefix("openelm-mlx openelm-tiny 8-bit 20+6 ") for row in document.rows
     ]
@@ -120,12 +173,8 @@ def test_every_kind_of_case_runs(capsys):
 
 
 def test_widths_are_made_from_the_stored_weights_and_their_loss_is_measured(monkeypatch):
-    monkeypatch.setattr(run, "LOSS_TOKENS", 32)
-    document = run.run(
-        BenchmarkOptions(
-            suite="bits", bits=(8, 4), prompt_tokens=(9,), generation_tokens=(2,), trials=5
-        )
-    )
+    monkeypatch.setattr(weights, "LOSS_TOKENS", 32)
+    document = measured(suite="bits", bits=(8, 4), prompt_tokens=(9,), generation_tokens=(2,))
     (row,) = document.rows
     assert (
         row.case.bits == 4
@@ -143,33 +192,25 @@ def test_widths_are_made_from_the_stored_weights_and_their_loss_is_measured(monk
 
 def test_widths_that_do_not_fit_into_memory_together_are_measured_one_by_one(monkeypatch):
     options = BenchmarkOptions(suite="paper", random_weights=("3b",))
-    work = run.Run(options, run.Unwatched())
-    work.peers = []
+    notes = []
     monkeypatch.setattr(machine, "memory_bytes", lambda: 64 * 2**30)
-    assert work.groups("3b") == [(None, 4)] and work.notes == []
+    assert groups("3b", options, 0, notes) == [(None, 4)] and notes == []
     monkeypatch.setattr(machine, "memory_bytes", lambda: 8 * 2**30)
-    assert work.groups("3b") == [(None,), (4,)]
-    assert work.notes == [
-        "3b: the widths do not fit into memory together and were measured one after the other"
+    assert groups("3b", options, 0, notes) == [(None,), (4,)]
+    assert notes == [
+        "3b: the numbers of bits do not fit into memory together and were measured one after the "
+        "other"
     ]
 
 
 def test_what_does_not_fit_the_context_is_left_out_and_said():
-    document = run.run(
-        BenchmarkOptions(
-            prompt_tokens=(8, 2000), generation_tokens=(3,), trials=5, peers=("mlx-lm", "mlx-lm")
-        )
-    )
+    document = measured(prompt_tokens=(8, 2000), generation_tokens=(3,), peers=("mlx-lm", "mlx-lm"))
     assert [row.case.prompt_tokens for row in document.rows] == [8, 8]
-    assert "openelm-tiny: 2000 + 3 tokens left out, its context holds 1024" in document.notes
+    assert "openelm-tiny: 2000 + 3 tokens left out, its context is 1024 tokens" in document.notes
 
 
 def test_one_of_several_models_that_cannot_be_loaded_costs_the_others_nothing(capsys):
-    document = run.run(
-        BenchmarkOptions(
-            models=("270n", "openelm-tiny"), prompt_tokens=(8,), generation_tokens=(2,), trials=5
-        )
-    )
+    document = measured(models=("270n", "openelm-tiny"), prompt_tokens=(8,), generation_tokens=(2,))
     assert len(document.rows) == 1 and any(
         note.startswith("270n was left out: unknown model '270n'") for note in document.notes
     )
@@ -191,9 +232,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(mon
 
 def test_a_peer_that_is_not_installed_is_left_out_with_the_remedy(monkeypatch):
     monkeypatch.setattr(peers, "why_not", lambda name: "not installed: `pip install mlx-lm`")
-    document = run.run(
-        BenchmarkOptions(prompt_tokens=(8,), generation_tokens=(2,), trials=5, peers=("mlx-lm",))
-    )
+    document = measured(prompt_tokens=(8,), generation_tokens=(2,), peers=("mlx-lm",))
     assert (
         "mlx-lm was left out: not installed: `pip install mlx-lm`" in document.notes
         and len(document.rows) == 1
@@ -204,7 +243,7 @@ def test_ctrl_c_keeps_finished_trials_and_marks_them_partial(tmp_path, capsys, m
     """A real SIGINT, in the midst of the fourth round."""
     ticks = []
 
-    class Interrupting(run.Unwatched):
+    class Interrupting(harness.Unwatched):
         def tick(self, text, work):
             ticks.append(text)
             if len(ticks) == 2 * 4 + 1:
@@ -221,6 +260,10 @@ def test_ctrl_c_keeps_finished_trials_and_marks_them_partial(tmp_path, capsys, m
         "2",
         "--output",
         str(file),
+        "--processes",
+        "1",
+        "--trials",
+        "7",
     ]
     assert main(options) == 130
     document = results.load(file)
@@ -233,10 +276,10 @@ def test_ctrl_c_keeps_finished_trials_and_marks_them_partial(tmp_path, capsys, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trials", "3"], "trials is 3; allowed is a number from 5 up"),
+        (["--trials", "3"], "trials is 3; allowed is a whole number from 5 up"),
         (["--random-weights", "2b"], "no size '2b' was published"),
         (["270n"], "did you mean"),
-        (["--peers", "vllm"], "'vllm' is no peer; known: mlx-lm, llama.cpp, torch"),
+        (["--peers", "vllm"], "peers is ('vllm',); allowed: mlx-lm, llama.cpp, torch"),
         (
             ["--output", "none/x.json"],
             "--output none/x.json cannot be written: its folder does not exist; make it first",
@@ -256,14 +299,12 @@ def test_a_new_process_gives_the_same_first_token(tiny):
     from openelm_mlx.benchmarks.peers.openelm import OurSession, prompt_ids
 
     prompt = prompt_ids(tiny, 12)
-    seconds, token = startup.startup(
-        "openelm-mlx", tiny.path, "float32", prompt, tiny.tokenizer.path
-    )
-    assert (token,) == OurSession(tiny).generate(prompt, 1).tokens and seconds > 0.05
+    timed = NewProcess("openelm-mlx", tiny.path, "float32", tiny.tokenizer.path).generate(prompt)
+    assert timed.tokens == OurSession(tiny).generate(prompt, 1).tokens and timed.first > 0
     with pytest.raises(
         BenchmarkError, match="^openelm-mlx did not start up: unknown model 'no-such-folder'"
     ):
-        startup.startup("openelm-mlx", Path("no-such-folder"), "float32", prompt)
+        NewProcess("openelm-mlx", Path("no-such-folder"), "float32", None).generate(prompt)
 
 
 def test_the_startup_suite_takes_turns_with_peers_and_times_only_those_that_agree(
@@ -271,13 +312,13 @@ def test_the_startup_suite_takes_turns_with_peers_and_times_only_those_that_agre
 ):
     ran = []
 
-    def child(engine, folder, dtype, prompt, tokenizer):
-        ran.append((engine, tokenizer))
-        return 0.5, 7 if engine == "openelm-mlx" else 8
+    def generate(self, prompt, tokens):
+        ran.append((self.engine, self.task["tokenizer"]))
+        return Timed((7 if self.engine == "openelm-mlx" else 8,), (0.5,))
 
-    monkeypatch.setattr(startup, "startup", child)
+    monkeypatch.setattr(harness.NewProcess, "generate", generate)
     monkeypatch.setattr(peers, "why_not", lambda name: None)
-    document = run.run(BenchmarkOptions(suite="startup", trials=5, peers=("mlx-lm",)))
+    document = measured(suite="startup", peers=("mlx-lm",))
     ours, theirs = document.rows
     assert ours.metrics["startup_seconds"].values == (0.5,) * 5 and ours.case.generation_tokens == 1
     assert theirs.metrics == {} and (theirs.agrees, theirs.parts_at) == (False, 0)
@@ -285,7 +326,7 @@ def test_the_startup_suite_takes_turns_with_peers_and_times_only_those_that_agre
         theirs.notes == ("not timed: token 0 is 8, in openelm-mlx 7",)
         and [name for name, _ in ran].count("mlx-lm") == 1
     )
-    assert ran[0][1] == tiny.tokenizer.path
+    assert ran[0][1] == str(tiny.tokenizer.path)
 
 
 def test_the_command_in_a_result_names_no_folder_of_the_user(monkeypatch):
@@ -362,14 +403,13 @@ def test_a_chip_that_is_not_here_is_predicted_and_marked_so(capsys):
 
 def test_a_draft_model_by_folder_and_no_folder_named_in_the_result(tiny, tmp_path, monkeypatch):
     (tmp_path / "near").symlink_to(tiny.path)
-    options = BenchmarkOptions(
+    document = measured(
         models=(str(tiny.path),),
         prompt_tokens=(9,),
         generation_tokens=(8,),
-        trials=5,
         speculations=(f"draft {tmp_path / 'near'}",),
     )
-    (row,) = run.run(options).rows
+    (row,) = document.rows
     assert row.case.model == "openelm-tiny" and row.case.speculation == "draft openelm-tiny"
     assert row.metrics["tokens_per_pass"].median > 1  # it drafts for itself
     assert (
@@ -382,7 +422,7 @@ def test_a_draft_model_by_folder_and_no_folder_named_in_the_result(tiny, tmp_pat
 def test_machine_facts():
     found = machine.machine()
     assert (
-        found["cores"] == os.cpu_count()
-        and found["memory_bytes"] == machine.memory_bytes()
+        found.cores == os.cpu_count()
+        and found.memory_bytes == machine.memory_bytes()
         and "user" not in str(found)
     )

@@ -15,8 +15,8 @@ from golden_set import NANO
 
 from openelm_mlx import device, load, stream_generate
 from openelm_mlx.benchmarks import peers
-from openelm_mlx.benchmarks.peers.llama_gguf import Packed, blocks, write_gguf
-from openelm_mlx.benchmarks.peers.llama_server import LlamaServer, find_server
+from openelm_mlx.benchmarks.peers.llama_cpp import LlamaServer, find_server
+from openelm_mlx.benchmarks.peers.llama_gguf import stored, write_gguf
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.device import mx, utils
 from openelm_mlx.engine.hub import BUNDLED
@@ -103,7 +103,7 @@ def test_the_type_of_a_peer_is_the_type_we_would_take():
 
 
 def test_unknown_missing_and_damaged(tmp_path, monkeypatch):
-    with pytest.raises(OptionError, match="'vllm' is no peer; known: mlx-lm, llama.cpp, torch"):
+    with pytest.raises(OptionError, match="'vllm' is not a peer; known: mlx-lm, llama.cpp, torch"):
         peers.why_not("vllm")
     (tmp_path / "config.json").write_bytes((BUNDLED / "config.json").read_bytes())
     weights = {"transformer.norm.weight": mx.ones((256,))}
@@ -187,9 +187,10 @@ def test_affine_weights_keep_their_integers_in_llama_cpps_blocks(bits, group_siz
         scales.astype(mx.float16).astype(mx.float32),
         biases.astype(mx.float16).astype(mx.float32),
     )
-    matrix = Packed(words, scales, biases, QuantSpec(bits, group_size))
-    stored = dequantize(blocks(matrix), GGMLQuantizationType[matrix.kind])
-    assert np.abs(stored - np.array(matrix.expanded())).max() < 1e-6
+    data, kind = stored(words, scales, biases, QuantSpec(bits, group_size), "float32")
+    found = dequantize(data, GGMLQuantizationType[kind])
+    expected = mx.dequantize(words, scales, biases, group_size, bits)
+    assert kind == f"Q{bits}_1" and np.abs(found - np.array(expected)).max() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,8 @@ def test_the_gguf_holds_the_weights_of_the_folder(bits, form, tmp_path):
     source, folder = NANO / "checkpoint.pt", tmp_path / "nano"
     convert(ConvertOptions(source, folder, bits=bits))
     dtype = "bfloat16" if bits == 8 else "float32"
-    assert write_gguf(folder, dtype, tmp_path / "x.gguf") == form
+    path = write_gguf(folder, dtype, tmp_path)
+    assert path.name == f"{form}.gguf"
     ours = parameters(load(folder, "float32").model)
     module = load(folder, "float32").model.transformer.layers[1].ffn.proj_1
     expected = ours["transformer.layers.1.ffn.proj_1.weight"]
@@ -210,7 +212,7 @@ def test_the_gguf_holds_the_weights_of_the_folder(bits, form, tmp_path):
         expected = mx.dequantize(
             expected, module.scales, module.biases, module.group_size, module.bits
         )
-    tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "x.gguf").tensors}
+    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     halves = [tensors[f"blk.1.ffn_{half}.weight"] for half in ("gate", "up")]
     stored = np.concatenate([dequantize(half.data, half.tensor_type) for half in halves])
     assert np.abs(stored - np.array(expected)).max() < (1e-6 if bits is None else 2e-3)

@@ -18,8 +18,7 @@ from formats import again
 from golden_set import NANO
 
 from openelm_mlx import load
-from openelm_mlx.benchmarks.measure.loaded import last_part
-from openelm_mlx.benchmarks.measure.weights import facts_of
+from openelm_mlx.benchmarks.measure.weights import facts_of, last_part
 from openelm_mlx.cli.inspect import inspect
 from openelm_mlx.cli.main import main
 from openelm_mlx.convert.staging import CONFIG

@@ -25,7 +25,8 @@ from range_server import serving
 
 # Flags that make a command of the documentation short: its first words -> what is added.
 SHORT: dict[tuple[str, ...], list[str]] = {
-    ("benchmark",): ["--trials", "1", "--prompt-tokens", "8", "--generation-tokens", "4"],
+    ("benchmark",): ["--trials", "5", "--processes", "1"]
+    + ["--prompt-tokens", "8", "--generation-tokens", "4"],
     ("convert",): ["--calibration-tokens", "300"],
     ("generate",): ["--max-tokens", "4"],
     ("chat",): ["--max-tokens", "4"],

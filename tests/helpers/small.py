@@ -4,7 +4,6 @@ tokenizer.
 
 from __future__ import annotations
 
-from openelm_mlx.benchmarks.measure.weights import random_model
-from openelm_mlx.benchmarks.measure.weights import small_engine as random_engine
+from openelm_mlx.benchmarks.checks.trials import random_engine, random_model
 
 __all__ = ["random_engine", "random_model"]
