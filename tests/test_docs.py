@@ -90,17 +90,15 @@ def test_commands_run(page, tmp_path):
     """Every command of a page, in its order, with stand-ins for what it would download."""
     todo = []
     for command, text in (one for line in console_lines(page) for one in parsed(line)):
-        if command[0] == "openelm":
-            todo.append((command[1:], text or "Hello!\n"))
-        elif command[0] == "python":
-            todo.append((command, text))
+        if command[0] == "openelm" or command[:2] == ["python", "-m"]:
+            todo.append((command, text or "Hello!\n"))
         else:
             assert command[0] in ELSEWHERE, command
     runner = [sys.executable, ROOT / "tests" / "helpers" / "documented.py", tmp_path]
     done = subprocess.run(runner, input=json.dumps(todo), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     failed = [one for one in json.loads(done.stdout) if one["status"] not in (0, None)]
-    assert not failed, "\n".join(f"{' '.join(one['argv'])}: {one['err']}" for one in failed)
+    assert not failed, "\n".join(f"{' '.join(one['command'])}: {one['err']}" for one in failed)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -3,7 +3,7 @@
     python tests/helpers/documented.py FOLDER < commands.json
 
 A process of its own, because `huggingface_hub` reads its environment once. Every published model is
-the golden nano model, served by a hub and a file server on this machine; a published size with
+a small golden one, served by a hub and a file server on this machine; a published size with
 random weights is a small one. Commands that measure are given the least work.
 """
 
@@ -13,71 +13,100 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from formats import again
-from golden_set import NANO
+from formats import again, tokenizer_file
+from golden_set import GOLDEN
 from hub_server import Hub
 from range_server import serving
 
-# Flags that make a command of the documentation short: its first words -> what is added.
-SHORT: dict[tuple[str, ...], list[str]] = {
-    ("benchmark",): ["--trials", "5", "--processes", "1"]
-    + ["--prompt-tokens", "8", "--generation-tokens", "4"],
-    ("convert",): ["--calibration-tokens", "300"],
-    ("generate",): ["--max-tokens", "4"],
-    ("chat",): ["--max-tokens", "4"],
+ROOT = Path(__file__).parents[2]
+SMALL = GOLDEN / "tied-gqa4"
+YAML = (SMALL / "config.yaml").read_text(encoding="utf-8").replace("64", "1024")
+# Flags that make a command short: they are added to all commands that begin with these words.
+SHORT: dict[str, list[str]] = {
+    "openelm benchmark": ["--trials", "5", "--processes", "1", "--prompt-tokens", "8"]
+    + ["--generation-tokens", "4"],
+    "openelm generate": ["--max-tokens", "4"],
+    "openelm chat": ["--max-tokens", "4"],
+    "openelm models": ["--yes"],
 }
+SHOWN = {"--show", "--compare", "--predict"}  # options of the benchmark that measure nothing
+# Scripts that take minutes or need a peer: their arguments are read, and no work is done. Each has
+# a test of its own.
+READ_ONLY = ("openelm_mlx.benchmarks.scripts.", "openelm_mlx.benchmarks.checks.")
 
 
 def workshop(folder: Path) -> dict[str, Any]:
     """Put the files that the pages speak of into `folder`; return the hub's repositories."""
-    model = again(NANO / "checkpoint.pt", folder / "my-model", instruct=True)
-    shutil.copy(NANO / "checkpoint.pt", folder)
-    shutil.copy(NANO / "config.yaml", folder)
-    shutil.copy(NANO / "tokenizer.model", folder)
+    shutil.copy(SMALL / "checkpoint.pt", folder)
+    (folder / "config.yaml").write_text(YAML, encoding="utf-8")
+    tokenizer_file(folder, 128)
+    model = again(folder / "checkpoint.pt", folder / "my-model", instruct=True)
     again(model, folder / "model.gguf", target_format="gguf")
+    (folder / "tests").symlink_to(ROOT / "tests")
+    shutil.copy(
+        next((ROOT / "benchmarks" / "results").glob("*-quick.json")), folder / "theirs.json"
+    )
     for name in ("letter.txt", "role.txt", "code.py", "long.txt", "heldout.txt", "notes.txt"):
-        (folder / name).write_text("Once upon a time there was a fox. " * 8, encoding="utf-8")
+        (folder / name).write_text("once upon a time there was a fox " * 4, encoding="utf-8")
     files = {path.name: path.read_bytes() for path in model.iterdir()}
     sizes = ("270M", "450M", "1_1B", "3B")
     return {f"apple/OpenELM-{size}{kind}": files for size in sizes for kind in ("", "-Instruct")}
 
 
-def shortened(argv: list[str]) -> list[str]:
-    """Add the flags that make the command short, unless it only shows what was measured."""
-    if argv[:1] == ["benchmark"] and {"--show", "--compare", "--predict"} & set(argv):
-        return argv
-    return argv + SHORT.get(tuple(argv[:1]), [])
+def shortened(command: list[str]) -> list[str]:
+    """Add the flags that make a command short."""
+    name = " ".join(command[:2])
+    if name == "openelm benchmark" and SHOWN & set(command):
+        return command
+    if name == "openelm models" and len(command) == 2:
+        return command
+    calibration = ["--calibration-tokens", "300"] if "--calibrate" in command else []
+    return command + SHORT.get(name, []) + calibration
 
 
-def run(words: list[str], text: str) -> dict[str, Any]:
-    """Run one command of `openelm` in this process.
+def run(command: list[str], text: str) -> dict[str, Any]:
+    """Run `openelm ...` or `python -m ...` in this process.
 
     `text` is what it reads from stdin, or "<NAME" for the content of a file.
     """
-    from openelm_mlx.cli.main import main
-
     if text.startswith("<"):
         text = Path(text[1:]).read_text(encoding="utf-8")
-    argv = [re.sub(r"\$\(cat (\S+)\)", lambda m: Path(m[1]).read_text(), word) for word in words]
+    words = [re.sub(r"\$\(cat (\S+)\)", lambda m: Path(m[1]).read_text(), word) for word in command]
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8")
-    streams = (sys.stdin, sys.stdout, sys.stderr)
+    streams = (sys.stdin, sys.stdout, sys.stderr, sys.argv)
     sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8")
     sys.stdout, sys.stderr = out, err
     try:
-        status = main(shortened(argv))
+        status = called(shortened(words))
     except SystemExit as end:
         status = end.code
     finally:
-        sys.stdin, sys.stdout, sys.stderr = streams
+        sys.stdin, sys.stdout, sys.stderr, sys.argv = streams
     for stream in (out, err):
         stream.flush()
     said = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
-    return {"argv": words, "status": status, "out": said[0], "err": said[1]}
+    return {"command": command, "status": status, "out": said[0], "err": said[1]}
+
+
+def called(words: list[str]) -> Any:
+    """Call what a command names, and return its exit status."""
+    if words[0] == "openelm":
+        from openelm_mlx.cli.main import main
+
+        return main(words[1:])
+    module, arguments = words[2], words[3:]
+    if module.startswith(READ_ONLY):
+        arguments.append("--help")
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")
+    return 0
 
 
 def stand_in(root: str, tokenizer: Path) -> None:
@@ -87,6 +116,9 @@ def stand_in(root: str, tokenizer: Path) -> None:
     from openelm_mlx.engine import hub
 
     catalog.ROOT = root
+    for name, entry in catalog.CATALOG.items():
+        if entry.yaml is not None:
+            catalog.CATALOG[name] = replace(entry, yaml=YAML)
     for module in (catalog, hub):
         module.mirrored_tokenizer = lambda: tokenizer  # type: ignore[attr-defined]
     published = weights.OpenELMConfig.from_name
@@ -102,7 +134,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     commands = json.load(sys.stdin)
     repositories = workshop(folder)
-    checkpoint = (NANO / "checkpoint.pt").read_bytes()
+    checkpoint = (SMALL / "checkpoint.pt").read_bytes()
     hub = Hub(repositories)
     with serving({"/pretrained/270M/checkpoint_average.pt": checkpoint}) as server:
         os.environ |= {
@@ -112,7 +144,10 @@ def main() -> None:
         }
         stand_in(server.url + "/", folder / "tokenizer.model")
         os.chdir(folder)
-        results = [run(argv, text) for argv, text in commands]
+        from openelm_mlx.engine import hub as hub_module
+
+        hub_module.resolve_model("270m")  # so that there is a model to remove
+        results = [run(command, text) for command, text in commands]
     hub.server.shutdown()
     print(json.dumps(results))
 
