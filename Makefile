@@ -11,10 +11,11 @@ comma := ,
 # two processes; a test file stays in one, so that the models its tests share are made once
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: chat test coverage constraints dist clean help
+.PHONY: chat test docs coverage constraints dist clean help
 help:
 	@echo "make chat         install and chat with the bundled model"
 	@echo "make test         lint, types and tests, as CI runs them"
+	@echo "make docs         build the site of the documentation into build/site"
 	@echo "make coverage     the lines that no test executes"
 	@echo "make constraints  write the newest versions into constraints/known-good.txt"
 	@echo "make dist         build wheel and source distribution, and check what they hold"
@@ -49,6 +50,10 @@ test: $(VENV)/installed-dev
 	$(BIN)/mypy -p openelm_mlx
 	$(PYTEST)
 
+docs: $(VENV)/installed-dev
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --quiet --editable '.[docs]'
+	$(BIN)/zensical build --strict
+
 coverage: $(VENV)/installed-dev
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --quiet --editable '.[coverage]'
 	$(BIN)/coverage erase
@@ -67,4 +72,4 @@ dist: $(VENV)/installed-dev
 	$(BIN)/python packaging/check_distributions.py dist
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .cache .coverage .coverage.*
