@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
-PIP_FLAGS := --disable-pip-version-check --no-input
+# modules are compiled when they are first imported, which most of them never are: this halves the time of installing
+PIP_FLAGS := --disable-pip-version-check --no-input --no-compile
 
 # every client that the tests of an ordinary machine use
 EXTRAS := dev,plot,grammar
@@ -21,9 +22,9 @@ help:
 	@echo "make dist         build wheel and source distribution, and check what they hold"
 	@echo "make clean        remove the virtual environment and caches"
 
-# $(call install,WHAT): make the virtual environment where there is no whole one, and install WHAT into it. What pip says
-# goes to a log, of which the end is shown when something fails. A later run of make ends what was interrupted: the script
-# `activate` is what an environment gets last.
+# $(call install,WHAT): make the virtual environment where there is no complete one, and install WHAT into it. What pip
+# says goes to a log, and the end of the log is shown when something fails. A later run of make finishes what was
+# interrupted: the script `activate` is what an environment gets last.
 define install
 @$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("openelm-mlx needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 @mkdir -p $(VENV)
