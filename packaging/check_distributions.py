@@ -4,13 +4,14 @@
 
 The source distribution has every file that git tracks and nothing else but its own metadata. The
 wheel has the package once, without benchmarks/scripts, is the same byte for byte when it is built
-again, and the same when it is built from the source distribution. Run it in a clean checkout: a
-file that git ignores is packed like any other.
+again with the same SOURCE_DATE_EPOCH, umask and setuptools, and the same when it is built from the
+source distribution. Run it in a clean checkout: a file that git ignores is packed like any other.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -24,13 +25,16 @@ DATA = (".jinja", ".json", ".j2", ".md", ".model", ".safetensors", "py.typed")
 
 
 def output_of(*command: str) -> str:
-    return subprocess.run(command, cwd=ROOT, check=True, text=True, capture_output=True).stdout
+    """Run a command in the repository; when it fails, leave with what it said."""
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")
+    return done.stdout
 
 
 def build(source: Path, kind: str, out: Path) -> Path:
     """Build one distribution in an environment of its own, and return its path."""
-    command = [sys.executable, "-m", "build", "--quiet", f"--{kind}", "--outdir", str(out)]
-    subprocess.run([*command, str(source)], check=True, stdout=subprocess.DEVNULL)
+    output_of(sys.executable, "-m", "build", f"--{kind}", "--outdir", str(out), str(source))
     (path,) = out.glob("*.tar.gz" if kind == "sdist" else "*.whl")
     return path
 
@@ -73,6 +77,15 @@ def check_wheel(wheel: Path, tracked: set[str]) -> None:
         sys.exit(f"wheel: lacks {missing}, has {extra} too many, has {twice} twice")
 
 
+def check_index_page(wheel: Path) -> None:
+    """What a package index shows has no other files to link to."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        page = archive.read(name).decode()
+    if relative := re.findall(r"\]\((?!https://)[^)]*\)", page):
+        sys.exit(f"{name} has links that a package index cannot follow: {relative}")
+
+
 def main(out: Path) -> None:
     os.environ.setdefault(
         "SOURCE_DATE_EPOCH", output_of("git", "log", "-1", "--format=%ct").strip()
@@ -85,6 +98,7 @@ def main(out: Path) -> None:
         root = unpacked(sdist, scratch / "unpacked")
         check_sdist(root, tracked)
         check_wheel(wheel, tracked)
+        check_index_page(wheel)
         for other, what in ((again, "again"), (build(root, "wheel", scratch / "sdist"), "from it")):
             if other.read_bytes() != wheel.read_bytes():
                 sys.exit(f"wheel: built {what}, it has other bytes")
