@@ -99,6 +99,18 @@ def test_the_version_stands_in_one_place():
         assert openelm_mlx.__version__ not in path.read_text(encoding="utf-8"), path
 
 
+def test_the_source_distribution_leaves_nothing_out():
+    if not (ROOT / ".git").exists():
+        pytest.skip("wants a clone")
+    words = text_of("MANIFEST.in").split()
+    always = {"LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    for name in {path.split("/")[0] for path in tracked} - always:
+        assert name in words or (name.endswith(".md") and "*.md" in words), name
+
+
 def test_the_pythons_that_are_promised_are_those_that_are_tested():
     minors = [
         int(found.group(1))
