@@ -11,8 +11,9 @@ from typing import Any
 from openelm_mlx.benchmarks.checks.reference import Reference
 from openelm_mlx.benchmarks.checks.trials import Answer, Request
 from openelm_mlx.device import mx
-from openelm_mlx.engine.loading import Engine, parameters
+from openelm_mlx.engine.loading import Engine
 from openelm_mlx.model.cache_kinds import CacheKind, Quantized
+from openelm_mlx.model.decoder import parameters
 
 TIE = 1e-5  # two scores of float32 that are so near may change places
 TIE_8_BITS = 1e-2  # the same with keys and values in 8 bits; of other kinds only the rate is told

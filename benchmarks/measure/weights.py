@@ -24,12 +24,12 @@ from openelm_mlx.benchmarks.results.document import Case
 from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.dtypes import DTYPES, name_of
 from openelm_mlx.engine.hub import BUNDLED, resolve_model
-from openelm_mlx.engine.loading import Engine, load, parameters, quantize_now
+from openelm_mlx.engine.loading import Engine, load, quantize_now
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.files import WEIGHTS, read_json, write_json
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, expected_tensors, normal_name
-from openelm_mlx.model.decoder import OpenELM
+from openelm_mlx.model.decoder import OpenELM, parameters
 from openelm_mlx.quantization import KEYS, QuantSpec, matrices, quantization_of, spec_of
 
 SEED = 0

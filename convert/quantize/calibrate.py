@@ -9,7 +9,6 @@ each on the inputs that the rounded ones before it give.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +27,7 @@ from openelm_mlx.convert.quantize.functional import (
 )
 from openelm_mlx.convert.quantize.rounding import (
     DAMPING,
-    Codes,
+    Learned,
     dequantized,
     error_feedback,
     quantized,
@@ -160,34 +159,6 @@ def prompt_ids(encode: Encode, row: int, instruct: bool) -> list[int]:
     turns = "<|system|>\n", f"\n<|user|>\n{question}", "\n<|assistant|>\n"
     system, user, assistant = map(encode, turns)
     return [BOS, *system, EOS, *user, EOS, *assistant]
-
-
-@dataclass
-class Learned:
-    """Float32 weights as the rounded model has them, and the codes of its affine matrices."""
-
-    weights: dict[str, mx.array]
-    codes: dict[str, Codes] = field(default_factory=dict)  # by stem
-    plan: Plan = field(default_factory=dict)
-    norms: dict[str, mx.array] = field(default_factory=dict)  # by tensor name, as stored
-
-    def arrays(self, dtype: str) -> dict[str, dict[str, mx.array]]:
-        """Return what is stored for each tensor by name; all others are rounded to nearest."""
-        codes = {f"{stem}.weight": codes for stem, codes in self.codes.items()}
-        return {name: own.arrays(name, getattr(mx, dtype)) for name, own in codes.items()} | {
-            name: {name: array} for name, array in self.norms.items()
-        }
-
-    def stored_weights(self, dtype: str) -> dict[str, mx.array]:
-        """Return the float32 weights that the stored tensors stand for; what is not quantized is
-        rounded to `dtype`.
-        """
-        packed = {f"{stem}.weight" for stem, spec in self.plan.items() if spec is not None}
-        kind = getattr(mx, dtype)
-        return {
-            name: array if name in packed else array.astype(kind).astype(mx.float32)
-            for name, array in self.weights.items()
-        }
 
 
 def calibrate(

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from openelm_mlx.convert.quantize.calibrate import Learned
 from openelm_mlx.convert.quantize.functional import Weights, head, last_states, logits
-from openelm_mlx.convert.quantize.rounding import Codes, as_stored
+from openelm_mlx.convert.quantize.rounding import Codes, Learned, as_stored
 from openelm_mlx.device import mx, utils
 from openelm_mlx.evaluate.score import kl_divergence
 from openelm_mlx.model.config import OpenELMConfig

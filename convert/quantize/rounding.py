@@ -10,14 +10,14 @@ This is numpy's work: column by column leaves nothing to do for a device.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import TensorInfo
-from openelm_mlx.quantization import QuantSpec
+from openelm_mlx.quantization import Plan, QuantSpec
 
 PARTS = ("weight", "scales", "biases")
 BLOCK = 128  # columns whose errors are passed on together; every group size divides it
@@ -206,3 +206,31 @@ def fit_groups(
         best_error = np.where(better, error.sum(-1), best_error)
         best = np.where(better, scale, best[0]), np.where(better, bias, best[1])
     return best
+
+
+@dataclass
+class Learned:
+    """Float32 weights as the rounded model has them, and the codes of its affine matrices."""
+
+    weights: dict[str, mx.array]
+    codes: dict[str, Codes] = field(default_factory=dict)  # by stem
+    plan: Plan = field(default_factory=dict)
+    norms: dict[str, mx.array] = field(default_factory=dict)  # by tensor name, as stored
+
+    def arrays(self, dtype: str) -> dict[str, dict[str, mx.array]]:
+        """Return what is stored for each tensor by name; all others are rounded to nearest."""
+        codes = {f"{stem}.weight": codes for stem, codes in self.codes.items()}
+        return {name: own.arrays(name, getattr(mx, dtype)) for name, own in codes.items()} | {
+            name: {name: array} for name, array in self.norms.items()
+        }
+
+    def stored_weights(self, dtype: str) -> dict[str, mx.array]:
+        """Return the float32 weights that the stored tensors stand for; what is not quantized is
+        rounded to `dtype`.
+        """
+        packed = {f"{stem}.weight" for stem, spec in self.plan.items() if spec is not None}
+        kind = getattr(mx, dtype)
+        return {
+            name: array if name in packed else array.astype(kind).astype(mx.float32)
+            for name, array in self.weights.items()
+        }

@@ -16,8 +16,10 @@ from openelm_mlx.cli.options import (
     add_model_flags,
     from_args,
     given_fields,
+    given_path,
     load_draft,
     load_model,
+    text_of,
 )
 from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin, without_line_end
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
@@ -100,8 +102,6 @@ def opened(args: argparse.Namespace) -> Conversation:
 
     system = args.system
     if args.system_file is not None:
-        from openelm_mlx.cli.chat_commands import given_path, text_of
-
         system = text_of(given_path(args.system_file)).rstrip("\n")
     check_text(system or "")
     engine, draft = load_model(args.model, args), load_draft(args)
@@ -151,6 +151,7 @@ def lines(conversation: Conversation) -> int:
 
     A line that fails is reported on stderr, and the conversation goes on.
     """
+    from openelm_mlx.cli.chat_commands import handle
     from openelm_mlx.cli.session import Session
 
     session, status = Session(conversation), 0
@@ -159,7 +160,7 @@ def lines(conversation: Conversation) -> int:
         if not line.strip():
             continue
         try:
-            if not session.handle(without_line_end(line)):
+            if not handle(session, without_line_end(line)):
                 break
         except OpenELMError as error:
             print(f"openelm: {error}", file=sys.stderr)

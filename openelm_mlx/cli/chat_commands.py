@@ -11,7 +11,7 @@ from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.cli.options import did_you_mean, has_flag
+from openelm_mlx.cli.options import did_you_mean, given_path, has_flag, text_of
 from openelm_mlx.cli.session import Session, facts, settings, written
 from openelm_mlx.engine.options import (
     EngineOptions,
@@ -285,18 +285,6 @@ def short(text: str) -> str:
     return textwrap.shorten(text, 72, placeholder=" ...")
 
 
-def given_path(name: str) -> Path:
-    """Return the path that was typed, without quotes around it; ~ is the home folder."""
-    if len(name) > 1 and name[0] == name[-1] and name[0] in "\"'":
-        name = name[1:-1]
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        raise OptionError(
-            f"{name} names a home folder that is not known; give the whole path"
-        ) from None
-
-
 def split_path(text: str) -> tuple[Path, str]:
     """Split off the longest beginning that names a file: a name with blanks needs no quotes."""
     words = text.split(" ")
@@ -307,25 +295,17 @@ def split_path(text: str) -> tuple[Path, str]:
     return given_path(words[0]), ""
 
 
-def text_of(path: Path, most: int | None = None) -> str:
-    """Return the text of a file of at most `most` bytes. Raises `PromptError`."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise PromptError(f"{path} is not a regular file; give a file of text")
-        if most is not None and path.stat().st_size > most:
-            raise PromptError(
-                f"{path} has {path.stat().st_size:,} bytes, far more than the context holds; "
-                "give a part"
-            )
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        if b"\0" in error.object:
-            raise PromptError(f"{path} is not text; give a file of text") from None
-        raise PromptError(
-            f"{path} is not UTF-8 text (byte {error.start}); "
-            "convert it, as with iconv -f latin1 -t utf-8"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise PromptError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+def handle(session: Session, line: str) -> bool:
+    """Send a message or run a command; return False after a command that ends the chat.
+
+    Raises `OpenELMError`.
+    """
+    if line.startswith("/") and not line.startswith("//"):
+        name, *rest = line.split(maxsplit=1)
+        command = find(name)
+        if command is not None:
+            return command.run(session, rest[0].strip() if rest else "") is not False
+        if session.dialogue:
+            raise unknown(name)
+    session.send(line[1:] if line.startswith("//") else line)
+    return True

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, asdict, fields
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from openelm_mlx.cli.streams import Waiting
 from openelm_mlx.engine.options import GenerationOptions, ModelOptions
+from openelm_mlx.errors import OptionError, PromptError
 from openelm_mlx.fields import nearest
 
 T = TypeVar("T")
@@ -112,9 +115,43 @@ def real(text: str) -> float:
 
 def contents(name: str) -> str:
     """Read the file that a flag names. Raises an `OpenELMError`."""
-    from openelm_mlx.cli.chat_commands import given_path, text_of
-
     return text_of(given_path(name))
+
+
+def given_path(name: str) -> Path:
+    """Return the path that was typed, without quotes around it; ~ is the home folder."""
+    if len(name) > 1 and name[0] == name[-1] and name[0] in "\"'":
+        name = name[1:-1]
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise OptionError(
+            f"{name} names a home folder that is not known; give the whole path"
+        ) from None
+
+
+def text_of(path: Path, most: int | None = None) -> str:
+    """Return the text of a file of at most `most` bytes. Raises `PromptError`."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise PromptError(f"{path} is not a regular file; give a file of text")
+        if most is not None and path.stat().st_size > most:
+            raise PromptError(
+                f"{path} has {path.stat().st_size:,} bytes, far more than the context holds; "
+                "give a part"
+            )
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        if b"\0" in error.object:
+            raise PromptError(f"{path} is not text; give a file of text") from None
+        raise PromptError(
+            f"{path} is not UTF-8 text (byte {error.start}); "
+            "convert it, as with iconv -f latin1 -t utf-8"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise PromptError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 FORMS: dict[str, tuple[Any, str]] = {

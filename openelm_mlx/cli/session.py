@@ -79,23 +79,6 @@ class Session:
             lines.append(left + indent.join(parts))
         self.say("\n".join(lines))
 
-    def handle(self, line: str) -> bool:
-        """Send a message or run a command; return False after a command that ends the chat.
-
-        Raises `OpenELMError`.
-        """
-        from openelm_mlx.cli.chat_commands import find, unknown
-
-        if line.startswith("/") and not line.startswith("//"):
-            name, *rest = line.split(maxsplit=1)
-            command = find(name)
-            if command is not None:
-                return command.run(self, rest[0].strip() if rest else "") is not False
-            if self.dialogue:
-                raise unknown(name)
-        self.send(line[1:] if line.startswith("//") else line)
-        return True
-
     def send(self, text: str) -> None:
         """Send a message and show its answer."""
         self.answer(lambda progress: self.conversation.send(text, progress))

@@ -19,7 +19,7 @@ from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.output import create_output
 
-from openelm_mlx.cli.chat_commands import COMMANDS, SETTINGS, find
+from openelm_mlx.cli.chat_commands import COMMANDS, SETTINGS, find, handle
 from openelm_mlx.cli.session import Session
 from openelm_mlx.cli.streams import moves_cursor, printable
 from openelm_mlx.errors import OpenELMError
@@ -62,7 +62,7 @@ def dialogue(conversation: Conversation) -> int:
             try:
                 text = prompts.prompt("› ").strip()
                 keys.bracket_pastes()
-                if text and not session.handle(text):
+                if text and not handle(session, text):
                     return 0
             except KeyboardInterrupt:
                 if not prompts.default_buffer.text:  # else it took back a line that was begun

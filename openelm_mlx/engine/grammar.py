@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from openelm_mlx.engine.options import GenerationOptions
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import OptionError
 from openelm_mlx.fields import shown
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from openelm_mlx.engine.loading import Engine
+    from openelm_mlx.engine.options import GenerationOptions
 
 Form = tuple[str, Any]  # the option that asks for it, and its value
 # What each option advises where its value cannot be followed.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx import device
-from openelm_mlx.device import mx, nn, set_wired_limit, utils
+from openelm_mlx.device import mx, nn, set_wired_limit
 from openelm_mlx.dtypes import DTYPES, FLOATS, name_of
 from openelm_mlx.engine.decode import Steps
 from openelm_mlx.engine.hub import Resolved, resolve_model
@@ -20,7 +20,7 @@ from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, Tokeni
 from openelm_mlx.fields import shown
 from openelm_mlx.files import name_for_mlx, read_json, weight_files
 from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig, expected_tensors
-from openelm_mlx.model.decoder import OpenELM
+from openelm_mlx.model.decoder import OpenELM, parameters
 from openelm_mlx.quantization import Plan, QuantSpec, quantization_of, read_plan
 
 if TYPE_CHECKING:
@@ -164,11 +164,6 @@ def load_resolved(
         )
     instruct = speaks_instruct(folder, name)
     return Engine(model, tokenizer, config, name, folder, quantization, instruct, sampling)
-
-
-def parameters(model: OpenELM) -> dict[str, mx.array]:
-    """Return every parameter of the model by its path, which is its name in a checkpoint."""
-    return dict(utils.tree_flatten(model.parameters()))  # type: ignore[arg-type]
 
 
 def speaks_instruct(folder: Path, name: str) -> bool:

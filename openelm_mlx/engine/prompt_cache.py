@@ -22,6 +22,7 @@ from openelm_mlx.files import name_for_mlx, replacing
 from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.cache_kinds import CacheKind, Window
 from openelm_mlx.model.config import layer_shapes
+from openelm_mlx.model.decoder import parameters
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
@@ -287,8 +288,6 @@ def fingerprint(engine: Engine) -> str:
     A tensor counts by two sums modulo 2^32: of its words, each as wide as an element, and of its
     words weighted by their place.
     """
-    from openelm_mlx.engine.loading import parameters
-
     about = json.dumps(engine.config.to_hf_dict(), sort_keys=True, default=str)
     digest = hashlib.sha256(about.encode())
     digest.update(repr(sorted((engine.quantization or {}).items(), key=str)).encode())

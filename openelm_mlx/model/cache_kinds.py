@@ -8,19 +8,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from openelm_mlx.device import mx
 from openelm_mlx.errors import CacheError
 
 if TYPE_CHECKING:
-    from openelm_mlx.engine.options import EngineOptions
     from openelm_mlx.model.config import OpenELMConfig
 
 Arrays = list[mx.array]
 Mask = mx.array | str | None
 
 SLACK = 32  # slots of a window beyond its size: rejected drafts overwrite nothing still in sight
+
+
+class CacheOptions(Protocol):
+    """What `CacheKind.of` reads of the engine's options."""
+
+    @property
+    def kv_bits(self) -> int | None: ...
+    @property
+    def kv_window(self) -> int | None: ...
+    @property
+    def kv_keep(self) -> int: ...
 
 
 def sdpa(q: mx.array, k: mx.array, v: mx.array, mask: Mask, scale: float) -> mx.array:
@@ -209,7 +219,7 @@ class CacheKind:
         return form
 
     @classmethod
-    def of(cls, config: OpenELMConfig, options: EngineOptions) -> CacheKind:
+    def of(cls, config: OpenELMConfig, options: CacheOptions) -> CacheKind:
         """Return the kind that `options` ask for.
 
         Raises `CacheError` where the model's heads cannot be quantized so.

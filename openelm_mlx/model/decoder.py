@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from openelm_mlx.device import mx, nn
+from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.model.cache import Cache, KVCache, as_caches
 from openelm_mlx.model.cache_kinds import Mask
 from openelm_mlx.model.config import LayerShape, OpenELMConfig, layer_shapes
@@ -301,3 +301,8 @@ class OpenELM(nn.Module):
 
     def __call__(self, tokens: mx.array, cache: KVCache | list[Any] | None = None) -> mx.array:
         return self.logits(self.hidden(tokens, cache))
+
+
+def parameters(model: OpenELM) -> dict[str, mx.array]:
+    """Return every parameter of the model by its path, which is its name in a checkpoint."""
+    return dict(utils.tree_flatten(model.parameters()))  # type: ignore[arg-type]

@@ -23,11 +23,11 @@ from openelm_mlx.benchmarks.peers.openelm import OurSession, prompt_ids
 from openelm_mlx.benchmarks.results.compare import PROCESSES
 from openelm_mlx.benchmarks.results.document import Document, Machine, Metric, Row, completed
 from openelm_mlx.device import mx
-from openelm_mlx.engine.loading import parameters
 from openelm_mlx.engine.options import EngineOptions
 from openelm_mlx.errors import BenchmarkError, OpenELMError, OptionError
 from openelm_mlx.evaluate.score import compare, own_text
 from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.decoder import parameters
 
 
 def test_suites_and_grids():

@@ -20,8 +20,8 @@ from openelm_mlx.benchmarks.peers.llama_gguf import stored, write_gguf
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.device import mx, utils
 from openelm_mlx.engine.hub import BUNDLED
-from openelm_mlx.engine.loading import parameters
 from openelm_mlx.errors import BenchmarkError, OptionError
+from openelm_mlx.model.decoder import parameters
 from openelm_mlx.quantization import QuantSpec
 
 PROMPT = "Once upon a time there was a little fox who"

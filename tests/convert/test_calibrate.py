@@ -19,14 +19,19 @@ from openelm_mlx.convert.quantize.calibrate import (
     CONTROL,
     PROMPTS,
     QUESTIONS,
-    Learned,
     calibrate,
     prompt_ids,
     sampled_tokens,
     text_tokens,
 )
 from openelm_mlx.convert.quantize.distill import Schedule, Start, distill, finished
-from openelm_mlx.convert.quantize.rounding import dequantized, error_feedback, fit_groups, pack
+from openelm_mlx.convert.quantize.rounding import (
+    Learned,
+    dequantized,
+    error_feedback,
+    fit_groups,
+    pack,
+)
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.model.config import expected_tensors

@@ -12,7 +12,8 @@ from small import random_engine
 
 from openelm_mlx import BatchEngine, ModelDraft, PromptCache, batch_generate, stream_generate
 from openelm_mlx.device import mx, nn
-from openelm_mlx.engine.loading import Engine, cast, parameters
+from openelm_mlx.engine.loading import Engine, cast
+from openelm_mlx.model.decoder import parameters
 
 PROMPT = [1, 9, 30, 12, 9, 30, 12, 9]
 

@@ -12,10 +12,11 @@ from openelm_mlx import device, load
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.pipeline import convert
 from openelm_mlx.device import mx
-from openelm_mlx.engine.loading import compute_dtype, parameters
+from openelm_mlx.engine.loading import compute_dtype
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError
 from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.decoder import parameters
 
 
 def broken(nano, tmp_path, change):

@@ -15,12 +15,12 @@ from small import random_engine
 
 from openelm_mlx import BatchEngine, EngineOptions, PromptCache, stream_generate
 from openelm_mlx.device import mx
-from openelm_mlx.engine.loading import parameters
 from openelm_mlx.engine.prompt_cache import common_prefix
 from openelm_mlx.errors import CacheError, OptionError, PromptError
 from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.cache_kinds import SLACK, CacheKind, Plain, Quantized, Window
 from openelm_mlx.model.config import layer_shapes
+from openelm_mlx.model.decoder import parameters
 
 PLAIN, EIGHT, WINDOW = CacheKind(), CacheKind(Quantized(8, 32)), CacheKind(Plain(), Window(20, 3))
 OPTIONS = {

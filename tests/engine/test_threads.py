@@ -20,10 +20,11 @@ from small import random_engine, random_model
 
 from openelm_mlx import BatchEngine, Conversation, PromptCache, load, stream_generate
 from openelm_mlx.device import mx
-from openelm_mlx.engine.loading import Engine, parameters
+from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.threads import MAIN, asynchronous, compiled, device, device_work, on_device
 from openelm_mlx.errors import OptionError
 from openelm_mlx.evaluate.score import score
+from openelm_mlx.model.decoder import parameters
 
 T = TypeVar("T")
 
