@@ -79,6 +79,7 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
     "OpenBLAS": lambda: load_blas().path is not None,
     "a writable home": writable_home,
     "another user than root": permissions_hold,
+    "zensical": lambda: find_spec("zensical") is not None,
     "/dev/full": lambda: os.path.exists("/dev/full"),
     "Linux": lambda: sys.platform.startswith("linux"),
     "another system than macOS": lambda: sys.platform != "darwin",
