@@ -1,9 +1,8 @@
-"""From every form in which OpenELM's weights were published to a model folder.
+"""The converter: from every form in which OpenELM's weights were published to every one it writes.
 
->>> from openelm_mlx.convert import ConvertOptions, convert
->>> report = convert(ConvertOptions(Path("checkpoint.pt"), Path("openelm-270m-4bit"), bits=4))
->>> report.bits_per_weight, report.written_bytes
+    report = convert(ConvertOptions(Path("checkpoint.pt"), Path("openelm-270m-4bit"), bits=4))
 
+`pipeline` is the map. The engine does not depend on it, but asks it for a folder by name.
 `fetch_published` gives the path of what a published name such as corenet:270m stands for.
 """
 
@@ -13,15 +12,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from openelm_mlx.convert.fetch.catalog import fetch_published
+    from openelm_mlx.convert.fetch import fetch_published
     from openelm_mlx.convert.options import ConvertOptions
-    from openelm_mlx.convert.pipeline import ConversionReport, convert
+    from openelm_mlx.convert.pipeline import convert
+    from openelm_mlx.convert.record import ConversionReport
 
 _HOME = {
-    "ConversionReport": "pipeline",
+    "ConversionReport": "record",
     "ConvertOptions": "options",
     "convert": "pipeline",
-    "fetch_published": "fetch.catalog",
+    "fetch_published": "fetch",
 }
 __all__ = ["ConversionReport", "ConvertOptions", "convert", "fetch_published"]
 

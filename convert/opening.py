@@ -1,9 +1,10 @@
-"""The first steps of a conversion: what lies in the source, what model it makes, which tokenizer
-belongs to it.
+"""The first steps of a conversion: what the source holds, what model it makes, which tokenizer is
+its own. No weights are read here.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,18 +13,27 @@ from typing import Any
 
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.sources import (
+    EMBEDDINGS,
+    HEAD,
     OVERRIDES,
     Shapes,
     TensorSource,
     infer_config,
+    kind_of,
     matrix_shape,
-    open_source,
     overrides,
+    weights_by_kind,
 )
-from openelm_mlx.convert.sources.adapters import AdaptedCheckpoint, LoraOptions, has_adapters
-from openelm_mlx.convert.sources.mlx_adapters import FusedAdapter
-from openelm_mlx.convert.sources.yaml_files import read_yaml
-from openelm_mlx.convert.tokenizers.tokenizer_model import TokenizerModel, find_tokenizer
+from openelm_mlx.convert.sources.adapters import (
+    AdaptedCheckpoint,
+    FusedAdapter,
+    LoraOptions,
+    has_adapters,
+)
+from openelm_mlx.convert.sources.folder import safetensors_folder
+from openelm_mlx.convert.sources.gguf import GGUFFile
+from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
+from openelm_mlx.convert.tokenizers import TokenizerModel, find_tokenizer
 from openelm_mlx.device import mx
 from openelm_mlx.errors import (
     CheckpointError,
@@ -33,9 +43,17 @@ from openelm_mlx.errors import (
     OptionError,
     TokenizerError,
 )
-from openelm_mlx.files import read_json
+from openelm_mlx.files import read_json, read_yaml
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, expected_tensors, normal_name
 
+WANTED = "a CoreNet .pt file, a folder of safetensors or a GGUF file"
+FILE_KIND = {  # what --from says -> what the files are
+    "pt": "pt",
+    "huggingface": "safetensors",
+    "mlx": "safetensors",
+    "corenet-mlx": "safetensors",
+    "gguf": "gguf",
+}
 MAX_PADDING_ROWS = 256  # CoreNet pads 32000 tokens to 32128 rows; a larger gap is another tokenizer
 ADAPTER = re.compile(r"\.base_layer\.|lora_|magnitude")
 
@@ -56,31 +74,33 @@ class OpenedModel:
         return self.source if isinstance(self.source, AdaptedCheckpoint) else None
 
     def packed(self, name: str) -> dict[str, mx.array]:
-        """The stored arrays of a matrix that is quantized in the source, without the rows that pad
-        the vocabulary.
+        """Return the stored arrays of a matrix of the source's plan, without the rows that pad the
+        vocabulary. Raises `CheckpointError`.
         """
         rows, result = expected_tensors(self.trimmed)[name][0], {}
         for stored, array in self.source.packed(name).items():
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
                 raise CheckpointError(
-                    f"{self.source.path}: {stored} holds NaN or infinite scales; the checkpoint is damaged"
+                    f"{self.source.path}: {stored} holds NaN or infinite scales; the checkpoint is "
+                    "damaged"
                 )
             result[stored] = array[:rows]
         return result
 
 
 def open_model(options: ConvertOptions) -> OpenedModel:
-    """Raises an `OpenELMError` that names the file; reads no weights."""
+    """Open the source, and find its configuration and tokenizer.
+
+    Raises an `OpenELMError` that names the file.
+    """
     try:
         source = with_adapters(open_source(options.source, options.source_format), options)
         check_no_adapter(source.tensors)
         shapes = {name: info.shape for name, info in source.tensors.items()}
-        own = source.config
-        config = (
-            with_flags(own, options)
-            if own and not options.config
-            else config_for(options.source, shapes, options)
-        )
+        if source.config and not options.config:
+            config = with_flags(source.config, options)
+        else:
+            config = config_for(options.source, shapes, options)
         check_coverage(shapes, expected_tensors(config))
         tokenizer = find_tokenizer(options.source, options.tokenizer, source.tokenizer)
         return OpenedModel(source, config, trim_vocabulary(config, tokenizer), tokenizer)
@@ -91,6 +111,54 @@ def open_model(options: ConvertOptions) -> OpenedModel:
         raise type(error)(f"{options.source}: {error}") from None
 
 
+def open_source(path: Path, source_format: str | None = None) -> TensorSource:
+    """Return the reader for what `path` holds, by its content and not its name.
+
+    `source_format` (`--from`) forces one of `FILE_KIND`. Raises `ConversionError`.
+    """
+    if not os.path.exists(path):
+        raise ConversionError(f"{path} does not exist; give {WANTED}")
+    if path.is_dir():
+        return open_folder(path, source_format)
+    if not os.path.isfile(path):  # a pipe would be waited for without end
+        raise ConversionError(f"{path} is neither a file nor a folder; give {WANTED}")
+    found = kind_of(path)
+    if found == "safetensors" and source_format is None:
+        raise ConversionError(
+            f"{path} is one file of a model; give its folder, which also holds config.json"
+        )
+    kind = found if source_format is None else FILE_KIND[source_format]
+    if kind == "safetensors":
+        raise ConversionError(
+            f"{path} is not a folder; --from {source_format} takes the folder of a model"
+        )
+    if kind is None and path.stat().st_size == 0:
+        raise ConversionError(f"{path} is empty; fetch or copy it again")
+    return open_file(path, kind)
+
+
+def open_folder(path: Path, source_format: str | None) -> TensorSource:
+    found = weights_by_kind(path)
+    problem = f"{path} holds neither safetensors nor a .pt or GGUF file; give {WANTED}"
+    if source_format is not None:
+        found = {kind: of for kind, of in found.items() if kind == FILE_KIND[source_format]}
+        problem = f"{path} holds nothing that --from {source_format} reads; give {WANTED}"
+    kind = next(iter(found), None)
+    if kind is None:
+        raise ConversionError(problem)
+    if kind == "safetensors":
+        return safetensors_folder(path)
+    if len(found[kind]) > 1:
+        raise ConversionError(f"{path} holds {len(found[kind])} {kind} files; name one of them")
+    return open_file(found[kind][0], kind)
+
+
+def open_file(path: Path, kind: str | None) -> TensorSource:
+    if kind == "gguf" or (kind is None and path.suffix.lower() == ".gguf"):
+        return GGUFFile(path)
+    return TorchCheckpoint(path)
+
+
 def with_adapters(source: TensorSource, options: ConvertOptions) -> TensorSource:
     if options.adapter_folder is not None:
         return FusedAdapter(source, options.adapter_folder)
@@ -99,13 +167,11 @@ def with_adapters(source: TensorSource, options: ConvertOptions) -> TensorSource
         yaml = None if path is None or path.suffix == ".json" else path
         lora = LoraOptions(options.lora_alpha, bool(options.rank_stabilised), yaml)
         return AdaptedCheckpoint(source, lora, merge=options.adapter != "keep")
-    if (
-        options.adapter is not None
-        or options.lora_alpha is not None
-        or options.rank_stabilised is not None
-    ):
+    flags = (options.adapter, options.lora_alpha, options.rank_stabilised)
+    if any(flag is not None for flag in flags):
         raise OptionError(
-            f"{options.source} holds no adapter; leave out --adapter, --lora-alpha and --rank-stabilised"
+            f"{options.source} holds no adapter; leave out --adapter, --lora-alpha and "
+            "--rank-stabilised"
         )
     return source
 
@@ -115,31 +181,12 @@ def check_no_adapter(names: Iterable[str]) -> None:
     for name in names:
         if ADAPTER.search(name):
             raise ConversionError(
-                f"the checkpoint holds an adapter ({name}); only whole models are converted: merge it first"
+                f"the checkpoint holds an adapter ({name}); only complete models are converted: "
+                "merge it first"
             )
 
 
-def trim_vocabulary(config: OpenELMConfig, tokenizer: TokenizerModel) -> OpenELMConfig:
-    """The configuration without the rows that pad the vocabulary. Raises `TokenizerError` for a
-    mismatch.
-    """
-    pieces = tokenizer.num_pieces
-    if not 0 <= config.vocab_size - pieces <= MAX_PADDING_ROWS:
-        raise TokenizerError(
-            f"{tokenizer.path} has {pieces} pieces, but the model {config.vocab_size} rows of embeddings: "
-            "this is another model's tokenizer; give the right one with --tokenizer"
-        )
-    padding = config.padding_index
-    return replace(
-        config,
-        vocab_size=pieces,
-        padding_index=padding if padding is not None and padding < pieces else None,
-    )
-
-
-def check_coverage(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_coverage(found: Shapes, expected: Shapes) -> None:
     """Raise `CheckpointError` that names the first tensors missing, superfluous or of the wrong
     shape.
     """
@@ -151,15 +198,36 @@ def check_coverage(
     for name, shape in expected.items():
         if name in found and tuple(found[name]) != tuple(shape):
             problems.append(
-                f"{name} has shape {tuple(found[name])} where the configuration asks for {tuple(shape)}"
+                f"{name} has shape {tuple(found[name])} where the configuration asks for "
+                f"{tuple(shape)}"
             )
             break
     if problems:
         raise CheckpointError("the tensors do not make this model: " + "; ".join(problems))
 
 
+def trim_vocabulary(config: OpenELMConfig, tokenizer: TokenizerModel) -> OpenELMConfig:
+    """Return the configuration without the rows that pad the vocabulary.
+
+    Raises `TokenizerError` where the tokenizer belongs to another model.
+    """
+    pieces = tokenizer.num_pieces
+    if not 0 <= config.vocab_size - pieces <= MAX_PADDING_ROWS:
+        raise TokenizerError(
+            f"{tokenizer.path} has {pieces} pieces, but the model {config.vocab_size} rows of "
+            "embeddings: this is another model's tokenizer; give the right one with --tokenizer"
+        )
+    padding = config.padding_index
+    if padding is not None and padding >= pieces:
+        padding = None
+    return replace(config, vocab_size=pieces, padding_index=padding)
+
+
 def config_for(source: Path, shapes: Shapes, options: ConvertOptions) -> OpenELMConfig:
-    """The source's configuration. Raises `ConfigError`, `CheckpointError` or `ConversionError`."""
+    """Return the configuration in the source's file, or else the one that its shapes make.
+
+    Raises `ConfigError`, `CheckpointError` or `ConversionError`.
+    """
     path = config_path(source, options)
     section: dict[str, Any] = {}
     if path is not None:
@@ -168,29 +236,21 @@ def config_for(source: Path, shapes: Shapes, options: ConvertOptions) -> OpenELM
             return with_flags(OpenELMConfig.from_file(path), options)
         section = {k: v for k, v in raw.items() if k != "quantization"} or corenet_section(path)
         size = normal_name(str(section.get("model_name", "")))
-        if (
-            size in PUBLISHED
-        ):  # an adapted embedding leaves the head behind: what the tensors hold wins
-            rows = matrix_shape(shapes, "transformer.token_embeddings.weight")[0]
-            held: dict[str, Any] = {"share_input_output_layers": "lm_head.weight" not in shapes}
-            held |= {} if "vocab_size" in section else {"vocab_size": rows}
-            published = OpenELMConfig(**PUBLISHED[size] | overrides(section) | held)
+        if size in PUBLISHED:
+            # an adapted embedding leaves the head behind: what the tensors hold wins
+            known: dict[str, Any] = {"share_input_output_layers": f"{HEAD}.weight" not in shapes}
+            if "vocab_size" not in section:
+                known["vocab_size"] = matrix_shape(shapes, f"{EMBEDDINGS}.weight")[0]
+            published = OpenELMConfig(**PUBLISHED[size] | overrides(section) | known)
             return with_flags(published, options)
     return infer_config(shapes, section, options.head_dim, options.rope_base)
 
 
 def config_path(source: Path, options: ConvertOptions) -> Path | None:
-    """`--config`, else config.json of a folder, else config.yaml beside the checkpoint."""
+    """Return `--config`, else config.json of a folder, else config.yaml beside the checkpoint."""
     if options.config is not None or source.is_file():
         return options.config or beside(source, "config.yaml")
     return beside(source, "config.json") or beside(source, "config.yaml")
-
-
-def is_corenet_section(raw: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of CoreNet's MLX port: the YAML's section, not Hugging Face's
-    keys.
-    """
-    return "model_name" in raw and "model_dim" not in raw
 
 
 def beside(source: Path, name: str) -> Path | None:
@@ -198,30 +258,35 @@ def beside(source: Path, name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def with_flags(config: OpenELMConfig, options: ConvertOptions) -> OpenELMConfig:
-    if options.head_dim not in (None, config.head_dim):
-        raise ConversionError(
-            f"--head-dim {options.head_dim} contradicts the configuration, which has {config.head_dim}"
-        )
-    return (
-        config
-        if options.rope_base is None
-        else replace(config, rope_freq_constant=options.rope_base)
-    )
+def is_corenet_section(raw: Mapping[str, Any]) -> bool:
+    """Tell whether a config.json is that of CoreNet's MLX port: the YAML's section, not Hugging
+    Face's keys.
+    """
+    return "model_name" in raw and "model_dim" not in raw
 
 
 def corenet_section(path: str | Path) -> dict[str, Any]:
-    """`model.language_modeling.general_gpt` of a CoreNet YAML. Raises `ConfigError`."""
+    """Return `model.language_modeling.general_gpt` of a CoreNet YAML. Raises `ConfigError`."""
     node: Any = read_yaml(path)
     for key in ("model", "language_modeling", "general_gpt"):
         node = node.get(key) if isinstance(node, dict) else None
     if not isinstance(node, dict):
         raise ConfigError(
-            f"{path} has no section model.language_modeling.general_gpt: no CoreNet language model"
+            f"{path} has no section model.language_modeling.general_gpt: it is not a CoreNet "
+            "language model"
         )
-    known = {"model_name", *OVERRIDES}
-    if unknown := sorted(str(key) for key in node.keys() - known):
+    if unknown := sorted(str(key) for key in node.keys() - {"model_name", *OVERRIDES}):
         raise ConfigError(
             f"{path}: general_gpt has keys this engine does not know: {', '.join(unknown)}"
         )
     return node
+
+
+def with_flags(config: OpenELMConfig, options: ConvertOptions) -> OpenELMConfig:
+    if options.head_dim not in (None, config.head_dim):
+        raise ConversionError(
+            f"--head-dim {options.head_dim} contradicts the configuration, which has "
+            f"{config.head_dim}"
+        )
+    base = options.rope_base
+    return config if base is None else replace(config, rope_freq_constant=base)

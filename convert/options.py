@@ -20,9 +20,7 @@ CALIBRATIONS = ("gptq", "distill")
 @explained()
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What to convert, where to, and how. Raises `OptionError` for the first field that is not
-    allowed.
-    """
+    """What to convert, where to, and how. Raises `OptionError` for the first field not allowed."""
 
     source: Path = field(metadata={"help": "a CoreNet .pt file, a model folder or a GGUF file"})
     target: Path = field(metadata={"help": "the model folder, or GGUF file, to write"})
@@ -46,7 +44,7 @@ class ConvertOptions:
     )
     head_dim: int | None = field(
         default=None,
-        metadata={"help": "width of a head, where the tensors do not tell", "range": (2, 65536)},
+        metadata={"help": "size of a head, where the tensors do not tell", "range": (2, 65536)},
     )
     rope_base: float | None = field(
         default=None,
@@ -97,21 +95,23 @@ class ConvertOptions:
     recipe: str | None = field(
         default=None,
         metadata={
-            "help": "forms by role: a built-in recipe's name, or a YAML file",
+            "help": "bits by role: a built-in recipe's name, or a YAML file",
             "metavar": "NAME|FILE",
         },
     )
     target_bpw: float | None = field(
         default=None,
         metadata={
-            "help": "measure every matrix in every form and choose the best ones of this many bits per weight",
+            "help": "measure every matrix in every spec, and choose the best of this many bits per "
+            "weight",
             "range": (2.0, 16.0),
         },
     )
     calibrate: str | None = field(
         default=None,
         metadata={
-            "help": "learn the rounding: gptq (error feedback, minutes) or distill (by gradient, longer and better)",
+            "help": "learn the rounding: gptq (error feedback, minutes) or distill (by gradient, "
+            "longer and better)",
             "choices": CALIBRATIONS,
         },
     )
@@ -132,7 +132,8 @@ class ConvertOptions:
     max_kl: float | None = field(
         default=None,
         metadata={
-            "help": "fail, and write nothing, above this mean KL divergence in nats; implies --verify",
+            "help": "fail, and write nothing, above this mean KL divergence in nats; implies "
+            "--verify",
             "range": (0.0, math.inf),
         },
     )
@@ -149,54 +150,54 @@ class ConvertOptions:
         metadata={"help": "add the chat template; unset goes by 'instruct' in the source's name"},
     )
 
-    source_name: str | None = (
-        None  # what the source is called where its path says nothing: a hub id, a catalog's name
-    )
+    source_name: str | None = None
+    """What the source is called where its path says nothing: a hub id, a name of the catalog."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_quantization(self)
         if self.target_format == "hf" and self.quantizes:
             raise OptionError(
-                "--to hf writes whole weights; leave out --bits and --mode, or --to hf"
+                "--to hf writes unquantized weights; leave out --bits and --mode, or --to hf"
             )
         if self.target_format == "gguf" and self.adapter == "keep":
             raise OptionError("--to gguf writes one file of weights; leave out --adapter keep")
         if self.target_format == "gguf" and (self.recipe or self.target_bpw or self.calibrate):
             raise OptionError(
-                "--to gguf knows one form for all; leave out --recipe, --target-bpw and --calibrate"
+                "--to gguf writes all matrices in one type; leave out --recipe, --target-bpw and "
+                "--calibrate"
             )
 
     @property
     def shown_source(self) -> str:
-        """The source without paths of the machine."""
+        """The source without paths of the machine, in UTF-8 as the record of a conversion is."""
         name = self.source_name or self.source.absolute().name
-        return name.encode("utf-8", "replace").decode(
-            "utf-8"
-        )  # the record of a conversion is UTF-8
+        return name.encode("utf-8", "replace").decode("utf-8")
 
     @property
-    def form(self) -> QuantSpec | None:
-        """The one form of every matrix, None where the weights stay whole."""
+    def spec(self) -> QuantSpec | None:
+        """The one spec of every matrix, None where the flags ask for no quantization."""
         return make_spec(self.bits, self.group_size, self.mode)
 
     @property
     def quantizes(self) -> bool:
-        """Whether any flag asks for a form of the matrices, uniform, by role or measured."""
-        return self.form is not None or self.recipe is not None or self.target_bpw is not None
+        """Whether any flag asks for quantization: uniform, by role or measured."""
+        return self.spec is not None or self.recipe is not None or self.target_bpw is not None
 
     @property
     def verifies(self) -> bool:
         return self.verify or self.verify_text is not None or self.max_kl is not None
 
     @property
-    def keeps_forms(self) -> bool:
+    def keeps_plan(self) -> bool:
         """Whether matrices that are quantized in the source stay as they are."""
         return self.target_format == "mlx" and self.dtype is None
 
     @property
     def is_instruct(self) -> bool:
-        """As asked for, otherwise by the word in the names of the source and its folder."""
+        """Whether the model chats: as asked for, or else by the word in the names of the source and
+        its folder.
+        """
         if self.instruct is not None:
             return self.instruct
         source = self.source.absolute()
@@ -207,32 +208,26 @@ class ConvertOptions:
 
 
 def check_quantization(options: ConvertOptions) -> None:
-    """Raise `OptionError` for two ways to choose forms at once, or for calibration of nothing."""
-    uniform = make_spec(options.bits, options.group_size, options.mode)
+    """Raise `OptionError` for two ways to choose a plan at once, or for calibration of nothing."""
     flags = {
-        "--bits or --mode": uniform,
+        "--bits or --mode": options.spec,
         "--recipe": options.recipe,
         "--target-bpw": options.target_bpw,
     }
     given = [flag for flag, value in flags.items() if value is not None]
     if len(given) > 1:
-        raise OptionError(f"{' and '.join(given)} each choose the forms; give one of them")
+        raise OptionError(f"{' and '.join(given)} each choose the plan; give one of them")
     if options.calibrate is not None and not given:
         raise OptionError(
             f"--calibrate {options.calibrate} needs something to round; give {', '.join(flags)} too"
         )
-    if (
-        options.calibration_text is not None
-        and options.target_bpw is None
-        and options.calibrate is None
-    ):
+    uses_text = options.target_bpw is not None or options.calibrate is not None
+    if options.calibration_text is not None and not uses_text:
         raise OptionError(
             "--calibration-text is used by --target-bpw and --calibrate; give one of them too"
         )
-    if (
-        options.calibration_tokens != ConvertOptions.calibration_tokens
-        and options.calibrate is None
-    ):
+    default = ConvertOptions.calibration_tokens
+    if options.calibration_tokens != default and options.calibrate is None:
         raise OptionError("--calibration-tokens is used by --calibrate; give that too")
     if options.rank_stabilised is not None and options.lora_alpha is None:
         raise OptionError("--rank-stabilised is used by --lora-alpha; give that too")

@@ -1,15 +1,16 @@
-"""conversion.json and the model card: where a folder came from, how it was made, and what it lost
-on the way.
+"""What is told of a conversion: the report, conversion.json, the model card, and the licence that
+goes along with the weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import shlex
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,102 @@ from typing import Any
 from openelm_mlx import __version__
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize.plan import number_of, role
+from openelm_mlx.convert.sources import LICENCE_KEYS, TensorSource
+from openelm_mlx.engine.hub import SHORT_NAMES, is_published
+from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import Plan, QuantSpec, config_entry
 
 CHUNK = 1 << 22
 MERGED, KEPT = "merged", "kept beside its base"
+FRONT_MATTER_BYTES = 1 << 16
+ENTRY = re.compile(rf"^({'|'.join(LICENCE_KEYS)})[ \t]*:[ \t]*([^\s#].*?)[ \t]*$", re.MULTILINE)
+SAMPLE_CODE = "apple-sample-code-license"
+CORENET = {
+    "license": "other",
+    "license_name": SAMPLE_CODE,
+    "license_link": "https://github.com/apple/corenet/blob/main/LICENSE",
+}
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """The outcome of a conversion, or of its dry run. Bytes are those of the weights."""
+
+    target: Path
+    config: OpenELMConfig
+    source_bytes: int
+    written_bytes: int
+    dropped_rows: int  # of the embeddings: those without a piece of the tokenizer
+    memory_bytes: int  # an estimate of the peak, beside the interpreter
+    plan: Plan = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """What was found while the plan was chosen and rounding was learned."""
+    verification: Mapping[str, float] | None = None
+    """The losses against the source, if asked for."""
+
+    @property
+    def parameters(self) -> int:
+        return self.config.num_parameters
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.written_bytes / self.parameters
+
+
+@dataclass(frozen=True)
+class Licence:
+    """Entries of a model card, by `LICENCE_KEYS`, and the files that hold the text."""
+
+    entries: dict[str, str]
+    files: tuple[Path, ...]
+
+    @property
+    def without_files(self) -> dict[str, str]:
+        """The entries that mean something without the files beside them."""
+        return {k: v for k, v in self.entries.items() if k != "license_link" or "://" in v}
+
+
+def licence_of(source: TensorSource, options: ConvertOptions) -> Licence:
+    """Return the terms that the weights name, else those of the card beside them.
+
+    Where neither names any, names under which Apple published get Apple's terms.
+    """
+    folder = options.source if options.source.is_dir() else options.source.parent
+    files = tuple(path for path in sorted(folder.glob("LICEN[SC]E*")) if path.is_file())
+    entries = dict(source.licence) or front_matter(folder / "README.md")
+    entries = entries or licence_of_name(options.source_name or "")
+    link = entries.get("license_link", "")
+    if "://" not in link and link not in [path.name for path in files]:
+        entries.pop("license_link", None)  # it would lead nowhere
+    return Licence(entries, files)
+
+
+def front_matter(card: Path) -> dict[str, str]:
+    """Return the `LICENCE_KEYS` that a model card gives as plain text in its front matter."""
+    try:
+        with open(card, "rb") as file:
+            text = file.read(FRONT_MATTER_BYTES).decode("utf-8", errors="replace")
+    except OSError:
+        return {}
+    match = re.match(r"---\n(.*?)\n---", text.replace("\r\n", "\n"), re.DOTALL)
+    found = [] if match is None else [(k, v.strip("'\"")) for k, v in ENTRY.findall(match[1])]
+    return {key: value for key, value in found if value}
+
+
+def licence_of_name(name: str) -> dict[str, str]:
+    """Return Apple's terms for a name under which Apple published weights."""
+    if is_published(name):
+        return dict(CORENET)
+    hub_id = SHORT_NAMES.get(name.lower(), name)
+    if hub_id.lower().startswith("apple/openelm-"):
+        link = f"https://huggingface.co/{hub_id}/blob/main/LICENSE"
+        return {"license": "apple-amlr", "license_name": SAMPLE_CODE, "license_link": link}
+    return {}
 
 
 class SourceHash:
-    """SHA-256 of every weight file of a source, computed beside the conversion (hashing frees the
-    interpreter).
+    """The SHA-256 of every weight file of a source, computed on a thread beside the conversion
+    (hashing frees the interpreter). Leaving the context stops it.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -33,7 +121,14 @@ class SourceHash:
         self._hashes: dict[str, str] = {}
         self._stop = False
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> SourceHash:
         self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop = True
+        self._thread.join()
 
     def _run(self) -> None:
         for path in self.files:
@@ -47,17 +142,14 @@ class SourceHash:
             self._hashes[path.name] = digest.hexdigest()
 
     def result(self) -> dict[str, str]:
+        """Return the hashes by file name, once they are complete."""
         self._thread.join()
         return dict(self._hashes)
 
-    def stop(self) -> None:
-        self._stop = True
-        self._thread.join()
-
 
 def command_line(options: ConvertOptions) -> str:
-    """The command that asks for these options; files by name only, without paths of the machine it
-    ran on.
+    """Return the command that asks for these options, with files by name only: the paths of the
+    machine it ran on are left out.
     """
     words = ["openelm", "convert", options.shown_source, "-o", options.target.name]
     for item in fields(options):
@@ -69,83 +161,85 @@ def command_line(options: ConvertOptions) -> str:
         if isinstance(value, bool):
             words.append(flag if value else "--no-" + flag.removeprefix("--"))
         else:
-            plain = (
-                Path(value).name if isinstance(value, Path) or item.name == "recipe" else str(value)
-            )
-            words += [flag, plain]
+            is_path = isinstance(value, Path) or item.name == "recipe"
+            words += [flag, Path(value).name if is_path else str(value)]
     return shlex.join(words)
 
 
 def conversion_record(
     options: ConvertOptions,
-    forms: Plan,
+    report: ConversionReport,
     dtype: str,
-    parameters: int,
-    written_bytes: int,
-    dropped_rows: int,
-    measured: Mapping[str, Any],
+    licence: Licence,
+    adapter: str | None,
+    hashes: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The content of conversion.json, but for the source's hash and the verification, which end
-    with the work.
-    """
-    return {
+    """Return the content of conversion.json."""
+    record: dict[str, Any] = {
         "tool": "openelm-mlx",
         "version": __version__,
         "versions": {"mlx": version("mlx"), "python": platform.python_version()},
         "command": command_line(options),
         "source": options.shown_source,
-        "parameters": parameters,
+        "parameters": report.parameters,
         "dtype": dtype,
-        "quantization": config_entry(forms),
-        "bytes": written_bytes,
-        "bits_per_weight": round(8 * written_bytes / parameters, 4),
-        "dropped_embedding_rows": dropped_rows,
+        "quantization": config_entry(report.plan),
+        "bytes": report.written_bytes,
+        "bits_per_weight": round(report.bits_per_weight, 4),
+        "dropped_embedding_rows": report.dropped_rows,
         "instruct": options.is_instruct,
-        **({"calibration": dict(measured)} if measured else {}),
     }
+    if report.measured:
+        record["calibration"] = dict(report.measured)
+    if licence.entries:
+        record["license"] = licence.entries
+    if adapter is not None:
+        record["adapter"] = adapter
+    if report.verification is not None:
+        text = options.verify_text
+        record["verification"] = dict(report.verification)
+        record["verification_text"] = None if text is None else text.name
+    return record | {"source_sha256": dict(hashes)}
 
 
-def model_card(record: Mapping[str, Any], forms: Plan, instruct: bool) -> str:
-    """README.md of a model folder."""
-    kinds = {form for form in forms.values() if form is not None}
-    kind = (
-        record["dtype"]
-        if not kinds
-        else str(next(iter(kinds)))
-        if len(kinds) == 1
-        else "quantized by layer"
-    )
+def model_card(record: Mapping[str, Any], plan: Plan, instruct: bool) -> str:
+    """Return README.md of a model folder."""
+    specs = {spec for spec in plan.values() if spec is not None}
+    kind = "quantized by layer" if specs else record["dtype"]
+    if len(specs) == 1:
+        kind = str(next(iter(specs)))
     chat = "It speaks OpenELM's Instruct format; see `chat_template.jinja`.\n" if instruct else ""
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     parts = [
         f"---\n{card_entries(record)}---\n\n# OpenELM for MLX\n\n"
-        f"{record['parameters']:,} parameters, {kind}, {record['bits_per_weight']:.3f} bits per weight. Converted from "
-        f"`{record['source']}` with openelm-mlx {record['version']}. {chat}\n"
-        '```\nopenelm chat PATH_OF_THIS_FOLDER\nmlx_lm.generate --model PATH_OF_THIS_FOLDER --prompt "Once upon a time"\n'
+        f"{record['parameters']:,} parameters, {kind}, {record['bits_per_weight']:.3f} bits per "
+        f"weight. Converted from `{record['source']}` with openelm-mlx {record['version']}. "
+        f"{chat}\n```\nopenelm chat PATH_OF_THIS_FOLDER\n"
+        'mlx_lm.generate --model PATH_OF_THIS_FOLDER --prompt "Once upon a time"\n'
         f"```\n\n## How it was made\n\n```\n{record['command']}\n```\n"
+        f"With {versions}. {record['bytes']:,} bytes of weights.\n"
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    parts.append(f"With {versions}. {record['bytes']:,} bytes of weights.\n")
-    for name, digest in record.get("source_sha256", {}).items():
-        parts.append(f"- `{name}`: sha256 `{digest}`\n")
+    parts += [
+        f"- `{name}`: sha256 `{digest}`\n" for name, digest in record["source_sha256"].items()
+    ]
     if record.get("adapter") == KEPT:
         parts.append(
             "\nThese are the weights of the base; the adapter lies in `adapter` "
             "(`mlx_lm.generate --adapter-path PATH_OF_THIS_FOLDER/adapter`).\n"
         )
-    if len(set(forms.values())) > 1:
-        parts.append("\n" + form_table_markdown(forms) + "\n")
+    if len(set(plan.values())) > 1:
+        heads, rows = plan_rows(plan)
+        parts.append("\nBits and group size by layer:\n\n" + markdown([heads, *rows]) + "\n")
     if verification := record.get("verification"):
-        parts.append(
-            f"\nAgainst the source in float32, on {record.get('verification_text') or 'a short text'}:\n\n"
-        )
-        parts.append("| | |\n|---|---|\n")
+        text = record["verification_text"] or "a short text"
+        parts.append(f"\nAgainst the source in float32, on {text}:\n\n| | |\n|---|---|\n")
         parts += [f"| {label(key)} | {value:.6g} |\n" for key, value in verification.items()]
     parts.append("\nThe weights stay under the licence of the model they were converted from.\n")
     return "".join(parts)
 
 
 def card_entries(record: Mapping[str, Any]) -> str:
-    """The card's front matter, as Hugging Face reads it."""
+    """Return the card's front matter, as Hugging Face reads it."""
     import yaml
 
     entries = {**record.get("license", {}), "library_name": "mlx", "tags": ["mlx", "openelm"]}
@@ -156,35 +250,27 @@ def label(key: str) -> str:
     return key.replace("_", " ")
 
 
-def form_rows(forms: Plan) -> tuple[list[str], list[list[str]]]:
-    """The plan as a table: a column for each role, a row for each layer, one for what belongs to no
-    layer.
+def plan_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
+    """Return the plan as a table: a column for each role, a row for each layer, one for each matrix
+    that belongs to no layer.
     """
-    roles = list(dict.fromkeys(role(stem) for stem in forms if number_of(stem) >= 0))
-    rows = [
-        [role(stem), short(form), *[""] * (len(roles) - 1)]
-        for stem, form in forms.items()
-        if number_of(stem) < 0
-    ]
-    layers = sorted({number_of(stem) for stem in forms} - {-1})
-    by_place = {(number_of(stem), role(stem)): short(form) for stem, form in forms.items()}
-    rows += [[f"layer {number}", *(by_place[number, name] for name in roles)] for number in layers]
+    roles = list(dict.fromkeys(role(stem) for stem in plan if number_of(stem) >= 0))
+    blank = [""] * (len(roles) - 1)
+    rows = [[role(stem), short(plan[stem]), *blank] for stem in plan if number_of(stem) < 0]
+    by_place = {(number_of(stem), role(stem)): short(spec) for stem, spec in plan.items()}
+    for number in sorted({number_of(stem) for stem in plan} - {-1}):
+        rows.append([f"layer {number}", *(by_place[number, name] for name in roles)])
     return ["", *roles], rows
 
 
-def short(form: QuantSpec | None) -> str:
-    """5 bits in groups of 64 as 5/64."""
-    if form is None:
-        return "whole"
-    return f"{form.bits}/{form.group_size}" if form.mode == "affine" else form.mode
+def short(spec: QuantSpec | None) -> str:
+    """Return 5/64 for 5 bits in groups of 64."""
+    if spec is None:
+        return "unquantized"
+    return f"{spec.bits}/{spec.group_size}" if spec.mode == "affine" else spec.mode
 
 
-def form_table_markdown(forms: Plan) -> str:
-    heads, rows = form_rows(forms)
-    lines = [
-        "Bits and group size by layer:",
-        "",
-        "| " + " | ".join(heads) + " |",
-        "|" + "---|" * len(heads),
-    ]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+def markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines) + "\n"

@@ -2,8 +2,8 @@
 system, or not at all.
 
 Work goes on in a hidden neighbour `.NAME.partial-PID-*`, which no tool loads: its config.json gets
-that name last. What a killed run left behind is removed, or a half-done replacement undone, by the
-next run to the same target.
+that name last. The next run to the same target removes what a killed run left behind, or undoes a
+replacement that it left half done.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ LINUX_EXCHANGE, LINUX_AT_FDCWD, MACOS_SWAP = 2, -100, 2  # renameat2(2), renamex
 def check_target(options: ConvertOptions) -> None:
     """Raise an error before any work where the target cannot be what was asked for.
 
-    `ConversionError`: it stands in the way, is no model, or holds the source. `OptionError`: it
-    cannot be written, or has the name of a GGUF file and is to be a folder.
+    It raises `ConversionError` for a target that stands in the way, is not a model, or holds the
+    source, and `OptionError` for one that cannot be written, or that is to be a folder with the
+    name of a GGUF file.
     """
     target, what = options.target, "file" if options.target_format == "gguf" else "folder"
     if options.target_format != "gguf" and target.suffix.lower() == ".gguf":
@@ -47,16 +48,11 @@ def check_target(options: ConvertOptions) -> None:
         return
     if not options.force:
         raise ConversionError(f"{target} exists; choose another {what}, or replace it with --force")
-    if options.target_format == "gguf":
-        if target.is_symlink() or not target.is_file():
-            raise ConversionError(
-                f"{target} is no GGUF file, so --force does not replace it; choose another {what}"
-            )
-    elif target.is_symlink() or not (
-        target.is_dir() and ((target / CONFIG).is_file() or not any(target.iterdir()))
-    ):
+    known = target.is_file() if what == "file" else holds_a_model(target)
+    if target.is_symlink() or not known:
+        kind = "a GGUF file" if what == "file" else "a model folder"
         raise ConversionError(
-            f"{target} is no model folder, so --force does not replace it; choose another {what}"
+            f"{target} is not {kind}, so --force does not replace it; choose another {what}"
         )
     given = (options.source, options.config, options.tokenizer, options.adapter_folder)
     inputs = [path.resolve() for path in given if path is not None]
@@ -64,27 +60,30 @@ def check_target(options: ConvertOptions) -> None:
         raise ConversionError(f"{target} holds what is to be converted; choose another {what}")
 
 
+def holds_a_model(folder: Path) -> bool:
+    """Tell whether this is a model folder, or an empty one."""
+    return folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))
+
+
 def check_inputs(options: ConvertOptions) -> None:
     """Raise `OptionError` or `ConfigError` for a text or recipe that cannot be read, before
     anything is fetched.
     """
-    for path, flag in (
-        (options.verify_text, "--verify-text"),
-        (options.calibration_text, "--calibration-text"),
-    ):
-        if path is not None and (
-            os.path.isfile(path) or not os.path.exists(path)
-        ):  # a pipe can be read only once
-            read_text(path, flag)
+    texts = {"--verify-text": options.verify_text, "--calibration-text": options.calibration_text}
+    for flag, path in texts.items():
+        if path is None or (os.path.exists(path) and not os.path.isfile(path)):
+            continue  # a pipe can be read only once
+        read_text(path, flag)
     if options.recipe is not None:
         find_recipe(options.recipe)
 
 
 @contextlib.contextmanager
 def staged(options: ConvertOptions) -> Iterator[Path]:
-    """A folder beside the target that becomes the target on success and vanishes on any failure.
+    """Yield a folder beside the target that becomes the target on success and vanishes on any
+    failure.
 
-    With a GGUF target, what becomes the target is the one file of that name in the folder.
+    With a GGUF target, the one file of that name in the folder becomes the target.
     """
     target = options.target.absolute()
     made = [p for p in reversed(target.parents) if not p.exists()]
@@ -107,7 +106,7 @@ def staged(options: ConvertOptions) -> Iterator[Path]:
 
 
 def finish(partial: Path, target: Path, options: ConvertOptions) -> None:
-    """The last step: the finished work takes the target's name."""
+    """Give the finished work the target's name."""
     if os.path.lexists(target) and not options.force:
         raise ConversionError(
             f"{target} has appeared meanwhile; choose another one, or replace it with --force"
@@ -126,7 +125,7 @@ def finish(partial: Path, target: Path, options: ConvertOptions) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two folders swap names at once; False where the system cannot."""
+    """Let two folders swap names at once. Return False where the system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(other)
     if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
@@ -138,8 +137,8 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def replace_in_two_steps(partial: Path, target: Path) -> None:
-    """Where names cannot be swapped: a kill between the two renames is made good by
-    `clear_leftovers`.
+    """Replace the target where names cannot be swapped. `clear_leftovers` makes good a kill
+    between the two renames.
     """
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-{os.getpid()}-", dir=target.parent))
     target.rename(old)  # an empty folder may be replaced by a rename
@@ -152,8 +151,8 @@ def replace_in_two_steps(partial: Path, target: Path) -> None:
 
 
 def clear_leftovers(target: Path) -> None:
-    """Remove what killed runs left beside `target`; an old model they had moved aside gets its name
-    back.
+    """Remove what killed runs left beside `target`, and give an old model that they had moved
+    aside its name back.
     """
     with contextlib.suppress(OSError):  # what cannot be seen or moved stays
         undo_and_remove(target)
@@ -180,8 +179,8 @@ def alive(pid: int) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder that may be killed in the middle of it: without config.json first, nothing
-    loads the rest.
+    """Delete a folder. A kill may come in the middle: without its config.json nothing loads the
+    rest.
     """
     with contextlib.suppress(OSError):
         (folder / CONFIG).unlink()
@@ -197,6 +196,6 @@ def discard(partial: Path | None, made: list[Path]) -> None:
 
 
 def config_of(folder: Path) -> Path:
-    """The configuration of a model folder, also of one that is still being written."""
+    """Return the path of a model folder's configuration, also while it is being written."""
     unfinished = folder / UNFINISHED_CONFIG
     return unfinished if unfinished.exists() else folder / CONFIG

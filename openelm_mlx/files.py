@@ -1,4 +1,4 @@
-"""Files: JSON and safetensors headers read without trust, writing that is done or not at all."""
+"""Files: JSON, YAML and safetensors headers read without trust, writing that is done or not at all."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from openelm_mlx.dtypes import BY_SAFETENSORS, itemsize
-from openelm_mlx.errors import CheckpointError, ConfigError, OptionError
+from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, reason
 from openelm_mlx.fields import fit_path
 
 MAX_JSON_BYTES = 4 << 20  # a sharded 3B's index has 40 KB
+MAX_YAML_BYTES = 1 << 18  # CoreNet's recipes have 5 KB
 # the 3B's has 40 KB; the format allows 100 MB, which as JSON would take gigabytes
 MAX_HEADER_BYTES = 2 << 20
 MAX_NUMBER = 1 << 62
@@ -72,6 +73,29 @@ def read_own_json(path: Path) -> dict[str, Any]:
         return read_json(path)
     except ConfigError:
         return {}
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Return the content of a YAML file. Raises `ConfigError`, also for one that grows without end."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node: Any) -> None:
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                # nested, they double with every level
+                raise yaml.YAMLError("merge keys (<<) are not read here")
+
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_YAML_BYTES + 1)
+        if len(data) > MAX_YAML_BYTES:
+            why = f"it has more than {MAX_YAML_BYTES} bytes"
+            raise ConfigError(f"{path} is not a configuration: {why}")
+        return yaml.load(data.decode("utf-8"), Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {reason(error)}") from None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -50,7 +50,7 @@ ORDER = (
 )
 FORBIDDEN = {("benchmarks.results", "benchmarks.ledger"), ("benchmarks.peers", "benchmarks.ledger")}
 # what rooms of the converter share with its pipeline: no other file of `convert` is known to them
-SHARED = {"convert.options", "convert.licence", "convert.record", "convert.staging"}
+SHARED = {"convert.opening", "convert.options", "convert.record", "convert.staging"}
 # imports inside functions that go against the order
 LAZY = {
     ("engine", "convert"),  # a source is made a folder that can be loaded
@@ -123,11 +123,6 @@ NOT_YET = {
     *(
         f"benchmarks.peers{module} -> benchmarks.measure.timing"
         for module in ("", ".llama_cpp", ".llama_server", ".mlx_lm", ".openelm", ".torch_reference")
-    ),
-    "convert.tokenizers.tokenizer_model -> convert.tokenizers.tokenizer_json",
-    *(
-        f"convert.sources -> convert.sources.{module}"
-        for module in ("torch_pt", "gguf", "huggingface", "quantized")
     ),
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,56 +44,43 @@ def write_gguf(folder: Path, dtype: str, scratch: Path) -> Path:
 
 def write_quantized(folder: Path, dtype: str, path: Path) -> str:
     """Write a quantized folder and return what its matrices are in."""
-    import gguf
-
-    from openelm_mlx.convert.targets.gguf import add_metadata, add_tokenizer, check_gguf, gguf_names
-    from openelm_mlx.convert.tokenizers.tokenizer_model import read_tokenizer
+    from openelm_mlx.convert.targets import gguf
+    from openelm_mlx.convert.tokenizers import read_tokenizer
 
     raw = read_json(folder / "config.json")
     config, quantization = OpenELMConfig.from_hf_dict(raw), quantization_of(raw) or {}
-    check_gguf(config, False)
-    weights, told = read_weights(folder), set()
-    writer = gguf.GGUFWriter(path, "openelm")
-    try:
-        add_metadata(writer, folder.name, config, "F32")
-        add_tokenizer(writer, read_tokenizer(folder / "tokenizer.model"), None)
-        for name in expected_tensors(config):
-            stem, array, spec = name.removesuffix(".weight"), weights[name], None
-            if f"{stem}.scales" in weights:
-                spec = spec_of(quantization, stem)
-            if spec is None:
-                data, kind = plain(array, dtype if array.ndim == 2 else "float32")
-            else:
-                parts = array, weights[f"{stem}.scales"], weights.get(f"{stem}.biases")
-                data, kind = stored(*parts, spec, dtype)
-                told.add(kind if kind in KINDS.values() else f"{spec.bits}-bit as {dtype}")
-            names = gguf_names(name)
-            for part_name, part in zip(names, np.split(data, len(names)), strict=True):
-                writer.add_tensor(part_name, part, raw_dtype=gguf.GGMLQuantizationType[kind])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
+    gguf.check_gguf(config, "F32")
+    weights, kinds, told = read_weights(folder), {}, set()
+    specs: dict[str, QuantSpec | None] = {}
+    for name in expected_tensors(config):
+        stem = name.removesuffix(".weight")
+        spec = specs[name] = spec_of(quantization, stem) if f"{stem}.scales" in weights else None
+        kinds[name] = DTYPES[dtype].gguf if weights[name].ndim == 2 else "F32"
+        if spec is not None:
+            kinds[name] = same_integers(spec) or kinds[name]
+            told.add(same_integers(spec) or f"{spec.bits}-bit as {dtype}")
+
+    def encoded(name: str, spec: QuantSpec | None) -> np.ndarray:
+        array, stem = weights[name], name.removesuffix(".weight")
+        if spec is not None:
+            parts = array, weights[f"{stem}.scales"], weights.get(f"{stem}.biases")
+            if same_integers(spec):
+                return blocks(*parts, spec)
+            array = mx.dequantize(*parts, **spec.as_config())
+        return gguf.encoded(name, array, kinds[name])
+
+    tokenizer = read_tokenizer(folder / "tokenizer.model")
+    rows = ((name, encoded(name, spec)) for name, spec in specs.items())
+    gguf.write_gguf(path, gguf.Head(folder.name, "F32"), config, tokenizer, kinds, rows)
     return ", ".join(sorted(told))
 
 
-def stored(
-    words: mx.array, scales: mx.array, biases: mx.array | None, spec: QuantSpec, dtype: str
-) -> tuple[np.ndarray, str]:
-    """Return a quantized matrix for the file and its GGUF type: the same integers, or expanded."""
-    if biases is None or spec.mode != "affine" or spec.group_size % BLOCK or spec.bits not in KINDS:
-        return plain(mx.dequantize(words, scales, biases, **spec.as_config()), dtype)
-    return blocks(words, scales, biases, spec), KINDS[spec.bits]
+def same_integers(spec: QuantSpec) -> str | None:
+    """Return the GGUF type that has the same integers, if there is one."""
+    return KINDS.get(spec.bits) if spec.mode == "affine" and spec.group_size % BLOCK == 0 else None
 
 
-def plain(array: mx.array, dtype: str) -> tuple[np.ndarray, str]:
-    """Return unquantized values and their GGUF type; numpy lacks bfloat16 and gets its bytes."""
-    array = array.astype(DTYPES[dtype].mlx)
-    return np.array(array.view(mx.uint8) if dtype == "bfloat16" else array), DTYPES[dtype].gguf
-
-
-def blocks(words: mx.array, scales: mx.array, biases: mx.array, spec: QuantSpec) -> np.ndarray:
+def blocks(words: mx.array, scales: mx.array, biases: Any, spec: QuantSpec) -> np.ndarray:
     """Return Q4_1 or Q5_1 blocks, [rows, bytes]: d, m, for 5 bits the 32 high bits, the low ones.
 
     Byte i of the low bits has the integers i and i + 16 of its block.

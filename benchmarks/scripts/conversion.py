@@ -21,8 +21,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from openelm_mlx.benchmarks.measure.weights import published, random_engine, write_folder
-from openelm_mlx.convert.tokenizers.tokenizer_json import build_tokenizer_json, tokenizer_config
-from openelm_mlx.convert.tokenizers.tokenizer_model import read_tokenizer
+from openelm_mlx.convert.tokenizers import build_tokenizer_json, read_tokenizer, tokenizer_config
 from openelm_mlx.device import mx
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.model.config import expected_tensors

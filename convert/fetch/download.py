@@ -1,10 +1,9 @@
-"""Fetch a large file over HTTP so that nothing is lost by a cut connection and nothing is taken
-that changed.
+"""A large file over HTTP: a cut connection loses nothing, and nothing is taken that changed.
 
-A download goes to `NAME.part`, beside it `NAME.part.json` with what the server said of the file;
-the next attempt, or the next run, goes on from there if the server still offers the same file. What
-a first complete download was is recorded in `NAME.record.json` (address, size, SHA-256), and every
-later use is checked against that.
+A download goes to `NAME.part`, with what the server said of the file in `NAME.part.json`. The next
+attempt, or the next run, goes on from there if the server still offers the same file. A complete
+download is recorded in `NAME.record.json` (address, size, SHA-256), against which every later use
+is checked.
 """
 
 from __future__ import annotations
@@ -31,9 +30,8 @@ from openelm_mlx.engine.hub import CERTIFICATE_REMEDY
 from openelm_mlx.errors import HubError, OpenELMError, reason
 from openelm_mlx.files import read_own_json, write_json
 
-Progress = Callable[
-    [int, int | None, str], None
-]  # bytes there, bytes in all (None: not said), file name
+# called with the bytes here, the bytes in all (None: not said), and the file's name
+Progress = Callable[[int, int | None, str], None]
 CHUNK = 1 << 20
 MAX_BYTES = 1 << 38  # 274 GB; the largest published file has 12 GB
 TIMEOUT = 30.0  # seconds without a byte
@@ -44,25 +42,23 @@ DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 @dataclass
 class Offer:
-    """What a server says of a file: its size, and the tag that changes with its content. None: it
-    does not say.
-    """
+    """What a server says of a file, None where it does not say."""
 
     size: int | None
-    tag: str | None
+    tag: str | None  # it changes with the content
 
 
 class SameScheme(urllib.request.HTTPRedirectHandler):
-    """Redirects are followed to http(s) only, and never from https to http."""
+    """Follows redirects to http(s) only, and never from https to http."""
 
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
     ) -> Any:
-        if not newurl.startswith("https://") and not (
-            newurl.startswith("http://") and req.full_url.startswith("http://")
-        ):
+        allowed = ("https://", "http://") if req.full_url.startswith("http://") else ("https://",)
+        if not newurl.startswith(allowed):
             raise HubError(
-                f"{req.full_url} redirects to {newurl[:200]}, which is not a safe address; not followed"
+                f"{req.full_url} redirects to {newurl[:200]}, which is not a safe address; not "
+                "followed"
             )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -71,15 +67,14 @@ def fetch(
     url: str,
     target: Path,
     progress: Progress | None = None,
-    inspect: Callable[[Path], None] | None = None,
+    inspect: Callable[[Path], object] | None = None,
     timeout: float = TIMEOUT,
     wait: Callable[[float], None] = time.sleep,
 ) -> Path:
     """Make `target` the file at `url`, downloaded now or before. Raises `HubError`.
 
-    `inspect` raises an `OpenELMError` for a file that is not what it should be, which is then not
-    kept. `timeout` is in seconds without a byte; `wait` is called with the seconds between
-    attempts.
+    A file for which `inspect` raises an `OpenELMError` is not kept. `timeout` is in seconds without
+    a byte; `wait` is called with the seconds between attempts.
     """
     record = target.with_name(f"{target.name}.record.json")
     recorded = read_record(record)
@@ -98,14 +93,12 @@ def fetch(
         file.flush()
         os.fsync(file.fileno())
         found = {"url": url, "size": file.tell(), "sha256": digest}
-        if recorded is not None and (recorded["size"], recorded["sha256"]) != (
-            found["size"],
-            digest,
-        ):
+        if recorded is not None and any(recorded[key] != found[key] for key in ("size", "sha256")):
             file.truncate(0)
             raise HubError(
-                f"{url} is not the file it was: {found['size']} bytes with SHA-256 {digest}, at the first download "
-                f"{recorded['size']} bytes with {recorded['sha256']}; if it was replaced on purpose, delete {record}"
+                f"{url} is not the file it was: {found['size']} bytes with SHA-256 {digest}, at "
+                f"the first download {recorded['size']} bytes with {recorded['sha256']}; if it was "
+                f"replaced on purpose, delete {record}"
             )
         if inspect is not None:
             try:
@@ -120,7 +113,7 @@ def fetch(
 
 
 class Download:
-    """One file on its way: attempts until it is whole, or until several in a row brought
+    """One file on its way. Attempts go on until it is complete, or several in a row brought
     nothing.
     """
 
@@ -140,7 +133,7 @@ class Download:
         self.opener = urllib.request.build_opener(SameScheme)
 
     def run(self) -> str:
-        """The SHA-256 of the whole file, which then ends at the file's position."""
+        """Return the SHA-256 of the complete file, which ends at the file's position."""
         fruitless, problem = 0, ""
         while max(fruitless, self.restarts) < ATTEMPTS:
             if fruitless:
@@ -181,15 +174,12 @@ class Download:
         raise HubError(f"cannot fetch {self.url}: {problem}; {remedy}")
 
     def attempt(self, start: int) -> bool:
-        """Ask for what is missing and write what comes; whether the file is whole then."""
+        """Ask for what is missing and write what comes. Return whether the file is complete."""
         headers = {"User-Agent": "openelm-mlx", "Accept-Encoding": "identity"}
-        if (
-            start and self.offer.tag
-        ):  # without a tag nobody can tell whether it is still the same file
+        if start and self.offer.tag:  # without a tag nobody knows whether it is the same file
             headers |= {"Range": f"bytes={start}-", "If-Range": self.offer.tag}
-        with self.opener.open(
-            urllib.request.Request(self.url, headers=headers), timeout=self.timeout
-        ) as response:
+        request = urllib.request.Request(self.url, headers=headers)
+        with self.opener.open(request, timeout=self.timeout) as response:
             self.reached = True
             offer = offered(response)
             if response.status == 206 and (offer.begin != start or offer.size != self.offer.size):
@@ -220,9 +210,8 @@ class Download:
         return total is None or done == total
 
     def start_over(self) -> None:
-        self.restarts += int(
-            self.file.seek(0, os.SEEK_END) > 0
-        )  # or a server could keep this going for ever
+        had_bytes = self.file.seek(0, os.SEEK_END) > 0
+        self.restarts += int(had_bytes)  # or a server could keep this going for ever
         self.file.truncate(0)
         self.remember(Offer(None, None))
 
@@ -245,7 +234,7 @@ class Answer(Offer):
 
 
 def offered(response: Any) -> Answer:
-    """Size of the whole file, its tag, and where the bytes that come begin."""
+    """Return the size of the complete file, its tag, and where the bytes that come begin."""
     headers = response.headers
     tag = headers.get("ETag") or headers.get("Last-Modified")
     if tag is not None and tag.startswith("W/"):
@@ -269,8 +258,8 @@ def check(target: Path, recorded: dict[str, Any], record: Path, progress: Progre
             if file_hash(file) == recorded["sha256"]:
                 return
     raise HubError(
-        f"{target} is not the file that was downloaded first ({recorded['size']} bytes, SHA-256 {recorded['sha256']}); "
-        f"delete it, and the same command fetches it again"
+        f"{target} is not the file that was downloaded first ({recorded['size']} bytes, SHA-256 "
+        f"{recorded['sha256']}); delete it, and the same command fetches it again"
     )
 
 

@@ -33,9 +33,9 @@ from openelm_mlx.convert.quantize.calibrate import (
     row_length,
     written_tokens,
 )
-from openelm_mlx.convert.sources.yaml_files import read_yaml
 from openelm_mlx.device import mx
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, OptionError
+from openelm_mlx.files import read_yaml
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import MODES, Plan, QuantSpec, make_spec, matrices
 
@@ -100,11 +100,11 @@ def plan_quantization(
 def given_plan(opened: OpenedModel, options: ConvertOptions) -> Plan:
     """Return the plan that options or a recipe give. Unasked, the source's own is kept."""
     shapes = expected_tensors(opened.trimmed)
-    plan: Plan = dict.fromkeys(matrices(shapes), options.form)
+    plan: Plan = dict.fromkeys(matrices(shapes), options.spec)
     if options.recipe is not None:
         plan = find_recipe(options.recipe).plan(shapes)
-    elif not options.quantizes and options.keeps_forms:
-        plan = {**plan, **opened.source.forms}
+    elif not options.quantizes and options.keeps_plan:
+        plan = {**plan, **opened.source.plan}
     check_divides(plan, shapes)
     return plan
 

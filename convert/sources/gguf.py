@@ -1,9 +1,8 @@
-"""Read llama.cpp's GGUF files of architecture `openelm`: metadata and places first, tensors on
-demand.
+"""llama.cpp's GGUF files of architecture `openelm`: metadata and places first, tensors on demand.
 
-The layout is that of ggml's gguf.md, version 2 or 3; llama.cpp's conversion/openelm.py says which
-key and which tensor is what. It splits proj_1 into gate and up and permutes nothing. Block formats
-are decoded by the `gguf` package.
+The layout is that of ggml's gguf.md, version 2 or 3. llama.cpp's conversion/openelm.py says what
+each key and tensor is: proj_1 is split into gate and up, nothing is permuted. The `gguf` package
+decodes the block formats.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from openelm_mlx.convert.licence import KEYS
-from openelm_mlx.convert.sources import TensorSource, infer_config
-from openelm_mlx.convert.tokenizers.tokenizer_model import UNUSED, TokenizerModel, assemble
+from openelm_mlx.convert.sources import EMBEDDINGS, HEAD, LICENCE_KEYS, TensorSource, infer_config
+from openelm_mlx.convert.tokenizers import UNUSED, TokenizerModel, assemble
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import BY_GGUF
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, TokenizerError
@@ -27,11 +25,7 @@ from openelm_mlx.files import TensorInfo
 from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig, layer_shapes
 
 # GGUF's stem -> Hugging Face's; blk.N. and transformer.layers.N. stand before the second group
-NAMES = {
-    "token_embd": "token_embeddings",
-    "output_norm": "norm",
-    "output": "lm_head",
-}
+NAMES = {"token_embd": EMBEDDINGS, "output_norm": "transformer.norm", "output": HEAD}
 LAYER_NAMES = {
     "attn_norm": "attn_norm",
     "attn_qkv": "attn.qkv_proj",
@@ -45,22 +39,11 @@ LAYER_NAMES = {
 }
 BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 READABLE = (*BY_GGUF, *BLOCK_TYPES)
-SCALARS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
+SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")))
+SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
 MAX_ENTRIES, MAX_TOKENS = 1 << 16, 1 << 20  # the 3B has 30 keys, 327 tensors, 32000 tokens
-CHUNK = 1 << 20  # weights decoded at a time: the package needs several copies
+CHUNK = 1 << 20  # weights decoded at a time: the package makes several copies
 
 
 class Place(NamedTuple):
@@ -73,7 +56,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Cursor:
-    """Reads a GGUF header forward; whatever would reach past the end raises `ConversionError`."""
+    """Reads a GGUF header forward. Raises `ConversionError` rather than reach past its end."""
 
     data: mmap.mmap
     path: Path
@@ -82,7 +65,8 @@ class Cursor:
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.at:
             raise ConversionError(
-                f"{self.path} is truncated or damaged: its header needs bytes past the end, at {self.at}"
+                f"{self.path} is truncated or damaged: its header needs bytes past the end, at "
+                f"{self.at}"
             )
         self.at += size
         return self.data[self.at - size : self.at]
@@ -94,38 +78,33 @@ class Cursor:
         return self.take(self.number("<Q")).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
+        where = f"{self.path}: its metadata has"
         if kind in SCALARS:
-            return np.frombuffer(self.take(np.dtype(SCALARS[kind]).itemsize), SCALARS[kind])[
-                0
-            ].item()
+            return self.scalars(kind, 1)[0]
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
-            raise ConversionError(
-                f"{self.path}: its metadata has a value of unknown type {kind}, at byte {self.at}"
-            )
+            raise ConversionError(f"{where} a value of unknown type {kind}, at byte {self.at}")
         inner, count = self.number("<I"), self.number("<Q")
         if count > MAX_TOKENS:
-            raise ConversionError(
-                f"{self.path}: its metadata has a list of {count} entries; no OpenELM needs that many"
-            )
+            raise ConversionError(f"{where} a list of {count} entries; no OpenELM needs that many")
         if inner in SCALARS:
-            size = np.dtype(SCALARS[inner]).itemsize
-            return np.frombuffer(self.take(count * size), SCALARS[inner]).tolist()
+            return self.scalars(inner, count)
         if inner != STRING:
-            raise ConversionError(
-                f"{self.path}: its metadata has a list of unknown type {inner}, at byte {self.at}"
-            )
+            raise ConversionError(f"{where} a list of unknown type {inner}, at byte {self.at}")
         return [self.text() for _ in range(count)]
+
+    def scalars(self, kind: int, count: int) -> list[Any]:
+        dtype = np.dtype(SCALARS[kind])
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
 
 
 class GGUFFile(TensorSource):
-    """A GGUF file as a checkpoint with Hugging Face's names. Raises `ConversionError` for what it
-    cannot read.
+    """A GGUF file as a checkpoint. Raises `ConversionError` for what it cannot read.
 
-    All tensors have the type of the embedding: float32, float16 or bfloat16, and float32 where
-    blocks are decoded, which holds every value of every block format exactly. (Norms are float32 in
-    the file whatever the rest is.)
+    All tensors are given out in the type of the embedding, or in float32 where that is made of
+    blocks: float32 holds every value of every block format exactly. (Norms are float32 in the file
+    whatever the rest is.)
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -141,7 +120,7 @@ class GGUFFile(TensorSource):
         self._parts: dict[str, list[Place]] = {}
         for name, place in places.items():
             self._parts.setdefault(hugging_face_name(name), []).append(place)
-        embedding = self._parts.get("transformer.token_embeddings.weight")
+        embedding = self._parts.get(f"{EMBEDDINGS}.weight")
         stored = BY_GGUF.get(embedding[0].kind.name) if embedding else None
         self._dtype = "float32" if stored is None else stored.name
         self.tensors = {
@@ -149,18 +128,17 @@ class GGUFFile(TensorSource):
             for name, parts in self._parts.items()
         }
         self.instruct = "tokenizer.chat_template" in self.metadata
-        said = {key: self.metadata.get(f"general.{key.replace('_', '.')}") for key in KEYS}
+        said = {key: self.metadata.get(licence_key(key)) for key in LICENCE_KEYS}
         self.licence = {key: text for key, text in said.items() if isinstance(text, str) and text}
         self.config: OpenELMConfig = self._read_config()
         self.tokenizer = read_tokenizer(self.path, self.metadata)
 
     def load(self, name: str) -> mx.array:
-        """The tensor `name`, decoded to the type all tensors of this file are given in."""
         return self._load(name, getattr(mx, self._dtype))
 
     def load_exact(self, name: str) -> mx.array:
-        """The tensor `name` in float32: also norms beside half types, which `load` rounds, as they
-        lie in the file.
+        """Return the tensor `name` in float32. Norms beside half types, which `load` rounds, come
+        as they are in the file.
         """
         return self._load(name, mx.float32)
 
@@ -177,16 +155,12 @@ class GGUFFile(TensorSource):
         out = np.empty((rows, place.shape[-1]), np.float32)
         step = max(1, CHUNK // place.shape[-1])
         try:
-            with (
-                open(self.path, "rb") as file,
-                np.errstate(all="ignore"),
-            ):  # damaged blocks hold anything: NaN is refused later
+            # damaged blocks hold anything: NaN is refused later
+            with open(self.path, "rb") as file, np.errstate(all="ignore"):
                 file.seek(place.start)
                 for row in range(0, rows, step):
-                    stored = np.fromfile(file, np.uint8, min(step, rows - row) * width).reshape(
-                        -1, width
-                    )
-                    out[row : row + step] = dequantize(stored, place.kind)
+                    stored = np.fromfile(file, np.uint8, min(step, rows - row) * width)
+                    out[row : row + step] = dequantize(stored.reshape(-1, width), place.kind)
         except (OSError, ValueError) as error:
             raise ConversionError(f"{self.path} cannot be read: {error}") from None
         return out.reshape(place.shape)
@@ -197,46 +171,40 @@ class GGUFFile(TensorSource):
         gate, up = (part.shape for part in parts[:2])
         if len(parts) > 2 or len(gate) != 2 or gate != up:
             raise ConversionError(
-                f"{self.path}: the parts of {name} have shapes {gate} and {up}; they must be two alike"
+                f"{self.path}: the parts of {name} have shapes {gate} and {up}; they must be two "
+                "alike"
             )
         return (2 * gate[0], gate[1])
 
     def _read_config(self) -> OpenELMConfig:
-        """The shapes say what model it is; the metadata must agree, and adds what shapes cannot
-        say.
+        """Read the configuration off the shapes. The metadata must agree, and adds what shapes do
+        not say.
         """
         shapes = {name: info.shape for name, info in self.tensors.items()}
         head_dim = self._number("attention.key_length", whole=True)
-        base, eps = (
-            self._number("rope.freq_base", 10000.0),
-            self._number("attention.layer_norm_rms_epsilon", 1e-6),
-        )
+        base = self._number("rope.freq_base", 10000.0)
+        eps = self._number("attention.layer_norm_rms_epsilon", 1e-6)
         section = {"max_context_length": self._number("context_length", 2048, whole=True)}
         if "transformer.layers.0.attn.q_norm.weight" in shapes:
             head_dim = None
         try:
-            config = infer_config(shapes, section, head_dim, base)
-            config = replace(config, rms_norm_eps=eps)
-            described = [
-                layer_shapes(config)[number] for number in range(config.num_transformer_layers)
-            ]
+            config = replace(infer_config(shapes, section, head_dim, base), rms_norm_eps=eps)
+            described = layer_shapes(config)
         except (CheckpointError, ConfigError) as error:
             raise ConversionError(f"{self.path}: {error}") from None
-        for key, column in (
-            ("attention.head_count", 0),
-            ("attention.head_count_kv", 1),
-            ("feed_forward_length", 2),
-        ):
+        keys = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+        for column, key in enumerate(keys):
             stated = self.metadata.get(f"openelm.{key}", [])
             stated = stated if isinstance(stated, list) else [stated] * len(described)
             if stated and stated != [shape[column] for shape in described]:
                 raise ConversionError(
-                    f"{self.path}: its metadata says {key} {stated[:4]}..., its tensors say otherwise"
+                    f"{self.path}: its metadata says {key} {stated[:4]}..., its tensors say "
+                    "otherwise"
                 )
         return config
 
     def _number(self, key: str, default: float | None = None, whole: bool = False) -> Any:
-        """A number of the metadata; float32 as the decimal that was meant (1e-06, not
+        """Return a number of the metadata; float32 as the decimal that was meant (1e-06, not
         9.9999999747524e-07).
         """
         value = self.metadata.get(f"openelm.{key}", default)
@@ -250,17 +218,18 @@ class GGUFFile(TensorSource):
             or (whole and not isinstance(value, int))
         ):
             raise ConversionError(
-                f"{self.path}: its metadata says openelm.{key} {str(value)[:40]}; it must be a number above 0"
+                f"{self.path}: its metadata says openelm.{key} {str(value)[:40]}; it must be a "
+                "number above 0"
             )
         with np.errstate(over="ignore"):
             return value if whole else float(str(np.float32(value)))
 
 
 def read_header(cursor: Cursor) -> tuple[dict[str, Any], dict[str, Place]]:
-    """Metadata and places of the tensors, each checked to lie within the file."""
+    """Return the metadata and the places of the tensors, each checked to lie within the file."""
     path = cursor.path
     if cursor.take(4) != b"GGUF":
-        raise ConversionError(f"{path} is no GGUF file")
+        raise ConversionError(f"{path} is not a GGUF file")
     version = cursor.number("<I")
     if version not in (2, 3):
         what = "big-endian" if version in (2 << 24, 3 << 24) else f"of version {version}"
@@ -294,12 +263,14 @@ def check_model(path: Path, metadata: dict[str, Any]) -> None:
     architecture = metadata.get("general.architecture")
     if architecture != "openelm":
         raise ConversionError(
-            f"{path} holds a model of architecture {str(architecture)[:40]!r}; only openelm is converted"
+            f"{path} holds a model of architecture {str(architecture)[:40]!r}; only openelm is "
+            "converted"
         )
     parts = metadata.get("split.count", 1)
     if parts not in (0, 1):
         raise ConversionError(
-            f"{path} is one part of {str(parts)[:20]}; join them with llama-gguf-split --merge first"
+            f"{path} is one part of {str(parts)[:20]}; join them with llama-gguf-split --merge "
+            "first"
         )
 
 
@@ -307,16 +278,15 @@ def read_place(cursor: Cursor) -> tuple[str, Place]:
     from gguf import GGMLQuantizationType
 
     name, dims = cursor.text(), cursor.number("<I")
+    where = f"{cursor.path}: tensor {name[:60]}"
     if not 1 <= dims <= 4:
-        raise ConversionError(f"{cursor.path}: tensor {name[:60]} has {dims} dimensions")
+        raise ConversionError(f"{where} has {dims} dimensions")
     shape = tuple(cursor.number("<Q") for _ in range(dims))[::-1]
     code, offset = cursor.number("<I"), cursor.number("<Q")
     kinds = {kind.value: kind for kind in GGMLQuantizationType}
-    if code not in kinds or kinds[code].name not in READABLE:
-        kind = kinds[code].name if code in kinds else code
-        raise ConversionError(
-            f"{cursor.path}: tensor {name[:60]} has type {kind}; readable are {', '.join(READABLE)}"
-        )
+    kind = kinds[code].name if code in kinds else code
+    if kind not in READABLE:
+        raise ConversionError(f"{where} has type {kind}; readable are {', '.join(READABLE)}")
     return name, Place(kinds[code], shape, offset)
 
 
@@ -326,52 +296,59 @@ def located(cursor: Cursor, name: str, place: Place, base: int) -> Place:
     block, size = GGML_QUANT_SIZES[place.kind]
     if min(place.shape) < 1 or place.shape[-1] % block:
         raise ConversionError(
-            f"{cursor.path}: tensor {name[:60]} of shape {place.shape} is not made of {place.kind.name} blocks"
+            f"{cursor.path}: tensor {name[:60]} of shape {place.shape} is not made of "
+            f"{place.kind.name} blocks"
         )
     start, end = base + place.start, base + place.start + math.prod(place.shape) // block * size
     if end > len(cursor.data):
         raise ConversionError(
-            f"{cursor.path} is truncated: tensor {name[:60]} ends at byte {end} of {len(cursor.data)}"
+            f"{cursor.path} is truncated: tensor {name[:60]} ends at byte {end} of "
+            f"{len(cursor.data)}"
         )
     return place._replace(start=start)
 
 
+def licence_key(key: str) -> str:
+    """Return GGUF's name for one of `LICENCE_KEYS`: general.license.name for license_name."""
+    return f"general.{key.replace('_', '.')}"
+
+
 def hugging_face_name(name: str) -> str:
-    """`blk.3.attn_qkv.weight` -> `transformer.layers.3.attn.qkv_proj.weight`; unknown names stay as they are."""
+    """Return Hugging Face's name, transformer.layers.3.attn.qkv_proj.weight for
+    blk.3.attn_qkv.weight, or `name` where it is not one of llama.cpp's.
+    """
     parts = name.split(".")
     if len(parts) == 2 and parts[0] in NAMES and parts[1] == "weight":
-        return ("" if parts[0] == "output" else "transformer.") + NAMES[parts[0]] + ".weight"
+        return f"{NAMES[parts[0]]}.weight"
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in LAYER_NAMES and parts[3] == "weight":
         return f"transformer.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.weight"
     return name
 
 
 def read_tokenizer(path: Path, metadata: dict[str, Any]) -> TokenizerModel | None:
-    """The SentencePiece model behind tokenizer.ggml.*, None if there is none. Raises
-    `TokenizerError`.
+    """Return the SentencePiece model behind tokenizer.ggml.*, None where there is none.
+
+    Raises `TokenizerError`.
     """
-    kind = metadata.get("tokenizer.ggml.model")
+    said = {
+        key.removeprefix("tokenizer.ggml."): value
+        for key, value in metadata.items()
+        if key.startswith("tokenizer.ggml.")
+    }
+    kind = said.get("model")
     if kind in (None, "none", "no_vocab"):
         return None
-    tokens: Any
-    scores: Any
-    kinds: Any
-    tokens, scores, kinds = (
-        metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")
-    )
-    ids = [
-        metadata.get(f"tokenizer.ggml.{key}_token_id", n)
-        for key, n in (("unknown", UNK), ("bos", BOS), ("eos", EOS))
-    ]
+    defaults = {"unknown": UNK, "bos": BOS, "eos": EOS}
+    ids = [said.get(f"{key}_token_id", number) for key, number in defaults.items()]
     if kind != "llama" or ids != [UNK, BOS, EOS]:
         raise TokenizerError(
-            f"{path} has a tokenizer of kind {str(kind)[:40]!r} with special ids {ids}, where OpenELM's "
-            "is 'llama' with 0, 1, 2; give the right one with --tokenizer"
+            f"{path} has a tokenizer of kind {str(kind)[:40]!r} with special ids {ids}, where "
+            "OpenELM's is 'llama' with 0, 1, 2; give the right one with --tokenizer"
         )
-    if (
-        not (whole(tokens, str) and whole(scores, (int, float)) and whole(kinds, int))
-        or not len(tokens) == len(scores) == len(kinds) >= 3
-    ):
+    lists: list[Any] = [said.get(key) for key in ("tokens", "scores", "token_type")]
+    tokens, scores, kinds = lists
+    fits = all_are(tokens, str) and all_are(scores, (int, float)) and all_are(kinds, int)
+    if not fits or not len(tokens) == len(scores) == len(kinds) >= 3:
         raise TokenizerError(
             f"{path}: the lists of its tokenizer (tokens, scores, token_type) do not fit together"
         )
@@ -381,5 +358,5 @@ def read_tokenizer(path: Path, metadata: dict[str, Any]) -> TokenizerModel | Non
     return assemble(path, tokens[:size], scores[:size], kinds[:size])
 
 
-def whole(values: Any, kind: Any) -> bool:
+def all_are(values: Any, kind: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)

@@ -1,5 +1,4 @@
-"""The part of pickle that torch's state dicts use, and no more: reading one can neither run code
-nor exhaust memory.
+"""The part of pickle that torch's state dicts use. Reading one neither runs code nor exhausts memory.
 
 Python's own unpickler obeys any file: a memo index of ten digits makes it allocate for all indices
 below, a tuple of tuples used as a key is hashed for ever. Here each opcode (as `pickletools`
@@ -22,7 +21,7 @@ MAX_NUMBER = 1 << 62
 
 
 class StorageRecord(NamedTuple):
-    """A storage in the archive: what type of element, under which key, how many."""
+    """A storage in the archive: the type of its elements, its key, and how many they are."""
 
     dtype: str
     key: str
@@ -46,38 +45,29 @@ class Global(NamedTuple):
 
 
 class Mark:
-    """Where a run of items on the stack begins."""
+    """Stands on the stack where a run of items begins."""
 
 
-REBUILD_TENSOR, REBUILD_PARAMETER = (
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_parameter",
-)
+REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
+REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
 ORDERED_DICT = "collections.OrderedDict"
 STORAGES = {f"torch.{name}": dtype.name for name, dtype in BY_STORAGE.items()}
 GLOBALS = {ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER, *STORAGES}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-PLAIN = {
-    "BINUNICODE",
-    "SHORT_BINUNICODE",
-    "BINUNICODE8",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG1",
-    "BINFLOAT",
-}
+PLAIN = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+PLAIN |= {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
 IGNORED = {"PROTO", "FRAME"}
 
 
 def read_state(data: bytes, where: str) -> Any:
-    """What the pickle describes, with tensors as `TensorRecord`. Raises `ConversionError`."""
+    """Return what the pickle describes, with tensors as `TensorRecord`. Raises `ConversionError`."""
     machine = Machine(where)
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if number >= MAX_OPCODES:
                 raise ConversionError(
-                    f"{where}: data.pkl has more than {MAX_OPCODES} opcodes; no state dict needs as many"
+                    f"{where}: data.pkl has more than {MAX_OPCODES} opcodes; no state dict needs "
+                    "as many"
                 )
             if opcode.name != "STOP":  # after which there is no more
                 machine.run(opcode.name, argument)
@@ -127,7 +117,8 @@ class Machine:
             self.steps[name](argument)
         elif name not in IGNORED:
             raise ConversionError(
-                f"{self.where}: data.pkl uses pickle's opcode {name}, which no state dict needs: refused"
+                f"{self.where}: data.pkl uses pickle's opcode {name}, which no state dict needs: "
+                "refused"
             )
 
     def push(self, value: Any) -> None:
@@ -165,7 +156,7 @@ class Machine:
     def set_items(self, pairs: Any) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict) or len(pairs) % 2:
-            raise ValueError("items are set in what is no dict")
+            raise ValueError("items are set in what is not a dict")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             if not isinstance(key, (str, int)):
                 raise ValueError("a key is neither text nor a number")
@@ -173,14 +164,14 @@ class Machine:
 
     def extend(self, values: Any) -> None:
         if not isinstance(self.stack[-1], list):
-            raise ValueError("items are appended to what is no list")
+            raise ValueError("items are appended to what is not a list")
         self.stack[-1].extend(values)
 
     def find(self, name: str) -> None:
         if name not in GLOBALS:
             raise ConversionError(
-                f"{self.where} asks for the global {name[:100]}, which no state dict of tensors needs: refused. "
-                "Save it again as torch.save(model.state_dict(), path)"
+                f"{self.where} asks for the global {name[:100]}, which no state dict of tensors "
+                "needs: refused. Save it again as torch.save(model.state_dict(), path)"
             )
         self.push(Global(name))
 
@@ -190,33 +181,27 @@ class Machine:
         self.find(f"{module}.{name}")
 
     def storage(self, pid: Any) -> StorageRecord:
-        """torch's storages: ("storage", type, key, location, number of elements)."""
-        if (
-            isinstance(pid, tuple)
-            and len(pid) == 5
-            and pid[0] == "storage"
-            and isinstance(pid[1], Global)
-        ):
-            dtype, key, elements = STORAGES.get(pid[1].name), pid[2], pid[4]
-            named = isinstance(key, (str, int)) and re.fullmatch(r"\w{1,64}", str(key), re.ASCII)
-            if dtype and named and type(elements) is int and 0 <= elements < MAX_NUMBER:
-                return StorageRecord(dtype, str(key), elements)
-        raise ConversionError(
-            f"{self.where}: data.pkl refers to a storage in a form torch does not write"
-        )
+        """Read torch's form of one: ("storage", type, key, location, number of elements)."""
+        problem = f"{self.where}: data.pkl refers to a storage in a form torch does not write"
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
+            raise ConversionError(problem)
+        kind, key, elements = pid[1], pid[2], pid[4]
+        dtype = STORAGES.get(kind.name) if isinstance(kind, Global) else None
+        named = isinstance(key, (str, int)) and re.fullmatch(r"\w{1,64}", str(key), re.ASCII)
+        if not dtype or not named or type(elements) is not int or not 0 <= elements < MAX_NUMBER:
+            raise ConversionError(problem)
+        return StorageRecord(dtype, str(key), elements)
 
     def call(self) -> Any:
         function, arguments = self.last(2)
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
-            raise ValueError("what is called is no function")
+            raise ValueError("what is called is not a function")
         if function.name == ORDERED_DICT and not arguments:
             return {}
         if function.name == REBUILD_TENSOR and len(arguments) >= 4:
             return self.tensor(*arguments[:4])
-        if (
-            function.name == REBUILD_PARAMETER
-            and arguments
-            and isinstance(arguments[0], TensorRecord)
+        if function.name == REBUILD_PARAMETER and isinstance(
+            next(iter(arguments), 0), TensorRecord
         ):
             return arguments[0]
         raise ConversionError(
@@ -224,23 +209,13 @@ class Machine:
         )
 
     def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> TensorRecord:
-        if not (
-            isinstance(storage, StorageRecord)
-            and isinstance(shape, tuple)
-            and isinstance(strides, tuple)
-        ):
-            raise ConversionError(
-                f"{self.where}: data.pkl describes a tensor without a storage, a shape or strides"
-            )
+        problem = f"{self.where}: data.pkl describes a tensor"
+        tuples = isinstance(shape, tuple) and isinstance(strides, tuple)
+        if not isinstance(storage, StorageRecord) or not tuples:
+            raise ConversionError(f"{problem} without a storage, a shape or strides")
         if len(shape) > 8 or len(strides) > 8:
-            raise ConversionError(
-                f"{self.where}: data.pkl describes a tensor of {len(shape)} dimensions"
-            )
-        if any(
-            type(number) is not int or abs(number) > MAX_NUMBER
-            for number in (offset, *shape, *strides)
-        ):
-            raise ConversionError(
-                f"{self.where}: data.pkl describes a tensor whose shape, strides or offset are no whole numbers"
-            )
+            raise ConversionError(f"{problem} of {len(shape)} dimensions")
+        numbers = (offset, *shape, *strides)
+        if any(type(number) is not int or abs(number) > MAX_NUMBER for number in numbers):
+            raise ConversionError(f"{problem} whose shape, strides or offset are not whole numbers")
         return TensorRecord(storage, offset, shape, strides)

@@ -1,8 +1,8 @@
-"""Read torch's zip format (`torch.save`) without torch and without trust.
+"""Checkpoints in torch's zip format (`torch.save`), read without torch and without trust.
 
 A `.pt` is a zip: `NAME/data.pkl` pickles the structure, `NAME/data/KEY` holds each storage's raw
-bytes. The pickle reader here (`safe_pickle`) builds dicts and tensors and nothing else: any other
-global is refused by name, so that opening a file never runs what somebody put in it. A record's
+bytes. The pickle reader here (`safe_pickle`) builds dicts and tensors and nothing else: it refuses
+any other global by name, so that opening a file never runs what somebody put in it. A record's
 checksum is compared when its tensor is loaded.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from openelm_mlx.convert.sources import TensorSource, canonical
-from openelm_mlx.convert.sources.raw import read_strided
+from openelm_mlx.convert.sources.folder import read_strided
 from openelm_mlx.convert.sources.safe_pickle import TensorRecord, read_state
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import itemsize
@@ -40,10 +40,10 @@ NESTED_UNDER = ("model", "state_dict", "model_state_dict")
 
 
 class TorchCheckpoint(TensorSource):
-    """A state dict in a `.pt` file; tensors are listed on opening and read one at a time.
+    """A state dict in a `.pt` file.
 
-    Raises `ConversionError` when the file is not torch's zip format, is cut short, names a global
-    outside the four that tensors need, or describes a tensor that does not lie within its storage.
+    Raises `ConversionError` where the file is not in torch's zip format, is cut short, names a
+    global that tensors do not need, or describes a tensor that does not lie within its storage.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -69,7 +69,6 @@ class TorchCheckpoint(TensorSource):
             self.tensors[name] = TensorInfo(record.storage.dtype, record.shape)
 
     def load(self, name: str) -> mx.array:
-        """The tensor `name`, contiguous, in the type it is stored in."""
         return self._read(self._records[name])
 
     def rows(self, name: str, start: int, stop: int) -> mx.array:
@@ -96,32 +95,32 @@ class TorchCheckpoint(TensorSource):
 
     def _check_bounds(self, name: str, record: TensorRecord) -> None:
         where = f"{self.path}: tensor {name}"
-        storage, size = record.storage, itemsize(record.storage.dtype)
+        storage, shape, strides = record.storage, record.shape, record.strides
+        needed = storage.elements * itemsize(storage.dtype)
         member = self._members.get(f"data/{storage.key}")
         if member is None:
             raise ConversionError(
                 f"{where} needs storage {storage.key}, which the archive does not hold"
             )
-        if storage.elements * size > member.file_size:
+        if needed > member.file_size:
             raise ConversionError(
-                f"{where} declares a storage of {storage.elements * size} bytes, but the archive holds {member.file_size}"
+                f"{where} declares a storage of {needed} bytes, but the archive holds "
+                f"{member.file_size}"
             )
-        numbers = (*record.shape, *record.strides, record.offset)
-        if len(record.shape) != len(record.strides) or len(record.shape) > 8 or min(numbers) < 0:
-            raise ConversionError(
-                f"{where} has an impossible shape {record.shape} with strides {record.strides}"
-            )
-        last = record.offset + sum(
-            (n - 1) * step for n, step in zip(record.shape, record.strides, strict=True)
-        )
-        if 0 not in record.shape and last >= storage.elements:
+        if (
+            len(shape) != len(strides)
+            or len(shape) > 8
+            or min((*shape, *strides, record.offset)) < 0
+        ):
+            raise ConversionError(f"{where} has an impossible shape {shape} with strides {strides}")
+        steps = ((n - 1) * step for n, step in zip(shape, strides, strict=True))
+        last = record.offset + sum(steps)
+        if 0 not in shape and last >= storage.elements:
             raise ConversionError(
                 f"{where} reaches element {last} of a storage of {storage.elements}"
             )
-        if (
-            math.prod(record.shape) > storage.elements
-        ):  # a stride of 0 can make any size out of one number
-            raise ConversionError(f"{where} of shape {record.shape} is larger than its storage")
+        if math.prod(shape) > storage.elements:  # a stride of 0 makes any size out of one number
+            raise ConversionError(f"{where} of shape {shape} is larger than its storage")
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -132,13 +131,9 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def check_crc(path: Path, member: zipfile.ZipInfo, start: int) -> None:
-    """Compare a record with its checksum; 0 stands for none. Raises `ConversionError`.
-
-    torch computes it unless told not to (torch.serialization.set_crc32_options): what does not
-    match is damaged.
-    """
+    """Compare a record with its checksum. Raises `ConversionError`."""
     crc, left = 0, member.file_size
-    if member.CRC == 0:
+    if member.CRC == 0:  # torch was told to compute none (torch.serialization.set_crc32_options)
         return
     with open(path, "rb") as file:
         file.seek(start)
@@ -146,44 +141,40 @@ def check_crc(path: Path, member: zipfile.ZipInfo, start: int) -> None:
             crc, left = zlib.crc32(block, crc), left - len(block)
     if crc != member.CRC:
         raise ConversionError(
-            f"{path}: record {member.filename!r} does not match its checksum: the file is damaged; download or copy it again"
+            f"{path}: record {member.filename!r} does not match its checksum: the file is damaged; "
+            "download or copy it again"
         )
 
 
 def checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The archive's records by their names below its root folder, once no name plays tricks."""
+    """Return the archive's records by their names below its root folder.
+
+    Raises `ConversionError` for names and flags that play tricks.
+    """
     size = path.stat().st_size
     members: dict[str, zipfile.ZipInfo] = {}
     roots = {info.filename.split("/", 1)[0] for info in archive.infolist()}
     for info in archive.infolist():
-        parts = info.filename.split("/")
-        if (
-            "\\" in info.filename
-            or len(parts) < 2
-            or any(part in ("", ".", "..") for part in parts)
-        ):
+        parts, where = info.filename.split("/"), f"{path}: record {info.filename!r}"
+        odd = len(parts) < 2 or any(part in ("", ".", "..") for part in parts)
+        if "\\" in info.filename or odd:
             raise ConversionError(
                 f"{path} holds a record named {info.filename!r}; torch writes none such: refused"
             )
         if stat.S_ISLNK(info.external_attr >> 16):
-            raise ConversionError(
-                f"{path}: record {info.filename!r} is a link; torch writes none such: refused"
-            )
+            raise ConversionError(f"{where} is a link; torch writes none such: refused")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise ConversionError(
-                f"{path}: record {info.filename!r} is compressed or encrypted; torch stores plainly"
-            )
+            raise ConversionError(f"{where} is compressed or encrypted; torch stores plainly")
         if info.file_size != info.compress_size or info.header_offset + info.file_size > size:
-            raise ConversionError(
-                f"{path}: record {info.filename!r} declares more bytes than the file has; truncated?"
-            )
+            raise ConversionError(f"{where} declares more bytes than the file has; truncated?")
         name = info.filename.split("/", 1)[1]
         if name in members:
             raise ConversionError(f"{path} holds two records named {info.filename!r}: refused")
         members[name] = info
     if len(roots) != 1 or "data.pkl" not in members:
         raise ConversionError(
-            f"{path} is a zip file, but not a checkpoint of torch.save: it has no single NAME/data.pkl"
+            f"{path} is a zip file, but not a checkpoint of torch.save: it has no single "
+            "NAME/data.pkl"
         )
     return members
 
@@ -199,39 +190,35 @@ def check_byteorder(
 
 
 def read_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
-    """What data.pkl describes, with tensors as `TensorRecord`."""
     if info.file_size > MAX_PICKLE_BYTES:
         raise ConversionError(
-            f"{path}: data.pkl has {info.file_size} bytes; no state dict needs above {MAX_PICKLE_BYTES}"
+            f"{path}: data.pkl has {info.file_size} bytes; no state dict needs above "
+            f"{MAX_PICKLE_BYTES}"
         )
     return read_state(archive.read(info), str(path))
 
 
 def state_dict_of(path: Path, state: Any) -> dict[str, TensorRecord]:
-    """The tensors by name, found at the top or under one of the usual keys of a training
-    checkpoint.
+    """Return the tensors by name, from the top of the state or from one of the usual keys of a
+    training checkpoint.
     """
     if isinstance(state, dict):
-        inner = next(
-            (state[key] for key in NESTED_UNDER if isinstance(state.get(key), dict)), state
-        )
-        odd = [
-            str(name)
-            for name, value in inner.items()
-            if not (isinstance(value, TensorRecord) and type(name) is str)
-        ]
-        if inner and not odd:
-            return dict(inner)
+        nested = (state[key] for key in NESTED_UNDER if isinstance(state.get(key), dict))
+        inner = next(nested, state)
+        odd = [n for n, of in inner.items() if type(n) is not str or type(of) is not TensorRecord]
+        if odd:
+            listed = ", ".join(map(str, odd[:3]))
+            raise ConversionError(f"{path} holds entries that are not tensors: {listed}")
         if inner:
-            raise ConversionError(f"{path} holds entries that are no tensors: {', '.join(odd[:3])}")
+            return dict(inner)
     raise ConversionError(
         f"{path} holds no tensors by name; it must be torch.save(model.state_dict(), path)"
     )
 
 
 def data_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a stored record's bytes start: behind a local header whose length only the file itself
-    tells.
+    """Return where a record's bytes start: behind a local header whose length only the file itself
+    states.
     """
     with open(path, "rb") as file:
         file.seek(info.header_offset)
@@ -256,4 +243,7 @@ def not_a_zip(path: Path) -> str:
             f"{path} is in torch's legacy format (before torch 1.6), which is not read here; "
             "load it with torch and save it again"
         )
-    return f"{path} is no checkpoint of torch.save (no zip file); give a CoreNet .pt file or a Hugging Face folder"
+    return (
+        f"{path} is not a checkpoint of torch.save (not a zip file); give a CoreNet .pt file or a "
+        "Hugging Face folder"
+    )

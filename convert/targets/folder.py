@@ -1,24 +1,44 @@
-"""What a model folder holds besides its weights: configuration, tokenizer, chat template, card,
-record.
+"""A model folder for MLX, or for Hugging Face: safetensors, configuration, tokenizer, record.
+
+Weights are written one tensor at a time: the header is known beforehand, so memory holds no more
+than a tensor.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.convert.licence import Licence
-from openelm_mlx.convert.record import model_card
-from openelm_mlx.convert.staging import UNFINISHED_CONFIG
-from openelm_mlx.convert.tokenizers.tokenizer_json import build_tokenizer_json, tokenizer_config
-from openelm_mlx.convert.tokenizers.tokenizer_model import TokenizerModel
-from openelm_mlx.engine.loading import chat_sampling, generation_config
-from openelm_mlx.files import write_json
-from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig
-from openelm_mlx.quantization import Plan, config_entry
+import numpy as np
 
+from openelm_mlx.convert.opening import OpenedModel
+from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.quantize.plan import Quantization, plan_quantization
+from openelm_mlx.convert.quantize.rounding import layout
+from openelm_mlx.convert.record import (
+    KEPT,
+    MERGED,
+    ConversionReport,
+    conversion_record,
+    licence_of,
+    model_card,
+)
+from openelm_mlx.convert.sources import EMBEDDINGS
+from openelm_mlx.convert.sources.adapters import ADAPTER_FOLDER, write_adapter
+from openelm_mlx.convert.staging import UNFINISHED_CONFIG
+from openelm_mlx.convert.targets import Target
+from openelm_mlx.convert.tokenizers import TokenizerModel, build_tokenizer_json, tokenizer_config
+from openelm_mlx.device import mx
+from openelm_mlx.dtypes import DTYPES
+from openelm_mlx.engine.loading import chat_sampling, generation_config
+from openelm_mlx.files import INDEX, WEIGHTS, TensorInfo, write_json
+from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig
+from openelm_mlx.quantization import KEYS, Plan, config_entry
+
+SHARD_BYTES = 5 << 30
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- if not messages or messages[0]['role'] != 'system' -%}
@@ -37,34 +57,62 @@ CHAT_TEMPLATE = """\
 """
 
 
-def write_side_files(
-    folder: Path,
-    config: OpenELMConfig,
-    tokenizer: TokenizerModel,
-    forms: Plan,
-    record: dict[str, Any],
-    instruct: bool,
-    licence: Licence,
-    sampling: dict[str, Any],
-) -> None:
-    """Everything but the weights. Raises `TokenizerError` for a tokenizer other tools would read
-    differently.
-    """
-    raw = config.to_hf_dict()
-    if (quantization := config_entry(forms)) is not None:
-        raw["quantization"] = quantization
-        raw["quantization_config"] = quantization  # newer tools look here
-    (folder / "tokenizer.model").write_bytes(tokenizer.data)
-    content = json.dumps(build_tokenizer_json(tokenizer), ensure_ascii=False, separators=(",", ":"))
-    (folder / "tokenizer.json").write_text(content + "\n", encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
-    if instruct:
-        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    write_json(folder / GENERATION_CONFIG, sampling)
-    for path in licence.files:
-        shutil.copyfile(path, folder / path.name)
-    write_record(folder, record, forms, instruct)
-    write_json(folder / UNFINISHED_CONFIG, raw)
+class FolderTarget(Target):
+    """The folder that a conversion writes with --to mlx or --to hf."""
+
+    keeps_record = True
+
+    def __init__(
+        self, opened: OpenedModel, tensors: Mapping[str, TensorInfo], options: ConvertOptions
+    ) -> None:
+        """`tensors` are those of the model in the types to be written, not yet quantized."""
+        self.opened, self.options, self.tensors = opened, options, tensors
+        self.dtype = tensors[f"{EMBEDDINGS}.weight"].dtype
+        self.sampling = sampling_defaults(options.source, opened.trimmed)
+        self.licence = licence_of(opened.source, options)
+
+    def plan(self, progress: Callable[[int, int, str], None] | None) -> Quantization:
+        return plan_quantization(self.opened, self.dtype, self.options, progress)
+
+    def nbytes(self, plan: Plan) -> int:
+        return sum(info.nbytes for info in self._layout(plan).values())
+
+    def write(self, folder: Path, plan: Plan, arrays: Iterable[tuple[str, mx.array]]) -> Path:
+        made_for = "pt" if self.options.target_format == "hf" else "mlx"
+        write_weights(folder, self._layout(plan), arrays, made_for)
+        write_tokenizer(folder, self.opened.tokenizer)
+        if self.options.is_instruct:
+            (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        write_json(folder / GENERATION_CONFIG, self.sampling)
+        for path in self.licence.files:
+            shutil.copyfile(path, folder / path.name)
+        config = self.opened.trimmed
+        raw = config.to_hf_dict()
+        if (quantization := config_entry(plan)) is not None:
+            raw |= dict.fromkeys(KEYS, quantization)
+        write_json(folder / UNFINISHED_CONFIG, raw)
+        adapters = self.opened.adapters
+        if adapters is not None and not adapters.merge:
+            quantized, layers = plan[EMBEDDINGS] is not None, config.num_transformer_layers
+            write_adapter(folder / ADAPTER_FOLDER, adapters, config.vocab_size, layers, quantized)
+        return folder
+
+    def write_record(
+        self, folder: Path, report: ConversionReport, hashes: Mapping[str, str]
+    ) -> None:
+        adapters = self.opened.adapters
+        kept = None if adapters is None else MERGED if adapters.merge else KEPT
+        record = conversion_record(self.options, report, self.dtype, self.licence, kept, hashes)
+        write_json(folder / "conversion.json", record)
+        card = model_card(record, report.plan, self.options.is_instruct)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def _layout(self, plan: Plan) -> dict[str, TensorInfo]:
+        """Return every tensor to write, in order."""
+        found: dict[str, TensorInfo] = {}
+        for name, info in self.tensors.items():
+            found |= layout(name, info, plan.get(name.removesuffix(".weight")))
+        return found
 
 
 def sampling_defaults(source: Path, config: OpenELMConfig) -> dict[str, Any]:
@@ -79,6 +127,78 @@ def sampling_defaults(source: Path, config: OpenELMConfig) -> dict[str, Any]:
     return {**generation_config(folder), "bos_token_id": config.bos_token_id, "eos_token_id": eos}
 
 
-def write_record(folder: Path, record: dict[str, Any], forms: Plan, instruct: bool) -> None:
-    write_json(folder / "conversion.json", record)
-    (folder / "README.md").write_text(model_card(record, forms, instruct), encoding="utf-8")
+def write_tokenizer(folder: Path, tokenizer: TokenizerModel) -> None:
+    """Write tokenizer.model, tokenizer.json and tokenizer_config.json.
+
+    Raises `TokenizerError` for a tokenizer that other tools would read differently.
+    """
+    (folder / "tokenizer.model").write_bytes(tokenizer.data)
+    content = json.dumps(build_tokenizer_json(tokenizer), ensure_ascii=False, separators=(",", ":"))
+    (folder / "tokenizer.json").write_text(content + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
+
+
+def write_weights(
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    arrays: Iterable[tuple[str, mx.array]],
+    made_for: str = "mlx",
+    limit: int = SHARD_BYTES,
+) -> list[str]:
+    """Write `arrays`, which come in the order of `tensors`, and return the names of the files.
+
+    They become model.safetensors, or shards of at most `limit` bytes with an index.
+    """
+    shards, names = split(tensors, limit), [WEIGHTS]
+    if len(shards) > 1:
+        names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+    stream = iter(arrays)
+    for file_name, shard in zip(names, shards, strict=True):
+        with open(folder / file_name, "wb") as file:
+            file.write(header(shard, made_for))
+            for expected, info in shard.items():
+                name, array = next(stream)
+                data = to_bytes(array)
+                if name != expected or len(data) != info.nbytes:
+                    raise RuntimeError(
+                        f"bug: planned {expected} of {info.nbytes} bytes, got {name} of {len(data)}"
+                    )
+                file.write(data)
+    if len(shards) > 1:
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(info.nbytes for info in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / INDEX, index)
+    return names
+
+
+def split(tensors: Mapping[str, TensorInfo], limit: int) -> list[dict[str, TensorInfo]]:
+    """Cut `tensors` into shards, in order. A tensor above `limit` gets a shard of its own."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, info in tensors.items():
+        if shards[-1] and size + info.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = info
+        size += info.nbytes
+    return shards
+
+
+def header(tensors: Mapping[str, TensorInfo], made_for: str) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": made_for}}
+    start = 0
+    for name, info in tensors.items():
+        end = start + info.nbytes
+        code = DTYPES[info.dtype].safetensors
+        entries[name] = {"dtype": code, "shape": list(info.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants data aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def to_bytes(array: mx.array) -> memoryview:
+    """Return the array's elements in C order, little-endian, as safetensors stores them."""
+    plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    return np.ascontiguousarray(np.array(plain)).data.cast("B") if plain.size else memoryview(b"")

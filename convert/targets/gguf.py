@@ -1,161 +1,213 @@
-"""Write GGUF for llama.cpp: its keys, its tensor names, its block format Q8_0, one tensor in memory
-at a time.
+"""A GGUF file for llama.cpp: its keys, its tensor names, its block format Q8_0.
 
 Keys, names and types follow llama.cpp's conversion/openelm.py: proj_1 is split into gate and up,
-vectors are float32, the tokenizer goes along. The file itself is laid out by the `gguf` package.
+vectors are float32, the tokenizer goes along. The `gguf` package lays out the file, which is
+written one tensor at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from openelm_mlx.convert.sources.gguf import CHUNK, LAYER_NAMES, NAMES
-from openelm_mlx.convert.tokenizers.tokenizer_model import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    TokenizerModel,
-)
+from openelm_mlx.convert.opening import OpenedModel
+from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.quantize.plan import Quantization
+from openelm_mlx.convert.record import ConversionReport, licence_of
+from openelm_mlx.convert.sources import EMBEDDINGS
+from openelm_mlx.convert.sources.gguf import CHUNK, LAYER_NAMES, NAMES, licence_key
+from openelm_mlx.convert.targets import Target
+from openelm_mlx.convert.targets.folder import CHAT_TEMPLATE
+from openelm_mlx.convert.tokenizers import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, TokenizerModel
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.errors import ConversionError, OptionError
+from openelm_mlx.files import TensorInfo
 from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig, expected_tensors, layer_shapes
+from openelm_mlx.quantization import Plan, matrices
 
 STEMS = {name: stem for stem, name in (*NAMES.items(), *LAYER_NAMES.items())}
 GATE_AND_UP = ("ffn_gate", "ffn_up")
 LARGEST_SCALE = 65504.0  # Q8_0 keeps a block's largest weight / 127 as float16
+FILE_TYPES = {
+    "F32": "ALL_F32",
+    "F16": "MOSTLY_F16",
+    "BF16": "MOSTLY_BF16",
+    "Q8_0": "MOSTLY_Q8_0",
+}
 
 
-def check_gguf(config: OpenELMConfig, q8: bool) -> None:
+class GGUFTarget(Target):
+    """The file that a conversion writes with --to gguf. The format has no place for a record."""
+
+    keeps_record = False
+
+    def __init__(
+        self, opened: OpenedModel, tensors: Mapping[str, TensorInfo], options: ConvertOptions
+    ) -> None:
+        """`tensors` are those of the model in the types that `options` ask for."""
+        self.opened, self.options = opened, options
+        self.kind = gguf_type(tensors[f"{EMBEDDINGS}.weight"].dtype, options)
+        check_gguf(opened.trimmed, self.kind)
+        self.shapes = {name: info.shape for name, info in tensors.items()}
+        self.kinds = {n: self.kind if len(of) == 2 else "F32" for n, of in self.shapes.items()}
+        self.licence = licence_of(opened.source, options).without_files
+
+    def plan(self, progress: Callable[[int, int, str], None] | None) -> Quantization:
+        """Leave all matrices unquantized: llama.cpp's types are not MLX's."""
+        return Quantization(dict.fromkeys(matrices(self.shapes)))
+
+    def nbytes(self, plan: Plan) -> int:
+        return sum(stored.nbytes for stored in gguf_layout(self.opened.trimmed, self.kinds))
+
+    def write(self, folder: Path, plan: Plan, arrays: Iterable[tuple[str, mx.array]]) -> Path:
+        path = folder / self.options.target.name
+        template = CHAT_TEMPLATE if self.options.is_instruct else None
+        head = Head(self.options.target.stem, self.kind, template, self.licence)
+        blocks = ((name, encoded(name, array, self.kinds[name])) for name, array in arrays)
+        write_gguf(path, head, self.opened.trimmed, self.opened.tokenizer, self.kinds, blocks)
+        return path
+
+    def write_record(
+        self, folder: Path, report: ConversionReport, hashes: Mapping[str, str]
+    ) -> None:
+        return None
+
+
+def check_gguf(config: OpenELMConfig, kind: str) -> None:
     """Raise `ConversionError` for a model that llama.cpp's `openelm` cannot express, before any
     work.
     """
-    for held, what in (
+    for fits, what in (
         (config.share_input_output_layers, "a head of its own"),
         (config.ffn_with_glu, "a plain FFN"),
         (config.normalize_qk_projections, "no QK-norm"),
     ):
-        if not held:
+        if not fits:
             raise ConversionError(
-                f"the model has {what}, which llama.cpp's openelm cannot express; leave out --to gguf"
+                f"the model has {what}, which llama.cpp's openelm cannot express; leave out --to "
+                "gguf"
             )
     for name, shape in expected_tensors(config).items():
-        if q8 and len(shape) == 2 and shape[1] % 32:
+        if kind == "Q8_0" and len(shape) == 2 and shape[1] % 32:
             raise ConversionError(
-                f"{name} has rows of {shape[1]} weights, no multiple of Q8_0's 32; leave out --bits"
+                f"{name} has rows of {shape[1]} weights, which is not a multiple of Q8_0's 32; "
+                "leave out --bits"
             )
 
 
-def gguf_type(dtype: str, bits: int | None, group_size: int | None, mode: str | None) -> str:
-    """F32, F16, BF16 or Q8_0, from the options of a conversion. Raises `OptionError` for what GGUF
-    is not written in.
-    """
-    if bits is None and mode is None:
+def gguf_type(dtype: str, options: ConvertOptions) -> str:
+    """Return F32, F16, BF16 or Q8_0. Raises `OptionError` for options that ask for another type."""
+    if options.bits is None and options.mode is None:
         return DTYPES[dtype].gguf
-    if bits != 8 or group_size not in (None, 32) or mode not in (None, "affine"):
+    affine = options.mode in (None, "affine") and options.group_size in (None, 32)
+    if options.bits != 8 or not affine:
         raise OptionError(
-            "--to gguf writes F32, F16, BF16 (--dtype) and Q8_0 (--bits 8); for others give the file to llama-quantize"
+            "--to gguf writes F32, F16, BF16 (--dtype) and Q8_0 (--bits 8); for others give the "
+            "file to llama-quantize"
         )
     return "Q8_0"
 
 
 def gguf_names(name: str) -> tuple[str, ...]:
-    """The tensor or tensors that hold Hugging Face's `name`."""
-    parts = name.removesuffix(".weight").removeprefix("transformer.").split(".")
-    if parts[0] != "layers":
-        return (f"{STEMS['.'.join(parts)]}.weight",)
-    stem = ".".join(parts[2:])
-    stems = GATE_AND_UP if stem == "ffn.proj_1" else (STEMS[stem],)
-    return tuple(f"blk.{parts[1]}.{stem}.weight" for stem in stems)
+    """Return the tensor or tensors that hold Hugging Face's `name`."""
+    stem = name.removesuffix(".weight")
+    if stem in STEMS:
+        return (f"{STEMS[stem]}.weight",)
+    _, _, number, role = stem.split(".", 3)
+    stems = GATE_AND_UP if role == "ffn.proj_1" else (STEMS[role],)
+    return tuple(f"blk.{number}.{of}.weight" for of in stems)
 
 
 class Stored(NamedTuple):
-    """A tensor of the file: its type is one of gguf.GGMLQuantizationType."""
+    """A tensor of the file."""
 
     name: str
     shape: tuple[int, ...]
-    kind: Any
+    kind: Any  # gguf.GGMLQuantizationType
     nbytes: int
 
 
-def gguf_layout(config: OpenELMConfig, kind: str) -> list[Stored]:
-    """The tensors of the file in its order: matrices of type `kind`, vectors in float32."""
+class Head(NamedTuple):
+    """What the file says of itself: its name, the type of its matrices, how to chat, and its
+    licence by the keys of a model card.
+    """
+
+    name: str
+    kind: str
+    chat_template: str | None = None
+    licence: Mapping[str, str] = {}
+
+
+def gguf_layout(config: OpenELMConfig, kinds: Mapping[str, str]) -> list[Stored]:
+    """Return the tensors of the file in its order; `kinds` says the type of each tensor of the
+    model.
+    """
     import gguf
 
     tensors = []
     for original, shape in expected_tensors(config).items():
         names = gguf_names(original)
         part = (shape[0] // len(names), *shape[1:])
-        chosen = gguf.GGMLQuantizationType[kind if len(shape) == 2 else "F32"]
-        block, size = gguf.GGML_QUANT_SIZES[chosen]
-        tensors += [Stored(name, part, chosen, math.prod(part) // block * size) for name in names]
+        kind = gguf.GGMLQuantizationType[kinds[original]]
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        tensors += [Stored(name, part, kind, math.prod(part) // block * size) for name in names]
     return tensors
 
 
 def write_gguf(
     path: Path,
-    name: str,
+    head: Head,
     config: OpenELMConfig,
     tokenizer: TokenizerModel,
-    kind: str,
-    chat_template: str | None,
-    arrays: Iterable[tuple[str, mx.array]],
-    licence: Mapping[str, str],
+    kinds: Mapping[str, str],
+    blocks: Iterable[tuple[str, np.ndarray]],
 ) -> None:
-    """Write the whole file; `arrays` come in the order of `expected_tensors`.
-
-    `licence` has the keys of a model card.
+    """Write the file. `blocks` are the encoded rows of every tensor, in the order of
+    `expected_tensors` and in the types that `kinds` says.
     """
     import gguf
 
     writer = gguf.GGUFWriter(path, "openelm")
-    add_metadata(writer, name, config, kind)
-    for key, value in licence.items():
-        writer.add_string(f"general.{key.replace('_', '.')}", value)
-    add_tokenizer(writer, tokenizer, chat_template)
-    layout = gguf_layout(config, kind)
-    for tensor in layout:
-        writer.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind
-        )
-    kinds = {tensor.name: tensor.kind for tensor in layout}
+    add_metadata(writer, head.name, config, head.kind)
+    for key, value in head.licence.items():
+        writer.add_string(licence_key(key), value)
+    add_tokenizer(writer, tokenizer, head.chat_template)
+    for stored in gguf_layout(config, kinds):
+        dtype = np.dtype(np.float32)
+        writer.add_tensor_info(stored.name, stored.shape, dtype, stored.nbytes, stored.kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for original, array in arrays:
-            names = gguf_names(original)
-            for part_name, piece in zip(names, mx.split(array, len(names)), strict=True):
-                writer.write_tensor_data(encoded(original, piece, kinds[part_name]))
+        for name, rows in blocks:
+            for part in np.split(rows, len(gguf_names(name))):
+                writer.write_tensor_data(part)
     finally:
         writer.close()
 
 
-def encoded(name: str, array: mx.array, kind: Any) -> np.ndarray:
-    """The tensor's bytes in a GGUF type, encoded a few rows at a time."""
+def encoded(name: str, array: mx.array, kind: str) -> np.ndarray:
+    """Return the bytes of a tensor in a GGUF type, row by row, encoded a few rows at a time."""
+    from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
-    if kind.name == "Q8_0" and (mx.abs(array).max() > 127 * LARGEST_SCALE).item():
+    if kind == "Q8_0" and (mx.abs(array).max() > 127 * LARGEST_SCALE).item():
         raise ConversionError(
             f"{name} has weights beyond the range of Q8_0; use --dtype float32 without --bits"
         )
     if array.ndim == 1:
         return np.array(array.astype(mx.float32))
-    step = max(1, CHUNK // array.shape[1])
-    rows = (
-        np.array(array[row : row + step].astype(mx.float32))
-        for row in range(0, array.shape[0], step)
-    )
-    return np.concatenate(
-        [np.ascontiguousarray(quantize(part, kind)).view(np.uint8) for part in rows]
-    )
+    step, parts = max(1, CHUNK // array.shape[1]), []
+    for row in range(0, array.shape[0], step):
+        plain = np.array(array[row : row + step].astype(mx.float32))
+        blocks = quantize(plain, GGMLQuantizationType[kind])
+        parts.append(np.ascontiguousarray(blocks).view(np.uint8))
+    return np.concatenate(parts)
 
 
 def add_metadata(writer: Any, name: str, config: OpenELMConfig, kind: str) -> None:
@@ -175,13 +227,7 @@ def add_metadata(writer: Any, name: str, config: OpenELMConfig, kind: str) -> No
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    file_types = {
-        "F32": "ALL_F32",
-        "F16": "MOSTLY_F16",
-        "BF16": "MOSTLY_BF16",
-        "Q8_0": "MOSTLY_Q8_0",
-    }
-    writer.add_file_type(gguf.LlamaFileType[file_types[kind]])
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 

@@ -13,13 +13,13 @@ from openelm_mlx.cli.options import add_flags, from_args
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.options import ConvertOptions
-    from openelm_mlx.convert.pipeline import ConversionReport
+    from openelm_mlx.convert.record import ConversionReport
 
 EXAMPLES = """examples:
-  openelm convert checkpoint.pt -o openelm-270m              CoreNet's file, config.yaml beside it if there is one
+  openelm convert checkpoint.pt -o openelm-270m              CoreNet's file, with a config.yaml beside it
   openelm convert apple/OpenELM-270M -o openelm-270m-4bit --bits 4
   openelm convert 270m -o small --dtype bfloat16 --target-bpw 3.5 --calibrate gptq --max-kl 0.1
-  openelm convert corenet:1.1b-lora -o commonsense            Apple's adapter, fetched and merged; also corenet-mlx:3b-4bit
+  openelm convert corenet:1.1b-lora -o commonsense           Apple's adapter, fetched and merged
   openelm convert openelm-270m -o openelm-270m.gguf --to gguf --bits 8 --max-kl 0.01
   openelm convert mine.pt -o mine --head-dim 64 --tokenizer tokenizer.model --verify
 """
@@ -31,7 +31,8 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
         help="convert and quantize weights",
-        description="Write a model folder that this engine and mlx-lm load. A failed run leaves nothing behind.",
+        description="Write a model folder that this engine and mlx-lm load. A failed run leaves "
+        "nothing behind.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -49,25 +50,24 @@ def register(commands: Any) -> None:
         help="folder to write, or GGUF file",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object: sizes, forms and losses"
+        "--json", action="store_true", help="print one JSON object: sizes, quantization and losses"
     )
     add_flags(parser, ConvertOptions, skip=("source", "target"))
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from openelm_mlx.convert.fetch.catalog import published
+    from openelm_mlx.convert.fetch import published
     from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import convert
     from openelm_mlx.convert.staging import check_inputs, check_target
     from openelm_mlx.engine.hub import is_published
 
-    signal.signal(
-        signal.SIGTERM, lambda *received: sys.exit(143)
-    )  # so that what is half-written is removed
+    # so that what is half-written is removed
+    signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))
     if is_published(args.source) and not os.path.exists(args.source):
         published(args.source)  # names and target are checked before gigabytes are fetched
     asked = from_args(ConvertOptions, args)
@@ -76,21 +76,18 @@ def run(args: argparse.Namespace) -> int:
     find_source(args)
     options = from_args(ConvertOptions, args)
     columns = (
-        TextColumn("converting"),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
+        progress.TextColumn("converting"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
+    console, hidden = Console(file=sys.stderr), not sys.stderr.isatty()
+    with progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task, phase = bar.add_task("", total=None), 0
 
         def show(done: int, total: int, name: str) -> None:
             nonlocal phase
-            if (
-                total != phase
-            ):  # measuring, learning and writing count apart: so does the time they take
+            if total != phase:  # measuring, learning and writing count apart: so does their time
                 bar.reset(task)
             phase = total
             bar.update(task, completed=done, total=total, description=name)
@@ -105,11 +102,11 @@ def run(args: argparse.Namespace) -> int:
 
 def find_source(args: argparse.Namespace) -> None:
     """Put a path in the place of a source's name, fetched if need be, and a mirror's tokenizer
-    where none lies there.
+    where the source has none.
     """
     from pathlib import Path
 
-    from openelm_mlx.convert.fetch.catalog import fetch_with_bar
+    from openelm_mlx.convert.fetch import fetch_with_bar
     from openelm_mlx.engine.hub import (
         is_published,
         looks_like_path,
@@ -137,7 +134,7 @@ def find_source(args: argparse.Namespace) -> None:
 
 
 def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]:
-    """The report for JSON, under the names of conversion.json."""
+    """Return the report for JSON, under the names of conversion.json."""
     from openelm_mlx.quantization import config_entry
 
     found = {
@@ -148,25 +145,25 @@ def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]
         "bytes": report.written_bytes,
         "bits_per_weight": report.bits_per_weight,
         "dropped_embedding_rows": report.dropped_rows,
-        "quantization": config_entry(report.forms),
+        "quantization": config_entry(report.plan),
         "memory_bytes": report.memory_bytes,
         "calibration": dict(report.measured),
         "verification": None if report.verification is None else dict(report.verification),
     }
     if options.target_format == "gguf":
-        del found["quantization"]  # llama.cpp's types are no forms of MLX
+        del found["quantization"]  # llama.cpp's types are not MLX's
     return found
 
 
 def show_report(report: ConversionReport, dry_run: bool) -> None:
-    """What was written, or would be: sizes, the form of every layer where they differ, losses."""
+    """Print what was written, or would be: sizes, each layer's spec where they differ, losses."""
     from rich.console import Console
     from rich.table import Table
 
-    from openelm_mlx.convert.record import form_rows, label
+    from openelm_mlx.convert.record import label, plan_rows
 
-    if len(set(report.forms.values())) > 1:
-        heads, rows = form_rows(report.forms)
+    if len(set(report.plan.values())) > 1:
+        heads, rows = plan_rows(report.plan)
         table = Table(*heads, title="bits/group size", box=None)
         for row in rows:
             table.add_row(*row)

@@ -173,7 +173,7 @@ def on_the_hub() -> list[Kept]:
 
 
 def from_corenet() -> list[Kept]:
-    from openelm_mlx.convert.fetch.catalog import CATALOG, fetched_folder
+    from openelm_mlx.convert.fetch import CATALOG, fetched_folder
 
     models = []
     for entry in CATALOG.values():
@@ -213,7 +213,7 @@ def matching(name: str) -> list[Kept]:
     if name == "openelm-tiny":
         raise HubError("openelm-tiny comes with openelm-mlx and stays as long as it does")
     if is_published(name):
-        from openelm_mlx.convert.fetch.catalog import published
+        from openelm_mlx.convert.fetch import published
 
         name = published(name).name  # or the nearest names are told
     hub_id = SHORT_NAMES.get(name.lower(), name)

@@ -81,7 +81,7 @@ def resolve_model(
         except OSError as error:
             raise HubError(f"{name} cannot be read: {error.strerror or error}") from None
     if hub_id is None:
-        from openelm_mlx.convert.fetch.catalog import published_model
+        from openelm_mlx.convert.fetch import published_model
 
         return Resolved(published_model(name, given), None)
     folder = snapshot(hub_id, revision)
@@ -145,7 +145,7 @@ def missing_tokenizer(source: Path, source_format: str | None = None) -> Path | 
     Return None where it is not needed. Raises `ConversionError` for what convert cannot read, and
     `TokenizerError` where no mirror can be reached.
     """
-    from openelm_mlx.convert.sources import open_source
+    from openelm_mlx.convert.opening import open_source
 
     folder = source if source.is_dir() else source.parent
     opened = open_source(source, source_format)

@@ -16,7 +16,7 @@ from golden_set import NANO
 from openelm_mlx import device, load, stream_generate
 from openelm_mlx.benchmarks import peers
 from openelm_mlx.benchmarks.peers.llama_cpp import LlamaServer, find_server
-from openelm_mlx.benchmarks.peers.llama_gguf import stored, write_gguf
+from openelm_mlx.benchmarks.peers.llama_gguf import blocks, same_integers, write_gguf
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.device import mx, utils
 from openelm_mlx.engine.hub import BUNDLED
@@ -187,7 +187,8 @@ def test_affine_weights_keep_their_integers_in_llama_cpps_blocks(bits, group_siz
         scales.astype(mx.float16).astype(mx.float32),
         biases.astype(mx.float16).astype(mx.float32),
     )
-    data, kind = stored(words, scales, biases, QuantSpec(bits, group_size), "float32")
+    spec = QuantSpec(bits, group_size)
+    data, kind = blocks(words, scales, biases, spec), same_integers(spec)
     found = dequantize(data, GGMLQuantizationType[kind])
     expected = mx.dequantize(words, scales, biases, group_size, bits)
     assert kind == f"Q{bits}_1" and np.abs(found - np.array(expected)).max() < 1e-6

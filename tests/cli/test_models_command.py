@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from openelm_mlx.cli.main import main
 from openelm_mlx.cli.models import size_text
-from openelm_mlx.convert.fetch.catalog import CATALOG
+from openelm_mlx.convert.fetch import CATALOG
 from openelm_mlx.engine.hub import SHORT_NAMES, resolve_model
 
 

@@ -157,18 +157,18 @@ def test_a_folder_of_the_asked_size_loses_less_than_a_uniform_one(tmp_path):
     report = convert(
         ConvertOptions(target=tmp_path / "m", target_bpw=bpw, calibration_text=text, **common)
     )
-    assert report.forms == dry.forms and report.bits_per_weight <= bpw + 1e-9
+    assert report.plan == dry.plan and report.bits_per_weight <= bpw + 1e-9
     assert (tmp_path / "m" / "model.safetensors").stat().st_size < size * 1.02  # headers differ
     config, weights = small_model()
     reference = make_reference(config, weights, random_tokens(config))
-    assert true_loss(reference, report.forms, F16) < true_loss(
-        reference, dict.fromkeys(report.forms, QuantSpec(4, 64)), F16
+    assert true_loss(reference, report.plan, F16) < true_loss(
+        reference, dict.fromkeys(report.plan, QuantSpec(4, 64)), F16
     )
     record = json.loads((tmp_path / "m" / "conversion.json").read_text())
     assert record["calibration"]["sum_of_losses"] == pytest.approx(
         record["calibration"]["loss_together"], rel=0.5
     )
-    assert set(record["calibration"]["loss_of_each"]) == set(report.forms)
+    assert set(record["calibration"]["loss_of_each"]) == set(report.plan)
     assert "| layer 2 |" in (tmp_path / "m" / "README.md").read_text()
 
 

@@ -14,8 +14,8 @@ from range_server import serving
 
 from openelm_mlx import load
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.fetch import catalog
-from openelm_mlx.convert.fetch.catalog import CATALOG, ROOT, cache_folder, fetch_published
+from openelm_mlx.convert import fetch as catalog
+from openelm_mlx.convert.fetch import CATALOG, ROOT, cache_folder, fetch_published
 from openelm_mlx.device import mx
 from openelm_mlx.engine.hub import is_published
 from openelm_mlx.errors import HubError
@@ -48,7 +48,7 @@ def test_every_published_file_has_its_name():
 def test_a_name_apple_did_not_publish(tmp_path):
     with pytest.raises(
         HubError,
-        match="'corenet:270m-lore' is no name of weights .*; did you mean corenet:270m-lora",
+        match="'corenet:270m-lore' is not a name of weights .*; did you mean corenet:270m-lora",
     ):
         fetch_published("corenet:270m-lore", cache=tmp_path)
 
@@ -151,7 +151,7 @@ def test_a_name_is_a_model(nano, tmp_path, monkeypatch, capsys):
 def test_convert_by_name_on_the_command_line(tmp_path):
     """`openelm convert corenet:270m` in a process of its own, with Apple's server stood in for."""
     code = (
-        "import sys; from openelm_mlx.convert.fetch import catalog; catalog.ROOT = sys.argv.pop(1)\n"
+        "import sys; from openelm_mlx.convert import fetch as catalog; catalog.ROOT = sys.argv.pop(1)\n"
         "from openelm_mlx.cli.main import main; sys.exit(main())"
     )
     (tmp_path / "y.yaml").write_text((NANO / "config.yaml").read_text())

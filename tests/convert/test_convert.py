@@ -261,7 +261,7 @@ def test_existing_target_needs_force(tmp_path):
 def test_force_spares_other_folders(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
-    with pytest.raises(ConversionError, match="is no model folder"):
+    with pytest.raises(ConversionError, match="is not a model folder"):
         convert(
             ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "photos", force=True)
         )
@@ -300,7 +300,7 @@ def test_full_disk_leaves_nothing(tmp_path):
 
 def test_unwritable_target(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OptionError, match="file is no folder"):
+    with pytest.raises(OptionError, match="file is not a folder"):
         convert(ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "file" / "m"))
 
 

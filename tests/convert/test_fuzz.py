@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import corenet_section
 from openelm_mlx.convert.sources.adapters import AdaptedCheckpoint, LoraOptions, has_adapters
-from openelm_mlx.convert.tokenizers.tokenizer_model import read_tokenizer
+from openelm_mlx.convert.tokenizers import read_tokenizer
 from openelm_mlx.device import mx
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.model.config import expected_tensors

@@ -122,11 +122,11 @@ import openelm_mlx.convert.pipeline, openelm_mlx.convert.sources.gguf, gguf, yam
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.convert.opening import corenet_section
 from openelm_mlx.convert.targets.folder import build_tokenizer_json
-from openelm_mlx.convert.sources import open_source
+from openelm_mlx.convert.opening import open_source
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.files import read_header
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
-from openelm_mlx.convert.tokenizers.tokenizer_model import read_tokenizer
+from openelm_mlx.convert.tokenizers import read_tokenizer
 from openelm_mlx.errors import OpenELMError
 READERS = {".pt": TorchCheckpoint, ".yaml": corenet_section, ".json": OpenELMConfig.from_file,
            ".safetensors": read_header, ".gguf": GGUFFile}

@@ -26,7 +26,7 @@ import json, os, signal, sys
 from pathlib import Path
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert import pipeline, staging
-import openelm_mlx.convert.targets.gguf, openelm_mlx.convert.tokenizers.tokenizer_json, openelm_mlx.convert.verify
+import openelm_mlx.convert.targets.gguf, openelm_mlx.convert.tokenizers, openelm_mlx.convert.verify
 import gguf, sentencepiece, tokenizers, sentencepiece.sentencepiece_model_pb2
 from openelm_mlx.errors import OpenELMError
 
@@ -264,10 +264,11 @@ def test_a_full_disk_leaves_the_old_target(tmp_path, kind, space):
 def test_sigterm_on_the_command_line_leaves_nothing(tmp_path, source):
     """The command stopped from inside, as a process manager would, in the middle of writing."""
     code = (
-        "import os, signal, sys; from openelm_mlx.convert import pipeline; write = pipeline.write_weights\n"
+        "import os, signal, sys; from openelm_mlx.convert.targets import folder\n"
+        "write = folder.write_weights\n"
         "def stop(*arguments, **fields):\n"
         "    write(*arguments, **fields); os.kill(os.getpid(), signal.SIGTERM)\n"
-        "pipeline.write_weights = stop\n"
+        "folder.write_weights = stop\n"
         "from openelm_mlx.cli.main import main; sys.exit(main(['convert', *sys.argv[1:]]))"
     )
     run = subprocess.run(

@@ -14,10 +14,10 @@ import pytest
 from golden_set import GOLDEN, NANO
 
 from openelm_mlx.convert import ConvertOptions
+from openelm_mlx.convert.sources.folder import HuggingFaceFolder
 from openelm_mlx.convert.sources.gguf import GGUFFile
-from openelm_mlx.convert.sources.huggingface import HuggingFaceFolder
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
-from openelm_mlx.convert.targets.writer import write_weights
+from openelm_mlx.convert.targets.folder import write_weights
 from openelm_mlx.device import mx
 from openelm_mlx.errors import CheckpointError, ConversionError
 
@@ -169,11 +169,11 @@ STORAGE = (
         (PROTO + b"(.", "damaged .an item is missing"),
         (PROTO + b"h\x07.", "damaged .memo 7 was never stored"),
         (PROTO + b"(q\x00.", "damaged .a mark is stored"),
-        (PROTO + b"K\x01K\x02K\x03s.", "damaged .items are set in what is no dict"),
+        (PROTO + b"K\x01K\x02K\x03s.", "damaged .items are set in what is not a dict"),
         (PROTO + b"})K\x01s.", "damaged .a key is neither text nor a number"),
-        (PROTO + b"}K\x01a.", "damaged .items are appended to what is no list"),
+        (PROTO + b"}K\x01a.", "damaged .items are appended to what is not a list"),
         (PROTO + b"K\x01K\x02\x93.", "damaged .a global has no name"),
-        (PROTO + b"K\x01)R.", "damaged .what is called is no function"),
+        (PROTO + b"K\x01)R.", "damaged .what is called is not a function"),
         (PROTO + b".", "data.pkl is damaged .list index"),
         (
             PROTO + b"ctorch\nFloatStorage\n)R.",
@@ -189,7 +189,7 @@ STORAGE = (
         ),
         (
             PROTO + TENSOR + b"(" + STORAGE + b"K\x00(\x88t(K\x01ttR.",
-            "whose shape, strides or offset are no whole numbers",
+            "whose shape, strides or offset are not whole numbers",
         ),
         (PROTO + b"K\x01Q.", "refers to a storage in a form torch does not write"),
     ],
@@ -325,7 +325,7 @@ def place(name: bytes) -> bytes:
         ),
         (
             gguf_bytes(tensors=(place(b"token_embd.weight"),)) + bytes(999),
-            "this is no OpenELM checkpoint",
+            "this is not an OpenELM checkpoint",
         ),
         (
             gguf_bytes(entry(b"x", 8, struct.pack("<Q", 1 << 60))),

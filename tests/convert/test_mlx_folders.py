@@ -12,9 +12,9 @@ from golden_set import GOLDEN, NANO
 
 from openelm_mlx import load
 from openelm_mlx.convert import ConvertOptions
-from openelm_mlx.convert.sources import open_source
+from openelm_mlx.convert.opening import open_source
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
-from openelm_mlx.convert.tokenizers.tokenizer_model import read_tokenizer
+from openelm_mlx.convert.tokenizers import read_tokenizer
 from openelm_mlx.device import mx, nn
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.errors import ConversionError, OpenELMError
@@ -137,7 +137,7 @@ def test_corenets_own_mlx_folders(tmp_path, bits):
 
 def test_a_width_this_project_does_not_write_becomes_whole(tmp_path):
     source = corenet_mlx(tmp_path / "theirs", 1)
-    assert open_source(source).forms == {}
+    assert open_source(source).plan == {}
     written = weights(again(source, tmp_path / "m"))
     name = "layers.1.ffn.proj_2.weight"
     assert mx.array_equal(
@@ -246,7 +246,7 @@ def test_a_source_that_is_quantized_has_packed_arrays_only_there():
     source = TorchCheckpoint(NANO / "checkpoint.pt")
     with pytest.raises(KeyError):
         source.packed("transformer.norm.weight")
-    assert source.forms == {} and np.array(source.load("transformer.norm.weight")).ndim == 1
+    assert source.plan == {} and np.array(source.load("transformer.norm.weight")).ndim == 1
 
 
 def test_how_a_model_chats_goes_along_and_mlx_lm_reads_the_folder(tmp_path):

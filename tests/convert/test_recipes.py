@@ -94,16 +94,19 @@ def test_names_that_are_no_recipe():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"recipe": "mixed-3-4", "bits": 4}, "--bits or --mode and --recipe each choose the forms"),
+        ({"recipe": "mixed-3-4", "bits": 4}, "--bits or --mode and --recipe each choose the plan"),
         (
             {"recipe": "mixed-3-4", "target_bpw": 4.0},
-            "--recipe and --target-bpw each choose the forms",
+            "--recipe and --target-bpw each choose the plan",
         ),
         ({"calibrate": "gptq"}, "--calibrate gptq needs something to round"),
         ({"calibration_text": "a.txt", "bits": 4}, "--calibration-text is used by"),
         ({"calibrate": "awq", "bits": 4}, "calibrate is 'awq'; allowed: gptq, distill"),
         ({"target_bpw": 1.0}, "target_bpw is 1.0"),
-        ({"target_format": "gguf", "recipe": "mixed-3-4"}, "--to gguf knows one form for all"),
+        (
+            {"target_format": "gguf", "recipe": "mixed-3-4"},
+            "--to gguf writes all matrices in one type",
+        ),
     ],
 )
 def test_options_that_contradict_each_other(fields, message):

@@ -12,8 +12,8 @@ from formats import again, everything, weights
 from golden_set import NANO
 
 from openelm_mlx.convert import ConvertOptions
-from openelm_mlx.convert.opening import open_model
-from openelm_mlx.convert.sources import kind_of, open_source
+from openelm_mlx.convert.opening import open_model, open_source
+from openelm_mlx.convert.sources import kind_of
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.errors import ConversionError, OpenELMError
@@ -39,13 +39,13 @@ def test_from_forces_a_format(tmp_path, nano):
     assert isinstance(open_source(source, "pt"), TorchCheckpoint)
     with pytest.raises(ConversionError, match="holds nothing that --from gguf reads"):
         open_source(source, "gguf")
-    with pytest.raises(ConversionError, match="is no GGUF file"):
+    with pytest.raises(ConversionError, match="is not a GGUF file"):
         open_source(NANO / "checkpoint.pt", "gguf")
     with pytest.raises(
-        ConversionError, match="is no folder; --from mlx takes the folder of a model"
+        ConversionError, match="is not a folder; --from mlx takes the folder of a model"
     ):
         open_source(NANO / "checkpoint.pt", "mlx")
-    with pytest.raises(ConversionError, match="no checkpoint of torch.save"):
+    with pytest.raises(ConversionError, match="not a checkpoint of torch.save"):
         open_source(nano / "config.json", "pt")
 
 
@@ -91,7 +91,7 @@ def test_a_file_that_is_empty_or_not_what_its_name_says(tmp_path):
     for name, data, text in (
         ("x.gguf", b"", "x.gguf is empty; fetch or copy it again"),
         ("x.pt", b"", "x.pt is empty"),
-        ("X.GGUF", b"version https://git-lfs", "X.GGUF is no GGUF file"),
+        ("X.GGUF", b"version https://git-lfs", "X.GGUF is not a GGUF file"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ConversionError, match=text):
@@ -110,5 +110,5 @@ def test_pipes_and_folders_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(OpenELMError, match="holds neither safetensors nor"):
         everything(tmp_path)
-    with pytest.raises(OpenELMError, match="no checkpoint|neither a file nor"):
+    with pytest.raises(OpenELMError, match="not a checkpoint|neither a file nor"):
         everything(tmp_path / "model.safetensors")

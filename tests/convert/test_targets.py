@@ -11,7 +11,7 @@ from golden_set import GOLDEN
 
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.sources.gguf import GGUFFile
-from openelm_mlx.convert.targets.writer import write_weights
+from openelm_mlx.convert.targets.folder import write_weights
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import TensorInfo
@@ -165,7 +165,7 @@ def test_a_gguf_target_is_replaced_only_with_force(tmp_path, nano):
     with pytest.raises(ConversionError, match="holds what is to be converted"):
         run(target, target, target_format="gguf", force=True)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConversionError, match="is no GGUF file, so --force does not replace it"):
+    with pytest.raises(ConversionError, match="is not a GGUF file, so --force does not replace it"):
         run(nano, tmp_path / "folder", target_format="gguf", force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "x.gguf"]
 
@@ -197,7 +197,7 @@ def test_models_that_llama_cpp_cannot_express(tmp_path, name, what):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target_format": "hf", "bits": 4}, "--to hf writes whole weights"),
+        ({"target_format": "hf", "bits": 4}, "--to hf writes unquantized weights"),
         (
             {"target_format": "gguf", "adapter": "keep"},
             "--to gguf writes one file of weights; leave out --adapter keep",
@@ -237,7 +237,8 @@ def test_weights_beyond_q8_0(tmp_path, nano):
 
 def test_rows_that_are_no_q8_0_blocks(tmp_path):
     with pytest.raises(
-        ConversionError, match=r"has rows of 24 weights, no multiple of Q8_0's 32; leave out --bits"
+        ConversionError,
+        match=r"has rows of 24 weights, which is not a multiple of Q8_0's 32; leave out --bits",
     ):
         source = tmp_path / "s"
         source.mkdir()

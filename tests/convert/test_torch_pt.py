@@ -151,7 +151,7 @@ FOUR = {"0": np.zeros(4, np.float32)}
         ({"w": tensor("7", "FloatStorage", 4, (4,), (1,))}, "needs storage 7"),
         ({"w": tensor("../0", "FloatStorage", 4, (4,), (1,))}, "in a form torch does not write"),
         ({"w": tensor("0", "FloatStorage", 4, (1 << 40,), (0,))}, "is larger than its storage"),
-        ({"w": 3}, "entries that are no tensors: w"),
+        ({"w": 3}, "entries that are not tensors: w"),
         ([1], "holds no tensors by name"),
     ],
 )
@@ -170,7 +170,7 @@ def test_path_tricks_are_refused(tmp_path, name):
     ("content", "message"),
     [
         (b"\x80\x02abc", "legacy format"),
-        (b"hello", "no checkpoint of torch.save"),
+        (b"hello", "not a checkpoint of torch.save"),
         (b"PK\x03\x04abc", "truncated"),
     ],
 )

@@ -13,19 +13,18 @@ from golden_set import NANO
 
 from openelm_mlx.convert.opening import check_no_adapter
 from openelm_mlx.convert.sources import canonical, infer_config
-from openelm_mlx.convert.sources.yaml_files import read_yaml
-from openelm_mlx.convert.tokenizers.tokenizer_json import build_tokenizer_json
-from openelm_mlx.convert.tokenizers.tokenizer_model import (
+from openelm_mlx.convert.tokenizers import (
     BYTE,
     CONTROL,
     NORMAL,
     UNKNOWN,
     TokenizerModel,
     assemble,
+    build_tokenizer_json,
     read_tokenizer,
 )
 from openelm_mlx.errors import ConfigError, ConversionError, OpenELMError, TokenizerError
-from openelm_mlx.files import read_json
+from openelm_mlx.files import read_json, read_yaml
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 
 # shapes and names
@@ -67,7 +66,7 @@ def test_shapes_that_are_no_openelm(change, head_dim, message):
 def test_another_model_is_no_openelm():
     with pytest.raises(
         OpenELMError,
-        match="this is no OpenELM checkpoint: it holds no tensor named layers.0.attn.qkv_proj",
+        match="this is not an OpenELM checkpoint: it holds no tensor named layers.0.attn.qkv_proj",
     ):
         infer_config({"model.layers.0.self_attn.q_proj.weight": (1, 1)}, {})
 
@@ -79,7 +78,8 @@ def test_names_that_mean_one_tensor_or_none_known():
     ):
         canonical({"norm.weight": 1, "transformer.norm.weight": 2})
     with pytest.raises(
-        ConversionError, match="the checkpoint holds an adapter .*lora_C.weight.; only whole models"
+        ConversionError,
+        match="the checkpoint holds an adapter .*lora_C.weight.; only complete models",
     ):
         check_no_adapter(["transformer.layers.0.attn.qkv_proj.lora_C.weight"])
 
@@ -148,12 +148,13 @@ def test_tokenizers_of_another_kind(tmp_path):
     )
     with pytest.raises(
         TokenizerError,
-        match="is no SentencePiece model of LLaMA's kind .BPE, identity normalization, dummy",
+        match="is not a SentencePiece model of LLaMA's kind .BPE, identity normalization, dummy",
     ):
         build_tokenizer_json(TokenizerModel(Path("here"), other.getvalue()))
     (tmp_path / "tokenizer.json").write_text('{"pre_tokenizer": {"pattern": {"Regex": "(a+)+$"}}}')
     with pytest.raises(
-        TokenizerError, match="is no tokenizer of LLaMA's kind: it has a regex; give the original"
+        TokenizerError,
+        match="is not a tokenizer of LLaMA's kind: it has a regex; give the original",
     ):
         read_tokenizer(tmp_path / "tokenizer.json")
 
@@ -178,13 +179,13 @@ def test_a_tokenizer_json_that_cannot_be_rebuilt(tmp_path, nano):
     path.write_text(json.dumps(raw))
     with pytest.raises(
         TokenizerError,
-        match="is no tokenizer of LLaMA's kind: .* would get other ids; give the original",
+        match="is not a tokenizer of LLaMA's kind: .* would get other ids; give the original",
     ):
         read_tokenizer(path)
     path.write_text("{}")
     with pytest.raises(
         TokenizerError,
-        match="is no BPE tokenizer that can be read .* give the original tokenizer.model",
+        match="is not a BPE tokenizer that can be read .* give the original tokenizer.model",
     ):
         read_tokenizer(path)
     path.write_bytes(b"\xff" * 99)
@@ -194,7 +195,7 @@ def test_a_tokenizer_json_that_cannot_be_rebuilt(tmp_path, nano):
         read_tokenizer(tmp_path)
     with open(path, "wb") as file:
         file.truncate(1 << 30)  # sparse: takes no room
-    with pytest.raises(TokenizerError, match="is no tokenizer: it has more than"):
+    with pytest.raises(TokenizerError, match="is not a tokenizer: it has more than"):
         read_tokenizer(path)
 
 

@@ -112,7 +112,7 @@ def called(words: list[str]) -> Any:
 def stand_in(root: str, tokenizer: Path) -> None:
     """Let published names lead to this machine, and make published sizes small."""
     from openelm_mlx.benchmarks.measure import weights
-    from openelm_mlx.convert.fetch import catalog
+    from openelm_mlx.convert import fetch as catalog
     from openelm_mlx.engine import hub
 
     catalog.ROOT = root

@@ -94,7 +94,7 @@ def everything(source: Path, **fields) -> None:
         array = opened.source.load(name)
         mx.eval(array)
         stem = name.removesuffix(".weight")
-        if stem in opened.source.forms:
+        if stem in opened.source.plan:
             opened.source.packed(name)
 
 

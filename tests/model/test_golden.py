@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from golden_set import FLAGS, GOLDEN, NANO
 
-from openelm_mlx.convert.opening import config_for
+from openelm_mlx.convert.opening import config_for, open_source
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.pipeline import convert
-from openelm_mlx.convert.sources import open_source
 from openelm_mlx.device import mx
 from openelm_mlx.model.cache import KVCache, step_caches
 from openelm_mlx.model.decoder import OpenELM
