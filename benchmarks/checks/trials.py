@@ -1,45 +1,35 @@
-"""Random requests, and the two doors that they go through: alone, or with others in a batch."""
+"""Random models, random requests, and two ways to run these: alone, or with others in a batch."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from openelm_mlx import BatchEngine, stream_generate
 from openelm_mlx.device import mx
 from openelm_mlx.engine.hub import BUNDLED
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
-from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.config import BOS, OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM
 
-# Which options are on, few sets, as each is a step to compile; their values are random.
-SHAPES: tuple[tuple[str, ...], ...] = (
-    (),
-    ("temperature",),
-    ("temperature", "top_p"),
-    ("temperature", "top_k", "top_p", "repetition_penalty"),
-    ("temperature", "min_p", "xtc_probability", "xtc_threshold"),
-    ("repetition_penalty", "penalty_window"),
-    ("temperature", "presence_penalty", "frequency_penalty", "penalty_window"),
-    ("temperature", "logit_bias"),
-    ("presence_penalty", "logit_bias"),
-    (
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "xtc_probability",
-        "repetition_penalty",
-        "frequency_penalty",
-        "penalty_window",
-        "logit_bias",
-    ),
+# Which options are on: few sets, as each has its own step to compile. Their values are random.
+FILTERS = (
+    "",
+    "temperature",
+    "temperature top_p",
+    "temperature top_k top_p repetition_penalty",
+    "temperature min_p xtc_probability xtc_threshold",
+    "repetition_penalty penalty_window",
+    "temperature presence_penalty frequency_penalty penalty_window",
+    "temperature logit_bias",
+    "presence_penalty logit_bias",
+    "temperature top_k top_p min_p xtc_probability repetition_penalty frequency_penalty "
+    "penalty_window logit_bias",
 )
-LAYOUTS: tuple[dict[str, Any], ...] = (
+WINDOWS: tuple[dict[str, int], ...] = (
     {},
     {},
     {"kv_window": 24, "kv_keep": 4},
@@ -47,61 +37,52 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     prompt: list[int]
     sampling: SamplingOptions
     options: GenerationOptions
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     tokens: list[int]
     text: str
     reason: str | None  # None: it was cancelled, and is compared as far as it came
 
 
 class Maker:
-    """Draws requests for an engine."""
+    """Draw random requests for an engine."""
 
     def __init__(self, engine: Engine, rng: random.Random, most: int = 32) -> None:
         self.engine, self.random, self.most = engine, rng, most
         self.context = engine.config.max_context_length
-        self.shared = [
-            self.ids(self.context // 2) for _ in range(3)
-        ]  # texts that several prompts begin with
+        # texts that several prompts begin with
+        self.shared = [self.ids(self.context // 2) for _ in range(3)]
 
     def ids(self, count: int) -> list[int]:
-        return [1, *(self.random.randrange(3, self.engine.vocab) for _ in range(count - 1))]
+        return [BOS, *(self.random.randrange(3, self.engine.vocab) for _ in range(count - 1))]
 
     def prompt(self) -> list[int]:
-        """Of one token, around the borders of blocks, up to a full context; new, shared, or one
-        that quotes itself.
+        """Return a prompt that is new, begins as another does, or quotes itself.
+
+        It has one token, or few, or as many as a block of a cache, or fills the context.
         """
-        pick = self.random.choice
-        count = pick(
-            (
-                1,
-                2,
-                *(self.random.randint(3, 60) for _ in range(6)),
-                pick((63, 64, 65, 127, 128, 129)),
-                pick((240, 255, 256, 257)),
-                self.context - self.random.randint(0, self.most),
-            )
-        )
+        pick, between = self.random.choice, self.random.randint
+        blocks = (pick((63, 64, 65, 127, 128, 129)), pick((240, 255, 256, 257)))
+        few = [between(3, 60) for _ in range(6)]
+        count = pick((1, 2, *few, *blocks, self.context - between(0, self.most)))
         count = min(count, self.context)
         if self.random.random() < 0.3:
-            words = self.ids(self.random.randint(2, 12))
+            words = self.ids(between(2, 12))
             return (words * (count // len(words) + 1))[:count]
         if self.random.random() < 0.5:
-            return (pick(self.shared)[: self.random.randint(1, count)] + self.ids(count))[:count]
+            return (pick(self.shared)[: between(1, count)] + self.ids(count))[:count]
         return self.ids(count)
 
     def sampling(self) -> SamplingOptions:
-        between, vocab = self.random.uniform, self.engine.vocab
+        between, integer, vocab = self.random.uniform, self.random.randint, self.engine.vocab
         values: dict[str, Callable[[], Any]] = {
             "temperature": lambda: between(0.2, 1.5),
-            "top_k": lambda: self.random.randint(1, 50),
+            "top_k": lambda: integer(1, 50),
             "top_p": lambda: between(0.3, 0.98),
             "min_p": lambda: between(0.01, 0.3),
             "xtc_probability": lambda: between(0.2, 1.0),
@@ -111,23 +92,19 @@ class Maker:
             "frequency_penalty": lambda: between(-0.3, 0.6),
             "penalty_window": lambda: self.random.choice((5, 8, 50)),
             "logit_bias": lambda: {
-                self.random.randrange(vocab): between(-8, 4)
-                for _ in range(self.random.randint(1, 5))
+                token: between(-8, 4) for token in self.random.sample(range(vocab), integer(1, 5))
             },
         }
-        chosen = {name: values[name]() for name in self.random.choice(SHAPES)}
-        return SamplingOptions(
-            **chosen, seed=self.random.randrange(2**40), stream=self.random.choice((0, 0, 1, 7))
-        )
+        chosen = {name: values[name]() for name in self.random.choice(FILTERS).split()}
+        seed, stream = self.random.randrange(2**40), self.random.choice((0, 0, 1, 7))
+        return SamplingOptions(**chosen, seed=seed, stream=stream)
 
     def options(self) -> GenerationOptions:
-        stop_tokens = (
-            (self.random.randrange(self.engine.vocab),) if self.random.random() < 0.2 else ()
-        )
+        stop = (self.random.randrange(self.engine.vocab),) if self.random.random() < 0.2 else ()
         return GenerationOptions(
             max_tokens=self.random.choice((1, 2, 8, self.most, self.most, 2 * self.most)),
             ignore_eos=self.random.random() < 0.8,
-            stop_tokens=stop_tokens,
+            stop_tokens=stop,
             logprobs=self.random.choice((*[None] * 7, 2)),
         )
 
@@ -136,14 +113,11 @@ class Maker:
 
     def engine_options(self, kv_bits: int | None) -> EngineOptions:
         return EngineOptions(
-            prefill_chunk=self.chunk(),
+            prefill_chunk=self.random.choice((24, 64, 100, 256, 512)),
             compiled=self.random.random() < 0.2,
             kv_bits=kv_bits,
-            **self.random.choice(LAYOUTS),
+            **self.random.choice(WINDOWS),  # type: ignore[arg-type]
         )
-
-    def chunk(self) -> int:
-        return self.random.choice((24, 64, 100, 256, 512))
 
 
 def alone(
@@ -153,19 +127,10 @@ def alone(
     cancel_after: int | None = None,
     **settings: Any,
 ) -> Answer:
-    """The request through `stream_generate`; `settings` are its keywords."""
+    """Run a request through `stream_generate`; `settings` are its keywords."""
     tokens: list[int] = []
     text, reason = "", None
-    with closing(
-        stream_generate(
-            engine,
-            request.prompt,
-            request.sampling,
-            request.options,
-            engine_options=how,
-            **settings,
-        )
-    ) as events:
+    with closing(stream_generate(engine, *request, engine_options=how, **settings)) as events:
         for event in events:
             text, reason = text + event.text, event.finish_reason
             tokens.append(event.token)
@@ -182,8 +147,9 @@ def together(
     lookup: bool = False,
     **settings: Any,
 ) -> list[Answer]:
-    """The requests through one `BatchEngine`: they join while others run, strangers come and go,
-    some are cancelled.
+    """Run requests through one `BatchEngine`.
+
+    They join while others run, up to three others come and go, and some are cancelled.
     """
     slots, admission = rng.randint(1, 8), rng.choice((None, 8, 32, 100))
     batch = BatchEngine(engine, slots, how, admission=admission, **settings)
@@ -191,32 +157,26 @@ def together(
     waiting += [(-1, maker.request()) for _ in range(rng.randint(0, 3))]
     rng.shuffle(waiting)
     numbers: dict[int, int] = {}
-    found = [Answer([], "", None) for _ in requests]
+    answers = [Answer([], "", None) for _ in requests]
     ends = [rng.randint(0, 12) if rng.random() < 0.15 else None for _ in requests]
-    try:
+    with closing(batch):
         while batch.busy or waiting:
             while waiting and rng.random() < 0.4:
                 place, request = waiting.pop()
-                drafting: dict[str, Any] = (
-                    {"prompt_lookup": rng.randint(1, 3)} if lookup and rng.random() < 0.7 else {}
-                )
-                number = batch.submit(request.prompt, request.sampling, request.options, **drafting)
-                numbers[number] = place
+                length = rng.randint(1, 3) if lookup and rng.random() < 0.7 else 0
+                numbers[batch.submit(*request, prompt_lookup=length)] = place
             for number, event in batch.step():
                 place = numbers[number]
-                if place >= 0:
-                    tokens = [*found[place].tokens, event.token]
-                    found[place] = Answer(
-                        tokens, found[place].text + event.text, event.finish_reason
-                    )
-                if rng.random() < 0.1 if place < 0 else len(found[place].tokens) == ends[place]:
+                if place < 0:
+                    cancelled = rng.random() < 0.1
+                else:
+                    tokens, text, _ = answers[place]
+                    tokens = [*tokens, event.token]
+                    answers[place] = Answer(tokens, text + event.text, event.finish_reason)
+                    cancelled = len(tokens) == ends[place]
+                if cancelled:
                     batch.cancel(number)
-    finally:
-        batch.close()
-    return found
-
-
-# --- small random models
+    return answers
 
 
 def random_model(

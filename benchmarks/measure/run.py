@@ -261,7 +261,6 @@ class Run:
 
     def measure(self, model: str, group: Sequence[int | None]) -> None:
         """Load a model in these numbers of bits and time every point."""
-        from openelm_mlx.benchmarks.checks.soak import soak_row
         from openelm_mlx.benchmarks.measure.weights import open_weights
 
         options, tick = self.options, self.progress.tick
@@ -284,7 +283,24 @@ class Run:
                 self.entries += entries
                 harness.measure(entries, self.trials, tick)
             for weights in loaded if self.suite.soak else ():
-                soak_row(self.soaked, weights, options.minutes, tick)
+                self.soak(weights)
+
+    def soak(self, weights: Weights) -> None:
+        """Add a row of the probe's figures; its notes are what a soak saw, and what was wrong."""
+        from openelm_mlx.benchmarks.checks import soak
+        from openelm_mlx.benchmarks.peers.openelm import OurSession
+
+        seen = soak.Soak()
+        try:
+            soak.soak(weights.engine, self.options.minutes, tick=self.progress.tick, seen=seen)
+        finally:
+            entry = Entry(weights.case(Point(*soak.PROBE)), OurSession(weights.engine), [])
+            for timed in seen.probes:
+                for name, value in harness.figures(timed, entry.case).items():
+                    entry.values.setdefault(name, []).append(value)
+            failures = [f"failed: {failure}" for failure in seen.failures]
+            notes = (*failures, *seen.summary())
+            self.soaked.append(replace(harness.row_of(entry), notes=notes))
 
     def cases(self, weights: Weights, stack: ExitStack) -> list[Entry]:
         """Return our engine at every point that fits the context, and the peers at simple ones."""

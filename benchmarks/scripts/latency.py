@@ -22,7 +22,7 @@ import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -74,28 +74,27 @@ def joined(engine: Engine, seed: int, **settings: Any) -> tuple[list[float], lis
     """
     batch = BatchEngine(engine, 2 * ROWS, **settings)
     endless: dict[str, Any] = {"max_tokens": engine.config.max_context_length, "ignore_eos": True}
-    try:
+
+    def step() -> tuple[float, Any]:
+        start = clock()
+        events = batch.step()
+        return clock() - start, events
+
+    with closing(batch):
         for row in range(ROWS):
             batch.submit(ids(engine, 16 + row, seed + row), **endless)
         while len({number for number, _ in batch.step()}) < ROWS:
             pass
-        before = []
-        for _ in range(4 * STEADY):
-            start = clock()
-            batch.step()
-            before.append(clock() - start)
+        before = [step()[0] for _ in range(4 * STEADY)]
         number = batch.submit(ids(engine, PROMPT, seed + ROWS), max_tokens=ANSWER, ignore_eos=True)
         during: list[float] = []
         first, came = 0.0, 0
         while came < ANSWER:
-            start = clock()
-            events = batch.step()
-            during.append(clock() - start)
+            seconds, events = step()
+            during.append(seconds)
             came += sum(owner == number for owner, _ in events)
             first = first or (sum(during) if came else 0.0)
         return before, during, first
-    finally:
-        batch.close()
 
 
 def answered(engine: Engine, prompt: list[int], **settings: Any) -> tuple[float, float]:
@@ -115,9 +114,7 @@ def join(engine: Engine, trials: int, **settings: Any) -> Result:
     """
     cold = joined(engine, 0, **settings)
     answered(engine, ids(engine, PROMPT, 1))
-    before: list[float] = []
-    during: list[float] = []
-    alone, among = list[float](), list[float]()
+    before, during, alone, among = (list[float]() for _ in range(4))
     for trial in range(trials):
         alone.append(answered(engine, ids(engine, PROMPT, 100 + trial))[0])
         steady, joining, first = joined(engine, 1000 * trial, **settings)

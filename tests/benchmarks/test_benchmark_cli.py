@@ -14,7 +14,6 @@ import pytest
 from small import random_engine
 
 from openelm_mlx.benchmarks import peers
-from openelm_mlx.benchmarks.checks import drift
 from openelm_mlx.benchmarks.checks import soak as soaking
 from openelm_mlx.benchmarks.checks.trials import Answer, Request
 from openelm_mlx.benchmarks.measure import harness, machine, run, weights
@@ -356,7 +355,7 @@ def test_a_soak_of_a_few_requests_finds_nothing_wrong(tiny, monkeypatch):
 
 
 def test_a_soak_sees_a_wrong_token(tiny):
-    seen = drift.Soak()
+    seen = soaking.Soak()
     driver = soaking.Driver(tiny, random.Random(0), seen)
     request = Request([1, 5, 9], SamplingOptions(), GenerationOptions(max_tokens=3))
     driver.check(request, EngineOptions(), Answer([4095, 4095, 1], "", "length"))
@@ -369,10 +368,10 @@ def test_a_soak_judges_memory_and_speed():
     steady = [Timed((1, 2), (1.0, 1.0 + 0.01)) for _ in range(12)]
     slower = [Timed((1, 2), (1.0, 1.0 + 0.01 * (1 + i / 20))) for i in range(12)]
     still = [0.01] * 12
-    good = drift.Soak(
+    good = soaking.Soak(
         probes=steady, references=still, arrays=[10**6, 10**6 + 20], process=[100, 10**8, 10**8]
     )
-    bad = drift.Soak(
+    bad = soaking.Soak(
         probes=slower,
         references=still,
         arrays=[10**8, 10**8 + 3 * 2**20],
@@ -386,13 +385,13 @@ def test_a_soak_judges_memory_and_speed():
         "memory did not return: the process grew by 200 MB in the second half",
         "decode speed fell by 28% against a fixed work timed beside it",
     ]
-    hot = drift.Soak(probes=slower, references=[0.01 * (1 + i / 20) for i in range(12)])
+    hot = soaking.Soak(probes=slower, references=[0.01 * (1 + i / 20) for i in range(12)])
     hot.judge()
     assert (
         hot.failures == []
         and "-27.6%; relative to a fixed work timed beside them -0.0%" in hot.summary()[-1]
     )
-    assert drift.trend([1.0] * 5) == (0.0, False)
+    assert soaking.trend([1.0] * 5) == (0.0, False)
 
 
 def test_a_chip_that_is_not_here_is_predicted_and_marked_so(capsys):
