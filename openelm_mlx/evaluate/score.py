@@ -27,7 +27,7 @@ Model = Callable[[mx.array], mx.array]  # ids [rows, length] -> logits [rows, le
 
 
 def log_probs(logits: mx.array) -> mx.array:
-    """Return the log probabilities of the distributions over the last axis, in float32."""
+    """Return the logarithms, in float32, of the softmax over the last axis."""
     logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
@@ -67,7 +67,7 @@ def gradient(
 
 
 def top_1_agreement(reference: mx.array, other: mx.array) -> mx.array:
-    """Tell, for each position, whether both distributions [..., vocab] have one likeliest token."""
+    """Tell, for each position, whether the likeliest token of both [..., vocab] is the same."""
     return reference.argmax(axis=-1) == other.argmax(axis=-1)
 
 
@@ -75,7 +75,7 @@ def perplexity(log_probabilities: Iterable[float]) -> float:
     """Return the exponential of the mean negative log probability."""
     scores = list(log_probabilities)
     mean = -math.fsum(scores) / len(scores)
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean > 700 else math.exp(mean)
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ def own_text(
 ) -> mx.array:
     """Return rows of ids [prompts, length] that the model writes after each prompt.
 
-    Every token is drawn from the whole distribution, the same on every run. `banned` is added to
-    the logits, [vocab] or [prompts, vocab]: -inf for what is never drawn.
+    Tokens are drawn at temperature 1 without any filter, and are the same on every run. `banned`,
+    [vocab] or [prompts, vocab], is added to the logits: -inf for what is never drawn.
     """
     from openelm_mlx.model.cache import KVCache
 
@@ -189,11 +189,11 @@ def score(
     >>> score(engine, [engine.tokenizer.encode("Once upon a time")])
     [[-2.1, -0.3, ...]]
 
-    Each is that of the model itself, given all tokens before: what `logprobs` reports of a drawn
+    They are those of the model itself, given all tokens before: what `logprobs` reports for a drawn
     token. An id that is never drawn has -inf. One pass of the model takes sequences of similar
-    length, at most `batch_tokens` with their padding, or one that is longer; how they are put
-    together changes the numbers by rounding only. Raises `PromptError` for an empty sequence, one
-    beyond the model's context and what is no token id, before any work.
+    length, at most `batch_tokens` with their padding, or a single longer one; the choice changes
+    the numbers by rounding only. Raises `PromptError`, before any work, for a sequence that
+    is empty or beyond the model's context, and for ids outside the vocabulary.
     """
     check_loaded("engine", engine)
     check_count("batch_tokens", batch_tokens, 1)
@@ -215,9 +215,7 @@ def score(
 
 
 def batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:
-    """Yield the numbers of sequences that share a pass, the longest first; of length 0 none is
-    run.
-    """
+    """Yield the numbers of sequences that share a pass, the longest first, without empty ones."""
     order = sorted((n for n, length in enumerate(lengths) if length), key=lambda n: -lengths[n])
     while order:
         count = max(1, tokens // lengths[order[0]])
@@ -227,7 +225,7 @@ def batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:
 
 @device_work
 def score_batch(engine: Engine, rows: list[list[int]]) -> list[list[float]]:
-    """Score sequences of two tokens or more in one pass, padded at the end, where none looks."""
+    """Score sequences of two tokens or more in one pass; no token sees the padding at the end."""
     lengths = [len(row) - 1 for row in rows]
     width = max(lengths)
     fed = mx.array([row[:-1] + [0] * (width + 1 - len(row)) for row in rows])

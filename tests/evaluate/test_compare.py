@@ -87,6 +87,7 @@ def test_more_positions_than_logits_are_kept_for():
 def test_perplexity():
     assert perplexity([math.log(0.5), math.log(0.125)]) == pytest.approx(4)
     assert perplexity([-1e4]) == perplexity([-math.inf]) == math.inf
+    assert math.isnan(perplexity([-1.0, math.nan]))
 
 
 def always(*probs):
