@@ -35,6 +35,11 @@ define install
 	{ tail -n 20 $(LOG) >&2; echo "installing failed; the whole log is $(LOG)" >&2; exit 1; }
 endef
 
+# $(call extra,WHAT): install what one target needs beside the rest.
+define extra
+@$(BIN)/python -m pip install $(PIP_FLAGS) --editable '$(1)' >>$(LOG) 2>&1 || { tail -n 20 $(LOG) >&2; exit 1; }
+endef
+
 $(VENV)/installed: pyproject.toml
 	$(call install,.)
 	@touch $@
@@ -52,11 +57,11 @@ test: $(VENV)/installed-dev
 	$(PYTEST)
 
 docs: $(VENV)/installed-dev
-	@$(BIN)/python -m pip install $(PIP_FLAGS) --quiet --editable '.[docs]'
+	$(call extra,.[docs])
 	$(BIN)/zensical build --strict
 
 coverage: $(VENV)/installed-dev
-	@$(BIN)/python -m pip install $(PIP_FLAGS) --quiet --editable '.[coverage]'
+	$(call extra,.[coverage])
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -q -n 2 --dist loadfile
 	$(BIN)/coverage combine --quiet
@@ -64,12 +69,12 @@ coverage: $(VENV)/installed-dev
 
 # To test with the versions known to be good: PIP_CONSTRAINT=constraints/known-good.txt make test
 constraints: $(VENV)/installed-dev
-	@$(BIN)/python -m pip install $(PIP_FLAGS) --quiet uv
+	$(call extra,.[constraints])
 	$(BIN)/uv pip compile pyproject.toml $(foreach extra,$(subst $(comma), ,$(EXTRAS)),--extra $(extra)) --upgrade \
 		--universal --no-annotate --custom-compile-command "make constraints" --quiet --output-file constraints/known-good.txt
 
 dist: $(VENV)/installed-dev
-	@$(BIN)/python -m pip install $(PIP_FLAGS) --quiet --editable '.[dist]'
+	$(call extra,.[dist])
 	$(BIN)/python packaging/check_distributions.py dist
 
 clean:
