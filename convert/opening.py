@@ -45,6 +45,7 @@ from openelm_mlx.errors import (
 )
 from openelm_mlx.files import read_json, read_yaml
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, expected_tensors, normal_name
+from openelm_mlx.quantization import KEYS
 
 WANTED = "a CoreNet .pt file, a folder of safetensors or a GGUF file"
 FILE_KIND = {  # what --from says -> what the files are
@@ -234,7 +235,7 @@ def config_for(source: Path, shapes: Shapes, options: ConvertOptions) -> OpenELM
         raw = read_json(path) if path.suffix == ".json" else {}
         if path.suffix == ".json" and not is_corenet_section(raw):
             return with_flags(OpenELMConfig.from_file(path), options)
-        section = {k: v for k, v in raw.items() if k != "quantization"} or corenet_section(path)
+        section = {k: v for k, v in raw.items() if k not in KEYS} or corenet_section(path)
         size = normal_name(str(section.get("model_name", "")))
         if size in PUBLISHED:
             # an adapted embedding leaves the head behind: what the tensors hold wins

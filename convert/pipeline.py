@@ -79,7 +79,7 @@ def target_dtype(name: str, stored: str, config: OpenELMConfig, options: Convert
         raise CheckpointError(f"{name} holds {stored}; weights must be floating-point numbers")
     dtype = options.dtype or stored.replace("float64", "float32")
     in_float32 = options.target_format == "gguf"  # as llama.cpp computes
-    if dtype == "float16" and config.model_dim >= 3072 and not in_float32:
+    if dtype == "float16" and config.overflows_float16 and not in_float32:
         raise ConversionError(
             "OpenELM-3B needs a wider range than float16 has; use --dtype bfloat16 or float32"
         )

@@ -23,6 +23,7 @@ from openelm_mlx.benchmarks.ledger.graph import (
     trace,
 )
 from openelm_mlx.device import mx, nn, utils
+from openelm_mlx.dtypes import DTYPES, FLOATS
 from openelm_mlx.engine.decode import State, Steps, StepSpec
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.engine.sampling import Controls, Filters
@@ -32,7 +33,6 @@ from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 from openelm_mlx.model.decoder import OpenELM, Transposed
 from openelm_mlx.quantization import spec_of
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 TURN, WARM_UP = 12, 4  # steps of each engine in a turn, and those of them that are not counted
 FIRST, LAST = 8, 200  # positions of timed steps, all within the first block of the buffers
 
@@ -48,8 +48,8 @@ class WeightSpec:
     quantization: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise BenchmarkError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        if self.dtype not in FLOATS:
+            raise BenchmarkError(f"dtype is {self.dtype!r}; allowed: {', '.join(FLOATS)}")
 
     def __str__(self) -> str:
         if not self.quantization:
@@ -59,7 +59,7 @@ class WeightSpec:
 
     @property
     def mlx(self) -> mx.Dtype:
-        return DTYPES[self.dtype]
+        return DTYPES[self.dtype].mlx
 
     def apply(self, model: nn.Module) -> None:
         """Replace every parameter by a marked constant; nothing is computed or allocated."""

@@ -33,6 +33,7 @@ from openelm_mlx.convert.quantize.plan import exact_weights
 from openelm_mlx.convert.quantize.rounding import dequantized
 from openelm_mlx.convert.verify import text_batches
 from openelm_mlx.device import mx, nn
+from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.evaluate.score import Comparison, compare
 from openelm_mlx.files import check_writable, read_text
@@ -170,7 +171,7 @@ def stored(model: nn.Module) -> Result:
     for path, module in model.named_modules():
         own = {f"{path}.{key}": x for key, x in module.items() if isinstance(x, mx.array)}
         for key, x in own.items():
-            own[key] = x.astype(getattr(mx, DTYPE)) if mx.issubdtype(x.dtype, mx.floating) else x
+            own[key] = x.astype(DTYPES[DTYPE].mlx) if mx.issubdtype(x.dtype, mx.floating) else x
         size += sum(x.nbytes for x in own.values())
         if "scales" in module:
             spec, name = QuantSpec(module.bits, module.group_size), f"{path}.weight"

@@ -17,7 +17,7 @@ from typing import Any
 from openelm_mlx.convert.quantize.functional import Weights, embed, head, layer, layer_of
 from openelm_mlx.convert.quantize.rounding import rounded
 from openelm_mlx.device import mx
-from openelm_mlx.dtypes import itemsize
+from openelm_mlx.dtypes import DTYPES, itemsize
 from openelm_mlx.errors import OptionError
 from openelm_mlx.evaluate.score import kl_divergence
 from openelm_mlx.model.config import OpenELMConfig
@@ -90,7 +90,7 @@ def measure(
     near, for targets this far around `target_bpw`.
     """
     losses: Losses = {}
-    stems, kind = matrices(shapes), getattr(mx, dtype)
+    stems, kind = matrices(shapes), DTYPES[dtype].mlx
     near = [bits for bits in BITS if abs(bits - target_bpw) <= NEAR + spread] or [8]
     weights = dict(reference.weights)
     for number, (stem, shape) in enumerate(stems.items()):
@@ -250,6 +250,6 @@ def true_loss(reference: Reference, plan: Plan, dtype: str) -> float:
 def rounded_weights(weights: Weights, plan: Plan, dtype: str) -> dict[str, mx.array]:
     """Return the float32 weights that these stand for once they are stored as planned."""
     return {
-        name: rounded(array, plan.get(name.removesuffix(".weight")), getattr(mx, dtype))
+        name: rounded(array, plan.get(name.removesuffix(".weight")), DTYPES[dtype].mlx)
         for name, array in weights.items()
     }

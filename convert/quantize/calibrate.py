@@ -33,6 +33,7 @@ from openelm_mlx.convert.quantize.rounding import (
     quantized,
 )
 from openelm_mlx.device import mx
+from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.evaluate.score import own_text
 from openelm_mlx.files import read_text
@@ -237,7 +238,7 @@ def round_one(
     damping: float,
 ) -> None:
     spec, name = done.plan.get(stem), f"{stem}.weight"
-    kind = getattr(mx, dtype)
+    kind = DTYPES[dtype].mlx
     if spec is None or spec.mode != "affine":
         stored = quantized(name, exact[name].astype(kind), spec)
         done.weights[name] = dequantized(name, stored, spec)

@@ -18,6 +18,7 @@ import numpy as np
 from openelm_mlx.convert.quantize.functional import Weights, head, last_states, logits
 from openelm_mlx.convert.quantize.rounding import Codes, Learned, as_stored
 from openelm_mlx.device import mx, utils
+from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.evaluate.score import kl_divergence
 from openelm_mlx.model.config import OpenELMConfig
 
@@ -181,7 +182,7 @@ def finished(
     dtype: str,
 ) -> Learned:
     """Round the codes for good, and scales, biases and norms to the type they are stored in."""
-    kind = getattr(mx, dtype)
+    kind = DTYPES[dtype].mlx
     result = Learned(dict(weights_of(moved)), plan=start.plan)
     for (stem, own), change in zip(starts.items(), moved["matrices"], strict=True):
         top = 2**own.codes.spec.bits - 1

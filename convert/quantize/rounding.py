@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from openelm_mlx.device import mx
+from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import TensorInfo
 from openelm_mlx.quantization import Plan, QuantSpec
@@ -220,7 +221,7 @@ class Learned:
     def arrays(self, dtype: str) -> dict[str, dict[str, mx.array]]:
         """Return what is stored for each tensor by name; all others are rounded to nearest."""
         codes = {f"{stem}.weight": codes for stem, codes in self.codes.items()}
-        return {name: own.arrays(name, getattr(mx, dtype)) for name, own in codes.items()} | {
+        return {name: own.arrays(name, DTYPES[dtype].mlx) for name, own in codes.items()} | {
             name: {name: array} for name, array in self.norms.items()
         }
 
@@ -229,7 +230,7 @@ class Learned:
         rounded to `dtype`.
         """
         packed = {f"{stem}.weight" for stem, spec in self.plan.items() if spec is not None}
-        kind = getattr(mx, dtype)
+        kind = DTYPES[dtype].mlx
         return {
             name: array if name in packed else array.astype(kind).astype(mx.float32)
             for name, array in self.weights.items()

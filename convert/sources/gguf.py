@@ -19,7 +19,7 @@ import numpy as np
 from openelm_mlx.convert.sources import EMBEDDINGS, HEAD, LICENCE_KEYS, TensorSource, infer_config
 from openelm_mlx.convert.tokenizers import UNUSED, TokenizerModel, assemble
 from openelm_mlx.device import mx
-from openelm_mlx.dtypes import BY_GGUF
+from openelm_mlx.dtypes import BY_GGUF, DTYPES
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, TokenizerError
 from openelm_mlx.files import TensorInfo
 from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig, layer_shapes
@@ -134,7 +134,7 @@ class GGUFFile(TensorSource):
         self.tokenizer = read_tokenizer(self.path, self.metadata)
 
     def load(self, name: str) -> mx.array:
-        return self._load(name, getattr(mx, self._dtype))
+        return self._load(name, DTYPES[self._dtype].mlx)
 
     def load_exact(self, name: str) -> mx.array:
         """Return the tensor `name` in float32. Norms beside half types, which `load` rounds, come

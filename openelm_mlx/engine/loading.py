@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from openelm_mlx.engine.prompts import Prompt
     from openelm_mlx.engine.request import Event
 
-# OpenELM-3B and up: activations overflow float16 (CoreNet, mlx_examples/open_elm/README.md)
-WIDE_MODEL_DIM = 3072
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", *PENALTIES)
 # those of the examples in Apple's model cards
@@ -272,7 +270,7 @@ def compute_dtype(
         dtype = mx.float32  # the CPU backend emulates half types
     else:
         dtype = mx.bfloat16 if stored == mx.float32 else stored
-    if dtype == mx.float16 and config.model_dim >= WIDE_MODEL_DIM:
+    if dtype == mx.float16 and config.overflows_float16:
         if asked is not None:
             needs = "OpenELM-3B needs a wider range than float16 has"
             raise OptionError(f"{needs}; use bfloat16, or float32 to check")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from openelm_mlx.errors import ConfigError
 from openelm_mlx.files import read_json
+from openelm_mlx.quantization import KEYS
 
 GENERATION_CONFIG = "generation_config.json"
 UNK, BOS, EOS = 0, 1, 2  # of LLaMA's tokenizer, which OpenELM uses
@@ -95,6 +96,14 @@ class OpenELMConfig:
     def written_eos(self) -> int | list[int]:
         """`eos_token_ids` as JSON files have them: a number, or a list where there are several."""
         return list(self.eos_token_ids) if len(self.eos_token_ids) > 1 else self.eos_token_id
+
+    @property
+    def overflows_float16(self) -> bool:
+        """Whether activations leave the range of float16: those of the 3B do.
+
+        Source: CoreNet, mlx_examples/open_elm/README.md.
+        """
+        return self.model_dim >= 3072
 
     @property
     def num_parameters(self) -> int:
@@ -267,7 +276,7 @@ MAX_LAYERS = 4096
 
 KEYS_WITHOUT_MEANING = frozenset(
     {"model_type", "architectures", "auto_map", "_name_or_path", "transformers_version"}
-    | {"dtype", "torch_dtype", "quantization", "quantization_config", "initializer_range"}
+    | {"dtype", "torch_dtype", *KEYS, "initializer_range"}
     | {"tokenizer_class", "pad_token_id", "tie_word_embeddings", "rope_max_length", "use_cache"}
     | {"return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder"}
     | {"chunk_size_feed_forward", "id2label", "label2id", "problem_type"}
