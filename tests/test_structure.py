@@ -117,13 +117,6 @@ def uses_of(module: str) -> Iterator[Use]:
 
 
 USES = sorted({use for module in MODULES if module not in ENTRANCES for use in uses_of(module)})
-# what was found when this test was written and is not mended yet: nothing may be added
-NOT_YET = {
-    *(
-        f"benchmarks.peers{module} -> benchmarks.measure.timing"
-        for module in ("", ".llama_cpp", ".llama_server", ".mlx_lm", ".openelm", ".torch_reference")
-    ),
-}
 
 
 def short(module: str) -> str:
@@ -161,7 +154,7 @@ def test_arrows_between_rooms_point_one_way():
         backward = ORDER.index(there) > ORDER.index(here) and not shared
         if backward or (here, there) in FORBIDDEN:
             wrong.add(arrow(use))
-    assert wrong - NOT_YET == set()
+    assert wrong == set()
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
@@ -201,7 +194,7 @@ def test_no_imports_in_circles():
     edges: dict[str, set[str]] = {module: set() for module in MODULES}
     for use in USES:
         of_types = use.typing and room_of(use.module) == room_of(use.target)
-        if not permitted(use) and not of_types and arrow(use) not in NOT_YET:
+        if not permitted(use) and not of_types:
             edges[use.module].add(use.target)
     assert circles(edges) == []
 
