@@ -29,12 +29,12 @@ from openelm_mlx.benchmarks.measure.suites import (
     work,
 )
 from openelm_mlx.benchmarks.peers import OURS
+from openelm_mlx.benchmarks.results.compare import merge
 from openelm_mlx.benchmarks.results.document import (
     Document,
     Machine,
     Row,
     completed,
-    merge,
 )
 from openelm_mlx.errors import BenchmarkError, OpenELMError
 

@@ -1,4 +1,4 @@
-"""Two documents against each other: what became faster or slower by more than chance explains.
+"""Documents beside each other: processes of one run are merged, two runs are compared.
 
 Times and rates are one family of tests: Welch's t on the logarithms of process medians, with Holm's
 correction, so that two runs of the same thing pass in all of them with at least 95 %. A figure that
@@ -14,7 +14,17 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.benchmarks.results.document import Case, Document, Machine, Metric, Row
+from openelm_mlx.benchmarks.results.document import (
+    HIGHER_IS_BETTER,
+    METRICS,
+    Case,
+    Document,
+    Machine,
+    Metric,
+    Ratio,
+    Row,
+    completed,
+)
 from openelm_mlx.benchmarks.results.statistics import (
     difference,
     holm,
@@ -37,6 +47,80 @@ COPIES = {"prefill_tokens_per_second": "time_to_first_token_seconds"}  # of the 
 SAME_MACHINE = ("chip", "processor", "cores", "memory_bytes", "system", "backend", "blas")
 
 
+MEASURED = ("load_average", "thermal_pressure", "copy_bytes_per_second", "read_bytes_per_second")
+
+
+def merge(documents: Sequence[Document]) -> Document:
+    """Put processes of one run together. Their order is that of the trials in every metric; a case
+    that a process did not measure has no trials of it.
+
+    Facts that each process measures for itself become their median, or stay those of the first.
+    Raises `BenchmarkError` for documents of different commands, commits or machines.
+    """
+    if not documents:
+        raise BenchmarkError("nothing to merge: give at least one result")
+    first = documents[0]
+    facts = [
+        {name: getattr(one, name) for name in ("command", "suite", "commit", "dirty")}
+        | {name: fact for name, fact in asdict(one.machine).items() if name not in MEASURED}
+        for one in documents
+    ]
+    for name, fact in ((name, fact) for each in facts for name, fact in each.items()):
+        if fact != facts[0][name]:
+            raise BenchmarkError(
+                f"results to merge differ in {name.replace('_', ' ')}: {facts[0][name]!r} and "
+                f"{fact!r}; merge processes of one command on one machine"
+            )
+    bandwidths = {
+        name: median(found)
+        for name in MEASURED[2:]
+        if (found := [value for one in documents if (value := getattr(one.machine, name))])
+    }
+    cases = list(dict.fromkeys(row.case for one in documents for row in one.rows))
+    pairs = dict.fromkeys(
+        (
+            ratio.metric,
+            cases.index(one.rows[ratio.row].case),
+            cases.index(one.rows[ratio.against].case),
+        )
+        for one in documents
+        for ratio in one.ratios
+    )
+    merged = replace(
+        first,
+        rows=tuple(merged_row(case, documents) for case in cases),
+        partial=any(one.partial for one in documents),
+        machine=replace(first.machine, **bandwidths),
+        versions={name: text for one in documents for name, text in one.versions.items()},
+        notes=tuple(dict.fromkeys(note for one in documents for note in one.notes)),
+        ratios=tuple(Ratio(*pair) for pair in pairs),
+    )
+    return completed(merged)
+
+
+def merged_row(case: Case, documents: Sequence[Document]) -> Row:
+    found = [next((row for row in one.rows if row.case == case), Row(case)) for one in documents]
+    metrics = {}
+    for name in (name for name in METRICS if any(name in row.metrics for row in found)):
+        processes: list[tuple[float, ...]] = []
+        for row, one in zip(found, documents, strict=True):
+            metric = row.metrics.get(name)
+            processes += metric.processes if metric else [()] * one.processes
+        metrics[name] = Metric.of_processes(processes, METRICS[name])
+    agreed = [row.agrees for row in found if row.agrees is not None]
+    return Row(
+        case,
+        metrics,
+        next((row.bytes_per_token for row in found if row.bytes_per_token), None),
+        agrees=all(agreed) if agreed else None,
+        parts_at=min((row.parts_at for row in found if row.parts_at is not None), default=None),
+        notes=tuple(dict.fromkeys(note for row in found for note in row.notes)),
+    )
+
+
+# --- two runs
+
+
 @dataclass(frozen=True)
 class Difference:
     """One metric of one case in both documents.
@@ -50,7 +134,6 @@ class Difference:
     metric: str
     before: float
     after: float
-    higher_is_better: bool
     verdict: str  # "better", "worse" or "same"
     chance: float | None = None
     smallest: float | None = None
@@ -152,10 +235,8 @@ def judged(pair: Pair, chance: float | None = None, smallest: float | None = Non
     verdict = "same"
     if changed and (chance is None or chance < CHANCE):
         more = after.median > before.median
-        verdict = "better" if more == after.higher_is_better else "worse"
-    return Difference(
-        case, name, before.median, after.median, after.higher_is_better, verdict, chance, smallest
-    )
+        verdict = "better" if more == (after.unit in HIGHER_IS_BETTER) else "worse"
+    return Difference(case, name, before.median, after.median, verdict, chance, smallest)
 
 
 # --- what makes two documents hard to compare

@@ -1,16 +1,16 @@
 """The result document: what was measured, on what machine, by which command, in one checked schema.
 
 A figure holds the trials of several processes, because processes differ by more than their trials
-tell. `Metric.of`, `completed` and `merge` compute all that follows from trials; `load` refuses a
-file in which a stored summary, bound or ratio is not what its trials give.
+tell. `Metric.of` and `completed` compute all that follows from trials; `load` refuses a file in
+which a stored summary, bound or ratio is not what its trials give.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
@@ -30,8 +30,7 @@ METRICS = {
     "prefill_tokens_per_second": "tokens/s",
     "decode_tokens_per_second": "tokens/s",
     "time_to_first_token_seconds": "s",
-    # all of the prompt but its last 8 tokens found in the cache
-    "time_to_first_token_reused_seconds": "s",
+    "time_to_first_token_reused_seconds": "s",  # all but 8 tokens of the prompt in the cache
     "startup_seconds": "s",  # a new process, from its start to its first token
     "load_seconds": "s",
     "peak_memory_bytes": "bytes",
@@ -48,10 +47,8 @@ Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class Metric:
-    """One figure: the trials of each process, their median over processes, quartiles of all trials.
-
-    A process that did not measure the figure has no trials, so that the same place in all metrics
-    of a document belongs to the same process.
+    """One figure: the trials of each process (none of one that did not measure it), the median of
+    the processes' medians, and the quartiles of all trials.
     """
 
     unit: str
@@ -85,16 +82,10 @@ class Metric:
         """The interquartile range as a share of the median."""
         return (self.q3 - self.q1) / abs(self.median) if self.median else 0.0
 
-    @property
-    def higher_is_better(self) -> bool:
-        return self.unit in HIGHER_IS_BETTER
-
 
 @dataclass(frozen=True, config=STRICT)
 class Case:
-    """What one row measured. Rows of two documents are the same measurement when their cases are
-    equal.
-    """
+    """What one row measured; rows of two documents with equal cases are the same measurement."""
 
     engine: str  # "openelm-mlx" or a peer's name
     model: str
@@ -110,25 +101,21 @@ class Case:
 
     def __str__(self) -> str:
         """Return the case in few words, for messages."""
-        parts = [self.engine, self.model, f"{self.bits}-bit" if self.bits else self.dtype]
-        parts.append(f"{self.prompt_tokens}+{self.generation_tokens}")
-        parts += [f"batch {self.batch_size}"] if self.batch_size > 1 else []
-        parts += [self.cache] if self.cache != "plain" else []
-        return " ".join([*parts, *([self.speculation] if self.speculation else [])])
+        weights = f"{self.bits}-bit" if self.bits else self.dtype
+        parts = [self.engine, self.model, weights, f"{self.prompt_tokens}+{self.generation_tokens}"]
+        parts += [f"batch {self.batch_size}"] * (self.batch_size > 1)
+        parts += [self.cache] * (self.cache != "plain") + [self.speculation or ""]
+        return " ".join(filter(None, parts))
 
 
 @dataclass(frozen=True, config=STRICT)
 class Row:
-    """A case with its metrics; a row that was not timed has none, and says why in its notes.
-
-    `completed` computes the bound, the rate at which a copy moves the bytes of a token, and the
-    share of it that decoding reaches.
-    """
+    """A case with its metrics; a row that was not timed has none, and says why in its notes."""
 
     case: Case
     metrics: dict[str, Metric] = Field(default_factory=dict)
     bytes_per_token: dict[str, float] | None = None  # by part of the model
-    bound_tokens_per_second: float | None = None
+    bound_tokens_per_second: float | None = None  # at which a copy moves the bytes of a token
     percent_of_bound: float | None = None
     agrees: bool | None = None  # whether a peer's tokens are ours
     parts_at: int | None = None  # index of the first token that differs
@@ -137,13 +124,12 @@ class Row:
 
 @dataclass(frozen=True, config=STRICT)
 class Ratio:
-    """A metric of one row over that of another, in paired trials, with its 95 % interval.
-
-    `rows` are indexes into the document's rows; `completed` computes the figures.
+    """A metric of one row over that of another, in paired trials, with its 95 % interval, which
+    `completed` computes.
     """
 
     metric: str
-    row: int
+    row: int  # index of one in the document
     against: int
     ratio: float = math.nan
     low: float = math.nan
@@ -198,10 +184,7 @@ class Document:
 
 
 def completed(document: Document) -> Document:
-    """Compute summaries, bounds, shares of the bound and ratios from trials, bytes and bandwidth.
-
-    Raises `BenchmarkError` naming the place of what nothing can follow from.
-    """
+    """Compute summaries, bounds and ratios. Raises `BenchmarkError` with the place of a mistake."""
     check(document)
     copy = document.machine.copy_bytes_per_second
     rows = tuple(bounded(row, copy) for row in document.rows)
@@ -211,10 +194,7 @@ def completed(document: Document) -> Document:
         try:
             low, middle, high = paired_ratio(ours.processes, theirs.processes)
         except ValueError:
-            raise BenchmarkError(
-                f"ratios[{number}] needs two pairs of trials above 0 of rows[{one.row}] and "
-                f"rows[{one.against}]"
-            ) from None
+            raise BenchmarkError(f"ratios[{number}] needs two pairs of trials above 0") from None
         ratios.append(replace(one, ratio=middle, low=low, high=high))
     return replace(document, rows=rows, ratios=tuple(ratios))
 
@@ -229,95 +209,6 @@ def bounded(row: Row, copy_bytes_per_second: float | None) -> Row:
         bound = copy_bytes_per_second / moved
         share = 100 * metrics[DECODE].median / bound if DECODE in metrics else None
     return replace(row, metrics=metrics, bound_tokens_per_second=bound, percent_of_bound=share)
-
-
-def merge(documents: Sequence[Document]) -> Document:
-    """Put documents of the same command, one or more processes each, together into one.
-
-    Cases and notes of all are kept; a case that a process did not measure has no trials of it.
-    Raises `BenchmarkError` for documents of different commands, commits or machines.
-    """
-    if not documents:
-        raise BenchmarkError("nothing to merge: give at least one result")
-    first = documents[0]
-    for other in documents[1:]:
-        for name in ("command", "suite", "commit", "dirty"):
-            same(name, getattr(first, name), getattr(other, name))
-        for item in fields(Machine):
-            if item.name not in MEASURED:
-                same(item.name, *(getattr(one.machine, item.name) for one in (first, other)))
-    measured = {
-        name: median(found)
-        for name in ("copy_bytes_per_second", "read_bytes_per_second")
-        if (found := [v for one in documents if (v := getattr(one.machine, name)) is not None])
-    }
-    cases = list(dict.fromkeys(row.case for one in documents for row in one.rows))
-    pairs = {
-        (one.rows[r.row].case, one.rows[r.against].case, r.metric): None
-        for one in documents
-        for r in one.ratios
-    }
-    merged = replace(
-        first,
-        rows=tuple(merged_row(case, documents) for case in cases),
-        partial=any(one.partial for one in documents),
-        machine=replace(first.machine, **measured),
-        versions={name: text for one in documents for name, text in one.versions.items()},
-        notes=merged_notes([one.notes for one in documents]),
-        ratios=tuple(
-            Ratio(metric, cases.index(ours), cases.index(theirs)) for ours, theirs, metric in pairs
-        ),
-    )
-    return completed(merged)
-
-
-MEASURED = (  # facts of the machine that differ from process to process
-    "load_average",
-    "thermal_pressure",
-    "copy_bytes_per_second",
-    "read_bytes_per_second",
-)
-
-
-def same(name: str, one: Any, other: Any) -> None:
-    if one != other:
-        raise BenchmarkError(
-            f"results to merge differ in {name.replace('_', ' ')}: {one!r} and {other!r}; "
-            "merge processes of one command on one machine"
-        )
-
-
-def merged_row(case: Case, documents: Sequence[Document]) -> Row:
-    found = [next((row for row in one.rows if row.case == case), Row(case)) for one in documents]
-    names = [name for name in METRICS if any(name in row.metrics for row in found)]
-    metrics = {}
-    for name in names:
-        processes: list[tuple[float, ...]] = []
-        for row, one in zip(found, documents, strict=True):
-            metric = row.metrics.get(name)
-            processes += metric.processes if metric else [()] * one.processes
-        metrics[name] = Metric.of_processes(processes, METRICS[name])
-    agreed = [row.agrees for row in found if row.agrees is not None]
-    return Row(
-        case,
-        metrics,
-        next((row.bytes_per_token for row in found if row.bytes_per_token), None),
-        agrees=all(agreed) if agreed else None,
-        parts_at=min((row.parts_at for row in found if row.parts_at is not None), default=None),
-        notes=merged_notes([row.notes for row in found]),
-    )
-
-
-def merged_notes(of_each: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """Keep what all processes say once, and say of the rest whose it is."""
-    shared = [note for note in of_each[0] if all(note in notes for notes in of_each)]
-    own = [
-        f"process {number}: {note}"
-        for number, notes in enumerate(of_each, 1)
-        for note in notes
-        if note not in shared
-    ]
-    return tuple(dict.fromkeys([*shared, *own]))
 
 
 def check(document: Document) -> None:
@@ -336,21 +227,14 @@ def check(document: Document) -> None:
                     f"lists; expected at least one trial, in {document.processes} lists"
                 )
     for number, ratio in enumerate(document.ratios):
-        here, rows = f"ratios[{number}]", document.rows
-        for place, index in (("row", ratio.row), ("against", ratio.against)):
-            if not 0 <= index < len(rows):
-                raise BenchmarkError(
-                    f"{here}.{place} is {index}; expected the index of one of {len(rows)} rows"
-                )
-            if ratio.metric not in rows[index].metrics:
-                raise BenchmarkError(
-                    f"{here}.metric is {ratio.metric!r}, which rows[{index}] has not measured"
-                )
-        ours, theirs = rows[ratio.row].case, rows[ratio.against].case
-        if ours.engine == theirs.engine or replace(ours, engine=theirs.engine) != theirs:
+        compared = [
+            document.rows[i] for i in (ratio.row, ratio.against) if 0 <= i < len(document.rows)
+        ]
+        engines = {row.case.engine for row in compared if ratio.metric in row.metrics}
+        if len(engines) < 2 or len({replace(row.case, engine="") for row in compared}) > 1:
             raise BenchmarkError(
-                f"{here}.against is {ratio.against}; expected the row of another engine in the "
-                f"case of rows[{ratio.row}]"
+                f"ratios[{number}] is of {ratio.metric} in rows {ratio.row} and {ratio.against}; "
+                "expected the rows of two engines that have measured it in the same case"
             )
 
 
@@ -362,9 +246,7 @@ def to_json(document: Document) -> str:
 
 
 def save(document: Document, path: str | Path) -> None:
-    """Write the document as JSON. Raises `BenchmarkError` where that is impossible; an older file
-    is then left as it was.
-    """
+    """Write the document as JSON. Raises `BenchmarkError`, and leaves an older file as it was."""
     write_file(path, to_json(document))
 
 
@@ -380,9 +262,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 
 def load(path: str | Path) -> Document:
-    """Read and check a document. Raises `BenchmarkError` naming the file and the place of what is
-    wrong.
-    """
+    """Read and check a document. Raises `BenchmarkError` with the file and place of a mistake."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -397,9 +277,7 @@ def load(path: str | Path) -> Document:
 
 
 def from_json(data: Any) -> Document:
-    """Return the document of parsed JSON. Raises `BenchmarkError` naming the place of what is
-    wrong.
-    """
+    """Return the document of parsed JSON. Raises `BenchmarkError` with the place of a mistake."""
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema not in (SCHEMA, OLD_SCHEMA):
         raise BenchmarkError(f"schema is {schema!r}; this version reads {SCHEMA!r}")
@@ -417,44 +295,40 @@ def from_json(data: Any) -> Document:
 
 def refuse_difference(stored: Any, truth: Any, place: str = "") -> None:
     """Raise `BenchmarkError` for the first stored value that is not the one its trials give."""
-    if isinstance(stored, dict):
-        for key, value in stored.items():
-            refuse_difference(value, truth[key], f"{place}.{key}" if place else key)
-    elif isinstance(stored, tuple):
-        for number, pair in enumerate(zip(stored, truth, strict=True)):
-            refuse_difference(*pair, f"{place}[{number}]")
+    if isinstance(stored, dict | tuple):
+        for key, value in stored.items() if isinstance(stored, dict) else enumerate(stored):
+            refuse_difference(value, truth[key], place + step(key))
     elif stored != truth and not (
-        isinstance(stored, float)
-        and isinstance(truth, float)
-        and math.isclose(stored, truth, rel_tol=1e-6, abs_tol=1e-12)
+        {type(stored), type(truth)} == {float} and math.isclose(stored, truth, rel_tol=1e-6)
     ):
-        raise BenchmarkError(f"{place} is {stored!r}, but {truth!r} follows from the trials")
+        raise BenchmarkError(f"{place[1:]} is {stored!r}, but {truth!r} follows from the trials")
 
 
-EXPECTED = {  # the kinds of pydantic's errors
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a finite number",
-    "finite_number": "a finite number",
-    "string_type": "a text",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "dict_type": "an object",
-    "dataclass_type": "an object",
-    "greater_than_equal": "a number from 1 up",
+def step(key: int | str) -> str:
+    return f"[{key}]" if isinstance(key, int) else f".{key}"
+
+
+EXPECTED = {  # by the beginning of pydantic's name for an error
+    "int": "a whole number",
+    "float": "a finite number",
+    "finite": "a finite number",
+    "greater": "a number from 1 up",
+    "string": "a text",
+    "bool": "true or false",
+    "tuple": "a list",
+    "dict": "an object",
+    "dataclass": "an object",
 }
 
 
 def complaint(error: Any) -> str:
     """Return pydantic's error as a line that names the place and what is expected there."""
-    place = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in error["loc"])[1:]
-    if error["type"] == "missing":
-        return f"{place} is missing"
-    if error["type"] == "unexpected_keyword_argument":
-        return f"{place} is not a key of this schema; leave it out"
+    place, kind = "".join(map(step, error["loc"]))[1:], error["type"]
+    if kind in ("missing", "unexpected_keyword_argument"):
+        return f"{place} is {'missing' if kind == 'missing' else 'not a key of this schema'}"
     given = repr(error["input"])
     given = f"{given[:40]}..." if len(given) > 43 else given
-    return f"{place} is {given}; expected {EXPECTED.get(error['type'], error['msg'])}"
+    return f"{place} is {given}; expected {EXPECTED.get(kind.split('_')[0], error['msg'])}"
 
 
 RENAMED = {
@@ -464,16 +338,13 @@ RENAMED = {
 
 
 def upgraded(value: Any) -> Any:
-    """Return what stands in a file of the schema before as this one writes it: all trials are those
-    of one process; figures of ratios go, as they were computed in another way.
+    """Return what stands in a file of the schema before as this one writes it: all trials are of
+    one process, and ratios lose their figures, which were computed in another way.
     """
     if isinstance(value, list):
         return [upgraded(item) for item in value]
     if not isinstance(value, dict):
         return value
-    new = {RENAMED.get(key, key): upgraded(item) for key, item in value.items()}
-    if "values" in new:
-        new["processes"] = [new.pop("values")]
-    if "against" in new:
-        new = {key: item for key, item in new.items() if key not in ("ratio", "low", "high")}
-    return new
+    left_out = ("ratio", "low", "high") if "against" in value else ()
+    new = {RENAMED.get(k, k): upgraded(item) for k, item in value.items() if k not in left_out}
+    return new | {"processes": [new.pop("values")]} if "values" in new else new

@@ -1,360 +1,353 @@
-"""A document as a table: Markdown for a pipe or a file, rich on a terminal, CSV for a spreadsheet.
-The same cells in all.
+"""A document in words: short names of cases, figures and machines, and the table of its rows as
+Markdown, on a terminal, and as CSV. Pictures and the page take their words and cells from here.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openelm_mlx.benchmarks.results.document import METRICS, Case, Document, Metric, Row
+from openelm_mlx.benchmarks.results.document import (
+    DECODE,
+    HIGHER_IS_BETTER,
+    METRICS,
+    OURS,
+    Case,
+    Document,
+    Machine,
+    Metric,
+    Row,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-WIDTH = 80
-
-# what heads a column, and by what a value is divided for it
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+# metric -> the head of its column, and what a value is divided by for it
 COLUMNS = {
-    "prefill_tokens_per_second": ("prefill tokens/s", 1.0),
-    "decode_tokens_per_second": ("decode tokens/s", 1.0),
-    "time_to_first_token_seconds": ("first token ms", 1e-3),
-    "time_to_first_token_reused_seconds": ("reused prefix ms", 1e-3),
+    "prefill_tokens_per_second": ("prefill t/s", 1.0),
+    "decode_tokens_per_second": ("decode t/s", 1.0),
+    "time_to_first_token_seconds": ("first ms", 1e-3),
+    "time_to_first_token_reused_seconds": ("reused ms", 1e-3),
     "startup_seconds": ("start-up s", 1.0),
     "load_seconds": ("load s", 1.0),
     "peak_memory_bytes": ("peak MB", 1e6),
-    "tokens_per_pass": ("tokens a pass", 1.0),
+    "tokens_per_pass": ("t/pass", 1.0),
     "kl_mean": ("KL nats", 1.0),
     "top_1_agreement": ("same top-1", 1.0),
-}
-SHORT = {
-    "tokens/s": "t/s",
-    "first token": "first",
-    "reused prefix": "reused",
-    "tokens a pass": "t/pass",
-}  # explained below
-CASE_COLUMNS = {
-    "engine": "engine",
-    "model": "model",
-    "dtype": "dtype",
-    "bits": "bits",
-    "prompt_tokens": "prompt",
-    "generation_tokens": "new",
-    "setting": "setting",
 }
 LEGEND = {
     "prefill_tokens_per_second": "t/s: tokens a second",
     "time_to_first_token_seconds": "first: time to the first token",
-    "time_to_first_token_reused_seconds": "reused: the same with all but 8 tokens of the prompt in the cache",
+    "time_to_first_token_reused_seconds": (
+        "reused: the same with all but 8 tokens of the prompt in the cache"
+    ),
     "tokens_per_pass": "t/pass: tokens that one pass of the model gives",
 }
 
 
+# --- words
+
+
+def weights(case: Case) -> str:
+    """Return `4-bit`, `4.62 bits/weight` where they are mixed, or the type of unquantized ones."""
+    if case.bits is not None:
+        return f"{case.bits}-bit"
+    if case.bits_per_weight and case.bits_per_weight < BITS.get(case.dtype, 32) - 1:
+        return f"{case.bits_per_weight:.3g} bits/weight"
+    return case.dtype
+
+
+def bits_of(case: Case) -> float:
+    """Return the bits that a weight takes, with its share of scales where that is known."""
+    return case.bits_per_weight or float(case.bits or BITS.get(case.dtype, 32))
+
+
+def model_name(case: Case) -> str:
+    return f"{case.model} (random weights)" if case.random_weights else case.model
+
+
+def setting(case: Case) -> str:
+    """Return what sets a case apart from one plain sequence: `batch 4, kv8`."""
+    parts = [f"batch {case.batch_size}"] * (case.batch_size > 1)
+    parts += [case.cache] * (case.cache != "plain") + [case.speculation or ""]
+    return ", ".join(filter(None, parts)) or "plain"
+
+
+def is_plain(case: Case) -> bool:
+    return setting(case) == "plain"
+
+
+def by_model(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(model_name(row.case), []).append(row)
+    return found
+
+
+def digits(value: float) -> str:
+    """Return three significant digits, or all before the point."""
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    size = abs(value)
+    places = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 4 if size < 0.1 else 3
+    return f"{value:,.{places}f}"
+
+
+def verdict(document: Document, number: int) -> str:
+    """Return whether the first side of a ratio is `better` or `worse`, or `no difference` where the
+    interval holds 1.
+    """
+    ratio = document.ratios[number]
+    if ratio.low <= 1 <= ratio.high:
+        return "no difference"
+    return "better" if (ratio.low > 1) == (METRICS[ratio.metric] in HIGHER_IS_BETTER) else "worse"
+
+
+def ratio_label(document: Document, number: int) -> str:
+    """Return `decode over mlx-lm`, and below it the facts in which the document's ratios differ."""
+    ratio = document.ratios[number]
+    peers = [document.rows[one.against].case for one in document.ratios]
+    metric = COLUMNS[ratio.metric][0].rsplit(" ", 1)[0]
+    facts = [FACTS[name](peers[number]) for name in varied(peers) if name != "engine"]
+    return f"{metric} over {peers[number].engine}" + "\n".join(["", ", ".join(facts)] * bool(facts))
+
+
+def machine_line(machine: Machine) -> str:
+    """Return the machine in one line; a CPU result says that it is not of Apple silicon."""
+    facts = [
+        machine.processor or machine.chip,
+        machine.cores and f"{machine.cores} cores",
+        machine.memory_bytes and f"{machine.memory_bytes / 2**30:.0f} GiB",
+        " ".join(filter(None, (machine.system, machine.system_version))),
+        machine.backend and f"{machine.backend} backend",
+        machine.blas and machine.backend == "cpu" and f"BLAS: {machine.blas}",
+    ]
+    return ", ".join(str(fact) for fact in facts if fact)
+
+
+def not_a_mac(machine: Machine) -> str:
+    linux = (machine.system or "").lower() == "linux"
+    return "Linux CPU result, not Apple silicon" if linux and machine.backend != "cuda" else ""
+
+
+def versions_line(document: Document) -> str:
+    found = [f"{name} {version}" for name, version in document.versions.items()]
+    if document.commit:
+        found.append(f"commit {document.commit[:12]}{' with changes' if document.dirty else ''}")
+    return ", ".join(found)
+
+
+# --- cells
+
+
 class Grid(NamedTuple):
-    """Head and cells of one table; the first `keys` columns say what a row is."""
+    """The head and cells of one table; the first `keys` columns say what a row is."""
 
     head: list[str]
     rows: list[list[str]]
     keys: int
 
 
-def grid(document: Document) -> Grid:
-    """Rows with the case's facts that differ between them, then every metric that was measured."""
-    varied = [
-        name
-        for name in CASE_COLUMNS
-        if name == "engine" or len({case_cell(row.case, name) for row in document.rows}) > 1
+FACTS = {
+    "engine": lambda case: case.engine,
+    "model": model_name,
+    "dtype": lambda case: case.dtype,
+    "weights": weights,
+    "prompt": lambda case: f"{case.prompt_tokens:,}",
+    "new": lambda case: f"{case.generation_tokens:,}",
+    "setting": setting,
+}
+
+
+def varied(cases: Sequence[Case], names: Iterable[str] = FACTS) -> list[str]:
+    """Return the facts in which cases differ."""
+    return [name for name in names if len({FACTS[name](case) for case in cases}) > 1]
+
+
+def grid(rows: Sequence[Row]) -> Grid:
+    """Return the facts in which the rows differ, then every metric that was measured, and beside
+    the decode rate its share of the bound.
+    """
+    names = list(dict.fromkeys(["engine", *varied([row.case for row in rows])]))
+    columns = [
+        (head, [metric_cell(row, name) for row in rows])
+        for name, (head, _) in COLUMNS.items()
+        if any(name in row.metrics for row in rows)
     ]
-    measured = [name for name in COLUMNS if any(name in row.metrics for row in document.rows)]
-    head = [CASE_COLUMNS[name] for name in varied] + [short(name) for name in measured]
-    rows = [
-        [case_cell(row.case, name) for name in varied]
-        + [metric_cell(row, name) for name in measured]
-        for row in document.rows
-    ]
-    if any(
-        row.percent_of_bound is not None for row in document.rows
-    ):  # beside the rate that it judges
-        at = head.index(short("decode_tokens_per_second")) + 1
-        for cells, text in zip(
-            [head, *rows], ["bound", *(bound_cell(row) for row in document.rows)], strict=True
-        ):
-            cells.insert(at, text)
-    return Grid(head, rows, len(varied))
-
-
-def short(name: str) -> str:
-    head = COLUMNS[name][0]
-    for long, brief in SHORT.items():
-        head = head.replace(long, brief)
-    return head
-
-
-def bound_cell(row: Row) -> str:
-    return "" if row.percent_of_bound is None else f"{row.percent_of_bound:.0f} %"
-
-
-def constants(document: Document) -> str:
-    """What all rows have in common, in one line."""
-    if not document.rows:
-        return "nothing was measured"
-    case, words = document.rows[0].case, []
-    for name in CASE_COLUMNS:
-        if name != "engine" and len({case_cell(row.case, name) for row in document.rows}) == 1:
-            words.append(constant(name, case))
-    return ", ".join(word for word in words if word)
-
-
-def constant(name: str, case: Case) -> str:
-    if name == "bits":
-        return f"{case.bits}-bit weights" if case.bits else ""
-    words = {"prompt_tokens": "prompt of {} tokens", "generation_tokens": "{} new tokens"}
-    shown = case_cell(case, name)
-    return "" if shown == "plain" else words.get(name, "{}").format(shown)
-
-
-def case_cell(case: Case, name: str) -> str:
-    if name == "setting":
-        return setting(case)
-    if name == "model" and case.random_weights:
-        return f"{case.model} (random)"
-    value = getattr(case, name)
-    return "-" if value is None else str(value)
-
-
-def setting(case: Case) -> str:
-    """What sets a case apart from one plain sequence."""
-    parts = [f"batch {case.batch_size}"] * (case.batch_size > 1) + [case.cache] * (
-        case.cache != "plain"
-    )
-    parts += [] if case.speculation is None else [case.speculation]
-    return ", ".join(parts) or "plain"
+    shares = ["" if (p := row.percent_of_bound) is None else f"{p:.0f} %" for row in rows]
+    if any(shares):
+        heads = [head for head, _ in columns]
+        columns.insert(heads.index(COLUMNS[DECODE][0]) + 1, ("bound", shares))
+    facts = [(name, [FACTS[name](row.case) for row in rows]) for name in names]
+    heads, cells = zip(*facts, *columns, strict=True)
+    return Grid(list(heads), [list(line) for line in zip(*cells, strict=True)], len(names))
 
 
 def metric_cell(row: Row, name: str) -> str:
-    """Median and quartiles, in the column's unit; why there is none, where there is none."""
+    """Return the median and its spread, in the column's unit, or why there is none."""
     if (metric := row.metrics.get(name)) is None:
-        if name == "decode_tokens_per_second" and row.parts_at is not None:
-            return f"parts at {row.parts_at}"
-        return ""
+        parted = name == DECODE and row.parts_at is not None
+        return f"parts at {row.parts_at}" if parted else ""
     return summary(metric, COLUMNS[name][1])
 
 
-def summary(metric: Metric, divisor: float) -> str:
-    """`81.3 (4%)`: the median to three digits, and the interquartile range as a share of it where
-    there is one.
+def summary(metric: Metric, divisor: float = 1.0) -> str:
+    """Return `81.3 (4%)`: the median, and the interquartile range as a share of it where there is
+    one.
     """
-    middle = metric.median / divisor
     spread = f"{metric.spread:.0%}"
-    return digits(middle, middle) + ("" if spread == "0%" else f" ({spread})")
-
-
-def digits(value: float, scale: float) -> str:
-    """Three significant digits of what `scale` has."""
-    scale = abs(scale)
-    places = 0 if scale >= 100 else 1 if scale >= 10 else 2 if scale >= 1 else 4
-    return f"{value:.{places}f}"
-
-
-def markdown(document: Document) -> str:
-    """The whole document as Markdown, no line over 80 columns but long names: fit to paste into an
-    issue.
-    """
-    lines = [*wrap(f"**{title(document)}**"), "", *wrap(constants(document)), ""]
-    for part in parts(document, WIDTH):
-        lines += [*table_lines(part), ""]
-    for note in [*legend(document), *document.notes, *row_notes(document)]:
-        lines += wrap(note, "- ")
-    lines += ["", *wrap(f"`{document.command}`")] if document.command else []
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def title(document: Document) -> str:
-    machine, versions = asdict(document.machine), document.versions
-    memory = machine.get("memory_bytes")
-    words = [
-        machine.get("chip"),
-        f"{machine['cores']} cores" if machine.get("cores") else None,
-        f"{memory / 2**30:.0f} GiB" if isinstance(memory, (int, float)) else None,
-        f"{machine['system'] or ''} {machine['system_version'] or ''}".strip(),
-        f"{machine.get('backend')} backend" if machine.get("backend") else None,
-        f"BLAS: {machine['blas']}"
-        if machine.get("backend") == "cpu" and machine.get("blas")
-        else None,
-    ]
-    words += [f"{name} {version}" for name, version in versions.items()]
-    return ("partial: " if document.partial else "") + ", ".join(
-        str(word) for word in words if word
-    )
-
-
-def parts(document: Document, width: int) -> list[Grid]:
-    """All tables of a document, none wider than `width`: what was measured, then ours against each
-    peer.
-    """
-    if not document.rows:
-        return []
-    return split(grid(document), width) + (
-        split(ratio_grid(document), width) if document.ratios else []
-    )
-
-
-def split(table: Grid, width: int) -> list[Grid]:
-    """Tables of at most `width` columns: the key columns again in each, then as many metrics as
-    fit; no empty rows.
-    """
-    sizes = [
-        max(len(cells[i]) for cells in [table.head, *table.rows]) for i in range(len(table.head))
-    ]
-    keys, parts = list(range(table.keys)), []
-    chosen: list[int] = []
-    for i in range(table.keys, len(table.head)):
-        if chosen and sum(sizes[j] + 3 for j in [*keys, *chosen, i]) + 1 > width:
-            parts.append(chosen)
-            chosen = []
-        chosen.append(i)
-    parts.append(chosen)
-    found = []
-    for part in parts:
-        shown = [*keys, *part]
-        rows = [
-            [row[i] for i in shown] for row in table.rows if not part or any(row[i] for i in part)
-        ]
-        found.append(Grid([table.head[i] for i in shown], rows, table.keys))
-    return found
-
-
-def table_lines(table: Grid) -> list[str]:
-    sizes = [
-        max(3, *(len(cells[i]) for cells in [table.head, *table.rows]))
-        for i in range(len(table.head))
-    ]
-    rule = [
-        "-" * size if i < table.keys else "-" * (size - 1) + ":" for i, size in enumerate(sizes)
-    ]
-    lines = []
-    for cells in [table.head, rule, *table.rows]:
-        padded = [
-            cell.ljust(size) if i < table.keys else cell.rjust(size)
-            for i, (cell, size) in enumerate(zip(cells, sizes, strict=True))
-        ]
-        lines.append("| " + " | ".join(padded) + " |")
-    return lines
+    return digits(metric.median / divisor) + (f" ({spread})" if spread != "0%" else "")
 
 
 def ratio_grid(document: Document) -> Grid:
-    """Ours over each peer, a row a case: rates above 1 and times below 1 are in our favour."""
+    """Return ours over each peer, a row a case."""
     found: dict[tuple[int, int], dict[str, str]] = {}
-    for ratio in document.ratios:
-        cell = f"{ratio.ratio:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
-        found.setdefault((ratio.row, ratio.against), {})[ratio.metric] = cell
+    for one in document.ratios:
+        cell = f"{one.ratio:.2f} ({one.low:.2f}-{one.high:.2f})"
+        found.setdefault((one.row, one.against), {})[one.metric] = cell
+    peers = [document.rows[against].case for _, against in found]
+    names = ["engine", *varied(peers, [name for name in FACTS if name != "engine"])]
     measured = [name for name in COLUMNS if any(name in cells for cells in found.values())]
-    peers = [document.rows[peer].case for _, peer in found]
-    varied = [
-        name
-        for name in CASE_COLUMNS
-        if name != "engine" and len({case_cell(case, name) for case in peers}) > 1
-    ]
     rows = [
-        [
-            document.rows[peer].case.engine,
-            *(case_cell(document.rows[peer].case, name) for name in varied),
-        ]
-        + [cells.get(name, "") for name in measured]
-        for (_, peer), cells in found.items()
+        [FACTS[name](peer) for name in names] + [cells.get(name, "") for name in measured]
+        for peer, cells in zip(peers, found.values(), strict=True)
     ]
-    head = [
-        f"{document.rows[document.ratios[0].row].case.engine} /",
-        *(CASE_COLUMNS[name] for name in varied),
-    ]
-    return Grid(head + [short(name).rsplit(" ", 1)[0] for name in measured], rows, len(head))
+    heads = [COLUMNS[name][0].rsplit(" ", 1)[0] for name in measured]
+    return Grid([f"{OURS} /", *names[1:], *heads], rows, len(names))
 
 
-def legend(document: Document) -> list[str]:
-    """What the heads of the columns stand for."""
-    words = [
-        text for name, text in LEGEND.items() if any(name in row.metrics for row in document.rows)
-    ]
-    words += ["bound: share of the rate at which a copy moves as many bytes"] * any(
-        row.percent_of_bound is not None for row in document.rows
-    )
-    found = (
-        ["; ".join([*words, "in brackets: interquartile range as a share of the median"])]
-        if words
-        else []
-    )
-    if document.ratios:
+def grids(document: Document) -> list[Grid]:
+    found = [grid(document.rows)] if document.rows else []
+    return found + ([ratio_grid(document)] if document.ratios else [])
+
+
+# --- what stands around the tables
+
+
+def constants(rows: Sequence[Row]) -> str:
+    """Return what all rows have in common, in one line."""
+    if not rows:
+        return "nothing was measured"
+    case, cases = rows[0].case, [row.case for row in rows]
+    words = {
+        "model": "{}",
+        "dtype": "{}",
+        "weights": "{} weights" if weights(case) != case.dtype else "",
+        "prompt": "prompt of {} tokens",
+        "new": "{} new tokens",
+        "setting": "{}" if not is_plain(case) else "",
+    }
+    same = [name for name in words if words[name] and name not in varied(cases)]
+    return ", ".join(words[name].format(FACTS[name](case)) for name in same)
+
+
+def notes(document: Document) -> list[str]:
+    """Return what the columns stand for, then the notes of the run and of its rows."""
+    rows = document.rows
+    words = [text for name, text in LEGEND.items() if any(name in row.metrics for row in rows)]
+    found = ["; ".join([*words, "in brackets: interquartile range as a share of the median"])]
+    if any(row.percent_of_bound is not None for row in rows):
         found.append(
-            "ratios to a peer have their 95 % interval in brackets; above 1 is faster, but slower for first"
+            f"bound: share of the rate at which {copying(document.machine)} moves the bytes"
         )
-    return found
+    if document.ratios:
+        sure = "processes" if document.processes > 1 else "trials of one process"
+        found.append(
+            f"ratios to a peer have their 95 % interval over the {sure} in brackets; above 1 is "
+            "faster, but slower for first"
+        )
+    found = found if rows else []
+    return [*found, *document.notes, *(f"{r.case}: {'; '.join(r.notes)}" for r in rows if r.notes)]
 
 
-def row_notes(document: Document) -> list[str]:
-    return [f"{row.case}: {'; '.join(row.notes)}" for row in document.rows if row.notes]
+def copying(machine: Machine) -> str:
+    copy, read = machine.copy_bytes_per_second or 0, machine.read_bytes_per_second
+    reading = f"; reading alone reaches {read / 1e9:.1f} GB/s" if read else ""
+    return f"a copy ({copy / 1e9:.1f} GB/s read and written{reading})"
 
 
-def wrap(text: str, bullet: str = "") -> list[str]:
-    import textwrap
+def title(document: Document) -> str:
+    words = filter(None, (machine_line(document.machine), versions_line(document)))
+    return ("partial: " if document.partial else "") + ", ".join(words)
 
-    indent = " " * len(bullet)
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=bullet,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
+
+# --- forms
+
+
+def markdown(document: Document) -> str:
+    """Return the whole document as Markdown, fit to paste into an issue."""
+    lines = [f"**{title(document)}**", "", constants(document.rows), ""]
+    for table in grids(document):
+        lines += [*table_lines(table), ""]
+    lines += [f"- {note}" for note in notes(document)]
+    return (
+        "\n".join([*lines, "", f"`{document.command}`" if document.command else ""]).rstrip() + "\n"
     )
+
+
+def table_lines(table: Grid) -> list[str]:
+    sizes = [max(3, *map(len, column)) for column in zip(table.head, *table.rows, strict=True)]
+    rule = ["-" * (n - 1) + ("-" if i < table.keys else ":") for i, n in enumerate(sizes)]
+    return [
+        "| "
+        + " | ".join(
+            cell.ljust(size) if i < table.keys else cell.rjust(size)
+            for i, (cell, size) in enumerate(zip(cells, sizes, strict=True))
+        )
+        + " |"
+        for cells in (table.head, rule, *table.rows)
+    ]
 
 
 def show(document: Document, console: Console) -> None:
-    """The same on a terminal."""
+    """Print the same on a terminal."""
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    console.print(f"[bold]{escape(title(document))}[/bold]\n{escape(constants(document))}")
-    for part in parts(document, console.width):
-        table = Table()
-        for i, name in enumerate(part.head):
-            table.add_column(name, justify="left" if i < part.keys else "right")
-        for cells in part.rows:
-            table.add_row(*(escape(cell) for cell in cells))
-        console.print(table)
-    for note in [*legend(document), *document.notes, *row_notes(document)]:
+    console.print(f"[bold]{escape(title(document))}[/bold]\n{escape(constants(document.rows))}")
+    for grid in grids(document):
+        columns = list(zip(grid.head, *grid.rows, strict=True))
+        narrow = sum(max(map(len, column)) + 3 for column in columns) > console.width
+        table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, int(not narrow)))
+        for i, column in enumerate(columns):  # a narrow terminal folds figures at their spaces
+            word = max(len(word) for cell in column for word in cell.split())
+            if i < grid.keys:
+                table.add_column(column[0], no_wrap=True)
+            else:
+                width = word if narrow else None
+                table.add_column(column[0], justify="right", overflow="fold", width=width)
+        for cells in grid.rows:
+            table.add_row(*map(escape, cells))
+        console.print(table, "", sep="\n")
+    for note in notes(document):
         console.print(f"[dim]- {escape(note)}[/dim]")
 
 
 def csv_text(document: Document) -> str:
-    """One line a case: its facts, then median, quartiles and number of trials of every metric, in
-    its own unit.
+    """Return a line a case: its facts, then median, quartiles, trials and processes of every
+    metric, in its own unit.
     """
     names = [name for name in METRICS if any(name in row.metrics for row in document.rows)]
-    head = [item.name for item in fields(Case)]
-    for name in names:
-        head += [name, f"{name}_q1", f"{name}_q3", f"{name}_trials"]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        [*head, "bound_tokens_per_second", "percent_of_bound", "agrees", "parts_at", "notes"]
-    )
+    facts = ["bound_tokens_per_second", "percent_of_bound", "agrees", "parts_at"]
+    lines = []
     for row in document.rows:
-        cells: list[Any] = list(asdict(row.case).values())
+        line: dict[str, Any] = asdict(row.case)
         for name in names:
             metric = row.metrics.get(name)
-            cells += (
-                [None] * 4
-                if metric is None
-                else [metric.median, metric.q1, metric.q3, len(metric.values)]
-            )
-        cells += [
-            row.bound_tokens_per_second,
-            row.percent_of_bound,
-            row.agrees,
-            row.parts_at,
-            "; ".join(row.notes),
-        ]
-        writer.writerow(cells)
+            line[name] = metric and metric.median
+            line[f"{name}_q1"], line[f"{name}_q3"] = metric and metric.q1, metric and metric.q3
+            line[f"{name}_trials"] = metric and len(metric.values)
+            line[f"{name}_processes"] = metric and len(metric.processes)
+        line |= {name: getattr(row, name) for name in facts}
+        lines.append(line | {"notes": "; ".join(row.notes)})
+    out = io.StringIO()
+    head = list(lines[0]) if lines else [item.name for item in fields(Case)]
+    writer = csv.DictWriter(out, head, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return out.getvalue()

@@ -172,15 +172,15 @@ def write(document: Document, args: argparse.Namespace) -> None:
     """
     from openelm_mlx.benchmarks.results import tables
     from openelm_mlx.benchmarks.results.document import save, write_file
-    from openelm_mlx.benchmarks.results.plot import write_plot
-    from openelm_mlx.benchmarks.results.report import write_report
+    from openelm_mlx.benchmarks.results.page import write_page
+    from openelm_mlx.benchmarks.results.plots import write_plot
 
     writers: dict[str, Callable[[str], None]] = {
         "output": lambda path: save(document, path),
         "csv": lambda path: write_file(path, tables.csv_text(document)),
         "markdown": lambda path: write_file(path, tables.markdown(document)),
-        "plot": lambda path: write_plot(document, Path(path)),
-        "report": lambda path: write_report(document, Path(path)),
+        "plot": lambda path: write_plot(document, path),
+        "report": lambda path: write_page(document, path),
     }
     problems = []
     try:

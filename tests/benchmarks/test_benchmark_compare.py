@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from bench_sessions import CASE
 
-from openelm_mlx.benchmarks.results.compare import CHANCE, PROCESSES, compare, lines
+from openelm_mlx.benchmarks.results.compare import CHANCE, PROCESSES, compare, lines, merge
 from openelm_mlx.benchmarks.results.document import (
     DECODE,
     Document,
@@ -27,7 +27,6 @@ from openelm_mlx.benchmarks.results.document import (
     Row,
     completed,
     load,
-    merge,
     save,
 )
 from openelm_mlx.benchmarks.results.statistics import (

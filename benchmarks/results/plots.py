@@ -1,0 +1,363 @@
+"""Pictures of a document, by matplotlib: one file for `--plot`, or one small SVG each for the page.
+
+A `Picture` answers one question that rows can answer; it says the same in words and draws itself on
+matplotlib's axes in the colours of a theme.
+
+    speed      the decode rate against what a copy reaches, by bits and engine    one a model
+    context    the decode rate over the length of the prompt                      one a model
+    loss       the KL divergence from full precision against size                 one a model
+    ratios     two engines in paired trials, with 95 % intervals                  one in all
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openelm_mlx.benchmarks.results import tables
+from openelm_mlx.benchmarks.results.document import DECODE, OURS, Document, Metric, Row, write_file
+from openelm_mlx.benchmarks.results.tables import digits, weights
+from openelm_mlx.errors import BenchmarkError, OptionError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS, DPI = 2, 160  # pictures beside each other; dots per inch of a PNG
+WIDTH, PAGE_WIDTH, HEIGHT = 4.8, 3.7, 3.1  # inches; a telephone is 3.7 inches of CSS wide
+MARKERS, DASHES = "osD^vP", ("-", "--", ":", "-.")
+LOG_SPAN = 8  # values further apart than this go on a logarithmic axis
+ROWS = 12  # of ratios; what is left out stands in the table
+COPY = "rate of a copy"
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours; those of engines are Okabe and Ito's, which colour-blind people tell apart."""
+
+    ink: str
+    muted: str
+    line: str
+    paper: str
+    engines: tuple[str, ...]
+
+
+OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#b0578d")
+LIGHTER = ("#56b4e9", "#f0a04b", "#2ec4a0", "#e29cc2")
+LIGHT = Theme("#1b1f24", "#59636e", "#e1e5ea", "#ffffff", OKABE_ITO)
+DARK = Theme("#e6eaef", "#9aa5b1", "#2d343d", "#14181d", LIGHTER)
+
+
+@dataclass(frozen=True)
+class Picture:
+    kind: str
+    title: str
+    model: str  # whose rows these are; empty where they are of several
+    words: str
+    draw: Callable[[Any, Theme], None]
+    height: float = HEIGHT
+
+
+def pictures(document: Document) -> list[Picture]:
+    """Return everything that the document can show, model by model in the order of its rows."""
+    found = [
+        make(model, rows)
+        for model, rows in tables.by_model(document.rows).items()
+        for make in (speed, context, loss)
+    ]
+    return [picture for picture in (*found, ratios(document)) if picture is not None]
+
+
+# --- one question a function: rows of one model -> a picture, or None where they do not answer it
+
+
+def speed(model: str, rows: Sequence[Row]) -> Picture | None:
+    """Show each engine at each number of bits, and the rate at which a copy moves the bytes."""
+    rows = sorted(decoding(rows), key=lambda row: -tables.bits_of(row.case))
+    shortest = min((row.case.prompt_tokens for row in rows), default=0)
+    rows = [row for row in rows if row.case.prompt_tokens == shortest]
+    if not rows:
+        return None
+    places = list(dict.fromkeys(weights(row.case) for row in rows))
+    names = sorted(dict.fromkeys(row.case.engine for row in rows), key=lambda name: name != OURS)
+    lines = {name: [row for row in rows if row.case.engine == name] for name in names}
+
+    def draw(ax: Any, theme: Theme) -> None:
+        ends: list[float] = []
+        for index, (engine, some) in enumerate(lines.items()):
+            left = ((len(lines) - 1) / 2 - index) * min(0.24, 0.7 / len(lines))
+            x = [places.index(weights(row.case)) - left for row in some]
+            metrics = [row.metrics[DECODE] for row in some]
+            ends += dots(ax, theme, index, x, metrics, label=engine)
+            for at, row in zip(x, some, strict=True):
+                if engine == OURS and (bound := row.bound_tokens_per_second):
+                    ax.hlines(bound, at + left - 0.4, at + left + 0.4, theme.ink, lw=2, label=COPY)
+                    share, rate = f"{row.percent_of_bound:.0f} %", row.metrics[DECODE].median
+                    note(ax, theme, share, (at, rate), (-6, -11), ha="right")
+                    ends.append(bound)
+        ax.set_xticks(range(len(places)), places)
+        ax.set_xlim(-0.7, len(places) - 0.3)
+        scale_y(ax, ends, "decode, tokens/s")
+        legend(ax, theme)
+
+    said = [
+        f"{row.case.engine} {weights(row.case)} {rate(row)}"
+        + (f", {row.percent_of_bound:.0f} % of the {COPY}" if row.percent_of_bound else "")
+        for row in rows
+    ]
+    words = f"Decode rate after {shortest} prompt tokens: {'; '.join(said)}."
+    return Picture("speed", "Speed and memory", model, words, draw)
+
+
+def context(model: str, rows: Sequence[Row]) -> Picture | None:
+    """Show the decode rate over the length of the prompt, where there are at least three."""
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(decoding(rows), key=lambda row: row.case.prompt_tokens):
+        lines.setdefault((row.case.engine, weights(row.case)), []).append(row)
+    lines = {key: some for key, some in lines.items() if len(some) >= 3}
+    if not lines:
+        return None
+    engines, kinds = (list(dict.fromkeys(part)) for part in zip(*lines, strict=True))
+
+    def draw(ax: Any, theme: Theme) -> None:
+        ends: list[float] = []
+        for (engine, kind), some in lines.items():
+            x, metrics = [row.case.prompt_tokens for row in some], [r.metrics[DECODE] for r in some]
+            index, dashes = engines.index(engine), DASHES[kinds.index(kind) % len(DASHES)]
+            ends += dots(ax, theme, index, x, metrics, label=f"{engine}, {kind}", ls=dashes)
+            bounds = [row.bound_tokens_per_second or 0.0 for row in some]
+            if engine == OURS and len(kinds) == 1 and all(bounds):
+                ax.plot(x, bounds, color=theme.ink, ls=":", lw=1.5, label=COPY)
+                ends += bounds
+        ax.set_xlabel("prompt, tokens")
+        ax.set_xlim(left=0)
+        scale_y(ax, ends, "decode, tokens/s")
+        legend(ax, theme)
+
+    said = "; ".join(
+        f"{engine} {kind} {rate(some[0])} after {some[0].case.prompt_tokens} prompt tokens, "
+        f"{rate(some[-1])} after {some[-1].case.prompt_tokens}"
+        for (engine, kind), some in lines.items()
+    )
+    return Picture("context", "Decode rate and context", model, f"{said}.", draw)
+
+
+def loss(model: str, rows: Sequence[Row]) -> Picture | None:
+    """Show the KL divergence from full precision, which itself has none and no dot, by size."""
+    lossy = [row for row in rows if "kl_mean" in row.metrics and row.metrics["kl_mean"].median > 0]
+    if len(lossy) < 2:
+        return None
+
+    def draw(ax: Any, theme: Theme) -> None:
+        for row in lossy:
+            bits, metric = tables.bits_of(row.case), row.metrics["kl_mean"]
+            dots(ax, theme, 0, [bits], [metric])
+            note(ax, theme, weights(row.case), (bits, metric.median), (6, 4))
+        ax.set_yscale("log")
+        plain_numbers(ax.yaxis, (1,))
+        ax.margins(x=0.2, y=0.12)
+        ax.set_xlabel("bits per weight")
+        ax.set_ylabel("mean KL divergence, nats")
+
+    said = [f"{weights(row.case)} {digits(row.metrics['kl_mean'].median)} nats" for row in lossy]
+    words = f"Mean KL divergence from full precision: {'; '.join(said)}."
+    return Picture("loss", "Loss and size", model, words, draw)
+
+
+def ratios(document: Document) -> Picture | None:
+    """Show ratios with their intervals, those of decoding where they are many; 1 is parity."""
+    shown = list(enumerate(document.ratios))
+    if len(shown) > ROWS:
+        shown = [(index, one) for index, one in shown if one.metric == DECODE][:ROWS]
+    if not shown:
+        return None
+    labels = [tables.ratio_label(document, index) for index, _ in shown]
+
+    def draw(ax: Any, theme: Theme) -> None:
+        marks = {"better": (theme.engines[0], "o"), "worse": (theme.engines[1], "s")}
+        marks["no difference"] = theme.muted, "D"
+        ends = [1.0, *(end for _, one in shown for end in (one.low, one.high))]
+        ax.set_xscale("log")
+        ax.axvline(1, color=theme.ink, lw=1)
+        for y, (index, one) in enumerate(shown):
+            found = tables.verdict(document, index)
+            colour, marker = marks[found]
+            ax.plot([one.low, one.high], [y, y], color=colour, lw=2, alpha=0.6)
+            ax.plot([one.ratio], [y], marker=marker, color=colour, ls="", label=found)
+            note(ax, theme, f"{one.ratio:.2f}", (one.high, y), (6, 0), va="center")
+        span = max(max(ends) / min(ends), 1.01)
+        ax.set_xlim(min(ends) / span**0.06, max(ends) * span**0.2)
+        plain_numbers(ax.xaxis, (1, 2, 5) if span > 4 else ())
+        ax.set_yticks(range(len(shown)), labels)
+        ax.set_ylim(max(len(shown), 3) - 0.5, -0.7)
+        ax.set_xlabel("ratio, 95 % interval (log scale)")
+        legend(ax, theme)
+
+    figures = [f"{one.ratio:.2f} ({one.low:.2f} to {one.high:.2f})" for _, one in shown]
+    said = "; ".join(map(" ".join, zip(labels, figures, strict=True))).replace("\n", " ")
+    words, height = f"With 95 % intervals: {said}.", max(HEIGHT, 1.3 + 0.4 * len(shown))
+    return Picture("ratios", "Ratios of paired trials", "", words, draw, height)
+
+
+# --- rows
+
+
+def decoding(rows: Sequence[Row]) -> list[Row]:
+    """Return the plain rows that have a decode rate."""
+    return [row for row in rows if DECODE in row.metrics and tables.is_plain(row.case)]
+
+
+def rate(row: Row) -> str:
+    return f"{digits(row.metrics[DECODE].median)} tokens/s"
+
+
+# --- marks and axes
+
+
+def dots(
+    ax: Any, theme: Theme, index: int, x: Sequence[float], metrics: Sequence[Metric], **line: Any
+) -> list[float]:
+    """Draw medians, each with a line from quartile to quartile, and return the ends of all."""
+    colour, marker = theme.engines[index % len(theme.engines)], MARKERS[index % len(MARKERS)]
+    low, high = [metric.q1 for metric in metrics], [metric.q3 for metric in metrics]
+    medians = [metric.median for metric in metrics]
+    ax.vlines(x, low, high, color=colour, lw=2, alpha=0.6)
+    ax.plot(x, medians, color=colour, marker=marker, ms=6, **{"ls": "", **line})
+    return [*low, *medians, *high]
+
+
+def note(
+    ax: Any, theme: Theme, text: str, at: tuple[float, float], by: tuple[int, int], **more: Any
+) -> None:
+    """Write a text in small beside a mark."""
+    box = {"facecolor": theme.paper, "edgecolor": "none", "pad": 1}
+    style = {"textcoords": "offset points", "fontsize": 8, "color": theme.muted, "bbox": box}
+    ax.annotate(text, at, by, **style, **more)
+
+
+def scale_y(ax: Any, values: Sequence[float], label: str) -> None:
+    """Begin the axis at 0, or make it logarithmic where values lie too far apart to be read."""
+    low, high = min(values), max(values)
+    if low > 0 and high / low > LOG_SPAN:
+        ax.set_yscale("log")
+        plain_numbers(ax.yaxis, (1, 2, 5) if high / low < 1000 else (1,))
+        ax.set_ylim(low / 1.6, high * 1.6)
+        label += " (log scale)"
+    else:
+        ax.set_ylim(0, high * 1.12 or 1)
+    ax.set_ylabel(label)
+
+
+def plain_numbers(axis: Any, steps: Sequence[float]) -> None:
+    """Put ticks at `steps` of each decade, or at even numbers where there is less than a decade."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=steps) if steps else MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def legend(ax: Any, theme: Theme) -> None:
+    """Name what there is to tell apart, each once, below the axes where it covers nothing."""
+    handles, labels = ax.get_legend_handles_labels()
+    both = sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0] == COPY)
+    entries = {label[:24]: handle for label, handle in both}
+    style = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
+    if len(entries) > 1:
+        columns = min(len(entries), 3)
+        ax.figure.legend(entries.values(), entries, ncols=columns, labelcolor=theme.ink, **style)
+
+
+# --- files
+
+
+def write_plot(document: Document, path: str | Path) -> None:
+    """Draw all pictures of the document into a PNG or SVG, by the suffix of `path`.
+
+    Raises `OptionError` for another suffix, `BenchmarkError` where matplotlib is missing, nothing
+    was timed, or the file cannot be written; an older file is then left as it was.
+    """
+    kind = Path(path).suffix.lower()
+    if kind not in (".png", ".svg"):
+        raise OptionError(f"--plot {path}: a picture ends in .png or .svg")
+    if not (shown := pictures(document)):
+        raise BenchmarkError("nothing to draw: no row of this result has a decode rate or a loss")
+    with style(LIGHT):
+        data = save(sheet(document, shown), kind.lstrip("."))
+    write_file(path, data)
+
+
+def svg(picture: Picture, theme: Theme) -> bytes:
+    """Return one picture without its title. Raises `BenchmarkError` where matplotlib is missing."""
+    with style(theme):
+        figure = new_figure(PAGE_WIDTH, picture.height)
+        picture.draw(figure.add_subplot(), theme)
+        return save(figure, "svg", transparent=True)
+
+
+def sheet(document: Document, shown: list[Picture]) -> Figure:
+    """Return all pictures in rows, with the machine and date underneath."""
+    rows = [shown[start : start + COLUMNS] for start in range(0, len(shown), COLUMNS)]
+    heights = [0.5 + max(picture.height for picture in row) for row in rows]
+    figure = new_figure(COLUMNS * WIDTH, sum(heights) + 0.7)
+    strips: Any = figure.subfigures(len(rows) + 1, 1, height_ratios=[*heights, 0.7])
+    for band, row in zip(strips, rows, strict=False):
+        for cell, picture in zip(band.subfigures(1, COLUMNS), row, strict=False):
+            ax = cell.add_subplot()
+            cell.suptitle(picture.title, x=0.02, ha="left", size=10.5, weight="bold")
+            ax.set_title(picture.model[:56], loc="left", size=8.5, color=LIGHT.muted)
+            picture.draw(ax, LIGHT)
+    strips[-1].text(0.01, 0.5, caption(document), size=8, va="center", color=LIGHT.muted)
+    return figure
+
+
+def caption(document: Document) -> str:
+    """Return lines of the machine, of versions, and of the marks and the date."""
+    facts = [tables.not_a_mac(document.machine), tables.machine_line(document.machine)[:90]]
+    marks = ["PARTIAL RUN"] * document.partial + ["dots are medians, lines their quartiles"]
+    lines = [facts, [tables.versions_line(document)], [*marks, document.created[:10]]]
+    return "\n".join(" · ".join(filter(None, line)) for line in lines)
+
+
+@contextmanager
+def style(theme: Theme) -> Iterator[None]:
+    """Set matplotlib up for our pictures, and back. Raises `BenchmarkError` where it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        install = "pip install 'openelm-mlx[plot]'"
+        raise BenchmarkError(f"pictures need matplotlib: `{install}`") from None
+    ink = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
+    settings: dict[Any, Any] = {
+        "text.parse_math": False,  # a model's name is text, whatever stands in it
+        "svg.fonttype": "path",  # which needs no font where it is shown
+        "font.family": ["DejaVu Sans"],
+        "font.size": 9,
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+        **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+        "axes.facecolor": "none",
+        "figure.facecolor": theme.paper,
+        "grid.color": theme.line,
+        "grid.linewidth": 0.7,
+        **dict.fromkeys(ink, theme.ink),
+        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), theme.muted),
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure of its own, outside pyplot's list of open ones."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, kind: str, transparent: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
+    figure.savefig(buffer, format=kind, dpi=DPI, transparent=transparent, metadata=metadata)
+    return buffer.getvalue()
