@@ -23,33 +23,33 @@ if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
     from openelm_mlx.engine.options import GenerationOptions
 
-Form = tuple[str, Any]  # the option that asks for it, and its value
-# What each option advises where its value cannot be followed.
+Form = tuple[str, Any]  # the option that sets it, and its value
+# the advice for each option where its value cannot be followed
 ADVICE = {
     "json_schema": "Leave out what is not supported, or say it in another way",
-    "regex": "Allowed is what most languages have, without look-around, word boundaries and references",
+    "regex": (
+        "Allowed is what most languages have, without look-around, word boundaries and references"
+    ),
     "choices": "Give texts that the model's tokens can spell",
 }
-# Without it a mask allows only the tokenizer's own spelling of text that the grammar leaves no
-# choice in.
+# Without no_forcing, text that the grammar leaves no choice in is allowed only in the tokenizer's
+# own spelling.
 HEADER = '%llguidance {"no_forcing": true}\nstart: '
-# The text is laid out as json.dumps does it. A small model that may write white space writes it
-# without end.
+# The text is laid out as by json.dumps. A small model that may write white space never stops.
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-LIMITS: dict[str, Any] = {}  # of llguidance: its own, which end what would take forever
-LITERAL = {"const", "default", "enum", "examples"}  # keys of a schema that hold no schemas
-# keys beside which an object may have further properties, of its own or of the schemas it is joined
-# with
+LIMITS: dict[str, Any] = {}  # llguidance's own, which end what would take forever
+LITERAL = {"const", "default", "enum", "examples"}  # keys of a schema whose values are not schemas
+# keys beside which an object may have more properties, its own or those of joined schemas
 OPENING = {"patternProperties", "minProperties", "allOf", "anyOf", "oneOf", "$ref"}
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _vocabularies: WeakKeyDictionary[Tokenizer, dict[int, Any]] = WeakKeyDictionary()
 
 
 def constraint(engine: Engine, options: GenerationOptions) -> Constraint | None:
-    """Return what keeps one answer to the form that the options give, or None where they give none.
+    """Return the constraint of one answer, or None where the options set no form.
 
-    The form is that of the answer's whole text, as a `StreamingDecoder` without a prompt shows it.
-    Raises `OptionError` where this model's tokens can spell no text of the form.
+    The form is that of the answer's entire text, as a `StreamingDecoder` without a prompt shows it.
+    Raises `OptionError` where this model's tokens cannot spell any text of the form.
     """
     if not options.constrained:
         return None
@@ -58,7 +58,7 @@ def constraint(engine: Engine, options: GenerationOptions) -> Constraint | None:
 
 
 def form_of(options: GenerationOptions) -> Form:
-    """Return the form that constrained options ask for.
+    """Return the form that constrained options set.
 
     Raises `OptionError` for several forms, for one that cannot be followed, and without llguidance.
     """
@@ -80,8 +80,8 @@ def form_of(options: GenerationOptions) -> Form:
 def grammar(name: str, value: Any) -> str:
     """Return the grammar of an answer's tokens in llguidance's dialect of Lark.
 
-    The tokens may begin with one space more than the text does, as the first token of a word has
-    one. So the tokens of a text that begins with a space begin with two.
+    The tokens may begin with one space more than the text, as the first token of a word has one. So
+    the tokens of a text that begins with a space begin with two. Raises `OptionError`.
     """
     try:
         from llguidance import LLMatcher, regex_to_lark
@@ -110,8 +110,8 @@ def grammar(name: str, value: Any) -> str:
 def limited(schema: Any) -> Any:
     """Return a narrower schema whose documents come to an end, as a small model may go on forever.
 
-    Numbers lie within 2**53 (RFC 8259, section 6) and have at most nine digits after the point and
-    no exponent, and objects that list properties have no others, where the schema leaves it open.
+    Where the schema leaves it open, numbers lie within 2**53 (RFC 8259, section 6), with at most
+    nine digits after the point and no exponent, and objects have only the properties it lists.
     """
     if isinstance(schema, list):
         return [limited(part) for part in schema]
@@ -132,16 +132,15 @@ def limited(schema: Any) -> Any:
 
 
 def schema_text(schema: Mapping[str, Any]) -> str:
-    """Return a schema as JSON. Raises `OptionError` where it holds what JSON has not."""
+    """Return a schema as JSON. Raises `OptionError` for a value that JSON cannot express."""
     try:
         return json.dumps(dict(schema))
     except (TypeError, ValueError) as error:
-        raise OptionError(f"json_schema is {shown(schema)}; that is no JSON: {error}") from None
+        raise OptionError(f"json_schema is {shown(schema)}; that is not JSON: {error}") from None
 
 
 def schemas_of(text: str) -> list[dict[str, Any]]:
-    """Return the JSON schema that a text holds, first as `limited` unless it joins others, then as
-    it is.
+    """Return the JSON schema of a text twice: `limited`, unless it joins others, and as it is.
 
     Raises `OptionError`.
     """
@@ -149,7 +148,7 @@ def schemas_of(text: str) -> list[dict[str, Any]]:
         schema = json.loads(text)
         schemas = [schema if '"allOf"' in text else limited(schema), schema]
     except ValueError as error:
-        raise OptionError(f"json_schema is {shown(text)}; that is no JSON: {error}") from None
+        raise OptionError(f"json_schema is {shown(text)}; that is not JSON: {error}") from None
     except RecursionError:
         raise OptionError(f"json_schema is {shown(text)}; it is nested too deeply") from None
     if not isinstance(schema, dict):
@@ -158,7 +157,7 @@ def schemas_of(text: str) -> list[dict[str, Any]]:
 
 
 def refusal(form: Form, report: str) -> OptionError:
-    """Return an error that says in one line what llguidance reports in several."""
+    """Return an error whose one line has the essence of llguidance's report."""
     name, value = form
     said = re.search(r"^error: (.*)", report, re.M) or re.search(
         r"(?:JSON schema: |\(in regex\): |^)(?!at \d)(.*?)(?: in regex /.*)?$", report, re.M
@@ -170,11 +169,12 @@ def refusal(form: Form, report: str) -> OptionError:
 
 
 class Constraint:
-    """The tokens that one answer may go on with.
+    """The tokens with which one answer may continue.
 
     A mask is a row of bits, the lowest of a word first: 1 for a token that is allowed, ends of text
-    included where the text may end. What `mask` and `along` return is valid until the next call.
-    A form that becomes too complex to be followed is `broken`: the text can only end where it is.
+    included where the text may end. Arrays from `mask` and `along` are valid until the next call.
+    If the form becomes too complex to be followed, the constraint is `broken` and the text ends.
+    Raises `OptionError` where the tokens cannot spell any text of the form.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, ends: Iterable[int], form: Form) -> None:
@@ -198,11 +198,11 @@ class Constraint:
         return self._fill(0)
 
     def along(self, drafts: Sequence[int]) -> tuple[NDArray[np.uint32], int]:
-        """Return the masks before each drafted token and after the last usable one, and how many
-        are usable.
+        """Return the masks along a draft, and how many of its tokens are usable.
 
-        A draft is usable up to the first token that is not allowed or ends the text. The masks are
-        [usable + 1, ceil(vocab / 32)] uint32; the constraint is left where it was.
+        A draft is usable up to the first token that is not allowed or ends the text. The masks, one
+        before each usable token and one after the last, are [usable + 1, ceil(vocab / 32)] uint32.
+        The constraint stays where it was.
         """
         if len(drafts) >= len(self._masks):
             self._masks, self._address = buffer(len(drafts) + 1, self._words)
@@ -220,7 +220,7 @@ class Constraint:
         return self._masks[: usable + 1], usable
 
     def accept(self, token: int) -> None:
-        """Go on with a token that was drawn. One that ends the text changes nothing."""
+        """Go on with a token that was drawn; a token that ends the text changes nothing."""
         if token not in self._ends:
             self.broken = not self._matcher.consume_token(token)
 
@@ -236,11 +236,12 @@ class Constraint:
 
 
 def contains(mask: NDArray[np.uint32], token: int) -> bool:
+    """Tell whether a mask allows a token."""
     return bool(int(mask[token >> 5]) >> (token & 31) & 1)
 
 
 def bits(tokens: Iterable[int], words: int) -> NDArray[np.uint32]:
-    """Return a mask of these tokens, [words] uint32; those beyond it are left out."""
+    """Return the mask of these tokens, [words] uint32; ids beyond it are left out."""
     import numpy as np
 
     flags = np.zeros(words * 32, dtype=np.uint8)
@@ -249,7 +250,7 @@ def bits(tokens: Iterable[int], words: int) -> NDArray[np.uint32]:
 
 
 def buffer(rows: int, words: int) -> tuple[NDArray[np.uint32], int]:
-    """Return an array of masks and its address, which takes longer to ask for than a mask does."""
+    """Return an array of masks and its address; to ask for it takes longer than to fill a mask."""
     import numpy as np
 
     masks = np.empty((rows, words), dtype=np.uint32)
@@ -257,8 +258,9 @@ def buffer(rows: int, words: int) -> tuple[NDArray[np.uint32], int]:
 
 
 def vocabulary(tokenizer: Tokenizer, vocab: int) -> Any:
-    """Return llguidance's index of a tokenizer's first `vocab` pieces, made once: 32,000 take 50
-    ms.
+    """Return llguidance's index of a tokenizer's first `vocab` pieces, made once.
+
+    32,000 pieces take 50 ms.
     """
     from llguidance import LLTokenizer, TokenizerWrapper
 
@@ -269,9 +271,9 @@ def vocabulary(tokenizer: Tokenizer, vocab: int) -> Any:
 
 
 class Pieces:
-    """The pieces of a tokenizer as llguidance asks for them.
+    """The pieces of a tokenizer in the interface that llguidance wants.
 
-    It holds no reference to the tokenizer, so that both can be freed together.
+    There is no reference to the tokenizer, so that both can be freed together.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:

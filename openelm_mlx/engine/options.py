@@ -1,7 +1,7 @@
 """Options, defined once: Python, the command line and benchmarks all build these.
 
-No MLX here, so that `openelm --help` can list every option without loading the engine. `metadata`
-carries the help text and the allowed range of each field.
+Nothing here needs MLX, so that `openelm --help` can list every option without loading the engine.
+The metadata of each field has its help text and its allowed range (fields.py).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class SamplingOptions:
 
     @property
     def idle(self) -> list[str]:
-        """Names of the filters that were set but change nothing, because the choice is greedy."""
+        """The filters that were set but change nothing, because the choice is greedy."""
         if not self.greedy or self.top_k == 1:
             return []
         names = ("top_k", "top_p", "min_p", "xtc_probability")
@@ -155,13 +155,13 @@ class GenerationOptions:
 
     @property
     def constrained(self) -> bool:
-        """Whether the answer has to have a form."""
+        """Whether a schema, an expression or a list of choices restricts the answer."""
         return self.json_schema is not None or self.regex is not None or self.choices != ()
 
     def check_draft(self, drafts: bool) -> None:
         """Raise `OptionError` where the length of drafts was set and nothing drafts.
 
-        `drafts` says whether there is a draft model; these options know of prompt lookup.
+        `drafts` says whether there is a draft model; prompt lookup is one of these options.
         """
         if not drafts and not self.prompt_lookup:
             for name in ("draft_tokens", "adaptive_draft"):
@@ -171,7 +171,7 @@ class GenerationOptions:
 @explained()
 @dataclass(frozen=True)
 class EngineOptions:
-    """How requests are run: what all that run together share."""
+    """How requests are run; all requests that run together share these options."""
 
     prefill_chunk: int = option(512, "prompt tokens in one pass of the model", 1)
     compiled: bool = option(True, "run the decode step compiled; off is its eager twin")
@@ -243,7 +243,7 @@ class RequestSettings(TypedDict, total=False):
 
 
 class EngineSettings(TypedDict, total=False):
-    """The fields of `EngineOptions` as keywords, likewise."""
+    """The fields of `EngineOptions` as keywords, in the same way."""
 
     prefill_chunk: int
     compiled: bool
@@ -253,10 +253,10 @@ class EngineSettings(TypedDict, total=False):
 
 
 class Settings(RequestSettings, EngineSettings, total=False):
-    """Every option as a keyword, for what runs a single request or a list of them."""
+    """Every option as a keyword, for functions that run one request or a list of them."""
 
 
-# the keyword that takes such options, and whose options they are
+# the keyword that takes options of a class, and what they belong to
 PLACES: dict[type, tuple[str, str]] = {
     SamplingOptions: ("sampling", "a request, not of the engine; give it to submit"),
     GenerationOptions: ("options", "a request, not of the engine; give it to submit"),
@@ -294,7 +294,7 @@ def with_overrides(
 
 
 def check_token_ids(sampling: SamplingOptions, options: GenerationOptions, vocab: int) -> None:
-    """Raise `OptionError` where an option names a token that is not one of `vocab`."""
+    """Raise `OptionError` where an option names a token id that is not below `vocab`."""
     biased = [token for token, _ in sampling.logit_bias]
     for name, ids in (("logit_bias", biased), ("stop_tokens", options.stop_tokens)):
         if wrong := [token for token in ids if token >= vocab]:

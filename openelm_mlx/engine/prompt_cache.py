@@ -1,4 +1,4 @@
-"""A store of sequences that were run, with their keys and values: between prompts, and in files."""
+"""The prefix cache: sequences that were run, and their keys and values, in memory and files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMAT = "openelm-mlx prompt cache 4"
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A sequence, and the cache that holds its tokens and nothing else."""
+    """A sequence, and the cache of exactly its tokens."""
 
     weights: object
     owner: str
@@ -41,10 +41,11 @@ class Entry:
     nbytes: int
 
     def serves(self, weights: object, kind: CacheKind, owner: str) -> bool:
+        """Tell whether it may be used with these weights, in this kind of cache, by this owner."""
         return self.weights is weights and self.cache.kind == kind and self.owner == owner
 
     def covers(self, other: Entry) -> bool:
-        """Tell whether whatever `other` can give, this can give as well."""
+        """Tell whether this can give every beginning that `other` can give."""
         length = len(other.tokens)
         if not other.serves(self.weights, self.cache.kind, self.owner):
             return False
@@ -54,17 +55,17 @@ class Entry:
 
 
 class PromptCache:
-    """Sequences with their keys and values, so that a next prompt prefills only what is new in it.
+    """Sequences with their keys and values, so that a next prompt prefills only its new part.
 
-    Whoever generates takes a cache out and puts it back longer. What was taken is the borrower's
-    alone, and what is put back is the store's alone: no two ever write to the same arrays. An entry
-    is found only by the weights that computed it, for its kind of cache, and by its owner, so that
-    no owner can tell from the time of an answer what another has asked. Beyond `max_bytes` the
-    least recently used entries go; the latest stays even where it alone takes more.
+    A generation takes a cache out and puts it back longer. A cache belongs either to a generation
+    or to the store: no two ever write to the same arrays. An entry is found only with the weights
+    that computed it, for its kind of cache, and by its owner, so that no owner can tell from the
+    time of an answer what another has asked. Beyond `max_bytes` the least recently used entries are
+    dropped; the latest stays even where it alone takes more.
 
     Conversations, generations and batches of any threads may share a `PromptCache`. They use it in
-    turn; only the garbage collector may close a generation, which adds an entry, in the midst of
-    it.
+    turn; only the garbage collector may interrupt one of its methods to close a generation, which
+    adds an entry. Raises `OptionError` where `max_bytes` is not a whole number from 0 up.
     """
 
     def __init__(self, max_bytes: int = 2**30) -> None:
@@ -82,25 +83,27 @@ class PromptCache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all keys and values."""
         return sum(entry.nbytes for entry in self._entries)
 
     def clear(self) -> None:
+        """Drop every entry."""
         self._entries.clear()
 
     def take(
         self, weights: object, kind: CacheKind, tokens: Sequence[int], owner: str = ""
     ) -> tuple[KVCache, int] | None:
-        """Return a cache that holds a beginning of `tokens`, and how many of them, or None.
+        """Return a cache with a beginning of `tokens`, and how many of them, or None.
 
         It is the longest beginning that any entry can give, but never all of `tokens`: one must be
         run for its logits.
 
-            held    [1, 5, 9]  [1, 5, 9, 4, 2]
+            stored  [1, 5, 9]  [1, 5, 9, 4, 2]
             tokens  [1, 5, 9, 4, 7]             -> a copy of the second entry's first 4
             tokens  [1, 5, 9, 8]                -> the first entry itself, which leaves the store
 
-        `weights` is what `engine.steps.refresh()` returns for the weights in use. A window gives no
-        beginning whose latest tokens it has overwritten.
+        `weights` is what `engine.steps.refresh()` returns for the weights in use. A window cannot
+        give a beginning whose latest tokens it has overwritten.
         """
         wanted = list(tokens[:-1])
         found = [
@@ -109,26 +112,26 @@ class PromptCache:
             if entry.serves(weights, kind, owner)
             and (common := common_prefix(entry.tokens, wanted))
         ]
-        found.sort(key=itemgetter(0, 1, 2), reverse=True)  # of equals a whole one: it needs no copy
-        for common, whole, _, entry in found:
-            cache = entry.cache if whole else entry.cache.prefix(common)
+        found.sort(key=itemgetter(0, 1, 2), reverse=True)  # of equals one that need not be copied
+        for common, entire, _, entry in found:
+            cache = entry.cache if entire else entry.cache.prefix(common)
             if cache is not None:
                 with suppress(ValueError):  # it may have moved, or gone, since it was found
                     self._entries.remove(entry)
-                if not whole:
+                if not entire:
                     self._entries.append(entry)
                 return cache, common
         return None
 
     def put(self, weights: object, tokens: Sequence[int], cache: KVCache, owner: str = "") -> None:
-        """Add the sequence `tokens`, which `cache` holds; from now on the cache is the store's.
+        """Add the sequence `tokens`, which `cache` has; from now on the cache is the store's.
 
         Entries that are a beginning of the sequence are dropped where the new one can give them as
-        well. Raises `CacheError` where `cache` holds more or fewer tokens.
+        well. Raises `CacheError` where `cache` has more or fewer tokens.
         """
         if cache.offset != len(tokens):
-            what = f"the cache holds {cache.offset} tokens, but {len(tokens)} were given"
-            raise CacheError(f"{what}; give those that it holds")
+            what = f"the cache has {cache.offset} tokens, but {len(tokens)} were given"
+            raise CacheError(f"{what}; give those of the cache")
         if not tokens:
             return
         new = Entry(weights, owner, list(tokens), cache, cache.nbytes)
@@ -142,17 +145,17 @@ class PromptCache:
     ) -> list[int]:
         """Return ids of `text`: those of an entry, as far as it spells the text, and then new ones.
 
-        held    <s> Once upon a ti me       (as they were drawn, where "time" is a piece, too)
+        stored  <s> Once upon a ti me       (as they were drawn, though "time" is a piece, too)
         text    Once upon a time there was
         ids     <s> Once upon a ti me | there was
 
-        Where that reuses no more tokens than encoding the text anew, the ids are those. Raises
-        `PromptError` as `Tokenizer.encode` does.
+        Where encoding the text anew reuses as many tokens, the ids are those. Raises `PromptError`
+        as `Tokenizer.encode` does.
         """
         tokens = tokenizer.encode(text)
-        held = [entry.tokens for entry in self._entries if entry.serves(weights, kind, owner)]
-        plain = max((common_prefix(one, tokens) for one in held), default=0)
-        spelled = ((*continuation(tokenizer, one, text), one) for one in held)
+        stored = [entry.tokens for entry in self._entries if entry.serves(weights, kind, owner)]
+        plain = max((common_prefix(one, tokens) for one in stored), default=0)
+        spelled = ((*continuation(tokenizer, one, text), one) for one in stored)
         kept, place, best = max(spelled, default=(0, 0, []))
         if kept <= plain:
             return tokens
@@ -160,16 +163,16 @@ class PromptCache:
 
     @device_work
     def save(self, path: str | Path, engine: Engine) -> None:
-        """Write the latest sequence that `engine` has run to a safetensors file; all or nothing.
+        """Write the latest sequence of `engine` to a safetensors file, completely or not at all.
 
-        Its keys and values go with it, and the fingerprint of `engine`. Raises `CacheError` where
-        there is no such sequence, and for a path that cannot be written.
+        The file has its tokens, its keys and values, and the fingerprint of `engine`. Raises
+        `CacheError` where there is no such sequence, and for a path that cannot be written.
         """
         check_loaded("engine", engine)
         weights = engine.steps.refresh()
         entry = next((one for one in reversed(self._entries) if one.weights is weights), None)
         if entry is None:
-            what = f"the cache holds nothing that {engine.name} has run"
+            what = f"the cache has nothing that {engine.name} has run"
             raise CacheError(f"{what}; there is nothing to save")
         cache = entry.cache
         used = cache.capacity if isinstance(cache.kind.layout, Window) else cache.offset
@@ -199,7 +202,7 @@ class PromptCache:
     def load(
         cls, path: str | Path, engine: Engine, options: EngineOptions | None = None
     ) -> PromptCache:
-        """Return a store with the sequence of a saved file, whose kind of cache the options name.
+        """Return a store with the sequence of a saved file; `options` are those it was made with.
 
         Raises `CacheError` where it was made with other weights, another tokenizer or another kind
         of cache, and where it is damaged.
@@ -210,18 +213,18 @@ class PromptCache:
         try:
             loaded: Any = mx.load(name_for_mlx(path), format="safetensors", return_metadata=True)
         except (OSError, RuntimeError, ValueError) as error:
-            what = f"{path} is no saved cache ({error})"
+            what = f"{path} is not a saved cache ({error})"
             raise CacheError(f"{what}; give another file, or move it away") from None
         arrays, about = loaded
         if about.get("format") != FORMAT:
             why = f"its format is {about.get('format')!r}, not {FORMAT!r}"
-            what = f"{path} is no saved cache of this version: {why}"
+            what = f"{path} is not a saved cache of this version: {why}"
             raise CacheError(f"{what}. Give another file, or move it away")
         if about.get("fingerprint") != fingerprint(engine):
             what = f"{path} was made with other weights or another tokenizer than {engine.name}'s"
             raise CacheError(f"{what}; delete it, or use the model it was made with")
         if about.get("kind") != str(kind):
-            what = f"{path} holds {about.get('kind')}; asked for are {kind}"
+            what = f"{path} has {about.get('kind')}; the options ask for {kind}"
             raise CacheError(f"{what}. Give the same options")
         store = cls()
         try:
@@ -234,9 +237,7 @@ class PromptCache:
 def restored(
     arrays: dict[str, mx.array], about: dict[str, Any], engine: Engine, kind: CacheKind
 ) -> tuple[list[int], KVCache]:
-    """Return the tokens and the cache of a saved file; what does not fit raises a built-in
-    error.
-    """
+    """Return the tokens and the cache of a saved file. Raises built-in errors for what is wrong."""
     tokens, offset, config = json.loads(about["tokens"]), int(about["offset"]), engine.config
     if not isinstance(tokens, list) or not 0 < len(tokens) == offset:
         raise ValueError(f"{offset} positions for {len(tokens)} tokens")
@@ -256,37 +257,37 @@ def restored(
     return tokens, cache
 
 
-def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
+def common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
     """Return how many tokens two sequences of one type have in common, from the first on."""
     start, stride = 0, 64  # equal parts are compared in C
-    while (part := held[start : start + stride]) and part == wanted[start : start + stride]:
+    while (part := ours[start : start + stride]) and part == theirs[start : start + stride]:
         start += stride
-    for count, (ours, theirs) in enumerate(zip(held[start:], wanted[start:], strict=False), start):
-        if ours != theirs:
+    for count, (one, other) in enumerate(zip(ours[start:], theirs[start:], strict=False), start):
+        if one != other:
             return count
-    return min(len(held), len(wanted))
+    return min(len(ours), len(theirs))
 
 
-def continuation(tokenizer: Tokenizer, held: Sequence[int], text: str) -> tuple[int, int]:
-    """Return how many tokens of `held` spell a beginning of `text`, and its number of characters.
+def continuation(tokenizer: Tokenizer, stored: Sequence[int], text: str) -> tuple[int, int]:
+    """Return how many tokens of `stored` spell a beginning of `text`, and its number of characters.
 
-    Where `held` goes on otherwise than `text`, they end with the last word that both share.
+    Where `stored` goes on otherwise than `text`, they end with the last word that both share.
     """
-    if not held or held[0] != tokenizer.bos_id:
+    if not stored or stored[0] != tokenizer.bos_id:
         return 0, 0
 
     def visible(token: int) -> bool:
         return token < tokenizer.vocab_size and tokenizer.piece_bytes(token) != b""
 
-    kept, place = spelling(tokenizer, takewhile(visible, held[1:]), text, words=True)
+    kept, place = spelling(tokenizer, takewhile(visible, stored[1:]), text, words=True)
     return 1 + kept, place
 
 
 def fingerprint(engine: Engine) -> str:
     """Return a sha256 of what keys and values depend on: configuration, tokenizer, every weight.
 
-    A tensor counts by two sums modulo 2^32: of its words, each as wide as an element, and of its
-    words weighted by their place.
+    Of a tensor it takes two sums modulo 2^32: of its words, which have the size of an element, and
+    of its words weighted by their place.
     """
     about = json.dumps(engine.config.to_hf_dict(), sort_keys=True, default=str)
     digest = hashlib.sha256(about.encode())

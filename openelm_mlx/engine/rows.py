@@ -1,4 +1,4 @@
-"""Keys and values of sequences of different lengths that are stepped together."""
+"""The keys and values of sequences of different lengths that are stepped together."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from openelm_mlx.model.cache_kinds import Arrays, CacheKind, resized
 if TYPE_CHECKING:
     from openelm_mlx.model.config import OpenELMConfig
 
-SHARED_BLOCK = 64  # every row attends to all slots, so unused ones cost more than in a single row
+SHARED_BLOCK = 64  # each row attends to all slots, so unused ones cost more than in a single row
 
 
 def quarters(n: int, least: int = 1) -> int:
-    """Round up to a quarter of a power of two: few sizes, so few traces, and little that is
-    unused.
-    """
+    """Round up to a quarter of a power of two: few sizes, so few traces, and little is unused."""
     step = max(least, 1 << max((n - 1).bit_length() - 2, 0))
     return -(-n // step) * step
 
@@ -25,10 +23,9 @@ def quarters(n: int, least: int = 1) -> int:
 class Rows:
     """The caches of `count` rows; arrays are [2, count, kv_heads, slots, width].
 
-    A step borrows the buffers with `lend` and puts those that it made in their place with
-    `restore`. No other reference may be left when they are computed, or they are copied. How many
-    tokens a row holds is known to whoever runs the steps; `written` is one past the last position
-    ever written to.
+    A step borrows the buffers with `lend` and replaces them with `restore`. No other reference to
+    them may be left when the new ones are computed, or they are copied. The caller knows how many
+    tokens each row has; `written` is one past the last position that was ever written to.
     """
 
     def __init__(self, config: OpenELMConfig, kind: CacheKind) -> None:
@@ -38,15 +35,17 @@ class Rows:
 
     @property
     def count(self) -> int:
+        """The number of rows, unused ones included."""
         return len(self.written)
 
-    def room(self, tokens: int) -> int:
+    def slots_for(self, tokens: int) -> int:
         """Return the slots of each row for this many tokens: in blocks of 256 for a single row."""
         wanted = quarters(tokens, SHARED_BLOCK) if self.count > 1 else tokens
-        return self.kind.layout.room(wanted, BLOCK if self.count == 1 else 1)
+        return self.kind.layout.slots_for(wanted, BLOCK if self.count == 1 else 1)
 
     @property
     def capacity(self) -> int:
+        """The slots that each row has."""
         return self.buffers[0][0].shape[-2] if self.buffers else 0
 
     @property
@@ -56,7 +55,7 @@ class Rows:
     def place(self, row: int, cache: KVCache) -> None:
         """Copy the cache of one sequence into a row.
 
-        Where there is one row only, it takes the arrays over, and the cache is empty afterwards.
+        A single row takes the arrays over, and the cache is empty afterwards.
         """
         cache.reserve(cache.offset)  # the same in all layers
         self.written[row] = cache.written
@@ -64,14 +63,14 @@ class Rows:
             self.buffers = cache.arrays
             cache.clear()
             return
-        room = max(self.capacity, self.room(cache.offset))
-        used = min(room, cache.capacity)
-        held = self.buffers or [
-            [resized(a[..., :0, :], room) for a in arrays] for arrays in cache.arrays
+        slots = max(self.capacity, self.slots_for(cache.offset))
+        used = min(slots, cache.capacity)
+        old = self.buffers or [
+            [resized(a[..., :0, :], slots) for a in arrays] for arrays in cache.arrays
         ]
         self.buffers = [
-            [resized(resized(array, room), self.count, axis=1) for array in arrays]
-            for arrays in held
+            [resized(resized(array, slots), self.count, axis=1) for array in arrays]
+            for arrays in old
         ]
         for arrays, new in zip(self.buffers, cache.arrays, strict=True):
             for array, part in zip(arrays, new, strict=True):
@@ -80,16 +79,16 @@ class Rows:
     def extract(self, row: int, length: int) -> KVCache:
         """Return the first `length` tokens of a row as a cache of its own.
 
-        Where there is one row only, it gives its arrays away, and is empty afterwards. The cache is
-        empty where the row does not hold the tokens.
+        A single row gives its arrays away, and is empty afterwards. The cache is empty where the
+        row does not have the tokens.
         """
         if not self.buffers or length > self.written[row]:
             return KVCache(self.config, self.kind)
-        whole = KVCache(self.config, self.kind, self.buffers, length, self.written[row])
+        cache = KVCache(self.config, self.kind, self.buffers, length, self.written[row])
         if self.count > 1:
-            return whole.row(row, length)
+            return cache.row(row, length)
         self.buffers, self.written = [], [0]
-        return whole
+        return cache
 
     def resize(self, rows: list[int], count: int) -> None:
         """Keep these rows, in this order, as rows 0, 1, ... of `count`; the others are unused."""
@@ -102,18 +101,18 @@ class Rows:
         self.written = [self.written[row] for row in rows] + [0] * (count - len(rows))
 
     def lend(self, ends: list[int]) -> list[Arrays]:
-        """Hand out the buffers to a step that writes positions below `ends[row]`; 0: an unused row.
+        """Hand out the buffers to a step that writes positions below `ends[row]`, 0 if unused.
 
-        They have room for that, and shrink where half of it would do.
+        They are enlarged if need be, and halved where that is enough.
         """
         self.written = [
-            max(held, end) if end else 0 for held, end in zip(self.written, ends, strict=True)
+            max(old, end) if end else 0 for old, end in zip(self.written, ends, strict=True)
         ]
-        room, capacity = self.room(max(1, *ends)), self.capacity
-        if not room <= capacity < 2 * room or capacity != self.room(capacity):
-            self.buffers = [[resized(a, room) for a in arrays] for arrays in self.buffers]
+        slots, capacity = self.slots_for(max(1, *ends)), self.capacity
+        if not slots <= capacity < 2 * slots or capacity != self.slots_for(capacity):
+            self.buffers = [[resized(a, slots) for a in arrays] for arrays in self.buffers]
         return self.buffers
 
     def restore(self, buffers: list[Arrays]) -> None:
-        """Take what a step has made of the buffers."""
+        """Take the buffers that a step has made."""
         self.buffers = buffers

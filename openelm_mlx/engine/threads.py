@@ -3,15 +3,15 @@
 Any thread may drive a generation, and another one may go on with it. Three facts of MLX (0.32) call
 for this module:
 
-- A thread holds traces of compiled functions and the state of random numbers, Python objects among
+- A thread owns traces of compiled functions and the state of random numbers, Python objects among
   them. When it ends, C++ destroys them after `join` has returned, in a race with the interpreter's
   exit that kills the process.
 - An array that is not evaluated yet belongs to the stream that was current when it was made. Each
   thread has a current stream of its own, and another thread cannot evaluate on it.
 - Two threads must not use a stream at the same time, nor the arrays that modules make and keep.
 
-So work that another thread asks for is done by a worker that is never joined; it and the main
-thread take turns, and use the same stream.
+So the work of other threads is done by a worker that is never joined; it and the main thread take
+turns, and use the same stream.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ EXIT_SECONDS = 60.0  # how long the exit of the process waits for the worker's c
 
 
 class Device:
-    """Who has the device now, and who waits for it."""
+    """The device, the thread whose turn it is, and the work that waits for it."""
 
     def __init__(self) -> None:
         self.turn = threading.RLock()
         self.user: int | None = None  # the thread whose turn it is
         self.worker: int | None = None
         self.line: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # the worker's work
-        self.bell: SimpleQueue[None] = SimpleQueue()  # rung once or more for each of them
+        self.bell: SimpleQueue[None] = SimpleQueue()  # rung at least once for each piece of work
         self.workers: dict[str, threading.Thread] = {}
         self.at_rest, self.closed = threading.Event(), False
 
     def run(self, call: Callable[[], T], stream: mx.Stream) -> T:
+        """Wait for this thread's turn, and return `call()` with `stream` as the current one."""
         thread = threading.get_ident()
         with self.turn:
             try:
@@ -74,6 +75,7 @@ class Device:
         return future
 
     def work(self) -> None:
+        """Do what is in line, until the process ends."""
         self.worker = threading.get_ident()
         while not self.closed:
             self.bell.get()
@@ -81,19 +83,17 @@ class Device:
                 answer(*self.line[0])
                 self.line.popleft()  # not before: while anything is in line, the main thread queues
         self.at_rest.set()
-        threading.Event().wait()  # for ever: the end of this thread is what must not happen
+        threading.Event().wait()  # for ever, as this thread must not end
 
     def rest(self) -> None:
-        """Stop the worker between two pieces of work; at the exit it would be stopped within
-        one.
-        """
+        """Stop the worker between two pieces of work; the exit would stop it within one."""
         self.closed = True
         self.bell.put(None)
         self.at_rest.wait(EXIT_SECONDS)
 
 
 def answer(work: Callable[[], Any], future: Future[Any]) -> None:
-    """Do a piece of work; a function of its own, so that an idle worker refers to nothing of it."""
+    """Do a piece of work, in a function so that an idle worker keeps no reference to it."""
     if future.set_running_or_notify_cancel():
         try:
             future.set_result(work())
@@ -106,20 +106,21 @@ device = Device()
 
 
 def shared_stream() -> mx.Stream:
-    """Return the stream of all generations on this device. It is only used by whose turn it is."""
+    """Return the stream of all generations on this device; only who has the turn may use it."""
     return stream_of(mx.default_device().type)  # equal devices have different hashes
 
 
 @cache
 def stream_of(kind: mx.DeviceType) -> mx.Stream:
+    """Return the one stream for a kind of device."""
     return mx.new_thread_unsafe_stream(mx.Device(kind))
 
 
 def on_device(call: Callable[[], T]) -> T:
-    """Return `call()`, made where the work of the device belongs; what it raises is raised here.
+    """Return `call()`, made on the main thread or by the worker; its errors are raised here.
 
-    On the main thread that is here, unless others are in line. Within a call it is here as well,
-    and wherever the garbage collector closes something on the worker, which cannot wait for itself.
+    The main thread makes it itself, unless others are in line. So does a thread within a call, and
+    the worker where the garbage collector closes something on it, as it cannot wait for itself.
     """
     thread = threading.get_ident()
     if thread == device.user or (device.closed and thread == MAIN):
@@ -142,8 +143,8 @@ def device_work(function: Callable[P, T]) -> Callable[P, T]:
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
     """Return `mx.compile(function)`, a separate one for each thread that calls it.
 
-    When a compiled function goes, MLX forgets its traces in the thread that called it last. What
-    another thread keeps would be run there for the next function at the same address.
+    When a compiled function is freed, MLX forgets its traces in the thread that called it last. A
+    trace of another thread would be run there for the next function at the same address.
     """
     traced: dict[int, Callable[P, T]] = {}
 
@@ -158,9 +159,10 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
 
 
 async def asynchronous(start: Callable[[], Generator[T, None, None]]) -> AsyncGenerator[T, None]:
-    """Yield what the generator that `start` makes yields, and leave the event loop free meanwhile.
+    """Yield from the generator that `start` makes, and leave the event loop free meanwhile.
 
-    Cancelled or closed, it closes the generator after the step under way, and waits for that.
+    When it is cancelled or closed, it closes the generator after the step under way, and waits for
+    that.
     """
     from asyncio import shield, wrap_future
 

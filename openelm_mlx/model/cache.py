@@ -1,10 +1,10 @@
-"""Keys and values of the tokens already seen: the contract and its sides.
+"""The keys and values of earlier tokens: the contract with the model, and the caches that meet it.
 
-The model never asks what it holds. It asks for the positions of new tokens, for one mask a pass,
-and lets the cache attend: `attend` gets what the projection gave, stores new keys and values, and
-returns the attention over everything held. `KVCache` is the side that prefill and Python see,
-`StepCache` the same arrays inside a compiled step. In which form and in which slots tokens are kept
-is the `CacheKind` of both (kv.py).
+The model never asks for the kind of its cache. It asks for the positions of new tokens and for one
+mask a pass, and lets the cache attend: `attend` takes the projection, stores new keys and values,
+and returns the attention over everything stored. `KVCache` is for prefill and for Python,
+`StepCache` is over the same arrays inside a compiled step. The `CacheKind` of both says how and in
+which slots tokens are stored (cache_kinds.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from openelm_mlx.model.config import OpenELMConfig
     from openelm_mlx.model.decoder import Projection
 
-BLOCK = 256  # tokens by which the room of one sequence grows: each time, a step is traced anew
+BLOCK = 256  # tokens by which the slots of one sequence grow: each time, a step is traced anew
 
 
 class Cache(Protocol):
@@ -37,14 +37,15 @@ class Cache(Protocol):
     def positions(self, length: int) -> mx.array:
         """Return the positions of the tokens of this pass, [B or 1, length]."""
 
-    def mask(self, length: int) -> Mask: ...
+    def mask(self, length: int) -> Mask:
+        """Return which stored tokens each of the pass sees; None where each sees all."""
+
     def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
-        """Store new keys and values; return the attention over everything held, [B, heads, L,
-        D].
-        """
+        """Store new keys and values; return the attention over all of them, [B, heads, L, D]."""
 
 
 def causal(length: int) -> Mask:
+    """Return the mask of tokens that see all earlier ones."""
     return "causal" if length > 1 else None
 
 
@@ -65,10 +66,10 @@ class NoCache:
 class KVCache:
     """The keys and values of all layers for one sequence, or for several of equal length.
 
-    A growing one holds every token and grows in blocks; a window holds its fixed number of slots.
-    `offset` counts the tokens held. It moves on when the last layer has stored, so a pass that an
-    exception ends leaves it where it was. `written` is the highest position, plus one, that was
-    ever begun to be written: it tells what a window has overwritten.
+    A growing one has every token and grows in blocks; a window has a fixed number of slots.
+    `offset` counts the tokens. It moves on when the last layer has stored them, so a pass that ends
+    with an exception leaves it where it was. `written` is one past the highest position of which a
+    write ever began: it tells what a window has overwritten.
     """
 
     def __init__(
@@ -85,11 +86,12 @@ class KVCache:
 
     @property
     def layers(self) -> list[LayerCache]:
-        """What a pass sees, layer by layer: mlx-lm's convention passes caches so."""
+        """The cache of each layer; mlx-lm's convention passes caches in such a list."""
         return [LayerCache(self, number) for number in range(self.config.num_transformer_layers)]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all arrays."""
         return sum(array.nbytes for arrays in self.arrays for array in arrays)
 
     @property
@@ -103,10 +105,8 @@ class KVCache:
         Raises `CacheError` where an interrupted pass has overwritten what a window still needs.
         """
         if not self.can_trim(0):
-            raise CacheError(
-                "an interrupted pass has overwritten what this cache held; "
-                "clear it and prefill again"
-            )
+            what = "an interrupted pass has overwritten tokens of this cache"
+            raise CacheError(f"{what}; clear it and prefill again")
         return mx.arange(self.offset, self.offset + length)[None]
 
     def mask(self, length: int) -> Mask:
@@ -114,27 +114,25 @@ class KVCache:
         if not isinstance(layout, Window):
             return causal(length)
         new = self.positions(length)
-        held, ring_slots = new, new[0] >= layout.keep
-        if self.offset:  # what is held before this pass, then the pass itself
-            before = layout.held(mx.array([[self.offset - 1]]))
-            before = mx.where(before < self.offset, before, -1)  # kept slots not yet written
-            held = mx.concatenate([before, new], axis=1)
+        stored, ring_slots = new, new[0] >= layout.keep
+        if self.offset:  # what is stored before this pass, then the pass itself
+            before = layout.stored(mx.array([[self.offset - 1]]))
+            before = mx.where(before < self.offset, before, -1)  # first slots not yet written
+            stored = mx.concatenate([before, new], axis=1)
             ring_slots = mx.concatenate([mx.arange(layout.capacity) >= layout.keep, ring_slots])
-        return layout.sees(new, held, ring_slots)[:, None]
+        return layout.sees(new, stored, ring_slots)[:, None]
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` in all: in whole blocks or a whole window, the same in every
-        layer.
+        """Give every layer the slots for `tokens` in all, in blocks or an entire window.
 
         Raises `CacheError` before the first tokens, which give shapes and types.
         """
         if not self.arrays:
-            raise CacheError(
-                "an empty cache cannot be enlarged before its first tokens; prefill first"
-            )
+            what = "an empty cache cannot be enlarged before its first tokens"
+            raise CacheError(f"{what}; prefill first")
         most = self.arrays[0][0].shape[-2]  # after an interrupted pass others have less
-        room = max(most, self.kind.layout.room(tokens, BLOCK))
-        self.arrays = [[resized(array, room) for array in arrays] for arrays in self.arrays]
+        slots = max(most, self.kind.layout.slots_for(tokens, BLOCK))
+        self.arrays = [[resized(array, slots) for array in arrays] for arrays in self.arrays]
 
     def can_trim(self, n: int) -> bool:
         """Tell whether the last n tokens can be forgotten: a window drops what was before them."""
@@ -144,76 +142,72 @@ class KVCache:
         return self.written - (self.offset - n) <= layout.capacity - layout.size
 
     def clear(self) -> None:
-        """Forget everything, and let go of the memory."""
+        """Forget everything, and free the memory."""
         self.arrays, self.offset, self.written = [], 0, 0
 
     def prefix(self, length: int) -> KVCache | None:
-        """Return a copy of the first `length` tokens; None where a window has dropped some of
-        them.
-        """
+        """Return a copy of the first `length` tokens, None if a window has dropped any of them."""
         if not 0 < length <= self.offset or not self.can_trim(self.offset - length):
             return None
         return self.row(slice(None), length)
 
     def row(self, rows: int | slice, length: int) -> KVCache:
-        """Return a copy of the first `length` tokens of one of several sequences, or of some."""
+        """Return a copy of the first `length` tokens of one of the sequences, or of several."""
         rows = slice(rows, rows + 1) if isinstance(rows, int) else rows
-        slots = self.kind.layout.room(length, 1)
-        arrays = [[mx.contiguous(a[:, rows, :, :slots]) for a in held] for held in self.arrays]
-        mx.eval(arrays)  # else they would hold on to the whole
+        slots = self.kind.layout.slots_for(length, 1)
+        arrays = [[mx.contiguous(a[:, rows, :, :slots]) for a in layer] for layer in self.arrays]
+        mx.eval(arrays)  # else they would keep the originals alive
         return KVCache(self.config, self.kind, arrays, length, self.written)
 
 
 class LayerCache:
-    """What a pass sees of one layer of a `KVCache`."""
+    """One layer of a `KVCache`."""
 
-    def __init__(self, whole: KVCache, number: int) -> None:
-        self.whole, self.number = whole, number
+    def __init__(self, cache: KVCache, number: int) -> None:
+        self.cache, self.number = cache, number
 
     def positions(self, length: int) -> mx.array:
-        return self.whole.positions(length)
+        return self.cache.positions(length)
 
     def mask(self, length: int) -> Mask:
-        return self.whole.mask(length)
+        return self.cache.mask(length)
 
     def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
         q, kv = projection.heads()
-        whole, store, layout = self.whole, self.whole.kind.store, self.whole.kind.layout
-        new, start, end = store.pack(kv), whole.offset, whole.offset + kv.shape[-2]
-        whole.written = max(whole.written, end)  # before a slot is: this may be interrupted
-        held = self._room(end, new)
+        cache, store, layout = self.cache, self.cache.kind.store, self.cache.kind.layout
+        new, start, end = store.pack(kv), cache.offset, cache.offset + kv.shape[-2]
+        cache.written = max(cache.written, end)  # before the write, which may be interrupted
+        buffers = self._buffers(end, new)
         if isinstance(layout, Window):  # the pass attends to what it is about to overwrite
-            seen = [mx.concatenate([a, b], axis=-2) for a, b in zip(held, new, strict=True)]
+            seen = [mx.concatenate([a, b], axis=-2) for a, b in zip(buffers, new, strict=True)]
             out = store.attend(q, seen if start else new, mask, scale)
             kept = [p for p in range(start, end) if p < layout.keep or p >= end - layout.ring]
             source, slots = mx.array(kept) - start, layout.slots(mx.array(kept))
-            for buffer, part in zip(held, new, strict=True):
+            for buffer, part in zip(buffers, new, strict=True):
                 buffer[..., slots, :] = mx.take(part, source, axis=-2)
         else:
-            for buffer, part in zip(held, new, strict=True):
+            for buffer, part in zip(buffers, new, strict=True):
                 buffer[..., start:end, :] = part
-            out = store.attend(q, [buffer[..., :end, :] for buffer in held], mask, scale)
-        if self.number + 1 == whole.config.num_transformer_layers:
-            whole.offset = end
+            out = store.attend(q, [buffer[..., :end, :] for buffer in buffers], mask, scale)
+        if self.number + 1 == cache.config.num_transformer_layers:
+            cache.offset = end
         return out
 
-    def _room(self, tokens: int, like: Arrays) -> Arrays:
-        """Return the arrays of this layer with room for `tokens`; at first they are made as
-        `like`.
-        """
-        whole = self.whole
-        if self.number == len(whole.arrays):
-            whole.arrays.append([array[..., :0, :] for array in like])
-        held = whole.arrays[self.number]
-        room = max(held[0].shape[-2], whole.kind.layout.room(tokens, BLOCK))
-        whole.arrays[self.number] = held = [resized(array, room) for array in held]
-        return held
+    def _buffers(self, tokens: int, like: Arrays) -> Arrays:
+        """Return the arrays of this layer, enlarged for `tokens`; the first are made as `like`."""
+        cache = self.cache
+        if self.number == len(cache.arrays):
+            cache.arrays.append([array[..., :0, :] for array in like])
+        buffers = cache.arrays[self.number]
+        slots = max(buffers[0].shape[-2], cache.kind.layout.slots_for(tokens, BLOCK))
+        cache.arrays[self.number] = buffers = [resized(array, slots) for array in buffers]
+        return buffers
 
 
 class Place:
     """Where the tokens of one pass go, computed once for all layers: positions, slots, masks.
 
-    `start` holds the position of each row's first token [B], or of every token of the pass [B, L].
+    `start` has the position of each row's first token [B], or of every token of the pass [B, L].
     """
 
     def __init__(self, start: mx.array, kind: CacheKind, capacity: int) -> None:
@@ -223,6 +217,7 @@ class Place:
         self._masks: dict[tuple[int, int], mx.array] = {}
 
     def positions(self, length: int) -> mx.array:
+        """Return the positions of the tokens, [B, length]."""
         if length not in self._positions:
             start = self.start if self.start.ndim == 2 else self.start[:, None]
             ready = start.shape[1] == length
@@ -237,9 +232,7 @@ class Place:
         return self._slots[shape]
 
     def mask(self, length: int, heads: int = 1) -> mx.array:
-        """Return which slots are in sight, [B, heads, length, capacity]: the same for every
-        head.
-        """
+        """Return which slots are visible, [B, heads, length, capacity], the same for every head."""
         if (length, heads) not in self._masks:
             positions = self.positions(length)[:, None]
             positions = mx.broadcast_to(positions, (positions.shape[0], heads, length))
@@ -248,9 +241,9 @@ class Place:
 
 
 class StepCache:
-    """The arrays of one layer inside a compiled step: fixed in size, the positions arrays.
+    """One layer inside a compiled step: its arrays keep their size, and positions are arrays too.
 
-    It attends to every slot and masks what is not in sight, so shapes never change.
+    It attends to every slot and masks those that are not visible, so shapes never change.
     """
 
     def __init__(self, arrays: Arrays, place: Place) -> None:
@@ -272,24 +265,20 @@ class StepCache:
         ]
         rows, heads, asked, _ = q.shape
         if rows > 1 and isinstance(store, Plain):
-            # Metal copies a mask that broadcasts over heads in every layer; one as wide as q is
-            # read.
+            # Metal copies a mask that broadcasts over heads in every layer; one with all heads is
+            # read as it is.
             mask = self.place.mask(kv.shape[-2], heads)[..., -asked:, :]
         return store.attend(q, self.arrays, mask, scale)
 
 
 def step_caches(buffers: list[Arrays], start: mx.array, kind: CacheKind) -> list[StepCache]:
-    """Return the caches of a compiled step, one a layer, over these buffers; `start` is
-    `Place`'s.
-    """
+    """Return the caches of a compiled step, one a layer; `start` is that of `Place`."""
     place = Place(start, kind, buffers[0][0].shape[-2])
     return [StepCache(arrays, place) for arrays in buffers]
 
 
 class ForeignCache:
-    """mlx-lm's cache (plain, rotating, batched) behind this contract: its tools can drive the
-    model.
-    """
+    """mlx-lm's cache (plain, rotating, batched) behind this contract, so that its tools work."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -309,21 +298,22 @@ class ForeignCache:
         if hasattr(self.inner, "bits"):  # quantized keys and values need mlx-lm's own attention
             from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
-            form = {"group_size": self.inner.group_size, "bits": self.inner.bits}
-            return quantized_scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, **form)  # type: ignore[arg-type]
+            how: Any = {"group_size": self.inner.group_size, "bits": self.inner.bits, "mask": mask}
+            return quantized_scaled_dot_product_attention(q, k, v, scale=scale, **how)
         return sdpa(q, k, v, mask, scale)
 
 
 def as_caches(cache: KVCache | list[Any] | None, layers: int) -> list[Cache]:
-    """Return the caches of a pass, one a layer: none, ours, or mlx-lm's behind an adapter."""
+    """Return the caches of a pass, one a layer: `NoCache`, ours, or mlx-lm's behind an adapter.
+
+    Raises `CacheError` for a list of another length.
+    """
     if cache is None:
         return [NoCache()] * layers
     each = cache.layers if isinstance(cache, KVCache) else cache
     if len(each) != layers:
-        raise CacheError(
-            f"the cache has {len(each)} entries for a model of {layers} layers; "
-            "make one for this model"
-        )
+        what = f"the cache has {len(each)} entries for a model of {layers} layers"
+        raise CacheError(f"{what}; make one for this model")
     return [
         c if hasattr(c, "attend") else NoCache() if c is None else ForeignCache(c) for c in each
     ]

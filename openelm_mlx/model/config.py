@@ -1,8 +1,8 @@
-"""What an OpenELM model is made of: `OpenELMConfig`, and `layer_shapes`, its uneven layers.
+"""The architecture of a model: `OpenELMConfig`, and `layer_shapes`, its uneven layers.
 
-OpenELM (arXiv:2404.14619) gives each layer its own number of attention heads and its own
-feed-forward width: both grow linearly with depth. Everything that follows from a configuration is a
-pure function here, without MLX.
+OpenELM (arXiv:2404.14619) gives each layer its own number of attention heads and its own size of
+the feed-forward network: both grow linearly with depth. Everything that follows from a
+configuration is a pure function here, without MLX.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Multipliers = tuple[float, ...]
 
 
 class LayerShape(NamedTuple):
-    """One decoder layer: query heads, key/value heads, width of the feed-forward network."""
+    """One decoder layer: query heads, key/value heads, inner size of the feed-forward network."""
 
     q_heads: int
     kv_heads: int
@@ -34,12 +34,12 @@ class LayerShape(NamedTuple):
 
 @dataclass(frozen=True)
 class OpenELMConfig:
-    """The architecture of one model. Raises `ConfigError` for what is no OpenELM.
+    """The architecture of one model. Raises `ConfigError` for what is not an OpenELM.
 
     Fields are named as in Apple's config.json on Hugging Face, but for `eos_token_ids`: the file's
     `eos_token_id` is a number or a list, and a text ends at any of them. `qkv_multipliers` and
-    `ffn_multipliers` hold one number (all layers alike), two (the ends of a ramp) or one per layer.
-    `num_query_heads`, `num_kv_heads` and `ffn_dims` win over them where they are set.
+    `ffn_multipliers` are one number (all layers alike), two (the ends of a ramp) or one per layer.
+    `num_query_heads`, `num_kv_heads` and `ffn_dims` replace them where they are set.
     """
 
     model_dim: int
@@ -94,7 +94,7 @@ class OpenELMConfig:
 
     @property
     def written_eos(self) -> int | list[int]:
-        """`eos_token_ids` as JSON files have them: a number, or a list where there are several."""
+        """`eos_token_ids` as JSON files have them: a number, or a list of several."""
         return list(self.eos_token_ids) if len(self.eos_token_ids) > 1 else self.eos_token_id
 
     @property
@@ -107,21 +107,21 @@ class OpenELMConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters as published: every tensor once, the tied head not counted again."""
+        """The number of parameters as published: every tensor counts once, also a tied head."""
         return sum(math.prod(shape) for shape in expected_tensors(self).values())
 
     @classmethod
     def from_name(cls, name: str) -> OpenELMConfig:
-        """A published size: `270m`, `OpenELM-1_1B-Instruct`, ... Raises `ConfigError`."""
+        """Return a published size: `270m`, `OpenELM-1_1B-Instruct`, ... Raises `ConfigError`."""
         key = normal_name(name)
         if key not in PUBLISHED:
             known = ", ".join(PUBLISHED)
-            raise ConfigError(f"{name!r} is no published OpenELM size; known: {known}")
+            raise ConfigError(f"{name!r} is not a published OpenELM size; known: {known}")
         return cls(**PUBLISHED[key])
 
     @classmethod
     def from_hf_dict(cls, raw: Mapping[str, Any]) -> OpenELMConfig:
-        """From the content of a config.json. Raises `ConfigError` naming the key that is wrong."""
+        """Read the content of a config.json. Raises `ConfigError`, which names the wrong key."""
         if not isinstance(raw, Mapping):
             raise ConfigError(f"config.json must hold an object, not {type(raw).__name__}")
         if (kind := raw.get("model_type", "openelm")) != "openelm":
@@ -149,7 +149,7 @@ class OpenELMConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> OpenELMConfig:
-        """From a config.json. Raises `ConfigError` with the file's name."""
+        """Read a config.json. Raises `ConfigError` with the file's name."""
         raw = read_json(Path(path))
         try:
             return cls.from_hf_dict(raw)
@@ -157,7 +157,7 @@ class OpenELMConfig:
             raise ConfigError(f"{path}: {error}") from None
 
     def with_eos_of(self, folder: Path) -> OpenELMConfig:
-        """The same, with the EOS ids that generation_config.json adds. Raises `ConfigError`."""
+        """Return it with the EOS ids that generation_config.json adds. Raises `ConfigError`."""
         path = folder / GENERATION_CONFIG
         stated = read_json(path).get("eos_token_id") if path.exists() else None
         ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
@@ -168,7 +168,7 @@ class OpenELMConfig:
             raise ConfigError(f"{path}: {what}") from None
 
     def to_hf_dict(self) -> dict[str, Any]:
-        """The content of config.json for `from_hf_dict`, and the per-layer lists for mlx-lm."""
+        """Return the content of config.json for `from_hf_dict`, with per-layer lists for mlx-lm."""
         shapes = layer_shapes(self)
         ffn_dims = [shape.ffn_dim for shape in shapes]
         divisor = self.ffn_dim_divisor
@@ -194,17 +194,18 @@ class OpenELMConfig:
 
 
 def layer_shapes(c: OpenELMConfig) -> tuple[LayerShape, ...]:
-    """Heads and FFN width of each layer, which grow with depth (arXiv:2404.14619, section 2).
+    """Return the shape of each layer; they grow with depth (arXiv:2404.14619, section 2).
 
     Multipliers are rounded to 2 decimals and computed with Python floats, so every machine rounds
-    alike. The 270M, for example, has 12 query heads in 5 layers, 16 in 7 and 20 in 4.
+    alike. The 270M, for example, has 12 query heads in 5 layers, 16 in 7 and 20 in 4. Raises
+    `ConfigError` for lists of another length than the number of layers.
     """
     n, group = c.num_transformer_layers, c.head_dim * c.num_gqa_groups
     q_dims = [make_divisible(c.model_dim * m, group) for m in ramp(c.qkv_multipliers, n)]
-    widths = [c.model_dim * m for m in ramp(c.ffn_multipliers, n)]
+    sizes = [c.model_dim * m for m in ramp(c.ffn_multipliers, n)]
     q_heads = c.num_query_heads or tuple(dim // c.head_dim for dim in q_dims)
     kv_heads = c.num_kv_heads or tuple(q // c.num_gqa_groups for q in q_heads)
-    ffn_dims = c.ffn_dims or tuple(make_divisible(width, c.ffn_dim_divisor) for width in widths)
+    ffn_dims = c.ffn_dims or tuple(make_divisible(size, c.ffn_dim_divisor) for size in sizes)
     columns = {"num_query_heads": q_heads, "num_kv_heads": kv_heads, "ffn_dims": ffn_dims}
     for name, column in columns.items():
         if len(column) != n:
@@ -213,7 +214,7 @@ def layer_shapes(c: OpenELMConfig) -> tuple[LayerShape, ...]:
 
 
 def expected_tensors(c: OpenELMConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an unquantized checkpoint with its shape, under Hugging Face's names."""
+    """Return the shape of every tensor of an unquantized checkpoint, by Hugging Face's names."""
     table = (c.vocab_size, c.model_dim)
     tensors: dict[str, tuple[int, ...]] = {"transformer.token_embeddings.weight": table}
     for number, (q_heads, kv_heads, ffn_dim) in enumerate(layer_shapes(c)):
@@ -235,7 +236,7 @@ def expected_tensors(c: OpenELMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def ramp(multipliers: Multipliers, n: int) -> Multipliers:
-    """One multiplier a layer: a single one repeated, a pair spread linearly, or as given."""
+    """Return one multiplier a layer: a single one repeated, a pair spread linearly, or as given."""
     if len(multipliers) == 1:
         return multipliers * n
     if len(multipliers) == 2 and n != 2:
@@ -247,13 +248,13 @@ def ramp(multipliers: Multipliers, n: int) -> Multipliers:
 
 
 def make_divisible(value: float, divisor: int) -> int:
-    """The nearest multiple of `divisor`, never below by over 10 % (CoreNet, math_utils.py)."""
+    """Return the nearest multiple of `divisor`, at most 10 % below (CoreNet, math_utils.py)."""
     result = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return result + divisor if result < 0.9 * value else result
 
 
 def normal_name(name: str) -> str:
-    """`apple/OpenELM-1_1B-Instruct` -> `1.1b`: the size alone, as the tables here spell it."""
+    """Return the size alone, as `PUBLISHED` spells it: `apple/OpenELM-1_1B-Instruct` -> `1.1b`."""
     size = name.rsplit("/", 1)[-1].lower().replace("_", ".")
     return re.sub(r"-instruct$", "", re.sub(r"^openelm-", "", size))
 
@@ -266,7 +267,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "3b": {"num_transformer_layers": 36, "model_dim": 3072, "head_dim": 128},
 }
 
-# of config.json: what Apple's class can vary and this engine does not compute
+# keys of config.json that Apple's class can vary, and the values that this engine computes
 KEYS_THAT_MUST_BE: dict[str, tuple[str, ...]] = {
     "activation_fn_name": ("swish", "silu"),
     "normalization_layer_name": ("rms_norm",),
@@ -286,7 +287,7 @@ TUPLES = {f.name for f in fields(OpenELMConfig) if f.type in ("Multipliers", "tu
 
 
 def normal_value(key: str, value: Any) -> Any:
-    """JSON's lists as tuples, one multiplier as a tuple of one."""
+    """Return JSON's lists as tuples, and a single multiplier as a tuple."""
     if key not in TUPLES:
         return value
     if isinstance(value, (list, tuple)):

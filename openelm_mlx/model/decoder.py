@@ -1,9 +1,22 @@
 """The OpenELM decoder in MLX.
 
-Module names are the checkpoint's names, so a checkpoint loads without a map.
-Layer (arXiv:2404.14619; corenet/modeling/models/language_modeling/general_gpt.py):
+Modules have the checkpoint's names, so a checkpoint loads without renaming.
+A layer (arXiv:2404.14619; corenet/modeling/models/language_modeling/general_gpt.py) computes
+
     x = x + out_proj(attention(attn_norm(x)))
     x = x + proj_2(silu(gate) * up)          [gate; up] = proj_1(ffn_norm(x))
+
+Small models spend much of a token's time on starting kernels, so norm, rotation and storing take
+three kernels a layer here. `Attention.plain_heads` is the readable twin, which a test holds equal.
+Kernels of one token of the 270M, as `python -m openelm_mlx.benchmarks.ledger.count 270m` counts
+them (docs/performance.md); a concatenation was counted as a copy of each input:
+
+    183  as it is
+    215  without `VALUE`: values skip the norm and the rotation, and are joined with the keys again
+    246  with `plain_heads`: two norms and two rotations, and values that are joined with the keys
+
+Complex tables save no kernel but inputs, each of which costs the host time: `rotate` reads five
+arrays, and would read seven if cosine, sine and both norm weights of a pair came apart.
 """
 
 from __future__ import annotations
@@ -18,15 +31,14 @@ from openelm_mlx.model.cache import Cache, KVCache, as_caches
 from openelm_mlx.model.cache_kinds import Mask
 from openelm_mlx.model.config import LayerShape, OpenELMConfig, layer_shapes
 
-VALUE = 1e30  # marks a value head in a table of norm weights: no weight is as large
+VALUE = 1e30  # marks a value head in the table of norm weights, where no weight is as large
 
 
 def rotary(positions: mx.array, head_dim: int, base: float) -> mx.array:
     """Return the rotary embedding (arXiv:2104.09864) of positions [batch or 1, length].
 
-    It is [batch or 1, length, 1, 2, head_dim / 2] complex64, by which `rotate` multiplies in every
-    layer. Complex, because each input of a kernel costs the host time: here and in
-    `Attention.head_weights` one array holds two numbers an element.
+    It is exp(i angle), [batch or 1, length, 1, 2, head_dim / 2] complex64, by which `rotate`
+    multiplies in every layer.
     """
     turn: mx.array = turns(positions[..., None, None, None], frequencies(head_dim, base))
     return turn
@@ -34,7 +46,7 @@ def rotary(positions: mx.array, head_dim: int, base: float) -> mx.array:
 
 @lru_cache(maxsize=8)
 def frequencies(head_dim: int, base: float) -> mx.array:
-    """Return radians per position, forwards and backwards: [2, head_dim / 2].
+    """Return the radians per position, forwards and backwards, [2, head_dim / 2].
 
     They are evaluated, so that no step computes them again.
     """
@@ -47,7 +59,7 @@ def frequencies(head_dim: int, base: float) -> mx.array:
 
 @partial(mx.compile, shapeless=True)
 def turns(positions: mx.array, radians: mx.array) -> mx.array:
-    """Return exp(i * angle), as one fused kernel."""
+    """Return exp(i angle), by one fused kernel."""
     angles = positions.astype(mx.float32) * radians
     return mx.cos(angles) + 1j * mx.sin(angles)
 
@@ -56,9 +68,11 @@ def turns(positions: mx.array, radians: mx.array) -> mx.array:
 def rotate(
     x: mx.array, normed: mx.array, swapped: mx.array, weights: mx.array, turn: mx.array
 ) -> mx.array:
-    """Scale and rotate query and key heads, pass value heads through, as one kernel in float32.
+    """Scale and rotate query and key heads, and return value heads as they are, by one kernel.
 
-    Of a pair (a, b), a becomes Re((a + ib) exp(i angle)) and b becomes Re((b + ia) exp(-i angle)).
+    It computes in float32. Of a pair (a, b), a becomes Re((a + ib) exp(i angle)) and b becomes
+    Re((b + ia) exp(-i angle)). `x` and `normed` are [B, L, heads, 2, head_dim / 2], `swapped` is
+    `normed` with the partners of the pairs exchanged; `weights` is of `Attention.head_weights`.
     """
     own = mx.real(weights)  # so `weights - own` is i times the partner's
     pair = normed.astype(mx.float32) * own + swapped.astype(mx.float32) * (weights - own)
@@ -67,29 +81,28 @@ def rotate(
 
 @partial(mx.compile, shapeless=True)
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """Return silu(gate) * up, by one kernel."""
     return gate * mx.sigmoid(gate) * up
 
 
 def for_any_thread(array: mx.array) -> mx.array:
-    """Start computing an array that a module keeps: one that is not evaluated belongs to its
-    thread.
-    """
-    with suppress(ValueError):  # within a transformation, such as mx.compile, it is kept for that
+    """Start computing an array that a module keeps: until then only this thread may use it."""
+    with suppress(ValueError):  # within a transformation such as mx.compile it cannot be computed
         mx.async_eval(array)
     return array
 
 
 class Transposed(nn.Module):
-    """A module that transposes its weight once and not at every token."""
+    """A module that transposes its weight once instead of at every token."""
 
     def __init__(self, *shape: int, **options: Any) -> None:
-        super().__init__(*shape, **options)  # that of nn.Linear or nn.Embedding
+        super().__init__(*shape, **options)  # of nn.Linear or nn.Embedding
         self._kept: tuple[mx.array, ...] = ()
 
     def transposed(self) -> mx.array:
         """Return the weight [output, input] as a view [input, output].
 
-        It is made anew when another weight is put in place.
+        It is made anew when the module has got another weight.
         """
         if not self._kept or self._kept[0] is not self.weight:
             self._kept = (self.weight, for_any_thread(self.weight.T))
@@ -108,16 +121,17 @@ class Linear(Transposed, nn.Linear):
 
 
 class Embedding(Transposed, nn.Embedding):
-    """The rows of the tokens, and the head where it is tied to them."""
+    """The embedding of the tokens, and the head where the two are tied."""
 
     def as_linear(self, x: mx.array) -> mx.array:
+        """Return the logits [..., vocab] of hidden states [..., model_dim]."""
         return x @ self.transposed()
 
 
 def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
-    """Return residual + projection(x), as one kernel where the projection is a plain matrix.
+    """Return residual + projection(x), by one kernel where the projection is a plain matrix.
 
-    Whatever else is in its place, such as an adapter, is called.
+    Any other module in its place, such as an adapter, is called.
     """
     if type(projection) is Linear:
         return mx.addmm(residual, x, projection.transposed())
@@ -125,26 +139,26 @@ def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.a
 
 
 class Pass(NamedTuple):
-    """What all layers share in one pass; their activations are [batch * length, width]."""
+    """What all layers share in one pass. Activations are [batch * length, model_dim]."""
 
     batch: int
     length: int
-    turn: mx.array  # of `rotary`
+    turn: mx.array  # from `rotary`
     mask: Mask
 
 
 class Projection(NamedTuple):
-    """What `qkv_proj` gave in one layer, and what it takes to norm and to rotate it.
+    """The output of `qkv_proj` in one layer, and what its norm and rotation need.
 
-    A cache asks for the heads when it stores them: norm, rotation and store can become one kernel.
+    A cache asks for the heads when it stores them, so a kernel could norm, rotate and store.
     """
 
     raw: mx.array  # [B, L, q + 2 kv, head_dim]
-    weights: mx.array  # of `Attention.head_weights`
-    turn: mx.array  # of `rotary`
+    weights: mx.array  # from `Attention.head_weights`
+    turn: mx.array  # from `rotary`
     q_heads: int
-    eps: float | None  # of the norm of queries and keys; None: there is none
-    last: bool  # only the last token asks; keys and values are those of all
+    eps: float | None  # of the norm of queries and keys; None without a norm
+    last: bool  # queries of the last token only, keys and values of all
 
     def heads(self) -> tuple[mx.array, mx.array]:
         """Return queries [B, q_heads, L or 1, D], and keys and values [2, B, kv_heads, L, D]."""
@@ -152,7 +166,7 @@ class Projection(NamedTuple):
         B, L, _, D = x.shape
         pairs = (B, L, -1, 2, D // 2)
         plain = x.reshape(*pairs)
-        # Value heads are normed for nothing: one kernel for all heads is what counts.
+        # value heads are normed too, though `rotate` takes the plain ones: one kernel for all heads
         normed = plain if self.eps is None else mx.fast.rms_norm(x, None, self.eps).reshape(*pairs)
         turned = rotate(plain, normed, normed[..., ::-1, :], self.weights, self.turn)
         if L == 1:  # reshaping does what transposing would, in one operation
@@ -165,7 +179,7 @@ class Projection(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RMS-normalised queries and keys, all heads in one projection."""
+    """Grouped-query attention with normalised queries and keys, all heads in one projection."""
 
     def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
         super().__init__()
@@ -182,11 +196,10 @@ class Attention(nn.Module):
         self._table: tuple[Any, ...] = ()
 
     def head_weights(self) -> mx.array:
-        """Return [heads, 2, head_dim / 2] complex64: the norm weight of each element, `VALUE` in
-        value heads.
+        """Return the norm weight of each element of each head, [heads, 2, head_dim / 2] complex64.
 
-        The imaginary part is the weight of the element it turns with. The table is kept between
-        calls, and made anew when training or loading puts other norm weights in place.
+        The imaginary part is the weight of its partner in the rotation; in value heads both are
+        `VALUE`. The table is kept, and made anew when training or loading sets other norm weights.
         """
         sources = (self.q_norm.weight, self.k_norm.weight) if self.normalize else (None, None)
         if self._table and self._table[0] is sources[0] and self._table[1] is sources[1]:
@@ -198,9 +211,21 @@ class Attention(nn.Module):
         self._table = (*sources, for_any_thread(weights + 1j * weights[:, ::-1]))
         return self._table[2]
 
+    def plain_heads(self, raw: mx.array, offset: int, base: float) -> tuple[mx.array, mx.array]:
+        """Return what `Projection.heads` returns, in the plain way; only tests call it.
+
+        `raw` is [B, L, q + 2 kv, head_dim], of tokens from position `offset` on.
+        """
+        q, k, v = mx.split(raw.swapaxes(1, 2), [self.q_heads, self.q_heads + self.kv_heads], axis=1)
+        if self.normalize:
+            q, k = self.q_norm(q), self.k_norm(k)
+        rope = partial(mx.fast.rope, dims=self.head_dim, traditional=False, base=base, scale=1.0)
+        return rope(q, offset=offset), mx.stack([rope(k, offset=offset), v])
+
     def __call__(
         self, x: mx.array, residual: mx.array, shared: Pass, cache: Cache, last: bool = False
     ) -> mx.array:
+        """Return residual + attention, [B * L, model_dim]; with `last`, [B, model_dim]."""
         B, L, turn, mask = shared
         projected = self.qkv_proj(x).reshape(B, L, -1, self.head_dim)
         eps = self.eps if self.normalize else None
@@ -227,8 +252,7 @@ class FeedForward(nn.Module):
         if not self.gated:
             x = nn.silu(x)
         elif x.shape[0] == 1:
-            # Halves as rows: split along a row, they would keep its stride, and be copied for
-            # proj_2.
+            # halves as rows: halves of a row would keep its stride, and be copied for proj_2
             x = swiglu(*mx.split(x.reshape(2, -1), 2))
         else:
             x = swiglu(*mx.split(x, 2, axis=-1))
@@ -274,11 +298,12 @@ class OpenELM(nn.Module):
     def hidden(
         self, tokens: mx.array, cache: KVCache | list[Any] | None = None, last: bool = False
     ) -> mx.array:
-        """Return the normalised last hidden states [batch, length, model_dim] of token ids.
+        """Return the last normalised hidden states [batch, length, model_dim] of token ids.
 
-        The ids are [batch, length], or [batch] for one each. With `last`, only the last position's
-        states are returned, [batch, model_dim]: the last layer then computes no other. `cache` is a
-        `KVCache`, or a list with an entry for each layer, ours or mlx-lm's.
+        The ids are [batch, length], or [batch] for one token each. With `last`, only the states of
+        the last position are returned, [batch, model_dim], and the last layer computes no others.
+        `cache` is a `KVCache`, or a list with an entry for each layer, ours or mlx-lm's. Raises
+        `CacheError` for a cache of another number of layers.
         """
         caches = as_caches(cache, len(self.layers))
         batch, length = tokens.shape if tokens.ndim == 2 else (tokens.size, 1)

@@ -189,7 +189,7 @@ def test_table_says_that_it_is_predicted(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_unknown_sizes_and_chips_are_refused() -> None:
-    with pytest.raises(ConfigError, match="no published OpenELM size"):
+    with pytest.raises(ConfigError, match="not a published OpenELM size"):
         predictions("m3-max", ["7b"])
     with pytest.raises(BenchmarkError, match="did you mean"):
         predictions("m3-maxx")

@@ -357,7 +357,7 @@ def test_command_prints_both_ledgers(capsys: pytest.CaptureFixture[str]) -> None
         word in shown
         for word in ("by purpose", "RoPE", "of mlx-lm's", "not run on Metal", "same kernel")
     )
-    assert main(["7b"]) == 2 and "no published OpenELM size" in capsys.readouterr().err
+    assert main(["7b"]) == 2 and "not a published OpenELM size" in capsys.readouterr().err
 
 
 @pytest.mark.needs("Linux")  # nothing else lets a process choose its cores

@@ -479,10 +479,10 @@ def test_a_form_that_cannot_be_followed(form: dict[str, Any], said: str) -> None
         ),
         ({"json_schema": "[1]"}, "json_schema is '[1]'; allowed is a schema that is an object"),
         ({"json_schema": '{"a":' * 20_000}, "; it is nested too deeply"),
-        ({"json_schema": "{"}, "json_schema is '{'; that is no JSON: Expecting property name"),
+        ({"json_schema": "{"}, "json_schema is '{'; that is not JSON: Expecting property name"),
         (
             {"json_schema": {"a": object()}},
-            "that is no JSON: Object of type object is not JSON serializable",
+            "that is not JSON: Object of type object is not JSON serializable",
         ),
         ({"regex": "a\ud800"}, "regex is 'a\\ud800'; that is not valid UTF-8, so no text has it"),
         (

@@ -211,7 +211,7 @@ def test_the_latest_stays_whatever_it_takes(engine):
 def test_tokens_that_the_cache_does_not_hold_are_refused(engine):
     store = PromptCache()
     with pytest.raises(
-        CacheError, match="the cache holds 9 tokens, but 8 were given; give those that it holds"
+        CacheError, match="the cache has 9 tokens, but 8 were given; give those of the cache"
     ):
         store.put(ONE, TOKENS[:8], written(engine, TOKENS[:9]))
     assert len(store) == 0
@@ -328,7 +328,7 @@ def test_the_latest_sequence_of_an_engine_is_saved(tiny, engine, tmp_path):
 def test_saved_caches_are_refused_where_they_do_not_belong(tiny, engine, tmp_path):
     path = tmp_path / "talk.safetensors"
     with pytest.raises(
-        CacheError, match="the cache holds nothing that random-1 has run; there is nothing to save"
+        CacheError, match="the cache has nothing that random-1 has run; there is nothing to save"
     ):
         PromptCache().save(path, engine)
     store = ran(engine, TOKENS[:9])
@@ -357,7 +357,7 @@ def test_saved_caches_are_refused_where_they_do_not_belong(tiny, engine, tmp_pat
             PromptCache.load(path, other)
     with pytest.raises(
         CacheError,
-        match="holds plain keys and values; asked for are 8-bit keys and values, group 32",
+        match="has plain keys and values; the options ask for 8-bit keys and values, group 32",
     ):
         PromptCache.load(path, engine, OPTIONS[EIGHT])
     data = path.read_bytes()
@@ -367,12 +367,12 @@ def test_saved_caches_are_refused_where_they_do_not_belong(tiny, engine, tmp_pat
         "empty": b"",
     }.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(CacheError, match=r"is no saved cache.*give another file|is damaged"):
+        with pytest.raises(CacheError, match=r"is not a saved cache.*give another file|is damaged"):
             PromptCache.load(tmp_path / name, engine)
     mx.save_safetensors(str(path), {"a": mx.zeros(3)}, {"format": "other"})
-    with pytest.raises(CacheError, match="no saved cache of this version"):
+    with pytest.raises(CacheError, match="not a saved cache of this version"):
         PromptCache.load(path, engine)
-    with pytest.raises(CacheError, match="no saved cache"):
+    with pytest.raises(CacheError, match="not a saved cache"):
         PromptCache.load(tmp_path / "nowhere", engine)
     with pytest.raises(OptionError, match="options is .*; allowed is one made by EngineOptions"):
         PromptCache.load(path, engine, EIGHT)

@@ -330,7 +330,7 @@ def test_a_window_that_an_interrupted_pass_has_overwritten_is_refused(model):
         cache = prefilled(model, kind, TOKENS[:held])
         stopped_at(model, 1, lambda: model(mx.array([OTHERS[:more]]), cache))  # noqa: B023
         with pytest.raises(
-            CacheError, match="an interrupted pass has overwritten what this cache held; clear it"
+            CacheError, match="an interrupted pass has overwritten tokens of this cache; clear it"
         ):
             model(mx.array([TOKENS[held:]]), cache)
         assert cache.prefix(held) is None

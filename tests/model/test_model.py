@@ -1,6 +1,10 @@
-"""The decoder: modules in place of its projections, gradients, and mlx-lm's caches."""
+"""The decoder: its heads computed plainly, modules in place of its projections, gradients, and
+mlx-lm's caches.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 from small import random_model
@@ -8,7 +12,8 @@ from small import random_model
 from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.model.cache import KVCache, step_caches
 from openelm_mlx.model.cache_kinds import CacheKind
-from openelm_mlx.model.decoder import Linear
+from openelm_mlx.model.config import layer_shapes
+from openelm_mlx.model.decoder import Attention, Linear, Projection, rotary
 
 TOKENS = mx.array([[1, 5, 9, 30, 12, 7, 7, 3], [1, 9, 30, 2, 9, 3, 3, 60]])
 PROJECTIONS = [("attn", "qkv_proj"), ("attn", "out_proj"), ("ffn", "proj_1"), ("ffn", "proj_2")]
@@ -80,6 +85,27 @@ def test_what_stands_in_place_of_a_projection_is_called(kind):
         (beside(TOKENS[:1, 7:], alone), wanted[:1, 7:]),
     ):
         assert mx.abs(found - expected).max().item() < 1e-4
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 5), (3, 1), (2, 4)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_heads_are_those_of_the_plain_norm_and_rotation(batch, length, normalize):
+    config = replace(random_model(seed=1).args, normalize_qk_projections=normalize)
+    attention = Attention(config, layer_shapes(config)[0])
+    if normalize:
+        for number, norm in enumerate((attention.q_norm, attention.k_norm)):
+            norm.weight = mx.random.normal(norm.weight.shape, key=mx.random.key(number))
+    heads, base, offset = attention.q_heads + 2 * attention.kv_heads, config.rope_freq_constant, 3
+    raw = mx.random.normal((batch, length, heads, attention.head_dim), key=mx.random.key(5))
+    turn = rotary(mx.arange(offset, offset + length)[None], attention.head_dim, base)
+    eps = attention.eps if normalize else None
+    weights = attention.head_weights()
+    plain = attention.plain_heads(raw, offset, base)
+    for last in (False, True):
+        found = Projection(raw, weights, turn, attention.q_heads, eps, last).heads()
+        expected = (plain[0][:, :, -1:], plain[1]) if last else plain
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.shape == theirs.shape and mx.allclose(ours, theirs, atol=1e-5).item()
 
 
 def loss(model, tokens):
