@@ -354,6 +354,18 @@ def test_a_soak_of_a_few_requests_finds_nothing_wrong(tiny, monkeypatch):
     assert "repeated alone" in seen.summary()[0]
 
 
+def test_the_suite_of_a_soak_gives_the_row_of_its_probe(short, monkeypatch):
+    monkeypatch.setattr(soaking, "SHIFT", 1)
+    monkeypatch.setattr(soaking, "PROBE", (16, 8))
+    options = BenchmarkOptions(models=(str(short),), suite="soak", minutes=0.01)
+    document = run.run(options)
+    (row,) = document.rows
+    assert (row.case.prompt_tokens, row.case.generation_tokens) == (16, 8)
+    assert row.metrics["decode_tokens_per_second"].median > 0
+    assert "generations (" in row.notes[0] and "repeated alone" in row.notes[0]
+    assert not run.failed(document)
+
+
 def test_a_soak_sees_a_wrong_token(tiny):
     seen = soaking.Soak()
     driver = soaking.Driver(tiny, random.Random(0), seen)
