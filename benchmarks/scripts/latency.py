@@ -1,14 +1,12 @@
-"""Time what a request waits for: others that run, a sampler's new settings, a grammar's masks.
+"""Time what a request waits for: others that run, and settings of the sampler that are new.
 
     python -m openelm_mlx.benchmarks.scripts.latency join [MODEL] [--admission 16,32,64]
     python -m openelm_mlx.benchmarks.scripts.latency temperatures [MODEL]
-    python -m openelm_mlx.benchmarks.scripts.latency masks [--schemas 1000] [--pieces 32000]
 
 `join`: rows run and a prompt of 900 tokens joins them. How much longer do their steps take
 meanwhile, and how much later does it get its first token than alone? `temperatures`: many settings
 in one process. How many steps are traced, and how much later is the first token of a temperature
-that is new? `masks`: random walks through as many JSON schemas, over a tokenizer of pieces made of
-Python's own library. How long do a grammar, a mask and accepting a token take?
+that is new?
 """
 
 from __future__ import annotations
@@ -17,39 +15,28 @@ import argparse
 import json
 import math
 import random
-import re
 import sys
-import sysconfig
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
-from openelm_mlx import BatchEngine, GenerationOptions, SamplingOptions, stream_generate
+from openelm_mlx import BatchEngine, SamplingOptions, stream_generate
 from openelm_mlx.benchmarks.measure.weights import open_engine, random_engine
 from openelm_mlx.benchmarks.results.statistics import paired_ratio
 from openelm_mlx.benchmarks.scripts.pairs import in_turns
 from openelm_mlx.device import blas, mx
-from openelm_mlx.engine.grammar import Constraint, constraint
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.sampling import Filters
-from openelm_mlx.engine.tokenizer import Tokenizer
-from openelm_mlx.model.config import BOS, EOS
+from openelm_mlx.model.config import BOS
 
 ROWS, PROMPT, ANSWER = 8, 900, 100  # rows that run; tokens of the prompt that joins, of its answer
 STEADY = 8  # steps or tokens after which everything runs at its usual speed
 STALL = 5.0  # aims: at most this ratio of the p99 of a step to the median,
 LATE = 1.7  # of the joining prompt's time to its first token to that alone,
 NEW = 1.2  # and of a new temperature's time to its first token to that of a known one
-BYTES_FROM, LONGEST_WALK = 3, 256
-WORDS = ("name", "age", "kind", "colour", "tags", "title", "when", "size", "note", "owner")
-VALUES = ("red", "green", "a king", "12", "yes", "no", "old", "the sea", "Tom", "ready")
 CLOCKS = {"wall": perf_counter, "cpu": process_time}
 clock = perf_counter
 
@@ -202,104 +189,12 @@ def temperatures(engine: Engine, settings: int, pairs: int) -> Result:
     return result
 
 
-def random_schema(rng: random.Random, more: bool, depth: int = 0) -> dict[str, Any]:
-    """Return a random schema: an object at the top, with texts, numbers, lists and objects in it.
-
-    `more` leaves it to the model to add properties.
-    """
-    low = rng.randrange(100)
-    scalars: list[dict[str, Any]] = [
-        {"type": "string"},
-        {"type": "string", "maxLength": rng.randrange(5, 40)},
-        {"enum": rng.sample(VALUES, 3)},
-        {"type": "integer"},
-        {"type": "integer", "minimum": low, "maximum": low + rng.randrange(1000)},
-        {"type": "number"},
-        {"type": "boolean"},
-        {"type": "null"},
-    ]
-    kinds = ["object", "array", *scalars] if depth < 3 else scalars
-    kind = "object" if depth == 0 else rng.choice(kinds)
-    if kind == "array":
-        bounds = {"minItems": rng.randrange(2), "maxItems": rng.randrange(2, 5)}
-        return {"type": "array", "items": random_schema(rng, more, depth + 1)} | bounds
-    if isinstance(kind, dict):
-        return kind
-    names = rng.sample(WORDS, rng.randrange(1, 5))
-    properties = {name: random_schema(rng, more, depth + 1) for name in names}
-    required = [name for name in names if rng.random() < 0.8]
-    made: dict[str, Any] = {"type": "object", "properties": properties, "required": required}
-    return made if more else made | {"additionalProperties": False}
-
-
-def pieces_engine(pieces: list[bytes]) -> Any:
-    """Return what a grammar needs of an engine: control tokens, all bytes, then `pieces`."""
-    pieces = [b"", b"", b"", *(bytes([byte]) for byte in range(256)), *pieces]
-    tokenizer = Tokenizer(pieces, lambda text, continued: [], Path(), "")
-    config = SimpleNamespace(eos_token_ids=(EOS,))
-    return SimpleNamespace(tokenizer=tokenizer, vocab=len(pieces), config=config)
-
-
-def common_pieces(count: int) -> list[bytes]:
-    """Return the commonest words, and beginnings of words, in Python's library."""
-    seen: Counter[str] = Counter()
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:150]:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        for word in re.findall(r" ?\w+| ?[^\w\s]+|\s+", text):
-            seen.update(word[:length] for length in range(1, len(word) + 1))
-    texts = sorted(seen, key=lambda text: (-seen[text], text))
-    return [text.encode() for text in texts[:count]]
-
-
-def walk(found: Constraint, ends: Any, rng: random.Random) -> list[float]:
-    """Return the seconds of each mask and acceptance on a random way through one document."""
-    times: list[float] = []
-    for _ in range(LONGEST_WALK):
-        start = perf_counter()
-        mask = found.mask()
-        taken = perf_counter() - start
-        allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(ends)].astype(bool)
-        ending = np.flatnonzero(allowed & ends)
-        # a fifth of the tokens may close a text, a list or an object: by chance alone none would
-        tokens = ending if len(ending) and rng.random() < 0.2 else np.flatnonzero(allowed)
-        token = int(rng.choice(tokens))
-        if token == EOS:
-            return [*times, taken]
-        start = perf_counter()
-        found.accept(token)
-        times.append(taken + perf_counter() - start)
-    return times
-
-
-def masks(schemas: list[dict[str, Any]], count: int, seed: int) -> Result:
-    """Time grammars and their masks over `count` pieces."""
-    engine, rng = pieces_engine(common_pieces(count - BYTES_FROM - 256)), random.Random(seed)
-    ends = np.array([any(mark in piece for mark in b'"]}') for piece in engine.tokenizer.pieces])
-    steps: list[float] = []
-    built: list[float] = []
-    for schema in schemas:
-        start = perf_counter()
-        found: Any = constraint(engine, GenerationOptions(json_schema=json.dumps(schema)))
-        built.append(perf_counter() - start)
-        steps += walk(found, ends, rng)
-    return {
-        "pieces": engine.vocab,
-        "masks": len(steps),
-        "mask_us": 1e6 * median(steps),
-        "mask_p99_us": 1e6 * percentile(steps, 0.99),
-        "mask_longest_us": 1e6 * max(steps),
-        "grammar_ms": 1e3 * median(built),
-        "grammar_p99_ms": 1e3 * percentile(built, 0.99),
-        "first_grammar_ms": 1e3 * built[0],  # with the tokenizer's index
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="latency", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("what", choices=("join", "temperatures", "masks"))
+    add("what", choices=("join", "temperatures"))
     model = "a name, folder or file, or random:SIZE"
     add("model", nargs="?", default="openelm-tiny", help=model)
     add("--dtype", help="compute in this type")
@@ -309,10 +204,6 @@ def main(argv: list[str] | None = None) -> int:
     trials = "joins, or a third of the pairs (default: 10)"
     add("--trials", type=int, default=10, help=trials)
     add("--settings", type=int, default=100, help="settings of the sampler (default: 100)")
-    add("--schemas", type=int, default=1000, help="walks through schemas (default: 1000)")
-    add("--pieces", type=int, default=32_000, help="of the tokenizer of masks (default: 32000)")
-    add("--seed", type=int, default=1, help="of schemas and walks (default: 1)")
-    add("--open", action="store_true", help="objects may have further properties")
     busy = "cpu: for a machine that is busy otherwise"
     add("--clock", choices=sorted(CLOCKS), default="wall", help=busy)
     add("--json", type=Path, metavar="FILE", help="write the result here")
@@ -320,24 +211,17 @@ def main(argv: list[str] | None = None) -> int:
     global clock
     clock = CLOCKS[args.clock]
     found: list[Result] = []
-    if args.what == "masks":
-        rng = random.Random(args.seed)
-        schemas = [random_schema(rng, args.open) for _ in range(args.schemas)]
-        found.append(masks(schemas, args.pieces, args.seed))
+    size = args.model.removeprefix("random:")
+    if size == args.model:
+        engine = open_engine(size, args.dtype, args.bits)[0]
     else:
-        size = args.model.removeprefix("random:")
-        if size == args.model:
-            engine = open_engine(size, args.dtype, args.bits)[0]
-        else:
-            engine = random_engine(size, args.dtype, args.bits)
-        if args.what == "temperatures":
-            found.append(temperatures(engine, args.settings, 3 * args.trials))
-        for admission in (args.admission or "").split(",") if args.what == "join" else ():
-            print(
-                f"\radmission {admission or 'by default'} ...", end="", file=sys.stderr, flush=True
-            )
-            settings = {"admission": int(admission)} if admission else {}
-            found.append(join(engine, args.trials, **settings))
+        engine = random_engine(size, args.dtype, args.bits)
+    if args.what == "temperatures":
+        found.append(temperatures(engine, args.settings, 3 * args.trials))
+    for admission in (args.admission or "").split(",") if args.what == "join" else ():
+        print(f"\radmission {admission or 'by default'} ...", end="", file=sys.stderr, flush=True)
+        settings = {"admission": int(admission)} if admission else {}
+        found.append(join(engine, args.trials, **settings))
     facts = {name: getattr(args, name) for name in ("model", "dtype", "bits", "clock")}
     text = json.dumps({**facts, "blas": blas.path, args.what: found}, indent=1)
     if args.json:

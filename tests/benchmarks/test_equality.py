@@ -1,4 +1,4 @@
-"""A few of the trials of `benchmarks/scripts/equality.py`, and that its judge sees what is wrong."""
+"""A few of the trials of `benchmarks/scripts/equality.py`; the judge must see what is wrong."""
 
 from __future__ import annotations
 

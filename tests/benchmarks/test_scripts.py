@@ -1,13 +1,14 @@
-"""The parts of benchmarks/scripts that need neither another checkout nor another engine."""
+"""The scripts of the benchmarks, and a tool of the tests, as far as they run in a moment."""
 
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
+from answers import fits, random_schema, time_masks
 
-from openelm_mlx.benchmarks.scripts.latency import masks, random_schema
 from openelm_mlx.benchmarks.scripts.pairs import CASES, Comparison, in_turns, measure
 from openelm_mlx.errors import BenchmarkError
 
@@ -37,6 +38,16 @@ def test_a_checkout_without_its_environment_is_refused(tmp_path: Path) -> None:
 @pytest.mark.needs("llguidance")
 def test_masks_of_random_schemas_are_walked_through_and_timed() -> None:
     rng = random.Random(1)
-    found = masks([random_schema(rng, more=False) for _ in range(3)], 2000, seed=1)
-    assert found["pieces"] == 2000 and found["masks"] > 10
-    assert 0 < found["mask_us"] <= found["mask_p99_us"] <= found["mask_longest_us"]
+    text = time_masks([random_schema(rng, more=False) for _ in range(3)], 2000, seed=1)
+    assert re.match(r"\d+ masks over 2,000 pieces: median [\d.]+ us, p99 \d+ us", text)
+
+
+def test_the_tool_of_answers_tells_documents_of_a_schema_from_others() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 9}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    assert fits(schema, {"a": 3}) and not fits(schema, {"a": 2}) and not fits(schema, {})
+    assert not fits(schema, {"a": 3, "b": 1}) and not fits(schema, {"a": True})

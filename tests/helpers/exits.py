@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from openelm_mlx import load, stream_generate
 
 def start(seed=0, engine=None):
-    return stream_generate(engine or load(), [1, 500, 600], max_tokens=30, temperature=0.8, seed=seed)
+    options = {"max_tokens": 30, "temperature": 0.8, "seed": seed}
+    return stream_generate(engine or load(), [1, 500, 600], **options)
 
 def in_threads(count, call):
     threads = [threading.Thread(target=call, args=(number,)) for number in range(count)]
