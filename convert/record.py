@@ -5,13 +5,11 @@ goes along with the weights.
 from __future__ import annotations
 
 import hashlib
-import platform
 import re
 import shlex
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from openelm_mlx import __version__
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize.plan import number_of, role
 from openelm_mlx.convert.sources import LICENCE_KEYS, TensorSource
+from openelm_mlx.device import facts
 from openelm_mlx.engine.hub import SHORT_NAMES, is_published
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import Plan, QuantSpec, config_entry
@@ -175,10 +174,11 @@ def conversion_record(
     hashes: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return the content of conversion.json."""
+    found = facts()
     record: dict[str, Any] = {
         "tool": "openelm-mlx",
         "version": __version__,
-        "versions": {"mlx": version("mlx"), "python": platform.python_version()},
+        "versions": {name: found[name] for name in ("mlx", "python")},
         "command": command_line(options),
         "source": options.shown_source,
         "parameters": report.parameters,

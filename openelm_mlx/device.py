@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from openelm_mlx.device_settings import LIMITS, load_blas, set_buffer_limits, wired_limit
+from openelm_mlx.device_settings import LIMITS, load_blas, set_buffer_limits, sysctl, wired_limit
 
 blas, buffer_settings = load_blas(), set_buffer_limits()
 
@@ -31,6 +31,7 @@ __all__ = [
     "buffer_settings",
     "facts",
     "kind",
+    "memory_bytes",
     "mx",
     "nn",
     "optimizers",
@@ -84,8 +85,9 @@ def facts() -> dict[str, Any]:
         "system_version": macos or platform.release(),
         "machine": platform.machine(),
         "chip": device.get("device_name") or cpu_name(),
+        "processor": sysctl("hw.model") or processor_of(cpuinfo()),
         "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
         "backend": kind(),
         "wired_limit_bytes": wired_limit(device.get("max_recommended_working_set_size"), macos),
         "command_buffers": " ".join(buffers) or "MLX's own",
@@ -97,18 +99,37 @@ def facts() -> dict[str, Any]:
     }
 
 
+def memory_bytes() -> int:
+    """Return the size of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def installed(package: str) -> str | None:
+    """Return the version of a package, None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
+def cpuinfo() -> str:
+    """Return what Linux says of the processor; it is empty elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def cpu_name() -> str:
     """Return the processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    lines = [line.partition(":") for line in cpuinfo().splitlines()]
+    names = [value.strip() for name, _, value in lines if name.strip() == "model name"]
     return names[0] if names else platform.processor()
+
+
+def processor_of(cpuinfo: str) -> str | None:
+    """Return what tells processors of one name apart: `AuthenticAMD family 25 model 17 ...`."""
+    lines = [line.partition(":") for line in cpuinfo.partition("\n\n")[0].splitlines()]
+    first = {name.strip(): value.strip() for name, _, value in lines}
+    words = {"vendor_id": "", "cpu family": "family ", "model": "model ", "stepping": "stepping "}
+    return " ".join(text + first[key] for key, text in words.items() if key in first) or None

@@ -137,12 +137,17 @@ def wired_limit(recommended_bytes: int | None, system_version: str) -> int | Non
 
 
 def chip_name() -> str | None:
-    """Return the processor's name as macOS tells it, without importing MLX; None elsewhere."""
+    """Return the processor's name as macOS tells it ("Apple M2 Max"); None elsewhere."""
+    return sysctl("machdep.cpu.brand_string")
+
+
+def sysctl(key: str) -> str | None:
+    """Return a text that macOS knows by `key`, without starting a program; None elsewhere."""
     if sys.platform != "darwin":
         return None
     try:
         libc = ctypes.CDLL(None)
-        name, size = b"machdep.cpu.brand_string", ctypes.c_size_t(0)
+        name, size = key.encode(), ctypes.c_size_t(0)
         libc.sysctlbyname(name, None, ctypes.byref(size), None, ctypes.c_size_t(0))
         buffer = ctypes.create_string_buffer(size.value)
         failed = libc.sysctlbyname(name, buffer, ctypes.byref(size), None, ctypes.c_size_t(0))

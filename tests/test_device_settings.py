@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from openelm_mlx import device_settings
+from openelm_mlx.device import processor_of
 from openelm_mlx.device_settings import (
     LIMITS,
     BlasChoice,
@@ -186,3 +187,11 @@ def test_no_chip_and_no_setting_off_macos() -> None:
 
 def test_settings_as_doctor_prints_them() -> None:
     assert str(MetalSettings({"A": "1", "B": "2"})) == "A=1 B=2"
+
+
+def test_processors_of_one_name_are_told_apart() -> None:
+    names = ("vendor_id", "cpu family", "model", "model name", "stepping")
+    values = ("AuthenticAMD", "25", "17", "AMD EPYC", "1")
+    lines = "\n".join(f"{name}\t: {value}" for name, value in zip(names, values, strict=True))
+    assert processor_of(f"{lines}\n\n{lines}") == "AuthenticAMD family 25 model 17 stepping 1"
+    assert processor_of("") is None

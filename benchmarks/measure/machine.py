@@ -34,7 +34,7 @@ def machine() -> Machine:
     known = {item.name for item in fields(Machine)}
     found = {name: value for name, value in facts().items() if name in known}
     found["blas"] = loaded_blas() or "MLX's own"
-    found["processor"], found["thermal_pressure"] = processor(), thermal_pressure()
+    found["thermal_pressure"] = thermal_pressure()
     found["nominal_bytes_per_second"] = nominal_bandwidth(found["chip"])
     return Machine(**found)
 
@@ -49,10 +49,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def loaded_blas() -> str | None:
     """Return the file name of an OpenBLAS in this process: on Linux it replaces MLX's own."""
     lines = text_of(Path("/proc/self/maps")).splitlines()
@@ -60,21 +56,6 @@ def loaded_blas() -> str | None:
     # numpy brings a private copy under another name, which MLX does not see
     ours = (name for name in names if "scipy" not in name and "64_" not in name)
     return next((name for name in ours if name.startswith("libopenblas")), None)
-
-
-def processor() -> str | None:
-    """Return the exact model of the processor: Linux's numbers for it, or Apple's model name."""
-    if sys.platform == "darwin":
-        return said(["sysctl", "-n", "hw.model"])
-    return read_processor(text_of(Path("/proc/cpuinfo")))
-
-
-def read_processor(cpuinfo: str) -> str | None:
-    """Return what tells processors of one name apart: `AuthenticAMD family 25 model 17 ...`."""
-    lines = [line.partition(":") for line in cpuinfo.partition("\n\n")[0].splitlines()]
-    first = {name.strip(): value.strip() for name, _, value in lines}
-    words = {"vendor_id": "", "cpu family": "family ", "model": "model ", "stepping": "stepping "}
-    return " ".join(text + first[key] for key, text in words.items() if key in first) or None
 
 
 def text_of(path: Path) -> str:

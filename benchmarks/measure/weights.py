@@ -17,7 +17,6 @@ from typing import Any
 
 from openelm_mlx import device
 from openelm_mlx.benchmarks.hardware.roofline import bytes_per_token
-from openelm_mlx.benchmarks.measure import machine
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions, Point
 from openelm_mlx.benchmarks.peers import OURS
 from openelm_mlx.benchmarks.results.document import Case
@@ -294,7 +293,7 @@ def groups(
         notes.append(f"{model} has {stored}-bit weights already: {what}")
     unquantized = 16 if suite.dtype in ("bfloat16", "float16") else 32
     size = config.num_parameters * sum((bits or unquantized) / 8 for bits in fewer)
-    if len(fewer) == 1 or size * (1 + peers) < machine.memory_bytes() / 2:
+    if len(fewer) == 1 or size * (1 + peers) < device.memory_bytes() / 2:
         return [fewer]
     what = "do not fit into memory together and were measured one after the other"
     notes.append(f"{model}: the numbers of bits {what}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,7 +10,7 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.utils import load_model
 
 from openelm_mlx.benchmarks.peers import Timed
-from openelm_mlx.device import mx, nn, utils
+from openelm_mlx.device import facts, mx, nn, utils
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.engine.loading import cast
 
@@ -23,7 +22,7 @@ class MlxLm:
     notes: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, load_seconds: float) -> None:
-        self.model, self.load_seconds, self.version = model, load_seconds, version("mlx-lm")
+        self.model, self.load_seconds, self.version = model, load_seconds, facts()["mlx_lm"]
         parameters: Any = utils.tree_flatten(model.parameters())
         self.nbytes = sum(array.nbytes for _, array in parameters)
 

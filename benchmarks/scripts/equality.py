@@ -40,7 +40,7 @@ from openelm_mlx.device import blas
 from openelm_mlx.dtypes import DTYPES, FLOATS
 from openelm_mlx.engine.draft_model import ModelDraft
 from openelm_mlx.engine.loading import Engine
-from openelm_mlx.engine.options import EngineOptions
+from openelm_mlx.engine.options import KV_BITS, EngineOptions
 from openelm_mlx.model.cache_kinds import CacheKind
 
 RENEW = 100  # trials after which models of random weights are made anew
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--draft", metavar="MODEL", help="a smaller model with the same tokenizer")
     add("--trials", type=int, default=1000, help="default: 1000")
     add("--seed", type=int, default=0)
-    add("--kv-bits", type=int, choices=(4, 8), help="quantized keys and values")
+    add("--kv-bits", type=int, choices=KV_BITS, help="quantized keys and values")
     add("--dtype", choices=sorted(FLOATS), default="float32", help="default: float32")
     check = "of the answers alone, compared with the independent pass (default: 0.05)"
     add("--check", type=float, default=0.05, metavar="SHARE", help=check)

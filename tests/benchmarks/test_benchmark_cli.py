@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from small import random_engine
 
+from openelm_mlx import device
 from openelm_mlx.benchmarks import peers
 from openelm_mlx.benchmarks.checks import soak as soaking
 from openelm_mlx.benchmarks.checks.trials import Answer, Request
@@ -192,9 +193,9 @@ def test_widths_are_made_from_the_stored_weights_and_their_loss_is_measured(monk
 def test_widths_that_do_not_fit_into_memory_together_are_measured_one_by_one(monkeypatch):
     options = BenchmarkOptions(suite="paper", random_weights=("3b",))
     notes = []
-    monkeypatch.setattr(machine, "memory_bytes", lambda: 64 * 2**30)
+    monkeypatch.setattr(device, "memory_bytes", lambda: 64 * 2**30)
     assert groups("3b", options, 0, notes) == [(None, 4)] and notes == []
-    monkeypatch.setattr(machine, "memory_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(device, "memory_bytes", lambda: 8 * 2**30)
     assert groups("3b", options, 0, notes) == [(None,), (4,)]
     assert notes == [
         "3b: the numbers of bits do not fit into memory together and were measured one after the "
@@ -434,6 +435,6 @@ def test_machine_facts():
     found = machine.machine()
     assert (
         found.cores == os.cpu_count()
-        and found.memory_bytes == machine.memory_bytes()
+        and found.memory_bytes == device.memory_bytes()
         and "user" not in str(found)
     )
