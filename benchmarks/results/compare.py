@@ -3,7 +3,7 @@
 Times and rates are one family of tests: Welch's t on the logarithms of process medians, with Holm's
 correction, so that two runs of the same thing pass in all of them with at least 95 %. A figure that
 repeats another leaves the family, and one that no clock measures (bytes, losses) is compared by its
-resolution. `tests/benchmarks/test_compare.py` simulates how often this is wrong.
+resolution. `tests/benchmarks/test_benchmark_compare.py` simulates how often this is wrong.
 """
 
 from __future__ import annotations
@@ -45,32 +45,28 @@ RESOLUTION = {"s": 1e-4, "bytes": 2**20, "nats": 1e-4, "share": 1e-3, "tokens": 
 RELATIVE = {"bytes": 0.01}
 COPIES = {"prefill_tokens_per_second": "time_to_first_token_seconds"}  # of the prompt's length
 SAME_MACHINE = ("chip", "processor", "cores", "memory_bytes", "system", "backend", "blas")
-
-
 MEASURED = ("load_average", "thermal_pressure", "copy_bytes_per_second", "read_bytes_per_second")
 
 
 def merge(documents: Sequence[Document]) -> Document:
-    """Put processes of one run together. Their order is that of the trials in every metric; a case
-    that a process did not measure has no trials of it.
+    """Put the processes of one run together, in the order of their documents.
 
-    Facts that each process measures for itself become their median, or stay those of the first.
-    Raises `BenchmarkError` for documents of different commands, commits or machines.
+    A process has no trials of a case that it did not measure. Bandwidths become the median over the
+    processes, and the load stays that of the first. Raises `BenchmarkError` for documents of
+    different commands, commits or machines.
     """
     if not documents:
         raise BenchmarkError("nothing to merge: give at least one result")
-    first = documents[0]
-    facts = [
-        {name: getattr(one, name) for name in ("command", "suite", "commit", "dirty")}
-        | {name: fact for name, fact in asdict(one.machine).items() if name not in MEASURED}
+    first, unmeasured = documents[0], dict.fromkeys(MEASURED)
+    runs = [
+        (one.command, one.suite, one.commit, one.dirty, replace(one.machine, **unmeasured))
         for one in documents
     ]
-    for name, fact in ((name, fact) for each in facts for name, fact in each.items()):
-        if fact != facts[0][name]:
-            raise BenchmarkError(
-                f"results to merge differ in {name.replace('_', ' ')}: {facts[0][name]!r} and "
-                f"{fact!r}; merge processes of one command on one machine"
-            )
+    if len(set(runs)) > 1:
+        raise BenchmarkError(
+            "the results to merge are of different commands, commits or machines; "
+            "merge processes of one run"
+        )
     bandwidths = {
         name: median(found)
         for name in MEASURED[2:]
@@ -165,20 +161,19 @@ def compare(before: Document, after: Document) -> Comparison:
 
     Raises `BenchmarkError` where they have nothing in common.
     """
-    pairs = [pair for pair in common(before, after) if comparable(pair)]
+    pairs = list(common(before, after))
     if not pairs:
         raise BenchmarkError(
             "the two results have no measurement in common; "
             "run the same suite on the same models twice"
         )
-    timed = [is_timed(pair) for pair in pairs]
-    family = [logarithms(pair) for pair, tested in zip(pairs, timed, strict=True) if tested]
-    chances = iter(holm([welch(*logs) for logs in family]))
-    smallest = iter(smallest_change(*logs, len(family)) for logs in family)
-    found = tuple(
-        judged(pair, next(chances), next(smallest)) if tested else judged(pair)
-        for pair, tested in zip(pairs, timed, strict=True)
-    )
+    family = {i: logarithms(pair) for i, pair in enumerate(pairs) if pair[2].unit in TIMED}
+    chances = holm([welch(*logs) for logs in family.values()])
+    tests = {
+        i: (chance, smallest_change(*logs, len(family)))
+        for (i, logs), chance in zip(family.items(), chances, strict=True)
+    }
+    found = tuple(judged(pair, *tests.get(i, (None, None))) for i, pair in enumerate(pairs))
     return Comparison(found, tuple(warnings(before, after)))
 
 
@@ -186,15 +181,20 @@ Pair = tuple[Case, str, Metric, Metric]
 
 
 def common(before: Document, after: Document) -> Iterator[Pair]:
-    """Yield the metrics of both documents, without those that repeat another."""
+    """Yield the metrics of both documents that can be judged and do not repeat another: a time
+    needs two values above 0 on either side.
+    """
     rows = {key(row): row for row in before.rows}
     for row in after.rows:
         if (other := rows.get(key(row))) is None:
             continue
         shared = row.metrics.keys() & other.metrics.keys()
-        for name, metric in row.metrics.items():
-            if name in shared and COPIES.get(name) not in shared:
-                yield row.case, name, other.metrics[name], metric
+        for name in (name for name in row.metrics if name in shared):
+            sides = other.metrics[name], row.metrics[name]
+            values = [independent(metric.processes) for metric in sides]
+            enough = min(map(len, values)) > 1 and min(map(min, values)) > 0
+            if COPIES.get(name) not in shared and (enough or sides[0].unit not in TIMED):
+                yield row.case, name, *sides
 
 
 def key(row: Row) -> Case:
@@ -203,16 +203,6 @@ def key(row: Row) -> Case:
     """
     bits = row.case.bits_per_weight
     return replace(row.case, bits_per_weight=None if bits is None else round(bits, 1))
-
-
-def is_timed(pair: Pair) -> bool:
-    return pair[2].unit in TIMED
-
-
-def comparable(pair: Pair) -> bool:
-    """Return whether a figure can be judged: a time needs two values above 0 on either side."""
-    sides = [independent(metric.processes) for metric in pair[2:]]
-    return not is_timed(pair) or all(len(side) > 1 and min(side) > 0 for side in sides)
 
 
 def logarithms(pair: Pair) -> tuple[list[float], list[float]]:
@@ -228,12 +218,11 @@ def smallest_change(before: Sequence[float], after: Sequence[float], tests: int)
     return math.expm1(student_t(1 - CHANCE / tests, freedom) * error)
 
 
-def judged(pair: Pair, chance: float | None = None, smallest: float | None = None) -> Difference:
+def judged(pair: Pair, chance: float | None, smallest: float | None) -> Difference:
     case, name, before, after = pair
     limit = max(RESOLUTION.get(before.unit, 0), RELATIVE.get(before.unit, 0) * before.median)
-    changed = abs(after.median - before.median) > limit
     verdict = "same"
-    if changed and (chance is None or chance < CHANCE):
+    if abs(after.median - before.median) > limit and (chance is None or chance < CHANCE):
         more = after.median > before.median
         verdict = "better" if more == (after.unit in HIGHER_IS_BETTER) else "worse"
     return Difference(case, name, before.median, after.median, verdict, chance, smallest)
@@ -249,13 +238,14 @@ def warnings(before: Document, after: Document) -> Iterator[str]:
             f"like a change; measure both with --processes {PROCESSES}"
         )
     for name in SAME_MACHINE:
-        old, new = getattr(before.machine, name), getattr(after.machine, name)
-        if not alike(old, new):
-            told = ("unknown" if value is None else value for value in (old, new))
+        one, other = getattr(before.machine, name), getattr(after.machine, name)
+        if not alike(one, other):
+            told = ("unknown" if value is None else value for value in (one, other))
             yield "another machine: {} {} before, {} after".format(name.replace("_", " "), *told)
-    for name in sorted(before.versions.keys() & after.versions.keys()):
-        if before.versions[name] != after.versions[name]:
-            yield f"{name} {before.versions[name]} before, {after.versions[name]} after"
+    old, new = ({"commit": d.commit or ""} | d.versions for d in (before, after))
+    for name in old:
+        if old[name] and new.get(name) and old[name] != new[name]:
+            yield f"{name} {old[name]} before, {new[name]} after"
     for document, when in ((before, "first"), (after, "second")):
         if document.partial:
             yield f"the {when} result is partial: it was interrupted"

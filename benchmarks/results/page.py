@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a document: tables, pictures light and dark, facts of the machine.
+"""One self-contained HTML page of a document: tables, light and dark pictures, machine facts.
 
 It asks no network for anything and runs no script. Every text of the document is escaped, because
 names of models and notes are anyone's.

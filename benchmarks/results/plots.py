@@ -1,7 +1,7 @@
 """Pictures of a document, by matplotlib: one file for `--plot`, or one small SVG each for the page.
 
-A `Picture` answers one question that rows can answer; it says the same in words and draws itself on
-matplotlib's axes in the colours of a theme.
+A `Picture` answers one question that rows can answer, and draws itself on matplotlib's axes in the
+colours of a theme. The figures themselves stand in the table.
 
     speed      the decode rate against what a copy reaches, by bits and engine    one a model
     context    the decode rate over the length of the prompt                      one a model
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.benchmarks.results import tables
 from openelm_mlx.benchmarks.results.document import DECODE, OURS, Document, Metric, Row, write_file
-from openelm_mlx.benchmarks.results.tables import digits, weights
+from openelm_mlx.benchmarks.results.tables import weights
 from openelm_mlx.errors import BenchmarkError, OptionError
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ class Picture:
     kind: str
     title: str
     model: str  # whose rows these are; empty where they are of several
-    words: str
     draw: Callable[[Any, Theme], None]
     height: float = HEIGHT
 
@@ -103,13 +102,7 @@ def speed(model: str, rows: Sequence[Row]) -> Picture | None:
         scale_y(ax, ends, "decode, tokens/s")
         legend(ax, theme)
 
-    said = [
-        f"{row.case.engine} {weights(row.case)} {rate(row)}"
-        + (f", {row.percent_of_bound:.0f} % of the {COPY}" if row.percent_of_bound else "")
-        for row in rows
-    ]
-    words = f"Decode rate after {shortest} prompt tokens: {'; '.join(said)}."
-    return Picture("speed", "Speed and memory", model, words, draw)
+    return Picture("speed", "Speed and memory", model, draw)
 
 
 def context(model: str, rows: Sequence[Row]) -> Picture | None:
@@ -137,12 +130,7 @@ def context(model: str, rows: Sequence[Row]) -> Picture | None:
         scale_y(ax, ends, "decode, tokens/s")
         legend(ax, theme)
 
-    said = "; ".join(
-        f"{engine} {kind} {rate(some[0])} after {some[0].case.prompt_tokens} prompt tokens, "
-        f"{rate(some[-1])} after {some[-1].case.prompt_tokens}"
-        for (engine, kind), some in lines.items()
-    )
-    return Picture("context", "Decode rate and context", model, f"{said}.", draw)
+    return Picture("context", "Decode rate and context", model, draw)
 
 
 def loss(model: str, rows: Sequence[Row]) -> Picture | None:
@@ -162,9 +150,7 @@ def loss(model: str, rows: Sequence[Row]) -> Picture | None:
         ax.set_xlabel("bits per weight")
         ax.set_ylabel("mean KL divergence, nats")
 
-    said = [f"{weights(row.case)} {digits(row.metrics['kl_mean'].median)} nats" for row in lossy]
-    words = f"Mean KL divergence from full precision: {'; '.join(said)}."
-    return Picture("loss", "Loss and size", model, words, draw)
+    return Picture("loss", "Loss and size", model, draw)
 
 
 def ratios(document: Document) -> Picture | None:
@@ -196,10 +182,8 @@ def ratios(document: Document) -> Picture | None:
         ax.set_xlabel("ratio, 95 % interval (log scale)")
         legend(ax, theme)
 
-    figures = [f"{one.ratio:.2f} ({one.low:.2f} to {one.high:.2f})" for _, one in shown]
-    said = "; ".join(map(" ".join, zip(labels, figures, strict=True))).replace("\n", " ")
-    words, height = f"With 95 % intervals: {said}.", max(HEIGHT, 1.3 + 0.4 * len(shown))
-    return Picture("ratios", "Ratios of paired trials", "", words, draw, height)
+    height = max(HEIGHT, 1.3 + 0.4 * len(shown))
+    return Picture("ratios", "Ratios of paired trials", "", draw, height)
 
 
 # --- rows
@@ -208,10 +192,6 @@ def ratios(document: Document) -> Picture | None:
 def decoding(rows: Sequence[Row]) -> list[Row]:
     """Return the plain rows that have a decode rate."""
     return [row for row in rows if DECODE in row.metrics and tables.is_plain(row.case)]
-
-
-def rate(row: Row) -> str:
-    return f"{digits(row.metrics[DECODE].median)} tokens/s"
 
 
 # --- marks and axes

@@ -21,11 +21,11 @@ from openelm_mlx.benchmarks.results.document import (
     Metric,
     Row,
 )
+from openelm_mlx.dtypes import FLOATS, itemsize
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 # metric -> the head of its column, and what a value is divided by for it
 COLUMNS = {
     "prefill_tokens_per_second": ("prefill t/s", 1.0),
@@ -56,14 +56,17 @@ def weights(case: Case) -> str:
     """Return `4-bit`, `4.62 bits/weight` where they are mixed, or the type of unquantized ones."""
     if case.bits is not None:
         return f"{case.bits}-bit"
-    if case.bits_per_weight and case.bits_per_weight < BITS.get(case.dtype, 32) - 1:
-        return f"{case.bits_per_weight:.3g} bits/weight"
-    return case.dtype
+    mixed = case.bits_per_weight and case.bits_per_weight < unquantized_bits(case) - 1
+    return f"{case.bits_per_weight:.3g} bits/weight" if mixed else case.dtype
+
+
+def unquantized_bits(case: Case) -> int:
+    return 8 * itemsize(case.dtype) if case.dtype in FLOATS else 32
 
 
 def bits_of(case: Case) -> float:
     """Return the bits that a weight takes, with its share of scales where that is known."""
-    return case.bits_per_weight or float(case.bits or BITS.get(case.dtype, 32))
+    return case.bits_per_weight or float(case.bits or unquantized_bits(case))
 
 
 def model_name(case: Case) -> str:
@@ -284,23 +287,19 @@ def markdown(document: Document) -> str:
     for table in grids(document):
         lines += [*table_lines(table), ""]
     lines += [f"- {note}" for note in notes(document)]
-    return (
-        "\n".join([*lines, "", f"`{document.command}`" if document.command else ""]).rstrip() + "\n"
-    )
+    lines += ["", f"`{document.command}`"] if document.command else []
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def table_lines(table: Grid) -> list[str]:
     sizes = [max(3, *map(len, column)) for column in zip(table.head, *table.rows, strict=True)]
+    sides = [str.ljust if i < table.keys else str.rjust for i in range(len(sizes))]
     rule = ["-" * (n - 1) + ("-" if i < table.keys else ":") for i, n in enumerate(sizes)]
-    return [
-        "| "
-        + " | ".join(
-            cell.ljust(size) if i < table.keys else cell.rjust(size)
-            for i, (cell, size) in enumerate(zip(cells, sizes, strict=True))
-        )
-        + " |"
-        for cells in (table.head, rule, *table.rows)
-    ]
+    lines = []
+    for cells in (table.head, rule, *table.rows):
+        padded = [pad(cell, n) for pad, cell, n in zip(sides, cells, sizes, strict=True)]
+        lines.append(f"| {' | '.join(padded)} |")
+    return lines
 
 
 def show(document: Document, console: Console) -> None:

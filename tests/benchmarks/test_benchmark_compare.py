@@ -258,13 +258,21 @@ def test_what_makes_two_results_hard_to_compare_is_said():
     other = Row(replace(CASE, prompt_tokens=9), row.metrics)
     memory = 25276514304
     before = Document(
-        "", "", (row,), machine=Machine(chip="a", memory_bytes=memory), versions={"mlx": "1"}
+        "",
+        "",
+        (row,),
+        machine=Machine(chip="a", memory_bytes=memory),
+        versions={"mlx": "1"},
+        commit="abc",
     )
     busy = Machine(chip="b", load_average=7.25, cores=8, memory_bytes=memory + 4096)
-    after = Document("", "", (row, other), machine=busy, versions={"mlx": "2"}, partial=True)
+    after = Document(
+        "", "", (row, other), machine=busy, versions={"mlx": "2"}, commit="def", partial=True
+    )
     assert compare(before, after).notes == (
         "another machine: chip a before, b after",
         "another machine: cores unknown before, 8 after",
+        "commit abc before, def after",
         "mlx 1 before, 2 after",
         "the second result is partial: it was interrupted",
         "the machine was busy before the second run: load 7.2 on 8 cores",

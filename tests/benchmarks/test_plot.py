@@ -84,7 +84,6 @@ def test_speed_holds_medians_quartiles_and_the_rate_of_a_copy():
         "3-bit",
     ]
     assert {text.get_text() for text in ax.texts} == {"49 %", "32 %", "23 %", "19 %"}
-    assert "49 % of the rate of a copy" in named(document, "speed").words
     assert [text.get_text() for text in ax.figure.legends[0].get_texts()] == [
         "openelm-mlx",
         "mlx-lm",
@@ -123,7 +122,8 @@ def test_cases_that_stand_in_one_place_are_all_drawn():
 def test_of_many_ratios_those_of_decode_are_drawn():
     document = rich_document()
     picture = named(replace(document, ratios=document.ratios * 5), "ratios")
-    assert picture.words.count("decode") == 10 and "prefill" not in picture.words
+    labels = [text.get_text() for text in axes_of(picture).get_yticklabels()]
+    assert len(labels) == 10 and all(label.startswith("decode") for label in labels)
     ticks = axes_of(named(document, "ratios")).get_xticks()
     assert any(tick == pytest.approx(1) for tick in ticks)
 

@@ -209,16 +209,12 @@ def test_what_differs_between_processes_is_kept_by_process():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"command": "other"}, "differ in command: '.*' and 'other'; merge processes of one comma"),
-        ({"suite": None}, "differ in suite: 'quick' and None"),
-        ({"commit": "abc"}, "differ in commit: None and 'abc'"),
-        ({"machine": Machine(chip="B")}, "differ in chip: 'A chip' and 'B'"),
-    ],
+    "changes",
+    [{"command": "other"}, {"suite": None}, {"commit": "abc"}, {"machine": Machine(chip="B")}],
+    ids=lambda changes: next(iter(changes)),
 )
-def test_documents_of_different_runs_do_not_merge(changes, message):
-    with pytest.raises(BenchmarkError, match=message):
+def test_documents_of_different_runs_do_not_merge(changes):
+    with pytest.raises(BenchmarkError, match="merge are of different commands, commits or machin"):
         merge([small_document(), small_document(**changes)])
     with pytest.raises(BenchmarkError, match="nothing to merge: give at least one result"):
         merge([])

@@ -1,4 +1,7 @@
-"""README's figures, computed from the result files; `python tests/helpers/readme_table.py` writes them."""
+"""README's figures, computed from the result files.
+
+`python tests/helpers/readme_table.py` writes them.
+"""
 
 from __future__ import annotations
 
