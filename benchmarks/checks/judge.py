@@ -16,7 +16,9 @@ from openelm_mlx.model.cache_kinds import CacheKind, Quantized
 from openelm_mlx.model.decoder import parameters
 
 TIE = 1e-5  # two scores of float32 that are so near may change places
-TIE_8_BITS = 1e-2  # the same with keys and values in 8 bits; of other kinds only the rate is told
+TIE_8_BITS = (
+    1e-2  # the same with keys and values in 8 bits; of other kinds only the rate is reported
+)
 BEHIND, BEHIND_ROUNDED = 1e-4, 0.1  # how far a drawn token may be from the likeliest one
 # these ways compute in the same order as what they repeat
 STRICT = {"not streamed", "alone again", "a batch of one", "the same batch again"}

@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 from openelm_mlx.benchmarks.hardware.roofline import part_of
 from openelm_mlx.benchmarks.ledger.graph import Array, Node
@@ -34,6 +35,9 @@ from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import make_spec
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 KV = "kv"
 UPDATES = {"ScatterAxis": 2, "SliceUpdate": 1}  # which input is written into the first one
@@ -77,7 +81,7 @@ UNTESTED = (
 
 @dataclass
 class Ledger:
-    """What one token costs. Bytes are those that kernels touch; `activations` stay in caches."""
+    """The cost of one token. Bytes are those that kernels touch; `activations` stay in caches."""
 
     engine: str
     kernels: int = 0
@@ -190,41 +194,44 @@ def show(title: str, ledgers: Sequence[Ledger], times: Mapping[str, HostTime]) -
 
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False)
 
-    def table(title: str, first: str, counts: Sequence[Counter[str]], *sums: object) -> None:
-        purposes = first == "for"
-        grid = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    kernels = [str(entry.kernels) for entry in ledgers]
+    memory = [f"{entry.bytes_from_memory:,}" for entry in ledgers]
+    tables: tuple[tuple[str, str, str, list[str]], ...] = (
+        (f"{title}, by purpose", "for", "by_purpose", ["all", *kernels]),
+        ("The same kernels by primitive", "primitive", "by_primitive", ["all", *kernels]),
+        ("Bytes read, by part", "part", "bytes_read", ["weights, keys, values", *memory]),
+        ("Bytes written", "part", "bytes_written", []),
+    )
+    for heading, first, counter, last in tables:
+        notes = ABSORBED if counter == "by_purpose" else None
+        grid = Table(title=heading, title_justify="left", box=None, pad_edge=False)
         grid.add_column(first, overflow="fold")
         for entry in ledgers:
             grid.add_column(entry.engine, justify="right")
-        if purposes:
+        if notes:
             grid.add_column("a kernel made for it could save it:", overflow="fold")
-        for name in dict.fromkeys(name for counter in counts for name in counter):  # as they run
-            cells = [f"{counter[name]:,}" if counter[name] else "-" for counter in counts]
-            grid.add_row(name, *cells, *[ABSORBED.get(name, "")] * purposes)
-        if sums:
-            grid.add_row(*map(str, sums))
+        counts: list[Counter[str]] = [getattr(entry, counter) for entry in ledgers]
+        for name in dict.fromkeys(name for count in counts for name in count):  # as they run
+            cells = [f"{count[name]:,}" if count[name] else "-" for count in counts]
+            grid.add_row(name, *cells, *([notes.get(name, "")] if notes else []))
+        if last:
+            grid.add_row(*last)
         console.print(grid)
         console.print()
-
-    kernels = [entry.kernels for entry in ledgers]
-    memory = [f"{entry.bytes_from_memory:,}" for entry in ledgers]
-    table(f"{title}, by purpose", "for", [e.by_purpose for e in ledgers], "all", *kernels)
-    by_primitive = [e.by_primitive for e in ledgers]
-    table("The same kernels by primitive", "primitive", by_primitive, "all", *kernels)
-    read = [e.bytes_read for e in ledgers]
-    table("Bytes read, by part", "part", read, "weights, keys, values", *memory)
-    table("Bytes written", "part", [e.bytes_written for e in ledgers])
     if times:
-        console.print("Host time for a step, mx.fast calls as one primitive each", end=" ")
-        console.print("(us, and as a share of mlx-lm's):")
-        peer = times["mlx-lm"]
+        show_times(console, times)
+    console.print(UNTESTED)
+
+
+def show_times(console: Console, times: Mapping[str, HostTime]) -> None:
+    console.print("Host time for a step, mx.fast calls as one primitive each", end=" ")
+    console.print("(us, and as a share of mlx-lm's):")
+    peer = times["mlx-lm"]
     for name, own in times.items():
         pairs = ((own.build, peer.build), (own.submit, peer.submit), (own.total, peer.total))
         build, submit, both = (f"{1e6 * mine:5.0f} ({mine / other:.2f})" for mine, other in pairs)
         console.print(f"  {name:<22}  build {build}  submit {submit}  both {both}")
-    if times:
-        console.print()
-    console.print(UNTESTED)
+    console.print()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ KEEPS_LAYOUT = FUSABLE | {"Compiled", "RMSNorm", "RoPE"}
 
 @dataclass(frozen=True)
 class Layout:
-    """How an array lies in memory.
+    """The places of an array's elements in memory.
 
     `elements` is the extent it is spread over, 1 for a broadcast scalar.
     """

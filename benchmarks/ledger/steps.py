@@ -39,7 +39,7 @@ FIRST, LAST = 8, 200  # positions of timed steps, all within the first block of 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """How weights are stored and activations computed.
+    """The types in which weights are stored and activations computed.
 
     `quantization` is config.json's, in mlx-lm's format. Raises `BenchmarkError`.
     """

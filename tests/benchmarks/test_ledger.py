@@ -1,6 +1,4 @@
-"""The ledger of a decoded token: counted by our rules, and held against MLX's own graph, strides
-and arithmetic.
-"""
+"""The ledger of a decoded token: what our rules count is what MLX's own graph and strides say."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ SPECS = [WeightSpec("float32"), WeightSpec("bfloat16"), WeightSpec("bfloat16", F
 
 
 def primitives_of(outputs: Any, path: Path) -> Counter[str]:
-    """Names of the primitives of a graph as MLX itself tells them."""
+    """Return the names of the primitives of a graph as MLX itself gives them."""
     mx.export_to_dot(str(path), *outputs)
     return Counter(re.findall(r'label ="(\w+)"', path.read_text()))
 
@@ -135,7 +133,7 @@ def test_kernels_of_270m_counted_by_hand(spec: WeightSpec, ours: int, peer: int)
 
 
 def test_kernels_of_four_rows_of_270m_counted_by_hand() -> None:
-    """Those of one row; queries are copied in each layer, and there is a mask for each number of
+    """They are those of one row; queries are copied in each layer, and there is a mask for each number of
     heads, not one for all.
     """
     one, four = (ledger(trace_ours(M270, SPECS[2], rows=rows)) for rows in (1, 4))
@@ -268,13 +266,13 @@ def test_attention_copies_what_several_rows_do_not_lay_out_for_it() -> None:
             (6 * 64 if sliced else 4 * 64, 64, 64, 1),
             rows * 6 * 64 if sliced else rows * 256,
         )
-        held = Layout((rows, 2, 256, 64), (2 * 256 * 64, 256 * 64, 64, 1), rows * 2 * 256 * 64)
+        kv = Layout((rows, 2, 256, 64), (2 * 256 * 64, 256 * 64, 64, 1), rows * 2 * 256 * 64)
         node = Node(
             "ScaledDotProductAttention",
             (Array("q", q.shape, mx.float32),),
             (Array("o", q.shape, mx.float32),),
         )
-        return kernels(node, [q, held, held, Layout.rows((rows, mask_heads, 1, 256))])
+        return kernels(node, [q, kv, kv, Layout.rows((rows, mask_heads, 1, 256))])
 
     assert [
         count(1, 1, True),

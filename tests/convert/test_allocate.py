@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from formats import tokenizer_file
 from golden_set import GOLDEN
-from small_model import random_tokens, small_model
+from small import random_tokens, small_model
 
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.quantize.allocate import (
