@@ -319,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         draft = load(args.draft, args.dtype) if args.draft else None
     seen, start = Soak(), time.monotonic()
 
-    def tick(label: str, seconds: float) -> None:
+    def tick(label: str | None, seconds: float) -> None:
         line = (
             f"\r{seen.generations.total()} of {args.clients * args.requests} requests, "
             f"{seen.tokens} tokens, {seen.cancelled} cancelled, {seen.checked} checked, "

@@ -12,65 +12,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
 
 from openelm_mlx.benchmarks.measure.suites import Point, work
 from openelm_mlx.benchmarks.peers import START_UP, Session, Timed
 from openelm_mlx.benchmarks.results.document import METRICS, Case, Metric, Ratio, Row
 from openelm_mlx.errors import BenchmarkError, OpenELMError
 
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
 RATIOS = ("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds")
 UNSTEADY = "not the same tokens in every trial"
 TIMEOUT = 600  # seconds that a new process may take
 
 
-# what is being run, and how much of the work (in tokens) was done with it
-Tick = Callable[[str, float], None]
-
-
-class Progress(Protocol):
-    """Whoever watches a run: how much work there will be, and what of it is done."""
-
-    def total(self, work: float) -> None: ...
-    def tick(self, label: str, work: float) -> None: ...
-
-
-class Unwatched:
-    def total(self, work: float) -> None:
-        pass
-
-    def tick(self, label: str, work: float) -> None:
-        pass
-
-
-class Share:
-    """The progress of one process of several, each as long as the first."""
-
-    def __init__(self, progress: Progress, number: int, count: int) -> None:
-        self.progress, self.number, self.count = progress, number, count
-
-    def total(self, work: float) -> None:
-        if self.number == 0:
-            self.progress.total(work * self.count)
-
-    def tick(self, label: str, work: float) -> None:
-        self.progress.tick(f"{self.number + 1}/{self.count} {label}", work)
-
-
-class Sender:
-    """Progress that is sent to the process that waits for it."""
-
-    def __init__(self, pipe: Connection) -> None:
-        self.pipe = pipe
-
-    def total(self, work: float) -> None:
-        self.pipe.send((None, work))
-
-    def tick(self, label: str, work: float) -> None:
-        self.pipe.send((label, work))
+# called with what is being run, and how much of the work (in tokens) was done with it; with None,
+# how much there will be
+Tick = Callable[[str | None, float], None]
 
 
 def figures(timed: Timed, case: Case) -> dict[str, float]:

@@ -10,14 +10,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from openelm_mlx.benchmarks.hardware.chips import nominal_bandwidth
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
-from openelm_mlx.benchmarks.results.document import Document, Machine, Metric
+from openelm_mlx.benchmarks.results.document import Document, Machine, Row
 
 THERMAL_LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")  # OSThermalNotification.h
 BUSY = 0.5  # load a core, from which a machine is not at rest
@@ -42,11 +42,8 @@ def machine() -> Machine:
 def versions() -> dict[str, str]:
     from openelm_mlx.device import facts
 
-    found = facts()
-    versions = {"openelm-mlx": found["openelm_mlx"], "mlx": found["mlx"]}
-    return {name: text or "unknown" for name, text in versions.items()} | {
-        "python": found["python"]
-    }
+    found = {name.replace("_", "-"): text for name, text in facts().items()}
+    return {name: found[name] or "unknown" for name in ("openelm-mlx", "mlx", "python")}
 
 
 def loaded_blas() -> str | None:
@@ -90,54 +87,43 @@ def commit(root: Path) -> tuple[str | None, bool | None]:
 # --- how a result came about
 
 
-def method(options: BenchmarkOptions, document: Document) -> list[str]:
+def method(options: BenchmarkOptions, document: Document) -> Iterator[str]:
     """Say how the figures came about, in the document itself."""
     suite, facts = options.chosen(), document.machine
     if suite.soak:
-        probe = "a fixed probe between random generations, all of it on one engine"
-        return [f"figures are those of {probe}"]
-    trials = suite.trials_of_a_process
-    counted = f"{suite.processes} processes with {trials} trials each"
-    counted = f"{trials} trials" if suite.processes == 1 else counted
-    notes = [
-        f"medians of {counted}; one warm-up run of each case comes first and is not counted",
+        yield "figures are those of a fixed probe between random generations, all on one engine"
+        return
+    counted = f"{suite.trials_of_a_process} trials"
+    if suite.processes > 1:
+        counted = f"{suite.processes} processes with {counted} each"
+    yield f"medians of {counted}; one warm-up run of each case comes first and is not counted"
+    yield (
         "trials of all cases of a model take turns; tokens are greedy, the end of text is ignored, "
-        "the prompt is part of a novel",
-    ]
+        "the prompt is part of a novel"
+    )
     if any(point.speculation == "prompt-lookup" for point in options.points()):
         quotes = "which the prompt does from its 267th token on"
-        notes.append(f"prompt lookup pays where a text quotes itself, {quotes}")
+        yield f"prompt lookup pays where a text quotes itself, {quotes}"
     if facts.copy_bytes_per_second:
         copy = f"{facts.copy_bytes_per_second / 1e9:.1f} GB/s, read and written bytes counted"
-        notes.append(
+        yield (
             f"the bound is what a copy reaches here ({copy}) over the bytes that a token must "
             "read; what reads faster than a copy exceeds 100 %"
         )
     if facts.read_bytes_per_second:
         read = f"{facts.read_bytes_per_second / 1e9:.1f} GB/s"
-        notes.append(f"reading alone, the largest of as many integers, reaches {read}")
-    return notes
+        yield f"reading alone, the largest of as many integers, reaches {read}"
 
 
 # --- memory bandwidth
 
 
-@dataclass(frozen=True)
-class Bandwidth:
-    """Bytes a second that MLX's kernels reach here, medians of `trials`.
-
-    A copy counts the bytes that it reads and those that it writes.
-    """
-
-    copy: float
-    read: float
-    how: str
-
-
 def bandwidth(
     size: int | None = None, trials: int = TRIALS, clock: Callable[[], float] = time.perf_counter
-) -> Bandwidth:
-    """Copy `size` bytes (COPIED) into memory that was written before, and read as many.
+) -> tuple[float, float]:
+    """Return the bytes a second that MLX copies (read and written ones count) and that it reads.
+
+    It copies `size` bytes (COPIED) into memory that was written before, and reads as many.
 
     On Metal one kernel fills the memory system. On the CPU backend a stream is a thread, so every
     core takes its share.
@@ -154,30 +140,22 @@ def bandwidth(
     targets = [mx.zeros((rows + 1, ROW), mx.int32) for _ in streams]
     mx.eval(sources, targets)
 
-    def copy() -> Any:
-        for number, stream in enumerate(streams):
-            with mx.stream(stream):
-                targets[number][:rows] = sources[number]  # in place, as nothing else has the target
-        return targets
+    def copy(number: int) -> Any:
+        targets[number][:rows] = sources[number]  # in place, as nothing else has the target
+        return targets[number]
 
-    def read() -> Any:
-        found = []
-        for source, stream in zip(sources, streams, strict=True):
-            with mx.stream(stream):
-                found.append(source.max())
-        return found
-
-    def rate(work: Callable[[], Any], moved: int) -> float:
+    def rate(work: Callable[[int], Any], factor: int) -> float:
         rates = []
         for _ in range(WARM_UP + trials):
-            start = clock()
-            mx.eval(work())
-            rates.append(moved / (clock() - start))
+            start, done = clock(), []
+            for number, stream in enumerate(streams):
+                with mx.stream(stream):
+                    done.append(work(number))
+            mx.eval(done)
+            rates.append(factor * sum(source.nbytes for source in sources) / (clock() - start))
         return statistics.median(rates[WARM_UP:])
 
-    held = sum(source.nbytes for source in sources)
-    threads = "one kernel on the GPU" if metal else f"{len(streams)} threads of the CPU backend"
-    return Bandwidth(rate(copy, 2 * held), rate(read, held), threads)
+    return rate(copy, 2), rate(lambda number: sources[number].max(), 1)
 
 
 # --- whether the machine was at rest
@@ -205,50 +183,34 @@ def throttle_count() -> int | None:
     return sum(map(int, counts)) if counts and all(map(str.isdigit, counts)) else None
 
 
-def rest_notes(before: Machine, after: str | None, throttled: int | None) -> list[str]:
+def rest_notes(before: Machine, after: str | None, throttled: int | None) -> Iterator[str]:
     """Say what disturbed a run, from the facts before it and the thermal state after it."""
-    notes = []
     load, cores = before.load_average, before.cores or os.cpu_count() or 1
     if load is not None and load > BUSY * cores:
-        notes.append(f"the machine was busy before the run: load {load:.1f} on {cores} cores")
+        yield f"the machine was busy before the run: load {load:.1f} on {cores} cores"
     for when, pressure in (("before", before.thermal_pressure), ("after", after)):
         if pressure not in (None, "nominal"):
-            notes.append(f"the machine was hot {when} the run: thermal pressure {pressure}")
+            yield f"the machine was hot {when} the run: thermal pressure {pressure}"
     if throttled:
-        notes.append(f"the processor throttled {throttled} times during the run")
-    return notes
+        yield f"the processor throttled {throttled} times during the run"
 
 
 def with_trial_notes(document: Document) -> Document:
     """Note beside each row what its own trials say against its rates."""
-    rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
-    rows = [
-        replace(
-            row,
-            notes=(
-                *row.notes,
-                *(
-                    n
-                    for name in rates
-                    if name in row.metrics
-                    for n in trial_notes(name, row.metrics)
-                ),
-            ),
-        )
-        for row in document.rows
-    ]
+    rows = [replace(row, notes=(*row.notes, *trial_notes(row))) for row in document.rows]
     return replace(document, rows=tuple(rows))
 
 
-def trial_notes(name: str, metrics: Mapping[str, Metric]) -> list[str]:
+def trial_notes(row: Row) -> Iterator[str]:
     """Say where trials are far apart, or drift from the first to the last."""
-    metric, words, notes = metrics[name], name.split("_")[0], []
-    if metric.spread > SPREAD:
-        notes.append(f"{words}: quartiles {metric.spread:.0%} apart")
-    change, sure = drift(metric.values)
-    if sure and abs(change) > DRIFT:
-        notes.append(f"{words}: {change:+.0%} from the first trial to the last")
-    return notes
+    for name in ("prefill", "decode"):
+        if (metric := row.metrics.get(f"{name}_tokens_per_second")) is None:
+            continue
+        if metric.spread > SPREAD:
+            yield f"{name}: quartiles {metric.spread:.0%} apart"
+        change, sure = drift(metric.values)
+        if sure and abs(change) > DRIFT:
+            yield f"{name}: {change:+.0%} from the first trial to the last"
 
 
 def drift(values: Sequence[float]) -> tuple[float, bool]:

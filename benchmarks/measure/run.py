@@ -20,22 +20,11 @@ from typing import TYPE_CHECKING
 
 from openelm_mlx import benchmarks
 from openelm_mlx.benchmarks.measure import harness, machine
-from openelm_mlx.benchmarks.measure.harness import Entry, Progress, Sender, Share, Unwatched
-from openelm_mlx.benchmarks.measure.suites import (
-    BenchmarkOptions,
-    Point,
-    Suite,
-    speculation_settings,
-    work,
-)
+from openelm_mlx.benchmarks.measure.harness import Entry, Tick
+from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions, Point, Suite, work
 from openelm_mlx.benchmarks.peers import OURS
 from openelm_mlx.benchmarks.results.compare import merge
-from openelm_mlx.benchmarks.results.document import (
-    Document,
-    Machine,
-    Row,
-    completed,
-)
+from openelm_mlx.benchmarks.results.document import Document, completed
 from openelm_mlx.errors import BenchmarkError, OpenELMError
 
 if TYPE_CHECKING:
@@ -48,19 +37,18 @@ if TYPE_CHECKING:
 ROOT = Path(benchmarks.__file__).resolve().parents[1]
 
 
-def run(options: BenchmarkOptions, progress: Progress | None = None) -> Document:
+def run(options: BenchmarkOptions, tick: Tick | None = None) -> Document:
     """Measure what `options` ask for. Ctrl-C ends the run; the document is then partial.
 
     Of several models, one that cannot be loaded or run is left out with a note. Raises its
     `OpenELMError` where there is only one, and `BenchmarkError` where nothing could be measured.
     """
-    progress, suite = progress or Unwatched(), options.chosen()
     load_average, throttled = os.getloadavg()[0], machine.throttle_count()
-    hot = machine.thermal_pressure()
-    if suite.processes == 1:
-        document = Run(options, progress).document()
+    hot, tick = machine.thermal_pressure(), tick or (lambda label, work: None)
+    if options.chosen().processes == 1:
+        document = Run(options, tick).document()
     else:
-        document = in_processes(options, progress)
+        document = in_processes(options, tick)
     before = replace(document.machine, load_average=load_average, thermal_pressure=hot)
     heat = None if throttled is None else (machine.throttle_count() or 0) - throttled
     notes = [
@@ -80,73 +68,73 @@ def failed(document: Document) -> bool:
 # --- processes
 
 
-def in_processes(options: BenchmarkOptions, progress: Progress) -> Document:
+def in_processes(options: BenchmarkOptions, tick: Tick) -> Document:
     """Measure in processes one after another and put their documents together.
 
     Ctrl-C, and an error in a later process, keep the finished ones; in the first one, the trials
-    that it has finished.
+    that it has finished. The processes import the main module of the caller, as those of
+    `multiprocessing` do.
     """
-    count = options.chosen().processes
     documents: list[Document] = []
+    count = options.chosen().processes
     while len(documents) < count:
         try:
-            documents.append(one_process(options, Share(progress, len(documents), count)))
-            cut = None
-        except KeyboardInterrupt:
-            cut = "interrupted"
-        except OpenELMError as error:
-            cut = f"the next one failed: {error}"
+            new = one_process(options, len(documents), tick)
+            merge([*documents, new])  # raises where, say, the sources were changed meanwhile
+            documents.append(new)
+            if new.partial:
+                break
+        except (KeyboardInterrupt, OpenELMError) as error:
             if not documents:
                 raise
-        if cut is not None:
-            if not documents:
-                raise KeyboardInterrupt
-            notes = (*documents[0].notes, f"{cut}; {len(documents)} of {count} processes are here")
+            why = f"the next one failed: {error}" if str(error) else "interrupted"
+            notes = (*documents[0].notes, f"{why}; {len(documents)} of {count} processes are here")
             documents[0] = replace(documents[0], partial=True, notes=notes)
-        if documents[0].partial:
             break
     return merge(documents)
 
 
-def one_process(options: BenchmarkOptions, progress: Share) -> Document:
+def one_process(options: BenchmarkOptions, number: int, tick: Tick) -> Document:
     """Return the document of a new process. Raises its `OpenELMError`.
 
     After Ctrl-C the first process is asked for what it has finished; a second Ctrl-C ends it.
     """
     context = get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(options, progress.number, theirs), daemon=True)
+    pipe, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(options, number, theirs), daemon=True)
     process.start()
     theirs.close()
+
+    def received() -> Document:
+        while True:
+            message = pipe.recv()
+            if isinstance(message, Document):
+                return message
+            if isinstance(message, OpenELMError):
+                raise message
+            label, work = message
+            if label is not None:
+                tick(f"{number + 1}/{options.chosen().processes} {label}", work)
+            elif number == 0:  # each process is as long as the first
+                tick(None, work * options.chosen().processes)
+
     try:
-        return received(ours, progress)
+        return received()
     except KeyboardInterrupt:
-        if progress.number:
+        if number:
             raise
         process.terminate()
         try:
-            return received(ours, progress)
+            return received()
         except EOFError:  # it had not begun
             raise KeyboardInterrupt from None
     except EOFError:
         process.join()
-        what = f"process {progress.number + 1} ended with status {process.exitcode}"
+        what = f"process {number + 1} ended with status {process.exitcode}"
         raise BenchmarkError(f"{what}; what it said stands above") from None
     finally:
         process.kill()
         process.join()
-
-
-def received(pipe: Connection, progress: Share) -> Document:
-    """Pass on progress until the document comes. Raises `EOFError` where the process has ended."""
-    while True:
-        message = pipe.recv()
-        if isinstance(message, Document):
-            return message
-        if isinstance(message, OpenELMError):
-            raise message
-        label, work = message
-        progress.total(work) if label is None else progress.tick(label, work)
 
 
 def child(options: BenchmarkOptions, number: int, pipe: Connection) -> None:
@@ -154,7 +142,7 @@ def child(options: BenchmarkOptions, number: int, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        pipe.send(Run(options, Sender(pipe), number).document())
+        pipe.send(Run(options, lambda *words: pipe.send(words), number).document())
     except OpenELMError as error:
         pipe.send(error)
 
@@ -165,13 +153,12 @@ def child(options: BenchmarkOptions, number: int, pipe: Connection) -> None:
 class Run:
     """What one process measures: entries and notes, as they come."""
 
-    def __init__(self, options: BenchmarkOptions, progress: Progress, number: int = 0) -> None:
-        self.options, self.progress, self.number = options, progress, number
+    def __init__(self, options: BenchmarkOptions, tick: Tick, number: int = 0) -> None:
+        self.options, self.tick, self.number = options, tick, number
         self.suite: Suite = options.chosen()
         self.points = options.points()
         self.trials = self.suite.trials_of_a_process
         self.entries: list[Entry] = []
-        self.soaked: list[Row] = []
         self.notes: list[str] = []
         self.drafts: dict[str, Engine] = {}
         self.versions = machine.versions()
@@ -181,14 +168,16 @@ class Run:
         facts, interrupted = machine.machine(), False
         commit, dirty = machine.commit(ROOT)
         try:
-            facts = self.with_bandwidth(facts)
-            self.progress.total(self.planned())
+            if self.suite.speed:
+                copy, read = machine.bandwidth()
+                facts = replace(facts, copy_bytes_per_second=copy, read_bytes_per_second=read)
+            self.tick(None, self.planned())
             for model in self.suite.models:
                 self.model(model)
         except KeyboardInterrupt:
             interrupted = True
             self.notes.append("interrupted: only the trials that were finished are here")
-        rows = (*map(harness.row_of, self.entries), *self.soaked)
+        rows = tuple(map(harness.row_of, self.entries))
         if not rows and not interrupted:
             raise BenchmarkError("; ".join(self.notes) or "nothing was measured")
         return completed(
@@ -207,25 +196,13 @@ class Run:
             )
         )
 
-    def with_bandwidth(self, facts: Machine) -> Machine:
-        """Add what a copy and a read reach, where the suite measures speed."""
-        if not self.suite.speed:
-            return facts
-        found = machine.bandwidth()
-        return replace(facts, copy_bytes_per_second=found.copy, read_bytes_per_second=found.read)
-
     def usable_peers(self) -> list[str]:
         """Return the peers asked for that run here; a note says what the others lack."""
         from openelm_mlx.benchmarks import peers
 
-        found = []
-        for name in dict.fromkeys(self.options.peers):
-            reason = peers.why_not(name)
-            if reason is None:
-                found.append(name)
-            else:
-                self.notes.append(f"{name} was left out: {reason}")
-        return found
+        obstacles = {name: peers.why_not(name) for name in self.options.peers}
+        self.notes += [f"{name} was left out: {why}" for name, why in obstacles.items() if why]
+        return [name for name, why in obstacles.items() if why is None]
 
     def planned(self) -> float:
         """Return all work there is, as the harness counts it; that of a soak in seconds."""
@@ -263,7 +240,7 @@ class Run:
         """Load a model in these numbers of bits and time every point."""
         from openelm_mlx.benchmarks.measure.weights import open_weights
 
-        options, tick = self.options, self.progress.tick
+        options = self.options
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="openelm-")))
             random = bool(options.random_weights)
@@ -275,13 +252,13 @@ class Run:
                 found = [self.cases(weights, stack) for weights in loaded]
                 entries = [entry for cases in found for entry in cases]
                 self.entries += entries
-                harness.measure(entries, self.trials, tick)
+                harness.measure(entries, self.trials, self.tick)
                 if self.suite.loss and self.number == 0:  # it is the same in every process
                     self.losses(model, loaded, found)
             if self.suite.startup:
                 entries = [entry for weights in loaded for entry in self.startups(weights)]
                 self.entries += entries
-                harness.measure(entries, self.trials, tick)
+                harness.measure(entries, self.trials, self.tick)
             for weights in loaded if self.suite.soak else ():
                 self.soak(weights)
 
@@ -292,15 +269,15 @@ class Run:
 
         seen = soak.Soak()
         try:
-            soak.soak(weights.engine, self.options.minutes, tick=self.progress.tick, seen=seen)
+            soak.soak(weights.engine, self.options.minutes, tick=self.tick, seen=seen)
         finally:
             entry = Entry(weights.case(Point(*soak.PROBE)), OurSession(weights.engine), [])
             for timed in seen.probes:
                 for name, value in harness.figures(timed, entry.case).items():
                     entry.values.setdefault(name, []).append(value)
-            failures = [f"failed: {failure}" for failure in seen.failures]
-            notes = (*failures, *seen.summary())
-            self.soaked.append(replace(harness.row_of(entry), notes=notes))
+            entry.trials, entry.warm = len(seen.probes), next(iter(seen.probes), None)
+            entry.notes = [f"failed: {failure}" for failure in seen.failures] + seen.summary()
+            self.entries.append(entry)
 
     def cases(self, weights: Weights, stack: ExitStack) -> list[Entry]:
         """Return our engine at every point that fits the context, and the peers at simple ones."""
@@ -317,21 +294,18 @@ class Run:
                 lengths = f"{point.prompt_tokens} + {point.generation_tokens} tokens"
                 what = f"{lengths} left out, its context is {limit} tokens"
                 self.notes.append(f"{weights.engine.name}: {what}")
-                self.progress.tick(lengths, work([point]) * (self.trials + 1))
+                self.tick(lengths, work([point]) * (self.trials + 1))
                 continue
             prompt, moved = prompt_ids(weights.engine, point.prompt_tokens), weights.moved(point)
-            draft = self.draft(speculation_settings(point.speculation)[1])
-            seconds = weights.load_seconds or 0.0
-            settings, size = point.settings, point.batch_size
-            session = OurSession(weights.engine, seconds, settings, size, draft)
+            seconds, draft = weights.load_seconds or 0.0, self.draft(point.draft)
+            session = OurSession(weights.engine, seconds, point.settings, point.batch_size, draft)
             stack.callback(session.close)
-            beside = partial(session.reused, prompt)
-            case = weights.case(point)
-            ours = Entry(case, session, prompt, beside=beside, bytes_per_token=moved)
+            ours = Entry(weights.case(point), session, prompt, bytes_per_token=moved)
+            ours.beside = partial(session.reused, prompt)
             found.append(ours)
             for peer in peers if point.simple else ():
                 case = weights.case(point, peer.engine)
-                found.append(Entry(case, peer, prompt, against=ours, bytes_per_token=moved))
+                found.append(Entry(case, peer, prompt, ours, bytes_per_token=moved))
         for first in {entry.case.engine: entry for entry in reversed(found)}.values():
             if seconds := first.session.load_seconds:
                 first.values["load_seconds"] = [seconds]
@@ -369,10 +343,8 @@ class Run:
         prompt = prompt_ids(weights.engine, self.first_token.prompt_tokens)
         found: list[Entry] = []
         for name in (OURS, *self.peers):
-            place = folder
             try:
-                if name != OURS:
-                    place = prepared(name, folder, weights.dtype, weights.scratch)
+                place = prepared(name, folder, weights.dtype, weights.scratch)
             except OpenELMError as error:
                 self.notes.append(f"{name} was left out: {error}")
                 continue

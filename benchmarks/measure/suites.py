@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any
 
@@ -40,6 +40,11 @@ class Point:
     def settings(self) -> dict[str, int]:
         """Options of its requests and of the engine."""
         return {**cache_settings(self.cache), **speculation_settings(self.speculation)[0]}
+
+    @property
+    def draft(self) -> str | None:
+        """The model that drafts."""
+        return speculation_settings(self.speculation)[1]
 
 
 @dataclass(frozen=True)
@@ -203,18 +208,9 @@ class BenchmarkOptions:
     def chosen(self) -> Suite:
         """Return the suite, changed as these options say."""
         suite = SUITES[self.suite]
-        given: dict[str, Any] = {
-            "models": self.random_weights or self.models,
-            "bits": self.bits,
-            "prompt_tokens": self.prompt_tokens,
-            "generation_tokens": self.generation_tokens,
-            "batch_sizes": self.batch_sizes,
-            "caches": self.caches,
-            "speculations": tuple(None if kind == "none" else kind for kind in self.speculations),
-            "dtype": self.dtype,
-            "trials": self.trials,
-            "processes": self.processes,
-        }
+        given = {item.name: getattr(self, item.name, None) for item in fields(suite)}
+        given["models"] = self.random_weights or self.models
+        given["speculations"] = tuple(None if k == "none" else k for k in self.speculations)
         return replace(suite, **{name: value for name, value in given.items() if value})
 
     def points(self) -> list[Point]:

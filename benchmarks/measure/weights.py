@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -27,7 +28,7 @@ from openelm_mlx.engine.loading import Engine, load, quantize_now
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.files import WEIGHTS, read_json, write_json
-from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, expected_tensors, normal_name
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors, normal_name
 from openelm_mlx.model.decoder import OpenELM, parameters
 from openelm_mlx.quantization import KEYS, QuantSpec, matrices, quantization_of, spec_of
 
@@ -64,19 +65,10 @@ class Weights:
         return self.folder
 
     def case(self, point: Point, engine: str = OURS) -> Case:
-        return Case(
-            engine=engine,
-            model=last_part(self.engine.name),
-            dtype=self.dtype,
-            bits=self.bits,
-            bits_per_weight=round(self.bits_per_weight, 4),
-            prompt_tokens=point.prompt_tokens,
-            generation_tokens=point.generation_tokens,
-            batch_size=point.batch_size,
-            cache=point.cache,
-            speculation=None if point.speculation is None else last_part(point.speculation),
-            random_weights=self.random,
-        )
+        engine_facts = engine, last_part(self.engine.name), self.dtype, self.bits
+        draft = None if point.speculation is None else last_part(point.speculation)
+        axes: dict[str, Any] = {**vars(point), "speculation": draft, "random_weights": self.random}
+        return Case(*engine_facts, round(self.bits_per_weight, 4), **axes)
 
     def moved(self, point: Point) -> dict[str, float] | None:
         """Return the bytes that a token reads, by part, half way through the answer.
@@ -86,14 +78,9 @@ class Weights:
         if point.batch_size > 1 or point.speculation is not None:
             return None
         context = point.prompt_tokens + point.generation_tokens // 2
-        context = min(context, point.settings.get("kv_window", context))
-        return bytes_per_token(
-            self.engine.config,
-            self.dtype,
-            self.engine.quantization,
-            context,
-            point.settings.get("kv_bits"),
-        )
+        kept, engine = point.settings, self.engine
+        context, bits = min(context, kept.get("kv_window", context)), kept.get("kv_bits")
+        return bytes_per_token(engine.config, self.dtype, engine.quantization, context, bits)
 
 
 def last_part(name: str) -> str:
@@ -106,11 +93,11 @@ def last_part(name: str) -> str:
 def facts_of(name: str, random: bool) -> tuple[OpenELMConfig, int | None]:
     """Return the configuration and the fewest bits of a model that is not loaded yet.
 
-    The bits are None where it is not quantized. Raises `BenchmarkError` for a size that was not
-    published, `HubError` or `ConfigError` for an unknown model.
+    The bits are None where it is not quantized. Raises `ConfigError` or `HubError` for an
+    unknown model.
     """
     if random:
-        return published(name), None
+        return OpenELMConfig.from_name(name), None
     raw = read_json(resolve_model(name).folder / "config.json")
     config = OpenELMConfig.from_hf_dict(raw)
     return config, min(bits_of(config, quantization_of(raw)), default=None)
@@ -121,13 +108,6 @@ def bits_of(config: OpenELMConfig, quantization: Mapping[str, Any] | None) -> se
     stems = matrices(expected_tensors(config)) if quantization else ()
     specs = [spec_of(quantization or {}, stem) for stem in stems]
     return {spec.bits for spec in specs if spec is not None}
-
-
-def published(size: str) -> OpenELMConfig:
-    if normal_name(size) not in PUBLISHED:
-        known = f"--random-weights takes one of {', '.join(PUBLISHED)}"
-        raise BenchmarkError(f"no size {size!r} was published; {known}")
-    return OpenELMConfig.from_name(size)
 
 
 def open_weights(
@@ -192,9 +172,9 @@ def random_engine(
     """Return an engine of a published size with seeded random weights, without a download.
 
     It is as fast as the real one. Entries are normal with variance 1 / columns, norms are 1. Raises
-    `BenchmarkError` for a size that was not published.
+    `ConfigError` for a size that was not published.
     """
-    config = published(size)
+    config = OpenELMConfig.from_name(size)
     kind = DTYPES[dtype or ("float32" if device.kind() == "cpu" else "bfloat16")].mlx
     model = OpenELM(config)
     names = sorted(parameters(model).items())
@@ -227,25 +207,18 @@ def padded_tokenizer(vocab: int) -> Tokenizer:
     """Return the bundled tokenizer with meaningless pieces added, so that every id has one."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.model"
-        path.write_bytes(padded_pieces((BUNDLED / "tokenizer.model").read_bytes(), vocab))
+        path.write_bytes(padded_pieces(vocab))
         return Tokenizer.from_file(path)
 
 
-def padded_pieces(data: bytes, vocab: int) -> bytes:
-    """Return a SentencePiece file with pieces appended up to `vocab`.
-
-    In Protocol Buffers, more entries of a repeated field just follow.
-    """
-    from sentencepiece import SentencePieceProcessor
-
-    have = SentencePieceProcessor(model_proto=data).GetPieceSize()
-    pieces = []
-    for number in range(have, vocab):
-        name = f"⟨{number}⟩".encode()
-        # ModelProto.SentencePiece: field 1 is the piece; its score stays 0
-        body = b"\x0a" + bytes([len(name)]) + name
-        pieces.append(b"\x0a" + bytes([len(body)]) + body)  # ModelProto: field 1 is a piece
-    return data + b"".join(pieces)
+def padded_pieces(vocab: int) -> bytes:
+    """Return the bundled SentencePiece file with pieces appended up to `vocab`."""
+    proto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    proto.ParseFromString((BUNDLED / "tokenizer.model").read_bytes())
+    for number in range(len(proto.pieces), vocab):
+        proto.pieces.add(piece=f"<{number}>")
+    padded: bytes = proto.SerializeToString()
+    return padded
 
 
 def write_folder(engine: Engine, folder: Path) -> Path:
@@ -273,8 +246,7 @@ def write_tokenizer(engine: Engine, folder: Path) -> None:
         for file in engine.tokenizer.path.parent.glob("tokenizer*"):
             shutil.copy(file, folder / file.name)
     else:  # the padded one
-        data = padded_pieces((BUNDLED / "tokenizer.model").read_bytes(), engine.config.vocab_size)
-        (folder / "tokenizer.model").write_bytes(data)
+        (folder / "tokenizer.model").write_bytes(padded_pieces(engine.config.vocab_size))
 
 
 def groups(

@@ -96,20 +96,17 @@ def why_not(name: str) -> str | None:
     return f"not installed: `pip install {' '.join(missing)}`" if missing else None
 
 
-def open_peer(name: str, folder: Path, dtype: str | None = None) -> Session:
+def open_peer(name: str, folder: Path, dtype: str) -> Session:
     """Open the peer `name` with the model in `folder`, which it computes in `dtype`.
 
-    Without a `dtype` it is the one that this engine would take. llama.cpp takes a GGUF too, which
-    needs a `dtype`. `load_seconds` counts from reading the weights until the engine is ready,
+    llama.cpp takes a GGUF too. `load_seconds` counts from reading the weights until the engine is ready,
     without imports and without a tokenizer; llama.cpp maps its file and reads it as it goes. Raises
     `OptionError` for an unknown name, and `BenchmarkError` where the peer cannot run or load.
     """
     if obstacle := why_not(name):
         raise BenchmarkError(f"{name} cannot run here: {obstacle}")
     try:
-        module = module_of(NEEDS[name][0])
-        given = dtype if dtype is not None and folder.is_file() else dtype_of(folder, dtype)
-        session: Session = module.open_session(folder, given)
+        session: Session = module_of(NEEDS[name][0]).open_session(folder, dtype)
     except (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(f"{name} cannot load {folder}: {reason(error)}") from error
     return session
@@ -129,16 +126,6 @@ def prepared(name: str, folder: Path, dtype: str, scratch: Path) -> Path:
 
 def module_of(name: str) -> Any:
     return import_module(f"{__name__}.{name}")
-
-
-def dtype_of(folder: Path, asked: str | None) -> str:
-    """Return the type that our loader would compute in. The errors are those of `load`."""
-    from openelm_mlx.dtypes import name_of
-    from openelm_mlx.engine.loading import compute_dtype, read_weights
-    from openelm_mlx.model.config import OpenELMConfig
-
-    config = OpenELMConfig.from_file(folder / "config.json")
-    return name_of(compute_dtype(config, read_weights(folder), asked))
 
 
 def start_up() -> int:

@@ -20,11 +20,11 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from openelm_mlx.benchmarks.measure.weights import published, random_engine, write_folder
+from openelm_mlx.benchmarks.measure.weights import random_engine, write_folder
 from openelm_mlx.convert.tokenizers import build_tokenizer_json, read_tokenizer, tokenizer_config
 from openelm_mlx.device import mx
 from openelm_mlx.errors import BenchmarkError
-from openelm_mlx.model.config import expected_tensors
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 
 IMPORTS = (
     "import openelm_mlx.cli.main, openelm_mlx.convert.pipeline, mlx.core, numpy, sentencepiece, "
@@ -85,7 +85,9 @@ def measure(size: str, scratch: Path, against_mlx_lm: bool, trials: int) -> str:
                 seconds / run("-m", "mlx_lm", "convert", *paths, "-q", "--q-bits", "4")[0]
             )
             shutil.rmtree(theirs)
-    largest = max(4 * math.prod(shape) for shape in expected_tensors(published(size)).values())
+    largest = max(
+        4 * math.prod(shape) for shape in expected_tensors(OpenELMConfig.from_name(size)).values()
+    )
     line = (
         f"{size}: peak {max(peaks) / 1e6:,.0f} MB above the interpreter with its imports "
         f"({floor / 1e6:,.0f} MB); largest tensor {largest / 1e6:,.0f} MB, bound "

@@ -21,7 +21,7 @@ from openelm_mlx.errors import BenchmarkError, OpenELMError, OptionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from openelm_mlx.benchmarks.measure.harness import Progress
+    from openelm_mlx.benchmarks.measure.harness import Tick
     from openelm_mlx.benchmarks.results.document import Document
 
 EXAMPLES = """examples:
@@ -106,8 +106,8 @@ def measure(args: argparse.Namespace) -> Document:
     options = from_args(BenchmarkOptions, args, command=command_line())
     from openelm_mlx.benchmarks.measure.run import run as run_benchmark
 
-    with progress_bar() as progress:
-        return run_benchmark(options, progress)
+    with progress_bar() as tick:
+        return run_benchmark(options, tick)
 
 
 def command_line() -> str:
@@ -116,7 +116,7 @@ def command_line() -> str:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress | None]:
+def progress_bar() -> Iterator[Tick | None]:
     """Show a bar with an estimate on a terminal's stderr, and nothing elsewhere."""
     if not sys.stderr.isatty():
         yield None
@@ -134,22 +134,18 @@ def progress_bar() -> Iterator[Progress | None]:
         TextColumn("{task.description}", table_column=label),
     )
     # it is drawn between trials only: a thread that draws during them would be measured with them
-    settings: dict[str, Any] = {"transient": True, "auto_refresh": False}
-    with Bars(
-        *columns, console=Console(stderr=True), speed_estimate_period=3600, **settings
-    ) as bars:
-        yield Bar(bars, bars.add_task("loading", total=None))
+    bars = Bars(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
+    bars.speed_estimate_period = 3600
+    task = bars.add_task("loading", total=None)
 
+    def tick(label: str | None, work: float) -> None:
+        if label is None:
+            bars.update(task, total=work, refresh=True)
+        else:
+            bars.update(task, advance=work, description=label, refresh=True)
 
-class Bar:
-    def __init__(self, bars: Any, task: Any) -> None:
-        self.bars, self.task = bars, task
-
-    def total(self, work: float) -> None:
-        self.bars.update(self.task, total=work, refresh=True)
-
-    def tick(self, label: str, work: float) -> None:
-        self.bars.update(self.task, advance=work, description=label, refresh=True)
+    with bars:
+        yield tick
 
 
 def check_targets(args: argparse.Namespace) -> None:

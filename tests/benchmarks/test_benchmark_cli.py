@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
 from openelm_mlx.benchmarks.measure.weights import groups, last_part
 from openelm_mlx.benchmarks.peers import Timed
 from openelm_mlx.benchmarks.results import document as results
+from openelm_mlx.cli import benchmark
 from openelm_mlx.cli.main import main
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.errors import BenchmarkError, HubError
@@ -127,20 +129,18 @@ def test_a_mistake_that_a_process_finds_is_told_as_if_it_were_found_here():
 def test_ctrl_c_keeps_finished_processes_or_what_the_first_has_finished(after, kept):
     """A real SIGINT while a process measures: in the first one, and in the second."""
 
-    class Interrupting(harness.Unwatched):
-        def tick(self, text, work):
-            if text.startswith(f"{after + 1}/") and not self.sent:
-                self.ticks += 1
-                if self.ticks == 4:
-                    self.sent = True
-                    os.kill(os.getpid(), signal.SIGINT)
+    ticks = []
 
-        ticks, sent = 0, False
+    def tick(text, work):
+        if text is not None and text.startswith(f"{after + 1}/"):
+            ticks.append(text)
+            if len(ticks) == 4:
+                os.kill(os.getpid(), signal.SIGINT)
 
     options = BenchmarkOptions(
         prompt_tokens=(8,), generation_tokens=(2,), trials=60, processes=3, command="x"
     )
-    document = run.run(options, Interrupting())
+    document = run.run(options, tick)
     assert document.partial and document.processes == kept
     counted = len(document.rows[0].metrics["decode_tokens_per_second"].values)
     assert counted == 20 if after else 0 < counted < 20
@@ -223,8 +223,6 @@ def test_one_of_several_models_that_cannot_be_loaded_costs_the_others_nothing(ca
 
 
 def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, capsys):
-    from openelm_mlx.cli import benchmark
-
     monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
     assert main(["benchmark", "--plot", "x.png"]) == 2
     assert "--plot needs matplotlib: `pip install 'openelm-mlx[plot]'`" in capsys.readouterr().err
@@ -243,29 +241,16 @@ def test_ctrl_c_keeps_finished_trials_and_marks_them_partial(tmp_path, capsys, m
     """A real SIGINT, in the midst of the fourth round."""
     ticks = []
 
-    class Interrupting(harness.Unwatched):
-        def tick(self, text, work):
-            ticks.append(text)
-            if len(ticks) == 2 * 4 + 1:
-                os.kill(os.getpid(), signal.SIGINT)
+    def tick(text, work):
+        ticks.append(text)
+        if len(ticks) == 1 + 2 * 4 + 1:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(run, "Unwatched", Interrupting)
+    monkeypatch.setattr(benchmark, "progress_bar", lambda: nullcontext(tick))
     file = tmp_path / "part.json"
-    options = [
-        "benchmark",
-        "--prompt-tokens",
-        "8",
-        "12",
-        "--generation-tokens",
-        "2",
-        "--output",
-        str(file),
-        "--processes",
-        "1",
-        "--trials",
-        "7",
-    ]
-    assert main(options) == 130
+    lengths = ["--prompt-tokens", "8", "12", "--generation-tokens", "2"]
+    how = ["--processes", "1", "--trials", "7", "--output", str(file)]
+    assert main(["benchmark", *lengths, *how]) == 130
     document = results.load(file)
     counts = [len(row.metrics["decode_tokens_per_second"].values) for row in document.rows]
     assert document.partial and all(3 <= count < 7 for count in counts)
@@ -277,7 +262,7 @@ def test_ctrl_c_keeps_finished_trials_and_marks_them_partial(tmp_path, capsys, m
     ("arguments", "message"),
     [
         (["--trials", "3"], "trials is 3; allowed is a whole number from 5 up"),
-        (["--random-weights", "2b"], "no size '2b' was published"),
+        (["--random-weights", "2b"], "'2b' is not a published OpenELM size"),
         (["270n"], "did you mean"),
         (["--peers", "vllm"], "peers is ('vllm',); allowed: mlx-lm, llama.cpp, torch"),
         (
@@ -438,3 +423,27 @@ def test_machine_facts():
         and found.memory_bytes == device.memory_bytes()
         and "user" not in str(found)
     )
+
+
+def test_the_processor_is_told_exactly():
+    cpuinfo = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
+    cpuinfo += "model name\t: AMD EPYC\nstepping\t: 1\n\nprocessor\t: 1\nmodel\t\t: 18\n"
+    assert machine.read_processor(cpuinfo) == "AuthenticAMD family 25 model 17 stepping 1"
+    assert machine.read_processor("") is None
+
+
+def test_the_commit_is_told_and_whether_the_sources_were_changed(tmp_path):
+    assert machine.commit(tmp_path) == (None, None)
+
+    def git(*words):
+        named = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *named, *words], check=True)
+
+    (tmp_path / "file").write_text("one")
+    git("init", "-q")
+    git("add", "file")
+    git("commit", "-q", "-m", "first")
+    commit, dirty = machine.commit(tmp_path)
+    assert len(commit) == 40 and dirty is False
+    (tmp_path / "file").write_text("two")
+    assert machine.commit(tmp_path) == (commit, True)

@@ -186,9 +186,9 @@ def test_a_peer_that_fails_later_keeps_its_trials_and_is_left_out_from_then_on()
 
 def test_notes_on_a_machine_that_is_not_at_rest():
     rested = Machine(load_average=0.4, cores=2, thermal_pressure="nominal")
-    assert machine.rest_notes(rested, "nominal", 0) == []
+    assert list(machine.rest_notes(rested, "nominal", 0)) == []
     busy = Machine(load_average=3.1, cores=2, thermal_pressure="heavy")
-    assert machine.rest_notes(busy, "moderate", 5) == [
+    assert list(machine.rest_notes(busy, "moderate", 5)) == [
         "the machine was busy before the run: load 3.1 on 2 cores",
         "the machine was hot before the run: thermal pressure heavy",
         "the machine was hot after the run: thermal pressure moderate",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from golden_set import NANO
 
-from openelm_mlx import device, load, stream_generate
+from openelm_mlx import load, stream_generate
 from openelm_mlx.benchmarks import peers
 from openelm_mlx.benchmarks.peers.llama_cpp import LlamaServer, find_server
 from openelm_mlx.benchmarks.peers.llama_gguf import blocks, same_integers, write_gguf
@@ -93,10 +93,7 @@ def test_mlx_lm_counts_its_own_weights_as_memory(tiny, prompt):
     assert mx.get_active_memory() - before < tiny.nbytes / 2
 
 
-def test_the_type_of_a_peer_is_the_type_we_would_take():
-    expected = "bfloat16" if device.kind() == "metal" else "float32"
-    assert peers.dtype_of(BUNDLED, None) in (expected, "float16")
-    assert peers.dtype_of(BUNDLED, "float16") == "float16"
+def test_a_peer_computes_in_the_type_it_is_given():
     session = peers.open_peer("mlx-lm", BUNDLED, "bfloat16")
     assert session.model.transformer.norm.weight.dtype == mx.bfloat16
     session.close()
@@ -109,7 +106,7 @@ def test_unknown_missing_and_damaged(tmp_path, monkeypatch):
     weights = {"transformer.norm.weight": mx.ones((256,))}
     mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
     with pytest.raises(BenchmarkError, match="mlx-lm cannot load .*"):
-        peers.open_peer("mlx-lm", tmp_path)
+        peers.open_peer("mlx-lm", tmp_path, "float32")
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     monkeypatch.delenv("OPENELM_LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -118,7 +115,7 @@ def test_unknown_missing_and_damaged(tmp_path, monkeypatch):
     with pytest.raises(
         BenchmarkError, match="mlx-lm cannot run here: not installed: `pip install mlx-lm`"
     ):
-        peers.open_peer("mlx-lm", BUNDLED)
+        peers.open_peer("mlx-lm", BUNDLED, "float32")
 
 
 # --- the PyTorch reference
