@@ -8,7 +8,7 @@ from pathlib import Path
 
 from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import OptionError
-from openelm_mlx.fields import check_fields, explained
+from openelm_mlx.fields import check_fields, explained, option
 from openelm_mlx.quantization import BITS, GROUP_SIZES, MODES, QuantSpec, make_spec
 
 SOURCE_FORMATS = ("pt", "huggingface", "mlx", "corenet-mlx", "gguf")
@@ -24,130 +24,73 @@ class ConvertOptions:
 
     source: Path = field(metadata={"help": "a CoreNet .pt file, a model folder or a GGUF file"})
     target: Path = field(metadata={"help": "the model folder, or GGUF file, to write"})
-    source_format: str | None = field(
-        default=None,
-        metadata={
-            "help": "what the source is; unset detects it",
-            "flag": "--from",
-            "choices": SOURCE_FORMATS,
-        },
+    source_format: str | None = option(
+        None, "what the source is; unset detects it", flag="--from", choices=SOURCE_FORMATS
     )
-    target_format: str = field(
-        default="mlx", metadata={"help": "what to write", "flag": "--to", "choices": TARGET_FORMATS}
+    target_format: str = option("mlx", "what to write", flag="--to", choices=TARGET_FORMATS)
+    dtype: str | None = option(
+        None, "type of the weights; unset keeps what there is, quantized or not", choices=FLOATS
     )
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "type of the weights; unset keeps what there is, quantized or not",
-            "choices": FLOATS,
-        },
+    head_dim: int | None = option(None, "size of a head, where the tensors do not tell", 2, 65536)
+    rope_base: float | None = option(
+        None, "base of the rotary embeddings; unset is 10000", 1.0, 1e12
     )
-    head_dim: int | None = field(
-        default=None,
-        metadata={"help": "size of a head, where the tensors do not tell", "range": (2, 65536)},
+    config: Path | None = option(None, "CoreNet YAML or config.json of the source")
+    tokenizer: Path | None = option(None, "tokenizer.model; unset looks beside the source")
+    adapter: str | None = option(
+        None,
+        "merge a LoRA or DoRA adapter (the default), or keep it in a folder of its own",
+        choices=ADAPTER,
     )
-    rope_base: float | None = field(
-        default=None,
-        metadata={"help": "base of the rotary embeddings; unset is 10000", "range": (1.0, 1e12)},
+    adapter_folder: Path | None = option(
+        None,
+        "merge this adapter of mlx-lm's (adapters.safetensors, adapter_config.json)",
+        metavar="FOLDER",
     )
-    config: Path | None = field(
-        default=None, metadata={"help": "CoreNet YAML or config.json of the source"}
+    lora_alpha: float | None = option(None, "strength of an adapter that has no YAML", 0.0, 1e6)
+    rank_stabilised: bool | None = option(
+        None, "with --lora-alpha: divide it by the root of the rank (rsLoRA)"
     )
-    tokenizer: Path | None = field(
-        default=None, metadata={"help": "tokenizer.model; unset looks beside the source"}
+    bits: int | None = option(None, "quantize to this many bits", choices=BITS)
+    group_size: int | None = option(
+        None, "weights that share a scale; unset is 64", choices=(16, *GROUP_SIZES)
     )
-    adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "merge a LoRA or DoRA adapter (the default), or keep it in a folder of its own",
-            "choices": ADAPTER,
-        },
+    mode: str | None = option(
+        None, "affine, or a block format with bits and groups of its own", choices=tuple(MODES)
     )
-    adapter_folder: Path | None = field(
-        default=None,
-        metadata={
-            "help": "merge this adapter of mlx-lm's (adapters.safetensors, adapter_config.json)",
-            "metavar": "FOLDER",
-        },
+    recipe: str | None = option(
+        None, "bits by role: a built-in recipe's name, or a YAML file", metavar="NAME|FILE"
     )
-    lora_alpha: float | None = field(
-        default=None,
-        metadata={"help": "strength of an adapter that has no YAML", "range": (0.0, 1e6)},
+    target_bpw: float | None = option(
+        None,
+        "measure every matrix in every spec, and choose the best of this many bits per weight",
+        2.0,
+        16.0,
     )
-    rank_stabilised: bool | None = field(
-        default=None,
-        metadata={"help": "with --lora-alpha: divide it by the root of the rank (rsLoRA)"},
+    calibrate: str | None = option(
+        None,
+        "learn the rounding: gptq (error feedback, minutes) or distill (by gradient, longer and "
+        "better)",
+        choices=CALIBRATIONS,
     )
-    bits: int | None = field(
-        default=None, metadata={"help": "quantize to this many bits", "choices": BITS}
+    calibration_text: Path | None = option(
+        None, "text to measure and learn on; unset is what the model itself writes"
     )
-    group_size: int | None = field(
-        default=None,
-        metadata={"help": "weights that share a scale; unset is 64", "choices": (16, *GROUP_SIZES)},
+    calibration_tokens: int = option(
+        32768, "tokens to learn on; measuring takes 2048 of them", 257, 1 << 24
     )
-    mode: str | None = field(
-        default=None,
-        metadata={
-            "help": "affine, or a block format with bits and groups of its own",
-            "choices": tuple(MODES),
-        },
+    verify_text: Path | None = option(None, "text to verify on; implies --verify")
+    max_kl: float | None = option(
+        None,
+        "fail, and write nothing, above this mean KL divergence in nats; implies --verify",
+        0.0,
+        math.inf,
     )
-    recipe: str | None = field(
-        default=None,
-        metadata={
-            "help": "bits by role: a built-in recipe's name, or a YAML file",
-            "metavar": "NAME|FILE",
-        },
-    )
-    target_bpw: float | None = field(
-        default=None,
-        metadata={
-            "help": "measure every matrix in every spec, and choose the best of this many bits per "
-            "weight",
-            "range": (2.0, 16.0),
-        },
-    )
-    calibrate: str | None = field(
-        default=None,
-        metadata={
-            "help": "learn the rounding: gptq (error feedback, minutes) or distill (by gradient, "
-            "longer and better)",
-            "choices": CALIBRATIONS,
-        },
-    )
-    calibration_text: Path | None = field(
-        default=None,
-        metadata={"help": "text to measure and learn on; unset is what the model itself writes"},
-    )
-    calibration_tokens: int = field(
-        default=32768,
-        metadata={
-            "help": "tokens to learn on; measuring takes 2048 of them",
-            "range": (257, 1 << 24),
-        },
-    )
-    verify_text: Path | None = field(
-        default=None, metadata={"help": "text to verify on; implies --verify"}
-    )
-    max_kl: float | None = field(
-        default=None,
-        metadata={
-            "help": "fail, and write nothing, above this mean KL divergence in nats; implies "
-            "--verify",
-            "range": (0.0, math.inf),
-        },
-    )
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "show the plan, sizes and memory needed, and write nothing"},
-    )
-    force: bool = field(default=False, metadata={"help": "replace an existing model folder"})
-    verify: bool = field(
-        default=False, metadata={"help": "compare the result with the source in float32"}
-    )
-    instruct: bool | None = field(
-        default=None,
-        metadata={"help": "add the chat template; unset goes by 'instruct' in the source's name"},
+    dry_run: bool = option(False, "show the plan, sizes and memory needed, and write nothing")
+    force: bool = option(False, "replace an existing model folder")
+    verify: bool = option(False, "compare the result with the source in float32")
+    instruct: bool | None = option(
+        None, "add the chat template; unset goes by 'instruct' in the source's name"
     )
 
     source_name: str | None = None

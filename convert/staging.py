@@ -154,20 +154,16 @@ def clear_leftovers(target: Path) -> None:
     """Remove what killed runs left beside `target`, and give an old model that they had moved
     aside its name back.
     """
-    with contextlib.suppress(OSError):  # what cannot be seen or moved stays
-        undo_and_remove(target)
-
-
-def undo_and_remove(target: Path) -> None:
     pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|old)-(\d{1,9})-\w+")
-    for path in target.parent.iterdir():
-        match = pattern.fullmatch(path.name)
-        if match is None or path.is_symlink() or alive(int(match[2])):
-            continue
-        if match[1] == "old" and not target.exists() and (path / CONFIG).is_file():
-            path.rename(target)
-        else:
-            remove(path)
+    with contextlib.suppress(OSError):  # what cannot be seen or moved stays
+        for path in target.parent.iterdir():
+            match = pattern.fullmatch(path.name)
+            if match is None or path.is_symlink() or alive(int(match[2])):
+                continue
+            if match[1] == "old" and not target.exists() and (path / CONFIG).is_file():
+                path.rename(target)
+            else:
+                remove(path)
 
 
 def alive(pid: int) -> bool:

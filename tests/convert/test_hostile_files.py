@@ -118,7 +118,8 @@ def bomb(name: str, folder: Path) -> None:
 CHILD = """
 import resource, sys
 from pathlib import Path
-import openelm_mlx.convert.pipeline, openelm_mlx.convert.sources.gguf, gguf, yaml, sentencepiece, tokenizers
+import openelm_mlx.convert.pipeline, openelm_mlx.convert.sources.gguf
+import gguf, yaml, sentencepiece, tokenizers
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.convert.opening import corenet_section
 from openelm_mlx.convert.targets.folder import build_tokenizer_json
@@ -135,7 +136,9 @@ resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 import time
 for path in map(Path, sys.argv[1:]):
-    read = (lambda p: build_tokenizer_json(read_tokenizer(p))) if path.name == "piece.json" else READERS[path.suffix]
+    read = READERS[path.suffix]
+    if path.name == "piece.json":
+        read = lambda path: build_tokenizer_json(read_tokenizer(path))
     started = time.process_time()
     try:
         read(path)

@@ -39,7 +39,8 @@ def run(stop_at, options):
         return os.waitpid(pid, 0)[1]
     seen = [0]
     def hook(event, arguments):
-        if event in EVENTS and not (event == "open" and isinstance(arguments[2], int) and not arguments[2] & 3):
+        reads = event == "open" and isinstance(arguments[2], int) and not arguments[2] & 3
+        if event in EVENTS and not reads:
             seen[0] += 1
             if seen[0] == stop_at:
                 os.kill(os.getpid(), getattr(signal, signal_name))
@@ -61,7 +62,7 @@ def state(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            found[str(path.relative_to(folder))] = path.read_bytes().hex()[:0] + str(hash(path.read_bytes()))
+            found[str(path.relative_to(folder))] = str(hash(path.read_bytes()))
     return found
 
 target = Path(target)
@@ -70,7 +71,8 @@ options = ConvertOptions(source=source, target=target, force=True, target_format
 for number in range(1, 500, int(stride)):
     backup = {p: p.read_bytes() for p in target.parent.rglob("*") if p.is_file()}
     status = run(number, options)
-    print(json.dumps({"number": number, "status": status, "state": state(target.parent)}), flush=True)
+    found = state(target.parent)
+    print(json.dumps({"number": number, "status": status, "state": found}), flush=True)
     if status == 0:
         break
     for p in sorted(target.parent.rglob("*"), reverse=True):
@@ -163,8 +165,9 @@ def folders_of(tmp_path: Path, source: Path, kind: str) -> dict[str, str]:
     """The state of the target before the interrupted run, hashed as the child hashes."""
     code = (
         "import sys, json; from pathlib import Path; root = Path(sys.argv[1])\n"
-        "print(json.dumps({str(p.relative_to(root)) if root.is_dir() else '': str(hash(p.read_bytes()))\n"
-        "                  for p in ([root] if root.is_file() else sorted(root.rglob('*'))) if p.is_file()}))"
+        "paths = [root] if root.is_file() else [p for p in root.rglob('*') if p.is_file()]\n"
+        "print(json.dumps({str(p.relative_to(root)) if root.is_dir() else '':\n"
+        "                  str(hash(p.read_bytes())) for p in paths}))"
     )
     convert(ConvertOptions(source=source, target=tmp_path / "before" / "model", target_format=kind))
     run = subprocess.run(

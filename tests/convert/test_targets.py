@@ -91,7 +91,7 @@ def test_mlx_to_gguf_to_mlx_within_the_formats_rounding(tmp_path, nano, kind, fi
                 else array.astype(getattr(mx, fields.get("dtype", "float32")))
             )
             assert mx.array_equal(after[name], want)
-        else:  # half a step of a block of 32, and float16's rounding of the step (2 ** -11) at 127 of them
+        else:  # half a step of a block of 32, and float16's rounding (2 ** -11) of 127 steps
             blocks, error = (x.reshape(-1, 32) for x in (array, mx.abs(after[name] - array)))
             largest = mx.abs(blocks).max(axis=1, keepdims=True)
             assert (error <= largest * (0.5 / 127 + 2**-11 + 1e-6)).all().item()
