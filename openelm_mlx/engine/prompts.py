@@ -18,13 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from openelm_mlx.engine.tokenizer import (
-    StreamingDecoder,
-    Tokenizer,
-    as_id,
-    check_text,
-    spelling,
-)
+from openelm_mlx.engine.tokenizer import StreamingDecoder, Tokenizer, as_id, check_text, spelling
 from openelm_mlx.errors import PromptError
 
 if TYPE_CHECKING:
