@@ -1,4 +1,4 @@
-"""Classes of options: dataclasses whose fields carry a help text and an allowed range, checked here.
+"""Classes of options: dataclasses whose fields have a help text and an allowed range.
 
 Python, the command line and the benchmarks all build their options from such classes, so that each
 default, range and help text stands in one place. Nothing here needs MLX.
@@ -37,7 +37,7 @@ KINDS = {
 def check_fields(options: Any) -> None:
     """Check every field of a dataclass by annotation and metadata, and store it in that type.
 
-    A number that loses nothing by it is converted: of numpy or MLX to Python's, 4.0 to 4 for an
+    A number is converted where that loses nothing: one of numpy or MLX to Python's, 4.0 to 4 for an
     integer. Raises `OptionError` for the first field of another type, outside the inclusive
     ``metadata["range"]``, or not one of ``metadata["choices"]``. None is allowed where the
     annotation says so.
@@ -51,7 +51,7 @@ def check_fields(options: Any) -> None:
 
 
 def as_annotated(annotation: str, given: Any) -> Any:
-    """`given` in the type that `annotation` names; UNFIT where that would lose something."""
+    """Return `given` in the type of `annotation`, or `UNFIT` where that would lose something."""
     kind, _, rest = annotation.partition(" | ")
     if given is None:
         return None if rest == "None" else UNFIT
@@ -80,9 +80,9 @@ def as_annotated(annotation: str, given: Any) -> Any:
 
 
 def as_pairs(given: Any) -> Any:
-    """Token ids and their numbers, sorted, from a dict, pairs or texts ID=NUMBER; else UNFIT.
+    """Return sorted pairs of token ids and numbers from a dict, pairs or texts ID=NUMBER.
 
-    The last of several numbers for one id counts.
+    Of several numbers for one id the last counts. Return `UNFIT` for anything else.
     """
     items = [given] if isinstance(given, str) else given
     items = given.items() if isinstance(given, Mapping) else items
@@ -100,6 +100,7 @@ def as_pairs(given: Any) -> Any:
 
 
 def hashable(given: Any) -> bool:
+    """Tell whether a value can be a key."""
     try:
         hash(given)
     except TypeError:
@@ -114,11 +115,12 @@ def fit_path(given: str | os.PathLike[str]) -> bool:
 
 
 def encodable(text: str) -> bool:
-    """Tell whether a text has a form in UTF-8: no half of a character of UTF-16."""
+    """Tell whether a text can be written in UTF-8: it has no half of a character of UTF-16."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def within(item: Field[Any], value: Any) -> bool:
+    """Tell whether a value is one of a field's choices, or in its range."""
     if value is None:
         return True
     entries = value if isinstance(value, tuple) else (value,)
@@ -132,7 +134,7 @@ def within(item: Field[Any], value: Any) -> bool:
 
 
 def allowed(item: Field[Any]) -> str:
-    """Say what a field may be, as in "allowed is a whole number from 1 to 16, or None"."""
+    """Return what a field may be, as in "allowed is a whole number from 1 to 16, or None"."""
     kind, _, rest = str(item.type).partition(" | ")
     none = ", or None" if rest == "None" else ""
     if "choices" in item.metadata:
@@ -145,7 +147,7 @@ def allowed(item: Field[Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Quote a value for an error: in one line, and not a long one."""
+    """Return a value as an error quotes it: in one line of at most 80 characters."""
     text = " ".join(repr(str(value) if isinstance(value, Path) else value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -181,6 +183,7 @@ def explained(*options: type) -> Callable[[T], T]:
 
 
 def explanation(item: Field[Any]) -> list[str]:
+    """Return the lines of a docstring that explain one option."""
     default = "" if item.default is MISSING else f" = {item.default!r}"
     limits = "" if item.type == "bool" else f"; {allowed(item)}"
     text = textwrap.wrap(item.metadata["help"] + limits, 72)
@@ -190,13 +193,16 @@ def explanation(item: Field[Any]) -> list[str]:
 def option(
     default: Any, help: str, low: float | None = None, high: float = math.inf, **metadata: Any
 ) -> Any:
-    """A field of a class of options, from `low` to `high`, for `check_fields` and command lines."""
+    """Return a field of a class of options, from `low` to `high`, with its help text."""
     limits = {} if low is None else {"range": (low, high)}
     return field(default=default, metadata={"help": help, **limits, **metadata})
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` was meant to be: the only one it begins, else the most similar."""
+    """Return the known word that `word` was meant to be, if any.
+
+    It is the only one that begins so, else the most similar.
+    """
     known = list(known)
     begun = [name for name in known if name.startswith(word)]
     near = begun if len(begun) == 1 else get_close_matches(word, known, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import math
 import os
@@ -238,6 +237,8 @@ def replacing(path: str | Path, suffix: str = "") -> Iterator[Path]:
 
 def lock(file: IO[str], kind: int, notice: str = "") -> None:
     """Lock `file`, and print `notice` if that takes waiting. Some file systems have no locks."""
+    import fcntl  # here, as `openelm --help` does not need it
+
     try:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)

@@ -106,12 +106,12 @@ def check_messages(messages: Sequence[Message]) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         what = f"the messages are of type {type(messages).__name__}"
         raise PromptError(f"{what}; give a list of them, each {MESSAGE}")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            what = f"message {i + 1} is of type {type(message).__name__}"
-            raise PromptError(f"{what}; give {MESSAGE}")
     if not messages:
         raise PromptError("the conversation is empty; give at least one user message")
+    for i, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            what = f"message {i} is of type {type(message).__name__}"
+            raise PromptError(f"{what}; give {MESSAGE}")
     offset = 1 if messages[0].get("role") == "system" else 0
     if len(messages) == offset:
         raise PromptError("the conversation has a system message only; add a user message")

@@ -445,7 +445,7 @@ def test_mistakes(engine):
     for name, value in (("kv_bits", 8), ("prefill_chunk", 7), ("compiled", False)):
         with pytest.raises(
             OptionError,
-            match=f"{name} is an option of the engine, not of a request; give it to the BatchEngine",
+            match=f"{name} is an option of the engine, not of a request; give it to the Batch",
         ):
             BatchEngine(engine).submit("a", **{name: value})
     with pytest.raises(

@@ -393,7 +393,7 @@ def test_ids_are_integers_of_any_kind(tiny, ids):
         ({"role": "user"}, "the prompt is of type dict"),
         (
             [1, 2.7],
-            "number 2 of the prompt is of type float; a list is one of token ids, which are integers",
+            "number 2 of the prompt is of type float; a list is one of token ids, which are int",
         ),
         (["5"], "number 1 of the prompt is of type str.*Give text as one string"),
         ([True], "of type bool"),

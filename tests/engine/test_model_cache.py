@@ -207,7 +207,10 @@ def test_inspect_and_benchmark_take_the_same_models(nano, tmp_path, cache, capsy
 
 
 def run(*sources: Path, **environ: str) -> subprocess.Popen[str]:
-    code = "import sys\nfrom openelm_mlx.engine.hub import resolve_model\nfor name in sys.argv[1:]: print(resolve_model(name).folder)"
+    code = (
+        "import sys\nfrom openelm_mlx.engine.hub import resolve_model\n"
+        "for name in sys.argv[1:]: print(resolve_model(name).folder)"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, sources)],
         env=os.environ | environ,
@@ -266,8 +269,10 @@ def test_a_disk_that_fills_up(tmp_path, cache, monkeypatch):
     """
     folder = checkpoint(tmp_path / "a")
     code = (
-        "import resource, signal, sys\nfrom openelm_mlx.cli.main import main\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\nsys.exit(main(sys.argv[1:]))"
+        "import resource, signal, sys\nfrom openelm_mlx.cli.main import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "generate", "Hi", "--model", folder]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
