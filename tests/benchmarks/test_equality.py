@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from small import random_engine
 
+from openelm_mlx.benchmarks.checks import soak
 from openelm_mlx.benchmarks.checks.judge import Judge, Report
 from openelm_mlx.benchmarks.checks.reference import Reference
 from openelm_mlx.benchmarks.checks.trials import Answer, Request, alone
-from openelm_mlx.benchmarks.scripts import equality, latency
+from openelm_mlx.benchmarks.scripts import against_mlx_lm, equality, latency
 from openelm_mlx.device import mx
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.model.cache_kinds import CacheKind
@@ -86,3 +89,23 @@ def gap(engine) -> float:
 def test_new_settings_of_the_sampler_are_not_traced_again(tiny):
     found = latency.temperatures(random_engine(tiny, seed=2), settings=24, pairs=1)
     assert found["traces"] == found["combinations"] < 16
+
+
+def test_the_commands_report_and_write_what_they_found(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "equality.json"
+    assert equality.main(["--trials", "1", "--check", "1", "--json", str(file)]) == 0
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["trials"] == 1 and found["failures"] == [] and found["compared"].keys() > WAYS
+    assert found["model"] is None and found["checked_tokens"] > 0
+    assert '"largest_gap"' in capsys.readouterr().out
+    monkeypatch.setattr(soak, "PROBE", (16, 8))
+    file = tmp_path / "soak.json"
+    assert soak.main(["random", "--clients", "2", "--requests", "1", "--json", str(file)]) == 0
+    assert sum(json.loads(file.read_text(encoding="utf-8"))["generations"].values()) == 2
+    assert "2 generations (" in capsys.readouterr().out
+
+
+def test_a_comparison_with_mlx_lm_needs_a_model(capsys):
+    with pytest.raises(SystemExit):
+        against_mlx_lm.main([])
+    assert "give a FOLDER, or --random-weights SIZE" in capsys.readouterr().err
