@@ -184,8 +184,8 @@ def test_one_process_is_compared_by_its_trials_and_that_is_said():
     comparison = compare(one, other)
     assert comparison.regressed
     assert comparison.notes == (
-        "a result of one process does not tell how processes differ, which by itself can look like a "
-        "change; measure both with --processes 5",
+        "a result of one process does not tell how processes differ, which by itself can look "
+        "like a change; measure both with --processes 5",
     )
     assert compare(result(*STEADY), other).notes == comparison.notes
     assert compare(result(*STEADY), result(*FASTER)).notes == ()
@@ -321,7 +321,7 @@ def test_students_t_between_whole_degrees_of_freedom(freedom):
 
 
 def test_welchs_test_is_the_one_of_the_books():
-    """Student's own data (Biometrika 6, 1908), as R's t.test gives them: t = -1.8608, df = 17.776."""
+    """Student's own data (Biometrika 6, 1908), with t and the degrees of freedom that R gives."""
     one = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
     two = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
     gap, error, freedom = difference(two, one)

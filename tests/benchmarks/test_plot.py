@@ -171,8 +171,8 @@ def test_names_are_text_and_never_mathematics(tmp_path):
 def test_the_caption_tells_machine_date_and_that_it_is_no_mac():
     machine, versions, marks = caption(rich_document()).splitlines()
     assert machine == (
-        "Linux CPU result, not Apple silicon · Made-up chip, 2 cores, 24 GiB, Linux 6.1, cpu backend, "
-        "BLAS: MLX's own"
+        "Linux CPU result, not Apple silicon · Made-up chip, 2 cores, 24 GiB, Linux 6.1, "
+        "cpu backend, BLAS: MLX's own"
     )
     assert versions.startswith("openelm-mlx 0.1.0, mlx 0.32.4") and "2026-01-02" in marks
     mac = Machine(chip="Some Mac", system="Darwin")

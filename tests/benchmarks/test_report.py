@@ -123,17 +123,20 @@ def pages(html, tmp_path_factory):
 
 LAYOUT = """({
   page: document.documentElement.scrollWidth, window: innerWidth,
-  pictures: [...document.images].map(i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width),
-  small: [...document.querySelectorAll("body *")].filter(e => parseFloat(getComputedStyle(e).fontSize) < 12).length,
+  pictures: [...document.images].map(
+    i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width),
+  small: [...document.querySelectorAll("body *")].filter(
+    e => parseFloat(getComputedStyle(e).fontSize) < 12).length,
   beyond: [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll, pre")
            && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName),
   boxes: [...document.querySelectorAll(".scroll")].map(box => [box.scrollWidth, box.clientWidth]),
-  ink: getComputedStyle(document.body).color, paper: getComputedStyle(document.body).backgroundColor,
+  ink: getComputedStyle(document.body).color,
+  paper: getComputedStyle(document.body).backgroundColor,
 })"""
 
 
 def contrast(one: str, other: str) -> float:
-    """Of two CSS colours, as WCAG 2 counts it: 1 to 21."""
+    """Return the contrast of two CSS colours, 1 to 21, as WCAG 2 counts it."""
 
     def luminance(colour: str) -> float:
         parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]

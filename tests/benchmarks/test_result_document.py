@@ -1,4 +1,4 @@
-"""The result document: what follows from its trials, what is refused, processes merged, old files."""
+"""The result document: what follows from trials, what is refused, merged processes, old files."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def broken(change):
         (broken(case(None, "model")), "case.model is None; expected a text"),
         (broken(case(["x"] * 99, "model")), r"model is \['x', .*\.\.\.; expected a text"),
         (
-            broken(lambda d: d["rows"][2].update(metrics={"speed": d["rows"][1]["metrics"][DECODE]})),
+            broken(
+                lambda d: d["rows"][2].update(metrics={"speed": d["rows"][1]["metrics"][DECODE]})
+            ),
             r"rows\[2\].metrics.speed is not a metric of this schema; known: prefill",
         ),
         (broken(rate("s", "unit")), r"unit is 's', but 'tokens/s' follows from the trials"),
@@ -112,22 +114,46 @@ def broken(change):
         (broken(rate(math.nan, "q3")), "q3 is nan; expected a finite"),
         (broken(rate(60, "median")), "median is 60.0, but 50.0 follows from the trials"),
         (broken(rate(60, "q1")), "q1 is 60.0, but 49.5 follows"),
-        (broken(put(99, "rows", 0, "percent_of_bound")), r"rows\[0\].percent_of_bound is 99.0, but 50"),
-        (broken(put(9, "rows", 1, "percent_of_bound")), r"rows\[1\].percent_of_bound is 9.0, but None"),
-        (broken(put(9, "rows", 0, "bound_tokens_per_second")), r"\[0\].bound_\S+ is 9.0, but 200.0"),
-        (broken(put(1.55e6, "machine", "copy_bytes_per_second")), r"rows\[0\].bound_.* is 200.0, but"),
+        (
+            broken(put(99, "rows", 0, "percent_of_bound")),
+            r"rows\[0\].percent_of_bound is 99.0, but 50",
+        ),
+        (
+            broken(put(9, "rows", 1, "percent_of_bound")),
+            r"rows\[1\].percent_of_bound is 9.0, but None",
+        ),
+        (
+            broken(put(9, "rows", 0, "bound_tokens_per_second")),
+            r"\[0\].bound_\S+ is 9.0, but 200.0",
+        ),
+        (
+            broken(put(1.55e6, "machine", "copy_bytes_per_second")),
+            r"rows\[0\].bound_.* is 200.0, but",
+        ),
         (broken(put(9.99, "ratios", 0, "ratio")), r"ratios\[0\].ratio is 9.99, but 2.0"),
         (broken(put(1.0, "ratios", 0, "low")), r"ratios\[0\].low is 1.0, but 1.9"),
         (broken(put(3, "ratios", 0, "high")), r"ratios\[0\].high is 3.0, but 2.0"),
-        (broken(put(9, "ratios", 0, "against")), r"ratios\[0\] is of .* in rows 0 and 9; expected the rows of two engines"),
+        (
+            broken(put(9, "ratios", 0, "against")),
+            r"ratios\[0\] is of .* in rows 0 and 9; expected the rows",
+        ),
         (broken(put(-1, "ratios", 0, "row")), r"ratios\[0\] is of .* in rows -1 and 1; expected"),
-        (broken(put(2, "ratios", 0, "against")), r"in rows 0 and 2; .* that have measured it in the same case"),
-        (broken(put(0, "ratios", 0, "against")), "in rows 0 and 0; expected the rows of two engines"),
-        (broken(case(9, "prompt_tokens")), r"ratios\[0\] is of decode_.* in rows 0 and 1; expected"),
+        (
+            broken(put(2, "ratios", 0, "against")),
+            r"in rows 0 and 2; .* that have measured it in the same case",
+        ),
+        (
+            broken(put(0, "ratios", 0, "against")),
+            "in rows 0 and 0; expected the rows of two engines",
+        ),
+        (
+            broken(case(9, "prompt_tokens")),
+            r"ratios\[0\] is of decode_.* in rows 0 and 1; expected",
+        ),
         (broken(rate([[50]], "processes")), r"ratios\[0\] needs two pairs of trials above 0"),
         (broken(rate([[5, -5]], "processes")), r"ratios\[0\] needs two pairs of trials above 0"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_document_is_refused_by_file_and_place(tmp_path, text, message):
     file = tmp_path / "damaged.json"
     file.write_text(text)
