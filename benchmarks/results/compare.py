@@ -25,13 +25,7 @@ from openelm_mlx.benchmarks.results.document import (
     Row,
     completed,
 )
-from openelm_mlx.benchmarks.results.statistics import (
-    difference,
-    holm,
-    independent,
-    student_t,
-    welch,
-)
+from openelm_mlx.benchmarks.results.statistics import difference, holm, samples, student_t, welch
 from openelm_mlx.errors import BenchmarkError
 
 if TYPE_CHECKING:
@@ -191,7 +185,7 @@ def common(before: Document, after: Document) -> Iterator[Pair]:
         shared = row.metrics.keys() & other.metrics.keys()
         for name in (name for name in row.metrics if name in shared):
             sides = other.metrics[name], row.metrics[name]
-            values = [independent(metric.processes) for metric in sides]
+            values = [samples(metric.processes) for metric in sides]
             enough = min(map(len, values)) > 1 and min(map(min, values)) > 0
             if COPIES.get(name) not in shared and (enough or sides[0].unit not in TIMED):
                 yield row.case, name, *sides
@@ -207,7 +201,7 @@ def key(row: Row) -> Case:
 
 def logarithms(pair: Pair) -> tuple[list[float], list[float]]:
     before, after = (
-        [math.log(value) for value in independent(metric.processes)] for metric in pair[2:]
+        [math.log(value) for value in samples(metric.processes)] for metric in pair[2:]
     )
     return before, after
 

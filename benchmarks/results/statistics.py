@@ -27,7 +27,7 @@ def process_medians(processes: Processes) -> list[float]:
     return [median(trials) for trials in processes if trials]
 
 
-def independent(processes: Processes) -> list[float]:
+def samples(processes: Processes) -> list[float]:
     """Return the values that tell how sure a figure is: medians of processes, or the trials where
     there is only one process.
     """
@@ -46,7 +46,7 @@ def paired_ratio(ours: Processes, theirs: Processes) -> Interval:
         [math.log(a) - math.log(b) for a, b in zip(*process, strict=False)]
         for process in zip(ours, theirs, strict=True)
     ]
-    return Interval(*(math.exp(edge) for edge in interval(independent(logs))))
+    return Interval(*(math.exp(edge) for edge in interval(samples(logs))))
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openelm_mlx.benchmarks.results.document import (
@@ -18,7 +18,6 @@ from openelm_mlx.benchmarks.results.document import (
     Case,
     Document,
     Machine,
-    Metric,
     Row,
 )
 from openelm_mlx.dtypes import FLOATS, itemsize
@@ -101,9 +100,7 @@ def digits(value: float) -> str:
 
 
 def verdict(document: Document, number: int) -> str:
-    """Return whether the first side of a ratio is `better` or `worse`, or `no difference` where the
-    interval holds 1.
-    """
+    """Return `better` or `worse`, or `no difference` for a ratio whose interval holds 1."""
     ratio = document.ratios[number]
     if ratio.low <= 1 <= ratio.high:
         return "no difference"
@@ -191,19 +188,12 @@ def grid(rows: Sequence[Row]) -> Grid:
 
 
 def metric_cell(row: Row, name: str) -> str:
-    """Return the median and its spread, in the column's unit, or why there is none."""
+    """Return the median in the column's unit and its spread, `81.3 (4%)`, or why there is none."""
     if (metric := row.metrics.get(name)) is None:
         parted = name == DECODE and row.parts_at is not None
         return f"parts at {row.parts_at}" if parted else ""
-    return summary(metric, COLUMNS[name][1])
-
-
-def summary(metric: Metric, divisor: float = 1.0) -> str:
-    """Return `81.3 (4%)`: the median, and the interquartile range as a share of it where there is
-    one.
-    """
     spread = f"{metric.spread:.0%}"
-    return digits(metric.median / divisor) + (f" ({spread})" if spread != "0%" else "")
+    return digits(metric.median / COLUMNS[name][1]) + (f" ({spread})" if spread != "0%" else "")
 
 
 def ratio_grid(document: Document) -> Grid:
@@ -328,25 +318,21 @@ def show(document: Document, console: Console) -> None:
 
 
 def csv_text(document: Document) -> str:
-    """Return a line a case: its facts, then median, quartiles, trials and processes of every
-    metric, in its own unit.
+    """Return a line a case: its facts, then each metric in its own unit, with quartiles and counts
+    of trials and processes.
     """
-    names = [name for name in METRICS if any(name in row.metrics for row in document.rows)]
-    facts = ["bound_tokens_per_second", "percent_of_bound", "agrees", "parts_at"]
     lines = []
     for row in document.rows:
         line: dict[str, Any] = asdict(row.case)
-        for name in names:
-            metric = row.metrics.get(name)
-            line[name] = metric and metric.median
-            line[f"{name}_q1"], line[f"{name}_q3"] = metric and metric.q1, metric and metric.q3
-            line[f"{name}_trials"] = metric and len(metric.values)
-            line[f"{name}_processes"] = metric and len(metric.processes)
-        line |= {name: getattr(row, name) for name in facts}
-        lines.append(line | {"notes": "; ".join(row.notes)})
-    out = io.StringIO()
-    head = list(lines[0]) if lines else [item.name for item in fields(Case)]
-    writer = csv.DictWriter(out, head, lineterminator="\n")
+        for name in ("bound_tokens_per_second", "percent_of_bound", "agrees", "parts_at"):
+            line[name] = getattr(row, name)
+        line["notes"] = "; ".join(row.notes)
+        for name, m in row.metrics.items():
+            line |= {name: m.median, f"{name}_q1": m.q1, f"{name}_q3": m.q3}
+            line |= {f"{name}_trials": len(m.values), f"{name}_processes": len(m.processes)}
+        lines.append(line)
+    out, head = io.StringIO(), dict.fromkeys(key for line in lines for key in line)
+    writer = csv.DictWriter(out, list(head) or ["engine", "model"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return out.getvalue()
