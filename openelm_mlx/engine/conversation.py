@@ -144,7 +144,7 @@ class Conversation:
 
     @property
     def options(self) -> GenerationOptions:
-        """When answers stop and what is drafted, from the next message on."""
+        """The options of answers, from the next message on: when they stop, what is drafted."""
         return self._options
 
     @options.setter

@@ -135,7 +135,7 @@ def _events(scheduler: BatchEngine) -> Generator[Event, None, None]:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What one prompt of a list gave; `error` is set instead where it could not be run."""
+    """The result of one prompt of a list; `error` is set instead where it could not be run."""
 
     text: str
     tokens: tuple[int, ...]

@@ -113,7 +113,7 @@ class SamplingOptions:
 @explained()
 @dataclass(frozen=True)
 class GenerationOptions:
-    """When a request has ended, what is reported with its tokens, and what is drafted."""
+    """The end of a request, the report with its tokens, the drafts, and the form of the answer."""
 
     max_tokens: int = option(256, "stop after this many tokens", 1)
     stop: tuple[str, ...] = option((), "stop before this text")

@@ -294,8 +294,8 @@ def fingerprint(engine: Engine) -> str:
     digest.update(repr(sorted((engine.quantization or {}).items(), key=str)).encode())
     digest.update(engine.tokenizer.fingerprint.encode())
     for name, array in sorted(parameters(engine.model).items()):
-        width = {1: mx.uint8, 2: mx.uint16}.get(array.itemsize, mx.uint32)
-        words = array.reshape(-1).view(width).astype(mx.uint32)
+        word = {1: mx.uint8, 2: mx.uint16}.get(array.itemsize, mx.uint32)
+        words = array.reshape(-1).view(word).astype(mx.uint32)
         places = mx.arange(words.size, dtype=mx.uint32) % 65521 + 1
         sums: Any = mx.stack([words.sum(), (words * places).sum()]).tolist()
         digest.update(f"{name} {array.dtype} {array.shape} {sums}".encode())

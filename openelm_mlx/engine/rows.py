@@ -21,7 +21,7 @@ def quarters(n: int, least: int = 1) -> int:
 
 
 class Rows:
-    """The caches of `count` rows; arrays are [2, count, kv_heads, slots, width].
+    """The caches of `count` rows; arrays are [2, count, kv_heads, slots, n] as in `cache_kinds`.
 
     A step borrows the buffers with `lend` and replaces them with `restore`. No other reference to
     them may be left when the new ones are computed, or they are copied. The caller knows how many

@@ -46,7 +46,7 @@ class Filters:
     repetition: bool = False
     counts: bool = False  # presence or frequency penalties
     bias: bool = False
-    window: int = 0  # of the penalties, in tokens, a power of two; 0 where all see the whole text
+    window: int = 0  # of the penalties, in tokens, a power of two; 0 where all see the entire text
     masked: bool = False  # a grammar forbids tokens
     processors: tuple[Callable[..., mx.array], ...] = ()
 
@@ -194,7 +194,7 @@ def dense(code: str, vocab: int, pairs: Iterable[tuple[int, float]]) -> mx.array
 
 
 class Context(NamedTuple):
-    """What a draw looks at besides the logits, for each row."""
+    """The inputs of a draw besides the logits, for each row."""
 
     controls: Controls
     keys: mx.array  # [B, 2] uint32, as of `seed_key`

@@ -42,7 +42,7 @@ class Tokenizer:
         for name in FILES:
             if (Path(folder) / name).is_file():
                 return cls.from_file(Path(folder) / name)
-        what = f"{folder} holds neither {' nor '.join(FILES)}"
+        what = f"{folder} has neither {' nor '.join(FILES)}"
         raise TokenizerError(f"{what}; pass --tokenizer with the path of one")
 
     @classmethod

@@ -50,7 +50,7 @@ def causal(length: int) -> Mask:
 
 
 class NoCache:
-    """A single pass over the whole text: nothing is kept."""
+    """A cache for a single pass over the entire text, which keeps nothing."""
 
     def positions(self, length: int) -> mx.array:
         return mx.arange(length)[None]
@@ -205,7 +205,7 @@ class LayerCache:
 
 
 class Place:
-    """Where the tokens of one pass go, computed once for all layers: positions, slots, masks.
+    """The positions, slots and masks of the tokens of one pass, computed once for all layers.
 
     `start` has the position of each row's first token [B], or of every token of the pass [B, L].
     """
@@ -278,7 +278,7 @@ def step_caches(buffers: list[Arrays], start: mx.array, kind: CacheKind) -> list
 
 
 class ForeignCache:
-    """mlx-lm's cache (plain, rotating, batched) behind this contract, so that its tools work."""
+    """Wraps a cache of mlx-lm (plain, rotating, batched), so that its tools can run the model."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner

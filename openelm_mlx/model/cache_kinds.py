@@ -44,9 +44,9 @@ def resized(array: mx.array, size: int, axis: int = -2) -> mx.array:
     if extra < 0:
         return mx.contiguous(mx.split(array, [size], axis)[0])
     if extra > 0:
-        widths = [(0, 0)] * array.ndim
-        widths[axis] = (0, extra)
-        return mx.pad(array, widths)  # twice as fast as zeros that are concatenated
+        added = [(0, 0)] * array.ndim
+        added[axis] = (0, extra)
+        return mx.pad(array, added)  # twice as fast as zeros that are concatenated
     return array
 
 

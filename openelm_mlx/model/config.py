@@ -83,7 +83,7 @@ class OpenELMConfig:
             if min(shape) < 1 or shape.q_heads % shape.kv_heads:
                 q, kv, ffn = shape
                 raise ConfigError(
-                    f"layer {number} has {q} query heads, {kv} key/value heads and FFN width {ffn}"
+                    f"layer {number} has {q} query heads, {kv} key/value heads and FFN size {ffn}"
                     "; each must be at least 1 and query heads a multiple of key/value heads"
                 )
 
@@ -123,7 +123,7 @@ class OpenELMConfig:
     def from_hf_dict(cls, raw: Mapping[str, Any]) -> OpenELMConfig:
         """Read the content of a config.json. Raises `ConfigError`, which names the wrong key."""
         if not isinstance(raw, Mapping):
-            raise ConfigError(f"config.json must hold an object, not {type(raw).__name__}")
+            raise ConfigError(f"config.json must be an object, not {type(raw).__name__}")
         if (kind := raw.get("model_type", "openelm")) != "openelm":
             raise ConfigError(
                 f"config.json says model_type {kind!r}; this engine runs only 'openelm'"
@@ -302,21 +302,22 @@ def check_types(config: OpenELMConfig) -> None:
         if value is None and "None" in kind:
             continue
         if item.name in TUPLES:
-            whole = "multipliers" not in item.name
-            fits = isinstance(value, tuple) and all(is_number(entry, whole) for entry in value)
-            what = "a list of whole numbers" if whole else "a list of numbers"
+            integers = "multipliers" not in item.name
+            fits = isinstance(value, tuple) and all(is_number(entry, integers) for entry in value)
+            what = "a list of whole numbers" if integers else "a list of numbers"
             if item.name == "eos_token_ids":
                 fits, what = fits and bool(value), "a whole number or a list of them"
         elif kind == "bool":
             fits, what = isinstance(value, bool), "true or false"
         else:
-            whole = kind.startswith("int")
-            fits, what = is_number(value, whole), "a whole number" if whole else "a number"
+            integer = kind.startswith("int")
+            fits, what = is_number(value, integer), "a whole number" if integer else "a number"
         if not fits:
             raise ConfigError(f"{item.name} is {value!r}; it must be {what}")
 
 
-def is_number(value: Any, whole: bool) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+def is_number(value: Any, integer: bool) -> bool:
+    """Tell whether a value is a finite number of a sensible size, or such an integer."""
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         return False
     return abs(value) < 2**48  # NaN is not

@@ -139,7 +139,7 @@ def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.a
 
 
 class Pass(NamedTuple):
-    """What all layers share in one pass. Activations are [batch * length, model_dim]."""
+    """The inputs that all layers share in one pass. Activations are [batch * length, model_dim]."""
 
     batch: int
     length: int
@@ -239,7 +239,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, or a plain SiLU network where the configuration has no gate."""
+    """A feed-forward network: SwiGLU, or plain SiLU where the configuration is without a gate."""
 
     def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
         super().__init__()
@@ -260,6 +260,8 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Attention and feed-forward network, each after a norm and with a residual."""
+
     def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
         super().__init__()
         self.attn = Attention(config, shape)
@@ -273,6 +275,8 @@ class DecoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
+    """The embedding, the layers and the last norm; `OpenELM.hidden` runs them."""
+
     def __init__(self, config: OpenELMConfig) -> None:
         super().__init__()
         self.token_embeddings = Embedding(config.vocab_size, config.model_dim)
