@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 from bench_sessions import CASE
-from small import random_engine
 
 from openelm_mlx import load
 from openelm_mlx.benchmarks.hardware.roofline import bytes_per_token
@@ -23,7 +22,6 @@ from openelm_mlx.benchmarks.peers.openelm import OurSession, prompt_ids
 from openelm_mlx.benchmarks.results.compare import PROCESSES
 from openelm_mlx.benchmarks.results.document import Document, Machine, Metric, Row, completed
 from openelm_mlx.device import mx
-from openelm_mlx.engine.options import EngineOptions
 from openelm_mlx.errors import BenchmarkError, ConfigError, OpenELMError, OptionError
 from openelm_mlx.evaluate.score import compare, own_text
 from openelm_mlx.model.config import OpenELMConfig
@@ -223,18 +221,3 @@ def test_kinds_of_cache_change_the_bytes_and_batches_have_no_bound(tiny):
     )
     assert plain["kv"] > 3 * packed["kv"] > window["kv"]
     assert batch is None and lookup is None
-
-
-def test_answers_of_a_plain_cache_differ_in_no_way_and_wrong_ones_are_seen(tiny, monkeypatch):
-    from openelm_mlx.benchmarks.scripts import kv_loss
-
-    engine = random_engine(tiny, seed=4)
-    pieces = [[1, *range(5, 25)], [1, *range(30, 50)]]
-    found = kv_loss.differences(engine, pieces, EngineOptions(), 6)
-    assert found == {"in chunks of 7": 0, "in a batch": 0, "with prompt lookup": 0}
-    monkeypatch.setattr(
-        kv_loss,
-        "answer",
-        lambda engine, prompt, how: [how["prefill_chunk"]] if "prefill_chunk" in how else [],
-    )
-    assert kv_loss.differences(engine, pieces, EngineOptions(), 6) == dict.fromkeys(found, 2)
