@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -231,7 +231,8 @@ def host_times(config: OpenELMConfig, spec: WeightSpec, steps: int) -> dict[str,
                 turn = [timed(engine) for _ in range(TURN)]
                 # the first find the processor's caches filled by the other engine
                 seconds[name] += turn[WARM_UP:]
-    return {name: HostTime(*map(median, zip(*pairs))) for name, pairs in seconds.items()}  # noqa: B905
+    medians = {name: map(median, zip(*pairs, strict=True)) for name, pairs in seconds.items()}
+    return {name: HostTime(*pair) for name, pair in medians.items()}
 
 
 def timed(engine: Iterator[list[mx.array]]) -> tuple[float, float]:
@@ -284,20 +285,17 @@ def fill(model: nn.Module) -> None:
 
 
 def shrunk(config: OpenELMConfig) -> OpenELMConfig:
-    """Return a model of as many layers, each of the least width, so that only the host has work."""
-    n = config.num_transformer_layers
-    return replace(
-        config,
+    """Return a model of as many layers, each as narrow as can be, so that only the host works."""
+    return OpenELMConfig(
+        num_transformer_layers=config.num_transformer_layers,
         model_dim=64,
         head_dim=64,
         vocab_size=64,
-        ffn_dims=(64,) * n,
-        num_query_heads=(1,) * n,
-        num_kv_heads=(1,) * n,
         num_gqa_groups=1,
         ffn_dim_divisor=64,
         qkv_multipliers=(1.0,),
         ffn_multipliers=(1.0,),
+        share_input_output_layers=config.share_input_output_layers,
     )
 
 

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from formats import tokenizer_file
+from formats import TINY, random_folder, tokenizer_file
 from golden_set import GOLDEN
 
 from openelm_mlx.convert import ConvertOptions, convert
@@ -236,36 +237,11 @@ def test_weights_beyond_q8_0(tmp_path, nano):
 
 
 def test_rows_that_are_no_q8_0_blocks(tmp_path):
-    with pytest.raises(
-        ConversionError,
-        match=r"has rows of 24 weights, which is not a multiple of Q8_0's 32; leave out --bits",
-    ):
-        source = tmp_path / "s"
-        source.mkdir()
-        from openelm_mlx.model.config import OpenELMConfig, expected_tensors
-
-        config = OpenELMConfig(
-            model_dim=24,
-            head_dim=8,
-            num_transformer_layers=1,
-            vocab_size=64,
-            num_gqa_groups=1,
-            ffn_dim_divisor=8,
-            qkv_multipliers=(1.0,),
-            ffn_multipliers=(1.0,),
-        )
-        mx.save_safetensors(
-            str(source / "model.safetensors"),
-            {n: mx.ones(s) for n, s in expected_tensors(config).items()},
-        )
-        (source / "config.json").write_text(json.dumps(config.to_hf_dict()))
-        run(
-            source,
-            tmp_path / "x",
-            target_format="gguf",
-            bits=8,
-            tokenizer=tokenizer_file(tmp_path, 64),
-        )
+    narrow = replace(TINY, model_dim=24, ffn_dim_divisor=8)
+    source = random_folder(tmp_path / "s", narrow)
+    message = r"has rows of 24 weights, which is not a multiple of Q8_0's 32; leave out --bits"
+    with pytest.raises(ConversionError, match=message):
+        run(source, tmp_path / "x", target_format="gguf", bits=8)
 
 
 def test_shards_are_written_and_read(tmp_path, nano):
