@@ -1,4 +1,4 @@
-"""What can go wrong in a way the user can mend.
+"""The errors that a user can mend.
 
 Every class here derives from `OpenELMError`: the command line prints its text in one line, without
 a traceback, and exits with status 2. Anything else that escapes is a bug of this project.
@@ -8,51 +8,47 @@ from __future__ import annotations
 
 
 class OpenELMError(Exception):
-    """A mistake the user can fix; its text says what was given, what is allowed and what to do
-    next.
-    """
+    """A user's mistake. Its text says what was given, what is allowed and what to do next."""
 
 
 class ConfigError(OpenELMError):
-    """A model configuration that is malformed, contradictory or beyond what OpenELM is."""
+    """A model's configuration is malformed, contradictory or beyond what OpenELM is."""
 
 
 class CheckpointError(OpenELMError):
-    """Weights that are missing, superfluous, of the wrong shape, not finite or cut short."""
+    """Weights are missing, superfluous, of the wrong shape, not finite or cut short."""
 
 
 class ConversionError(OpenELMError):
-    """A source that cannot be read as OpenELM, or a target that cannot be written."""
+    """A source cannot be read as OpenELM, or a target cannot be written."""
 
 
 class TokenizerError(OpenELMError):
-    """No tokenizer, a damaged one, or one that does not belong to the model."""
+    """A tokenizer is missing, damaged, or does not belong to the model."""
 
 
 class OptionError(OpenELMError):
-    """An option outside its range, unknown, or not valid together with another."""
+    """An option is outside its range, unknown, or not valid together with another."""
 
 
 class PromptError(OpenELMError):
-    """A prompt that is empty, too long for the context, or a conversation out of order."""
+    """A prompt is empty or too long for the context, or a conversation is out of order."""
 
 
 class CacheError(OpenELMError):
-    """A key/value cache that cannot do what was asked without giving wrong tokens."""
+    """A key/value cache cannot do what was asked without giving wrong tokens."""
 
 
 class BusyError(OpenELMError):
-    """A request that came when as many were waiting as may wait."""
+    """A request came when as many were waiting as may wait."""
 
 
 class HubError(OpenELMError):
-    """A model that could not be found, downloaded or verified."""
+    """A model could not be found, downloaded or verified."""
 
 
 class BenchmarkError(OpenELMError):
-    """A benchmark that cannot be run as asked, or a result file that is damaged or of another
-    kind.
-    """
+    """A benchmark cannot be run as asked, or a result file is damaged or of another kind."""
 
 
 def reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Files: JSON, YAML and safetensors headers read without trust, writing that is done or not at all."""
+"""Files: JSON, YAML and safetensors headers are read without trust; writing is all or nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -50,32 +50,14 @@ class TensorPlace(NamedTuple):
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises `ConfigError` with the file's name."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            why = f"it has more than {MAX_JSON_BYTES} bytes"
-            raise ConfigError(f"{path} is not a configuration: {why}")
-        raw = json.loads(data.decode("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    raw = parsed(path, "JSON", MAX_JSON_BYTES, json.loads)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold an object, not {type(raw).__name__}")
     return raw
 
 
-def read_own_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file that this project keeps; empty where it is missing or damaged."""
-    try:
-        return read_json(path)
-    except ConfigError:
-        return {}
-
-
 def read_yaml(path: str | Path) -> Any:
-    """Return the content of a YAML file. Raises `ConfigError`, also for one that grows without end."""
+    """Return the content of a YAML file. Raises `ConfigError`, also for endless ones."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -84,17 +66,34 @@ def read_yaml(path: str | Path) -> Any:
                 # nested, they double with every level
                 raise yaml.YAMLError("merge keys (<<) are not read here")
 
+    def parse(text: str) -> Any:
+        try:
+            return yaml.load(text, Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(reason(error)) from None
+
+    return parsed(path, "YAML", MAX_YAML_BYTES, parse)
+
+
+def parsed(path: str | Path, kind: str, most: int, parse: Callable[[str], Any]) -> Any:
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_YAML_BYTES + 1)
-        if len(data) > MAX_YAML_BYTES:
-            why = f"it has more than {MAX_YAML_BYTES} bytes"
-            raise ConfigError(f"{path} is not a configuration: {why}")
-        return yaml.load(data.decode("utf-8"), Loader)
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise ConfigError(f"{path} is not a configuration: it has more than {most} bytes")
+        return parse(data.decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {reason(error)}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as {kind}: {error}") from None
+
+
+def read_own_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file that this project keeps; empty where it is missing or damaged."""
+    try:
+        return read_json(path)
+    except ConfigError:
+        return {}
 
 
 def write_json(path: Path, content: Any) -> None:

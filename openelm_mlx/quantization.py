@@ -1,4 +1,4 @@
-"""How tensors are quantized: the spec of one tensor, and a config.json that gives each its own.
+"""How tensors are quantized: the spec of one tensor, and what a config.json says of all of them.
 
 Sizes follow MLX's packing (mlx.core.quantize): affine groups carry a scale and a bias in the
 weights' own type, the block formats one 8-bit scale (OCP Microscaling Formats v1.0; NVFP4: 16
@@ -29,7 +29,10 @@ KEYS = ("quantization", "quantization_config")  # of config.json; mlx-lm writes 
 
 @dataclass(frozen=True, order=True)
 class QuantSpec:
-    """Bits of a weight, weights that share a scale, and MLX's mode. Raises `OptionError`."""
+    """How one tensor is quantized: bits of a weight, weights that share a scale, and MLX's mode.
+
+    Raises `OptionError` for what MLX does not have.
+    """
 
     bits: int
     group_size: int = MLX_GROUP_SIZE
@@ -54,20 +57,20 @@ class QuantSpec:
         return self.mode != "affine" or self.bits in BITS
 
     def weight_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a matrix without its scales."""
+        """Return the bytes of a matrix without its scales."""
         return math.prod(shape) * self.bits // 8
 
     def scale_bytes(self, shape: tuple[int, ...], dtype: str) -> int:
-        """Bytes of a matrix's scales and biases, which are in `dtype` in affine mode."""
+        """Return the bytes of a matrix's scales and biases; those of affine mode are in `dtype`."""
         per_group = 2 * itemsize(dtype) if self.mode == "affine" else 1
         return math.prod(shape) // self.group_size * per_group
 
     def nbytes(self, shape: tuple[int, ...], dtype: str) -> int:
-        """Bytes of a matrix with its scales (and biases)."""
+        """Return the bytes of a matrix with its scales (and biases)."""
         return self.weight_bytes(shape) + self.scale_bytes(shape, dtype)
 
     def as_config(self) -> dict[str, Any]:
-        """One entry of config.json's `quantization`, which mx.quantize takes as arguments too."""
+        """Return one entry of config.json's `quantization`; mx.quantize takes it as arguments."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
@@ -119,7 +122,7 @@ def all_specs() -> tuple[QuantSpec, ...]:
 
 
 def matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Stem -> shape of every tensor that can be quantized, in order."""
+    """Return the shapes of the tensors that can be quantized, by stem and in order."""
     return {
         name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2
     }
@@ -140,8 +143,8 @@ def spec_of(quantization: Mapping[str, Any], stem: str) -> QuantSpec | None:
     """Return the spec that a config.json's `quantization` gives to the tensor `stem`.
 
     A tensor has its own entry, or false where it is not quantized, or else the common settings. As
-    in mlx-lm an entry of its own owes nothing to the common settings: MLX's defaults fill it up.
-    Raises `ConfigError`.
+    in mlx-lm an entry of its own takes nothing from the common settings: it is completed by MLX's
+    defaults. Raises `ConfigError`.
     """
     own = quantization.get(stem, True)
     if own is False:
