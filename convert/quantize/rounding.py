@@ -211,7 +211,7 @@ def fit_groups(
 
 @dataclass
 class Learned:
-    """Float32 weights as the rounded model has them, and the codes of its affine matrices."""
+    """The float32 weights of the rounded model, and the codes of its affine matrices."""
 
     weights: dict[str, mx.array]
     codes: dict[str, Codes] = field(default_factory=dict)  # by stem

@@ -1,4 +1,4 @@
-"""Log probabilities, divergences and perplexities of text, in nats.
+"""Log probabilities of text, and the divergence of one model from another, in nats.
 
 The logits of a long text are never in memory all at once: they are made and used for `POSITIONS`
 positions at a time.
@@ -52,7 +52,7 @@ def divergence(reference: mx.array, other: mx.array) -> mx.array:
         norm_a, norm_b = (mx.logsumexp(logits, axis=-1, keepdims=True) for logits in (a, b))
         p, q = mx.exp(a - norm_a), mx.exp(b - norm_b)
         d = (a - b) - (norm_a - norm_b)  # like logits first: their difference is nearly exact
-        near = mx.maximum(d, -1)  # below it expm1 may overflow, and the plain form is as good
+        near = mx.maximum(d, -1)  # below it expm1 may overflow, and the plain formula is as good
         terms = p * mx.maximum(near + mx.expm1(-near), 0)
         parts.append(mx.where(d >= -1, terms, q + p * (d - 1)).sum(axis=-1))
     return mx.concatenate(parts).reshape(reference.shape[:-1])
@@ -80,7 +80,7 @@ def perplexity(log_probabilities: Iterable[float]) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a model is from a reference, over positions of text.
+    """The distance of a model from a reference, over positions of text.
 
     The divergence is KL(reference || model) and the agreement that of the likeliest token, at every
     position; a perplexity is over the tokens that have another before them.
@@ -227,10 +227,10 @@ def batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:
 def score_batch(engine: Engine, rows: list[list[int]]) -> list[list[float]]:
     """Score sequences of two tokens or more in one pass; no token sees the padding at the end."""
     lengths = [len(row) - 1 for row in rows]
-    width = max(lengths)
-    fed = mx.array([row[:-1] + [0] * (width + 1 - len(row)) for row in rows])
-    hidden = engine.model.hidden(fed).reshape(len(rows) * width, -1)
-    places = mx.array([n * width + i for n, length in enumerate(lengths) for i in range(length)])
+    longest = max(lengths)
+    fed = mx.array([row[:-1] + [0] * (longest + 1 - len(row)) for row in rows])
+    hidden = engine.model.hidden(fed).reshape(len(rows) * longest, -1)
+    places = mx.array([n * longest + i for n, length in enumerate(lengths) for i in range(length)])
     targets = mx.array([token for row in rows for token in row[1:]])
     found: list[float] = []
     for start in range(0, targets.size, POSITIONS):

@@ -172,7 +172,7 @@ def test_a_folder_of_the_asked_size_loses_less_than_a_uniform_one(tmp_path):
     assert "| layer 2 |" in (tmp_path / "m" / "README.md").read_text()
 
 
-def test_weights_that_are_no_numbers_are_refused_before_measuring(tmp_path):
+def test_weights_that_are_not_numbers_are_refused_before_measuring(tmp_path):
     folder = tmp_path / "source"
     convert(
         ConvertOptions(

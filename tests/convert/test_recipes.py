@@ -82,7 +82,7 @@ def test_what_a_recipe_may_not_say(text, message, tmp_path):
         read_recipe(tmp_path / "bad.yaml")
 
 
-def test_names_that_are_no_recipe():
+def test_names_that_are_not_a_recipe():
     with pytest.raises(
         OptionError, match=r"recipe is 'mixed-3_4'; known: mixed-2-4.* did you mean mixed-3-4\?"
     ):

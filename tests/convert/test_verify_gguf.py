@@ -27,7 +27,7 @@ def run(source: Path, target: Path, **fields):
 
 
 @pytest.mark.parametrize("fields", [{}, {"dtype": "float16"}, {"dtype": "bfloat16"}], ids=str)
-def test_whole_weights_lose_what_a_folder_of_them_loses(tmp_path, fields):
+def test_unquantized_weights_lose_what_a_folder_of_them_loses(tmp_path, fields):
     found = run(SOURCE, tmp_path / "x.gguf", verify=True, **fields).verification
     folder = run(SOURCE, tmp_path / "x", target_format="mlx", verify=True, **fields).verification
     assert found == pytest.approx(folder, rel=1e-3, abs=1e-7)  # a device may sum in another order
@@ -96,7 +96,7 @@ def test_a_text_that_cannot_be_verified_on_leaves_no_file(tmp_path):
 
 
 def test_norms_are_compared_as_they_lie_in_the_file(tmp_path):
-    """Float32 beside half matrices, also where the source mixes types: there is nothing to lose."""
+    """They are float32 beside half matrices, also where the source mixes types: nothing is lost."""
     run(SOURCE, tmp_path / "m", target_format="mlx", dtype="bfloat16")
     weights = mx.load(str(tmp_path / "m" / "model.safetensors"))
     weights = {
