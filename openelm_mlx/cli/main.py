@@ -15,6 +15,7 @@ from openelm_mlx import __version__
 from openelm_mlx.cli.options import Parser
 from openelm_mlx.cli.streams import all_characters
 from openelm_mlx.errors import OpenELMError
+from openelm_mlx.model.config import PUBLISHED
 
 COMMANDS = ("chat", "generate", "convert", "benchmark", "inspect", "models", "doctor")
 UNWRITABLE = (
@@ -25,7 +26,7 @@ UNWRITABLE = (
     errno.EBADF,
 )  # what a stream that is full or gone answers
 
-EXAMPLES = """examples:
+EXAMPLES = f"""examples:
   openelm chat                                     talk to the bundled model
   openelm chat 270m-instruct                       talk to Apple's, downloaded once
   openelm generate "Once upon a time" --max-tokens 64
@@ -34,7 +35,7 @@ EXAMPLES = """examples:
   openelm inspect 1.1b                             heads and widths of every layer
 
 MODEL is a folder, a .gguf file, a CoreNet checkpoint (.pt), a hub id
-(owner/name), openelm-tiny, or one of 270m 450m 1.1b 3b, each also with
+(owner/name), openelm-tiny, or one of {" ".join(PUBLISHED)}, each also with
 -instruct; `openelm models` lists all names.
 """
 
