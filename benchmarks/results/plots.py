@@ -76,18 +76,17 @@ def pictures(document: Document) -> list[Picture]:
 def speed(model: str, rows: Sequence[Row]) -> Picture | None:
     """Show each engine at each number of bits, and the rate at which a copy moves the bytes."""
     rows = sorted(decoding(rows), key=lambda row: -tables.bits_of(row.case))
-    shortest = min((row.case.prompt_tokens for row in rows), default=0)
+    engines, shortest = engines_of(rows), min((r.case.prompt_tokens for r in rows), default=0)
     rows = [row for row in rows if row.case.prompt_tokens == shortest]
     if not rows:
         return None
     places = list(dict.fromkeys(weights(row.case) for row in rows))
-    names = sorted(dict.fromkeys(row.case.engine for row in rows), key=lambda name: name != OURS)
-    lines = {name: [row for row in rows if row.case.engine == name] for name in names}
 
     def draw(ax: Any, theme: Theme) -> None:
         ends: list[float] = []
-        for index, (engine, some) in enumerate(lines.items()):
-            left = ((len(lines) - 1) / 2 - index) * min(0.24, 0.7 / len(lines))
+        for engine in engines_of(rows):
+            index, some = engines.index(engine), [row for row in rows if row.case.engine == engine]
+            left = ((len(engines) - 1) / 2 - index) * min(0.24, 0.7 / len(engines))
             x = [places.index(weights(row.case)) - left for row in some]
             metrics = [row.metrics[DECODE] for row in some]
             ends += dots(ax, theme, index, x, metrics, label=engine)
@@ -110,10 +109,10 @@ def context(model: str, rows: Sequence[Row]) -> Picture | None:
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(decoding(rows), key=lambda row: row.case.prompt_tokens):
         lines.setdefault((row.case.engine, weights(row.case)), []).append(row)
-    lines = {key: some for key, some in lines.items() if len(some) >= 3}
+    lines = {k: some for k, some in lines.items() if len({r.case.prompt_tokens for r in some}) > 2}
     if not lines:
         return None
-    engines, kinds = (list(dict.fromkeys(part)) for part in zip(*lines, strict=True))
+    engines, kinds = engines_of(rows), list(dict.fromkeys(kind for _, kind in lines))
 
     def draw(ax: Any, theme: Theme) -> None:
         ends: list[float] = []
@@ -192,6 +191,11 @@ def ratios(document: Document) -> Picture | None:
 def decoding(rows: Sequence[Row]) -> list[Row]:
     """Return the plain rows that have a decode rate."""
     return [row for row in rows if DECODE in row.metrics and tables.is_plain(row.case)]
+
+
+def engines_of(rows: Sequence[Row]) -> list[str]:
+    """Return the engines, ours first, so that each has one colour in all pictures of a model."""
+    return sorted(dict.fromkeys(row.case.engine for row in rows), key=lambda name: name != OURS)
 
 
 # --- marks and axes

@@ -207,3 +207,15 @@ def without_matplotlib(real):
 def test_rows_without_times_draw_nothing():
     rows = (replace(row(), metrics={"load_seconds": metric(1, "s")}),)
     assert pictures(replace(rich_document(), rows=rows, ratios=())) == []
+
+
+def test_engines_keep_their_colour_and_three_prompts_make_a_line():
+    peer = [row(bits=4, prompt=n, decode=90.0, engine="mlx-lm") for n in (8, 64, 256, 512)]
+    ours = [row(bits=4, prompt=n, decode=99.0) for n in (64, 256, 512)]
+    document = completed(replace(rich_document(), rows=(*peer, *ours), ratios=()))
+    for kind, label in (("speed", "mlx-lm"), ("context", "mlx-lm, 4-bit")):
+        lines = axes_of(named(document, kind)).get_lines()
+        colours = {line.get_color() for line in lines if line.get_label() == label}
+        assert colours == {LIGHT.engines[1]}
+    same = [row(bits=4, decode=9.0), row(bits=4, decode=8.0), row(bits=4, prompt=65, decode=7.0)]
+    assert [p.kind for p in pictures(replace(document, rows=tuple(same)))] == ["speed"]
