@@ -290,7 +290,9 @@ def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
     if status in (401, 403):
         what = f"{hub_id} is private, gated or does not exist (HTTP {status})"
         return f"{what}; check the id or log in: hf auth login"
-    here = near_folder(hub_id)
+    # a mistyped path such as models/270m reads like a hub id
+    near = os.path.isdir(os.path.dirname(hub_id))
+    here = f"; there is no folder {hub_id} here either" if near else ""
     if status == 404:
         return f"{hub_id} was not found on the hub (HTTP 404); check the spelling{here}"
     if status == 429:
@@ -305,12 +307,6 @@ def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
     reason = next((text.splitlines()[0] for text in reversed(texts) if text), "no answer")[:200]
     what = f"{hub_id} is not on this disk and {endpoint} cannot be reached ({reason})"
     return f"{what}; check the network and any proxy, then try again{here}"
-
-
-def near_folder(hub_id: str) -> str:
-    """Return a hint for a mistyped path such as models/270m, which reads like a hub id."""
-    meant = os.path.isdir(os.path.dirname(hub_id))
-    return f"; there is no folder {hub_id} here either" if meant else ""
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

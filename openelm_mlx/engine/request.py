@@ -117,11 +117,6 @@ class Request:
         self.done = False
 
     @property
-    def texts(self) -> tuple[list[int], list[int]]:
-        """The prompt, and the answer so far."""
-        return self.prompt, self.known[len(self.prompt) :]
-
-    @property
     def left(self) -> int:
         """The number of tokens that may still be drawn."""
         return self.max_new_tokens - self.clock.tokens
@@ -180,10 +175,10 @@ def state_of(rows: Sequence[Request | None], spec: StepSpec) -> State:
     unused, filters, vocab = mx.zeros((1, 2), mx.uint32), spec.filters, spec.vocab
     known = [[0] if one is None else one.known for one in rows]
     samplings = [None if one is None else one.sampling for one in rows]
-    texts = [([], []) if one is None else one.texts for one in rows]
+    prompts = [[] if one is None else one.prompt for one in rows]
     windows = [0 if sampling is None else sampling.penalty_window for sampling in samplings]
-    pairs = zip(texts, windows, strict=True)
-    histories = [History.of(*text, window, filters, vocab) for text, window in pairs]
+    parts = zip(prompts, known, windows, strict=True)
+    histories = [History.of(p, k[len(p) :], window, filters, vocab) for p, k, window in parts]
     some = [history for history in histories if history is not None]
     return State(
         token=mx.array([tokens[-1] for tokens in known], dtype=mx.uint32),

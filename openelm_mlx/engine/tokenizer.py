@@ -146,15 +146,11 @@ class StreamingDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._utf8.decode(tail)
         # how many replacement characters the prompt's text ends with
-        self._told = len(self._pending.decode("utf-8", errors="replace"))
+        self._told = len(self.pending.decode("utf-8", errors="replace"))
 
     @property
-    def pending(self) -> bool:
-        """Whether half a character waits for its other half."""
-        return bool(self._pending)
-
-    @property
-    def _pending(self) -> bytes:
+    def pending(self) -> bytes:
+        """The bytes of a character that wait for the rest of it."""
         return self._utf8.getstate()[0]
 
     def push(self, token: int) -> str:
