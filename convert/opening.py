@@ -1,5 +1,5 @@
-"""The first steps of a conversion: what the source holds, what model it makes, which tokenizer is
-its own. No weights are read here.
+"""The first steps of a conversion: open the source, find the configuration that its tensors make,
+and its tokenizer. No weights are read here.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ CALIBRATIONS = ("gptq", "distill")
 @explained()
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What to convert, where to, and how. Raises `OptionError` for the first field not allowed."""
+    """The options of a conversion. Raises `OptionError` for the first field that is not allowed."""
 
     source: Path = field(metadata={"help": "a CoreNet .pt file, a model folder or a GGUF file"})
     target: Path = field(metadata={"help": "the model folder, or GGUF file, to write"})
@@ -94,7 +94,7 @@ class ConvertOptions:
     )
 
     source_name: str | None = None
-    """What the source is called where its path says nothing: a hub id, a name of the catalog."""
+    """The source's name where its path says nothing: a hub id, or a name of the catalog."""
 
     def __post_init__(self) -> None:
         check_fields(self)

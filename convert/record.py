@@ -1,4 +1,4 @@
-"""What is told of a conversion: the report, conversion.json, the model card, and the licence that
+"""The records of a conversion: the report, conversion.json, the model card, and the licence that
 goes along with the weights.
 """
 
@@ -46,7 +46,7 @@ class ConversionReport:
     memory_bytes: int  # an estimate of the peak, beside the interpreter
     plan: Plan = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
-    """What was found while the plan was chosen and rounding was learned."""
+    """Figures that were found while the plan was chosen and rounding was learned."""
     verification: Mapping[str, float] | None = None
     """The losses against the source, if asked for."""
 

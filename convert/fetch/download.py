@@ -43,7 +43,7 @@ DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 @dataclass
 class Offer:
-    """What a server says of a file, None where it does not say."""
+    """A server's description of a file; None where it does not say."""
 
     size: int | None
     tag: str | None  # it changes with the content
@@ -189,7 +189,7 @@ class Download:
                     f"{self.url} claims {offer.size} bytes; no published file has that many"
                 )
             self.remember(Offer(offer.size, offer.tag or self.offer.tag))
-            self.check_room()
+            self.check_space()
             return self.receive(response)
 
     def receive(self, response: Any) -> bool:
@@ -216,7 +216,7 @@ class Download:
         self.offer = offer
         write_json(self.state, {"url": self.url, "size": offer.size, "tag": offer.tag})
 
-    def check_room(self) -> None:
+    def check_space(self) -> None:
         missing = (self.offer.size or 0) - self.file.seek(0, os.SEEK_END)
         free = shutil.disk_usage(self.target.parent).free
         if missing > free:

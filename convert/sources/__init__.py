@@ -1,7 +1,7 @@
-"""Where weights come from: each module reads one kind of source as a `TensorSource`.
+"""Sources of weights: each module here reads one kind of file or folder as a `TensorSource`.
 
 A source lists its tensors at once, under Hugging Face's names whatever it calls them itself, and
-loads them one at a time. What is chosen, quantized or written is no business of this room.
+loads them one at a time. Choosing specs, quantizing and writing belong to other rooms.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class TensorSource(Protocol):
     path: Path
     tensors: dict[str, TensorInfo]
     config: OpenELMConfig | None = None
-    """The configuration that the source itself states; None: a file beside it, or the shapes."""
+    """The configuration that the source states; None where a file beside it or the shapes do."""
     tokenizer: TokenizerModel | None = None
     """The tokenizer that the source itself carries."""
     instruct: bool = False
     """Whether the source has a chat template."""
     licence: Mapping[str, str] = {}
-    """What the source itself says of its licence, by `LICENCE_KEYS`."""
+    """The licence that the source states, by `LICENCE_KEYS`."""
     plan: Plan = {}
     """The matrices that are quantized in the source, in specs that this project writes."""
 

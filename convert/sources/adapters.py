@@ -50,7 +50,7 @@ def merged(
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """What the tensors of an adapter do not say; unset values come from the CoreNet YAML."""
+    """The strength of an adapter, which its tensors do not state; unset, the CoreNet YAML does."""
 
     alpha: float | None = None
     rank_stabilised: bool = False

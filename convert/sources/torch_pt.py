@@ -92,11 +92,8 @@ class TorchCheckpoint(TensorSource):
                 f"{where} declares a storage of {needed} bytes, but the archive holds "
                 f"{member.file_size}"
             )
-        if (
-            len(shape) != len(strides)
-            or len(shape) > 8
-            or min((*shape, *strides, record.offset)) < 0
-        ):
+        least = min((*shape, *strides, record.offset))
+        if len(shape) != len(strides) or len(shape) > 8 or least < 0:
             raise ConversionError(f"{where} has an impossible shape {shape} with strides {strides}")
         steps = ((n - 1) * step for n, step in zip(shape, strides, strict=True))
         last = record.offset + sum(steps)

@@ -1,7 +1,7 @@
-"""What weights become: a model folder (`folder`) or a file for llama.cpp (`gguf`).
+"""Targets of a conversion: a model folder (`folder`), or a file for llama.cpp (`gguf`).
 
-A `Target` says how a model is written in one format, and writes it. Where weights come from, and
-how a plan is chosen, is no business of this room.
+A `Target` states how a model is written in one format, and writes it. Reading sources and choosing
+a plan belong to other rooms.
 """
 
 from __future__ import annotations
@@ -43,4 +43,4 @@ class Target(Protocol):
     def write_record(
         self, folder: Path, report: ConversionReport, hashes: Mapping[str, str]
     ) -> None:
-        """Write what is known at the end: losses, and the hashes of the source's files."""
+        """Write the record: the report with its losses, and the hashes of the source's files."""

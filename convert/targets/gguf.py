@@ -123,8 +123,8 @@ class Stored(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What the file says of itself: its name, the type of its matrices, how to chat, and its
-    licence by the keys of a model card.
+    """The file's own description: a name, the type of its matrices, how to chat with the model, and
+    a licence by the keys of a model card.
     """
 
     name: str

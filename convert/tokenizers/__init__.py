@@ -1,7 +1,7 @@
 """Tokenizers: a SentencePiece model, read or rebuilt, and the tokenizer.json made from it.
 
-A model is read from tokenizer.model, or rebuilt from what tokenizer.json or GGUF keep of it.
-Weights, chat formats and special tokens of a prompt are no business of this room.
+A model is read from tokenizer.model, or rebuilt from the parts that tokenizer.json or GGUF keep.
+Encoding prompts and formatting conversations belong to the engine.
 """
 
 from __future__ import annotations

@@ -145,6 +145,22 @@ def test_a_width_this_project_does_not_write_becomes_whole(tmp_path):
     )
 
 
+def test_a_layers_own_entry_is_found_under_corenets_name(tmp_path):
+    source = corenet_mlx(tmp_path / "theirs", 4)
+    config = json.loads((source / "config.json").read_text())
+    tensors = mx.load(str(source / "weights.safetensors"))
+    stem = "layers.1.ffn.proj_2"
+    matrix = open_source(source).load(f"transformer.{stem}.weight")
+    for part, value in zip(("weight", "scales", "biases"), mx.quantize(matrix, 32, 8), strict=True):
+        tensors[f"{stem}.{part}"] = value
+    config["quantization"][stem] = {"group_size": 32, "bits": 8}
+    (source / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(source / "weights.safetensors"), tensors)
+    again = open_source(source)
+    assert again.plan[f"transformer.{stem}"].bits == 8
+    assert mx.allclose(again.load(f"transformer.{stem}.weight"), matrix, atol=0.01).item()
+
+
 def test_packed_weights_mean_what_they_meant_in_mlx_0_10(tmp_path):
     """mlx v0.10.0, mlx/ops.cpp, dequantize: eight 4-bit numbers a word, lowest first, times scale
     plus bias.

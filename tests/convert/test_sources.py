@@ -17,7 +17,7 @@ from openelm_mlx.convert.sources import kind_of
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.errors import ConversionError, OpenELMError
-from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 
 
 def test_a_format_is_found_by_content_not_by_name(tmp_path, nano):
@@ -29,6 +29,14 @@ def test_a_format_is_found_by_content_not_by_name(tmp_path, nano):
     (tmp_path / "folder").mkdir()
     (tmp_path / "model.pt").rename(tmp_path / "folder" / "model.safetensors")
     assert isinstance(open_source(tmp_path / "folder"), GGUFFile)
+
+
+def test_every_source_has_the_same_names(tmp_path, nano):
+    gguf = again(nano, tmp_path / "g", target_format="gguf")
+    quantized = again(nano, tmp_path / "q", bits=4)
+    for source in (NANO / "checkpoint.pt", nano, quantized, gguf):
+        shapes = {name: info.shape for name, info in open_source(source).tensors.items()}
+        assert shapes == expected_tensors(OpenELMConfig.from_file(nano / "config.json"))
 
 
 def test_from_forces_a_format(tmp_path, nano):
