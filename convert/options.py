@@ -9,7 +9,14 @@ from pathlib import Path
 from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import OptionError
 from openelm_mlx.fields import check_fields, explained, option
-from openelm_mlx.quantization import BITS, GROUP_SIZES, MODES, QuantSpec, make_spec
+from openelm_mlx.quantization import (
+    ALL_GROUP_SIZES,
+    BITS,
+    MLX_GROUP_SIZE,
+    MODES,
+    QuantSpec,
+    make_spec,
+)
 
 SOURCE_FORMATS = ("pt", "huggingface", "mlx", "corenet-mlx", "gguf")
 TARGET_FORMATS = ("mlx", "hf", "gguf")
@@ -53,7 +60,7 @@ class ConvertOptions:
     )
     bits: int | None = option(None, "quantize to this many bits", choices=BITS)
     group_size: int | None = option(
-        None, "weights that share a scale; unset is 64", choices=(16, *GROUP_SIZES)
+        None, f"weights that share a scale; unset is {MLX_GROUP_SIZE}", choices=ALL_GROUP_SIZES
     )
     mode: str | None = option(
         None, "affine, or a block format with bits and groups of its own", choices=tuple(MODES)

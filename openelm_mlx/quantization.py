@@ -23,6 +23,7 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # mode -> its bit
     "nvfp4": ((4,), (16,)),
 }
 BITS, GROUP_SIZES = MODES["affine"][0][1:], MODES["affine"][1]  # 1 bit is read, but not written
+ALL_GROUP_SIZES = tuple(sorted({size for _, sizes in MODES.values() for size in sizes}))
 MLX_BITS, MLX_GROUP_SIZE = 4, 64  # what MLX takes in affine mode where nothing is said
 KEYS = ("quantization", "quantization_config")  # of config.json; mlx-lm writes both
 

@@ -34,7 +34,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.model.config import OpenELMConfig
-from openelm_mlx.quantization import make_spec
+from openelm_mlx.quantization import MLX_GROUP_SIZE, make_spec
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -242,7 +242,10 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("size", nargs="?", default="270m", help="a published size (default: 270m)")
     add("--bits", type=int, help="of the weights (default: unquantized)")
-    add("--group-size", type=int, default=64, help="weights that share a scale (default: 64)")
+    size = MLX_GROUP_SIZE
+    add(
+        "--group-size", type=int, default=size, help=f"weights that share a scale (default: {size})"
+    )
     dtypes = ", ".join(FLOATS)
     add("--dtype", default="bfloat16", help=f"of the activations: {dtypes} (default: bfloat16)")
     add("--context", type=int, default=64, help="tokens attended to (default: 64)")

@@ -30,7 +30,14 @@ from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.files import WEIGHTS, read_json, write_json
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors, normal_name
 from openelm_mlx.model.decoder import OpenELM, parameters
-from openelm_mlx.quantization import KEYS, QuantSpec, matrices, quantization_of, spec_of
+from openelm_mlx.quantization import (
+    KEYS,
+    MLX_GROUP_SIZE,
+    QuantSpec,
+    matrices,
+    quantization_of,
+    spec_of,
+)
 
 SEED = 0
 LOSS_TOKENS = 512  # on which the loss of fewer bits is measured
@@ -134,7 +141,7 @@ def open_weights(
 
 
 def open_engine(
-    name: str, dtype: str | None, bits: int | None, group_size: int = 64
+    name: str, dtype: str | None, bits: int | None, group_size: int = MLX_GROUP_SIZE
 ) -> tuple[Engine, float]:
     """Load a model, quantize it where `bits` are given, and return it with its loading time.
 
@@ -167,7 +174,7 @@ def unquantize(model: OpenELM) -> None:
 
 
 def random_engine(
-    size: str, dtype: str | None = None, bits: int | None = None, group_size: int = 64
+    size: str, dtype: str | None = None, bits: int | None = None, group_size: int = MLX_GROUP_SIZE
 ) -> Engine:
     """Return an engine of a published size with seeded random weights, without a download.
 

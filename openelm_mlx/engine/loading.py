@@ -21,7 +21,7 @@ from openelm_mlx.fields import shown
 from openelm_mlx.files import name_for_mlx, read_json, weight_files
 from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig, expected_tensors
 from openelm_mlx.model.decoder import OpenELM, parameters
-from openelm_mlx.quantization import Plan, QuantSpec, quantization_of, read_plan
+from openelm_mlx.quantization import MLX_GROUP_SIZE, Plan, QuantSpec, quantization_of, read_plan
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -99,7 +99,7 @@ def load(
     name: str | Path = "openelm-tiny",
     dtype: str | mx.Dtype | None = None,
     bits: int | None = None,
-    group_size: int = 64,
+    group_size: int = MLX_GROUP_SIZE,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
 ) -> Engine:
