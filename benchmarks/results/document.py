@@ -212,9 +212,7 @@ def bounded(row: Row, copy_bytes_per_second: float | None) -> Row:
 
 
 def check(document: Document) -> None:
-    """Raise `BenchmarkError` for unknown metrics, processes without a place in the document, and
-    ratios of rows that were not compared.
-    """
+    """Raise `BenchmarkError` for metrics and ratios that do not fit the rest of the document."""
     for number, row in enumerate(document.rows):
         for name, metric in row.metrics.items():
             here = f"rows[{number}].metrics.{name}"
@@ -264,16 +262,14 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 def load(path: str | Path) -> Document:
     """Read and check a document. Raises `BenchmarkError` with the file and place of a mistake."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+    except BenchmarkError as error:
+        raise BenchmarkError(f"{path}: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is not JSON ({error})"
         raise BenchmarkError(
             f"cannot read {path}: {reason}; give a file that `openelm benchmark --output` wrote"
         ) from None
-    try:
-        return from_json(data)
-    except BenchmarkError as error:
-        raise BenchmarkError(f"{path}: {error}") from None
 
 
 def from_json(data: Any) -> Document:
@@ -287,7 +283,10 @@ def from_json(data: Any) -> Document:
         document = TypeAdapter(Document).validate_json(text)
     except ValidationError as error:
         raise BenchmarkError(complaint(error.errors()[0])) from None
-    truth = completed(document)
+    try:
+        truth = completed(document)
+    except (OverflowError, ValidationError):
+        raise BenchmarkError("its figures are too far apart to be computed with") from None
     stored = replace(document, ratios=truth.ratios) if old else document
     refuse_difference(asdict(stored), asdict(truth))
     return truth
@@ -328,7 +327,8 @@ def complaint(error: Any) -> str:
         return f"{place} is {'missing' if kind == 'missing' else 'not a key of this schema'}"
     given = repr(error["input"])
     given = f"{given[:40]}..." if len(given) > 43 else given
-    return f"{place} is {given}; expected {EXPECTED.get(kind.split('_')[0], error['msg'])}"
+    wanted = EXPECTED.get(kind.split("_")[0], error["msg"])
+    return f"{place or 'the document'} is {given}; expected {wanted}"
 
 
 RENAMED = {

@@ -73,6 +73,9 @@ def case(value, name):
     return put(value, "rows", 0, "case", name)
 
 
+TRIALS = ("rows", 0, "metrics", DECODE, "processes")
+
+
 def broken(change):
     data = json.loads(results.to_json(small_document()))
     change(data)
@@ -151,6 +154,12 @@ def broken(change):
             r"ratios\[0\] is of decode_.* in rows 0 and 1; expected",
         ),
         (broken(rate([[50]], "processes")), r"ratios\[0\] needs two pairs of trials above 0"),
+        (broken(rate([[1e308, 1.7e308]], "processes")), "figures are too far apart to be comp"),
+        (broken(put([[1e-300, 1e300, 1e-300, 1e300, 1]], *TRIALS)), "figures are too far apart"),
+        (broken(put(10**400, "machine", "load_average")), "load_average is .*; expected a finite"),
+        (broken(put("\ud800", "command")), "the document is .*; expected"),
+        ("[" * 100000, "it is not JSON"),
+        ('{"schema": "openelm-mlx benchmark 1", "rows": ' + 480 * "[" + 480 * "]" + "}", ": "),
         (broken(rate([[5, -5]], "processes")), r"ratios\[0\] needs two pairs of trials above 0"),
     ],
 )
@@ -159,7 +168,7 @@ def test_a_damaged_document_is_refused_by_file_and_place(tmp_path, text, message
     file.write_text(text)
     with pytest.raises(BenchmarkError, match=message) as error:
         results.load(file)
-    assert str(error.value).startswith(f"{file}: ") or text == "{"
+    assert str(error.value).startswith(f"{file}: ") or text[0] in "{["
     assert "\n" not in str(error.value)
     with pytest.raises(BenchmarkError, match="cannot read .*No such file.*openelm benchmark --out"):
         results.load(tmp_path / "none.json")
