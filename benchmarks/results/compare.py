@@ -209,7 +209,7 @@ def logarithms(pair: Pair) -> tuple[list[float], list[float]]:
 def smallest_change(before: Sequence[float], after: Sequence[float], tests: int) -> float:
     """Return the change that the first step of Holm's correction would have taken for one."""
     _, error, freedom = difference(before, after)
-    return math.expm1(student_t(1 - CHANCE / tests, freedom) * error)
+    return math.expm1(min(student_t(1 - CHANCE / tests, freedom) * error, 99))
 
 
 def judged(pair: Pair, chance: float | None, smallest: float | None) -> Difference:
@@ -289,9 +289,9 @@ def lines(comparison: Comparison) -> list[str]:
     count = len(comparison.differences)
     told = f"{count - len(changed)} of {count} figures show no significant difference"
     if comparison.sensitivity is not None:
+        least = "over 1000%" if comparison.sensitivity > 10 else f"{comparison.sensitivity:.0%}"
         told += (
-            f"; smallest change that would have shown: {comparison.sensitivity:.0%} "
-            "(median over the times and rates)"
+            f"; smallest change that would have shown: {least} (median over the times and rates)"
         )
     return [*found, told, *(f"! {note}" for note in comparison.notes)]
 

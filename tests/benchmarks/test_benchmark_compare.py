@@ -198,6 +198,11 @@ def test_processes_that_differ_as_much_hide_a_change_that_trials_would_show():
     assert compare(result(apart[0]), result(slower[0])).regressed
 
 
+def test_two_processes_that_have_nothing_in_common_show_nothing():
+    comparison = compare(result([1.0], [1e9]), result([1e9], [1.0]))
+    assert not comparison.regressed and "would have shown: over 1000% (" in lines(comparison)[0]
+
+
 def test_the_more_figures_are_compared_the_surer_each_must_be():
     def run_of(processes, figures):
         metrics = {DECODE: Metric.of_processes(processes, "tokens/s")}
