@@ -141,7 +141,7 @@ class Machine:
     """Facts of the machine from before the run; None is unknown."""
 
     chip: str | None = None
-    processor: str | None = None  # its exact model, where the chip's name does not tell it
+    processor: str | None = None  # what tells processors of one name apart
     machine: str | None = None  # the architecture
     cores: int | None = None
     gpu_cores: int | None = None

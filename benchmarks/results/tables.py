@@ -117,9 +117,9 @@ def ratio_label(document: Document, number: int) -> str:
 
 
 def machine_line(machine: Machine) -> str:
-    """Return the machine in one line; a CPU result says that it is not of Apple silicon."""
+    """Return the machine in one line."""
     facts = [
-        machine.processor or machine.chip,
+        " ".join(filter(None, (machine.chip, machine.processor and f"({machine.processor})"))),
         machine.cores and f"{machine.cores} cores",
         machine.memory_bytes and f"{machine.memory_bytes / 2**30:.0f} GiB",
         " ".join(filter(None, (machine.system, machine.system_version))),

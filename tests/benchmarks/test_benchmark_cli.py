@@ -425,13 +425,6 @@ def test_machine_facts():
     )
 
 
-def test_the_processor_is_told_exactly():
-    cpuinfo = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
-    cpuinfo += "model name\t: AMD EPYC\nstepping\t: 1\n\nprocessor\t: 1\nmodel\t\t: 18\n"
-    assert machine.read_processor(cpuinfo) == "AuthenticAMD family 25 model 17 stepping 1"
-    assert machine.read_processor("") is None
-
-
 def test_the_commit_is_told_and_whether_the_sources_were_changed(tmp_path):
     assert machine.commit(tmp_path) == (None, None)
 
