@@ -60,7 +60,7 @@ def model_folder(name: str, scratch: str) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A model and settings that both sides run. `target` is the ratio of decode speeds that is aimed at."""
+    """A model and settings that both sides run; `target` is the ratio of decode speeds aimed at."""
 
     model: str  # a name, folder or file; "random:SIZE" has random weights
     settings: dict[str, Any]

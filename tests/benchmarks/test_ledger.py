@@ -133,8 +133,8 @@ def test_kernels_of_270m_counted_by_hand(spec: WeightSpec, ours: int, peer: int)
 
 
 def test_kernels_of_four_rows_of_270m_counted_by_hand() -> None:
-    """They are those of one row; queries are copied in each layer, and there is a mask for each number of
-    heads, not one for all.
+    """They are those of one row, and more: queries are copied in each layer, and there is a mask
+    for each number of heads, not one for all.
     """
     one, four = (ledger(trace_ours(M270, SPECS[2], rows=rows)) for rows in (1, 4))
     heads = len({shape.q_heads for shape in layer_shapes(M270)})
