@@ -244,9 +244,7 @@ def notes(document: Document) -> list[str]:
     words = [text for name, text in LEGEND.items() if any(name in row.metrics for row in rows)]
     found = ["; ".join([*words, "in brackets: interquartile range as a share of the median"])]
     if any(row.percent_of_bound is not None for row in rows):
-        found.append(
-            f"bound: share of the rate at which {copying(document.machine)} moves the bytes"
-        )
+        found.append("bound: share of the rate at which a copy moves the bytes of a token")
     if document.ratios:
         sure = "processes" if document.processes > 1 else "trials of one process"
         found.append(
@@ -255,12 +253,6 @@ def notes(document: Document) -> list[str]:
         )
     found = found if rows else []
     return [*found, *document.notes, *(f"{r.case}: {'; '.join(r.notes)}" for r in rows if r.notes)]
-
-
-def copying(machine: Machine) -> str:
-    copy, read = machine.copy_bytes_per_second or 0, machine.read_bytes_per_second
-    reading = f"; reading alone reaches {read / 1e9:.1f} GB/s" if read else ""
-    return f"a copy ({copy / 1e9:.1f} GB/s read and written{reading})"
 
 
 def title(document: Document) -> str:
