@@ -22,7 +22,7 @@ PARTS = ("embedding", "attention", "ffn", "norms", "scales", "kv")
 
 
 def part_of(tensor: str) -> str:
-    """Return the part that a tensor belongs to. A head counts as embedding: it may be tied to it."""
+    """Return the part that a tensor belongs to. A head counts as embedding, as it may be tied."""
     if tensor.endswith((".scales", ".biases")):
         return "scales"
     if "token_embeddings" in tensor or "lm_head" in tensor:

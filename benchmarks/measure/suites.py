@@ -106,7 +106,7 @@ SUITES = {
     # corenet/mlx_examples/open_elm/inference.py; unlike that, every token is awaited as it comes,
     # not in eights, and the rate counts the steps after the first token.
     "paper": Suite(
-        "all four sizes in bfloat16 and 4 bits, 36 + 1024 tokens, as the OpenELM paper measured MLX",
+        "all sizes in bfloat16 and 4 bits, 36 + 1024 tokens, as the OpenELM paper measured MLX",
         models=tuple(PUBLISHED),
         bits=(None, 4),
         dtype="bfloat16",
@@ -121,13 +121,11 @@ SUITES = {
         generation_tokens=(32,),
     ),
     "bits": Suite(
-        "speed, memory and loss at every number of bits",
-        bits=(None, *reversed(BITS)),
-        loss=True,
+        "speed, memory and loss at every number of bits", bits=(None, *reversed(BITS)), loss=True
     ),
     "startup": Suite("a new process to its first token", speed=False, startup=True),
     "soak": Suite(
-        "half an hour of everything at random, memory and tokens watched; needs a checkout",
+        "half an hour of everything at random, memory and tokens watched",
         speed=False,
         soak=True,
         processes=1,
@@ -176,10 +174,7 @@ class BenchmarkOptions:
         None, "counted runs of each case, spread over the processes; at least 5", MIN_TRIALS
     )
     processes: int | None = option(
-        None,
-        "measure in this many processes, one after another (default: 5; paper: 3, soak: 1)",
-        1,
-        100,
+        None, "processes that measure in turn (default: 5; paper: 3, soak: 1)", 1, 100
     )
     minutes: float = option(30.0, "length of the soak suite", 0.01)
     peers: tuple[str, ...] = option(
@@ -201,9 +196,8 @@ class BenchmarkOptions:
             why = "only the soak suite runs by the clock; give --suite soak too"
             check_unset(self, "minutes", why)
         elif self.processes not in (None, 1):
-            raise OptionError(
-                f"processes is {self.processes}, but the soak suite runs in one; leave it out"
-            )
+            why = "the soak suite runs in one; leave it out"
+            raise OptionError(f"processes is {self.processes}, but {why}")
 
     def chosen(self) -> Suite:
         """Return the suite, changed as these options say."""
@@ -218,18 +212,13 @@ class BenchmarkOptions:
 
         Whoever gives lengths wants only those, without the suite's variations beside them.
         """
-        suite = self.chosen()
-        axes = (self.batch_sizes, self.caches, self.speculations)
-        if not any((*axes, self.prompt_tokens, self.generation_tokens)):
+        suite, plain = self.chosen(), Suite("")
+        names = ("prompt_tokens", "generation_tokens", "batch_sizes", "caches", "speculations")
+        if not any(getattr(self, name) for name in names):
             return suite.points()
-        grid = (
-            suite.prompt_tokens,
-            suite.generation_tokens,
-            suite.batch_sizes if self.batch_sizes else (1,),
-            suite.caches if self.caches else ("plain",),
-            suite.speculations if self.speculations else (None,),
-        )
-        return [Point(*values) for values in product(*grid)]
+        lengths = [getattr(suite, name) for name in names[:2]]
+        others = [getattr(suite if getattr(self, name) else plain, name) for name in names[2:]]
+        return [Point(*values) for values in product(*lengths, *others)]
 
 
 def cache_settings(cache: str) -> dict[str, int]:

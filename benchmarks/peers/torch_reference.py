@@ -96,7 +96,7 @@ class ReferenceOpenELM:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [1, heads, L, head_dim], whose halves are the pairs (arXiv:2104.09864), in float32."""
+    """Rotate x [1, heads, L, head_dim] in float32; its halves are the pairs (arXiv:2104.09864)."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 

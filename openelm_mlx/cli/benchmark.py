@@ -124,17 +124,12 @@ def progress_bar() -> Iterator[Tick | None]:
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
-    from rich.table import Column
 
-    label = Column(ratio=1, no_wrap=True, overflow="ellipsis")
-    columns = (
-        BarColumn(20, table_column=Column(no_wrap=True)),
-        TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
-        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
-        TextColumn("{task.description}", table_column=label),
-    )
+    console = Console(stderr=True)
+    columns = BarColumn(20), TaskProgressColumn(), TimeRemainingColumn()
+    text = TextColumn("{task.description}")
     # it is drawn between trials only: a thread that draws during them would be measured with them
-    bars = Bars(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
+    bars = Bars(*columns, text, console=console, transient=True, auto_refresh=False)
     bars.speed_estimate_period = 3600
     task = bars.add_task("loading", total=None)
 
@@ -142,7 +137,8 @@ def progress_bar() -> Iterator[Tick | None]:
         if label is None:
             bars.update(task, total=work, refresh=True)
         else:
-            bars.update(task, advance=work, description=label, refresh=True)
+            fitting = label[: max(console.width - 40, 0)]
+            bars.update(task, advance=work, description=fitting, refresh=True)
 
     with bars:
         yield tick

@@ -15,8 +15,13 @@ from golden_set import NANO
 
 from openelm_mlx import load, stream_generate
 from openelm_mlx.benchmarks import peers
-from openelm_mlx.benchmarks.peers.llama_cpp import LlamaServer, find_server
-from openelm_mlx.benchmarks.peers.llama_gguf import blocks, same_integers, write_gguf
+from openelm_mlx.benchmarks.peers.llama_cpp import (
+    LlamaServer,
+    blocks,
+    find_server,
+    same_integers,
+    write_gguf,
+)
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.device import mx, utils
 from openelm_mlx.engine.hub import BUNDLED
@@ -227,14 +232,17 @@ if "--version" in sys.argv:
 class Handler(BaseHTTPRequestHandler):
     def answer(self, value):
         body = json.dumps(value).encode()
-        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
         self.wfile.write(body)
     def do_GET(self):
         self.answer({{"status": "ok"}})
     def do_POST(self):
         wish = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         count = wish["n_predict"] - (wish["prompt"] == [13])
-        self.answer({{"tokens": list(range(count)), "timings": {{"prompt_ms": 20.0, "predicted_ms": 90.0}}}})
+        timings = {{"prompt_ms": 20.0, "predicted_ms": 90.0}}
+        self.answer({{"tokens": list(range(count)), "timings": timings}})
     def log_message(self, *a):
         pass
 HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
