@@ -19,10 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openelm_mlx import benchmarks
+from openelm_mlx.benchmarks import peers
 from openelm_mlx.benchmarks.measure import harness, machine
 from openelm_mlx.benchmarks.measure.harness import Entry, Tick
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions, Point, Suite, work
-from openelm_mlx.benchmarks.peers import OURS
+from openelm_mlx.benchmarks.measure.weights import (
+    Weights,
+    groups,
+    losses,
+    open_engine,
+    open_weights,
+)
+from openelm_mlx.benchmarks.peers.openelm import OurSession, prompt_ids
 from openelm_mlx.benchmarks.results.compare import merge
 from openelm_mlx.benchmarks.results.document import Document, completed
 from openelm_mlx.errors import BenchmarkError, OpenELMError
@@ -30,8 +38,6 @@ from openelm_mlx.errors import BenchmarkError, OpenELMError
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from openelm_mlx.benchmarks.measure.weights import Weights
-    from openelm_mlx.benchmarks.peers import Session
     from openelm_mlx.engine.loading import Engine
 
 ROOT = Path(benchmarks.__file__).resolve().parents[1]
@@ -157,12 +163,14 @@ class Run:
         self.options, self.tick, self.number = options, tick, number
         self.suite: Suite = options.chosen()
         self.points = options.points()
+        self.first_token = Point(self.points[0].prompt_tokens, 1)  # the case of a start-up
         self.trials = self.suite.trials_of_a_process
         self.entries: list[Entry] = []
-        self.notes: list[str] = []
         self.drafts: dict[str, Engine] = {}
         self.versions = machine.versions()
-        self.peers = self.usable_peers()
+        obstacles = {name: peers.why_not(name) for name in options.peers}
+        self.peers = [name for name, why in obstacles.items() if why is None]
+        self.notes = [f"{name} was left out: {why}" for name, why in obstacles.items() if why]
 
     def document(self) -> Document:
         facts, interrupted = machine.machine(), False
@@ -182,7 +190,7 @@ class Run:
             raise BenchmarkError("; ".join(self.notes) or "nothing was measured")
         return completed(
             Document(
-                created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
                 command=self.options.command,
                 rows=rows,
                 suite=self.options.suite,
@@ -196,38 +204,21 @@ class Run:
             )
         )
 
-    def usable_peers(self) -> list[str]:
-        """Return the peers asked for that run here; a note says what the others lack."""
-        from openelm_mlx.benchmarks import peers
-
-        obstacles = {name: peers.why_not(name) for name in self.options.peers}
-        self.notes += [f"{name} was left out: {why}" for name, why in obstacles.items() if why]
-        return [name for name, why in obstacles.items() if why is None]
-
     def planned(self) -> float:
         """Return all work there is, as the harness counts it; that of a soak in seconds."""
+        suite, peers = self.suite, len(self.peers)
         simple = [point for point in self.points if point.simple]
-        rounds = 0.0
-        if self.suite.speed:
-            rounds += work(self.points) + len(self.peers) * work(simple)
-        if self.suite.startup:
-            rounds += (1 + len(self.peers)) * work([self.first_token])
-        soak = 60 * self.options.minutes if self.suite.soak else 0.0
-        models = len(self.suite.models) * len(self.suite.bits)
-        return models * (rounds * (self.trials + 1) + soak)
-
-    @property
-    def first_token(self) -> Point:
-        """The case of a start-up."""
-        return Point(self.points[0].prompt_tokens, 1)
+        speed = suite.speed * (work(self.points) + peers * work(simple))
+        startup = suite.startup * (1 + peers) * work([self.first_token])
+        soak = suite.soak * 60 * self.options.minutes
+        models = len(suite.models) * len(suite.bits)
+        return models * ((speed + startup) * (self.trials + 1) + soak)
 
     def model(self, model: str) -> None:
         """Measure a model in all its numbers of bits.
 
         One of several models that cannot be measured costs the others nothing.
         """
-        from openelm_mlx.benchmarks.measure.weights import groups
-
         try:
             for group in groups(model, self.options, len(self.peers), self.notes):
                 self.measure(model, group)
@@ -238,8 +229,6 @@ class Run:
 
     def measure(self, model: str, group: Sequence[int | None]) -> None:
         """Load a model in these numbers of bits and time every point."""
-        from openelm_mlx.benchmarks.measure.weights import open_weights
-
         options = self.options
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="openelm-")))
@@ -265,7 +254,6 @@ class Run:
     def soak(self, weights: Weights) -> None:
         """Add a row of the probe's figures; its notes are what a soak saw, and what was wrong."""
         from openelm_mlx.benchmarks.checks import soak
-        from openelm_mlx.benchmarks.peers.openelm import OurSession
 
         seen = soak.Soak()
         try:
@@ -281,11 +269,9 @@ class Run:
 
     def cases(self, weights: Weights, stack: ExitStack) -> list[Entry]:
         """Return our engine at every point that fits the context, and the peers at simple ones."""
-        from openelm_mlx.benchmarks.peers.openelm import OurSession, prompt_ids
-
-        opened = (self.open_peer(name, weights) for name in self.peers)
-        peers = [session for session in opened if session is not None]
-        for peer in peers:
+        attempts = (self.open_peer(name, weights) for name in self.peers)
+        opened = [session for session in attempts if session is not None]
+        for peer in opened:
             stack.callback(peer.close)
         found: list[Entry] = []
         limit = weights.engine.config.max_context_length
@@ -303,7 +289,7 @@ class Run:
             ours = Entry(weights.case(point), session, prompt, bytes_per_token=moved)
             ours.beside = partial(session.reused, prompt)
             found.append(ours)
-            for peer in peers if point.simple else ():
+            for peer in opened if point.simple else ():
                 case = weights.case(point, peer.engine)
                 found.append(Entry(case, peer, prompt, ours, bytes_per_token=moved))
         for first in {entry.case.engine: entry for entry in reversed(found)}.values():
@@ -313,17 +299,13 @@ class Run:
 
     def draft(self, name: str | None) -> Engine | None:
         """Return the model that drafts, loaded once."""
-        from openelm_mlx.benchmarks.measure.weights import open_engine
-
         if name is not None and name not in self.drafts:
             self.drafts[name] = open_engine(name, self.suite.dtype, None)[0]
         return None if name is None else self.drafts[name]
 
-    def open_peer(self, name: str, weights: Weights) -> Session | None:
-        from openelm_mlx.benchmarks.peers import open_peer
-
+    def open_peer(self, name: str, weights: Weights) -> peers.Session | None:
         try:
-            session = open_peer(name, weights.written(), weights.dtype)
+            session = peers.open_peer(name, weights.written(), weights.dtype)
         except OpenELMError as error:
             self.notes.append(f"{name} was left out: {error}")
             return None
@@ -335,16 +317,13 @@ class Run:
 
         A peer's file is converted beforehand: that does not belong to its start-up.
         """
-        from openelm_mlx.benchmarks.peers import prepared
-        from openelm_mlx.benchmarks.peers.openelm import prompt_ids
-
         folder, path = weights.written(), weights.engine.tokenizer.path
         tokenizer = path if path.exists() else None
         prompt = prompt_ids(weights.engine, self.first_token.prompt_tokens)
         found: list[Entry] = []
-        for name in (OURS, *self.peers):
+        for name in (peers.OURS, *self.peers):
             try:
-                place = prepared(name, folder, weights.dtype, weights.scratch)
+                place = peers.prepared(name, folder, weights.dtype, weights.scratch)
             except OpenELMError as error:
                 self.notes.append(f"{name} was left out: {error}")
                 continue
@@ -356,8 +335,6 @@ class Run:
 
     def losses(self, model: str, loaded: list[Weights], cases: list[list[Entry]]) -> None:
         """Add the loss against the model as stored to the first case of each number of bits."""
-        from openelm_mlx.benchmarks.measure.weights import losses, open_engine
-
         if self.options.random_weights:
             why = "that of random weights would say nothing of trained ones"
             self.notes.append(f"no loss is given: {why}")

@@ -99,9 +99,10 @@ def why_not(name: str) -> str | None:
 def open_peer(name: str, folder: Path, dtype: str) -> Session:
     """Open the peer `name` with the model in `folder`, which it computes in `dtype`.
 
-    llama.cpp takes a GGUF too. `load_seconds` counts from reading the weights until the engine is ready,
-    without imports and without a tokenizer; llama.cpp maps its file and reads it as it goes. Raises
-    `OptionError` for an unknown name, and `BenchmarkError` where the peer cannot run or load.
+    llama.cpp takes a GGUF too. `load_seconds` counts from reading the weights until the engine is
+    ready, without imports and without a tokenizer; llama.cpp maps its file and reads it as it goes.
+    Raises `OptionError` for an unknown name, and `BenchmarkError` where the peer cannot run or
+    load.
     """
     if obstacle := why_not(name):
         raise BenchmarkError(f"{name} cannot run here: {obstacle}")

@@ -73,7 +73,7 @@ def test_suites_and_grids():
         ),
         (
             {"prompt_tokens": (0,)},
-            "prompt_tokens is \\(0,\\); allowed is a whole number, or a list of such numbers from 1 up",
+            r"prompt_tokens is \(0,\); allowed is a whole number, or a list of .* from 1 up",
         ),
         ({"bits": (7,)}, "bits is \\(7,\\); allowed: 2, 3, 4, 5, 6, 8"),
         ({"trials": 4}, "trials is 4; allowed is a whole number from 5 up, or None"),
