@@ -86,6 +86,23 @@ def test_a_measured_loss_is_the_loss_of_that_one_change():
         assert all(shapes[name][1] % f.group_size == 0 for f in own if f is not None)
 
 
+def test_small_losses_are_measured_and_not_rounding_noise():
+    config, weights = small_model()
+    reference = make_reference(config, weights, random_tokens(config))
+    name = "transformer.layers.2.attn.out_proj.weight"
+    found, exact = [], np.concatenate([np.array(x) for x in reference.logits]).astype(np.float64)
+    for bits in (5, 6, 8):
+        changed = weights | {name: rounded(weights[name], QuantSpec(bits, 32), mx.float16)}
+        found.append(reference.loss(changed, start=2))
+        other = [logits(config, changed, tokens) for tokens in reference.batches]
+        p, q = (
+            x - np.log(np.exp(x).sum(-1, keepdims=True))
+            for x in (exact, np.concatenate([np.array(x) for x in other]).astype(np.float64))
+        )
+        assert found[-1] == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=0.01)
+    assert found[0] > 2 * found[1] > 8 * found[2] and found[2] < 1e-5
+
+
 def test_interpolation_passes_through_the_points_and_is_proportional_outside():
     points = [(0.1, 0.02), (0.4, 0.1), (1.6, 0.3)]
     assert all(math.isclose(interpolated(points, error), loss) for error, loss in points)
