@@ -6,9 +6,7 @@ tools of mlx-lm.
 Each size is that of uniform affine quantization in groups of 64 with scales in float16. Everything
 is chosen and learned on text that the exact model writes, or on --calibration-text; TEXT is only
 for the report. All weights are compared as the float32 numbers that the stored ones stand for, in
-one and the same model.
-
-mlx-lm's tools are called as Python functions, as its command lines fetch texts from the network.
+one model. mlx-lm's tools are called as Python functions: its command lines fetch texts.
 """
 
 from __future__ import annotations
