@@ -119,7 +119,8 @@ def test_every_page_is_in_the_site():
 @pytest.mark.needs("zensical")
 def test_the_site_builds_without_a_warning_and_names_no_other_host(tmp_path):
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
-    for name in ("docs", "packaging", "openelm_mlx", "convert", "benchmarks"):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for name in ("packaging", "openelm_mlx", "convert", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
     run = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
