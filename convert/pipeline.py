@@ -12,8 +12,7 @@ from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize.plan import Quantization, memory_needed
 from openelm_mlx.convert.quantize.rounding import quantized
 from openelm_mlx.convert.record import ConversionReport, SourceHash
-from openelm_mlx.convert.staging import check_inputs, check_target, staged
-from openelm_mlx.convert.targets import Target
+from openelm_mlx.convert.targets import Target, check_inputs, check_target, staged
 from openelm_mlx.convert.targets.folder import FolderTarget
 from openelm_mlx.convert.targets.gguf import GGUFTarget
 from openelm_mlx.convert.verify import check_bound, verification_text, verify

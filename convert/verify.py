@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from openelm_mlx.convert.quantize.plan import exact_weights
 from openelm_mlx.convert.quantize.rounding import dequantized
 from openelm_mlx.convert.sources.gguf import GGUFFile
-from openelm_mlx.convert.staging import config_of
+from openelm_mlx.convert.targets import config_of
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.evaluate.score import compare

@@ -50,7 +50,7 @@ ORDER = (
 )
 FORBIDDEN = {("benchmarks.results", "benchmarks.ledger"), ("benchmarks.peers", "benchmarks.ledger")}
 # what rooms of the converter share with its pipeline: no other file of `convert` is known to them
-SHARED = {"convert.opening", "convert.options", "convert.record", "convert.staging"}
+SHARED = {"convert.opening", "convert.options", "convert.record"}
 # imports inside functions that go against the order
 LAZY = {
     ("engine", "convert"),  # a source is made a folder that can be loaded

@@ -28,8 +28,7 @@ from openelm_mlx.convert.record import (
 )
 from openelm_mlx.convert.sources import EMBEDDINGS
 from openelm_mlx.convert.sources.adapters import ADAPTER_FOLDER, write_adapter
-from openelm_mlx.convert.staging import UNFINISHED_CONFIG
-from openelm_mlx.convert.targets import Target
+from openelm_mlx.convert.targets import UNFINISHED_CONFIG, Target
 from openelm_mlx.convert.tokenizers import TokenizerModel, build_tokenizer_json, tokenizer_config
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES

@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from openelm_mlx.cli.display import Waiting, all_characters, utf8_stdin, without_line_end
 from openelm_mlx.cli.options import (
     MODEL_HELP,
     add_draft_flag,
@@ -21,7 +22,6 @@ from openelm_mlx.cli.options import (
     load_model,
     text_of,
 )
-from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin, without_line_end
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.errors import OpenELMError, OptionError
 

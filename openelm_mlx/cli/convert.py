@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from openelm_mlx.convert.fetch import published
     from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import convert
-    from openelm_mlx.convert.staging import check_inputs, check_target
+    from openelm_mlx.convert.targets import check_inputs, check_target
     from openelm_mlx.engine.hub import is_published
 
     # so that what is half-written is removed

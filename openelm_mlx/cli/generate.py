@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from openelm_mlx.cli.display import Waiting, all_characters, utf8_stdin, without_line_end
 from openelm_mlx.cli.options import (
     MODEL_HELP,
     add_draft_flag,
@@ -19,7 +20,6 @@ from openelm_mlx.cli.options import (
     load_draft,
     load_model,
 )
-from openelm_mlx.cli.streams import Waiting, all_characters, utf8_stdin, without_line_end
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.errors import OptionError
 from openelm_mlx.files import check_writable, name_for_mlx

@@ -12,8 +12,8 @@ from importlib import import_module
 from typing import TextIO
 
 from openelm_mlx import __version__
+from openelm_mlx.cli.display import all_characters
 from openelm_mlx.cli.options import Parser
-from openelm_mlx.cli.streams import all_characters
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.model.config import PUBLISHED
 

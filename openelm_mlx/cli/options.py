@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from openelm_mlx.cli.streams import Waiting
+from openelm_mlx.cli.display import Waiting
 from openelm_mlx.engine.options import GenerationOptions, ModelOptions
 from openelm_mlx.errors import OptionError, PromptError
 from openelm_mlx.fields import nearest

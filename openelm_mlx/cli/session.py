@@ -9,9 +9,16 @@ from contextlib import closing, nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TextIO
 
-from openelm_mlx.cli.display import Display, Meter, StopKey, WordWrap
+from openelm_mlx.cli.display import (
+    Display,
+    Meter,
+    StopKey,
+    WordWrap,
+    columns,
+    moves_cursor,
+    printable,
+)
 from openelm_mlx.cli.generate import context_full
-from openelm_mlx.cli.streams import columns, moves_cursor, printable
 from openelm_mlx.engine.options import SamplingOptions
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.output import create_output
 
 from openelm_mlx.cli.chat_commands import COMMANDS, SETTINGS, find, handle
+from openelm_mlx.cli.display import moves_cursor, printable
 from openelm_mlx.cli.session import Session
-from openelm_mlx.cli.streams import moves_cursor, printable
 from openelm_mlx.errors import OpenELMError
 
 if TYPE_CHECKING:

@@ -215,7 +215,7 @@ def conversions() -> list[Conversion]:
 
 def make_room(keep: Path, limit: float) -> None:
     """Remove the least recently used until the rest fits; `keep` and what is in use stay."""
-    from openelm_mlx.convert.staging import clear_leftovers
+    from openelm_mlx.convert.targets import clear_leftovers
 
     for path in keep.parent.glob(".*.partial-*"):  # left by runs that were killed
         clear_leftovers(keep.parent / path.name[1:].rsplit(".partial-", 1)[0])

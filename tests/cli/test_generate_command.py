@@ -8,8 +8,8 @@ import os
 import pty
 import sys
 
+from openelm_mlx.cli.display import Waiting
 from openelm_mlx.cli.main import main
-from openelm_mlx.cli.streams import Waiting
 
 
 def generated(capsys, *arguments: str) -> dict:

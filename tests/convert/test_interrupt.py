@@ -25,7 +25,8 @@ FORKS = """
 import json, os, signal, sys
 from pathlib import Path
 from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert import pipeline, staging
+from openelm_mlx.convert import pipeline
+    from openelm_mlx.convert import targets as staging
 import openelm_mlx.convert.targets.gguf, openelm_mlx.convert.tokenizers, openelm_mlx.convert.verify
 import gguf, sentencepiece, tokenizers, sentencepiece.sentencepiece_model_pb2
 from openelm_mlx.errors import OpenELMError

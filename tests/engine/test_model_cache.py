@@ -21,7 +21,7 @@ from openelm_mlx import load
 from openelm_mlx.benchmarks.measure.weights import facts_of, last_part
 from openelm_mlx.cli.inspect import inspect
 from openelm_mlx.cli.main import main
-from openelm_mlx.convert.staging import CONFIG
+from openelm_mlx.convert.targets import CONFIG
 from openelm_mlx.device import mx
 from openelm_mlx.engine.hub import resolve_model
 from openelm_mlx.engine.model_cache import conversions, recall
