@@ -26,7 +26,7 @@ import json, os, signal, sys
 from pathlib import Path
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert import pipeline
-    from openelm_mlx.convert import targets as staging
+from openelm_mlx.convert import targets
 import openelm_mlx.convert.targets.gguf, openelm_mlx.convert.tokenizers, openelm_mlx.convert.verify
 import gguf, sentencepiece, tokenizers, sentencepiece.sentencepiece_model_pb2
 from openelm_mlx.errors import OpenELMError
@@ -47,7 +47,7 @@ def run(stop_at, options):
                 os.kill(os.getpid(), getattr(signal, signal_name))
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))
     if steps == "two":
-        staging.exchange = lambda one, other: False
+        targets.exchange = lambda one, other: False
     sys.addaudithook(hook)
     try:
         pipeline.convert(options)
