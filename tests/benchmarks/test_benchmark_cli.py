@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,38 @@ def test_ctrl_c_keeps_finished_processes_or_what_the_first_has_finished(after, k
     assert counted == 20 if after else 0 < counted < 20
     note = "interrupted; 1 of 3 processes are here" if after else "interrupted: only the trials"
     assert any(text.startswith(note) for text in document.notes)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["fails", "differs"])
+def test_a_later_process_that_fails_or_differs_costs_the_finished_ones_nothing(
+    monkeypatch, changed
+):
+    finished = measured(prompt_tokens=(8,), generation_tokens=(2,))
+
+    def one_process(options, number, tick):
+        if number == 2 and not changed:
+            raise BenchmarkError("out of memory")
+        return replace(finished, commit="0123") if number == 2 else finished
+
+    monkeypatch.setattr(run, "one_process", one_process)
+    document = run.run(BenchmarkOptions(prompt_tokens=(8,), generation_tokens=(2,), processes=4))
+    assert document.partial and document.processes == 2
+    why = "commit" if changed else "out of memory"
+    (note,) = (note for note in document.notes if why in note)
+    assert note.startswith("the next one failed: ")
+    assert note.endswith("; 2 of 4 processes are here")
+
+
+def test_a_soak_becomes_a_row_that_says_what_went_wrong(monkeypatch):
+    def soak(engine, minutes, tick, seen):
+        seen.probes += [Timed((1, 2), (0.5, 0.75))] * 3
+        seen.failures.append("WRONG: a token")
+
+    monkeypatch.setattr(soaking, "soak", soak)
+    document = run.run(BenchmarkOptions(suite="soak", minutes=1))
+    (row,) = document.rows
+    assert row.metrics["decode_tokens_per_second"].values == (4.0,) * 3
+    assert row.notes[0] == "failed: WRONG: a token" and run.failed(document)
 
 
 def test_every_kind_of_case_runs(capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_set import NANO
+from golden_set import NANO, load_golden
 
 from openelm_mlx import load, stream_generate
 from openelm_mlx.benchmarks import peers
@@ -150,7 +150,6 @@ def test_the_reference_computes_what_corenet_computes(name, tmp_path):
     CoreNet's own class.
     """
     import torch
-    from test_golden import load_golden
 
     from openelm_mlx.benchmarks.peers.torch_reference import ReferenceOpenELM
 

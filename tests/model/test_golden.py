@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from golden_set import FLAGS, GOLDEN, NANO
+from golden_set import GOLDEN, NANO, load_golden
 
-from openelm_mlx.convert.opening import config_for, open_source
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.pipeline import convert
 from openelm_mlx.device import mx
 from openelm_mlx.model.cache import KVCache, step_caches
-from openelm_mlx.model.decoder import OpenELM
 
 TOLERANCE = 1e-4
 pytestmark = pytest.mark.with_or_without("OpenBLAS", "a C++ compiler")
-
-
-def load_golden(name: str, tmp_path):
-    path = GOLDEN / name / "checkpoint.pt"
-    source = open_source(path)
-    shapes = {name: info.shape for name, info in source.tensors.items()}
-    options = ConvertOptions(source=path, target=tmp_path / "unused", **FLAGS.get(name, {}))
-    model = OpenELM(config_for(path, shapes, options))
-    model.load_weights([(name, source.load(name)) for name in source.tensors])
-    golden = np.load(GOLDEN / name / "golden.npz")
-    return model, mx.array(golden["input_ids"]), golden["logits"]
 
 
 @pytest.mark.parametrize(
