@@ -28,6 +28,3 @@ class Steady:
 
     def close(self):
         pass
-
-
-Sleeper = Steady
