@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 
+import chat_defaults
 import pytest
+from chat_defaults import Answer, answer_perplexity, label, main
 
 from openelm_mlx import load, stream_generate
-from openelm_mlx.benchmarks.scripts import chat_defaults
-from openelm_mlx.benchmarks.scripts.chat_defaults import Answer, answer_perplexity, label, main
 from openelm_mlx.engine.conversation import encode_messages
 from openelm_mlx.engine.options import SamplingOptions
 

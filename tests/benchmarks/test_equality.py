@@ -1,9 +1,10 @@
-"""A few of the trials of `benchmarks/scripts/equality.py`; the judge must see what is wrong."""
+"""A few of the trials of `tests/tools/equality.py`; the judge must see what is wrong."""
 
 from __future__ import annotations
 
 import json
 
+import equality
 import numpy as np
 import pytest
 from small import random_engine
@@ -12,7 +13,7 @@ from openelm_mlx.benchmarks.checks import soak
 from openelm_mlx.benchmarks.checks.judge import Judge, Report
 from openelm_mlx.benchmarks.checks.reference import Reference
 from openelm_mlx.benchmarks.checks.trials import Answer, Request, alone
-from openelm_mlx.benchmarks.scripts import against_mlx_lm, equality, latency
+from openelm_mlx.benchmarks.scripts import against_mlx_lm, latency
 from openelm_mlx.device import mx
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.model.cache_kinds import CacheKind

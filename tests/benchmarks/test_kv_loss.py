@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import kv_loss
 import pytest
 from small import random_engine
 
-from openelm_mlx.benchmarks.scripts import kv_loss
 from openelm_mlx.engine.options import EngineOptions
 from openelm_mlx.errors import BenchmarkError
 

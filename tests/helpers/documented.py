@@ -39,7 +39,7 @@ SHORT: dict[str, list[str]] = {
 SHOWN = {"--show", "--compare", "--predict"}  # options of the benchmark that measure nothing
 # Scripts that take minutes or need a peer: their arguments are read, and no work is done. Each has
 # a test of its own.
-READ_ONLY = ("openelm_mlx.benchmarks.scripts.", "openelm_mlx.benchmarks.checks.")
+READ_ONLY = ("openelm_mlx.benchmarks.scripts.", "openelm_mlx.benchmarks.checks.", "tests/tools/")
 
 
 def workshop(folder: Path) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def shortened(command: list[str]) -> list[str]:
 
 
 def run(command: list[str], text: str) -> dict[str, Any]:
-    """Run `openelm ...` or `python -m ...` in this process.
+    """Run `openelm ...`, `python -m ...` or `python FILE ...` in this process.
 
     `text` is what it reads from stdin, or "<NAME" for the content of a file.
     """
@@ -101,11 +101,12 @@ def called(words: list[str]) -> Any:
         from openelm_mlx.cli.main import main
 
         return main(words[1:])
-    module, arguments = words[2], words[3:]
-    if module.startswith(READ_ONLY):
+    name, *arguments = words[1 + (words[1] == "-m") :]
+    if name.startswith(READ_ONLY):
         arguments.append("--help")
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__")
+    sys.argv = [name, *arguments]
+    run = runpy.run_module if words[1] == "-m" else runpy.run_path
+    run(name, run_name="__main__")
     return 0
 
 

@@ -500,7 +500,7 @@ def test_kinds_that_options_ask_for(model):
 
 
 def test_loss_of_a_kind(tiny):
-    from openelm_mlx.benchmarks.scripts.kv_loss import kv_loss
+    from kv_loss import kv_loss
 
     engine = random_engine(tiny, seed=1)
     losses = [

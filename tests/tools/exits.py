@@ -1,6 +1,6 @@
 """Programs that end while generations and threads are in every state: their exit code must be 0.
 
-`python tests/helpers/exits.py 100` runs each so many times and counts those that died.
+`python tests/tools/exits.py 100` runs each so many times and counts those that died.
 """
 
 from __future__ import annotations

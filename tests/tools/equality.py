@@ -1,6 +1,6 @@
 """Is a request's answer the same however it is run?
 
-    python -m openelm_mlx.benchmarks.scripts.equality [MODEL] [--draft MODEL] [--kv-bits 8]
+    python tests/tools/equality.py [MODEL] [--draft MODEL] [--kv-bits 8]
 
 A trial is a random request: options, seed, lengths, kind of cache. Its answer when it runs alone is
 compared with those of other ways: not streamed, on the eager twin, in other chunks, with a reused

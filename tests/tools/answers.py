@@ -1,6 +1,6 @@
 """Generated JSON schemas: how long does a mask take, and are answers documents of their schemas?
 
-    python tests/helpers/answers.py [MODEL] [--schemas 1000] [--pieces 32000] [--seed 1] [--open]
+    python tests/tools/answers.py [MODEL] [--schemas 1000] [--pieces 32000] [--seed 1] [--open]
 
 First random walks through as many schemas, over a tokenizer of pieces made of Python's own library:
 the time of a grammar, of a mask and of accepting a token. Then answers of at most 256 tokens. Each

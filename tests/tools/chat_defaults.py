@@ -1,6 +1,6 @@
 """Compare sampling settings for a model's chat, by the stories that it tells under them.
 
-    python -m openelm_mlx.benchmarks.scripts.chat_defaults MODEL EXACT ANSWERS.jsonl [--own]
+    python tests/tools/chat_defaults.py MODEL EXACT ANSWERS.jsonl [--own]
 
 EXACT is the same model unquantized, under which the perplexity of the answers is taken. ANSWERS
 collects them, a line for each setting: a run that was cut off goes on where it stopped.

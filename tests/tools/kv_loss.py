@@ -1,7 +1,7 @@
 """Measure what a kind of cache costs in quality: a text is read through it and through a plain one.
 
-    python -m openelm_mlx.benchmarks.scripts.kv_loss MODEL TEXT [--length 512] [--pieces 8]
-    python -m openelm_mlx.benchmarks.scripts.kv_loss MODEL TEXT --answers 40 [--dtype bfloat16]
+    python tests/tools/kv_loss.py MODEL TEXT [--length 512] [--pieces 8]
+    python tests/tools/kv_loss.py MODEL TEXT --answers 40 [--dtype bfloat16]
 
 With --answers each piece is continued greedily, alone and in other ways that round otherwise, to
 see how many texts differ.

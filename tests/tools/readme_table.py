@@ -1,6 +1,6 @@
 """README's figures, computed from the result files.
 
-`python tests/helpers/readme_table.py` writes them.
+`python tests/tools/readme_table.py` writes them.
 """
 
 from __future__ import annotations

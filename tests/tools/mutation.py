@@ -1,7 +1,7 @@
 """A mutation campaign: of many small faults in lines that the tests execute, how many are noticed?
 
     pip install -e '.[dev,mutation]'
-    python tests/helpers/mutation.py --seed 11 --count 100
+    python tests/tools/mutation.py --seed 11 --count 100
 
 All of it happens in copies of the tree below the session's folder; the working tree is only read.
 Each test file runs once under coverage, to see which test executes which line. Then executed lines
@@ -95,7 +95,7 @@ class Session:
         home = self.folder / "home"
         (home / "tmp").mkdir(parents=True, exist_ok=True)
         settings = {"HOME": str(home), "TMPDIR": str(home / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
-        settings["PYTHONPATH"] = f"{tree}{os.pathsep}{tree / 'tests'}"
+        settings["PYTHONPATH"] = f"{tree}{os.pathsep}{tree / 'tests' / 'tools'}"
         environment = os.environ | settings | environment
         options = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "--tb=no"]
         command = [sys.executable, "-m", "pytest", *options, *arguments]
