@@ -82,7 +82,7 @@ class OpenedModel:
         for stored, array in self.source.packed(name).items():
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
                 raise CheckpointError(
-                    f"{self.source.path}: {stored} holds NaN or infinite scales; the checkpoint is "
+                    f"{self.source.path}: {stored} has NaN or infinite scales; the checkpoint is "
                     "damaged"
                 )
             result[stored] = array[:rows]
@@ -113,7 +113,7 @@ def open_model(options: ConvertOptions) -> OpenedModel:
 
 
 def open_source(path: Path, source_format: str | None = None) -> TensorSource:
-    """Return the reader for what `path` holds, by its content and not its name.
+    """Return the reader for `path`, by its content and not its name.
 
     `source_format` (`--from`) forces one of `FILE_KIND`. Raises `ConversionError`.
     """
@@ -126,7 +126,7 @@ def open_source(path: Path, source_format: str | None = None) -> TensorSource:
     found = kind_of(path)
     if found == "safetensors" and source_format is None:
         raise ConversionError(
-            f"{path} is one file of a model; give its folder, which also holds config.json"
+            f"{path} is one file of a model; give its folder, which also contains config.json"
         )
     kind = found if source_format is None else FILE_KIND[source_format]
     if kind == "safetensors":
@@ -140,17 +140,17 @@ def open_source(path: Path, source_format: str | None = None) -> TensorSource:
 
 def open_folder(path: Path, source_format: str | None) -> TensorSource:
     found = weights_by_kind(path)
-    problem = f"{path} holds neither safetensors nor a .pt or GGUF file; give {WANTED}"
+    problem = f"{path} contains neither safetensors nor a .pt or GGUF file; give {WANTED}"
     if source_format is not None:
         found = {kind: of for kind, of in found.items() if kind == FILE_KIND[source_format]}
-        problem = f"{path} holds nothing that --from {source_format} reads; give {WANTED}"
+        problem = f"{path} contains nothing that --from {source_format} reads; give {WANTED}"
     kind = next(iter(found), None)
     if kind is None:
         raise ConversionError(problem)
     if kind == "safetensors":
         return safetensors_folder(path)
     if len(found[kind]) > 1:
-        raise ConversionError(f"{path} holds {len(found[kind])} {kind} files; name one of them")
+        raise ConversionError(f"{path} contains {len(found[kind])} {kind} files; name one of them")
     return open_file(found[kind][0], kind)
 
 
@@ -171,7 +171,7 @@ def with_adapters(source: TensorSource, options: ConvertOptions) -> TensorSource
     flags = (options.adapter, options.lora_alpha, options.rank_stabilised)
     if any(flag is not None for flag in flags):
         raise OptionError(
-            f"{options.source} holds no adapter; leave out --adapter, --lora-alpha and "
+            f"{options.source} contains no adapter; leave out --adapter, --lora-alpha and "
             "--rank-stabilised"
         )
     return source
@@ -182,7 +182,7 @@ def check_no_adapter(names: Iterable[str]) -> None:
     for name in names:
         if ADAPTER.search(name):
             raise ConversionError(
-                f"the checkpoint holds an adapter ({name}); only complete models are converted: "
+                f"the checkpoint contains an adapter ({name}); only complete models are converted: "
                 "merge it first"
             )
 
@@ -210,7 +210,7 @@ def check_coverage(found: Shapes, expected: Shapes) -> None:
 def trim_vocabulary(config: OpenELMConfig, tokenizer: TokenizerModel) -> OpenELMConfig:
     """Return the configuration without the rows that pad the vocabulary.
 
-    Raises `TokenizerError` where the tokenizer belongs to another model.
+    Raises `TokenizerError` if the tokenizer belongs to another model.
     """
     pieces = tokenizer.num_pieces
     if not 0 <= config.vocab_size - pieces <= MAX_PADDING_ROWS:
@@ -238,7 +238,7 @@ def config_for(source: Path, shapes: Shapes, options: ConvertOptions) -> OpenELM
         section = {k: v for k, v in raw.items() if k not in KEYS} or corenet_section(path)
         size = normal_name(str(section.get("model_name", "")))
         if size in PUBLISHED:
-            # an adapted embedding leaves the head behind: what the tensors hold wins
+            # an adapted embedding leaves the head behind: what the tensors contain wins
             known: dict[str, Any] = {"share_input_output_layers": f"{HEAD}.weight" not in shapes}
             if "vocab_size" not in section:
                 known["vocab_size"] = matrix_shape(shapes, f"{EMBEDDINGS}.weight")[0]
@@ -260,7 +260,7 @@ def beside(source: Path, name: str) -> Path | None:
 
 
 def is_corenet_section(raw: Mapping[str, Any]) -> bool:
-    """Tell whether a config.json is that of CoreNet's MLX port: the YAML's section, not Hugging
+    """Return whether a config.json is that of CoreNet's MLX port: the YAML's section, not Hugging
     Face's keys.
     """
     return "model_name" in raw and "model_dim" not in raw

@@ -101,7 +101,7 @@ class ConvertOptions:
     )
 
     source_name: str | None = None
-    """The source's name where its path says nothing: a hub id, or a name of the catalog."""
+    """The source's name if its path says nothing: a hub id, or a name of the catalog."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -126,12 +126,12 @@ class ConvertOptions:
 
     @property
     def spec(self) -> QuantSpec | None:
-        """The one spec of every matrix, None where the flags ask for no quantization."""
+        """The one spec of every matrix, None if the flags ask for no quantization."""
         return make_spec(self.bits, self.group_size, self.mode)
 
     @property
     def quantizes(self) -> bool:
-        """Whether any flag asks for quantization: uniform, by role or measured."""
+        """True if any flag asks for quantization: uniform, by role or measured."""
         return self.spec is not None or self.recipe is not None or self.target_bpw is not None
 
     @property
@@ -140,12 +140,12 @@ class ConvertOptions:
 
     @property
     def keeps_plan(self) -> bool:
-        """Whether matrices that are quantized in the source stay as they are."""
+        """True if matrices that are quantized in the source stay as they are."""
         return self.target_format == "mlx" and self.dtype is None
 
     @property
     def is_instruct(self) -> bool:
-        """Whether the model chats: as asked for, or else by the word in the names of the source and
+        """True if the model chats: as asked for, or else by the word in the names of the source and
         its folder.
         """
         if self.instruct is not None:

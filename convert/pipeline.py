@@ -1,4 +1,11 @@
-"""The map of a conversion: source -> model -> plan -> files beside the target -> rename."""
+"""The map of a conversion: source -> model -> plan -> files beside the target -> rename.
+
+source -> OpenedModel      opening.py, with a reader from sources/
+model -> Target            targets/: a folder for MLX, or a GGUF file
+target -> plan             quantize/: the spec of every matrix, perhaps with learned weights
+plan -> files              `stream` below: read, check, quantize, write
+files -> the target        staging.py renames them once they are complete; verify.py first
+"""
 
 from __future__ import annotations
 
@@ -25,15 +32,14 @@ from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import QuantSpec
 
 Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, name of the last one
-# so many source bytes are quantized at a time: few enough for caches and for reused memory
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 16 << 20  # of a matrix that is quantized at a time: it fits caches and reused memory
 
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> ConversionReport:
     """Convert `options.source` into `options.target`, which appears only when it is complete.
 
-    Raises `ConversionError`, `CheckpointError`, `ConfigError`, `TokenizerError` or `OptionError`,
-    and leaves nothing behind then or when interrupted.
+    Raises `ConversionError`, `CheckpointError`, `ConfigError`, `TokenizerError` or `OptionError`.
+    A conversion that fails or is interrupted leaves nothing behind.
     """
     if not isinstance(options, ConvertOptions):
         raise OptionError(
@@ -41,20 +47,20 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         )
     check_target(options)
     check_inputs(options)
-    opened = open_model(options)  # 1. what there is, and what model it makes
+    opened = open_model(options)
     if opened.source.instruct and options.instruct is None:
         options = replace(options, instruct=True)
-    # a text that cannot be used is found before any work
+    # read here, because a text that cannot be used should be refused before the work
     batches = verification_text(opened, options.verify_text) if options.verifies else []
-    target = open_target(opened, options)  # 2. how a model is written in that format
-    chosen = target.plan(progress)  # 3. how every matrix is quantized
+    target = open_target(opened, options)
+    chosen = target.plan(progress)
     report = make_report(opened, target, chosen, options)
     if options.dry_run:
         return report
     hashed = opened.source.files if target.keeps_record else ()
-    with SourceHash(hashed) as hashes, staged(options) as folder:  # 4. write beside, then rename
+    with SourceHash(hashed) as hashes, staged(options) as folder:
         path = target.write(folder, chosen.plan, stream(opened, chosen, options, progress))
-        if options.verifies:  # 5. prove it
+        if options.verifies:
             losses = verify(path, opened, batches)
             check_bound(losses, options.max_kl, options.target_format)
             report = replace(report, verification=losses)
@@ -63,7 +69,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
 
 
 def open_target(opened: OpenedModel, options: ConvertOptions) -> Target:
-    """Return the target that the options ask for. Raises an error for what it cannot hold."""
+    """Return the target that the options ask for. Raises an `OpenELMError` for what it refuses."""
     tensors = {}
     for name, shape in expected_tensors(opened.trimmed).items():
         stored = opened.source.tensors[name].dtype
@@ -75,10 +81,10 @@ def open_target(opened: OpenedModel, options: ConvertOptions) -> Target:
 def target_dtype(name: str, stored: str, config: OpenELMConfig, options: ConvertOptions) -> str:
     """Return the type that the tensor `name` is written in, before quantization."""
     if stored not in ("float64", *FLOATS):
-        raise CheckpointError(f"{name} holds {stored}; weights must be floating-point numbers")
+        raise CheckpointError(f"{name} is {stored}; weights must be floating-point numbers")
     dtype = options.dtype or stored.replace("float64", "float32")
-    in_float32 = options.target_format == "gguf"  # as llama.cpp computes
-    if dtype == "float16" and config.overflows_float16 and not in_float32:
+    computed_in_float32 = options.target_format == "gguf"  # llama.cpp's activations are
+    if dtype == "float16" and config.overflows_float16 and not computed_in_float32:
         raise ConversionError(
             "OpenELM-3B needs a wider range than float16 has; use --dtype bfloat16 or float32"
         )
@@ -88,6 +94,7 @@ def target_dtype(name: str, stored: str, config: OpenELMConfig, options: Convert
 def make_report(
     opened: OpenedModel, target: Target, chosen: Quantization, options: ConvertOptions
 ) -> ConversionReport:
+    """Return the report of what will be written, without the losses of the verification."""
     return ConversionReport(
         target=options.target,
         config=opened.trimmed,
@@ -103,9 +110,9 @@ def make_report(
 def stream(
     opened: OpenedModel, chosen: Quantization, options: ConvertOptions, progress: Progress | None
 ) -> Iterator[tuple[str, mx.array]]:
-    """Yield the arrays to write one after another.
+    """Yield the arrays to write, one after another.
 
-    Of the source at most one tensor is in memory, of a matrix to be quantized only some rows.
+    At most one tensor of the source is in memory, and only some rows of a matrix to be quantized.
     """
     shapes = expected_tensors(opened.trimmed)
     stored = opened.source.plan if options.dtype is None else {}
@@ -131,9 +138,7 @@ def quantized_by_rows(
     spec: QuantSpec,
     options: ConvertOptions,
 ) -> dict[str, mx.array]:
-    """Return the arrays of a quantized matrix. Its groups lie within rows, so a few rows at a time
-    give the same.
-    """
+    """Return the arrays of a quantized matrix, some rows at a time: no group crosses a row."""
     step = max(1, CHUNK_BYTES // (4 * shape[1]))
     parts: list[dict[str, mx.array]] = []
     for start in range(0, shape[0], step):
@@ -145,10 +150,13 @@ def quantized_by_rows(
 
 
 def checked(opened: OpenedModel, name: str, array: mx.array, options: ConvertOptions) -> mx.array:
-    """Return what was read of a tensor in the type asked for. Raises an error for infinities."""
+    """Return `array` in the type asked for.
+
+    Raises `CheckpointError` for NaN and infinities, and `ConversionError` for what overflows.
+    """
     if not all_finite(array):
         raise CheckpointError(
-            f"{opened.source.path}: {name} holds NaN or infinite weights; the checkpoint is damaged"
+            f"{opened.source.path}: {name} has NaN or infinite weights; the checkpoint is damaged"
         )
     if options.dtype is not None:
         array = array.astype(DTYPES[options.dtype].mlx)
@@ -161,10 +169,10 @@ def checked(opened: OpenedModel, name: str, array: mx.array, options: ConvertOpt
 
 
 def all_finite(array: mx.array) -> bool:
-    """Tell whether an array is free of NaN and infinities. They survive minimum and maximum, which
-    take a quarter of the time of a look at every element.
+    """Return whether an array is free of NaN and infinities.
 
-    numpy looks where it knows the type: on this thread, while MLX's rounds the rows before.
+    Both survive minimum and maximum, which take a quarter of the time of checking each element. In
+    types that it knows, numpy takes them: on this thread, while MLX's rounds the rows before.
     """
     if array.size == 0:
         return True

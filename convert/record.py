@@ -61,7 +61,7 @@ class ConversionReport:
 
 @dataclass(frozen=True)
 class Licence:
-    """Entries of a model card, by `LICENCE_KEYS`, and the files that hold the text."""
+    """Entries of a model card, by `LICENCE_KEYS`, and the files that contain the text."""
 
     entries: dict[str, str]
     files: tuple[Path, ...]

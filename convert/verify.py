@@ -72,7 +72,7 @@ def verify(
 def check_bound(
     losses: Mapping[str, float], max_kl: float | None, target_format: str = "mlx"
 ) -> None:
-    """Raise `ConversionError` where the mean KL divergence is above the bound."""
+    """Raise `ConversionError` if the mean KL divergence is above the bound."""
     found = losses["mean_kl_divergence"]
     remedy = "take more bits, --target-bpw or --calibrate"
     if target_format != "mlx":  # the others quantize little or not at all: float32 loses nothing

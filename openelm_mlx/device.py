@@ -58,7 +58,7 @@ def kind() -> Literal["metal", "cuda", "cpu"]:
 
 
 def set_wired_limit() -> int | None:
-    """Let the weights stay wired and return the limit in bytes, None where there is none.
+    """Let the weights stay wired and return the limit in bytes, None if there is none.
 
     This was not tested on Metal.
     """
@@ -105,7 +105,7 @@ def memory_bytes() -> int:
 
 
 def installed(package: str) -> str | None:
-    """Return the version of a package, None where it is not installed."""
+    """Return the version of a package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -121,7 +121,7 @@ def cpuinfo() -> str:
 
 
 def cpu_name() -> str:
-    """Return the processor's name where the system tells it."""
+    """Return the processor's name if the system tells it."""
     lines = [line.partition(":") for line in cpuinfo().splitlines()]
     names = [value.strip() for name, _, value in lines if name.strip() == "model name"]
     return names[0] if names else platform.processor()

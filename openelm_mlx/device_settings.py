@@ -127,7 +127,7 @@ def buffer_limits(chip: str | None, environ: Mapping[str, str]) -> MetalSettings
 def wired_limit(recommended_bytes: int | None, system_version: str) -> int | None:
     """Return the bytes that may stay wired: all that Metal recommends.
 
-    macOS does not page wired weights out between tokens. None where nothing can be wired: without
+    macOS does not page wired weights out between tokens. None if nothing can be wired: without
     Metal, or on a macOS before 15 (mlx-lm's `wired_limit` has the same rule).
     """
     major = re.match(r"\d+", system_version or "")

@@ -22,7 +22,7 @@ class Dtype:
     safetensors: str
     numpy: str
     storage: str = ""  # the class that torch.save names
-    gguf: str = ""  # empty where GGUF is not read in it
+    gguf: str = ""  # empty if GGUF is not read in it
 
     @property
     def mlx(self) -> mx.Dtype:

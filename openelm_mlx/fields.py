@@ -37,9 +37,9 @@ KINDS = {
 def check_fields(options: Any) -> None:
     """Check every field of a dataclass by annotation and metadata, and store it in that type.
 
-    A number is converted where that loses nothing: one of numpy or MLX to Python's, 4.0 to 4 for an
+    A number is converted if that loses nothing: one of numpy or MLX to Python's, 4.0 to 4 for an
     integer. Raises `OptionError` for the first field of another type, outside the inclusive
-    ``metadata["range"]``, or not one of ``metadata["choices"]``. None is allowed where the
+    ``metadata["range"]``, or not one of ``metadata["choices"]``. None is allowed if the
     annotation says so.
     """
     for item in fields(options):
@@ -51,7 +51,7 @@ def check_fields(options: Any) -> None:
 
 
 def as_annotated(annotation: str, given: Any) -> Any:
-    """Return `given` in the type of `annotation`, or `UNFIT` where that would lose something."""
+    """Return `given` in the type of `annotation`, or `UNFIT` if that would lose something."""
     kind, _, rest = annotation.partition(" | ")
     if given is None:
         return None if rest == "None" else UNFIT
@@ -100,7 +100,7 @@ def as_pairs(given: Any) -> Any:
 
 
 def hashable(given: Any) -> bool:
-    """Tell whether a value can be a key."""
+    """Return whether a value can be a key."""
     try:
         hash(given)
     except TypeError:
@@ -109,18 +109,18 @@ def hashable(given: Any) -> bool:
 
 
 def fit_path(given: str | os.PathLike[str]) -> bool:
-    """Tell whether MLX can open a file of this name: it takes names in UTF-8 only."""
+    """Return whether MLX can open a file of this name: it takes names in UTF-8 only."""
     name = os.fspath(given)
     return isinstance(name, str) and name != "" and "\0" not in name and encodable(name)
 
 
 def encodable(text: str) -> bool:
-    """Tell whether a text can be written in UTF-8: it has no half of a character of UTF-16."""
+    """Return whether a text can be written in UTF-8: it has no half of a character of UTF-16."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def within(item: Field[Any], value: Any) -> bool:
-    """Tell whether a value is one of a field's choices, or in its range."""
+    """Return whether a value is one of a field's choices, or in its range."""
     if value is None:
         return True
     entries = value if isinstance(value, tuple) else (value,)
@@ -153,7 +153,7 @@ def shown(value: Any) -> str:
 
 
 def check_unset(options: Any, name: str, why: str) -> None:
-    """Raise `OptionError`, which says `why`, where the option `name` is not at its default."""
+    """Raise `OptionError`, which says `why`, if the option `name` is not at its default."""
     value = getattr(options, name)
     if value != getattr(type(options), name):
         raise OptionError(f"{name} is {value}, but {why}")

@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises `ConfigError` with the file's name."""
     raw = parsed(path, "JSON", MAX_JSON_BYTES, json.loads)
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold an object, not {type(raw).__name__}")
+        raise ConfigError(f"{path} must contain an object, not {type(raw).__name__}")
     return raw
 
 
@@ -89,7 +89,7 @@ def parsed(path: str | Path, kind: str, most: int, parse: Callable[[str], Any]) 
 
 
 def read_own_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file that this project keeps; empty where it is missing or damaged."""
+    """Return the object in a file that this project keeps; empty if it is missing or damaged."""
     try:
         return read_json(path)
     except ConfigError:
@@ -104,7 +104,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
-    """Return which shard of a sharded model holds each tensor, None where there is no index.
+    """Return the shard that contains each tensor, None if there is no index.
 
     Raises `CheckpointError`; a shard must be a plain file of the folder.
     """
@@ -140,19 +140,19 @@ def weight_files(folder: Path) -> list[Path]:
 def read_places(folder: Path, files: Iterable[Path] | None = None) -> dict[str, TensorPlace]:
     """Return every tensor of a folder and its place, from the headers of its safetensors files.
 
-    `files` are read where there is no index. Raises `CheckpointError`.
+    `files` are read if there is no index. Raises `CheckpointError`.
     """
     weight_map = read_index(folder)
     places: dict[str, TensorPlace] = {}
     for file in weight_files(folder) if files is None or weight_map is not None else files:
         for name, place in read_header(file).items():
             if name in places:
-                raise CheckpointError(f"{folder} holds tensor {name} twice, in {file.name} too")
+                raise CheckpointError(f"{folder} contains tensor {name} twice, in {file.name} too")
             if weight_map is None or weight_map.get(name) == file.name:
                 places[name] = place
     if weight_map is not None and (missing := sorted(weight_map.keys() - places.keys())):
         listed = ", ".join(missing[:3])
-        raise CheckpointError(f"{folder}: the index lists tensors no shard holds: {listed}")
+        raise CheckpointError(f"{folder}: the index lists tensors no shard contains: {listed}")
     return places
 
 
@@ -211,7 +211,7 @@ def checked_place(path: Path, name: str, entry: Any, base: int) -> TensorPlace:
 def replacing(path: str | Path, suffix: str = "") -> Iterator[Path]:
     """Yield a new file to write. It takes the place of `path` when the block ends without an error.
 
-    A symbolic link stays one, a device or pipe (/dev/stdout) is written to. Raises `OSError` where
+    A symbolic link stays one, a device or pipe (/dev/stdout) is written to. Raises `OSError` if
     no file can be made or moved; what was at `path` then stays as it was.
     """
     direct = os.path.exists(path) and not os.path.isfile(path)
@@ -251,7 +251,7 @@ def lock(file: IO[str], kind: int, notice: str = "") -> None:
 
 
 def same_file(file: IO[str], path: Path) -> bool:
-    """Tell whether `path` still names the open `file`: another process may have removed it."""
+    """Return whether `path` still names the open `file`: another process may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
@@ -259,7 +259,7 @@ def same_file(file: IO[str], path: Path) -> bool:
 
 
 def name_for_mlx(path: str | Path) -> str:
-    """Return the path as MLX takes it. Raises `OptionError` where MLX would say "std::bad_cast"."""
+    """Return the path as MLX takes it. Raises `OptionError` if MLX would say "std::bad_cast"."""
     if not fit_path(path):
         what = f"{str(path)!r} is not a name in UTF-8, and MLX opens no other"
         raise OptionError(f"{what}; rename it, or its folder")
@@ -267,7 +267,7 @@ def name_for_mlx(path: str | Path) -> str:
 
 
 def check_writable(path: str | Path, flag: str, folder: bool = False) -> None:
-    """Raise `OptionError`, which names `flag`, where `path` could not be written after the work.
+    """Raise `OptionError`, which names `flag`, if `path` could not be written after the work.
 
     With `folder` it is to become a folder, and missing folders above it may be made too.
     """

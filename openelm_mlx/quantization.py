@@ -24,7 +24,7 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # mode -> its bit
 }
 BITS, GROUP_SIZES = MODES["affine"][0][1:], MODES["affine"][1]  # 1 bit is read, but not written
 ALL_GROUP_SIZES = tuple(sorted({size for _, sizes in MODES.values() for size in sizes}))
-MLX_BITS, MLX_GROUP_SIZE = 4, 64  # what MLX takes in affine mode where nothing is said
+MLX_BITS, MLX_GROUP_SIZE = 4, 64  # what MLX takes in affine mode if nothing is said
 KEYS = ("quantization", "quantization_config")  # of config.json; mlx-lm writes both
 
 
@@ -54,7 +54,7 @@ class QuantSpec:
 
     @property
     def writable(self) -> bool:
-        """Whether this project writes tensors in this spec; it reads some that it does not."""
+        """True if this project writes tensors in this spec; it reads some that it does not."""
         return self.mode != "affine" or self.bits in BITS
 
     def weight_bytes(self, shape: tuple[int, ...]) -> int:
@@ -130,7 +130,7 @@ def matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]
 
 
 def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what a config.json says of quantization, None where it says nothing.
+    """Return what a config.json says of quantization, None if it says nothing.
 
     Raises `ConfigError`.
     """
@@ -143,7 +143,7 @@ def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def spec_of(quantization: Mapping[str, Any], stem: str) -> QuantSpec | None:
     """Return the spec that a config.json's `quantization` gives to the tensor `stem`.
 
-    A tensor has its own entry, or false where it is not quantized, or else the common settings. As
+    A tensor has its own entry, or false if it is not quantized, or else the common settings. As
     in mlx-lm an entry of its own takes nothing from the common settings: it is completed by MLX's
     defaults. Raises `ConfigError`.
     """
@@ -193,7 +193,7 @@ def config_entry(plan: Plan) -> dict[str, Any] | None:
     """Return a config.json's `quantization` as mlx-lm has it: the commonest spec, and every
     tensor's own if they differ.
 
-    Tensors that are not quantized have no entry: the file holds no scales for them.
+    Tensors that are not quantized do not have an entry: the file has no scales for them.
     """
     specs = [spec for spec in plan.values() if spec is not None]
     if not specs:

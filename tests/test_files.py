@@ -289,7 +289,7 @@ def test_json_is_written_whole_and_read_back(tmp_path):
         (b"{", "cannot be read as JSON: "),
         (b"\xff", "cannot be read as JSON: "),
         (b"[" * 100_000, "cannot be read as JSON: "),
-        (b"[1]", "must hold an object, not list"),
+        (b"[1]", "must contain an object, not list"),
     ],
 )
 def test_json_that_cannot_be_read(tmp_path, content, message):

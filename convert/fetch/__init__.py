@@ -138,7 +138,7 @@ def fetch_published(
 
 
 def fetch_with_bar(name: str) -> Path:
-    """Do what `fetch_published` does, and show its progress where standard error is a terminal."""
+    """Do what `fetch_published` does, and show its progress if standard error is a terminal."""
     from rich import progress
     from rich.console import Console
 

@@ -43,7 +43,7 @@ DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 @dataclass
 class Offer:
-    """A server's description of a file; None where it does not say."""
+    """A server's description of a file; None if it does not say."""
 
     size: int | None
     tag: str | None  # it changes with the content

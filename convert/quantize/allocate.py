@@ -160,7 +160,7 @@ def choose(
     """Return the plan of least summed loss whose bytes, all tensors counted, are at most
     `target_bpw` bits per weight.
 
-    Raises `OptionError` where even the smallest plan needs more.
+    Raises `OptionError` if even the smallest plan needs more.
     """
     parameters = sum(math.prod(shape) for shape in shapes.values())
     sizes = {

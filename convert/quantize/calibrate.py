@@ -77,7 +77,7 @@ def row_length(config: OpenELMConfig) -> int:
 
 
 def given_tokens(opened: OpenedModel, options: ConvertOptions) -> mx.array | None:
-    """Return the rows of token ids of the user's text, None where none was given."""
+    """Return the rows of token ids of the user's text, None if none was given."""
     if options.calibration_text is None:
         return None
     rows, length = calibration_shape(opened.trimmed, options)
@@ -131,7 +131,7 @@ def sampled_tokens(
     """Return rows [rows, length] that `model` writes after each of `PROMPTS` in turn.
 
     Every other row of an Instruct model is a conversation that starts with one of `QUESTIONS`; it
-    goes on with the next turn where an answer ends.
+    goes on with the next turn when an answer ends.
     """
     parts = []
     for first in range(0, rows, ROWS_AT_ONCE):

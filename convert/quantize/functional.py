@@ -2,7 +2,7 @@
 
 The engine's model keeps its weights and is made for decoding. Here weights are arguments, so that
 one matrix can be exchanged, gradients be taken, inputs of a matrix be seen, and a pass be resumed
-at the layer that changed. A test holds both to the same logits.
+at the layer that changed. A test checks that both give the same logits.
 """
 
 from __future__ import annotations

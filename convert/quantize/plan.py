@@ -157,9 +157,7 @@ def exact_weights(opened: OpenedModel) -> dict[str, mx.array]:
     for name, shape in expected_tensors(opened.trimmed).items():
         weights[name] = opened.source.load(name)[: shape[0]].astype(mx.float32)
         if not mx.isfinite(weights[name]).all().item():
-            raise CheckpointError(
-                f"{name} holds NaN or infinite weights; the checkpoint is damaged"
-            )
+            raise CheckpointError(f"{name} has NaN or infinite weights; the checkpoint is damaged")
     return weights
 
 

@@ -34,17 +34,17 @@ LICENCE_KEYS = ("license", "license_name", "license_link")  # of a model card on
 
 class TensorSource(Protocol):
     """Tensors under Hugging Face's names. Only `load`, `rows` and `packed` read weights, so that
-    memory holds one tensor at a time.
+    only one tensor is in memory at a time.
     """
 
     path: Path
     tensors: dict[str, TensorInfo]
     config: OpenELMConfig | None = None
-    """The configuration that the source states; None where a file beside it or the shapes do."""
+    """The configuration that the source states; None if a file beside it or the shapes do."""
     tokenizer: TokenizerModel | None = None
     """The tokenizer that the source itself carries."""
     instruct: bool = False
-    """Whether the source has a chat template."""
+    """True if the source has a chat template."""
     licence: Mapping[str, str] = {}
     """The licence that the source states, by `LICENCE_KEYS`."""
     plan: Plan = {}
@@ -52,7 +52,7 @@ class TensorSource(Protocol):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that hold the weights."""
+        """The files that contain the weights."""
         return (self.path,)
 
     def load(self, name: str) -> mx.array:
@@ -80,7 +80,7 @@ def canonical_name(name: str) -> str:
 def canonical(found: Mapping[str, Value]) -> dict[str, Value]:
     """Return the same values under Hugging Face's names, without buffers that the engine computes.
 
-    Raises `ConversionError` where two names stand for one tensor.
+    Raises `ConversionError` if two names stand for one tensor.
     """
     result: dict[str, Value] = {}
     first: dict[str, str] = {}
@@ -90,7 +90,7 @@ def canonical(found: Mapping[str, Value]) -> dict[str, Value]:
         known = canonical_name(name)
         if known in result:
             raise ConversionError(
-                f"the checkpoint holds both {first[known]} and {name}, which are one tensor"
+                f"the checkpoint contains both {first[known]} and {name}, which are one tensor"
             )
         result[known], first[known] = value, name
     return result
@@ -99,7 +99,7 @@ def canonical(found: Mapping[str, Value]) -> dict[str, Value]:
 def kind_of(path: Path) -> str | None:
     """Return safetensors, gguf or pt, by the first bytes of a file, or None for anything else.
 
-    Raises `ConversionError` where it cannot be read.
+    Raises `ConversionError` if it cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -183,7 +183,7 @@ def count_layers(shapes: Shapes) -> int:
     numbers = {int(match[1]) for match in found if match}
     if not numbers:
         raise CheckpointError(
-            "this is not an OpenELM checkpoint: it holds no tensor named "
+            "this is not an OpenELM checkpoint: it contains no tensor named "
             "layers.0.attn.qkv_proj.weight"
         )
     if numbers != set(range(len(numbers))):

@@ -73,7 +73,7 @@ class Adapter:
 class AdaptedCheckpoint(TensorSource):
     """A checkpoint with adapters, seen as a plain one: merged, or (`merge` False) its base alone.
 
-    Raises `ConversionError` where the parts of an adapter do not fit together, or where its
+    Raises `ConversionError` if the parts of an adapter do not fit together, or if its
     strength is not known.
     """
 
@@ -125,7 +125,7 @@ def has_adapters(source: TensorSource) -> bool:
 
 
 def find_adapters(source: TensorSource, options: LoraOptions) -> dict[str, Adapter]:
-    """Return the adapted layers by stem. Raises `ConversionError` where parts do not fit."""
+    """Return the adapted layers by stem. Raises `ConversionError` if parts do not fit."""
     parts: dict[str, dict[str, str]] = {}
     names: set[str] = set()
     for name in source.tensors:
@@ -137,7 +137,7 @@ def find_adapters(source: TensorSource, options: LoraOptions) -> dict[str, Adapt
             parts.setdefault(match[1], {})["base"] = name
     if len(names) > 1:
         raise ConversionError(
-            f"{source.path} holds several adapters ({', '.join(sorted(names))}); only one can be "
+            f"{source.path} has several adapters ({', '.join(sorted(names))}); only one can be "
             "merged: save a checkpoint with that one"
         )
     scale_of = strengths(source.path, options)
@@ -151,7 +151,7 @@ def make_adapter(
     needed = {"base": "base_layer.weight", "lora_A": "lora_A", "lora_B": "lora_B"}
     if lacking := ", ".join(needed[part] for part in needed if part not in found):
         raise ConversionError(
-            f"{where} lacks {lacking}; the checkpoint must hold the base with the adapter"
+            f"{where} lacks {lacking}; the checkpoint must contain the base with the adapter"
         )
     shape, a, b = (source.tensors[found[part]].shape for part in needed)
     magnitude = found.get("lora_magnitude_vector")
@@ -190,7 +190,7 @@ def strengths(path: Path, options: LoraOptions) -> Strength:
                 )
             return alpha / (math.sqrt(rank) if stabilised else rank)
         raise ConversionError(
-            f"{path} holds an adapter of {stem}, whose strength is not in the tensors: give the "
+            f"{path} contains an adapter of {stem}, whose strength is not in the tensors: give the "
             "YAML it was trained with as --config, or its lora_alpha as --lora-alpha (Apple's: 32)"
         )
 
@@ -319,7 +319,7 @@ class FusedAdapter(TensorSource):
 def check_parts(
     folder: Path, name: str, shape: tuple[int, ...], parts: Mapping[str, TensorPlace]
 ) -> None:
-    """Raise `ConversionError` where the parts of an adapter do not fit its base of `shape`."""
+    """Raise `ConversionError` if the parts of an adapter do not fit its base of `shape`."""
     shapes = {leaf: place.info.shape for leaf, place in parts.items()}
     rank = shapes.get("lora_a", (0, 0))[-1]
     outer = shape if name == f"{EMBEDDINGS}.weight" else shape[::-1]

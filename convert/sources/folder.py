@@ -60,7 +60,7 @@ class HuggingFaceFolder(TensorSource):
 
 class QuantizedFolder(TensorSource):
     """A folder of quantized matrices, seen as one of unquantized ones. Raises `ConversionError`
-    where their parts do not fit together.
+    if their parts do not fit together.
     """
 
     def __init__(self, source: TensorSource, quantization: Mapping[str, Any] | None) -> None:
@@ -73,7 +73,7 @@ class QuantizedFolder(TensorSource):
         }
         if stems and quantization is None:
             raise ConversionError(
-                f"{self.path} holds quantized weights, but its config.json has no quantization"
+                f"{self.path} contains quantized weights, but its config.json has no quantization"
             )
         said = {canonical_name(str(key)): value for key, value in (quantization or {}).items()}
         vectors = (info.dtype for info in source.tensors.values() if len(info.shape) == 1)
@@ -158,7 +158,7 @@ def weight_files(folder: Path) -> list[Path] | None:
     if (folder / WEIGHTS) in files:
         return [folder / WEIGHTS]
     if len(files) != 1:
-        raise ConversionError(f"{folder} holds {len(files)} safetensors files and no {INDEX}")
+        raise ConversionError(f"{folder} contains {len(files)} safetensors files and no {INDEX}")
     return files
 
 

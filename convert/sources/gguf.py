@@ -101,8 +101,8 @@ class Cursor:
 class GGUFFile(TensorSource):
     """A GGUF file as a checkpoint. Raises `ConversionError` for what it cannot read.
 
-    All tensors are given out in the type of the embedding, or in float32 where that is made of
-    blocks: float32 holds every value of every block format exactly. (Norms are float32 in the file
+    All tensors are given out in the type of the embedding, or in float32 if that is made of
+    blocks: float32 has every value of every block format exactly. (Norms are float32 in the file
     whatever the rest is.)
     """
 
@@ -154,7 +154,7 @@ class GGUFFile(TensorSource):
         out = np.empty((rows, place.shape[-1]), np.float32)
         step = max(1, CHUNK // place.shape[-1])
         try:
-            # damaged blocks hold anything: NaN is refused later
+            # damaged blocks may be anything: NaN is refused later
             with open(self.path, "rb") as file, np.errstate(all="ignore"):
                 file.seek(place.start)
                 for row in range(0, rows, step):
@@ -255,7 +255,7 @@ def check_model(path: Path, metadata: dict[str, Any]) -> None:
     architecture = metadata.get("general.architecture")
     if architecture != "openelm":
         raise ConversionError(
-            f"{path} holds a model of architecture {str(architecture)[:40]!r}; only openelm is "
+            f"{path} contains a model of architecture {str(architecture)[:40]!r}; only openelm is "
             "converted"
         )
     parts = metadata.get("split.count", 1)
@@ -304,7 +304,7 @@ def licence_key(key: str) -> str:
 
 def hugging_face_name(name: str) -> str:
     """Return Hugging Face's name, transformer.layers.3.attn.qkv_proj.weight for
-    blk.3.attn_qkv.weight, or `name` where it is not one of llama.cpp's.
+    blk.3.attn_qkv.weight, or `name` if it is not one of llama.cpp's.
     """
     parts = name.split(".")
     if len(parts) == 2 and parts[0] in NAMES and parts[1] == "weight":
@@ -315,7 +315,7 @@ def hugging_face_name(name: str) -> str:
 
 
 def read_tokenizer(path: Path, metadata: dict[str, Any]) -> TokenizerModel | None:
-    """Return the SentencePiece model behind tokenizer.ggml.*, None where there is none.
+    """Return the SentencePiece model behind tokenizer.ggml.*, None if there is none.
 
     Raises `TokenizerError`.
     """

@@ -1,6 +1,6 @@
 """Checkpoints in torch's zip format (`torch.save`), read without torch and without trust.
 
-A `.pt` is a zip: `NAME/data.pkl` pickles the structure, `NAME/data/KEY` holds each storage's raw
+A `.pt` is a zip: `NAME/data.pkl` pickles the structure, `NAME/data/KEY` contains each storage's raw
 bytes. The pickle reader here (`safe_pickle`) builds dicts and tensors and nothing else: it refuses
 any other global by name, so that opening a file never runs what somebody put in it. A record's
 checksum is compared when its tensor is loaded.
@@ -34,7 +34,7 @@ NESTED_UNDER = ("model", "state_dict", "model_state_dict")
 class TorchCheckpoint(TensorSource):
     """A state dict in a `.pt` file.
 
-    Raises `ConversionError` where the file is not in torch's zip format, is cut short, names a
+    Raises `ConversionError` if the file is not in torch's zip format, is cut short, names a
     global that tensors do not need, or describes a tensor that does not lie within its storage.
     """
 
@@ -85,11 +85,11 @@ class TorchCheckpoint(TensorSource):
         member = self._members.get(f"data/{storage.key}")
         if member is None:
             raise ConversionError(
-                f"{where} needs storage {storage.key}, which the archive does not hold"
+                f"{where} needs storage {storage.key}, which the archive does not contain"
             )
         if needed > member.file_size:
             raise ConversionError(
-                f"{where} declares a storage of {needed} bytes, but the archive holds "
+                f"{where} declares a storage of {needed} bytes, but the archive contains "
                 f"{member.file_size}"
             )
         least = min((*shape, *strides, record.offset))
@@ -141,7 +141,7 @@ def checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.Z
         odd = len(parts) < 2 or any(part in ("", ".", "..") for part in parts)
         if "\\" in info.filename or odd:
             raise ConversionError(
-                f"{path} holds a record named {info.filename!r}; torch writes none such: refused"
+                f"{path} contains a record named {info.filename!r}; torch writes none such: refused"
             )
         if stat.S_ISLNK(info.external_attr >> 16):
             raise ConversionError(f"{where} is a link; torch writes none such: refused")
@@ -151,7 +151,7 @@ def checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.Z
             raise ConversionError(f"{where} declares more bytes than the file has; truncated?")
         name = info.filename.split("/", 1)[1]
         if name in members:
-            raise ConversionError(f"{path} holds two records named {info.filename!r}: refused")
+            raise ConversionError(f"{path} contains two records named {info.filename!r}: refused")
         members[name] = info
     if len(roots) != 1 or "data.pkl" not in members:
         raise ConversionError(
@@ -182,11 +182,11 @@ def state_dict_of(path: Path, state: Any) -> dict[str, TensorRecord]:
         odd = [n for n, of in inner.items() if type(n) is not str or type(of) is not TensorRecord]
         if odd:
             listed = ", ".join(map(str, odd[:3]))
-            raise ConversionError(f"{path} holds entries that are not tensors: {listed}")
+            raise ConversionError(f"{path} contains entries that are not tensors: {listed}")
         if inner:
             return dict(inner)
     raise ConversionError(
-        f"{path} holds no tensors by name; it must be torch.save(model.state_dict(), path)"
+        f"{path} contains no tensors by name; it must be torch.save(model.state_dict(), path)"
     )
 
 

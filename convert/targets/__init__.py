@@ -36,11 +36,11 @@ from openelm_mlx.files import check_writable, read_text
 
 class Target(Protocol):
     """One model in one format. Making a target raises an error, before any work, for what the
-    format cannot hold.
+    format cannot store.
     """
 
     keeps_record: bool
-    """Whether the format has a place for the record of a conversion."""
+    """True if the format has a place for the record of a conversion."""
 
     def plan(self, progress: Callable[[int, int, str], None] | None) -> Quantization:
         """Choose how MLX quantizes every matrix, and learn its rounding."""
@@ -68,9 +68,9 @@ LINUX_EXCHANGE, LINUX_AT_FDCWD, MACOS_SWAP = 2, -100, 2  # renameat2(2), renamex
 
 
 def check_target(options: ConvertOptions) -> None:
-    """Raise an error before any work where the target cannot be what was asked for.
+    """Raise an error before any work if the target cannot be what was asked for.
 
-    It raises `ConversionError` for a target that stands in the way, is not a model, or holds the
+    It raises `ConversionError` for a target that stands in the way, is not a model, or contains the
     source, and `OptionError` for one that cannot be written, or that is to be a folder with the
     name of a GGUF file.
     """
@@ -96,11 +96,11 @@ def check_target(options: ConvertOptions) -> None:
     given = (options.source, options.config, options.tokenizer, options.adapter_folder)
     inputs = [path.resolve() for path in given if path is not None]
     if any(path == target.resolve() or target.resolve() in path.parents for path in inputs):
-        raise ConversionError(f"{target} holds what is to be converted; choose another {what}")
+        raise ConversionError(f"{target} contains what is to be converted; choose another {what}")
 
 
 def holds_a_model(folder: Path) -> bool:
-    """Tell whether this is a model folder, or an empty one."""
+    """Return whether this is a model folder, or an empty one."""
     return folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))
 
 
@@ -158,13 +158,13 @@ def finish(partial: Path, target: Path, options: ConvertOptions) -> None:
     if not target.exists():
         partial.rename(target)
     elif exchange(partial, target):
-        remove(partial)  # it holds what stood in the target
+        remove(partial)  # it contains what stood in the target
     else:
         replace_in_two_steps(partial, target)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two folders swap names at once. Return False where the system cannot."""
+    """Let two folders swap names at once. Return False if the system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(other)
     if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
@@ -176,7 +176,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def replace_in_two_steps(partial: Path, target: Path) -> None:
-    """Replace the target where names cannot be swapped. `clear_leftovers` makes good a kill
+    """Replace the target if names cannot be swapped. `clear_leftovers` makes good a kill
     between the two renames.
     """
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-{os.getpid()}-", dir=target.parent))

@@ -1,6 +1,6 @@
 """A model folder for MLX, or for Hugging Face: safetensors, configuration, tokenizer, record.
 
-Weights are written one tensor at a time: the header is known beforehand, so memory holds no more
+Weights are written one tensor at a time: the header is known beforehand, so memory has no more
 than a tensor.
 """
 

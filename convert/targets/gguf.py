@@ -104,7 +104,7 @@ def gguf_type(dtype: str, options: ConvertOptions) -> str:
 
 
 def gguf_names(name: str) -> tuple[str, ...]:
-    """Return the tensor or tensors that hold Hugging Face's `name`."""
+    """Return the tensor or tensors that Hugging Face's `name` becomes."""
     stem = name.removesuffix(".weight")
     if stem in STEMS:
         return (f"{STEMS[stem]}.weight",)

@@ -121,7 +121,7 @@ def from_tokenizer_json(path: Path, data: bytes) -> TokenizerModel:
     """Rebuild a model from a tokenizer.json: a piece's score is the rank of the first merge that
     makes it.
 
-    The result is tried on texts: where it gives other ids, `TokenizerError` asks for the original.
+    The result is tried on texts: if it gives other ids, `TokenizerError` asks for the original.
     """
     remedy = "give the original tokenizer.model with --tokenizer"
     if b'"Regex"' in data:  # a hostile one could run for ever
@@ -250,7 +250,7 @@ def merges(ids: dict[str, int], scores: list[float]) -> list[list[str]]:
 
 
 def check_ids(model: TokenizerModel, content: dict[str, Any]) -> None:
-    """Raise `TokenizerError` where the two tokenizers differ on a few hard texts: the model is of a
+    """Raise `TokenizerError` if the two tokenizers differ on a few hard texts: the model is of a
     kind that tokenizer.json is not built for here.
     """
     from tokenizers import Tokenizer

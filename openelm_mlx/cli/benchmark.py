@@ -205,7 +205,7 @@ def show(document: Document, as_json: bool) -> None:
 
 
 def compare(before: str, after: str, as_json: bool) -> int:
-    """Print what has changed; the exit status is 1 where something became significantly worse."""
+    """Print what has changed; the exit status is 1 if something became significantly worse."""
     import openelm_mlx.benchmarks.results.compare as comparing
     from openelm_mlx.benchmarks.results.document import load
 

@@ -65,7 +65,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="with -p: print one JSON object")
     system = parser.add_mutually_exclusive_group()
     system.add_argument("--system", metavar="TEXT", help="the system turn")
-    system.add_argument("--system-file", metavar="FILE", help="a file that holds the system turn")
+    system.add_argument("--system-file", metavar="FILE", help="a file with the system turn")
     add_draft_flag(parser)
     add_flags(parser, GenerationOptions, skip=("logprobs",))
     add_flags(parser, SamplingOptions)

@@ -43,7 +43,7 @@ SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False,
 class Command:
     """A command: its names, what may follow it, and what it does.
 
-    `run` returns False where the chat is to end.
+    `run` returns False if the chat is to end.
     """
 
     names: tuple[str, ...]
@@ -290,7 +290,7 @@ def split_path(text: str) -> tuple[Path, str]:
     words = text.split(" ")
     for count in range(len(words), 0, -1):
         path = given_path(" ".join(words[:count]))
-        if os.path.exists(path):  # Path's own raises where a question is longer than a name may be
+        if os.path.exists(path):  # Path's own raises if a question is longer than a name may be
             return path, " ".join(words[count:]).strip()
     return given_path(words[0]), ""
 

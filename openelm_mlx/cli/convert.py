@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 def find_source(args: argparse.Namespace) -> None:
     """Put a path in the place of a source's name, fetched if need be, and a mirror's tokenizer
-    where the source has none.
+    if the source has none.
     """
     from pathlib import Path
 
@@ -156,7 +156,7 @@ def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]
 
 
 def show_report(report: ConversionReport, dry_run: bool) -> None:
-    """Print what was written, or would be: sizes, each layer's spec where they differ, losses."""
+    """Print what was written, or would be: sizes, each layer's spec if they differ, losses."""
     from rich.console import Console
     from rich.table import Table
 

@@ -20,7 +20,7 @@ def utf8_stdin() -> TextIO:
     """Return standard input, read as UTF-8 whatever the locale says.
 
     Bytes that are not UTF-8 become lone surrogates, which the tokenizer refuses with one line that
-    names the place. Raises `PromptError` where stdin is closed.
+    names the place. Raises `PromptError` if stdin is closed.
     """
     if sys.stdin is None or sys.stdin.closed:
         raise PromptError("standard input is closed; give the text on the command line")
@@ -50,7 +50,7 @@ def printable(text: str) -> str:
 
 
 def moves_cursor(stream: TextIO | None) -> bool:
-    """Tell whether `stream` is a terminal that knows the usual escape sequences."""
+    """Return whether `stream` is a terminal that knows the usual escape sequences."""
     return (
         stream is not None and stream.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
     )

@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """Return the prompt, all of stdin for "-"; print a hint where it ends with a space."""
+    """Return the prompt, all of stdin for "-"; print a hint if it ends with a space."""
     prompt: str = args.words if args.prompt is None else args.prompt
     if prompt == "-":
         prompt = utf8_stdin().read()
@@ -174,7 +174,7 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def context_full(last: Event, options: GenerationOptions) -> bool:
-    """Tell whether the text was cut because no further token fits, rather than at `max_tokens`."""
+    """Return whether a full context cut the text, rather than `max_tokens`."""
     generated = 0 if last.stats is None else last.stats.generation_tokens
     return last.finish_reason == "length" and generated < options.max_tokens
 

@@ -206,7 +206,7 @@ def converted() -> list[Kept]:
 def matching(name: str) -> list[Kept]:
     """List what `name` stands for on this disk, with the conversions made from it.
 
-    Raises `HubError` where there is nothing.
+    Raises `HubError` if there is nothing.
     """
     from openelm_mlx.engine.hub import SHORT_NAMES, cached_repositories, is_published
 
@@ -232,7 +232,7 @@ def matching(name: str) -> list[Kept]:
 
 
 def delete(one: Kept) -> None:
-    """Remove from this disk what `matching` found. Raises `HubError` where it is in use or cannot
+    """Remove from this disk what `matching` found. Raises `HubError` if it is in use or cannot
     be removed.
     """
     from openelm_mlx.engine import hub, model_cache

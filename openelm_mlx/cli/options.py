@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}{see} {self.prog} --help\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Print help or a version. Unlike the base class, raise where it cannot be written."""
+        """Print help or a version. Unlike the base class, raise if it cannot be written."""
         if message:
             (file or sys.stderr).write(message)
 
@@ -137,7 +137,7 @@ def text_of(path: Path, most: int | None = None) -> str:
             raise PromptError(f"{path} is not a regular file; give a file of text")
         if most is not None and path.stat().st_size > most:
             raise PromptError(
-                f"{path} has {path.stat().st_size:,} bytes, far more than the context holds; "
+                f"{path} has {path.stat().st_size:,} bytes, far more than fits the context; "
                 "give a part"
             )
         return path.read_text(encoding="utf-8")
@@ -171,7 +171,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type, skip: tuple[str, .
 
 
 def has_flag(item: Field[Any]) -> bool:
-    """Tell whether an option can be given as text: some are for Python only."""
+    """Return whether an option can be given as text: some are for Python only."""
     return "help" in item.metadata and item.metadata.get("flag", "") is not None
 
 
@@ -248,7 +248,7 @@ def add_draft_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def load_draft(args: argparse.Namespace) -> Any:
-    """Load the engine of `--draft-model`; None where the flag was not given."""
+    """Load the engine of `--draft-model`; None if the flag was not given."""
     from openelm_mlx.engine.loading import load
 
     if args.draft_model is None:

@@ -140,7 +140,7 @@ def history_file() -> Path:
             / "openelm-mlx"
         )
         folder.mkdir(parents=True, exist_ok=True)
-        # only its owner may read it: it holds what was asked
+        # only its owner may read it: it has everything that was asked
         os.close(os.open(folder / "history", os.O_WRONLY | os.O_CREAT, 0o600))
     except (
         OSError,

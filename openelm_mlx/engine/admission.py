@@ -101,12 +101,12 @@ class Admission:
 
     @property
     def cache_is_one(self) -> bool:
-        """Whether the cache stores one sequence."""
+        """True if the cache stores one sequence."""
         return len(self._prompts) == 1
 
     @property
     def complete(self) -> bool:
-        """Whether every prompt is prefilled to its end."""
+        """True if every prompt is prefilled to its end."""
         return len(self._last) == len(self._prompts)
 
     def drop(self, request: Request) -> None:
@@ -188,7 +188,7 @@ class Queue:
 
     @property
     def busy(self) -> bool:
-        """Whether any request is here."""
+        """True if any request is here."""
         return bool(self.waiting or self._admission or self.joining)
 
     def add(
@@ -268,7 +268,7 @@ class Queue:
                 keep(self.store, request, cache.prefix(cache.offset))  # they wait for it
 
     def cancel(self, number: int) -> bool:
-        """Drop a request; return False where it is not here."""
+        """Drop a request; return False if it is not here."""
         for request, cache in self.joining:
             if request.number == number:
                 self.joining = [pair for pair in self.joining if pair[0] is not request]
@@ -331,7 +331,7 @@ def next_group(
 
 
 def shares(one: Request, others: Sequence[Request]) -> bool:
-    """Tell whether most of a prompt is the beginning of another one, for the same owner."""
+    """Return whether most of a prompt is the beginning of another one, for the same owner."""
     least = max(SHARED, len(one.known) // 2)
     return any(
         one.owner == other.owner and common_prefix(one.known, other.known) >= least

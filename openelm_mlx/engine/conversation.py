@@ -78,7 +78,7 @@ class Conversation:
     begin, nothing changes. `notices` are texts that the user should be told since the last `send`.
 
     `sampling` defaults to the model's own defaults for chat (`engine.chat_sampling`); `settings`
-    are options by name and replace those in the option objects. A seed is drawn here where none is
+    are options by name and replace those in the option objects. A seed is drawn here if none is
     given. `sampling`, `options` and `engine_options` may be replaced between messages.
 
     The keys and values of the conversation are kept in `prompt_cache`, which conversations may
@@ -190,8 +190,8 @@ class Conversation:
         """Send a message, and yield the events of its answer.
 
         `progress(done, total)` is called after each prefilled chunk of the prompt. Raises
-        `PromptError` at once, and changes nothing, where the message is empty or does not fit
-        beside the system turn, and while another answer is being generated; `OptionError` where
+        `PromptError` at once, and changes nothing, if the message is empty or does not fit
+        beside the system turn, and while another answer is being generated; `OptionError` if
         `options` do not go together.
         """
         self._check_idle()
@@ -204,7 +204,7 @@ class Conversation:
     def regenerate(self, progress: Progress | None = None) -> Generator[Event, None, None]:
         """Answer the last message anew, with other random numbers, in place of its answer.
 
-        Raises `PromptError` where nothing has been answered yet, and as `send` does.
+        Raises `PromptError` if nothing has been answered yet, and as `send` does.
         """
         self._check_idle()
         if not self._exchanges:

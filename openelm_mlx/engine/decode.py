@@ -209,7 +209,7 @@ class Steps:
     def refresh(self) -> object:
         """Forget what was compiled for other weights: the model was trained, merged or loaded anew.
 
-        Return an object that stands for the weights that the model has now: another one where they
+        Return an object that stands for the weights that the model has now: another one if they
         changed.
         """
         weights, old = arrays_of(self.model), self._weights
@@ -241,7 +241,7 @@ class Steps:
         return ahead, self.cached(("choose", spec), spec.compiled, lambda: partial(choose, spec))
 
     def cached(self, key: Hashable, compiled: bool, make: Callable[[], Any]) -> Any:
-        """Return what `make` makes, or made earlier for this key; compiled where asked for.
+        """Return what `make` makes, or made earlier for this key; compiled if asked for.
 
         Beyond the limit the least recently used is dropped.
         """

@@ -30,7 +30,7 @@ class ModelDraft:
     """A smaller model with the target's tokenizer, whose guesses the target verifies.
 
     It keeps what it has read between generations, so that in a conversation it prefills only what
-    is new, too. Raises `OptionError` where the tokenizers differ.
+    is new, too. Raises `OptionError` if the tokenizers differ.
     """
 
     def __init__(self, target: Engine, draft: Engine) -> None:
@@ -44,7 +44,7 @@ class ModelDraft:
         self.store = PromptCache()
 
     def check(self, target: Engine) -> None:
-        """Raise `OptionError` where this draft cannot serve `target`."""
+        """Raise `OptionError` if this draft cannot serve `target`."""
         draft = self.engine
         if not draft.tokenizer.same_pieces(target.tokenizer) or draft.vocab != target.vocab:
             raise OptionError(

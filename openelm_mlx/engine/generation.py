@@ -135,7 +135,7 @@ def _events(scheduler: BatchEngine) -> Generator[Event, None, None]:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """The result of one prompt of a list; `error` is set instead where it could not be run."""
+    """The result of one prompt of a list; `error` is set instead if it could not be run."""
 
     text: str
     tokens: tuple[int, ...]
@@ -165,7 +165,7 @@ def batch_generate(
     `sampling` and `options` are one object for all prompts or a list with one for each; `settings`
     are options by their names and apply to all. `prompt_cache` and `draft` are those of
     `stream_generate`. A prompt that cannot be run gives a result with `error` and does not disturb
-    the others. Raises `OptionError` for options that are wrong for all, and `PromptError` where
+    the others. Raises `OptionError` for options that are wrong for all, and `PromptError` if
     `prompts` is one text.
     """
     if isinstance(prompts, (str, bytes)):

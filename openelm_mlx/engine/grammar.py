@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from openelm_mlx.engine.options import GenerationOptions
 
 Form = tuple[str, Any]  # the option that sets it, and its value
-# the advice for each option where its value cannot be followed
+# the advice for each option if its value cannot be followed
 ADVICE = {
     "json_schema": "Leave out what is not supported, or say it in another way",
     "regex": (
@@ -46,10 +46,10 @@ _vocabularies: WeakKeyDictionary[Tokenizer, dict[int, Any]] = WeakKeyDictionary(
 
 
 def constraint(engine: Engine, options: GenerationOptions) -> Constraint | None:
-    """Return the constraint of one answer, or None where the options set no form.
+    """Return the constraint of one answer, or None if the options set no form.
 
     The form is that of the answer's entire text, as a `StreamingDecoder` without a prompt shows it.
-    Raises `OptionError` where this model's tokens cannot spell any text of the form.
+    Raises `OptionError` if this model's tokens cannot spell any text of the form.
     """
     if not options.constrained:
         return None
@@ -174,7 +174,7 @@ class Constraint:
     A mask is a row of bits, the lowest of a word first: 1 for a token that is allowed, ends of text
     included where the text may end. Arrays from `mask` and `along` are valid until the next call.
     If the form becomes too complex to be followed, the constraint is `broken` and the text ends.
-    Raises `OptionError` where the tokens cannot spell any text of the form.
+    Raises `OptionError` if the tokens cannot spell any text of the form.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, ends: Iterable[int], form: Form) -> None:
@@ -236,7 +236,7 @@ class Constraint:
 
 
 def contains(mask: NDArray[np.uint32], token: int) -> bool:
-    """Tell whether a mask allows a token."""
+    """Return whether a mask allows a token."""
     return bool(int(mask[token >> 5]) >> (token & 31) & 1)
 
 

@@ -52,7 +52,7 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Resolved:
-    """The place of a model on this disk; `tokenizer` is None where the folder has one."""
+    """The place of a model on this disk; `tokenizer` is None if the folder has one."""
 
     folder: Path
     tokenizer: Path | None
@@ -91,7 +91,7 @@ def resolve_model(
 
 
 def as_loaded(source: Path, tokenizer: Path | None, name: str | None = None) -> Resolved:
-    """Return `source` itself, or what it is converted into where the engine cannot load it."""
+    """Return `source` itself, or what it is converted into if the engine cannot load it."""
     if source.is_dir() and loadable(source):
         return Resolved(source, tokenizer)
     return Resolved(converted(source, tokenizer, name), None)
@@ -100,8 +100,8 @@ def as_loaded(source: Path, tokenizer: Path | None, name: str | None = None) -> 
 def converted(source: Path, tokenizer: Path | None = None, name: str | None = None) -> Path:
     """Return the model folder of `source`, found in the cache or converted into it now.
 
-    `name` is what the user called the source, where that is not a path. Raises an `OpenELMError`
-    for what convert does not take, and where the result cannot be written.
+    `name` is what the user called the source, if that is not a path. Raises an `OpenELMError`
+    for what convert does not take, and if the result cannot be written.
     """
     source = Path(os.path.abspath(source))
     if (known := recall(source, tokenizer)) is not None:
@@ -111,7 +111,7 @@ def converted(source: Path, tokenizer: Path | None = None, name: str | None = No
 
 
 def loadable(folder: Path) -> bool:
-    """Tell whether the engine should load this folder as it is, without a conversion.
+    """Return whether the engine should load this folder as it is, without a conversion.
 
     A damaged folder counts as loadable: loading says best what is wrong with it.
     """
@@ -142,8 +142,8 @@ def check_kind(source: Path) -> None:
 def missing_tokenizer(source: Path, source_format: str | None = None) -> Path | None:
     """Fetch LLaMA's tokenizer for a checkpoint that has its vocabulary and comes without one.
 
-    Return None where it is not needed. Raises `ConversionError` for what convert cannot read, and
-    `TokenizerError` where no mirror can be reached.
+    Return None if it is not needed. Raises `ConversionError` for what convert cannot read, and
+    `TokenizerError` if no mirror can be reached.
     """
     from openelm_mlx.convert.opening import open_source
 
@@ -161,19 +161,19 @@ def missing_tokenizer(source: Path, source_format: str | None = None) -> Path | 
 
 
 def is_published(name: str) -> bool:
-    """Tell whether `name` is spelled like one of convert's catalog, whether or not it is there."""
+    """Return whether `name` is spelled like one of convert's catalog, even if it is not there."""
     return name.lower().startswith((f"{CORENET}:", f"{CORENET}-mlx:"))
 
 
 def looks_like_path(name: str) -> bool:
-    """Tell whether `name` can only be meant as a file or folder, so that the hub is not asked."""
+    """Return whether `name` can only be meant as a file or folder, so that the hub is not asked."""
     if name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name:
         return True
     return name.count("/") > 1 or os.path.splitext(name)[1].lower() in FILE_SUFFIXES
 
 
 def hub_id_of(name: str) -> str:
-    """Return the hub id of a short name, or `name` where it is an id. Raises `HubError`."""
+    """Return the hub id of a short name, or `name` if it is an id. Raises `HubError`."""
     link = os.path.islink(os.path.expanduser(name))
     if link or looks_like_path(name):
         place = f"{name} behind this link" if link else name

@@ -165,7 +165,7 @@ def load_resolved(
 
 
 def speaks_instruct(folder: Path, name: str) -> bool:
-    """Tell whether the model was trained on the Instruct format: by its template or its name."""
+    """Return whether the model was trained on the Instruct format: by its template or its name."""
     if (folder / "chat_template.jinja").exists() or "instruct" in name.rsplit("/", 1)[-1].lower():
         return True
     settings = folder / "tokenizer_config.json"
@@ -185,7 +185,7 @@ def chat_sampling(folder: Path) -> SamplingOptions:
 
     Keys and meaning are those of Hugging Face's GenerationConfig, with two more keys for the
     penalties on the answer alone. The choice is greedy unless `do_sample` is true; the temperature
-    is then 1 where none is given. Raises `ConfigError` for a damaged file and values out of range.
+    is then 1 if none is given. Raises `ConfigError` for a damaged file and values out of range.
     """
     raw, path = generation_config(folder), folder / GENERATION_CONFIG
     sample = raw.get("do_sample")
@@ -202,7 +202,7 @@ def chat_sampling(folder: Path) -> SamplingOptions:
 def read_weights(folder: Path) -> dict[str, mx.array]:
     """Return the tensors of model.safetensors, or of the index's shards, by name.
 
-    Raises `CheckpointError` where a file is missing or damaged.
+    Raises `CheckpointError` if a file is missing or damaged.
     """
     weights: dict[str, mx.array] = {}
     for path in weight_files(folder):
@@ -228,7 +228,7 @@ def quantize_as_stored(model: OpenELM, plan: Plan) -> None:
 
 
 def quantize_now(model: OpenELM, bits: int, group_size: int) -> None:
-    """Quantize every layer. Raises `OptionError` where a layer's rows are not such groups."""
+    """Quantize every layer. Raises `OptionError` if a layer's rows are not such groups."""
     try:
         nn.quantize(model, group_size=group_size, bits=bits)
     except ValueError as error:
@@ -260,7 +260,7 @@ def check_coverage(folder: Path, model: OpenELM, weights: dict[str, mx.array]) -
 def compute_dtype(
     config: OpenELMConfig, weights: dict[str, mx.array], asked: str | None
 ) -> mx.Dtype:
-    """Return the type of activations. Raises `OptionError` for float16 where a model overflows."""
+    """Return the type of activations. Raises `OptionError` for float16 if a model overflows."""
     if asked is not None and asked not in FLOATS:
         raise OptionError(f"dtype is {asked!r}; allowed: {', '.join(FLOATS)}")
     stored = weights["transformer.norm.weight"].dtype

@@ -86,9 +86,9 @@ def convert_once(
 ) -> Path:
     """Convert `source` into the cache, unless a copy of it was, and return the model folder.
 
-    `tokenizer` is the file to use, or None where `source` has one; `chosen` is the one that the
-    user named. `name` is what the user called the source, where that is not a path. Raises an
-    `OpenELMError` for what convert does not take, and where the result cannot be written.
+    `tokenizer` is the file to use, or None if `source` has one; `chosen` is the one that the
+    user named. `name` is what the user called the source, if that is not a path. Raises an
+    `OpenELMError` for what convert does not take, and if the result cannot be written.
     """
     limit, source = limit_bytes(), Path(os.path.abspath(source))
     from openelm_mlx.convert.opening import open_model
@@ -165,11 +165,11 @@ def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path 
 def hold(folder: Path, make: Callable[[], None]) -> None:
     """Have `folder` made at most once, by this process or another, and keep it from removal.
 
-    Raises `ConversionError` where another process removes it each time.
+    Raises `ConversionError` if another process removes it each time.
     """
     if folder in _locks and complete(folder):
         return
-    for _ in range(5):  # more than once only where the folder is removed at the same moment
+    for _ in range(5):  # more than once only if the folder is removed at the same moment
         try:
             file: IO[str] = open(lock_path(folder), "a" if writable(folder.parent) else "r")
         except OSError:  # a cache that somebody has prepared, read-only and without locks
@@ -227,7 +227,7 @@ def make_room(keep: Path, limit: float) -> None:
 
 
 def remove(folder: Path) -> bool:
-    """Remove a conversion and its entries in the index; return False where a process uses it."""
+    """Remove a conversion and its entries in the index; return False if a process uses it."""
     try:
         with open(lock_path(folder), "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -249,12 +249,12 @@ def remove_folder(folder: Path) -> None:
 
 
 def complete(folder: Path) -> bool:
-    """Tell whether a conversion was finished: its config.json is written last."""
+    """Return whether a conversion was finished: its config.json is written last."""
     return (folder / "config.json").is_file()
 
 
 def writable(root: Path) -> bool:
-    """Tell whether files can be made in the cache, which is made first if need be."""
+    """Return whether files can be made in the cache, which is made first if need be."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
@@ -301,7 +301,7 @@ def watched(source: Path) -> list[Path]:
 
 
 def state(path: Path) -> list[int] | None:
-    """Return what changes with a file, None where it is missing: size, times, inode."""
+    """Return what changes with a file, None if it is missing: size, times, inode."""
     try:
         found = path.stat()
     except OSError:

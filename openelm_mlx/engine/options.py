@@ -155,11 +155,11 @@ class GenerationOptions:
 
     @property
     def constrained(self) -> bool:
-        """Whether a schema, an expression or a list of choices restricts the answer."""
+        """True if a schema, an expression or a list of choices restricts the answer."""
         return self.json_schema is not None or self.regex is not None or self.choices != ()
 
     def check_draft(self, drafts: bool) -> None:
-        """Raise `OptionError` where the length of drafts was set and nothing drafts.
+        """Raise `OptionError` if the length of drafts was set and nothing drafts.
 
         `drafts` says whether there is a draft model; prompt lookup is one of these options.
         """
@@ -294,7 +294,7 @@ def with_overrides(
 
 
 def check_token_ids(sampling: SamplingOptions, options: GenerationOptions, vocab: int) -> None:
-    """Raise `OptionError` where an option names a token id that is not below `vocab`."""
+    """Raise `OptionError` if an option names a token id that is not below `vocab`."""
     biased = [token for token, _ in sampling.logit_bias]
     for name, ids in (("logit_bias", biased), ("stop_tokens", options.stop_tokens)):
         if wrong := [token for token in ids if token >= vocab]:

@@ -41,11 +41,11 @@ class Entry:
     nbytes: int
 
     def serves(self, weights: object, kind: CacheKind, owner: str) -> bool:
-        """Tell whether it may be used with these weights, in this kind of cache, by this owner."""
+        """Return whether it may be used with these weights, this kind of cache, and this owner."""
         return self.weights is weights and self.cache.kind == kind and self.owner == owner
 
     def covers(self, other: Entry) -> bool:
-        """Tell whether this can give every beginning that `other` can give."""
+        """Return whether this can give every beginning that `other` can give."""
         length = len(other.tokens)
         if not other.serves(self.weights, self.cache.kind, self.owner):
             return False
@@ -61,11 +61,11 @@ class PromptCache:
     or to the store: no two ever write to the same arrays. An entry is found only with the weights
     that computed it, for its kind of cache, and by its owner, so that no owner can tell from the
     time of an answer what another has asked. Beyond `max_bytes` the least recently used entries are
-    dropped; the latest stays even where it alone takes more.
+    dropped; the latest stays even if it alone takes more.
 
     Conversations, generations and batches of any threads may share a `PromptCache`. They use it in
     turn; only the garbage collector may interrupt one of its methods to close a generation, which
-    adds an entry. Raises `OptionError` where `max_bytes` is not a whole number from 0 up.
+    adds an entry. Raises `OptionError` if `max_bytes` is not a whole number from 0 up.
     """
 
     def __init__(self, max_bytes: int = 2**30) -> None:
@@ -126,8 +126,8 @@ class PromptCache:
     def put(self, weights: object, tokens: Sequence[int], cache: KVCache, owner: str = "") -> None:
         """Add the sequence `tokens`, which `cache` has; from now on the cache is the store's.
 
-        Entries that are a beginning of the sequence are dropped where the new one can give them as
-        well. Raises `CacheError` where `cache` has more or fewer tokens.
+        Entries that are a beginning of the sequence are dropped if the new one can give them as
+        well. Raises `CacheError` if `cache` has more or fewer tokens.
         """
         if cache.offset != len(tokens):
             what = f"the cache has {cache.offset} tokens, but {len(tokens)} were given"
@@ -166,7 +166,7 @@ class PromptCache:
         """Write the latest sequence of `engine` to a safetensors file, completely or not at all.
 
         The file has its tokens, its keys and values, and the fingerprint of `engine`. Raises
-        `CacheError` where there is no such sequence, and for a path that cannot be written.
+        `CacheError` if there is no such sequence, and for a path that cannot be written.
         """
         check_loaded("engine", engine)
         weights = engine.steps.refresh()
@@ -204,8 +204,8 @@ class PromptCache:
     ) -> PromptCache:
         """Return a store with the sequence of a saved file; `options` are those it was made with.
 
-        Raises `CacheError` where it was made with other weights, another tokenizer or another kind
-        of cache, and where it is damaged.
+        Raises `CacheError` if it was made with other weights, another tokenizer or another kind
+        of cache, and if it is damaged.
         """
         check_loaded("engine", engine)
         (options,) = with_overrides((EngineOptions,), (options,), {})

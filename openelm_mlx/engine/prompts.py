@@ -4,7 +4,7 @@ The Instruct format follows OpenELM-Instruct's published recipe: BOS, `<|system|
 `\\n<|user|>\\n...`, EOS, `\\n<|assistant|>\\n...`, EOS. The recipe (apple/corenet,
 projects/openelm/instruction_tuning/openelm-instruct.yaml) has this template and trains with
 huggingface/alignment-handbook at 70769f9 of 2024-04-11, whose `maybe_insert_system_message` adds an
-empty system turn where a conversation lacks one. The text between two EOS is encoded by itself,
+empty system turn if a conversation lacks one. The text between two EOS is encoded by itself,
 dummy prefix included, because Hugging Face's fast Llama tokenizer treats special tokens so. The
 training was not rerun here. Turns are built from ids, so no text can close its own turn.
 
@@ -38,7 +38,7 @@ def prompt_tokens(
     """Return the ids of a prompt: BOS and text, ids as given, or messages in the Instruct format.
 
     `continued` may return other ids of the same text, which go on from those in a cache. They are
-    used where they fit into the context. Raises `PromptError`.
+    used if they fit into the context. Raises `PromptError`.
     """
     limit = engine.config.max_context_length
     if isinstance(prompt, str):
@@ -55,7 +55,7 @@ def prompt_tokens(
             size = engine.config.vocab_size
             raise PromptError(f"token id {wrong[0]} is outside the vocabulary of {size}")
     if len(tokens) > limit:
-        what = f"the prompt has {len(tokens)} tokens; the model's context holds {limit}"
+        what = f"the prompt has {len(tokens)} tokens; the model's context is {limit}"
         raise PromptError(f"{what}. Shorten the prompt")
     return tokens
 
@@ -90,7 +90,7 @@ def encode_messages(
     """Return the ids of a conversation in the Instruct format, BOS included.
 
     With `add_generation_prompt` they end where the model writes its answer. Raises `PromptError`
-    where the roles are out of order or a message has no text.
+    if the roles are out of order or a message has no text.
     """
     check_messages(messages)
     if messages[0]["role"] != "system":
@@ -259,5 +259,5 @@ def read_saved(
 
 
 def natural(value: Any) -> int:
-    """Return a count from a saved file, or 0 where `value` is not a count."""
+    """Return a count from a saved file, or 0 if `value` is not a count."""
     return value if type(value) is int and value >= 0 else 0

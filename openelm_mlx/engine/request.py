@@ -57,7 +57,7 @@ class GenerationStats:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens a pass of the model gave: 1 without speculation, 0 where there was no pass."""
+        """Tokens a pass of the model gave: 1 without speculation, 0 if there was no pass."""
         return (self.generation_tokens - 1) / self.target_passes if self.target_passes else 0.0
 
 
@@ -66,7 +66,7 @@ class Event:
     """One token, and the text that became safe to print with it.
 
     Only the last event has `finish_reason` and `stats`. The reason is "stop" at the end of text, a
-    stop string or a stop token, and "length" where max_tokens, a full context or a grammar that
+    stop string or a stop token, and "length" when max_tokens, a full context or a grammar that
     became too complex cut the text. `logprob` is the natural logarithm of the token's probability;
     `top_logprobs` are pairs (token, log probability), the likeliest first.
     """
@@ -197,7 +197,7 @@ def mask_of(
     """Return the tokens that the rows' grammars allow next, and after each token of their drafts.
 
     [B * (k + 1), vocab / 32] uint32, a bit for each token; all of them in rows without a grammar.
-    Drafts are shortened to what a grammar allows. None where no row has a grammar.
+    Drafts are shortened to what a grammar allows. None if no row has a grammar.
     """
     if not spec.filters.masked:
         return None

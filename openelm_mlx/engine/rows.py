@@ -79,7 +79,7 @@ class Rows:
     def extract(self, row: int, length: int) -> KVCache:
         """Return the first `length` tokens of a row as a cache of its own.
 
-        A single row gives its arrays away, and is empty afterwards. The cache is empty where the
+        A single row gives its arrays away, and is empty afterwards. The cache is empty if the
         row does not have the tokens.
         """
         if not self.buffers or length > self.written[row]:
@@ -103,7 +103,7 @@ class Rows:
     def lend(self, ends: list[int]) -> list[Arrays]:
         """Hand out the buffers to a step that writes positions below `ends[row]`, 0 if unused.
 
-        They are enlarged if need be, and halved where that is enough.
+        They are enlarged if need be, and halved if that is enough.
         """
         self.written = [
             max(old, end) if end else 0 for old, end in zip(self.written, ends, strict=True)

@@ -46,7 +46,7 @@ class Filters:
     repetition: bool = False
     counts: bool = False  # presence or frequency penalties
     bias: bool = False
-    window: int = 0  # of the penalties, in tokens, a power of two; 0 where all see the entire text
+    window: int = 0  # of the penalties, in tokens, a power of two; 0 if all see the entire text
     masked: bool = False  # a grammar forbids tokens
     processors: tuple[Callable[..., mx.array], ...] = ()
 
@@ -87,9 +87,9 @@ class Filters:
 
 
 class Controls(NamedTuple):
-    """The values of the options for each row [B]; None where no row uses an option."""
+    """The values of the options for each row [B]; None if no row uses an option."""
 
-    temperature: mx.array | None = None  # COLD where greedy
+    temperature: mx.array | None = None  # COLD if greedy
     top_k: mx.array | None = None  # int32
     top_p: mx.array | None = None
     min_p: mx.array | None = None  # as the gap that it allows, -log(min_p)
@@ -139,20 +139,20 @@ class History(NamedTuple):
     answer: mx.array | None  # [B, vocab] int32
     # [B, window] int32, newest last: t of the answer, -1 - t of the prompt, or NOWHERE
     latest: mx.array | None
-    window: mx.array | None  # [B] int32, 0 where the entire text counts
+    window: mx.array | None  # [B] int32, 0 if the entire text counts
 
     @classmethod
     def of(
         cls, prompt: list[int], answer: list[int], size: int, filters: Filters, vocab: int
     ) -> History | None:
-        """Return the history of one row after these tokens; None where no row has a penalty.
+        """Return the history of one row after these tokens; None if no row has a penalty.
 
         `size` is the row's penalty window in tokens, 0 for the entire text.
         """
         if not filters.penalised:
             return None
         signed = [-1 - token for token in prompt] + answer
-        counted = signed[-size:]  # all of them where size is 0
+        counted = signed[-size:]  # all of them if size is 0
         of_answer = ((token, 1) for token in counted)
         of_text = ((token if token >= 0 else -1 - token, 1) for token in counted)
         empty = [NOWHERE] * filters.window
@@ -201,7 +201,7 @@ class Context(NamedTuple):
     positions: mx.array  # [B], of the tokens drawn
     newest: mx.array  # [B], the tokens before them; processors see them and the positions
     history: History | None = None
-    mask: mx.array | None = None  # [B, ceil(vocab / 32)] uint32, a bit a token, 1 where allowed
+    mask: mx.array | None = None  # [B, ceil(vocab / 32)] uint32, a bit a token, 1 if allowed
 
 
 def draw(logits: mx.array, filters: Filters, context: Context) -> mx.array:

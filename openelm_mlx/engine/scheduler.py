@@ -115,12 +115,12 @@ class BatchEngine:
 
     @property
     def _masked(self) -> bool:
-        """Whether a grammar restricts what a row may draw."""
+        """True if a grammar restricts what a row may draw."""
         return self._spec.filters.masked
 
     @property
     def busy(self) -> bool:
-        """Whether anything runs or waits."""
+        """True if anything runs or waits."""
         return bool(self._queue.busy or self._events or self._live())
 
     @explained(SamplingOptions, GenerationOptions)
@@ -142,7 +142,7 @@ class BatchEngine:
         A prompt never reuses what the prefix cache has of another `owner`. Where text is
         `continued`, its ids go on from those in the prefix cache whose text it begins with; else
         they depend on the text alone. `position_offset` and `progress` are those of
-        `stream_generate`. Raises `PromptError`, `OptionError`, and `BusyError` where `max_waiting`
+        `stream_generate`. Raises `PromptError`, `OptionError`, and `BusyError` if `max_waiting`
         requests wait.
         """
         kinds = (SamplingOptions, GenerationOptions)
@@ -158,7 +158,7 @@ class BatchEngine:
 
     @device_work
     def cancel(self, number: int) -> bool:
-        """Drop a sequence; return False where it has ended already or never was."""
+        """Drop a sequence; return False if it has ended already or never was."""
         for row, request in self._live():
             if request.number == number:
                 self._retire(row, request, self._fed(request))
@@ -169,7 +169,7 @@ class BatchEngine:
     def step(self) -> list[tuple[int, Event]]:
         """Admit what waits, and draw for every running sequence; return (number, event) pairs.
 
-        Nothing is lost where a processor, a draft or a progress function raises, or at an
+        Nothing is lost if a processor, a draft or a progress function raises, or at an
         interrupt: the next step hands out the events so far, and goes on from the known tokens.
         """
         self._reader.back()
@@ -241,7 +241,7 @@ class BatchEngine:
             keep(self.prompt_cache, request, cache)  # a copied one is free, else it is empty
 
     def _advance(self) -> None:
-        """Read one pass, while the device is at the next one where that can be known."""
+        """Read one pass, while the device is at the next one if that can be known."""
         if not self._passes:
             self._launch()
         if self._may_look_ahead():
@@ -253,7 +253,7 @@ class BatchEngine:
         self._read()
 
     def _may_look_ahead(self) -> bool:
-        """Whether the next pass can begin before the one under way is read."""
+        """Return whether the next pass can begin before the one under way is read."""
         live = self._live()
         return (
             not self._stale
@@ -264,7 +264,7 @@ class BatchEngine:
         )
 
     def _launch(self, unread: int = 0) -> None:
-        """Submit a pass and its draw: one token for every row, or a draft where one pays.
+        """Submit a pass and its draw: one token for every row, or a draft if one pays.
 
         `unread` counts the tokens of each row that were drawn and that the host does not know yet.
         """

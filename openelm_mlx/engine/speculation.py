@@ -111,7 +111,7 @@ class PromptLookup:
     def length(self, known: list[int]) -> int:
         """Return how many tokens to draft after `known`.
 
-        It is 0 where nothing matches, or where recent matches of this length promise no gain.
+        It is 0 if nothing matches, or if recent matches of this length promise no gain.
         """
         match = self.find(known)
         if match is None:
@@ -122,7 +122,7 @@ class PromptLookup:
         return best if most > self.MARGIN else 0
 
     def propose(self, known: list[int], length: int) -> list[int]:
-        """Return `length` tokens that may follow `known`, or none where nothing matches."""
+        """Return `length` tokens that may follow `known`, or none if nothing matches."""
         match = self.find(known)
         if match is None:
             return []
@@ -189,7 +189,7 @@ class RowDrafts:
 class Speculation:
     """The drafts of all rows of a scheduler: by prompt lookup, or else by the draft.
 
-    Raises `OptionError` where a draft model has another tokenizer than `engine`.
+    Raises `OptionError` if a draft model has another tokenizer than `engine`.
     """
 
     def __init__(self, engine: Engine, draft: Engine | ModelDraft | Draft | None = None) -> None:
@@ -208,7 +208,7 @@ class Speculation:
 
     @property
     def has_model(self) -> bool:
-        """Whether there is a draft besides prompt lookup, which requests ask for themselves."""
+        """True if there is a draft besides prompt lookup, which requests ask for themselves."""
         return self.model is not None or self.custom is not None
 
     def admit(self, row: int, request: Request) -> None:
@@ -236,7 +236,7 @@ class Speculation:
             self.model.move(rows, count)
 
     def pays(self, live: list[tuple[int, Request]]) -> bool:
-        """Tell whether a draft of any row would pay, from what the host knows: nothing is run."""
+        """Return whether a draft of any row would pay, from what the host knows: nothing is run."""
         return any(sum(self._lengths(row, request)) > 0 for row, request in live)
 
     def _lengths(self, row: int, request: Request) -> tuple[int, int]:
@@ -254,9 +254,9 @@ class Speculation:
     def propose(
         self, live: list[tuple[int, Request]], state: State, spec: StepSpec
     ) -> Proposal | None:
-        """Return drafts of what follows the newest tokens, or None where no row has one.
+        """Return drafts of what follows the newest tokens, or None if no row has one.
 
-        Raises `OptionError` where a caller's source proposes anything but token ids.
+        Raises `OptionError` if a caller's source proposes anything but token ids.
         """
         count = state.token.size
         lengths, guesses, asked = [0] * count, [[0]] * count, {}

@@ -120,7 +120,7 @@ def on_device(call: Callable[[], T]) -> T:
     """Return `call()`, made on the main thread or by the worker; its errors are raised here.
 
     The main thread makes it itself, unless others are in line. So does a thread within a call, and
-    the worker where the garbage collector closes something on it, as it cannot wait for itself.
+    the worker if the garbage collector closes something on it, as it cannot wait for itself.
     """
     thread = threading.get_ident()
     if thread == device.user or (device.closed and thread == MAIN):

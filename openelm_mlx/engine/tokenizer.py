@@ -47,7 +47,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read one file. Raises `TokenizerError` where it is damaged or not a tokenizer."""
+        """Read one file. Raises `TokenizerError` if it is damaged or not a tokenizer."""
         path = Path(path)
         try:
             data = path.read_bytes()
@@ -72,11 +72,11 @@ class Tokenizer:
         return len(self.pieces)
 
     def same_pieces(self, other: Tokenizer) -> bool:
-        """Tell whether every id stands for the same text in both, whatever their files are."""
+        """Return whether every id stands for the same text in both, whatever their files are."""
         return self.pieces == other.pieces
 
     def encode(self, text: str, bos: bool = True, continued: bool = False) -> list[int]:
-        """Return the ids of `text`, the dummy prefix included, after the start token where `bos`.
+        """Return the ids of `text`, the dummy prefix included, after the start token if `bos`.
 
         Text that is `continued` goes on from earlier text and has no dummy prefix: then
         decode(earlier ids + these) is the joined text. Raises `PromptError` as `check_text` does.

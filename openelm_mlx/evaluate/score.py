@@ -67,7 +67,7 @@ def gradient(
 
 
 def top_1_agreement(reference: mx.array, other: mx.array) -> mx.array:
-    """Tell, for each position, whether the likeliest token of both [..., vocab] is the same."""
+    """Return, for each position, whether the likeliest token of both [..., vocab] is the same."""
     return reference.argmax(axis=-1) == other.argmax(axis=-1)
 
 

@@ -38,7 +38,7 @@ class Cache(Protocol):
         """Return the positions of the tokens of this pass, [B or 1, length]."""
 
     def mask(self, length: int) -> Mask:
-        """Return which stored tokens each of the pass sees; None where each sees all."""
+        """Return which stored tokens each of the pass sees; None if each sees all."""
 
     def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
         """Store new keys and values; return the attention over all of them, [B, heads, L, D]."""
@@ -102,7 +102,7 @@ class KVCache:
     def positions(self, length: int) -> mx.array:
         """Return the positions of the next tokens, [1, length].
 
-        Raises `CacheError` where an interrupted pass has overwritten what a window still needs.
+        Raises `CacheError` if an interrupted pass has overwritten what a window still needs.
         """
         if not self.can_trim(0):
             what = "an interrupted pass has overwritten tokens of this cache"
@@ -135,7 +135,7 @@ class KVCache:
         self.arrays = [[resized(array, slots) for array in arrays] for arrays in self.arrays]
 
     def can_trim(self, n: int) -> bool:
-        """Tell whether the last n tokens can be forgotten: a window drops what was before them."""
+        """Return whether the last n tokens can be dropped: a window has overwritten older ones."""
         layout = self.kind.layout
         if not isinstance(layout, Window) or self.written <= layout.capacity:
             return True

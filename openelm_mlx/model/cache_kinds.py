@@ -164,7 +164,7 @@ class Window:
     def stored(self, newest: mx.array) -> mx.array:
         """Return the position of the token in each slot, [..., capacity].
 
-        `newest` [..., 1] is the position of the latest token. A slot is empty where it is below 0,
+        `newest` [..., 1] is the position of the latest token. A slot is empty if it is below 0,
         or in the ring below `keep`.
         """
         slots = slot_numbers(self.capacity)
@@ -221,7 +221,7 @@ class CacheKind:
     def of(cls, config: OpenELMConfig, options: CacheOptions) -> CacheKind:
         """Return the kind that `options` name.
 
-        Raises `CacheError` where a head of the model is not a multiple of a quantization group.
+        Raises `CacheError` if a head of the model is not a multiple of a quantization group.
         """
         store: Store = Plain()
         if options.kv_bits is not None:

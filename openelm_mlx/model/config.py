@@ -39,7 +39,7 @@ class OpenELMConfig:
     Fields are named as in Apple's config.json on Hugging Face, but for `eos_token_ids`: the file's
     `eos_token_id` is a number or a list, and a text ends at any of them. `qkv_multipliers` and
     `ffn_multipliers` are one number (all layers alike), two (the ends of a ramp) or one per layer.
-    `num_query_heads`, `num_kv_heads` and `ffn_dims` replace them where they are set.
+    `num_query_heads`, `num_kv_heads` and `ffn_dims` replace them if they are set.
     """
 
     model_dim: int
@@ -99,7 +99,7 @@ class OpenELMConfig:
 
     @property
     def overflows_float16(self) -> bool:
-        """Whether activations leave the range of float16: those of the 3B do.
+        """True if activations leave the range of float16: those of the 3B do.
 
         Source: CoreNet, mlx_examples/open_elm/README.md.
         """
@@ -317,7 +317,7 @@ def check_types(config: OpenELMConfig) -> None:
 
 
 def is_number(value: Any, integer: bool) -> bool:
-    """Tell whether a value is a finite number of a sensible size, or such an integer."""
+    """Return whether a value is a finite number of a sensible size, or such an integer."""
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         return False
     return abs(value) < 2**48  # NaN is not

@@ -121,7 +121,7 @@ class Linear(Transposed, nn.Linear):
 
 
 class Embedding(Transposed, nn.Embedding):
-    """The embedding of the tokens, and the head where the two are tied."""
+    """The embedding of the tokens, and the head if the two are tied."""
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the logits [..., vocab] of hidden states [..., model_dim]."""
@@ -129,7 +129,7 @@ class Embedding(Transposed, nn.Embedding):
 
 
 def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
-    """Return residual + projection(x), by one kernel where the projection is a plain matrix.
+    """Return residual + projection(x), by one kernel if the projection is a plain matrix.
 
     Any other module in its place, such as an adapter, is called.
     """

@@ -181,7 +181,7 @@ def test_adapters_that_are_not_whole(name, change, message):
 
 
 def test_flags_for_adapters_without_an_adapter(tmp_path):
-    with pytest.raises(OptionError, match="holds no adapter; leave out --adapter"):
+    with pytest.raises(OptionError, match="contains no adapter; leave out --adapter"):
         convert(
             ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "m", adapter="keep")
         )

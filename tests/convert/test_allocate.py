@@ -199,6 +199,6 @@ def test_weights_that_are_not_numbers_are_refused_before_measuring(tmp_path):
     tensors = mx.load(str(folder / "model.safetensors"))
     tensors["transformer.norm.weight"][0] = mx.nan
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
-    with pytest.raises(CheckpointError, match="transformer.norm.weight holds NaN"):
+    with pytest.raises(CheckpointError, match="transformer.norm.weight has NaN"):
         convert(ConvertOptions(folder, tmp_path / "m", dtype=F16, target_bpw=4.0))
     assert not (tmp_path / "m").exists()

@@ -185,8 +185,8 @@ N = "transformer.layers.2.attn.out_proj.weight"
             lambda t: t.update({N: np.zeros((128, 64), np.float32)}),
             rf"{N} has shape \(128, 64\) where .* \(128, 128\)",
         ),
-        (lambda t: t.update({N: np.full((128, 128), np.nan, np.float32)}), f"{N} holds NaN"),
-        (lambda t: t.update({N: np.zeros((128, 128), np.int32)}), f"{N} holds int32"),
+        (lambda t: t.update({N: np.full((128, 128), np.nan, np.float32)}), f"{N} has NaN"),
+        (lambda t: t.update({N: np.zeros((128, 128), np.int32)}), f"{N} is int32"),
     ],
 )
 def test_wrong_tensors_are_named(tmp_path, nano, change, message):
@@ -201,7 +201,7 @@ def test_one_weight_that_is_no_number_is_found_in_every_type(tmp_path, dtype, va
     tensors = {key: array.astype(dtype) for key, array in mx.load(file).items()}
     tensors[name][3, 5] = value
     mx.save_safetensors(file, tensors)
-    refused(tmp_path, CheckpointError, f"{name} holds NaN or infinite", source=source)
+    refused(tmp_path, CheckpointError, f"{name} has NaN or infinite", source=source)
 
 
 def test_overflowing_float16(tmp_path, nano):

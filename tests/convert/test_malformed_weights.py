@@ -87,7 +87,7 @@ def test_indexes_that_do_not_fit(tmp_path):
     for name in ("a.safetensors", "b.safetensors"):
         (tmp_path / name).write_bytes(header({"w": GOOD}))
     with pytest.raises(
-        ConversionError, match="holds 2 safetensors files and no model.safetensors.index.json"
+        ConversionError, match="contains 2 safetensors files and no model.safetensors.index.json"
     ):
         HuggingFaceFolder(tmp_path)
     for content, message in (
@@ -95,10 +95,10 @@ def test_indexes_that_do_not_fit(tmp_path):
         ("{}", "has no weight_map"),
         ('{"weight_map": {}}', "has no weight_map"),
         ('{"weight_map": {"w": "c.safetensors"}}', "lacks c.safetensors, which its index lists"),
-        ('{"weight_map": {"v": "a.safetensors"}}', "the index lists tensors no shard holds: v"),
+        ('{"weight_map": {"v": "a.safetensors"}}', "the index lists tensors no shard contains: v"),
         (
             '{"weight_map": {"w": "a.safetensors", "x": "b.safetensors"}}',
-            "holds tensor w twice, in b.safetensors too",
+            "contains tensor w twice, in b.safetensors too",
         ),
     ):
         index.write_text(content)
@@ -241,7 +241,7 @@ def test_zips_that_torch_does_not_write(tmp_path, extra, fields, message):
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_records_of_one_name(tmp_path):
-    with pytest.raises(ConversionError, match="holds two records named 'a/data/0': refused"):
+    with pytest.raises(ConversionError, match="contains two records named 'a/data/0': refused"):
         TorchCheckpoint(zipped(tmp_path / "x.pt", EMPTY, ("a/data/0", b"")))
 
 

@@ -45,7 +45,7 @@ def test_from_forces_a_format(tmp_path, nano):
     shutil.copy(NANO / "checkpoint.pt", source / "checkpoint.pt")
     assert open_source(source).tensors.keys() == weights(nano).keys()
     assert isinstance(open_source(source, "pt"), TorchCheckpoint)
-    with pytest.raises(ConversionError, match="holds nothing that --from gguf reads"):
+    with pytest.raises(ConversionError, match="contains nothing that --from gguf reads"):
         open_source(source, "gguf")
     with pytest.raises(ConversionError, match="is not a GGUF file"):
         open_source(NANO / "checkpoint.pt", "gguf")
@@ -63,13 +63,13 @@ def test_sources_that_are_none(tmp_path, nano):
         match="does not exist; give a CoreNet .pt file, a folder of safetensors or a GGUF",
     ):
         open_source(tmp_path / "nothing")
-    with pytest.raises(ConversionError, match="holds neither safetensors nor a .pt or GGUF file"):
+    with pytest.raises(ConversionError, match="contains neither safetensors nor a .pt or"):
         open_source(tmp_path)
     with pytest.raises(ConversionError, match="is one file of a model; give its folder"):
         open_source(nano / "model.safetensors")
     for name in ("a", "b"):
         shutil.copy(NANO / "checkpoint.pt", tmp_path / name)
-    with pytest.raises(ConversionError, match="holds 2 pt files; name one of them"):
+    with pytest.raises(ConversionError, match="contains 2 pt files; name one of them"):
         open_source(tmp_path)
 
 
@@ -116,7 +116,7 @@ def test_options_of_a_source_are_checked_before_it_is_opened(tmp_path):
 
 def test_pipes_and_folders_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
-    with pytest.raises(OpenELMError, match="holds neither safetensors nor"):
+    with pytest.raises(OpenELMError, match="contains neither safetensors nor"):
         everything(tmp_path)
     with pytest.raises(OpenELMError, match="not a checkpoint|neither a file nor"):
         everything(tmp_path / "model.safetensors")

@@ -152,7 +152,7 @@ FOUR = {"0": np.zeros(4, np.float32)}
         ({"w": tensor("../0", "FloatStorage", 4, (4,), (1,))}, "in a form torch does not write"),
         ({"w": tensor("0", "FloatStorage", 4, (1 << 40,), (0,))}, "is larger than its storage"),
         ({"w": 3}, "entries that are not tensors: w"),
-        ([1], "holds no tensors by name"),
+        ([1], "contains no tensors by name"),
     ],
 )
 def test_impossible_tensors_are_refused(tmp_path, state, message):

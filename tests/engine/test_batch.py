@@ -330,7 +330,7 @@ def finished(batch, interrupt=None):
 
 @pytest.mark.parametrize("settings", [{}, {"kv_window": 24}], ids=str)
 def test_an_interrupt_anywhere_loses_nothing(engine, settings):
-    """Requests go on with the tokens that they get alone, and the prefix cache holds what it
+    """Requests go on with the tokens that they get alone, and the prefix cache contains what it
     says.
     """
     draft = random_engine(engine, seed=1, noise=0.3)
@@ -421,9 +421,7 @@ def test_a_prompt_that_is_cancelled_is_prefilled_no_further(engine):
 def test_a_wrong_prompt_fails_alone(engine):
     results = batch_generate(engine, [PROMPTS[0], "", [1] * 999, PROMPTS[1]], max_tokens=3)
     assert [result.error is None for result in results] == [True, False, False, True]
-    assert isinstance(results[1].error, PromptError) and "context holds 512" in str(
-        results[2].error
-    )
+    assert isinstance(results[1].error, PromptError) and "context is 512" in str(results[2].error)
     assert len(results[3].tokens) == 3
 
 

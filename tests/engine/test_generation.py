@@ -164,7 +164,7 @@ def test_a_prompt_that_extends_the_cached_text_reuses_every_cached_token(tiny):
 
 
 def held_after(tiny, ids):
-    """A cache that holds exactly these tokens."""
+    """A cache that contains exactly these tokens."""
     cache = PromptCache()
     list(stream_generate(tiny, ids, max_tokens=1, prompt_cache=cache))
     assert cache.tokens == ids
@@ -421,7 +421,7 @@ def test_what_is_no_prompt_is_refused(tiny, prompt, text):
 def test_mistakes(tiny):
     with pytest.raises(PromptError, match="the prompt is empty"):
         stream_generate(tiny, "")
-    with pytest.raises(PromptError, match="context holds 1024"):
+    with pytest.raises(PromptError, match="context is 1024"):
         stream_generate(tiny, [5] * 1025)
     with pytest.raises(PromptError, match="token id 5000 is outside"):
         stream_generate(tiny, [5000])

@@ -175,7 +175,7 @@ def test_a_folder_says_how_its_model_chats(tmp_path, stated, wanted):
     ("content", "message"),
     [
         ("{", "generation_config.json cannot be read as JSON"),
-        ("[]", "generation_config.json must hold an object, not list"),
+        ("[]", "generation_config.json must contain an object, not list"),
         ('{"do_sample": 1}', "generation_config.json: do_sample is 1; it must be true or false"),
         (
             '{"temperature": "hot"}',

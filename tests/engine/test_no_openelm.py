@@ -66,7 +66,7 @@ def test_shapes_that_are_no_openelm(change, head_dim, message):
 def test_another_model_is_no_openelm():
     with pytest.raises(
         OpenELMError,
-        match="this is not an OpenELM checkpoint: it holds no tensor named layers.0.attn.qkv_proj",
+        match="this is not an OpenELM checkpoint: it contains no tensor named layers.0.attn.qkv",
     ):
         infer_config({"model.layers.0.self_attn.q_proj.weight": (1, 1)}, {})
 
@@ -74,12 +74,12 @@ def test_another_model_is_no_openelm():
 def test_names_that_mean_one_tensor_or_none_known():
     with pytest.raises(
         ConversionError,
-        match="holds both norm.weight and transformer.norm.weight, which are one tensor",
+        match="contains both norm.weight and transformer.norm.weight, which are one tensor",
     ):
         canonical({"norm.weight": 1, "transformer.norm.weight": 2})
     with pytest.raises(
         ConversionError,
-        match="the checkpoint holds an adapter .*lora_C.weight.; only complete models",
+        match="the checkpoint contains an adapter .*lora_C.weight.; only complete models",
     ):
         check_no_adapter(["transformer.layers.0.attn.qkv_proj.lora_C.weight"])
 
