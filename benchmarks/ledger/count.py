@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from openelm_mlx.benchmarks.hardware.roofline import part_of
+from openelm_mlx.benchmarks.hardware import part_of
 from openelm_mlx.benchmarks.ledger.graph import Array, Node
 from openelm_mlx.benchmarks.ledger.layout import VIEWS, Layout, after, kernels
 from openelm_mlx.benchmarks.ledger.steps import (

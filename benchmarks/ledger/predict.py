@@ -6,8 +6,8 @@
 - latency: 2.5 us. A chain of 3,200 tiny dependent kernels took 7.7 to 8.8 ms on an M3 Ultra
   (https://github.com/ml-explore/mlx/issues/4521). It is taken for every chip, though an M1 Ultra
   seems to need more (KNOWN_ERRORS)
-- bytes: every weight once, keys and values of the context (roofline.py)
-- bandwidth: nominal (chips.py)
+- bytes: every weight once, keys and values of the context (hardware.py)
+- bandwidth: nominal (hardware.py)
 - efficiency: the share of nominal bandwidth that decoding reaches on Metal, by tier of chip: the
   median over the rows of a table of llama.cpp's, which has nothing of this engine in it (EVIDENCE)
 """
@@ -24,8 +24,7 @@ from functools import lru_cache
 from statistics import median
 from typing import Any
 
-from openelm_mlx.benchmarks.hardware.chips import CHIPS, Chip, find
-from openelm_mlx.benchmarks.hardware.roofline import bytes_per_token
+from openelm_mlx.benchmarks.hardware import CHIPS, Chip, bytes_per_token, find_chip
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, normal_name
 
@@ -116,7 +115,7 @@ def predict(
     `quantization` is config.json's, in mlx-lm's format. Raises `BenchmarkError` for a chip, dtype
     or quantization that is not known.
     """
-    chip = find(chip) if isinstance(chip, str) else chip
+    chip = find_chip(chip) if isinstance(chip, str) else chip
     parts = bytes_per_token(config, dtype, quantization, context)
     kernels = kernels_per_token(config, dtype, json.dumps(quantization), context)
     share = efficiency(chip.tier)
@@ -126,7 +125,7 @@ def predict(
 
 def efficiency(tier: str) -> float:
     """Return the median over EVIDENCE of bytes a second reached over nominal, for this tier."""
-    chips = {(short, cores): find(short, cores) for short, cores in EVIDENCE}
+    chips = {(short, cores): find_chip(short, cores) for short, cores in EVIDENCE}
     shares = [
         EVIDENCE[key] * LLAMA_7B_F16 / chip.bandwidth
         for key, chip in chips.items()
@@ -170,7 +169,7 @@ def checks(documents: Iterable[Any]) -> list[Check]:
     found = []
     for document in documents:
         with suppress(BenchmarkError):  # its chip is not in the table
-            chip = find(document.machine.chip or "", document.machine.gpu_cores)
+            chip = find_chip(document.machine.chip or "", document.machine.gpu_cores)
             found += [check for row in document.rows for check in check_of(row, chip)]
     return found
 
@@ -238,7 +237,7 @@ def predictions(chip: str, sizes: Sequence[str] = ()) -> list[tuple[str, str, Pr
 
     Raises `BenchmarkError`, `ConfigError`.
     """
-    found = find(chip)
+    found = find_chip(chip)
     configs = {size: OpenELMConfig.from_name(size) for size in sizes or PUBLISHED}
     return [
         (size, weights, predict(found, config, "bfloat16", quantization))

@@ -15,14 +15,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.benchmarks.hardware.chips import nominal_bandwidth
+from openelm_mlx.benchmarks.hardware import nominal_bandwidth
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
 from openelm_mlx.benchmarks.results.document import Document, Machine, Row
 
 THERMAL_LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")  # OSThermalNotification.h
 BUSY = 0.5  # load a core, from which a machine is not at rest
 SPREAD, DRIFT = 0.10, 0.10  # quartiles over the median; change over all trials
-# bytes of a copy's source, well beyond the last-level caches of every chip in chips.py (96 MB)
+# bytes of a copy's source, well beyond the last-level caches of every chip in hardware.py (96 MB)
 COPIED = 256 * 2**20
 WARM_UP, TRIALS, ROW = 2, 7, 2**18
 

@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from openelm_mlx import device
-from openelm_mlx.benchmarks.hardware.roofline import bytes_per_token
+from openelm_mlx.benchmarks.hardware import bytes_per_token
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions, Point
 from openelm_mlx.benchmarks.peers import OURS
 from openelm_mlx.benchmarks.results.document import Case

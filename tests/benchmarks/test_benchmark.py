@@ -8,7 +8,7 @@ import pytest
 from bench_sessions import CASE
 
 from openelm_mlx import load
-from openelm_mlx.benchmarks.hardware.roofline import bytes_per_token
+from openelm_mlx.benchmarks.hardware import bytes_per_token
 from openelm_mlx.benchmarks.measure import weights
 from openelm_mlx.benchmarks.measure.suites import (
     SUITES,

@@ -6,8 +6,13 @@ import json
 
 import pytest
 
-from openelm_mlx.benchmarks.hardware.chips import CHIPS, find, nominal_bandwidth
-from openelm_mlx.benchmarks.hardware.roofline import bound, bytes_per_token
+from openelm_mlx.benchmarks.hardware import (
+    CHIPS,
+    bound,
+    bytes_per_token,
+    find_chip,
+    nominal_bandwidth,
+)
 from openelm_mlx.benchmarks.ledger.predict import (
     EVIDENCE,
     KNOWN_ERRORS,
@@ -42,25 +47,25 @@ M270 = OpenELMConfig.from_name("270m")
     ],
 )
 def test_lookup(name: str, cores: tuple[int, ...], bandwidth: float) -> None:
-    chip = find(name)
+    chip = find_chip(name)
     assert set(chip.gpu_cores) <= set(cores) and chip.bandwidth == bandwidth
     assert nominal_bandwidth(name) == bandwidth
 
 
 def test_gpu_cores_tell_chips_of_one_name_apart() -> None:
     assert (
-        find("Apple M4 Max", 32).bandwidth_gb == 410
-        and find("Apple M4 Max", 40).bandwidth_gb == 546
+        find_chip("Apple M4 Max", 32).bandwidth_gb == 410
+        and find_chip("Apple M4 Max", 40).bandwidth_gb == 546
     )
     assert nominal_bandwidth("Apple M4 Max") == 546e9
     with pytest.raises(
         BenchmarkError, match="Apple M6 with 10 GPU cores is not in the table; it has 12"
     ):
-        find("m6-10")
+        find_chip("m6-10")
     with pytest.raises(
         BenchmarkError, match="Apple M4 Max with 36 GPU cores is not in the table; it has 32 or 40"
     ):
-        find("m4-max", 36)
+        find_chip("m4-max", 36)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +79,7 @@ def test_gpu_cores_tell_chips_of_one_name_apart() -> None:
 )
 def test_what_is_not_in_the_table_is_refused_with_the_nearest(name: str, message: str) -> None:
     with pytest.raises(BenchmarkError, match=message):
-        find(name)
+        find_chip(name)
     assert nominal_bandwidth(name) is None
 
 
@@ -85,9 +90,9 @@ def test_table_is_whole() -> None:
     assert all(
         len(chip.source) > 20 and chip.gpu_cores == tuple(sorted(chip.gpu_cores)) for chip in CHIPS
     )
-    assert all(find(chip.name, chip.gpu_cores[0]) is chip for chip in CHIPS)
-    assert all(find(f"{chip.short}-{chip.gpu_cores[-1]}") is chip for chip in CHIPS)
-    assert all(find(short, cores) for short, cores in EVIDENCE)
+    assert all(find_chip(chip.name, chip.gpu_cores[0]) is chip for chip in CHIPS)
+    assert all(find_chip(f"{chip.short}-{chip.gpu_cores[-1]}") is chip for chip in CHIPS)
+    assert all(find_chip(short, cores) for short, cores in EVIDENCE)
 
 
 def test_prediction_is_the_sum_of_its_parts() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from optional import compiles
 
-from openelm_mlx.benchmarks.hardware.roofline import bytes_per_token
+from openelm_mlx.benchmarks.hardware import bytes_per_token
 from openelm_mlx.benchmarks.ledger import steps
 from openelm_mlx.benchmarks.ledger.count import ledger, main
 from openelm_mlx.benchmarks.ledger.graph import Array, Node, fuse, one_primitive_each, trace

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from openelm_mlx import device
-from openelm_mlx.benchmarks.hardware.roofline import PARTS, bound, bytes_per_token, part_of
+from openelm_mlx.benchmarks.hardware import PARTS, bound, bytes_per_token, part_of
 from openelm_mlx.benchmarks.measure.machine import WARM_UP, bandwidth
 from openelm_mlx.cli.inspect import tensor_bytes
 from openelm_mlx.engine.loading import Engine
