@@ -10,8 +10,7 @@ import pytest
 from small import random_engine
 
 from openelm_mlx.benchmarks.checks import soak
-from openelm_mlx.benchmarks.checks.judge import Judge, Report
-from openelm_mlx.benchmarks.checks.reference import Reference
+from openelm_mlx.benchmarks.checks.judge import Judge, Reference, Report
 from openelm_mlx.benchmarks.checks.trials import Answer, Request, alone
 from openelm_mlx.benchmarks.scripts import against_mlx_lm, latency
 from openelm_mlx.device import mx

@@ -5,7 +5,7 @@
 A trial is a random request: options, seed, lengths, kind of cache. Its answer when it runs alone is
 compared with those of other ways: not streamed, on the eager twin, in other chunks, with a reused
 prefix, in a batch whose rows come and go, with a draft model, with prompt lookup, with both, with
-both in a batch. Where two answers part, scores of an independent pass (reference.py) decide: a
+both in a batch. Where two answers part, scores of an independent pass (judge.py) decide: a
 rounding error may turn a tie, nothing else may. Without MODEL, models of random weights are made.
 
 With quantized keys and values or half types, another order of computing may round otherwise. What
