@@ -29,7 +29,7 @@ from openelm_mlx import BatchEngine, PromptCache, load
 from openelm_mlx.benchmarks.checks.judge import Judge, Report
 from openelm_mlx.benchmarks.checks.trials import Answer, Maker, Request, alone, random_engine
 from openelm_mlx.benchmarks.peers import Timed
-from openelm_mlx.benchmarks.peers.openelm import OurSession
+from openelm_mlx.benchmarks.peers.on_mlx import OurSession
 from openelm_mlx.device import mx
 from openelm_mlx.engine.draft_model import ModelDraft
 from openelm_mlx.engine.options import EngineOptions

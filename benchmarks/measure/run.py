@@ -30,7 +30,7 @@ from openelm_mlx.benchmarks.measure.weights import (
     open_engine,
     open_weights,
 )
-from openelm_mlx.benchmarks.peers.openelm import OurSession, prompt_ids
+from openelm_mlx.benchmarks.peers.on_mlx import OurSession, prompt_ids
 from openelm_mlx.benchmarks.results.compare import merge
 from openelm_mlx.benchmarks.results.document import Document, completed
 from openelm_mlx.errors import BenchmarkError, OpenELMError

@@ -2,7 +2,7 @@
 
 A session answers for its own tokens and times only. Whether the tokens agree, and so whether the
 times count, is decided in `measure`, which nothing here may import. Each peer's package is optional
-and is imported by its own module alone.
+and is imported when it is opened.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from openelm_mlx.errors import BenchmarkError, OpenELMError, OptionError, reason
 OURS = "openelm-mlx"
 # the module of each peer, and the packages that it needs; llama.cpp is a package or a program
 NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "mlx-lm": ("mlx_lm", ("mlx_lm",)),
+    "mlx-lm": ("on_mlx", ("mlx_lm",)),
     "llama.cpp": ("llama_cpp", ()),
     "torch": ("torch_reference", ("torch", "safetensors")),
 }
@@ -139,7 +139,7 @@ def start_up() -> int:
     folder = Path(task["folder"])
     try:
         if task["engine"] == OURS:
-            session = module_of("openelm").open_session(folder, task["dtype"], task["tokenizer"])
+            session = module_of("on_mlx").open_ours(folder, task["dtype"], task["tokenizer"])
         else:
             session = open_peer(task["engine"], folder, task["dtype"])
         timed = session.generate(task["prompt"], 1)

@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 from openelm_mlx import batch_generate, load, stream_generate
-from openelm_mlx.benchmarks.peers.openelm import TEXT
+from openelm_mlx.benchmarks.peers.on_mlx import TEXT
 from openelm_mlx.benchmarks.scripts.pairs import in_turns, model_folder, ratio_text
 from openelm_mlx.device import mx
 from openelm_mlx.engine.loading import Engine

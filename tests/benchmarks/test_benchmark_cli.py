@@ -314,7 +314,7 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys, tmp_path
 
 
 def test_a_new_process_gives_the_same_first_token(tiny):
-    from openelm_mlx.benchmarks.peers.openelm import OurSession, prompt_ids
+    from openelm_mlx.benchmarks.peers.on_mlx import OurSession, prompt_ids
 
     prompt = prompt_ids(tiny, 12)
     timed = NewProcess("openelm-mlx", tiny.path, "float32", tiny.tokenizer.path).generate(prompt)

@@ -11,7 +11,7 @@ from bench_sessions import CASE, Steady, nothing
 from openelm_mlx.benchmarks.measure import harness, machine
 from openelm_mlx.benchmarks.measure.harness import Entry, measure, ratios_of, row_of
 from openelm_mlx.benchmarks.peers import Timed
-from openelm_mlx.benchmarks.peers.openelm import OurSession, prompt_ids
+from openelm_mlx.benchmarks.peers.on_mlx import OurSession, prompt_ids
 from openelm_mlx.benchmarks.results.document import Document, Machine, Metric, Row
 from openelm_mlx.engine.generation import stream_generate
 from openelm_mlx.errors import BenchmarkError
@@ -52,7 +52,7 @@ def test_our_session_agrees_with_the_engines_own_clock_and_tokens(tiny):
 
 def test_our_clock_encloses_that_of_the_engine(tiny, monkeypatch):
     """The session waits for what the engine counts, so its times cannot be shorter."""
-    from openelm_mlx.benchmarks.peers import openelm
+    from openelm_mlx.benchmarks.peers import on_mlx
 
     found = []
 
@@ -61,7 +61,7 @@ def test_our_clock_encloses_that_of_the_engine(tiny, monkeypatch):
             found.append(event.stats)
             yield event
 
-    monkeypatch.setattr(openelm, "stream_generate", watched)
+    monkeypatch.setattr(on_mlx, "stream_generate", watched)
     timed = OurSession(tiny).generate(prompt_ids(tiny, 40), 24)
     stats = found[-1]
     assert timed.seconds[-1] >= stats.total_seconds

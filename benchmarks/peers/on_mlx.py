@@ -1,4 +1,8 @@
-"""This engine behind a `Session`: its public functions, timed where a user's loop would stand."""
+"""This engine and mlx-lm behind a `Session`, both on MLX in this process.
+
+Each runs its public functions, timed where a user's loop would stand; mlx-lm has its own model
+class, cache and loop on the same folder, and is imported when it is opened.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ from typing import Any
 
 from openelm_mlx import GenerationStats, PromptCache, __version__
 from openelm_mlx.benchmarks.peers import OURS, Timed
-from openelm_mlx.device import mx
+from openelm_mlx.device import facts, mx, nn, utils
+from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.engine.generation import UNLIMITED, BatchEngine, stream_generate
-from openelm_mlx.engine.loading import Engine, load
+from openelm_mlx.engine.loading import Engine, cast, load
 from openelm_mlx.engine.options import EngineOptions
 
 SHARED = {item.name for item in fields(EngineOptions)}  # what all requests of a batch share
@@ -145,7 +150,7 @@ class OurSession:
         mx.clear_cache()
 
 
-def open_session(folder: Path, dtype: str, tokenizer: str | None = None) -> OurSession:
+def open_ours(folder: Path, dtype: str, tokenizer: str | None = None) -> OurSession:
     return OurSession(load(folder, dtype, tokenizer=tokenizer))
 
 
@@ -163,3 +168,54 @@ def prompt_ids(engine: Engine, tokens: int) -> list[int]:
     """
     text = [token % engine.vocab for token in engine.tokenizer.encode(TEXT, bos=False)]
     return [engine.tokenizer.bos_id, *(text[i % len(text)] for i in range(tokens - 1))]
+
+
+# --- mlx-lm
+
+
+class MlxLm:
+    """A model of mlx-lm."""
+
+    engine = "mlx-lm"
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module, load_seconds: float) -> None:
+        self.model, self.load_seconds, self.version = model, load_seconds, facts()["mlx_lm"]
+        parameters: Any = utils.tree_flatten(model.parameters())
+        self.nbytes = sum(array.nbytes for _, array in parameters)
+
+    def generate(self, prompt: list[int], tokens: int) -> Timed:
+        """Generate as `generate_step` does unasked, greedily.
+
+        The memory is that of its weights and what the run added to them.
+        """
+        from mlx_lm.generate import generate_step, generation_stream, wired_limit
+
+        found: list[int] = []
+        seconds: list[float] = []
+        streams: Any = [generation_stream]
+        mx.synchronize()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        with wired_limit(self.model, streams):
+            start = perf_counter()
+            for token, _ in generate_step(mx.array(prompt), self.model, max_tokens=tokens):
+                seconds.append(perf_counter() - start)
+                found.append(int(token))
+        mx.synchronize(generation_stream)
+        return Timed(tuple(found), tuple(seconds), self.nbytes + mx.get_peak_memory() - before)
+
+    def close(self) -> None:
+        del self.model
+        mx.clear_cache()
+
+
+def open_session(folder: Path, dtype: str) -> MlxLm:
+    """Open mlx-lm, the peer of this module."""
+    from mlx_lm.utils import load_model
+
+    start = perf_counter()
+    model, _ = load_model(folder, lazy=True)
+    model.update(utils.tree_map(lambda array: cast(array, DTYPES[dtype].mlx), model.parameters()))
+    mx.eval(model.parameters())
+    return MlxLm(model, perf_counter() - start)
