@@ -12,7 +12,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass
-from difflib import get_close_matches
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any, TypeVar
@@ -203,6 +202,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
     It is the only one that begins so, else the most similar.
     """
+    from difflib import get_close_matches
+
     known = list(known)
     begun = [name for name in known if name.startswith(word)]
     near = begun if len(begun) == 1 else get_close_matches(word, known, 1)

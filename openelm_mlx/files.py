@@ -9,7 +9,6 @@ import os
 import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -214,6 +213,8 @@ def replacing(path: str | Path, suffix: str = "") -> Iterator[Path]:
     A symbolic link stays one, a device or pipe (/dev/stdout) is written to. Raises `OSError` if
     no file can be made or moved; what was at `path` then stays as it was.
     """
+    import tempfile
+
     direct = os.path.exists(path) and not os.path.isfile(path)
     place = Path(path) if direct else Path(os.path.realpath(path))
     mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else 0o644
@@ -304,6 +305,8 @@ def why_not_writable(path: Path, folder: bool) -> str | None:
         return "its folder does not exist; make it first"
     if not above.is_dir():
         return f"{above} is not a folder; give another place"
+    import tempfile
+
     with tempfile.TemporaryFile(dir=above):
         return None
 

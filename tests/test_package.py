@@ -48,6 +48,7 @@ def test_modules_are_attributes():
 
 
 HEAVY = ("mlx", "numpy", "mlx_lm", "huggingface_hub", "llguidance", "pydantic", "matplotlib")
+HEAVY += ("tempfile", "difflib", "rich", "multiprocessing", "asyncio")
 
 
 @pytest.mark.parametrize("module", ["openelm_mlx", "openelm_mlx.cli.main"])

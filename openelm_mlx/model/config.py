@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,6 +129,8 @@ class OpenELMConfig:
             )
         known = {f.name for f in fields(cls)} - {"eos_token_ids"} | {"eos_token_id"}
         if unknown := sorted(raw.keys() - known - KEYS_WITHOUT_MEANING - KEYS_THAT_MUST_BE.keys()):
+            from difflib import get_close_matches
+
             near = {key: get_close_matches(key, known, 1) for key in unknown}
             words = [f"{k} (did you mean {v[0]}?)" if v else k for k, v in near.items()]
             raise ConfigError(f"config.json has keys this engine does not know: {', '.join(words)}")
