@@ -7,16 +7,19 @@ document stands also where Ctrl-C cuts the run short.
 from __future__ import annotations
 
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from openelm_mlx import benchmarks
 from openelm_mlx.benchmarks import peers
@@ -33,14 +36,15 @@ from openelm_mlx.benchmarks.measure.weights import (
 from openelm_mlx.benchmarks.peers.on_mlx import OurSession, prompt_ids
 from openelm_mlx.benchmarks.results.compare import merge
 from openelm_mlx.benchmarks.results.document import Document, completed
+from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import BenchmarkError, OpenELMError
 
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
-    from openelm_mlx.engine.loading import Engine
-
 ROOT = Path(benchmarks.__file__).resolve().parents[1]
+CHILD = """import pickle, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the first process's
+sys.path[:] = {}
+from openelm_mlx.benchmarks.measure.run import child
+child({}, *pickle.loads({}))"""
 
 
 def run(options: BenchmarkOptions, tick: Tick | None = None) -> Document:
@@ -78,8 +82,7 @@ def in_processes(options: BenchmarkOptions, tick: Tick) -> Document:
     """Measure in processes one after another and put their documents together.
 
     Ctrl-C, and an error in a later process, keep the finished ones; in the first one, the trials
-    that it has finished. The processes import the main module of the caller, as those of
-    `multiprocessing` do.
+    that it has finished.
     """
     documents: list[Document] = []
     count = options.chosen().processes
@@ -103,12 +106,14 @@ def in_processes(options: BenchmarkOptions, tick: Tick) -> Document:
 def one_process(options: BenchmarkOptions, number: int, tick: Tick) -> Document:
     """Return the document of a new process. Raises its `OpenELMError`.
 
-    After Ctrl-C the first process is asked for what it has finished; a second Ctrl-C ends it.
+    After Ctrl-C the first process is asked for what it has finished; a second Ctrl-C ends it. It
+    is a command of its own: those of `multiprocessing` import the caller's main module, so that a
+    script without `if __name__ == "__main__"` would start itself again.
     """
-    context = get_context("spawn")
-    pipe, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(options, number, theirs), daemon=True)
-    process.start()
+    pipe, theirs = Pipe(duplex=False)
+    code = CHILD.format(sys.path, theirs.fileno(), pickle.dumps((options, number)))
+    command, inherited = [sys.executable, "-c", code], [theirs.fileno()]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited)
     theirs.close()
 
     def received() -> Document:
@@ -135,18 +140,17 @@ def one_process(options: BenchmarkOptions, number: int, tick: Tick) -> Document:
         except EOFError:  # it had not begun
             raise KeyboardInterrupt from None
     except EOFError:
-        process.join()
-        what = f"process {number + 1} ended with status {process.exitcode}"
+        what = f"process {number + 1} ended with status {process.wait()}"
         raise BenchmarkError(f"{what}; what it said stands above") from None
     finally:
         process.kill()
-        process.join()
+        process.wait()
 
 
-def child(options: BenchmarkOptions, number: int, pipe: Connection) -> None:
-    """Measure as one process of several. The terminal's Ctrl-C is left to the first process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def child(descriptor: int, options: BenchmarkOptions, number: int) -> None:
+    """Measure as one process of several, and send what comes through the descriptor."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    pipe = Connection(descriptor, readable=False)
     try:
         pipe.send(Run(options, lambda *words: pipe.send(words), number).document())
     except OpenELMError as error:

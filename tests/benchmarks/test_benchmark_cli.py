@@ -126,6 +126,30 @@ def test_a_mistake_that_a_process_finds_is_told_as_if_it_were_found_here():
         run.run(BenchmarkOptions(models=("270n",), processes=2))
 
 
+SCRIPT = """
+from openelm_mlx.benchmarks.measure.run import run
+from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
+options = dict(prompt_tokens=(4,), generation_tokens=(2,), trials=5)
+print("rows", len(run(BenchmarkOptions(processes=2, **options)).rows))
+"""
+
+
+def test_a_script_without_a_main_guard_measures_in_several_processes():
+    """Processes of multiprocessing would import the script, and not find one read from stdin."""
+    done = subprocess.run([sys.executable, "-"], input=SCRIPT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("rows 1\n", "")
+
+
+def test_a_process_that_is_killed_is_told_in_one_line():
+    def tick(text, work):
+        os.kill(int(Path("/proc/thread-self/children").read_text().split()[0]), signal.SIGKILL)
+
+    if not Path("/proc/thread-self/children").exists():
+        pytest.skip("needs Linux's list of child processes")
+    with pytest.raises(BenchmarkError, match="^process 1 ended with status -9; what it said"):
+        run.run(BenchmarkOptions(prompt_tokens=(4,), generation_tokens=(2,), processes=2), tick)
+
+
 @pytest.mark.parametrize(("after", "kept"), [(0, 1), (1, 1)])
 def test_ctrl_c_keeps_finished_processes_or_what_the_first_has_finished(after, kept):
     """A real SIGINT while a process measures: in the first one, and in the second."""
