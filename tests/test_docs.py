@@ -114,6 +114,29 @@ def test_links_lead_somewhere(page):
         assert "://" in target or (page.parent / target).exists(), target
 
 
+def test_files_of_the_architecture_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w/]+/\w+\.py", text))
+    assert len(named) > 20
+    missing = [
+        n for n in named if not any((ROOT / part / n).exists() for part in (".", "openelm_mlx"))
+    ]
+    assert not missing
+
+
+def test_messages_of_the_page_on_troubleshooting_are_those_of_the_program():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    heads = re.findall(r"^\| [^|]*?`([^`|]+)`[^|]* \|", page.partition("## ")[0], re.MULTILINE)
+    source = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("openelm_mlx", "convert")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    parts = [part.strip() for head in heads for part in head.split("...") if len(part.strip()) > 3]
+    assert len(parts) > 7
+    assert [part for part in parts if part not in source] == []
+
+
 def test_every_page_is_in_the_site():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     assert sorted(re.findall(r"[\w.-]+\.md", nav)) == sorted(
