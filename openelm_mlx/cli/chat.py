@@ -28,14 +28,14 @@ from openelm_mlx.errors import OpenELMError, OptionError
 if TYPE_CHECKING:
     from openelm_mlx.engine.conversation import Conversation
 
-DESCRIPTION = """Talk to a model. Sampling options that are not given are the model's own
-defaults, which the first lines of the chat show. Where stdin or stdout is not a terminal,
-answers go to stdout and everything else to stderr."""
+DESCRIPTION = """Talk to a model. Sampling options that are not given are the model's own defaults,
+which the first lines of the chat show. Where stdin or stdout is not a terminal, answers
+go to stdout and everything else to stderr."""
 
 EXAMPLES = """examples:
   openelm chat                                       the bundled model
   openelm chat 270m-instruct --system "Be brief." --temperature 0.7
-  openelm chat 3b-instruct --draft-model 270m-instruct   the same answers, sooner
+  openelm chat 3b-instruct --draft-model 270m-instruct   the same answers from drafts
   openelm chat -p "Tell me a story."                 one question and out
   openelm chat -p - < letter.txt                     all of stdin is one message
   openelm chat -p "Hello!" --json                    answer, messages, statistics and seed

@@ -29,7 +29,7 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
         help="layers, parameters and bytes of a model",
-        description="Show heads and widths of each layer, parameters, and bytes by part. "
+        description="Show heads and sizes of each layer, parameters, and bytes by part.\n"
         "It reads no weights, only their headers.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -32,7 +32,7 @@ EXAMPLES = f"""examples:
   openelm generate "Once upon a time" --max-tokens 64
   openelm convert checkpoint.pt -o my-model --bits 4
   openelm benchmark                                tokens per second on this machine
-  openelm inspect 1.1b                             heads and widths of every layer
+  openelm inspect 1.1b                             heads and sizes of every layer
 
 MODEL is a folder, a .gguf file, a CoreNet checkpoint (.pt), a hub id
 (owner/name), openelm-tiny, or one of {" ".join(PUBLISHED)}, each also with
