@@ -17,11 +17,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from openelm_mlx import benchmarks
 from openelm_mlx.benchmarks import peers
 from openelm_mlx.benchmarks.measure import harness, machine
 from openelm_mlx.benchmarks.measure.harness import Entry, Tick
@@ -39,7 +37,6 @@ from openelm_mlx.benchmarks.results.document import Document, completed
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import BenchmarkError, OpenELMError
 
-ROOT = Path(benchmarks.__file__).resolve().parents[1]
 CHILD = """import pickle, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the first process's
 sys.path[:] = {}
@@ -178,7 +175,7 @@ class Run:
 
     def document(self) -> Document:
         facts, interrupted = machine.machine(), False
-        commit, dirty = machine.commit(ROOT)
+        commit, dirty = machine.commit(Path(__file__).resolve().parents[2])
         try:
             if self.suite.speed:
                 copy, read = machine.bandwidth()

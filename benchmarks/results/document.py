@@ -43,6 +43,7 @@ OURS = "openelm-mlx"
 DECODE = "decode_tokens_per_second"
 
 Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -52,7 +53,7 @@ class Metric:
     """
 
     unit: str
-    processes: tuple[tuple[float, ...], ...]
+    processes: tuple[tuple[Amount, ...], ...]
     median: float
     q1: float
     q3: float
@@ -90,8 +91,8 @@ class Case:
     engine: str  # "openelm-mlx" or a peer's name
     model: str
     dtype: str  # of the activations
-    bits: int | None  # of the weights; None where they are unquantized, or mixed in the folder
-    bits_per_weight: float | None
+    bits: Count | None  # of the weights; None where they are unquantized, or mixed in the folder
+    bits_per_weight: Amount | None
     prompt_tokens: Count
     generation_tokens: Count
     batch_size: Count = 1
@@ -114,7 +115,7 @@ class Row:
 
     case: Case
     metrics: dict[str, Metric] = Field(default_factory=dict)
-    bytes_per_token: dict[str, float] | None = None  # by part of the model
+    bytes_per_token: dict[str, Amount] | None = None  # by part of the model
     bound_tokens_per_second: float | None = None  # at which a copy moves the bytes of a token
     percent_of_bound: float | None = None
     agrees: bool | None = None  # whether a peer's tokens are ours
@@ -143,18 +144,18 @@ class Machine:
     chip: str | None = None
     processor: str | None = None  # what tells processors of one name apart
     machine: str | None = None  # the architecture
-    cores: int | None = None
-    gpu_cores: int | None = None
-    memory_bytes: int | None = None
+    cores: Count | None = None
+    gpu_cores: Count | None = None
+    memory_bytes: Count | None = None
     system: str | None = None
     system_version: str | None = None
     backend: str | None = None
     blas: str | None = None
-    load_average: float | None = None
+    load_average: Amount | None = None
     thermal_pressure: str | None = None
-    copy_bytes_per_second: float | None = None  # read and written bytes; every bound stands on it
-    read_bytes_per_second: float | None = None
-    nominal_bytes_per_second: float | None = None
+    copy_bytes_per_second: Amount | None = None  # read and written bytes; every bound stands on it
+    read_bytes_per_second: Amount | None = None
+    nominal_bytes_per_second: Amount | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -311,7 +312,7 @@ EXPECTED = {  # by the beginning of pydantic's name for an error
     "int": "a whole number",
     "float": "a finite number",
     "finite": "a finite number",
-    "greater": "a number from 1 up",
+    "greater": "a number from {ge:g} up",
     "string": "a text",
     "bool": "true or false",
     "tuple": "a list",
@@ -325,9 +326,8 @@ def complaint(error: Any) -> str:
     place, kind = "".join(map(step, error["loc"]))[1:], error["type"]
     if kind in ("missing", "unexpected_keyword_argument"):
         return f"{place} is {'missing' if kind == 'missing' else 'not a key of this schema'}"
-    given = repr(error["input"])
-    given = f"{given[:40]}..." if len(given) > 43 else given
-    wanted = EXPECTED.get(kind.split("_")[0], error["msg"])
+    given = given if len(given := repr(error["input"])) < 44 else f"{given[:40]}..."
+    wanted = EXPECTED.get(kind.split("_")[0], "{0}").format(error["msg"], **error.get("ctx", {}))
     return f"{place or 'the document'} is {given}; expected {wanted}"
 
 

@@ -160,7 +160,12 @@ def broken(change):
         (broken(put("\ud800", "command")), "the document is .*; expected"),
         ("[" * 100000, "it is not JSON"),
         ('{"schema": "openelm-mlx benchmark 1", "rows": ' + 480 * "[" + 480 * "]" + "}", ": "),
-        (broken(rate([[5, -5]], "processes")), r"ratios\[0\] needs two pairs of trials above 0"),
+        (broken(rate([[5, 0]], "processes")), r"ratios\[0\] needs two pairs of trials above 0"),
+        (
+            broken(rate([[5, -5]], "processes")),
+            r"processes\[0\]\[1\] is -5; expected a number",
+        ),
+        (broken(put(-2, "machine", "cores")), "machine.cores is -2; expected a number from 1 up"),
     ],
 )
 def test_a_damaged_document_is_refused_by_file_and_place(tmp_path, text, message):
