@@ -12,7 +12,7 @@ from small import random_engine
 from openelm_mlx.benchmarks.checks import soak
 from openelm_mlx.benchmarks.checks.judge import Judge, Reference, Report
 from openelm_mlx.benchmarks.checks.trials import Answer, Request, alone
-from openelm_mlx.benchmarks.scripts import against_mlx_lm, latency
+from openelm_mlx.benchmarks.scripts import against_mlx_lm, waits
 from openelm_mlx.device import mx
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.model.cache_kinds import CacheKind
@@ -87,7 +87,7 @@ def gap(engine) -> float:
 
 @pytest.mark.needs("a C++ compiler")
 def test_new_settings_of_the_sampler_are_not_traced_again(tiny):
-    found = latency.temperatures(random_engine(tiny, seed=2), settings=24, pairs=1)
+    found = waits.temperatures(random_engine(tiny, seed=2), settings=24, pairs=1)
     assert found["traces"] == found["combinations"] < 16
 
 
@@ -103,6 +103,12 @@ def test_the_commands_report_and_write_what_they_found(tmp_path, capsys, monkeyp
     assert soak.main(["random", "--clients", "2", "--requests", "1", "--json", str(file)]) == 0
     assert sum(json.loads(file.read_text(encoding="utf-8"))["generations"].values()) == 2
     assert "2 generations (" in capsys.readouterr().out
+
+
+def test_only_published_sizes_are_converted(capsys):
+    with pytest.raises(SystemExit):
+        waits.main(["conversion", "271m"])
+    assert capsys.readouterr().err.startswith("waits: ")
 
 
 def test_a_comparison_with_mlx_lm_needs_a_model(capsys):

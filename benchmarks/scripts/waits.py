@@ -1,12 +1,15 @@
-"""Time what a request waits for: others that run, and settings of the sampler that are new.
+"""Measure what users wait for: others that run, new settings of the sampler, a conversion.
 
-    python -m openelm_mlx.benchmarks.scripts.latency join [MODEL] [--admission 16,32,64]
-    python -m openelm_mlx.benchmarks.scripts.latency temperatures [MODEL]
+    python -m openelm_mlx.benchmarks.scripts.waits join [MODEL] [--admission 16,32,64]
+    python -m openelm_mlx.benchmarks.scripts.waits temperatures [MODEL]
+    python -m openelm_mlx.benchmarks.scripts.waits conversion 270m 450m 1.1b [--against-mlx-lm]
 
 `join`: rows run and a prompt of 900 tokens joins them. How much longer do their steps take
 meanwhile, and how much later does it get its first token than alone? `temperatures`: many settings
 in one process. How many steps are traced, and how much later is the first token of a temperature
-that is new?
+that is new? `conversion`: random float32 weights of published sizes become 4 bits. How much memory
+does the process take at its peak, by the operating system, and how long does it take, with
+--against-mlx-lm in turns with mlx-lm's? It needs disk: 1.3 GB for 270m, 5 GB for 1.1b.
 """
 
 from __future__ import annotations
@@ -15,22 +18,28 @@ import argparse
 import json
 import math
 import random
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
 from typing import Any
 
 from openelm_mlx import BatchEngine, SamplingOptions, stream_generate
-from openelm_mlx.benchmarks.measure.weights import open_engine, random_engine
+from openelm_mlx.benchmarks.measure.weights import open_engine, random_engine, write_folder
 from openelm_mlx.benchmarks.results.statistics import paired_ratio
 from openelm_mlx.benchmarks.scripts.pairs import in_turns
+from openelm_mlx.convert.tokenizers import build_tokenizer_json, read_tokenizer, tokenizer_config
 from openelm_mlx.device import blas, mx
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.sampling import Filters
-from openelm_mlx.model.config import BOS
+from openelm_mlx.errors import BenchmarkError, OpenELMError
+from openelm_mlx.files import write_json
+from openelm_mlx.model.config import BOS, OpenELMConfig, expected_tensors
 
 ROWS, PROMPT, ANSWER = 8, 900, 100  # rows that run; tokens of the prompt that joins, of its answer
 STEADY = 8  # steps or tokens after which everything runs at its usual speed
@@ -39,6 +48,17 @@ LATE = 1.7  # of the joining prompt's time to its first token to that alone,
 NEW = 1.2  # and of a new temperature's time to its first token to that of a known one
 CLOCKS = {"wall": perf_counter, "cpu": process_time}
 clock = perf_counter
+IMPORTS = (
+    "import openelm_mlx.cli.main, openelm_mlx.convert.pipeline, mlx.core, numpy, sentencepiece, "
+    "rich.progress"
+)
+LAUNCHER = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps([time.perf_counter() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]))
+"""
 
 Result = dict[str, Any]
 
@@ -189,46 +209,114 @@ def temperatures(engine: Engine, settings: int, pairs: int) -> Result:
     return result
 
 
+# --- a conversion
+
+
+def converted(size: str, scratch: Path, against_mlx_lm: bool, trials: int) -> Result:
+    """Measure conversions of one size; memory is what is added to the interpreter and imports."""
+    source, ours, theirs = (scratch / name for name in ("source", "ours", "theirs"))
+    write_source(size, source)
+    _, floor = run("-c", IMPORTS)
+    command = "-m", "openelm_mlx", "convert", str(source), "-o", str(ours), "--bits", "4"
+    peer = "-m", "mlx_lm", "convert", "--hf-path", str(source), "--mlx-path", str(theirs), "-q"
+    peaks, times, ratios = [], [], []
+    for _ in range(trials):
+        seconds, peak = run(*command)
+        peaks.append(peak - floor)
+        times.append(seconds)
+        shutil.rmtree(ours)
+        if against_mlx_lm:
+            ratios.append(seconds / run(*peer, "--q-bits", "4")[0])
+            shutil.rmtree(theirs)
+    shapes = expected_tensors(OpenELMConfig.from_name(size)).values()
+    largest = max(4 * math.prod(shape) for shape in shapes)
+    found: Result = {"size": size, "trials": trials, "peak_bytes": max(peaks), "floor_bytes": floor}
+    found |= {"largest_tensor_bytes": largest, "bound_bytes": 2.5 * largest + 300e6}
+    found["seconds"] = median(times)
+    if ratios:
+        found["by_mlx_lm"] = {"low": min(ratios), "median": median(ratios), "high": max(ratios)}
+    return found
+
+
+def write_source(size: str, folder: Path) -> None:
+    """Write random float32 weights of a published size, in a folder that mlx-lm reads too."""
+    write_folder(random_engine(size, "float32"), folder)
+    mx.clear_cache()
+    model = read_tokenizer(folder / "tokenizer.model")
+    write_json(folder / "tokenizer.json", build_tokenizer_json(model))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(model))
+
+
+def run(*words: str) -> tuple[float, int]:
+    """Return seconds and peak resident bytes of Python with these arguments.
+
+    A small launcher starts it: a process's peak begins with that of the process it was forked from.
+    Raises `BenchmarkError` with its last line when it fails.
+    """
+    command = [sys.executable, "-S", "-c", LAUNCHER, sys.executable, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    seconds, peak, status = json.loads(done.stdout)
+    if status:
+        last = (done.stderr.strip().splitlines() or ["?"])[-1]
+        raise BenchmarkError(f"{' '.join(words[:5])} ... failed: {last}")
+    return seconds, peak * (1 if sys.platform == "darwin" else 1024)  # getrusage(2): KiB on Linux
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="latency", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="waits", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("what", choices=("join", "temperatures"))
-    model = "a name, folder or file, or random:SIZE"
-    add("model", nargs="?", default="openelm-tiny", help=model)
+    add("what", choices=("join", "temperatures", "conversion"))
+    model = "a name, folder or file, or random:SIZE (default: openelm-tiny); sizes to convert"
+    add("models", nargs="*", metavar="MODEL", help=model)
     add("--dtype", help="compute in this type")
     add("--bits", type=int, help="quantize the weights")
     admission = "prompt tokens beside each step; default: the engine's own"
-    add("--admission", metavar="N,N,...", help=admission)
-    trials = "joins, or a third of the pairs (default: 10)"
+    add("--admission", metavar="N,N,...", default="", help=admission)
+    trials = "joins, a third of the pairs, or conversions (default: 10)"
     add("--trials", type=int, default=10, help=trials)
     add("--settings", type=int, default=100, help="settings of the sampler (default: 100)")
     busy = "cpu: for a machine that is busy otherwise"
     add("--clock", choices=sorted(CLOCKS), default="wall", help=busy)
+    add("--against-mlx-lm", action="store_true", help="convert in turns with mlx-lm")
+    scratch = "where to convert (default: the system's temporary folder)"
+    add("--scratch", type=Path, help=scratch)
     add("--json", type=Path, metavar="FILE", help="write the result here")
     args = parser.parse_args(argv)
     global clock
     clock = CLOCKS[args.clock]
-    found: list[Result] = []
-    size = args.model.removeprefix("random:")
-    if size == args.model:
-        engine = open_engine(size, args.dtype, args.bits)[0]
-    else:
-        engine = random_engine(size, args.dtype, args.bits)
-    if args.what == "temperatures":
-        found.append(temperatures(engine, args.settings, 3 * args.trials))
-    for admission in (args.admission or "").split(",") if args.what == "join" else ():
-        print(f"\radmission {admission or 'by default'} ...", end="", file=sys.stderr, flush=True)
-        settings = {"admission": int(admission)} if admission else {}
-        found.append(join(engine, args.trials, **settings))
-    facts = {name: getattr(args, name) for name in ("model", "dtype", "bits", "clock")}
+    try:
+        found = list(measured(args))
+    except OpenELMError as error:
+        parser.exit(2, f"waits: {error}\n")
+    facts = {name: getattr(args, name) for name in ("models", "dtype", "bits", "clock")}
     text = json.dumps({**facts, "blas": blas.path, args.what: found}, indent=1)
     if args.json:
         args.json.write_text(text, encoding="utf-8")
-    print(f"\r{text}")
+    print(text)
     return 0
 
 
+def measured(args: argparse.Namespace) -> Iterator[Result]:
+    """Yield what was asked for, model by model."""
+    for name in args.models or ["openelm-tiny"]:
+        if args.what == "conversion":
+            with TemporaryDirectory(dir=args.scratch) as scratch:
+                yield converted(name, Path(scratch), args.against_mlx_lm, args.trials)
+            continue
+        size = name.removeprefix("random:")
+        if size == name:
+            engine = open_engine(name, args.dtype, args.bits)[0]
+        else:
+            engine = random_engine(size, args.dtype, args.bits)
+        if args.what == "temperatures":
+            yield temperatures(engine, args.settings, 3 * args.trials)
+            continue
+        for admission in args.admission.split(","):
+            print(f"admission {admission or 'by default'} ...", file=sys.stderr, flush=True)
+            yield join(engine, args.trials, **({"admission": int(admission)} if admission else {}))
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())
