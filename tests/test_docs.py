@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from readme_table import RESULTS, filled
 
+from openelm_mlx.benchmarks.measure import machine
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig
 
 ROOT = Path(__file__).parents[1]
@@ -92,19 +94,34 @@ def good(command: list[str]) -> tuple[int | None, ...]:
 CONSOLE = [page for page in PAGES if console_lines(page)]
 
 
-@pytest.mark.parametrize("page", CONSOLE, ids=named)
-def test_commands_run(page, tmp_path):
-    """Every command of a page, in its order, with stand-ins for what it would download."""
-    todo = []
+def commands_of(page: Path) -> list[tuple[list[str], str]]:
+    """Return the commands of a page that are run here, each with its standard input."""
+    commands = []
     for command, text in (one for line in console_lines(page) for one in parsed(line)):
         if command[0] in ("openelm", "python"):
-            todo.append((command, text or "Hello!\n"))
+            commands.append((command, text or "Hello!\n"))
         else:
             assert command[0] in ELSEWHERE, command
-    runner = [sys.executable, ROOT / "tests" / "helpers" / "documented.py", tmp_path]
-    done = subprocess.run(runner, input=json.dumps(todo), capture_output=True, text=True)
+    return commands
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
+    """What became of every command of the pages that are asked about, run in one process."""
+    callspecs = [getattr(item, "callspec", None) for item in request.session.items]
+    asked = [spec.params["page"] for spec in callspecs if spec and "page" in spec.params]
+    pages = {named(page): commands_of(page) for page in CONSOLE if page in asked}
+    folder = tmp_path_factory.mktemp("documented")
+    runner = [sys.executable, ROOT / "tests" / "helpers" / "documented.py", folder]
+    done = subprocess.run(runner, input=json.dumps(pages), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    failed = [one for one in json.loads(done.stdout) if one["status"] not in good(one["command"])]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("page", CONSOLE, ids=named)
+def test_commands_run(page, outcomes):
+    """Every command of a page, in its order, with stand-ins for what it would download."""
+    failed = [one for one in outcomes[named(page)] if one["status"] not in good(one["command"])]
     assert not failed, "\n".join(f"{' '.join(one['command'])}: {one['err']}" for one in failed)
 
 
@@ -162,7 +179,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_run(example, capsys):
+def test_examples_run(example, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "COPIED", 2**22)  # bytes whose copy tells the bandwidth
     if example.stem == "constrain":
         pytest.importorskip("llguidance")
     runpy.run_path(str(example), run_name="__main__")

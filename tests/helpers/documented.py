@@ -1,10 +1,11 @@
-"""Runs the commands of a page of the documentation, with stand-ins for what they would download.
+"""Runs the commands of the documentation, with stand-ins for what they would download.
 
-    python tests/helpers/documented.py FOLDER < commands.json
+    python tests/helpers/documented.py FOLDER < commands_of_pages.json
 
-A process of its own, because `huggingface_hub` reads its environment once. Every published model is
-a small golden one, served by a hub and a file server on this machine; a published size with
-random weights is a small one. Commands that measure are given the least work.
+A process of its own, because `huggingface_hub` reads its environment once, and one for all pages,
+because most of a short command is imports. Every published model is a small golden one, served by a
+hub and a file server on this machine; a published size with random weights is a small one. Commands
+that measure are given the least work.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def shortened(command: list[str]) -> list[str]:
         return command
     if name == "openelm models" and len(command) == 2:
         return command
-    calibration = ["--calibration-tokens", "300"] if "--calibrate" in command else []
+    calibration = ["--calibration-tokens", "257"] if "--calibrate" in command else []
     return command + SHORT.get(name, []) + calibration
 
 
@@ -112,8 +113,9 @@ def called(words: list[str]) -> Any:
 
 def stand_in(root: str, tokenizer: Path) -> None:
     """Let published names lead to this machine, and make published sizes small."""
-    from openelm_mlx.benchmarks.measure import weights
+    from openelm_mlx.benchmarks.measure import machine, weights
     from openelm_mlx.convert import fetch as catalog
+    from openelm_mlx.convert.quantize import calibrate
     from openelm_mlx.engine import hub
 
     catalog.ROOT = root
@@ -129,26 +131,32 @@ def stand_in(root: str, tokenizer: Path) -> None:
         return type(config)(model_dim=64, head_dim=32, num_transformer_layers=2, vocab_size=512)
 
     weights.OpenELMConfig.from_name = small  # type: ignore[method-assign]
+    calibrate.MEASURE_TOKENS = 256
+    machine.COPIED = 2**22  # bytes whose copy tells the bandwidth
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    commands = json.load(sys.stdin)
-    repositories = workshop(folder)
+    pages = json.load(sys.stdin)
+    things = folder / "things"
+    things.mkdir()
+    repositories = workshop(things)
     checkpoint = (SMALL / "checkpoint.pt").read_bytes()
     hub = Hub(repositories)
+    results = {}
     with serving({"/pretrained/270M/checkpoint_average.pt": checkpoint}) as server:
         os.environ |= {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(folder / "hub"),
             "OPENELM_CACHE": str(folder / "cache"),
         }
-        stand_in(server.url + "/", folder / "tokenizer.model")
-        os.chdir(folder)
+        stand_in(server.url + "/", things / "tokenizer.model")
         from openelm_mlx.engine import hub as hub_module
 
-        hub_module.resolve_model("270m")  # so that there is a model to remove
-        results = [run(command, text) for command, text in commands]
+        for number, (page, commands) in enumerate(pages.items()):
+            os.chdir(shutil.copytree(things, folder / str(number), symlinks=True))
+            hub_module.resolve_model("270m")  # so that there is a model to remove
+            results[page] = [run(command, text) for command, text in commands]
     hub.server.shutdown()
     print(json.dumps(results))
 
