@@ -1,4 +1,7 @@
-"""Measure tokens per second and read the result."""
+"""Measure tokens per second and read the result.
+
+With more than one process, measure below `if __name__ == "__main__"`: they import this file.
+"""
 
 from openelm_mlx.benchmarks.measure.run import run
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
