@@ -1,4 +1,4 @@
-"""How tensors are quantized: the spec of one tensor, and what a config.json says of all of them.
+"""How tensors are quantized: the spec of one tensor, and the entries of a config.json for all.
 
 Sizes follow MLX's packing (mlx.core.quantize): affine groups carry a scale and a bias in the
 weights' own type, the block formats one 8-bit scale (OCP Microscaling Formats v1.0; NVFP4: 16
@@ -24,7 +24,7 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # mode -> its bit
 }
 BITS, GROUP_SIZES = MODES["affine"][0][1:], MODES["affine"][1]  # 1 bit is read, but not written
 ALL_GROUP_SIZES = tuple(sorted({size for _, sizes in MODES.values() for size in sizes}))
-MLX_BITS, MLX_GROUP_SIZE = 4, 64  # what MLX takes in affine mode if nothing is said
+MLX_BITS, MLX_GROUP_SIZE = 4, 64  # MLX's defaults in affine mode
 KEYS = ("quantization", "quantization_config")  # of config.json; mlx-lm writes both
 
 
@@ -130,14 +130,14 @@ def matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]
 
 
 def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what a config.json says of quantization, None if it says nothing.
+    """Return the entry of a config.json about quantization, None if there is none.
 
     Raises `ConfigError`.
     """
-    said = next((raw[key] for key in KEYS if raw.get(key)), None)
-    if said is None or isinstance(said, Mapping):
-        return said
-    raise ConfigError(f"config.json has quantization {said!r:.60}; it must be an object")
+    stated = next((raw[key] for key in KEYS if raw.get(key)), None)
+    if stated is None or isinstance(stated, Mapping):
+        return stated
+    raise ConfigError(f"config.json has quantization {stated!r:.60}; it must be an object")
 
 
 def spec_of(quantization: Mapping[str, Any], stem: str) -> QuantSpec | None:

@@ -1,6 +1,7 @@
-"""A conversation: messages in the Instruct format, of which the model is fed only what is new.
+"""A conversation: messages in the Instruct format. The model is fed only what is new.
 
-A full context drops the oldest exchanges and not the system turn, and a notice says so.
+If the context is full, the oldest exchanges are dropped, never the system turn, and a notice says
+so.
 """
 
 from __future__ import annotations
@@ -55,19 +56,19 @@ KINDS = (SamplingOptions, GenerationOptions, EngineOptions)
 
 @dataclass(frozen=True)
 class Request:
-    """An answer to be generated, and what the conversation becomes once the answer has begun."""
+    """An answer to generate, and what the conversation becomes once the answer has begun."""
 
     question: str
     prompt: list[int]
     kept: tuple[Exchange, ...]
-    dropped_tokens: int  # of all exchanges so far that did not fit into the context
+    dropped_tokens: int  # in all exchanges that were dropped so far
     attempt: int
     notices: list[str]
 
 
 @explained(*KINDS)
 class Conversation:
-    """A conversation of user and assistant, of which the model is fed only what is new.
+    """A conversation of user and assistant. The model is fed only what is new.
 
     >>> conversation = Conversation(engine, "Be brief.", temperature=0.7)
     >>> for event in conversation.send("Hello!"):
@@ -75,16 +76,16 @@ class Conversation:
 
     `send(text)` yields events. When the answer ends, also because the iterator was closed midway,
     the question and the shown part of the answer are added to `messages`. If the answer did not
-    begin, nothing changes. `notices` are texts that the user should be told since the last `send`.
+    begin, nothing changes. `notices` are texts for the user about the latest message.
 
     `sampling` defaults to the model's own defaults for chat (`engine.chat_sampling`); `settings`
-    are options by name and replace those in the option objects. A seed is drawn here if none is
-    given. `sampling`, `options` and `engine_options` may be replaced between messages.
+    are options by name and replace those in the option objects. Without a seed, one is drawn here.
+    `sampling`, `options` and `engine_options` may be replaced between messages.
 
-    The keys and values of the conversation are kept in `prompt_cache`, which conversations may
-    share. By default a conversation has its own, for the latest exchange and all before it. Raises
-    `OptionError` for wrong options, `CacheError` for a cache that the model cannot have, and
-    `PromptError` for a system turn that is not a text.
+    The keys and values are kept in `prompt_cache`, which several conversations may share; by
+    default each has its own, for its text so far. Raises `OptionError` for wrong options,
+    `CacheError` for a cache that the model cannot have, and `PromptError` for a system turn that is
+    not a text.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Conversation:
         self._dropped_tokens = 0
         self.prompt_cache = PromptCache(max_bytes=0) if prompt_cache is None else prompt_cache
         self._request: Request | None = None  # the latest one; no earlier one may still begin
-        # a weak reference, so that an iterator without any other reference closes itself
+        # a weak reference: an iterator that nobody else refers to closes itself
         self._events: ref[Generator[Event, None, None]] | None = None
 
     @property
@@ -190,9 +191,9 @@ class Conversation:
         """Send a message, and yield the events of its answer.
 
         `progress(done, total)` is called after each prefilled chunk of the prompt. Raises
-        `PromptError` at once, and changes nothing, if the message is empty or does not fit
-        beside the system turn, and while another answer is being generated; `OptionError` if
-        `options` do not go together.
+        `PromptError` if the message is empty or too long to fit with the system turn, and while
+        another answer is being generated; `OptionError` if `options` contradict each other. Both
+        are raised at once, and nothing changes.
         """
         self._check_idle()
         if not isinstance(text, str):
@@ -245,7 +246,7 @@ class Conversation:
 
     def _check_idle(self) -> None:
         if self._answering() is not None:
-            remedy = "read it to its end, or end it with stop()"
+            remedy = "read it to the end, or end it with stop()"
             raise PromptError(f"an answer is still being generated; {remedy}")
 
     def _begin(self, request: Request, progress: Progress | None) -> Generator[Event, None, None]:
@@ -283,7 +284,7 @@ class Conversation:
                     tokens.append(event.token)
                     yield event
         finally:
-            if tokens:  # else the prefill failed or was interrupted: nothing was said
+            if tokens:  # else the prefill failed or was interrupted, and there is no answer
                 asked, pieces = request.question, self.engine.tokenizer
                 exchange = Exchange.of(pieces, asked, shown, tokens, request.attempt)
                 self._exchanges = (*request.kept, exchange)
@@ -294,9 +295,9 @@ class Conversation:
     def _fit(self, text: str, exchanges: tuple[Exchange, ...], attempt: int = 0) -> Request:
         """Return the request for an answer. Raises `PromptError` if the message alone does not fit.
 
-        Once the context is full, exchanges are dropped until about half of it is free. What is kept
-        has to be prefilled again, as its positions change; after that many messages cost only their
-        own tokens. The last exchange is dropped only if it does not fit.
+        When the context is full, exchanges are dropped until about half of it is free. Those that
+        stay get other positions and must be prefilled again, but the next messages then cost only
+        their own tokens. The last exchange is dropped only if it does not fit.
         """
         head, length = self._head(), self.context_length
         asked = question_tokens(self.engine.tokenizer, text)

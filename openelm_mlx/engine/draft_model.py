@@ -89,7 +89,7 @@ class DraftRows:
     def release(self, row: int) -> None:
         """End the drafts of `row`; what was read of its text goes to the store."""
         one = self.rows.pop(row)
-        read = min(one.read, len(one.request.known))  # a stop ends the text amid an accepted draft
+        read = min(one.read, len(one.request.known))  # a stop may end the text within a draft
         cache = one.cache or self.buffers.extract(row, read)
         tokens = one.request.known[: cache.offset]
         self.draft.store.put(one.weights, tokens, cache, one.request.owner)
@@ -107,7 +107,7 @@ class DraftRows:
         ready = []
         for row in rows:
             one = self.rows[row]
-            end = max(len(one.request.known) - 2, 1)  # an empty cache has no place among the rows
+            end = max(len(one.request.known) - 2, 1)  # an empty cache cannot become a row
             if one.cache is None and end - one.read > self.FEED[-1]:
                 one.cache = self.buffers.extract(row, one.read)
             if one.cache is not None:

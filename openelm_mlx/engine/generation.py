@@ -1,13 +1,15 @@
 """The map of the engine: a prompt goes in, events come out.
 
-    prompt -> token ids         prompts.py
-    ids -> a queued request     scheduler.py
-    prompt -> a prefilled row   admission.py, with what the prefix cache has (prompt_cache.py)
-    row -> the next token       decode.py: one step for all rows; speculation.py: drafts for it
+    prompt -> token ids         prompts.py, tokenizer.py
+    ids -> queued request       scheduler.py
+    request -> prefilled row    admission.py, from the longest prefix that prompt_cache.py has
+    row -> next token           decode.py steps all rows at once; sampling.py draws
+        drafted beforehand      speculation.py, draft_model.py
+        restricted by           grammar.py
     token -> event              request.py
 
-Everything that generates runs on a scheduler: with one row for a single prompt, with several for a
-list of them.
+A single prompt is a batch of one row, so both run on the same scheduler. The functions of this file
+are the public ways in; `Conversation` (conversation.py) and `Engine.stream` (loading.py) call them.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
     from openelm_mlx.engine.request import GenerationStats
     from openelm_mlx.engine.speculation import Draft
 
-UNLIMITED = 1 << 30  # prompt tokens beside a step: nobody waits for a single token of a list
-ENGINE = {item.name for item in fields(EngineOptions)}
+UNLIMITED = 1 << 30  # prompt tokens per step: the results of a list are read once all are done
+ENGINE_SETTINGS = {item.name for item in fields(EngineOptions)}
 
 
 @explained(SamplingOptions, GenerationOptions, EngineOptions)
@@ -63,9 +65,9 @@ def generate(
 
     `settings` are options by name; they replace those in the option objects.
     """
-    objects: Any = {"engine_options": engine_options, "prompt_cache": prompt_cache}
-    objects |= {"draft": draft, "progress": progress, **settings}
-    events = stream_generate(engine, prompt, sampling, options, **objects)
+    others: Any = {"engine_options": engine_options, "prompt_cache": prompt_cache}
+    others |= {"draft": draft, "progress": progress, **settings}
+    events = stream_generate(engine, prompt, sampling, options, **others)
     return "".join(event.text for event in events)
 
 
@@ -88,23 +90,23 @@ def stream_generate(
     >>> for event in stream_generate(engine, "Once upon a time", max_tokens=64):
     ...     print(event.text, end="", flush=True)
 
-    A `prompt` is text, token ids or a list of messages `{"role": ..., "content": ...}`. The text of
-    all events is what the tokens add to the prompt's text, its leading space included; only an
-    answer in the Instruct format starts without one.
+    A `prompt` is text, token ids or a list of messages `{"role": ..., "content": ...}`. The texts
+    of all events together are what the tokens add to the prompt's text, with their leading space;
+    only an answer in the Instruct format starts without one. `settings` are options by name; they
+    replace those in the option objects.
 
-    `settings` are options by name; they replace those in the option objects. `prompt_cache` is
-    reused as far as one of its sequences agrees with the prompt, and stores prompt and answer
-    afterwards. A prompt of text goes on from stored tokens whose text is the beginning of the
-    prompt's. `draft` is a smaller engine with the same tokenizer, a `ModelDraft` of one, which
-    keeps its cache between calls, or your own `speculation.Draft`; it and the option
-    `prompt_lookup` speed up decoding without changing what is drawn. `progress(done, total)` is
-    called after each prefilled chunk with numbers of tokens. `position_offset` is how many tokens
-    of the text, at its beginning, are no longer in the prompt: random numbers are those of the
-    entire text.
+    The longest beginning of the prompt that is in `prompt_cache` is not prefilled again; afterwards
+    the cache has prompt and answer. A prompt that is text also continues stored tokens that spell
+    its beginning in another way than the tokenizer would. `draft` is a smaller engine with the same
+    tokenizer, a `ModelDraft` of one, which keeps its cache between calls, or your own
+    `speculation.Draft`; it and the option `prompt_lookup` speed up decoding and do not change what
+    is drawn. `progress(done, total)` is called after each prefilled chunk with numbers of tokens.
+    `position_offset` is how many tokens were cut from the beginning of the text: positions for
+    random numbers count them, so a seed gives what it gives for the entire text.
 
-    Closing the iterator stops at once and leaves nothing in flight. Raises `PromptError` (the
-    prompt is empty, too long, or neither text nor ids nor messages), `OptionError` and `CacheError`
-    before any work.
+    Closing the iterator stops at once and leaves nothing running. Raises `PromptError` (the prompt
+    is empty, too long, or neither text nor ids nor messages), `OptionError` and `CacheError` before
+    any work.
     """
     sampling, options, engine_options = with_overrides(
         (SamplingOptions, GenerationOptions, EngineOptions),
@@ -124,7 +126,7 @@ def stream_generate(
 
 
 def _events(scheduler: BatchEngine) -> Generator[Event, None, None]:
-    """Yield what each step gives, until the request has ended or the reader closes the iterator."""
+    """Yield the events of each step until the request ends or the reader closes the iterator."""
     try:
         while scheduler.busy:
             for _, event in scheduler.step():
@@ -135,7 +137,7 @@ def _events(scheduler: BatchEngine) -> Generator[Event, None, None]:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """The result of one prompt of a list; `error` is set instead if it could not be run."""
+    """The result of one prompt of a list; only `error` is set if the prompt could not be run."""
 
     text: str
     tokens: tuple[int, ...]
@@ -157,16 +159,15 @@ def batch_generate(
     draft: Engine | ModelDraft | Draft | None = None,
     **settings: Unpack[Settings],
 ) -> list[BatchResult]:
-    """Continue many prompts, up to `slots` of them at a time; return results in their order.
+    """Continue many prompts, up to `slots` of them at a time; return the results in their order.
 
     >>> results = batch_generate(engine, ["Once upon", "A dog"], max_tokens=32)
     >>> texts = [result.text for result in results]
 
-    `sampling` and `options` are one object for all prompts or a list with one for each; `settings`
-    are options by their names and apply to all. `prompt_cache` and `draft` are those of
-    `stream_generate`. A prompt that cannot be run gives a result with `error` and does not disturb
-    the others. Raises `OptionError` for options that are wrong for all, and `PromptError` if
-    `prompts` is one text.
+    `sampling` and `options` are one object for all prompts, or a list with one for each; `settings`
+    are options by name and apply to all. `prompt_cache` and `draft` are those of `stream_generate`.
+    A prompt that cannot be run gives a result with `error`, and the others are run. Raises
+    `OptionError` for options that are wrong for all, and `PromptError` if `prompts` is one text.
     """
     if isinstance(prompts, (str, bytes)):
         what = "prompts is one text"
@@ -175,38 +176,41 @@ def batch_generate(
         raise PromptError(f"prompts is {shown(prompts)}; give a list of prompts")
     each_sampling = spread("sampling", sampling, len(prompts))
     each_options = spread("options", options, len(prompts))
-    shared: Any = {name: value for name, value in settings.items() if name in ENGINE}
-    own: Any = {name: value for name, value in settings.items() if name not in ENGINE}
-    with_overrides((SamplingOptions, GenerationOptions), (None, None), own)  # wrong for all?
+    shared: Any = {name: value for name, value in settings.items() if name in ENGINE_SETTINGS}
+    own: Any = {name: value for name, value in settings.items() if name not in ENGINE_SETTINGS}
+    # here, because what is wrong for all prompts is not an error of each of them
+    with_overrides((SamplingOptions, GenerationOptions), (None, None), own)
     shared |= {"draft": draft, "prompt_cache": prompt_cache, "max_waiting": max(len(prompts), 1)}
     batch = BatchEngine(engine, slots, engine_options, admission=UNLIMITED, **shared)
-    numbers: list[int | OpenELMError] = []
-    found: dict[int, list[Event]] = {}
+    submitted: list[int | OpenELMError] = []  # the number of each request, or why it was refused
+    events: dict[int, list[Event]] = {}
     try:
         for prompt, one, other in zip(prompts, each_sampling, each_options, strict=True):
             try:
-                numbers.append(batch.submit(prompt, one, other, **own))
+                submitted.append(batch.submit(prompt, one, other, **own))
             except OpenELMError as error:
-                numbers.append(error)
+                submitted.append(error)
         while batch.busy:
             for number, event in batch.step():
-                found.setdefault(number, []).append(event)
+                events.setdefault(number, []).append(event)
     finally:
         batch.close()
-    return [result_of(number, found) for number in numbers]
+    return [
+        BatchResult("", (), None, None, number)
+        if isinstance(number, OpenELMError)
+        else result_of(events[number])
+        for number in submitted
+    ]
 
 
-def result_of(number: int | OpenELMError, found: dict[int, list[Event]]) -> BatchResult:
-    """Return the result of one prompt from its events, or from the error that refused it."""
-    if isinstance(number, OpenELMError):
-        return BatchResult("", (), None, None, number)
-    events, last = found[number], found[number][-1]
-    tokens = tuple(event.token for event in events)
-    return BatchResult("".join(e.text for e in events), tokens, last.finish_reason, last.stats)
+def result_of(events: list[Event]) -> BatchResult:
+    """Return the result of a prompt from its events."""
+    text, tokens = "".join(event.text for event in events), tuple(event.token for event in events)
+    return BatchResult(text, tokens, events[-1].finish_reason, events[-1].stats)
 
 
 def spread(name: str, given: Any, count: int) -> list[Any]:
-    """Return one object for each prompt. Raises `OptionError` for too many or too few."""
+    """Return one options object for each prompt. Raises `OptionError` for too many or too few."""
     if given is None or isinstance(given, (SamplingOptions, GenerationOptions)):
         return [given] * count
     if not isinstance(given, (list, tuple)):

@@ -1,6 +1,6 @@
-"""Answers of a given form: a JSON schema, a regular expression or a list of choices.
+"""Constrained answers: they follow a JSON schema, a regular expression or a list of choices.
 
-llguidance follows the text and says which tokens may come next; `sampling.draw` applies its masks.
+llguidance parses the text and knows which tokens may come next; `sampling.draw` applies its masks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
     from openelm_mlx.engine.options import GenerationOptions
 
-Form = tuple[str, Any]  # the option that sets it, and its value
+Format = tuple[str, Any]  # of an answer: the option that sets it, and its value
 # the advice for each option if its value cannot be followed
 ADVICE = {
     "json_schema": "Leave out what is not supported, or say it in another way",
@@ -46,42 +46,40 @@ _vocabularies: WeakKeyDictionary[Tokenizer, dict[int, Any]] = WeakKeyDictionary(
 
 
 def constraint(engine: Engine, options: GenerationOptions) -> Constraint | None:
-    """Return the constraint of one answer, or None if the options set no form.
+    """Return the constraint of one answer, or None if the options do not set a format.
 
-    The form is that of the answer's entire text, as a `StreamingDecoder` without a prompt shows it.
-    Raises `OptionError` if this model's tokens cannot spell any text of the form.
+    The format is that of the answer's entire text, as a `StreamingDecoder` without a prompt shows
+    it. Raises `OptionError` if this model's tokens cannot spell any text in the format.
     """
     if not options.constrained:
         return None
     ends = {*engine.config.eos_token_ids, *options.stop_tokens}
-    return Constraint(engine.tokenizer, engine.vocab, ends, form_of(options))
+    return Constraint(engine.tokenizer, engine.vocab, ends, format_of(options))
 
 
-def form_of(options: GenerationOptions) -> Form:
-    """Return the form that constrained options set.
+def format_of(options: GenerationOptions) -> Format:
+    """Return the format that constrained options set.
 
-    Raises `OptionError` for several forms, for one that cannot be followed, and without llguidance.
+    Raises `OptionError` for several, for one that cannot be followed, and without llguidance.
     """
     given = [name for name in ADVICE if getattr(options, name) not in (None, ())]
     if len(given) > 1:
-        raise OptionError(
-            f"{' and '.join(given)} are given; an answer has one form, so leave one out"
-        )
+        what = f"{' and '.join(given)} are given"
+        raise OptionError(f"{what}; an answer has one format, so leave one out")
     if options.ignore_eos:
-        raise OptionError(
-            f"{given[0]} and ignore_eos are given; a text of this form ends, so leave one out"
-        )
-    form = given[0], getattr(options, given[0])
-    grammar(*form)
-    return form
+        what = f"{given[0]} and ignore_eos are given"
+        raise OptionError(f"{what}; a constrained answer has an end, so leave one out")
+    name, value = given[0], getattr(options, given[0])
+    grammar(name, value)
+    return name, value
 
 
 @lru_cache(maxsize=64)
 def grammar(name: str, value: Any) -> str:
     """Return the grammar of an answer's tokens in llguidance's dialect of Lark.
 
-    The tokens may begin with one space more than the text, as the first token of a word has one. So
-    the tokens of a text that begins with a space begin with two. Raises `OptionError`.
+    The tokens may begin with one space more than the text, because the first token of a word has
+    one; those of a text that begins with a space begin with two. Raises `OptionError`.
     """
     try:
         from llguidance import LLMatcher, regex_to_lark
@@ -104,7 +102,7 @@ def grammar(name: str, value: Any) -> str:
         wrong, reports = LLMatcher.validate_grammar_with_warnings(HEADER + text)
         if not wrong:
             return HEADER + text
-    raise refusal((name, value), reports[0])
+    raise refusal(name, value, reports[0])
 
 
 def limited(schema: Any) -> Any:
@@ -156,15 +154,14 @@ def schemas_of(text: str) -> list[dict[str, Any]]:
     return schemas
 
 
-def refusal(form: Form, report: str) -> OptionError:
+def refusal(name: str, value: Any, report: str) -> OptionError:
     """Return an error whose one line has the essence of llguidance's report."""
-    name, value = form
-    said = re.search(r"^error: (.*)", report, re.M) or re.search(
+    cause = re.search(r"^error: (.*)", report, re.M) or re.search(
         r"(?:JSON schema: |\(in regex\): |^)(?!at \d)(.*?)(?: in regex /.*)?$", report, re.M
     )
-    why = f"it cannot be followed: {said[1] if said else report}"
+    why = f"it cannot be followed: {cause[1] if cause else report}"
     if "NoExtension" in report:
-        why = "no text of this model's tokens has this form"
+        why = "this model's tokens cannot spell such a text"
     return OptionError(f"{name} is {shown(value)}; {why}. {ADVICE[name]}")
 
 
@@ -173,14 +170,16 @@ class Constraint:
 
     A mask is a row of bits, the lowest of a word first: 1 for a token that is allowed, ends of text
     included where the text may end. Arrays from `mask` and `along` are valid until the next call.
-    If the form becomes too complex to be followed, the constraint is `broken` and the text ends.
-    Raises `OptionError` if the tokens cannot spell any text of the form.
+    If the format becomes too complex to be followed, the constraint is `broken` and the text ends.
+    Raises `OptionError` if the tokens cannot spell any text in the format.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab: int, ends: Iterable[int], form: Form) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, vocab: int, ends: Iterable[int], wanted: Format
+    ) -> None:
         from llguidance import LLMatcher, LLParserLimits
 
-        self._form, self._words = form, (vocab + 31) // 32
+        self._words = (vocab + 31) // 32
         self._ends, self._eos = frozenset(ends), tokenizer.eos_id
         self._on = bits(self._ends, self._words)  # set where the text may end
         self._off = ~bits({*self._ends, self._eos}, self._words)  # cleared elsewhere
@@ -188,10 +187,10 @@ class Constraint:
         self.broken = False
         limits = LLParserLimits(verbose_errors=False, **LIMITS)
         known = vocabulary(tokenizer, vocab)
-        self._matcher = LLMatcher(known, grammar(*form), log_level=0, limits=limits)
+        self._matcher = LLMatcher(known, grammar(*wanted), log_level=0, limits=limits)
         self.mask()
         if self.broken:
-            raise refusal(form, self._matcher.get_error())
+            raise refusal(*wanted, self._matcher.get_error())
 
     def mask(self) -> NDArray[np.uint32]:
         """Return the mask of the next token, [ceil(vocab / 32)] uint32."""
@@ -250,7 +249,7 @@ def bits(tokens: Iterable[int], words: int) -> NDArray[np.uint32]:
 
 
 def buffer(rows: int, words: int) -> tuple[NDArray[np.uint32], int]:
-    """Return an array of masks and its address; to ask for it takes longer than to fill a mask."""
+    """Return an array of masks and its address, as asking for it takes longer than filling one."""
     import numpy as np
 
     masks = np.empty((rows, words), dtype=np.uint32)
@@ -273,7 +272,7 @@ def vocabulary(tokenizer: Tokenizer, vocab: int) -> Any:
 class Pieces:
     """The pieces of a tokenizer in the interface that llguidance wants.
 
-    There is no reference to the tokenizer, so that both can be freed together.
+    It does not refer to the tokenizer, so both can be freed together.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:

@@ -118,9 +118,9 @@ def convert_once(
         if before != {str(path): state(path) for path in read}:
             remove_folder(folder)
             raise ConversionError(f"{source} changed while it was converted; run the command again")
-        make_room(folder, limit)
+        shrink_to(limit, folder)
 
-    hold(folder, make)
+    claim(folder, make)
     remember(source, chosen, folder, before, name)
     return folder
 
@@ -136,7 +136,7 @@ def recall(source: Path, tokenizer: Path | None = None) -> Path | None:
     if not known or any(state(Path(path)) != before for path, before in files.items()):
         return None
     try:
-        hold(folder, lambda: None)
+        claim(folder, lambda: None)
     except ConversionError:  # it has just been removed
         return None
     return folder
@@ -162,10 +162,11 @@ def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path 
         raise ConversionError(f"{error}; {remedy} to another folder") from None
 
 
-def hold(folder: Path, make: Callable[[], None]) -> None:
-    """Have `folder` made at most once, by this process or another, and keep it from removal.
+def claim(folder: Path, make: Callable[[], None]) -> None:
+    """Let one process call `make` if `folder` is not complete, and lock it against removal.
 
-    Raises `ConversionError` if another process removes it each time.
+    The lock lasts as long as this process. Raises `ConversionError` if another process removes the
+    folder each time.
     """
     if folder in _locks and complete(folder):
         return
@@ -213,8 +214,8 @@ def conversions() -> list[Conversion]:
     return sorted(found, key=lambda one: one.used)
 
 
-def make_room(keep: Path, limit: float) -> None:
-    """Remove the least recently used until the rest fits; `keep` and what is in use stay."""
+def shrink_to(limit: float, keep: Path) -> None:
+    """Remove the least recently used conversions beyond the limit, but not `keep` or one in use."""
     from openelm_mlx.convert.targets import clear_leftovers
 
     for path in keep.parent.glob(".*.partial-*"):  # left by runs that were killed
@@ -301,7 +302,7 @@ def watched(source: Path) -> list[Path]:
 
 
 def state(path: Path) -> list[int] | None:
-    """Return what changes with a file, None if it is missing: size, times, inode."""
+    """Return size, times and inode of a file, one of which changes with it; None without a file."""
     try:
         found = path.stat()
     except OSError:
@@ -310,7 +311,7 @@ def state(path: Path) -> list[int] | None:
 
 
 def lock_path(folder: Path) -> Path:
-    """Return the file on which the users of a conversion hold a lock."""
+    """Return the file that the users of a conversion lock."""
     return folder.with_name(f"{folder.name}.lock")
 
 

@@ -53,7 +53,7 @@ class SamplingOptions:
         0.0, "exclude top choices this often: all likely tokens but the least likely one", 0.0, 1.0
     )
     xtc_threshold: float = option(
-        0.1, "with xtc_probability: a token is likely from here on", 0.0, 0.5
+        0.1, "with xtc_probability: how probable a likely token is at least", 0.0, 0.5
     )
     repetition_penalty: float = option(
         1.0, "divide the score of tokens seen in prompt or answer; 1 is off", 0.01, 100.0
@@ -65,7 +65,7 @@ class SamplingOptions:
         0.0, "subtracted once for each time a token was generated", -100.0, 100.0
     )
     penalty_window: int = option(
-        0, "penalties look at this many latest tokens only; 0 is the whole text", 0, 65536
+        0, "penalties count only this many latest tokens; 0 counts the entire text", 0, 65536
     )
     logit_bias: tuple[tuple[int, float], ...] = option(
         (), "added to the score of a token id", -100.0, 100.0, metavar="ID=NUMBER"
@@ -113,7 +113,7 @@ class SamplingOptions:
 @explained()
 @dataclass(frozen=True)
 class GenerationOptions:
-    """The end of a request, the report with its tokens, the drafts, and the form of the answer."""
+    """When an answer ends, what is reported with its tokens, its drafts, and its format."""
 
     max_tokens: int = option(256, "stop after this many tokens", 1)
     stop: tuple[str, ...] = option((), "stop before this text")
@@ -136,7 +136,7 @@ class GenerationOptions:
     json_schema: str | None = option(
         None, "answer in JSON of this schema", metavar="FILE", kind="a dict, or JSON as a text"
     )
-    regex: str | None = option(None, "answer with a text that this expression matches as a whole")
+    regex: str | None = option(None, "answer with a text that matches this expression entirely")
     choices: tuple[str, ...] = option((), "answer with one of these texts", commas=True)
 
     def __post_init__(self) -> None:
@@ -146,9 +146,9 @@ class GenerationOptions:
             object.__setattr__(self, "json_schema", schema_text(self.json_schema))
         check_fields(self)
         if self.constrained:
-            from openelm_mlx.engine.grammar import form_of
+            from openelm_mlx.engine.grammar import format_of
 
-            form_of(self)
+            format_of(self)
         if wrong := next((text for text in self.stop if not encodable(text)), None):
             why = "that is not valid UTF-8, so no generated text contains it"
             raise OptionError(f"stop is {wrong!a}; {why}")
@@ -159,7 +159,7 @@ class GenerationOptions:
         return self.json_schema is not None or self.regex is not None or self.choices != ()
 
     def check_draft(self, drafts: bool) -> None:
-        """Raise `OptionError` if the length of drafts was set and nothing drafts.
+        """Raise `OptionError` if an option about drafts was set and nothing drafts.
 
         `drafts` says whether there is a draft model; prompt lookup is one of these options.
         """
@@ -174,7 +174,7 @@ class EngineOptions:
     """How requests are run; all requests that run together share these options."""
 
     prefill_chunk: int = option(512, "prompt tokens in one pass of the model", 1)
-    compiled: bool = option(True, "run the decode step compiled; off is its eager twin")
+    compiled: bool = option(True, "run the decode step compiled; off runs it eagerly")
     kv_bits: int | None = option(None, "quantize keys and values of the cache", choices=KV_BITS)
     kv_window: int | None = option(
         None, "attend to this many tokens only: the first and the latest", 2
@@ -243,7 +243,7 @@ class RequestSettings(TypedDict, total=False):
 
 
 class EngineSettings(TypedDict, total=False):
-    """The fields of `EngineOptions` as keywords, in the same way."""
+    """The fields of `EngineOptions` as keywords: `**settings: Unpack[EngineSettings]`."""
 
     prefill_chunk: int
     compiled: bool
@@ -253,7 +253,7 @@ class EngineSettings(TypedDict, total=False):
 
 
 class Settings(RequestSettings, EngineSettings, total=False):
-    """Every option as a keyword, for functions that run one request or a list of them."""
+    """All options as keywords, for functions that run one request or a list of them."""
 
 
 # the keyword that takes options of a class, and what they belong to
@@ -270,7 +270,7 @@ def with_overrides(
     """Return one object of each of `kinds`: the `given` one, or defaults, with fields replaced.
 
     Raises `OptionError` for an object of another kind, for a name that belongs to another kind, and
-    for an unknown one, with the nearest name that is known.
+    for an unknown name, with the nearest known one.
     """
     for kind, value in zip(kinds, given, strict=True):
         if value is not None and not isinstance(value, kind):

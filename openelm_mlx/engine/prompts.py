@@ -1,4 +1,4 @@
-"""What the model is fed, as token ids: prompts, and the exchanges of a conversation.
+"""The token ids that the model is fed: prompts, and the exchanges of a conversation.
 
 The Instruct format follows OpenELM-Instruct's published recipe: BOS, `<|system|>\\n...`, EOS,
 `\\n<|user|>\\n...`, EOS, `\\n<|assistant|>\\n...`, EOS. The recipe (apple/corenet,
@@ -168,11 +168,11 @@ class Exchange:
 
     @classmethod
     def of(
-        cls, tokenizer: Tokenizer, question: str, answer: str, said: Sequence[int], attempt: int
+        cls, tokenizer: Tokenizer, question: str, answer: str, drawn: Sequence[int], attempt: int
     ) -> Exchange:
-        """Return the exchange with the generated tokens `said`, as far as they read as `answer`."""
+        """Return the exchange with the tokens `drawn` for it, as far as they spell `answer`."""
         asked = question_tokens(tokenizer, question)
-        tokens = [*asked, *as_shown(tokenizer, answer, said), tokenizer.eos_id]
+        tokens = [*asked, *as_shown(tokenizer, answer, drawn), tokenizer.eos_id]
         return cls(question, answer, tuple(tokens), len(tokens) - len(asked), attempt)
 
 
@@ -181,14 +181,14 @@ def question_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     return [*turn_tokens(tokenizer, "user", text), *answer_prefix(tokenizer)]
 
 
-def as_shown(tokenizer: Tokenizer, shown: str, said: Sequence[int]) -> list[int]:
-    """Return tokens that read as `shown`: those of `said` that do, then the rest, encoded.
+def as_shown(tokenizer: Tokenizer, shown: str, drawn: Sequence[int]) -> list[int]:
+    """Return tokens that spell `shown`: those of `drawn` that do, then the rest, encoded.
 
     shown  "I am th"        (the stop string "e" was found, or the answer was stopped)
-    said   "I", " am", " the", ...  -> "I", " am", and " th" encoded
+    drawn  "I", " am", " the", ...  -> "I", " am", and " th" encoded
     """
-    # BOS and EOS spell nothing, and have no place inside a turn
-    visible = [token for token in said if tokenizer.piece_bytes(token)]
+    # BOS and EOS spell nothing, and do not belong inside a turn
+    visible = [token for token in drawn if tokenizer.piece_bytes(token)]
     kept, place = spelling(tokenizer, visible, shown)
     return [*visible[:kept], *tokenizer.encode(shown[place:], bos=False, continued=True)]
 
@@ -221,19 +221,19 @@ def read_saved(
 ) -> tuple[str | None, tuple[Exchange, ...], int]:
     """Return the arguments of `saved` from JSON.
 
-    Saved tokens that do not read as the saved texts, such as those of another tokenizer, are
-    replaced by the texts encoded. Raises `PromptError` for data that is not a saved conversation.
+    Saved tokens that do not spell the saved texts, such as those of another tokenizer, are replaced
+    by the encoded texts. Raises `PromptError` for data that is not a saved conversation.
     """
     try:
-        form, system, messages = data.get("format"), data["system"], data["messages"]
+        version, system, messages = data.get("format"), data["system"], data["messages"]
         roles = [message["role"] for message in messages]
         texts = [message["content"] for message in messages]
     except (AttributeError, KeyError, TypeError):
         needs = "it needs the keys 'system' and 'messages'"
         raise PromptError(f"this is not a saved conversation: {needs}") from None
-    if form not in READABLE:
+    if version not in READABLE:
         raise PromptError(
-            f"this saved conversation has the format {form!r}; "
+            f"this saved conversation has the format {version!r}; "
             f"this version reads formats up to {SAVED!r}. Update openelm-mlx"
         )
     in_turns = roles == ["user", "assistant"] * (len(roles) // 2)
@@ -251,10 +251,10 @@ def read_saved(
         tokens: Any = detail.get("tokens")
         asked = question_tokens(tokenizer, question)
         own = isinstance(tokens, list) and tokens[: len(asked)] == asked
-        said = tokens[len(asked) : -1] if own else []
-        known = all(type(token) is int and 0 <= token < vocab for token in said)
+        drawn = tokens[len(asked) : -1] if own else []
+        known = all(type(token) is int and 0 <= token < vocab for token in drawn)
         attempt = natural(detail.get("attempt"))
-        exchanges.append(Exchange.of(tokenizer, question, answer, said if known else [], attempt))
+        exchanges.append(Exchange.of(tokenizer, question, answer, drawn if known else [], attempt))
     return system, tuple(exchanges), natural(data.get("dropped_tokens"))
 
 

@@ -129,11 +129,11 @@ def check_text(text: str) -> None:
 
 
 class StreamingDecoder:
-    """The text of tokens as they come: what decode(prompt + tokens) adds to decode(prompt).
+    """Decodes tokens as they come: to what decode(prompt + tokens) adds to decode(prompt).
 
-    It is never half a character. Without a `prompt` the tokens begin the text: the dummy prefix's
-    space is left out. A character that a prompt breaks off is part of the prompt's text, as the
-    replacement character.
+    It never returns half a character. Without a `prompt` the tokens begin the text, and the dummy
+    prefix's space is left out. A character that is cut off at the end of a prompt is part of the
+    prompt's text, as the replacement character.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
@@ -145,8 +145,8 @@ class StreamingDecoder:
         self._tokenizer, self._at_start = tokenizer, not tail
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._utf8.decode(tail)
-        # how many replacement characters the prompt's text ends with
-        self._told = len(self.pending.decode("utf-8", errors="replace"))
+        # replacement characters at the end of the prompt's text, which are not returned again
+        self._shown = len(self.pending.decode("utf-8", errors="replace"))
 
     @property
     def pending(self) -> bytes:
@@ -168,8 +168,8 @@ class StreamingDecoder:
         return self._new(text)
 
     def _new(self, text: str) -> str:
-        told, self._told = self._told, max(self._told - len(text), 0)
-        return text[told:]
+        shown, self._shown = self._shown, max(self._shown - len(text), 0)
+        return text[shown:]
 
 
 class TextFilter:

@@ -6,17 +6,18 @@ A layer (arXiv:2404.14619; corenet/modeling/models/language_modeling/general_gpt
     x = x + out_proj(attention(attn_norm(x)))
     x = x + proj_2(silu(gate) * up)          [gate; up] = proj_1(ffn_norm(x))
 
-Small models spend much of a token's time on starting kernels, so norm, rotation and storing take
-three kernels a layer here. `Attention.plain_heads` is the readable twin, which a test holds equal.
-Kernels of one token of the 270M, as `python -m openelm_mlx.benchmarks.ledger.count 270m` counts
-them (docs/performance.md); a concatenation was counted as a copy of each input:
+A small model spends much of a token's time on launching kernels, so norm, rotation and storing
+take three kernels a layer here. `Attention.plain_heads` computes the same in a readable way, and a
+test compares both. One token of the 270M takes this many kernels, counted by
+`python -m openelm_mlx.benchmarks.ledger.count 270m` (docs/performance.md); a concatenation counts
+as a copy of each input:
 
     183  as it is
-    215  without `VALUE`: values skip the norm and the rotation, and are joined with the keys again
-    246  with `plain_heads`: two norms and two rotations, and values that are joined with the keys
+    215  without `VALUE`: values skip norm and rotation, and are concatenated with the keys again
+    246  with `plain_heads`: two norms, two rotations, and values concatenated with the keys
 
-Complex tables save no kernel but inputs, each of which costs the host time: `rotate` reads five
-arrays, and would read seven if cosine, sine and both norm weights of a pair came apart.
+Complex tables save inputs, not kernels, and each input costs host time: `rotate` reads five arrays,
+and would read seven if cosine, sine and both norm weights of a pair were separate.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from openelm_mlx.model.cache import Cache, KVCache, as_caches
 from openelm_mlx.model.cache_kinds import Mask
 from openelm_mlx.model.config import LayerShape, OpenELMConfig, layer_shapes
 
-VALUE = 1e30  # marks a value head in the table of norm weights, where no weight is as large
+VALUE = 1e30  # marks a value head in the table of norm weights; no weight of a model is as large
 
 
 def rotary(positions: mx.array, head_dim: int, base: float) -> mx.array:
@@ -40,8 +41,8 @@ def rotary(positions: mx.array, head_dim: int, base: float) -> mx.array:
     It is exp(i angle), [batch or 1, length, 1, 2, head_dim / 2] complex64, by which `rotate`
     multiplies in every layer.
     """
-    turn: mx.array = turns(positions[..., None, None, None], frequencies(head_dim, base))
-    return turn
+    rotation: mx.array = rotations(positions[..., None, None, None], frequencies(head_dim, base))
+    return rotation
 
 
 @lru_cache(maxsize=8)
@@ -58,7 +59,7 @@ def frequencies(head_dim: int, base: float) -> mx.array:
 
 
 @partial(mx.compile, shapeless=True)
-def turns(positions: mx.array, radians: mx.array) -> mx.array:
+def rotations(positions: mx.array, radians: mx.array) -> mx.array:
     """Return exp(i angle), by one fused kernel."""
     angles = positions.astype(mx.float32) * radians
     return mx.cos(angles) + 1j * mx.sin(angles)
@@ -66,17 +67,17 @@ def turns(positions: mx.array, radians: mx.array) -> mx.array:
 
 @partial(mx.compile, shapeless=True)
 def rotate(
-    x: mx.array, normed: mx.array, swapped: mx.array, weights: mx.array, turn: mx.array
+    x: mx.array, normed: mx.array, swapped: mx.array, weights: mx.array, rotation: mx.array
 ) -> mx.array:
     """Scale and rotate query and key heads, and return value heads as they are, by one kernel.
 
-    It computes in float32. Of a pair (a, b), a becomes Re((a + ib) exp(i angle)) and b becomes
+    It computes in float32. In each pair (a, b), a becomes Re((a + ib) exp(i angle)) and b becomes
     Re((b + ia) exp(-i angle)). `x` and `normed` are [B, L, heads, 2, head_dim / 2], `swapped` is
-    `normed` with the partners of the pairs exchanged; `weights` is of `Attention.head_weights`.
+    `normed` with a and b exchanged; `weights` comes from `Attention.head_weights`.
     """
     own = mx.real(weights)  # so `weights - own` is i times the partner's
     pair = normed.astype(mx.float32) * own + swapped.astype(mx.float32) * (weights - own)
-    return mx.where(own == VALUE, x, mx.real(pair * turn).astype(x.dtype))
+    return mx.where(own == VALUE, x, mx.real(pair * rotation).astype(x.dtype))
 
 
 @partial(mx.compile, shapeless=True)
@@ -86,8 +87,8 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def for_any_thread(array: mx.array) -> mx.array:
-    """Start computing an array that a module keeps: until then only this thread may use it."""
-    with suppress(ValueError):  # within a transformation such as mx.compile it cannot be computed
+    """Start computing an array that a module keeps: before that, only this thread may use it."""
+    with suppress(ValueError):  # inside a transformation such as mx.compile it cannot be computed
         mx.async_eval(array)
     return array
 
@@ -97,16 +98,16 @@ class Transposed(nn.Module):
 
     def __init__(self, *shape: int, **options: Any) -> None:
         super().__init__(*shape, **options)  # of nn.Linear or nn.Embedding
-        self._kept: tuple[mx.array, ...] = ()
+        self._cached: tuple[mx.array, ...] = ()
 
     def transposed(self) -> mx.array:
         """Return the weight [output, input] as a view [input, output].
 
-        It is made anew when the module has got another weight.
+        The view is cached until the module gets another weight.
         """
-        if not self._kept or self._kept[0] is not self.weight:
-            self._kept = (self.weight, for_any_thread(self.weight.T))
-        view: mx.array = self._kept[1]
+        if not self._cached or self._cached[0] is not self.weight:
+            self._cached = (self.weight, for_any_thread(self.weight.T))
+        view: mx.array = self._cached[1]
         return view
 
 
@@ -121,7 +122,7 @@ class Linear(Transposed, nn.Linear):
 
 
 class Embedding(Transposed, nn.Embedding):
-    """The embedding of the tokens, and the head if the two are tied."""
+    """The embedding of the tokens, which is the head too if the two are tied."""
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the logits [..., vocab] of hidden states [..., model_dim]."""
@@ -131,7 +132,7 @@ class Embedding(Transposed, nn.Embedding):
 def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
     """Return residual + projection(x), by one kernel if the projection is a plain matrix.
 
-    Any other module in its place, such as an adapter, is called.
+    Any other module, such as a quantized layer or an adapter, is called.
     """
     if type(projection) is Linear:
         return mx.addmm(residual, x, projection.transposed())
@@ -139,26 +140,26 @@ def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.a
 
 
 class Pass(NamedTuple):
-    """The inputs that all layers share in one pass. Activations are [batch * length, model_dim]."""
+    """What all layers share in one pass, whose activations are [batch * length, model_dim]."""
 
     batch: int
     length: int
-    turn: mx.array  # from `rotary`
+    rotation: mx.array  # from `rotary`
     mask: Mask
 
 
 class Projection(NamedTuple):
     """The output of `qkv_proj` in one layer, and what its norm and rotation need.
 
-    A cache asks for the heads when it stores them, so a kernel could norm, rotate and store.
+    The cache asks for the heads when it stores them: one kernel could norm, rotate and store.
     """
 
     raw: mx.array  # [B, L, q + 2 kv, head_dim]
     weights: mx.array  # from `Attention.head_weights`
-    turn: mx.array  # from `rotary`
+    rotation: mx.array  # from `rotary`
     q_heads: int
     eps: float | None  # of the norm of queries and keys; None without a norm
-    last: bool  # queries of the last token only, keys and values of all
+    last: bool  # return the query of the last token only, and all keys and values
 
     def heads(self) -> tuple[mx.array, mx.array]:
         """Return queries [B, q_heads, L or 1, D], and keys and values [2, B, kv_heads, L, D]."""
@@ -166,20 +167,20 @@ class Projection(NamedTuple):
         B, L, _, D = x.shape
         pairs = (B, L, -1, 2, D // 2)
         plain = x.reshape(*pairs)
-        # value heads are normed too, though `rotate` takes the plain ones: one kernel for all heads
+        # one kernel norms all heads, the value heads too, of which `rotate` takes the plain ones
         normed = plain if self.eps is None else mx.fast.rms_norm(x, None, self.eps).reshape(*pairs)
-        turned = rotate(plain, normed, normed[..., ::-1, :], self.weights, self.turn)
+        rotated = rotate(plain, normed, normed[..., ::-1, :], self.weights, self.rotation)
         if L == 1:  # reshaping does what transposing would, in one operation
-            turned = turned.reshape(B, -1, 1, D)
+            rotated = rotated.reshape(B, -1, 1, D)
         else:
-            turned = turned.reshape(B, L, -1, D).swapaxes(1, 2)
-        q, kv = mx.split(turned, [self.q_heads], axis=1)
+            rotated = rotated.reshape(B, L, -1, D).swapaxes(1, 2)
+        q, kv = mx.split(rotated, [self.q_heads], axis=1)
         kv = kv.reshape(2, 1, -1, L, D) if B == 1 else kv.reshape(B, 2, -1, L, D).swapaxes(0, 1)
         return q[:, :, -1:] if self.last and L > 1 else q, kv
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys, all heads in one projection."""
+    """Grouped-query attention with normalised queries and keys; one projection makes all heads."""
 
     def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
         super().__init__()
@@ -199,7 +200,7 @@ class Attention(nn.Module):
         """Return the norm weight of each element of each head, [heads, 2, head_dim / 2] complex64.
 
         The imaginary part is the weight of its partner in the rotation; in value heads both are
-        `VALUE`. The table is kept, and made anew when training or loading sets other norm weights.
+        `VALUE`. The table is cached until training or loading sets other norm weights.
         """
         sources = (self.q_norm.weight, self.k_norm.weight) if self.normalize else (None, None)
         if self._table and self._table[0] is sources[0] and self._table[1] is sources[1]:
@@ -212,9 +213,9 @@ class Attention(nn.Module):
         return self._table[2]
 
     def plain_heads(self, raw: mx.array, offset: int, base: float) -> tuple[mx.array, mx.array]:
-        """Return what `Projection.heads` returns, in the plain way; only tests call it.
+        """Return what `Projection.heads` returns, computed in the plain way; only tests call it.
 
-        `raw` is [B, L, q + 2 kv, head_dim], of tokens from position `offset` on.
+        `raw` is [B, L, q + 2 kv, head_dim], for the tokens from position `offset` on.
         """
         q, k, v = mx.split(raw.swapaxes(1, 2), [self.q_heads, self.q_heads + self.kv_heads], axis=1)
         if self.normalize:
@@ -226,10 +227,10 @@ class Attention(nn.Module):
         self, x: mx.array, residual: mx.array, shared: Pass, cache: Cache, last: bool = False
     ) -> mx.array:
         """Return residual + attention, [B * L, model_dim]; with `last`, [B, model_dim]."""
-        B, L, turn, mask = shared
+        B, L, rotation, mask = shared
         projected = self.qkv_proj(x).reshape(B, L, -1, self.head_dim)
         eps = self.eps if self.normalize else None
-        projection = Projection(projected, self.head_weights(), turn, self.q_heads, eps, last)
+        projection = Projection(projected, self.head_weights(), rotation, self.q_heads, eps, last)
         if last and L > 1:
             mask, L = mask[..., -1:, :] if isinstance(mask, mx.array) else None, 1
             residual = residual.reshape(B, -1, residual.shape[-1])[:, -1]
@@ -239,7 +240,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A feed-forward network: SwiGLU, or plain SiLU where the configuration is without a gate."""
+    """A feed-forward network: SwiGLU, or plain SiLU if the configuration has no gate."""
 
     def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
         super().__init__()
@@ -252,7 +253,7 @@ class FeedForward(nn.Module):
         if not self.gated:
             x = nn.silu(x)
         elif x.shape[0] == 1:
-            # halves as rows: halves of a row would keep its stride, and be copied for proj_2
+            # split into rows: parts of one row would keep its stride, and be copied for proj_2
             x = swiglu(*mx.split(x.reshape(2, -1), 2))
         else:
             x = swiglu(*mx.split(x, 2, axis=-1))
@@ -260,7 +261,7 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward network, each after a norm and with a residual."""
+    """Attention, then the feed-forward network, each after a norm and with a residual."""
 
     def __init__(self, config: OpenELMConfig, shape: LayerShape) -> None:
         super().__init__()
@@ -302,17 +303,19 @@ class OpenELM(nn.Module):
     def hidden(
         self, tokens: mx.array, cache: KVCache | list[Any] | None = None, last: bool = False
     ) -> mx.array:
-        """Return the last normalised hidden states [batch, length, model_dim] of token ids.
+        """Return the hidden states after the last norm, [batch, length, model_dim], of token ids.
 
-        The ids are [batch, length], or [batch] for one token each. With `last`, only the states of
-        the last position are returned, [batch, model_dim], and the last layer computes no others.
-        `cache` is a `KVCache`, or a list with an entry for each layer, ours or mlx-lm's. Raises
-        `CacheError` for a cache of another number of layers.
+        The ids are [batch, length], or [batch] for one token each. With `last`, the result has the
+        last position only, [batch, model_dim], and the last layer computes no other. `cache` is a
+        `KVCache`, or a list with an entry for each layer, ours or mlx-lm's. Raises `CacheError` for
+        a cache with another number of layers.
         """
         caches = as_caches(cache, len(self.layers))
         batch, length = tokens.shape if tokens.ndim == 2 else (tokens.size, 1)
-        turn = rotary(caches[0].positions(length), self.args.head_dim, self.args.rope_freq_constant)
-        shared = Pass(batch, length, turn, caches[0].mask(length))
+        rotation = rotary(
+            caches[0].positions(length), self.args.head_dim, self.args.rope_freq_constant
+        )
+        shared = Pass(batch, length, rotation, caches[0].mask(length))
         x = self.transformer.token_embeddings(tokens.reshape(-1))
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x = layer(x, shared, layer_cache, last and layer is self.layers[-1])

@@ -272,7 +272,7 @@ def test_one_answer_at_a_time(small):
     for use in (lambda: talk.send("second"), talk.regenerate, talk.undo, talk.reset):
         with pytest.raises(
             PromptError,
-            match=r"still being generated; read it to its end, or end it with stop\(\)",
+            match=r"still being generated; read it to the end, or end it with stop\(\)",
         ):
             use()
     assert talk.messages == []

@@ -444,7 +444,7 @@ def test_the_bundled_tokenizer(tiny: Any) -> None:
             {"regex": "(?=a)b"},
             "look-around, including look-ahead and look-behind, is not supported. Allowed is",
         ),
-        ({"regex": r"[^\x00-\x{10FFFF}]"}, "no text of this model's tokens has this form"),
+        ({"regex": r"[^\x00-\x{10FFFF}]"}, "this model's tokens cannot spell such a text"),
         (
             {"json_schema": '{"type": "strnig"}'},
             "it cannot be followed: Invalid type: strnig. Leave out",
@@ -471,11 +471,11 @@ def test_a_form_that_cannot_be_followed(form: dict[str, Any], said: str) -> None
     [
         (
             {"regex": "a", "choices": "b"},
-            "regex and choices are given; an answer has one form, so leave one out",
+            "regex and choices are given; an answer has one format, so leave one out",
         ),
         (
             {"regex": "a", "ignore_eos": True},
-            "regex and ignore_eos are given; a text of this form ends, so leave one out",
+            "regex and ignore_eos are given; a constrained answer has an end, so leave one out",
         ),
         ({"json_schema": "[1]"}, "json_schema is '[1]'; allowed is a schema that is an object"),
         ({"json_schema": '{"a":' * 20_000}, "; it is nested too deeply"),

@@ -97,12 +97,12 @@ def test_heads_are_those_of_the_plain_norm_and_rotation(batch, length, normalize
             norm.weight = mx.random.normal(norm.weight.shape, key=mx.random.key(number))
     heads, base, offset = attention.q_heads + 2 * attention.kv_heads, config.rope_freq_constant, 3
     raw = mx.random.normal((batch, length, heads, attention.head_dim), key=mx.random.key(5))
-    turn = rotary(mx.arange(offset, offset + length)[None], attention.head_dim, base)
+    rotation = rotary(mx.arange(offset, offset + length)[None], attention.head_dim, base)
     eps = attention.eps if normalize else None
     weights = attention.head_weights()
     plain = attention.plain_heads(raw, offset, base)
     for last in (False, True):
-        found = Projection(raw, weights, turn, attention.q_heads, eps, last).heads()
+        found = Projection(raw, weights, rotation, attention.q_heads, eps, last).heads()
         expected = (plain[0][:, :, -1:], plain[1]) if last else plain
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.shape == theirs.shape and mx.allclose(ours, theirs, atol=1e-5).item()
