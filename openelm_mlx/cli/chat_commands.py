@@ -26,9 +26,7 @@ KEYS = """Enter sends; Alt-Enter, or a \\ at the end of a line, starts a new one
 Tab completes commands, paths and settings. Ctrl-C stops an answer.
 A message that begins with a slash is written with two: //usr is a folder."""
 
-BYTES_PER_TOKEN = (
-    256  # more than any token spells: a file longer than the context at this rate cannot fit
-)
+BYTES_PER_TOKEN = 256  # more than any token has: a file with more than these cannot fit the context
 KINDS = (SamplingOptions, GenerationOptions, EngineOptions)
 SETTINGS: dict[str, Field[Any]] = {
     item.name: item
@@ -41,10 +39,7 @@ SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False,
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its names, what may follow it, and what it does.
-
-    `run` returns False if the chat is to end.
-    """
+    """A command: its names, its argument, and the function it runs; False ends the chat."""
 
     names: tuple[str, ...]
     argument: str
@@ -111,10 +106,7 @@ def set_option(session: Session, rest: str) -> None:
 
 
 def parsed(item: Field[Any], value: str) -> Any:
-    """Read the value of a setting.
-
-    A text that is not a number is returned as it is: the options refuse it.
-    """
+    """Return the value of a setting. A text that is not a number stays: the options refuse it."""
     kind = str(item.type)
     if item.name == "seed" and value.lower() in ("random", "new", "none"):
         from openelm_mlx.engine.sampling import new_seed
@@ -189,10 +181,8 @@ def save(session: Session, rest: str) -> None:
         with replacing(path) as file:
             file.write_text(json.dumps(session.conversation.to_json(), indent=1), encoding="utf-8")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OptionError(
-            f"cannot write {rest}: {reason}; give a file, as in /save talk.json"
-        ) from None
+        what = f"cannot write {rest}: {getattr(error, 'strerror', None) or error}"
+        raise OptionError(f"{what}; give a file, as in /save talk.json") from None
     session.say(f"saved {counted(len(session.conversation.messages) // 2, 'exchange')} in {rest}")
 
 
@@ -203,34 +193,28 @@ def load(session: Session, rest: str) -> None:
     try:
         data = json.loads(text_of(given_path(rest)))
     except (ValueError, RecursionError) as error:
-        raise PromptError(
-            f"{rest} is not a saved conversation ({error}); give a file that /save wrote"
-        ) from None
-    talk = Conversation.from_json(
-        old.engine,
-        data,
-        sampling=old.sampling,
-        options=old.options,
-        engine_options=old.engine_options,
-        draft=old.draft,
-    )
+        what = f"{rest} is not a saved conversation ({error})"
+        raise PromptError(f"{what}; give a file that /save wrote") from None
+    given = {
+        name: getattr(old, name) for name in ("sampling", "options", "engine_options", "draft")
+    }
+    talk = Conversation.from_json(old.engine, data, **given)
     session.conversation, session.stats, session.meter.tokens = talk, None, 0
     exchanges = counted(len(talk.messages) // 2, "exchange")
-    lines = [f"loaded {exchanges}, system: {short(talk.system or '(empty)')}"]
-    lines += [
-        f"{mark} {short(message['content'])}"
-        for mark, message in zip("› ", talk.messages[-2:], strict=False)
-    ]
-    session.say("\n".join(lines))
+    last = zip("› ", talk.messages[-2:], strict=False)
+    lines = [f"{mark} {short(message['content'])}" for mark, message in last]
+    session.say(
+        "\n".join([f"loaded {exchanges}, system: {short(talk.system or '(empty)')}", *lines])
+    )
 
 
 def stats(session: Session, rest: str) -> None:
     from openelm_mlx.cli.generate import summary
 
-    stopped = (
-        f"the answer was stopped after {session.meter}" if session.meter.tokens else "no answer yet"
-    )
-    session.say(summary(session.stats) if session.stats else stopped)
+    if session.stats:
+        return session.say(summary(session.stats))
+    meter = session.meter
+    return session.say(f"the answer was stopped after {meter}" if meter.tokens else "no answer yet")
 
 
 def leave(session: Session, rest: str) -> bool:
@@ -241,20 +225,13 @@ COMMANDS = (
     Command(("/help", "/?"), "", "this list", show_help),
     Command(("/show",), "", "the model, the system turn, the settings, the context", show),
     Command(
-        ("/set",),
-        "[NAME VALUE]",
-        "change a setting (/set temperature 0.8), or list all",
-        set_option,
+        ("/set",), "[NAME VALUE]", "change a setting (temperature 0.8), or list all", set_option
     ),
-    Command(
-        ("/system",), "[TEXT]", 'show the system turn, set it, or remove it with "none"', set_system
-    ),
+    Command(("/system",), "[TEXT]", 'show or set the system turn; "none" removes it', set_system),
     Command(("/regenerate", "/regen"), "", "another answer to the last message", regenerate),
     Command(("/undo",), "", "take back the last message and its answer", undo),
     Command(("/reset", "/clear"), "", "forget the conversation, not the system turn", reset),
-    Command(
-        ("/read",), "FILE [QUESTION]", "send the text of a file, with a question after it", read
-    ),
+    Command(("/read",), "FILE [QUESTION]", "send the text of a file, then a question", read),
     Command(("/save",), "FILE", "write the conversation as JSON", save),
     Command(("/load",), "FILE", "go on with a saved one", load),
     Command(("/stats",), "", "what the last answer cost", stats),
@@ -286,7 +263,7 @@ def short(text: str) -> str:
 
 
 def split_path(text: str) -> tuple[Path, str]:
-    """Split off the longest beginning that names a file: a name with blanks needs no quotes."""
+    """Split off the longest beginning that names a file; a name with blanks needs no quotes."""
     words = text.split(" ")
     for count in range(len(words), 0, -1):
         path = given_path(" ".join(words[:count]))
@@ -296,10 +273,7 @@ def split_path(text: str) -> tuple[Path, str]:
 
 
 def handle(session: Session, line: str) -> bool:
-    """Send a message or run a command; return False after a command that ends the chat.
-
-    Raises `OpenELMError`.
-    """
+    """Send a message or run a command; return False to end the chat. Raises `OpenELMError`."""
     if line.startswith("/") and not line.startswith("//"):
         name, *rest = line.split(maxsplit=1)
         command = find(name)

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, TextIO
 
 from openelm_mlx.errors import PromptError
@@ -72,8 +72,8 @@ class Waiting:
 
         with Waiting("loading 3b"): ...
 
-    It appears after half a second and goes with the wait. The cursor rests at its start, so that
-    whatever else is written there takes its place.
+    It appears after half a second and goes with the wait. The cursor rests at its start: whatever
+    else is written there replaces it.
     """
 
     def __init__(self, text: str) -> None:
@@ -106,12 +106,7 @@ class Waiting:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self.over = True
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.end()
 
     def _show(self) -> None:
@@ -128,20 +123,19 @@ class Waiting:
 
 TAB = 8  # columns between tab stops
 ERASE_BELOW = "\x1b[J"
-# One line down and up again makes room at the bottom of the screen. Then: remember the place, write
-# below, return.
+# one line down and up again scrolls the bottom of the screen; then save the place, write, return
 BELOW = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[7m{}\x1b[0m\x1b8"
 
 
 class WordWrap:
-    """Returns what to write for each piece of text so that no word breaks at the edge.
+    """Returns what to write for each piece of text, with no word broken at the edge.
 
         width 10   "the quick" -> "the quick"
                    " bro" -> " ", "bro" moves to a new line
                    "wn" -> "wn"
 
-    `columns()` is asked at each piece, so that a resized window is respected. The last column stays
-    free: a terminal that waits there for the next character forgets so when the cursor is moved.
+    `columns()` is called for each piece, so a resized window is respected. The last column stays
+    free: a terminal that waits there for the next character forgets it when the cursor moves.
     """
 
     def __init__(self, columns: Callable[[], int]) -> None:
@@ -183,10 +177,8 @@ class WordWrap:
         size = self.cell_len(char)
         if self.column + size <= self.width:
             return self._take(char, size)
-        if size > 1 or self.word_width in (
-            0,
-            self.column,
-        ):  # between wide characters, words, or within a long one
+        # a line breaks between wide characters, between words, and within a word that fills it
+        if size > 1 or self.word_width in (0, self.column):
             self.column = 0
             self._new_word()
             return "\n" + self._take(char, size)
@@ -217,9 +209,8 @@ class WordWrap:
 class Display:
     """Shows one answer: `with Display(live=True) as display: display.write("text", "status")`.
 
-    `live` asks for the status line, which needs a terminal that moves its cursor. The cursor rests
-    at the end of the text all the time, so that a resized window and a killed process leave nothing
-    but that one line behind.
+    `live` asks for the status line, which needs a terminal that moves its cursor. The cursor always
+    rests at the end of the text: a resized window or a killed process leaves only that line behind.
     """
 
     def __init__(self, live: bool) -> None:
@@ -251,12 +242,7 @@ class Display:
         else:
             print(text, end="", flush=True)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.waiting.end()
         print(ERASE_BELOW if self.live else "", flush=True)
 
@@ -278,16 +264,14 @@ class Meter:
 
     def __str__(self) -> str:
         seconds = self.last - self.first
-        return f"{self.tokens} tokens" + (
-            f" at {(self.tokens - 1) / seconds:.1f} tokens/s" if seconds else ""
-        )
+        rate = f" at {(self.tokens - 1) / seconds:.1f} tokens/s" if seconds else ""
+        return f"{self.tokens} tokens{rate}"
 
 
 class StopKey:
     """Turns Ctrl-C into a request to end the answer at the next token or prefilled chunk.
 
-    So nothing is torn in the middle of a pass. A second Ctrl-C before that is a
-    `KeyboardInterrupt`.
+    No pass is interrupted. A second Ctrl-C before the end is a `KeyboardInterrupt`.
     """
 
     def __init__(self) -> None:
@@ -309,10 +293,5 @@ class StopKey:
             self.over = True  # what cleans up now is not to be interrupted again
             raise KeyboardInterrupt
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGINT, self.before)

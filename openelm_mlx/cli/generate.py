@@ -58,25 +58,15 @@ def register(commands: Any) -> None:
     )
     parser.of_stray_words = "; put a prompt of several words in quotes"
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument(
-        "words",
-        metavar="PROMPT",
-        nargs="?",
-        help="the text to continue, or - to read it from stdin",
-    )
+    text = "the text to continue, or - to read it from stdin"
+    prompt.add_argument("words", metavar="PROMPT", nargs="?", help=text)
     prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the same, as openelm chat takes it")
     parser.add_argument("--model", default="openelm-tiny", help=MODEL_HELP)
-    parser.add_argument(
-        "--keep-newline",
-        action="store_true",
-        help="a line break that ends stdin is part of the prompt",
-    )
+    text = "a line break that ends stdin is part of the prompt"
+    parser.add_argument("--keep-newline", action="store_true", help=text)
     add_draft_flag(parser)
-    parser.add_argument(
-        "--cache-file",
-        metavar="FILE",
-        help="start from the keys and values in FILE, and save them there",
-    )
+    text = "start from the keys and values in FILE, and save them there"
+    parser.add_argument("--cache-file", metavar="FILE", help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_flags(parser, GenerationOptions)
     add_flags(parser, SamplingOptions)
@@ -92,73 +82,67 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError("--logprobs reports with --json only; give that too")
     all_characters(sys.stdout)
     if args.cache_file is not None:
-        check_writable(args.cache_file, "--cache-file")
-        name_for_mlx(os.path.realpath(args.cache_file))
-        # a pipe would be waited for without end
-        if os.path.exists(args.cache_file) and not os.path.isfile(args.cache_file):
-            raise OptionError(
-                f"--cache-file {args.cache_file} is not a regular file; give another name"
-            )
+        check_cache_file(args.cache_file)
     if sampling.idle:
         flags = ", ".join("--" + name.replace("_", "-") for name in sampling.idle)
-        print(
-            f"openelm: without a --temperature decoding is greedy; ignored: {flags}",
-            file=sys.stderr,
-        )
+        what = f"without a --temperature decoding is greedy; ignored: {flags}"
+        print(f"openelm: {what}", file=sys.stderr)
     prompt = read_prompt(args)
     engine, draft = load_model(args.model, args), load_draft(args)
     from openelm_mlx.engine.generation import stream_generate
 
     cache = None if args.cache_file is None else cache_from(args.cache_file, engine, engine_options)
+    others: Any = {"engine_options": engine_options, "prompt_cache": cache, "draft": draft}
     events = []
-    with (
-        Waiting("reading the prompt") as waiting,
-        closing(
-            stream_generate(
-                engine,
-                prompt,
-                sampling,
-                options,
-                engine_options=engine_options,
-                prompt_cache=cache,
-                draft=draft,
-                progress=waiting.progress,
-            )
-        ) as stream,
-    ):
-        for event in stream:
-            events.append(event)
-            if args.json:
-                waiting.say(f"{len(events)} tokens")
-            else:
-                waiting.end()
-                print(event.text, end="", flush=True)
-    last = events[-1]
+    with Waiting("reading the prompt") as waiting:
+        others["progress"] = waiting.progress
+        with closing(stream_generate(engine, prompt, sampling, options, **others)) as stream:
+            for event in stream:
+                events.append(event)
+                if args.json:
+                    waiting.say(f"{len(events)} tokens")
+                else:
+                    waiting.end()
+                    print(event.text, end="", flush=True)
     if args.json:
-        result = {
-            "model": engine.name,
-            "prompt": prompt,
-            "text": "".join(event.text for event in events),
-            "tokens": [event.token for event in events],
-            "finish_reason": last.finish_reason,
-            "context_full": context_full(last, options),
-            "stats": None if last.stats is None else asdict(last.stats),
-        }
-        if options.logprobs is not None:
-            result["logprobs"] = [logprobs(engine, event) for event in events]
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(as_dict(engine, prompt, events, options), ensure_ascii=False))
     else:
         print()
-        if context_full(last, options):
+        if context_full(events[-1], options):
             length = engine.config.max_context_length
-            print(
-                f"the text ends here because the context of {length} tokens is full",
-                file=sys.stderr,
-            )
-        print(summary(last.stats), file=sys.stderr)
+            what = f"the text ends here because the context of {length} tokens is full"
+            print(what, file=sys.stderr)
+        print(summary(events[-1].stats), file=sys.stderr)
     if cache is not None:
         cache.save(args.cache_file, engine)
     return 0
+
+
+def as_dict(
+    engine: Engine, prompt: str, events: list[Event], options: GenerationOptions
+) -> dict[str, Any]:
+    """Return the result for JSON."""
+    last = events[-1]
+    result: dict[str, Any] = {
+        "model": engine.name,
+        "prompt": prompt,
+        "text": "".join(event.text for event in events),
+        "tokens": [event.token for event in events],
+        "finish_reason": last.finish_reason,
+        "context_full": context_full(last, options),
+        "stats": None if last.stats is None else asdict(last.stats),
+    }
+    if options.logprobs is not None:
+        result["logprobs"] = [logprobs(engine, event) for event in events]
+    return result
+
+
+def check_cache_file(path: str) -> None:
+    """Raise `OptionError` for a file that a prefix cache cannot be read from and written to."""
+    check_writable(path, "--cache-file")
+    name_for_mlx(os.path.realpath(path))
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would never end
+        raise OptionError(f"--cache-file {path} is not a regular file; give another name")
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -181,12 +165,13 @@ def context_full(last: Event, options: GenerationOptions) -> bool:
 
 def logprobs(engine: Engine, event: Event) -> dict[str, Any]:
     """Return the log probability of a token, and the likeliest tokens with their texts."""
-    top = [
-        {"token": token, "text": text_of(engine, token), "logprob": value}
-        for token, value in event.top_logprobs
-    ]
-    text = text_of(engine, event.token)
-    return {"token": event.token, "text": text, "logprob": event.logprob, "top": top}
+
+    def entry(token: int, value: float | None) -> dict[str, Any]:
+        return {"token": token, "text": text_of(engine, token), "logprob": value}
+
+    return entry(event.token, event.logprob) | {
+        "top": [entry(*pair) for pair in event.top_logprobs]
+    }
 
 
 def text_of(engine: Engine, token: int) -> str:
@@ -195,9 +180,7 @@ def text_of(engine: Engine, token: int) -> str:
 
 
 def cache_from(path: str, engine: Engine, options: EngineOptions) -> PromptCache:
-    """Load the cache saved at `path`, of the kind that the options ask for, or make an empty
-    one.
-    """
+    """Load the cache saved at `path`, of the kind that the options ask for, or make a new one."""
     from openelm_mlx.engine.prompt_cache import PromptCache
 
     if os.path.exists(path):
@@ -209,11 +192,8 @@ def summary(stats: GenerationStats | None) -> str:
     """Return one line of statistics, as generate and chat show it."""
     if stats is None:
         return "nothing was generated"
-    rate = (
-        f" at {stats.generation_tokens_per_second:.1f} tokens/s"
-        if stats.generation_tokens > 1
-        else ""
-    )
+    per_second = stats.generation_tokens_per_second
+    rate = f" at {per_second:.1f} tokens/s" if stats.generation_tokens > 1 else ""
     reused = f" ({stats.reused_tokens} of them from the cache)" if stats.reused_tokens else ""
     if stats.drafted_tokens:
         accepted = f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted accepted"

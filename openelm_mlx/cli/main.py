@@ -18,13 +18,8 @@ from openelm_mlx.errors import OpenELMError
 from openelm_mlx.model.config import PUBLISHED
 
 COMMANDS = ("chat", "generate", "convert", "benchmark", "inspect", "models", "doctor")
-UNWRITABLE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EBADF,
-)  # what a stream that is full or gone answers
+# errors of a stream that is full or gone
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 EXAMPLES = f"""examples:
   openelm chat                                     talk to the bundled model
@@ -101,10 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     occupy_closed_streams()
     if sys.stdout is None:
-        say(
-            "openelm: standard output is closed, so no result can be shown; "
-            "leave out `>&-`, or write `>/dev/null`"
-        )
+        what = "standard output is closed, so no result can be shown"
+        say(f"openelm: {what}; leave out `>&-`, or write `>/dev/null`")
         return 2
     all_characters(sys.stdout)
     try:

@@ -57,10 +57,7 @@ class Parser(argparse.ArgumentParser):
             (file or sys.stderr).write(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as the base class does, and refuse here whatever is left over.
-
-        So the error comes from the subcommand, which knows its own options best.
-        """
+        """Parse as the base class does, and refuse leftovers here, where the options are known."""
         namespace, rest = super().parse_known_args(args, namespace)
         if rest and rest[0].startswith("-"):
             flag = rest[0].partition("=")[0]
@@ -81,13 +78,9 @@ class Parser(argparse.ArgumentParser):
         hint = did_you_mean(str(value), choices) or f"; allowed: {', '.join(choices)}"
         if action.option_strings:
             raise argparse.ArgumentError(None, f"{action.option_strings[0]} is {value!r}{hint}")
-        raise argparse.ArgumentError(
-            None, f"{value!r} is not {article(str(action.metavar).lower().strip('[]'))}{hint}"
-        )
-
-
-def article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+        noun = str(action.metavar).lower().strip("[]")
+        what = f"{value!r} is not {'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+        raise argparse.ArgumentError(None, f"{what}{hint}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -97,7 +90,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near}?" if near else ""
 
 
-def whole(text: str) -> int:
+def integer(text: str) -> int:
     """Parse the value of a flag that takes an integer."""
     try:
         return int(text)
@@ -125,9 +118,7 @@ def given_path(name: str) -> Path:
     try:
         return Path(name).expanduser()
     except RuntimeError:
-        raise OptionError(
-            f"{name} names a home folder that is not known; give the whole path"
-        ) from None
+        raise OptionError(f"{name} is in a home folder that is not known; give its path") from None
 
 
 def text_of(path: Path, most: int | None = None) -> str:
@@ -136,30 +127,21 @@ def text_of(path: Path, most: int | None = None) -> str:
         if os.path.exists(path) and not os.path.isfile(path):
             raise PromptError(f"{path} is not a regular file; give a file of text")
         if most is not None and path.stat().st_size > most:
-            raise PromptError(
-                f"{path} has {path.stat().st_size:,} bytes, far more than fits the context; "
-                "give a part"
-            )
+            what = f"{path} has {path.stat().st_size:,} bytes, far more than fits the context"
+            raise PromptError(f"{what}; give a part")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         if b"\0" in error.object:
             raise PromptError(f"{path} is not text; give a file of text") from None
-        raise PromptError(
-            f"{path} is not UTF-8 text (byte {error.start}); "
-            "convert it, as with iconv -f latin1 -t utf-8"
-        ) from None
+        what = f"{path} is not UTF-8 text (byte {error.start})"
+        raise PromptError(f"{what}; convert it, as with iconv -f latin1 -t utf-8") from None
     except (OSError, ValueError) as error:
-        raise PromptError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise PromptError(f"cannot read {path}: {why}") from None
 
 
-FORMS: dict[str, tuple[Any, str]] = {
-    "int": (whole, "N"),
-    "float": (real, "X"),
-    "str": (str, "TEXT"),
-    "Path": (str, "FILE"),
-}
+# by the annotation of a field: how its flag is parsed, and what help calls its value
+VALUES = {"int": (integer, "N"), "float": (real, "X"), "str": (str, "TEXT"), "Path": (str, "FILE")}
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type, skip: tuple[str, ...] = ()) -> None:
@@ -176,46 +158,27 @@ def has_flag(item: Field[Any]) -> bool:
 
 
 def add_flag(group: Any, item: Field[Any]) -> None:
-    kind, default = str(item.type), None if item.default is MISSING else item.default
-    flag = item.metadata.get("flag") or "--" + item.name.replace("_", "-")
-    text = item.metadata["help"] + (
-        "" if default in (None, (), False, True) else f" (default {default})"
-    )
+    """Add the flag of one option; its value is absent unless it is given."""
+    known, kind = item.metadata, str(item.type)
+    flag, text = known.get("flag") or "--" + item.name.replace("_", "-"), known["help"]
+    if item.default is not MISSING and item.default not in (None, (), False, True):
+        text += f" (default {item.default})"
+    how: dict[str, Any]
     if kind.startswith("bool"):
-        group.add_argument(
-            flag,
-            dest=item.name,
-            action=argparse.BooleanOptionalAction,
-            default=argparse.SUPPRESS,
-            help=text,
-        )
+        how = {"action": argparse.BooleanOptionalAction}
     elif kind.startswith("tuple"):
-        reads = whole if kind.startswith("tuple[int") else str
-        several = "nargs" in item.metadata
+        several = "nargs" in known
         text += "" if several else "; may be given several times"
-        text += ", or once with commas between them" if item.metadata.get("commas") else ""
-        group.add_argument(
-            flag,
-            dest=item.name,
-            action="extend" if several else "append",
-            nargs=item.metadata.get("nargs"),
-            type=reads,
-            default=argparse.SUPPRESS,
-            help=text,
-            metavar=item.metadata.get("metavar", "TEXT"),
-        )
+        text += ", or once with commas between them" if known.get("commas") else ""
+        how = {"action": "extend" if several else "append", "nargs": known.get("nargs")}
+        how |= {"type": integer if kind.startswith("tuple[int") else str}
+        how |= {"metavar": known.get("metavar", "TEXT")}
     else:
-        form, metavar = FORMS[kind.partition(" | ")[0]]
-        file = form is str and item.metadata.get("metavar") == "FILE"
-        group.add_argument(
-            flag,
-            dest=item.name,
-            type=contents if file else form,
-            choices=item.metadata.get("choices"),
-            default=argparse.SUPPRESS,
-            help=text,
-            metavar=item.metadata.get("metavar", None if "choices" in item.metadata else metavar),
-        )
+        parse, metavar = VALUES[kind.partition(" | ")[0]]
+        file = kind.startswith("str") and known.get("metavar") == "FILE"
+        how = {"type": contents if file else parse, "choices": known.get("choices")}
+        how |= {"metavar": known.get("metavar", None if "choices" in known else metavar)}
+    group.add_argument(flag, dest=item.name, default=argparse.SUPPRESS, help=text, **how)
 
 
 def from_args(options: type[T], args: argparse.Namespace, **defaults: Any) -> T:
@@ -225,13 +188,14 @@ def from_args(options: type[T], args: argparse.Namespace, **defaults: Any) -> T:
 
 def given_fields(options: type, args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the dataclass that were given on the command line."""
-    given = {f.name: getattr(args, f.name) for f in fields(options) if hasattr(args, f.name)}
+    given = {}
     for item in fields(options):
-        if item.metadata.get("commas") and len(given.get(item.name, ())) == 1:
-            given[item.name] = given[item.name][0].split(",")
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
-    }
+        if hasattr(args, item.name):
+            value = getattr(args, item.name)
+            if item.metadata.get("commas") and len(value) == 1:
+                value = value[0].split(",")
+            given[item.name] = tuple(value) if isinstance(value, list) else value
+    return given
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -259,10 +223,7 @@ def load_draft(args: argparse.Namespace) -> Any:
 
 
 def load_model(name: str, args: argparse.Namespace) -> Any:
-    """Load the engine of `name`.
-
-    Raises `OptionError` before it loads for options that have nothing to act on.
-    """
+    """Load the engine of `name`. Raises `OptionError` first, for options that would do nothing."""
     options = from_args(ModelOptions, args)
     from_args(GenerationOptions, args).check_draft(args.draft_model is not None)
     from openelm_mlx.engine.loading import load

@@ -34,9 +34,9 @@ NARROWEST = 20  # columns that a text needs to be wrapped beside another
 class Session:
     """Runs the lines of a conversation, and shows its answers and everything else.
 
-    `dialogue` says that someone sits at a terminal: Ctrl-C then stops an answer only, an unknown
-    command is not sent as a message, and `confirm` asks a question for yes or no. Without it,
-    answers go to stdout and everything else to stderr. `stats` are those of the last answer.
+    A `dialogue` is at a terminal: Ctrl-C stops an answer only, an unknown command is not sent as a
+    message, and `confirm` asks a question for yes or no. Otherwise answers go to stdout and
+    everything else to stderr. `stats` are those of the last answer.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class Session:
         """Say rows of columns; on a terminal the last column is wrapped within itself."""
         rows, out = list(rows), self.out
         widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)][:-1]
-        room = columns(out) - 1 - sum(widths) if moves_cursor(out) else 0
+        free = columns(out) - 1 - sum(widths) if moves_cursor(out) else 0
         indent = "\n" + " " * sum(widths)
         lines = []
         for *first, last in rows:
             left = "".join(f"{text:<{width}}" for text, width in zip(first, widths, strict=True))
             parts = last.split("\n")
-            if room >= NARROWEST:
-                parts = [part for text in parts for part in textwrap.wrap(text, room) or [""]]
+            if free >= NARROWEST:
+                parts = [part for text in parts for part in textwrap.wrap(text, free) or [""]]
             lines.append(left + indent.join(parts))
         self.say("\n".join(lines))
 
@@ -91,9 +91,7 @@ class Session:
         self.answer(lambda progress: self.conversation.send(text, progress))
 
     def answer(self, ask: Ask) -> None:
-        """Show an answer as it comes. Ctrl-C in a dialogue ends this answer, not the
-        conversation.
-        """
+        """Show an answer as it comes. Ctrl-C in a dialogue ends the answer, not the chat."""
         display, stop, meter = Display(self.dialogue), StopKey(), Meter()
 
         def progress(done: int, total: int) -> None:
@@ -116,11 +114,8 @@ class Session:
             except KeyboardInterrupt:
                 if not self.dialogue:
                     raise
-                display.write(
-                    " [stopped]"
-                    if last
-                    else "[stopped before the answer began; the conversation is as before]"
-                )
+                before = "[stopped before the answer began; the conversation is as before]"
+                display.write(" [stopped]" if last else before)
         self.stats, self.meter = None if last is None else last.stats, meter
         if last is not None and last.finish_reason == "length":
             self._tell_of_the_cut(last)
@@ -128,7 +123,7 @@ class Session:
     def _tell_of_the_cut(self, last: Event) -> None:
         options = self.conversation.options
         if context_full(last, options):
-            self.say("[the context is full: the answer ends here; the next message makes room]")
+            self.say("[the context is full; the next message drops the oldest turns]")
         elif self.dialogue:
             tokens = options.max_tokens
             self.say(f"[the answer was cut at {tokens} tokens; /set max_tokens N allows more]")
@@ -158,10 +153,8 @@ def written(value: Any) -> str:
     if value in (None, ()):
         return "none"
     if isinstance(value, tuple):
-        parts = [
-            f"{part[0]}={part[1]:g}" if isinstance(part, tuple) else str(part) for part in value
-        ]
-        return " ".join(parts)
+        pairs = (f"{one[0]}={one[1]:g}" if isinstance(one, tuple) else str(one) for one in value)
+        return " ".join(pairs)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -9,7 +9,7 @@ import termios
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from prompt_toolkit import PromptSession
@@ -27,10 +27,7 @@ from openelm_mlx.errors import OpenELMError
 if TYPE_CHECKING:
     from openelm_mlx.engine.conversation import Conversation
 
-PASTE_ON, PASTE_OFF = (
-    "\x1b[?2004h",
-    "\x1b[?2004l",
-)  # a paste arrives in brackets, so that its lines stay together
+PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # a bracketed paste keeps its lines together
 
 
 def dialogue(conversation: Conversation) -> int:
@@ -135,23 +132,17 @@ class History(FileHistory):
 def history_file() -> Path:
     """Return the file of earlier messages: $XDG_STATE_HOME/openelm-mlx/history."""
     try:
-        folder = (
-            Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-            / "openelm-mlx"
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        # only its owner may read it: it has everything that was asked
-        os.close(os.open(folder / "history", os.O_WRONLY | os.O_CREAT, 0o600))
-    except (
-        OSError,
-        RuntimeError,
-    ):  # a home that is unknown or cannot be written costs the history, not the chat
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        file = state / "openelm-mlx" / "history"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600))  # private: it has all questions
+    except (OSError, RuntimeError):  # without a home that can be written there is no history
         return Path(os.devnull)
-    return folder / "history"
+    return file
 
 
 class SilentKeys:
-    """Keeps what is typed during an answer from being shown amid it: it waits for the next prompt.
+    """Hides what is typed during an answer, and leaves it to the next prompt.
 
     The terminal is restored on every way out, also by signals that end or suspend the process.
     """
@@ -167,26 +158,17 @@ class SilentKeys:
         return self
 
     def bracket_pastes(self) -> None:
-        """Keep the lines of a paste together during an answer too; each prompt ends with turning
-        that off.
-        """
+        """Keep the lines of a paste together during an answer too; each prompt turns that off."""
         if moves_cursor(sys.stdout):
             print(PASTE_ON, end="", flush=True)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def _silence(self) -> None:
-        """Turn off echo, and lines made by the terminal, which end at 4,095 bytes; let Enter arrive
-        as the prompt knows it.
-        """
+        """Turn off echo and the terminal's own lines, which end at 4,095 bytes; let Enter be CR."""
         mode = termios.tcgetattr(self.terminal)
         mode[0] &= ~termios.ICRNL
         mode[3] &= ~(termios.ECHO | termios.ICANON)
