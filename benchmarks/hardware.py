@@ -200,15 +200,3 @@ def bytes_per_token(
     kind = CacheKind.of(config, EngineOptions(kv_bits=kv_bits))
     parts["kv"] = float(kind.bytes_per_token(config, itemsize(dtype)) * context_tokens)
     return parts
-
-
-def bound(bytes_read: float | Mapping[str, float], bandwidth: float) -> float:
-    """Return the tokens a second where `bytes_read` come at `bandwidth`, in bytes a second.
-
-    Decoding stays below it (arXiv:2211.05102, section 2.1) unless something reads faster: a
-    measured copy need not be the fastest reader, nor memory the place of small weights.
-    """
-    total = sum(bytes_read.values()) if isinstance(bytes_read, Mapping) else bytes_read
-    if total <= 0 or bandwidth <= 0:
-        raise BenchmarkError(f"bytes and bandwidth must be above 0, not {total} and {bandwidth}")
-    return bandwidth / total

@@ -33,7 +33,6 @@ TIE = 1e-5  # two scores of float32 that are so near may change places
 TIE_8_BITS = (
     1e-2  # the same with keys and values in 8 bits; of other kinds only the rate is reported
 )
-BEHIND, BEHIND_ROUNDED = 1e-4, 0.1  # how far a drawn token may be from the likeliest one
 # these ways compute in the same order as what they repeat
 STRICT = {"not streamed", "alone again", "a batch of one", "the same batch again"}
 
@@ -62,33 +61,14 @@ class Difference:
 class Report:
     """What was compared, and what differed."""
 
-    trials: int = 0
     compared: Counter[str] = field(default_factory=Counter)  # answers, by way
     tokens: Counter[str] = field(default_factory=Counter)  # compared, up to the first that differs
     differences: list[Difference] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    checked: int = 0  # tokens of answers alone that were compared with the independent pass
-    farthest: float = 0.0  # the largest score of a likeliest token less that of the drawn one
 
     @property
     def failures(self) -> list[str]:
         return [*self.errors, *(str(found) for found in self.differences if not found.allowed)]
-
-    def as_json(self) -> dict[str, Any]:
-        differing = Counter(found.way for found in self.differences)
-        return {
-            "trials": self.trials,
-            "compared": dict(self.compared),
-            "tokens": dict(self.tokens),
-            "rate_of_differing_tokens": {
-                way: differing[way] / max(count, 1) for way, count in self.tokens.items()
-            },
-            "largest_gap": max((found.gap for found in self.differences), default=0.0),
-            "checked_tokens": self.checked,
-            "farthest_from_reference": self.farthest,
-            "differences": [vars(found) for found in self.differences],
-            "failures": self.failures,
-        }
 
 
 class Judge:
@@ -143,27 +123,6 @@ class Judge:
             tolerance = TIE if self.exact(kind) else TIE_8_BITS
             return gap, self.reference.plausible(logits, request, answer, tokens, tolerance)
         return gap, True
-
-    def check(self, request: Request, kind: CacheKind, answer: Answer) -> None:
-        """Compare every token of an answer with the independent pass."""
-        start = len(request.prompt)
-        logits = self.reference.logits(request.prompt + answer.tokens[:-1], kind)[start - 1 :]
-        tolerance = BEHIND if self.exact(kind) else BEHIND_ROUNDED
-        for place, (token, row) in enumerate(zip(answer.tokens, logits, strict=True)):
-            before = answer.tokens[:place]
-            scores = self.reference.scores(row, request, before)
-            behind, likeliest = float(scores.max() - scores[token]), int(scores.argmax())
-            self.report.checked += 1
-            if behind <= tolerance:
-                self.report.farthest = max(self.report.farthest, behind)
-                continue
-            pair = (token, likeliest)
-            if not self.reference.plausible(row, request, before, pair, tolerance):
-                self.report.errors.append(
-                    f"against the independent pass: token {place} is {token}, {behind:.2e} behind "
-                    f"{likeliest}; {kind}; {request}"
-                )
-                return
 
 
 def first_difference(one: Answer, other: Answer) -> int | None:

@@ -1,4 +1,4 @@
-"""Random models, random requests, and two ways to run these: alone, or with others in a batch."""
+"""Random models, random requests, and the answer of a request that runs alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from openelm_mlx import BatchEngine, stream_generate
+from openelm_mlx import stream_generate
 from openelm_mlx.device import mx
 from openelm_mlx.engine.hub import BUNDLED
 from openelm_mlx.engine.loading import Engine
@@ -28,12 +28,6 @@ FILTERS = (
     "presence_penalty logit_bias",
     "temperature top_k top_p min_p xtc_probability repetition_penalty frequency_penalty "
     "penalty_window logit_bias",
-)
-WINDOWS: tuple[dict[str, int], ...] = (
-    {},
-    {},
-    {"kv_window": 24, "kv_keep": 4},
-    {"kv_window": 100, "kv_keep": 2},
 )
 
 
@@ -111,14 +105,6 @@ class Maker:
     def request(self) -> Request:
         return Request(self.prompt(), self.sampling(), self.options())
 
-    def engine_options(self, kv_bits: int | None) -> EngineOptions:
-        return EngineOptions(
-            prefill_chunk=self.random.choice((24, 64, 100, 256, 512)),
-            compiled=self.random.random() < 0.2,
-            kv_bits=kv_bits,
-            **self.random.choice(WINDOWS),  # type: ignore[arg-type]
-        )
-
 
 def alone(
     engine: Engine,
@@ -137,46 +123,6 @@ def alone(
             if len(tokens) == cancel_after:
                 break
     return Answer(tokens, text, reason)
-
-
-def together(
-    engine: Engine,
-    requests: list[Request],
-    how: EngineOptions,
-    rng: random.Random,
-    lookup: bool = False,
-    **settings: Any,
-) -> list[Answer]:
-    """Run requests through one `BatchEngine`.
-
-    They join while others run, up to three others come and go, and some are cancelled.
-    """
-    slots, admission = rng.randint(1, 8), rng.choice((None, 8, 32, 100))
-    batch = BatchEngine(engine, slots, how, admission=admission, **settings)
-    maker, waiting = Maker(engine, rng, 8), [*enumerate(requests)]
-    waiting += [(-1, maker.request()) for _ in range(rng.randint(0, 3))]
-    rng.shuffle(waiting)
-    numbers: dict[int, int] = {}
-    answers = [Answer([], "", None) for _ in requests]
-    ends = [rng.randint(0, 12) if rng.random() < 0.15 else None for _ in requests]
-    with closing(batch):
-        while batch.busy or waiting:
-            while waiting and rng.random() < 0.4:
-                place, request = waiting.pop()
-                length = rng.randint(1, 3) if lookup and rng.random() < 0.7 else 0
-                numbers[batch.submit(*request, prompt_lookup=length)] = place
-            for number, event in batch.step():
-                place = numbers[number]
-                if place < 0:
-                    cancelled = rng.random() < 0.1
-                else:
-                    tokens, text, _ = answers[place]
-                    tokens = [*tokens, event.token]
-                    answers[place] = Answer(tokens, text + event.text, event.finish_reason)
-                    cancelled = len(tokens) == ends[place]
-                if cancelled:
-                    batch.cancel(number)
-    return answers
 
 
 def random_model(

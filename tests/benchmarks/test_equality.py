@@ -36,7 +36,7 @@ def engine(tiny):
 @pytest.mark.parametrize(("bits", "trials"), [(None, 4), (8, 2)])
 def test_a_request_has_one_answer_however_it_is_run(tiny, engine, bits, trials):
     draft = random_engine(tiny, seed=1, noise=0.3)
-    report = equality.run(lambda done: (engine, draft), trials, seed=7, kv_bits=bits, check=1.0)
+    report = equality.run(lambda done: (engine, draft), trials, seed=7, kv_bits=bits, share=1.0)
     assert report.failures == []
     assert report.compared.keys() > WAYS and report.trials == trials <= report.checked
 
@@ -52,14 +52,14 @@ def test_the_judge_tells_a_wrong_token_from_a_tie(engine):
         [1, 5, 9], SamplingOptions(), GenerationOptions(max_tokens=4, ignore_eos=True)
     )
     kind, right = CacheKind(), alone(engine, request, EngineOptions())
-    judge = Judge(engine, Report())
+    judge = Judge(engine, equality.Trials())
     judge.compare("a way", request, kind, right, Answer(right.tokens[:2], "", None))
     assert judge.report.differences == [] and judge.report.failures == []
     judge.compare("a way", request, kind, right, Answer(right.tokens[:2], "", "length"))
     wrong = [*right.tokens[:3], (right.tokens[3] + 1) % engine.vocab]
     judge.compare("a way", request, kind, right, Answer(wrong, "", "length"))
     judge.compare("a way", request, kind, right, Answer(right.tokens, "other", "length"))
-    judge.check(request, kind, Answer(wrong, "", "length"))
+    equality.check(judge, judge.report, request, kind, Answer(wrong, "", "length"))
     assert len(judge.report.failures) == 4
     for text in (
         "the same tokens, but",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from openelm_mlx import device
-from openelm_mlx.benchmarks.hardware import PARTS, bound, bytes_per_token, part_of
+from openelm_mlx.benchmarks.hardware import PARTS, bytes_per_token, part_of
 from openelm_mlx.benchmarks.measure.machine import WARM_UP, bandwidth
 from openelm_mlx.cli.inspect import tensor_bytes
 from openelm_mlx.engine.loading import Engine
@@ -136,13 +136,6 @@ def test_rows_that_groups_do_not_fit_are_refused() -> None:
     narrow = OpenELMConfig(**{**ONE.__dict__, "model_dim": 96})
     with pytest.raises(BenchmarkError, match="has rows of 96, not a multiple of group_size 64"):
         bytes_per_token(narrow, "float32", {"bits": 4, "group_size": 64})
-
-
-def test_bound() -> None:
-    assert bound({"ffn": 300.0, "kv": 100.0}, 2000.0) == bound(400, 2000) == 5
-    for read, rate in (({}, 1e9), (400, 0.0), (400, -1.0), (-400, 1e9)):
-        with pytest.raises(BenchmarkError, match="must be above 0"):
-            bound(read, rate)
 
 
 def test_bandwidth_counts_what_a_copy_moves_and_what_a_read_reads() -> None:

@@ -20,13 +20,15 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx import PromptCache, batch_generate, generate, load
+from openelm_mlx import BatchEngine, PromptCache, batch_generate, generate, load
 from openelm_mlx.benchmarks.checks.judge import Judge, Report
 from openelm_mlx.benchmarks.checks.trials import (
     Answer,
@@ -34,7 +36,6 @@ from openelm_mlx.benchmarks.checks.trials import (
     Request,
     alone,
     random_engine,
-    together,
 )
 from openelm_mlx.device import blas
 from openelm_mlx.dtypes import DTYPES, FLOATS
@@ -44,6 +45,98 @@ from openelm_mlx.engine.options import KV_BITS, EngineOptions
 from openelm_mlx.model.cache_kinds import CacheKind
 
 RENEW = 100  # trials after which models of random weights are made anew
+BEHIND, BEHIND_ROUNDED = 1e-4, 0.1  # how far a drawn token may be from the likeliest one
+WINDOWS: tuple[dict[str, int], ...] = (
+    {},
+    {},
+    {"kv_window": 24, "kv_keep": 4},
+    {"kv_window": 100, "kv_keep": 2},
+)
+
+
+@dataclass
+class Trials(Report):
+    """What all trials have shown."""
+
+    trials: int = 0
+    checked: int = 0  # tokens of answers alone that were compared with the independent pass
+    farthest: float = 0.0  # the largest score of a likeliest token less that of the drawn one
+
+    def as_json(self) -> dict[str, Any]:
+        differing = Counter(found.way for found in self.differences)
+        return {
+            "trials": self.trials,
+            "compared": dict(self.compared),
+            "tokens": dict(self.tokens),
+            "rate_of_differing_tokens": {
+                way: differing[way] / max(count, 1) for way, count in self.tokens.items()
+            },
+            "largest_gap": max((found.gap for found in self.differences), default=0.0),
+            "checked_tokens": self.checked,
+            "farthest_from_reference": self.farthest,
+            "differences": [vars(found) for found in self.differences],
+            "failures": self.failures,
+        }
+
+
+def check(judge: Judge, report: Trials, request: Request, kind: CacheKind, answer: Answer) -> None:
+    """Compare every token of an answer with the independent pass."""
+    start, reference = len(request.prompt), judge.reference
+    logits = reference.logits(request.prompt + answer.tokens[:-1], kind)[start - 1 :]
+    tolerance = BEHIND if judge.exact(kind) else BEHIND_ROUNDED
+    for place, (token, row) in enumerate(zip(answer.tokens, logits, strict=True)):
+        before = answer.tokens[:place]
+        scores = reference.scores(row, request, before)
+        behind, likeliest = float(scores.max() - scores[token]), int(scores.argmax())
+        report.checked += 1
+        if behind <= tolerance:
+            report.farthest = max(report.farthest, behind)
+        elif not reference.plausible(row, request, before, (token, likeliest), tolerance):
+            report.errors.append(
+                f"against the independent pass: token {place} is {token}, {behind:.2e} behind "
+                f"{likeliest}; {kind}; {request}"
+            )
+            return
+
+
+def together(
+    engine: Engine,
+    requests: list[Request],
+    how: EngineOptions,
+    rng: random.Random,
+    lookup: bool = False,
+    **settings: Any,
+) -> list[Answer]:
+    """Run requests through one `BatchEngine`.
+
+    They join while others run, up to three others come and go, and some are cancelled.
+    """
+    slots, admission = rng.randint(1, 8), rng.choice((None, 8, 32, 100))
+    batch = BatchEngine(engine, slots, how, admission=admission, **settings)
+    maker, waiting = Maker(engine, rng, 8), [*enumerate(requests)]
+    waiting += [(-1, maker.request()) for _ in range(rng.randint(0, 3))]
+    rng.shuffle(waiting)
+    numbers: dict[int, int] = {}
+    answers = [Answer([], "", None) for _ in requests]
+    ends = [rng.randint(0, 12) if rng.random() < 0.15 else None for _ in requests]
+    with closing(batch):
+        while batch.busy or waiting:
+            while waiting and rng.random() < 0.4:
+                place, request = waiting.pop()
+                length = rng.randint(1, 3) if lookup and rng.random() < 0.7 else 0
+                numbers[batch.submit(*request, prompt_lookup=length)] = place
+            for number, event in batch.step():
+                place = numbers[number]
+                if place < 0:
+                    cancelled = rng.random() < 0.1
+                else:
+                    tokens, text, _ = answers[place]
+                    tokens = [*tokens, event.token]
+                    answers[place] = Answer(tokens, text + event.text, event.finish_reason)
+                    cancelled = len(tokens) == ends[place]
+                if cancelled:
+                    batch.cancel(number)
+    return answers
 
 
 class Parrot:
@@ -67,12 +160,14 @@ class Group:
     def __init__(
         self,
         judge: Judge,
+        report: Trials,
         maker: Maker,
         draft: Engine | ModelDraft | None,
         how: EngineOptions,
         count: int,
     ) -> None:
-        self.judge, self.maker, self.draft, self.how = judge, maker, draft, how
+        self.judge, self.report, self.maker = judge, report, maker
+        self.draft, self.how = draft, how
         self.engine, self.random = judge.engine, maker.random
         self.requests = [maker.request() for _ in range(count)]
         self.kind = CacheKind.of(self.engine.config, how)
@@ -80,11 +175,11 @@ class Group:
         texts = [r.prompt + a.tokens for r, a in zip(self.requests, self.base, strict=True)]
         self.parrot = Parrot(texts, self.random)
 
-    def run(self, check: float) -> None:
-        """Compare all ways, and a share `check` of the answers alone with the independent pass."""
+    def run(self, share: float) -> None:
+        """Compare all ways, and a `share` of the answers alone with the independent pass."""
         for request, answer in zip(self.requests, self.base, strict=True):
-            if self.random.random() < check:
-                self.judge.check(request, self.kind, answer)
+            if self.random.random() < share:
+                check(self.judge, self.report, request, self.kind, answer)
             for way, other in self.one_by_one(request):
                 self.judge.compare(way, request, self.kind, answer, other)
         seed, draft = self.random.random(), self.random.choice((self.draft, self.parrot))
@@ -142,14 +237,14 @@ def run(
     trials: int,
     seed: int = 0,
     kv_bits: int | None = None,
-    check: float = 0.05,
-    tick: Callable[[Report], None] = lambda report: None,
-) -> Report:
+    share: float = 0.05,
+    tick: Callable[[Trials], None] = lambda report: None,
+) -> Trials:
     """Run `trials` requests in every way.
 
     `engines` gives a model and its draft, by the number of trials done.
     """
-    rng, report = random.Random(seed), Report()
+    rng, report = random.Random(seed), Trials()
     engine: Engine | None = None
     while report.trials < trials:
         made, draft = engines(report.trials)
@@ -157,8 +252,13 @@ def run(
             engine, judge, maker = made, Judge(made, report), Maker(made, rng)
             drafter = ModelDraft(made, draft) if draft else None
         count = min(rng.randint(1, 6), trials - report.trials)
-        how = maker.engine_options(kv_bits)
-        Group(judge, maker, rng.choice((drafter, draft)), how, count).run(check)
+        how = EngineOptions(
+            prefill_chunk=rng.choice((24, 64, 100, 256, 512)),
+            compiled=rng.random() < 0.2,
+            kv_bits=kv_bits,
+            **rng.choice(WINDOWS),
+        )
+        Group(judge, report, maker, rng.choice((drafter, draft)), how, count).run(share)
         report.trials += count
         tick(report)
     return report
@@ -198,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     start, shown = time.monotonic(), 0
 
-    def tick(report: Report) -> None:
+    def tick(report: Trials) -> None:
         nonlocal shown
         line = (
             f"\r{report.trials} of {args.trials} trials, {report.compared.total()} answers "
