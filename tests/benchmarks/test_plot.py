@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -16,6 +15,7 @@ from bench_document import (
     sparse_document,
     startup_document,
 )
+from optional import hide
 
 from openelm_mlx.benchmarks.results.document import Document, Machine, Metric, completed
 from openelm_mlx.benchmarks.results.plots import (
@@ -187,21 +187,12 @@ def test_what_cannot_be_drawn_or_written_says_why(tmp_path, monkeypatch):
         write_plot(replace(rich_document(), rows=(), ratios=()), tmp_path / "a.png")
     with pytest.raises(BenchmarkError, match="cannot write .*; give a file in a folder that exist"):
         write_plot(sparse_document(), tmp_path / "none" / "a.png")
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib(builtins.__import__))
+    hide(monkeypatch, "matplotlib")
     with pytest.raises(
         BenchmarkError, match=r"pictures need matplotlib: `pip install 'openelm-mlx"
     ):
         write_plot(sparse_document(), tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
-
-
-def without_matplotlib(real):
-    def guarded(name, *more):
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *more)
-
-    return guarded
 
 
 def test_rows_without_times_draw_nothing():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from bench_document import NASTY, rich_document, sparse_document
 from browser import Browser
-from test_plot import without_matplotlib
+from optional import hide
 
 from openelm_mlx.benchmarks.results.page import render, write_page
 from openelm_mlx.errors import BenchmarkError
@@ -90,7 +89,7 @@ def test_names_notes_and_commands_are_escaped():
 
 
 def test_without_matplotlib_the_page_has_tables_and_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib(builtins.__import__))
+    hide(monkeypatch, "matplotlib")
     reader = Reader(render(rich_document()))
     assert "No pictures: pictures need matplotlib: `pip install 'openelm-mlx[plot]'`" in reader.text
     assert [tag for tag, _ in reader.tags].count("table") == 3 and not [

@@ -87,7 +87,7 @@ def damaged(data: bytes, change, span: int) -> bytes:
     return bytes(result)
 
 
-def survives(action, *names: str) -> None:
+def check_survives(action, *names: str) -> None:
     """`action` succeeds, or fails with a one-line error of this project that names the file."""
     try:
         action()
@@ -111,7 +111,7 @@ def check_folder(kind: str, original: Path, file: str, change, span: int) -> Non
             (folder / path.name).write_bytes(
                 damaged(data, change, span) if path.name == file else data
             )
-    survives(lambda: everything(folder), str(folder))
+    check_survives(lambda: everything(folder), str(folder))
 
 
 @given(damage(), st.sampled_from([600, -400, 1 << 30]))
@@ -119,7 +119,7 @@ def check_folder(kind: str, original: Path, file: str, change, span: int) -> Non
 def test_pt(change, span):
     path = SCRATCH / "x.pt"
     path.write_bytes(damaged((GOLDEN / "gpt-test" / "checkpoint.pt").read_bytes(), change, span))
-    survives(
+    check_survives(
         lambda: everything(path, tokenizer=tokenizer_file(SCRATCH, 64)), str(path), "tokenizer-64"
     )
 
@@ -139,7 +139,7 @@ def test_pickle_of_a_pt(change):
                 info.filename,
                 damaged(data, change, 1 << 30) if info.filename.endswith("data.pkl") else data,
             )
-    survives(
+    check_survives(
         lambda: everything(path, tokenizer=tokenizer_file(SCRATCH, 64)), str(path), "tokenizer-64"
     )
 
@@ -169,7 +169,7 @@ def test_gguf(change, span):
     path.write_bytes(
         damaged(made("tiny.gguf", target_format="gguf", bits=8).read_bytes(), change, span)
     )
-    survives(lambda: everything(path), str(path))
+    check_survives(lambda: everything(path), str(path))
 
 
 @given(damage())
@@ -177,9 +177,9 @@ def test_gguf(change, span):
 def test_yaml(change):
     path = SCRATCH / "c.yaml"
     path.write_bytes(damaged((GOLDEN / "dora" / "config.yaml").read_bytes(), change, 1 << 30))
-    survives(lambda: corenet_section(path), "c.yaml")
+    check_survives(lambda: corenet_section(path), "c.yaml")
     source = GOLDEN / "dora" / "checkpoint.pt"
-    survives(
+    check_survives(
         lambda: everything(source, config=path, tokenizer=tokenizer_file(SCRATCH, 112)),
         str(path),
         str(source),
@@ -198,7 +198,7 @@ def test_index_json(change):
     (folder / shard).write_bytes((tiny_folder() / "model.safetensors").read_bytes())
     index = json.dumps({"weight_map": dict.fromkeys(expected_tensors(TINY), shard)}).encode()
     (folder / "model.safetensors.index.json").write_bytes(damaged(index, change, 1 << 30))
-    survives(lambda: everything(folder), str(folder))
+    check_survives(lambda: everything(folder), str(folder))
 
 
 @given(damage(), st.sampled_from(["adapter_config.json", "adapters.safetensors"]))
@@ -214,7 +214,7 @@ def test_adapter_folders(change, file):
     arrays = {f"{stem}.lora_a": mx.ones((32, 2)), f"{stem}.lora_b": mx.ones((2, 32))}
     mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
     (folder / file).write_bytes(damaged((folder / file).read_bytes(), change, 1 << 30))
-    survives(lambda: everything(tiny_folder(), adapter_folder=folder), str(folder))
+    check_survives(lambda: everything(tiny_folder(), adapter_folder=folder), str(folder))
 
 
 @given(damage(), st.sampled_from([300, -600, 1 << 30]))
@@ -223,7 +223,7 @@ def test_tokenizers(change, span):
     path = SCRATCH / "t"
     for original in (tiny_folder() / "tokenizer.model", made("plain") / "tokenizer.json"):
         path.write_bytes(damaged(original.read_bytes(), change, span))
-        survives(lambda: read_tokenizer(path), str(path))
+        check_survives(lambda: read_tokenizer(path), str(path))
 
 
 json_values = st.recursive(
@@ -245,7 +245,7 @@ def test_any_value_under_any_key_of_a_config(key, value):
     for name in ("model.safetensors", "tokenizer.model"):
         (target / name).write_bytes((folder / name).read_bytes())
     (target / "config.json").write_text(json.dumps(raw | {key: value}))
-    survives(lambda: everything(target), str(target))
+    check_survives(lambda: everything(target), str(target))
 
 
 @given(st.sampled_from(["dtype", "shape", "data_offsets", None]), json_values)
@@ -264,7 +264,7 @@ def test_any_entry_in_a_safetensors_header(key, value):
     (target / "model.safetensors").write_bytes(
         len(text).to_bytes(8, "little") + text + data[8 + length :]
     )
-    survives(lambda: everything(target), str(target))
+    check_survives(lambda: everything(target), str(target))
 
 
 def test_adapters_survive_damage_to_their_list():
@@ -275,7 +275,9 @@ def test_adapters_survive_damage_to_their_list():
     for name in names:
         info = source.tensors.pop(name)
         if has_adapters(source):
-            survives(lambda: AdaptedCheckpoint(source, LoraOptions(alpha=16.0)), str(source.path))
+            check_survives(
+                lambda: AdaptedCheckpoint(source, LoraOptions(alpha=16.0)), str(source.path)
+            )
         source.tensors[name] = info
 
 

@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> Path:
     return random_folder(tmp_path / "source")
 
 
-def terms(folder: Path) -> dict[str, str]:
+def checked_terms(folder: Path) -> dict[str, str]:
     """The entries of the card that name a licence; the record says the same."""
     import yaml
 
@@ -53,14 +53,14 @@ def test_licence_and_card_of_a_folder_go_along_twice(tmp_path, source):
     first = again(source, tmp_path / "first")
     second = again(first, tmp_path / "second", bits=4, group_size=32)
     for folder in (first, second):
-        assert terms(folder) == APPLE
+        assert checked_terms(folder) == APPLE
         assert (folder / "LICENSE").read_text() == "Apple's text"
         assert (folder / "LICENSE.weights").read_bytes() == b"\xff\r\n"
 
 
 def test_a_link_to_a_file_that_is_not_there_is_left_out(tmp_path, source):
     (source / "README.md").write_text(HUB_CARD)
-    found = terms(again(source, tmp_path / "m"))
+    found = checked_terms(again(source, tmp_path / "m"))
     assert found == {key: APPLE[key] for key in ("license", "license_name")}
     assert not list((tmp_path / "m").glob("LICENSE*"))
 
@@ -79,13 +79,13 @@ def test_a_link_to_a_file_that_is_not_there_is_left_out(tmp_path, source):
     ],
 )
 def test_a_source_without_a_card_is_known_by_apples_names(tmp_path, source, name, license_, link):
-    found = terms(again(source, tmp_path / "m", source_name=name))
+    found = checked_terms(again(source, tmp_path / "m", source_name=name))
     assert found == APPLE | {"license": license_, "license_link": link}
 
 
 @pytest.mark.parametrize("name", ["someone/OpenELM-270M", None])
 def test_of_other_sources_nothing_is_made_up(tmp_path, source, name):
-    assert terms(again(source, tmp_path / "m", source_name=name)) == {}
+    assert checked_terms(again(source, tmp_path / "m", source_name=name)) == {}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_of_other_sources_nothing_is_made_up(tmp_path, source, name):
 )
 def test_a_card_that_names_no_licence(tmp_path, source, card):
     (source / "README.md").write_text(card, encoding="latin-1")
-    assert terms(again(source, tmp_path / "m")) == {}
+    assert checked_terms(again(source, tmp_path / "m")) == {}
 
 
 def test_licences_in_gguf_metadata(tmp_path, source):
@@ -119,7 +119,7 @@ def test_licences_in_gguf_metadata(tmp_path, source):
     }
     found = {name: fields[key].contents() for name, key in names.items()}
     assert found == APPLE | {"license_link": "https://example.org/LICENSE"}
-    assert terms(again(tmp_path / "x.gguf", tmp_path / "m")) == found
+    assert checked_terms(again(tmp_path / "x.gguf", tmp_path / "m")) == found
     (source / "README.md").write_text(HUB_CARD)
     (source / "LICENSE").write_text("Apple's text")
     again(source, tmp_path / "y.gguf", target_format="gguf")
@@ -131,4 +131,4 @@ def test_licences_in_gguf_metadata(tmp_path, source):
 def test_the_bundled_models_licence_is_the_projects(tmp_path):
     from openelm_mlx.engine.hub import BUNDLED
 
-    assert terms(again(BUNDLED, tmp_path / "m")) == {"license": "mit"}
+    assert checked_terms(again(BUNDLED, tmp_path / "m")) == {"license": "mit"}

@@ -271,7 +271,7 @@ def test_records_that_reach_past_the_file_or_are_damaged(tmp_path):
     (tmp_path / "x.pt").write_bytes((GOLDEN / "gpt-test" / "checkpoint.pt").read_bytes())
     source = TorchCheckpoint(tmp_path / "x.pt")
     whole = bytearray((tmp_path / "x.pt").read_bytes())
-    for member in source._members.values():
+    for member in zipfile.ZipFile(tmp_path / "x.pt").infolist():
         whole[member.header_offset] = 0
     (tmp_path / "x.pt").write_bytes(whole)
     with pytest.raises(

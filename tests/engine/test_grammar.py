@@ -271,7 +271,7 @@ class Spaced:
         return self.language.after(piece.removeprefix(b" ")) if piece else self
 
 
-def walk(found: Constraint, language: Any, rng: random.Random, steps: int = 8) -> list[int]:
+def check_walk(found: Constraint, language: Any, rng: random.Random, steps: int = 8) -> list[int]:
     """Follow random allowed tokens; at each step the mask is what the language says of every single
     piece.
     """
@@ -295,7 +295,7 @@ def walk(found: Constraint, language: Any, rng: random.Random, steps: int = 8) -
 @FEW
 @given(trees(), st.randoms(use_true_random=False))
 def test_masks_of_an_expression_are_its_derivatives(tree: Any, rng: random.Random) -> None:
-    walk(made(regex=written(tree)), first_space(Expression(tree)), rng)
+    check_walk(made(regex=written(tree)), first_space(Expression(tree)), rng)
 
 
 @FEW
@@ -304,7 +304,7 @@ def test_masks_of_an_expression_are_its_derivatives(tree: Any, rng: random.Rando
     st.randoms(use_true_random=False),
 )
 def test_masks_of_choices_are_their_beginnings(choices: list[str], rng: random.Random) -> None:
-    walk(made(choices=choices), first_space(Texts([text.encode() for text in choices])), rng)
+    check_walk(made(choices=choices), first_space(Texts([text.encode() for text in choices])), rng)
 
 
 @FEW
@@ -313,7 +313,9 @@ def test_masks_of_a_schema_are_beginnings_of_its_documents(
     schema: dict[str, Any], rng: random.Random
 ) -> None:
     texts = {json.dumps(one, ensure_ascii=False).encode() for one in documents(schema)}
-    walk(made(json_schema=json.dumps(schema)), first_space(Texts(sorted(texts))), rng, steps=20)
+    check_walk(
+        made(json_schema=json.dumps(schema)), first_space(Texts(sorted(texts))), rng, steps=20
+    )
 
 
 @FEW
@@ -326,7 +328,9 @@ def test_along_is_accepting_one_by_one_and_leaves_no_trace(
     tree: Any, noise: list[int], rng: random.Random
 ) -> None:
     found, twin = made(regex=written(tree)), made(regex=written(tree))
-    drafts = walk(made(regex=written(tree)), first_space(Expression(tree)), rng, steps=4) + noise
+    drafts = (
+        check_walk(made(regex=written(tree)), first_space(Expression(tree)), rng, steps=4) + noise
+    )
     begun = drafts[: rng.randrange(3)] if len(drafts) - len(noise) > 2 else []
     for token in begun:
         found.accept(token)

@@ -11,6 +11,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from held_text import HELD, ids_of
 from small import random_engine
 
 from openelm_mlx import BatchEngine, EngineOptions, PromptCache, stream_generate
@@ -242,37 +243,12 @@ def test_what_was_taken_goes_on_as_the_whole_text(engine, kind):
         assert count >= 55 and distance < (0.1 if kind == EIGHT else 1e-4)
 
 
-def ids_of(tiny, parts):
-    """Ids of a text that was generated in these parts, each of them encoded alone."""
-    ids = tiny.tokenizer.encode(parts[0])
-    for part in parts[1:]:
-        ids += [2] if part == "</s>" else tiny.tokenizer.encode(part, bos=False, continued=True)
-    return ids
-
-
-@pytest.mark.parametrize(
-    "held, prompt, dropped",
-    [
-        (("On", "ce up", "on"), "Once upon", 0),  # the very text
-        (("On", "ce up", "on"), "Once upon a", 0),
-        (
-            ("On", "ce up", "on a", " m", "o", "use"),
-            "Once upon a mole",
-            3,
-        ),  # up to the last word that both have
-        (
-            ("On", "ce up", "on", "</s>"),
-            "Once upon a",
-            1,
-        ),  # an answer that ended: text goes on before its EOS
-        (("Once ", "\n"), "Once \nupon", 0),
-    ],
-)
+@pytest.mark.parametrize("held, prompt, dropped", HELD)
 def test_text_goes_on_from_the_held_tokens_that_spell_its_beginning(
     tiny, engine, held, prompt, dropped
 ):
-    store, tokenizer, ids = PromptCache(), tiny.tokenizer, ids_of(tiny, held)
-    other = ids_of(tiny, ("On", "ce up", "ward"))  # shares less
+    store, tokenizer, ids = PromptCache(), tiny.tokenizer, ids_of(tiny.tokenizer, held)
+    other = ids_of(tiny.tokenizer, ("On", "ce up", "ward"))  # shares less
     for tokens in (ids, other, other[:2]):
         store.put(ONE, tokens, written(engine, tokens))
     found = store.ids_for(tokenizer, prompt, ONE, PLAIN)
@@ -499,10 +475,9 @@ def test_a_batch_keeps_owners_apart(tiny, engine):
     batch.step()
     for owner, begun in (("one", letters), ("other", encode("Once"))):
         batch.submit("Once upon", owner=owner, max_tokens=1, continued=True)
-        assert batch._queue.waiting[-1].prompt == [
-            *begun,
-            *encode("Once upon")[len(encode("Once")) :],
-        ]
+        while batch.busy:
+            batch.step()
+        assert store.tokens == [*begun, *encode("Once upon")[len(encode("Once")) :]]
 
 
 def test_what_began_with_other_weights_is_not_found(tiny):

@@ -10,6 +10,7 @@ selects the tests that name it: "a C++ compiler" is `a_c_compiler`.
 
 from __future__ import annotations
 
+import builtins
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any
 
 import pytest
 from browser import find_chromium
@@ -136,3 +138,15 @@ def skipped_line(reasons: Iterable[str]) -> str | None:
         for reason, count in counts.most_common()
     ]
     return f"{sum(counts.values())} skipped: {', '.join(said)}"
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """Let every import of a library fail, as if it were not installed."""
+    real = builtins.__import__
+
+    def guarded(name: str, *more: Any) -> Any:
+        if name.split(".")[0] == library:
+            raise ImportError(name)
+        return real(name, *more)
+
+    monkeypatch.setattr(builtins, "__import__", guarded)
