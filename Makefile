@@ -54,6 +54,7 @@ chat: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p openelm_mlx
+	$(BIN)/mypy tests/tools
 	$(PYTEST)
 
 docs: $(VENV)/installed-dev

@@ -9,10 +9,9 @@ import math
 import shutil
 
 import pytest
+import quantization
 from formats import tokenizer_file
 from golden_set import GOLDEN
-
-from openelm_mlx.benchmarks.scripts import quantization
 
 
 def test_the_table(tmp_path, capsys):

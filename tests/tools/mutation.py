@@ -147,7 +147,7 @@ class Session:
     @cached_property
     def tests(self) -> dict[str, dict[str, Any]]:
         """The tests that pass, each with its seconds and fixtures."""
-        found = {}
+        found: dict[str, Any] = {}
         for path in self.folder.glob("covered/*/tests.json"):
             tests = json.loads(path.read_text()).items()
             found |= {name: test for name, test in tests if test["passed"]}

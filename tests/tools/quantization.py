@@ -1,7 +1,7 @@
 """Compare quantizations at equal bytes: uniform, measured and learned ones of this project, and the
 tools of mlx-lm.
 
-    python -m openelm_mlx.benchmarks.scripts.quantization checkpoint.pt heldout.txt --bits 3 4 5
+    python tests/tools/quantization.py checkpoint.pt heldout.txt --bits 3 4 5
 
 Each size is that of uniform affine quantization in groups of 64 with scales in float16. Everything
 is chosen and learned on text that the exact model writes, or on --calibration-text; TEXT is only
