@@ -24,7 +24,6 @@ ORDER = (
     "dtypes",
     "files",
     "quantization",
-    "device_settings",
     "device",
     "model",
     "engine",

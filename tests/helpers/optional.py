@@ -25,15 +25,12 @@ from typing import Any
 import pytest
 from browser import find_chromium
 
-from openelm_mlx.device_settings import load_blas
+from openelm_mlx.device import blas, mx
 
 
 @cache
 def compiles() -> bool:
     """Tell whether `mx.compile` does anything: without g++, MLX's CPU backend compiles nothing."""
-    load_blas()  # what tests import before this must not decide which BLAS MLX gets
-    from openelm_mlx.device import mx
-
     calls = []
     twice = mx.compile(lambda x: (calls.append(x), x + 1)[1])
     mx.eval(twice(mx.zeros(1)), twice(mx.zeros(1)))
@@ -78,7 +75,7 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
     "llguidance": lambda: find_spec("llguidance") is not None,
     "llama.cpp": lambda: peer("llama.cpp"),
     "torch": lambda: peer("torch"),
-    "OpenBLAS": lambda: load_blas().path is not None,
+    "OpenBLAS": lambda: blas.path is not None,
     "a writable home": writable_home,
     "another user than root": permissions_hold,
     "zensical": lambda: find_spec("zensical") is not None,
