@@ -49,7 +49,13 @@ class TensorPlace(NamedTuple):
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises `ConfigError` with the file's name."""
-    raw = parsed(path, "JSON", MAX_JSON_BYTES, json.loads)
+
+    def parse(text: str) -> Any:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # raises for half a character, as "\\ud800"
+        return value
+
+    raw = parsed(path, "JSON", MAX_JSON_BYTES, parse)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must contain an object, not {type(raw).__name__}")
     return raw

@@ -289,6 +289,7 @@ def test_json_is_written_whole_and_read_back(tmp_path):
         (b"{", "cannot be read as JSON: "),
         (b"\xff", "cannot be read as JSON: "),
         (b"[" * 100_000, "cannot be read as JSON: "),
+        (rb'{"half a character": "\ud800"}', "cannot be read as JSON: .* surrogates"),
         (b"[1]", "must contain an object, not list"),
     ],
 )

@@ -191,8 +191,10 @@ def given_fields(options: type, args: argparse.Namespace) -> dict[str, Any]:
     given = {}
     for item in fields(options):
         if hasattr(args, item.name):
-            value = getattr(args, item.name)
-            if item.metadata.get("commas") and len(value) == 1:
+            value, commas = getattr(args, item.name), item.metadata.get("commas")
+            if commas and "choices" in item.metadata:  # words; others are texts and may have commas
+                value = [word.strip() for word in ",".join(value).split(",") if word.strip()]
+            elif commas and len(value) == 1:
                 value = value[0].split(",")
             given[item.name] = tuple(value) if isinstance(value, list) else value
     return given

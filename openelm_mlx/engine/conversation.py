@@ -338,6 +338,7 @@ class Conversation:
 
         `settings` are arguments of the class. Raises `PromptError` for data of another kind.
         """
+        check_loaded("engine", engine)
         system, exchanges, dropped = read_saved(engine.tokenizer, engine.vocab, data)
         talk = cls(engine, **{"system": system, **settings})
         talk._exchanges, talk._dropped_tokens = exchanges, dropped
@@ -346,6 +347,5 @@ class Conversation:
 
 def seeded(sampling: SamplingOptions, seed: int | None = None) -> SamplingOptions:
     """Return the options with a seed: their own, else the one given, else a new one."""
-    if sampling.seed is not None:
-        return sampling
-    return replace(sampling, seed=new_seed() if seed is None else seed)
+    new = new_seed() if seed is None else seed
+    return replace(sampling, seed=new) if sampling.seed is None else sampling

@@ -26,7 +26,8 @@ from openelm_mlx.benchmarks.measure.weights import groups, last_part
 from openelm_mlx.benchmarks.peers import Timed
 from openelm_mlx.benchmarks.results import document as results
 from openelm_mlx.cli import benchmark
-from openelm_mlx.cli.main import main
+from openelm_mlx.cli.main import build_parser, main
+from openelm_mlx.cli.options import from_args
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.errors import BenchmarkError, HubError
 
@@ -99,6 +100,20 @@ def test_a_run_against_mlx_lm_ends_with_a_table_and_writes_all_files(tiny, tmp_p
     assert main(["benchmark", "--show", files["json"], "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(Path(files["json"]).read_text())
     assert main(["benchmark", "--compare", files["json"], files["json"]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "peers"),
+    [
+        ([], ()),
+        (["--peers", ""], ()),
+        (["--peers", "mlx-lm, torch,"], ("mlx-lm", "torch")),
+        (["--peers", "mlx-lm,torch", "--peers", "llama.cpp"], ("mlx-lm", "torch", "llama.cpp")),
+    ],
+)
+def test_peers_are_named_with_commas_or_one_by_one(words, peers):
+    args = build_parser().parse_args(["benchmark", *words])
+    assert from_args(BenchmarkOptions, args).peers == peers
 
 
 def test_several_processes_share_the_trials_and_become_one_result(tmp_path, capsys):

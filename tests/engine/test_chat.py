@@ -223,6 +223,11 @@ def test_what_is_no_saved_conversation(small, data, message):
         Conversation.from_json(small, data)
 
 
+def test_a_conversation_is_restored_for_a_loaded_model_only():
+    with pytest.raises(OptionError, match="engine is None; allowed is a loaded model"):
+        Conversation.from_json(None, {"system": None, "messages": []})
+
+
 def test_a_message_that_cannot_fit_changes_nothing(small):
     talk = Conversation(with_context(small, 256), "Be kind.", max_tokens=5)
     for text in ("My name is Ann.", "I live in Rome.", "I like tea."):
