@@ -83,9 +83,9 @@ class Session:
         git = ["git", "ls-files", "-coz", "--exclude-standard"]
         names = subprocess.run(git, cwd=ROOT, capture_output=True, check=True).stdout.decode()
         for name in filter(None, names.split("\0")):
-            if (ROOT / name).is_file():
+            if (ROOT / name).is_file() or (ROOT / name).is_symlink():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, part / name)
+                shutil.copy2(ROOT / name, part / name, follow_symlinks=False)
         part.rename(self.tree)
 
     def run_pytest(
@@ -123,9 +123,10 @@ class Session:
         """Run every test file once under coverage."""
         settings = self.folder / "coveragerc"
         settings.write_text(COVERAGE.replace("TREE", str(self.tree)))
-        paths = sorted(self.tree.glob("tests/test_*.py"))
+        paths = sorted(self.tree.glob("tests/**/test_*.py"))
         for number, path in enumerate(paths, start=1):
-            folder = self.folder / "covered" / path.stem
+            name = str(path.relative_to(self.tree))
+            folder = self.folder / "covered" / name.replace("/", ":")
             if (folder / "tests.json").exists():
                 continue
             self.check_time()
@@ -135,14 +136,14 @@ class Session:
                 self.tree,
                 "-p",
                 "mutation_contexts",
-                f"tests/{path.name}",
+                name,
                 MUTATION_FOLDER=str(folder),
                 COVERAGE_PROCESS_START=str(settings),
             )
             if not (folder / "tests.part").exists():
-                raise SystemExit(f"{path.name} did not run: {output[-2000:]}")
+                raise SystemExit(f"{name} did not run: {output[-2000:]}")
             (folder / "tests.part").rename(folder / "tests.json")
-            print(f"covered {number} of {len(paths)}: {path.name}", flush=True)
+            print(f"covered {number} of {len(paths)}: {name}", flush=True)
 
     @cached_property
     def tests(self) -> dict[str, dict[str, Any]]:
@@ -158,7 +159,7 @@ class Session:
         """The tests that execute each line of each file: none where it runs only on import."""
         found: dict[str, dict[int, set[str]]] = {}
         for path in sorted(self.folder.glob("covered/*/data*")):
-            here = self.by_context(f"tests/{path.parent.name}.py")
+            here = self.by_context(path.parent.name.replace(":", "/"))
             data = CoverageData(str(path))
             data.read()
             for file in data.measured_files():
@@ -204,7 +205,7 @@ class Session:
         diff = "\n".join(difflib.unified_diff(*texts, file, file, lineterm=""))
         tree = self.folder / "mutant"
         shutil.rmtree(tree, ignore_errors=True)
-        shutil.copytree(self.tree, tree)
+        shutil.copytree(self.tree, tree, symlinks=True)
         (tree / file).write_text(changed)
         while tests:
             seconds = 30 + 2 * sum(self.tests[test]["seconds"] for test in tests)
