@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,17 @@ def test_files_that_a_page_names_exist():
         text = page.read_text(encoding="utf-8")
         for path in re.findall(rf"(?<![\w./-])(?:{tops})/[\w./-]*\w", text):
             assert any((folder / path).exists() for folder in folders), f"{page.name}: {path}"
+
+
+def test_modules_have_moved_to_where_the_changelog_says():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^  \| `.*? \| (.*) \|$", text.split("\n## [")[1], re.MULTILINE)
+    moved = re.findall(r"`(openelm_mlx[\w.]*)`((?:, `\.\w+`)*)", "\n".join(rows))
+    for module, others in moved:
+        package = module.rpartition(".")[0]
+        for name in [module, *(package + other for other in re.findall(r"\.\w+", others))]:
+            assert find_spec(name), name
+    assert len(moved) > 5
 
 
 def test_messages_of_the_page_on_troubleshooting_are_those_of_the_program():
