@@ -38,7 +38,7 @@ def check_loaded(name: str, engine: Any) -> None:
 @explained()
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is drawn from the logits.
+    """Options that decide how the next token is drawn from the logits.
 
     `sampling.filter_logits` states the order of the filters.
     """
@@ -171,7 +171,7 @@ class GenerationOptions:
 @explained()
 @dataclass(frozen=True)
 class EngineOptions:
-    """How requests are run; all requests that run together share these options."""
+    """Options that decide how requests are run; all that run together share them."""
 
     prefill_chunk: int = option(512, "prompt tokens in one pass of the model", 1)
     compiled: bool = option(True, "run the decode step compiled; off runs it eagerly")
@@ -193,7 +193,7 @@ class EngineOptions:
 @explained()
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model is loaded."""
+    """Options that decide how a model is loaded."""
 
     dtype: str | None = option(None, "compute in this type", choices=FLOATS)
     bits: int | None = option(None, "quantize while loading", choices=BITS)
