@@ -212,6 +212,15 @@ def test_result_files_read_as_they_say():
         )
 
 
+def test_every_column_of_a_result_is_explained():
+    from openelm_mlx.benchmarks.results.tables import COLUMNS
+
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    explained = re.findall(r"\*\*([^*]+?)\.?\*\*", text.partition("## Read")[2])
+    for head, _ in COLUMNS.values():
+        assert re.sub(r" (t/s|ms|s|MB|nats)$", "", head) in explained, head
+
+
 def test_the_gain_of_calibration_is_that_of_the_table():
     table = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
     left = re.findall(r"^\| \S+ \| `--target-bpw --calibrate .* (\S+) \|$", table, re.MULTILINE)
