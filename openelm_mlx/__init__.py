@@ -11,33 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "BatchEngine": "engine.scheduler",
-    "BatchResult": "engine.generation",
-    "Conversation": "engine.conversation",
-    "Engine": "engine.loading",
-    "EngineOptions": "engine.options",
-    "Event": "engine.request",
-    "GenerationOptions": "engine.options",
-    "GenerationStats": "engine.request",
-    "ModelDraft": "engine.draft_model",
-    "OpenELMConfig": "model.config",
-    "OpenELMError": "errors",
-    "PromptCache": "engine.prompt_cache",
-    "SamplingOptions": "engine.options",
-    "batch_generate": "engine.generation",
-    "encode_messages": "engine.prompts",
-    "generate": "engine.generation",
-    "layer_shapes": "model.config",
-    "load": "engine.loading",
-    "stream_generate": "engine.generation",
+_NAMES = {
+    "engine.conversation": ("Conversation",),
+    "engine.draft_model": ("ModelDraft",),
+    "engine.generation": ("BatchResult", "batch_generate", "generate", "stream_generate"),
+    "engine.loading": ("Engine", "load"),
+    "engine.options": ("EngineOptions", "GenerationOptions", "SamplingOptions"),
+    "engine.prompt_cache": ("PromptCache",),
+    "engine.prompts": ("encode_messages",),
+    "engine.request": ("Event", "GenerationStats"),
+    "engine.scheduler": ("BatchEngine",),
+    "errors": ("OpenELMError",),
+    "model.config": ("OpenELMConfig", "layer_shapes"),
 }
-_MODULES = {  # modules that are public as attributes, without an import of their own
-    "chat": "chat",
-    "config": "model.config",
-    "convert": "convert",
-    "errors": "errors",
-}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+# modules that are public as attributes, without an import of their own
+_MODULES = {"chat": "chat", "config": "model.config", "convert": "convert", "errors": "errors"}
 __all__ = [  # written out: type checkers and editors read it
     "BatchEngine",
     "BatchResult",

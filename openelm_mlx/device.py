@@ -1,8 +1,8 @@
-"""The one door to MLX: the settings that it reads when it starts are made before it is imported.
+"""The only place that imports MLX, after the settings that MLX reads when it starts.
 
-Whatever computes takes `mx` and `nn` from here, never from `mlx` itself, so that no order of
-imports bypasses the settings. Nothing else asks what kind of device this is. Functions without
-side effects choose the settings, so that every choice is tested where neither system exists.
+Everything that computes takes `mx` and `nn` from here, not from `mlx`, so no order of imports
+bypasses the settings. Only this module finds out what kind of device this is. Functions without
+side effects choose the settings, so every choice is tested on systems without either.
 
 BLAS: MLX's Linux wheel links the reference BLAS; an OpenBLAS of the system takes its place.
 
@@ -16,9 +16,9 @@ run on Metal:
   (https://github.com/ml-explore/mlx/issues/4521)
 - M1 Ultra: 11 to 13 % faster on Gemma 3n at 1000 operations; M1 to M4 get it there by default, M5
   does not: on an M5 Max it was flat or slower (https://github.com/lablup/mlxcel/pull/360, .../358)
-- The 400 MB have no other evidence than that M3 Ultra. 2000 MB were best for a large mixture of
-  experts on an M1 Ultra, and smaller machines failed to start with it (vllm-project/vllm-metal
-  578, 637, 585)
+- That M3 Ultra is the only evidence for 400 MB. 2000 MB were best for a large mixture of experts
+  on an M1 Ultra, and smaller machines failed to start with it (vllm-project/vllm-metal 578, 637,
+  585)
 """
 
 from __future__ import annotations
@@ -43,18 +43,7 @@ if TYPE_CHECKING:
     import mlx.optimizers as optimizers
     import mlx.utils as utils
 
-__all__ = [
-    "blas",
-    "buffer_settings",
-    "facts",
-    "kind",
-    "memory_bytes",
-    "mx",
-    "nn",
-    "optimizers",
-    "set_wired_limit",
-    "utils",
-]
+__all__ = ["mx", "nn", "optimizers", "utils"]  # of MLX; the rest is this module's own
 
 DEFAULT = "auto"  # 100 of 100 whole-process runs under load ended cleanly with it
 NAMES = ("libopenblas.so.0", "libopenblas.so")
@@ -90,7 +79,7 @@ _loaded: dict[str, BlasChoice] = {}  # by what was asked for, before MLX was imp
 def load_blas(environ: Mapping[str, str] | None = None) -> BlasChoice:
     """Load the chosen library so that MLX finds it, and return what was loaded.
 
-    Once mlx.core is imported nothing is loaded any more: the first call's choice is returned.
+    Once mlx.core is imported nothing more is loaded, and the first call's choice is returned.
     Raises `OptionError` for a path that cannot be loaded.
     """
     environ = os.environ if environ is None else environ
@@ -162,12 +151,12 @@ def wired_limit(recommended_bytes: int | None, system_version: str) -> int | Non
 
 
 def chip_name() -> str | None:
-    """Return the processor's name as macOS tells it ("Apple M2 Max"); None elsewhere."""
+    """Return the processor's name on macOS ("Apple M2 Max"); None elsewhere."""
     return sysctl("machdep.cpu.brand_string")
 
 
 def sysctl(key: str) -> str | None:
-    """Return a text that macOS knows by `key`, without starting a program; None elsewhere."""
+    """Return macOS's text for `key`, without starting a program; None elsewhere."""
     if sys.platform != "darwin":
         return None
     try:
@@ -278,7 +267,7 @@ def installed(package: str) -> str | None:
 
 
 def cpuinfo() -> str:
-    """Return what Linux says of the processor; it is empty elsewhere."""
+    """Return Linux's description of the processor; it is empty elsewhere."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,7 +1,7 @@
 """Classes of options: dataclasses whose fields have a help text and an allowed range.
 
-Python, the command line and the benchmarks all build their options from such classes, so that each
-default, range and help text stands in one place. Nothing here needs MLX.
+Python, the command line and the benchmarks all build their options from such classes, so each
+default, range and help text is written once. Nothing here needs MLX.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def as_annotated(annotation: str, given: Any) -> Any:
     if not isinstance(number, (int, float)):
         return UNFIT
     if kind == "float":
-        return float(number) if abs(number) <= sys.float_info.max else UNFIT  # NaN is not, either
+        return float(number) if abs(number) <= sys.float_info.max else UNFIT  # so is NaN
     return int(number) if isinstance(number, int) or number.is_integer() else UNFIT
 
 
@@ -114,7 +114,7 @@ def fit_path(given: str | os.PathLike[str]) -> bool:
 
 
 def encodable(text: str) -> bool:
-    """Return whether a text can be written in UTF-8: it has no half of a character of UTF-16."""
+    """Return whether a text can be written in UTF-8: it is free of lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -146,7 +146,7 @@ def allowed(item: Field[Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as an error quotes it: in one line of at most 80 characters."""
+    """Return a value as errors quote it: in one line of at most 80 characters."""
     text = " ".join(repr(str(value) if isinstance(value, Path) else value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 

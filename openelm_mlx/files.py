@@ -1,4 +1,4 @@
-"""Files: JSON, YAML and safetensors headers are read without trust; writing is all or nothing."""
+"""Files: JSON, YAML and safetensors headers are checked as they are read; writes are atomic."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class TensorInfo(NamedTuple):
-    """What a file says of a tensor before its data is read: the name of its type, its shape."""
+    """The type and shape of a tensor, as a file states them before its data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class TensorInfo(NamedTuple):
 
 
 class TensorPlace(NamedTuple):
-    """Where a tensor lies: in which file, from which byte on, and what it is."""
+    """The file of a tensor, its first byte there, and its type and shape."""
 
     file: Path
     start: int
@@ -94,7 +94,7 @@ def parsed(path: str | Path, kind: str, most: int, parse: Callable[[str], Any]) 
 
 
 def read_own_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file that this project keeps; empty if it is missing or damaged."""
+    """Return the object in one of this project's own files, {} if it is missing or damaged."""
     try:
         return read_json(path)
     except ConfigError:
@@ -102,7 +102,7 @@ def read_own_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON that people may read: all of it or nothing."""
+    """Write indented JSON: all of it or nothing."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
     with replacing(path) as new:
         new.write_text(text + "\n", encoding="utf-8")
@@ -242,7 +242,7 @@ def replacing(path: str | Path, suffix: str = "") -> Iterator[Path]:
 
 
 def lock(file: IO[str], kind: int, notice: str = "") -> None:
-    """Lock `file`, and print `notice` if that takes waiting. Some file systems have no locks."""
+    """Lock `file`, and print `notice` if it must wait. Some file systems cannot lock."""
     import fcntl  # here, as `openelm --help` does not need it
 
     try:
@@ -289,9 +289,9 @@ def check_writable(path: str | Path, flag: str, folder: bool = False) -> None:
 
 
 def why_not_writable(path: Path, folder: bool) -> str | None:
-    """Return what stands in the way, if anything.
+    """Return what prevents writing, if anything.
 
-    A file is made to find out, because root is told that it may write anywhere.
+    A file is made to find out, because the system grants root access to everything.
     """
     try:
         found = None if folder else path.stat()

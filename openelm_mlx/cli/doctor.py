@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = "Once upon a time"
-# Greedy tokens in float32, one pass over the whole text each, on the CPU. The next best is never
-# nearer than 0.2 in logits, so rounding changes none of them, and a kernel that computes something
-# else changes most.
+# Greedy tokens in float32 on the CPU, each from one pass over the entire text. The second best is
+# never nearer than 0.2 in logits: rounding changes none of them, a wrong kernel changes most.
 TOKENS = (444, 310, 261, 583, 872, 1086, 523, 4024, 272, 262, 523, 429, 310, 492, 651, 2422)
 PACKAGES = {"openelm_mlx": "openelm-mlx", "mlx_lm": "mlx-lm"}
 
@@ -42,24 +41,16 @@ def run(args: argparse.Namespace) -> int:
         right, found["self_test"] = 0, f"MLX failed: {error}"
     advice = hints(found)
     if right < len(TOKENS):
-        advice.insert(
-            0,
-            "this device computes wrong results; update the system and mlx, and if that does not "
-            "help, report this page",
-        )
+        remedy = "update the system and mlx, and if that does not help, report this page"
+        advice.insert(0, f"this device computes wrong results; {remedy}")
     if args.json:
         print(json.dumps({"facts": found, "hints": advice}, default=str))
         return 0
-    shown = {
-        name.removesuffix("_bytes"): size_text(value)
-        if name.endswith("_bytes") and value is not None
-        else value
-        for name, value in found.items()
-        if name != "converted_cache_bytes"
-    }
-    shown["converted_cache"] = (
-        f"{found['converted_cache']} ({size_text(found['converted_cache_bytes'])})"
-    )
+    shown: dict[str, Any] = {}
+    for key, value in found.items():
+        label = key.removesuffix("_bytes")
+        text = size_text(value) if label != key and value is not None else value
+        shown[label] = f"{shown[label]} ({text})" if label in shown else text  # folder and size
     shown["load_average"] = f"{found['load_average']:.1f}"
     width = max(map(len, shown))
     for key, value in shown.items():
@@ -91,12 +82,11 @@ def free_bytes(folder: Path) -> int:
 
 
 def hints(found: Mapping[str, Any]) -> list[str]:
-    """List what in these facts would make generation slow, each with its remedy."""
+    """List the facts that would make generation slow, each with its remedy."""
     advice = []
     if found["system"] == "Darwin" and found["machine"] == "x86_64":
-        advice.append(
-            "this Python runs under Rosetta or on Intel; install an arm64 Python to use Metal"
-        )
+        what = "this Python runs under Rosetta or on Intel"
+        advice.append(f"{what}; install an arm64 Python to use Metal")
     if found["system"] == "Linux" and found["blas"] == "MLX's own":
         advice.append(
             "MLX's reference BLAS is slow in float32; install OpenBLAS (apt install libopenblas0) "
@@ -120,10 +110,6 @@ def matching_tokens() -> int:
     from openelm_mlx import load, stream_generate
 
     engine = load("openelm-tiny", dtype="float32")
-    found = [
-        event.token
-        for event in stream_generate(engine, PROMPT, max_tokens=len(TOKENS), ignore_eos=True)
-    ]
-    return next(
-        (n for n, (a, b) in enumerate(zip(found, TOKENS, strict=True)) if a != b), len(TOKENS)
-    )
+    events = stream_generate(engine, PROMPT, max_tokens=len(TOKENS), ignore_eos=True)
+    pairs = zip((event.token for event in events), TOKENS, strict=True)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), len(TOKENS))

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cli.options import MODEL_HELP
@@ -34,9 +33,8 @@ def register(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model", metavar="MODEL", nargs="?", default="openelm-tiny", help=MODEL_HELP
-    )
+    named = {"nargs": "?", "default": "openelm-tiny"}
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP, **named)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -55,23 +53,16 @@ def show(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 80)
-    table = Table(
-        title=f"{facts['name']}: {facts['layers_total']} layers, dim {facts['model_dim']}",
-        title_justify="left",
-    )
+    title = f"{facts['name']}: {facts['layers_total']} layers, dim {facts['model_dim']}"
+    table = Table(title=title, title_justify="left")
     for column in ("layer", "query heads", "kv heads", "FFN width"):
         table.add_column(column, justify="right")
     table.add_column("parameters")
     widest = max(layer["parameters"] for layer in facts["layers"])
     for number, layer in enumerate(facts["layers"]):
         bar = "█" * max(1, round(24 * layer["parameters"] / widest))
-        table.add_row(
-            str(number),
-            str(layer["q_heads"]),
-            str(layer["kv_heads"]),
-            str(layer["ffn_dim"]),
-            f"{bar} {layer['parameters'] / 1e6:.2f}M",
-        )
+        sizes = (str(layer[key]) for key in ("q_heads", "kv_heads", "ffn_dim"))
+        table.add_row(str(number), *sizes, f"{bar} {layer['parameters'] / 1e6:.2f}M")
     console.print(table)
     print(f"parameters          {facts['parameters']:,}")
     context = f"{facts['max_context_length']:,} tokens"
@@ -81,19 +72,17 @@ def show(facts: dict[str, Any]) -> None:
     for part, size in facts["bytes_by_part"].items():
         print(f"  {part:<18}{size:,} bytes ({size / facts['bytes']:.1%})")
     print(f"a token reads       {facts['bytes_read_per_token']:,} bytes of weights")
-    print(
-        "a token adds        "
-        + "; ".join(f"{size:,} bytes {kind}" for kind, size in facts["kv_bytes_per_token"].items())
-    )
+    added = [f"{size:,} bytes {kind}" for kind, size in facts["kv_bytes_per_token"].items()]
+    print(f"a token adds        {'; '.join(added)}")
     print(f"assumed             {facts['assumed']}")
 
 
-PARTS = (
-    ("embedding", "token_embeddings"),
-    ("head", "lm_head"),
-    ("attention", "_proj"),
-    ("feed-forward", ".proj_"),
-)
+PARTS = {  # and what the names of their tensors have; all others are norms
+    "embedding": "token_embeddings",
+    "head": "lm_head",
+    "attention": "_proj",
+    "feed-forward": ".proj_",
+}
 
 
 def inspect(name: str) -> dict[str, Any]:
@@ -108,16 +97,12 @@ def inspect(name: str) -> dict[str, Any]:
     if apples and normal_name(name) in PUBLISHED and not os.path.exists(name):
         config = OpenELMConfig.from_name(name)
         sizes = {tensor: 2 * math.prod(shape) for tensor, shape in expected_tensors(config).items()}
-        return describe(
-            name, config, sizes, "bfloat16 weights and cache, as nothing was downloaded"
-        )
+        assumed = "bfloat16 weights and cache, as nothing was downloaded"
+        return describe(name, config, sizes, assumed)
     folder = resolve_model(name).folder
-    return describe(
-        name,
-        OpenELMConfig.from_file(folder / "config.json"),
-        tensor_bytes(folder),
-        "a bfloat16 cache",
-    )
+    sizes = {tensor: place.info.nbytes for tensor, place in read_places(folder).items()}
+    config = OpenELMConfig.from_file(folder / "config.json")
+    return describe(name, config, sizes, "a bfloat16 cache")
 
 
 def describe(
@@ -126,24 +111,17 @@ def describe(
     """Compute all figures from the bytes of each tensor."""
     from openelm_mlx.model.config import expected_tensors, layer_shapes
 
-    shapes = layer_shapes(config)
+    shapes, tensors = layer_shapes(config), expected_tensors(config).items()
     total = sum(sizes.values())
     layers = []
     for number, shape in enumerate(shapes):
         prefix = f"transformer.layers.{number}."
-        count = sum(
-            math.prod(s)
-            for tensor, s in expected_tensors(config).items()
-            if tensor.startswith(prefix)
-        )
+        count = sum(math.prod(dims) for tensor, dims in tensors if tensor.startswith(prefix))
         layers.append({**shape._asdict(), "parameters": count})
-    embedding = sum(size for tensor, size in sizes.items() if "token_embeddings" in tensor)
-    # an untied input embedding is looked up by row; a tied one is the head and is read whole
-    read = (
-        total
-        if config.share_input_output_layers
-        else total - embedding + embedding // config.vocab_size
-    )
+    read = total
+    if not config.share_input_output_layers:  # one row of the embedding; a tied one is the head
+        embedding = sum(size for tensor, size in sizes.items() if "token_embeddings" in tensor)
+        read += embedding // config.vocab_size - embedding
     return {
         "name": name,
         "model_dim": config.model_dim,
@@ -166,16 +144,15 @@ def describe(
 
 
 def cache_kinds(config: OpenELMConfig) -> dict[str, CacheKind]:
-    """Return the kinds of cache that the model's head width allows, by their names."""
+    """Return the kinds of cache that the size of the model's heads allows, by name."""
     from openelm_mlx.engine.options import KV_BITS, EngineOptions
     from openelm_mlx.model.cache_kinds import CacheKind
 
     kinds = {"16-bit": CacheKind()}
     for bits in sorted(KV_BITS, reverse=True):
         with contextlib.suppress(CacheError):
-            kinds[f"{bits}-bit (--kv-bits {bits})"] = CacheKind.of(
-                config, EngineOptions(kv_bits=bits)
-            )
+            kind = CacheKind.of(config, EngineOptions(kv_bits=bits))
+            kinds[f"{bits}-bit (--kv-bits {bits})"] = kind
     return kinds
 
 
@@ -183,15 +160,8 @@ def by_part(sizes: dict[str, int]) -> dict[str, int]:
     """Sum the bytes of each part of the model; scales and biases are a part of their own."""
     parts: dict[str, int] = {}
     for tensor, size in sizes.items():
-        part = next((part for part, mark in PARTS if mark in tensor), "norms")
+        part = next((part for part, mark in PARTS.items() if mark in tensor), "norms")
         if tensor.endswith((".scales", ".biases")):
             part = "scales and biases"
         parts[part] = parts.get(part, 0) + size
     return dict(sorted(parts.items(), key=lambda item: -item[1]))
-
-
-def tensor_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of each tensor, from the headers of the folder's safetensors files. Raises
-    `CheckpointError`.
-    """
-    return {name: place.info.nbytes for name, place in read_places(folder).items()}
