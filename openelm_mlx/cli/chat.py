@@ -56,12 +56,10 @@ def register(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.of_stray_words = "; a message is given with -p"
-    parser.add_argument(
-        "model", metavar="MODEL", nargs="?", default="openelm-tiny", help=MODEL_HELP
-    )
-    parser.add_argument(
-        "-p", "--prompt", metavar="TEXT", help="answer this message and end; - reads it from stdin"
-    )
+    named: Any = {"nargs": "?", "default": "openelm-tiny"}
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP, **named)
+    text = "answer this message and end; - reads it from stdin"
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help=text)
     parser.add_argument("--json", action="store_true", help="with -p: print one JSON object")
     system = parser.add_mutually_exclusive_group()
     system.add_argument("--system", metavar="TEXT", help="the system turn")
@@ -91,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 def opened(args: argparse.Namespace) -> Conversation:
     """Return the conversation that the command line asks for.
 
-    Raises an `OpenELMError` for whatever is wrong with the options before it loads a model.
+    Raises an `OpenELMError`, for wrong options before it loads a model.
     """
     options, engine_options = from_args(GenerationOptions, args), from_args(EngineOptions, args)
     given = given_fields(SamplingOptions, args)
@@ -108,14 +106,11 @@ def opened(args: argparse.Namespace) -> Conversation:
     from openelm_mlx.engine.conversation import Conversation
 
     if not engine.instruct:
-        print(
-            f"{args.model} has no chat template, as a model that was trained to continue text, "
-            "not to converse; if this one was, convert it with --instruct",
-            file=sys.stderr,
-        )
-    return Conversation(
-        engine, system, options=options, engine_options=engine_options, draft=draft, **given
-    )
+        what = f"{args.model} has no chat template, as a model that was trained to continue text"
+        why = "not to converse; if this one was, convert it with --instruct"
+        print(f"{what}, {why}", file=sys.stderr)
+    given |= {"options": options, "engine_options": engine_options, "draft": draft}
+    return Conversation(engine, system, **given)
 
 
 def one_answer(conversation: Conversation, text: str, as_json: bool) -> int:
@@ -129,13 +124,13 @@ def one_answer(conversation: Conversation, text: str, as_json: bool) -> int:
     with Waiting("reading the prompt") as waiting:
         for event in conversation.send(text, waiting.progress):
             last = event
-    system = (
-        [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
-    )
+    messages = conversation.messages
+    if conversation.system is not None:
+        messages = [{"role": "system", "content": conversation.system}, *messages]
     result = {
         "model": conversation.engine.name,
-        "answer": conversation.messages[-1]["content"],
-        "messages": [*system, *conversation.messages],
+        "answer": messages[-1]["content"],
+        "messages": messages,
         "finish_reason": last.finish_reason,
         "context_full": context_full(last, conversation.options),
         "sampling": asdict(conversation.sampling),
@@ -147,10 +142,7 @@ def one_answer(conversation: Conversation, text: str, as_json: bool) -> int:
 
 
 def lines(conversation: Conversation) -> int:
-    """Run one message or command per line of stdin; return the exit status.
-
-    A line that fails is reported on stderr, and the conversation goes on.
-    """
+    """Run one message or command per line of stdin, even if one fails; return the exit status."""
     from openelm_mlx.cli.chat_commands import handle
     from openelm_mlx.cli.session import Session
 

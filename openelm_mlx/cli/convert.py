@@ -36,22 +36,13 @@ def register(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="a .pt file, model folder or GGUF file, a hub id, or a name: 270m, corenet:270m ...",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        dest="target",
-        metavar="PATH",
-        required=True,
-        help="folder to write, or GGUF file",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object: sizes, quantization and losses"
-    )
+    text = "a .pt file, model folder or GGUF file, a hub id, or a name: 270m, corenet:270m ..."
+    parser.add_argument("source", metavar="SOURCE", help=text)
+    text = "folder to write, or GGUF file"
+    target: Any = {"dest": "target", "metavar": "PATH", "required": True, "help": text}
+    parser.add_argument("-o", "--output", **target)
+    text = "print one JSON object: sizes, quantization and losses"
+    parser.add_argument("--json", action="store_true", help=text)
     add_flags(parser, ConvertOptions, skip=("source", "target"))
     parser.set_defaults(run=run)
 
@@ -66,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from openelm_mlx.convert.targets import check_inputs, check_target
     from openelm_mlx.engine.hub import is_published
 
-    # so that what is half-written is removed
-    signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # removes unfinished files
     if is_published(args.source) and not os.path.exists(args.source):
         published(args.source)  # names and target are checked before gigabytes are fetched
     asked = from_args(ConvertOptions, args)
@@ -75,19 +65,15 @@ def run(args: argparse.Namespace) -> int:
     check_inputs(asked)
     find_source(args)
     options = from_args(ConvertOptions, args)
-    columns = (
-        progress.TextColumn("converting"),
-        progress.BarColumn(),
-        progress.TextColumn("{task.description}"),
-        progress.TimeRemainingColumn(),
-    )
+    text, name = progress.TextColumn("converting"), progress.TextColumn("{task.description}")
+    columns = (text, progress.BarColumn(), name, progress.TimeRemainingColumn())
     console, hidden = Console(file=sys.stderr), not sys.stderr.isatty()
     with progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task, phase = bar.add_task("", total=None), 0
 
         def show(done: int, total: int, name: str) -> None:
             nonlocal phase
-            if total != phase:  # measuring, learning and writing count apart: so does their time
+            if total != phase:  # measuring, learning and writing each have a bar and an estimate
                 bar.reset(task)
             phase = total
             bar.update(task, completed=done, total=total, description=name)
@@ -101,9 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_source(args: argparse.Namespace) -> None:
-    """Put a path in the place of a source's name, fetched if need be, and a mirror's tokenizer
-    if the source has none.
-    """
+    """Replace a source's name by a path, fetched if need be; get a tokenizer if it lacks one."""
     from pathlib import Path
 
     from openelm_mlx.convert.fetch import fetch_with_bar
@@ -127,7 +111,7 @@ def find_source(args: argparse.Namespace) -> None:
         args.source, tokenizer = str(resolved.folder), resolved.tokenizer or tokenizer
     if tokenizer is not None:
         args.tokenizer = str(tokenizer)
-    if args.source != given:  # a cache's path says nothing of the model
+    if args.source != given:  # the path of a cache does not name the model
         args.source_name = given
         if "instruct" in given.lower() and not hasattr(args, "instruct"):
             args.instruct = True
@@ -168,10 +152,8 @@ def show_report(report: ConversionReport, dry_run: bool) -> None:
         for row in rows:
             table.add_row(*row)
         Console().print(table)
-    print(
-        f"{report.target}: {report.parameters:,} parameters, {report.written_bytes:,} bytes, "
-        f"{report.bits_per_weight:.2f} bits per weight"
-    )
+    sizes = f"{report.parameters:,} parameters, {report.written_bytes:,} bytes"
+    print(f"{report.target}: {sizes}, {report.bits_per_weight:.2f} bits per weight")
     if dry_run:
         print(f"memory needed: about {report.memory_bytes / 1e6:,.0f} MB; nothing was written")
     for name in ("sum_of_losses", "loss_together"):

@@ -33,7 +33,7 @@ def register(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    named = {"nargs": "?", "default": "openelm-tiny"}
+    named: Any = {"nargs": "?", "default": "openelm-tiny"}
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP, **named)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ When all of them take more than $OPENELM_CACHE_GB (50 unless set), those not use
 class Kept:
     """A name and what it stands for; `path` is None and `nbytes` 0 if nothing of it is here.
 
-    `kind` is bundled, hub, corenet or converted. `partial` says that a download was cut, and goes
-    on when the model is asked for again. A conversion has `used`, in seconds since the epoch, and
-    `sources`, the paths or names it is from.
+    `kind` is bundled, hub, corenet or converted. `partial` marks an interrupted download, which
+    continues when the model is asked for again. A conversion has `used`, in seconds since the
+    epoch, and `sources`, the paths or names it was made from.
     """
 
     kind: str
@@ -60,12 +60,8 @@ def register(commands: Any) -> None:
         help="remove models from this disk",
         description="Remove what was fetched or converted; it asks first.",
     )
-    removing.add_argument(
-        "names",
-        metavar="NAME",
-        nargs="+",
-        help="a name from the list, a hub id, or a converted file",
-    )
+    text = "a name from the list, a hub id, or a converted file"
+    removing.add_argument("names", metavar="NAME", nargs="+", help=text)
     removing.add_argument("-y", "--yes", action="store_true", help="do not ask")
     removing.set_defaults(run=remove)
 
@@ -88,10 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(models: list[Kept], limit: float) -> None:
-    """Print names, sizes and meanings.
-
-    CoreNet's checkpoints in training share one line, but for those that are on this disk.
-    """
+    """Print names, sizes and meanings; checkpoints in training that are not here share a line."""
     from openelm_mlx.engine.hub import hub_cache
     from openelm_mlx.engine.model_cache import cache_folder, conversions_folder
 
@@ -100,23 +93,17 @@ def show(models: list[Kept], limit: float) -> None:
         if one.kind != "converted" and (one.path is not None or "@" not in one.name):
             size = "-" if one.path is None else size_text(one.nbytes)
             rows.append((one.name, size, one.about + (" (fetched in part)" if one.partial else "")))
-    iterations = sorted(
-        {int(one.name.rpartition("@")[2][:-1]) for one in models if "@" in one.name}
-    )
-    steps = ", ".join(f"@{n}k" for n in iterations)
-    rows.append(
-        ("corenet:SIZE@50k", "-", f"CoreNet's checkpoints in training, of each size: {steps}")
-    )
-    print_rows(rows)
+    iterations = {int(one.name.rpartition("@")[2][:-1]) for one in models if "@" in one.name}
+    steps = ", ".join(f"@{n}k" for n in sorted(iterations))
+    about = f"CoreNet's checkpoints in training, of each size: {steps}"
+    print_rows([*rows, ("corenet:SIZE@50k", "-", about)])
     kept = [one for one in models if one.kind == "converted"]
     if kept:
         total = size_text(sum(one.nbytes for one in kept))
         print(f"\nconverted, {total} of at most {size_text(limit)} in {conversions_folder()}:")
         print_rows([(one.name, size_text(one.nbytes), one.about) for one in kept])
-    print(
-        f"\nfetched models lie in {hub_cache()} and {cache_folder()}; "
-        "`openelm models remove NAME` frees their space"
-    )
+    remedy = "`openelm models remove NAME` frees their space"
+    print(f"\nfetched models are in {hub_cache()} and {cache_folder()}; {remedy}")
 
 
 def print_rows(rows: list[tuple[str, str, str]]) -> None:
@@ -143,10 +130,7 @@ def remove(args: argparse.Namespace) -> int:
 
 
 def inventory() -> list[Kept]:
-    """List all names in the order they are shown in.
-
-    Conversions come last, the most recently used one first.
-    """
+    """List all names, conversions last, the most recently used of them first."""
     from openelm_mlx.engine.hub import BUNDLED
 
     models = [Kept("bundled", "openelm-tiny", "comes with openelm-mlx", BUNDLED, size_of(BUNDLED))]
@@ -177,12 +161,11 @@ def from_corenet() -> list[Kept]:
 
     models = []
     for entry in CATALOG.values():
-        folder = fetched_folder(entry)
+        one, folder = Kept("corenet", entry.name, entry.about), fetched_folder(entry)
         if folder.is_dir():
             cut = any(folder.glob("*.part"))
-            models.append(Kept("corenet", entry.name, entry.about, folder, size_of(folder), cut))
-        else:
-            models.append(Kept("corenet", entry.name, entry.about))
+            one = replace(one, path=folder, nbytes=size_of(folder), partial=cut)
+        models.append(one)
     return models
 
 
@@ -204,10 +187,7 @@ def converted() -> list[Kept]:
 
 
 def matching(name: str) -> list[Kept]:
-    """List what `name` stands for on this disk, with the conversions made from it.
-
-    Raises `HubError` if there is nothing.
-    """
+    """List what `name` stands for on this disk, conversions of it included. Raises `HubError`."""
     from openelm_mlx.engine.hub import SHORT_NAMES, cached_repositories, is_published
 
     if name == "openelm-tiny":
@@ -215,7 +195,7 @@ def matching(name: str) -> list[Kept]:
     if is_published(name):
         from openelm_mlx.convert.fetch import published
 
-        name = published(name).name  # or the nearest names are told
+        name = published(name).name  # raises an error with the nearest names
     hub_id = SHORT_NAMES.get(name.lower(), name)
     names = {name, hub_id, str(Path(os.path.abspath(os.path.expanduser(name))))}
     found = [
@@ -232,9 +212,7 @@ def matching(name: str) -> list[Kept]:
 
 
 def delete(one: Kept) -> None:
-    """Remove from this disk what `matching` found. Raises `HubError` if it is in use or cannot
-    be removed.
-    """
+    """Remove what `matching` found from this disk. Raises `HubError` if that is not possible."""
     from openelm_mlx.engine import hub, model_cache
 
     try:
@@ -250,11 +228,8 @@ def delete(one: Kept) -> None:
 
 def size_of(folder: Path) -> int:
     """Sum the bytes of a folder's files, each counted once: the hub's cache links to them."""
-    return sum(
-        path.lstat().st_size
-        for path in folder.rglob("*")
-        if path.is_file() and not path.is_symlink()
-    )
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sum(path.lstat().st_size for path in files)
 
 
 def size_text(nbytes: float) -> str:
