@@ -37,9 +37,9 @@ SHARED = 64  # tokens from which on a common beginning is worth waiting for
 class Pace:
     """How many prompt tokens a step may prefill beside running rows.
 
-    They may take about thrice the time of a step without any. How long one takes depends on device,
-    weights and rows, so the number follows the time of steps with and without prompt tokens. No
-    token changes by it.
+    They may about triple the time of a step. How long that is depends on device, weights and rows,
+    so the number follows the times of steps with and without prompt tokens. It does not change any
+    token.
     """
 
     LEAST, FIRST = 4, 32
@@ -64,8 +64,8 @@ class Pace:
 class Admission:
     """Prompts that are prefilled together: one that goes on from a cached prefix, or several alike.
 
-    Shorter ones are padded at the end: no token looks at what comes after it, and decoding
-    overwrites it. Requests with the same prompt share its prefill.
+    Shorter ones are padded at the end: no token attends to later ones, and decoding overwrites
+    them. Requests with the same prompt share its prefill.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Admission:
 
 
 class Queue:
-    """The requests of a scheduler that have no row yet: they wait, are prefilled, or may join.
+    """The requests of a scheduler without a row: they wait, are prefilled, or can join the rows.
 
     `limit` is the number of prompt tokens that a step prefills beside running rows, by default the
     one that `Pace` learns; `chunk` is the most of one pass, and `max_waiting` the most requests

@@ -102,10 +102,8 @@ class Conversation:
     ) -> None:
         check_loaded("engine", engine)
         self.engine = engine
-        sampling = engine.chat_sampling if sampling is None else sampling
-        given = (sampling, options, engine_options)
+        given = (engine.chat_sampling if sampling is None else sampling, options, engine_options)
         self._options: GenerationOptions
-        self._engine_options: EngineOptions
         chosen, self._options, self.engine_options = with_overrides(KINDS, given, settings)
         self._sampling = seeded(chosen)
         if not (draft is None or isinstance(draft, ModelDraft) or hasattr(draft, "propose")):
@@ -135,7 +133,7 @@ class Conversation:
 
     @property
     def sampling(self) -> SamplingOptions:
-        """How answers are drawn. It always has a seed: new options without one keep the old one."""
+        """How answers are drawn, always with a seed: new options without one keep the old one."""
         return self._sampling
 
     @sampling.setter
@@ -154,10 +152,7 @@ class Conversation:
 
     @property
     def engine_options(self) -> EngineOptions:
-        """How the engine runs, from the next message on.
-
-        Setting it raises `CacheError` for a cache that the model cannot have.
-        """
+        """How the engine runs, from the next message on. Setting it may raise `CacheError`."""
         return self._engine_options
 
     @engine_options.setter

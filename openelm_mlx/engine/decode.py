@@ -22,11 +22,11 @@ Progress = Callable[[int, int], None]
 
 
 class State(NamedTuple):
-    """The arrays that a step reads and writes: other values in them need no other trace."""
+    """The arrays that a step reads and writes. A trace serves all values in them."""
 
     token: mx.array  # [B] uint32, the newest token, not yet fed
     position: mx.array  # [B] int32, its position
-    alive: mx.array  # [B] int32, 1 or 0: an unused row stands still at position 0
+    alive: mx.array  # [B] int32, 1 or 0: an unused row stays at position 0
     key: mx.array  # [B, 2] uint32, of the random numbers
     controls: Controls  # the values of the sampling options
     history: History | None
@@ -73,7 +73,7 @@ class StepSpec:
     """The settings that a step is traced for; schedulers with equal ones share their steps."""
 
     filters: Filters
-    vocab: int  # ids from here on exist in the weights only, and are never sampled
+    vocab: int  # ids from here on have weights but no text, and are never sampled
     logprobs: int | None
     compiled: bool
     kind: CacheKind = CacheKind()
@@ -101,7 +101,7 @@ def choose(
     drafted: Drafted | None = None,
     mask: mx.array | None = None,
 ) -> tuple[Drawn, Moved]:
-    """Draw from the logits of `forward`; return what was drawn and what changes by it.
+    """Draw from the logits of `forward`; return the tokens, and the parts of the state that change.
 
     `mask` [B * (k + 1), ceil(vocab / 32)] uint32 has a bit for each token that a grammar allows.
     """
@@ -187,15 +187,15 @@ def logprobs(logits: mx.array, tokens: mx.array, n: int) -> Logprobs:
 
 
 def start(drawn: Drawn, moved: Moved) -> None:
-    """Start computing. The cache buffers are left out: to name them would copy them each step."""
+    """Start computing all but the cache buffers: evaluating those by name would copy them."""
     parts = (drawn.tokens, drawn.kept, *(drawn.logprobs or ()), *moved[:2], *(moved.history or ()))
     mx.async_eval([part for part in parts if part is not None])
 
 
 class Steps:
-    """The compiled functions of one model, of the latest `LIMIT` specifications.
+    """The compiled functions of one model, for the latest `LIMIT` specifications.
 
-    Weights are constants of a compiled function, so whatever starts a generation calls `refresh`.
+    Weights are constants of a compiled function, so each start of a generation calls `refresh`.
     """
 
     LIMIT = 48
@@ -207,10 +207,9 @@ class Steps:
         self._identity = object()
 
     def refresh(self) -> object:
-        """Forget what was compiled for other weights: the model was trained, merged or loaded anew.
+        """Drop what was compiled for other weights: the model was trained, merged or reloaded.
 
-        Return an object that stands for the weights that the model has now: another one if they
-        changed.
+        Return an object that identifies the current weights: a new one whenever they change.
         """
         weights, old = arrays_of(self.model), self._weights
         if len(weights) != len(old) or any(a is not b for a, b in zip(weights, old, strict=True)):
@@ -241,9 +240,9 @@ class Steps:
         return ahead, self.cached(("choose", spec), spec.compiled, lambda: partial(choose, spec))
 
     def cached(self, key: Hashable, compiled: bool, make: Callable[[], Any]) -> Any:
-        """Return what `make` makes, or made earlier for this key; compiled if asked for.
+        """Return what `make` returned for this key, compiled if asked for.
 
-        Beyond the limit the least recently used is dropped.
+        Beyond the limit the least recently used function is dropped.
         """
         made = self._made.pop(key, None)
         if made is None:

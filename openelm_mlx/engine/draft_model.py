@@ -1,7 +1,7 @@
-"""A smaller model that drafts: each row's text is read, then several tokens are drawn in one go.
+"""A smaller model that drafts: it reads each row's text, then draws several tokens in one call.
 
-Its guesses are drawn with the target's own options and noise, so the two agree often
-(speculation.py says why the text is the same with any draft).
+It draws with the target's options and noise, so the two agree often (speculation.py says why the
+text is the same with any draft).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class ModelDraft:
     """A smaller model with the target's tokenizer, whose guesses the target verifies.
 
-    It keeps what it has read between generations, so that in a conversation it prefills only what
-    is new, too. Raises `OptionError` if the tokenizers differ.
+    Like the target it keeps what it has read, so it prefills only the new part of a conversation.
+    Raises `OptionError` if the tokenizers differ.
     """
 
     def __init__(self, target: Engine, draft: Engine) -> None:
@@ -66,13 +66,13 @@ class DraftRow:
 class DraftRows:
     """The draft model's side of a scheduler's rows, under the same numbers.
 
-    A row whose text is far ahead of what the draft has read catches up outside, in chunks, as a
-    prompt does. All other rows go through one pass together, which writes behind the tokens that
-    each row has, and so spoils nothing.
+    A row whose text is far ahead of what the draft has read catches up by itself, in chunks, as a
+    prompt does. All other rows share one pass, which writes after the tokens that each row has, and
+    so overwrites none.
     """
 
-    FEED = (8, 32)  # tokens by which rows catch up together; what lags by more does so alone
-    ALONE, SHARED = 512, 256  # tokens read outside at a time, for one running row and for several
+    FEED = (8, 32)  # tokens by which rows catch up together; those that lag by more do so alone
+    ALONE, SHARED = 512, 256  # tokens of one call that catches up, with one running row and several
 
     def __init__(self, draft: ModelDraft) -> None:
         self.draft, self.steps, self.model = draft, draft.engine.steps, draft.engine.model
@@ -100,9 +100,9 @@ class DraftRows:
         self.rows = {new: self.rows[old] for new, old in enumerate(rows) if old in self.rows}
 
     def catch_up(self, rows: list[int], budget: int) -> list[int]:
-        """Read the texts of `rows` to all but the last two tokens; return the rows where it is so.
+        """Read all but the last two tokens of `rows`; return the rows that have caught up.
 
-        At most `budget` tokens are read outside; rows that need more lag until a later call.
+        At most `budget` tokens are read for rows that lag far; they may need another call.
         """
         ready = []
         for row in rows:
@@ -157,7 +157,7 @@ class DraftRows:
     def _ids(self, rows: list[list[int]], length: int) -> mx.array:
         """Pad to `length`. Ids beyond the draft's embedding become its last one.
 
-        A target with a larger embedding may know such ids; a wrong one spoils the draft only.
+        A target with a larger embedding may know such ids; a wrong one only makes a worse draft.
         """
         last = self.draft.engine.config.vocab_size - 1
         ids = [[min(token, last) for token in row] + [0] * (length - len(row)) for row in rows]
@@ -177,7 +177,7 @@ class DraftRows:
         return found
 
     def record(self, row: int, known: int, drafted: int, accepted: int) -> None:
-        """Note that of a draft after `known` tokens the first `accepted` were kept.
+        """Note that the first `accepted` tokens of a draft after `known` tokens were kept.
 
         All drafted tokens but the last one were read.
         """
@@ -200,12 +200,12 @@ def make_feed(model: OpenELM, kind: CacheKind) -> Callable[..., Any]:
 def make_drafter(
     model: OpenELM, kind: CacheKind, filters: Filters, vocab: int, k: int
 ) -> Callable[..., Any]:
-    """Return a function that drafts k tokens a row without a return to the host between them.
+    """Return a function that drafts k tokens a row without returning to the host between them.
 
-    It starts with the latest two tokens of each row: after a draft that was accepted completely,
-    the cache lacks the last one. Reading it again in every other case does no harm, keeps the
-    shapes, and saves a pass. Each token is drawn as the target will draw its own: under the same
-    filters, with the noise of the same position.
+    It starts with the latest two tokens of each row, because after a draft that was accepted
+    completely the cache lacks the first of them. Reading it again in all other cases is harmless,
+    keeps the shapes, and saves a pass. Each token is drawn as the target will draw its own: with
+    the same filters and the noise of the same position.
     """
 
     def run(

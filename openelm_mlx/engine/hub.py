@@ -1,4 +1,4 @@
-"""From a model's name to a folder on this disk; the only importer of huggingface_hub."""
+"""From a model's name to a folder on this disk. The engine uses huggingface_hub only here."""
 
 from __future__ import annotations
 
@@ -32,10 +32,7 @@ LICENCE = ["LICENSE*", "README.md"]
 PATTERNS = ["*.safetensors", "*.json", "tokenizer.*", "*.jinja", *LICENCE]
 LLAMA_ROWS = range(32000, 32257)  # rows of an embedding that LLaMA's tokenizer fits, with padding
 CORENET = "corenet"  # names of the converter's catalog begin so, with -mlx and a colon
-CORENET_TENSORS = (
-    "token_embeddings.",
-    "layers.",
-)  # CoreNet's names begin so, Hugging Face's do not
+CORENET_TENSORS = ("token_embeddings.", "layers.")  # beginnings of CoreNet's names only
 # no hub id ends so
 FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".yaml", ".yml", ".npz", ".model", ".txt", ".zip")
 CERTIFICATE_REMEDY = (
@@ -91,7 +88,7 @@ def resolve_model(
 
 
 def as_loaded(source: Path, tokenizer: Path | None, name: str | None = None) -> Resolved:
-    """Return `source` itself, or what it is converted into if the engine cannot load it."""
+    """Return `source` itself, or its conversion if the engine cannot load it."""
     if source.is_dir() and loadable(source):
         return Resolved(source, tokenizer)
     return Resolved(converted(source, tokenizer, name), None)
@@ -100,8 +97,8 @@ def as_loaded(source: Path, tokenizer: Path | None, name: str | None = None) -> 
 def converted(source: Path, tokenizer: Path | None = None, name: str | None = None) -> Path:
     """Return the model folder of `source`, found in the cache or converted into it now.
 
-    `name` is what the user called the source, if that is not a path. Raises an `OpenELMError`
-    for what convert does not take, and if the result cannot be written.
+    `name` is the user's name of the source, if that is not a path. Raises an `OpenELMError` for
+    what convert cannot read, and if the result cannot be written.
     """
     source = Path(os.path.abspath(source))
     if (known := recall(source, tokenizer)) is not None:
@@ -113,7 +110,7 @@ def converted(source: Path, tokenizer: Path | None = None, name: str | None = No
 def loadable(folder: Path) -> bool:
     """Return whether the engine should load this folder as it is, without a conversion.
 
-    A damaged folder counts as loadable: loading says best what is wrong with it.
+    A damaged folder counts as loadable: the errors of loading describe the damage best.
     """
     if not (folder / "config.json").is_file():
         return False
@@ -166,7 +163,7 @@ def is_published(name: str) -> bool:
 
 
 def looks_like_path(name: str) -> bool:
-    """Return whether `name` can only be meant as a file or folder, so that the hub is not asked."""
+    """Return whether `name` can only mean a file or folder, and the hub need not be asked."""
     if name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name:
         return True
     return name.count("/") > 1 or os.path.splitext(name)[1].lower() in FILE_SUFFIXES
@@ -227,7 +224,7 @@ def mirrored_tokenizer() -> Path:
 
 
 def hub_cache() -> Path:
-    """Return the folder in which the hub's client keeps what it fetched."""
+    """Return the folder in which the hub's client keeps its downloads."""
     from huggingface_hub import constants
 
     return Path(os.path.expanduser(constants.HF_HUB_CACHE))
@@ -253,7 +250,7 @@ def remove_repository(hub_id: str) -> None:
 
 
 def explain(hub_id: str, revision: str | None, error: BaseException) -> str:
-    """Say in one line what failed and what to do, from the exception and its causes."""
+    """Return one line that says what failed and what to do, by the exception and its causes."""
     from huggingface_hub import constants, errors
 
     causes = list(chain(error))

@@ -1,4 +1,4 @@
-"""A name becomes an `Engine`: model, tokenizer and configuration, checked before the work."""
+"""A name becomes an `Engine`: model, tokenizer and configuration, each checked."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ class Engine:
         >>> async for event in engine.stream("Once upon a time", max_tokens=64):
         ...     print(event.text, end="", flush=True)
 
-        Several may run at once, a step of each in turn; the event loop is free meanwhile. Errors
-        are raised where the first event is awaited. Cancelling the task, or closing the iterator,
-        ends the generation after the step under way.
+        Several may run at once, a step of each in turn, and the event loop stays free. Errors are
+        raised where the first event is awaited. Cancelling the task, or closing the iterator, ends
+        the generation after the current step.
         """
         from openelm_mlx.engine.generation import stream_generate
 
@@ -110,8 +110,8 @@ def load(
     CPU backend; elsewhere it is the checkpoint's own, or bfloat16 for a checkpoint in float32.
     `bits` quantizes a full-precision model while loading, in groups of `group_size` weights.
     `tokenizer` is a file to use in place of the model's own; `revision` is a branch, tag or commit
-    on the hub. Raises `HubError`, `ConfigError`, `CheckpointError`,
-    `ConversionError`, `TokenizerError` or `OptionError`.
+    on the hub. Raises `HubError`, `ConfigError`, `CheckpointError`, `ConversionError`,
+    `TokenizerError` or `OptionError`.
     """
     if isinstance(dtype, mx.Dtype):
         dtype = name_of(dtype)
@@ -128,7 +128,7 @@ def load(
 def load_resolved(
     name: str, resolved: Resolved, dtype: str | None, bits: int | None, group_size: int
 ) -> Engine:
-    """Return the engine of a folder in this project's layout; the errors are those of `load`."""
+    """Return the engine of a folder in this project's layout. Raises the errors of `load`."""
     folder = resolved.folder
     raw = read_json(folder / "config.json")
     config = OpenELMConfig.from_hf_dict(raw).with_eos_of(folder)
@@ -181,11 +181,11 @@ def generation_config(folder: Path) -> dict[str, Any]:
 
 
 def chat_sampling(folder: Path) -> SamplingOptions:
-    """Return how a chat with the model in `folder` draws tokens unless told otherwise.
+    """Return the defaults of a chat with the model in `folder`.
 
     Keys and meaning are those of Hugging Face's GenerationConfig, with two more keys for the
-    penalties on the answer alone. The choice is greedy unless `do_sample` is true; the temperature
-    is then 1 if none is given. Raises `ConfigError` for a damaged file and values out of range.
+    penalties on the answer alone. The choice is greedy unless `do_sample` is true, with a
+    temperature of 1 by default. Raises `ConfigError` for a damaged file and values out of range.
     """
     raw, path = generation_config(folder), folder / GENERATION_CONFIG
     sample = raw.get("do_sample")
@@ -215,7 +215,7 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
 
 
 def quantize_as_stored(model: OpenELM, plan: Plan) -> None:
-    """Quantize each layer by its spec. Raises `ConfigError` for one that its rows do not fit."""
+    """Quantize each layer by its spec. Raises `ConfigError` for rows that are not whole groups."""
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
         spec = plan.get(path)
@@ -228,26 +228,20 @@ def quantize_as_stored(model: OpenELM, plan: Plan) -> None:
 
 
 def quantize_now(model: OpenELM, bits: int, group_size: int) -> None:
-    """Quantize every layer. Raises `OptionError` if a layer's rows are not such groups."""
+    """Quantize every layer. Raises `OptionError` if a layer's rows are not whole groups."""
     try:
         nn.quantize(model, group_size=group_size, bits=bits)
     except ValueError as error:
-        spec = f"{bits} bits in groups of {group_size}"
-        raise OptionError(f"cannot quantize to {spec}: {error}") from None
+        what = f"cannot quantize to {bits} bits in groups of {group_size}"
+        raise OptionError(f"{what}: {error}") from None
 
 
 def check_coverage(folder: Path, model: OpenELM, weights: dict[str, mx.array]) -> None:
     """Raise `CheckpointError` unless `weights` are exactly the parameters, in their shapes."""
     expected = {name: array.shape for name, array in parameters(model).items()}
-    differences = {
-        "missing": expected.keys() - weights.keys(),
-        "unknown": weights.keys() - expected.keys(),
-    }
-    parts = [
-        f"{len(names)} tensors {what}, first: {min(names)}"
-        for what, names in differences.items()
-        if names
-    ]
+    missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    pairs = (("missing", missing), ("unknown", unknown))
+    parts = [f"{len(names)} tensors {what}, first: {min(names)}" for what, names in pairs if names]
     if parts:
         remedy = "Convert the original again with `openelm convert`"
         raise CheckpointError(f"{folder}: {'; '.join(parts)}. {remedy}")

@@ -86,9 +86,9 @@ def convert_once(
 ) -> Path:
     """Convert `source` into the cache, unless a copy of it was, and return the model folder.
 
-    `tokenizer` is the file to use, or None if `source` has one; `chosen` is the one that the
-    user named. `name` is what the user called the source, if that is not a path. Raises an
-    `OpenELMError` for what convert does not take, and if the result cannot be written.
+    `tokenizer` is the file to use, or None if `source` has one; `chosen` is the one that the user
+    named. `name` is the user's name of the source, if that is not a path. Raises an `OpenELMError`
+    for what convert cannot read, and if the result cannot be written.
     """
     limit, source = limit_bytes(), Path(os.path.abspath(source))
     from openelm_mlx.convert.opening import open_model
@@ -265,7 +265,7 @@ def writable(root: Path) -> bool:
 
 
 def temporary_folder(folder: Path) -> Path:
-    """Return a folder for this run alone, as the cache is read-only. Raises `ConversionError`."""
+    """Return a folder for this run only, as the cache is read-only. Raises `ConversionError`."""
     root, remedy = folder.parent, "set OPENELM_CACHE to a folder that can"
     try:
         _temporary.append(tempfile.TemporaryDirectory(prefix="openelm-"))
@@ -293,7 +293,7 @@ def content_key(
 
 
 def watched(source: Path) -> list[Path]:
-    """Return the files whose coming, going or changing may change what `source` becomes."""
+    """Return the files on which the conversion of `source` depends, whether or not they exist."""
     folder, weights = source.parent, [source]
     if source.is_dir():
         folder = source

@@ -55,12 +55,12 @@ class Entry:
 
 
 class PromptCache:
-    """Sequences with their keys and values, so that a next prompt prefills only its new part.
+    """Sequences with their keys and values: the next prompt prefills only its new part.
 
     A generation takes a cache out and puts it back longer. A cache belongs either to a generation
-    or to the store: no two ever write to the same arrays. An entry is found only with the weights
-    that computed it, for its kind of cache, and by its owner, so that no owner can tell from the
-    time of an answer what another has asked. Beyond `max_bytes` the least recently used entries are
+    or to the store, so no two ever write to the same arrays. An entry is used only with the weights
+    that computed it, for its kind of cache, and for its owner: the time of an answer does not tell
+    one owner what another has asked. Beyond `max_bytes` the least recently used entries are
     dropped; the latest stays even if it alone takes more.
 
     Conversations, generations and batches of any threads may share a `PromptCache`. They use it in
@@ -271,7 +271,7 @@ def common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
 def continuation(tokenizer: Tokenizer, stored: Sequence[int], text: str) -> tuple[int, int]:
     """Return how many tokens of `stored` spell a beginning of `text`, and its number of characters.
 
-    Where `stored` goes on otherwise than `text`, they end with the last word that both share.
+    Where the two differ, the tokens end with the last word that both share.
     """
     if not stored or stored[0] != tokenizer.bos_id:
         return 0, 0
@@ -286,8 +286,8 @@ def continuation(tokenizer: Tokenizer, stored: Sequence[int], text: str) -> tupl
 def fingerprint(engine: Engine) -> str:
     """Return a sha256 of what keys and values depend on: configuration, tokenizer, every weight.
 
-    Of a tensor it takes two sums modulo 2^32: of its words, which have the size of an element, and
-    of its words weighted by their place.
+    A tensor enters by two sums modulo 2^32: of its words, which have the size of an element, and of
+    its words weighted by their place.
     """
     about = json.dumps(engine.config.to_hf_dict(), sort_keys=True, default=str)
     digest = hashlib.sha256(about.encode())

@@ -1,7 +1,7 @@
-"""One request on the host's side: what was asked for, how far it came, and what it cost.
+"""One request on the host's side: its options, its progress and its cost.
 
-The tokens that the device draws for a request become its events here. Time is measured by a clock
-that tells the engine's own time from its reader's.
+The tokens that the device draws for a request become its events here. The clock separates the
+engine's own time from that of the reader of the events.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class GenerationStats:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens a pass of the model gave: 1 without speculation, 0 if there was no pass."""
+        """The tokens per pass of the model: 1 without speculation, 0 if there was no pass."""
         return (self.generation_tokens - 1) / self.target_passes if self.target_passes else 0.0
 
 
@@ -215,11 +215,11 @@ def mask_of(
 
 
 class Reader:
-    """Measures how long the reader of events was away, and how long the device stood idle then.
+    """Measures how long the reader of events was away, and how long the device was idle then.
 
-    While the reader is away the device computes the next token, and for how long shows only when
-    somebody waits for it. So after the 1st, 2nd, 4th, 8th ... slow return the engine waits for that
-    token before it hands over an event.
+    While the reader is away the device computes the next token, and how long that takes is known
+    only if somebody waits for it. So after the 1st, 2nd, 4th, 8th ... slow return the engine waits
+    for that token before it hands over an event.
     """
 
     SLOW = 1e-3  # seconds; a reader that prints needs less
@@ -271,7 +271,7 @@ class Clock:
     def start(self) -> Clock:
         """Note that the request runs from now on.
 
-        MLX has one peak of memory for all: what it was until now is noted for those that run.
+        MLX has one memory peak for all, so the peak until now is noted for the requests that run.
         """
         with self._lock:
             peak = mx.get_peak_memory()

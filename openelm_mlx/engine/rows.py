@@ -55,7 +55,7 @@ class Rows:
     def place(self, row: int, cache: KVCache) -> None:
         """Copy the cache of one sequence into a row.
 
-        A single row takes the arrays over, and the cache is empty afterwards.
+        A single row takes over the arrays, and the cache is empty afterwards.
         """
         cache.reserve(cache.offset)  # the same in all layers
         self.written[row] = cache.written
@@ -103,7 +103,7 @@ class Rows:
     def lend(self, ends: list[int]) -> list[Arrays]:
         """Hand out the buffers to a step that writes positions below `ends[row]`, 0 if unused.
 
-        They are enlarged if need be, and halved if that is enough.
+        They are enlarged if necessary, and shrunk if half of them is enough.
         """
         self.written = [
             max(old, end) if end else 0 for old, end in zip(self.written, ends, strict=True)

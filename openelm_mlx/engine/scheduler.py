@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class Pending(NamedTuple):
-    """A pass that was submitted and has not been read: the tokens that it draws, and for whom."""
+    """A pass that was submitted and not yet read: the tokens that it draws, and their requests."""
 
     drawn: Drawn
     rows: list[tuple[int, Request]]
@@ -68,9 +68,9 @@ class BatchEngine:
     is that of `stream_generate`. `options` and `settings` are engine options. Any thread may call
     it.
 
-    Beside running sequences a step prefills at most `admission` tokens of waiting prompts, so that
-    a long one stalls nobody; by default as many as take about thrice the time of a step without
-    any. Raises `OptionError`, and `CacheError` for a cache that the model cannot have.
+    While sequences run, a step prefills at most `admission` tokens of waiting prompts, so a long
+    prompt does not stall the others; by default as many as triple the time of a step, about. Raises
+    `OptionError`, and `CacheError` for a cache that the model cannot have.
     """
 
     _spec: StepSpec  # of the rows as they are arranged now
@@ -105,7 +105,7 @@ class BatchEngine:
         self._empty()
 
     def _empty(self) -> None:
-        """Start again without any row, and with nothing under way."""
+        """Start again without rows and pending passes."""
         self._rows: list[Request | None] = []
         self._buffers = Rows(self.engine.config, self.kind)
         self._passes: deque[Pending] = deque()  # submitted and not yet read, two at most
@@ -194,7 +194,7 @@ class BatchEngine:
 
     @device_work
     def close(self) -> None:
-        """Drop everything and wait for what is under way; the prefix cache gets what was run."""
+        """Drop all requests and wait for the device; the prefix cache gets what was run."""
         self._events = []
         self._queue.close()
         for row, request in self._live():
@@ -225,7 +225,7 @@ class BatchEngine:
             self._forward, self._choose = self.engine.steps.parts(self._spec)
 
     def _give_rows(self) -> None:
-        """Use as few rows as will do, of few sizes, so that few shapes are traced."""
+        """Use as few rows as are enough, in few sizes, so few shapes are traced."""
         live, joining = self._live(), self._queue.joining
         kept, count = [row for row, _ in live], quarters(max(1, len(live) + len(joining)))
         if kept != list(range(count)):
@@ -241,7 +241,7 @@ class BatchEngine:
             keep(self.prompt_cache, request, cache)  # a copied one is free, else it is empty
 
     def _advance(self) -> None:
-        """Read one pass, while the device is at the next one if that can be known."""
+        """Read one pass while the device computes the next one, if that can begin already."""
         if not self._passes:
             self._launch()
         if self._may_look_ahead():

@@ -5,8 +5,8 @@ without a draft: argmax(filtered logits + Gumbel noise), the noise being a funct
 position. The draft model draws with the same noise, so the two agree often, and a seed gives the
 same text with any draft and with none (drafter-invariant coupling, Daliri, Musco and Suresh,
 arXiv:2408.07978). A token drafted from q is kept by a target with distribution p with the
-probability sum over x of 1 / sum over y of max(p(y) / p(x), q(y) / q(x)), not far below
-sum(min(p, q)), the most there can be.
+probability sum over x of 1 / sum over y of max(p(y) / p(x), q(y) / q(x)), not far below the upper
+bound sum(min(p, q)).
 
 Drafts come from the text itself (`PromptLookup`), a smaller model (draft_model.py) or a caller
 (`Draft`). Their lengths are functions of tokens alone, never of time, so that a run can be repeated
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # each length is a trace of its own, so not every number
 # passes that one more token in the target's pass costs; memory-bound devices take it almost free
 EXTRA = 0.05
-LEAVING = 0.15  # passes that a draft costs besides: the device is no longer one token ahead
+LEAVING = 0.15  # passes that each draft costs too, as the device is not one token ahead then
 
 
 class Draft(Protocol):
@@ -62,17 +62,17 @@ def longest_gain(acceptance: float, limit: int, cost: float) -> tuple[int, float
 
 
 class PromptLookup:
-    """Guess what followed the last time the latest tokens were seen.
+    """Guesses what followed the last time the latest tokens were seen.
 
-    The latest `ngram` of them are looked for first, then fewer.
+    It searches for the latest `ngram` of them first, then for fewer.
 
     known    the cat sat on a mat . the cat
              ^^^^^^^ earlier match  ^^^^^^^ the latest two
     draft    sat on a mat . the cat sat ...       (what runs over the end repeats: a loop goes on)
 
-    Guessing costs nothing, so it is done at every token, drafted or not: how often the first guess
-    was right is known, for each length of match, before the first draft is made. Nothing is drafted
-    before a guess came true.
+    Guessing costs nothing, so it is done at every token, drafted or not: the share of right guesses
+    is known for each length of match before the first draft is made. Nothing is drafted before a
+    guess was right.
     """
 
     MEMORY = 0.8  # weight of the past at each guess
@@ -131,10 +131,10 @@ class PromptLookup:
 
 
 class DraftLength:
-    """How long a draft that costs something should be, from what was accepted of those before.
+    """How long a draft that costs something should be, by how much of earlier ones was accepted.
 
-    When no length pays, it pauses for PAUSE tokens, twice as long each time, and then tries a short
-    one.
+    If no length pays, it pauses for PAUSE tokens, twice as long each time, and then tries a short
+    draft.
     """
 
     MEMORY = 0.9  # weight of the past at each tested token
@@ -156,7 +156,7 @@ class DraftLength:
         return longest_gain(self.acceptance, self.limit, self.cost)[0]
 
     def record(self, known: int, drafted: int, accepted: int) -> None:
-        """Learn that of a draft after `known` tokens the first `accepted` were kept."""
+        """Learn that the first `accepted` tokens of a draft after `known` tokens were kept."""
         tested = min(accepted + 1, drafted)  # tokens after the first rejection say nothing
         for index in range(tested):
             hit = 1.0 if index < accepted else 0.0
@@ -178,7 +178,7 @@ class Proposal(NamedTuple):
 
 @dataclass
 class RowDrafts:
-    """How one request is drafted for: by prompt lookup, and by a model or a caller's source."""
+    """The sources of drafts for one request: prompt lookup, and a model or a caller's source."""
 
     lookup: PromptLookup | None
     length: DraftLength | None  # of the model's or the caller's drafts
@@ -240,7 +240,7 @@ class Speculation:
         return any(sum(self._lengths(row, request)) > 0 for row, request in live)
 
     def _lengths(self, row: int, request: Request) -> tuple[int, int]:
-        """Return how many tokens to look up for a row, and if 0, how many to ask of the draft."""
+        """Return how many tokens to look up for a row, and how many to draft if that is 0."""
         one, known = self._rows[row], request.known
         most = max(request.left - 1, 0)  # verifying draws one token more than the draft has
         looked_up = min(one.lookup.length(known), most) if one.lookup is not None else 0
@@ -293,7 +293,7 @@ class Speculation:
         return Proposal(tokens, lengths)
 
     def record(self, row: int, drafted: int, accepted: int) -> None:
-        """Learn that of the latest draft of `row`, `drafted` tokens long, `accepted` were kept."""
+        """Learn that `accepted` of the `drafted` tokens in the latest draft of `row` were kept."""
         one = self._rows[row]
         if not drafted or one.looked_up or one.length is None:
             return  # a lookup counts its own hits

@@ -1,4 +1,4 @@
-"""Where the work of the device runs: on the main thread, or on one thread that never ends.
+"""The thread that drives the device: the main thread, or one worker that never ends.
 
 Any thread may drive a generation, and another one may go on with it. Three facts of MLX (0.32) call
 for this module:
@@ -93,7 +93,7 @@ class Device:
 
 
 def answer(work: Callable[[], Any], future: Future[Any]) -> None:
-    """Do a piece of work, in a function so that an idle worker keeps no reference to it."""
+    """Do a piece of work. An idle worker keeps no reference to it, because this is a function."""
     if future.set_running_or_notify_cancel():
         try:
             future.set_result(work())
@@ -120,7 +120,7 @@ def on_device(call: Callable[[], T]) -> T:
     """Return `call()`, made on the main thread or by the worker; its errors are raised here.
 
     The main thread makes it itself, unless others are in line. So does a thread within a call, and
-    the worker if the garbage collector closes something on it, as it cannot wait for itself.
+    the worker when the garbage collector closes something on it, as it cannot wait for itself.
     """
     thread = threading.get_ident()
     if thread == device.user or (device.closed and thread == MAIN):
@@ -161,12 +161,12 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
 async def asynchronous(start: Callable[[], Generator[T, None, None]]) -> AsyncGenerator[T, None]:
     """Yield from the generator that `start` makes, and leave the event loop free meanwhile.
 
-    When it is cancelled or closed, it closes the generator after the step under way, and waits for
+    When it is cancelled or closed, it closes the generator after the current step, and waits for
     that.
     """
     from asyncio import shield, wrap_future
 
-    made: list[Generator[T, None, None]] = []  # by the worker, so that this thread never waits
+    made: list[Generator[T, None, None]] = []  # by the worker, as this thread must never wait
 
     def close() -> None:
         for events in made:
