@@ -195,11 +195,7 @@ import mlx.core as mx  # noqa: E402 - the two settings above take effect only be
 
 
 def __getattr__(name: str) -> Any:
-    if name in (
-        "nn",
-        "optimizers",
-        "utils",
-    ):  # on first use: importing them takes time, and not all need them
+    if name in __all__:  # on first use: importing them takes time, and not all need them
         return import_module(f"mlx.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
