@@ -1,9 +1,9 @@
-"""The converter: from every form in which OpenELM's weights were published to every one it writes.
+"""The converter: it reads OpenELM's weights in every published format, and writes MLX's or GGUF.
 
     report = convert(ConvertOptions(Path("checkpoint.pt"), Path("openelm-270m-4bit"), bits=4))
 
-`pipeline` is the map. The engine does not depend on it, but asks it for a folder by name.
-`fetch_published` gives the path of what a published name such as corenet:270m stands for.
+`pipeline` is the map. The engine imports this room only to turn a name into a folder.
+`fetch_published` returns the path of a published name such as corenet:270m.
 """
 
 from __future__ import annotations

@@ -38,12 +38,12 @@ class ConvertOptions:
     dtype: str | None = option(
         None, "type of the weights; unset keeps what there is, quantized or not", choices=FLOATS
     )
-    head_dim: int | None = option(None, "size of a head, where the tensors do not tell", 2, 65536)
+    head_dim: int | None = option(None, "size of a head, if no tensor shows it", 2, 65536)
     rope_base: float | None = option(
         None, "base of the rotary embeddings; unset is 10000", 1.0, 1e12
     )
     config: Path | None = option(None, "CoreNet YAML or config.json of the source")
-    tokenizer: Path | None = option(None, "tokenizer.model; unset looks beside the source")
+    tokenizer: Path | None = option(None, "tokenizer.model; by default the one beside the source")
     adapter: str | None = option(
         None,
         "merge a LoRA or DoRA adapter (the default), or keep it in a folder of its own",

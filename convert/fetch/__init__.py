@@ -172,9 +172,7 @@ def published_model(name: str, tokenizer: Path | None = None) -> Path:
 
 
 def readable_as(name: str) -> Callable[[Path], object]:
-    """Return the reader that looks at a file just fetched: a length the server lied about shows in
-    its structure.
-    """
+    """Return the reader that checks a fetched file: a wrong length shows in its structure."""
     from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
     from openelm_mlx.files import read_header, read_json
 

@@ -1,9 +1,9 @@
-"""A large file over HTTP: a cut connection loses nothing, and nothing is taken that changed.
+"""A large file over HTTP: a lost connection loses no bytes, and a file that changed is refused.
 
-A download goes to `NAME.part`, with what the server said of the file in `NAME.part.json`. The next
-attempt, or the next run, goes on from there if the server still offers the same file. A complete
-download is recorded in `NAME.record.json` (address, size, SHA-256), against which every later use
-is checked.
+A download goes to `NAME.part`, with the server's description of the file in `NAME.part.json`. The
+next attempt, or the next run, goes on from there if the server still offers the same file. A
+complete download is recorded in `NAME.record.json` (address, size, SHA-256), and every later use is
+checked against that.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from openelm_mlx.engine.hub import CERTIFICATE_REMEDY
 from openelm_mlx.errors import HubError, OpenELMError, reason
 from openelm_mlx.files import read_own_json, write_json
 
-# called with the bytes here, the bytes in all (None: not said), and the file's name
+# called with the bytes here, the bytes in all (None: unknown), and the file's name
 Progress = Callable[[int, int | None, str], None]
 CHUNK = 1 << 20
 MAX_BYTES = 1 << 38  # 274 GB; the largest published file has 12 GB
@@ -226,7 +226,7 @@ class Download:
 
 
 def offered(response: Any) -> tuple[Offer, int]:
-    """Return what the server says of the complete file, and where the bytes that come begin."""
+    """Return what the server offers, and the offset of the first byte that it sends."""
     headers = response.headers
     tag = headers.get("ETag") or headers.get("Last-Modified")
     if tag is not None and tag.startswith("W/"):

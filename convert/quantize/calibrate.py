@@ -151,9 +151,7 @@ def asks(row: int, instruct: bool) -> bool:
 
 
 def prompt_ids(encode: Encode, row: int, instruct: bool) -> list[int]:
-    """Return the tokens that a row begins with, BOS included; a test holds the turns of a
-    conversation to those of the engine.
-    """
+    """Return the first tokens of a row, BOS included. A test compares turns with the engine's."""
     if not asks(row, instruct):
         return [BOS, *encode(PROMPTS[row % len(PROMPTS)])]
     question = QUESTIONS[row // 2 % len(QUESTIONS)]

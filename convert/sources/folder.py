@@ -75,13 +75,13 @@ class QuantizedFolder(TensorSource):
             raise ConversionError(
                 f"{self.path} contains quantized weights, but its config.json has no quantization"
             )
-        said = {canonical_name(str(key)): value for key, value in (quantization or {}).items()}
+        entries = {canonical_name(str(key)): value for key, value in (quantization or {}).items()}
         vectors = (info.dtype for info in source.tensors.values() if len(info.shape) == 1)
         plain = next((dtype for dtype in vectors if dtype in FLOATS), "bfloat16")
         for name, info in source.tensors.items():
             stem, _, part = name.rpartition(".")
             if stem in stems and part == "weight":
-                self._specs[stem] = self._spec(stem, said)
+                self._specs[stem] = self._spec(stem, entries)
                 self.tensors[name] = self._unpacked(stem, self._specs[stem], plain)
             elif stem not in stems or part not in ("scales", "biases"):
                 self.tensors[name] = info
@@ -138,9 +138,9 @@ class QuantizedFolder(TensorSource):
         sides_fit = scales == side and biases == (side if affine else None)
         if not sizes_fit or not sides_fit or (affine and dtype not in FLOATS):
             parts = {"weight": weight, "scales": scales, "biases": biases}
-            told = ", ".join(f"{name} {describe(info)}" for name, info in parts.items())
+            listed = ", ".join(f"{name} {describe(info)}" for name, info in parts.items())
             raise ConversionError(
-                f"{self.path}: the parts of {stem} ({told}) do not make a matrix of {spec.bits} "
+                f"{self.path}: the parts of {stem} ({listed}) do not make a matrix of {spec.bits} "
                 f"bits in groups of {spec.group_size} ({spec.mode})"
             )
         return TensorInfo(dtype if affine else plain, (rows, columns))

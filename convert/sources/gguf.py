@@ -127,8 +127,8 @@ class GGUFFile(TensorSource):
             for name, parts in self._parts.items()
         }
         self.instruct = "tokenizer.chat_template" in self.metadata
-        said = {key: self.metadata.get(licence_key(key)) for key in LICENCE_KEYS}
-        self.licence = {key: text for key, text in said.items() if isinstance(text, str) and text}
+        fields = {key: self.metadata.get(licence_key(key)) for key in LICENCE_KEYS}
+        self.licence = {key: text for key, text in fields.items() if isinstance(text, str) and text}
         self.config: OpenELMConfig = self._read_config()
         self.tokenizer = read_tokenizer(self.path, self.metadata)
 
@@ -320,18 +320,18 @@ def read_tokenizer(path: Path, metadata: dict[str, Any]) -> TokenizerModel | Non
     Raises `TokenizerError`.
     """
     prefix = "tokenizer.ggml."
-    said = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    kind = said.get("model")
+    fields = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    kind = fields.get("model")
     if kind in (None, "none", "no_vocab"):
         return None
     defaults = {"unknown": UNK, "bos": BOS, "eos": EOS}
-    ids = [said.get(f"{key}_token_id", number) for key, number in defaults.items()]
+    ids = [fields.get(f"{key}_token_id", number) for key, number in defaults.items()]
     if kind != "llama" or ids != [UNK, BOS, EOS]:
         raise TokenizerError(
             f"{path} has a tokenizer of kind {str(kind)[:40]!r} with special ids {ids}, where "
             "OpenELM's is 'llama' with 0, 1, 2; give the right one with --tokenizer"
         )
-    lists: list[Any] = [said.get(key) for key in ("tokens", "scores", "token_type")]
+    lists: list[Any] = [fields.get(key) for key in ("tokens", "scores", "token_type")]
     tokens, scores, kinds = lists
     fits = all_are(tokens, str) and all_are(scores, (int, float)) and all_are(kinds, int)
     if not fits or not len(tokens) == len(scores) == len(kinds) >= 3:

@@ -181,8 +181,8 @@ class Machine:
         self.find(f"{module}.{name}")
 
     def storage(self, pid: Any) -> StorageRecord:
-        """Read torch's form of one: ("storage", type, key, location, number of elements)."""
-        problem = f"{self.where}: data.pkl refers to a storage in a form torch does not write"
+        """Read torch's tuple of one: ("storage", type, key, location, number of elements)."""
+        problem = f"{self.where}: data.pkl refers to a storage in a way that torch does not"
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
             raise ConversionError(problem)
         kind, key, elements = pid[1], pid[2], pid[4]
@@ -205,7 +205,7 @@ class Machine:
         ):
             return arguments[0]
         raise ConversionError(
-            f"{self.where}: data.pkl calls {function.name} in a form torch does not write"
+            f"{self.where}: data.pkl calls {function.name} in a way that torch does not"
         )
 
     def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> TensorRecord:

@@ -191,9 +191,7 @@ def state_dict_of(path: Path, state: Any) -> dict[str, TensorRecord]:
 
 
 def data_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Return where a record's bytes start: behind a local header whose length only the file itself
-    states.
-    """
+    """Return the offset of a record's bytes, after a header whose length only the file states."""
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         header = file.read(30)

@@ -40,7 +40,7 @@ class Target(Protocol):
     """
 
     keeps_record: bool
-    """True if the format has a place for the record of a conversion."""
+    """True if the format can store the record of a conversion."""
 
     def plan(self, progress: Callable[[int, int, str], None] | None) -> Quantization:
         """Choose how MLX quantizes every matrix, and learn its rounding."""

@@ -36,7 +36,7 @@ LARGEST_SCALE = 65504.0  # Q8_0 keeps a block's largest weight / 127 as float16
 
 
 class GGUFTarget(Target):
-    """The file that a conversion writes with --to gguf. The format has no place for a record."""
+    """The file that a conversion writes with --to gguf. The format cannot store a record."""
 
     keeps_record = False
 

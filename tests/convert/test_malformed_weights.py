@@ -177,7 +177,7 @@ STORAGE = (
         (PROTO + b".", "data.pkl is damaged .list index"),
         (
             PROTO + b"ctorch\nFloatStorage\n)R.",
-            "calls torch.FloatStorage in a form torch does not write",
+            "calls torch.FloatStorage in a way that torch does not",
         ),
         (
             PROTO + TENSOR + b"(K\x01K\x02K\x03K\x04tR.",
@@ -191,7 +191,7 @@ STORAGE = (
             PROTO + TENSOR + b"(" + STORAGE + b"K\x00(\x88t(K\x01ttR.",
             "whose shape, strides or offset are not whole numbers",
         ),
-        (PROTO + b"K\x01Q.", "refers to a storage in a form torch does not write"),
+        (PROTO + b"K\x01Q.", "refers to a storage in a way that torch does not"),
     ],
 )
 def test_pickles_that_no_state_dict_is(tmp_path, pickled, message):

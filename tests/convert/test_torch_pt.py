@@ -149,7 +149,7 @@ FOUR = {"0": np.zeros(4, np.float32)}
         ({"w": tensor("0", "FloatStorage", 4, (2,), (-1,), offset=3)}, "impossible shape"),
         ({"w": tensor("0", "FloatStorage", 9, (4,), (1,))}, "declares a storage of 36 bytes"),
         ({"w": tensor("7", "FloatStorage", 4, (4,), (1,))}, "needs storage 7"),
-        ({"w": tensor("../0", "FloatStorage", 4, (4,), (1,))}, "in a form torch does not write"),
+        ({"w": tensor("../0", "FloatStorage", 4, (4,), (1,))}, "in a way that torch does not"),
         ({"w": tensor("0", "FloatStorage", 4, (1 << 40,), (0,))}, "is larger than its storage"),
         ({"w": 3}, "entries that are not tensors: w"),
         ([1], "contains no tensors by name"),
