@@ -274,8 +274,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--bits", type=int, help="quantize the weights")
     admission = "prompt tokens beside each step; default: the engine's own"
     add("--admission", metavar="N,N,...", default="", help=admission)
-    trials = "joins, a third of the pairs, or conversions (default: 10)"
-    add("--trials", type=int, default=10, help=trials)
+    trials = "joins or a third of the pairs, from 2 up (default: 10); conversions (default: 1)"
+    add("--trials", type=int, help=trials)
     add("--settings", type=int, default=100, help="settings of the sampler (default: 100)")
     busy = "cpu: for a machine that is busy otherwise"
     add("--clock", choices=sorted(CLOCKS), default="wall", help=busy)
@@ -284,6 +284,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--scratch", type=Path, help=scratch)
     add("--json", type=Path, metavar="FILE", help="write the result here")
     args = parser.parse_args(argv)
+    least, usual = (1, 1) if args.what == "conversion" else (2, 10)
+    args.trials = usual if args.trials is None else args.trials
+    if args.trials < least:
+        parser.error(f"--trials is {args.trials}; {args.what} needs at least {least}")
+    if args.what == "conversion" and not args.models:
+        parser.error("give the sizes to convert, like 270m")
     global clock
     clock = CLOCKS[args.clock]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import equality
 import numpy as np
@@ -105,10 +106,18 @@ def test_the_commands_report_and_write_what_they_found(tmp_path, capsys, monkeyp
     assert "2 generations (" in capsys.readouterr().out
 
 
-def test_only_published_sizes_are_converted(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["conversion", "271m"], r"^waits: .*271m"),
+        (["conversion"], "give the sizes to convert, like 270m"),
+        (["join", "--trials", "1"], "--trials is 1; join needs at least 2"),
+    ],
+)
+def test_waits_are_checked_before_anything_is_measured(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        waits.main(["conversion", "271m"])
-    assert capsys.readouterr().err.startswith("waits: ")
+        waits.main(arguments)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_comparison_with_mlx_lm_needs_a_model(capsys):
