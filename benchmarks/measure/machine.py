@@ -94,8 +94,8 @@ def method(options: BenchmarkOptions, document: Document) -> Iterator[str]:
         yield "figures are those of a fixed probe between random generations, all on one engine"
         return
     counted = f"{suite.trials_of_a_process} trials"
-    if suite.processes > 1:
-        counted = f"{suite.processes} processes with {counted} each"
+    if document.processes > 1:
+        counted = f"{document.processes} processes with {counted} each"
     yield f"medians of {counted}; one warm-up run of each case comes first and is not counted"
     yield (
         "trials of all cases of a model take turns; tokens are greedy, the end of text is ignored, "

@@ -182,6 +182,7 @@ def test_ctrl_c_keeps_finished_processes_or_what_the_first_has_finished(after, k
     )
     document = run.run(options, tick)
     assert document.partial and document.processes == kept
+    assert "medians of 20 trials; " in document.notes[0]
     counted = len(document.rows[0].metrics["decode_tokens_per_second"].values)
     assert counted == 20 if after else 0 < counted < 20
     note = "interrupted; 1 of 3 processes are here" if after else "interrupted: only the trials"
