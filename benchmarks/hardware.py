@@ -136,9 +136,9 @@ def find_chip(name: str, gpu_cores: int | None = None) -> Chip:
 
 
 def nominal_bandwidth(device_name: str | None) -> float | None:
-    """Return the bytes a second of the chip that MLX names; None where it is not in the table.
+    """Return the bytes a second of the chip that MLX names; None if it is not in the table.
 
-    It is the largest where one name has two.
+    It is the largest if one name has two.
     """
     try:
         return find_chip(device_name or "").bandwidth

@@ -84,7 +84,7 @@ class Judge:
         return Reference(self.engine)
 
     def exact(self, kind: CacheKind) -> bool:
-        """Tell whether all is computed in float32, so that only ties may change places."""
+        """Return whether all is computed in float32, so that only ties may change places."""
         return self.float32 and not isinstance(kind.store, Quantized)
 
     def compare(
@@ -191,7 +191,7 @@ class Reference:
         answer: list[int],
         options: SamplingOptions | None = None,
     ) -> Array:
-        """Return [vocab] scores, of which the largest is drawn next, from `logits` [vocab].
+        """Return [vocab] scores from `logits` [vocab]; the token with the largest is drawn next.
 
         `answer` is what the request has been given so far; `options` are tried instead of its own.
         """
@@ -225,7 +225,7 @@ class Reference:
         tokens: tuple[int, int],
         tolerance: float,
     ) -> bool:
-        """Tell whether a small error lets either of two tokens be drawn.
+        """Return whether a small error lets either of two tokens be drawn.
 
         That is an error of `tolerance` in a score, or at the border of a filter.
         """
@@ -254,7 +254,7 @@ def near(options: SamplingOptions, tolerance: float) -> list[SamplingOptions]:
 
 
 def visible(length: int, kind: CacheKind) -> Array:
-    """Return [length, length], True where the token of a row attends to that of a column."""
+    """Return [length, length], True if the token of a row attends to that of a column."""
     row, column = np.arange(length)[:, None], np.arange(length)[None]
     seen = column <= row
     if isinstance(kind.layout, Window):

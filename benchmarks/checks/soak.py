@@ -55,12 +55,12 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"kv_window": 64},
     {"kv_window": 64, "kv_bits": 8},
 )
-Tick = Callable[[str, float], None]  # is told what was done, and the seconds it took
+Tick = Callable[[str, float], None]  # takes what was done, and the seconds it took
 
 
 @dataclass
 class Soak:
-    """What a soak saw. `failures` is empty where all was well."""
+    """What a soak saw. `failures` is empty if all was well."""
 
     generations: Counter[str] = field(default_factory=Counter)  # by kind
     tokens: int = 0
@@ -132,7 +132,7 @@ class Soak:
 def trend(rates: list[float]) -> tuple[float, bool]:
     """Return the change from the first third to the last, and whether it is sure.
 
-    It is sure where even the quartiles do not meet.
+    It is sure if even the quartiles do not meet.
     """
     if len(rates) < 9:
         return 0.0, False
@@ -277,7 +277,7 @@ def soak(
 ) -> Soak:
     """Run for `minutes`, or until each client has asked `requests` times.
 
-    The same `seed` gives the same requests. `tick` is told each request and the seconds since the
+    The same `seed` gives the same requests. `tick` gets each request and the seconds since the
     last. `seen` is filled as it goes. A KeyboardInterrupt passes through, and nothing is in flight
     then.
     """

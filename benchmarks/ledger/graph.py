@@ -123,7 +123,7 @@ def untagged(node: Node, constants: dict[str, mx.array]) -> Node:
 def one_primitive_each(tagged: bool = False) -> Iterator[None]:
     """Replace `mx.fast` and `mx.dequantize` by stand-ins of one primitive each.
 
-    `tagged` adds the tag that `trace` reads. It is one more input, so leave it out where the host
+    `tagged` adds the tag that `trace` reads. It is one more input, so leave it out if the host
     is timed.
     """
 

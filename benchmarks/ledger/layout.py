@@ -17,7 +17,7 @@ from openelm_mlx.errors import BenchmarkError
 
 Shape = tuple[int, ...]
 VIEWS = {"Broadcast", "BroadcastAxes", "Transpose", "Slice", "Split", "ExpandDims", "Squeeze"}
-VIEWS |= {"Reshape", "Flatten", "Unflatten"}  # these copy where the new shape cannot be a view
+VIEWS |= {"Reshape", "Flatten", "Unflatten"}  # these copy if the new shape cannot be a view
 VIEWS |= {"StopGradient", "Copy", "Depends", "NumberOfElements"}
 ONE_KERNEL = FUSABLE | {"ArgReduce", "Arange", "Compiled", "Gather", "ScatterAxis", "SliceUpdate"}
 KEEPS_LAYOUT = FUSABLE | {"Compiled", "RMSNorm", "RoPE"}
@@ -50,7 +50,7 @@ class Layout:
 
     @property
     def contiguous(self) -> bool:
-        """Whether there are no holes: the elements that differ fill the extent."""
+        """True if there are no holes: the elements that differ fill the extent."""
         return self.elements == self.distinct
 
     @property
@@ -59,7 +59,7 @@ class Layout:
 
 
 def reshaped(x: Layout, shape: Shape) -> Layout | None:
-    """Return the view of x under another shape, None where only a copy can have it.
+    """Return the view of x under another shape, None if only a copy can have it.
 
     The rule is `prepare_reshape` of common/common.cpp.
     """
@@ -206,12 +206,12 @@ def query_reads(q: Layout) -> bool:
 
 
 def side_by_side(x: Layout) -> bool:
-    """Tell whether batch and heads can be walked through as one axis."""
+    """Return whether batch and heads can be walked through as one axis."""
     return 1 in x.shape[:2] or x.strides[0] == x.strides[1] * x.shape[1]
 
 
 def matmul_splits(x: Layout, w: Layout) -> bool:
-    """Tell whether a second kernel adds up parts of the product (metal/matmul.cpp)."""
+    """Return whether a second kernel adds up parts of the product (metal/matmul.cpp)."""
     rows, columns, inner = math.prod(x.shape[:-1]), w.shape[-1], x.shape[-1]
     tiles = -(-rows // 16) * -(-columns // 16)
     return rows > 1 and inner >= max(rows, columns, 128) and tiles <= 1024

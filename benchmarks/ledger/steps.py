@@ -304,7 +304,7 @@ def undisturbed() -> Iterator[None]:
     """Keep MLX's threads off the clock: one core for all of this process, without preemption.
 
     On the CPU backend the device is a thread of this process. On a core of its own it fights with
-    the host for locks, of the allocator first, which no GPU does. Linux only; elsewhere, and where
+    the host for locks, of the allocator first, which no GPU does. Linux only; elsewhere, and if
     it is forbidden, nothing changes.
     """
     if not hasattr(os, "sched_setaffinity"):

@@ -70,7 +70,7 @@ class Entry:
 
     @property
     def timed(self) -> bool:
-        """Whether this entry may be timed: a peer may once its tokens are ours."""
+        """True if this entry may be timed: a peer may once its tokens are ours."""
         return self.warm is not None and self.parts_at is None and not self.failed
 
 
@@ -133,7 +133,7 @@ def attempt(entry: Entry) -> Timed | None:
 
 
 def checked(timed: Timed, entry: Entry) -> Timed:
-    """Return the run itself. Raises `BenchmarkError` where it is not what was asked for."""
+    """Return the run itself. Raises `BenchmarkError` if it is not what was asked for."""
     engine, wanted = entry.case.engine, entry.case.generation_tokens
     if not len(timed.tokens) == len(timed.seconds) == wanted:
         what = f"{len(timed.tokens)} tokens at {len(timed.seconds)} times"
@@ -195,7 +195,7 @@ class NewProcess:
     def generate(self, prompt: list[int], tokens: int = 1) -> Timed:
         """Time the first token by the clock of this process, the imports of the new one included.
 
-        Raises `BenchmarkError` with the new process's last line where it fails.
+        Raises `BenchmarkError` with the new process's last line if it fails.
         """
         command = [sys.executable, "-c", START_UP, json.dumps({**self.task, "prompt": prompt})]
         start = perf_counter()

@@ -63,8 +63,8 @@ def text_of(path: Path) -> str:
         return ""
 
 
-def said(command: Sequence[str]) -> str | None:
-    """Return what a program prints, None where it fails or does not exist."""
+def output_of(command: Sequence[str]) -> str | None:
+    """Return what a program prints, None if it fails or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -75,12 +75,12 @@ def said(command: Sequence[str]) -> str | None:
 def commit(root: Path) -> tuple[str | None, bool | None]:
     """Return the commit of the checkout `root`, and whether it has changes that are not committed.
 
-    Both are None where it is not a git checkout.
+    Both are None if it is not a git checkout.
     """
     if not (root / ".git").exists():
         return None, None
-    found = said(["git", "-C", str(root), "rev-parse", "HEAD"])
-    status = said(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    found = output_of(["git", "-C", str(root), "rev-parse", "HEAD"])
+    status = output_of(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
     return found, None if status is None else bool(status)
 
 
@@ -165,7 +165,9 @@ def thermal_pressure() -> str | None:
     """Return macOS's own word for how far it throttles; None elsewhere."""
     if sys.platform != "darwin":
         return None
-    return read_pressure(said(["notifyutil", "-g", "com.apple.system.thermalpressurelevel"]) or "")
+    return read_pressure(
+        output_of(["notifyutil", "-g", "com.apple.system.thermalpressurelevel"]) or ""
+    )
 
 
 def read_pressure(output: str) -> str | None:
@@ -177,7 +179,7 @@ def read_pressure(output: str) -> str | None:
 
 
 def throttle_count() -> int | None:
-    """Return how often Linux has throttled this processor since boot; None where it is unknown."""
+    """Return how often Linux has throttled this processor since boot; None if it is unknown."""
     cores = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
     counts = [text_of(file).strip() for file in cores]
     return sum(map(int, counts)) if counts and all(map(str.isdigit, counts)) else None
@@ -196,13 +198,13 @@ def rest_notes(before: Machine, after: str | None, throttled: int | None) -> Ite
 
 
 def with_trial_notes(document: Document) -> Document:
-    """Note beside each row what its own trials say against its rates."""
+    """Add notes to each row about trials that make its rates doubtful."""
     rows = [replace(row, notes=(*row.notes, *trial_notes(row))) for row in document.rows]
     return replace(document, rows=tuple(rows))
 
 
 def trial_notes(row: Row) -> Iterator[str]:
-    """Say where trials are far apart, or drift from the first to the last."""
+    """Yield notes on trials that are far apart, or drift from the first to the last."""
     for name in ("prefill", "decode"):
         if (metric := row.metrics.get(f"{name}_tokens_per_second")) is None:
             continue
@@ -216,8 +218,8 @@ def trial_notes(row: Row) -> Iterator[str]:
 def drift(values: Sequence[float]) -> tuple[float, bool]:
     """Return the change over all trials as a share of the median, and whether it is certain.
 
-    It is where nearly every pair of trials agrees on the sign. The slope is that of Theil and Sen,
-    the median over all pairs, which one outlier does not move.
+    It is certain if nearly every pair of trials agrees on the sign. The slope is that of Theil and
+    Sen, the median over all pairs, which one outlier does not change.
     """
     if len(values) < 5:
         return 0.0, False

@@ -1,7 +1,7 @@
-"""A run: processes one after another, in each of them models are loaded, timed and set down.
+"""A run: several processes, one after another, each of which loads and times the models.
 
-`run` starts the processes and puts their documents together; `Run` is what one of them does. The
-document stands also where Ctrl-C cuts the run short.
+`run` starts the processes and merges their documents; `Run` does the work of one of them. After
+Ctrl-C the document has all trials that were finished.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ child({}, *pickle.loads({}))"""
 def run(options: BenchmarkOptions, tick: Tick | None = None) -> Document:
     """Measure what `options` ask for. Ctrl-C ends the run; the document is then partial.
 
-    Of several models, one that cannot be loaded or run is left out with a note. Raises its
-    `OpenELMError` where there is only one, and `BenchmarkError` where nothing could be measured.
+    A model that cannot be loaded or run is left out with a note, unless it is the only one: then
+    its `OpenELMError` is raised. Raises `BenchmarkError` if nothing could be measured.
     """
     load_average, throttled = os.getloadavg()[0], machine.throttle_count()
     hot, tick = machine.thermal_pressure(), tick or (lambda label, work: None)
@@ -68,7 +68,7 @@ def run(options: BenchmarkOptions, tick: Tick | None = None) -> Document:
 
 
 def failed(document: Document) -> bool:
-    """Tell whether a soak in it has seen something wrong."""
+    """Return whether a soak of the document saw a failure."""
     return any(note.startswith("failed: ") for row in document.rows for note in row.notes)
 
 
@@ -76,17 +76,17 @@ def failed(document: Document) -> bool:
 
 
 def in_processes(options: BenchmarkOptions, tick: Tick) -> Document:
-    """Measure in processes one after another and put their documents together.
+    """Measure in one process after another, and merge their documents.
 
-    Ctrl-C, and an error in a later process, keep the finished ones; in the first one, the trials
-    that it has finished.
+    After Ctrl-C or an error in a later process the finished processes are kept; after Ctrl-C in the
+    first one, its finished trials.
     """
     documents: list[Document] = []
     count = options.chosen().processes
     while len(documents) < count:
         try:
             new = one_process(options, len(documents), tick)
-            merge([*documents, new])  # raises where, say, the sources were changed meanwhile
+            merge([*documents, new])  # raises if, say, the sources were changed meanwhile
             documents.append(new)
             if new.partial:
                 break
@@ -103,9 +103,9 @@ def in_processes(options: BenchmarkOptions, tick: Tick) -> Document:
 def one_process(options: BenchmarkOptions, number: int, tick: Tick) -> Document:
     """Return the document of a new process. Raises its `OpenELMError`.
 
-    After Ctrl-C the first process is asked for what it has finished; a second Ctrl-C ends it. It
-    is a command of its own: those of `multiprocessing` import the caller's main module, so that a
-    script without `if __name__ == "__main__"` would start itself again.
+    After Ctrl-C the first process is asked for its finished trials; a second Ctrl-C ends it. The
+    process is a command of its own, because a process of `multiprocessing` imports the caller's
+    main module, and a script without `if __name__ == "__main__"` would start itself again.
     """
     pipe, theirs = Pipe(duplex=False)
     code = CHILD.format(sys.path, theirs.fileno(), pickle.dumps((options, number)))
@@ -138,14 +138,14 @@ def one_process(options: BenchmarkOptions, number: int, tick: Tick) -> Document:
             raise KeyboardInterrupt from None
     except EOFError:
         what = f"process {number + 1} ended with status {process.wait()}"
-        raise BenchmarkError(f"{what}; what it said stands above") from None
+        raise BenchmarkError(f"{what}; its own message is above") from None
     finally:
         process.kill()
         process.wait()
 
 
 def child(descriptor: int, options: BenchmarkOptions, number: int) -> None:
-    """Measure as one process of several, and send what comes through the descriptor."""
+    """Measure as one process of several; send progress and the document through the descriptor."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     pipe = Connection(descriptor, readable=False)
     try:
@@ -158,7 +158,7 @@ def child(descriptor: int, options: BenchmarkOptions, number: int) -> None:
 
 
 class Run:
-    """What one process measures: entries and notes, as they come."""
+    """The work of one process: it collects entries, which have the trials, and notes."""
 
     def __init__(self, options: BenchmarkOptions, tick: Tick, number: int = 0) -> None:
         self.options, self.tick, self.number = options, tick, number
@@ -206,7 +206,7 @@ class Run:
         )
 
     def planned(self) -> float:
-        """Return all work there is, as the harness counts it; that of a soak in seconds."""
+        """Return the work of this process, as the harness counts it; that of a soak in seconds."""
         suite, peers = self.suite, len(self.peers)
         simple = [point for point in self.points if point.simple]
         speed = suite.speed * (work(self.points) + peers * work(simple))
@@ -216,10 +216,7 @@ class Run:
         return models * ((speed + startup) * (self.trials + 1) + soak)
 
     def model(self, model: str) -> None:
-        """Measure a model in all its numbers of bits.
-
-        One of several models that cannot be measured costs the others nothing.
-        """
+        """Measure a model in all its numbers of bits; note if one of several models cannot be."""
         try:
             for group in groups(model, self.options, len(self.peers), self.notes):
                 self.measure(model, group)
@@ -229,7 +226,7 @@ class Run:
             self.notes.append(f"{model} was left out: {error}")
 
     def measure(self, model: str, group: Sequence[int | None]) -> None:
-        """Load a model in these numbers of bits and time every point."""
+        """Load a model in these numbers of bits, and time every point."""
         options = self.options
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="openelm-")))
@@ -253,7 +250,7 @@ class Run:
                 self.soak(weights)
 
     def soak(self, weights: Weights) -> None:
-        """Add a row of the probe's figures; its notes are what a soak saw, and what was wrong."""
+        """Run a soak, and add a row with its probes' figures, its failures and its summary."""
         from openelm_mlx.benchmarks.checks import soak
 
         seen = soak.Soak()
@@ -269,7 +266,7 @@ class Run:
             self.entries.append(entry)
 
     def cases(self, weights: Weights, stack: ExitStack) -> list[Entry]:
-        """Return our engine at every point that fits the context, and the peers at simple ones."""
+        """Return entries: our engine at all points that fit the context, peers at simple ones."""
         attempts = (self.open_peer(name, weights) for name in self.peers)
         opened = [session for session in attempts if session is not None]
         for peer in opened:
@@ -314,9 +311,9 @@ class Run:
         return session
 
     def startups(self, weights: Weights) -> list[Entry]:
-        """Return the start-up of our engine and of each peer.
+        """Return the entries of start-ups: our engine's and each peer's.
 
-        A peer's file is converted beforehand: that does not belong to its start-up.
+        A peer's file is converted beforehand, because that does not belong to its start-up.
         """
         folder, path = weights.written(), weights.engine.tokenizer.path
         tokenizer = path if path.exists() else None
@@ -337,8 +334,7 @@ class Run:
     def losses(self, model: str, loaded: list[Weights], cases: list[list[Entry]]) -> None:
         """Add the loss against the model as stored to the first case of each number of bits."""
         if self.options.random_weights:
-            why = "that of random weights would say nothing of trained ones"
-            self.notes.append(f"no loss is given: {why}")
+            self.notes.append("no loss is given: that of random weights means nothing")
             return
         first = loaded[0]
         reference = first.engine if first.stored else open_engine(model, self.suite.dtype, None)[0]

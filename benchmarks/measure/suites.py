@@ -33,7 +33,7 @@ class Point:
 
     @property
     def simple(self) -> bool:
-        """Whether a peer runs it too."""
+        """True if a peer runs it too."""
         return self.batch_size == 1 and self.cache == "plain" and self.speculation is None
 
     @property

@@ -48,8 +48,8 @@ class Weights:
     """A loaded model, and where peers and new processes find the same weights."""
 
     engine: Engine
-    load_seconds: float | None  # None where the weights were made, not read
-    bits: int | None  # None where they are unquantized or mixed
+    load_seconds: float | None  # None if the weights were made, not read
+    bits: int | None  # None if they are unquantized or mixed
     random: bool
     stored: bool  # whether they are in the bits that their folder has
     scratch: Path  # for what is written
@@ -65,7 +65,7 @@ class Weights:
         return 8 * self.engine.nbytes / self.engine.config.num_parameters
 
     def written(self) -> Path:
-        """Return the folder that others load, written where there is none yet."""
+        """Return the folder that others load, written if there is none yet."""
         if self.folder is None:
             name = f"{self.engine.name.replace('/', '-')}-{self.bits}"
             self.folder = write_folder(self.engine, self.scratch / name)
@@ -100,7 +100,7 @@ def last_part(name: str) -> str:
 def facts_of(name: str, random: bool) -> tuple[OpenELMConfig, int | None]:
     """Return the configuration and the fewest bits of a model that is not loaded yet.
 
-    The bits are None where it is not quantized. Raises `ConfigError` or `HubError` for an
+    The bits are None if it is not quantized. Raises `ConfigError` or `HubError` for an
     unknown model.
     """
     if random:
@@ -143,7 +143,7 @@ def open_weights(
 def open_engine(
     name: str, dtype: str | None, bits: int | None, group_size: int = MLX_GROUP_SIZE
 ) -> tuple[Engine, float]:
-    """Load a model, quantize it where `bits` are given, and return it with its loading time.
+    """Load a model, quantize it if `bits` are given, and return it with its loading time.
 
     The time is that of the model as it is stored, in seconds.
     """
@@ -231,7 +231,7 @@ def padded_pieces(vocab: int) -> bytes:
 def write_folder(engine: Engine, folder: Path) -> Path:
     """Write the engine's weights as a model folder for the peers.
 
-    Raises `BenchmarkError` where that is impossible.
+    Raises `BenchmarkError` if that is impossible.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -261,7 +261,7 @@ def groups(
 ) -> list[tuple[int | None, ...]]:
     """Return the numbers of bits in which a model is measured, those together that take turns.
 
-    That is all of them where they fit into half of the memory, else one by one. `notes` gets why
+    That is all of them if they fit into half of the memory, else one by one. `notes` gets why
     some are left out.
     """
     suite, (config, stored) = options.chosen(), facts_of(model, bool(options.random_weights))

@@ -32,7 +32,7 @@ START_UP = "import sys; from openelm_mlx.benchmarks import peers; sys.exit(peers
 class Timed:
     """A generation, token by token.
 
-    `tokens` are greedy, and those of the first sequence where a batch has several. `seconds[i]` is
+    `tokens` are greedy, and those of the first sequence if a batch has several. `seconds[i]` is
     when token i was known to the host, counted from handing over the prompt.
     """
 
@@ -82,7 +82,7 @@ class Session(Protocol):
 
 
 def why_not(name: str) -> str | None:
-    """Return why the peer `name` cannot run here, and the remedy, in one line; None where it can.
+    """Return why the peer `name` cannot run here, and the remedy, in one line; None if it can.
 
     This imports no engine. Raises `OptionError` for an unknown peer.
     """
@@ -101,7 +101,7 @@ def open_peer(name: str, folder: Path, dtype: str) -> Session:
 
     llama.cpp takes a GGUF too. `load_seconds` counts from reading the weights until the engine is
     ready, without imports and without a tokenizer; llama.cpp maps its file and reads it as it goes.
-    Raises `OptionError` for an unknown name, and `BenchmarkError` where the peer cannot run or
+    Raises `OptionError` for an unknown name, and `BenchmarkError` if the peer cannot run or
     load.
     """
     if obstacle := why_not(name):

@@ -1,6 +1,6 @@
 """llama.cpp, on a GGUF with the very weights of the model folder.
 
-It runs as its Python binding (llama-cpp-python) where that is installed, else as its llama-server;
+It runs as its Python binding (llama-cpp-python) if that is installed, else as its llama-server;
 a program named in OPENELM_LLAMA_CPP wins over both. `llama-bench` and `llama-cli` never show token
 ids, so their times could not be checked; every build of llama.cpp has llama-server beside them,
 which takes and gives ids. In float32 the cache is float32 too: float16 moves the logits.
@@ -48,7 +48,7 @@ KINDS = {4: "Q4_1", 5: "Q5_1"}  # by bits
 
 
 def why_not() -> str | None:
-    """Return why llama.cpp cannot run here, and the remedy; None where it can."""
+    """Return why llama.cpp cannot run here, and the remedy; None if it can."""
     if find_spec("llama_cpp") or find_server():
         return None
     return (
@@ -197,7 +197,7 @@ class LlamaServer:
         """Generate, timed by the server's own clock, so that HTTP does not count against it.
 
         It gives the time to the first token and from there to the last; those between are spread
-        evenly. Raises `BenchmarkError` where it fails or stops early.
+        evenly. Raises `BenchmarkError` if it fails or stops early.
         """
         wish = {
             "prompt": prompt,
@@ -253,13 +253,13 @@ def free_port() -> int:
 
 
 def program_version(program: Path) -> str:
-    """Return the number that the program tells: `version: 4321 (abcdef0)` -> `4321`."""
+    """Return the number of the program's version: `version: 4321 (abcdef0)` -> `4321`."""
     command = [str(program), "--version"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    match = re.search(r"version:\s*(\S+)", said.stdout + said.stderr)
+    match = re.search(r"version:\s*(\S+)", done.stdout + done.stderr)
     return match.group(1) if match else "unknown"
 
 
@@ -274,23 +274,23 @@ def write_gguf(folder: Path, dtype: str, scratch: Path) -> Path:
     from openelm_mlx.convert import ConvertOptions, convert
 
     work = Path(tempfile.mkdtemp(prefix="gguf-", dir=scratch))
-    path, told = work / "model.gguf", dtype
+    path, label = work / "model.gguf", dtype
     if quantization_of(read_json(folder / "config.json")) is None:
         convert(ConvertOptions(folder, path, target_format="gguf", dtype=dtype))
     else:
-        told = write_quantized(folder, dtype, path)
-    return path.rename(work / f"{told}.gguf")
+        label = write_quantized(folder, dtype, path)
+    return path.rename(work / f"{label}.gguf")
 
 
 def write_quantized(folder: Path, dtype: str, path: Path) -> str:
-    """Write a quantized folder and return what its matrices are in."""
+    """Write a quantized folder, and return the types of its matrices."""
     from openelm_mlx.convert.targets import gguf
     from openelm_mlx.convert.tokenizers import read_tokenizer
 
     raw = read_json(folder / "config.json")
     config, quantization = OpenELMConfig.from_hf_dict(raw), quantization_of(raw) or {}
     gguf.check_gguf(config, "F32")
-    weights, kinds, told = read_weights(folder), {}, set()
+    weights, kinds, labels = read_weights(folder), {}, set()
     specs: dict[str, QuantSpec | None] = {}
     for name in expected_tensors(config):
         stem = name.removesuffix(".weight")
@@ -298,7 +298,7 @@ def write_quantized(folder: Path, dtype: str, path: Path) -> str:
         kinds[name] = DTYPES[dtype].gguf if weights[name].ndim == 2 else "F32"
         if spec is not None:
             kinds[name] = same_integers(spec) or kinds[name]
-            told.add(same_integers(spec) or f"{spec.bits}-bit as {dtype}")
+            labels.add(same_integers(spec) or f"{spec.bits}-bit as {dtype}")
 
     def encoded(name: str, spec: QuantSpec | None) -> np.ndarray:
         array, stem = weights[name], name.removesuffix(".weight")
@@ -312,7 +312,7 @@ def write_quantized(folder: Path, dtype: str, path: Path) -> str:
     tokenizer = read_tokenizer(folder / "tokenizer.model")
     rows = ((name, encoded(name, spec)) for name, spec in specs.items())
     gguf.write_gguf(path, gguf.Head(folder.name, "F32"), config, tokenizer, kinds, rows)
-    return ", ".join(sorted(told))
+    return ", ".join(sorted(labels))
 
 
 def same_integers(spec: QuantSpec) -> str | None:

@@ -72,7 +72,7 @@ class OurSession:
         return self.batch(prompt, tokens) if self.batch_size > 1 else self.single(prompt, tokens)
 
     def reused(self, prompt: list[int]) -> dict[str, float]:
-        """Return the seconds to the first token where all but 8 tokens of `prompt` are cached.
+        """Return the seconds to the first token if all but 8 tokens of `prompt` are cached.
 
         Batches, windows that have moved on, and prompts that are too short have no such figure.
         """
@@ -135,7 +135,7 @@ class OurSession:
         return Timed(tuple(found), tuple(seconds), peak - others, passes)
 
     def tokens_per_pass(self, stats: GenerationStats | None) -> float | None:
-        """Return the tokens that a pass gave under speculation; 1 where nothing was drafted."""
+        """Return the tokens that a pass gave under speculation; 1 if nothing was drafted."""
         speculative = self.draft is not None or self.settings.get("prompt_lookup")
         return stats.tokens_per_pass or 1.0 if stats is not None and speculative else None
 

@@ -146,7 +146,7 @@ def dequantize(
 
 
 class TorchReference:
-    """The decoder on Apple's GPU where there is one, else on the CPU."""
+    """The decoder on Apple's GPU if there is one, else on the CPU."""
 
     engine = "torch"
 

@@ -31,7 +31,7 @@ from openelm_mlx.errors import BenchmarkError
 if TYPE_CHECKING:
     from rich.console import Console
 
-PROCESSES = 5  # finds a slowdown of 10 % in 95 of 100 runs where processes differ by 2 %; 3 do not
+PROCESSES = 5  # finds a slowdown of 10 % in 95 of 100 runs if processes differ by 2 %; 3 do not
 CHANCE = 0.05
 TIMED = ("s", "tokens/s")
 # a smaller change is none: by unit, absolute and as a share
@@ -116,7 +116,7 @@ class Difference:
     """One metric of one case in both documents.
 
     `smallest` is the change that would have shown, as a share; `chance` is how often two runs of
-    the same thing would differ as much, corrected for all figures. Both are None where no test is
+    the same thing would differ as much, corrected for all figures. Both are None if no test is
     made.
     """
 
@@ -153,7 +153,7 @@ class Comparison:
 def compare(before: Document, after: Document) -> Comparison:
     """Judge every metric that both documents have for the same case.
 
-    Raises `BenchmarkError` where they have nothing in common.
+    Raises `BenchmarkError` if they have nothing in common.
     """
     pairs = list(common(before, after))
     if not pairs:
@@ -234,8 +234,8 @@ def warnings(before: Document, after: Document) -> Iterator[str]:
     for name in SAME_MACHINE:
         one, other = getattr(before.machine, name), getattr(after.machine, name)
         if not alike(one, other):
-            told = ("unknown" if value is None else value for value in (one, other))
-            yield "another machine: {} {} before, {} after".format(name.replace("_", " "), *told)
+            old, new = ("unknown" if value is None else value for value in (one, other))
+            yield f"another machine: {name.replace('_', ' ')} {old} before, {new} after"
     old, new = ({"commit": d.commit or ""} | d.versions for d in (before, after))
     for name in old:
         if old[name] and new.get(name) and old[name] != new[name]:
@@ -265,7 +265,7 @@ def alike(old: Any, new: Any) -> bool:
     return bool(old == new)
 
 
-# --- how it is told
+# --- the report
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
@@ -287,13 +287,12 @@ def lines(comparison: Comparison) -> list[str]:
         for one in changed
     ]
     count = len(comparison.differences)
-    told = f"{count - len(changed)} of {count} figures show no significant difference"
+    summary = f"{count - len(changed)} of {count} figures show no significant difference"
     if comparison.sensitivity is not None:
         least = "over 1000%" if comparison.sensitivity > 10 else f"{comparison.sensitivity:.0%}"
-        told += (
-            f"; smallest change that would have shown: {least} (median over the times and rates)"
-        )
-    return [*found, told, *(f"! {note}" for note in comparison.notes)]
+        shown = f"smallest change that would have shown: {least} (median over the times and rates)"
+        summary += f"; {shown}"
+    return [*found, summary, *(f"! {note}" for note in comparison.notes)]
 
 
 def show(comparison: Comparison, console: Console) -> None:

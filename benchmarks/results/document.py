@@ -65,7 +65,7 @@ class Metric:
 
     @classmethod
     def of_processes(cls, processes: Processes, unit: str) -> Metric:
-        """Summarise trials. Raises `BenchmarkError` where there are none."""
+        """Summarise trials. Raises `BenchmarkError` if there are none."""
         trials = tuple(tuple(float(value) for value in process) for process in processes)
         values = [value for process in trials for value in process]
         if not values:
@@ -91,7 +91,7 @@ class Case:
     engine: str  # "openelm-mlx" or a peer's name
     model: str
     dtype: str  # of the activations
-    bits: Count | None  # of the weights; None where they are unquantized, or mixed in the folder
+    bits: Count | None  # of the weights; None if they are unquantized, or mixed in the folder
     bits_per_weight: Amount | None
     prompt_tokens: Count
     generation_tokens: Count

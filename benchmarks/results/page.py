@@ -22,7 +22,7 @@ TEMPLATE = Path(__file__).with_name("page.html.j2")
 def write_page(document: Document, path: str | Path) -> None:
     """Write the page. Without matplotlib it has no pictures and says what to install.
 
-    Raises `BenchmarkError` where the file cannot be written; an older file is then left as it was.
+    Raises `BenchmarkError` if the file cannot be written; an older file is then left as it was.
     """
     write_file(path, render(document))
 

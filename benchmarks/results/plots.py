@@ -55,7 +55,7 @@ DARK = Theme("#e6eaef", "#9aa5b1", "#2d343d", "#14181d", LIGHTER)
 class Picture:
     kind: str
     title: str
-    model: str  # whose rows these are; empty where they are of several
+    model: str  # whose rows these are; empty if they are of several
     draw: Callable[[Any, Theme], None]
     height: float = HEIGHT
 
@@ -70,7 +70,7 @@ def pictures(document: Document) -> list[Picture]:
     return [picture for picture in (*found, ratios(document)) if picture is not None]
 
 
-# --- one question a function: rows of one model -> a picture, or None where they do not answer it
+# --- one question a function: rows of one model -> a picture, or None if they do not answer it
 
 
 def speed(model: str, rows: Sequence[Row]) -> Picture | None:
@@ -105,7 +105,7 @@ def speed(model: str, rows: Sequence[Row]) -> Picture | None:
 
 
 def context(model: str, rows: Sequence[Row]) -> Picture | None:
-    """Show the decode rate over the length of the prompt, where there are at least three."""
+    """Show the decode rate over the length of the prompt, if there are at least three."""
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(decoding(rows), key=lambda row: row.case.prompt_tokens):
         lines.setdefault((row.case.engine, weights(row.case)), []).append(row)
@@ -153,7 +153,7 @@ def loss(model: str, rows: Sequence[Row]) -> Picture | None:
 
 
 def ratios(document: Document) -> Picture | None:
-    """Show ratios with their intervals, those of decoding where they are many; 1 is parity."""
+    """Show ratios with their intervals, those of decoding if they are many; 1 is parity."""
     shown = list(enumerate(document.ratios))
     if len(shown) > ROWS:
         shown = [(index, one) for index, one in shown if one.metric == DECODE][:ROWS]
@@ -223,7 +223,7 @@ def note(
 
 
 def scale_y(ax: Any, values: Sequence[float], label: str) -> None:
-    """Begin the axis at 0, or make it logarithmic where values lie too far apart to be read."""
+    """Begin the axis at 0, or make it logarithmic if values lie too far apart to be read."""
     low, high = min(values), max(values)
     if low > 0 and high / low > LOG_SPAN:
         ax.set_yscale("log")
@@ -236,7 +236,7 @@ def scale_y(ax: Any, values: Sequence[float], label: str) -> None:
 
 
 def plain_numbers(axis: Any, steps: Sequence[float]) -> None:
-    """Put ticks at `steps` of each decade, or at even numbers where there is less than a decade."""
+    """Put ticks at `steps` of each decade, or at even numbers if there is less than a decade."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=steps) if steps else MaxNLocator(5, steps=[1, 2, 5, 10]))
@@ -261,7 +261,7 @@ def legend(ax: Any, theme: Theme) -> None:
 def write_plot(document: Document, path: str | Path) -> None:
     """Draw all pictures of the document into a PNG or SVG, by the suffix of `path`.
 
-    Raises `OptionError` for another suffix, `BenchmarkError` where matplotlib is missing, nothing
+    Raises `OptionError` for another suffix, `BenchmarkError` if matplotlib is missing, nothing
     was timed, or the file cannot be written; an older file is then left as it was.
     """
     kind = Path(path).suffix.lower()
@@ -275,7 +275,7 @@ def write_plot(document: Document, path: str | Path) -> None:
 
 
 def svg(picture: Picture, theme: Theme) -> bytes:
-    """Return one picture without its title. Raises `BenchmarkError` where matplotlib is missing."""
+    """Return one picture without its title. Raises `BenchmarkError` if matplotlib is missing."""
     with style(theme):
         figure = new_figure(PAGE_WIDTH, picture.height)
         picture.draw(figure.add_subplot(), theme)
@@ -308,7 +308,7 @@ def caption(document: Document) -> str:
 
 @contextmanager
 def style(theme: Theme) -> Iterator[None]:
-    """Set matplotlib up for our pictures, and back. Raises `BenchmarkError` where it is missing."""
+    """Set matplotlib up for our pictures, and back. Raises `BenchmarkError` if it is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -317,7 +317,7 @@ def style(theme: Theme) -> Iterator[None]:
     ink = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
     settings: dict[Any, Any] = {
         "text.parse_math": False,  # a model's name is text, whatever stands in it
-        "svg.fonttype": "path",  # which needs no font where it is shown
+        "svg.fonttype": "path",  # shapes, which do not need a font to be shown
         "font.family": ["DejaVu Sans"],
         "font.size": 9,
         **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),

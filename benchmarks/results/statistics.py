@@ -28,7 +28,7 @@ def process_medians(processes: Processes) -> list[float]:
 
 
 def samples(processes: Processes) -> list[float]:
-    """Return the values that tell how sure a figure is: medians of processes, or the trials where
+    """Return the values that tell how sure a figure is: medians of processes, or the trials if
     there is only one process.
     """
     medians = process_medians(processes)

@@ -52,7 +52,7 @@ LEGEND = {
 
 
 def weights(case: Case) -> str:
-    """Return `4-bit`, `4.62 bits/weight` where they are mixed, or the type of unquantized ones."""
+    """Return `4-bit`, `4.62 bits/weight` if they are mixed, or the type of unquantized ones."""
     if case.bits is not None:
         return f"{case.bits}-bit"
     mixed = case.bits_per_weight and case.bits_per_weight < unquantized_bits(case) - 1
@@ -64,7 +64,7 @@ def unquantized_bits(case: Case) -> int:
 
 
 def bits_of(case: Case) -> float:
-    """Return the bits that a weight takes, with its share of scales where that is known."""
+    """Return the bits that a weight takes, with its share of scales if that is known."""
     return case.bits_per_weight or float(case.bits or unquantized_bits(case))
 
 
@@ -260,7 +260,7 @@ def title(document: Document) -> str:
     return ("partial: " if document.partial else "") + ", ".join(words)
 
 
-# --- forms
+# --- formats
 
 
 def markdown(document: Document) -> str:

@@ -42,7 +42,7 @@ REFRAINS = (
     '"What do you see?" "I see the sea."',
 )
 TEXTS = 20  # prompts that are cut from the text for drafts
-Timed = tuple[float, Any]  # seconds, and the tokens where they are to be compared
+Timed = tuple[float, Any]  # seconds, and the tokens if they are to be compared
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def lookup_per_pass(engine: Engine) -> None:
 def useless_drafts(given: Setting, draft: Engine) -> None:
     """Print the plain time over the time with a draft that is never right.
 
-    That is a draft model of random weights, and lookup in a text sampled at a temperature where
+    That is a draft model of random weights, and lookup in a text sampled at a temperature if
     nothing repeats.
     """
     engine = given.engine

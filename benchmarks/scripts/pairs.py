@@ -132,7 +132,7 @@ class Side:
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Return the answer of the process. Raises `BenchmarkError` where it has died."""
+        """Return the answer of the process. Raises `BenchmarkError` if it has died."""
         line = ""
         if self.process.stdin and self.process.stdout:
             with suppress(BrokenPipeError):
@@ -182,7 +182,7 @@ class Comparison:
 def measure(
     ours: Path, other: Path, case: Case, pairs: int = 30, prompt: int = 32, tokens: int = 128
 ) -> Comparison:
-    """Run a case in both. Raises `BenchmarkError` where a process dies.
+    """Run a case in both. Raises `BenchmarkError` if a process dies.
 
     Times of one process differ from those of the next start of the same program by a few percent;
     so both are started twice, in either order, and run half of the pairs each time.

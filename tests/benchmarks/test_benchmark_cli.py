@@ -161,7 +161,7 @@ def test_a_process_that_is_killed_is_told_in_one_line():
 
     if not Path("/proc/thread-self/children").exists():
         pytest.skip("needs Linux's list of child processes")
-    with pytest.raises(BenchmarkError, match="^process 1 ended with status -9; what it said"):
+    with pytest.raises(BenchmarkError, match="^process 1 ended with status -9; its own"):
         run.run(BenchmarkOptions(prompt_tokens=(4,), generation_tokens=(2,), processes=2), tick)
 
 
