@@ -1,4 +1,4 @@
-"""What hardware allows: chips with their bandwidths, and the bytes that a token must read.
+"""The limits of hardware: chips with their bandwidths, and the bytes that a token must read.
 
 Nothing here measures or runs a model; everything follows from tables and configurations. A chip's
 bandwidth is Apple's own figure, in GB/s of 10^9 bytes, as its source quotes it. Chips that Apple

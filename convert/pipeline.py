@@ -1,10 +1,12 @@
-"""The map of a conversion: source -> model -> plan -> files beside the target -> rename.
+"""The map of a conversion: a source goes in, a model folder or GGUF file comes out.
 
-source -> OpenedModel      opening.py, with a reader from sources/
-model -> Target            targets/: a folder for MLX, or a GGUF file
-target -> plan             quantize/: the spec of every matrix, perhaps with learned weights
-plan -> files              `stream` below: read, check, quantize, write
-files -> the target        staging.py renames them once they are complete; verify.py first
+    source -> OpenedModel      opening.py, with a reader from sources/
+    model -> Target            targets/: a folder for MLX, or a GGUF file
+    target -> plan             quantize/: the spec of every matrix, perhaps with learned weights
+    plan -> files              `stream` below: read, check, quantize, write
+    files -> the target        verify.py compares them; targets/ renames them when complete
+
+Nothing stands under the target's name before the last step.
 """
 
 from __future__ import annotations

@@ -192,23 +192,19 @@ def checked_place(path: Path, name: str, entry: Any, base: int) -> TensorPlace:
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(malformed) from None
     if not isinstance(code, str) or code not in BY_SAFETENSORS:
-        readable = ", ".join(BY_SAFETENSORS)
-        raise CheckpointError(
-            f"{path}: tensor {name} has type {str(code):.40}; readable are {readable}"
-        )
+        what = f"{path}: tensor {name} has type {str(code):.40}"
+        raise CheckpointError(f"{what}; readable are {', '.join(BY_SAFETENSORS)}")
     numbers = (*shape, start, end)
     if len(shape) > 8 or any(type(n) is not int or not 0 <= n < MAX_NUMBER for n in numbers):
         raise CheckpointError(malformed)
     info = TensorInfo(BY_SAFETENSORS[code].name, shape)
     if end - start != info.nbytes:
-        raise CheckpointError(
-            f"{path}: tensor {name} of shape {shape} does not take {end - start} bytes"
-        )
+        what = f"tensor {name} of shape {shape} does not take {end - start} bytes"
+        raise CheckpointError(f"{path}: {what}")
     size = path.stat().st_size
     if base + end > size:
-        raise CheckpointError(
-            f"{path} is truncated: tensor {name} ends at byte {base + end} of {size}"
-        )
+        what = f"tensor {name} ends at byte {base + end} of {size}"
+        raise CheckpointError(f"{path} is truncated: {what}")
     return TensorPlace(path, base + start, info)
 
 

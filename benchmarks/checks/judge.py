@@ -59,7 +59,7 @@ class Difference:
 
 @dataclass
 class Report:
-    """What was compared, and what differed."""
+    """The number of comparisons, and their differences."""
 
     compared: Counter[str] = field(default_factory=Counter)  # answers, by way
     tokens: Counter[str] = field(default_factory=Counter)  # compared, up to the first that differs

@@ -60,7 +60,7 @@ Tick = Callable[[str, float], None]  # takes what was done, and the seconds it t
 
 @dataclass
 class Soak:
-    """What a soak saw. `failures` is empty if all was well."""
+    """The findings of a soak; `failures` is empty if all was well."""
 
     generations: Counter[str] = field(default_factory=Counter)  # by kind
     tokens: int = 0

@@ -154,7 +154,7 @@ def label(node: Node) -> str:
 
 
 def purpose_of(node: Node, sources: Mapping[str, str]) -> str:
-    """Tell what a kernel is for, by the weight that it reads or else by its arithmetic."""
+    """Return the purpose of a kernel, by the weight that it reads or else by its arithmetic."""
     reads = [sources[array.name] for array in node.inputs if array.name in sources]
     weight = next((path for path in reads if path != KV), None)
     if weight is not None:

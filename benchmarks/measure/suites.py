@@ -1,4 +1,4 @@
-"""What is measured: the suites, the options that change them, and the grid of cases that follows.
+"""The plan of a run: suites, the options that change them, and the grid of cases that follows.
 
 Nothing here needs MLX, so that `openelm benchmark --help` can list every option.
 """
@@ -140,7 +140,7 @@ def several(help: str, low: float | None = None, **metadata: Any) -> Any:
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What to measure; what is not given is left to the suite.
+    """The options of a run; the suite decides about those that are not given.
 
     Raises `OptionError` for what is out of range, or has nothing to act on.
     """

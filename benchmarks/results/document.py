@@ -86,7 +86,7 @@ class Metric:
 
 @dataclass(frozen=True, config=STRICT)
 class Case:
-    """What one row measured; rows of two documents with equal cases are the same measurement."""
+    """The subject of a row: rows of two documents with equal cases are the same measurement."""
 
     engine: str  # "openelm-mlx" or a peer's name
     model: str

@@ -116,7 +116,7 @@ def fetch(
 
 @dataclass
 class Download:
-    """One file on its way. Attempts go on until it is complete, or several in a row brought
+    """A download in progress. Attempts go on until it is complete, or several in a row brought
     nothing.
     """
 

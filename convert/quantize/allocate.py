@@ -32,7 +32,7 @@ NEAR = 1.5  # bits from the target that are measured; the loss of others follows
 
 @dataclass(frozen=True)
 class Reference:
-    """The exact model on calibration tokens: every candidate is compared with it."""
+    """The outputs of the exact model on calibration tokens, which candidates are compared with."""
 
     config: OpenELMConfig
     weights: Weights

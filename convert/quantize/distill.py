@@ -79,7 +79,7 @@ def distill(
     schedule: Schedule | None = None,
     progress: Progress | None = None,
 ) -> Learned:
-    """Train `start` on tokens [rows, length]. On one machine the result is always the same."""
+    """Train `start` on tokens [rows, length]. One machine always gives the same result."""
     schedule = schedule or Schedule()
     starts = {
         stem: Start(codes, mx.array(codes.before), mx.array(codes.scales), mx.array(codes.biases))
@@ -168,7 +168,7 @@ def states_before_head(config: OpenELMConfig, exact: Weights, tokens: mx.array) 
 
 
 def rows_in_turn(rows: int, count: int) -> np.ndarray:
-    """Return `count` row numbers: every row once, in random order, before any comes again."""
+    """Return `count` row numbers: all rows in random order, then again."""
     random = np.random.default_rng(SEED)
     return np.concatenate([random.permutation(rows) for _ in range(-(-count // rows))])[:count]
 

@@ -1,4 +1,4 @@
-"""Step 3 of a conversion: the plan, which gives every matrix its spec, and what was learned for it.
+"""The plan of a conversion: it gives every matrix its spec, perhaps with learned weights.
 
 A plan comes from options, from a recipe, or from measuring. A recipe gives specs by role: built-in
 ones have a name, a user's own is a YAML file:
@@ -98,7 +98,7 @@ def plan_quantization(
 
 
 def given_plan(opened: OpenedModel, options: ConvertOptions) -> Plan:
-    """Return the plan that options or a recipe give. Unasked, the source's own is kept."""
+    """Return the plan of the options or a recipe, by default the source's own."""
     shapes = expected_tensors(opened.trimmed)
     plan: Plan = dict.fromkeys(matrices(shapes), options.spec)
     if options.recipe is not None:
@@ -162,7 +162,7 @@ def exact_weights(opened: OpenedModel) -> dict[str, mx.array]:
 
 
 def memory_needed(config: OpenELMConfig, options: ConvertOptions) -> int:
-    """Return the bytes a conversion takes at its peak, beside the interpreter."""
+    """Return the peak memory of a conversion in bytes, without the interpreter's."""
     sizes = [math.prod(shape) for shape in expected_tensors(config).values()]
     logits = 8 * row_length(config) * config.vocab_size * FLOAT32
     if options.calibrate == "distill":  # weights, their codes, gradients and two moments
@@ -195,7 +195,7 @@ class Recipe:
         return {stem: self.spec(name, layers) for name, stem in short.items()}
 
     def spec(self, name: str, layers: int) -> QuantSpec | None:
-        """Return the spec of one matrix, by the most particular entry."""
+        """Return the spec of one matrix, by the most specific entry."""
         if name in self.single:
             return self.single[name]
         number = number_of(name)

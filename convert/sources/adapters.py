@@ -50,7 +50,7 @@ def merged(
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """The strength of an adapter, which its tensors do not state; unset, the CoreNet YAML does."""
+    """The strength of an adapter, which is not in its tensors; by default it is in the YAML."""
 
     alpha: float | None = None
     rank_stabilised: bool = False
@@ -224,7 +224,7 @@ def lora_rules(path: Path) -> list[tuple[re.Pattern[str], float, int, bool]]:
 
 
 def plain_pattern(path: Path, regex: Any) -> re.Pattern[str]:
-    """Compile a pattern as plain as CoreNet's recipes have: a hostile one could run for ever."""
+    """Compile a pattern if it is as simple as CoreNet's; a hostile one could run forever."""
     plain = isinstance(regex, str) and re.fullmatch(r"(?:\w|\.\*|\\\.|\\d\+?|\.)*", regex)
     if not plain or len(regex) > 100 or regex.count("*") + regex.count("+") > 4:
         raise ConfigError(

@@ -39,13 +39,13 @@ class TensorRecord:
 
 
 class Global(NamedTuple):
-    """A name the pickle asks for, among those below."""
+    """A name that the pickle imports, one of those below."""
 
     name: str
 
 
 class Mark:
-    """Stands on the stack where a run of items begins."""
+    """Marks where a run of items begins on the stack."""
 
 
 REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
@@ -150,7 +150,7 @@ class Machine:
         self.memo[index] = self.stack[-1]
 
     def drop(self) -> None:
-        """State of an object (a state dict's _metadata): nothing here has any."""
+        """Discard the state of an object (a state dict's _metadata): nothing here has any."""
         self.pop()
 
     def set_items(self, pairs: Any) -> None:

@@ -145,7 +145,7 @@ def staged(options: ConvertOptions) -> Iterator[Path]:
 
 
 def finish(partial: Path, target: Path, options: ConvertOptions) -> None:
-    """Give the finished work the target's name."""
+    """Rename the finished folder or file to the target."""
     if os.path.lexists(target) and not options.force:
         raise ConversionError(
             f"{target} has appeared meanwhile; choose another one, or replace it with --force"

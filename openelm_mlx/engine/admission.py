@@ -204,10 +204,8 @@ class Queue:
         Errors and `continued` are those of `BatchEngine.submit`.
         """
         if len(self.waiting) >= self.max_waiting:
-            raise BusyError(
-                f"{self.max_waiting} requests wait already; read events until some have ended, "
-                "or give a larger max_waiting"
-            )
+            remedy = "read events until some have ended, or give a larger max_waiting"
+            raise BusyError(f"{self.max_waiting} requests wait already; {remedy}")
         goes_on = None
         if continued and self.store is not None:
             weights, pieces = self.engine.steps.refresh(), self.engine.tokenizer

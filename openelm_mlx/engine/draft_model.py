@@ -47,10 +47,8 @@ class ModelDraft:
         """Raise `OptionError` if this draft cannot serve `target`."""
         draft = self.engine
         if not draft.tokenizer.same_pieces(target.tokenizer) or draft.vocab != target.vocab:
-            raise OptionError(
-                f"the draft model {draft.name} has another tokenizer than {target.name}; "
-                "a draft must share it token for token"
-            )
+            what = f"the draft model {draft.name} has another tokenizer than {target.name}"
+            raise OptionError(f"{what}; a draft must share it token for token")
 
 
 @dataclass

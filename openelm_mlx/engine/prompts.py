@@ -232,10 +232,8 @@ def read_saved(
         needs = "it needs the keys 'system' and 'messages'"
         raise PromptError(f"this is not a saved conversation: {needs}") from None
     if version not in READABLE:
-        raise PromptError(
-            f"this saved conversation has the format {version!r}; "
-            f"this version reads formats up to {SAVED!r}. Update openelm-mlx"
-        )
+        what = f"this saved conversation has the format {version!r}"
+        raise PromptError(f"{what}; this version reads up to {SAVED!r}. Update openelm-mlx")
     in_turns = roles == ["user", "assistant"] * (len(roles) // 2)
     if not in_turns or not all(isinstance(text, str) for text in texts):
         must = "must alternate texts of 'user' and 'assistant', ending with an answer"

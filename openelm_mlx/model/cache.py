@@ -1,10 +1,10 @@
-"""The keys and values of earlier tokens: the contract with the model, and the caches that meet it.
+"""The keys and values of earlier tokens: the interface to the model, and the caches that have it.
 
-The model never asks for the kind of its cache. It asks for the positions of new tokens and for one
-mask a pass, and lets the cache attend: `attend` takes the projection, stores new keys and values,
-and returns the attention over everything stored. `KVCache` is for prefill and for Python,
-`StepCache` is over the same arrays inside a compiled step. The `CacheKind` of both says how and in
-which slots tokens are stored (cache_kinds.py).
+The model does not know the kind of its cache. It asks for the positions of new tokens and for one
+mask per pass, and lets the cache attend: `attend` takes the projection, stores new keys and values,
+and returns the attention over everything stored. `KVCache` is for prefill and for Python; a
+`StepCache` uses the same arrays inside a compiled step. The `CacheKind` of both determines how and
+in which slots tokens are stored (cache_kinds.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from openelm_mlx.model.config import OpenELMConfig
     from openelm_mlx.model.decoder import Projection
 
-BLOCK = 256  # tokens by which the slots of one sequence grow: each time, a step is traced anew
+BLOCK = 256  # slots by which one sequence grows; a step is traced again each time
 
 
 class Cache(Protocol):
@@ -66,10 +66,10 @@ class NoCache:
 class KVCache:
     """The keys and values of all layers for one sequence, or for several of equal length.
 
-    A growing one has every token and grows in blocks; a window has a fixed number of slots.
-    `offset` counts the tokens. It moves on when the last layer has stored them, so a pass that ends
-    with an exception leaves it where it was. `written` is one past the highest position of which a
-    write ever began: it tells what a window has overwritten.
+    A growing cache has every token and grows in blocks; a window has a fixed number of slots.
+    `offset` counts the tokens. It advances when the last layer has stored them, so a pass that ends
+    with an exception does not change it. `written` is one past the highest position at which a
+    write ever began: by it a window knows what is overwritten.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """The slots that every layer has; after an interrupted pass the first ones have more."""
+        """The slots of the last layer; after an interrupted pass the first layers have more."""
         return self.arrays[-1][0].shape[-2] if self.arrays else 0
 
     def positions(self, length: int) -> mx.array:

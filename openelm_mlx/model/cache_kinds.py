@@ -227,10 +227,8 @@ class CacheKind:
         if options.kv_bits is not None:
             sizes = [size for size in (64, 32) if config.head_dim % size == 0]
             if not sizes:
-                raise CacheError(
-                    f"kv_bits {options.kv_bits} needs heads of a multiple of 32; "
-                    f"this model's have {config.head_dim}"
-                )
+                what = f"kv_bits {options.kv_bits} needs heads of a multiple of 32"
+                raise CacheError(f"{what}; this model's have {config.head_dim}")
             store = Quantized(options.kv_bits, sizes[0])
         if options.kv_window is None or options.kv_window >= config.max_context_length:
             return cls(store)  # a window that no context fills would only take memory

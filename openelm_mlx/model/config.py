@@ -1,4 +1,4 @@
-"""The architecture of a model: `OpenELMConfig`, and `layer_shapes`, its uneven layers.
+"""The architecture of a model: `OpenELMConfig`, and `layer_shapes`, which differ by layer.
 
 OpenELM (arXiv:2404.14619) gives each layer its own number of attention heads and its own size of
 the feed-forward network: both grow linearly with depth. Everything that follows from a
@@ -35,10 +35,10 @@ class LayerShape(NamedTuple):
 class OpenELMConfig:
     """The architecture of one model. Raises `ConfigError` for what is not an OpenELM.
 
-    Fields are named as in Apple's config.json on Hugging Face, but for `eos_token_ids`: the file's
+    Fields are named as in Apple's config.json on Hugging Face, except `eos_token_ids`: the file's
     `eos_token_id` is a number or a list, and a text ends at any of them. `qkv_multipliers` and
-    `ffn_multipliers` are one number (all layers alike), two (the ends of a ramp) or one per layer.
-    `num_query_heads`, `num_kv_heads` and `ffn_dims` replace them if they are set.
+    `ffn_multipliers` are one number for all layers, two for the ends of a ramp, or one per layer.
+    `num_query_heads`, `num_kv_heads` and `ffn_dims` replace them if set.
     """
 
     model_dim: int
@@ -71,9 +71,8 @@ class OpenELMConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if (layers := self.num_transformer_layers) > MAX_LAYERS:
-            raise ConfigError(
-                f"num_transformer_layers is {layers}; it must be at most {MAX_LAYERS}"
-            )
+            most = f"it must be at most {MAX_LAYERS}"
+            raise ConfigError(f"num_transformer_layers is {layers}; {most}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
         if self.rms_norm_eps <= 0 or self.rope_freq_constant <= 0:
@@ -81,10 +80,9 @@ class OpenELMConfig:
         for number, shape in enumerate(layer_shapes(self)):
             if min(shape) < 1 or shape.q_heads % shape.kv_heads:
                 q, kv, ffn = shape
-                raise ConfigError(
-                    f"layer {number} has {q} query heads, {kv} key/value heads and FFN size {ffn}"
-                    "; each must be at least 1 and query heads a multiple of key/value heads"
-                )
+                what = f"{q} query heads, {kv} key/value heads and FFN size {ffn}"
+                rule = "each must be at least 1 and query heads a multiple of key/value heads"
+                raise ConfigError(f"layer {number} has {what}; {rule}")
 
     @property
     def eos_token_id(self) -> int:
@@ -98,7 +96,7 @@ class OpenELMConfig:
 
     @property
     def overflows_float16(self) -> bool:
-        """True if activations leave the range of float16: those of the 3B do.
+        """True if activations exceed the range of float16, as the 3B's do.
 
         Source: CoreNet, mlx_examples/open_elm/README.md.
         """
@@ -124,9 +122,8 @@ class OpenELMConfig:
         if not isinstance(raw, Mapping):
             raise ConfigError(f"config.json must be an object, not {type(raw).__name__}")
         if (kind := raw.get("model_type", "openelm")) != "openelm":
-            raise ConfigError(
-                f"config.json says model_type {kind!r}; this engine runs only 'openelm'"
-            )
+            what = f"config.json has model_type {kind!r}"
+            raise ConfigError(f"{what}; this engine runs only 'openelm'")
         known = {f.name for f in fields(cls)} - {"eos_token_ids"} | {"eos_token_id"}
         if unknown := sorted(raw.keys() - known - KEYS_WITHOUT_MEANING - KEYS_THAT_MUST_BE.keys()):
             from difflib import get_close_matches
@@ -158,7 +155,7 @@ class OpenELMConfig:
             raise ConfigError(f"{path}: {error}") from None
 
     def with_eos_of(self, folder: Path) -> OpenELMConfig:
-        """Return it with the EOS ids that generation_config.json adds. Raises `ConfigError`."""
+        """Return a copy with the EOS ids of generation_config.json too. Raises `ConfigError`."""
         path = folder / GENERATION_CONFIG
         stated = read_json(path).get("eos_token_id") if path.exists() else None
         ids = stated if isinstance(stated, list) else [] if stated is None else [stated]

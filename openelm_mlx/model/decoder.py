@@ -140,7 +140,7 @@ def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.a
 
 
 class Pass(NamedTuple):
-    """What all layers share in one pass, whose activations are [batch * length, model_dim]."""
+    """The inputs that all layers share in one pass; activations are [batch * length, model_dim]."""
 
     batch: int
     length: int
