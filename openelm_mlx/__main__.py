@@ -1,4 +1,4 @@
-from openelm_mlx.cli.main import main
+from openelm_mlx.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -13,7 +13,7 @@ from pathlib import Path
 from argparse_manpage.manpage import Manpage
 
 from openelm_mlx import __version__
-from openelm_mlx.cli.main import build_parser
+from openelm_mlx.cli import build_parser
 
 PAGE = Path(__file__).with_name("openelm.1")
 

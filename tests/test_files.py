@@ -16,7 +16,7 @@ from bench_document import rich_document
 from golden_set import NANO
 
 from openelm_mlx.benchmarks.results.document import save
-from openelm_mlx.cli.main import main
+from openelm_mlx.cli import main
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES

@@ -51,7 +51,7 @@ HEAVY = ("mlx", "numpy", "mlx_lm", "huggingface_hub", "llguidance", "pydantic", 
 HEAVY += ("tempfile", "difflib", "rich", "multiprocessing", "asyncio")
 
 
-@pytest.mark.parametrize("module", ["openelm_mlx", "openelm_mlx.cli.main"])
+@pytest.mark.parametrize("module", ["openelm_mlx", "openelm_mlx.cli"])
 def test_the_command_line_starts_without_what_takes_long_to_import(module: str):
     code = f"import {module}, sys; print(*(set({HEAVY}) & sys.modules.keys()))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

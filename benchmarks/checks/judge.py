@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from openelm_mlx.benchmarks.checks.trials import Answer, Request
+from openelm_mlx.benchmarks.checks import Answer, Request
 from openelm_mlx.device import mx, nn
 from openelm_mlx.engine import sampling
 from openelm_mlx.engine.loading import Engine

@@ -26,8 +26,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx import BatchEngine, PromptCache, load
+from openelm_mlx.benchmarks.checks import Answer, Maker, Request, alone, random_engine
 from openelm_mlx.benchmarks.checks.judge import Judge, Report
-from openelm_mlx.benchmarks.checks.trials import Answer, Maker, Request, alone, random_engine
 from openelm_mlx.benchmarks.peers import Timed
 from openelm_mlx.benchmarks.peers.on_mlx import OurSession
 from openelm_mlx.device import mx

@@ -49,7 +49,7 @@ NEW = 1.2  # and of a new temperature's time to its first token to that of a kno
 CLOCKS = {"wall": perf_counter, "cpu": process_time}
 clock = perf_counter
 IMPORTS = (
-    "import openelm_mlx.cli.main, openelm_mlx.convert.pipeline, mlx.core, numpy, sentencepiece, "
+    "import openelm_mlx.cli, openelm_mlx.convert.pipeline, mlx.core, numpy, sentencepiece, "
     "rich.progress"
 )
 LAUNCHER = """

@@ -2,4 +2,100 @@
 
 Here lives what chooses a plan, measures losses and learns rounding, on weights in float32. Reading
 sources, writing targets and the specs themselves (openelm_mlx.quantization) live elsewhere.
+
+This file has what they share, the model as a function of float32 weights. The engine's model keeps
+its weights and is made for decoding; here weights are arguments, so that one matrix can be
+exchanged, gradients be taken, inputs of a matrix be seen, and a pass be resumed at the layer that
+changed. A test checks that both give the same logits.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from openelm_mlx.device import mx
+from openelm_mlx.model.config import OpenELMConfig, layer_shapes
+
+Weights = Mapping[str, mx.array]  # float32, under Hugging Face's names
+Hook = Callable[[str, mx.array], None]  # called with a matrix's stem and input [tokens, columns]
+EMBEDDINGS = "transformer.token_embeddings"
+
+
+def no_hook(stem: str, x: mx.array) -> None:
+    """Do nothing."""
+
+
+def layer_of(stem: str) -> int:
+    """Return the layer at which a pass resumes when this matrix changed.
+
+    It is -1 for the embeddings: the pass starts from the tokens.
+    """
+    parts = stem.split(".")
+    return int(parts[2]) if parts[1:2] == ["layers"] else -1
+
+
+def head_stem(config: OpenELMConfig) -> str:
+    return EMBEDDINGS if config.share_input_output_layers else "lm_head"
+
+
+def embed(weights: Weights, tokens: mx.array) -> mx.array:
+    return weights[EMBEDDINGS + ".weight"][tokens]
+
+
+def layer(
+    config: OpenELMConfig, number: int, weights: Weights, x: mx.array, hook: Hook = no_hook
+) -> mx.array:
+    """Run one decoder layer on hidden states x [batch, length, model_dim] from position 0."""
+    shape, prefix = layer_shapes(config)[number], f"transformer.layers.{number}."
+    batch, length, _ = x.shape
+
+    def linear(stem: str, inputs: mx.array) -> mx.array:
+        hook(prefix + stem, inputs.reshape(-1, inputs.shape[-1]))
+        return inputs @ weights[f"{prefix}{stem}.weight"].T
+
+    def norm(stem: str, inputs: mx.array) -> mx.array:
+        return mx.fast.rms_norm(inputs, weights[f"{prefix}{stem}.weight"], config.rms_norm_eps)
+
+    def rope(heads: mx.array) -> mx.array:
+        base = config.rope_freq_constant
+        return mx.fast.rope(
+            heads, config.head_dim, traditional=False, base=base, scale=1.0, offset=0
+        )
+
+    heads = linear("attn.qkv_proj", norm("attn_norm", x)).reshape(
+        batch, length, -1, config.head_dim
+    )
+    heads = heads.swapaxes(1, 2)  # [B, q + 2 kv, L, head_dim]
+    q, k, v = mx.split(heads, [shape.q_heads, shape.q_heads + shape.kv_heads], axis=1)
+    if config.normalize_qk_projections:
+        q, k = norm("attn.q_norm", q), norm("attn.k_norm", k)
+    scale = config.head_dim**-0.5
+    out = mx.fast.scaled_dot_product_attention(rope(q), rope(k), v, scale=scale, mask="causal")
+    x = x + linear("attn.out_proj", out.swapaxes(1, 2).reshape(batch, length, -1))
+    inner = linear("ffn.proj_1", norm("ffn_norm", x))
+    gate, up = mx.split(inner, 2, axis=-1) if config.ffn_with_glu else (inner, 1)
+    return x + linear("ffn.proj_2", gate * mx.sigmoid(gate) * up)
+
+
+def head(config: OpenELMConfig, weights: Weights, x: mx.array, hook: Hook = no_hook) -> mx.array:
+    """Return the logits [batch, length, vocab] of the last layer's output."""
+    x = mx.fast.rms_norm(x, weights["transformer.norm.weight"], config.rms_norm_eps)
+    hook(head_stem(config), x.reshape(-1, x.shape[-1]))
+    return x @ weights[head_stem(config) + ".weight"].T
+
+
+def last_states(
+    config: OpenELMConfig, weights: Weights, tokens: mx.array, hook: Hook = no_hook
+) -> mx.array:
+    """Return the states [batch, length, model_dim] that the head is applied to."""
+    x = embed(weights, tokens)
+    for number in range(config.num_transformer_layers):
+        x = layer(config, number, weights, x, hook)
+    return x
+
+
+def logits(
+    config: OpenELMConfig, weights: Weights, tokens: mx.array, hook: Hook = no_hook
+) -> mx.array:
+    """Return the logits [batch, length, vocab] of token ids [batch, length]."""
+    return head(config, weights, last_states(config, weights, tokens, hook), hook)

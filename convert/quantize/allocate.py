@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from openelm_mlx.convert.quantize.functional import Weights, embed, head, layer, layer_of
+from openelm_mlx.convert.quantize import Weights, embed, head, layer, layer_of
 from openelm_mlx.convert.quantize.rounding import rounded
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES, itemsize

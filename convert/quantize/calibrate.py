@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from openelm_mlx.convert.quantize.functional import (
+from openelm_mlx.convert.quantize import (
     EMBEDDINGS,
     Hook,
     Weights,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from openelm_mlx.convert.quantize.functional import Weights, head, last_states, logits
+from openelm_mlx.convert.quantize import Weights, head, last_states, logits
 from openelm_mlx.convert.quantize.rounding import Codes, Learned, as_stored
 from openelm_mlx.device import mx, utils
 from openelm_mlx.dtypes import DTYPES

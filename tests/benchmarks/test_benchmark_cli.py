@@ -17,16 +17,15 @@ from small import random_engine
 
 from openelm_mlx import device
 from openelm_mlx.benchmarks import peers
+from openelm_mlx.benchmarks.checks import Answer, Request
 from openelm_mlx.benchmarks.checks import soak as soaking
-from openelm_mlx.benchmarks.checks.trials import Answer, Request
 from openelm_mlx.benchmarks.measure import harness, machine, run, weights
 from openelm_mlx.benchmarks.measure.harness import NewProcess
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
 from openelm_mlx.benchmarks.measure.weights import groups, last_part
 from openelm_mlx.benchmarks.peers import Timed
 from openelm_mlx.benchmarks.results import document as results
-from openelm_mlx.cli import benchmark
-from openelm_mlx.cli.main import build_parser, main
+from openelm_mlx.cli import benchmark, build_parser, main
 from openelm_mlx.cli.options import from_args
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.errors import BenchmarkError, HubError
@@ -46,7 +45,7 @@ def measured(**options):
 
 def test_help_teaches_by_example_and_loads_nothing_heavy():
     code = (
-        "import sys\nfrom openelm_mlx.cli.main import main\n"
+        "import sys\nfrom openelm_mlx.cli import main\n"
         "try:\n    main(['benchmark', '--help'])\nexcept SystemExit:\n    pass\n"
         "heavy = ('mlx.core', 'numpy', 'rich', 'openelm_mlx.benchmarks.results.document')\n"
         "print([m for m in heavy if m in sys.modules])"

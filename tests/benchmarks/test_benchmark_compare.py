@@ -38,7 +38,7 @@ from openelm_mlx.benchmarks.results.statistics import (
     two_sided,
     welch,
 )
-from openelm_mlx.cli.main import main
+from openelm_mlx.cli import main
 from openelm_mlx.errors import BenchmarkError
 
 FIRST, PREFILL = "time_to_first_token_seconds", "prefill_tokens_per_second"

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from small import random_engine
 
-from openelm_mlx.benchmarks.checks import soak
+from openelm_mlx.benchmarks.checks import Answer, Request, alone, soak
 from openelm_mlx.benchmarks.checks.judge import Judge, Reference, Report
-from openelm_mlx.benchmarks.checks.trials import Answer, Request, alone
 from openelm_mlx.benchmarks.scripts import against_mlx_lm, waits
 from openelm_mlx.device import mx
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions

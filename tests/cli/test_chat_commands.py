@@ -11,7 +11,7 @@ import pytest
 from formats import random_folder
 
 from openelm_mlx import Conversation
-from openelm_mlx.cli.main import main
+from openelm_mlx.cli import main
 
 SHORT = ("--max-tokens", "3", "--temperature", "0")  # greedy, so that answers can be compared
 

@@ -10,9 +10,9 @@ import pytest
 from formats import TINY, random_folder
 from optional import compiles
 
+from openelm_mlx.cli import COMMANDS, main
 from openelm_mlx.cli.doctor import caches, hints
 from openelm_mlx.cli.inspect import inspect
-from openelm_mlx.cli.main import COMMANDS, main
 from openelm_mlx.device import facts
 
 
@@ -28,7 +28,7 @@ def run(*args, **settings):
 
 def test_help_loads_neither_engine_nor_hub():
     code = (
-        "import sys\nfrom openelm_mlx.cli.main import main\n"
+        "import sys\nfrom openelm_mlx.cli import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "heavy = ('mlx', 'mlx.core', 'huggingface_hub', 'numpy', 'rich')\n"
         "print([m for m in heavy if m in sys.modules])"

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from openelm_mlx import ModelDraft, __version__, load
-from openelm_mlx.cli.main import COMMANDS, build_parser, main
+from openelm_mlx.cli import COMMANDS, build_parser, main
 from openelm_mlx.errors import OptionError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from openelm_mlx.cli.main import SHELLS, actions, build_parser, main
+from openelm_mlx.cli import SHELLS, actions, build_parser, main
 
 ROOT = Path(__file__).parents[2]
 PARSER = build_parser()

@@ -8,8 +8,8 @@ import os
 import pty
 import sys
 
+from openelm_mlx.cli import main
 from openelm_mlx.cli.display import Waiting
-from openelm_mlx.cli.main import main
 
 
 def generated(capsys, *arguments: str) -> dict:

@@ -16,7 +16,7 @@ import pytest
 from golden_set import NANO
 from huggingface_hub import constants
 
-from openelm_mlx.cli.main import main
+from openelm_mlx.cli import main
 from openelm_mlx.cli.models import size_text
 from openelm_mlx.convert.fetch import CATALOG
 from openelm_mlx.engine.hub import SHORT_NAMES, resolve_model

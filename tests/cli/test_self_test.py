@@ -7,8 +7,8 @@ from __future__ import annotations
 import pytest
 
 from openelm_mlx import load
+from openelm_mlx.cli import main
 from openelm_mlx.cli.doctor import PROMPT, TOKENS
-from openelm_mlx.cli.main import main
 from openelm_mlx.device import mx
 from openelm_mlx.engine.prompts import prompt_tokens
 

@@ -15,6 +15,7 @@ from golden_set import GOLDEN
 from small import random_tokens, small_model
 
 from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.convert.quantize import logits
 from openelm_mlx.convert.quantize.allocate import (
     choose,
     hull,
@@ -24,7 +25,6 @@ from openelm_mlx.convert.quantize.allocate import (
     plan_bytes,
     true_loss,
 )
-from openelm_mlx.convert.quantize.functional import logits
 from openelm_mlx.convert.quantize.rounding import rounded
 from openelm_mlx.device import mx
 from openelm_mlx.errors import CheckpointError, OptionError

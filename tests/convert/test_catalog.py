@@ -152,7 +152,7 @@ def test_convert_by_name_on_the_command_line(tmp_path):
     """`openelm convert corenet:270m` in a process of its own, with Apple's server stood in for."""
     code = (
         "import sys; from openelm_mlx.convert import fetch; fetch.ROOT = sys.argv.pop(1)\n"
-        "from openelm_mlx.cli.main import main; sys.exit(main())"
+        "from openelm_mlx.cli import main; sys.exit(main())"
     )
     (tmp_path / "y.yaml").write_text((NANO / "config.yaml").read_text())
     command = [sys.executable, "-c", code]

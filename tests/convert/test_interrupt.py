@@ -273,7 +273,7 @@ def test_sigterm_on_the_command_line_leaves_nothing(tmp_path, source):
         "def stop(*arguments, **fields):\n"
         "    write(*arguments, **fields); os.kill(os.getpid(), signal.SIGTERM)\n"
         "folder.write_weights = stop\n"
-        "from openelm_mlx.cli.main import main; sys.exit(main(['convert', *sys.argv[1:]]))"
+        "from openelm_mlx.cli import main; sys.exit(main(['convert', *sys.argv[1:]]))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, source, "-o", tmp_path / "model"],

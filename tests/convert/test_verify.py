@@ -100,7 +100,7 @@ def test_texts_that_cannot_be_verified_on(content, tmp_path):
 
 
 def test_a_dry_run_shows_and_writes_nothing(tmp_path, capsys):
-    from openelm_mlx.cli.main import main
+    from openelm_mlx.cli import main
 
     assert main(
         [
@@ -130,7 +130,7 @@ def test_a_dry_run_shows_and_writes_nothing(tmp_path, capsys):
 
 
 def test_json_of_a_conversion_is_what_its_record_says(tmp_path, capsys):
-    from openelm_mlx.cli.main import main
+    from openelm_mlx.cli import main
 
     command = ["convert", str(SOURCE), "-o", str(tmp_path / "m"), "--bits", "4", "--json"]
     assert main([*command, "--dry-run"]) == 0

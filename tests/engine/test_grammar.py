@@ -27,7 +27,7 @@ from openelm_mlx import (
     load,
     stream_generate,
 )
-from openelm_mlx.cli.main import main
+from openelm_mlx.cli import main
 from openelm_mlx.cli.options import Parser, add_flags, from_args
 from openelm_mlx.engine import grammar
 from openelm_mlx.engine.grammar import Constraint, constraint

@@ -17,7 +17,7 @@ from formats import TINY, random_folder
 from hub_server import Hub
 from huggingface_hub import constants
 
-from openelm_mlx.cli.main import main
+from openelm_mlx.cli import main
 from openelm_mlx.convert.tokenizers import assemble
 from openelm_mlx.device import mx
 from openelm_mlx.engine.hub import BUNDLED, MIRRORS, SHORT_NAMES, resolve_model

@@ -19,8 +19,8 @@ from golden_set import NANO
 
 from openelm_mlx import load
 from openelm_mlx.benchmarks.measure.weights import facts_of, last_part
+from openelm_mlx.cli import main
 from openelm_mlx.cli.inspect import inspect
-from openelm_mlx.cli.main import main
 from openelm_mlx.convert.targets import CONFIG
 from openelm_mlx.device import mx
 from openelm_mlx.engine.hub import resolve_model
@@ -269,7 +269,7 @@ def test_a_disk_that_fills_up(tmp_path, cache, monkeypatch):
     """
     folder = checkpoint(tmp_path / "a")
     code = (
-        "import resource, signal, sys\nfrom openelm_mlx.cli.main import main\n"
+        "import resource, signal, sys\nfrom openelm_mlx.cli import main\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "sys.exit(main(sys.argv[1:]))"

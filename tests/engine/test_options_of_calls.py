@@ -21,7 +21,7 @@ from openelm_mlx import (
     generate,
     stream_generate,
 )
-from openelm_mlx.cli.main import main
+from openelm_mlx.cli import main
 from openelm_mlx.convert import convert
 from openelm_mlx.device import mx
 from openelm_mlx.engine.options import EngineOptions

@@ -99,7 +99,7 @@ def run(command: list[str], text: str) -> dict[str, Any]:
 def called(words: list[str]) -> Any:
     """Call what a command names, and return its exit status."""
     if words[0] == "openelm":
-        from openelm_mlx.cli.main import main
+        from openelm_mlx.cli import main
 
         return main(words[1:])
     name, *arguments = words[1 + (words[1] == "-m") :]

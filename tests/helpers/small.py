@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from golden_set import FLAGS, GOLDEN
 
-from openelm_mlx.benchmarks.checks.trials import random_engine, random_model
+from openelm_mlx.benchmarks.checks import random_engine, random_model
 from openelm_mlx.convert.sources import infer_config
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.device import mx

@@ -29,14 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from openelm_mlx import BatchEngine, PromptCache, batch_generate, generate, load
-from openelm_mlx.benchmarks.checks.judge import Judge, Report
-from openelm_mlx.benchmarks.checks.trials import (
+from openelm_mlx.benchmarks.checks import (
     Answer,
     Maker,
     Request,
     alone,
     random_engine,
 )
+from openelm_mlx.benchmarks.checks.judge import Judge, Report
 from openelm_mlx.device import blas
 from openelm_mlx.dtypes import DTYPES, FLOATS
 from openelm_mlx.engine.draft_model import ModelDraft

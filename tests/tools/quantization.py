@@ -25,8 +25,7 @@ from typing import Any
 
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
-from openelm_mlx.convert.quantize import allocate, calibrate
-from openelm_mlx.convert.quantize.functional import logits
+from openelm_mlx.convert.quantize import allocate, calibrate, logits
 from openelm_mlx.convert.quantize.plan import exact_weights
 from openelm_mlx.convert.quantize.rounding import dequantized
 from openelm_mlx.convert.verify import text_batches
