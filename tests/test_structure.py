@@ -225,3 +225,17 @@ def test_mlx_is_imported_through_the_device_only(module: str):
     ]
     found = [name for name in names if name.split(".")[0] == "mlx"]
     assert bool(found) == (MODULES[module] in MLX)
+
+
+def test_files_are_few_and_short():
+    """A file is one idea and fits in one's head; a room has few of them."""
+    folders = ("openelm_mlx", "convert", "benchmarks")
+    files = [
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".j2") and not path.is_symlink()
+    ]
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert len(lengths) <= 105
+    assert not [path for path, length in lengths.items() if length > 350]
