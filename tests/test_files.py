@@ -188,7 +188,7 @@ def test_protected_files_and_folders(tmp_path):
 
 def test_links_devices_and_modes_stay_what_they_are(tmp_path):
     (tmp_path / "real").write_text("old")
-    (tmp_path / "real").chmod(0o600)
+    (tmp_path / "real").chmod(0o640)
     (tmp_path / "link").symlink_to("real")
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
@@ -199,8 +199,11 @@ def test_links_devices_and_modes_stay_what_they_are(tmp_path):
     assert os.read(reader, 9) == b"new" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
-    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o640
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "real"]
+    with replacing(tmp_path / "first") as new:
+        new.write_text("new")
+    assert (tmp_path / "first").stat().st_mode & 0o777 == 0o644
 
 
 def test_texts_that_cannot_be_read(tmp_path):
@@ -321,10 +324,35 @@ def test_tensors_of_several_files(tmp_path):
     index = {name: f"{name}.safetensors" for name in ("a", "b")}
     write_json(tmp_path / INDEX, {"weight_map": index})
     assert read_index(tmp_path) == index and read_places(tmp_path).keys() == index.keys()
-    for shard in ("../a.safetensors", "a.bin", 3):
+    for shard in ("../a.safetensors", "..\\a.safetensors", "a\0.safetensors", "a.bin", 3):
         write_json(tmp_path / INDEX, {"weight_map": index | {"a": shard}})
         with pytest.raises(CheckpointError, match="points to .*; shards must be .safetensors file"):
             read_places(tmp_path)
     write_json(tmp_path / INDEX, {"weight_map": index | {"a": "c.safetensors"}})
     with pytest.raises(CheckpointError, match="lacks c.safetensors, which its index lists"):
         weight_files(tmp_path)
+
+
+def test_a_shard_gives_what_the_index_says_it_has(tmp_path):
+    for name in ("a", "b"):
+        tensors = {name: mx.zeros(2), f"spare {name}": mx.zeros(3)}
+        mx.save_safetensors(str(tmp_path / f"{name}.safetensors"), tensors)
+    index = {name: f"{name}.safetensors" for name in ("a", "b")}
+    write_json(tmp_path / INDEX, {"weight_map": index})
+    assert read_places(tmp_path).keys() == index.keys()
+    write_json(tmp_path / INDEX, {"weight_map": index | {"spare a": "b.safetensors"}})
+    with pytest.raises(CheckpointError, match="index lists tensors no shard contains: spare a"):
+        read_places(tmp_path)
+
+
+@pytest.mark.parametrize("length", [2, 8, 9, 16])
+def test_a_header_longer_than_its_file_is_truncated(tmp_path, length):
+    """Up to a file's own size, and what the 8 bytes before the header take away."""
+    path = tmp_path / WEIGHTS
+    path.write_bytes(length.to_bytes(8, "little") + b" " * 6 + b"{}")
+    if length == 8:
+        assert read_header(path) == {}
+        return
+    message = "is truncated or not a safe" if length > 8 else "cannot be read as safetensors"
+    with pytest.raises(CheckpointError, match=message):
+        read_header(path)

@@ -52,9 +52,9 @@ def divergence(reference: mx.array, other: mx.array) -> mx.array:
         norm_a, norm_b = (mx.logsumexp(logits, axis=-1, keepdims=True) for logits in (a, b))
         p, q = mx.exp(a - norm_a), mx.exp(b - norm_b)
         d = (a - b) - (norm_a - norm_b)  # like logits first: their difference is nearly exact
-        near = mx.maximum(d, -1)  # below it expm1 may overflow, and the plain formula is as good
-        terms = p * mx.maximum(near + mx.expm1(-near), 0)
-        parts.append(mx.where(d >= -1, terms, q + p * (d - 1)).sum(axis=-1))
+        terms = p * mx.maximum(d + mx.expm1(-d), 0)
+        far = q + p * (d - 1)  # as good below -1, where expm1 may overflow
+        parts.append(mx.where(d >= -1, terms, far).sum(axis=-1))
     return mx.concatenate(parts).reshape(reference.shape[:-1])
 
 
