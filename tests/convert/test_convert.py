@@ -66,6 +66,7 @@ def test_shapes_are_read_off_the_tensors(name, tmp_path):
     assert [s.q_heads for s in shapes] == arch["num_query_heads"]
     assert [s.kv_heads for s in shapes] == arch["num_kv_heads"]
     assert [s.ffn_dim for s in shapes] == arch["ffn_dims"]
+    assert config.num_gqa_groups == arch["num_query_heads"][0] // arch["num_kv_heads"][0]
     for key in (
         "head_dim",
         "ffn_with_glu",
@@ -163,8 +164,13 @@ def test_padded_embeddings_are_trimmed(tmp_path, nano):
 
     source = broken(nano, tmp_path, pad)
     raw = json.loads((source / "config.json").read_text()) | {"vocab_size": 4224}
-    (source / "config.json").write_text(json.dumps(raw))
-    assert convert(ConvertOptions(source=source, target=tmp_path / "m")).dropped_rows == 128
+    for padding in (4095, 4096, None):  # the last row that stays, the first that goes
+        raw["padding_index"] = padding
+        (source / "config.json").write_text(json.dumps(raw))
+        options = ConvertOptions(source=source, target=tmp_path / "m", force=True)
+        report = convert(options)
+        assert report.dropped_rows == 128
+        assert report.config.padding_index == (4095 if padding == 4095 else None)
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == (
         nano / "model.safetensors"
     ).read_bytes()

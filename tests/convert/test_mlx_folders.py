@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,14 @@ from golden_set import GOLDEN, NANO
 from openelm_mlx import load
 from openelm_mlx.convert import ConvertOptions
 from openelm_mlx.convert.opening import open_source
+from openelm_mlx.convert.quantize import rounding
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.convert.tokenizers import read_tokenizer
 from openelm_mlx.device import mx, nn
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.errors import ConversionError, OpenELMError
 from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.quantization import QuantSpec
 
 N = "transformer.layers.2.ffn.proj_1"
 
@@ -56,6 +60,27 @@ def test_a_quantized_folder_stays_as_it_is_or_becomes_whole(tmp_path, nano, form
     want = mx.dequantize(*parts, **settings, dtype=mx.float32)
     scale_type = stored[f"{N}.scales"].dtype if "biases" in str(stored.keys()) else mx.bfloat16
     assert mx.array_equal(whole[f"{N}.weight"], want.astype(scale_type).astype(mx.float32))
+    spec = QuantSpec(**settings)
+    anew = weights(again(quantized, tmp_path / "anew", dtype="float32", **form))
+    packed = rounding.quantized(f"{N}.weight", whole[f"{N}.weight"], spec)
+    for name, array in packed.items():  # the scales are of the type that was asked for
+        assert anew[name].dtype == array.dtype and mx.array_equal(anew[name], array)
+
+
+def test_a_block_format_is_unpacked_in_the_type_of_the_vectors(tmp_path, nano):
+    """Its scales are bytes and say nothing of it."""
+    for dtype in ("float16", "float32"):
+        quantized = again(nano, tmp_path / dtype, dtype=dtype, mode="mxfp4")
+        source = open_source(quantized)
+        name = f"{N}.weight"
+        assert source.tensors[name].dtype == dtype
+        assert source.load(name).dtype == source.load("transformer.norm.weight").dtype
+
+
+def test_a_folder_may_have_other_safetensors_beside_the_model(tmp_path, nano):
+    folder = shutil.copytree(nano, tmp_path / "model")
+    mx.save_safetensors(str(folder / "adapters.safetensors"), {"x": mx.zeros(3)})
+    assert open_source(folder).tensors == open_source(nano).tensors
 
 
 def test_a_folder_mlx_lm_wrote_with_settings_of_its_own_per_layer(tmp_path, nano):
@@ -189,10 +214,11 @@ def test_a_published_size_in_corenets_config(tmp_path):
     size = OpenELMConfig.from_name("270m")
     raw = {"model_name": "OpenELM-270M", "vocab_size": 32000, "max_context_length": 2048}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert (
-        config_for(tmp_path, expected_tensors(size), ConvertOptions(source=tmp_path, target="x"))
-        == size
-    )
+    shapes, options = expected_tensors(size), ConvertOptions(source=tmp_path, target="x")
+    assert config_for(tmp_path, shapes, options) == size
+    # a head of its own is what the tensors tell, not the size's name
+    apart = replace(size, share_input_output_layers=False)
+    assert config_for(tmp_path, expected_tensors(apart), options) == apart
 
 
 @pytest.mark.parametrize(

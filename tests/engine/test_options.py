@@ -26,6 +26,7 @@ from openelm_mlx.engine.options import (
     with_overrides,
 )
 from openelm_mlx.errors import OptionError, reason
+from openelm_mlx.fields import nearest
 
 REQUEST = (SamplingOptions, GenerationOptions)
 RUN = (*REQUEST, EngineOptions)
@@ -324,3 +325,11 @@ def test_errors_of_others_are_told_without_the_names_of_classes():
         reason(ValueError("of one\nand two")) == "of one"
         and reason(ValueError()) == "it gave no reason"
     )
+
+
+def test_the_word_that_was_meant():
+    """The only one that begins so, else the most similar one, if any is similar."""
+    assert nearest("t", ["temperature", "seed"]) == "temperature"
+    assert nearest("max", ["max_tokens", "max_prompt", "may"]) == "may"
+    assert nearest("sed", ["temperature", "seed"]) == "seed"
+    assert nearest("x", ["temperature", "seed"]) is None
