@@ -13,12 +13,7 @@ from typing import Any
 
 from openelm_mlx.cli.options import did_you_mean, given_path, has_flag, text_of
 from openelm_mlx.cli.session import Session, facts, settings, written
-from openelm_mlx.engine.options import (
-    EngineOptions,
-    GenerationOptions,
-    SamplingOptions,
-    with_overrides,
-)
+from openelm_mlx.engine.options import KINDS, with_overrides
 from openelm_mlx.errors import OpenELMError, OptionError, PromptError
 from openelm_mlx.files import replacing
 
@@ -27,7 +22,6 @@ Tab completes commands, paths and settings. Ctrl-C stops an answer.
 A message that begins with a slash is written with two: //usr is a folder."""
 
 BYTES_PER_TOKEN = 256  # more than any token has: a file with more than these cannot fit the context
-KINDS = (SamplingOptions, GenerationOptions, EngineOptions)
 SETTINGS: dict[str, Field[Any]] = {
     item.name: item
     for kind in KINDS

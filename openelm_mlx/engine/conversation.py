@@ -16,6 +16,7 @@ from weakref import ref
 from openelm_mlx.engine.draft_model import ModelDraft
 from openelm_mlx.engine.generation import stream_generate
 from openelm_mlx.engine.options import (
+    KINDS,
     EngineOptions,
     GenerationOptions,
     SamplingOptions,
@@ -51,7 +52,6 @@ __all__ = ["Conversation", "encode_messages"]
 
 STREAMS = 2**31  # the number of streams under one seed: SamplingOptions.stream is below it
 ANSWER_SPACE = 64  # tokens of context kept free for an answer, or a quarter of a small context
-KINDS = (SamplingOptions, GenerationOptions, EngineOptions)
 
 
 @dataclass(frozen=True)

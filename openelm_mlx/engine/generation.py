@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.engine.options import (
+    KINDS,
     EngineOptions,
     GenerationOptions,
     SamplingOptions,
@@ -45,7 +46,7 @@ UNLIMITED = 1 << 30  # prompt tokens per step: the results of a list are read on
 ENGINE_SETTINGS = {item.name for item in fields(EngineOptions)}
 
 
-@explained(SamplingOptions, GenerationOptions, EngineOptions)
+@explained(*KINDS)
 def generate(
     engine: Engine,
     prompt: Prompt,
@@ -71,7 +72,7 @@ def generate(
     return "".join(event.text for event in events)
 
 
-@explained(SamplingOptions, GenerationOptions, EngineOptions)
+@explained(*KINDS)
 def stream_generate(
     engine: Engine,
     prompt: Prompt,
@@ -108,20 +109,11 @@ def stream_generate(
     is empty, too long, or neither text nor ids nor messages), `OptionError` and `CacheError` before
     any work.
     """
-    sampling, options, engine_options = with_overrides(
-        (SamplingOptions, GenerationOptions, EngineOptions),
-        (sampling, options, engine_options),
-        settings,
-    )
+    given = (sampling, options, engine_options)
+    sampling, options, engine_options = with_overrides(KINDS, given, settings)
     scheduler = BatchEngine(engine, 1, engine_options, draft=draft, prompt_cache=prompt_cache)
-    scheduler.submit(
-        prompt,
-        sampling,
-        options,
-        position_offset=position_offset,
-        progress=progress,
-        continued=True,
-    )
+    about: Any = {"position_offset": position_offset, "progress": progress}
+    scheduler.submit(prompt, sampling, options, continued=True, **about)
     return _events(scheduler)
 
 
@@ -146,7 +138,7 @@ class BatchResult:
     error: OpenELMError | None = None
 
 
-@explained(SamplingOptions, GenerationOptions, EngineOptions)
+@explained(*KINDS)
 def batch_generate(
     engine: Engine,
     prompts: Sequence[Prompt],

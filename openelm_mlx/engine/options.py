@@ -262,6 +262,7 @@ PLACES: dict[type, tuple[str, str]] = {
     GenerationOptions: ("options", "a request, not of the engine; give it to submit"),
     EngineOptions: ("engine_options", "the engine, not of a request; give it to the BatchEngine"),
 }
+KINDS = tuple(PLACES)  # of all options that a generation takes
 
 
 def with_overrides(
