@@ -41,12 +41,16 @@ def test_bash_offers_the_commands_and_the_options_of_one(
             "$(complete -p openelm | sed 's/.*-F \\([^ ]*\\).*/\\1/')\n"
             "printf '%s\\n' \"${COMPREPLY[@]}\""
         )
-        run = subprocess.run([bash, "-c", script], capture_output=True, text=True, check=True)
+        command = [bash, "-c", script]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
         return run.stdout.split()
 
     assert offered("openelm", "ch") == ["chat"]
     assert set(offered("openelm", "inspect", "--")) == {"--help", "--json"}
     assert offered("openelm", "generate", "--max-t") == ["--max-tokens"]
+    # what is a file's name is completed by those that are there
+    for words in (["chat"], ["chat", "--system-file"], ["convert"], ["convert", "a", "-o"]):
+        assert offered("openelm", *words, "openelm.b") == ["openelm.bash"], words
 
 
 def test_the_manual_page_says_what_help_says() -> None:
