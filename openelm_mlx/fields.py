@@ -45,6 +45,8 @@ def check_fields(options: Any) -> None:
         given = getattr(options, item.name)
         value = as_annotated(str(item.type), given)
         if value is UNFIT or not within(item, value):
+            if "choices" in item.metadata and isinstance(given, tuple) and value is not UNFIT:
+                given = next(entry for entry in value if entry not in item.metadata["choices"])
             raise OptionError(f"{item.name} is {shown(given)}; {allowed(item)}")
         object.__setattr__(options, item.name, value)
 

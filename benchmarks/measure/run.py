@@ -109,7 +109,7 @@ def one_process(options: BenchmarkOptions, number: int, tick: Tick) -> Document:
     """
     pipe, theirs = Pipe(duplex=False)
     code = CHILD.format(sys.path, theirs.fileno(), pickle.dumps((options, number)))
-    command, inherited = [sys.executable, "-c", code], [theirs.fileno()]
+    command, inherited = [sys.executable, "-P", "-c", code], [theirs.fileno()]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited)
     theirs.close()
 

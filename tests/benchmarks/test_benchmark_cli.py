@@ -148,9 +148,14 @@ print("rows", len(run(BenchmarkOptions(processes=2, **options)).rows))
 """
 
 
-def test_a_script_without_a_main_guard_measures_in_several_processes():
-    """Processes of multiprocessing would import the script, and not find one read from stdin."""
-    done = subprocess.run([sys.executable, "-"], input=SCRIPT, capture_output=True, text=True)
+def test_a_script_without_a_main_guard_measures_in_several_processes(tmp_path):
+    """Processes of multiprocessing would import the script, and not find one read from stdin.
+
+    What lies in the working folder is not taken for a module of Python's.
+    """
+    (tmp_path / "pickle.py").write_text("raise ImportError('not mine')")
+    command, settings = [sys.executable, "-P", "-"], {"capture_output": True, "text": True}
+    done = subprocess.run(command, input=SCRIPT, cwd=tmp_path, **settings)
     assert (done.stdout, done.stderr) == ("rows 1\n", "")
 
 
@@ -336,7 +341,7 @@ def test_ctrl_c_keeps_finished_trials_and_marks_them_partial(tmp_path, capsys, m
         (["--trials", "3"], "trials is 3; allowed is a whole number from 5 up"),
         (["--random-weights", "2b"], "'2b' is not a published OpenELM size"),
         (["270n"], "did you mean"),
-        (["--peers", "vllm"], "peers is ('vllm',); allowed: mlx-lm, llama.cpp, torch"),
+        (["--peers", "vllm"], "peers is 'vllm'; allowed: mlx-lm, llama.cpp, torch"),
         (
             ["--output", "none/x.json"],
             "--output none/x.json cannot be written: its folder does not exist; make it first",
