@@ -103,9 +103,10 @@ def in_processes(options: BenchmarkOptions, tick: Tick) -> Document:
 def one_process(options: BenchmarkOptions, number: int, tick: Tick) -> Document:
     """Return the document of a new process. Raises its `OpenELMError`.
 
-    After Ctrl-C the first process is asked for its finished trials; a second Ctrl-C ends it. The
-    process is a command of its own, because a process of `multiprocessing` imports the caller's
-    main module, and a script without `if __name__ == "__main__"` would start itself again.
+    After Ctrl-C it removes its folders, and the first process hands over its finished trials; a
+    second Ctrl-C ends it at once. It is a command of its own, because a process of
+    `multiprocessing` imports the caller's main module, and a script without
+    `if __name__ == "__main__"` would start itself again.
     """
     pipe, theirs = Pipe(duplex=False)
     code = CHILD.format(sys.path, theirs.fileno(), pickle.dumps((options, number)))
@@ -129,13 +130,14 @@ def one_process(options: BenchmarkOptions, number: int, tick: Tick) -> Document:
     try:
         return received()
     except KeyboardInterrupt:
-        if number:
-            raise
         process.terminate()
         try:
-            return received()
+            document = received()
         except EOFError:  # it had not begun
             raise KeyboardInterrupt from None
+        if number:
+            raise
+        return document
     except EOFError:
         what = f"process {number + 1} ended with status {process.wait()}"
         raise BenchmarkError(f"{what}; its own message is above") from None

@@ -75,7 +75,7 @@ def test_suites_and_grids():
             {"prompt_tokens": (0,)},
             r"prompt_tokens is \(0,\); allowed is a whole number, or a list of .* from 1 up",
         ),
-        ({"bits": (7,)}, "bits is \\(7,\\); allowed: 2, 3, 4, 5, 6, 8"),
+        ({"bits": (7,)}, "bits is 7; allowed: 2, 3, 4, 5, 6, 8"),
         ({"trials": 4}, "trials is 4; allowed is a whole number from 5 up, or None"),
         ({"minutes": 0}, "minutes is 0; allowed is a number from 0.01 up"),
         (
@@ -93,7 +93,7 @@ def test_suites_and_grids():
             {"processes": 2, "suite": "soak"},
             "processes is 2, but the soak suite runs in one; leave it out",
         ),
-        ({"peers": ("vllm",)}, r"peers is \('vllm',\); allowed: mlx-lm, llama.cpp, torch"),
+        ({"peers": ("vllm",)}, r"peers is 'vllm'; allowed: mlx-lm, llama.cpp, torch"),
         ({"caches": ("kv5",)}, "cache is 'kv5'; allowed: plain, kv8, kv4, window-N"),
         ({"speculations": ("draft ",)}, "speculation is 'draft '; allowed: none, prompt-lookup"),
     ],

@@ -170,9 +170,11 @@ def test_a_process_that_is_killed_is_told_in_one_line():
 
 
 @pytest.mark.parametrize(("after", "kept"), [(0, 1), (1, 1)])
-def test_ctrl_c_keeps_finished_processes_or_what_the_first_has_finished(after, kept):
+def test_ctrl_c_keeps_finished_processes_or_what_the_first_has_finished(
+    after, kept, tmp_path, monkeypatch
+):
     """A real SIGINT while a process measures: in the first one, and in the second."""
-
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     ticks = []
 
     def tick(text, work):
@@ -187,6 +189,7 @@ def test_ctrl_c_keeps_finished_processes_or_what_the_first_has_finished(after, k
     document = run.run(options, tick)
     assert document.partial and document.processes == kept
     assert "medians of 20 trials; " in document.notes[0]
+    assert list(tmp_path.glob("openelm-*")) == []
     counted = len(document.rows[0].metrics["decode_tokens_per_second"].values)
     assert counted == 20 if after else 0 < counted < 20
     note = "interrupted; 1 of 3 processes are here" if after else "interrupted: only the trials"
