@@ -11,10 +11,9 @@ import pytest
 from openelm_mlx import device
 from openelm_mlx.benchmarks.hardware import PARTS, bytes_per_token, part_of
 from openelm_mlx.benchmarks.measure.machine import WARM_UP, bandwidth
-from openelm_mlx.cli.inspect import tensor_bytes
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import BenchmarkError, CacheError, OpenELMError
-from openelm_mlx.files import read_json
+from openelm_mlx.files import read_json, read_places
 from openelm_mlx.model.config import OpenELMConfig
 
 # one layer: 2 query heads, 1 key/value head of 64; FFN 256 wide; 128 -> 128; 1000 tokens
@@ -93,7 +92,7 @@ def test_quantized_keys_and_values() -> None:
 
 
 def test_the_bundled_model_reads_what_its_file_holds(tiny: Engine) -> None:
-    sizes = tensor_bytes(tiny.path)
+    sizes = {name: place.info.nbytes for name, place in read_places(tiny.path).items()}
     stored = read_json(tiny.path / "config.json")
     dtype = {2: "float16", 4: "float32"}[sizes["transformer.norm.weight"] // tiny.config.model_dim]
     found = bytes_per_token(tiny.config, dtype, stored["quantization"])
