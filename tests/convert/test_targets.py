@@ -12,7 +12,8 @@ from golden_set import GOLDEN
 
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.sources.gguf import GGUFFile
-from openelm_mlx.convert.targets.folder import write_weights
+from openelm_mlx.convert.targets.folder import split, write_weights
+from openelm_mlx.convert.targets.gguf import encoded
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import TensorInfo
@@ -136,6 +137,8 @@ def test_gguf_holds_llama_cpps_keys_and_names(tmp_path, nano):
     assert {key: values[f"openelm.{key}"] for key in want} == want
     assert np.float32(values["openelm.attention.layer_norm_rms_epsilon"]) == np.float32(1e-6)
     assert values["tokenizer.ggml.model"] == "llama" and values["tokenizer.ggml.pre"] == "default"
+    flags = ("add_bos_token", "add_eos_token", "add_space_prefix")
+    assert [values[f"tokenizer.ggml.{flag}"] for flag in flags] == [True, False, True]
     assert [values[f"tokenizer.ggml.{key}_token_id"] for key in ("unknown", "bos", "eos")] == [
         0,
         1,
@@ -230,6 +233,10 @@ def changed(nano: Path, tmp_path: Path, name: str, array: np.ndarray) -> Path:
 
 
 def test_weights_beyond_q8_0(tmp_path, nano):
+    largest = 127 * 65504  # 127 steps of the largest number of float16
+    assert np.isfinite(encoded("w", mx.full((1, 32), largest), "Q8_0").view(np.float16)[0, 0])
+    with pytest.raises(ConversionError, match="w has weights beyond the range of Q8_0"):
+        encoded("w", mx.full((1, 32), largest * 1.001), "Q8_0")
     source = changed(nano, tmp_path, N, np.full(weights(nano)[N].shape, 1e7, np.float32))
     with pytest.raises(ConversionError, match=f"{N} has weights beyond the range of Q8_0"):
         run(source, tmp_path / "x", target_format="gguf", bits=8)
@@ -309,3 +316,10 @@ def test_a_chat_template_goes_from_format_to_format(tmp_path, nano):
 def test_gguf_is_read_without_its_name(tmp_path, nano):
     run(nano, tmp_path / "anything", target_format="gguf")
     assert GGUFFile(tmp_path / "anything").config.model_dim == 128
+
+
+def test_a_shard_is_filled_up_to_its_limit():
+    sizes = {"a": 2, "b": 2, "c": 1, "d": 9}
+    tensors = {name: TensorInfo("float32", (size,)) for name, size in sizes.items()}
+    assert [list(shard) for shard in split(tensors, 16)] == [["a", "b"], ["c"], ["d"]]
+    assert [list(shard) for shard in split(tensors, 15)] == [["a"], ["b", "c"], ["d"]]
