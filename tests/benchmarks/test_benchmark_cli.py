@@ -270,6 +270,15 @@ def test_widths_are_made_from_the_stored_weights_and_their_loss_is_measured(monk
     )
 
 
+def test_the_first_process_measures_the_loss_and_its_first_case_has_it(monkeypatch):
+    monkeypatch.setattr(weights, "LOSS_TOKENS", 32)
+    lengths = {"prompt_tokens": (9, 12), "generation_tokens": (2,)}
+    options = BenchmarkOptions(suite="bits", bits=(4,), trials=5, processes=1, **lengths)
+    for number, expected in enumerate(([True, False], [False, False])):
+        rows = run.Run(options, lambda label, work: None, number).document().rows
+        assert ["kl_mean" in row.metrics for row in rows] == expected
+
+
 def test_widths_that_do_not_fit_into_memory_together_are_measured_one_by_one(monkeypatch):
     options = BenchmarkOptions(suite="paper", random_weights=("3b",))
     notes = []
