@@ -10,7 +10,7 @@ PIP_FLAGS := --disable-pip-version-check --no-input --no-compile
 EXTRAS := dev,plot,grammar
 comma := ,
 # two processes; a test file stays in one, so that the models its tests share are made once
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: chat test docs coverage constraints dist clean help
 help:

@@ -35,6 +35,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     mark_each(item)
 
 
+# files that take longest: they come first, so that two processes end at about the same time
+LONGEST = ("test_benchmark_cli.py", "test_docs.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     skip_without(item)
 

@@ -15,14 +15,14 @@ STORY = "Once upon a time there was a king who had three sons, and the youngest 
 def test_the_table(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(STORY)
-    given = ["openelm-tiny", str(text), "--length", "40", "--pieces", "1"]
+    given = ["openelm-tiny", str(text), "--length", "80", "--pieces", "1"]
     assert kv_loss.main(given) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == [
         "| 8 bits",
         "| 4 bits",
-        "| window of 20",
-        "| window of 20, 8 bits",
+        "| window of 40",
+        "| window of 40, 8 bits",
     ]
     losses = [float(row[2]) for row in rows]
     assert 0 < losses[0] < losses[1] and all(0 < loss < 2 for loss in losses)
@@ -38,6 +38,8 @@ def test_a_text_that_is_too_short(tiny, tmp_path):
     text.write_text("Once upon a time.")
     with pytest.raises(BenchmarkError, match=r"tokens, too few for 2 pieces of 300$"):
         kv_loss.cut(tiny, text, 300, 2)
+    with pytest.raises(BenchmarkError, match="64 tokens are too short: the first 64 are not"):
+        kv_loss.cut(tiny, text, 64, 2)
 
 
 def test_answers_of_a_plain_cache_differ_in_no_way_and_wrong_ones_are_seen(tiny, monkeypatch):

@@ -68,6 +68,10 @@ def answer(engine: Engine, prompt: list[int], how: dict[str, Any]) -> list[int |
 
 def cut(engine: Engine, text: Path, length: int, count: int) -> list[list[int]]:
     """Return `count` pieces of a text, each `length` ids from BOS. Raises `BenchmarkError`."""
+    if length <= CHUNK:
+        raise BenchmarkError(
+            f"pieces of {length} tokens are too short: the first {CHUNK} are not compared"
+        )
     ids = engine.tokenizer.encode(text.read_text(encoding="utf-8"), bos=False)
     step = len(ids) // count
     if step < length:
