@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 # modules are compiled when they are first imported, which most of them never are: this halves the time of installing
-PIP_FLAGS := --disable-pip-version-check --no-input --no-compile
+PIP_FLAGS := --disable-pip-version-check --no-input
 
 # every client that the tests of an ordinary machine use
 EXTRAS := dev,plot,grammar
