@@ -32,7 +32,6 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -256,6 +255,8 @@ def memory_bytes() -> int:
 
 def installed(package: str) -> str | None:
     """Return the version of a package, None if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # imports much: not at each start
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -56,3 +56,9 @@ def test_the_command_line_starts_without_what_takes_long_to_import(module: str):
     code = f"import {module}, sys; print(*(set({HEAVY}) & sys.modules.keys()))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""
+
+
+def test_a_model_loads_without_what_only_doctor_needs():
+    code = "import openelm_mlx.engine.loading, sys; print('importlib.metadata' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"

@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 from openelm_mlx.benchmarks.measure.weights import random_engine, write_folder
 from openelm_mlx.benchmarks.results.statistics import paired_ratio
 from openelm_mlx.errors import BenchmarkError
-from openelm_mlx.model.config import BOS
 
 T = TypeVar("T")
 SAMPLED = {"temperature": 0.8, "seed": 1, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}
@@ -93,7 +92,10 @@ def worker() -> None:
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        prompt = [BOS, *((37 * i) % (engine.vocab - 3) + 3 for i in range(asked["prompt"] - 1))]
+        prompt = [
+            engine.tokenizer.bos_id,
+            *((37 * i) % (engine.vocab - 3) + 3 for i in range(asked["prompt"] - 1)),
+        ]
         times, tokens = list[float](), list[int]()
         start, used = perf_counter(), process_time()
         for event in openelm_mlx.stream_generate(
