@@ -35,12 +35,20 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     mark_each(item)
 
 
-# files that take longest: they come first, so that two processes end at about the same time
-LONGEST = ("test_benchmark_cli.py", "test_docs.py")
+# files that take longest: they come first, in this order, so that two processes end at about the
+# same time
+LONGEST = (
+    "test_docs.py",
+    "test_benchmark_processes.py",
+    "test_benchmark_run.py",
+    "test_benchmark_cli.py",
+    "test_soak.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

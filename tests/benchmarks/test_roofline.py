@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 from typing import Any
 
 import pytest
 
-from openelm_mlx import device
 from openelm_mlx.benchmarks.hardware import PARTS, bytes_per_token, part_of
-from openelm_mlx.benchmarks.measure.machine import WARM_UP, bandwidth
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import BenchmarkError, CacheError, OpenELMError
 from openelm_mlx.files import read_json, read_places
@@ -135,13 +131,3 @@ def test_rows_that_groups_do_not_fit_are_refused() -> None:
     narrow = OpenELMConfig(**{**ONE.__dict__, "model_dim": 96})
     with pytest.raises(BenchmarkError, match="has rows of 96, not a multiple of group_size 64"):
         bytes_per_token(narrow, "float32", {"bits": 4, "group_size": 64})
-
-
-def test_bandwidth_counts_what_a_copy_moves_and_what_a_read_reads() -> None:
-    """By a clock that advances one second a look, so that only the counted bytes matter."""
-    ticks = itertools.count()
-    cores = os.cpu_count() if device.kind() == "cpu" else 1
-    size = 2 * 2**20 * (cores or 1)
-    found = bandwidth(size, trials=3, clock=lambda: float(next(ticks)))
-    assert found == (2 * size, size)
-    assert next(ticks) == 2 * 2 * (WARM_UP + 3)  # two looks a run

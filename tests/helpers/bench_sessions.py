@@ -1,11 +1,20 @@
-"""A session for tests of timing: its clock is its own, so that every figure is known exactly."""
+"""What the tests of timing share: a run in this process, and a session whose clock is its own, so
+that every figure is known exactly.
+"""
 
 from __future__ import annotations
 
+from openelm_mlx.benchmarks.measure import run
+from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
 from openelm_mlx.benchmarks.peers import Timed
-from openelm_mlx.benchmarks.results.document import Case
+from openelm_mlx.benchmarks.results.document import Case, Document
 
 CASE = Case("stub", "none", "float32", None, None, prompt_tokens=8, generation_tokens=9)
+
+
+def measured(**options) -> Document:
+    """Measure in this process, where a test can change things."""
+    return run.run(BenchmarkOptions(trials=5, processes=1, **options))
 
 
 def nothing(label, work):
