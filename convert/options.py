@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from openelm_mlx.quantization import (
     make_spec,
 )
 
+# called with the steps done, the steps in all, and what was done last: a tensor's name or a phrase
+Progress = Callable[[int, int, str], None]
 SOURCE_FORMATS = ("pt", "huggingface", "mlx", "corenet-mlx", "gguf")
 TARGET_FORMATS = ("mlx", "hf", "gguf")
 ADAPTER = ("merge", "keep")

@@ -11,13 +11,13 @@ Nothing stands under the target's name before the last step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from openelm_mlx.convert.opening import OpenedModel, open_model
-from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.options import ConvertOptions, Progress
 from openelm_mlx.convert.quantize.plan import Quantization, memory_needed
 from openelm_mlx.convert.quantize.rounding import quantized
 from openelm_mlx.convert.record import ConversionReport, SourceHash
@@ -33,7 +33,6 @@ from openelm_mlx.files import TensorInfo
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import QuantSpec
 
-Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, name of the last one
 CHUNK_BYTES = 16 << 20  # of a matrix that is quantized at a time: it fits caches and reused memory
 
 

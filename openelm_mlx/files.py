@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -132,7 +132,10 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return model.safetensors, or the shards that the index lists. Raises `CheckpointError`."""
-    weight_map = read_index(folder)
+    return listed_files(folder, read_index(folder))
+
+
+def listed_files(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
     names = [WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         if weight_map is not None:
@@ -149,7 +152,9 @@ def read_places(folder: Path, files: Iterable[Path] | None = None) -> dict[str, 
     """
     weight_map = read_index(folder)
     places: dict[str, TensorPlace] = {}
-    for file in weight_files(folder) if files is None or weight_map is not None else files:
+    if files is None or weight_map is not None:
+        files = listed_files(folder, weight_map)
+    for file in files:
         for name, place in read_header(file).items():
             if name in places:
                 raise CheckpointError(f"{folder} contains tensor {name} twice, in {file.name} too")
@@ -182,10 +187,14 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
         what = "its header is not an object"
         raise CheckpointError(f"{path} cannot be read as safetensors: {what}")
     raw.pop("__metadata__", None)
-    return {name: checked_place(path, name, entry, 8 + length) for name, entry in raw.items()}
+    base = 8 + length
+    return {name: checked_place(path, name, entry, base, size) for name, entry in raw.items()}
 
 
-def checked_place(path: Path, name: str, entry: Any, base: int) -> TensorPlace:
+def checked_place(path: Path, name: str, entry: Any, base: int, size: int) -> TensorPlace:
+    """Return the place that a header's entry states, in a file of `size` bytes with data from
+    `base` on. Raises `CheckpointError`.
+    """
     malformed = f"{path}: the header's entry of tensor {name} is malformed"
     try:
         code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -201,7 +210,6 @@ def checked_place(path: Path, name: str, entry: Any, base: int) -> TensorPlace:
     if end - start != info.nbytes:
         what = f"tensor {name} of shape {shape} does not take {end - start} bytes"
         raise CheckpointError(f"{path}: {what}")
-    size = path.stat().st_size
     if base + end > size:
         what = f"tensor {name} ends at byte {base + end} of {size}"
         raise CheckpointError(f"{path} is truncated: {what}")

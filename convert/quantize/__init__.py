@@ -11,31 +11,29 @@ changed. A test checks that both give the same logits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
+from openelm_mlx.convert.sources import EMBEDDINGS, HEAD
 from openelm_mlx.device import mx
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 
 Weights = Mapping[str, mx.array]  # float32, under Hugging Face's names
 Hook = Callable[[str, mx.array], None]  # called with a matrix's stem and input [tokens, columns]
-EMBEDDINGS = "transformer.token_embeddings"
 
 
 def no_hook(stem: str, x: mx.array) -> None:
     """Do nothing."""
 
 
-def layer_of(stem: str) -> int:
-    """Return the layer at which a pass resumes when this matrix changed.
-
-    It is -1 for the embeddings: the pass starts from the tokens.
-    """
-    parts = stem.split(".")
-    return int(parts[2]) if parts[1:2] == ["layers"] else -1
+def number_of(name: str) -> int:
+    """Return the layer of a matrix: 3 for layers.3.ffn.proj_2, -1 for one that is in no layer."""
+    found = re.match(r"(?:transformer\.)?layers\.(\d{1,4})\.", name)
+    return int(found[1]) if found else -1
 
 
 def head_stem(config: OpenELMConfig) -> str:
-    return EMBEDDINGS if config.share_input_output_layers else "lm_head"
+    return EMBEDDINGS if config.share_input_output_layers else HEAD
 
 
 def embed(weights: Weights, tokens: mx.array) -> mx.array:

@@ -10,11 +10,11 @@ allocation for an arbitrary set of quantizers", IEEE ASSP 36:9, 1988).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.convert.quantize import Weights, embed, head, layer, layer_of
+from openelm_mlx.convert.quantize import Weights, embed, head, layer, number_of
 from openelm_mlx.convert.quantize.rounding import rounded
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES, itemsize
@@ -23,7 +23,9 @@ from openelm_mlx.evaluate.score import kl_divergence
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import BITS, Plan, QuantSpec, all_specs, matrices
 
-Progress = Callable[[int, int, str], None]
+if TYPE_CHECKING:
+    from openelm_mlx.convert.options import Progress
+
 Spec = QuantSpec | None  # None: not quantized, which costs no loss
 Losses = dict[str, dict[Spec, float]]  # stem -> spec -> mean KL divergence in nats
 BATCH = 4  # rows of tokens in one pass: bounds the memory of logits
@@ -106,7 +108,7 @@ def measure(
         for place, bits in enumerate(probes, start=number * len(probes) + 1):
             spec = QuantSpec(bits, group)
             weights[name] = rounded(exact, spec, kind)
-            points.append((errors[spec], max(reference.loss(weights, layer_of(stem)), 1e-9)))
+            points.append((errors[spec], max(reference.loss(weights, number_of(stem)), 1e-9)))
             if progress is not None:
                 progress(place, len(stems) * len(probes), f"measuring {stem}")
         weights[name] = exact

@@ -42,10 +42,9 @@ from openelm_mlx.quantization import Plan
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.opening import OpenedModel
-    from openelm_mlx.convert.options import ConvertOptions
+    from openelm_mlx.convert.options import ConvertOptions, Progress
     from openelm_mlx.model.decoder import OpenELM
 
-Progress = Callable[[int, int, str], None]
 Encode = Callable[[str], list[int]]  # text to ids, without BOS
 PROMPTS = (
     *("", "The", "In", "A", "It was", "This is", "When", "He said", "She", "There was once", "We"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,9 @@ from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.evaluate.score import kl_divergence
 from openelm_mlx.model.config import OpenELMConfig
 
-Progress = Callable[[int, int, str], None]
+if TYPE_CHECKING:
+    from openelm_mlx.convert.options import Progress
+
 SEED = 17
 ROWS_AT_ONCE = 8  # of tokens in one pass of the exact model
 
@@ -57,6 +59,11 @@ class Start:
     scales: mx.array
     biases: mx.array
 
+    def grid(self, moved: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+        """Return scales and biases [rows, groups] after these changes."""
+        scales = self.scales * (1 + moved["scales"])
+        return scales, self.biases + self.scales * moved["biases"]
+
     def weights(self, moved: dict[str, mx.array]) -> mx.array:
         """Return the float32 weights [rows, columns] after these changes; gradients pass the
         rounding as if it were not there.
@@ -64,9 +71,8 @@ class Start:
         size, top = self.codes.spec.group_size, 2**self.codes.spec.bits - 1
         place = mx.clip(moved["codes"], 0, top)
         rounded = place + mx.stop_gradient(mx.round(place) - place)
-        scale = self.scales * (1 + moved["scales"])
-        bias = self.biases + self.scales * moved["biases"]
-        groups = rounded.reshape(len(rounded), -1, size) * scale[..., None] + bias[..., None]
+        scales, biases = self.grid(moved)
+        groups = rounded.reshape(len(rounded), -1, size) * scales[..., None] + biases[..., None]
         return groups.reshape(rounded.shape)
 
 
@@ -187,8 +193,7 @@ def finished(
     for (stem, own), change in zip(starts.items(), moved["matrices"], strict=True):
         top = 2**own.codes.spec.bits - 1
         place = np.clip(np.array(change["codes"]), 0, top)
-        scales = as_stored(np.array(own.scales * (1 + change["scales"])), kind)
-        biases = as_stored(np.array(own.biases + own.scales * change["biases"]), kind)
+        scales, biases = (as_stored(np.array(side), kind) for side in own.grid(change))
         codes = Codes(own.codes.spec, np.rint(place).astype(np.uint8), scales, biases, place)
         result.codes[stem] = codes
         result.weights[f"{stem}.weight"] = mx.array(codes.weights())

@@ -19,12 +19,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openelm_mlx.convert.quantize import number_of
 from openelm_mlx.convert.quantize.allocate import choose, make_reference, measure, true_loss
 from openelm_mlx.convert.quantize.calibrate import (
     MEASURE_TOKENS,
@@ -35,15 +35,15 @@ from openelm_mlx.convert.quantize.calibrate import (
 )
 from openelm_mlx.device import mx
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, OptionError
+from openelm_mlx.fields import nearest
 from openelm_mlx.files import read_yaml
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import MODES, Plan, QuantSpec, make_spec, matrices
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.opening import OpenedModel
-    from openelm_mlx.convert.options import ConvertOptions
+    from openelm_mlx.convert.options import ConvertOptions, Progress
 
-Progress = Callable[[int, int, str], None]
 Shapes = Mapping[str, tuple[int, ...]]
 ROLES = (
     "token_embeddings",
@@ -227,15 +227,9 @@ def role(name: str) -> str:
     return re.sub(r"^(transformer\.)?(layers\.\d+\.)?", "", name)
 
 
-def number_of(name: str) -> int:
-    """Return the layer of a matrix: 3 for layers.3.ffn.proj_2, -1 for one that is in no layer."""
-    found = re.match(r"(?:transformer\.)?layers\.(\d{1,4})\.", name)
-    return int(found[1]) if found else -1
-
-
-def hint(word: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
-    near = get_close_matches(str(word), list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
+def hint(word: Any, known: Iterable[str]) -> str:
+    near = nearest(str(word), known)
+    return f"; did you mean {near}?" if near else ""
 
 
 def find_recipe(name: str) -> Recipe:

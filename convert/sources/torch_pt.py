@@ -26,8 +26,8 @@ from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import TensorInfo
 
 MAX_PICKLE_BYTES = 8 << 20  # the 3B's has 60 KB
-OF_ZIPFILE = (NotImplementedError, RuntimeError, ValueError, EOFError)
-DAMAGED_ZIP = (zipfile.BadZipFile, struct.error, zlib.error, *OF_ZIPFILE)
+ZIPFILE_ERRORS = (NotImplementedError, RuntimeError, ValueError, EOFError)  # for damaged fields
+DAMAGED_ZIP = (zipfile.BadZipFile, struct.error, zlib.error, *ZIPFILE_ERRORS)
 NESTED_UNDER = ("model", "state_dict", "model_state_dict")
 
 

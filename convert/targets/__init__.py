@@ -9,15 +9,6 @@ half done. Reading sources and choosing a plan belong to other rooms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from openelm_mlx.convert.quantize.plan import Quantization
-    from openelm_mlx.convert.record import ConversionReport
-    from openelm_mlx.device import mx
-    from openelm_mlx.quantization import Plan
 import contextlib
 import ctypes
 import errno
@@ -26,12 +17,23 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.options import ConvertOptions, Progress
 from openelm_mlx.convert.quantize.plan import find_recipe
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import check_writable, read_text
+
+if TYPE_CHECKING:
+    from openelm_mlx.convert.quantize.plan import Quantization
+    from openelm_mlx.convert.record import ConversionReport
+    from openelm_mlx.device import mx
+    from openelm_mlx.quantization import Plan
+
+CONFIG, UNFINISHED_CONFIG = "config.json", "config.json.partial"
+LINUX_EXCHANGE, LINUX_AT_FDCWD, MACOS_SWAP = 2, -100, 2  # renameat2(2), renamex_np(2)
 
 
 class Target(Protocol):
@@ -42,7 +44,7 @@ class Target(Protocol):
     keeps_record: bool
     """True if the format can store the record of a conversion."""
 
-    def plan(self, progress: Callable[[int, int, str], None] | None) -> Quantization:
+    def plan(self, progress: Progress | None) -> Quantization:
         """Choose how MLX quantizes every matrix, and learn its rounding."""
         ...
 
@@ -61,10 +63,6 @@ class Target(Protocol):
         self, folder: Path, report: ConversionReport, hashes: Mapping[str, str]
     ) -> None:
         """Write the record: the report with its losses, and the hashes of the source's files."""
-
-
-CONFIG, UNFINISHED_CONFIG = "config.json", "config.json.partial"
-LINUX_EXCHANGE, LINUX_AT_FDCWD, MACOS_SWAP = 2, -100, 2  # renameat2(2), renamex_np(2)
 
 
 def check_target(options: ConvertOptions) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from openelm_mlx.convert.opening import OpenedModel
-from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.options import ConvertOptions, Progress
 from openelm_mlx.convert.quantize.plan import Quantization, plan_quantization
 from openelm_mlx.convert.quantize.rounding import layout
 from openelm_mlx.convert.record import (
@@ -71,7 +71,7 @@ class FolderTarget(Target):
         self.sampling = sampling_defaults(options.source, opened.trimmed)
         self.licence = licence_of(opened.source, options)
 
-    def plan(self, progress: Callable[[int, int, str], None] | None) -> Quantization:
+    def plan(self, progress: Progress | None) -> Quantization:
         return plan_quantization(self.opened, self.dtype, self.options, progress)
 
     def nbytes(self, plan: Plan) -> int:

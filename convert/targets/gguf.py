@@ -8,14 +8,14 @@ written one tensor at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from openelm_mlx.convert.opening import OpenedModel
-from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.options import ConvertOptions, Progress
 from openelm_mlx.convert.quantize.plan import Quantization
 from openelm_mlx.convert.record import ConversionReport, licence_of
 from openelm_mlx.convert.sources import EMBEDDINGS
@@ -51,7 +51,7 @@ class GGUFTarget(Target):
         self.kinds = {n: self.kind if len(of) == 2 else "F32" for n, of in self.shapes.items()}
         self.licence = licence_of(opened.source, options).without_files
 
-    def plan(self, progress: Callable[[int, int, str], None] | None) -> Quantization:
+    def plan(self, progress: Progress | None) -> Quantization:
         """Leave all matrices unquantized: llama.cpp's types are not MLX's."""
         return Quantization(dict.fromkeys(matrices(self.shapes)))
 
