@@ -1,5 +1,7 @@
 """The first steps of a conversion: open the source, find the configuration that its tensors make,
-and its tokenizer. No weights are read here.
+and its tokenizer.
+
+Opening reads no weights. `OpenedModel` reads them afterwards, and refuses NaN and infinities.
 """
 
 from __future__ import annotations
@@ -8,8 +10,11 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.sources import (
@@ -74,19 +79,51 @@ class OpenedModel:
     def adapters(self) -> AdaptedCheckpoint | None:
         return self.source if isinstance(self.source, AdaptedCheckpoint) else None
 
+    @cached_property
+    def shapes(self) -> Shapes:
+        """The shapes of the model's tensors without the rows that pad the vocabulary, in order."""
+        return expected_tensors(self.trimmed)
+
+    def load(self, name: str) -> mx.array:
+        """Return the tensor `name` without the rows that pad the vocabulary.
+
+        This and the next two raise `CheckpointError` for NaN and infinities.
+        """
+        return self._finite(name, self.source.load(name)[: self.shapes[name][0]])
+
+    def rows(self, name: str, start: int, stop: int) -> mx.array:
+        return self._finite(name, self.source.rows(name, start, stop))
+
     def packed(self, name: str) -> dict[str, mx.array]:
         """Return the stored arrays of a matrix of the source's plan, without the rows that pad the
-        vocabulary. Raises `CheckpointError`.
+        vocabulary.
         """
-        rows, result = expected_tensors(self.trimmed)[name][0], {}
+        rows, result = self.shapes[name][0], {}
         for stored, array in self.source.packed(name).items():
-            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-                raise CheckpointError(
-                    f"{self.source.path}: {stored} has NaN or infinite scales; the checkpoint is "
-                    "damaged"
-                )
-            result[stored] = array[:rows]
+            floating = mx.issubdtype(array.dtype, mx.floating)
+            result[stored] = (self._finite(stored, array, "scales") if floating else array)[:rows]
         return result
+
+    def _finite(self, name: str, array: mx.array, what: str = "weights") -> mx.array:
+        if not all_finite(array):
+            raise CheckpointError(
+                f"{self.source.path}: {name} has NaN or infinite {what}; the checkpoint is damaged"
+            )
+        return array
+
+
+def all_finite(array: mx.array) -> bool:
+    """Return whether an array is free of NaN and infinities.
+
+    Both survive minimum and maximum, so that only these two need checking. In types that it knows,
+    numpy takes them: on this thread, while MLX's rounds the rows before.
+    """
+    if array.size == 0:
+        return True
+    if array.dtype in (mx.float32, mx.float16):
+        plain = np.array(array, copy=False)
+        return bool(np.isfinite(plain.min()) and np.isfinite(plain.max()))
+    return bool(mx.isfinite(mx.stack([array.min(), array.max()])).all().item())
 
 
 def open_model(options: ConvertOptions) -> OpenedModel:

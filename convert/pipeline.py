@@ -14,9 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-
-from openelm_mlx.convert.opening import OpenedModel, open_model
+from openelm_mlx.convert.opening import OpenedModel, all_finite, open_model
 from openelm_mlx.convert.options import ConvertOptions, Progress
 from openelm_mlx.convert.quantize.plan import Quantization, memory_needed
 from openelm_mlx.convert.quantize.rounding import quantized
@@ -30,8 +28,8 @@ from openelm_mlx.dtypes import DTYPES, FLOATS
 from openelm_mlx.errors import CheckpointError, ConversionError, OptionError
 from openelm_mlx.fields import shown
 from openelm_mlx.files import TensorInfo
-from openelm_mlx.model.config import OpenELMConfig, expected_tensors
-from openelm_mlx.quantization import QuantSpec
+from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.quantization import QuantSpec, planned
 
 CHUNK_BYTES = 16 << 20  # of a matrix that is quantized at a time: it fits caches and reused memory
 
@@ -72,7 +70,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
 def open_target(opened: OpenedModel, options: ConvertOptions) -> Target:
     """Return the target that the options ask for. Raises an `OpenELMError` for what it refuses."""
     tensors = {}
-    for name, shape in expected_tensors(opened.trimmed).items():
+    for name, shape in opened.shapes.items():
         stored = opened.source.tensors[name].dtype
         tensors[name] = TensorInfo(target_dtype(name, stored, opened.trimmed, options), shape)
     kind = GGUFTarget if options.target_format == "gguf" else FolderTarget
@@ -115,21 +113,19 @@ def stream(
 
     At most one tensor of the source is in memory, and only some rows of a matrix to be quantized.
     """
-    shapes = expected_tensors(opened.trimmed)
     stored = opened.source.plan if options.dtype is None else {}
-    for number, (name, shape) in enumerate(shapes.items(), start=1):
-        stem = name.removesuffix(".weight")
-        spec = chosen.plan.get(stem)
+    for number, (name, shape) in enumerate(opened.shapes.items(), start=1):
+        spec = planned(chosen.plan, name)
         if name in chosen.learned:
             yield from chosen.learned[name].items()
         elif spec is None:
-            yield name, checked(opened, name, opened.source.load(name)[: shape[0]], options)
-        elif spec == stored.get(stem):
+            yield name, as_asked(name, opened.load(name), options)
+        elif spec == planned(stored, name):
             yield from opened.packed(name).items()
         else:
             yield from quantized_by_rows(opened, name, shape, spec, options).items()
         if progress is not None:
-            progress(number, len(shapes), name)
+            progress(number, len(opened.shapes), name)
 
 
 def quantized_by_rows(
@@ -143,22 +139,15 @@ def quantized_by_rows(
     step = max(1, CHUNK_BYTES // (4 * shape[1]))
     parts: list[dict[str, mx.array]] = []
     for start in range(0, shape[0], step):
-        rows = opened.source.rows(name, start, min(start + step, shape[0]))
-        parts.append(quantized(name, checked(opened, name, rows, options), spec))
+        rows = opened.rows(name, start, min(start + step, shape[0]))
+        parts.append(quantized(name, as_asked(name, rows, options), spec))
         mx.async_eval(*parts[-1].values())  # while these are rounded, the next are read
         del rows
     return {key: mx.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-def checked(opened: OpenedModel, name: str, array: mx.array, options: ConvertOptions) -> mx.array:
-    """Return `array` in the type asked for.
-
-    Raises `CheckpointError` for NaN and infinities, and `ConversionError` for what overflows.
-    """
-    if not all_finite(array):
-        raise CheckpointError(
-            f"{opened.source.path}: {name} has NaN or infinite weights; the checkpoint is damaged"
-        )
+def as_asked(name: str, array: mx.array, options: ConvertOptions) -> mx.array:
+    """Return `array` in the type asked for. Raises `ConversionError` for what overflows."""
     if options.dtype is not None:
         array = array.astype(DTYPES[options.dtype].mlx)
         # the other types have float32's range
@@ -167,17 +156,3 @@ def checked(opened: OpenedModel, name: str, array: mx.array, options: ConvertOpt
                 f"{name} overflows {options.dtype}; use --dtype bfloat16 or float32"
             )
     return array
-
-
-def all_finite(array: mx.array) -> bool:
-    """Return whether an array is free of NaN and infinities.
-
-    Both survive minimum and maximum, which take a quarter of the time of checking each element. In
-    types that it knows, numpy takes them: on this thread, while MLX's rounds the rows before.
-    """
-    if array.size == 0:
-        return True
-    if array.dtype in (mx.float32, mx.float16):
-        plain = np.array(array, copy=False)
-        return bool(np.isfinite(plain.min()) and np.isfinite(plain.max()))
-    return bool(mx.isfinite(mx.stack([array.min(), array.max()])).all().item())

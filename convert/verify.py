@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.convert.quantize.plan import exact_weights
-from openelm_mlx.convert.quantize.rounding import dequantized
+from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.targets import config_of
 from openelm_mlx.device import mx
@@ -16,7 +16,7 @@ from openelm_mlx.errors import ConversionError
 from openelm_mlx.evaluate.score import compare
 from openelm_mlx.files import read_json, read_text
 from openelm_mlx.model.config import BOS, OpenELMConfig, expected_tensors
-from openelm_mlx.quantization import quantization_of, read_plan
+from openelm_mlx.quantization import planned, quantization_of, read_plan
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.opening import OpenedModel
@@ -92,9 +92,7 @@ def read_folder(folder: Path) -> tuple[OpenELMConfig, dict[str, mx.array]]:
         stored |= mx.load(str(file))  # type: ignore[arg-type]
     shapes = expected_tensors(config)
     plan = read_plan(quantization_of(read_json(config_of(folder))), shapes, stored)
-    return config, {
-        name: dequantized(name, stored, plan.get(name.removesuffix(".weight"))) for name in shapes
-    }
+    return config, {name: dequantized(name, stored, planned(plan, name)) for name in shapes}
 
 
 def read_gguf(path: Path) -> tuple[OpenELMConfig, dict[str, mx.array]]:

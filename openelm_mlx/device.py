@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["mx", "nn", "optimizers", "utils"]  # of MLX; the rest is this module's own
 
-DEFAULT = "auto"  # 100 of 100 whole-process runs under load ended cleanly with it
+DEFAULT = "auto"
 NAMES = ("libopenblas.so.0", "libopenblas.so")
 # the pair measured in issue 4521
 LIMITS = {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}

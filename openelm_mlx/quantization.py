@@ -122,11 +122,19 @@ def all_specs() -> tuple[QuantSpec, ...]:
     return tuple(sorted(writable, key=lambda spec: spec.nbytes((128, 128), "float16")))
 
 
+def stem_of(name: str) -> str:
+    """Return the stem of a tensor, by which plans and config.json call it."""
+    return name.removesuffix(".weight")
+
+
+def planned(plan: Plan, name: str) -> QuantSpec | None:
+    """Return the spec of the tensor `name`, None if it is not quantized."""
+    return plan.get(stem_of(name))
+
+
 def matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that can be quantized, by stem and in order."""
-    return {
-        name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2
-    }
+    return {stem_of(name): shape for name, shape in shapes.items() if len(shape) == 2}
 
 
 def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -21,7 +21,7 @@ from openelm_mlx.dtypes import DTYPES, itemsize
 from openelm_mlx.errors import OptionError
 from openelm_mlx.evaluate.score import kl_divergence
 from openelm_mlx.model.config import OpenELMConfig
-from openelm_mlx.quantization import BITS, Plan, QuantSpec, all_specs, matrices
+from openelm_mlx.quantization import BITS, Plan, QuantSpec, all_specs, matrices, planned
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.options import Progress
@@ -146,10 +146,7 @@ def interpolated(points: list[tuple[float, float]], error: float) -> float:
 
 def plan_bytes(plan: Plan, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
     """Return the bytes of all tensors, norms, scales and biases included."""
-    return sum(
-        spec_bytes(plan.get(name.removesuffix(".weight")), shape, dtype)
-        for name, shape in shapes.items()
-    )
+    return sum(spec_bytes(planned(plan, name), shape, dtype) for name, shape in shapes.items())
 
 
 def spec_bytes(spec: Spec, shape: tuple[int, ...], dtype: str) -> int:
@@ -252,6 +249,6 @@ def true_loss(reference: Reference, plan: Plan, dtype: str) -> float:
 def rounded_weights(weights: Weights, plan: Plan, dtype: str) -> dict[str, mx.array]:
     """Return the float32 weights that these stand for once they are stored as planned."""
     return {
-        name: rounded(array, plan.get(name.removesuffix(".weight")), DTYPES[dtype].mlx)
+        name: rounded(array, planned(plan, name), DTYPES[dtype].mlx)
         for name, array in weights.items()
     }

@@ -28,10 +28,10 @@ from openelm_mlx.convert.quantize import (
 from openelm_mlx.convert.quantize.rounding import (
     DAMPING,
     Learned,
-    dequantized,
     error_feedback,
     quantized,
 )
+from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.errors import ConversionError
@@ -66,7 +66,7 @@ ROWS_AT_ONCE = 16  # drawn together: a row's text does not depend on how many ro
 CONTROL = (UNK, BOS, EOS)  # never in a plain sample, so that every row is full
 MEASURE_TOKENS = 2048  # on which every matrix is measured
 BATCH = 8  # rows of tokens in one pass
-GPTQ_ROWS = 64  # more change the second moments little
+GPTQ_ROWS = 64  # give the second moments 16,384 tokens, more than any matrix has columns
 LAYER_MATRICES = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
 TIED_DAMPING = 0.1  # tied embeddings are inputs too, where every column matters alike
 

@@ -34,7 +34,7 @@ from openelm_mlx.convert.quantize.calibrate import (
     written_tokens,
 )
 from openelm_mlx.device import mx
-from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, OptionError
+from openelm_mlx.errors import ConfigError, ConversionError, OptionError
 from openelm_mlx.fields import nearest
 from openelm_mlx.files import read_yaml
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
@@ -99,7 +99,7 @@ def plan_quantization(
 
 def given_plan(opened: OpenedModel, options: ConvertOptions) -> Plan:
     """Return the plan of the options or a recipe, by default the source's own."""
-    shapes = expected_tensors(opened.trimmed)
+    shapes = opened.shapes
     plan: Plan = dict.fromkeys(matrices(shapes), options.spec)
     if options.recipe is not None:
         plan = find_recipe(options.recipe).plan(shapes)
@@ -153,12 +153,7 @@ def measured_plan(
 
 def exact_weights(opened: OpenedModel) -> dict[str, mx.array]:
     """Return the source's weights in float32. Raises `CheckpointError` for NaN and infinities."""
-    weights = {}
-    for name, shape in expected_tensors(opened.trimmed).items():
-        weights[name] = opened.source.load(name)[: shape[0]].astype(mx.float32)
-        if not mx.isfinite(weights[name]).all().item():
-            raise CheckpointError(f"{name} has NaN or infinite weights; the checkpoint is damaged")
-    return weights
+    return {name: opened.load(name).astype(mx.float32) for name in opened.shapes}
 
 
 def memory_needed(config: OpenELMConfig, options: ConvertOptions) -> int:

@@ -9,18 +9,17 @@ This is numpy's work: column by column leaves nothing to do for a device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from openelm_mlx.convert.sources.folder import PARTS, dequantized
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import TensorInfo
 from openelm_mlx.quantization import Plan, QuantSpec
 
-PARTS = ("weight", "scales", "biases")
 BLOCK = 128  # columns whose errors are passed on together; every group size divides it
 DAMPING = 0.01  # of the mean diagonal of the second moments, added to all of it
 SHRINKS = np.linspace(1.0, 0.5, 26)  # of a group's range: a cut-off end buys a finer grid
@@ -47,28 +46,8 @@ def quantized(name: str, array: mx.array, spec: QuantSpec | None) -> dict[str, m
     if spec is None:
         return {name: array}
     stem = name.removesuffix("weight")
-    packed = mx.quantize(array, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
+    packed = mx.quantize(array, **spec.as_config())
     return {stem + part: value for part, value in zip(PARTS, packed, strict=False)}
-
-
-def dequantized(name: str, arrays: Mapping[str, mx.array], spec: QuantSpec | None) -> mx.array:
-    """Return the float32 weights that the stored arrays of a tensor stand for."""
-    array = arrays[name]
-    if spec is None:
-        return array.astype(mx.float32)
-    stem = name.removesuffix("weight")
-    scales, biases = arrays[stem + "scales"], arrays.get(stem + "biases")
-    if biases is not None:  # in half precision the products would be rounded on the way
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(
-        array,
-        scales,
-        biases,
-        group_size=spec.group_size,
-        bits=spec.bits,
-        mode=spec.mode,
-        dtype=mx.float32,
-    )
 
 
 def rounded(array: mx.array, spec: QuantSpec | None, dtype: mx.Dtype) -> mx.array:

@@ -29,6 +29,7 @@ from openelm_mlx.convert.sources.folder import load_place
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, ConversionError, OptionError
 from openelm_mlx.files import TensorPlace, read_header, read_json, read_yaml, write_json
+from openelm_mlx.quantization import stem_of
 
 BASE = re.compile(r"(.+)\.base_layer\.weight")
 PART = re.compile(
@@ -98,7 +99,7 @@ class AdaptedCheckpoint(TensorSource):
     def load(self, name: str) -> mx.array:
         """Return the tensor `name`, merged in float32 and rounded once to the type of its base."""
         base = self._source.load(self._stored[name])
-        adapter = self.adapters.get(name.removesuffix(".weight"))
+        adapter = self.adapters.get(stem_of(name))
         if adapter is None or not self.merge:
             return base
         return self._merged(adapter, base).astype(base.dtype)
@@ -294,7 +295,7 @@ class FusedAdapter(TensorSource):
             self._parts.setdefault(f"{stem}.weight", {})[leaf] = place
         for name, parts in self._parts.items():
             check_parts(folder, name, source.tensors[name].shape, parts)
-        adapted = {name.removesuffix(".weight") for name in self._parts}
+        adapted = {stem_of(name) for name in self._parts}
         self.plan = {stem: spec for stem, spec in source.plan.items() if stem not in adapted}
 
     @property

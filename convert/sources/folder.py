@@ -20,7 +20,9 @@ from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES, FLOATS, itemsize
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError
 from openelm_mlx.files import INDEX, WEIGHTS, TensorInfo, TensorPlace, read_json, read_places
-from openelm_mlx.quantization import QuantSpec, quantization_of, spec_of
+from openelm_mlx.quantization import QuantSpec, quantization_of, spec_of, stem_of
+
+PARTS = ("weight", "scales", "biases")  # of a quantized matrix, in the order of mlx.core.quantize
 
 
 def safetensors_folder(path: Path) -> TensorSource:
@@ -39,7 +41,7 @@ class HuggingFaceFolder(TensorSource):
         self.path = Path(path)
         self.instruct = (self.path / "chat_template.jinja").is_file()
         try:
-            self._places = canonical(read_places(self.path, weight_files(self.path)))
+            self._places = canonical(read_places(self.path, unindexed_files(self.path)))
         except CheckpointError as error:
             raise ConversionError(str(error)) from None
         self.tensors = {name: place.info for name, place in self._places.items()}
@@ -83,7 +85,7 @@ class QuantizedFolder(TensorSource):
             if stem in stems and part == "weight":
                 self._specs[stem] = self._spec(stem, entries)
                 self.tensors[name] = self._unpacked(stem, self._specs[stem], plain)
-            elif stem not in stems or part not in ("scales", "biases"):
+            elif stem not in stems or part not in PARTS:
                 self.tensors[name] = info
         if lost := sorted(stems - self._specs.keys()):
             raise ConversionError(f"{self.path}: {lost[0]}.scales has no weight beside it")
@@ -97,20 +99,14 @@ class QuantizedFolder(TensorSource):
         """Return the tensor `name`. A quantized one is dequantized in float32 and rounded once, to
         the type of its scales.
         """
-        stem = name.removesuffix(".weight")
+        stem = stem_of(name)
         if stem not in self._specs:
             return self._source.load(name)
-        arrays = self.packed(name)
-        scales, biases = arrays[f"{stem}.scales"], arrays.get(f"{stem}.biases")
-        if biases is not None:
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        spec = self._specs[stem].as_config()
-        weight = mx.dequantize(arrays[name], scales, biases, **spec, dtype=mx.float32)
+        weight = dequantized(name, self.packed(name), self._specs[stem])
         return weight.astype(DTYPES[self.tensors[name].dtype].mlx)
 
     def packed(self, name: str) -> dict[str, mx.array]:
-        stem = name.removesuffix(".weight")
-        names = [f"{stem}.{part}" for part in ("weight", "scales", "biases")]
+        names = [f"{stem_of(name)}.{part}" for part in PARTS]
         return {name: self._source.load(name) for name in names if name in self._source.tensors}
 
     def _spec(self, stem: str, quantization: Mapping[str, Any]) -> QuantSpec:
@@ -126,9 +122,8 @@ class QuantizedFolder(TensorSource):
     def _unpacked(self, stem: str, spec: QuantSpec, plain: str) -> TensorInfo:
         """Return type and shape of the unquantized matrix, once its parts are seen to fit."""
         stored, affine = self._source.tensors, spec.mode == "affine"
-        weight, scales, biases = (
-            stored.get(f"{stem}.{part}") for part in ("weight", "scales", "biases")
-        )
+        parts = {part: stored.get(f"{stem}.{part}") for part in PARTS}
+        weight, scales, biases = parts.values()
         rows = columns = 0
         if weight is not None and len(weight.shape) == 2 and weight.dtype == "uint32":
             rows, columns = weight.shape[0], weight.shape[1] * 32 // spec.bits
@@ -137,7 +132,6 @@ class QuantizedFolder(TensorSource):
         sizes_fit = rows > 0 and columns > 0 and columns % spec.group_size == 0
         sides_fit = scales == side and biases == (side if affine else None)
         if not sizes_fit or not sides_fit or (affine and dtype not in FLOATS):
-            parts = {"weight": weight, "scales": scales, "biases": biases}
             listed = ", ".join(f"{name} {describe(info)}" for name, info in parts.items())
             raise ConversionError(
                 f"{self.path}: the parts of {stem} ({listed}) do not make a matrix of {spec.bits} "
@@ -150,7 +144,7 @@ def describe(info: TensorInfo | None) -> str:
     return "none" if info is None else f"{info.dtype} {list(info.shape)}"
 
 
-def weight_files(folder: Path) -> list[Path] | None:
+def unindexed_files(folder: Path) -> list[Path] | None:
     """Return the one file of weights in a folder without an index, whatever its name is."""
     if (folder / INDEX).exists():
         return None
@@ -160,6 +154,18 @@ def weight_files(folder: Path) -> list[Path] | None:
     if len(files) != 1:
         raise ConversionError(f"{folder} contains {len(files)} safetensors files and no {INDEX}")
     return files
+
+
+def dequantized(name: str, arrays: Mapping[str, mx.array], spec: QuantSpec | None) -> mx.array:
+    """Return the float32 weights that the stored arrays of a tensor stand for."""
+    array = arrays[name]
+    if spec is None:
+        return array.astype(mx.float32)
+    stem = name.removesuffix("weight")
+    scales, biases = arrays[stem + "scales"], arrays.get(stem + "biases")
+    if biases is not None:  # in half precision the products would be rounded on the way
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(array, scales, biases, **spec.as_config(), dtype=mx.float32)
 
 
 def load_place(place: TensorPlace) -> mx.array:

@@ -35,7 +35,7 @@ from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.engine.loading import chat_sampling, generation_config
 from openelm_mlx.files import INDEX, WEIGHTS, TensorInfo, write_json
 from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig
-from openelm_mlx.quantization import KEYS, Plan, config_entry
+from openelm_mlx.quantization import KEYS, Plan, config_entry, planned
 
 SHARD_BYTES = 5 << 30
 CHAT_TEMPLATE = """\
@@ -111,7 +111,7 @@ class FolderTarget(Target):
         """Return every tensor to write, in order."""
         found: dict[str, TensorInfo] = {}
         for name, info in self.tensors.items():
-            found |= layout(name, info, plan.get(name.removesuffix(".weight")))
+            found |= layout(name, info, planned(plan, name))
         return found
 
 

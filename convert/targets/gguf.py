@@ -28,7 +28,7 @@ from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import TensorInfo
 from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig, expected_tensors, layer_shapes
-from openelm_mlx.quantization import Plan, matrices
+from openelm_mlx.quantization import Plan, matrices, stem_of
 
 STEMS = {name: stem for stem, name in (*NAMES.items(), *LAYER_NAMES.items())}
 GATE_AND_UP = ("ffn_gate", "ffn_up")
@@ -105,7 +105,7 @@ def gguf_type(dtype: str, options: ConvertOptions) -> str:
 
 def gguf_names(name: str) -> tuple[str, ...]:
     """Return the tensor or tensors that Hugging Face's `name` becomes."""
-    stem = name.removesuffix(".weight")
+    stem = stem_of(name)
     if stem in STEMS:
         return (f"{STEMS[stem]}.weight",)
     _, _, number, role = stem.split(".", 3)

@@ -152,12 +152,24 @@ def from_tokenizer_json(path: Path, data: bytes) -> TokenizerModel:
         for piece, kind in zip(pieces, kinds, strict=True)
     ]
     model = assemble(path, pieces, scores, kinds)
-    for text in PROBES + (BYTE_PROBES if BYTE in kinds else ()):
-        if other.encode(text, add_special_tokens=False).ids != model.processor.encode(text):
-            raise TokenizerError(
-                f"{path} is not a tokenizer of LLaMA's kind: {text!r} would get other ids; {remedy}"
-            )
+    if (text := differing_text(model, other, BYTE in kinds)) is not None:
+        raise TokenizerError(
+            f"{path} is not a tokenizer of LLaMA's kind: {text!r} would get other ids; {remedy}"
+        )
     return model
+
+
+def differing_text(
+    model: TokenizerModel, other: Any, byte_fallback: bool, begin: Sequence[int] = ()
+) -> str | None:
+    """Return the first of a few hard texts to which `other`, of the tokenizers package, does not
+    give the ids that `model` gives, after the special tokens `begin` if it is to add any.
+    """
+    for text in PROBES + (BYTE_PROBES if byte_fallback else ()):
+        ids = other.encode(text, add_special_tokens=bool(begin)).ids
+        if ids != [*begin, *model.processor.encode(text)]:
+            return text
+    return None
 
 
 def kind_of_piece(piece: str, special: bool) -> int:
@@ -256,13 +268,12 @@ def check_ids(model: TokenizerModel, content: dict[str, Any]) -> None:
     from tokenizers import Tokenizer
 
     other = Tokenizer.from_str(json.dumps(content))
-    probes = PROBES + (BYTE_PROBES if content["model"]["byte_fallback"] else ())
-    for text in probes:
-        if other.encode(text).ids != [BOS, *model.processor.encode(text)]:
-            raise TokenizerError(
-                f"{model.path} is not a SentencePiece model of LLaMA's kind (BPE, identity "
-                f"normalization, dummy prefix): {text!r} would get other ids in tokenizer.json"
-            )
+    text = differing_text(model, other, content["model"]["byte_fallback"], [BOS])
+    if text is not None:
+        raise TokenizerError(
+            f"{model.path} is not a SentencePiece model of LLaMA's kind (BPE, identity "
+            f"normalization, dummy prefix): {text!r} would get other ids in tokenizer.json"
+        )
 
 
 def tokenizer_config(model: TokenizerModel) -> dict[str, Any]:

@@ -27,11 +27,11 @@ from openelm_mlx.convert.quantize.calibrate import (
 from openelm_mlx.convert.quantize.distill import Schedule, Start, distill, finished
 from openelm_mlx.convert.quantize.rounding import (
     Learned,
-    dequantized,
     error_feedback,
     fit_groups,
     pack,
 )
+from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.model.config import expected_tensors

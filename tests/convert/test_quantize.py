@@ -11,7 +11,8 @@ from golden_set import NANO
 from openelm_mlx import load
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.quantize.plan import check_divides
-from openelm_mlx.convert.quantize.rounding import dequantized, layout, quantized
+from openelm_mlx.convert.quantize.rounding import layout, quantized
+from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import TensorInfo

@@ -27,7 +27,7 @@ from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.quantize import allocate, calibrate, logits
 from openelm_mlx.convert.quantize.plan import exact_weights
-from openelm_mlx.convert.quantize.rounding import dequantized
+from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.convert.verify import text_batches
 from openelm_mlx.device import mx, nn
 from openelm_mlx.dtypes import DTYPES
