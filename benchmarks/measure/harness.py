@@ -94,7 +94,7 @@ def measure(entries: Sequence[Entry], trials: int, tick: Tick) -> None:
 def warm_up(entry: Entry) -> None:
     """Run once uncounted: that compiles, fills caches, and gives the tokens to compare."""
     entry.warm = attempt(entry)
-    against = None if entry.against is None else entry.against
+    against = entry.against
     if entry.warm is None or against is None or against.warm is None:
         return
     theirs, ours = entry.warm.tokens, against.warm.tokens

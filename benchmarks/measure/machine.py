@@ -17,10 +17,10 @@ from typing import Any
 
 from openelm_mlx.benchmarks.hardware import nominal_bandwidth
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
+from openelm_mlx.benchmarks.results.compare import busy
 from openelm_mlx.benchmarks.results.document import Document, Machine, Row
 
 THERMAL_LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")  # OSThermalNotification.h
-BUSY = 0.5  # load a core, from which a machine is not at rest
 SPREAD, DRIFT = 0.10, 0.10  # quartiles over the median; change over all trials
 # bytes of a copy's source, well beyond the last-level caches of every chip in hardware.py (96 MB)
 COPIED = 256 * 2**20
@@ -187,9 +187,8 @@ def throttle_count() -> int | None:
 
 def rest_notes(before: Machine, after: str | None, throttled: int | None) -> Iterator[str]:
     """Say what disturbed a run, from the facts before it and the thermal state after it."""
-    load, cores = before.load_average, before.cores or os.cpu_count() or 1
-    if load is not None and load > BUSY * cores:
-        yield f"the machine was busy before the run: load {load:.1f} on {cores} cores"
+    if load := busy(before):
+        yield f"the machine was busy before the run: {load}"
     for when, pressure in (("before", before.thermal_pressure), ("after", after)):
         if pressure not in (None, "nominal"):
             yield f"the machine was hot {when} the run: thermal pressure {pressure}"

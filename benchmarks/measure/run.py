@@ -32,6 +32,7 @@ from openelm_mlx.benchmarks.measure.weights import (
     open_weights,
 )
 from openelm_mlx.benchmarks.peers.on_mlx import OurSession, prompt_ids
+from openelm_mlx.benchmarks.results import OURS
 from openelm_mlx.benchmarks.results.compare import merge
 from openelm_mlx.benchmarks.results.document import Document, completed
 from openelm_mlx.engine.loading import Engine
@@ -321,7 +322,7 @@ class Run:
         tokenizer = path if path.exists() else None
         prompt = prompt_ids(weights.engine, self.first_token.prompt_tokens)
         found: list[Entry] = []
-        for name in (peers.OURS, *self.peers):
+        for name in (OURS, *self.peers):
             try:
                 place = peers.prepared(name, folder, weights.dtype, weights.scratch)
             except OpenELMError as error:

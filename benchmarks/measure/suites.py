@@ -12,6 +12,7 @@ from itertools import product
 from typing import Any
 
 from openelm_mlx.benchmarks.peers import PEERS
+from openelm_mlx.benchmarks.results import PROCESSES
 from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import OptionError
 from openelm_mlx.fields import check_fields, check_unset, option
@@ -65,7 +66,7 @@ class Suite:
     caches: tuple[str, ...] = ("plain",)
     speculations: tuple[str | None, ...] = (None,)
     trials: int = 10
-    processes: int = 5  # results.compare says why
+    processes: int = PROCESSES
     speed: bool = True  # prefill, decode, first token
     startup: bool = False  # a new process to its first token
     loss: bool = False  # KL divergence and agreement with the model as stored
@@ -133,6 +134,11 @@ SUITES = {
 }
 
 
+OTHERS = ", ".join(
+    f"{name}: {suite.processes}" for name, suite in SUITES.items() if suite.processes != PROCESSES
+)
+
+
 def several(help: str, low: float | None = None, **metadata: Any) -> Any:
     """An option of several values after one flag; without any, the suite decides."""
     return option((), help, low, nargs="+", **{"metavar": "N", **metadata})
@@ -174,7 +180,7 @@ class BenchmarkOptions:
         None, "counted runs of each case, spread over the processes; at least 5", MIN_TRIALS
     )
     processes: int | None = option(
-        None, "processes that measure in turn (default: 5; paper: 3, soak: 1)", 1, 100
+        None, f"processes that measure in turn (default: {PROCESSES}; {OTHERS})", 1, 100
     )
     minutes: float = option(30.0, "length of the soak suite", 0.01)
     peers: tuple[str, ...] = option(

@@ -19,7 +19,7 @@ from typing import Any
 from openelm_mlx import device
 from openelm_mlx.benchmarks.hardware import bytes_per_token
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions, Point
-from openelm_mlx.benchmarks.peers import OURS
+from openelm_mlx.benchmarks.results import OURS
 from openelm_mlx.benchmarks.results.document import Case
 from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.dtypes import DTYPES, name_of

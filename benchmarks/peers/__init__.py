@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from openelm_mlx.benchmarks.results import OURS
 from openelm_mlx.errors import BenchmarkError, OpenELMError, OptionError, reason
 
-OURS = "openelm-mlx"
 # the module of each peer, and the packages that it needs; llama.cpp is a package or a program
 NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mlx-lm": ("on_mlx", ("mlx_lm",)),

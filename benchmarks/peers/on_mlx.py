@@ -14,7 +14,8 @@ from time import perf_counter
 from typing import Any
 
 from openelm_mlx import GenerationStats, PromptCache, __version__
-from openelm_mlx.benchmarks.peers import OURS, Timed
+from openelm_mlx.benchmarks.peers import Timed
+from openelm_mlx.benchmarks.results import OURS
 from openelm_mlx.device import facts, mx, nn, utils
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.engine.generation import UNLIMITED, BatchEngine, stream_generate

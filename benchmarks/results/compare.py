@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from openelm_mlx.benchmarks.results import PROCESSES
 from openelm_mlx.benchmarks.results.document import (
     HIGHER_IS_BETTER,
     METRICS,
@@ -31,7 +32,6 @@ from openelm_mlx.errors import BenchmarkError
 if TYPE_CHECKING:
     from rich.console import Console
 
-PROCESSES = 5  # finds a slowdown of 10 % in 95 of 100 runs if processes differ by 2 %; 3 do not
 CHANCE = 0.05
 TIMED = ("s", "tokens/s")
 # a smaller change is none: by unit, absolute and as a share
@@ -243,17 +243,19 @@ def warnings(before: Document, after: Document) -> Iterator[str]:
     for document, when in ((before, "first"), (after, "second")):
         if document.partial:
             yield f"the {when} result is partial: it was interrupted"
-        if busy(document.machine):
-            load, cores = document.machine.load_average, document.machine.cores
-            yield f"the machine was busy before the {when} run: load {load:.1f} on {cores} cores"
+        if load := busy(document.machine):
+            yield f"the machine was busy before the {when} run: {load}"
     missing = len({key(row) for row in before.rows} ^ {key(row) for row in after.rows})
     if missing:
         yield f"{missing} {'case is' if missing == 1 else 'cases are'} in one result only"
 
 
-def busy(machine: Machine) -> bool:
-    """Return whether others used the machine before the run: half a core's load for each core."""
-    return (machine.load_average or 0) > (machine.cores or math.inf) / 2
+def busy(machine: Machine) -> str | None:
+    """Return the load in words if others used the machine before the run: more than half a core's
+    for each core.
+    """
+    load, cores = machine.load_average or 0, machine.cores or math.inf
+    return f"load {load:.1f} on {cores} cores" if load > cores / 2 else None
 
 
 def alike(old: Any, new: Any) -> bool:

@@ -39,7 +39,6 @@ METRICS = {
     "top_1_agreement": "share",
 }
 HIGHER_IS_BETTER = ("tokens/s", "tokens", "share")
-OURS = "openelm-mlx"
 DECODE = "decode_tokens_per_second"
 
 Count = Annotated[int, Field(ge=1)]

@@ -15,12 +15,12 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.benchmarks.results import tables
-from openelm_mlx.benchmarks.results.document import DECODE, OURS, Document, Metric, Row, write_file
-from openelm_mlx.benchmarks.results.tables import weights
+from openelm_mlx.benchmarks.results import OURS, tables
+from openelm_mlx.benchmarks.results.document import DECODE, Document, Metric, Row, write_file
 from openelm_mlx.errors import BenchmarkError, OptionError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ MARKERS, DASHES = "osD^vP", ("-", "--", ":", "-.")
 LOG_SPAN = 8  # values further apart than this go on a logarithmic axis
 ROWS = 12  # of ratios; what is left out stands in the table
 COPY = "rate of a copy"
+INSTALL = "`pip install 'openelm-mlx[plot]'`"
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,14 @@ def speed(model: str, rows: Sequence[Row]) -> Picture | None:
     rows = [row for row in rows if row.case.prompt_tokens == shortest]
     if not rows:
         return None
-    places = list(dict.fromkeys(weights(row.case) for row in rows))
+    places = list(dict.fromkeys(tables.weights(row.case) for row in rows))
 
     def draw(ax: Any, theme: Theme) -> None:
         ends: list[float] = []
         for engine in engines_of(rows):
             index, some = engines.index(engine), [row for row in rows if row.case.engine == engine]
             left = ((len(engines) - 1) / 2 - index) * min(0.24, 0.7 / len(engines))
-            x = [places.index(weights(row.case)) - left for row in some]
+            x = [places.index(tables.weights(row.case)) - left for row in some]
             metrics = [row.metrics[DECODE] for row in some]
             ends += dots(ax, theme, index, x, metrics, label=engine)
             for at, row in zip(x, some, strict=True):
@@ -108,7 +109,7 @@ def context(model: str, rows: Sequence[Row]) -> Picture | None:
     """Show the decode rate over the length of the prompt, if there are at least three."""
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(decoding(rows), key=lambda row: row.case.prompt_tokens):
-        lines.setdefault((row.case.engine, weights(row.case)), []).append(row)
+        lines.setdefault((row.case.engine, tables.weights(row.case)), []).append(row)
     lines = {k: some for k, some in lines.items() if len({r.case.prompt_tokens for r in some}) > 2}
     if not lines:
         return None
@@ -142,7 +143,7 @@ def loss(model: str, rows: Sequence[Row]) -> Picture | None:
         for row in lossy:
             bits, metric = tables.bits_of(row.case), row.metrics["kl_mean"]
             dots(ax, theme, 0, [bits], [metric])
-            note(ax, theme, weights(row.case), (bits, metric.median), (6, 4))
+            note(ax, theme, tables.weights(row.case), (bits, metric.median), (6, 4))
         ax.set_yscale("log")
         plain_numbers(ax.yaxis, (1,))
         ax.margins(x=0.2, y=0.12)
@@ -251,27 +252,32 @@ def legend(ax: Any, theme: Theme) -> None:
     entries = {label[:24]: handle for label, handle in both}
     style = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
     if len(entries) > 1:
-        columns = min(len(entries), 3)
-        ax.figure.legend(entries.values(), entries, ncols=columns, labelcolor=theme.ink, **style)
+        ax.figure.legend(entries.values(), entries, ncols=3, labelcolor=theme.ink, **style)
 
 
 # --- files
 
 
-def write_plot(document: Document, path: str | Path) -> None:
-    """Draw all pictures of the document into a PNG or SVG, by the suffix of `path`.
-
-    Raises `OptionError` for another suffix, `BenchmarkError` if matplotlib is missing, nothing
-    was timed, or the file cannot be written; an older file is then left as it was.
+def check_plot(path: str | Path) -> str:
+    """Return `png` or `svg`, the format of a picture. Raises `OptionError` for another suffix and
+    `BenchmarkError` if matplotlib is missing.
     """
-    kind = Path(path).suffix.lower()
-    if kind not in (".png", ".svg"):
-        raise OptionError(f"--plot {path}: a picture ends in .png or .svg")
+    if (kind := Path(path).suffix.lower()) not in (".png", ".svg"):
+        raise OptionError(f"--plot {path}: give a name that ends in .png or .svg")
+    if find_spec("matplotlib") is None:
+        raise BenchmarkError(f"--plot needs matplotlib: {INSTALL}")
+    return kind.lstrip(".")
+
+
+def write_plot(document: Document, path: str | Path) -> None:
+    """Draw all pictures of the document into one file. Raises as `check_plot` does, and
+    `BenchmarkError` if nothing was timed or the file cannot be written: an older one then stays.
+    """
+    kind = check_plot(path)
     if not (shown := pictures(document)):
         raise BenchmarkError("nothing to draw: no row of this result has a decode rate or a loss")
     with style(LIGHT):
-        data = save(sheet(document, shown), kind.lstrip("."))
-    write_file(path, data)
+        write_file(path, save(sheet(document, shown), kind))
 
 
 def svg(picture: Picture, theme: Theme) -> bytes:
@@ -294,16 +300,8 @@ def sheet(document: Document, shown: list[Picture]) -> Figure:
             cell.suptitle(picture.title, x=0.02, ha="left", size=10.5, weight="bold")
             ax.set_title(picture.model[:56], loc="left", size=8.5, color=LIGHT.muted)
             picture.draw(ax, LIGHT)
-    strips[-1].text(0.01, 0.5, caption(document), size=8, va="center", color=LIGHT.muted)
+    strips[-1].text(0.01, 0.5, tables.caption(document), size=8, va="center", color=LIGHT.muted)
     return figure
-
-
-def caption(document: Document) -> str:
-    """Return lines of the machine, of versions, and of the marks and the date."""
-    facts = [tables.not_a_mac(document.machine), tables.machine_line(document.machine)[:90]]
-    marks = ["PARTIAL RUN"] * document.partial + ["dots are medians, lines their quartiles"]
-    lines = [facts, [tables.versions_line(document)], [*marks, document.created[:10]]]
-    return "\n".join(" · ".join(filter(None, line)) for line in lines)
 
 
 @contextmanager
@@ -312,8 +310,7 @@ def style(theme: Theme) -> Iterator[None]:
     try:
         import matplotlib
     except ImportError:
-        install = "pip install 'openelm-mlx[plot]'"
-        raise BenchmarkError(f"pictures need matplotlib: `{install}`") from None
+        raise BenchmarkError(f"pictures need matplotlib: {INSTALL}") from None
     ink = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
     settings: dict[Any, Any] = {
         "text.parse_math": False,  # a model's name is text, whatever stands in it

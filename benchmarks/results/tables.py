@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from openelm_mlx.benchmarks.results import OURS
 from openelm_mlx.benchmarks.results.document import (
     DECODE,
     HIGHER_IS_BETTER,
     METRICS,
-    OURS,
     Case,
     Document,
     Machine,
@@ -139,6 +139,16 @@ def versions_line(document: Document) -> str:
     if document.commit:
         found.append(f"commit {document.commit[:12]}{' with changes' if document.dirty else ''}")
     return ", ".join(found)
+
+
+def caption(document: Document) -> str:
+    """Return what stands below pictures: lines of the machine, of versions, and of the marks and
+    the date.
+    """
+    facts = [not_a_mac(document.machine), machine_line(document.machine)[:90]]
+    marks = ["PARTIAL RUN"] * document.partial + ["dots are medians, lines their quartiles"]
+    lines = [facts, [versions_line(document)], [*marks, document.created[:10]]]
+    return "\n".join(" · ".join(filter(None, line)) for line in lines)
 
 
 # --- cells

@@ -10,7 +10,6 @@ import re
 import shlex
 import sys
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,10 +150,10 @@ def check_targets(args: argparse.Namespace) -> None:
     for name in OUTPUTS:
         if (target := getattr(args, name)) is not None:
             check_writable(target, f"--{name}")
-    if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
-        raise BenchmarkError(f"--plot {args.plot}: give a name that ends in .png or .svg")
-    if args.plot and find_spec("matplotlib") is None:
-        raise BenchmarkError("--plot needs matplotlib: `pip install 'openelm-mlx[plot]'`")
+    if args.plot:
+        from openelm_mlx.benchmarks.results.plots import check_plot
+
+        check_plot(args.plot)
 
 
 def write(document: Document, args: argparse.Namespace) -> None:

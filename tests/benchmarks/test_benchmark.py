@@ -19,7 +19,7 @@ from openelm_mlx.benchmarks.measure.suites import (
 )
 from openelm_mlx.benchmarks.measure.weights import Weights
 from openelm_mlx.benchmarks.peers.on_mlx import OurSession, prompt_ids
-from openelm_mlx.benchmarks.results.compare import PROCESSES
+from openelm_mlx.benchmarks.results import PROCESSES
 from openelm_mlx.benchmarks.results.document import Document, Machine, Metric, Row, completed
 from openelm_mlx.device import mx
 from openelm_mlx.errors import BenchmarkError, ConfigError, OpenELMError, OptionError

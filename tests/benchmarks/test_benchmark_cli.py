@@ -14,6 +14,7 @@ import pytest
 
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
 from openelm_mlx.benchmarks.results import document as results
+from openelm_mlx.benchmarks.results import plots
 from openelm_mlx.cli import benchmark, build_parser, main
 from openelm_mlx.cli.options import from_args
 
@@ -93,7 +94,7 @@ def test_peers_are_named_with_commas_or_one_by_one(words, peers):
 
 
 def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert main(["benchmark", "--plot", "x.png"]) == 2
     assert "--plot needs matplotlib: `pip install 'openelm-mlx[plot]'`" in capsys.readouterr().err
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from bench_sessions import CASE
 
-from openelm_mlx.benchmarks.results.compare import CHANCE, PROCESSES, compare, lines, merge
+from openelm_mlx.benchmarks.results import PROCESSES
+from openelm_mlx.benchmarks.results.compare import CHANCE, compare, lines, merge
 from openelm_mlx.benchmarks.results.document import (
     DECODE,
     Document,
