@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,12 +42,13 @@ def broken(nano: Path, tmp_path: Path, change) -> Path:
     return source
 
 
-def refused(tmp_path: Path, error, message: str, **fields) -> None:
-    """The conversion fails with this text and leaves nothing behind."""
+@contextmanager
+def refused(tmp_path: Path, error, message: str) -> Iterator[Path]:
+    """A conversion to the target that is given here fails with this text and leaves nothing."""
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(error, match=message):
-        convert(ConvertOptions(**{"target": out / "new" / "model", **fields}))
+        yield out / "new" / "model"
     assert list(out.iterdir()) == []
 
 
@@ -88,9 +91,8 @@ def test_shapes_are_read_off_the_tensors(name, tmp_path):
 
 
 def test_head_dim_is_asked_for_by_name(tmp_path):
-    refused(
-        tmp_path, ConversionError, "--head-dim", source=GOLDEN / "noqknorm-gqa2" / "checkpoint.pt"
-    )
+    with refused(tmp_path, ConversionError, "--head-dim") as target:
+        convert(ConvertOptions(GOLDEN / "noqknorm-gqa2" / "checkpoint.pt", target))
 
 
 def test_mlx_lm_gives_the_golden_tokens(tmp_path, nano):
@@ -137,24 +139,15 @@ def test_quantized_weights_are_mlxs(bits, tmp_path):
 
 
 def test_rows_that_do_not_divide_are_refused_by_name(tmp_path):
-    refused(
-        tmp_path,
-        ConversionError,
-        "token_embeddings.weight has rows of 96 weights.*use --group-size 32|proj_2",
-        source=GOLDEN / "untied-mha" / "checkpoint.pt",
-        tokenizer=tokenizer_file(tmp_path, 112),
-        bits=4,
-        group_size=128,
-    )
+    source, tokenizer = GOLDEN / "untied-mha" / "checkpoint.pt", tokenizer_file(tmp_path, 112)
+    message = "token_embeddings.weight has rows of 96 weights.*use --group-size 32|proj_2"
+    with refused(tmp_path, ConversionError, message) as target:
+        convert(ConvertOptions(source, target, tokenizer=tokenizer, bits=4, group_size=128))
 
 
 def test_a_source_without_tokenizer(tmp_path):
-    refused(
-        tmp_path,
-        TokenizerError,
-        "no tokenizer.model beside .*--tokenizer",
-        source=GOLDEN / "tied-gqa4" / "checkpoint.pt",
-    )
+    with refused(tmp_path, TokenizerError, "no tokenizer.model beside .*--tokenizer") as target:
+        convert(ConvertOptions(GOLDEN / "tied-gqa4" / "checkpoint.pt", target))
 
 
 def test_padded_embeddings_are_trimmed(tmp_path, nano):
@@ -196,7 +189,8 @@ N = "transformer.layers.2.attn.out_proj.weight"
     ],
 )
 def test_wrong_tensors_are_named(tmp_path, nano, change, message):
-    refused(tmp_path, CheckpointError, message, source=broken(nano, tmp_path, change))
+    with refused(tmp_path, CheckpointError, message) as target:
+        convert(ConvertOptions(broken(nano, tmp_path, change), target))
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
@@ -207,29 +201,28 @@ def test_one_weight_that_is_no_number_is_found_in_every_type(tmp_path, dtype, va
     tensors = {key: array.astype(dtype) for key, array in mx.load(file).items()}
     tensors[name][3, 5] = value
     mx.save_safetensors(file, tensors)
-    refused(tmp_path, CheckpointError, f"{name} has NaN or infinite", source=source)
+    with refused(tmp_path, CheckpointError, f"{name} has NaN or infinite") as target:
+        convert(ConvertOptions(source, target))
 
 
 def test_overflowing_float16(tmp_path, nano):
     source = broken(nano, tmp_path, lambda t: t.update({N: np.full((128, 128), 1e6, np.float32)}))
-    refused(tmp_path, ConversionError, "overflows float16", source=source, dtype="float16")
+    with refused(tmp_path, ConversionError, "overflows float16") as target:
+        convert(ConvertOptions(source, target, dtype="float16"))
 
 
 def test_misspelt_config_field(tmp_path, nano):
     source = broken(nano, tmp_path, lambda t: None)
     raw = json.loads((source / "config.json").read_text()) | {"head_dmi": 64}
     (source / "config.json").write_text(json.dumps(raw))
-    refused(tmp_path, ConfigError, "head_dmi .did you mean head_dim", source=source)
+    with refused(tmp_path, ConfigError, "head_dmi .did you mean head_dim") as target:
+        convert(ConvertOptions(source, target))
 
 
 def test_vocabulary_mismatch(tmp_path):
-    refused(
-        tmp_path,
-        TokenizerError,
-        "4096 pieces, but the model 128 rows",
-        tokenizer=NANO / "tokenizer.model",
-        source=GOLDEN / "tied-gqa4" / "checkpoint.pt",
-    )
+    source, tokenizer = GOLDEN / "tied-gqa4" / "checkpoint.pt", NANO / "tokenizer.model"
+    with refused(tmp_path, TokenizerError, "4096 pieces, but the model 128 rows") as target:
+        convert(ConvertOptions(source, target, tokenizer=tokenizer))
 
 
 def test_truncated_source(tmp_path, nano):
@@ -237,7 +230,8 @@ def test_truncated_source(tmp_path, nano):
     shutil.copytree(nano, source)
     data = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(data[:-1000])
-    refused(tmp_path, ConversionError, "is truncated", source=source)
+    with refused(tmp_path, ConversionError, "is truncated") as target:
+        convert(ConvertOptions(source, target))
 
 
 def test_shards_with_path_tricks(tmp_path, nano):
@@ -245,9 +239,9 @@ def test_shards_with_path_tricks(tmp_path, nano):
     shutil.copytree(nano, source)
     index = {"weight_map": {"transformer.norm.weight": "../model.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(
-        tmp_path, ConversionError, "shards must be .safetensors files of this folder", source=source
-    )
+    message = "shards must be .safetensors files of this folder"
+    with refused(tmp_path, ConversionError, message) as target:
+        convert(ConvertOptions(source, target))
 
 
 def test_existing_target_needs_force(tmp_path):

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import threading
-import time
 
 import pytest
 from hub_server import Hub
@@ -58,20 +57,20 @@ def test_a_cut_connection_goes_on_where_it_broke(tmp_path):
 
 
 def test_a_stalled_connection_is_left_and_resumed(tmp_path):
-    released = threading.Event()
+    released, given_up = threading.Event(), []
 
     def stall(handler, number):
         if number > 1:
             return False
         handler.answer(BODY, sent=50_000)
         handler.wfile.flush()
-        released.wait(10)
+        if not released.wait(10):
+            given_up.append(number)
         return True
 
     with serving({"/f": BODY}, stall) as server:
-        started = time.monotonic()
         fetch(server.url + "/f", tmp_path / "f", timeout=0.2, wait=lambda seconds: None)
-        assert time.monotonic() - started < 5
+        assert given_up == []  # it was the client that left
         released.set()
         assert server.requests[1][1] == "bytes=50000-"
     assert (tmp_path / "f").read_bytes() == BODY
@@ -107,22 +106,13 @@ def test_a_file_that_changed_meanwhile_starts_over(tmp_path):
         assert get(server, tmp_path).read_bytes() == other
 
 
-def test_a_server_without_ranges_or_tags_starts_over(tmp_path):
-    def plain(handler, number):
-        handler.answer(BODY, sent=100_000 if number == 1 else None, cut_headers=True)
+@pytest.mark.parametrize("fields", [{"cut_headers": True}, {"tag": 'W/"same"'}], ids=str)
+def test_without_a_tag_that_promises_the_same_bytes_it_starts_over(tmp_path, fields):
+    def answer(handler, number):
+        handler.answer(BODY, sent=100_000 if number == 1 else None, **fields)
         return True
 
-    with serving({"/f": BODY}, plain) as server:
-        assert get(server, tmp_path).read_bytes() == BODY
-        assert [wanted for _, wanted in server.requests] == [None, None]
-
-
-def test_a_weak_tag_does_not_promise_the_same_bytes(tmp_path):
-    def weak(handler, number):
-        handler.answer(BODY, sent=100_000 if number == 1 else None, tag='W/"same"')
-        return True
-
-    with serving({"/f": BODY}, weak) as server:
+    with serving({"/f": BODY}, answer) as server:
         assert get(server, tmp_path).read_bytes() == BODY
         assert [wanted for _, wanted in server.requests] == [None, None]
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -87,17 +89,19 @@ def damaged(data: bytes, change, span: int) -> bytes:
     return bytes(result)
 
 
-def check_survives(action, *names: str) -> None:
-    """`action` succeeds, or fails with a one-line error of this project that names the file."""
+@contextmanager
+def survives(*names: str) -> Iterator[None]:
+    """The block succeeds, or fails with a one-line error of this project that names the file."""
     try:
-        action()
+        yield
     except OpenELMError as error:
         text = str(error)
         assert any(name in text for name in names), text
         assert len(text) < 5000
 
 
-def check_folder(kind: str, original: Path, file: str, change, span: int) -> None:
+def damaged_folder(kind: str, original: Path, file: str, change, span: int) -> Path:
+    """A copy of a model folder with the change applied to one of its files."""
     folder = SCRATCH / f"damaged-{kind}"
     folder.mkdir(exist_ok=True)
     for path in original.iterdir():
@@ -111,7 +115,7 @@ def check_folder(kind: str, original: Path, file: str, change, span: int) -> Non
             (folder / path.name).write_bytes(
                 damaged(data, change, span) if path.name == file else data
             )
-    check_survives(lambda: everything(folder), str(folder))
+    return folder
 
 
 @given(damage(), st.sampled_from([600, -400, 1 << 30]))
@@ -119,9 +123,8 @@ def check_folder(kind: str, original: Path, file: str, change, span: int) -> Non
 def test_pt(change, span):
     path = SCRATCH / "x.pt"
     path.write_bytes(damaged((GOLDEN / "gpt-test" / "checkpoint.pt").read_bytes(), change, span))
-    check_survives(
-        lambda: everything(path, tokenizer=tokenizer_file(SCRATCH, 64)), str(path), "tokenizer-64"
-    )
+    with survives(str(path), "tokenizer-64"):
+        everything(path, tokenizer=tokenizer_file(SCRATCH, 64))
 
 
 @given(damage())
@@ -139,27 +142,36 @@ def test_pickle_of_a_pt(change):
                 info.filename,
                 damaged(data, change, 1 << 30) if info.filename.endswith("data.pkl") else data,
             )
-    check_survives(
-        lambda: everything(path, tokenizer=tokenizer_file(SCRATCH, 64)), str(path), "tokenizer-64"
-    )
+    with survives(str(path), "tokenizer-64"):
+        everything(path, tokenizer=tokenizer_file(SCRATCH, 64))
 
 
 @given(damage(), st.sampled_from([16, 1200]))
 @FUZZ
 def test_safetensors(change, span):
-    check_folder("hf", tiny_folder(), "model.safetensors", change, span)
+    folder = damaged_folder("hf", tiny_folder(), "model.safetensors", change, span)
+    with survives(str(folder)):
+        everything(folder)
 
 
 @given(damage(), st.sampled_from([16, 3000]))
 @FUZZ
 def test_quantized_safetensors(change, span):
-    check_folder("mlx", made("quantized", bits=4, group_size=32), "model.safetensors", change, span)
+    folder = damaged_folder(
+        "mlx", made("quantized", bits=4, group_size=32), "model.safetensors", change, span
+    )
+    with survives(str(folder)):
+        everything(folder)
 
 
 @given(damage())
 @FUZZ
 def test_config_json(change):
-    check_folder("config", made("quantized", bits=4, group_size=32), "config.json", change, 1 << 30)
+    folder = damaged_folder(
+        "config", made("quantized", bits=4, group_size=32), "config.json", change, 1 << 30
+    )
+    with survives(str(folder)):
+        everything(folder)
 
 
 @given(damage(), st.sampled_from([40, 1400, 4000]))
@@ -169,7 +181,8 @@ def test_gguf(change, span):
     path.write_bytes(
         damaged(made("tiny.gguf", target_format="gguf", bits=8).read_bytes(), change, span)
     )
-    check_survives(lambda: everything(path), str(path))
+    with survives(str(path)):
+        everything(path)
 
 
 @given(damage())
@@ -177,14 +190,11 @@ def test_gguf(change, span):
 def test_yaml(change):
     path = SCRATCH / "c.yaml"
     path.write_bytes(damaged((GOLDEN / "dora" / "config.yaml").read_bytes(), change, 1 << 30))
-    check_survives(lambda: corenet_section(path), "c.yaml")
+    with survives("c.yaml"):
+        corenet_section(path)
     source = GOLDEN / "dora" / "checkpoint.pt"
-    check_survives(
-        lambda: everything(source, config=path, tokenizer=tokenizer_file(SCRATCH, 112)),
-        str(path),
-        str(source),
-        "tokenizer-112",
-    )
+    with survives(str(path), str(source), "tokenizer-112"):
+        everything(source, config=path, tokenizer=tokenizer_file(SCRATCH, 112))
 
 
 @given(damage())
@@ -198,7 +208,8 @@ def test_index_json(change):
     (folder / shard).write_bytes((tiny_folder() / "model.safetensors").read_bytes())
     index = json.dumps({"weight_map": dict.fromkeys(expected_tensors(TINY), shard)}).encode()
     (folder / "model.safetensors.index.json").write_bytes(damaged(index, change, 1 << 30))
-    check_survives(lambda: everything(folder), str(folder))
+    with survives(str(folder)):
+        everything(folder)
 
 
 @given(damage(), st.sampled_from(["adapter_config.json", "adapters.safetensors"]))
@@ -214,7 +225,8 @@ def test_adapter_folders(change, file):
     arrays = {f"{stem}.lora_a": mx.ones((32, 2)), f"{stem}.lora_b": mx.ones((2, 32))}
     mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
     (folder / file).write_bytes(damaged((folder / file).read_bytes(), change, 1 << 30))
-    check_survives(lambda: everything(tiny_folder(), adapter_folder=folder), str(folder))
+    with survives(str(folder)):
+        everything(tiny_folder(), adapter_folder=folder)
 
 
 @given(damage(), st.sampled_from([300, -600, 1 << 30]))
@@ -223,7 +235,8 @@ def test_tokenizers(change, span):
     path = SCRATCH / "t"
     for original in (tiny_folder() / "tokenizer.model", made("plain") / "tokenizer.json"):
         path.write_bytes(damaged(original.read_bytes(), change, span))
-        check_survives(lambda: read_tokenizer(path), str(path))
+        with survives(str(path)):
+            read_tokenizer(path)
 
 
 json_values = st.recursive(
@@ -245,7 +258,8 @@ def test_any_value_under_any_key_of_a_config(key, value):
     for name in ("model.safetensors", "tokenizer.model"):
         (target / name).write_bytes((folder / name).read_bytes())
     (target / "config.json").write_text(json.dumps(raw | {key: value}))
-    check_survives(lambda: everything(target), str(target))
+    with survives(str(target)):
+        everything(target)
 
 
 @given(st.sampled_from(["dtype", "shape", "data_offsets", None]), json_values)
@@ -264,7 +278,8 @@ def test_any_entry_in_a_safetensors_header(key, value):
     (target / "model.safetensors").write_bytes(
         len(text).to_bytes(8, "little") + text + data[8 + length :]
     )
-    check_survives(lambda: everything(target), str(target))
+    with survives(str(target)):
+        everything(target)
 
 
 def test_adapters_survive_damage_to_their_list():
@@ -275,9 +290,8 @@ def test_adapters_survive_damage_to_their_list():
     for name in names:
         info = source.tensors.pop(name)
         if has_adapters(source):
-            check_survives(
-                lambda: AdaptedCheckpoint(source, LoraOptions(alpha=16.0)), str(source.path)
-            )
+            with survives(str(source.path)):
+                AdaptedCheckpoint(source, LoraOptions(alpha=16.0))
         source.tensors[name] = info
 
 

@@ -41,26 +41,23 @@ def test_bound():
             check_bound({"mean_kl_divergence": value}, 0.1)
 
 
-def test_above_the_bound_nothing_is_left_and_the_status_is_2(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "openelm_mlx",
-        "convert",
-        str(SOURCE),
-        "-o",
-        str(tmp_path / "m"),
-        "--bits",
-        "2",
-        "--max-kl",
-        "0.01",
-    ]
+@pytest.mark.parametrize(
+    ("target", "flags", "message"),
+    [
+        ("m", "--bits 2 --max-kl 0.01", "above --max-kl 0.01; nothing was written: take more bits"),
+        (
+            "a/x.gguf",
+            "--to gguf --bits 8 --max-kl 0",
+            "above --max-kl 0; nothing was written: take --dtype float32, without --bits",
+        ),
+    ],
+)
+def test_above_the_bound_nothing_is_left_and_the_status_is_2(tmp_path, target, flags, message):
+    command = [sys.executable, "-m", "openelm_mlx", "convert", str(SOURCE)]
+    command += ["-o", str(tmp_path / target), *flags.split()]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert (
-        result.returncode == 2
-        and "above --max-kl 0.01" in result.stderr
-        and "Traceback" not in result.stderr
-    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -87,16 +84,19 @@ def test_losses_and_origin_are_recorded(tmp_path):
     assert record["source_sha256"]["checkpoint.pt"] in card
 
 
+@pytest.mark.parametrize("target_format", ["mlx", "gguf"])
 @pytest.mark.parametrize("content", [b"", b"\xff"])
-def test_texts_that_cannot_be_verified_on(content, tmp_path):
+def test_texts_that_cannot_be_verified_on(content, target_format, tmp_path):
     path = tmp_path / "text"
     path.write_bytes(content)
     with pytest.raises(
         (ConversionError, OptionError),
         match="text (has no text to verify on|cannot be read as UTF-8)",
     ):
-        convert(ConvertOptions(SOURCE, tmp_path / "m", verify_text=path))
-    assert not (tmp_path / "m").exists()
+        convert(
+            ConvertOptions(SOURCE, tmp_path / "m", target_format=target_format, verify_text=path)
+        )
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_dry_run_shows_and_writes_nothing(tmp_path, capsys):
