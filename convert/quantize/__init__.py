@@ -11,7 +11,6 @@ changed. A test checks that both give the same logits.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 
 from openelm_mlx.convert.sources import EMBEDDINGS, HEAD
@@ -24,12 +23,6 @@ Hook = Callable[[str, mx.array], None]  # called with a matrix's stem and input 
 
 def no_hook(stem: str, x: mx.array) -> None:
     """Do nothing."""
-
-
-def number_of(name: str) -> int:
-    """Return the layer of a matrix: 3 for layers.3.ffn.proj_2, -1 for one that is in no layer."""
-    found = re.match(r"(?:transformer\.)?layers\.(\d{1,4})\.", name)
-    return int(found[1]) if found else -1
 
 
 def head_stem(config: OpenELMConfig) -> str:

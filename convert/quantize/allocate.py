@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.convert.quantize import Weights, embed, head, layer, number_of
+from openelm_mlx.convert.quantize import Weights, embed, head, layer
 from openelm_mlx.convert.quantize.rounding import rounded
+from openelm_mlx.convert.sources import number_of
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES, itemsize
 from openelm_mlx.errors import OptionError

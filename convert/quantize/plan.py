@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.convert.quantize import number_of
 from openelm_mlx.convert.quantize.allocate import choose, make_reference, measure, true_loss
 from openelm_mlx.convert.quantize.calibrate import (
     MEASURE_TOKENS,
@@ -33,6 +32,7 @@ from openelm_mlx.convert.quantize.calibrate import (
     row_length,
     written_tokens,
 )
+from openelm_mlx.convert.sources import number_of
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, ConversionError, OptionError
 from openelm_mlx.fields import nearest

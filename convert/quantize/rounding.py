@@ -203,14 +203,3 @@ class Learned:
         return {name: own.arrays(name, DTYPES[dtype].mlx) for name, own in codes.items()} | {
             name: {name: array} for name, array in self.norms.items()
         }
-
-    def stored_weights(self, dtype: str) -> dict[str, mx.array]:
-        """Return the float32 weights that the stored tensors stand for; what is not quantized is
-        rounded to `dtype`.
-        """
-        packed = {f"{stem}.weight" for stem, spec in self.plan.items() if spec is not None}
-        kind = DTYPES[dtype].mlx
-        return {
-            name: array if name in packed else array.astype(kind).astype(mx.float32)
-            for name, array in self.weights.items()
-        }

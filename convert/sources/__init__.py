@@ -178,9 +178,14 @@ def overrides(section: Mapping[str, Any]) -> dict[str, Any]:
     return {name: section[name] for name in OVERRIDES if section.get(name) is not None}
 
 
+def number_of(name: str) -> int:
+    """Return the layer of a tensor: 3 for layers.3.ffn.proj_2, -1 for one that is in no layer."""
+    found = re.match(r"(?:transformer\.)?layers\.(\d{1,4})\.", name)
+    return int(found[1]) if found else -1
+
+
 def count_layers(shapes: Shapes) -> int:
-    found = (re.match(r"transformer\.layers\.(\d{1,4})\.", name) for name in shapes)
-    numbers = {int(match[1]) for match in found if match}
+    numbers = {number_of(name) for name in shapes} - {-1}
     if not numbers:
         raise CheckpointError(
             "this is not an OpenELM checkpoint: it contains no tensor named "

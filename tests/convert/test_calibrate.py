@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from formats import tokenizer_file
 from golden_set import GOLDEN
+from quantization import stored_weights
 from small import random_tokens, small_model
 
 from openelm_mlx import load
@@ -36,7 +37,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.model.config import expected_tensors
 from openelm_mlx.model.decoder import OpenELM
-from openelm_mlx.quantization import QuantSpec, matrices
+from openelm_mlx.quantization import QuantSpec, matrices, planned
 
 AFFINE = [QuantSpec(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 
@@ -125,7 +126,7 @@ def test_each_method_loses_less_than_the_one_before(name):
     learned = calibrate("gptq", config, weights, plan, tokens, "float16")
     trained = distill(config, weights, learned, tokens, "float16", Schedule(epochs=6))
     losses = [true_loss(reference, plan, "float16")] + [
-        reference.loss(m.stored_weights("float16")) for m in (learned, trained)
+        reference.loss(stored_weights(m)) for m in (learned, trained)
     ]
     assert losses[1] < 0.85 * losses[0] and losses[2] < 0.9 * losses[1]
     assert "transformer.layers.0.ffn.proj_1.weight" not in learned.arrays("float16")
@@ -136,8 +137,8 @@ def test_each_method_loses_less_than_the_one_before(name):
         assert all(mx.array_equal(parts[part], again[tensor][part]) for part in parts)
     for result in (learned, trained):  # what is stored stands for the weights that were measured
         for tensor, parts in result.arrays("float16").items():
-            ours = dequantized(tensor, parts, plan.get(tensor.removesuffix(".weight")))
-            assert mx.abs(ours - result.stored_weights("float16")[tensor]).max().item() < 1e-5
+            ours = dequantized(tensor, parts, planned(plan, tensor))
+            assert mx.abs(ours - stored_weights(result)[tensor]).max().item() < 1e-5
     assert set(trained.norms) == {tensor for tensor, shape in shapes.items() if len(shape) == 1}
 
 

@@ -1,4 +1,4 @@
-"""Folders that MLX, mlx-lm or CoreNet wrote stay quantized as they are, or become whole."""
+"""Folders that MLX, mlx-lm or CoreNet wrote stay quantized as they are, or are dequantized."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_folder_may_have_other_safetensors_beside_the_model(tmp_path, nano):
 
 def test_a_folder_mlx_lm_wrote_with_settings_of_its_own_per_layer(tmp_path, nano):
     """mlx-lm's own writer, its tokenizer.json without tokenizer.model, one layer finer and one
-    whole.
+    unquantized.
     """
     from mlx_lm.utils import load, quantize_model, save
 

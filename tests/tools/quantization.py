@@ -27,6 +27,7 @@ from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.quantize import allocate, calibrate, logits
 from openelm_mlx.convert.quantize.plan import exact_weights
+from openelm_mlx.convert.quantize.rounding import Learned
 from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.convert.verify import text_batches
 from openelm_mlx.device import mx, nn
@@ -35,7 +36,7 @@ from openelm_mlx.errors import OpenELMError
 from openelm_mlx.evaluate.score import Comparison, compare
 from openelm_mlx.files import check_writable, read_text
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
-from openelm_mlx.quantization import Plan, QuantSpec, matrices
+from openelm_mlx.quantization import Plan, QuantSpec, matrices, planned
 
 DTYPE = "float16"  # of scales, biases, norms and matrices that are not quantized
 LEARNED = ("gptq", "distill")
@@ -151,7 +152,18 @@ class OurMethods:
 
     def learned(self, method: str, plan: Plan) -> Result:
         given = self.config, self.exact, plan, self.tokens, DTYPE, progress
-        return calibrate.calibrate(method, *given).stored_weights(DTYPE), self.size(plan)
+        return stored_weights(calibrate.calibrate(method, *given)), self.size(plan)
+
+
+def stored_weights(learned: Learned) -> Weights:
+    """Return the float32 weights that the stored tensors stand for; what is not quantized is
+    rounded to `DTYPE`.
+    """
+    kind, specs = DTYPES[DTYPE].mlx, learned.plan
+    return {
+        name: array if planned(specs, name) else array.astype(kind).astype(mx.float32)
+        for name, array in learned.weights.items()
+    }
 
 
 def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
