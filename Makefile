@@ -3,19 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
-# modules are compiled when they are first imported, which most of them never are: this halves the time of installing
 PIP_FLAGS := --disable-pip-version-check --no-input
 
 # every client that the tests of an ordinary machine use
 EXTRAS := dev,plot,grammar
 comma := ,
 # two processes; a test file stays in one, so that the models its tests share are made once
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: chat test docs coverage constraints dist clean help
+.PHONY: chat test test-without docs coverage constraints dist clean help
 help:
 	@echo "make chat         install and chat with the bundled model"
 	@echo "make test         lint, types and tests, as CI runs them"
+	@echo "make test-without the tests of what a machine may lack, once more without it"
 	@echo "make docs         build the site of the documentation into build/site"
 	@echo "make coverage     the lines that no test executes"
 	@echo "make constraints  write the newest versions into constraints/known-good.txt"
@@ -55,7 +55,12 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p openelm_mlx
 	$(BIN)/mypy tests/tools
-	$(PYTEST)
+	$(BIN)/python $(PYTEST)
+
+# what tests/helpers/optional.py names: no OpenBLAS, no compiler or browser on the PATH, a home below a file
+test-without: $(VENV)/installed-dev
+	OPENELM_BLAS=off PATH=$(abspath $(BIN)) HOME=/dev/null/home $(BIN)/python $(PYTEST) \
+		-m "(needs or with_or_without) and not matplotlib and not llguidance"
 
 docs: $(VENV)/installed-dev
 	$(call extra,.[docs])
@@ -64,7 +69,7 @@ docs: $(VENV)/installed-dev
 coverage: $(VENV)/installed-dev
 	$(call extra,.[coverage])
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q -n 2 --dist loadfile
+	$(BIN)/coverage run $(PYTEST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
