@@ -33,6 +33,7 @@ from openelm_mlx.benchmarks.peers.on_mlx import OurSession
 from openelm_mlx.device import mx
 from openelm_mlx.engine.draft_model import ModelDraft
 from openelm_mlx.engine.options import EngineOptions
+from openelm_mlx.errors import OpenELMError
 from openelm_mlx.model.cache_kinds import CacheKind
 
 if TYPE_CHECKING:
@@ -311,12 +312,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="write the result here")
     args = parser.parse_args(argv)
-    if args.model == "random":
-        engine = random_engine(load(), 0)
-        draft: Engine | None = random_engine(engine, 0, noise=0.3)
-    else:
-        engine = load(args.model, args.dtype)
-        draft = load(args.draft, args.dtype) if args.draft else None
+    try:
+        if args.model == "random":
+            engine = random_engine(load(), 0)
+            draft: Engine | None = random_engine(engine, 0, noise=0.3)
+        else:
+            engine = load(args.model, args.dtype)
+            draft = load(args.draft, args.dtype) if args.draft else None
+    except OpenELMError as error:
+        parser.exit(2, f"soak: {error}\n")
     seen, start = Soak(), time.monotonic()
 
     def tick(label: str | None, seconds: float) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.engine.sampling import Context, Controls, Filters, draw, seed_key
-from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.errors import BenchmarkError, OpenELMError
 from openelm_mlx.model.decoder import OpenELM
 
 REFRAINS = (
@@ -41,6 +41,7 @@ REFRAINS = (
     "No, no, no, said the cat.",
     '"What do you see?" "I see the sea."',
 )
+PARTS = ("decode", "first", "batch", "drafts")
 TEXTS = 20  # prompts that are cut from the text for drafts
 Timed = tuple[float, Any]  # seconds, and the tokens if they are to be compared
 
@@ -272,14 +273,27 @@ def main(argv: list[str] | None = None) -> int:
     add("--random-weights", metavar="SIZE", help=random)
     add("--draft", metavar="FOLDER", help="a draft model with the same tokenizer")
     add("--text", metavar="FILE", help="prompts are cut from it")
-    parts = "decode,first,batch,drafts"
-    add("--only", metavar="PART,...", default=parts, help=f"default: {parts}")
+    add("--only", metavar="PART,...", help=f"default: {','.join(PARTS)}")
     add("--tokens", type=int, default=64, help="of each answer (default: 64)")
     add("--draft-tokens", type=int, default=4, help="of each draft (default: 4)")
     add("--trials", type=int, default=7, help="pairs of runs (default: 7)")
     args = parser.parse_args(argv)
     if not args.folder and not args.random_weights:
         parser.error("give a FOLDER, or --random-weights SIZE")
+    only = args.only.split(",") if args.only else PARTS if args.draft else PARTS[:-1]
+    if unknown := [part for part in only if part not in PARTS]:
+        parser.error(f"--only names {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    if "drafts" in only and not args.draft:
+        parser.error("--only drafts needs a draft model; give --draft FOLDER")
+    try:
+        measure(args, only)
+    except OpenELMError as error:
+        parser.exit(2, f"against_mlx_lm: {error}\n")
+    return 0
+
+
+def measure(args: argparse.Namespace, only: Sequence[str]) -> None:
+    """Print what was asked for, part by part."""
     text = Path(args.text).read_text(encoding="utf-8") if args.text else TEXT * 12
     with TemporaryDirectory() as scratch:
         folder = args.folder or model_folder(f"random:{args.random_weights}", scratch)
@@ -288,20 +302,18 @@ def main(argv: list[str] | None = None) -> int:
 
         model, tokenizer = load_mlx_lm(folder)[:2]
         given = Setting(engine, model, tokenizer, text, args.tokens, args.trials)
-        only = args.only.split(",")
         if "decode" in only:
             decode_speed(given, args.tokens)
         if "first" in only:
             decode_speed(given, 1)
         if "batch" in only:
             batch_speed(given)
-        if "drafts" in only and args.draft:
+        if "drafts" in only:
             draft = load(args.draft)
             acceptance(given, draft)
             tokens_per_pass(given, draft, load_mlx_lm(args.draft)[0], args.draft_tokens)
             lookup_per_pass(given.engine)
             useless_drafts(given, draft)
-    return 0
 
 
 if __name__ == "__main__":

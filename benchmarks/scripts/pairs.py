@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from openelm_mlx.benchmarks.measure.weights import random_engine, write_folder
 from openelm_mlx.benchmarks.results.statistics import paired_ratio
-from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.errors import BenchmarkError, OpenELMError
 
 T = TypeVar("T")
 SAMPLED = {"temperature": 0.8, "seed": 1, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}
@@ -236,7 +236,10 @@ def main(argv: list[str] | None = None) -> int:
     found = {}
     for name in args.case or CASES:
         case = replace(CASES[name], model=args.model or CASES[name].model)
-        result = measure(args.ours, args.other, case, args.pairs, args.prompt, args.tokens)
+        try:
+            result = measure(args.ours, args.other, case, args.pairs, args.prompt, args.tokens)
+        except OpenELMError as error:
+            parser.exit(2, f"pairs: {error}\n")
         print(f"{name}: {result}", flush=True)
         found[name] = result.as_json()
     if args.json:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from started import help_of
 
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
 from openelm_mlx.benchmarks.results import document as results
@@ -22,19 +22,13 @@ SHORT = ["--prompt-tokens", "12", "--generation-tokens", "5", "--processes", "1"
 
 
 def test_help_teaches_by_example_and_loads_nothing_heavy():
-    code = (
-        "import sys\nfrom openelm_mlx.cli import main\n"
-        "try:\n    main(['benchmark', '--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = ('mlx.core', 'numpy', 'rich', 'openelm_mlx.benchmarks.results.document')\n"
-        "print([m for m in heavy if m in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.endswith("[]\n")
+    shown, modules = help_of("benchmark")
+    assert not modules & {"mlx.core", "numpy", "rich", "openelm_mlx.benchmarks.results.document"}
     for example in (
         "openelm benchmark --suite quick --peers mlx-lm",
         "--compare before.json after.json",
     ):
-        assert example in result.stdout
+        assert example in shown
 
 
 def test_a_run_against_mlx_lm_ends_with_a_table_and_writes_all_files(tiny, tmp_path, capsys):

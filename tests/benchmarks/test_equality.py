@@ -12,7 +12,7 @@ from small import random_engine
 
 from openelm_mlx.benchmarks.checks import Answer, Request, alone, soak
 from openelm_mlx.benchmarks.checks.judge import Judge, Reference, Report
-from openelm_mlx.benchmarks.scripts import against_mlx_lm, waits
+from openelm_mlx.benchmarks.scripts import against_mlx_lm, pairs, waits
 from openelm_mlx.device import mx
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.model.cache_kinds import CacheKind
@@ -106,20 +106,22 @@ def test_the_commands_report_and_write_what_they_found(tmp_path, capsys, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("program", "arguments", "message"),
     [
-        (["conversion", "271m"], r"^waits: .*271m"),
-        (["conversion"], "give the sizes to convert, like 270m"),
-        (["join", "--trials", "1"], "--trials is 1; join needs at least 2"),
+        (waits, ["conversion", "271m"], r"^waits: .*271m"),
+        (waits, ["conversion"], "give the sizes to convert, like 270m"),
+        (waits, ["join", "--trials", "1"], "--trials is 1; join needs at least 2"),
+        (against_mlx_lm, [], "give a FOLDER, or --random-weights SIZE"),
+        (against_mlx_lm, ["a", "--only", "first,last"], "--only names last; known: decode, first,"),
+        (against_mlx_lm, ["a", "--only", "drafts"], "needs a draft model; give --draft FOLDER"),
+        (against_mlx_lm, ["no-such-model"], r"^against_mlx_lm: .*no-such-model"),
+        (pairs, ["no-such-checkout", "--case", "tiny"], r"^pairs: .* install the project there"),
+        (soak, ["no-such-model"], r"^soak: .*no-such-model"),
     ],
 )
-def test_waits_are_checked_before_anything_is_measured(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        waits.main(arguments)
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_a_comparison_with_mlx_lm_needs_a_model(capsys):
-    with pytest.raises(SystemExit):
-        against_mlx_lm.main([])
-    assert "give a FOLDER, or --random-weights SIZE" in capsys.readouterr().err
+def test_what_is_asked_for_is_checked_before_anything_is_measured(
+    program, arguments, message, capsys
+):
+    with pytest.raises(SystemExit) as left:
+        program.main(arguments)
+    assert left.value.code == 2 and re.search(message, capsys.readouterr().err)
