@@ -1,3 +1,5 @@
+"""The bundled model is what its command makes, and has the parts that tools look for."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,7 @@
+"""LoRA and DoRA adapters, of CoreNet and of mlx-lm, give the logits of the reference when merged
+and when kept apart.
+"""
+
 from __future__ import annotations
 
 import hashlib

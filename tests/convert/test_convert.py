@@ -1,3 +1,5 @@
+"""A conversion writes what its source has, or names what is wrong with it and writes nothing."""
+
 from __future__ import annotations
 
 import json

@@ -106,17 +106,11 @@ def test_a_file_that_is_empty_or_not_what_its_name_says(tmp_path):
             open_source(tmp_path / name)
 
 
-def test_options_of_a_source_are_checked_before_it_is_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(
-        ConversionError, match="is neither a file nor a folder; give a CoreNet .pt file"
-    ):
-        open_source(ConvertOptions(source=tmp_path / "pipe", target="x").source)
-
-
 def test_pipes_and_folders_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(OpenELMError, match="contains neither safetensors nor"):
         everything(tmp_path)
-    with pytest.raises(OpenELMError, match="not a checkpoint|neither a file nor"):
+    with pytest.raises(
+        ConversionError, match="is neither a file nor a folder; give a CoreNet .pt file"
+    ):
         everything(tmp_path / "model.safetensors")

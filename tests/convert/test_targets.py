@@ -1,3 +1,7 @@
+"""Folders and GGUF files are written for the tools that read them, and lose nothing that their
+types keep.
+"""
+
 from __future__ import annotations
 
 import json
@@ -7,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from formats import TINY, random_folder, tokenizer_file
+from formats import TINY, random_folder, tokenizer_file, weights
 from golden_set import GOLDEN
 
 from openelm_mlx.convert import ConvertOptions, convert
@@ -23,13 +27,6 @@ N = "transformer.layers.2.ffn.proj_1.weight"
 
 def run(source, target, **fields):
     return convert(ConvertOptions(source=source, target=target, **fields))
-
-
-def weights(folder: Path) -> dict[str, mx.array]:
-    arrays: dict[str, mx.array] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        arrays |= mx.load(str(file))
-    return arrays
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

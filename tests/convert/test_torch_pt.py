@@ -1,3 +1,5 @@
+"""A .pt file is read as torch reads it, without torch; one that torch did not write is refused."""
+
 from __future__ import annotations
 
 import collections

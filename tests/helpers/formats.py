@@ -84,7 +84,11 @@ def again(source: Path, target: Path, **fields) -> Path:
 
 
 def weights(folder: Path) -> dict[str, mx.array]:
-    return mx.load(str(folder / "model.safetensors"))
+    """The arrays of a model folder, of one file or of shards, as mlx-lm finds them."""
+    arrays: dict[str, mx.array] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        arrays |= mx.load(str(file))
+    return arrays
 
 
 def everything(source: Path, **fields) -> None:
