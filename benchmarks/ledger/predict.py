@@ -178,7 +178,7 @@ def check_of(row: Any, chip: Chip) -> Iterator[Check]:
     """Yield the check of a row; none if it is not a plain rate of a published model."""
     case, metric = row.case, row.metrics.get("decode_tokens_per_second")
     plain = case.batch_size == 1 and case.cache == "plain" and not case.speculation
-    size = normal_name(case.model.removeprefix("random "))
+    size = normal_name(case.model)
     if metric is None or not plain or case.engine != "openelm-mlx" or size not in PUBLISHED:
         return
     quantization = None if case.bits is None else {"bits": case.bits, "group_size": 64}

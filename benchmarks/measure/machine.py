@@ -202,6 +202,17 @@ def with_trial_notes(document: Document) -> Document:
     return replace(document, rows=tuple(rows))
 
 
+def without_home(document: Document) -> Document:
+    """Shorten the user's folder in notes, which may quote an error: results are shared."""
+    home = os.path.expanduser("~").rstrip("/")
+
+    def shorter(notes: Sequence[str]) -> tuple[str, ...]:
+        return tuple(note.replace(f"{home}/", "~/") if home else note for note in notes)
+
+    rows = tuple(replace(row, notes=shorter(row.notes)) for row in document.rows)
+    return replace(document, rows=rows, notes=shorter(document.notes))
+
+
 def trial_notes(row: Row) -> Iterator[str]:
     """Yield notes on trials that are far apart, or drift from the first to the last."""
     for name in ("prefill", "decode"):

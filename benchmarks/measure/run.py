@@ -27,6 +27,7 @@ from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions, Point, Suite
 from openelm_mlx.benchmarks.measure.weights import (
     Weights,
     groups,
+    last_part,
     losses,
     open_engine,
     open_weights,
@@ -65,7 +66,7 @@ def run(options: BenchmarkOptions, tick: Tick | None = None) -> Document:
         *machine.rest_notes(before, machine.thermal_pressure(), heat),
     ]
     document = replace(document, machine=before, notes=tuple(dict.fromkeys(notes)))
-    return machine.with_trial_notes(document)
+    return machine.without_home(machine.with_trial_notes(document))
 
 
 def failed(document: Document) -> bool:
@@ -226,7 +227,7 @@ class Run:
         except OpenELMError as error:
             if len(self.suite.models) == 1:
                 raise
-            self.notes.append(f"{model} was left out: {error}")
+            self.notes.append(f"{last_part(model)} was left out: {error}")
 
     def measure(self, model: str, group: Sequence[int | None]) -> None:
         """Load a model in these numbers of bits, and time every point."""

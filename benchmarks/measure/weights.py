@@ -265,17 +265,18 @@ def groups(
     some are left out.
     """
     suite, (config, stored) = options.chosen(), facts_of(model, bool(options.random_weights))
+    name = last_part(model)
     fewer = tuple(bits for bits in suite.bits if bits is None or stored is None or bits < stored)
     if fewer != suite.bits:
         left = ", ".join(str(bits) for bits in suite.bits if bits not in fewer)
         what = f"{left} bits left out, fewer bits made from those"
-        notes.append(f"{model} has {stored}-bit weights already: {what}")
+        notes.append(f"{name} has {stored}-bit weights already: {what}")
     unquantized = 16 if suite.dtype in ("bfloat16", "float16") else 32
     size = config.num_parameters * sum((bits or unquantized) / 8 for bits in fewer)
     if len(fewer) == 1 or size * (1 + peers) < device.memory_bytes() / 2:
         return [fewer]
     what = "do not fit into memory together and were measured one after the other"
-    notes.append(f"{model}: the numbers of bits {what}")
+    notes.append(f"{name}: the numbers of bits {what}")
     return [(bits,) for bits in fewer]
 
 

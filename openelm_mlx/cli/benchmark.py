@@ -111,7 +111,9 @@ def measure(args: argparse.Namespace) -> Document:
 
 def command_line() -> str:
     """Return what the user typed, with paths cut to their last part: results are shared."""
-    return shlex.join(["openelm", *(re.sub(r"(^|=)/.*/", r"\1", word) for word in sys.argv[1:])])
+    # a name on the Hub has a slash too, but neither first nor after dots
+    folders = re.compile(r"(^|[= ])(~|\.\.?)?/.*/")
+    return shlex.join(["openelm", *(folders.sub(r"\1", word) for word in sys.argv[1:])])
 
 
 @contextmanager

@@ -144,9 +144,15 @@ def test_the_command_in_a_result_names_no_folder_of_the_user(monkeypatch):
         "/home/someone/my model",
         "--output=/home/someone/x.json",
         "apple/OpenELM-270M",
+        "../someone/x",
+        "--speculation",
+        "draft /home/someone/near",
     ]
     monkeypatch.setattr(sys, "argv", ["openelm", *words])
-    assert command_line() == "openelm benchmark 'my model' --output=x.json apple/OpenELM-270M"
+    assert command_line() == (
+        "openelm benchmark 'my model' --output=x.json apple/OpenELM-270M x "
+        "--speculation 'draft near'"
+    )
 
 
 def test_a_chip_that_is_not_here_is_predicted_and_marked_so(capsys):

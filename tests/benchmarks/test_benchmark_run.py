@@ -14,6 +14,7 @@ from openelm_mlx.benchmarks.measure.harness import NewProcess
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
 from openelm_mlx.benchmarks.measure.weights import groups, last_part
 from openelm_mlx.benchmarks.peers import Timed
+from openelm_mlx.benchmarks.results.document import to_json
 from openelm_mlx.cli import main
 from openelm_mlx.errors import BenchmarkError
 
@@ -142,6 +143,19 @@ def test_the_startup_suite_takes_turns_with_peers_and_times_only_those_that_agre
         and [name for name, _ in ran].count("mlx-lm") == 1
     )
     assert ran[0][1] == str(tiny.tokenizer.path)
+
+
+def test_no_note_names_a_folder_of_the_user(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "near").symlink_to(tiny.path)
+    models = tuple(str(tmp_path / name) for name in ("near", "gone"))
+    document = measured(models=models, prompt_tokens=(9,), generation_tokens=(2,))
+    assert str(tmp_path) not in to_json(document)
+    (told,) = (note for note in document.notes if "was left out" in note)
+    assert "~/gone" in told
+    notes = []
+    assert groups(models[0], BenchmarkOptions(bits=(8, 4)), 0, notes) == [(4,)]
+    assert notes[0].startswith("openelm-tiny has 8-bit weights already: 8 bits left out")
 
 
 def test_a_draft_model_by_folder_and_no_folder_named_in_the_result(tiny, tmp_path, monkeypatch):
