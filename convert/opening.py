@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -91,8 +91,11 @@ class OpenedModel:
         """
         return self._finite(name, self.source.load(name)[: self.shapes[name][0]])
 
-    def rows(self, name: str, start: int, stop: int) -> mx.array:
-        return self._finite(name, self.source.rows(name, start, stop))
+    def pieces(self, name: str, step: int) -> Iterator[mx.array]:
+        """Yield the rows of the tensor `name`, at most `step` at a time."""
+        rows, read = self.shapes[name][0], self.source.reader(name)
+        for start in range(0, rows, step):
+            yield self._finite(name, read(start, min(start + step, rows)))
 
     def packed(self, name: str) -> dict[str, mx.array]:
         """Return the stored arrays of a matrix of the source's plan, without the rows that pad the

@@ -31,7 +31,7 @@ from openelm_mlx.files import TensorInfo
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import QuantSpec, planned
 
-CHUNK_BYTES = 16 << 20  # of a matrix that is quantized at a time: it fits caches and reused memory
+CHUNK_BYTES = 16 << 20  # of a matrix, in float32, that is quantized at a time
 
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> ConversionReport:
@@ -114,7 +114,7 @@ def stream(
     At most one tensor of the source is in memory, and only some rows of a matrix to be quantized.
     """
     stored = opened.source.plan if options.dtype is None else {}
-    for number, (name, shape) in enumerate(opened.shapes.items(), start=1):
+    for number, name in enumerate(opened.shapes, start=1):
         spec = planned(chosen.plan, name)
         if name in chosen.learned:
             yield from chosen.learned[name].items()
@@ -123,23 +123,18 @@ def stream(
         elif spec == planned(stored, name):
             yield from opened.packed(name).items()
         else:
-            yield from quantized_by_rows(opened, name, shape, spec, options).items()
+            yield from quantized_by_rows(opened, name, spec, options).items()
         if progress is not None:
             progress(number, len(opened.shapes), name)
 
 
 def quantized_by_rows(
-    opened: OpenedModel,
-    name: str,
-    shape: tuple[int, ...],
-    spec: QuantSpec,
-    options: ConvertOptions,
+    opened: OpenedModel, name: str, spec: QuantSpec, options: ConvertOptions
 ) -> dict[str, mx.array]:
     """Return the arrays of a quantized matrix, some rows at a time: no group crosses a row."""
-    step = max(1, CHUNK_BYTES // (4 * shape[1]))
+    step = max(1, CHUNK_BYTES // (4 * opened.shapes[name][1]))
     parts: list[dict[str, mx.array]] = []
-    for start in range(0, shape[0], step):
-        rows = opened.rows(name, start, min(start + step, shape[0]))
+    for rows in opened.pieces(name, step):
         parts.append(quantized(name, as_asked(name, rows, options), spec))
         mx.async_eval(*parts[-1].values())  # while these are rounded, the next are read
         del rows

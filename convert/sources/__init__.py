@@ -7,7 +7,7 @@ loads them one at a time. Choosing specs, quantizing and writing belong to other
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -33,8 +33,8 @@ LICENCE_KEYS = ("license", "license_name", "license_link")  # of a model card on
 
 
 class TensorSource(Protocol):
-    """Tensors under Hugging Face's names. Only `load`, `rows` and `packed` read weights, so that
-    only one tensor is in memory at a time.
+    """Tensors under Hugging Face's names. Only `load`, `reader` and `packed` read weights, so
+    that only one tensor is in memory at a time.
     """
 
     path: Path
@@ -59,9 +59,13 @@ class TensorSource(Protocol):
         """Return the tensor `name`, dequantized if need be, in the type that `tensors` states."""
         ...
 
-    def rows(self, name: str, start: int, stop: int) -> mx.array:
-        """Return some rows of the tensor `name`. A source that can read them alone does so."""
-        return self.load(name)[start:stop]
+    def reader(self, name: str) -> Callable[[int, int], mx.array]:
+        """Return a function that returns the rows from `start` to `stop` of the tensor `name`.
+
+        It loads the tensor once. A source that can read some rows alone returns one that does so.
+        """
+        array = self.load(name)
+        return lambda start, stop: array[start:stop]
 
     def packed(self, name: str) -> dict[str, mx.array]:
         """Return the stored arrays of a matrix of `plan`, under their names."""

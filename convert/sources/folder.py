@@ -9,7 +9,8 @@ the very same spec. (What MLX 0.10 packed for CoreNet's folders means the same t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,8 @@ class HuggingFaceFolder(TensorSource):
     def load(self, name: str) -> mx.array:
         return load_place(self._places[name])
 
-    def rows(self, name: str, start: int, stop: int) -> mx.array:
-        file, begin, (dtype, shape) = self._places[name]
-        row = math.prod(shape[1:]) * itemsize(dtype)
-        info = TensorInfo(dtype, (stop - start, *shape[1:]))
-        return load_place(TensorPlace(file, begin + start * row, info))
+    def reader(self, name: str) -> Callable[[int, int], mx.array]:
+        return partial(load_rows, self._places[name])
 
 
 class QuantizedFolder(TensorSource):
@@ -172,6 +170,13 @@ def load_place(place: TensorPlace) -> mx.array:
     file, start, (dtype, shape) = place
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     return read_strided(file, start, math.prod(shape), dtype, shape, strides, 0)
+
+
+def load_rows(place: TensorPlace, start: int, stop: int) -> mx.array:
+    file, begin, (dtype, shape) = place
+    row = math.prod(shape[1:]) * itemsize(dtype)
+    info = TensorInfo(dtype, (stop - start, *shape[1:]))
+    return load_place(TensorPlace(file, begin + start * row, info))
 
 
 def read_strided(

@@ -13,7 +13,9 @@ import stat
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,10 @@ class TorchCheckpoint(TensorSource):
     def load(self, name: str) -> mx.array:
         return self._read(self._records[name])
 
-    def rows(self, name: str, start: int, stop: int) -> mx.array:
-        record = self._records[name]
+    def reader(self, name: str) -> Callable[[int, int], mx.array]:
+        return partial(self._rows, self._records[name])
+
+    def _rows(self, record: TensorRecord, start: int, stop: int) -> mx.array:
         offset = record.offset + start * record.strides[0]
         return self._read(replace(record, offset=offset, shape=(stop - start, *record.shape[1:])))
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 
 import pytest
-from formats import again, everything, weights
-from golden_set import NANO
+from formats import again, everything, tokenizer_file, weights
+from golden_set import GOLDEN, NANO
 
 from openelm_mlx.convert import ConvertOptions
 from openelm_mlx.convert.opening import open_model, open_source
@@ -114,3 +115,25 @@ def test_pipes_and_folders_are_not_waited_for(tmp_path):
         ConversionError, match="is neither a file nor a folder; give a CoreNet .pt file"
     ):
         everything(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "folder", "quantized", "gguf", "adapted"])
+def test_a_matrix_that_is_quantized_in_pieces_is_decoded_once(tmp_path, nano, kind, monkeypatch):
+    """Each source gives the same rows; those that cannot read rows alone load a tensor once."""
+    fields = {"bits": 3, "tokenizer": NANO / "tokenizer.model"}
+    source = nano if kind == "folder" else NANO / "checkpoint.pt"
+    if kind == "quantized":
+        source = again(nano, tmp_path / "q", bits=8)
+    elif kind == "gguf":
+        source = again(nano, tmp_path / "x.gguf", target_format="gguf")
+    elif kind == "adapted":
+        source = GOLDEN / "lora" / "checkpoint.pt"
+        fields = {"bits": 3, "group_size": 32, "tokenizer": tokenizer_file(tmp_path, 112)}
+    want = again(source, tmp_path / "at-once", **fields)
+    reader = type(open_model(ConvertOptions(source, tmp_path / "m", **fields)).source)
+    load, loads = reader.load, Counter()
+    monkeypatch.setattr(reader, "load", lambda self, n: loads.update([n]) or load(self, n))
+    monkeypatch.setattr("openelm_mlx.convert.pipeline.CHUNK_BYTES", 4096)
+    pieces = again(source, tmp_path / "in-pieces", **fields)
+    assert (pieces / "model.safetensors").read_bytes() == (want / "model.safetensors").read_bytes()
+    assert loads and set(loads.values()) == {1}
