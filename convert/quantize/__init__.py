@@ -29,6 +29,11 @@ def head_stem(config: OpenELMConfig) -> str:
     return EMBEDDINGS if config.share_input_output_layers else HEAD
 
 
+def in_batches(tokens: mx.array, rows: int) -> list[mx.array]:
+    """Return tokens [rows, length] as batches of at most so many rows."""
+    return [tokens[start : start + rows] for start in range(0, len(tokens), rows)]
+
+
 def embed(weights: Weights, tokens: mx.array) -> mx.array:
     return weights[EMBEDDINGS + ".weight"][tokens]
 

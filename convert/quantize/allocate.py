@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.convert.quantize import Weights, embed, head, layer
+from openelm_mlx.convert.quantize import Weights, embed, head, in_batches, layer
 from openelm_mlx.convert.quantize.rounding import rounded
 from openelm_mlx.convert.sources import number_of
 from openelm_mlx.device import mx
@@ -61,7 +61,7 @@ class Reference:
 
 def make_reference(config: OpenELMConfig, weights: Weights, tokens: mx.array) -> Reference:
     """Run the exact model once on tokens [rows, length] and keep what later passes need."""
-    batches = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
+    batches = in_batches(tokens, BATCH)
     sums: dict[str, mx.array] = {}
 
     def hook(stem: str, x: mx.array) -> None:

@@ -22,6 +22,7 @@ from openelm_mlx.convert.quantize import (
     embed,
     head,
     head_stem,
+    in_batches,
     last_states,
     layer,
 )
@@ -194,7 +195,7 @@ def calibrate_gptq(
     earlier ones.
     """
     done = Learned(dict(exact), plan=plan)
-    batches = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
+    batches = in_batches(tokens, BATCH)
     tied, layers = config.share_input_output_layers, config.num_transformer_layers
     place, count = 0, layers * len(LAYER_MATRICES) + (1 if tied else 2)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from openelm_mlx.convert.quantize import Weights, head, last_states, logits
+from openelm_mlx.convert.quantize import Weights, head, in_batches, last_states, logits
 from openelm_mlx.convert.quantize.rounding import Codes, Learned, as_stored
 from openelm_mlx.device import mx, utils
 from openelm_mlx.dtypes import DTYPES
@@ -167,8 +167,8 @@ def states_before_head(config: OpenELMConfig, exact: Weights, tokens: mx.array) 
     distributions anew: those of all tokens at once would not fit into memory.
     """
     parts = []
-    for start in range(0, len(tokens), ROWS_AT_ONCE):
-        parts.append(last_states(config, exact, tokens[start : start + ROWS_AT_ONCE]))
+    for batch in in_batches(tokens, ROWS_AT_ONCE):
+        parts.append(last_states(config, exact, batch))
         mx.eval(parts[-1])
     return mx.concatenate(parts)
 
