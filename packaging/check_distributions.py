@@ -78,7 +78,7 @@ def check_wheel(wheel: Path, tracked: set[str]) -> None:
 
 
 def check_index_page(wheel: Path) -> None:
-    """What a package index shows has no other files to link to."""
+    """Leave with the relative links of the index page: an index has no other files to link to."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         page = archive.read(name).decode()

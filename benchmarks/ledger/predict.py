@@ -27,6 +27,7 @@ from typing import Any
 from openelm_mlx.benchmarks.hardware import CHIPS, Chip, bytes_per_token, find_chip
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, normal_name
+from openelm_mlx.quantization import MLX_GROUP_SIZE
 
 LATENCY = 2.5e-6  # seconds a kernel; see above
 LLAMA_7B_F16 = 12.55 * 2**30  # bytes of the model of EVIDENCE, as llama-bench prints it
@@ -52,8 +53,8 @@ EVIDENCE: dict[tuple[str, int], float] = {
 }
 WEIGHTS: dict[str, dict[str, int] | None] = {
     "bfloat16": None,
-    "8 bits": {"bits": 8, "group_size": 64},
-    "4 bits": {"bits": 4, "group_size": 64},
+    "8 bits": {"bits": 8, "group_size": MLX_GROUP_SIZE},
+    "4 bits": {"bits": 4, "group_size": MLX_GROUP_SIZE},
 }
 ASSUMED = (
     "predicted, not measured: kernels x 2.5 us + bytes / (nominal bandwidth x efficiency)",
@@ -181,7 +182,7 @@ def check_of(row: Any, chip: Chip) -> Iterator[Check]:
     size = normal_name(case.model)
     if metric is None or not plain or case.engine != "openelm-mlx" or size not in PUBLISHED:
         return
-    quantization = None if case.bits is None else {"bits": case.bits, "group_size": 64}
+    quantization = None if case.bits is None else {"bits": case.bits, "group_size": MLX_GROUP_SIZE}
     context = case.prompt_tokens + case.generation_tokens // 2
     expected = predict(chip, OpenELMConfig.from_name(size), case.dtype, quantization, context)
     yield Check(chip, case.model, metric.median, expected.tokens_per_second)

@@ -281,7 +281,7 @@ class Run:
             if point.prompt_tokens + point.generation_tokens - 1 > limit:
                 lengths = f"{point.prompt_tokens} + {point.generation_tokens} tokens"
                 what = f"{lengths} left out, its context is {limit} tokens"
-                self.notes.append(f"{weights.engine.name}: {what}")
+                self.notes.append(f"{last_part(weights.engine.name)}: {what}")
                 self.tick(lengths, work([point]) * (self.trials + 1))
                 continue
             prompt, moved = prompt_ids(weights.engine, point.prompt_tokens), weights.moved(point)

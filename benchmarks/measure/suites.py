@@ -17,7 +17,7 @@ from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import OptionError
 from openelm_mlx.fields import check_fields, check_unset, option
 from openelm_mlx.model.config import PUBLISHED
-from openelm_mlx.quantization import BITS, GROUP_SIZES
+from openelm_mlx.quantization import BITS, GROUP_SIZES, MLX_GROUP_SIZE
 
 MIN_TRIALS = 5
 
@@ -165,7 +165,9 @@ class BenchmarkOptions:
     bits: tuple[int, ...] = several(
         f"quantize to these numbers of bits: {', '.join(map(str, BITS))}", choices=BITS
     )
-    group_size: int = option(64, "with --bits: weights that share a scale", choices=GROUP_SIZES)
+    group_size: int = option(
+        MLX_GROUP_SIZE, "with --bits: weights that share a scale", choices=GROUP_SIZES
+    )
     dtype: str | None = option(None, "compute in this type", choices=FLOATS)
     prompt_tokens: tuple[int, ...] = several("lengths of the prompt", 1)
     generation_tokens: tuple[int, ...] = several("tokens generated after it", 1)

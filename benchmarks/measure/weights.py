@@ -22,7 +22,7 @@ from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions, Point
 from openelm_mlx.benchmarks.results import OURS
 from openelm_mlx.benchmarks.results.document import Case
 from openelm_mlx.device import mx, nn, utils
-from openelm_mlx.dtypes import DTYPES, name_of
+from openelm_mlx.dtypes import DTYPES, itemsize, name_of
 from openelm_mlx.engine.hub import BUNDLED, resolve_model
 from openelm_mlx.engine.loading import Engine, load, quantize_now
 from openelm_mlx.engine.tokenizer import Tokenizer
@@ -271,7 +271,7 @@ def groups(
         left = ", ".join(str(bits) for bits in suite.bits if bits not in fewer)
         what = f"{left} bits left out, fewer bits made from those"
         notes.append(f"{name} has {stored}-bit weights already: {what}")
-    unquantized = 16 if suite.dtype in ("bfloat16", "float16") else 32
+    unquantized = 8 * itemsize(suite.dtype or "float32")
     size = config.num_parameters * sum((bits or unquantized) / 8 for bits in fewer)
     if len(fewer) == 1 or size * (1 + peers) < device.memory_bytes() / 2:
         return [fewer]

@@ -33,7 +33,7 @@ TINY = OpenELMConfig(
 
 @cache
 def trained_tokenizer(size: int) -> bytes:
-    """A SentencePiece model of `size` pieces."""
+    """Return a SentencePiece model of `size` pieces."""
     import io
 
     import sentencepiece
@@ -53,7 +53,7 @@ def trained_tokenizer(size: int) -> bytes:
 
 
 def tokenizer_file(folder: Path, size: int = 128) -> Path:
-    """That of `size` pieces, as tokenizer.model in the folder."""
+    """Write a tokenizer of `size` pieces as tokenizer.model into the folder."""
     path = folder / "tokenizer.model"
     path.write_bytes(trained_tokenizer(size))
     return path
@@ -62,8 +62,8 @@ def tokenizer_file(folder: Path, size: int = 128) -> Path:
 def random_folder(
     folder: Path, config: OpenELMConfig = TINY, seed: int = 0, spread: float = 0.1
 ) -> Path:
-    """A Hugging Face folder of random weights with its tokenizer; with TINY a conversion of it
-    takes milliseconds.
+    """Write a Hugging Face folder of random weights with its tokenizer; with TINY a conversion of
+    it takes milliseconds.
     """
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -78,7 +78,7 @@ def random_folder(
 
 
 def again(source: Path, target: Path, **fields) -> Path:
-    """The target, converted from the source."""
+    """Convert the source, and return the target."""
     convert(ConvertOptions(source=source, target=target, **fields))
     return target
 
@@ -103,7 +103,7 @@ def everything(source: Path, **fields) -> None:
 
 
 def mlx_lm_logits(folder: Path, tokens: np.ndarray, adapter: Path | None = None) -> np.ndarray:
-    """The float32 logits of a folder, as mlx-lm loads it."""
+    """Return the float32 logits of a folder, as mlx-lm loads it."""
     from mlx_lm import load
 
     model, _ = load(str(folder), adapter_path=None if adapter is None else str(adapter))
@@ -111,7 +111,7 @@ def mlx_lm_logits(folder: Path, tokens: np.ndarray, adapter: Path | None = None)
 
 
 def our_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """The float32 logits of an unquantized folder in this engine."""
+    """Return the float32 logits of an unquantized folder in this engine."""
     from openelm_mlx.model.decoder import OpenELM
 
     model = OpenELM(OpenELMConfig.from_file(folder / "config.json"))

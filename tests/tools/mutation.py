@@ -91,7 +91,7 @@ class Session:
     def run_pytest(
         self, tree: Path, *arguments: str, seconds: float | None = None, **environment: str
     ) -> tuple[int | None, str]:
-        """Exit status and output of pytest in a tree; None where the seconds did not suffice."""
+        """Return pytest's status and output in a tree; None where the seconds did not suffice."""
         home = self.folder / "home"
         (home / "tmp").mkdir(parents=True, exist_ok=True)
         settings = {"HOME": str(home), "TMPDIR": str(home / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -147,7 +147,7 @@ class Session:
 
     @cached_property
     def tests(self) -> dict[str, dict[str, Any]]:
-        """The tests that pass, each with its seconds and fixtures."""
+        """Return the tests that pass, each with its seconds and fixtures."""
         found: dict[str, Any] = {}
         for path in self.folder.glob("covered/*/tests.json"):
             tests = json.loads(path.read_text()).items()
@@ -156,7 +156,7 @@ class Session:
 
     @cached_property
     def lines(self) -> dict[str, dict[int, set[str]]]:
-        """The tests that execute each line of each file: none where it runs only on import."""
+        """Return the tests that execute each line of each file: none if it runs on import only."""
         found: dict[str, dict[int, set[str]]] = {}
         for path in sorted(self.folder.glob("covered/*/data*")):
             here = self.by_context(path.parent.name.replace(":", "/"))
@@ -172,7 +172,7 @@ class Session:
         return dict(sorted(found.items()))
 
     def by_context(self, file: str) -> dict[str, set[str]]:
-        """The tests of a test file for each context that coverage may have recorded."""
+        """Return the tests of a test file for each context that coverage may have recorded."""
         found: dict[str, set[str]] = defaultdict(set)
         for name, test in self.tests.items():
             if name.startswith(f"{file}::"):
@@ -182,7 +182,7 @@ class Session:
         return found
 
     def judges(self, mutant: MutationSpec) -> list[str]:
-        """The tests that a mutant meets, in order."""
+        """Return the tests that a mutant meets, in order."""
         file = str(mutant.module_path)
         module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         module = "openelm_mlx." + module.removeprefix("openelm_mlx.")
@@ -197,7 +197,7 @@ class Session:
         return list(chosen)
 
     def judge(self, mutant: MutationSpec, sound: set[str]) -> WorkResult:
-        """Whether a test notices. `sound` holds tests that are known to pass without mutations."""
+        """Let tests judge a mutant. `sound` gets those that are known to pass without mutations."""
         file, tests = str(mutant.module_path), self.judges(mutant)
         original = (self.tree / file).read_text()
         changed = mutated(original, mutant)
@@ -226,7 +226,7 @@ class Session:
 
 
 def draw(session: Session, generator: random.Random, count: int) -> Iterator[MutationSpec]:
-    """Executed lines without repetition, and of each one position and one mutation there."""
+    """Draw executed lines, each once, and yield one mutation at one position of each."""
     places = [(file, line) for file, lines in session.lines.items() for line in sorted(lines)]
     share = Counter(file.split("/")[0] for file, _ in places)
     print(f"executed lines: {dict(share)}", flush=True)
@@ -251,7 +251,7 @@ def draw(session: Session, generator: random.Random, count: int) -> Iterator[Mut
 
 
 def report(database: WorkDB) -> None:
-    """The survivors as diffs, then the sum."""
+    """Print the survivors as diffs, then the sum."""
     fates: Counter[tuple[str, str]] = Counter()
     for item, result in sorted(database.completed_work_items, key=lambda pair: pair[0].job_id):
         fate = "timeout" if result.output == "timeout" else result.test_outcome.value

@@ -39,7 +39,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: Any) -> Generator[None, Any, Any]:
-    """What one test makes for many is executed by all of them."""
+    """Count what one test makes for many as executed by all of them."""
     shared = fixturedef.scope != "function"
     return (yield from within(f"fixture {fixturedef.argname}" if shared else contexts[-1]))
 

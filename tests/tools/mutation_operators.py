@@ -49,7 +49,7 @@ class RemoveStatement(Operator):
 
 @cache
 def operators() -> dict[str, Operator]:
-    """The mutations to choose from, by name."""
+    """Return the mutations to choose from, by name."""
     found: dict[str, Operator] = {"RemoveStatement": RemoveStatement()}
     for name in operator_names():
         binary = re.fullmatch(r"core/ReplaceBinaryOperator_(\w+)_(\w+)", name)
@@ -61,12 +61,12 @@ def operators() -> dict[str, Operator]:
 
 
 def mutated(source: str, mutant: MutationSpec) -> str:
-    """The source with this mutation."""
+    """Return the source with this mutation."""
     return mutate_code(source, operators()[mutant.operator_name], mutant.occurrence)
 
 
 def mutations(file: str, source: str) -> dict[int, list[MutationSpec]]:
-    """Every mutation of a file, by line."""
+    """Return every mutation of a file, by line."""
     found: dict[int, list[MutationSpec]] = defaultdict(list)
     nodes = [node for node in ast_nodes(get_ast(source)) if not is_marker(node)]
     for name, operator in operators().items():
@@ -77,12 +77,12 @@ def mutations(file: str, source: str) -> dict[int, list[MutationSpec]]:
 
 
 def is_marker(node: Any) -> bool:
-    """Whether this is the * or / of a parameter list, which cosmic-ray takes for an operation."""
+    """Tell the * and / of a parameter list, which cosmic-ray takes for operations."""
     return node.type == "operator" and node.parent.type in ("parameters", "lambdef")
 
 
 def behaviour(source: str) -> str | None:
-    """The syntax tree without annotations; None for what is no Python."""
+    """Return the syntax tree without annotations; None for what is not Python."""
     try:
         tree = ast.parse(source)
     except SyntaxError:

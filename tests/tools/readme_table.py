@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from openelm_mlx.benchmarks.results.document import Case, Document, load
+from openelm_mlx.benchmarks.results.document import DECODE, Case, Document, load
 
 ROOT = Path(__file__).parents[2]
 RESULTS = "benchmarks/results"
@@ -19,11 +19,11 @@ MADE = {  # how to make a folder that was measured
     "openelm-tiny-float32": "openelm convert tests/golden/openelm-tiny/checkpoint.pt "
     "-o openelm-tiny-float32 --tokenizer tests/golden/openelm-nano/tokenizer.model",
 }
-DECODE, FIRST = "decode_tokens_per_second", "time_to_first_token_seconds"
+FIRST = "time_to_first_token_seconds"
 
 
 def block() -> str:
-    """The table, a row for each peer of each file, and the commands that measured."""
+    """Return the table, a row for each peer of each file, and the commands that measured."""
     files = {path: load(path) for path in (ROOT / RESULTS).glob("*.json")}
     order = sorted(files, key=lambda path: (files[path].rows[0].case.random_weights, path.stem))
     files = {path: files[path] for path in order}
@@ -41,7 +41,7 @@ def block() -> str:
 
 
 def ratios(document: Document) -> Iterator[tuple[Case, str, str, str]]:
-    """The case, the peer, and how many times as fast as it this engine decodes and begins."""
+    """Yield the case, the peer, and how many times as fast as it this engine decodes and begins."""
     for index, row in enumerate(document.rows):
         found = {
             (one.metric, document.rows[one.against].case.engine): (one.ratio, one.low, one.high)
@@ -83,14 +83,14 @@ def command(document: Document) -> str:
 
 
 def wrapped(line: str) -> str:
-    """A command on lines of at most 100 columns, broken before a flag, not before its value."""
+    """Break a command into lines of at most 100 columns, before a flag, not before its value."""
     held = line.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}--", " --")
     lines = textwrap.wrap(held, 94, break_on_hyphens=False)
     return " \\\n    ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def filled(readme: str) -> str:
-    """README with the block replaced by the one computed now."""
+    """Return README with the block replaced by the one computed now."""
     before, _, rest = readme.partition(BEGIN)
     return f"{before}{BEGIN}\n{block()}\n{END}{rest.partition(END)[2]}"
 
