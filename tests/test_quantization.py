@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from formats import mixed_plan
 
 from openelm_mlx.convert import ConvertOptions
 from openelm_mlx.device import mx, nn
@@ -14,12 +15,10 @@ from openelm_mlx.quantization import (
     BITS,
     GROUP_SIZES,
     MODES,
-    Plan,
     QuantSpec,
     all_specs,
     config_entry,
     make_spec,
-    matrices,
     quantization_of,
     read_plan,
     spec_of,
@@ -140,20 +139,9 @@ def test_either_key_of_config_json():
         quantization_of({"quantization": "x"})
 
 
-MIXED = {
-    "token_embeddings": QuantSpec(6, 32),
-    "ffn.proj_1": QuantSpec(3, 128),
-    "ffn.proj_2": QuantSpec(4, 16, "nvfp4"),
-    "attn.qkv_proj": None,
-}
-
-
 def test_config_entry_is_read_back():
     shapes = expected_tensors(OpenELMConfig.from_name("270m"))
-    plan: Plan = {
-        stem: next((spec for role, spec in MIXED.items() if stem.endswith(role)), QuantSpec(4, 64))
-        for stem in matrices(shapes)
-    }
+    plan = mixed_plan(shapes)
     stored = {f"{stem}.scales" for stem, spec in plan.items() if spec is not None}
     assert read_plan(config_entry(plan), shapes, stored) == plan
     assert config_entry(dict.fromkeys(plan)) is None

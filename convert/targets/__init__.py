@@ -85,7 +85,7 @@ def check_target(options: ConvertOptions) -> None:
         return
     if not options.force:
         raise ConversionError(f"{target} exists; choose another {what}, or replace it with --force")
-    known = target.is_file() if what == "file" else holds_a_model(target)
+    known = target.is_file() if what == "file" else may_be_replaced(target)
     if target.is_symlink() or not known:
         kind = "a GGUF file" if what == "file" else "a model folder"
         raise ConversionError(
@@ -97,7 +97,7 @@ def check_target(options: ConvertOptions) -> None:
         raise ConversionError(f"{target} contains what is to be converted; choose another {what}")
 
 
-def holds_a_model(folder: Path) -> bool:
+def may_be_replaced(folder: Path) -> bool:
     """Return whether this is a model folder, or an empty one."""
     return folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))
 

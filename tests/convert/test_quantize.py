@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from formats import mixed_plan
 from golden_set import NANO
 
 from openelm_mlx import load
@@ -58,21 +59,6 @@ def test_rows_that_do_not_divide():
     with pytest.raises(ConversionError, match="no group size fits: leave it unquantized"):
         check_divides({"a": QuantSpec(4, 64)}, {"a.weight": (4, 100)})
     check_divides({"a": QuantSpec(4, 64), "b": None}, shapes)
-
-
-MIXED = {
-    "token_embeddings": QuantSpec(6, 32),
-    "ffn.proj_1": QuantSpec(3, 128),
-    "ffn.proj_2": QuantSpec(4, 16, "nvfp4"),
-    "attn.qkv_proj": None,
-}
-
-
-def mixed_plan(shapes):
-    return {
-        s: next((f for role, f in MIXED.items() if s.endswith(role)), QuantSpec(4, 64))
-        for s in matrices(shapes)
-    }
 
 
 @pytest.mark.parametrize("name", ["mixed", "mxfp4", "mxfp8", "nvfp4"])

@@ -14,6 +14,7 @@ from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.device import mx
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.quantization import QuantSpec, matrices
 
 CORPUS = (
     "once upon a time there was a little girl who lived in a forest with a fox",
@@ -29,6 +30,13 @@ TINY = OpenELMConfig(
     qkv_multipliers=(1.0,),
     ffn_multipliers=(1.0,),
 )
+
+MIXED = {
+    "token_embeddings": QuantSpec(6, 32),
+    "ffn.proj_1": QuantSpec(3, 128),
+    "ffn.proj_2": QuantSpec(4, 16, "nvfp4"),
+    "attn.qkv_proj": None,
+}
 
 
 @cache
@@ -100,6 +108,14 @@ def everything(source: Path, **fields) -> None:
         stem = name.removesuffix(".weight")
         if stem in opened.source.plan:
             opened.source.packed(name)
+
+
+def mixed_plan(shapes: dict[str, tuple[int, ...]]) -> dict[str, QuantSpec | None]:
+    """A plan of several specs and modes, by role as in `MIXED`."""
+    return {
+        stem: next((spec for role, spec in MIXED.items() if stem.endswith(role)), QuantSpec(4, 64))
+        for stem in matrices(shapes)
+    }
 
 
 def mlx_lm_logits(folder: Path, tokens: np.ndarray, adapter: Path | None = None) -> np.ndarray:
