@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -98,17 +97,12 @@ class Request:
 
     def __post_init__(self) -> None:
         engine, options, sampling = self.engine, self.options, self.sampling
-        self.constraint = constraint(engine, options)
+        self.known = list(self.prompt)  # prompt and answer so far
+        self._follow()
         self.seed = new_seed() if sampling.seed is None else sampling.seed
         self.key = seed_key(self.seed, sampling.stream, self.position_offset)  # [1, 2]
-        self.known = list(self.prompt)  # prompt and answer so far
         space = engine.config.max_context_length - len(self.prompt) + 1
         self.max_new_tokens = min(options.max_tokens, space)
-        if options.constrained:  # such a text does not continue the prompt's
-            decoder = StreamingDecoder(engine.tokenizer)
-        else:
-            decoder = decoder_after(engine.tokenizer, self.prompt)
-        self.text = TextFilter(decoder, options.stop)
         ends = () if options.ignore_eos else engine.config.eos_token_ids
         self.ends = frozenset((*ends, *options.stop_tokens))
         self.reused = 0  # tokens of the prompt found in a cache
@@ -121,8 +115,36 @@ class Request:
         """The number of tokens that may still be drawn."""
         return self.max_new_tokens - self.clock.tokens
 
+    def _follow(self) -> None:
+        """Make the constraint and the text anew, and lead them along the known tokens."""
+        engine, options = self.engine, self.options
+        self.constraint = constraint(engine, options)
+        if options.constrained:  # such a text does not continue the prompt's
+            decoder = StreamingDecoder(engine.tokenizer)
+        else:
+            decoder = decoder_after(engine.tokenizer, self.prompt)
+        self.text = TextFilter(decoder, options.stop)
+        for token in self.known[len(self.prompt) :]:
+            if self.constraint is not None:
+                self.constraint.accept(token)
+            self.text.push(token)
+
     def take(self, token: int, detail: TokenLogprobs | None) -> Event:
-        """Return the event of the next token; the last one carries reason and statistics."""
+        """Return the event of the next token; the last one carries reason and statistics.
+
+        At an interrupt the request goes back to where it was, so the token will be drawn again.
+        """
+        count = len(self.known)
+        try:
+            return self._event(token, detail)
+        except BaseException:
+            del self.known[count:]
+            self.done, self.clock.tokens = False, count - len(self.prompt)
+            self._follow()
+            raise
+
+    def _event(self, token: int, detail: TokenLogprobs | None) -> Event:
+        """Add a token to what is known, and make its event."""
         self.clock.token()
         self.known.append(token)
         if self.constraint is not None:
@@ -258,8 +280,7 @@ class Reader:
 class Clock:
     """The time of one request: waiting until `start`, to the first token, from it to the last."""
 
-    _running: WeakSet[Clock] = WeakSet()
-    _lock = Lock()
+    _running: WeakSet[Clock] = WeakSet()  # changed by the thread alone that drives the device
 
     def __init__(self, reader: Reader | None = None) -> None:
         self.reader = Reader() if reader is None else reader
@@ -273,12 +294,11 @@ class Clock:
 
         MLX has one memory peak for all, so the peak until now is noted for the requests that run.
         """
-        with self._lock:
-            peak = mx.get_peak_memory()
-            for other in self._running:
-                other.peak = max(other.peak, peak)
-            mx.reset_peak_memory()
-            self._running.add(self)
+        peak = mx.get_peak_memory()
+        for other in self._running:
+            other.peak = max(other.peak, peak)
+        mx.reset_peak_memory()
+        self._running.add(self)
         self.started = self.first = self.last = time.perf_counter()
         return self
 
@@ -291,8 +311,7 @@ class Clock:
 
     def stats(self, prompt: int, reused: int, seed: int) -> GenerationStats:
         """Return the statistics of a request that has ended; `prompt` and `reused` are tokens."""
-        with self._lock:
-            self._running.discard(self)
+        self._running.discard(self)
         to_first = self.first - self.started
         after = self.last - self.first - self.reader.idle(*self._before)
         return GenerationStats(

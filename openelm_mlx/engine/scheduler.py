@@ -165,13 +165,20 @@ class BatchEngine:
                 return True
         return self._queue.cancel(number)
 
-    @device_work
     def step(self) -> list[tuple[int, Event]]:
         """Admit what waits, and draw for every running sequence; return (number, event) pairs.
 
         Nothing is lost if a processor, a draft or a progress function raises, or at an
         interrupt: the next step hands out the events so far, and goes on from the known tokens.
         """
+        self._work()
+        # no interrupt comes from here on: Python looks for one at calls and in loops only
+        events, self._events[:] = self._events[:], []
+        return events
+
+    @device_work
+    def _work(self) -> None:
+        """Do the work of one step, which adds to the events."""
         self._reader.back()
         begun, steady = time.perf_counter(), bool(self._rows) and not self._stale
         try:
@@ -189,13 +196,11 @@ class BatchEngine:
         if steady and not self._stale:
             self._queue.pace.learn(time.perf_counter() - begun, prefilled)
         self._reader.leave()
-        events, self._events = self._events, []
-        return events
 
     @device_work
     def close(self) -> None:
         """Drop all requests and wait for the device; the prefix cache gets what was run."""
-        self._events = []
+        self._events.clear()
         self._queue.close()
         for row, request in self._live():
             self._retire(row, request, self._fed(request))
@@ -290,9 +295,7 @@ class BatchEngine:
 
     def _pass(self, run: Callable[..., Any], given: Any, written: int) -> Any:
         """Run a pass over the buffers that writes `written` slots after a row's known tokens."""
-        ends = [0] * len(self._rows)
-        for row, request in self._live():
-            ends[row] = len(request.known) + written
+        ends = [len(one.known) + written if one and not one.done else 0 for one in self._rows]
         made, changed = run(self._state._replace(buffers=self._buffers.lend(ends)), given)
         self._buffers.restore(changed)
         return made
@@ -324,10 +327,7 @@ class BatchEngine:
                     break
 
     def _fed(self, request: Request) -> int:
-        """Return how many known tokens of a running request are in its row.
-
-        The newest is there only if the next pass is under way.
-        """
+        """Return how many known tokens are in a row: the newest only if a pass is under way."""
         return len(request.known) - (not self._passes and self._logits is None)
 
     def _retire(self, row: int, request: Request, fed: int) -> None:
