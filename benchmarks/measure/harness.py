@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from time import perf_counter
 
 from openelm_mlx.benchmarks.measure.suites import Point, work
@@ -20,8 +21,7 @@ from openelm_mlx.errors import BenchmarkError, OpenELMError
 
 RATIOS = ("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds")
 UNSTEADY = "not the same tokens in every trial"
-TIMEOUT = 600  # seconds that a new process may take
-
+TIMEOUT = 600  # seconds that a new process may take to end after its first token
 
 # called with what is being run, and how much of the work (in tokens) was done with it; with None,
 # how much there will be
@@ -198,16 +198,22 @@ class NewProcess:
         Raises `BenchmarkError` with the new process's last line if it fails.
         """
         command = [sys.executable, "-c", START_UP, json.dumps({**self.task, "prompt": prompt})]
-        start = perf_counter()
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        try:
-            line = child.stdout.readline() if child.stdout else ""
-            seconds = perf_counter() - start
-            _, errors = child.communicate(timeout=TIMEOUT)
-        except BaseException:
-            child.kill()
-            child.wait()
-            raise
+        # a pipe for what it says would fill, and hold up a process that says much
+        with TemporaryFile("w+", errors="replace") as log:
+            start = perf_counter()
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+            try:
+                line = child.stdout.readline() if child.stdout else ""
+                seconds = perf_counter() - start
+                child.communicate(timeout=TIMEOUT)
+            except subprocess.TimeoutExpired:
+                what = f"gave a token, but did not end within {TIMEOUT} seconds"
+                raise BenchmarkError(f"{self.engine} {what}") from None
+            finally:
+                child.kill()
+                child.wait()
+            log.seek(0)
+            errors = log.read()
         words = line.split()
         if child.returncode or len(words) != 2 or words[0] != "token":
             last = errors.strip().splitlines()[-1:] or [f"it ended with status {child.returncode}"]

@@ -123,6 +123,18 @@ def test_a_new_process_gives_the_same_first_token(tiny):
         NewProcess("openelm-mlx", Path("no-such-folder"), "float32", None).generate(prompt)
 
 
+def test_a_new_process_may_say_much_but_must_end(tmp_path, monkeypatch):
+    loud = "import sys; sys.stderr.write('x' * 2**20); print('token 7')"
+    monkeypatch.setattr(harness, "START_UP", loud)
+    session = NewProcess("torch", tmp_path, "float32", None)
+    assert session.generate([1]).tokens == (7,)
+    stays = "import signal; print('token 7', flush=True); signal.pause()"
+    monkeypatch.setattr(harness, "START_UP", stays)
+    monkeypatch.setattr(harness, "TIMEOUT", 0.1)
+    with pytest.raises(BenchmarkError, match=r"^torch gave a token, but did not end within 0"):
+        session.generate([1])
+
+
 def test_the_startup_suite_takes_turns_with_peers_and_times_only_those_that_agree(
     tiny, monkeypatch
 ):
