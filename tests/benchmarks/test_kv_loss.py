@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import kv_loss
 import pytest
+from formats import again, long_context
 from small import random_engine
 
 from openelm_mlx.engine.options import EngineOptions
@@ -13,9 +14,10 @@ STORY = "Once upon a time there was a king who had three sons, and the youngest 
 
 
 def test_the_table(tmp_path, capsys):
+    model = again(long_context(tmp_path), tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text(STORY)
-    given = ["openelm-tiny", str(text), "--length", "80", "--pieces", "1"]
+    given = [str(model), str(text), "--length", "80", "--pieces", "1"]
     assert kv_loss.main(given) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == [

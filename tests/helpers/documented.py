@@ -21,14 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from formats import again, tokenizer_file
-from golden_set import GOLDEN
+from formats import again, long_context
 from hub_server import Hub
 from range_server import serving
 
 ROOT = Path(__file__).parents[2]
-SMALL = GOLDEN / "tied-gqa4"
-YAML = (SMALL / "config.yaml").read_text(encoding="utf-8").replace("64", "1024")
 # Flags that make a command short: they are added to all commands that begin with these words.
 SHORT: dict[str, list[str]] = {
     "openelm benchmark": ["--trials", "5", "--processes", "1", "--prompt-tokens", "8"]
@@ -38,6 +35,7 @@ SHORT: dict[str, list[str]] = {
     "openelm models": ["--yes"],
 }
 SHOWN = {"--show", "--compare", "--predict"}  # options of the benchmark that measure nothing
+WRITING = {"-o", "--output", "--report", "--plot", "--markdown", "--cache-file", "remove"}
 # Scripts that take minutes or need a peer: their arguments are read, and no work is done. Each has
 # a test of its own.
 READ_ONLY = ("openelm_mlx.benchmarks.scripts.", "openelm_mlx.benchmarks.checks.", "tests/tools/")
@@ -45,10 +43,7 @@ READ_ONLY = ("openelm_mlx.benchmarks.scripts.", "openelm_mlx.benchmarks.checks."
 
 def workshop(folder: Path) -> dict[str, Any]:
     """Put the files that the pages speak of into `folder`; return the hub's repositories."""
-    shutil.copy(SMALL / "checkpoint.pt", folder)
-    (folder / "config.yaml").write_text(YAML, encoding="utf-8")
-    tokenizer_file(folder, 128)
-    model = again(folder / "checkpoint.pt", folder / "my-model", instruct=True)
+    model = again(long_context(folder), folder / "my-model", instruct=True)
     again(model, folder / "model.gguf", target_format="gguf")
     (folder / "tests").symlink_to(ROOT / "tests")
     shutil.copy(
@@ -119,9 +114,10 @@ def stand_in(root: str, tokenizer: Path) -> None:
     from openelm_mlx.engine import hub
 
     catalog.ROOT = root
+    yaml = tokenizer.with_name("config.yaml").read_text(encoding="utf-8")
     for name, entry in catalog.CATALOG.items():
         if entry.yaml is not None:
-            catalog.CATALOG[name] = replace(entry, yaml=YAML)
+            catalog.CATALOG[name] = replace(entry, yaml=yaml)
     for module in (catalog, hub):
         module.mirrored_tokenizer = lambda: tokenizer  # type: ignore[attr-defined]
     published = weights.OpenELMConfig.from_name
@@ -141,9 +137,9 @@ def main() -> None:
     things = folder / "things"
     things.mkdir()
     repositories = workshop(things)
-    checkpoint = (SMALL / "checkpoint.pt").read_bytes()
+    checkpoint = (things / "checkpoint.pt").read_bytes()
     hub = Hub(repositories)
-    results = {}
+    results, known = {}, {}
     with serving({"/pretrained/270M/checkpoint_average.pt": checkpoint}) as server:
         os.environ |= {
             "HF_ENDPOINT": hub.url,
@@ -156,7 +152,15 @@ def main() -> None:
         for number, (page, commands) in enumerate(pages.items()):
             os.chdir(shutil.copytree(things, folder / str(number), symlinks=True))
             hub_module.resolve_model("270m")  # so that there is a model to remove
-            results[page] = [run(command, text) for command, text in commands]
+            results[page] = []
+            for command, text in commands:
+                if WRITING & set(command):
+                    results[page].append(run(command, text))
+                    continue
+                words = (*command, text)  # several pages show it: it is run once
+                if words not in known:
+                    known[words] = run(command, text)
+                results[page].append(known[words])
     hub.server.shutdown()
     print(json.dumps(results))
 

@@ -5,10 +5,12 @@ folder holds.
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+from golden_set import GOLDEN
 
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
@@ -83,6 +85,18 @@ def random_folder(
     (folder / "config.json").write_text(json.dumps(config.to_hf_dict()))
     tokenizer_file(folder, config.vocab_size)
     return folder
+
+
+def long_context(folder: Path) -> Path:
+    """Put a small golden checkpoint with a context of 1024 tokens into `folder`; return its path.
+
+    Beside it lie its YAML and a tokenizer.
+    """
+    small = GOLDEN / "tied-gqa4"
+    yaml = (small / "config.yaml").read_text(encoding="utf-8").replace("64", "1024")
+    (folder / "config.yaml").write_text(yaml, encoding="utf-8")
+    tokenizer_file(folder, 128)
+    return Path(shutil.copy(small / "checkpoint.pt", folder))
 
 
 def again(source: Path, target: Path, **fields) -> Path:
