@@ -5,6 +5,7 @@ So a drift of the machine hits all that is compared alike.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -121,6 +122,7 @@ def run_trial(entry: Entry) -> None:
 
 def attempt(entry: Entry) -> Timed | None:
     """Generate; None for a peer that fails, which then says why in its notes."""
+    gc.collect()  # an engine that is gone and freed during the run would be taken off its memory
     try:
         return checked(entry.session.generate(entry.prompt, entry.case.generation_tokens), entry)
     except OpenELMError as error:

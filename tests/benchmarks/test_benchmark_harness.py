@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from openelm_mlx.benchmarks.measure.harness import Entry, measure, ratios_of, ro
 from openelm_mlx.benchmarks.peers import Timed
 from openelm_mlx.benchmarks.peers.on_mlx import OurSession, prompt_ids
 from openelm_mlx.benchmarks.results.document import Document, Machine, Metric, Row
+from openelm_mlx.device import mx
 from openelm_mlx.engine.generation import stream_generate
 from openelm_mlx.errors import BenchmarkError
 
@@ -223,3 +225,20 @@ def test_a_trial_with_other_tokens_is_noted_once():
     assert [note for note in row_of(entry).notes if "tokens" in note] == [
         f"{harness.UNSTEADY}, from token 0 on"
     ]
+
+
+def test_an_engine_that_is_gone_does_not_lower_the_peak_of_the_next(tiny):
+    session, clock = OurSession(tiny), itertools.count(1).__next__
+    entry = Entry(CASE, session, prompt_ids(tiny, 8))
+
+    def collecting():  # what a run may do at any time
+        gc.collect()
+        return clock()
+
+    gone: list = [mx.zeros(tiny.nbytes)]
+    mx.eval(gone[0])
+    gone.append(gone)  # only the collector frees it
+    del gone
+    session.clock = collecting
+    timed = harness.attempt(entry)
+    assert timed is not None and timed.peak_memory_bytes > tiny.nbytes
