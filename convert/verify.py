@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.convert.quantize.plan import exact_weights
+from openelm_mlx.convert.quantize import exact_weights
 from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.targets import config_of

@@ -11,14 +11,55 @@ changed. A test checks that both give the same logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from openelm_mlx.convert.sources import EMBEDDINGS, HEAD
 from openelm_mlx.device import mx
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 
+if TYPE_CHECKING:
+    from openelm_mlx.convert.opening import OpenedModel
+
 Weights = Mapping[str, mx.array]  # float32, under Hugging Face's names
 Hook = Callable[[str, mx.array], None]  # called with a matrix's stem and input [tokens, columns]
+
+
+class LazyWeights(Mapping[str, mx.array]):
+    """Float32 weights that are read each time they are asked for and kept by nobody else: work that
+    goes layer by layer has no more than a layer in memory (`of_layer`).
+    """
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], mx.array]) -> None:
+        """`read` returns a tensor by its name, in any floating-point type."""
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> mx.array:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name).astype(mx.float32)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def exact_weights(opened: OpenedModel) -> LazyWeights:
+    """Return the source's weights. Reading one raises `CheckpointError` for NaN and infinities."""
+    return LazyWeights(opened.shapes, opened.load)
+
+
+def of_layer(weights: Weights, number: int) -> dict[str, mx.array]:
+    """Return the weights of one layer, all in memory."""
+    prefix = f"transformer.layers.{number}."
+    found = {name: weights[name] for name in weights if name.startswith(prefix)}
+    mx.eval(found)
+    return found
 
 
 def no_hook(stem: str, x: mx.array) -> None:

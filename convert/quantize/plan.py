@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.convert.quantize.allocate import choose, make_reference, measure, true_loss
+from openelm_mlx.convert.quantize import Weights, exact_weights
+from openelm_mlx.convert.quantize.allocate import choose
 from openelm_mlx.convert.quantize.calibrate import (
     MEASURE_TOKENS,
     calibrate,
@@ -32,8 +33,8 @@ from openelm_mlx.convert.quantize.calibrate import (
     row_length,
     written_tokens,
 )
+from openelm_mlx.convert.quantize.losses import make_reference, measure, true_loss
 from openelm_mlx.convert.sources import number_of
-from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, ConversionError, OptionError
 from openelm_mlx.fields import nearest
 from openelm_mlx.files import read_yaml
@@ -43,6 +44,7 @@ from openelm_mlx.quantization import MODES, Plan, QuantSpec, make_spec, matrices
 if TYPE_CHECKING:
     from openelm_mlx.convert.opening import OpenedModel
     from openelm_mlx.convert.options import ConvertOptions, Progress
+    from openelm_mlx.device import mx
 
 Shapes = Mapping[str, tuple[int, ...]]
 ROLES = (
@@ -81,7 +83,7 @@ def plan_quantization(
         if options.calibrate is None or options.dry_run:
             return Quantization(plan)
     given = given_tokens(opened, options)
-    exact = exact_weights(opened)
+    exact = dict(exact_weights(opened))
     tokens = written_tokens(opened, exact, options, progress) if given is None else given
     text = options.calibration_text
     measured: dict[str, Any] = {
@@ -129,7 +131,7 @@ def check_divides(plan: Plan, shapes: Shapes) -> None:
 
 def measured_plan(
     config: OpenELMConfig,
-    exact: Mapping[str, mx.array],
+    exact: Weights,
     tokens: mx.array,
     dtype: str,
     options: ConvertOptions,
@@ -149,11 +151,6 @@ def measured_plan(
         "sum_of_losses": sum(chosen.values()),
         "loss_together": true_loss(reference, plan, dtype),
     }
-
-
-def exact_weights(opened: OpenedModel) -> dict[str, mx.array]:
-    """Return the source's weights in float32. Raises `CheckpointError` for NaN and infinities."""
-    return {name: opened.load(name).astype(mx.float32) for name in opened.shapes}
 
 
 def memory_needed(config: OpenELMConfig, options: ConvertOptions) -> int:

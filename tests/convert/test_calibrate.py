@@ -15,7 +15,6 @@ from small import random_tokens, small_model
 
 from openelm_mlx import load
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.quantize.allocate import make_reference, true_loss
 from openelm_mlx.convert.quantize.calibrate import (
     CONTROL,
     PROMPTS,
@@ -26,6 +25,7 @@ from openelm_mlx.convert.quantize.calibrate import (
     text_tokens,
 )
 from openelm_mlx.convert.quantize.distill import Schedule, Start, distill, finished
+from openelm_mlx.convert.quantize.losses import make_reference, true_loss
 from openelm_mlx.convert.quantize.rounding import (
     Learned,
     error_feedback,

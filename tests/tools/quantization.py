@@ -25,8 +25,8 @@ from typing import Any
 
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
-from openelm_mlx.convert.quantize import allocate, calibrate, logits
-from openelm_mlx.convert.quantize.plan import exact_weights
+from openelm_mlx.convert.quantize import allocate, calibrate, exact_weights, logits
+from openelm_mlx.convert.quantize.losses import make_reference, measure, rounded_weights
 from openelm_mlx.convert.quantize.rounding import Learned
 from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.convert.verify import text_batches
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     text = {name: getattr(args, name) for name in ("calibration_text", "calibration_tokens")}
     options = ConvertOptions(args.model, folder, bits=4, calibrate="distill", **text)
     opened = open_model(options)
-    config, exact = opened.trimmed, exact_weights(opened)
+    config, exact = opened.trimmed, dict(exact_weights(opened))
     ids = opened.tokenizer.processor.encode(read_text(args.text, "TEXT"))
     batches = text_batches(ids, min(512, config.max_context_length))
     known = [logits(config, exact, tokens) for tokens in batches]
@@ -128,8 +128,8 @@ class OurMethods:
             rows = max(1, calibrate.MEASURE_TOKENS // tokens.shape[1])
             low, high = min(args.bits) + 0.5, max(args.bits) + 0.5
             middle, spread = (low + high) / 2, (high - low) / 2
-            reference = allocate.make_reference(config, exact, tokens[:rows])
-            self.losses = allocate.measure(reference, self.shapes, DTYPE, middle, progress, spread)
+            reference = make_reference(config, exact, tokens[:rows])
+            self.losses = measure(reference, self.shapes, DTYPE, middle, progress, spread)
 
     def uniform(self, bits: int) -> Plan:
         return dict.fromkeys(matrices(self.shapes), QuantSpec(bits, 64))
@@ -150,7 +150,7 @@ class OurMethods:
                 yield f"target-bpw + {method}", partial(self.learned, method, plan)
 
     def nearest(self, plan: Plan) -> Result:
-        return allocate.rounded_weights(self.exact, plan, DTYPE), self.size(plan)
+        return rounded_weights(self.exact, plan, DTYPE), self.size(plan)
 
     def learned(self, method: str, plan: Plan) -> Result:
         given = self.config, self.exact, plan, self.tokens, DTYPE, progress
