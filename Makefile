@@ -10,6 +10,7 @@ EXTRAS := dev,plot,grammar
 comma := ,
 # two processes; a test file stays in one, so that the models its tests share are made once
 PYTEST := -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+test test-without coverage: export OPENBLAS_NUM_THREADS := 1  # in each of the two
 
 .PHONY: chat test test-without docs coverage constraints dist clean help
 help:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from openelm_mlx.engine.loading import Engine
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # a shell ignores Ctrl-C for what it starts in the background, and so would all that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
         "markers",
         "needs(*names): skipped where one of these is missing; see tests/helpers/optional.py",
