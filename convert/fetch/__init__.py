@@ -1,12 +1,13 @@
 """Weights of OpenELM that Apple published outside Hugging Face, by name, fetched once into a cache.
 
-Nothing here converts; `download` fetches one file. Full training checkpoints (with the optimizer's
-state) have no name here, but convert by file.
+Nothing here converts; `download` fetches one file.
 
-    corenet:1.1b          the pretrained checkpoint (average of the last five), also 270m, 450m, 3b
-    corenet:270m@100k     after 100,000 iterations: 50k to 300k by 50k, 330k to 350k by 5k
-    corenet:3b-lora       fine-tuned for commonsense reasoning with LoRA, or -dora
-    corenet-mlx:450m-4bit the folder for MLX, 4-bit or (without -4bit) half precision
+    corenet:1.1b                the pretrained checkpoint (average of the last five), also 270m ...
+    corenet:270m@100k           after 100,000 iterations: 50k to 300k by 50k, 330k to 350k by 5k
+    corenet:3b-training         the full state at the end of training, with the optimizer's
+    corenet:270m-training@100k  the same after 100,000 iterations
+    corenet:3b-lora             fine-tuned for commonsense reasoning with LoRA, or -dora
+    corenet-mlx:450m-4bit       the folder for MLX, 4-bit or (without -4bit) half precision
 
 Addresses are those in apple/corenet's projects/openelm/README-pretraining.md and README-peft.md,
 and in mlx_examples/open_elm/README.md. The adapters' rank and alpha are those of
@@ -63,8 +64,10 @@ class Published:
             precision = "4-bit" if self.name.endswith("-4bit") else "half precision"
             return f"CoreNet's folder for MLX, {precision}"
         size, _, iterations = self.name.partition("@")
-        if iterations:
-            return f"CoreNet's checkpoint after {iterations[:-1]},000 iterations"
+        if iterations or size.endswith("-training"):
+            when = f"after {iterations[:-1]},000 iterations" if iterations else "at its end"
+            what = "state of training" if size.endswith("-training") else "checkpoint"
+            return f"CoreNet's {what} {when}"
         if kind := {"lora": "LoRA", "dora": "DoRA"}.get(size.rpartition("-")[2]):
             return f"fine-tuned for commonsense reasoning with {kind}"
         return "CoreNet's pretrained checkpoint"
@@ -75,11 +78,15 @@ def make_catalog() -> dict[str, Published]:
     for size in PUBLISHED:
         spelt = size.upper()
         model = MODEL_YAML % spelt.replace(".", "_")
-        checkpoints = {f"corenet:{size}": "average"}
-        checkpoints |= {f"corenet:{size}@{n}k": f"epoch_0_iter_{1000 * n - 1}" for n in ITERATIONS}
+        iterations = {f"@{n}k": f"checkpoint_epoch_0_iter_{1000 * n - 1}" for n in ITERATIONS}
+        checkpoints = {f"corenet:{size}": "checkpoint_average"}
+        checkpoints |= {f"corenet:{size}{at}": file for at, file in iterations.items()}
+        training = f"corenet:{size}-training"
+        checkpoints |= {training: "training_checkpoint_last"}
+        checkpoints |= {f"{training}{at}": f"training_{file}" for at, file in iterations.items()}
         entries += [
-            Published(name, ((f"pretrained/{spelt}/checkpoint_{what}.pt", "checkpoint.pt"),), model)
-            for name, what in checkpoints.items()
+            Published(name, ((f"pretrained/{spelt}/{file}.pt", "checkpoint.pt"),), model)
+            for name, file in checkpoints.items()
         ]
         for kind in ("lora", "dora"):
             file = (f"peft/openelm_{kind}_{spelt}.pt", "checkpoint.pt")

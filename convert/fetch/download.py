@@ -33,7 +33,7 @@ from openelm_mlx.files import read_own_json, write_json
 # called with the bytes here, the bytes in all (None: unknown), and the file's name
 Progress = Callable[[int, int | None, str], None]
 CHUNK = 1 << 20
-MAX_BYTES = 1 << 38  # 274 GB; the largest published file has 12 GB
+MAX_BYTES = 1 << 38  # 274 GB; the 3B's training checkpoints have three numbers a weight, 36 GB
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 6  # in a row that bring nothing new
 UNREACHABLE = (socket.gaierror, ConnectionRefusedError, ssl.SSLCertVerificationError)

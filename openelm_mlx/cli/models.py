@@ -96,7 +96,9 @@ def show(models: list[Kept], limit: float) -> None:
     iterations = {int(one.name.rpartition("@")[2][:-1]) for one in models if "@" in one.name}
     steps = ", ".join(f"@{n}k" for n in sorted(iterations))
     about = f"CoreNet's checkpoints in training, of each size: {steps}"
-    print_rows([*rows, ("corenet:SIZE@50k", "-", about)])
+    rows.append(("corenet:SIZE@50k", "-", about))
+    about = "the same with the state of the optimizer: three times the bytes, the same weights"
+    print_rows([*rows, ("corenet:SIZE-training@50k", "-", about)])
     kept = [one for one in models if one.kind == "converted"]
     if kept:
         total = size_text(sum(one.nbytes for one in kept))

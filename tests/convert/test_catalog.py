@@ -29,6 +29,8 @@ def test_every_published_file_has_its_name():
         "pretrained/270M/checkpoint_average.pt",
         "pretrained/1.1B/checkpoint_epoch_0_iter_49999.pt",
         "pretrained/3B/checkpoint_epoch_0_iter_334999.pt",
+        "pretrained/450M/training_checkpoint_last.pt",
+        "pretrained/1.1B/training_checkpoint_epoch_0_iter_149999.pt",
         "peft/openelm_lora_1.1B.pt",
         "peft/openelm_dora_3B.pt",
         "mlx/450M-4bit/weights.safetensors",
@@ -40,8 +42,11 @@ def test_every_published_file_has_its_name():
         "corenet:1.1b-lora",
         "corenet-mlx:3b-4bit",
         "corenet:450m@350k",
+        "corenet:450m-training",
+        "corenet:1.1b-training@150k",
     } <= CATALOG.keys()
-    assert len(CATALOG) == 4 * (1 + 11 + 2 + 2)
+    # all of CoreNet's addresses but those of the four logs of training
+    assert len(addresses) == 124 - 4 and len(CATALOG) == 4 * (1 + 11 + 12 + 2 + 2)
     assert is_published("CoreNet:270M") and not is_published("apple/OpenELM-270M")
 
 

@@ -130,6 +130,28 @@ def test_types(tmp_path):
         assert array.astype(mx.float32).flatten().tolist() == want.tolist()
 
 
+def test_the_model_of_a_full_training_checkpoint(tmp_path):
+    """The keys are those of corenet/utils/checkpoint_utils.py, the optimizer's those of AdamW."""
+    weights = [np.full(6, value, np.float32) for value in (1, 2, 3)]
+    model, first, second = (tensor(str(key), "FloatStorage", 6, (2, 3), (3, 1)) for key in range(3))
+    group = {"lr": 5e-4, "betas": (0.9, 0.95), "amsgrad": False, "foreach": None, "params": [0]}
+    state = {
+        "iterations": 349999,
+        "epoch": 0,
+        "model_state_dict": collections.OrderedDict(w=model),
+        "optim_state_dict": {
+            "state": {0: {"step": 7.0, "exp_avg": first, "exp_avg_sq": second}},
+            "param_groups": [group],
+        },
+        "best_metric": float("inf"),
+        "is_interval_ckpt": True,
+        "gradient_scaler_state_dict": {"scale": 65536.0, "growth_interval": 2000},
+        "ema_state_dict": collections.OrderedDict(w=second),
+    }
+    file = TorchCheckpoint(write(tmp_path / "x.pt", state, dict(zip("012", weights, strict=True))))
+    assert list(file.tensors) == ["w"] and file.load("w").tolist() == [[1.0] * 3] * 2
+
+
 @pytest.mark.parametrize(
     "name", ["os.system", "builtins.eval", "torch.load", "collections.Counter"]
 )
