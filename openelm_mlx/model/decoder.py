@@ -132,10 +132,12 @@ class Embedding(Transposed, nn.Embedding):
 def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
     """Return residual + projection(x), by one kernel if the projection is a plain matrix.
 
-    Any other module, such as a quantized layer or an adapter, is called.
+    Any other module is called, or asked for the sum if it has a way of its own (adapters.py).
     """
     if type(projection) is Linear:
         return mx.addmm(residual, x, projection.transposed())
+    if hasattr(projection, "onto"):
+        return projection.onto(residual, x)
     return residual + projection(x)
 
 
@@ -325,11 +327,11 @@ class OpenELM(nn.Module):
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the logits [..., vocab] of hidden states [..., model_dim].
 
-        The head is the embedding matrix, unless the two are untied.
+        The head is the embedding matrix, unless the two are untied, or adapted in other ways.
         """
-        if self.args.share_input_output_layers:
-            return self.transformer.token_embeddings.as_linear(hidden)
-        return self.lm_head(hidden)
+        if "lm_head" in self:
+            return self.lm_head(hidden)
+        return self.transformer.token_embeddings.as_linear(hidden)
 
     def __call__(self, tokens: mx.array, cache: KVCache | list[Any] | None = None) -> mx.array:
         return self.logits(self.hidden(tokens, cache))
