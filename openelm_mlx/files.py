@@ -86,7 +86,7 @@ def parsed(path: str | Path, kind: str, most: int, parse: Callable[[str], Any]) 
             data = file.read(most + 1)
         if len(data) > most:
             raise ConfigError(f"{path} is not a configuration: it has more than {most} bytes")
-        return parse(data.decode("utf-8"))
+        return parse(data.decode("utf-8-sig"))  # some editors begin a file with a mark
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:

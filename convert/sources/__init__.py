@@ -7,6 +7,9 @@ loads them one at a time. Choosing specs, quantizing and writing belong to other
 from __future__ import annotations
 
 import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -29,6 +32,9 @@ RENAMES = (  # CoreNet's names become Hugging Face's; the first pattern that mat
 )
 COMPUTED = re.compile(r"\.inv_freq$|(^|\.)causal_mask$")  # buffers that some exports carry
 OVERRIDES = ("vocab_size", "max_context_length", "padding_index")  # of a CoreNet YAML
+LEGACY = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # begins torch's format before 1.6
+ZIPFILE_ERRORS = (NotImplementedError, RuntimeError, ValueError, EOFError)  # for damaged fields
+DAMAGED_ZIP = (zipfile.BadZipFile, struct.error, zlib.error, *ZIPFILE_ERRORS)
 LICENCE_KEYS = ("license", "license_name", "license_link")  # of a model card on Hugging Face
 
 
@@ -107,17 +113,30 @@ def kind_of(path: Path) -> str | None:
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(9)
+            head = file.read(512)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from None
     if head[:4] == b"GGUF":
         return "gguf"
-    if path.suffix == ".npz":
-        return None  # a zip too, of numpy's arrays
-    if head[:4] == b"PK\x03\x04" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
-        return "pt"  # a zip, or a bare pickle: torch's formats, new and old
+    if head[:4] == b"PK\x03\x04":
+        return "pt" if is_torchs_zip(path, head) else None
+    if LEGACY in head[:32]:
+        return "pt"
     header = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40
     return "safetensors" if header else None
+
+
+def is_torchs_zip(path: Path, head: bytes) -> bool:
+    """Return whether a zip, which documents and numpy's arrays are too, is one of torch.save.
+
+    Of a truncated one the name of the first record tells, which is in `head`.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except DAMAGED_ZIP:
+        return b"/data.pkl" in head
+    return any(name.endswith("/data.pkl") for name in names)
 
 
 def weights_by_kind(folder: Path) -> dict[str, list[Path]]:

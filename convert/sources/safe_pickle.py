@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickletools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from openelm_mlx.dtypes import BY_STORAGE
@@ -36,6 +36,7 @@ class TensorRecord:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    negated: bool = False  # torch's negative bit: the numbers stand for their opposites
 
 
 class Global(NamedTuple):
@@ -199,7 +200,8 @@ class Machine:
         if function.name == ORDERED_DICT and not arguments:
             return {}
         if function.name == REBUILD_TENSOR and len(arguments) >= 4:
-            return self.tensor(*arguments[:4])
+            tensor = self.tensor(*arguments[:4])
+            return replace(tensor, negated=self.negated(*arguments[6:7]))
         if function.name == REBUILD_PARAMETER and isinstance(
             next(iter(arguments), 0), TensorRecord
         ):
@@ -207,6 +209,17 @@ class Machine:
         raise ConversionError(
             f"{self.where}: data.pkl calls {function.name} in a way that torch does not"
         )
+
+    def negated(self, metadata: Any = None) -> bool:
+        """Return torch's negative bit. Its other bit, of conjugates, only complex numbers have."""
+        bits = metadata or {}
+        allowed = isinstance(bits, dict) and bits.keys() <= {"neg", "conj"}
+        if not allowed or any(type(bit) is not bool for bit in bits.values()) or bits.get("conj"):
+            raise ConversionError(
+                f"{self.where}: data.pkl describes a tensor with the metadata {bits!r:.60}; only "
+                "torch's negative bit is read. Save a clone() of each tensor"
+            )
+        return bool(bits.get("neg"))
 
     def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> TensorRecord:
         problem = f"{self.where}: data.pkl describes a tensor"

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.convert.sources import TensorSource, canonical
+from openelm_mlx.convert.sources import DAMAGED_ZIP, TensorSource, canonical
 from openelm_mlx.convert.sources.folder import read_strided
 from openelm_mlx.convert.sources.safe_pickle import TensorRecord, read_state
 from openelm_mlx.device import mx
@@ -28,8 +28,6 @@ from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import TensorInfo
 
 MAX_PICKLE_BYTES = 8 << 20  # the 3B's has 60 KB
-ZIPFILE_ERRORS = (NotImplementedError, RuntimeError, ValueError, EOFError)  # for damaged fields
-DAMAGED_ZIP = (zipfile.BadZipFile, struct.error, zlib.error, *ZIPFILE_ERRORS)
 NESTED_UNDER = ("model", "state_dict", "model_state_dict")
 
 
@@ -46,8 +44,9 @@ class TorchCheckpoint(TensorSource):
         try:
             with open_zip(self.path) as archive:
                 self._members = checked_members(self.path, archive)
-                check_byteorder(self.path, archive, self._members.get("byteorder"))
-                state = read_state(archive.read(self._members["data.pkl"]), str(self.path))
+            check_byteorder(self.path, self._members.get("byteorder"))
+            pickled = read_record(self.path, self._members["data.pkl"])
+            state = read_state(pickled, str(self.path))
         except OSError as error:
             raise ConversionError(
                 f"{self.path} cannot be read: {error.strerror or error}"
@@ -80,7 +79,8 @@ class TorchCheckpoint(TensorSource):
             check_crc(self.path, member, start)
             self._intact.add(storage.key)
         window = record.shape, record.strides, record.offset
-        return read_strided(self.path, start, storage.elements, storage.dtype, *window)
+        array = read_strided(self.path, start, storage.elements, storage.dtype, *window)
+        return -array if record.negated else array
 
     def _check_bounds(self, name: str, record: TensorRecord) -> None:
         where = f"{self.path}: tensor {name}"
@@ -169,8 +169,17 @@ def checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.Z
     return members
 
 
-def check_byteorder(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo | None) -> None:
-    if info is not None and (info.file_size > 16 or archive.read(info).strip() != b"little"):
+def read_record(path: Path, info: zipfile.ZipInfo) -> bytes:
+    """Return a record's bytes, as `zipfile` would if it knew of records without a checksum."""
+    start = data_offset(path, info)
+    check_crc(path, info, start)
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(info.file_size)
+
+
+def check_byteorder(path: Path, info: zipfile.ZipInfo | None) -> None:
+    if info is not None and (info.file_size > 16 or read_record(path, info).strip() != b"little"):
         raise ConversionError(
             f"{path} was not saved on a little-endian machine; save it again on one"
         )

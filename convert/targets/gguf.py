@@ -227,7 +227,7 @@ def add_tokenizer(writer: Any, tokenizer: TokenizerModel, chat_template: str | N
     count = tokenizer.num_pieces
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([spm.id_to_piece(i).encode() for i in range(count)])
+    writer.add_token_list([piece.encode() for piece in tokenizer.pieces])
     writer.add_token_scores([spm.get_score(i) for i in range(count)])
     writer.add_token_types([piece_kind(spm, i) for i in range(count)])
     writer.add_bos_token_id(BOS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,9 +56,18 @@ class TokenizerModel:
                 f"{self.path} cannot be read as a SentencePiece model: {error}"
             ) from None
 
+    @cached_property
+    def pieces(self) -> list[str]:
+        """The text of every piece. Raises `TokenizerError` for one that is not UTF-8."""
+        try:
+            return list(self.processor.id_to_piece(list(range(self.processor.vocab_size()))))
+        except UnicodeDecodeError:
+            what = "it has pieces that are not UTF-8; fetch it again"
+            raise TokenizerError(f"{self.path} is damaged: {what}") from None
+
     @property
     def num_pieces(self) -> int:
-        return int(self.processor.vocab_size())
+        return len(self.pieces)
 
 
 def read_tokenizer(path: Path) -> TokenizerModel:
@@ -70,6 +80,7 @@ def read_tokenizer(path: Path) -> TokenizerModel:
     if len(data) > MAX_TOKENIZER_BYTES:
         why = f"it has more than {MAX_TOKENIZER_BYTES} bytes"
         raise TokenizerError(f"{path} is not a tokenizer: {why}")
+    data = data.removeprefix(BOM_UTF8)  # with which some editors begin a file
     if data.lstrip()[:1] == b"{":
         return from_tokenizer_json(path, data)
     model = TokenizerModel(path, data)
@@ -166,7 +177,10 @@ def differing_text(
     give the ids that `model` gives, after the special tokens `begin` if it is to add any.
     """
     for text in PROBES + (BYTE_PROBES if byte_fallback else ()):
-        ids = other.encode(text, add_special_tokens=bool(begin)).ids
+        try:
+            ids = other.encode(text, add_special_tokens=bool(begin)).ids
+        except Exception:  # the package raises no other, for example for a vocabulary without unk
+            return text
         if ids != [*begin, *model.processor.encode(text)]:
             return text
     return None
@@ -188,12 +202,12 @@ def build_tokenizer_json(model: TokenizerModel) -> dict[str, Any]:
     Raises `TokenizerError`.
     """
     spm = model.processor
-    if spm.vocab_size() < 3:
+    if model.num_pieces < 3:
         raise TokenizerError(
-            f"{model.path} has {spm.vocab_size()} pieces; <unk>, <s> and </s> must be the first "
+            f"{model.path} has {model.num_pieces} pieces; <unk>, <s> and </s> must be the first "
             "three"
         )
-    pieces = [spm.id_to_piece(i) for i in range(spm.vocab_size())]
+    pieces = model.pieces
     bos, unk = pieces[BOS], pieces[UNK]
     if (longest := max(map(len, pieces))) > MAX_PIECE:
         raise TokenizerError(

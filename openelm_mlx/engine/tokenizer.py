@@ -266,7 +266,7 @@ def _read_json(data: bytes) -> tuple[list[bytes], Encoder, int, int]:
 
     @cache
     def tokenizer(continued: bool) -> Any:
-        made = Fast.from_str(_without_dummy_prefix(data) if continued else data.decode())
+        made = Fast.from_str(_without_dummy_prefix(data) if continued else data.decode("utf-8-sig"))
         made.encode_special_tokens = True  # "</s>" in a user's text is spelled out
         return made
 
@@ -283,6 +283,7 @@ def _read_json(data: bytes) -> tuple[list[bytes], Encoder, int, int]:
     bos, eos = fast.token_to_id("<s>"), fast.token_to_id("</s>")
     if bos is None or eos is None:
         raise ValueError("it lacks <s> or </s>")
+    encoder("\u0378", False)  # in no vocabulary: raises if there is no token for the unknown
     return pieces, encoder, bos, eos
 
 

@@ -5,7 +5,9 @@ words.
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
+import zipfile
 from collections import Counter
 
 import pytest
@@ -14,7 +16,7 @@ from golden_set import GOLDEN, NANO
 
 from openelm_mlx.convert import ConvertOptions
 from openelm_mlx.convert.opening import open_model, open_source
-from openelm_mlx.convert.sources import kind_of
+from openelm_mlx.convert.sources import LEGACY, kind_of
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.errors import ConversionError, OpenELMError
@@ -72,6 +74,25 @@ def test_sources_that_are_none(tmp_path, nano):
         shutil.copy(NANO / "checkpoint.pt", tmp_path / name)
     with pytest.raises(ConversionError, match="contains 2 pt files; name one of them"):
         open_source(tmp_path)
+
+
+def test_other_zips_and_pickles_in_a_folder_are_not_checkpoints(tmp_path):
+    shutil.copytree(NANO, tmp_path / "m")
+    assert (tmp_path / "m" / "golden.npz").is_file()
+    with zipfile.ZipFile(tmp_path / "m" / "notes.docx", "w") as archive:
+        archive.writestr("word/document.xml", "<w:document/>")
+    (tmp_path / "m" / "state.pkl").write_bytes(pickle.dumps({"step": 3}))
+    assert isinstance(open_source(tmp_path / "m"), TorchCheckpoint)
+    with pytest.raises(ConversionError, match="notes.docx is a zip file, but not a checkpoint of"):
+        open_source(tmp_path / "m" / "notes.docx")
+    whole = (NANO / "checkpoint.pt").read_bytes()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "x").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConversionError, match="x is truncated: its directory at the end is missi"):
+        open_source(tmp_path / "cut")
+    (tmp_path / "cut" / "x").write_bytes(b"\x80\x02" + LEGACY + b"old")
+    with pytest.raises(ConversionError, match="x is in torch's legacy format"):
+        open_source(tmp_path / "cut")
 
 
 def test_a_folder_without_config_is_read_off_its_shapes(tmp_path, nano):

@@ -50,17 +50,10 @@ class Writer(pickle._Pickler):
             super().save(obj, save_persistent_id)
 
 
-def tensor(key, kind, elements, shape, strides, offset=0):
-    storage = Storage(key, kind, elements)
-    return Call(
-        "torch._utils._rebuild_tensor_v2",
-        storage,
-        offset,
-        shape,
-        strides,
-        False,
-        collections.OrderedDict(),
-    )
+def tensor(key, kind, elements, shape, strides, offset=0, metadata=()):
+    storage, hooks = Storage(key, kind, elements), collections.OrderedDict()
+    window = (storage, offset, shape, strides, False, hooks, *metadata)
+    return Call("torch._utils._rebuild_tensor_v2", *window)
 
 
 def write(path, state, storages, extra=(), root="archive"):
@@ -105,6 +98,39 @@ def test_shared_storage_strides_and_offset(tmp_path):
     for name, want in expected.items():
         assert file.tensors[name].shape == want.shape
         np.testing.assert_array_equal(np.array(file.load(name)), want)
+
+
+def test_a_negative_view_stands_for_the_opposite_of_its_storage(tmp_path):
+    """torch.save(torch._neg_view(x)) writes x, and that it is to be negated."""
+    data = np.arange(6, dtype=np.float32)
+    window = ("0", "FloatStorage", 6, (2, 3), (3, 1))
+    state = {
+        "negative": tensor(*window, metadata=[{"neg": True}]),
+        "neither": tensor(*window, metadata=[{"neg": False, "conj": False}]),
+        "none": tensor(*window, metadata=[None]),
+    }
+    file = TorchCheckpoint(write(tmp_path / "x.pt", state, {"0": data}))
+    for name, sign in (("negative", -1), ("neither", 1), ("none", 1)):
+        np.testing.assert_array_equal(np.array(file.load(name)), sign * data.reshape(2, 3))
+        assert np.array(file.reader(name)(1, 2)).tolist() == [(sign * data[3:]).tolist()]
+    for bits in ({"conj": True}, {"neg": 1}, {"other": True}, 3):
+        state = {"w": tensor(*window, metadata=[bits])}
+        with pytest.raises(ConversionError, match="with the metadata .*only torch's negative bit"):
+            TorchCheckpoint(write(tmp_path / "x.pt", state, {"0": data}))
+
+
+def test_a_file_without_checksums(tmp_path):
+    """torch.serialization.set_crc32_options(False) writes 0 in their place."""
+    data = np.arange(4, dtype=np.float32)
+    path = write(tmp_path / "x.pt", {"w": tensor("0", "FloatStorage", 4, (4,), (1,))}, {"0": data})
+    content = path.read_bytes()
+    for mark, place in ((b"PK\x03\x04", 14), (b"PK\x01\x02", 16)):
+        first, *rest = content.split(mark)
+        rest = [part[: place - 4] + bytes(4) + part[place:] for part in rest]
+        content = mark.join([first, *rest])
+    path.write_bytes(content)
+    assert {info.CRC for info in zipfile.ZipFile(path).infolist()} == {0}
+    assert TorchCheckpoint(path).load("w").tolist() == data.tolist()
 
 
 def test_types(tmp_path):
