@@ -114,25 +114,64 @@ def layer(
     return x + linear("ffn.proj_2", gate * mx.sigmoid(gate) * up)
 
 
+def normed(config: OpenELMConfig, weights: Weights, x: mx.array) -> mx.array:
+    """Return the last layer's output after the last norm: the input of the head."""
+    return mx.fast.rms_norm(x, weights["transformer.norm.weight"], config.rms_norm_eps)
+
+
 def head(config: OpenELMConfig, weights: Weights, x: mx.array, hook: Hook = no_hook) -> mx.array:
     """Return the logits [batch, length, vocab] of the last layer's output."""
-    x = mx.fast.rms_norm(x, weights["transformer.norm.weight"], config.rms_norm_eps)
+    x = normed(config, weights, x)
     hook(head_stem(config), x.reshape(-1, x.shape[-1]))
     return x @ weights[head_stem(config) + ".weight"].T
-
-
-def last_states(
-    config: OpenELMConfig, weights: Weights, tokens: mx.array, hook: Hook = no_hook
-) -> mx.array:
-    """Return the states [batch, length, model_dim] that the head is applied to."""
-    x = embed(weights, tokens)
-    for number in range(config.num_transformer_layers):
-        x = layer(config, number, weights, x, hook)
-    return x
 
 
 def logits(
     config: OpenELMConfig, weights: Weights, tokens: mx.array, hook: Hook = no_hook
 ) -> mx.array:
     """Return the logits [batch, length, vocab] of token ids [batch, length]."""
-    return head(config, weights, last_states(config, weights, tokens, hook), hook)
+    x = embed(weights, tokens)
+    for number in range(config.num_transformer_layers):
+        x = layer(config, number, weights, x, hook)
+    return head(config, weights, x, hook)
+
+
+def last_states(
+    config: OpenELMConfig,
+    weights: Weights,
+    batches: Iterable[mx.array],
+    hook: Hook = no_hook,
+    progress: Callable[[int], None] | None = None,
+) -> list[mx.array]:
+    """Return the output [batch, length, model_dim] of the last layer for each batch of token ids.
+
+    All batches go through a layer before the next one is read, so that one layer is in memory.
+    `progress` is called with the number of every layer that is done.
+    """
+    found = embedded(weights, batches)
+    for number in range(config.num_transformer_layers):
+        through(config, number, of_layer(weights, number), found, hook)
+        if progress is not None:
+            progress(number)
+    return found
+
+
+def embedded(weights: Weights, batches: Iterable[mx.array]) -> list[mx.array]:
+    """Return the inputs of the first layer for each batch of token ids, evaluated."""
+    table = {f"{EMBEDDINGS}.weight": weights[f"{EMBEDDINGS}.weight"]}
+    found = [embed(table, tokens) for tokens in batches]
+    mx.eval(found)
+    return found
+
+
+def through(
+    config: OpenELMConfig,
+    number: int,
+    weights: Weights,
+    states: list[mx.array],
+    hook: Hook = no_hook,
+) -> None:
+    """Replace each batch of states by what the layer makes of it, evaluated one after another."""
+    for place, x in enumerate(states):
+        states[place] = layer(config, number, weights, x, hook)
+        mx.eval(states[place])

@@ -208,7 +208,7 @@ def calibrate_gptq(
 
     moments = None
     if tied:  # rounded as the head they are too, for the inputs that it has in the exact model
-        states = (last_states(config, exact, batch) for batch in batches)
+        states = last_states(config, exact, batches)
         moments = second_moments(partial(head, config, exact), states, EMBEDDINGS)
     step(EMBEDDINGS, moments, TIED_DAMPING if tied else DAMPING)
     inputs = [embed(done.weights, batch) for batch in batches]

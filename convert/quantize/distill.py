@@ -120,7 +120,8 @@ def distill(
 
     rates = {"codes": schedule.codes, "scales": schedule.scales, "biases": 4 * schedule.scales}
     scale_of = {"matrices": [rates for _ in starts], "norms": [schedule.norms for _ in norms]}
-    states = states_before_head(config, exact, tokens)
+    # from these every step makes the distributions anew: those of all tokens would not fit
+    states = mx.concatenate(last_states(config, exact, in_batches(tokens, ROWS_AT_ONCE)))
     steps = max(1, round(schedule.epochs * len(tokens) / schedule.rows))
     first, second = utils.tree_map(mx.zeros_like, moved), utils.tree_map(mx.zeros_like, moved)
     gradient = mx.value_and_grad(loss)
@@ -160,17 +161,6 @@ def adam(
         rates,
     )
     return values, first, second
-
-
-def states_before_head(config: OpenELMConfig, exact: Weights, tokens: mx.array) -> mx.array:
-    """Return the exact model's states [rows, length, model_dim], from which every step makes the
-    distributions anew: those of all tokens at once would not fit into memory.
-    """
-    parts = []
-    for batch in in_batches(tokens, ROWS_AT_ONCE):
-        parts.append(last_states(config, exact, batch))
-        mx.eval(parts[-1])
-    return mx.concatenate(parts)
 
 
 def rows_in_turn(rows: int, count: int) -> np.ndarray:

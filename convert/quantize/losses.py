@@ -1,78 +1,247 @@
 """Losses of quantized matrices: what each costs alone, and what a whole plan costs.
 
-The loss of a spec is the mean KL divergence of the next-token distributions, exact model against a
-model in which only that matrix is quantized.
+The loss of a change is the mean KL divergence of the next-token distributions, exact model against
+a model in which only that is changed. Changed models go through the layers together, each from the
+layer where it first differs: a layer is read once for all of them, and memory has a layer at a
+time, not a model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.convert.quantize import Weights, embed, head, in_batches, layer
+from openelm_mlx.convert.quantize import (
+    LazyWeights,
+    Weights,
+    embedded,
+    head,
+    head_stem,
+    in_batches,
+    last_states,
+    normed,
+    of_layer,
+    through,
+)
 from openelm_mlx.convert.quantize.rounding import rounded
-from openelm_mlx.convert.sources import number_of
+from openelm_mlx.convert.sources import HEAD, number_of
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
-from openelm_mlx.evaluate.score import kl_divergence
+from openelm_mlx.evaluate.score import POSITIONS, kl_divergence
 from openelm_mlx.model.config import OpenELMConfig
-from openelm_mlx.quantization import BITS, Plan, QuantSpec, all_specs, matrices, planned
+from openelm_mlx.quantization import BITS, Plan, QuantSpec, all_specs, matrices, planned, stem_of
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.options import Progress
 
 Spec = QuantSpec | None  # None: not quantized, which costs no loss
 Losses = dict[str, dict[Spec, float]]  # stem -> spec -> mean KL divergence in nats
-BATCH = 4  # rows of tokens in one pass: bounds the memory of logits
+Rounding = Callable[[str, mx.array, Spec], mx.array]  # of a matrix by its stem, in float32
+States = list[mx.array]  # for each batch the input of a layer, [rows, length, model_dim]
+NORM = "transformer.norm.weight"  # of the last states
+BATCH = 4  # rows of tokens in one pass: bounds the memory of activations
+STATES = 768 << 20  # bytes of states, of the models that go through the layers together
+CHUNK = 16 << 20  # bytes of a matrix whose error is taken at a time
 NEAR = 1.5  # bits from the target that are measured; the loss of others follows from their error
+
+
+def nearest(dtype: str) -> Rounding:
+    """Return the rounding to the nearest values of a spec, with scales stored in `dtype`."""
+    return lambda stem, array, spec: rounded(array, spec, DTYPES[dtype].mlx)
+
+
+def rounded_weights(weights: Weights, plan: Plan, rounding: Rounding) -> LazyWeights:
+    """Return the float32 weights that these stand for once they are stored as planned."""
+
+    def read(name: str) -> mx.array:
+        return rounding(stem_of(name), weights[name], planned(plan, name))
+
+    return LazyWeights(weights, read)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The outputs of the exact model on calibration tokens, which candidates are compared with."""
+    """The exact model on calibration tokens, with which changed models are compared."""
 
     config: OpenELMConfig
-    weights: Weights
+    weights: Weights  # read layer by layer, so that they may be lazy
     batches: tuple[mx.array, ...]  # token ids [rows, length]
-    states: tuple[tuple[mx.array, ...], ...]  # for each batch the input of every layer
-    logits: tuple[mx.array, ...]
+    states: States  # for each batch the output of the last layer
     moments: Mapping[str, mx.array]  # stem -> mean square of each input column, [columns]
 
-    def loss(self, weights: Weights, start: int = -1) -> float:
-        """Return the mean KL divergence in nats of `weights`.
+    def loss(self, weights: Weights) -> float:
+        """Return the mean KL divergence in nats of the model that has these weights."""
+        states = last_states(self.config, weights, self.batches)
+        return self.divergences(head_weights(self.config, weights), [states])[0]
 
-        They must equal the exact ones before layer `start`: that is where the passes resume.
+    def losses_of(
+        self,
+        changes: Sequence[Plan],
+        rounding: Rounding,
+        around: Plan | None = None,
+        progress: Progress | None = None,
+    ) -> list[float]:
+        """Return the mean KL divergence in nats of one model for each of `changes`.
+
+        A change is a plan of one matrix, or of several: the model has these in these specs, rounded
+        by `rounding`, and all other tensors exactly, or stored as the plan `around` has them.
+
+        >>> reference.losses_of([{stem: QuantSpec(3)}, {stem: QuantSpec(4)}], nearest("float16"))
+        [0.0094, 0.0021]
         """
-        total, count = 0.0, 0
-        for tokens, states, exact in zip(self.batches, self.states, self.logits, strict=True):
-            x = embed(weights, tokens) if start < 0 else states[start]
-            for number in range(max(start, 0), self.config.num_transformer_layers):
-                x = layer(self.config, number, weights, x)
-            divergence: Any = kl_divergence(exact, head(self.config, weights, x)).sum().item()
-            total, count = total + divergence, count + tokens.size
-        return total / count
+        common = self.weights
+        if around is not None:
+            common = rounded_weights(self.weights, around, rounding)
+        return Changed(self, changes, rounding, common, progress).losses()
+
+    def divergences(self, own: Weights, models: Sequence[States]) -> list[float]:
+        """Return the loss of models with the same head, of weights `own`, by their last states.
+
+        Logits exist for some positions at a time: those of the exact model once for all models.
+        """
+        exact, sums = head_weights(self.config, self.weights), [0.0] * len(models)
+        for place, states in enumerate(self.states):
+            for start in range(0, self.batches[place].size, POSITIONS):
+                known = logits_from(self.config, exact, states, start)
+                mx.eval(known)
+                for number, changed in enumerate(models):
+                    other = logits_from(self.config, own, changed[place], start)
+                    divergence: Any = kl_divergence(known, other).sum().item()
+                    sums[number] += divergence
+        return [total / sum(tokens.size for tokens in self.batches) for total in sums]
 
 
-def make_reference(config: OpenELMConfig, weights: Weights, tokens: mx.array) -> Reference:
+def head_weights(config: OpenELMConfig, weights: Weights) -> dict[str, mx.array]:
+    found = {name: weights[name] for name in (NORM, f"{head_stem(config)}.weight")}
+    mx.eval(found)
+    return found
+
+
+def logits_from(config: OpenELMConfig, weights: Weights, states: mx.array, start: int) -> mx.array:
+    """Return the logits [positions, vocab] of last states, from position `start` of all rows on."""
+    rows = states.reshape(-1, states.shape[-1])[start : start + POSITIONS]
+    return head(config, weights, rows)
+
+
+class Changed:
+    """Models that differ from a common one in some matrices, and are run together."""
+
+    def __init__(
+        self,
+        reference: Reference,
+        changes: Sequence[Plan],
+        rounding: Rounding,
+        common: Weights,
+        progress: Progress | None,
+    ) -> None:
+        self.reference, self.changes, self.rounding = reference, changes, rounding
+        self.common, self.progress, self.done = common, progress, 0
+        self.config, self.layers = reference.config, reference.config.num_transformer_layers
+        starts = [[self.place(stem) for stem in change] for change in changes]
+        self.starts = [min(own, default=self.layers) for own in starts]  # where each begins
+        self.steps = sum(self.layers + 1 - max(start, 0) for start in self.starts)
+
+    def place(self, stem: str) -> int:
+        """Return the number of a matrix's layer: -1 for the embeddings, past the last for a head
+        of its own.
+        """
+        return self.layers if stem == HEAD else number_of(stem)
+
+    def losses(self) -> list[float]:
+        """Return the loss of each model, in order."""
+        found = [0.0] * len(self.changes)
+        order = sorted(range(len(found)), key=self.starts.__getitem__)
+        together = max(1, STATES // sum(x.nbytes for x in self.reference.states))
+        states, reached = embedded(self.common, self.reference.batches), 0  # of the common model
+        for begin in range(0, len(order), together):
+            group = order[begin : begin + together]
+            models, reached = self.run(group, states, reached)
+            for number, loss in self.compared(models):
+                found[number] = loss
+        return found
+
+    def run(
+        self, group: Sequence[int], common: States, reached: int
+    ) -> tuple[dict[int, States], int]:
+        """Return the last states of a group of models, which begin in order.
+
+        `common` are the common model's inputs of layer `reached`. They go on to the layer where the
+        last of the group begins, which is returned too: the next group begins no earlier.
+        """
+        models: dict[int, States] = {}
+        for layer in range(-1 if reached == 0 else reached, self.layers):
+            weights = of_layer(self.common, layer) if layer >= 0 else {}
+            for number in group:
+                if self.starts[number] > layer:
+                    continue
+                own = weights | self.changed(number, layer)
+                if layer < 0:
+                    models[number] = embedded(own, self.reference.batches)
+                    continue
+                through(self.config, layer, own, models.setdefault(number, list(common)))
+                self.tell(f"measuring layer {layer}")
+            if 0 <= layer < self.starts[group[-1]]:
+                through(self.config, layer, weights, common)
+                reached = layer + 1
+        return {number: models.get(number) or list(common) for number in group}, reached
+
+    def compared(self, models: Mapping[int, States]) -> Iterator[tuple[int, float]]:
+        """Yield the number and the loss of each model. Those with the common head share it."""
+        stem = head_stem(self.config)
+        groups = [[number for number in models if stem not in self.changes[number]]]
+        groups += [[number] for number in models if stem in self.changes[number]]
+        for group in filter(None, groups):
+            own = {NORM: self.common[NORM], f"{stem}.weight": self.matrix(group[0], stem)}
+            mx.eval(own)
+            losses = self.reference.divergences(own, [models[number] for number in group])
+            yield from zip(group, losses, strict=True)
+            for number in group:
+                self.tell(f"measuring the loss of {next(iter(self.changes[number]), 'no change')}")
+
+    def changed(self, number: int, layer: int) -> dict[str, mx.array]:
+        """Return the matrices of a layer in which a model differs."""
+        stems = (stem for stem in self.changes[number] if self.place(stem) == layer)
+        found = {f"{stem}.weight": self.matrix(number, stem) for stem in stems}
+        mx.eval(found)
+        return found
+
+    def matrix(self, number: int, stem: str) -> mx.array:
+        name, change = f"{stem}.weight", self.changes[number]
+        if stem not in change:
+            return self.common[name]
+        return self.rounding(stem, self.reference.weights[name], change[stem])
+
+    def tell(self, what: str) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.steps, what)
+
+
+def make_reference(
+    config: OpenELMConfig,
+    weights: Weights,
+    tokens: mx.array,
+    progress: Progress | None = None,
+) -> Reference:
     """Run the exact model once on tokens [rows, length] and keep what later passes need."""
-    batches = in_batches(tokens, BATCH)
+    batches, layers = tuple(in_batches(tokens, BATCH)), config.num_transformer_layers
     sums: dict[str, mx.array] = {}
 
     def hook(stem: str, x: mx.array) -> None:
         sums[stem] = sums.get(stem, mx.array(0.0)) + mx.square(x).sum(axis=0)
+        mx.eval(sums[stem])
 
-    states, exact = [], []
-    for batch in batches:
-        xs = [embed(weights, batch)]
-        for number in range(config.num_transformer_layers):
-            xs.append(layer(config, number, weights, xs[-1], hook))
-        exact.append(head(config, weights, xs[-1], hook))
-        states.append(tuple(xs[:-1]))
-        mx.eval(xs, exact[-1], sums)
+    def tell(number: int) -> None:
+        if progress is not None:
+            progress(number + 1, layers, "running the exact model")
+
+    states, norm = last_states(config, weights, batches, hook, tell), {NORM: weights[NORM]}
+    for x in states:
+        hook(head_stem(config), normed(config, norm, x).reshape(-1, x.shape[-1]))
     moments = {stem: total / tokens.size for stem, total in sums.items()}
-    return Reference(config, weights, tuple(batches), tuple(states), tuple(exact), moments)
+    return Reference(config, weights, batches, states, moments)
 
 
 def measure(
@@ -88,29 +257,42 @@ def measure(
     Numbers of bits near the target are measured, the others derived. `spread` widens what counts as
     near, for targets this far around `target_bpw`.
     """
-    losses: Losses = {}
-    stems, kind = matrices(shapes), DTYPES[dtype].mlx
+    stems, rounding = matrices(shapes), nearest(dtype)
     near = [bits for bits in BITS if abs(bits - target_bpw) <= NEAR + spread] or [8]
-    weights = dict(reference.weights)
-    for number, (stem, shape) in enumerate(stems.items()):
-        name, exact = stem + ".weight", reference.weights[stem + ".weight"]
+    errors: dict[str, dict[QuantSpec, float]] = {}
+    probes: list[tuple[str, QuantSpec]] = []
+    for number, (stem, shape) in enumerate(stems.items(), 1):
         specs = [spec for spec in all_specs() if shape[1] % spec.group_size == 0]
+        errors[stem] = rounding_errors(reference, stem, specs, rounding)
         group = next((size for size in (64, 32) if shape[1] % size == 0), 0)
-        probes = [bits for bits in near if QuantSpec(bits, group) in specs] if group else []
-        moments = reference.moments.get(stem)
-        errors = {
-            spec: weighted_error(exact, rounded(exact, spec, kind), moments) for spec in specs
-        }
-        points = []
-        for place, bits in enumerate(probes, start=number * len(probes) + 1):
-            spec = QuantSpec(bits, group)
-            weights[name] = rounded(exact, spec, kind)
-            points.append((errors[spec], max(reference.loss(weights, number_of(stem)), 1e-9)))
-            if progress is not None:
-                progress(place, len(stems) * len(probes), f"measuring {stem}")
-        weights[name] = exact
-        losses[stem] = {None: 0.0} | {spec: interpolated(points, errors[spec]) for spec in specs}
-    return losses
+        probes += [(stem, QuantSpec(bits, group)) for bits in near if group]
+        if progress is not None:
+            progress(number, len(stems), f"rounding {stem}")
+    changes = [{stem: spec} for stem, spec in probes]
+    found = reference.losses_of(changes, rounding, progress=progress)
+    points: dict[str, list[tuple[float, float]]] = {stem: [] for stem in stems}
+    for (stem, spec), loss in zip(probes, found, strict=True):
+        points[stem].append((errors[stem][spec], max(loss, 1e-9)))
+    return {
+        stem: {None: 0.0} | {spec: interpolated(points[stem], error) for spec, error in own.items()}
+        for stem, own in errors.items()
+    }
+
+
+def rounding_errors(
+    reference: Reference, stem: str, specs: Sequence[QuantSpec], rounding: Rounding
+) -> dict[QuantSpec, float]:
+    """Return what `weighted_error` says of a matrix in each spec. No group crosses a row, so some
+    rows are rounded at a time.
+    """
+    exact, moments = reference.weights[f"{stem}.weight"], reference.moments.get(stem)
+    step, sums = max(1, CHUNK // (4 * exact.shape[1])), dict.fromkeys(specs, 0.0)
+    for start in range(0, len(exact), step):
+        rows = exact[start : start + step]
+        for spec in specs:
+            error = weighted_error(rows, rounding(stem, rows, spec), moments)
+            sums[spec] += error * len(rows) / len(exact)
+    return sums
 
 
 def weighted_error(exact: mx.array, other: mx.array, moments: mx.array | None) -> float:
@@ -142,13 +324,5 @@ def interpolated(points: list[tuple[float, float]], error: float) -> float:
 
 
 def true_loss(reference: Reference, plan: Plan, dtype: str) -> float:
-    """Return the loss with every matrix in its spec at once."""
-    return reference.loss(rounded_weights(reference.weights, plan, dtype))
-
-
-def rounded_weights(weights: Weights, plan: Plan, dtype: str) -> dict[str, mx.array]:
-    """Return the float32 weights that these stand for once they are stored as planned."""
-    return {
-        name: rounded(array, planned(plan, name), DTYPES[dtype].mlx)
-        for name, array in weights.items()
-    }
+    """Return the loss with every matrix in its spec at once, and all tensors stored in `dtype`."""
+    return reference.loss(rounded_weights(reference.weights, plan, nearest(dtype)))

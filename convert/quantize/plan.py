@@ -142,7 +142,7 @@ def measured_plan(
     """
     shapes, target = expected_tensors(config), options.target_bpw or 0.0
     rows = max(1, MEASURE_TOKENS // tokens.shape[1])
-    reference = make_reference(config, exact, tokens[:rows])
+    reference = make_reference(config, exact, tokens[:rows], progress)
     losses = measure(reference, shapes, dtype, target, progress)
     plan = choose(losses, shapes, dtype, target)
     chosen = {stem: losses[stem][spec] for stem, spec in plan.items()}

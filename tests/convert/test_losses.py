@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,8 +12,15 @@ from small import random_tokens, small_model
 
 from openelm_mlx.convert import ConvertOptions
 from openelm_mlx.convert.opening import open_model
-from openelm_mlx.convert.quantize import exact_weights, logits, of_layer
-from openelm_mlx.convert.quantize.losses import interpolated, make_reference, measure
+from openelm_mlx.convert.quantize import LazyWeights, exact_weights, logits, of_layer
+from openelm_mlx.convert.quantize import losses as losses_module
+from openelm_mlx.convert.quantize.losses import (
+    interpolated,
+    make_reference,
+    measure,
+    nearest,
+    rounded_weights,
+)
 from openelm_mlx.convert.quantize.rounding import rounded
 from openelm_mlx.device import mx
 from openelm_mlx.evaluate.score import kl_divergence
@@ -51,7 +59,8 @@ def test_a_measured_loss_is_the_loss_of_that_one_change():
     losses = measure(
         make_reference(config, weights, tokens), shapes, F16, 3.5, lambda *told: calls.append(told)
     )
-    assert calls[-1][0] == calls[-1][1] == len(calls) == 13 * 4  # 2, 3, 4 and 5 bits
+    steps = 4 * (4 + 4 * (4 + 3 + 2))  # 2 to 5 bits: through all layers for the embeddings, through
+    assert calls[-1][0] == calls[-1][1] == steps  # those from its own on for another matrix
     model = OpenELM(config)
     model.load_weights(list(weights.items()))
     exact = model(tokens)
@@ -73,21 +82,61 @@ def test_a_measured_loss_is_the_loss_of_that_one_change():
         assert all(shapes[name][1] % f.group_size == 0 for f in own if f is not None)
 
 
+def plain_loss(config, exact, changed, tokens):
+    """The loss as a whole model in memory gives it, in float64."""
+    p, q = (
+        x - np.log(np.exp(x).sum(-1, keepdims=True))
+        for x in (
+            np.array(logits(config, weights, tokens)).astype(np.float64)
+            for weights in (exact, changed)
+        )
+    )
+    return (np.exp(p) * (p - q)).sum(-1).mean()
+
+
 def test_small_losses_are_measured_and_not_rounding_noise():
     config, weights = small_model()
-    reference = make_reference(config, weights, random_tokens(config))
-    name = "transformer.layers.2.attn.out_proj.weight"
-    found, exact = [], np.concatenate([np.array(x) for x in reference.logits]).astype(np.float64)
-    for bits in (5, 6, 8):
-        changed = weights | {name: rounded(weights[name], QuantSpec(bits, 32), mx.float16)}
-        found.append(reference.loss(changed, start=2))
-        other = [logits(config, changed, tokens) for tokens in reference.batches]
-        p, q = (
-            x - np.log(np.exp(x).sum(-1, keepdims=True))
-            for x in (exact, np.concatenate([np.array(x) for x in other]).astype(np.float64))
-        )
-        assert found[-1] == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=0.01)
+    tokens, stem = random_tokens(config), "transformer.layers.2.attn.out_proj"
+    reference = make_reference(config, weights, tokens)
+    changes = [{stem: QuantSpec(bits, 32)} for bits in (5, 6, 8)]
+    found = reference.losses_of(changes, nearest(F16))
+    for change, loss in zip(changes, found, strict=True):
+        name = f"{stem}.weight"
+        changed = weights | {name: rounded(weights[name], change[stem], mx.float16)}
+        assert loss == pytest.approx(plain_loss(config, weights, changed, tokens), rel=0.01)
+        assert loss == pytest.approx(reference.loss(changed), rel=1e-3)
     assert found[0] > 2 * found[1] > 8 * found[2] and found[2] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["tied-gqa4", "untied-mha"])
+@pytest.mark.parametrize("within", [False, True], ids=["exact", "around a plan"])
+def test_models_run_together_lose_what_each_loses_alone(name, within, monkeypatch):
+    config, weights = small_model(name)
+    tokens, shapes = random_tokens(config), matrices(expected_tensors(config))
+    specs, plan = (QuantSpec(2, 32), QuantSpec(3, 32)), dict.fromkeys(shapes, QuantSpec(4, 32))
+    changes = [{stem: spec} for stem in shapes for spec in specs]
+    changes += [dict.fromkeys(shapes, spec) for spec in specs]
+    changes += [dict.fromkeys(list(shapes)[k:], None) for k in (1, 6)] + [{}]
+    reads = Counter()
+
+    def read(name):
+        reads[name] += 1
+        return weights[name]
+
+    reference = make_reference(config, LazyWeights(weights, read), tokens)
+    assert set(reads.values()) == {1}
+    width = sum(states.nbytes for states in reference.states)
+    monkeypatch.setattr(losses_module, "STATES", 7 * width)  # seven at once
+    around = plan if within else None
+    found = reference.losses_of(changes, nearest(F16), around)
+    layers = Counter({name: n for name, n in reads.items() if name.endswith("attn_norm.weight")})
+    assert max(layers.values()) == 1 + -(-len(changes) // 7)  # once for each seven models
+    for change, loss in zip(changes, found, strict=True):
+        own = dict(rounded_weights(weights, plan, nearest(F16))) if within else dict(weights)
+        for stem, spec in change.items():
+            own[f"{stem}.weight"] = rounded(weights[f"{stem}.weight"], spec, mx.float16)
+        expected = plain_loss(config, weights, own, tokens)
+        assert loss == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
 def test_interpolation_passes_through_the_points_and_is_proportional_outside():

@@ -26,7 +26,7 @@ from typing import Any
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.quantize import allocate, calibrate, exact_weights, logits
-from openelm_mlx.convert.quantize.losses import make_reference, measure, rounded_weights
+from openelm_mlx.convert.quantize.losses import make_reference, measure, nearest, rounded_weights
 from openelm_mlx.convert.quantize.rounding import Learned
 from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.convert.verify import text_batches
@@ -150,7 +150,7 @@ class OurMethods:
                 yield f"target-bpw + {method}", partial(self.learned, method, plan)
 
     def nearest(self, plan: Plan) -> Result:
-        return rounded_weights(self.exact, plan, DTYPE), self.size(plan)
+        return dict(rounded_weights(self.exact, plan, nearest(DTYPE))), self.size(plan)
 
     def learned(self, method: str, plan: Plan) -> Result:
         given = self.config, self.exact, plan, self.tokens, DTYPE, progress
