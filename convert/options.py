@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from openelm_mlx.quantization import (
 Progress = Callable[[int, int, str], None]
 SOURCE_FORMATS = ("pt", "huggingface", "mlx", "corenet-mlx", "gguf")
 TARGET_FORMATS = ("mlx", "hf", "gguf")
+GGUF_SUFFIX = ".gguf"
 ADAPTER = ("merge", "keep")
 CALIBRATIONS = ("gptq", "distill")
 
@@ -37,7 +39,12 @@ class ConvertOptions:
     source_format: str | None = option(
         None, "what the source is; unset detects it", flag="--from", choices=SOURCE_FORMATS
     )
-    target_format: str = option("mlx", "what to write", flag="--to", choices=TARGET_FORMATS)
+    target_format: str | None = option(
+        None,
+        "what to write; unset is gguf for a PATH that ends in .gguf, else mlx",
+        flag="--to",
+        choices=TARGET_FORMATS,
+    )
     dtype: str | None = option(
         None, "type of the weights; unset keeps what there is, quantized or not", choices=FLOATS
     )
@@ -97,7 +104,9 @@ class ConvertOptions:
         math.inf,
     )
     dry_run: bool = option(False, "show the plan, sizes and memory needed, and write nothing")
-    force: bool = option(False, "replace an existing model folder")
+    force: bool = option(
+        False, "replace what an earlier conversion wrote, if nobody has changed it since"
+    )
     verify: bool = option(False, "compare the result with the source in float32")
     instruct: bool | None = option(
         None, "add the chat template; unset goes by 'instruct' in the source's name"
@@ -109,23 +118,46 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         check_fields(self)
         check_quantization(self)
-        if self.target_format == "hf" and self.quantizes:
+        if not self.is_gguf and self.target.suffix.lower() == GGUF_SUFFIX:
+            raise OptionError(
+                f"--to {self.target_format} writes a folder, but --output {self.target} is the "
+                "name of a GGUF file; leave out --to, or choose another name"
+            )
+        if self.format == "hf" and self.quantizes:
             raise OptionError(
                 "--to hf writes unquantized weights; leave out --bits and --mode, or --to hf"
             )
-        if self.target_format == "gguf" and self.adapter == "keep":
+        if self.is_gguf and self.adapter == "keep":
             raise OptionError("--to gguf writes one file of weights; leave out --adapter keep")
-        if self.target_format == "gguf" and (self.recipe or self.target_bpw or self.calibrate):
+        if self.is_gguf and (self.recipe or self.target_bpw or self.calibrate):
             raise OptionError(
                 "--to gguf writes all matrices in one type; leave out --recipe, --target-bpw and "
                 "--calibrate"
             )
 
     @property
+    def format(self) -> str:
+        """The format to write: the one asked for, or else the one that the target's name says."""
+        by_name = "gguf" if self.target.suffix.lower() == GGUF_SUFFIX else "mlx"
+        return self.target_format or by_name
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.format == "gguf"
+
+    @property
     def shown_source(self) -> str:
         """The source without paths of the machine, in UTF-8 as the record of a conversion is."""
         name = self.source_name or self.source.absolute().name
         return name.encode("utf-8", "replace").decode("utf-8")
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that the options name as to be read."""
+        recipe = None if self.recipe is None else Path(os.path.expanduser(self.recipe))
+        named = (self.source, self.config, self.tokenizer, self.adapter_folder, self.verify_text)
+        found = (*named, self.calibration_text, recipe)
+        return [path for path in found if path is not None and os.path.exists(path)]
 
     @property
     def spec(self) -> QuantSpec | None:
@@ -144,7 +176,7 @@ class ConvertOptions:
     @property
     def keeps_plan(self) -> bool:
         """True if matrices that are quantized in the source stay as they are."""
-        return self.target_format == "mlx" and self.dtype is None
+        return self.format == "mlx" and self.dtype is None
 
     @property
     def is_instruct(self) -> bool:

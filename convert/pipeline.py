@@ -19,7 +19,8 @@ from openelm_mlx.convert.options import ConvertOptions, Progress
 from openelm_mlx.convert.quantize.plan import Quantization, memory_needed
 from openelm_mlx.convert.quantize.rounding import quantized
 from openelm_mlx.convert.record import ConversionReport, SourceHash
-from openelm_mlx.convert.targets import Target, check_inputs, check_target, staged
+from openelm_mlx.convert.targets import Target, check_target, staged
+from openelm_mlx.convert.targets.checks import check_apart, check_inputs
 from openelm_mlx.convert.targets.folder import FolderTarget
 from openelm_mlx.convert.targets.gguf import GGUFTarget
 from openelm_mlx.convert.verify import check_bound, verification_text, verify
@@ -47,6 +48,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     check_target(options)
     check_inputs(options)
     opened = open_model(options)
+    check_apart(options.target, [*opened.source.files, opened.tokenizer.path])
     if opened.source.instruct and options.instruct is None:
         options = replace(options, instruct=True)
     # read here, because a text that cannot be used should be refused before the work
@@ -61,7 +63,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         path = target.write(folder, chosen.plan, stream(opened, chosen, options, progress))
         if options.verifies:
             losses = verify(path, opened, batches)
-            check_bound(losses, options.max_kl, options.target_format)
+            check_bound(losses, options.max_kl, options.format)
             report = replace(report, verification=losses)
         target.write_record(folder, report, hashes.result())
     return report
@@ -73,7 +75,7 @@ def open_target(opened: OpenedModel, options: ConvertOptions) -> Target:
     for name, shape in opened.shapes.items():
         stored = opened.source.tensors[name].dtype
         tensors[name] = TensorInfo(target_dtype(name, stored, opened.trimmed, options), shape)
-    kind = GGUFTarget if options.target_format == "gguf" else FolderTarget
+    kind = GGUFTarget if options.is_gguf else FolderTarget
     return kind(opened, tensors, options)
 
 
@@ -82,7 +84,7 @@ def target_dtype(name: str, stored: str, config: OpenELMConfig, options: Convert
     if stored not in ("float64", *FLOATS):
         raise CheckpointError(f"{name} is {stored}; weights must be floating-point numbers")
     dtype = options.dtype or stored.replace("float64", "float32")
-    computed_in_float32 = options.target_format == "gguf"  # llama.cpp's activations are
+    computed_in_float32 = options.is_gguf  # llama.cpp's activations are
     if dtype == "float16" and config.overflows_float16 and not computed_in_float32:
         raise ConversionError(
             "OpenELM-3B needs a wider range than float16 has; use --dtype bfloat16 or float32"

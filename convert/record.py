@@ -23,6 +23,7 @@ from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import Plan, QuantSpec, config_entry
 
 CHUNK = 1 << 22
+RECORD, TOOL = "conversion.json", "openelm-mlx"
 MERGED, KEPT = "merged", "kept beside its base"
 FRONT_MATTER_BYTES = 1 << 16
 ENTRY = re.compile(rf"^({'|'.join(LICENCE_KEYS)})[ \t]*:[ \t]*([^\s#].*?)[ \t]*$", re.MULTILINE)
@@ -176,7 +177,7 @@ def conversion_record(
     """Return the content of conversion.json."""
     found = facts()
     record: dict[str, Any] = {
-        "tool": "openelm-mlx",
+        "tool": TOOL,
         "version": __version__,
         "versions": {name: found[name] for name in ("mlx", "python")},
         "command": command_line(options),

@@ -22,9 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from openelm_mlx.convert.options import ConvertOptions, Progress
-from openelm_mlx.convert.quantize.plan import find_recipe
-from openelm_mlx.errors import ConversionError, OptionError
-from openelm_mlx.files import check_writable, read_text
+from openelm_mlx.convert.targets.checks import (
+    CONFIG,
+    OWN,
+    UNFINISHED_CONFIG,
+    check_apart,
+    check_replaceable,
+    names_in,
+)
+from openelm_mlx.errors import ConversionError
+from openelm_mlx.files import check_writable
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.quantize.plan import Quantization
@@ -32,7 +39,6 @@ if TYPE_CHECKING:
     from openelm_mlx.device import mx
     from openelm_mlx.quantization import Plan
 
-CONFIG, UNFINISHED_CONFIG = "config.json", "config.json.partial"
 LINUX_EXCHANGE, LINUX_AT_FDCWD, MACOS_SWAP = 2, -100, 2  # renameat2(2), renamex_np(2)
 
 
@@ -68,51 +74,23 @@ class Target(Protocol):
 def check_target(options: ConvertOptions) -> None:
     """Raise an error before any work if the target cannot be what was asked for.
 
-    It raises `ConversionError` for a target that stands in the way, is not a model, or contains the
-    source, and `OptionError` for one that cannot be written, or that is to be a folder with the
-    name of a GGUF file.
+    It raises `ConversionError` for a target that stands in the way and may not be replaced, or
+    that has what is to be read, and `OptionError` for one that cannot be written.
     """
-    target, what = options.target, "file" if options.target_format == "gguf" else "folder"
-    if options.target_format != "gguf" and target.suffix.lower() == ".gguf":
-        raise OptionError(
-            f"--output {target} names a GGUF file, but a folder was asked for; give --to gguf too"
-        )
+    target = options.target
     if not options.dry_run:
         check_writable(target, "--output", folder=True)
-    if target.absolute().parent.is_dir() and not options.dry_run:
-        clear_leftovers(target.absolute())
+        if target.absolute().parent.is_dir():
+            clear_leftovers(target.absolute())
     if not os.path.lexists(target):
         return
     if not options.force:
-        raise ConversionError(f"{target} exists; choose another {what}, or replace it with --force")
-    known = target.is_file() if what == "file" else may_be_replaced(target)
-    if target.is_symlink() or not known:
-        kind = "a GGUF file" if what == "file" else "a model folder"
+        other = "file" if options.is_gguf else "folder"
         raise ConversionError(
-            f"{target} is not {kind}, so --force does not replace it; choose another {what}"
+            f"{target} exists; choose another {other}, or replace it with --force"
         )
-    given = (options.source, options.config, options.tokenizer, options.adapter_folder)
-    inputs = [path.resolve() for path in given if path is not None]
-    if any(path == target.resolve() or target.resolve() in path.parents for path in inputs):
-        raise ConversionError(f"{target} contains what is to be converted; choose another {what}")
-
-
-def may_be_replaced(folder: Path) -> bool:
-    """Return whether this is a model folder, or an empty one."""
-    return folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))
-
-
-def check_inputs(options: ConvertOptions) -> None:
-    """Raise `OptionError` or `ConfigError` for a text or recipe that cannot be read, before
-    anything is fetched.
-    """
-    texts = {"--verify-text": options.verify_text, "--calibration-text": options.calibration_text}
-    for flag, path in texts.items():
-        if path is None or (os.path.exists(path) and not os.path.isfile(path)):
-            continue  # a pipe can be read only once
-        read_text(path, flag)
-    if options.recipe is not None:
-        find_recipe(options.recipe)
+    check_apart(target, options.inputs)
+    check_replaceable(target, options.is_gguf)
 
 
 @contextlib.contextmanager
@@ -144,25 +122,38 @@ def staged(options: ConvertOptions) -> Iterator[Path]:
 
 def finish(partial: Path, target: Path, options: ConvertOptions) -> None:
     """Rename the finished folder or file to the target."""
-    if os.path.lexists(target) and not options.force:
+    new = partial / target.name if options.is_gguf else partial
+    if not options.is_gguf:
+        (partial / UNFINISHED_CONFIG).rename(partial / CONFIG)
+    if not os.path.lexists(target):
+        new.rename(target)
+    elif not options.force:
         raise ConversionError(
             f"{target} has appeared meanwhile; choose another one, or replace it with --force"
         )
-    if options.target_format == "gguf":
-        (partial / target.name).replace(target)
-        partial.rmdir()
-        return
-    (partial / UNFINISHED_CONFIG).rename(partial / CONFIG)
-    if not target.exists():
-        partial.rename(target)
-    elif exchange(partial, target):
-        remove(partial)  # it contains what stood in the target
     else:
-        replace_in_two_steps(partial, target)
+        check_replaceable(target, options.is_gguf)
+        replace(new, target, options.is_gguf)
+    if partial.exists():
+        remove(partial)  # it contains what stood in the target
+
+
+def replace(new: Path, target: Path, is_gguf: bool) -> None:
+    """Replace the target at once, and put it back if somebody was adding to it in that moment."""
+    if exchange(new, target):
+        try:
+            check_replaceable(new, is_gguf, shown=target)
+        except ConversionError:
+            exchange(new, target)
+            raise
+    elif is_gguf:
+        new.replace(target)
+    else:
+        replace_in_two_steps(new, target)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two folders swap names at once. Return False if the system cannot."""
+    """Let two folders or files swap names at once. Return False if the system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(other)
     if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
@@ -180,6 +171,7 @@ def replace_in_two_steps(partial: Path, target: Path) -> None:
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-{os.getpid()}-", dir=target.parent))
     target.rename(old)  # an empty folder may be replaced by a rename
     try:
+        check_replaceable(old, False, shown=target)
         partial.rename(target)
     except BaseException:
         old.rename(target)
@@ -189,9 +181,10 @@ def replace_in_two_steps(partial: Path, target: Path) -> None:
 
 def clear_leftovers(target: Path) -> None:
     """Remove what killed runs left beside `target`, and give an old model that they had moved
-    aside its name back.
+    aside its name back. A folder with a file that they cannot have written stays.
     """
     pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|old)-(\d{1,9})-\w+")
+    own = rf"{OWN.pattern}|(adapter/)?\.[^/]+|{re.escape(target.name)}"
     with contextlib.suppress(OSError):  # what cannot be seen or moved stays
         for path in target.parent.iterdir():
             match = pattern.fullmatch(path.name)
@@ -199,7 +192,7 @@ def clear_leftovers(target: Path) -> None:
                 continue
             if match[1] == "old" and not target.exists() and (path / CONFIG).is_file():
                 path.rename(target)
-            else:
+            elif all(map(re.compile(own).fullmatch, names_in(path))):
                 remove(path)
 
 

@@ -21,6 +21,7 @@ from openelm_mlx.convert.quantize.rounding import layout
 from openelm_mlx.convert.record import (
     KEPT,
     MERGED,
+    RECORD,
     ConversionReport,
     conversion_record,
     licence_of,
@@ -28,7 +29,8 @@ from openelm_mlx.convert.record import (
 )
 from openelm_mlx.convert.sources import EMBEDDINGS
 from openelm_mlx.convert.sources.adapters import ADAPTER_FOLDER, write_adapter
-from openelm_mlx.convert.targets import UNFINISHED_CONFIG, Target
+from openelm_mlx.convert.targets import Target
+from openelm_mlx.convert.targets.checks import UNFINISHED_CONFIG, hashes_in
 from openelm_mlx.convert.tokenizers import TokenizerModel, build_tokenizer_json, tokenizer_config
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
@@ -103,9 +105,9 @@ class FolderTarget(Target):
         adapters = self.opened.adapters
         kept = None if adapters is None else MERGED if adapters.merge else KEPT
         record = conversion_record(self.options, report, self.dtype, self.licence, kept, hashes)
-        write_json(folder / "conversion.json", record)
         card = model_card(record, report.plan, self.options.is_instruct)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        write_json(folder / RECORD, record | {"files": hashes_in(folder)})
 
     def _layout(self, plan: Plan) -> dict[str, TensorInfo]:
         """Return every tensor to write, in order."""

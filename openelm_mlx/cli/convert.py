@@ -20,7 +20,7 @@ EXAMPLES = """examples:
   openelm convert apple/OpenELM-270M -o openelm-270m-4bit --bits 4
   openelm convert 270m -o small --dtype bfloat16 --target-bpw 3.5 --calibrate gptq --max-kl 0.1
   openelm convert corenet:1.1b-lora -o commonsense           Apple's adapter, fetched and merged
-  openelm convert openelm-270m -o openelm-270m.gguf --to gguf --bits 8 --max-kl 0.01
+  openelm convert openelm-270m -o openelm-270m.gguf --bits 8 --max-kl 0.01
   openelm convert mine.pt -o mine --head-dim 64 --tokenizer tokenizer.model --verify
 """
 
@@ -38,7 +38,7 @@ def register(commands: Any) -> None:
     )
     text = "a .pt file, model folder or GGUF file, a hub id, or a name: 270m, corenet:270m ..."
     parser.add_argument("source", metavar="SOURCE", help=text)
-    text = "folder to write, or GGUF file"
+    text = "folder to write, or a GGUF file if it ends in .gguf"
     target: Any = {"dest": "target", "metavar": "PATH", "required": True, "help": text}
     parser.add_argument("-o", "--output", **target)
     text = "print one JSON object: sizes, quantization and losses"
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     from openelm_mlx.convert.fetch import published
     from openelm_mlx.convert.options import ConvertOptions
     from openelm_mlx.convert.pipeline import convert
-    from openelm_mlx.convert.targets import check_inputs, check_target
+    from openelm_mlx.convert.targets import check_target
+    from openelm_mlx.convert.targets.checks import check_inputs
     from openelm_mlx.engine.hub import is_published
 
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # removes unfinished files
@@ -134,7 +135,7 @@ def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]
         "calibration": dict(report.measured),
         "verification": None if report.verification is None else dict(report.verification),
     }
-    if options.target_format == "gguf":
+    if options.is_gguf:
         del found["quantization"]  # llama.cpp's types are not MLX's
     return found
 

@@ -68,7 +68,7 @@ def test_speculation_and_a_cache_file_change_the_cost_only(tmp_path, capsys):
         (["generate", "x", "--model", "270n"], "did you mean"),
         (["generate", "x", "--temperature", "-1"], "temperature is -1.0; allowed"),
         (["convert", "no-such.pt", "-o", "x"], "no-such.pt does not exist"),
-        (["convert", "openelm-tiny", "-o", "no-such.gguf"], "give --to gguf too"),
+        (["convert", "openelm-tiny", "-o", "x.gguf", "--to", "mlx"], "leave out --to, or choose"),
         (["inspect", "270x"], "did you mean"),
     ],
 )

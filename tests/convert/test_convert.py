@@ -260,15 +260,6 @@ def test_existing_target_needs_force(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_force_spares_other_folders(tmp_path):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
-    with pytest.raises(ConversionError, match="is not a model folder"):
-        convert(
-            ConvertOptions(source=NANO / "checkpoint.pt", target=tmp_path / "photos", force=True)
-        )
-
-
 def test_ctrl_c_leaves_nothing(tmp_path):
     def interrupt(done, total, name):
         if done == 5:
