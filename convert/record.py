@@ -15,7 +15,7 @@ from typing import Any
 
 from openelm_mlx import __version__
 from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.quantize.plan import role
+from openelm_mlx.convert.quantize.recipes import role
 from openelm_mlx.convert.sources import LICENCE_KEYS, TensorSource, number_of
 from openelm_mlx.device import facts
 from openelm_mlx.engine.hub import SHORT_NAMES, is_published

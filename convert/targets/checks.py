@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.quantize.plan import find_recipe
+from openelm_mlx.convert.quantize.recipes import find_recipe
 from openelm_mlx.convert.record import RECORD, TOOL
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import read_own_json, read_text

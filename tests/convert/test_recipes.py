@@ -10,7 +10,7 @@ import pytest
 from golden_set import NANO
 
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.quantize.plan import BUILT_IN, Recipe, find_recipe, read_recipe
+from openelm_mlx.convert.quantize.recipes import BUILT_IN, Recipe, find_recipe, read_recipe
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, OptionError
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
