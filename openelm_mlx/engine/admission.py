@@ -69,17 +69,12 @@ class Admission:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        requests: list[Request],
-        kind: CacheKind,
-        chunk: int,
-        store: PromptCache | None,
+        self, requests: list[Request], kind: CacheKind, chunk: int, store: PromptCache | None
     ) -> None:
-        self.engine, self.requests, self.chunk = engine, requests, chunk
-        weights = engine.steps.refresh()
-        self.cache, self._reused = KVCache(engine.config, kind), 0
         first = requests[0]
+        self.engine, self.requests, self.chunk = first.engine, requests, chunk
+        weights = first.engine.steps.refresh()
+        self.cache, self._reused = KVCache(first.engine.config, kind), 0
         places: dict[tuple[str, tuple[int, ...]], int] = {}  # nothing passes from owner to owner
         self._places = [
             places.setdefault((one.owner, tuple(one.known)), len(places)) for one in requests
@@ -172,14 +167,13 @@ class Queue:
 
     def __init__(
         self,
-        engine: Engine,
         kind: CacheKind,
         store: PromptCache | None,
         chunk: int,
         limit: int | None,
         max_waiting: int,
     ) -> None:
-        self.engine, self.kind, self.store = engine, kind, store
+        self.kind, self.store = kind, store
         self.chunk, self.limit, self.max_waiting = chunk, limit, max_waiting
         self.pace, self._numbers = Pace(), 0
         self.waiting: deque[Request] = deque()
@@ -193,6 +187,7 @@ class Queue:
 
     def add(
         self,
+        engine: Engine,
         prompt: Prompt,
         sampling: SamplingOptions,
         options: GenerationOptions,
@@ -208,25 +203,25 @@ class Queue:
             raise BusyError(f"{self.max_waiting} requests wait already; {remedy}")
         goes_on = None
         if continued and self.store is not None:
-            weights, pieces = self.engine.steps.refresh(), self.engine.tokenizer
+            weights, pieces = engine.steps.refresh(), engine.tokenizer
             found: Any = {"weights": weights, "kind": self.kind, "owner": about["owner"]}
             goes_on = partial(self.store.ids_for, pieces, **found)
-        tokens = prompt_tokens(self.engine, prompt, goes_on)
+        tokens = prompt_tokens(engine, prompt, goes_on)
         self._numbers += 1
-        request = Request(self._numbers, self.engine, tokens, sampling, options, **about)
+        request = Request(self._numbers, engine, tokens, sampling, options, **about)
         self.waiting.append(request)
         return self._numbers
 
-    def admit(self, free: int, idle: bool, events: list[tuple[int, Event]]) -> tuple[int, bool]:
+    def admit(self, free: int, idle: bool, events: list[tuple[int, Event]]) -> int:
         """Prefill a bounded number of prompt tokens, and draw the first token of complete prompts.
 
         There are `free` rows; `idle` says that no row runs. Events are appended. Return the number
-        of tokens, and whether any prompt has become complete.
+        of tokens.
         """
         allowed = self.pace.tokens if self.limit is None else self.limit
         if idle:
             allowed = max(allowed, self.chunk)  # nobody waits for the rows
-        budget, complete = allowed, False
+        budget = allowed
         while budget > 0:
             admission = self._admission or self.begin(free - len(self.joining), budget)
             if admission is None:
@@ -236,16 +231,16 @@ class Queue:
             if admission.complete:
                 drawn = admission.first_tokens()
                 joining = list(zip(admission.requests, admission.caches(), strict=True))
-                self._admission, complete, self.joining = None, True, self.joining + joining
+                self._admission, self.joining = None, self.joining + joining
                 self._hand_out(joining, drawn, events)
-        return allowed - budget, complete
+        return allowed - budget
 
     def begin(self, free: int, budget: int) -> Admission | None:
         """Begin the admission of what is at the head of the queue, if a row is free for it."""
         if not self.waiting or free < 1:
             return None
         group = next_group(list(self.waiting)[:free], budget, self.kind, self.store)
-        admission = Admission(self.engine, group, self.kind, self.chunk, self.store)
+        admission = Admission(group, self.kind, self.chunk, self.store)
         others = deque(one for one in self.waiting if one not in group)
         self._admission, self.waiting = admission, others
         return admission
@@ -311,10 +306,11 @@ def next_group(
 ) -> list[Request]:
     """Choose which of the waiting requests are prefilled next: the first, and others like it.
 
-    At most a quarter of the tokens is padding. A prompt that shares its beginning with one of the
-    group waits for the next turn, when the prefix cache has that beginning.
+    All have the same weights, and at most a quarter of the tokens is padding. A prompt that shares
+    its beginning with one of the group waits for the next turn, when the prefix cache has that.
     """
-    first, *others = waiting
+    first = waiting[0]
+    others = [one for one in list(waiting)[1:] if one.engine is first.engine]
     group, left = [first], budget - len(first.known)
     for one in others:
         if one.known == first.known and one.owner == first.owner:
@@ -331,7 +327,5 @@ def next_group(
 def shares(one: Request, others: Sequence[Request]) -> bool:
     """Return whether most of a prompt is the beginning of another one, for the same owner."""
     least = max(SHARED, len(one.known) // 2)
-    return any(
-        one.owner == other.owner and common_prefix(one.known, other.known) >= least
-        for other in others
-    )
+    alike = (o for o in others if o.engine is one.engine and o.owner == one.owner)
+    return any(common_prefix(one.known, other.known) >= least for other in alike)

@@ -3,7 +3,7 @@
     prompt -> token ids         prompts.py, tokenizer.py
     ids -> queued request       scheduler.py
     request -> prefilled row    admission.py, from the longest prefix that prompt_cache.py has
-    row -> next token           decode.py steps all rows at once; sampling.py draws
+    row -> next token           lane.py runs the rows; decode.py steps all; sampling.py draws
         drafted beforehand      speculation.py, draft_model.py
         restricted by           grammar.py
     token -> event              request.py

@@ -19,6 +19,7 @@ from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError, reason
 from openelm_mlx.fields import shown
 from openelm_mlx.files import name_for_mlx, read_json, weight_files
+from openelm_mlx.model.adapters import Adapter, adapted
 from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig, expected_tensors
 from openelm_mlx.model.decoder import OpenELM, parameters
 from openelm_mlx.quantization import MLX_GROUP_SIZE, Plan, QuantSpec, quantization_of, read_plan
@@ -40,6 +41,9 @@ APPLES_DEFAULTS: Mapping[str, Any] = {"do_sample": False, "repetition_penalty": 
 class Engine:
     """A loaded model, ready to generate, from any thread and for several at once.
 
+    It may have several adapters, each an engine of its own that shares these weights; a request
+    chooses one by name, as in `generate(engine, text, adapter="story")`.
+
     Only a thread of yours that runs `engine.model` itself needs care: it should call
     `mx.clear_streams()` before it ends, or MLX may crash when the process exits.
     """
@@ -54,10 +58,50 @@ class Engine:
     chat_sampling: SamplingOptions = SamplingOptions(
         repetition_penalty=APPLES_DEFAULTS["repetition_penalty"]
     )
+    adapter: Adapter | None = None  # what `model` applies
+    adapters: dict[str, Engine] = field(default_factory=dict)  # by name
     steps: Steps = field(init=False)
 
     def __post_init__(self) -> None:
         self.steps = Steps(self.model)
+
+    @device_work
+    def load_adapter(self, adapter: str | Path | Adapter, name: str | None = None) -> Engine:
+        """Load an adapter, and return an engine that applies it; it is added to `adapters`, too.
+
+        >>> engine.load_adapter("story-adapter", "story")
+        >>> text = generate(engine, "Once upon a time", adapter="story")
+
+        It is LoRA or DoRA in a folder of mlx-lm's, PEFT's or CoreNet's form, and applied beside the
+        weights, which the engines share. `name` is by default the folder's. Raises `OptionError`
+        for a name that is taken, and `CheckpointError`, `ConfigError` or `ConversionError` for an
+        adapter that is damaged or of another model.
+        """
+        if self.adapter is not None:
+            what = f"{self.name} applies an adapter; load another one into the engine without it"
+            raise OptionError(what)
+        chosen = adapter if isinstance(adapter, Adapter) else opened(adapter, self.config)
+        name = chosen.name if name is None else name
+        if name in self.adapters:
+            remedy = "give another name, or first remove it from engine.adapters"
+            raise OptionError(f"{self.name} has an adapter {name!r} already; {remedy}")
+        model = adapted(self.model, chosen)
+        mx.eval(model.parameters())
+        own: Any = {"name": f"{self.name} with {name}", "adapter": chosen, "adapters": {}}
+        self.adapters[name] = replace(self, model=model, **own)
+        return self.adapters[name]
+
+    def adapted(self, name: str | None) -> Engine:
+        """Return the engine that applies the adapter `name`, or this one for None.
+
+        Raises `OptionError` if no such adapter was loaded.
+        """
+        if name is None:
+            return self
+        if name not in self.adapters:
+            known = ", ".join(map(repr, self.adapters)) or "none; load it with load_adapter"
+            raise OptionError(f"{self.name} has no adapter {name!r}; loaded: {known}")
+        return self.adapters[name]
 
     def stream(
         self,
@@ -93,6 +137,13 @@ class Engine:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         return sum(array.nbytes for array in parameters(self.model).values())
+
+
+def opened(folder: str | Path, config: OpenELMConfig) -> Adapter:
+    """Return the adapter in a folder. Raises the errors of `Engine.load_adapter`."""
+    from openelm_mlx.model.adapter_files import read_adapter  # type: ignore
+
+    return read_adapter(Path(folder).expanduser(), config)
 
 
 def load(

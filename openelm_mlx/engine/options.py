@@ -113,7 +113,7 @@ class SamplingOptions:
 @explained()
 @dataclass(frozen=True)
 class GenerationOptions:
-    """When an answer ends, what is reported with its tokens, its drafts, and its format."""
+    """When an answer ends, what is reported with it, its drafts, its format and its adapter."""
 
     max_tokens: int = option(256, "stop after this many tokens", 1)
     stop: tuple[str, ...] = option((), "stop before this text")
@@ -138,6 +138,9 @@ class GenerationOptions:
     )
     regex: str | None = option(None, "answer with a text that matches this expression entirely")
     choices: tuple[str, ...] = option((), "answer with one of these texts", commas=True)
+    adapter: str | None = option(
+        None, "answer with this adapter of those that the engine has loaded", flag=None
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.json_schema, Mapping):
@@ -240,6 +243,7 @@ class RequestSettings(TypedDict, total=False):
     json_schema: str | Mapping[str, Any] | None
     regex: str | None
     choices: str | Sequence[str]
+    adapter: str | None
 
 
 class EngineSettings(TypedDict, total=False):
