@@ -10,7 +10,7 @@ from pathlib import Path
 
 from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import OptionError
-from openelm_mlx.fields import check_fields, explained, option
+from openelm_mlx.fields import check_fields, explained, in_utf8, option
 from openelm_mlx.quantization import (
     ALL_GROUP_SIZES,
     BITS,
@@ -148,8 +148,7 @@ class ConvertOptions:
     @property
     def shown_source(self) -> str:
         """The source without paths of the machine, in UTF-8 as the record of a conversion is."""
-        name = self.source_name or self.source.absolute().name
-        return name.encode("utf-8", "replace").decode("utf-8")
+        return in_utf8(self.source_name or self.source.absolute().name)
 
     @property
     def inputs(self) -> list[Path]:

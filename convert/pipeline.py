@@ -20,7 +20,12 @@ from openelm_mlx.convert.quantize.plan import Quantization, memory_needed
 from openelm_mlx.convert.quantize.rounding import quantized
 from openelm_mlx.convert.record import ConversionReport, SourceHash
 from openelm_mlx.convert.targets import Target, check_target, staged
-from openelm_mlx.convert.targets.checks import check_apart, check_inputs
+from openelm_mlx.convert.targets.checks import (
+    check_apart,
+    check_inputs,
+    check_memory,
+    check_space,
+)
 from openelm_mlx.convert.targets.folder import FolderTarget
 from openelm_mlx.convert.targets.gguf import GGUFTarget
 from openelm_mlx.convert.verify import check_bound, verification_text, verify
@@ -51,9 +56,11 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     check_apart(options.target, [*opened.source.files, opened.tokenizer.path])
     if opened.source.instruct and options.instruct is None:
         options = replace(options, instruct=True)
-    # read here, because a text that cannot be used should be refused before the work
     batches = verification_text(opened, options.verify_text) if options.verifies else []
     target = open_target(opened, options)
+    if not options.dry_run:
+        check_space(options.target, target.nbytes())
+        check_memory(memory_needed(opened.trimmed, options), options)
     chosen = target.plan(progress)
     report = make_report(opened, target, chosen, options)
     if options.dry_run:

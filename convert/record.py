@@ -19,6 +19,7 @@ from openelm_mlx.convert.quantize.recipes import role
 from openelm_mlx.convert.sources import LICENCE_KEYS, TensorSource, number_of
 from openelm_mlx.device import facts
 from openelm_mlx.engine.hub import SHORT_NAMES, is_published
+from openelm_mlx.fields import encodable, in_utf8
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import Plan, QuantSpec, config_entry
 
@@ -79,7 +80,11 @@ def licence_of(source: TensorSource, options: ConvertOptions) -> Licence:
     Where neither names any, names under which Apple published get Apple's terms.
     """
     folder = options.source if options.source.is_dir() else options.source.parent
-    files = tuple(path for path in sorted(folder.glob("LICEN[SC]E*")) if path.is_file())
+    files = tuple(
+        path
+        for path in sorted(folder.glob("LICEN[SC]E*"))
+        if path.is_file() and encodable(path.name)
+    )
     entries = dict(source.licence) or front_matter(folder / "README.md")
     entries = entries or licence_of_name(options.source_name or "")
     link = entries.get("license_link", "")
@@ -139,7 +144,7 @@ class SourceHash:
                         digest.update(chunk)
             except OSError:  # the conversion itself reports what cannot be read
                 return
-            self._hashes[path.name] = digest.hexdigest()
+            self._hashes[in_utf8(path.name)] = digest.hexdigest()
 
     def result(self) -> dict[str, str]:
         """Return the hashes by file name, once they are complete."""
@@ -163,7 +168,7 @@ def command_line(options: ConvertOptions) -> str:
         else:
             is_path = isinstance(value, Path) or item.name == "recipe"
             words += [flag, Path(value).name if is_path else str(value)]
-    return shlex.join(words)
+    return in_utf8(shlex.join(words))
 
 
 def conversion_record(

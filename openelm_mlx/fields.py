@@ -120,6 +120,11 @@ def encodable(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
+def in_utf8(name: str) -> str:
+    """Return a name with question marks for what is not UTF-8, for files that have to be."""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
 def within(item: Field[Any], value: Any) -> bool:
     """Return whether a value is one of a field's choices, or in its range."""
     if value is None:

@@ -131,7 +131,9 @@ def test_a_text_that_is_too_short_is_told_before_anything_is_measured(tmp_path):
     options = ConvertOptions(
         NANO / "checkpoint.pt", tmp_path / "m", target_bpw=4, verify_text=tmp_path / "empty.txt"
     )
-    with pytest.raises(ConversionError, match="empty.txt has no text to verify on"):
+    with pytest.raises(
+        ConversionError, match="--verify-text .*empty.txt has no text; give another file"
+    ):
         convert(options, lambda *progress: seen.append(progress))
     assert seen == []
 

@@ -31,7 +31,7 @@ from openelm_mlx.convert.targets.checks import (
     names_in,
 )
 from openelm_mlx.errors import ConversionError
-from openelm_mlx.files import check_writable
+from openelm_mlx.files import check_writable, name_for_mlx
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.quantize.plan import Quantization
@@ -54,8 +54,10 @@ class Target(Protocol):
         """Choose how MLX quantizes every matrix, and learn its rounding."""
         ...
 
-    def nbytes(self, plan: Plan) -> int:
-        """Return the bytes of the weights."""
+    def nbytes(self, plan: Plan | None = None) -> int:
+        """Return the bytes of the weights; without a plan those that are known before `plan`
+        measures, which it does not exceed.
+        """
         ...
 
     def write(self, folder: Path, plan: Plan, arrays: Iterable[tuple[str, mx.array]]) -> Path:
@@ -78,6 +80,8 @@ def check_target(options: ConvertOptions) -> None:
     that has what is to be read, and `OptionError` for one that cannot be written.
     """
     target = options.target
+    if not options.is_gguf:
+        name_for_mlx(os.path.abspath(target))
     if not options.dry_run:
         check_writable(target, "--output", folder=True)
         if target.absolute().parent.is_dir():

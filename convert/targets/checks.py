@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize.recipes import find_recipe
 from openelm_mlx.convert.record import RECORD, TOOL
+from openelm_mlx.device import memory_bytes
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import read_own_json, read_text
 
@@ -140,14 +142,47 @@ def hashes_in(folder: Path) -> dict[str, str]:
     }
 
 
+def check_space(target: Path, nbytes: int) -> None:
+    """Raise `ConversionError` if the disk of `target` has less than `nbytes` left.
+
+    A target that is replaced frees nothing: the new one is complete before the old one goes.
+    """
+    place = next(path for path in target.absolute().parents if path.exists())
+    free = shutil.disk_usage(place).free
+    if nbytes > free:
+        raise ConversionError(
+            f"{target} cannot be written: its weights take {nbytes:,} bytes, but {place} has "
+            f"{free:,} left; free some space, or choose a place on another disk"
+        )
+
+
+def check_memory(nbytes: int, options: ConvertOptions) -> None:
+    """Raise `ConversionError` if a conversion needs more memory than this machine has."""
+    if nbytes <= (memory := memory_bytes()):
+        return
+    asked = {
+        f"--calibrate {options.calibrate}": options.calibrate,
+        "--target-bpw": options.target_bpw,
+        "--verify": options.verifies,
+    }
+    flags = " and ".join(flag for flag, value in asked.items() if value)
+    remedy = f"leave out {flags}, or use" if flags else "use"
+    raise ConversionError(
+        f"this conversion needs about {nbytes / 1e9:.1f} GB of memory, but this machine has "
+        f"{memory / 1e9:.1f}; {remedy} a machine with more"
+    )
+
+
 def check_inputs(options: ConvertOptions) -> None:
-    """Raise `OptionError` or `ConfigError` for a text or recipe that cannot be read, before
-    anything is fetched.
+    """Raise an error for a text or recipe that cannot be read, before anything is fetched.
+
+    It raises `OptionError`, `ConfigError`, and `ConversionError` for an empty text.
     """
     texts = {"--verify-text": options.verify_text, "--calibration-text": options.calibration_text}
     for flag, path in texts.items():
         if path is None or (os.path.exists(path) and not os.path.isfile(path)):
             continue  # a pipe can be read only once
-        read_text(path, flag)
+        if not read_text(path, flag).strip():
+            raise ConversionError(f"{flag} {path} has no text; give another file")
     if options.recipe is not None:
         find_recipe(options.recipe)

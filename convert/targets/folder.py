@@ -16,7 +16,7 @@ import numpy as np
 
 from openelm_mlx.convert.opening import OpenedModel
 from openelm_mlx.convert.options import ConvertOptions, Progress
-from openelm_mlx.convert.quantize.plan import Quantization, plan_quantization
+from openelm_mlx.convert.quantize.plan import Quantization, given_plan, plan_quantization
 from openelm_mlx.convert.quantize.rounding import layout
 from openelm_mlx.convert.record import (
     KEPT,
@@ -72,17 +72,22 @@ class FolderTarget(Target):
         self.dtype = tensors[f"{EMBEDDINGS}.weight"].dtype
         self.sampling = sampling_defaults(options.source, opened.trimmed)
         self.licence = licence_of(opened.source, options)
+        self.tokenizer_files = tokenizer_files(opened.tokenizer)
 
     def plan(self, progress: Progress | None) -> Quantization:
         return plan_quantization(self.opened, self.dtype, self.options, progress)
 
-    def nbytes(self, plan: Plan) -> int:
+    def nbytes(self, plan: Plan | None = None) -> int:
+        if plan is None and self.options.target_bpw is not None:
+            return int(self.options.target_bpw * self.opened.trimmed.num_parameters / 8)
+        plan = given_plan(self.opened, self.options) if plan is None else plan
         return sum(info.nbytes for info in self._layout(plan).values())
 
     def write(self, folder: Path, plan: Plan, arrays: Iterable[tuple[str, mx.array]]) -> Path:
         made_for = "pt" if self.options.target_format == "hf" else "mlx"
         write_weights(folder, self._layout(plan), arrays, made_for)
-        write_tokenizer(folder, self.opened.tokenizer)
+        for name, content in self.tokenizer_files.items():
+            (folder / name).write_bytes(content)
         if self.options.is_instruct:
             (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
         write_json(folder / GENERATION_CONFIG, self.sampling)
@@ -129,15 +134,19 @@ def sampling_defaults(source: Path, config: OpenELMConfig) -> dict[str, Any]:
     return {**generation_config(folder), "bos_token_id": config.bos_token_id, "eos_token_id": eos}
 
 
-def write_tokenizer(folder: Path, tokenizer: TokenizerModel) -> None:
-    """Write tokenizer.model, tokenizer.json and tokenizer_config.json.
+def tokenizer_files(tokenizer: TokenizerModel) -> dict[str, bytes]:
+    """Return tokenizer.model, tokenizer.json and tokenizer_config.json by name.
 
     Raises `TokenizerError` for a tokenizer that other tools would read differently.
     """
-    (folder / "tokenizer.model").write_bytes(tokenizer.data)
-    content = json.dumps(build_tokenizer_json(tokenizer), ensure_ascii=False, separators=(",", ":"))
-    (folder / "tokenizer.json").write_text(content + "\n", encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
+    content = build_tokenizer_json(tokenizer)
+    compact = json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
+    settings = json.dumps(tokenizer_config(tokenizer), indent=2, ensure_ascii=False) + "\n"
+    return {
+        "tokenizer.model": tokenizer.data,
+        "tokenizer.json": compact.encode(),
+        "tokenizer_config.json": settings.encode(),
+    }
 
 
 def write_weights(

@@ -55,7 +55,7 @@ class GGUFTarget(Target):
         """Leave all matrices unquantized: llama.cpp's types are not MLX's."""
         return Quantization(dict.fromkeys(matrices(self.shapes)))
 
-    def nbytes(self, plan: Plan) -> int:
+    def nbytes(self, plan: Plan | None = None) -> int:
         return sum(stored.nbytes for stored in gguf_layout(self.opened.trimmed, self.kinds))
 
     def write(self, folder: Path, plan: Plan, arrays: Iterable[tuple[str, mx.array]]) -> Path:
