@@ -21,6 +21,7 @@ from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 if TYPE_CHECKING:
     from openelm_mlx.convert.opening import OpenedModel
 
+NORM = "transformer.norm.weight"  # of the last layer's output
 Weights = Mapping[str, mx.array]  # float32, under Hugging Face's names
 Hook = Callable[[str, mx.array], None]  # called with a matrix's stem and input [tokens, columns]
 
@@ -58,6 +59,13 @@ def of_layer(weights: Weights, number: int) -> dict[str, mx.array]:
     """Return the weights of one layer, all in memory."""
     prefix = f"transformer.layers.{number}."
     found = {name: weights[name] for name in weights if name.startswith(prefix)}
+    mx.eval(found)
+    return found
+
+
+def head_weights(config: OpenELMConfig, weights: Weights) -> dict[str, mx.array]:
+    """Return the weights of the last norm and the head, all in memory."""
+    found = {name: weights[name] for name in (NORM, f"{head_stem(config)}.weight")}
     mx.eval(found)
     return found
 
@@ -116,7 +124,7 @@ def layer(
 
 def normed(config: OpenELMConfig, weights: Weights, x: mx.array) -> mx.array:
     """Return the last layer's output after the last norm: the input of the head."""
-    return mx.fast.rms_norm(x, weights["transformer.norm.weight"], config.rms_norm_eps)
+    return mx.fast.rms_norm(x, weights[NORM], config.rms_norm_eps)
 
 
 def head(config: OpenELMConfig, weights: Weights, x: mx.array, hook: Hook = no_hook) -> mx.array:

@@ -11,26 +11,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from openelm_mlx.convert.quantize import (
     EMBEDDINGS,
+    NORM,
     Hook,
     Weights,
-    embed,
+    embedded,
     head,
     head_stem,
+    head_weights,
     in_batches,
     last_states,
     layer,
+    normed,
+    of_layer,
+    through,
 )
 from openelm_mlx.convert.quantize.rounding import (
     DAMPING,
+    Codes,
     Learned,
     error_feedback,
-    quantized,
+    inverse_factor,
+    rounded,
 )
 from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.device import mx
@@ -47,6 +54,7 @@ if TYPE_CHECKING:
     from openelm_mlx.model.decoder import OpenELM
 
 Encode = Callable[[str], list[int]]  # text to ids, without BOS
+Moments = Callable[[], mx.array]  # computed when they are needed, and freed when they are used
 PROMPTS = (
     *("", "The", "In", "A", "It was", "This is", "When", "He said", "She", "There was once", "We"),
     *("How to", "I think", "On the", "If you", "Once upon a time"),
@@ -170,14 +178,15 @@ def calibrate(
     progress: Progress | None = None,
 ) -> Learned:
     """Learn the rounding of `plan` on tokens [rows, length]: by `gptq`, or by `distill`, which goes
-    on from there.
+    on from there and needs the whole model in memory.
     """
-    learned = calibrate_gptq(config, exact, plan, tokens[:GPTQ_ROWS], dtype, progress)
-    if method == "gptq":
+    goes_on = method == "distill"
+    learned = calibrate_gptq(config, exact, plan, tokens[:GPTQ_ROWS], dtype, progress, goes_on)
+    if not goes_on:
         return learned
     from openelm_mlx.convert.quantize.distill import distill
 
-    return distill(config, exact, learned, tokens, dtype, progress=progress)
+    return distill(config, exact, learned, tokens, progress=progress)
 
 
 def calibrate_gptq(
@@ -187,69 +196,76 @@ def calibrate_gptq(
     tokens: mx.array,
     dtype: str,
     progress: Progress | None = None,
+    keep_codes: bool = False,
 ) -> Learned:
-    """Round every affine matrix of `plan` with error feedback on tokens [rows, length], and block
-    formats to nearest.
+    """Round every affine matrix of `plan` with error feedback on tokens [rows, length]; the others
+    are rounded to nearest.
 
     The second moments come from the model rounded so far, so that later matrices make up for
-    earlier ones.
+    earlier ones. In memory are one layer, the inputs of it, and one matrix of second moments.
     """
-    done = Learned(dict(exact), plan=plan)
-    batches = in_batches(tokens, BATCH)
+    done, batches = Learned(plan, dtype), in_batches(tokens, BATCH)
     tied, layers = config.share_input_output_layers, config.num_transformer_layers
     place, count = 0, layers * len(LAYER_MATRICES) + (1 if tied else 2)
 
-    def step(stem: str, moments: mx.array | None, damping: float = DAMPING) -> None:
+    def step(
+        own: dict[str, mx.array], stem: str, moments: Moments | None, damping: float = DAMPING
+    ) -> None:
         nonlocal place
         if progress is not None:
             progress(place, count, f"rounding {stem}")
-        round_one(done, exact, stem, moments, dtype, damping)
+        codes = round_one(done, own, stem, moments, damping)
+        if codes is not None and keep_codes:
+            done.codes[stem] = codes
         place += 1
 
-    moments = None
+    own = {f"{EMBEDDINGS}.weight": exact[f"{EMBEDDINGS}.weight"]}
     if tied:  # rounded as the head they are too, for the inputs that it has in the exact model
-        states = last_states(config, exact, batches)
-        moments = second_moments(partial(head, config, exact), states, EMBEDDINGS)
-    step(EMBEDDINGS, moments, TIED_DAMPING if tied else DAMPING)
-    inputs = [embed(done.weights, batch) for batch in batches]
+        step(own, EMBEDDINGS, partial(head_moments, config, exact, batches), TIED_DAMPING)
+    else:
+        step(own, EMBEDDINGS, None)
+    inputs = embedded(own, batches)
     for number in range(layers):
-        run = partial(layer, config, number, done.weights)
+        own = of_layer(exact, number)
+        run = partial(layer, config, number, own)
         for stem in (f"transformer.layers.{number}.{matrix}" for matrix in LAYER_MATRICES):
-            step(stem, second_moments(run, inputs, stem))
-        inputs = [run(x) for x in inputs]
-        for x in inputs:
-            mx.eval(x)
+            step(own, stem, partial(second_moments, run, inputs, stem))
+        through(config, number, own, inputs)
     if not tied:
+        own = head_weights(config, exact)
         stem = head_stem(config)
-        step(stem, second_moments(partial(head, config, done.weights), inputs, stem))
+        step(own, stem, partial(second_moments, partial(head, config, own), inputs, stem))
     if progress is not None:
         progress(count, count, "rounded")
     return done
 
 
 def round_one(
-    done: Learned,
-    exact: Weights,
-    stem: str,
-    moments: mx.array | None,
-    dtype: str,
-    damping: float,
-) -> None:
-    spec, name = done.plan.get(stem), f"{stem}.weight"
-    kind = DTYPES[dtype].mlx
+    done: Learned, own: dict[str, mx.array], stem: str, moments: Moments | None, damping: float
+) -> Codes | None:
+    """Round a matrix, and replace it in `own` by the weights that it stands for from now on.
+
+    Returns its codes if it was rounded with error feedback, for inputs of these second moments or,
+    with None, for columns that matter alike.
+    """
+    spec, name, kind = done.plan.get(stem), f"{stem}.weight", DTYPES[done.dtype].mlx
     if spec is None or spec.mode != "affine":
-        stored = quantized(name, exact[name].astype(kind), spec)
-        done.weights[name] = dequantized(name, stored, spec)
-        return
-    columns = exact[name].shape[1]
-    hessian = np.eye(columns, dtype=np.float32) if moments is None else np.array(moments)
-    codes = error_feedback(np.array(exact[name]), hessian, spec, kind, damping)
-    done.codes[stem] = codes
-    done.weights[name] = mx.array(codes.weights())
+        own[name] = rounded(own[name], spec, kind)
+        return None
+    weights = np.asarray(own[name])
+    if moments is None:
+        factor = inverse_factor(np.eye(weights.shape[1], dtype=np.float32), damping)
+    else:
+        factor = inverse_factor(np.asarray(moments()), damping)
+    codes = error_feedback(weights, factor, spec, kind)
+    done.stored[name] = codes.arrays(name, kind)
+    own[name] = dequantized(name, done.stored[name], spec)
+    mx.eval(own[name], done.stored[name])
+    return codes
 
 
 def second_moments(
-    run: Callable[[mx.array, Hook], mx.array], states: Iterable[mx.array], stem: str
+    run: Callable[[mx.array, Hook], Any], states: Iterable[mx.array], stem: str
 ) -> mx.array:
     """Return the mean of x x^T over the inputs of a matrix, [columns, columns]."""
     total, count = mx.array(0.0), 0
@@ -259,3 +275,13 @@ def second_moments(
         total, count = total + seen[stem].T @ seen[stem], count + len(seen[stem])
         mx.eval(total)
     return total / count
+
+
+def head_moments(config: OpenELMConfig, exact: Weights, batches: list[mx.array]) -> mx.array:
+    """Return the second moments of the head's inputs in the exact model."""
+    states, norm = last_states(config, exact, batches), {NORM: exact[NORM]}
+
+    def run(x: mx.array, hook: Hook) -> None:
+        hook(NORM, normed(config, norm, x).reshape(-1, x.shape[-1]))
+
+    return second_moments(run, states, NORM)

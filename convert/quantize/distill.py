@@ -9,7 +9,7 @@ starts where error feedback ended, so every step is a small one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,12 +81,14 @@ def distill(
     exact: Weights,
     start: Learned,
     tokens: mx.array,
-    dtype: str,
     schedule: Schedule | None = None,
     progress: Progress | None = None,
 ) -> Learned:
-    """Train `start` on tokens [rows, length]. One machine always gives the same result."""
-    schedule = schedule or Schedule()
+    """Train `start` on tokens [rows, length]. One machine always gives the same result.
+
+    All weights are in memory in float32: gradients pass through the whole model.
+    """
+    schedule, exact = schedule or Schedule(), dict(exact)
     starts = {
         stem: Start(codes, mx.array(codes.before), mx.array(codes.scales), mx.array(codes.biases))
         for stem, codes in start.codes.items()
@@ -104,16 +106,19 @@ def distill(
         "norms": [mx.zeros(exact[name].shape) for name in norms],
     }
 
+    stored = start.weights(exact)
+    fixed = {name: stored[name] for name in exact if name not in {*start.stored, *norms}}
+
     def weights_of(moved: dict[str, Any]) -> dict[str, mx.array]:
         matrices = {
             f"{stem}.weight": starts[stem].weights(own)
             for stem, own in zip(starts, moved["matrices"], strict=True)
         }
-        changed = {
-            name: exact[name] * (1 + share)
-            for name, share in zip(norms, moved["norms"], strict=True)
-        }
-        return {**start.weights, **matrices, **changed}
+        return {**fixed, **matrices, **norms_of(moved)}
+
+    def norms_of(moved: dict[str, Any]) -> dict[str, mx.array]:
+        shares = zip(norms, moved["norms"], strict=True)
+        return {name: exact[name] * (1 + share) for name, share in shares}
 
     def loss(moved: dict[str, Any], batch: mx.array, reference: mx.array) -> mx.array:
         return kl_divergence(reference, logits(config, weights_of(moved), batch)).mean()
@@ -134,7 +139,7 @@ def distill(
         mx.eval(moved, first, second, value)
         if progress is not None:
             progress(step + 1, steps, f"distilling, loss {value.item():.4f}")
-    return finished(start, starts, norms, moved, weights_of, dtype)
+    return finished(start, starts, moved["matrices"], norms_of(moved))
 
 
 def adam(
@@ -171,23 +176,17 @@ def rows_in_turn(rows: int, count: int) -> np.ndarray:
 
 def finished(
     start: Learned,
-    starts: dict[str, Start],
-    norms: list[str],
-    moved: dict[str, Any],
-    weights_of: Callable[[dict[str, Any]], dict[str, mx.array]],
-    dtype: str,
+    starts: Mapping[str, Start],
+    moved: Sequence[dict[str, mx.array]],
+    norms: Mapping[str, mx.array],
 ) -> Learned:
     """Round the codes for good, and scales, biases and norms to the type they are stored in."""
-    kind = DTYPES[dtype].mlx
-    result = Learned(dict(weights_of(moved)), plan=start.plan)
-    for (stem, own), change in zip(starts.items(), moved["matrices"], strict=True):
-        top = 2**own.codes.spec.bits - 1
+    kind, result = DTYPES[start.dtype].mlx, Learned(start.plan, start.dtype)
+    for (stem, own), change in zip(starts.items(), moved, strict=True):
+        top, name = 2**own.codes.spec.bits - 1, f"{stem}.weight"
         place = np.clip(np.array(change["codes"]), 0, top)
         scales, biases = (as_stored(np.array(side), kind) for side in own.grid(change))
         codes = Codes(own.codes.spec, np.rint(place).astype(np.uint8), scales, biases, place)
-        result.codes[stem] = codes
-        result.weights[f"{stem}.weight"] = mx.array(codes.weights())
-    for name in norms:
-        result.norms[name] = result.weights[name].astype(kind)
-        result.weights[name] = result.norms[name].astype(mx.float32)
+        result.stored[name] = codes.arrays(name, kind)
+    result.stored |= {name: {name: array.astype(kind)} for name, array in norms.items()}
     return result

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.convert.quantize import (
+    NORM,
     LazyWeights,
     Weights,
     embedded,
     head,
     head_stem,
+    head_weights,
     in_batches,
     last_states,
     normed,
@@ -40,7 +42,6 @@ Spec = QuantSpec | None  # None: not quantized, which costs no loss
 Losses = dict[str, dict[Spec, float]]  # stem -> spec -> mean KL divergence in nats
 Rounding = Callable[[str, mx.array, Spec], mx.array]  # of a matrix by its stem, in float32
 States = list[mx.array]  # for each batch the input of a layer, [rows, length, model_dim]
-NORM = "transformer.norm.weight"  # of the last states
 BATCH = 4  # rows of tokens in one pass: bounds the memory of activations
 STATES = 768 << 20  # bytes of states, of the models that go through the layers together
 CHUNK = 16 << 20  # bytes of a matrix whose error is taken at a time
@@ -111,12 +112,6 @@ class Reference:
                     divergence: Any = kl_divergence(known, other).sum().item()
                     sums[number] += divergence
         return [total / sum(tokens.size for tokens in self.batches) for total in sums]
-
-
-def head_weights(config: OpenELMConfig, weights: Weights) -> dict[str, mx.array]:
-    found = {name: weights[name] for name in (NORM, f"{head_stem(config)}.weight")}
-    mx.eval(found)
-    return found
 
 
 def logits_from(config: OpenELMConfig, weights: Weights, states: mx.array, start: int) -> mx.array:

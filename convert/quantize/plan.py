@@ -69,7 +69,7 @@ def plan_quantization(
     if options.calibrate is None or options.dry_run:
         return Quantization(plan, {}, measured)
     learned = calibrate(options.calibrate, opened.trimmed, exact, plan, tokens, dtype, progress)
-    return Quantization(plan, learned.arrays(dtype), measured | {"method": options.calibrate})
+    return Quantization(plan, learned.stored, measured | {"method": options.calibrate})
 
 
 def given_plan(opened: OpenedModel, options: ConvertOptions) -> Plan:

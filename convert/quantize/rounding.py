@@ -9,17 +9,21 @@ This is numpy's work: column by column leaves nothing to do for a device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
+from openelm_mlx.convert.quantize import LazyWeights, Weights
 from openelm_mlx.convert.sources.folder import PARTS, dequantized
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import TensorInfo
-from openelm_mlx.quantization import Plan, QuantSpec
+from openelm_mlx.quantization import Plan, QuantSpec, planned
 
+PART = 1 << 24  # weights that are rounded or packed at a time
 BLOCK = 128  # columns whose errors are passed on together; every group size divides it
 DAMPING = 0.01  # of the mean diagonal of the second moments, added to all of it
 SHRINKS = np.linspace(1.0, 0.5, 26)  # of a group's range: a cut-off end buys a finer grid
@@ -63,6 +67,7 @@ class Codes:
     were rounded, clipped to their range: where learning by gradient starts.
     """
 
+    SIDES: ClassVar = ("codes", "scales", "biases", "before")
     spec: QuantSpec
     codes: np.ndarray
     scales: np.ndarray
@@ -88,10 +93,18 @@ def pack(codes: np.ndarray, bits: int) -> mx.array:
     """Return codes [rows, columns] as MLX packs them, uint32 [rows, columns * bits / 32]: one
     stream of bits, the lowest first.
     """
-    rows, columns = codes.shape
-    spread = (codes.astype(np.uint8)[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
-    packed = np.packbits(spread.reshape(rows, columns * bits), axis=-1, bitorder="little")
-    return mx.array(packed.view("<u4").astype(np.uint32))
+    parts = []
+    for rows in in_parts(codes):  # a byte for every bit is eight times what is packed
+        spread = (rows.astype(np.uint8)[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+        packed = np.packbits(spread.reshape(len(rows), -1), axis=-1, bitorder="little")
+        parts.append(mx.array(packed.view("<u4").astype(np.uint32)))
+    return mx.concatenate(parts)
+
+
+def in_parts(matrix: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield views on some rows at a time."""
+    step = max(1, PART // matrix.shape[1])
+    yield from (matrix[start : start + step] for start in range(0, len(matrix), step))
 
 
 def as_stored(array: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
@@ -100,20 +113,23 @@ def as_stored(array: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
 
 
 def error_feedback(
-    weights: np.ndarray,
-    hessian: np.ndarray,
-    spec: QuantSpec,
-    dtype: mx.Dtype,
-    damping: float = DAMPING,
+    weights: np.ndarray, factor: np.ndarray, spec: QuantSpec, dtype: mx.Dtype
 ) -> Codes:
-    """Round `weights` [rows, columns] for inputs with second moments `hessian` [columns, columns].
+    """Round `weights` [rows, columns] for the inputs of which `inverse_factor` made the factor.
 
-    Raises `ConversionError` for moments that are not finite.
+    Rows do not depend on each other, so some are rounded at a time.
     """
-    factor = inverse_factor(hessian, damping)
+    parts = [feed_back(rows, factor, spec, dtype) for rows in in_parts(weights)]
+    if len(parts) == 1:
+        return parts[0]
+    sides = ([getattr(part, side) for part in parts] for side in Codes.SIDES)
+    return Codes(spec, *map(np.concatenate, sides))
+
+
+def feed_back(weights: np.ndarray, factor: np.ndarray, spec: QuantSpec, dtype: mx.Dtype) -> Codes:
     rows, columns = weights.shape
     size, top = spec.group_size, 2**spec.bits - 1
-    work = weights.astype(np.float32).copy()
+    work = np.array(weights, np.float32)
     scales, biases = (np.zeros((rows, columns // size), np.float32) for _ in range(2))
     codes, before = (np.zeros((rows, columns), kind) for kind in (np.uint8, np.float32))
     importance = (1.0 / np.diag(factor) ** 2).astype(np.float32)
@@ -137,17 +153,27 @@ def error_feedback(
     return Codes(spec, codes, scales, biases, before)
 
 
-def inverse_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
-    """Return the upper Cholesky factor, in float32, of the inverse of the damped second moments."""
-    if not np.isfinite(hessian).all():
+def inverse_factor(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+    """Return the upper factor U, in float32, of the inverse U^T U of the damped second moments
+    [columns, columns] of a matrix's inputs.
+
+    With rows and columns in reverse their lower Cholesky factor is made and inverted; in reverse
+    again it is U. Two matrices in float64 are in memory. Raises `ConversionError` for moments that
+    are not finite.
+    """
+    if not np.isfinite([moments.min(), moments.max()]).all():
         raise ConversionError(
             "calibration gave activations that are not finite; check the source with --verify"
         )
-    damped = hessian.astype(np.float64)
+    damped = moments[::-1, ::-1].astype(np.float64)
     level = max(float(np.mean(np.diag(damped))), 1e-12)
     damped[np.diag_indices_from(damped)] += damping * level
-    inverse = np.linalg.inv(damped)
-    return np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+    factor = mx.array(damped, dtype=mx.float64)
+    del damped
+    for step in (mx.linalg.cholesky, mx.linalg.tri_inv):
+        factor = step(factor, stream=mx.cpu)  # a GPU has no float64
+        mx.eval(factor)
+    return np.array(factor)[::-1, ::-1].astype(np.float32)
 
 
 def fit_groups(
@@ -190,16 +216,22 @@ def fit_groups(
 
 @dataclass
 class Learned:
-    """The float32 weights of the rounded model, and the codes of its affine matrices."""
+    """The arrays to store for the tensors that calibration changed; all others are rounded to
+    nearest, with scales in `dtype`.
+    """
 
-    weights: dict[str, mx.array]
-    codes: dict[str, Codes] = field(default_factory=dict)  # by stem
-    plan: Plan = field(default_factory=dict)
-    norms: dict[str, mx.array] = field(default_factory=dict)  # by tensor name, as stored
+    plan: Plan
+    dtype: str
+    stored: dict[str, dict[str, mx.array]] = field(default_factory=dict)  # by tensor
+    codes: dict[str, Codes] = field(default_factory=dict)  # by stem, if distillation goes on
 
-    def arrays(self, dtype: str) -> dict[str, dict[str, mx.array]]:
-        """Return what is stored for each tensor by name; all others are rounded to nearest."""
-        codes = {f"{stem}.weight": codes for stem, codes in self.codes.items()}
-        return {name: own.arrays(name, DTYPES[dtype].mlx) for name, own in codes.items()} | {
-            name: {name: array} for name, array in self.norms.items()
-        }
+    def weights(self, exact: Weights) -> LazyWeights:
+        """Return the float32 weights that everything stored stands for."""
+
+        def read(name: str) -> mx.array:
+            spec = planned(self.plan, name)
+            if name in self.stored:
+                return dequantized(name, self.stored[name], spec)
+            return rounded(exact[name], spec, DTYPES[self.dtype].mlx)
+
+        return LazyWeights(exact, read)

@@ -112,11 +112,11 @@ def test_small_losses_are_measured_and_not_rounding_noise():
 @pytest.mark.parametrize("within", [False, True], ids=["exact", "around a plan"])
 def test_models_run_together_lose_what_each_loses_alone(name, within, monkeypatch):
     config, weights = small_model(name)
-    tokens, shapes = random_tokens(config), matrices(expected_tensors(config))
+    tokens, shapes = random_tokens(config, rows=5), matrices(expected_tensors(config))
     specs, plan = (QuantSpec(2, 32), QuantSpec(3, 32)), dict.fromkeys(shapes, QuantSpec(4, 32))
-    changes = [{stem: spec} for stem in shapes for spec in specs]
+    changes = [{stem: spec} for stem in list(shapes)[::5] + list(shapes)[-1:] for spec in specs]
     changes += [dict.fromkeys(shapes, spec) for spec in specs]
-    changes += [dict.fromkeys(list(shapes)[k:], None) for k in (1, 6)] + [{}]
+    changes += [dict.fromkeys(list(shapes)[6:], None), {}]
     reads = Counter()
 
     def read(name):
@@ -126,11 +126,11 @@ def test_models_run_together_lose_what_each_loses_alone(name, within, monkeypatc
     reference = make_reference(config, LazyWeights(weights, read), tokens)
     assert set(reads.values()) == {1}
     width = sum(states.nbytes for states in reference.states)
-    monkeypatch.setattr(losses_module, "STATES", 7 * width)  # seven at once
+    monkeypatch.setattr(losses_module, "STATES", 4 * width)  # four at once
     around = plan if within else None
     found = reference.losses_of(changes, nearest(F16), around)
     layers = Counter({name: n for name, n in reads.items() if name.endswith("attn_norm.weight")})
-    assert max(layers.values()) == 1 + -(-len(changes) // 7)  # once for each seven models
+    assert 2 < max(layers.values()) <= 1 + -(-len(changes) // 4)  # once for each four
     for change, loss in zip(changes, found, strict=True):
         own = dict(rounded_weights(weights, plan, nearest(F16))) if within else dict(weights)
         for stem, spec in change.items():

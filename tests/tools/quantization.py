@@ -27,7 +27,6 @@ from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.quantize import allocate, calibrate, exact_weights, logits
 from openelm_mlx.convert.quantize.losses import make_reference, measure, nearest, rounded_weights
-from openelm_mlx.convert.quantize.rounding import Learned
 from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.convert.verify import text_batches
 from openelm_mlx.device import mx, nn
@@ -36,7 +35,7 @@ from openelm_mlx.errors import OpenELMError
 from openelm_mlx.evaluate.score import Comparison, compare
 from openelm_mlx.files import check_writable, read_text
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
-from openelm_mlx.quantization import Plan, QuantSpec, matrices, planned
+from openelm_mlx.quantization import Plan, QuantSpec, matrices
 
 DTYPE = "float16"  # of scales, biases, norms and matrices that are not quantized
 LEARNED = ("gptq", "distill")
@@ -154,18 +153,8 @@ class OurMethods:
 
     def learned(self, method: str, plan: Plan) -> Result:
         given = self.config, self.exact, plan, self.tokens, DTYPE, progress
-        return stored_weights(calibrate.calibrate(method, *given)), self.size(plan)
-
-
-def stored_weights(learned: Learned) -> Weights:
-    """Return the float32 weights that the stored tensors stand for; what is not quantized is
-    rounded to `DTYPE`.
-    """
-    kind, specs = DTYPES[DTYPE].mlx, learned.plan
-    return {
-        name: array if planned(specs, name) else array.astype(kind).astype(mx.float32)
-        for name, array in learned.weights.items()
-    }
+        learned = calibrate.calibrate(method, *given)
+        return dict(learned.weights(self.exact)), self.size(plan)
 
 
 def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
