@@ -185,6 +185,7 @@ class PromptCache:
             "format": FORMAT,
             "kind": str(cache.kind),
             "fingerprint": fingerprint(engine),
+            "adapter": named(engine),
             "offset": str(cache.offset),
             "written": str(cache.written),
             "tokens": json.dumps(entry.tokens),
@@ -222,6 +223,8 @@ class PromptCache:
             raise CacheError(f"{what}. Give another file, or move it away")
         if about.get("fingerprint") != fingerprint(engine):
             what = f"{path} was made with other weights or another tokenizer than {engine.name}'s"
+            if (made := about.get("adapter", "no adapter")) != named(engine):
+                what = f"{path} was made with {made}, not with {named(engine)}"
             raise CacheError(f"{what}; delete it, or use the model it was made with")
         if about.get("kind") != str(kind):
             what = f"{path} has {about.get('kind')}; the options ask for {kind}"
@@ -283,6 +286,11 @@ def continuation(tokenizer: Tokenizer, stored: Sequence[int], text: str) -> tupl
     return 1 + kept, place
 
 
+def named(engine: Engine) -> str:
+    """Return the adapter of an engine in words, for a saved file."""
+    return "no adapter" if engine.adapter is None else f"the adapter {engine.adapter.name}"
+
+
 def fingerprint(engine: Engine) -> str:
     """Return a sha256 of what keys and values depend on: configuration, tokenizer, every weight.
 
@@ -293,6 +301,8 @@ def fingerprint(engine: Engine) -> str:
     digest = hashlib.sha256(about.encode())
     digest.update(repr(sorted((engine.quantization or {}).items(), key=str)).encode())
     digest.update(engine.tokenizer.fingerprint.encode())
+    parts = {} if engine.adapter is None else engine.adapter.parts
+    digest.update("".join(f"{stem} {part.scale}" for stem, part in parts.items()).encode())
     for name, array in sorted(parameters(engine.model).items()):
         word = {1: mx.uint8, 2: mx.uint16}.get(array.itemsize, mx.uint32)
         words = array.reshape(-1).view(word).astype(mx.uint32)
