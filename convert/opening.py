@@ -29,10 +29,11 @@ from openelm_mlx.convert.sources import (
     overrides,
     weights_by_kind,
 )
-from openelm_mlx.convert.sources.adapters import (
-    AdaptedCheckpoint,
-    FusedAdapter,
+from openelm_mlx.convert.sources.adapters import AdaptedSource, with_adapter
+from openelm_mlx.convert.sources.corenet_adapters import (
+    BaseLayers,
     LoraOptions,
+    corenet_adapter,
     has_adapters,
 )
 from openelm_mlx.convert.sources.folder import safetensors_folder
@@ -45,7 +46,6 @@ from openelm_mlx.errors import (
     ConfigError,
     ConversionError,
     OpenELMError,
-    OptionError,
     TokenizerError,
 )
 from openelm_mlx.files import read_json, read_yaml
@@ -76,8 +76,8 @@ class OpenedModel:
     tokenizer: TokenizerModel
 
     @property
-    def adapters(self) -> AdaptedCheckpoint | None:
-        return self.source if isinstance(self.source, AdaptedCheckpoint) else None
+    def adapted(self) -> AdaptedSource | None:
+        return self.source if isinstance(self.source, AdaptedSource) else None
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -135,7 +135,9 @@ def open_model(options: ConvertOptions) -> OpenedModel:
     Raises an `OpenELMError` that names the file.
     """
     try:
-        source = with_adapters(open_source(options.source, options.source_format), options)
+        source, adapter = open_source(options.source, options.source_format), None
+        if has_adapters(source):
+            adapter, source = corenet_adapter(source, lora_options(options)), BaseLayers(source)
         check_no_adapter(source.tensors)
         shapes = {name: info.shape for name, info in source.tensors.items()}
         if source.config and not options.config:
@@ -143,6 +145,9 @@ def open_model(options: ConvertOptions) -> OpenedModel:
         else:
             config = config_for(options.source, shapes, options)
         check_coverage(shapes, expected_tensors(config))
+        source = with_adapter(source, config, adapter, options)
+        if isinstance(source, AdaptedSource):
+            config = source.adapted_config
         tokenizer = find_tokenizer(options.source, options.tokenizer, source.tokenizer)
         return OpenedModel(source, config, trim_vocabulary(config, tokenizer), tokenizer)
     except OpenELMError as error:
@@ -200,25 +205,14 @@ def open_file(path: Path, kind: str | None) -> TensorSource:
     return TorchCheckpoint(path)
 
 
-def with_adapters(source: TensorSource, options: ConvertOptions) -> TensorSource:
-    if options.adapter_folder is not None:
-        return FusedAdapter(source, options.adapter_folder)
-    if has_adapters(source):
-        path = config_path(options.source, options)
-        yaml = None if path is None or path.suffix == ".json" else path
-        lora = LoraOptions(options.lora_alpha, bool(options.rank_stabilised), yaml)
-        return AdaptedCheckpoint(source, lora, merge=options.adapter != "keep")
-    flags = (options.adapter, options.lora_alpha, options.rank_stabilised)
-    if any(flag is not None for flag in flags):
-        raise OptionError(
-            f"{options.source} contains no adapter; leave out --adapter, --lora-alpha and "
-            "--rank-stabilised"
-        )
-    return source
+def lora_options(options: ConvertOptions) -> LoraOptions:
+    path = config_path(options.source, options)
+    yaml = None if path is None or path.suffix == ".json" else path
+    return LoraOptions(options.lora_alpha, bool(options.rank_stabilised), yaml)
 
 
 def check_no_adapter(names: Iterable[str]) -> None:
-    """Raise `ConversionError` for parts of an adapter that `with_adapters` did not understand."""
+    """Raise `ConversionError` for parts of an adapter that nothing here understands."""
     for name in names:
         if ADAPTER.search(name):
             raise ConversionError(

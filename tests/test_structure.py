@@ -54,6 +54,7 @@ SHARED = {"convert.opening", "convert.options", "convert.record"}
 LAZY = {
     ("engine", "convert"),  # a source is made a folder that can be loaded
     ("dtypes", "device"),  # the type as MLX has it
+    ("model", "convert"),  # an adapter inside a checkpoint of CoreNet's
 }
 ENTRANCES = {"openelm_mlx", "openelm_mlx.convert"}  # __init__.py of names that resolve on first use
 
@@ -237,5 +238,5 @@ def test_files_are_few_and_short():
         if path.suffix in (".py", ".j2") and not path.is_symlink()
     ]
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    assert len(lengths) <= 110
+    assert len(lengths) <= 114
     assert not [path for path, length in lengths.items() if length > 350]

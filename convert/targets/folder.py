@@ -28,7 +28,7 @@ from openelm_mlx.convert.record import (
     model_card,
 )
 from openelm_mlx.convert.sources import EMBEDDINGS
-from openelm_mlx.convert.sources.adapters import ADAPTER_FOLDER, write_adapter
+from openelm_mlx.convert.sources.adapters import ADAPTER_FOLDER, write_kept
 from openelm_mlx.convert.targets import Target
 from openelm_mlx.convert.targets.checks import UNFINISHED_CONFIG, hashes_in
 from openelm_mlx.convert.tokenizers import TokenizerModel, build_tokenizer_json, tokenizer_config
@@ -98,17 +98,16 @@ class FolderTarget(Target):
         if (quantization := config_entry(plan)) is not None:
             raw |= dict.fromkeys(KEYS, quantization)
         write_json(folder / UNFINISHED_CONFIG, raw)
-        adapters = self.opened.adapters
-        if adapters is not None and not adapters.merge:
-            quantized, layers = plan[EMBEDDINGS] is not None, config.num_transformer_layers
-            write_adapter(folder / ADAPTER_FOLDER, adapters, config.vocab_size, layers, quantized)
+        if (adapted := self.opened.adapted) is not None and adapted.form is not None:
+            quantized = plan[EMBEDDINGS] is not None
+            write_kept(folder / ADAPTER_FOLDER, adapted, config, quantized)
         return folder
 
     def write_record(
         self, folder: Path, report: ConversionReport, hashes: Mapping[str, str]
     ) -> None:
-        adapters = self.opened.adapters
-        kept = None if adapters is None else MERGED if adapters.merge else KEPT
+        adapted = self.opened.adapted
+        kept = None if adapted is None else KEPT if adapted.form else MERGED
         record = conversion_record(self.options, report, self.dtype, self.licence, kept, hashes)
         card = model_card(record, report.plan, self.options.is_instruct)
         (folder / "README.md").write_text(card, encoding="utf-8")

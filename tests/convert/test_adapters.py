@@ -14,10 +14,11 @@ from formats import mlx_lm_logits, our_logits, tokenizer_file
 from golden_set import GOLDEN, NANO
 
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.sources.adapters import AdaptedCheckpoint, LoraOptions
+from openelm_mlx.convert.opening import open_model
+from openelm_mlx.convert.sources.corenet_adapters import LoraOptions, corenet_adapter
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.device import mx
-from openelm_mlx.errors import ConfigError, ConversionError, OptionError
+from openelm_mlx.errors import ConfigError, ConversionError, OpenELMError, OptionError
 from openelm_mlx.model.config import OpenELMConfig
 
 FIXTURES = ("lora", "lora-rs", "dora")
@@ -130,7 +131,7 @@ def test_a_yaml_that_does_not_fit(tmp_path, old, new, message):
 def test_a_yaml_of_other_form(tmp_path, content, message):
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(ConfigError, match=message):
-        AdaptedCheckpoint(
+        corenet_adapter(
             TorchCheckpoint(GOLDEN / "lora" / "checkpoint.pt"),
             LoraOptions(yaml=tmp_path / "c.yaml"),
         )
@@ -181,7 +182,7 @@ M = "transformer.token_embeddings.lora_magnitude_vector.lora"
 )
 def test_adapters_that_are_not_whole(name, change, message):
     with pytest.raises(ConversionError, match=message):
-        AdaptedCheckpoint(Altered(change, name), LoraOptions(alpha=16.0))
+        corenet_adapter(Altered(change, name), LoraOptions(alpha=16.0))
 
 
 def test_flags_for_adapters_without_an_adapter(tmp_path):
@@ -192,12 +193,11 @@ def test_flags_for_adapters_without_an_adapter(tmp_path):
 
 
 def test_a_merge_in_half_precision_rounds_once(tmp_path):
-    source = AdaptedCheckpoint(
-        TorchCheckpoint(GOLDEN / "lora" / "checkpoint.pt"), LoraOptions(alpha=16.0)
-    )
     run("lora", tmp_path, dtype="bfloat16")
     written = mx.load(str(tmp_path / "m" / "model.safetensors"))
-    exact = source.load("transformer.layers.1.attn.qkv_proj.weight")
+    source, model = GOLDEN / "lora" / "checkpoint.pt", tmp_path / "tokenizer.model"
+    opened = open_model(ConvertOptions(source=source, target=tmp_path / "x", tokenizer=model))
+    exact = opened.load("transformer.layers.1.attn.qkv_proj.weight")
     assert mx.array_equal(
         written["transformer.layers.1.attn.qkv_proj.weight"], exact.astype(mx.bfloat16)
     )
@@ -299,23 +299,25 @@ def test_adapters_of_mlx_lm_merged_equal_applied(tmp_path, trained, kind):
     [
         (
             lambda c, t: c.update(fine_tune_type="full"),
-            "fine_tune_type is 'full'; lora and dora are merged",
+            "fine_tune_type is full; only lora and dora are adapters here",
         ),
         (
             lambda c, t: c.update(lora_parameters={"rank": 4}),
             "has no number as lora_parameters.scale",
         ),
         (
-            lambda c, t: t.update({"model.x.lora_a": mx.zeros((1,))}),
-            "adapts model.x.lora_a, which .* does not have",
+            lambda c, t: t.update(
+                {"model.x.lora_a": mx.zeros((8, 4)), "model.x.lora_b": mx.zeros((4, 8))}
+            ),
+            "changes model.x, which this model lacks; give an adapter",
         ),
         (
             lambda c, t: t.pop("transformer.layers.3.attn.qkv_proj.lora_b"),
-            "the parts of .*3.attn.qkv_proj.weight have",
+            "the adapter of .*3.attn.qkv_proj lacks lora_b",
         ),
         (
             lambda c, t: t.update({"transformer.layers.3.attn.qkv_proj.lora_b": mx.zeros((4, 7))}),
-            "which do not fit a base of",
+            r"its .*3.attn.qkv_proj adds \(7, 4\) times \(4, 128\), to 256 x 128",
         ),
     ],
 )
@@ -326,7 +328,7 @@ def test_adapters_of_mlx_lm_that_do_not_fit(tmp_path, trained, change, message):
     change(config, tensors)
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(tmp_path / "a" / "adapters.safetensors"), tensors)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(OpenELMError, match=message):
         convert(
             ConvertOptions(
                 source=trained / "base", target=tmp_path / "m", adapter_folder=tmp_path / "a"
