@@ -93,7 +93,7 @@ def test_a_name_becomes_a_model_folder(tmp_path):
     """The LoRA checkpoint of the catalog, served from here: its YAML comes with it, alpha / r = 32
     / 32.
     """
-    from openelm_mlx.convert.sources.adapters import AdaptedCheckpoint, LoraOptions
+    from openelm_mlx.convert.sources.corenet_adapters import LoraOptions, corenet_adapter
     from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 
     path = GOLDEN / "lora" / "checkpoint.pt"
@@ -109,10 +109,10 @@ def test_a_name_becomes_a_model_folder(tmp_path):
         .replace("r: 32, lora_alpha: 32", "r: 8, lora_alpha: 8")
     )
     source.with_name("config.yaml").write_text(yaml)
-    adapted = AdaptedCheckpoint(
+    adapter = corenet_adapter(
         TorchCheckpoint(source), LoraOptions(yaml=source.with_name("config.yaml"))
     )
-    assert {adapter.scale for adapter in adapted.adapters.values()} == {1.0}
+    assert {part.scale for part in adapter.parts.values()} == {1.0}
 
 
 def test_a_name_is_a_model(nano, tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from adapter_folders import mlx_lm_folder, peft_folder
 from formats import TINY, everything, random_folder, tokenizer_file
 from golden_set import GOLDEN, NANO
 from hypothesis import HealthCheck, given, settings
@@ -18,9 +19,12 @@ from hypothesis import strategies as st
 
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import corenet_section
-from openelm_mlx.convert.sources.adapters import AdaptedCheckpoint, LoraOptions, has_adapters
+from openelm_mlx.convert.sources.corenet_adapters import (
+    LoraOptions,
+    corenet_adapter,
+    has_adapters,
+)
 from openelm_mlx.convert.tokenizers import read_tokenizer
-from openelm_mlx.device import mx
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.model.config import expected_tensors
 
@@ -212,19 +216,12 @@ def test_index_json(change):
         everything(folder)
 
 
-@given(damage(), st.sampled_from(["adapter_config.json", "adapters.safetensors"]))
-@settings(FUZZ, max_examples=40)
-def test_adapter_folders(change, file):
-    folder = SCRATCH / "adapter"
-    folder.mkdir(exist_ok=True)
-    stem, config = (
-        "transformer.layers.0.ffn.proj_2",
-        {"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0}},
-    )
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    arrays = {f"{stem}.lora_a": mx.ones((32, 2)), f"{stem}.lora_b": mx.ones((2, 32))}
-    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
-    (folder / file).write_bytes(damaged((folder / file).read_bytes(), change, 1 << 30))
+@given(damage(), st.sampled_from([mlx_lm_folder, peft_folder]), st.booleans())
+@settings(FUZZ, max_examples=60)
+def test_adapter_folders(change, write, configuration):
+    folder = write(SCRATCH / write.__name__, TINY, ("ffn.proj_2", "embedding"))
+    file = next(folder.glob("*.json" if configuration else "*.safetensors"))
+    file.write_bytes(damaged(file.read_bytes(), change, 1 << 30))
     with survives(str(folder)):
         everything(tiny_folder(), adapter_folder=folder)
 
@@ -291,7 +288,7 @@ def test_adapters_survive_damage_to_their_list():
         info = source.tensors.pop(name)
         if has_adapters(source):
             with survives(str(source.path)):
-                AdaptedCheckpoint(source, LoraOptions(alpha=16.0))
+                corenet_adapter(source, LoraOptions(alpha=16.0))
         source.tensors[name] = info
 
 
