@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,9 @@ class OpenedModel:
     config: OpenELMConfig
     trimmed: OpenELMConfig
     tokenizer: TokenizerModel
+    quantized: Mapping[str, str] = field(default_factory=dict)
+    """How the source's matrices are quantized, by stem, also those that an adapter is merged
+    into."""
 
     @property
     def adapted(self) -> AdaptedSource | None:
@@ -136,6 +139,7 @@ def open_model(options: ConvertOptions) -> OpenedModel:
     """
     try:
         source, adapter = open_source(options.source, options.source_format), None
+        quantized = source.quantized
         if has_adapters(source):
             adapter, source = corenet_adapter(source, lora_options(options)), BaseLayers(source)
         check_no_adapter(source.tensors)
@@ -149,7 +153,8 @@ def open_model(options: ConvertOptions) -> OpenedModel:
         if isinstance(source, AdaptedSource):
             config = source.adapted_config
         tokenizer = find_tokenizer(options.source, options.tokenizer, source.tokenizer)
-        return OpenedModel(source, config, trim_vocabulary(config, tokenizer), tokenizer)
+        trimmed = trim_vocabulary(config, tokenizer)
+        return OpenedModel(source, config, trimmed, tokenizer, quantized)
     except OpenELMError as error:
         files = (options.source, options.config, options.tokenizer, options.adapter_folder)
         if any(str(path) in str(error) for path in files if path is not None):

@@ -11,6 +11,7 @@ Nothing stands under the target's name before the last step.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -35,7 +36,7 @@ from openelm_mlx.errors import CheckpointError, ConversionError, OptionError
 from openelm_mlx.fields import shown
 from openelm_mlx.files import TensorInfo
 from openelm_mlx.model.config import OpenELMConfig
-from openelm_mlx.quantization import QuantSpec, planned
+from openelm_mlx.quantization import QuantSpec, planned, stem_of
 
 CHUNK_BYTES = 16 << 20  # of a matrix, in float32, that is quantized at a time
 
@@ -56,6 +57,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     check_apart(options.target, [*opened.source.files, opened.tokenizer.path])
     if opened.source.instruct and options.instruct is None:
         options = replace(options, instruct=True)
+    if options.target_bpw is not None or options.calibrate is not None:
+        options = in_one_type(opened, options)
     batches = verification_text(opened, options.verify_text) if options.verifies else []
     target = open_target(opened, options)
     if not options.dry_run:
@@ -74,6 +77,12 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
             report = replace(report, verification=losses)
         target.write_record(folder, report, hashes.result())
     return report
+
+
+def in_one_type(opened: OpenedModel, options: ConvertOptions) -> ConvertOptions:
+    """Ask for float32 where the source has several types: measuring and learning know one only."""
+    several = len({opened.source.tensors[name].dtype for name in opened.shapes}) > 1
+    return replace(options, dtype="float32") if several and options.dtype is None else options
 
 
 def open_target(opened: OpenedModel, options: ConvertOptions) -> Target:
@@ -103,6 +112,10 @@ def make_report(
     opened: OpenedModel, target: Target, chosen: Quantization, options: ConvertOptions
 ) -> ConversionReport:
     """Return the report of what will be written, without the losses of the verification."""
+    stored = opened.source.plan if options.keeps_plan else {}
+    learned = {stem_of(name) for name in chosen.learned}
+    kept = {stem for stem, spec in stored.items() if spec == chosen.plan[stem]} - learned
+    rounded = target.rounds(chosen.plan) & opened.quantized.keys()
     return ConversionReport(
         target=options.target,
         config=opened.trimmed,
@@ -111,6 +124,10 @@ def make_report(
         dropped_rows=opened.config.vocab_size - opened.trimmed.vocab_size,
         memory_bytes=memory_needed(opened.trimmed, options),
         plan=chosen.plan,
+        types=target.types(chosen.plan),
+        source_quantization=Counter(opened.quantized.values()),
+        rounded_again=len(rounded - kept),
+        dequantized=len(opened.quantized) - len(rounded),
         measured=chosen.measured,
     )
 

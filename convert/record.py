@@ -47,6 +47,12 @@ class ConversionReport:
     dropped_rows: int  # of the embeddings: those without a piece of the tokenizer
     memory_bytes: int  # an estimate of the peak, beside the interpreter
     plan: Plan = field(default_factory=dict)
+    types: Mapping[str, list[str]] = field(default_factory=dict)
+    """The tensors of each type, by stem; see `Target.types`."""
+    source_quantization: Mapping[str, int] = field(default_factory=dict)
+    """How the source's matrices are quantized, as in "Q4_K", and how many of them are."""
+    rounded_again: int = 0  # of these matrices: those that are quantized in another way, or anew
+    dequantized: int = 0  # of these matrices
     measured: Mapping[str, Any] = field(default_factory=dict)
     """Figures that were found while the plan was chosen and rounding was learned."""
     verification: Mapping[str, float] | None = None
@@ -55,6 +61,30 @@ class ConversionReport:
     @property
     def parameters(self) -> int:
         return self.config.num_parameters
+
+    @property
+    def dtype(self) -> str:
+        """The type of all tensors, or how many have each."""
+        if len(self.types) == 1:
+            return next(iter(self.types))
+        return " and ".join(f"{dtype} ({len(of)} tensors)" for dtype, of in self.types.items())
+
+    @property
+    def loss_of_source(self) -> str | None:
+        """A sentence on the quantization of the source, None if it had none or all of it is kept.
+
+        It can be written before the weights are.
+        """
+        how = " and ".join(self.source_quantization)
+        if self.rounded_again:
+            what = (
+                f"{self.rounded_again} matrices are rounded a second time, which adds to its loss"
+            )
+            remedy = "the original, if you have it, gives a better result"
+            return f"The source is itself quantized ({how}): {what}; {remedy}."
+        if self.dequantized:
+            return f"The source is itself quantized ({how}): what that has lost stays lost."
+        return None
 
     @property
     def bits_per_weight(self) -> float:
@@ -174,7 +204,6 @@ def command_line(options: ConvertOptions) -> str:
 def conversion_record(
     options: ConvertOptions,
     report: ConversionReport,
-    dtype: str,
     licence: Licence,
     adapter: str | None,
     hashes: Mapping[str, str],
@@ -188,13 +217,19 @@ def conversion_record(
         "command": command_line(options),
         "source": options.shown_source,
         "parameters": report.parameters,
-        "dtype": dtype,
+        "dtype": "mixed" if len(report.types) > 1 else report.dtype,
         "quantization": config_entry(report.plan),
         "bytes": report.written_bytes,
         "bits_per_weight": round(report.bits_per_weight, 4),
         "dropped_embedding_rows": report.dropped_rows,
         "instruct": options.is_instruct,
     }
+    if len(report.types) > 1:
+        record["dtypes"] = dict(report.types)
+    if report.source_quantization:
+        record["source_quantization"] = dict(report.source_quantization)
+        record["rounded_again"] = report.rounded_again
+        record["dequantized"] = report.dequantized
     if report.measured:
         record["calibration"] = dict(report.measured)
     if licence.entries:
@@ -208,10 +243,11 @@ def conversion_record(
     return record | {"source_sha256": dict(hashes)}
 
 
-def model_card(record: Mapping[str, Any], plan: Plan, instruct: bool) -> str:
+def model_card(record: Mapping[str, Any], report: ConversionReport, instruct: bool) -> str:
     """Return README.md of a model folder."""
+    plan = report.plan
     specs = {spec for spec in plan.values() if spec is not None}
-    kind = "quantized by layer" if specs else record["dtype"]
+    kind = "quantized by layer" if specs else report.dtype
     if len(specs) == 1:
         kind = str(next(iter(specs)))
     chat = "It speaks OpenELM's Instruct format; see `chat_template.jinja`.\n" if instruct else ""
@@ -228,6 +264,8 @@ def model_card(record: Mapping[str, Any], plan: Plan, instruct: bool) -> str:
     parts += [
         f"- `{name}`: sha256 `{digest}`\n" for name, digest in record["source_sha256"].items()
     ]
+    if report.loss_of_source is not None:
+        parts.append(f"\n{report.loss_of_source}\n")
     if record.get("adapter") == KEPT:
         parts.append(
             "\nThese are the weights of the base; the adapter lies in `adapter` "

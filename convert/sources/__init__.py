@@ -53,6 +53,8 @@ class TensorSource(Protocol):
     """True if the source has a chat template."""
     licence: Mapping[str, str] = {}
     """The licence that the source states, by `LICENCE_KEYS`."""
+    quantized: Mapping[str, str] = {}
+    """How each matrix is quantized in the source, by stem, as in "4 bits, groups of 64" or Q4_K."""
     plan: Plan = {}
     """The matrices that are quantized in the source, in specs that this project writes."""
 

@@ -87,6 +87,7 @@ class QuantizedFolder(TensorSource):
                 self.tensors[name] = info
         if lost := sorted(stems - self._specs.keys()):
             raise ConversionError(f"{self.path}: {lost[0]}.scales has no weight beside it")
+        self.quantized = {stem: str(spec) for stem, spec in self._specs.items()}
         self.plan = {stem: spec for stem, spec in self._specs.items() if spec.writable}
 
     @property

@@ -23,6 +23,7 @@ from openelm_mlx.dtypes import BY_GGUF, DTYPES
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, TokenizerError
 from openelm_mlx.files import TensorInfo
 from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig, layer_shapes
+from openelm_mlx.quantization import stem_of
 
 # GGUF's stem -> Hugging Face's; blk.N. and transformer.layers.N. stand before the second group
 NAMES = {"token_embd": EMBEDDINGS, "output_norm": "transformer.norm", "output": HEAD}
@@ -126,6 +127,11 @@ class GGUFFile(TensorSource):
             name: TensorInfo(self._dtype, self._joined(name, parts))
             for name, parts in self._parts.items()
         }
+        kinds = {
+            stem_of(name): "/".join(sorted({part.kind.name for part in parts} - BY_GGUF.keys()))
+            for name, parts in self._parts.items()
+        }
+        self.quantized = {stem: kind for stem, kind in kinds.items() if kind}
         self.instruct = "tokenizer.chat_template" in self.metadata
         fields = {key: self.metadata.get(licence_key(key)) for key in LICENCE_KEYS}
         self.licence = {key: text for key, text in fields.items() if isinstance(text, str) and text}

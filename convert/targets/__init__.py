@@ -60,6 +60,16 @@ class Target(Protocol):
         """
         ...
 
+    def types(self, plan: Plan) -> dict[str, list[str]]:
+        """Return the tensors that are written in each type, by stem: in a folder the type of the
+        numbers, where a quantized matrix has that of its scales, in a GGUF file llama.cpp's.
+        """
+        ...
+
+    def rounds(self, plan: Plan) -> set[str]:
+        """Return the stems of the matrices that are written quantized."""
+        ...
+
     def write(self, folder: Path, plan: Plan, arrays: Iterable[tuple[str, mx.array]]) -> Path:
         """Write into `folder` all but the record, and return what there is to verify.
 

@@ -37,7 +37,7 @@ from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.engine.loading import chat_sampling, generation_config
 from openelm_mlx.files import INDEX, WEIGHTS, TensorInfo, write_json
 from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig
-from openelm_mlx.quantization import KEYS, Plan, config_entry, planned
+from openelm_mlx.quantization import KEYS, Plan, config_entry, planned, stem_of
 
 SHARD_BYTES = 5 << 30
 CHAT_TEMPLATE = """\
@@ -83,6 +83,17 @@ class FolderTarget(Target):
         plan = given_plan(self.opened, self.options) if plan is None else plan
         return sum(info.nbytes for info in self._layout(plan).values())
 
+    def types(self, plan: Plan) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, info in self.tensors.items():
+            spec = planned(plan, name)
+            if spec is None or spec.mode == "affine":  # the others' scales have 8 bits
+                found.setdefault(info.dtype, []).append(stem_of(name))
+        return found
+
+    def rounds(self, plan: Plan) -> set[str]:
+        return {stem for stem, spec in plan.items() if spec is not None}
+
     def write(self, folder: Path, plan: Plan, arrays: Iterable[tuple[str, mx.array]]) -> Path:
         made_for = "pt" if self.options.target_format == "hf" else "mlx"
         write_weights(folder, self._layout(plan), arrays, made_for)
@@ -108,8 +119,8 @@ class FolderTarget(Target):
     ) -> None:
         adapted = self.opened.adapted
         kept = None if adapted is None else KEPT if adapted.form else MERGED
-        record = conversion_record(self.options, report, self.dtype, self.licence, kept, hashes)
-        card = model_card(record, report.plan, self.options.is_instruct)
+        record = conversion_record(self.options, report, self.licence, kept, hashes)
+        card = model_card(record, report, self.options.is_instruct)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_json(folder / RECORD, record | {"files": hashes_in(folder)})
 

@@ -24,7 +24,7 @@ from openelm_mlx.convert.targets import Target
 from openelm_mlx.convert.targets.folder import CHAT_TEMPLATE
 from openelm_mlx.convert.tokenizers import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, TokenizerModel
 from openelm_mlx.device import mx
-from openelm_mlx.dtypes import DTYPES
+from openelm_mlx.dtypes import BY_GGUF, DTYPES
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import TensorInfo
 from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig, expected_tensors, layer_shapes
@@ -57,6 +57,15 @@ class GGUFTarget(Target):
 
     def nbytes(self, plan: Plan | None = None) -> int:
         return sum(stored.nbytes for stored in gguf_layout(self.opened.trimmed, self.kinds))
+
+    def types(self, plan: Plan) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, kind in self.kinds.items():
+            found.setdefault(kind, []).append(stem_of(name))
+        return found
+
+    def rounds(self, plan: Plan) -> set[str]:
+        return {stem_of(name) for name, kind in self.kinds.items() if kind not in BY_GGUF}
 
     def write(self, folder: Path, plan: Plan, arrays: Iterable[tuple[str, mx.array]]) -> Path:
         path = folder / self.options.target.name

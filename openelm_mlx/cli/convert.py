@@ -130,7 +130,11 @@ def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]
         "bytes": report.written_bytes,
         "bits_per_weight": report.bits_per_weight,
         "dropped_embedding_rows": report.dropped_rows,
+        "types": dict(report.types),
         "quantization": config_entry(report.plan),
+        "source_quantization": dict(report.source_quantization),
+        "rounded_again": report.rounded_again,
+        "dequantized": report.dequantized,
         "memory_bytes": report.memory_bytes,
         "calibration": dict(report.measured),
         "verification": None if report.verification is None else dict(report.verification),
@@ -155,6 +159,10 @@ def show_report(report: ConversionReport, dry_run: bool) -> None:
         Console().print(table)
     sizes = f"{report.parameters:,} parameters, {report.written_bytes:,} bytes"
     print(f"{report.target}: {sizes}, {report.bits_per_weight:.2f} bits per weight")
+    if len(report.types) > 1:
+        print(f"types: {report.dtype}")
+    if report.loss_of_source is not None:
+        print(report.loss_of_source)
     if dry_run:
         print(f"memory needed: about {report.memory_bytes / 1e6:,.0f} MB; nothing was written")
     for name in ("sum_of_losses", "loss_together"):
