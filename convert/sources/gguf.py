@@ -120,18 +120,14 @@ class GGUFFile(TensorSource):
         self._parts: dict[str, list[Place]] = {}
         for name, place in places.items():
             self._parts.setdefault(hugging_face_name(name), []).append(place)
-        embedding = self._parts.get(f"{EMBEDDINGS}.weight")
-        stored = BY_GGUF.get(embedding[0].kind.name) if embedding else None
+        kinds = {stem_of(name): parts[0].kind.name for name, parts in self._parts.items()}
+        stored = BY_GGUF.get(kinds.get(EMBEDDINGS, ""))
         self._dtype = "float32" if stored is None else stored.name
         self.tensors = {
             name: TensorInfo(self._dtype, self._joined(name, parts))
             for name, parts in self._parts.items()
         }
-        kinds = {
-            stem_of(name): "/".join(sorted({part.kind.name for part in parts} - BY_GGUF.keys()))
-            for name, parts in self._parts.items()
-        }
-        self.quantized = {stem: kind for stem, kind in kinds.items() if kind}
+        self.quantized = {stem: kind for stem, kind in kinds.items() if kind not in BY_GGUF}
         self.instruct = "tokenizer.chat_template" in self.metadata
         fields = {key: self.metadata.get(licence_key(key)) for key in LICENCE_KEYS}
         self.licence = {key: text for key, text in fields.items() if isinstance(text, str) and text}
