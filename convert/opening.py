@@ -7,21 +7,15 @@ Opening reads no weights. `OpenedModel` reads them afterwards, and refuses NaN a
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.sources import (
-    EMBEDDINGS,
-    HEAD,
     OVERRIDES,
-    Shapes,
     TensorSource,
     infer_config,
     kind_of,
@@ -36,20 +30,36 @@ from openelm_mlx.convert.sources.corenet_adapters import (
     corenet_adapter,
     has_adapters,
 )
-from openelm_mlx.convert.sources.folder import safetensors_folder
+from openelm_mlx.convert.sources.folder import HuggingFaceFolder
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.convert.tokenizers import TokenizerModel, find_tokenizer
 from openelm_mlx.device import mx
 from openelm_mlx.errors import (
-    CheckpointError,
     ConfigError,
     ConversionError,
-    OpenELMError,
     TokenizerError,
+    naming,
 )
 from openelm_mlx.files import read_json, read_yaml
-from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, expected_tensors, normal_name
+from openelm_mlx.model.checkpoint import (
+    Shapes,
+    check_finite,
+    check_tensors,
+    equal_bits,
+    states_own_head,
+    with_head_of,
+)
+from openelm_mlx.model.config import (
+    EMBEDDINGS,
+    HEAD,
+    PUBLISHED,
+    OpenELMConfig,
+    expected_tensors,
+    is_corenet_section,
+    normal_name,
+)
+from openelm_mlx.model.names import ADAPTER
 from openelm_mlx.quantization import KEYS
 
 WANTED = "a CoreNet .pt file, a folder of safetensors or a GGUF file"
@@ -60,8 +70,8 @@ FILE_KIND = {  # what --from says -> what the files are
     "corenet-mlx": "safetensors",
     "gguf": "gguf",
 }
+HEAD_ROWS = 2048  # of a head and of the embeddings that are compared at a time
 MAX_PADDING_ROWS = 256  # CoreNet pads 32000 tokens to 32128 rows; a larger gap is another tokenizer
-ADAPTER = re.compile(r"\.base_layer\.|lora_|magnitude")
 
 
 @dataclass(frozen=True)
@@ -104,32 +114,13 @@ class OpenedModel:
         """Return the stored arrays of a matrix of the source's plan, without the rows that pad the
         vocabulary.
         """
-        rows, result = self.shapes[name][0], {}
-        for stored, array in self.source.packed(name).items():
-            floating = mx.issubdtype(array.dtype, mx.floating)
-            result[stored] = (self._finite(stored, array, "scales") if floating else array)[:rows]
-        return result
+        parts, rows = self.source.packed(name), self.shapes[name][0]
+        return {part: self._finite(part, array)[:rows] for part, array in parts.items()}
 
-    def _finite(self, name: str, array: mx.array, what: str = "weights") -> mx.array:
-        if not all_finite(array):
-            raise CheckpointError(
-                f"{self.source.path}: {name} has NaN or infinite {what}; the checkpoint is damaged"
-            )
+    def _finite(self, name: str, array: mx.array) -> mx.array:
+        with naming(self.source.path):
+            check_finite({name: array}, self.source.plan)
         return array
-
-
-def all_finite(array: mx.array) -> bool:
-    """Return whether an array is free of NaN and infinities.
-
-    Both survive minimum and maximum, so that only these two need checking. In types that it knows,
-    numpy takes them: on this thread, while MLX's rounds the rows before.
-    """
-    if array.size == 0:
-        return True
-    if array.dtype in (mx.float32, mx.float16):
-        plain = np.array(array, copy=False)
-        return bool(np.isfinite(plain.min()) and np.isfinite(plain.max()))
-    return bool(mx.isfinite(mx.stack([array.min(), array.max()])).all().item())
 
 
 def open_model(options: ConvertOptions) -> OpenedModel:
@@ -137,8 +128,9 @@ def open_model(options: ConvertOptions) -> OpenedModel:
 
     Raises an `OpenELMError` that names the file.
     """
-    try:
+    with naming(options.source, options.config, options.tokenizer, options.adapter_folder):
         source, adapter = open_source(options.source, options.source_format), None
+        drop_copied_head(source, options)
         quantized = source.quantized
         if has_adapters(source):
             adapter, source = corenet_adapter(source, lora_options(options)), BaseLayers(source)
@@ -148,18 +140,37 @@ def open_model(options: ConvertOptions) -> OpenedModel:
             config = with_flags(source.config, options)
         else:
             config = config_for(options.source, shapes, options)
-        check_coverage(shapes, expected_tensors(config))
+        config = with_head_of(config, shapes)
+        check_tensors(source.tensors, expected_tensors(config))
         source = with_adapter(source, config, adapter, options)
         if isinstance(source, AdaptedSource):
             config = source.adapted_config
         tokenizer = find_tokenizer(options.source, options.tokenizer, source.tokenizer)
         trimmed = trim_vocabulary(config, tokenizer)
         return OpenedModel(source, config, trimmed, tokenizer, quantized)
-    except OpenELMError as error:
-        files = (options.source, options.config, options.tokenizer, options.adapter_folder)
-        if any(str(path) in str(error) for path in files if path is not None):
-            raise
-        raise type(error)(f"{options.source}: {error}") from None
+
+
+def drop_copied_head(source: TensorSource, options: ConvertOptions) -> None:
+    """Remove a head that repeats the embeddings, unless the configuration says that they differ.
+
+    It reads both, some rows at a time, up to the first difference.
+    """
+    head, embeddings = f"{HEAD}.weight", f"{EMBEDDINGS}.weight"
+    if source.tensors.get(head, 0) != source.tensors.get(embeddings, 1):
+        return
+    path = config_path(options.source, options)
+    if path is not None and path.suffix == ".json" and states_own_head(read_json(path)):
+        return
+    rows, readers = source.tensors[head].shape[0], (source.reader(head), source.reader(embeddings))
+    for start in range(0, rows, HEAD_ROWS):
+        one, other = (read(start, min(start + HEAD_ROWS, rows)) for read in readers)
+        if not equal_bits(one, other):
+            return
+    del source.tensors[head]
+    source.plan = {stem: spec for stem, spec in source.plan.items() if stem != HEAD}
+    source.quantized = {stem: kind for stem, kind in source.quantized.items() if stem != HEAD}
+    if source.config is not None:
+        source.config = replace(source.config, share_input_output_layers=True)
 
 
 def open_source(path: Path, source_format: str | None = None) -> TensorSource:
@@ -198,7 +209,7 @@ def open_folder(path: Path, source_format: str | None) -> TensorSource:
     if kind is None:
         raise ConversionError(problem)
     if kind == "safetensors":
-        return safetensors_folder(path)
+        return HuggingFaceFolder(path)
     if len(found[kind]) > 1:
         raise ConversionError(f"{path} contains {len(found[kind])} {kind} files; name one of them")
     return open_file(found[kind][0], kind)
@@ -224,26 +235,6 @@ def check_no_adapter(names: Iterable[str]) -> None:
                 f"the checkpoint contains an adapter ({name}); only complete models are converted: "
                 "merge it first"
             )
-
-
-def check_coverage(found: Shapes, expected: Shapes) -> None:
-    """Raise `CheckpointError` that names the first tensors missing, superfluous or of the wrong
-    shape.
-    """
-    problems = []
-    if missing := [name for name in expected if name not in found]:
-        problems.append(f"{len(missing)} missing ({', '.join(missing[:3])})")
-    if extra := [name for name in found if name not in expected]:
-        problems.append(f"{len(extra)} the model does not have ({', '.join(extra[:3])})")
-    for name, shape in expected.items():
-        if name in found and tuple(found[name]) != tuple(shape):
-            problems.append(
-                f"{name} has shape {tuple(found[name])} where the configuration asks for "
-                f"{tuple(shape)}"
-            )
-            break
-    if problems:
-        raise CheckpointError("the tensors do not make this model: " + "; ".join(problems))
 
 
 def trim_vocabulary(config: OpenELMConfig, tokenizer: TokenizerModel) -> OpenELMConfig:
@@ -296,13 +287,6 @@ def config_path(source: Path, options: ConvertOptions) -> Path | None:
 def beside(source: Path, name: str) -> Path | None:
     path = (source if source.is_dir() else source.parent) / name
     return path if path.is_file() else None
-
-
-def is_corenet_section(raw: Mapping[str, Any]) -> bool:
-    """Return whether a config.json is that of CoreNet's MLX port: the YAML's section, not Hugging
-    Face's keys.
-    """
-    return "model_name" in raw and "model_dim" not in raw
 
 
 def corenet_section(path: str | Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from openelm_mlx.convert.opening import OpenedModel, all_finite, open_model
+from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions, Progress
 from openelm_mlx.convert.quantize.plan import Quantization, memory_needed
 from openelm_mlx.convert.quantize.rounding import quantized
@@ -31,10 +31,11 @@ from openelm_mlx.convert.targets.folder import FolderTarget
 from openelm_mlx.convert.targets.gguf import GGUFTarget
 from openelm_mlx.convert.verify import check_bound, verification_text, verify
 from openelm_mlx.device import mx
-from openelm_mlx.dtypes import DTYPES, FLOATS
-from openelm_mlx.errors import CheckpointError, ConversionError, OptionError
+from openelm_mlx.dtypes import DTYPES
+from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.fields import shown
 from openelm_mlx.files import TensorInfo
+from openelm_mlx.model.checkpoint import not_finite
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import QuantSpec, planned, stem_of
 
@@ -97,8 +98,6 @@ def open_target(opened: OpenedModel, options: ConvertOptions) -> Target:
 
 def target_dtype(name: str, stored: str, config: OpenELMConfig, options: ConvertOptions) -> str:
     """Return the type that the tensor `name` is written in, before quantization."""
-    if stored not in ("float64", *FLOATS):
-        raise CheckpointError(f"{name} is {stored}; weights must be floating-point numbers")
     dtype = options.dtype or stored.replace("float64", "float32")
     computed_in_float32 = options.is_gguf  # llama.cpp's activations are
     if dtype == "float16" and config.overflows_float16 and not computed_in_float32:
@@ -172,7 +171,7 @@ def as_asked(name: str, array: mx.array, options: ConvertOptions) -> mx.array:
     if options.dtype is not None:
         array = array.astype(DTYPES[options.dtype].mlx)
         # the other types have float32's range
-        if options.dtype == "float16" and not all_finite(array):
+        if options.dtype == "float16" and not_finite(array).item():
             raise ConversionError(
                 f"{name} overflows {options.dtype}; use --dtype bfloat16 or float32"
             )

@@ -6,6 +6,9 @@ a traceback, and exits with status 2. Anything else that escapes is a bug of thi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class OpenELMError(Exception):
     """A user's mistake. Its text says what was given, what is allowed and what to do next."""
@@ -49,6 +52,17 @@ class HubError(OpenELMError):
 
 class BenchmarkError(OpenELMError):
     """A benchmark cannot be run as asked, or a result file is damaged or of another kind."""
+
+
+@contextmanager
+def naming(*paths: object) -> Iterator[None]:
+    """Put the first path before the text of an `OpenELMError` that names none of them."""
+    try:
+        yield
+    except OpenELMError as error:
+        if any(str(path) in str(error) for path in paths if path is not None):
+            raise
+        raise type(error)(f"{paths[0]}: {error}") from None
 
 
 def reason(error: Exception) -> str:

@@ -35,9 +35,9 @@ import numpy as np
 from openelm_mlx.benchmarks.peers import Session, Timed
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
-from openelm_mlx.engine.loading import read_weights
 from openelm_mlx.errors import BenchmarkError, reason
 from openelm_mlx.files import read_json
+from openelm_mlx.model.checkpoint import read_weights
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import QuantSpec, quantization_of, spec_of
 

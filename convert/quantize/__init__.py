@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from openelm_mlx.convert.sources import EMBEDDINGS, HEAD
 from openelm_mlx.device import mx
-from openelm_mlx.model.config import OpenELMConfig, layer_shapes
+from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig, layer_shapes
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.opening import OpenedModel

@@ -28,11 +28,11 @@ from openelm_mlx.convert.quantize import (
     through,
 )
 from openelm_mlx.convert.quantize.rounding import rounded
-from openelm_mlx.convert.sources import HEAD, number_of
+from openelm_mlx.convert.sources import number_of
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.evaluate.score import POSITIONS, kl_divergence
-from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.config import HEAD, OpenELMConfig
 from openelm_mlx.quantization import BITS, Plan, QuantSpec, all_specs, matrices, planned, stem_of
 
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ from typing import ClassVar
 import numpy as np
 
 from openelm_mlx.convert.quantize import LazyWeights, Weights
-from openelm_mlx.convert.sources.folder import PARTS, dequantized
+from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import TensorInfo
+from openelm_mlx.model.checkpoint import PARTS
 from openelm_mlx.quantization import Plan, QuantSpec, planned
 
 PART = 1 << 24  # weights that are rounded or packed at a time

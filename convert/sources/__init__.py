@@ -12,25 +12,18 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError
 from openelm_mlx.files import TensorInfo
-from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.checkpoint import Shapes
+from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.tokenizers import TokenizerModel
     from openelm_mlx.device import mx
     from openelm_mlx.quantization import Plan
 
-Value = TypeVar("Value")
-Shapes = Mapping[str, tuple[int, ...]]
-EMBEDDINGS, HEAD = "transformer.token_embeddings", "lm_head"
-RENAMES = (  # CoreNet's names become Hugging Face's; the first pattern that matches wins
-    (re.compile(r"^classifier(?=\.|$)"), HEAD),
-    (re.compile(r"^(token_embeddings|layers|norm)(?=\.|$)"), r"transformer.\1"),
-)
-COMPUTED = re.compile(r"\.inv_freq$|(^|\.)causal_mask$")  # buffers that some exports carry
 OVERRIDES = ("vocab_size", "max_context_length", "padding_index")  # of a CoreNet YAML
 LEGACY = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # begins torch's format before 1.6
 ZIPFILE_ERRORS = (NotImplementedError, RuntimeError, ValueError, EOFError)  # for damaged fields
@@ -78,34 +71,6 @@ class TensorSource(Protocol):
     def packed(self, name: str) -> dict[str, mx.array]:
         """Return the stored arrays of a matrix of `plan`, under their names."""
         raise KeyError(name)
-
-
-def canonical_name(name: str) -> str:
-    """Return Hugging Face's name of a tensor or module that CoreNet may have named."""
-    for pattern, replacement in RENAMES:
-        name, count = pattern.subn(replacement, name)
-        if count:
-            break
-    return name
-
-
-def canonical(found: Mapping[str, Value]) -> dict[str, Value]:
-    """Return the same values under Hugging Face's names, without buffers that the engine computes.
-
-    Raises `ConversionError` if two names stand for one tensor.
-    """
-    result: dict[str, Value] = {}
-    first: dict[str, str] = {}
-    for name, value in found.items():
-        if COMPUTED.search(name):
-            continue
-        known = canonical_name(name)
-        if known in result:
-            raise ConversionError(
-                f"the checkpoint contains both {first[known]} and {name}, which are one tensor"
-            )
-        result[known], first[known] = value, name
-    return result
 
 
 def kind_of(path: Path) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.sources import EMBEDDINGS, HEAD, TensorSource
+from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.model.adapter_files import (
@@ -21,7 +21,7 @@ from openelm_mlx.model.adapter_files import (
     write_adapter,
 )
 from openelm_mlx.model.adapters import Adapter, LowRank
-from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig
 from openelm_mlx.model.fingerprint import SAMPLE, fingerprint, same_base
 from openelm_mlx.quantization import stem_of
 

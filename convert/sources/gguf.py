@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from openelm_mlx.convert.sources import EMBEDDINGS, HEAD, LICENCE_KEYS, TensorSource, infer_config
+from openelm_mlx.convert.sources import LICENCE_KEYS, TensorSource, infer_config
 from openelm_mlx.convert.tokenizers import UNUSED, TokenizerModel, assemble
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import BY_GGUF, DTYPES
 from openelm_mlx.errors import CheckpointError, ConfigError, ConversionError, TokenizerError
 from openelm_mlx.files import TensorInfo
-from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig, layer_shapes
+from openelm_mlx.model.config import BOS, EMBEDDINGS, EOS, HEAD, UNK, OpenELMConfig, layer_shapes
 from openelm_mlx.quantization import stem_of
 
 # GGUF's stem -> Hugging Face's; blk.N. and transformer.layers.N. stand before the second group

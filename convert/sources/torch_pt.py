@@ -19,13 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.convert.sources import DAMAGED_ZIP, TensorSource, canonical
+from openelm_mlx.convert.sources import DAMAGED_ZIP, TensorSource
 from openelm_mlx.convert.sources.folder import read_strided
 from openelm_mlx.convert.sources.safe_pickle import TensorRecord, read_state
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import itemsize
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import TensorInfo
+from openelm_mlx.model.names import canonical
 
 MAX_PICKLE_BYTES = 8 << 20  # the 3B's has 60 KB
 NESTED_UNDER = ("model", "state_dict", "model_state_dict")

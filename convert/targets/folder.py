@@ -27,7 +27,6 @@ from openelm_mlx.convert.record import (
     licence_of,
     model_card,
 )
-from openelm_mlx.convert.sources import EMBEDDINGS
 from openelm_mlx.convert.sources.adapters import ADAPTER_FOLDER, write_kept
 from openelm_mlx.convert.targets import Target
 from openelm_mlx.convert.targets.checks import UNFINISHED_CONFIG, hashes_in
@@ -36,7 +35,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.engine.loading import chat_sampling, generation_config
 from openelm_mlx.files import INDEX, WEIGHTS, TensorInfo, write_json
-from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig
+from openelm_mlx.model.config import EMBEDDINGS, GENERATION_CONFIG, OpenELMConfig
 from openelm_mlx.quantization import KEYS, Plan, config_entry, planned, stem_of
 
 SHARD_BYTES = 5 << 30

@@ -18,7 +18,6 @@ from openelm_mlx.convert.opening import OpenedModel
 from openelm_mlx.convert.options import ConvertOptions, Progress
 from openelm_mlx.convert.quantize.plan import Quantization
 from openelm_mlx.convert.record import ConversionReport, licence_of
-from openelm_mlx.convert.sources import EMBEDDINGS
 from openelm_mlx.convert.sources.gguf import CHUNK, LAYER_NAMES, NAMES, licence_key
 from openelm_mlx.convert.targets import Target
 from openelm_mlx.convert.targets.folder import CHAT_TEMPLATE
@@ -27,7 +26,15 @@ from openelm_mlx.device import mx
 from openelm_mlx.dtypes import BY_GGUF, DTYPES
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import TensorInfo
-from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig, expected_tensors, layer_shapes
+from openelm_mlx.model.config import (
+    BOS,
+    EMBEDDINGS,
+    EOS,
+    UNK,
+    OpenELMConfig,
+    expected_tensors,
+    layer_shapes,
+)
 from openelm_mlx.quantization import Plan, matrices, stem_of
 
 STEMS = {name: stem for stem, name in (*NAMES.items(), *LAYER_NAMES.items())}

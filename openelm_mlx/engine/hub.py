@@ -16,9 +16,10 @@ from typing import Any
 
 from openelm_mlx.engine.model_cache import WEIGHT_SUFFIXES, convert_once, recall
 from openelm_mlx.engine.tokenizer import FILES
-from openelm_mlx.errors import CheckpointError, HubError, OptionError, TokenizerError
-from openelm_mlx.files import INDEX, WEIGHTS, read_header, read_index
-from openelm_mlx.model.config import PUBLISHED
+from openelm_mlx.errors import CheckpointError, ConfigError, HubError, OptionError, TokenizerError
+from openelm_mlx.files import INDEX, WEIGHTS, read_json, read_places
+from openelm_mlx.model.config import PUBLISHED, is_corenet_section
+from openelm_mlx.model.names import ADAPTER
 
 TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
 MIRRORS = ("mlx-community/OpenELM-270M", "mlx-community/OpenELM-270M-Instruct")
@@ -32,7 +33,6 @@ LICENCE = ["LICENSE*", "README.md"]
 PATTERNS = ["*.safetensors", "*.json", "tokenizer.*", "*.jinja", *LICENCE]
 LLAMA_ROWS = range(32000, 32257)  # rows of an embedding that LLaMA's tokenizer fits, with padding
 CORENET = "corenet"  # names of the converter's catalog begin so, with -mlx and a colon
-CORENET_TENSORS = ("token_embeddings.", "layers.")  # beginnings of CoreNet's names only
 # no hub id ends so
 FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".yaml", ".yml", ".npz", ".model", ".txt", ".zip")
 CERTIFICATE_REMEDY = (
@@ -117,10 +117,13 @@ def loadable(folder: Path) -> bool:
     if not any((folder / name).is_file() for name in (INDEX, WEIGHTS)):
         return False
     try:
-        names = read_index(folder) or read_header(folder / WEIGHTS)
-    except CheckpointError:
+        corenets = is_corenet_section(read_json(folder / "config.json"))
+        places = read_places(folder)
+    except (CheckpointError, ConfigError):
         return True
-    return not any(name.startswith(CORENET_TENSORS) for name in names)
+    others = any(ADAPTER.search(name) for name in places)  # an adapter has to be merged
+    doubles = any(place.info.dtype == "float64" for place in places.values())  # MLX reads none
+    return not (corenets or others or doubles)
 
 
 def check_kind(source: Path) -> None:

@@ -16,13 +16,14 @@ from openelm_mlx.engine.hub import Resolved, resolve_model
 from openelm_mlx.engine.options import ModelOptions, SamplingOptions
 from openelm_mlx.engine.threads import asynchronous, device_work
 from openelm_mlx.engine.tokenizer import Tokenizer
-from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError, reason
+from openelm_mlx.errors import ConfigError, OptionError, TokenizerError, naming
 from openelm_mlx.fields import shown
-from openelm_mlx.files import name_for_mlx, read_json, weight_files
+from openelm_mlx.files import read_json
 from openelm_mlx.model.adapters import Adapter, adapted
-from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig, expected_tensors
+from openelm_mlx.model.checkpoint import read_model
+from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM, parameters
-from openelm_mlx.quantization import MLX_GROUP_SIZE, Plan, QuantSpec, quantization_of, read_plan
+from openelm_mlx.quantization import MLX_GROUP_SIZE, QuantSpec
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -181,20 +182,15 @@ def load_resolved(
 ) -> Engine:
     """Return the engine of a folder in this project's layout. Raises the errors of `load`."""
     folder = resolved.folder
-    raw = read_json(folder / "config.json")
-    config = OpenELMConfig.from_hf_dict(raw).with_eos_of(folder)
+    with naming(folder):
+        stored = read_model(folder)
+    config, weights, quantization = stored.config, stored.weights, stored.quantization
     sampling = chat_sampling(folder)
-    weights = read_weights(folder)
-    quantization = quantization_of(raw)
     if bits is not None and quantization:
         raise OptionError(f"{name} is quantized already; --bits needs full-precision weights")
     model = OpenELM(config)
-    if quantization:
-        plan = read_plan(quantization, expected_tensors(config), weights)
-        quantize_as_stored(model, plan)
-        unquantized = [stem for stem, spec in plan.items() if spec is None]
-        quantization = {**quantization, **dict.fromkeys(unquantized, False)}
-    check_coverage(folder, model, weights)
+    if stored.specs:
+        quantize_as_stored(model, stored.specs)
     computed = compute_dtype(config, weights, dtype)
     model.load_weights([(key, cast(array, computed)) for key, array in weights.items()])
     if bits is not None:
@@ -250,32 +246,13 @@ def chat_sampling(folder: Path) -> SamplingOptions:
     return options if sample else replace(options, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
-def read_weights(folder: Path) -> dict[str, mx.array]:
-    """Return the tensors of model.safetensors, or of the index's shards, by name.
-
-    Raises `CheckpointError` if a file is missing or damaged.
-    """
-    weights: dict[str, mx.array] = {}
-    for path in weight_files(folder):
-        try:
-            loaded = mx.load(name_for_mlx(path))
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged or cut short: {error}") from None
-        weights.update(loaded if isinstance(loaded, dict) else {})
-    return weights
-
-
-def quantize_as_stored(model: OpenELM, plan: Plan) -> None:
-    """Quantize each layer by its spec. Raises `ConfigError` for rows that are not whole groups."""
+def quantize_as_stored(model: OpenELM, specs: Mapping[str, QuantSpec]) -> None:
+    """Quantize each layer of `specs`, which fit its shape."""
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        spec = plan.get(path)
-        return False if spec is None else spec.as_config()
+        return specs[path].as_config() if path in specs else False
 
-    try:
-        nn.quantize(model, class_predicate=settings)
-    except ValueError as error:
-        raise ConfigError(f"config.json's quantization does not fit: {reason(error)}") from None
+    nn.quantize(model, class_predicate=settings)
 
 
 def quantize_now(model: OpenELM, bits: int, group_size: int) -> None:
@@ -285,21 +262,6 @@ def quantize_now(model: OpenELM, bits: int, group_size: int) -> None:
     except ValueError as error:
         what = f"cannot quantize to {bits} bits in groups of {group_size}"
         raise OptionError(f"{what}: {error}") from None
-
-
-def check_coverage(folder: Path, model: OpenELM, weights: dict[str, mx.array]) -> None:
-    """Raise `CheckpointError` unless `weights` are exactly the parameters, in their shapes."""
-    expected = {name: array.shape for name, array in parameters(model).items()}
-    missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    pairs = (("missing", missing), ("unknown", unknown))
-    parts = [f"{len(names)} tensors {what}, first: {min(names)}" for what, names in pairs if names]
-    if parts:
-        remedy = "Convert the original again with `openelm convert`"
-        raise CheckpointError(f"{folder}: {'; '.join(parts)}. {remedy}")
-    for name, shape in expected.items():
-        if (found := weights[name].shape) != shape:
-            what = f"{name} has shape {list(found)}; config.json asks for {list(shape)}"
-            raise CheckpointError(f"{folder}: {what}")
 
 
 def compute_dtype(

@@ -17,11 +17,9 @@ from typing import Any
 
 from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.errors import CheckpointError
-from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig, expected_tensors
 from openelm_mlx.model.decoder import OpenELM, for_any_thread, project_onto
 from openelm_mlx.quantization import matrices
-
-EMBEDDINGS, HEAD = "transformer.token_embeddings", "lm_head"
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from openelm_mlx.files import read_json
 from openelm_mlx.quantization import KEYS
 
 GENERATION_CONFIG = "generation_config.json"
+EMBEDDINGS, HEAD = "transformer.token_embeddings", "lm_head"  # stems of tensors
 UNK, BOS, EOS = 0, 1, 2  # of LLaMA's tokenizer, which OpenELM uses
 Multipliers = tuple[float, ...]
 
@@ -191,6 +192,13 @@ class OpenELMConfig:
         return result
 
 
+def is_corenet_section(raw: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is that of CoreNet's MLX port: the YAML's section, not Hugging
+    Face's keys.
+    """
+    return "model_name" in raw and "model_dim" not in raw
+
+
 def layer_shapes(c: OpenELMConfig) -> tuple[LayerShape, ...]:
     """Return the shape of each layer; they grow with depth (arXiv:2404.14619, section 2).
 
@@ -214,7 +222,7 @@ def layer_shapes(c: OpenELMConfig) -> tuple[LayerShape, ...]:
 def expected_tensors(c: OpenELMConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of an unquantized checkpoint, by Hugging Face's names."""
     table = (c.vocab_size, c.model_dim)
-    tensors: dict[str, tuple[int, ...]] = {"transformer.token_embeddings.weight": table}
+    tensors: dict[str, tuple[int, ...]] = {f"{EMBEDDINGS}.weight": table}
     for number, (q_heads, kv_heads, ffn_dim) in enumerate(layer_shapes(c)):
         layer = f"transformer.layers.{number}."
         qkv_dim = (q_heads + 2 * kv_heads) * c.head_dim
@@ -229,7 +237,7 @@ def expected_tensors(c: OpenELMConfig) -> dict[str, tuple[int, ...]]:
         tensors[layer + "attn_norm.weight"] = (c.model_dim,)
     tensors["transformer.norm.weight"] = (c.model_dim,)
     if not c.share_input_output_layers:
-        tensors["lm_head.weight"] = table
+        tensors[f"{HEAD}.weight"] = table
     return tensors
 
 

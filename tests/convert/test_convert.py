@@ -143,7 +143,7 @@ def test_quantized_weights_are_mlxs(bits, tmp_path):
 def test_rows_that_do_not_divide_are_refused_by_name(tmp_path):
     source, tokenizer = GOLDEN / "untied-mha" / "checkpoint.pt", tokenizer_file(tmp_path, 112)
     message = "token_embeddings.weight has rows of 96 weights.*use --group-size 32|proj_2"
-    with refused(tmp_path, ConversionError, message) as target:
+    with refused(tmp_path, CheckpointError, message) as target:
         convert(ConvertOptions(source, target, tokenizer=tokenizer, bits=4, group_size=128))
 
 
@@ -232,7 +232,7 @@ def test_truncated_source(tmp_path, nano):
     shutil.copytree(nano, source)
     data = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(data[:-1000])
-    with refused(tmp_path, ConversionError, "is truncated") as target:
+    with refused(tmp_path, CheckpointError, "is truncated") as target:
         convert(ConvertOptions(source, target))
 
 
@@ -242,7 +242,7 @@ def test_shards_with_path_tricks(tmp_path, nano):
     index = {"weight_map": {"transformer.norm.weight": "../model.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     message = "shards must be .safetensors files of this folder"
-    with refused(tmp_path, ConversionError, message) as target:
+    with refused(tmp_path, CheckpointError, message) as target:
         convert(ConvertOptions(source, target))
 
 

@@ -67,7 +67,7 @@ GOOD = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}
 )
 def test_malformed_safetensors(tmp_path, content, message):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ConversionError, match=message) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         HuggingFaceFolder(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
@@ -102,7 +102,7 @@ def test_indexes_that_do_not_fit(tmp_path):
         ),
     ):
         index.write_text(content)
-        with pytest.raises(ConversionError, match=message):
+        with pytest.raises(CheckpointError, match=message):
             HuggingFaceFolder(tmp_path)
 
 

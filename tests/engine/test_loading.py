@@ -78,17 +78,17 @@ def test_the_cpu_computes_in_float32_and_wires_nothing(tmp_path, monkeypatch):
 
 def test_damaged_weights_are_named(nano, tmp_path):
     name = "transformer.layers.0.attn.q_norm.weight"
-    with pytest.raises(CheckpointError, match="1 tensors missing, first: " + name):
+    with pytest.raises(CheckpointError, match=f"broken: the tensors .*: 1 missing .{name}"):
         load(broken(nano, tmp_path / "a", lambda w: w.pop(name)))
-    with pytest.raises(CheckpointError, match="1 tensors unknown, first: extra"):
+    with pytest.raises(CheckpointError, match="1 the model does not have .extra."):
         load(broken(nano, tmp_path / "b", lambda w: w.update(extra=mx.zeros(3))))
-    with pytest.raises(CheckpointError, match=r"q_norm.weight has shape \[3\]"):
+    with pytest.raises(CheckpointError, match=r"q_norm.weight has shape \(3,\) where"):
         load(broken(nano, tmp_path / "c", lambda w: w.update({name: mx.zeros(3)})))
     cut = tmp_path / "cut"
     shutil.copytree(nano, cut)
     data = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(CheckpointError, match="damaged or cut short"):
+    with pytest.raises(CheckpointError, match="is truncated: tensor "):
         load(cut)
     (cut / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="has no model.safetensors"):

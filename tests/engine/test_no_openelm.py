@@ -12,7 +12,7 @@ from formats import again, trained_tokenizer
 from golden_set import NANO
 
 from openelm_mlx.convert.opening import check_no_adapter
-from openelm_mlx.convert.sources import canonical, infer_config
+from openelm_mlx.convert.sources import infer_config
 from openelm_mlx.convert.tokenizers import (
     BYTE,
     CONTROL,
@@ -23,9 +23,16 @@ from openelm_mlx.convert.tokenizers import (
     build_tokenizer_json,
     read_tokenizer,
 )
-from openelm_mlx.errors import ConfigError, ConversionError, OpenELMError, TokenizerError
+from openelm_mlx.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    OpenELMError,
+    TokenizerError,
+)
 from openelm_mlx.files import read_json, read_yaml
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.model.names import canonical
 
 # shapes and names
 
@@ -73,7 +80,7 @@ def test_another_model_is_no_openelm():
 
 def test_names_that_mean_one_tensor_or_none_known():
     with pytest.raises(
-        ConversionError,
+        CheckpointError,
         match="contains both norm.weight and transformer.norm.weight, which are one tensor",
     ):
         canonical({"norm.weight": 1, "transformer.norm.weight": 2})

@@ -10,8 +10,8 @@ from openelm_mlx.benchmarks.checks import random_engine, random_model
 from openelm_mlx.convert.sources import infer_config
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.device import mx
-from openelm_mlx.model.adapters import EMBEDDINGS, HEAD, Adapter, LowRank, dense
-from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.model.adapters import Adapter, LowRank, dense
+from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig, expected_tensors
 from openelm_mlx.model.decoder import OpenELM, parameters
 from openelm_mlx.quantization import matrices, stem_of
 

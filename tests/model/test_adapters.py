@@ -11,8 +11,9 @@ from small import merged_model, random_adapter, random_model
 
 from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.errors import CheckpointError
-from openelm_mlx.model.adapters import EMBEDDINGS, HEAD, Adapter, LowRank, adapted
+from openelm_mlx.model.adapters import Adapter, LowRank, adapted
 from openelm_mlx.model.cache import KVCache, step_caches
+from openelm_mlx.model.config import EMBEDDINGS, HEAD
 from openelm_mlx.model.decoder import OpenELM, parameters
 
 PARTS = ["a", "b", "m"]
