@@ -143,7 +143,7 @@ def test_quantized_weights_are_mlxs(bits, tmp_path):
 def test_rows_that_do_not_divide_are_refused_by_name(tmp_path):
     source, tokenizer = GOLDEN / "untied-mha" / "checkpoint.pt", tokenizer_file(tmp_path, 112)
     message = "token_embeddings.weight has rows of 96 weights.*use --group-size 32|proj_2"
-    with refused(tmp_path, CheckpointError, message) as target:
+    with refused(tmp_path, ConversionError, message) as target:
         convert(ConvertOptions(source, target, tokenizer=tokenizer, bits=4, group_size=128))
 
 

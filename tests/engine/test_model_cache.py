@@ -70,7 +70,6 @@ def test_every_form_that_convert_takes_is_a_model(nano, tmp_path, cache, monkeyp
         folder / "checkpoint.pt",
         folder,
         tmp_path / "renamed.ckpt",
-        corenet_names(nano, tmp_path / "names"),
         again(nano, tmp_path / "nano.gguf", target_format="gguf"),
     ]
     tokens = mx.array([[1, 5, 9, 700]])
@@ -79,6 +78,8 @@ def test_every_form_that_convert_takes_is_a_model(nano, tmp_path, cache, monkeyp
         engine = load(form, dtype="float32")
         assert mx.array_equal(engine.model(tokens), wanted), form
         assert engine.name == str(form) and engine.path.parent == cache
+    names = load(corenet_names(nano, tmp_path / "names"), dtype="float32")
+    assert mx.array_equal(names.model(tokens), wanted) and names.path == tmp_path / "names"
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load(".").path == load("~/corenet").path == load(folder).path
