@@ -11,6 +11,7 @@ Nothing stands under the target's name before the last step.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,8 +41,21 @@ from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import QuantSpec, planned, stem_of
 
 CHUNK_BYTES = 16 << 20  # of a matrix, in float32, that is quantized at a time
+CACHE_BYTES = 256 << 20  # of freed buffers that MLX keeps
 
 
+@contextlib.contextmanager
+def small_cache() -> Iterator[None]:
+    """Let MLX keep few freed buffers: matrices are of many sizes, and theirs would pile up."""
+    before = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        mx.set_cache_limit(min(before, CACHE_BYTES))
+        yield
+    finally:
+        mx.set_cache_limit(before)
+
+
+@small_cache()
 def convert(options: ConvertOptions, progress: Progress | None = None) -> ConversionReport:
     """Convert `options.source` into `options.target`, which appears only when it is complete.
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.device import mx
 from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig, layer_shapes
+from openelm_mlx.quantization import planned
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.opening import OpenedModel
@@ -50,8 +52,18 @@ class LazyWeights(Mapping[str, mx.array]):
 
 
 def exact_weights(opened: OpenedModel) -> LazyWeights:
-    """Return the source's weights. Reading one raises `CheckpointError` for NaN and infinities."""
-    return LazyWeights(opened.shapes, opened.load)
+    """Return the source's weights. Reading one raises `CheckpointError` for NaN and infinities.
+
+    Quantized ones are what they stand for in float32, not rounded to the type of their scales.
+    """
+
+    def read(name: str) -> mx.array:
+        spec = planned(opened.source.plan, name)
+        if spec is None:
+            return opened.load(name)
+        return dequantized(name, opened.packed(name), spec)
+
+    return LazyWeights(opened.shapes, read)
 
 
 def of_layer(weights: Weights, number: int) -> dict[str, mx.array]:

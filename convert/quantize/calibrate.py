@@ -46,7 +46,7 @@ from openelm_mlx.errors import ConversionError
 from openelm_mlx.evaluate.score import own_text
 from openelm_mlx.files import read_text
 from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig
-from openelm_mlx.quantization import Plan
+from openelm_mlx.quantization import Plan, planned
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.opening import OpenedModel
@@ -93,15 +93,37 @@ def given_tokens(opened: OpenedModel, options: ConvertOptions) -> mx.array | Non
 
 
 def written_tokens(
-    opened: OpenedModel, exact: Weights, options: ConvertOptions, progress: Progress | None = None
+    opened: OpenedModel, options: ConvertOptions, progress: Progress | None = None
 ) -> mx.array:
-    """Return rows of token ids that the exact model writes."""
-    from openelm_mlx.model.decoder import OpenELM
-
-    model, encode = OpenELM(opened.trimmed), opened.tokenizer.processor.encode
-    model.load_weights(list(exact.items()))
+    """Return rows of token ids that the model writes."""
+    model, encode = stored_model(opened), opened.tokenizer.processor.encode
     rows, length = calibration_shape(opened.trimmed, options)
     return sampled_tokens(model, encode, rows, length, progress, options.is_instruct)
+
+
+def stored_model(opened: OpenedModel) -> OpenELM:
+    """Return the source as a model that takes no more memory than it takes in its files.
+
+    Quantized matrices stay quantized. Activations are in the type that the engine takes; matrices
+    in a smaller one are widened, one by one, when they are used.
+    """
+    from openelm_mlx.engine.loading import cast, compute_dtype, quantize_as_stored
+    from openelm_mlx.model.decoder import OpenELM
+
+    model = OpenELM(opened.trimmed)
+    plan = {stem: spec for stem, spec in opened.source.plan.items() if spec is not None}
+    quantize_as_stored(model, plan)
+    dtype = compute_dtype(opened.trimmed, {NORM: opened.load(NORM)}, None)
+    arrays: dict[str, mx.array] = {}
+    for name, shape in opened.shapes.items():
+        quantized = planned(plan, name) is not None
+        own = opened.packed(name) if quantized else {name: opened.load(name)}
+        for key, array in own.items():
+            small = len(shape) == 2 and not quantized and array.itemsize < dtype.size
+            arrays[key] = array if small else cast(array, dtype)
+        mx.eval(own)
+    model.load_weights(list(arrays.items()))
+    return model
 
 
 def calibration_shape(config: OpenELMConfig, options: ConvertOptions) -> tuple[int, int]:

@@ -56,8 +56,8 @@ def plan_quantization(
         if options.calibrate is None or options.dry_run:
             return Quantization(plan)
     given = given_tokens(opened, options)
-    exact = dict(exact_weights(opened))
-    tokens = written_tokens(opened, exact, options, progress) if given is None else given
+    exact = exact_weights(opened)
+    tokens = written_tokens(opened, options, progress) if given is None else given
     text = options.calibration_text
     measured: dict[str, Any] = {
         "calibration_tokens": tokens.size,

@@ -8,13 +8,14 @@ import json
 
 import numpy as np
 import pytest
-from formats import tokenizer_file
+from formats import again, random_folder, tokenizer_file
 from golden_set import GOLDEN
 from small import random_tokens, small_model
 
 from openelm_mlx import load
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.quantize import LazyWeights, logits, rounding
+from openelm_mlx.convert.opening import open_model
+from openelm_mlx.convert.quantize import LazyWeights, exact_weights, logits, rounding
 from openelm_mlx.convert.quantize.calibrate import (
     CONTROL,
     PROMPTS,
@@ -23,6 +24,7 @@ from openelm_mlx.convert.quantize.calibrate import (
     calibrate_gptq,
     prompt_ids,
     sampled_tokens,
+    stored_model,
     text_tokens,
 )
 from openelm_mlx.convert.quantize.distill import Schedule, Start, distill, finished
@@ -38,7 +40,7 @@ from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.model.config import expected_tensors
-from openelm_mlx.model.decoder import OpenELM
+from openelm_mlx.model.decoder import OpenELM, parameters
 from openelm_mlx.quantization import QuantSpec, matrices
 
 AFFINE = [QuantSpec(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -221,6 +223,20 @@ def test_samples_are_the_models_own_and_do_not_depend_on_how_many():
         - model(many).mean()
     )
     assert greedy_like.item() > 0  # likelier than a token drawn evenly
+
+
+@pytest.mark.parametrize("spec", [{}, {"bits": 4, "group_size": 32}, {"mode": "nvfp4"}], ids=str)
+def test_the_text_is_that_of_the_exact_model_without_its_memory(spec, tmp_path):
+    source = again(
+        random_folder(tmp_path / "source"), tmp_path / "stored", dtype="bfloat16", **spec
+    )
+    opened = open_model(ConvertOptions(source, tmp_path / "m"))
+    model, exact = stored_model(opened), OpenELM(opened.trimmed)
+    exact.load_weights(list(exact_weights(opened).items()))
+    arrays = parameters(model)
+    assert sum(array.nbytes for array in arrays.values()) < 0.7 * 4 * opened.trimmed.num_parameters
+    tokens = random_tokens(opened.trimmed, rows=2)
+    assert mx.allclose(model(tokens), exact(tokens), atol=1e-4, rtol=1e-4)
 
 
 def test_an_instruct_model_also_answers(tiny):

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     mx.eval(known)
     say(f"{sum(tokens.size for tokens in batches)} positions of {args.text.name} are compared")
     given = calibrate.given_tokens(opened, options)
-    tokens = calibrate.written_tokens(opened, exact, options) if given is None else given
+    tokens = calibrate.written_tokens(opened, options) if given is None else given
     say(f"{tokens.size} tokens of calibration text")
     ours = OurMethods(args, config, exact, tokens)
     convert(ConvertOptions(args.model, folder, dtype="float32"))
