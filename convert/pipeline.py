@@ -19,7 +19,7 @@ from dataclasses import replace
 from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions, Progress
 from openelm_mlx.convert.quantize.plan import Quantization, memory_needed
-from openelm_mlx.convert.quantize.rounding import quantized
+from openelm_mlx.convert.quantize.rounding import fitted, quantized
 from openelm_mlx.convert.record import ConversionReport, SourceHash
 from openelm_mlx.convert.targets import Target, check_target, staged
 from openelm_mlx.convert.targets.checks import (
@@ -162,19 +162,22 @@ def stream(
         elif spec == planned(stored, name):
             yield from opened.packed(name).items()
         else:
-            yield from quantized_by_rows(opened, name, spec, options).items()
+            yield from quantized_by_rows(opened, name, spec, options, chosen.fits).items()
         if progress is not None:
             progress(number, len(opened.shapes), name)
 
 
 def quantized_by_rows(
-    opened: OpenedModel, name: str, spec: QuantSpec, options: ConvertOptions
+    opened: OpenedModel, name: str, spec: QuantSpec, options: ConvertOptions, fits: bool
 ) -> dict[str, mx.array]:
     """Return the arrays of a quantized matrix, some rows at a time: no group crosses a row."""
     step = max(1, CHUNK_BYTES // (4 * opened.shapes[name][1]))
     parts: list[dict[str, mx.array]] = []
     for rows in opened.pieces(name, step):
-        parts.append(quantized(name, as_asked(name, rows, options), spec))
+        asked = as_asked(name, rows, options)
+        parts.append(
+            fitted(name, rows, spec, asked.dtype) if fits else quantized(name, asked, spec)
+        )
         mx.async_eval(*parts[-1].values())  # while these are rounded, the next are read
         del rows
     return {key: mx.concatenate([part[key] for part in parts]) for key in parts[0]}

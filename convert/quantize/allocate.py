@@ -10,11 +10,90 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.convert.quantize.losses import Losses, Spec
+from openelm_mlx.convert.quantize import Weights
+from openelm_mlx.convert.quantize.losses import (
+    Losses,
+    Spec,
+    fitted,
+    make_reference,
+    measure,
+    true_loss,
+)
+from openelm_mlx.device import mx
 from openelm_mlx.dtypes import itemsize
 from openelm_mlx.errors import OptionError
-from openelm_mlx.quantization import Plan, planned
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.quantization import Plan, QuantSpec, all_specs, matrices, planned
+
+if TYPE_CHECKING:
+    from openelm_mlx.convert.options import Progress
+
+
+def measured_plan(
+    config: OpenELMConfig,
+    exact: Weights,
+    tokens: mx.array,
+    dtype: str,
+    target_bpw: float,
+    progress: Progress | None = None,
+) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan of least loss on `tokens` [rows, length] at `target_bpw`, and what was
+    measured: the losses of each matrix alone, their sum, that of all at once, and that of the best
+    uniform plan of no more bytes, which is returned instead if it loses less.
+
+    Raises `OptionError` if even the smallest plan needs more.
+    """
+    shapes, rounding = expected_tensors(config), fitted(dtype)
+    reference = make_reference(config, exact, tokens, progress)
+    losses = measure(reference, shapes, rounding, target_bpw, progress)
+    plan: Plan = choose(losses, shapes, dtype, target_bpw)
+    found = true_loss(reference, plan, rounding)
+    each = {stem: losses[stem][spec] for stem, spec in plan.items()}
+    measured: dict[str, Any] = {
+        "loss_of_each": {stem: float(f"{loss:.3g}") for stem, loss in each.items()},
+        "sum_of_losses": sum(each.values()),
+        "loss_together": found,
+    }
+    uniform = {
+        spec: true_loss(reference, dict.fromkeys(plan, spec), rounding)
+        for spec in largest_uniform(shapes, dtype, target_bpw)
+    }
+    plan, best = never_worse(plan, found, uniform)
+    return plan, measured | best
+
+
+def never_worse(
+    plan: Plan, loss: float, uniform: Mapping[QuantSpec, float]
+) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan, or the uniform one of least loss if that is lower, and the record of it."""
+    if not uniform:
+        return plan, {}
+    spec = min(uniform, key=uniform.__getitem__)
+    taken = uniform[spec] < loss
+    record = {"spec": str(spec), "loss": uniform[spec], "taken": taken}
+    return dict.fromkeys(plan, spec) if taken else plan, {"best_uniform": record}
+
+
+def largest_uniform(
+    shapes: Mapping[str, tuple[int, ...]], dtype: str, target_bpw: float
+) -> list[QuantSpec]:
+    """Return of each mode and group size the spec of the most bits that all matrices can be in
+    within `target_bpw` bits per weight.
+    """
+    stems, most = matrices(shapes), {}
+    for spec in all_specs():  # the smallest first
+        divides = all(columns % spec.group_size == 0 for _, columns in stems.values())
+        plan = dict.fromkeys(stems, spec)
+        if divides and plan_bytes(plan, shapes, dtype) <= budget(shapes, target_bpw):
+            most[spec.mode, spec.group_size] = spec
+    return list(most.values())
+
+
+def budget(shapes: Mapping[str, tuple[int, ...]], target_bpw: float) -> int:
+    """Return the bytes that a model of these tensors takes at so many bits per weight."""
+    return int(target_bpw * sum(math.prod(shape) for shape in shapes.values()) / 8)
 
 
 def plan_bytes(plan: Plan, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
@@ -34,7 +113,6 @@ def choose(
 
     Raises `OptionError` if even the smallest plan needs more.
     """
-    parameters = sum(math.prod(shape) for shape in shapes.values())
     sizes = {
         stem: {spec: spec_bytes(spec, shapes[f"{stem}.weight"], dtype) for spec in own}
         for stem, own in losses.items()
@@ -44,9 +122,9 @@ def choose(
         for stem, own in losses.items()
     }
     smallest = plan_bytes({stem: points[0][2] for stem, points in hulls.items()}, shapes, dtype)
-    left = int(target_bpw * parameters / 8) - smallest
+    left = budget(shapes, target_bpw) - smallest
     if left < 0:
-        least = 8 * smallest / parameters
+        least = 8 * smallest / sum(math.prod(shape) for shape in shapes.values())
         raise OptionError(
             f"target_bpw is {target_bpw}; the smallest this model can be is {least:.3f}"
         )
@@ -108,7 +186,7 @@ def exchanged(
             for down in downs:
                 if up[2] != down[2] and up[1] + down[1] <= left and up[0] + down[0] < change:
                     best, change = [up, down], up[0] + down[0]
-        if change > -1e-9:
+        if change > -1e-6 * sum(own[plan[stem]] for stem, own in losses.items()):
             return plan
         for _, cost, stem, spec in best:
             plan[stem], left = spec, left - cost

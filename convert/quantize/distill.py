@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from openelm_mlx.convert.quantize import Weights, head, in_batches, last_states, logits
-from openelm_mlx.convert.quantize.rounding import Codes, Learned, as_stored
+from openelm_mlx.convert.quantize.grids import as_stored
+from openelm_mlx.convert.quantize.rounding import Codes, Learned
 from openelm_mlx.device import mx, utils
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.evaluate.score import kl_divergence
@@ -185,7 +186,7 @@ def finished(
     for (stem, own), change in zip(starts.items(), moved, strict=True):
         top, name = 2**own.codes.spec.bits - 1, f"{stem}.weight"
         place = np.clip(np.array(change["codes"]), 0, top)
-        scales, biases = (as_stored(np.array(side), kind) for side in own.grid(change))
+        scales, biases = (np.array(as_stored(side, kind)) for side in own.grid(change))
         codes = Codes(own.codes.spec, np.rint(place).astype(np.uint8), scales, biases, place)
         result.stored[name] = codes.arrays(name, kind)
     result.stored |= {name: {name: array.astype(kind)} for name, array in norms.items()}

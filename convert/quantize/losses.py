@@ -27,7 +27,7 @@ from openelm_mlx.convert.quantize import (
     of_layer,
     through,
 )
-from openelm_mlx.convert.quantize.rounding import rounded
+from openelm_mlx.convert.quantize.rounding import fitted_weights, rounded
 from openelm_mlx.convert.sources import number_of
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
@@ -51,6 +51,11 @@ NEAR = 1.5  # bits from the target that are measured; the loss of others follows
 def nearest(dtype: str) -> Rounding:
     """Return the rounding to the nearest values of a spec, with scales stored in `dtype`."""
     return lambda stem, array, spec: rounded(array, spec, DTYPES[dtype].mlx)
+
+
+def fitted(dtype: str) -> Rounding:
+    """Return the rounding to the nearest values of grids fitted to the weights."""
+    return lambda stem, array, spec: fitted_weights(array, spec, DTYPES[dtype].mlx)
 
 
 def rounded_weights(weights: Weights, plan: Plan, rounding: Rounding) -> LazyWeights:
@@ -242,7 +247,7 @@ def make_reference(
 def measure(
     reference: Reference,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: str,
+    rounding: Rounding,
     target_bpw: float,
     progress: Progress | None = None,
     spread: float = 0.0,
@@ -252,7 +257,7 @@ def measure(
     Numbers of bits near the target are measured, the others derived. `spread` widens what counts as
     near, for targets this far around `target_bpw`.
     """
-    stems, rounding = matrices(shapes), nearest(dtype)
+    stems = matrices(shapes)
     near = [bits for bits in BITS if abs(bits - target_bpw) <= NEAR + spread] or [8]
     errors: dict[str, dict[QuantSpec, float]] = {}
     probes: list[tuple[str, QuantSpec]] = []
@@ -267,7 +272,7 @@ def measure(
     found = reference.losses_of(changes, rounding, progress=progress)
     points: dict[str, list[tuple[float, float]]] = {stem: [] for stem in stems}
     for (stem, spec), loss in zip(probes, found, strict=True):
-        points[stem].append((errors[stem][spec], max(loss, 1e-9)))
+        points[stem].append((errors[stem][spec], max(loss, 1e-15)))
     return {
         stem: {None: 0.0} | {spec: interpolated(points[stem], error) for spec, error in own.items()}
         for stem, own in errors.items()
@@ -318,6 +323,6 @@ def interpolated(points: list[tuple[float, float]], error: float) -> float:
     return points[-1][1] * error / points[-1][0]
 
 
-def true_loss(reference: Reference, plan: Plan, dtype: str) -> float:
-    """Return the loss with every matrix in its spec at once, and all tensors stored in `dtype`."""
-    return reference.loss(rounded_weights(reference.weights, plan, nearest(dtype)))
+def true_loss(reference: Reference, plan: Plan, rounding: Rounding) -> float:
+    """Return the loss with every matrix in its spec at once, and all tensors as they are stored."""
+    return reference.loss(rounded_weights(reference.weights, plan, rounding))

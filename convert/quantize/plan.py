@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.convert.quantize import Weights, exact_weights
-from openelm_mlx.convert.quantize.allocate import choose
+from openelm_mlx.convert.quantize import exact_weights
+from openelm_mlx.convert.quantize.allocate import measured_plan
 from openelm_mlx.convert.quantize.calibrate import (
     MEASURE_TOKENS,
     calibrate,
@@ -19,7 +19,6 @@ from openelm_mlx.convert.quantize.calibrate import (
     row_length,
     written_tokens,
 )
-from openelm_mlx.convert.quantize.losses import make_reference, measure, true_loss
 from openelm_mlx.convert.quantize.recipes import find_recipe
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
@@ -42,6 +41,8 @@ class Quantization:
     learned: Mapping[str, Mapping[str, mx.array]] = field(default_factory=dict)
     """Tensor name -> arrays to write instead of rounding to nearest."""
     measured: Mapping[str, Any] = field(default_factory=dict)
+    fits: bool = False
+    """Whether the grids of affine matrices that are not in `learned` are fitted to the weights."""
 
 
 def plan_quantization(
@@ -64,10 +65,12 @@ def plan_quantization(
         "calibration_text": "sampled from the model" if text is None else text.name,
     }
     if options.target_bpw is not None:
-        plan, found = measured_plan(opened.trimmed, exact, tokens, dtype, options, progress)
+        rows = max(1, MEASURE_TOKENS // tokens.shape[1])
+        given_to = opened.trimmed, exact, tokens[:rows], dtype, options.target_bpw
+        plan, found = measured_plan(*given_to, progress)
         measured |= found
     if options.calibrate is None or options.dry_run:
-        return Quantization(plan, {}, measured)
+        return Quantization(plan, {}, measured, fits=True)
     learned = calibrate(options.calibrate, opened.trimmed, exact, plan, tokens, dtype, progress)
     return Quantization(plan, learned.stored, measured | {"method": options.calibrate})
 
@@ -100,30 +103,6 @@ def check_divides(plan: Plan, shapes: Shapes) -> None:
             f"{stem}.weight has rows of {columns[stem]} weights, which is not a multiple of group "
             f"size {spec.group_size}; {remedy}"
         )
-
-
-def measured_plan(
-    config: OpenELMConfig,
-    exact: Weights,
-    tokens: mx.array,
-    dtype: str,
-    options: ConvertOptions,
-    progress: Progress | None,
-) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan of least loss at `target_bpw`, and its losses: of each matrix alone, their
-    sum, and of all at once.
-    """
-    shapes, target = expected_tensors(config), options.target_bpw or 0.0
-    rows = max(1, MEASURE_TOKENS // tokens.shape[1])
-    reference = make_reference(config, exact, tokens[:rows], progress)
-    losses = measure(reference, shapes, dtype, target, progress)
-    plan = choose(losses, shapes, dtype, target)
-    chosen = {stem: losses[stem][spec] for stem, spec in plan.items()}
-    return plan, {
-        "loss_of_each": {stem: float(f"{loss:.3g}") for stem, loss in chosen.items()},
-        "sum_of_losses": sum(chosen.values()),
-        "loss_together": true_loss(reference, plan, dtype),
-    }
 
 
 def memory_needed(config: OpenELMConfig, options: ConvertOptions) -> int:

@@ -1,10 +1,10 @@
-"""One matrix rounded: to the nearest values as MLX does it, or with error feedback on fitted grids.
+"""One matrix rounded: to nearest on MLX's grids or on fitted ones, or with error feedback.
 
-A grid is a scale and a bias for each group: value = scale * code + bias. Error feedback (GPTQ:
-Frantar et al., arXiv:2210.17323) rounds columns one after another and passes the error of each on
-to the columns still to come, so that the product with the inputs seen in calibration changes least.
-The grid of a group is fitted when its first column's turn comes, to the weights as they then are.
-This is numpy's work: column by column leaves nothing to do for a device.
+A grid is a scale and a bias for each group (grids.py). Error feedback (GPTQ: Frantar et al.,
+arXiv:2210.17323) rounds columns one after another and passes the error of each on to the columns
+still to come, so that the product with the inputs seen in calibration changes least. The grid of a
+group is fitted when its first column's turn comes, to the weights as they then are. This is numpy's
+work: column by column leaves nothing to do for a device.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from openelm_mlx.convert.quantize import LazyWeights, Weights
+from openelm_mlx.convert.quantize.grids import SHRINKS, fit_groups, fitted_parts, on_grid
 from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
@@ -27,8 +28,6 @@ from openelm_mlx.quantization import Plan, QuantSpec, planned
 PART = 1 << 24  # weights that are rounded or packed at a time
 BLOCK = 128  # columns whose errors are passed on together; every group size divides it
 DAMPING = 0.01  # of the mean diagonal of the second moments, added to all of it
-SHRINKS = np.linspace(1.0, 0.5, 26)  # of a group's range: a cut-off end buys a finer grid
-REFITS = 3  # alternations of rounding and least squares
 
 
 def layout(name: str, info: TensorInfo, spec: QuantSpec | None) -> dict[str, TensorInfo]:
@@ -58,6 +57,30 @@ def quantized(name: str, array: mx.array, spec: QuantSpec | None) -> dict[str, m
 def rounded(array: mx.array, spec: QuantSpec | None, dtype: mx.Dtype) -> mx.array:
     """Return the float32 weights that `array` stands for once it is stored in this spec."""
     return dequantized("weight", quantized("weight", array.astype(dtype), spec), spec)
+
+
+def fitted(
+    name: str, array: mx.array, spec: QuantSpec | None, dtype: mx.Dtype
+) -> dict[str, mx.array]:
+    """Return the arrays of `layout`, affine ones on grids fitted to the weights (grids.py)."""
+    if spec is None or spec.mode != "affine":
+        return quantized(name, array.astype(dtype), spec)
+    stem, parts = name.removesuffix("weight"), []
+    for codes, grid in fitted_parts(array, spec, dtype):
+        packed = pack(np.array(codes.astype(mx.uint8)).reshape(len(codes), -1), spec.bits)
+        parts.append((packed, *(side.astype(dtype) for side in grid)))
+    together = (mx.concatenate(list(sides)) for sides in zip(*parts, strict=True))
+    return {stem + part: value for part, value in zip(PARTS, together, strict=True)}
+
+
+def fitted_weights(array: mx.array, spec: QuantSpec | None, dtype: mx.Dtype) -> mx.array:
+    """Return the float32 weights that `array` stands for once it is stored as `fitted` has it."""
+    if spec is None or spec.mode != "affine":
+        return rounded(array, spec, dtype)
+    parts = [
+        on_grid(*part).reshape(-1, array.shape[1]) for part in fitted_parts(array, spec, dtype)
+    ]
+    return mx.concatenate(parts)
 
 
 @dataclass
@@ -108,11 +131,6 @@ def in_parts(matrix: np.ndarray) -> Iterator[np.ndarray]:
     yield from (matrix[start : start + step] for start in range(0, len(matrix), step))
 
 
-def as_stored(array: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
-    """Return the float32 numbers that stand in a file once the array is stored in this type."""
-    return np.array(mx.array(array.astype(np.float32)).astype(dtype).astype(mx.float32))
-
-
 def error_feedback(
     weights: np.ndarray, factor: np.ndarray, spec: QuantSpec, dtype: mx.Dtype
 ) -> Codes:
@@ -141,8 +159,11 @@ def feed_back(weights: np.ndarray, factor: np.ndarray, spec: QuantSpec, dtype: m
             group = column // size
             if column % size == 0:
                 those = slice(column, column + size)
-                grids = fit_groups(work[:, None, those], importance[None, those], spec, dtype)
-                scales[:, group], biases[:, group] = (side[:, 0] for side in grids)
+                values, weight = (
+                    mx.array(a) for a in (work[:, None, those], importance[None, those])
+                )
+                grid = fit_groups(values, spec, dtype, weight, SHRINKS)
+                scales[:, group], biases[:, group] = (np.array(side)[:, 0] for side in grid)
             scale, bias = scales[:, group], biases[:, group]
             place = np.clip((work[:, column] - bias) / np.where(scale == 0, 1.0, scale), 0, top)
             nearest = np.rint(place)
@@ -175,44 +196,6 @@ def inverse_factor(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
         factor = step(factor, stream=mx.cpu)  # a GPU has no float64
         mx.eval(factor)
     return np.array(factor)[::-1, ::-1].astype(np.float32)
-
-
-def fit_groups(
-    values: np.ndarray, importance: np.ndarray, spec: QuantSpec, dtype: mx.Dtype
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return scale and bias [rows, groups], as stored in `dtype`, of least weighted square error
-    for values [rows, groups, group_size].
-
-    `importance` [groups, group_size] weighs the columns. Ranges from the full one down to half are
-    tried, each with scale and bias refitted by weighted least squares to the codes they give; the
-    best of each group is kept.
-    """
-    top = 2**spec.bits - 1
-    low, high = values.min(-1), values.max(-1)
-    best_error = np.full(low.shape, np.inf)
-    best = np.zeros_like(low), np.zeros_like(low)
-    weight = np.broadcast_to(importance, values.shape)
-    total = weight.sum(-1)
-    for shrink in SHRINKS:
-        middle = (low + high) / 2
-        scale = np.maximum((high - low) * shrink / top, 1e-8)
-        bias = middle - scale * top / 2
-        for _ in range(REFITS):
-            codes = np.clip(np.rint((values - bias[..., None]) / scale[..., None]), 0, top)
-            mean_c, mean_v = (weight * codes).sum(-1) / total, (weight * values).sum(-1) / total
-            spread = (weight * codes * codes).sum(-1) / total - mean_c**2
-            joint = (weight * codes * values).sum(-1) / total - mean_c * mean_v
-            fits = (spread > 1e-6) & (joint > 0)
-            scale = np.where(fits, joint / np.where(fits, spread, 1.0), scale)
-            bias = np.where(fits, mean_v - scale * mean_c, bias)
-        scale, bias = as_stored(scale, dtype), as_stored(bias, dtype)
-        safe = np.where(scale == 0, 1.0, scale)
-        codes = np.clip(np.rint((values - bias[..., None]) / safe[..., None]), 0, top)
-        error = weight * (values - bias[..., None] - scale[..., None] * codes) ** 2
-        better = error.sum(-1) < best_error
-        best_error = np.where(better, error.sum(-1), best_error)
-        best = np.where(better, scale, best[0]), np.where(better, bias, best[1])
-    return best
 
 
 @dataclass

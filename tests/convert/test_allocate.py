@@ -13,8 +13,21 @@ from golden_set import GOLDEN
 from small import random_tokens, small_model
 
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.convert.quantize.allocate import choose, hull, plan_bytes
-from openelm_mlx.convert.quantize.losses import make_reference, true_loss
+from openelm_mlx.convert.quantize.allocate import (
+    choose,
+    hull,
+    largest_uniform,
+    never_worse,
+    plan_bytes,
+)
+from openelm_mlx.convert.quantize.losses import (
+    fitted,
+    make_reference,
+    nearest,
+    rounded_weights,
+    true_loss,
+)
+from openelm_mlx.convert.verify import read_folder
 from openelm_mlx.device import mx
 from openelm_mlx.errors import CheckpointError, OptionError
 from openelm_mlx.quantization import QuantSpec
@@ -88,15 +101,35 @@ def test_a_folder_of_the_asked_size_loses_less_than_a_uniform_one(tmp_path):
     assert (tmp_path / "m" / "model.safetensors").stat().st_size < size * 1.02  # headers differ
     config, weights = small_model()
     reference = make_reference(config, weights, random_tokens(config))
-    assert true_loss(reference, report.plan, F16) < true_loss(
-        reference, dict.fromkeys(report.plan, QuantSpec(4, 64)), F16
-    )
-    record = json.loads((tmp_path / "m" / "conversion.json").read_text())
-    assert record["calibration"]["sum_of_losses"] == pytest.approx(
-        record["calibration"]["loss_together"], rel=0.5
-    )
-    assert set(record["calibration"]["loss_of_each"]) == set(report.plan)
+    uniform_plan = dict.fromkeys(report.plan, QuantSpec(4, 64))
+    fits, plain = fitted(F16), nearest(F16)
+    assert true_loss(reference, report.plan, fits) < true_loss(reference, uniform_plan, fits)
+    assert true_loss(reference, uniform_plan, fits) < true_loss(reference, uniform_plan, plain)
+    record = json.loads((tmp_path / "m" / "conversion.json").read_text())["calibration"]
+    assert record["sum_of_losses"] == pytest.approx(record["loss_together"], rel=0.5)
+    assert set(record["loss_of_each"]) == set(report.plan)
+    best = record["best_uniform"]
+    assert record["loss_together"] < best["loss"] and not best["taken"]
+    written = dict(rounded_weights(weights, report.plan, fits))
+    for name, array in read_folder(tmp_path / "m")[1].items():
+        assert mx.abs(array - written[name]).max().item() < 1e-5
     assert "| layer 2 |" in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_of_uniform_plans_those_are_compared_that_fit_and_the_better_plan_is_written():
+    shapes = {"a.weight": (64, 256), "b.weight": (128, 256), "norm.weight": (256,)}
+    every = largest_uniform(shapes, F16, 4.7)
+    affine, block = [QuantSpec(3, 32), QuantSpec(4, 64), QuantSpec(4, 128)], ["mxfp4", "nvfp4"]
+    assert {spec for spec in every if spec.mode == "affine"} == set(affine)
+    assert sorted(spec.mode for spec in every if spec.mode != "affine") == block
+    assert QuantSpec(4, 128) not in largest_uniform(shapes | {"c.weight": (8, 64)}, F16, 4.7)
+    assert largest_uniform(shapes, F16, 2.0) == []
+    plan = {"a": QuantSpec(3), "b": QuantSpec(5)}
+    kept, record = never_worse(plan, 0.2, {QuantSpec(4): 0.3, QuantSpec(3): 0.4})
+    assert kept == plan and record["best_uniform"]["loss"] == 0.3
+    uniform, record = never_worse(plan, 0.2, {QuantSpec(4): 0.1, QuantSpec(3): 0.4})
+    assert uniform == dict.fromkeys("ab", QuantSpec(4)) and record["best_uniform"]["taken"]
+    assert never_worse(plan, 0.2, {}) == (plan, {})
 
 
 def test_weights_that_are_not_numbers_are_refused_before_measuring(tmp_path):

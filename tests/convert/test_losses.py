@@ -57,7 +57,11 @@ def test_a_measured_loss_is_the_loss_of_that_one_change():
     tokens, shapes = random_tokens(config), expected_tensors(config)
     calls = []
     losses = measure(
-        make_reference(config, weights, tokens), shapes, F16, 3.5, lambda *told: calls.append(told)
+        make_reference(config, weights, tokens),
+        shapes,
+        nearest(F16),
+        3.5,
+        lambda *told: calls.append(told),
     )
     steps = 4 * (4 + 4 * (4 + 3 + 2))  # 2 to 5 bits: through all layers for the embeddings, through
     assert calls[-1][0] == calls[-1][1] == steps  # those from its own on for another matrix

@@ -26,7 +26,14 @@ from typing import Any
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.quantize import allocate, calibrate, exact_weights, logits
-from openelm_mlx.convert.quantize.losses import make_reference, measure, nearest, rounded_weights
+from openelm_mlx.convert.quantize.losses import (
+    Rounding,
+    fitted,
+    make_reference,
+    measure,
+    nearest,
+    rounded_weights,
+)
 from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.convert.verify import text_batches
 from openelm_mlx.device import mx, nn
@@ -128,7 +135,7 @@ class OurMethods:
             low, high = min(args.bits) + 0.5, max(args.bits) + 0.5
             middle, spread = (low + high) / 2, (high - low) / 2
             reference = make_reference(config, exact, tokens[:rows])
-            self.losses = measure(reference, self.shapes, DTYPE, middle, progress, spread)
+            self.losses = measure(reference, self.shapes, fitted(DTYPE), middle, progress, spread)
 
     def uniform(self, bits: int) -> Plan:
         return dict.fromkeys(matrices(self.shapes), QuantSpec(bits, 64))
@@ -137,19 +144,19 @@ class OurMethods:
         return allocate.plan_bytes(plan, self.shapes, DTYPE)
 
     def methods(self, bits: int) -> Iterator[Method]:
-        yield "uniform", partial(self.nearest, self.uniform(bits))
+        yield "uniform", partial(self.rounded, self.uniform(bits), nearest(DTYPE))
         if not hasattr(self, "losses"):
             return
         bpw = 8 * self.size(self.uniform(bits)) / self.config.num_parameters
         plan = allocate.choose(self.losses, self.shapes, DTYPE, bpw)
         if "target-bpw" in self.wanted:
-            yield "target-bpw", partial(self.nearest, plan)
+            yield "target-bpw", partial(self.rounded, plan, fitted(DTYPE))
         for method in LEARNED:
             if method in self.wanted:
                 yield f"target-bpw + {method}", partial(self.learned, method, plan)
 
-    def nearest(self, plan: Plan) -> Result:
-        return dict(rounded_weights(self.exact, plan, nearest(DTYPE))), self.size(plan)
+    def rounded(self, plan: Plan, rounding: Rounding) -> Result:
+        return dict(rounded_weights(self.exact, plan, rounding)), self.size(plan)
 
     def learned(self, method: str, plan: Plan) -> Result:
         given = self.config, self.exact, plan, self.tokens, DTYPE, progress
