@@ -140,7 +140,8 @@ def sampling_defaults(source: Path, config: OpenELMConfig) -> dict[str, Any]:
     folder = source if source.is_dir() else source.parent
     chat_sampling(folder)
     eos = config.with_eos_of(folder).written_eos
-    return {**generation_config(folder), "bos_token_id": config.bos_token_id, "eos_token_id": eos}
+    _, stated = generation_config(folder)
+    return {**stated, "bos_token_id": config.bos_token_id, "eos_token_id": eos}
 
 
 def tokenizer_files(tokenizer: TokenizerModel) -> dict[str, bytes]:

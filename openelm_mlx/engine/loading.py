@@ -21,7 +21,7 @@ from openelm_mlx.fields import shown
 from openelm_mlx.files import read_json
 from openelm_mlx.model.adapters import Adapter, adapted
 from openelm_mlx.model.checkpoint import read_model
-from openelm_mlx.model.config import GENERATION_CONFIG, OpenELMConfig
+from openelm_mlx.model.config import GENERATION_CONFIG, GENERATION_KEYS, OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM, parameters
 from openelm_mlx.quantization import MLX_GROUP_SIZE, QuantSpec
 
@@ -219,12 +219,20 @@ def speaks_instruct(folder: Path, name: str) -> bool:
     return settings.exists() and "chat_template" in read_json(settings)
 
 
-def generation_config(folder: Path) -> dict[str, Any]:
-    """Return generation_config.json of `folder`, with Apple's defaults if it has no sampling."""
-    path = folder / GENERATION_CONFIG
-    raw = read_json(path) if path.exists() else {}
+def generation_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the file of `folder` that states how to generate, and what it states.
+
+    That is generation_config.json, or what transformers wrote into config.json before version 5.
+    Apple's defaults stand where nothing is said of sampling.
+    """
+    path, raw = folder / GENERATION_CONFIG, {}
+    if path.exists():
+        raw = read_json(path)
+    elif (folder / "config.json").exists():
+        path = folder / "config.json"
+        raw = {key: value for key, value in read_json(path).items() if key in GENERATION_KEYS}
     silent = all(raw.get(key) is None for key in ("do_sample", *SAMPLING_KEYS))
-    return {**raw, **APPLES_DEFAULTS} if silent else raw
+    return path, {**raw, **APPLES_DEFAULTS} if silent else raw
 
 
 def chat_sampling(folder: Path) -> SamplingOptions:
@@ -234,7 +242,7 @@ def chat_sampling(folder: Path) -> SamplingOptions:
     penalties on the answer alone. The choice is greedy unless `do_sample` is true, with a
     temperature of 1 by default. Raises `ConfigError` for a damaged file and values out of range.
     """
-    raw, path = generation_config(folder), folder / GENERATION_CONFIG
+    path, raw = generation_config(folder)
     sample = raw.get("do_sample")
     if sample is not None and not isinstance(sample, bool):
         raise ConfigError(f"{path}: do_sample is {sample!r}; it must be true or false")

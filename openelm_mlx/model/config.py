@@ -274,19 +274,35 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 # keys of config.json that Apple's class can vary, and the values that this engine computes
-KEYS_THAT_MUST_BE: dict[str, tuple[str, ...]] = {
+KEYS_THAT_MUST_BE: dict[str, tuple[Any, ...]] = {
     "activation_fn_name": ("swish", "silu"),
     "normalization_layer_name": ("rms_norm",),
+    "rope_scaling": (None,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({}, None),
 }
 
 MAX_LAYERS = 4096
 
-KEYS_WITHOUT_MEANING = frozenset(
+# what transformers wrote into config.json before version 5, as GenerationConfig has it
+GENERATION_KEYS = frozenset(
+    {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"}
+    | {"max_length", "max_new_tokens", "min_length", "early_stopping", "length_penalty"}
+    | {"num_beams", "num_beam_groups", "diversity_penalty", "num_return_sequences"}
+    | {"no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"}
+    | {"begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "output_scores"}
+    | {"exponential_decay_length_penalty", "remove_invalid_values", "return_dict_in_generate"}
+)
+KEYS_WITHOUT_MEANING = GENERATION_KEYS.union(
     {"model_type", "architectures", "auto_map", "_name_or_path", "transformers_version"}
     | {"dtype", "torch_dtype", *KEYS, "initializer_range"}
     | {"tokenizer_class", "pad_token_id", "tie_word_embeddings", "rope_max_length", "use_cache"}
     | {"return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder"}
-    | {"chunk_size_feed_forward", "id2label", "label2id", "problem_type"}
+    | {"chunk_size_feed_forward", "id2label", "label2id", "problem_type", "finetuning_task"}
+    | {"_attn_implementation_autoset", "_attn_implementation", "attn_implementation", "torchscript"}
+    | {"is_decoder", "tie_encoder_decoder", "cross_attention_hidden_size", "decoder_start_token_id"}
+    | {"sep_token_id", "prefix", "task_specific_params", "use_bfloat16", "tf_legacy_loss"}
+    | {"_commit_hash", "gradient_checkpointing", "num_labels"}
 )
 
 TUPLES = {f.name for f in fields(OpenELMConfig) if f.type in ("Multipliers", "tuple[int, ...]")}

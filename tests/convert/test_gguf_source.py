@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from formats import again, random_folder, tokenizer_file
 
+from openelm_mlx.convert import ConvertOptions
+from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, ConversionError, OpenELMError, TokenizerError
@@ -152,6 +154,22 @@ def test_a_gguf_file_brings_its_config_and_tokenizer(tmp_path, nano):
         == a
     )
     assert (back / "tokenizer.json").read_bytes() == (nano / "tokenizer.json").read_bytes()
+
+
+def test_a_head_beside_the_embeddings(tmp_path, wide):
+    """One that repeats them is left out; another one is the model's own."""
+
+    def head(factor):
+        def add(keys, tensors):
+            data, kind = tensors["token_embd.weight"]
+            tensors["output.weight"] = data * np.float32(factor), kind
+
+        return rewritten(wide, tmp_path / f"{factor}.gguf", change=add)
+
+    for factor, tied in ((1, True), (2, False)):
+        opened = open_model(ConvertOptions(head(factor), tmp_path / "m"))
+        assert opened.config.share_input_output_layers == tied
+        assert ("lm_head.weight" in opened.source.tensors) != tied
 
 
 def set_key(name, value):
