@@ -292,6 +292,12 @@ def check_writable(path: str | Path, flag: str, folder: bool = False) -> None:
         raise OptionError(f"{flag} {path} cannot be written: {problem}")
 
 
+def check_new(path: str | Path, flag: str) -> None:
+    """Raise `OptionError`, which names `flag`, if there is a file with something in it."""
+    if os.path.isfile(path) and os.path.getsize(path):
+        raise OptionError(f"{flag} {path} exists already; give another name, or remove it")
+
+
 def why_not_writable(path: Path, folder: bool) -> str | None:
     """Return what prevents writing, if anything.
 

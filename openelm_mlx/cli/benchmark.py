@@ -147,10 +147,11 @@ def progress_bar() -> Iterator[Tick | None]:
 
 def check_targets(args: argparse.Namespace) -> None:
     """Raise an `OpenELMError`, before anything is measured, for what could not be written."""
-    from openelm_mlx.files import check_writable
+    from openelm_mlx.files import check_new, check_writable
 
     for name in OUTPUTS:
         if (target := getattr(args, name)) is not None:
+            check_new(target, f"--{name}")
             check_writable(target, f"--{name}")
     if args.plot:
         from openelm_mlx.benchmarks.results.plots import check_plot
@@ -161,12 +162,14 @@ def check_targets(args: argparse.Namespace) -> None:
 def write(document: Document, args: argparse.Namespace) -> None:
     """Print the result, then write the files, the most valuable one first.
 
-    What fails keeps nothing else from being written. Raises `BenchmarkError` for all that failed.
+    What fails keeps nothing else from being written. Raises `BenchmarkError` for all that failed,
+    and for a file that somebody has made since the start.
     """
     from openelm_mlx.benchmarks.results import tables
     from openelm_mlx.benchmarks.results.document import save, write_file
     from openelm_mlx.benchmarks.results.page import write_page
     from openelm_mlx.benchmarks.results.plots import write_plot
+    from openelm_mlx.files import check_new
 
     writers: dict[str, Callable[[str], None]] = {
         "output": lambda path: save(document, path),
@@ -182,7 +185,10 @@ def write(document: Document, args: argparse.Namespace) -> None:
         for name, writer in writers.items():
             if (path := getattr(args, name)) is not None:
                 try:
+                    check_new(path, f"--{name}")
                     writer(path)
+                except OptionError as error:
+                    problems.append(str(error))
                 except OpenELMError as error:
                     problems.append(f"--{name}: {error}")
     if problems:

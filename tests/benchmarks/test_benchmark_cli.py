@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from bench_document import sparse_document
 from started import help_of
 
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
@@ -134,6 +135,36 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys, tmp_path
     assert main(["benchmark", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("openelm: ") and message in error and error.count("\n") == 1
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch) -> str:
+    """A result file in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    results.save(sparse_document(), "measured.json")
+    return "measured.json"
+
+
+@pytest.mark.parametrize("name", ["output", "csv", "markdown", "plot", "report"])
+def test_a_file_that_exists_is_not_replaced(measured, name, capsys):
+    Path("mine.png").write_text("precious")
+    assert main(["benchmark", "--show", measured, f"--{name}", "mine.png"]) == 2
+    message = f"openelm: --{name} mine.png exists already; give another name, or remove it\n"
+    assert capsys.readouterr() == ("", message)
+    assert Path("mine.png").read_text() == "precious"
+
+
+def test_a_file_that_appears_during_the_work_is_not_replaced(measured, monkeypatch, capsys):
+    def show(document, as_json):
+        Path("mine.csv").write_text("precious")
+
+    monkeypatch.setattr(benchmark, "show", show)
+    Path("other.md").touch()  # as mktemp makes it
+    words = ["--csv", "mine.csv", "--markdown", "other.md"]
+    assert main(["benchmark", "--show", measured, *words]) == 2
+    message = "openelm: --csv mine.csv exists already; give another name, or remove it\n"
+    assert capsys.readouterr().err == message
+    assert Path("mine.csv").read_text() == "precious" and Path("other.md").read_text()
 
 
 def test_the_command_in_a_result_names_no_folder_of_the_user(monkeypatch):
