@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
+from openelm_mlx.convert.adapter import convert_adapter, is_adapter
 from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions, Progress
 from openelm_mlx.convert.quantize.plan import Quantization, memory_needed
@@ -68,6 +69,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         )
     check_target(options)
     check_inputs(options)
+    if is_adapter(options.source):
+        return convert_adapter(options)
     opened = open_model(options)
     check_apart(options.target, [*opened.source.files, opened.tokenizer.path])
     if opened.source.instruct and options.instruct is None:

@@ -69,7 +69,7 @@ class AdaptedSource(TensorSource):
         return (*self._source.files, *self._files)
 
     def _rows(self, name: str) -> mx.array | None:
-        quantized = stem_of(name) in self._source.plan
+        quantized = stem_of(name) in self._source.quantized
         return None if quantized else self._source.reader(name)(0, SAMPLE)
 
     def _stored(self, name: str) -> str:

@@ -137,7 +137,7 @@ def staged(options: ConvertOptions) -> Iterator[Path]:
 def finish(partial: Path, target: Path, options: ConvertOptions) -> None:
     """Rename the finished folder or file to the target."""
     new = partial / target.name if options.is_gguf else partial
-    if not options.is_gguf:
+    if (partial / UNFINISHED_CONFIG).exists():  # an adapter has none
         (partial / UNFINISHED_CONFIG).rename(partial / CONFIG)
     if not os.path.lexists(target):
         new.rename(target)

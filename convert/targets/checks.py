@@ -27,7 +27,7 @@ OWN = re.compile(
     r"config\.json(\.partial)?|conversion\.json|generation_config\.json|chat_template\.jinja"
     r"|tokenizer(_config)?\.json|tokenizer\.model|README\.md|LICEN[SC]E[^/]*"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-    r"|adapter|adapter/adapter[\w.]*"
+    r"|adapter|(adapter/)?adapter[\w.]*"
 )
 LEFT_BY_MACOS = re.compile(r"\.DS_Store|\._.*")  # in folders that it has shown or copied
 MOST_NAMED = 3  # of the files that an error is about

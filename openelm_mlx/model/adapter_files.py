@@ -141,7 +141,7 @@ def with_rows(parts: Mapping[str, LowRank], rows: int) -> dict[str, LowRank]:
 def write_adapter(
     folder: Path, adapter: Adapter, form: str, config: OpenELMConfig, base_name: str | None = None
 ) -> None:
-    """Write a new folder in the form `mlx-lm`, for mlx_lm.load(..., adapter_path=), or `peft`.
+    """Write a folder in the form `mlx-lm`, for mlx_lm.load(..., adapter_path=), or `peft`.
 
     `config` is that of the base, and `base_name` its name if it has one. Raises `ConversionError`
     for what the form cannot express.
@@ -173,7 +173,7 @@ def write_adapter(
     else:
         settings, arrays = peft.content(parts, base_name)
         name, metadata["format"] = peft.WEIGHTS, "pt"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     contiguous = {key: mx.contiguous(array) for key, array in arrays.items()}
     mx.save_safetensors(name_for_mlx(folder / name), contiguous, metadata=metadata)
     write_json(folder / SETTINGS, settings)

@@ -40,15 +40,16 @@ def peft_folder(
     dtype: mx.Dtype = mx.float32,
     **settings: Any,
 ) -> Path:
-    """Write an adapter as PEFT saves it, of rank 4 but for `ranks` by stem, and return the folder.
+    """Write an adapter as PEFT saves it, and return the folder.
 
-    `settings` go into adapter_config.json; with `use_dora` there are magnitudes.
+    `settings` go into adapter_config.json: the rank `r` is 4 by default, but for `ranks` by stem;
+    with `use_dora` there are magnitudes.
     """
     rng, ranks = np.random.default_rng(seed), ranks or {}
     tensors, shapes = {}, expected_tensors(config)
     for stem in stems(config, roles):
         rows, columns = shapes.get(f"{stem}.weight", shapes[f"{EMBEDDINGS}.weight"])
-        rank, name = ranks.get(stem, 4), f"base_model.model.{stem}"
+        rank, name = ranks.get(stem, settings.get("r", 4)), f"base_model.model.{stem}"
         if stem == EMBEDDINGS:
             sides = {"lora_embedding_A": (rank, rows), "lora_embedding_B": (columns, rank)}
         else:

@@ -75,6 +75,7 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
     "llguidance": lambda: find_spec("llguidance") is not None,
     "llama.cpp": lambda: peer("llama.cpp"),
     "torch": lambda: peer("torch"),
+    "peft": lambda: find_spec("peft") is not None and find_spec("torch") is not None,
     "OpenBLAS": lambda: blas.path is not None,
     "a writable home": writable_home,
     "another user than root": permissions_hold,
