@@ -36,6 +36,7 @@ EXAMPLES = """examples:
   openelm chat                                       the bundled model
   openelm chat 270m-instruct --system "Be brief." --temperature 0.7
   openelm chat 3b-instruct --draft-model 270m-instruct   the same answers from drafts
+  openelm chat my-model --adapter my-adapter         with a LoRA or DoRA adapter
   openelm chat -p "Tell me a story."                 one question and out
   openelm chat -p - < letter.txt                     all of stdin is one message
   openelm chat -p "Hello!" --json                    answer, messages, statistics and seed

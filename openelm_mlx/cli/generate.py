@@ -35,6 +35,7 @@ EXAMPLES = """examples:
   cat story.txt | openelm generate - --max-tokens 64 --json
   openelm generate "$(cat code.py)" --prompt-lookup 3        drafts from the prompt itself
   openelm generate "Once" --model 3b --draft-model 270m      a small model drafts for a large one
+  openelm generate "Once" --model my-model --adapter my-adapter   with a LoRA or DoRA adapter
   openelm generate "$(cat long.txt)" --cache-file long.safetensors   the next run starts there
 """
 

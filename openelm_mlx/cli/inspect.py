@@ -8,9 +8,12 @@ import json
 import math
 import os
 import sys
+from collections.abc import Collection
+from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.cli.options import MODEL_HELP
+from openelm_mlx.cli.options import MODEL_HELP, given_path
 from openelm_mlx.errors import CacheError
 from openelm_mlx.files import read_places
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   openelm inspect 1.1b                 a published size, nothing downloaded
   openelm inspect my-model --json
+  openelm inspect my-model --adapter my-adapter     its kind, ranks and matrices
 """
 
 
@@ -35,12 +39,14 @@ def register(commands: Any) -> None:
     )
     named: Any = {"nargs": "?", "default": "openelm-tiny"}
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP, **named)
+    text = "describe the LoRA or DoRA adapter in this folder, too"
+    parser.add_argument("--adapter", metavar="FOLDER", help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    facts = inspect(args.model)
+    facts = inspect(args.model, None if args.adapter is None else given_path(args.adapter))
     if args.json:
         print(json.dumps(facts))
     else:
@@ -75,6 +81,30 @@ def show(facts: dict[str, Any]) -> None:
     added = [f"{size:,} bytes {kind}" for kind, size in facts["kv_bytes_per_token"].items()]
     print(f"a token adds        {'; '.join(added)}")
     print(f"assumed             {facts['assumed']}")
+    if adapter := facts.get("adapter"):
+        ranks, scales = (spread(adapter[key]) for key in ("ranks", "scales"))
+        print(f"adapter             {adapter['name']}: {adapter['kind']}, rank {ranks}")
+        print(f"  scale             {scales}")
+        for matrix, layers in adapter["matrices"].items():
+            where = f" of layers {runs(layers)}" if layers else ""
+            print(f"  changes           {matrix}{where}")
+        size = f"{adapter['bytes']:,} bytes in float32"
+        print(f"  parameters        {adapter['parameters']:,}, {size}")
+
+
+def spread(values: Collection[float]) -> str:
+    """Write the least and the greatest of some numbers, as in "4 to 16"."""
+    least, most = min(values), max(values)
+    return f"{least:g}" if least == most else f"{least:g} to {most:g}"
+
+
+def runs(numbers: list[int]) -> str:
+    """Write rising numbers in short, as in "0-3, 7"."""
+    found = []
+    for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        first, *_, last = [number for _, number in run] * 2
+        found.append(str(first) if first == last else f"{first}-{last}")
+    return ", ".join(found)
 
 
 PARTS = {  # and what the names of their tensors have; all others are norms
@@ -85,10 +115,11 @@ PARTS = {  # and what the names of their tensors have; all others are norms
 }
 
 
-def inspect(name: str) -> dict[str, Any]:
+def inspect(name: str, adapter: Path | None = None) -> dict[str, Any]:
     """Return everything that `openelm inspect` shows, as plain data.
 
-    A published size needs no file, and of a folder only the headers are read.
+    A published size needs no file, and of a folder only the headers are read. `adapter` is the
+    folder of one; it is read, and must fit the model.
     """
     from openelm_mlx.engine.hub import resolve_model
     from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, expected_tensors, normal_name
@@ -98,11 +129,42 @@ def inspect(name: str) -> dict[str, Any]:
         config = OpenELMConfig.from_name(name)
         sizes = {tensor: 2 * math.prod(shape) for tensor, shape in expected_tensors(config).items()}
         assumed = "bfloat16 weights and cache, as nothing was downloaded"
-        return describe(name, config, sizes, assumed)
+        return describe(name, config, sizes, assumed) | adapter_facts(adapter, config)
     folder = resolve_model(name).folder
     sizes = {tensor: place.info.nbytes for tensor, place in read_places(folder).items()}
     config = OpenELMConfig.from_file(folder / "config.json")
-    return describe(name, config, sizes, "a bfloat16 cache")
+    return describe(name, config, sizes, "a bfloat16 cache") | adapter_facts(adapter, config)
+
+
+def adapter_facts(folder: Path | None, config: OpenELMConfig) -> dict[str, Any]:
+    """Return the entry about an adapter, or none if there is no folder."""
+    if folder is None:
+        return {}
+    from openelm_mlx.model.adapter_files import read_adapter
+
+    adapter = read_adapter(folder, config)
+    parts = adapter.parts.values()
+    kinds = {"LoRA" if part.magnitude is None else "DoRA" for part in parts}
+    matrices: dict[str, list[int]] = {}  # and the layers whose matrix is changed
+    for stem in adapter.parts:
+        layer, _, name = stem.removeprefix("transformer.layers.").partition(".")
+        if layer.isdecimal():
+            matrices.setdefault(name, []).append(int(layer))
+        else:
+            matrices[stem.removeprefix("transformer.")] = []
+    lengths = [part.magnitude for part in parts if part.magnitude is not None]
+    arrays = [*(part.a for part in parts), *(part.b for part in parts), *lengths]
+    count = sum({id(array): array.size for array in arrays}.values())  # tied ones are one
+    about = {
+        "name": adapter.name,
+        "kind": " and ".join(sorted(kinds, reverse=True)),
+        "ranks": sorted({part.rank for part in parts}),
+        "scales": sorted({part.scale for part in parts}),
+        "matrices": {name: sorted(layers) for name, layers in matrices.items()},
+        "parameters": count,
+        "bytes": 4 * count,
+    }
+    return {"adapter": about}
 
 
 def describe(

@@ -190,7 +190,7 @@ def given_fields(options: type, args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the dataclass that were given on the command line."""
     given = {}
     for item in fields(options):
-        if hasattr(args, item.name):
+        if hasattr(args, item.name) and item.metadata.get("flag", "") is not None:
             value, commas = getattr(args, item.name), item.metadata.get("commas")
             if commas and "choices" in item.metadata:  # words; others are texts and may have commas
                 value = [word.strip() for word in ",".join(value).split(",") if word.strip()]

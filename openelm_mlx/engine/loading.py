@@ -16,13 +16,15 @@ from openelm_mlx.engine.hub import Resolved, resolve_model
 from openelm_mlx.engine.options import ModelOptions, SamplingOptions
 from openelm_mlx.engine.threads import asynchronous, device_work
 from openelm_mlx.engine.tokenizer import Tokenizer
-from openelm_mlx.errors import ConfigError, OptionError, TokenizerError, naming
+from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError, naming
 from openelm_mlx.fields import shown
 from openelm_mlx.files import read_json
+from openelm_mlx.model.adapter_files import read_adapter
 from openelm_mlx.model.adapters import Adapter, adapted
 from openelm_mlx.model.checkpoint import read_model
 from openelm_mlx.model.config import GENERATION_CONFIG, GENERATION_KEYS, OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM, parameters
+from openelm_mlx.model.fingerprint import fingerprint_of, same_base
 from openelm_mlx.quantization import MLX_GROUP_SIZE, QuantSpec
 
 if TYPE_CHECKING:
@@ -81,7 +83,12 @@ class Engine:
         if self.adapter is not None:
             what = f"{self.name} applies an adapter; load another one into the engine without it"
             raise OptionError(what)
-        chosen = adapter if isinstance(adapter, Adapter) else opened(adapter, self.config)
+        chosen = adapter
+        if not isinstance(chosen, Adapter):
+            chosen = read_adapter(Path(chosen).expanduser(), self.config)
+        if chosen.base is not None and not same_base(chosen.base, fingerprint_of(self.model)):
+            what = f"the adapter {chosen.name} was made for other weights than {self.name}'s"
+            raise CheckpointError(f"{what}; give the model that it was made for")
         name = chosen.name if name is None else name
         if name in self.adapters:
             remedy = "give another name, or first remove it from engine.adapters"
@@ -140,13 +147,6 @@ class Engine:
         return sum(array.nbytes for array in parameters(self.model).values())
 
 
-def opened(folder: str | Path, config: OpenELMConfig) -> Adapter:
-    """Return the adapter in a folder. Raises the errors of `Engine.load_adapter`."""
-    from openelm_mlx.model.adapter_files import read_adapter  # type: ignore
-
-    return read_adapter(Path(folder).expanduser(), config)
-
-
 def load(
     name: str | Path = "openelm-tiny",
     dtype: str | mx.Dtype | None = None,
@@ -154,6 +154,7 @@ def load(
     group_size: int = MLX_GROUP_SIZE,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Engine:
     """Load a model: a folder, a .gguf or .pt file, a hub id, or a name from `openelm models`.
 
@@ -162,8 +163,9 @@ def load(
     CPU backend; elsewhere it is the checkpoint's own, or bfloat16 for a checkpoint in float32.
     `bits` quantizes a full-precision model while loading, in groups of `group_size` weights.
     `tokenizer` is a file to use in place of the model's own; `revision` is a branch, tag or commit
-    on the hub. Raises `HubError`, `ConfigError`, `CheckpointError`, `ConversionError`,
-    `TokenizerError` or `OptionError`.
+    on the hub. `adapter` is that of `Engine.load_adapter`, and applied to all requests. Raises
+    `HubError`, `ConfigError`, `CheckpointError`, `ConversionError`, `TokenizerError` or
+    `OptionError`.
     """
     if isinstance(dtype, mx.Dtype):
         dtype = name_of(dtype)
@@ -171,27 +173,27 @@ def load(
         allowed = "allowed is a name, or a path to a folder or file"
         raise OptionError(f"the model is {shown(name)}; {allowed}")
     # converts numbers to Python's own types and texts to paths
-    chosen = ModelOptions(dtype, bits, group_size, tokenizer, revision)  # type: ignore[arg-type]
+    given: Any = (dtype, bits, group_size, tokenizer, revision, adapter)
+    chosen = ModelOptions(*given)
     resolved = resolve_model(str(name), chosen.revision, chosen.tokenizer)
-    return load_resolved(str(name), resolved, chosen.dtype, chosen.bits, chosen.group_size)
+    return load_resolved(str(name), resolved, chosen)
 
 
 @device_work
-def load_resolved(
-    name: str, resolved: Resolved, dtype: str | None, bits: int | None, group_size: int
-) -> Engine:
+def load_resolved(name: str, resolved: Resolved, options: ModelOptions) -> Engine:
     """Return the engine of a folder in this project's layout. Raises the errors of `load`."""
-    folder = resolved.folder
+    folder, bits, group_size = resolved.folder, options.bits, options.group_size
     with naming(folder):
         stored = read_model(folder)
     config, weights, quantization = stored.config, stored.weights, stored.quantization
     sampling = chat_sampling(folder)
+    adapter = None if options.adapter is None else read_adapter(options.adapter, config)
     if bits is not None and quantization:
         raise OptionError(f"{name} is quantized already; --bits needs full-precision weights")
     model = OpenELM(config)
     if stored.specs:
         quantize_as_stored(model, stored.specs)
-    computed = compute_dtype(config, weights, dtype)
+    computed = compute_dtype(config, weights, options.dtype)
     model.load_weights([(key, cast(array, computed)) for key, array in weights.items()])
     if bits is not None:
         quantize_now(model, bits, group_size)
@@ -208,7 +210,8 @@ def load_resolved(
             "the tokenizer belongs to another model; pass the right one with --tokenizer"
         )
     instruct = speaks_instruct(folder, name)
-    return Engine(model, tokenizer, config, name, folder, quantization, instruct, sampling)
+    engine = Engine(model, tokenizer, config, name, folder, quantization, instruct, sampling)
+    return engine if adapter is None else engine.load_adapter(adapter)
 
 
 def speaks_instruct(folder: Path, name: str) -> bool:

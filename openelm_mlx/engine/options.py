@@ -205,6 +205,9 @@ class ModelOptions:
     )
     tokenizer: Path | None = option(None, "a tokenizer.model from elsewhere")
     revision: str | None = option(None, "branch, tag or commit on the hub", metavar="REV")
+    adapter: Path | None = option(
+        None, "apply the LoRA or DoRA adapter in this folder, without merging", metavar="FOLDER"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -224,7 +224,7 @@ class PromptCache:
         if about.get("fingerprint") != fingerprint(engine):
             what = f"{path} was made with other weights or another tokenizer than {engine.name}'s"
             if (made := about.get("adapter", "no adapter")) != named(engine):
-                what = f"{path} was made with {made}, not with {named(engine)}"
+                what = f"{path} was made with {made}, but the model has {named(engine)}"
             raise CacheError(f"{what}; delete it, or use the model it was made with")
         if about.get("kind") != str(kind):
             what = f"{path} has {about.get('kind')}; the options ask for {kind}"

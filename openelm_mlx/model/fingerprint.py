@@ -17,6 +17,8 @@ from typing import Any
 
 from openelm_mlx.device import mx
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.model.decoder import OpenELM, parameters
+from openelm_mlx.quantization import stem_of
 
 PREFIX = "openelm-1:"  # a fingerprint begins with its version
 SAMPLE = 4  # numbers of each tensor
@@ -42,6 +44,16 @@ def fingerprint(config: OpenELMConfig, rows: Callable[[str], mx.array | None]) -
     numbers: Any = mx.concatenate(samples).tolist()
     packed = struct.pack(f"<{len(numbers)}f", *numbers)
     return PREFIX + base64.b64encode(packed).decode()
+
+
+def fingerprint_of(model: OpenELM) -> str:
+    """Return the fingerprint of a loaded model."""
+    arrays = parameters(model)
+
+    def plain(name: str) -> mx.array | None:
+        return None if f"{stem_of(name)}.scales" in arrays else arrays[name]
+
+    return fingerprint(model.args, plain)
 
 
 def numbers_of(text: str) -> mx.array:

@@ -131,8 +131,8 @@ def test_a_saved_cache_says_its_adapter_and_serves_no_other(engine, tmp_path):
         with pytest.raises(CacheError) as error:
             PromptCache.load(file, other)
         assert str(error.value) == (
-            f"{file} was made with the adapter random-1, not with {words}; delete it, or use the "
-            "model it was made with"
+            f"{file} was made with the adapter random-1, but the model has {words}; delete it, or "
+            "use the model it was made with"
         )
     parts = one.adapter.parts.items()
     scaled = {stem: replace(part, scale=2 * part.scale) for stem, part in parts}

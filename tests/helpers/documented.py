@@ -21,9 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adapter_folders import mlx_lm_folder
 from formats import again, long_context
 from hub_server import Hub
 from range_server import serving
+
+from openelm_mlx.model.config import OpenELMConfig
 
 ROOT = Path(__file__).parents[2]
 # Flags that make a command short: they are added to all commands that begin with these words.
@@ -45,6 +48,7 @@ def workshop(folder: Path) -> dict[str, Any]:
     """Put the files that the pages speak of into `folder`; return the hub's repositories."""
     model = again(long_context(folder), folder / "my-model", instruct=True)
     again(model, folder / "model.gguf", target_format="gguf")
+    mlx_lm_folder(folder / "my-adapter", OpenELMConfig.from_file(model / "config.json"))
     (folder / "tests").symlink_to(ROOT / "tests")
     shutil.copy(
         next((ROOT / "benchmarks" / "results").glob("*-quick.json")), folder / "theirs.json"
