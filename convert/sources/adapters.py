@@ -20,7 +20,7 @@ from openelm_mlx.model.adapter_files import (
     with_rows,
     write_adapter,
 )
-from openelm_mlx.model.adapters import Adapter, LowRank
+from openelm_mlx.model.adapters import Adapter, LowRank, lengths
 from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig
 from openelm_mlx.model.fingerprint import SAMPLE, fingerprint, same_base
 from openelm_mlx.quantization import stem_of
@@ -141,25 +141,27 @@ def write_kept(
 
     Raises `OptionError` for DoRA on a quantized embedding.
     """
-    adapter = with_lengths(adapted.adapter, adapted.base_weight)
+    form, adapter = str(adapted.form), adapted.adapter
+    adapter = replace(adapter, parts=with_rows(adapter.parts, config.vocab_size))
+    adapter = with_lengths(adapter, adapted.base_weight, form)
     part = adapter.parts.get(EMBEDDINGS)
     if quantized and part is not None and part.magnitude is not None:
         raise OptionError(
             "mlx-lm applies no DoRA adapter to a quantized embedding; merge it, or leave the base "
             "unquantized"
         )
-    adapter = replace(adapter, parts=with_rows(adapter.parts, config.vocab_size))
-    write_adapter(folder, adapter, str(adapted.form), config)
+    write_adapter(folder, adapter, form, config)
 
 
-def with_lengths(adapter: Adapter, weight: Callable[[str], mx.array]) -> Adapter:
-    """Return the same adapter in one kind: beside DoRA, a layer of LoRA becomes DoRA whose
-    magnitudes are the lengths that it has anyway. `weight` returns the base of a stem.
+def with_lengths(adapter: Adapter, weight: Callable[[str], mx.array], form: str) -> Adapter:
+    """Return the same adapter in one kind, as `form` wants it: beside DoRA, a layer of LoRA becomes
+    DoRA whose magnitudes are the lengths that it has anyway. `weight` returns the base of a stem.
     """
     parts = dict(adapter.parts)
     if any(part.magnitude is not None for part in parts.values()):
         for stem, part in parts.items():
             if part.magnitude is None:
-                lengths = mx.linalg.norm(part.merged(weight(stem)), axis=1)
-                parts[stem] = replace(part, magnitude=lengths)
+                merged = part.merged(weight(stem)[: len(part.b)])
+                of_columns = form == "peft" and stem == EMBEDDINGS
+                parts[stem] = replace(part, magnitude=lengths(merged, of_columns))
     return replace(adapter, parts=parts)

@@ -129,7 +129,8 @@ def with_rows(parts: Mapping[str, LowRank], rows: int) -> dict[str, LowRank]:
     for stem in {EMBEDDINGS, HEAD} & parts.keys():
         part = parts[stem]
         more, m = rows - part.b.shape[0], part.magnitude
-        if abs(more) > MAX_PADDING or more == 0 or (more > 0 and m is not None):
+        unknown = m is not None and (more > 0 or m.ndim == 2)  # lengths that padding has or changes
+        if abs(more) > MAX_PADDING or more == 0 or unknown:
             continue
         if part not in fitted:
             b = mx.pad(part.b, [(0, max(0, more)), (0, 0)])[:rows]
@@ -163,6 +164,7 @@ def write_adapter(
             f"{adapter.name} adapts {side}. Merge it, or convert its base with --adapter-folder "
             "and --adapter keep, which gives the head a matrix of its own"
         )
+    check_embedding(adapter, form)
     metadata = {} if adapter.base is None else {BASE: adapter.base}
     if form == "mlx-lm":
         if config.share_input_output_layers:
@@ -177,6 +179,17 @@ def write_adapter(
     contiguous = {key: mx.contiguous(array) for key, array in arrays.items()}
     mx.save_safetensors(name_for_mlx(folder / name), contiguous, metadata=metadata)
     write_json(folder / SETTINGS, settings)
+
+
+def check_embedding(adapter: Adapter, form: str) -> None:
+    """Raise `ConversionError` for DoRA of an embedding as another form has it."""
+    m = getattr(adapter.parts.get(EMBEDDINGS), "magnitude", None)
+    if m is not None and (m.ndim == 2) != (form == "peft"):
+        ours, theirs = ("rows", "columns") if form == "peft" else ("columns", "rows")
+        raise ConversionError(
+            f"{adapter.name} is DoRA on the embedding with lengths of {ours}, and in the form of "
+            f"{form} they are those of {theirs}; merge it into its base"
+        )
 
 
 def content(

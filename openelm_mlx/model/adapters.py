@@ -29,7 +29,10 @@ class LowRank:
     a: mx.array  # [rank, columns]
     b: mx.array  # [rows, rank]
     scale: float
-    magnitude: mx.array | None = None  # [rows], the lengths of the adapted rows (DoRA)
+    magnitude: mx.array | None = None
+    """The lengths of the adapted rows, [rows] (DoRA). PEFT's DoRA of an embedding states those of
+    its columns, [1, columns].
+    """
 
     @property
     def rank(self) -> int:
@@ -40,7 +43,13 @@ class LowRank:
         adapted = mx.addmm(weight.astype(mx.float32), self.b, self.a, alpha=self.scale)
         if self.magnitude is None:
             return adapted
-        return adapted * (self.magnitude / mx.linalg.norm(adapted, axis=1))[:, None]
+        gain = self.magnitude / lengths(adapted, self.magnitude.ndim == 2)
+        return adapted * (gain if gain.ndim == 2 else gain[:, None])
+
+
+def lengths(matrix: mx.array, of_columns: bool = False) -> mx.array:
+    """Return the lengths of the rows of a matrix, [rows], or of its columns, [1, columns]."""
+    return mx.linalg.norm(matrix, axis=0 if of_columns else 1, keepdims=of_columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +73,13 @@ class Adapter:
                 what = f"the adapter {self.name} changes {stem:.100}, which this model lacks"
                 raise CheckpointError(f"{what}; give an adapter that was made for it")
             rows, columns = shapes[stem]
-            found = [part.a.shape, part.b.shape, getattr(part.magnitude, "shape", (rows,))]
-            if found != [(part.rank, columns), (rows, part.rank), (rows,)]:
+            m = part.magnitude
+            of_columns = m is not None and m.shape == (1, columns) and stem == EMBEDDINGS
+            fits = m is None or m.shape == (rows,) or of_columns
+            if not fits or [part.a.shape, part.b.shape] != [
+                (part.rank, columns),
+                (rows, part.rank),
+            ]:
                 what = f"the adapter {self.name} was made for another model: its {stem} adds"
                 theirs = f"{part.b.shape} times {part.a.shape}"
                 raise CheckpointError(f"{what} {theirs}, to {rows} x {columns} here; give its own")
@@ -93,7 +107,8 @@ class Adapted(nn.Module):
         return LowRank(a, b, self.scale, self.get("m"))
 
     def gain(self) -> mx.array:
-        """Return the learned length of each row of W' over that of W + scale b a, [rows].
+        """Return the learned length of each row of W' over that of W + scale b a, [rows], or of
+        each column, [1, columns].
 
         It is cached until the module gets other parameters.
         """
@@ -101,8 +116,8 @@ class Adapted(nn.Module):
         if not self._cached or any(a is not b for a, b in zip(now, self._cached, strict=False)):
             low = self.low_rank
             adapted = LowRank(low.a, low.b, low.scale).merged(dense(self.base))
-            lengths = mx.stop_gradient(mx.linalg.norm(adapted, axis=1))
-            self._cached = (*now, for_any_thread(self.m / lengths))
+            found = mx.stop_gradient(lengths(adapted, self.m.ndim == 2))
+            self._cached = (*now, for_any_thread(self.m / found))
         return self._cached[-1]
 
     def beside(self, y: mx.array, x: mx.array) -> mx.array:
@@ -134,7 +149,10 @@ class AdaptedEmbedding(Adapted):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         rows = mx.addmm(self.base(tokens), self.b[tokens], self.a, alpha=self.scale)
-        return (rows * self.gain()[tokens][..., None] if "m" in self else rows).astype(self.out)
+        if "m" in self:
+            gain = self.gain()
+            rows = rows * (gain if gain.ndim == 2 else gain[tokens][..., None])
+        return rows.astype(self.out)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the logits [..., vocab] of hidden states [..., model_dim]."""

@@ -1,9 +1,9 @@
 """Adapters of Hugging Face's PEFT: what adapter_config.json and adapter_model.safetensors say.
 
 PEFT (peft/tuners/lora) stores lora_A [rank, columns] and lora_B [rows, rank] of W [rows, columns],
-and lora_magnitude_vector [rows] of DoRA; of the embedding, lora_embedding_A [rank, rows] and
-lora_embedding_B [columns, rank]. Only the input side of a tied embedding is adapted. Ranks and
-alphas may differ by layer; the scale of a layer is
+and lora_magnitude_vector [rows] of DoRA; of the embedding, lora_embedding_A [rank, rows],
+lora_embedding_B [columns, rank] and the magnitudes of its columns. Only the input side of a tied
+embedding is adapted. Ranks and alphas may differ by layer; the scale of a layer is
 
     LoRA (arXiv:2106.09685)     alpha / rank
     rsLoRA (arXiv:2312.03732)   alpha / sqrt(rank)
@@ -187,13 +187,10 @@ def read_parts(
         a, b, m = leaves[f"{kind}A"], leaves[f"{kind}B"], leaves.get("lora_magnitude_vector")
         scale = settings.scale(stem, a.shape[0])
         if stem == EMBEDDINGS:
-            if m is not None:
-                raise ConversionError(
-                    f"{folder} is DoRA on the embedding, of which PEFT scales the columns; only "
-                    "rows are scaled here: leave the embedding out, or let PEFT merge it"
-                )
             a, b = b.T, a.T
-        parts[stem] = LowRank(a, b, scale, None if m is None else m.reshape(-1))
+        if m is not None:
+            m = m.reshape(1, -1) if stem == EMBEDDINGS else m.reshape(-1)
+        parts[stem] = LowRank(a, b, scale, m)
     return parts
 
 
@@ -231,7 +228,7 @@ def content(
             arrays[f"{PREFIX}{stem}.lora_A.weight"] = part.a
             arrays[f"{PREFIX}{stem}.lora_B.weight"] = part.b
         if part.magnitude is not None:
-            arrays[f"{PREFIX}{stem}.lora_magnitude_vector"] = part.magnitude
+            arrays[f"{PREFIX}{stem}.lora_magnitude_vector"] = part.magnitude.reshape(-1)
     ranks = {stem: part.rank for stem, part in parts.items()}
     rank_stabilised, alphas = strengths(parts)
     rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))

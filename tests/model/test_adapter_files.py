@@ -32,6 +32,7 @@ KINDS = {
     },
     "embedding": {"roles": ("embedding", "ffn.proj_1")},
     "half": {"dtype": mx.float16},
+    "columns": {"roles": ("embedding", "ffn.proj_1"), "use_dora": True},
 }
 
 
@@ -74,7 +75,9 @@ def by_formula(folder, alpha_of, stabilised=False) -> dict[str, np.ndarray]:
             continue
         new = w + alpha_of(stem) / (math.sqrt(rank) if stabilised else rank) * update
         if (m := arrays.get(f"{name}.lora_magnitude_vector")) is not None:
-            new *= (m / np.linalg.norm(new, axis=1))[:, None]
+            rows = stem != EMBEDDINGS
+            gain = m / np.linalg.norm(new, axis=int(rows))
+            new *= gain[:, None] if rows else gain
         result[stem] = new
     return result
 
@@ -117,7 +120,7 @@ def test_peft_to_peft_gives_equal_files(tmp_path, kind):
         assert after["rank_pattern"] == RANKS
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "columns"])
 def test_peft_to_mlx_lm_and_back_adapts_alike(tmp_path, kind):
     first = read_adapter(peft_folder(tmp_path / "a", UNTIED, **KINDS[kind]), UNTIED)
     write_adapter(tmp_path / "b", first, "mlx-lm", UNTIED)
@@ -145,6 +148,20 @@ def test_both_sides_of_a_tied_embedding_or_one(tmp_path):
     with pytest.raises(ConversionError, match="PEFT adapts the input side only. Merge it, or"):
         write_adapter(tmp_path / "x", both, "peft", TWO)
     assert not (tmp_path / "x").exists()
+
+
+def test_dora_of_an_embedding_is_of_rows_or_of_columns(tmp_path):
+    peft = read_adapter(peft_folder(tmp_path / "p", TWO, ["embedding"], use_dora=True), TWO)
+    part = replace(peft.parts[EMBEDDINGS], magnitude=mx.ones((64,)))
+    theirs = replace(peft, parts={EMBEDDINGS: part, "lm_head": part})
+    write_adapter(tmp_path / "m", theirs, "mlx-lm", TWO)
+    assert read_adapter(tmp_path / "m", TWO).parts["lm_head"].magnitude.shape == (64,)
+    with pytest.raises(ConversionError, match="lengths of columns, and in the form of mlx-lm they"):
+        write_adapter(tmp_path / "x", peft, "mlx-lm", UNTIED)
+    with pytest.raises(ConversionError, match="lengths of rows, and in the form of peft they are"):
+        write_adapter(tmp_path / "x", replace(peft, parts={EMBEDDINGS: part}), "peft", TWO)
+    with pytest.raises(CheckpointError, match="was made for another model"):
+        read_adapter(tmp_path / "p", replace(TWO, vocab_size=60))
 
 
 def test_padding_of_the_vocabulary_is_cut_and_added(tmp_path):
@@ -265,6 +282,7 @@ def test_a_pickle_and_mixed_kinds_are_refused(tmp_path):
         {"target_modules": ["qkv_proj", "lm_head"], "use_rslora": True, "lora_alpha": 7, "r": 5},
         {"target_modules": ["qkv_proj", "proj_2", "lm_head"], "use_dora": True},
         {"target_modules": ["token_embeddings", "proj_1"]},
+        {"target_modules": ["token_embeddings", "proj_1"], "use_dora": True},
         {
             "target_modules": ["qkv_proj", "proj_2"],
             "rank_pattern": {"layers.1.attn.qkv_proj": 3, "^transformer.layers.0.*proj_2": 2},

@@ -210,7 +210,7 @@ def test_a_merge_in_half_precision_rounds_once(tmp_path):
 def test_an_adapter_is_read_out_of_a_checkpoint(name, tmp_path):
     """Applied beside the base, it gives the reference's logits; it belongs to that base alone."""
     golden = np.load(GOLDEN / name / "golden.npz")
-    run(name, tmp_path, adapter="keep", target_format="hf" if name != "dora" else "mlx")
+    run(name, tmp_path, adapter="keep", target_format="hf")
     config = OpenELMConfig.from_file(tmp_path / "m" / "config.json")
     model = OpenELM(config)
     model.load_weights(str(tmp_path / "m" / "model.safetensors"))
