@@ -38,11 +38,11 @@ def check_apart(target: Path, inputs: Iterable[Path]) -> None:
     """Raise `ConversionError` if one of the inputs is the target, or lies in it.
 
     They are compared as files, not by name: a folder has several names through links, bind mounts
-    and letter case.
+    and letter case. (A file in the target may have another name elsewhere, which stays.)
     """
     if not os.path.lexists(target):
         return
-    inside = target.iterdir() if target.is_dir() else ()
+    inside = [path for path in target.iterdir() if path.is_dir()] if target.is_dir() else []
     own = {identity(path) for path in (target, *inside)} - {None}
     for path in inputs:
         real = path.resolve()

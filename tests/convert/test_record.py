@@ -46,12 +46,18 @@ def record_of(folder: Path) -> dict:
         (FOUR, MATRICES, 0, AGAIN.format(FORM, MATRICES)),
         ({"recipe": "r.yaml"}, 1, MATRICES - 2, AGAIN.format(FORM, 1)),
         ({"dtype": "float16", **EIGHT}, MATRICES, 0, AGAIN.format(FORM, MATRICES)),
+        (
+            {"calibrate": "gptq", "calibration_tokens": 257, **EIGHT},
+            MATRICES,
+            0,
+            AGAIN.format(FORM, MATRICES),
+        ),
         ({"target_format": "hf"}, 0, MATRICES, LOST.format(FORM)),
         ({"dtype": "bfloat16"}, 0, MATRICES, LOST.format(FORM)),
         ({}, 0, 0, None),
         (EIGHT, 0, 0, None),
     ],
-    ids=["4", "recipe", "8 of float16", "hf", "bfloat16", "kept", "8 again"],
+    ids=["4", "recipe", "8 of float16", "8 by gptq", "hf", "bfloat16", "kept", "8 again"],
 )
 def test_a_source_that_is_quantized_is_told(
     tmp_path, monkeypatch, quantized, fields, again_of, dequantized, sentence

@@ -36,6 +36,18 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     }
 
 
+def with_adapter(model: Path) -> Path:
+    """Put an adapter's folder into the model's and into its record."""
+    (model / "adapter").mkdir()
+    (model / "adapter" / "adapter_config.json").write_text("some words")
+    record = json.loads((model / "conversion.json").read_text())
+    hashes = checks.hashes_in(model)
+    del hashes["conversion.json"]
+    record["files"] = hashes
+    (model / "conversion.json").write_text(json.dumps(record))
+    return model / "adapter"
+
+
 def spared(tmp_path: Path, source: Path, target: Path, message: str, **fields) -> None:
     """A conversion with --force to this target fails with this text and changes nothing."""
     before = contents(tmp_path)
@@ -184,6 +196,10 @@ def test_inputs_inside_the_target_are_spared(tmp_path, source, model):
         asked = {"target_bpw": 4.5} if name == "calibration_text" else {}
         message = rf"contains what is to be read \({path}\)"
         spared(tmp_path, source, model, message, **{name: path}, **asked)
+    text = with_adapter(model) / "adapter_config.json"
+    spared(tmp_path, source, model, "contains what is to be read", verify_text=text)
+    os.link(model / "tokenizer.model", tmp_path / "tokenizer.model")  # this name stays
+    convert(ConvertOptions(source, model, force=True, tokenizer=tmp_path / "tokenizer.model"))
 
 
 def test_the_file_in_a_source_folder_is_spared(tmp_path, source):
@@ -192,9 +208,11 @@ def test_the_file_in_a_source_folder_is_spared(tmp_path, source):
     spared(tmp_path, only.parent, only, r"x.gguf contains what is to be read \(.*x.gguf\)")
 
 
-def test_a_source_under_the_name_of_a_bind_mount_is_spared(tmp_path, source, model):
+@pytest.mark.parametrize("part", ["", "adapter"])
+def test_a_source_under_the_name_of_a_bind_mount_is_spared(tmp_path, source, model, part):
+    with_adapter(model)
     (tmp_path / "bound").mkdir()
-    mount = ["mount", "--bind", model, tmp_path / "bound"]
+    mount = ["mount", "--bind", model / part, tmp_path / "bound"]
     if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("wants the right to mount")
     try:
