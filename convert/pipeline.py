@@ -90,7 +90,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     with SourceHash(hashed) as hashes, staged(options) as folder:
         path = target.write(folder, chosen.plan, stream(opened, chosen, options, progress))
         if options.verifies:
-            losses = verify(path, opened, batches)
+            losses = verify(path, opened, batches, progress)
             check_bound(losses, options.max_kl, options.format)
             report = replace(report, verification=losses)
         target.write_record(folder, report, hashes.result())

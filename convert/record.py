@@ -25,6 +25,7 @@ from openelm_mlx.quantization import Plan, QuantSpec, config_entry
 
 CHUNK = 1 << 22
 RECORD, TOOL = "conversion.json", "openelm-mlx"
+VERIFIED_ON = "eight paragraphs of Darwin's Origin of Species (1859)"  # without --verify-text
 MERGED, KEPT = "merged", "kept beside its base"
 FRONT_MATTER_BYTES = 1 << 16
 ENTRY = re.compile(rf"^({'|'.join(LICENCE_KEYS)})[ \t]*:[ \t]*([^\s#].*?)[ \t]*$", re.MULTILINE)
@@ -55,7 +56,7 @@ class ConversionReport:
     dequantized: int = 0  # of these matrices
     measured: Mapping[str, Any] = field(default_factory=dict)
     """Figures that were found while the plan was chosen and rounding was learned."""
-    verification: Mapping[str, float] | None = None
+    verification: Mapping[str, Any] | None = None
     """The losses against the source, if asked for."""
 
     @property
@@ -239,7 +240,7 @@ def conversion_record(
     if report.verification is not None:
         text = options.verify_text
         record["verification"] = dict(report.verification)
-        record["verification_text"] = None if text is None else text.name
+        record["verification_text"] = VERIFIED_ON if text is None else text.name
     return record | {"source_sha256": dict(hashes)}
 
 
@@ -275,9 +276,9 @@ def model_card(record: Mapping[str, Any], report: ConversionReport, instruct: bo
         heads, rows = plan_rows(plan)
         parts.append("\nBits and group size by layer:\n\n" + markdown([heads, *rows]) + "\n")
     if verification := record.get("verification"):
-        text = record["verification_text"] or "a short text"
+        text = record["verification_text"]
         parts.append(f"\nAgainst the source in float32, on {text}:\n\n| | |\n|---|---|\n")
-        parts += [f"| {label(key)} | {value:.6g} |\n" for key, value in verification.items()]
+        parts += [f"| {name} | {value} |\n" for name, value in losses_shown(verification)]
     parts.append("\nThe weights stay under the licence of the model they were converted from.\n")
     return "".join(parts)
 
@@ -292,6 +293,21 @@ def card_entries(record: Mapping[str, Any]) -> str:
 
 def label(key: str) -> str:
     return key.replace("_", " ")
+
+
+def with_interval(losses: Mapping[str, Any], name: str) -> str:
+    """Return a figure of a verification as text, with its 95 % confidence interval if any."""
+    text = f"{losses[name]:.6g}"
+    if name not in losses["intervals_95"]:
+        return text
+    low, high = losses["intervals_95"][name]
+    return f"{text} (95 %: {low:.3g} to {high:.3g})"
+
+
+def losses_shown(verification: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the label of every loss of a verification, and its value with its interval."""
+    names = [name for name in verification if name != "intervals_95"]
+    return [(label(name), with_interval(verification, name)) for name in names]
 
 
 def plan_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:

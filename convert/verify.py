@@ -1,42 +1,46 @@
-"""Proof of a conversion: what was written is read back and compared with the source in float32."""
+"""Proof of a conversion: what was written is read back and compared with the source in float32.
+
+Both models go through their layers one after another, so that memory has the states of the text,
+and of the weights one layer, or the heads of both models.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.convert.quantize import exact_weights
+from openelm_mlx.convert.quantize import LazyWeights, Weights, exact_weights, last_states
+from openelm_mlx.convert.quantize.losses import head_weights, logits_from
+from openelm_mlx.convert.record import with_interval
 from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.targets import config_of
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
-from openelm_mlx.evaluate.score import compare
+from openelm_mlx.evaluate.score import POSITIONS, compare_logits
 from openelm_mlx.files import read_json, read_text
+from openelm_mlx.model.checkpoint import PARTS
 from openelm_mlx.model.config import BOS, OpenELMConfig, expected_tensors
-from openelm_mlx.quantization import planned, quantization_of, read_plan
+from openelm_mlx.quantization import planned, quantization_of, read_plan, stem_of
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.opening import OpenedModel
-    from openelm_mlx.model.decoder import OpenELM
+    from openelm_mlx.convert.options import Progress
 
-TEXT = (
-    "Once upon a time there was a little girl who lived in a house at the edge of a great forest "
-    "with her mother."
-)
+TEXT = Path(__file__).parents[1] / "assets" / "verification" / "text.txt"
 ROW = 512  # tokens scored in one context, BOS included
 BATCH = 4  # rows in one pass
 NAMES = {"reference_perplexity": "perplexity_of_source"}  # what conversion.json calls a figure
 
 
 def verification_text(opened: OpenedModel, text: Path | None = None) -> list[mx.array]:
-    """Return batches of token ids [rows, length] from a file, or from a short text of our own.
+    """Return batches of token ids [rows, length] from a file, or from the text of this package.
 
     Raises `OptionError` for a file that is not text, `ConversionError` for an empty one.
     """
-    content = TEXT if text is None else read_text(text, "--verify-text")
+    content = read_text(TEXT if text is None else text, "--verify-text")
     ids = opened.tokenizer.processor.encode(content)
     batches = text_batches(ids, min(ROW, opened.trimmed.max_context_length))
     if not batches:
@@ -57,20 +61,47 @@ def text_batches(ids: list[int], length: int) -> list[mx.array]:
 
 
 def verify(
-    path: Path, opened: OpenedModel, batches: Iterable[mx.array] | None = None
-) -> dict[str, float]:
-    """Return the losses of the folder or GGUF file at `path` on batches of token ids, or on a short
-    text of our own, under the names that conversion.json gives them.
+    path: Path,
+    opened: OpenedModel,
+    batches: Iterable[mx.array] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Return the losses of the folder or GGUF file at `path` on batches of token ids, or on the
+    text of this package, under the names that conversion.json gives them.
     """
-    batches = verification_text(opened) if batches is None else batches
-    exact = dense_model(opened.trimmed, exact_weights(opened))
-    written = dense_model(*(read_folder(path) if path.is_dir() else read_gguf(path)))
-    found = asdict(compare(exact, written, batches))
-    return {NAMES.get(name, name): value for name, value in found.items()}
+    known = verification_text(opened) if batches is None else list(batches)
+    written = read_folder(path) if path.is_dir() else read_gguf(path)
+    models = (opened.trimmed, exact_weights(opened)), written
+    layers, done = sum(config.num_transformer_layers for config, _ in models), 0
+
+    def tell(number: int) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, layers, f"verifying layer {number}")
+
+    states = [last_states(config, weights, known, progress=tell) for config, weights in models]
+    logits = [pieces(*model, of_model) for model, of_model in zip(models, states, strict=True)]
+    found = asdict(compare_logits(zip(known, *logits, strict=True)))
+    named = {NAMES.get(name, name): value for name, value in found.items()}
+    intervals = named.pop("intervals_95").items()
+    return named | {"intervals_95": {NAMES.get(name, name): list(ends) for name, ends in intervals}}
+
+
+def pieces(
+    config: OpenELMConfig, weights: Weights, states: Iterable[mx.array]
+) -> Iterator[Iterator[mx.array]]:
+    """Yield for each batch of last states its logits [positions, vocab], some at a time."""
+    own = head_weights(config, weights)
+    for x in states:
+        yield (
+            logits_from(config, own, x, start)
+            for start in range(0, x.shape[0] * x.shape[1], POSITIONS)
+        )
 
 
 def check_bound(
-    losses: Mapping[str, float], max_kl: float | None, target_format: str = "mlx"
+    losses: Mapping[str, Any], max_kl: float | None, target_format: str = "mlx"
 ) -> None:
     """Raise `ConversionError` if the mean KL divergence is above the bound."""
     found = losses["mean_kl_divergence"]
@@ -79,31 +110,35 @@ def check_bound(
         remedy = "take --dtype float32, without --bits"
     if max_kl is not None and not found <= max_kl:
         raise ConversionError(
-            f"the mean KL divergence is {found:.4g} nats, above --max-kl {max_kl:g}; nothing was "
-            f"written: {remedy}"
+            f"the mean KL divergence over {losses['tokens']:,} tokens is "
+            f"{with_interval(losses, 'mean_kl_divergence')} nats, above --max-kl {max_kl:g}; "
+            f"nothing was written: {remedy}"
         )
 
 
-def read_folder(folder: Path) -> tuple[OpenELMConfig, dict[str, mx.array]]:
+def read_folder(folder: Path) -> tuple[OpenELMConfig, LazyWeights]:
     """Return a folder's configuration, and the float32 weights that its tensors stand for."""
     config = OpenELMConfig.from_file(config_of(folder))
-    stored: dict[str, Any] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        stored |= mx.load(str(file))  # type: ignore[arg-type]
+    files = sorted(folder.glob("model*.safetensors"))
+    places = {name: file for file in files for name in load(file)}
     shapes = expected_tensors(config)
-    plan = read_plan(quantization_of(read_json(config_of(folder))), shapes, stored)
-    return config, {name: dequantized(name, stored, planned(plan, name)) for name in shapes}
+    plan = read_plan(quantization_of(read_json(config_of(folder))), shapes, places)
+
+    def read(name: str) -> mx.array:
+        parts = (f"{stem_of(name)}.{part}" for part in PARTS)
+        arrays = {part: load(places[part])[part] for part in parts if part in places}
+        return dequantized(name, arrays, planned(plan, name))
+
+    return config, LazyWeights(shapes, read)
 
 
-def read_gguf(path: Path) -> tuple[OpenELMConfig, dict[str, mx.array]]:
+def load(file: Path) -> dict[str, mx.array]:
+    """Return the arrays of a file. MLX reads each when it is first computed with, and keeps it."""
+    arrays: Any = mx.load(str(file))
+    return dict(arrays)
+
+
+def read_gguf(path: Path) -> tuple[OpenELMConfig, LazyWeights]:
     """Return a GGUF file's configuration, and the float32 weights that its blocks stand for."""
     file = GGUFFile(path)
-    return file.config, {name: file.load_exact(name) for name in expected_tensors(file.config)}
-
-
-def dense_model(config: OpenELMConfig, weights: Mapping[str, mx.array]) -> OpenELM:
-    from openelm_mlx.model.decoder import OpenELM
-
-    model = OpenELM(config)
-    model.load_weights(list(weights.items()))
-    return model
+    return file.config, LazyWeights(expected_tensors(file.config), file.load_exact)

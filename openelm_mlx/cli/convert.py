@@ -149,7 +149,7 @@ def show_report(report: ConversionReport, dry_run: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from openelm_mlx.convert.record import label, plan_rows
+    from openelm_mlx.convert.record import label, losses_shown, plan_rows
 
     if len(set(report.plan.values())) > 1:
         heads, rows = plan_rows(report.plan)
@@ -168,5 +168,5 @@ def show_report(report: ConversionReport, dry_run: bool) -> None:
     for name in ("sum_of_losses", "loss_together"):
         if name in report.measured:
             print(f"{label(name)} on calibration text: {report.measured[name]:.6g}")
-    for name, value in (report.verification or {}).items():
-        print(f"{label(name)}: {value:.6g}")
+    for name, value in losses_shown(report.verification or {}):
+        print(f"{name}: {value}")

@@ -7,8 +7,8 @@ positions at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.device import mx
@@ -19,10 +19,13 @@ from openelm_mlx.errors import PromptError
 from openelm_mlx.fields import check_count
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from openelm_mlx.engine.loading import Engine
     from openelm_mlx.model.decoder import OpenELM
 
 POSITIONS = 256  # whose logits exist at one time: 33 MB for 32,000 ids
+BLOCK, FEWEST_BLOCKS, RESAMPLES = 128, 8, 1000  # of the intervals: see `intervals`
 Model = Callable[[mx.array], mx.array]  # ids [rows, length] -> logits [rows, length, vocab]
 
 
@@ -74,7 +77,11 @@ def top_1_agreement(reference: mx.array, other: mx.array) -> mx.array:
 def perplexity(log_probabilities: Iterable[float]) -> float:
     """Return the exponential of the mean negative log probability."""
     scores = list(log_probabilities)
-    mean = -math.fsum(scores) / len(scores)
+    return exponential(-math.fsum(scores) / len(scores))
+
+
+def exponential(mean: float) -> float:
+    """Return the perplexity of a mean negative log probability: infinite beyond float64."""
     return math.inf if mean > 700 else math.exp(mean)
 
 
@@ -83,7 +90,8 @@ class Comparison:
     """The distance of a model from a reference, over positions of text.
 
     The divergence is KL(reference || model) and the agreement that of the likeliest token, at every
-    position; a perplexity is over the tokens that have another before them.
+    position; a perplexity is over the tokens that have another before them. `intervals_95` has the
+    95 % confidence interval of a figure by its name, or nothing for a text too short for one.
     """
 
     tokens: int
@@ -93,6 +101,7 @@ class Comparison:
     perplexity: float
     reference_perplexity: float
     max_logit_difference: float
+    intervals_95: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def compare(
@@ -108,33 +117,87 @@ def compare(
     Ids from `vocab` on are left out of the distributions, and positions before `first` out of the
     figures.
     """
+    parts = ((tokens, pieces(reference, tokens), pieces(other, tokens)) for tokens in batches)
+    return compare_logits(parts, vocab=vocab, first=first)
+
+
+def compare_logits(
+    parts: Iterable[tuple[mx.array, Iterable[mx.array], Iterable[mx.array]]],
+    *,
+    vocab: int | None = None,
+    first: int = 0,
+) -> Comparison:
+    """Compare two models, given batches of ids [rows, length], each with the float32 logits
+    [positions, vocab] of both models in pieces, row after row.
+    """
     import numpy as np
 
-    found: list[list[Any]] = [[] for _ in range(5)]
-    for tokens in batches:
-        parts, start = [], 0
+    found: list[np.ndarray] = []
+    for tokens, *logits in parts:
+        figures, start = [], 0
         targets = mx.pad(tokens[:, 1:], [(0, 0), (0, 1)]).reshape(-1)  # the last position has none
-        for a, b in zip(pieces(reference, tokens), pieces(other, tokens), strict=True):
+        for a, b in zip(*logits, strict=True):
             a, b, end = a[:, :vocab], b[:, :vocab], start + len(a)
             chosen = targets[start:end, None]
-            scores = [mx.take_along_axis(log_probs(x), chosen, axis=-1)[:, 0] for x in (a, b)]
+            scores = [-mx.take_along_axis(log_probs(x), chosen, axis=-1)[:, 0] for x in (a, b)]
             largest = mx.abs(a - b).max(axis=-1)
-            figures = kl_divergence(a, b), top_1_agreement(a, b), largest, *scores
-            parts.append(np.array(mx.stack([figure.astype(mx.float32) for figure in figures])))
+            row = kl_divergence(a, b), top_1_agreement(a, b), *scores, largest
+            figures.append(np.array(mx.stack([figure.astype(mx.float32) for figure in row])))
             start = end
-        rows = np.concatenate(parts, axis=1).reshape(5, *tokens.shape)[:, :, first:]
-        for place, row in enumerate(rows):
-            found[place].append((row if place < 3 else row[:, :-1]).ravel())
-    kl, same, difference, ours, theirs = (np.concatenate(row).astype(np.float64) for row in found)
+        rows = np.concatenate(figures, axis=1).reshape(5, *tokens.shape)
+        found += list(rows[:, :, first:].swapaxes(0, 1).astype(np.float64))
+    kl, same, ours, theirs, difference = np.concatenate(found, axis=1)
+    last = np.cumsum([row.shape[1] for row in found]) - 1  # of each row, which predicts no token
+    ours, theirs = np.delete(ours, last), np.delete(theirs, last)
     return Comparison(
         tokens=ours.size,
         mean_kl_divergence=float(kl.mean()),
         p99_kl_divergence=float(np.quantile(kl, 0.99)),
         top_1_agreement=float(same.mean()),
-        perplexity=perplexity(theirs),
-        reference_perplexity=perplexity(ours),
+        perplexity=exponential(float(theirs.mean())),
+        reference_perplexity=exponential(float(ours.mean())),
         max_logit_difference=float(difference.max()),
+        intervals_95=intervals(found),
     )
+
+
+def intervals(rows: Sequence[np.ndarray]) -> dict[str, tuple[float, float]]:
+    """Return 95 % confidence intervals of means over text, given rows of float64 [4, positions]:
+    divergence, agreement, and the negative log probability of the next token under the reference
+    and under the other model, which a row's last position lacks.
+
+    Neighbouring positions are alike, so blocks of some `BLOCK` positions are drawn, not positions:
+    the bootstrap of H. R. Kuensch, "The jackknife and the bootstrap for general stationary
+    observations", Annals of Statistics 17 (1989), with blocks that neither overlap nor span two
+    rows. An interval is between the 2.5th and the 97.5th percentile of the means of `RESAMPLES`
+    draws, the same on every run. It speaks of the kind of text that was read, not of others. With
+    fewer than `FEWEST_BLOCKS` blocks none is returned.
+    """
+    import numpy as np
+
+    sums, sizes = [], []
+    for row in rows:
+        length = row.shape[1]
+        starts = np.linspace(0, length, max(1, round(length / BLOCK)), endpoint=False).astype(int)
+        counts = np.tile(np.diff(starts, append=length), (4, 1))
+        values = row[:4].copy()
+        values[2:, -1], counts[2:, -1] = 0, counts[2:, -1] - 1
+        sums.append(np.add.reduceat(values, starts, axis=1))
+        sizes.append(counts)
+    total, count = np.concatenate(sums, axis=1), np.concatenate(sizes, axis=1)
+    blocks = total.shape[1]
+    if blocks < FEWEST_BLOCKS:
+        return {}
+    random = np.random.RandomState(0)  # NumPy keeps this generator's numbers for good
+    draws = (random.randint(blocks, size=blocks) for _ in range(RESAMPLES))
+    means = [total[:, drawn].sum(axis=1) / count[:, drawn].sum(axis=1) for drawn in draws]
+    kl, same, ours, theirs = np.quantile(means, (0.025, 0.975), axis=0).T.tolist()
+    return {
+        "mean_kl_divergence": (kl[0], kl[1]),
+        "top_1_agreement": (same[0], same[1]),
+        "perplexity": (exponential(theirs[0]), exponential(theirs[1])),
+        "reference_perplexity": (exponential(ours[0]), exponential(ours[1])),
+    }
 
 
 def pieces(model: Model, tokens: mx.array) -> Iterator[mx.array]:

@@ -21,6 +21,13 @@ from openelm_mlx.errors import ConversionError, OptionError
 SOURCE = NANO / "checkpoint.pt"
 
 
+def short_text(folder):
+    """Write a text of 50 tokens, for tests that ask for figures and not for good ones."""
+    path = folder / "mine.txt"
+    path.write_text("Once upon a time there was a fox. " * 5)
+    return path
+
+
 def test_every_token_of_a_text_is_scored_once():
     batches = text_batches(list(range(10, 33)), 4)
     assert [batch.shape for batch in batches] == [(4, 4), (3, 4), (1, 3)]
@@ -31,14 +38,20 @@ def test_every_token_of_a_text_is_scored_once():
 
 
 def test_bound():
-    check_bound({"mean_kl_divergence": 0.1}, None)
-    check_bound({"mean_kl_divergence": 0.1}, 0.1)
-    for value in (0.2, math.nan):
-        with pytest.raises(
-            ConversionError,
-            match=r"mean KL divergence is .* above --max-kl 0.1; nothing was written",
-        ):
-            check_bound({"mean_kl_divergence": value}, 0.1)
+    losses = {"tokens": 2806, "mean_kl_divergence": 0.1, "intervals_95": {}}
+    check_bound(losses, None)
+    check_bound(losses, 0.1)
+    with pytest.raises(
+        ConversionError, match="is nan nats, above --max-kl 0.1; nothing was written"
+    ):
+        check_bound(losses | {"mean_kl_divergence": math.nan}, 0.1)
+    losses |= {"mean_kl_divergence": 0.2, "intervals_95": {"mean_kl_divergence": [0.09, 0.34567]}}
+    with pytest.raises(
+        ConversionError,
+        match=r"^the mean KL divergence over 2,806 tokens is 0.2 \(95 %: 0.09 to 0.346\) nats, "
+        "above --max-kl 0.1; nothing was written: take more bits",
+    ):
+        check_bound(losses, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -53,17 +66,16 @@ def test_bound():
     ],
 )
 def test_above_the_bound_nothing_is_left_and_the_status_is_2(tmp_path, target, flags, message):
-    command = [sys.executable, "-m", "openelm_mlx", "convert", str(SOURCE)]
-    command += ["-o", str(tmp_path / target), *flags.split()]
+    command = [sys.executable, "-m", "openelm_mlx", "convert", str(SOURCE), *flags.split()]
+    command += ["-o", str(tmp_path / target), "--verify-text", str(short_text(tmp_path))]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert message in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_losses_and_origin_are_recorded(tmp_path):
-    text = tmp_path / "mine.txt"
-    text.write_text("Once upon a time there was a fox. " * 5)
+    text = short_text(tmp_path)
     report = convert(ConvertOptions(SOURCE, tmp_path / "m", bits=8, verify_text=text, max_kl=0.1))
     record = json.loads((tmp_path / "m" / "conversion.json").read_text())
     assert record["verification"] == report.verification and report.verification["tokens"] > 30
@@ -140,7 +152,7 @@ def test_json_of_a_conversion_is_what_its_record_says(tmp_path, capsys):
         and planned["verification"] is None
         and not (tmp_path / "m").exists()
     )
-    assert main([*command, "--verify"]) == 0
+    assert main([*command, "--verify-text", str(short_text(tmp_path))]) == 0
     told = json.loads(capsys.readouterr().out)
     record = json.loads((tmp_path / "m" / "conversion.json").read_text())
     shared = ("parameters", "bytes", "dropped_embedding_rows", "quantization", "verification")

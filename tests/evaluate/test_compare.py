@@ -15,6 +15,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.evaluate.score import (
     POSITIONS,
     compare,
+    intervals,
     kl_divergence,
     log_probs,
     own_text,
@@ -99,7 +100,9 @@ def test_figures_by_hand():
     tokens = mx.array([[1, 0, 2, 2]])
     found = compare(always(0.5, 0.25, 0.25), always(0.25, 0.25, 0.5), [tokens, tokens[:, :2]])
     kl = 0.5 * math.log(2) + 0.25 * math.log(0.5)
-    assert asdict(found) == pytest.approx(
+    figures = asdict(found)
+    assert figures.pop("intervals_95") == {}  # too few positions for one
+    assert figures == pytest.approx(
         {
             "tokens": 4,
             "mean_kl_divergence": kl,
@@ -113,6 +116,32 @@ def test_figures_by_hand():
     )
     same = compare(always(0.5, 0.5), always(0.5, 0.5), [mx.array([[1, 0]])])
     assert same.mean_kl_divergence == 0 and same.top_1_agreement == 1
+
+
+def rows_of(values):
+    """Rows as `intervals` takes them: 64 rows of 256 positions, each value in all four figures."""
+    return [np.tile(row, (4, 1)) for row in values.reshape(64, 256)]
+
+
+def test_intervals_are_those_of_the_means_of_blocks():
+    blocks = normal(128)
+    found = intervals(rows_of(np.repeat(blocks, 128)))  # neighbours are all alike
+    low, high = found["mean_kl_divergence"]
+    error = blocks.std() / math.sqrt(128)
+    assert (low, high) == pytest.approx(
+        (blocks.mean() - 1.96 * error, blocks.mean() + 1.96 * error), abs=0.2 * error
+    )
+    near = pytest.approx((math.exp(low), math.exp(high)), rel=1e-3)  # rows lack a token each
+    assert found["perplexity"] == found["reference_perplexity"] == near
+    assert found == intervals(rows_of(np.repeat(blocks, 128)))
+    alone = intervals(rows_of(normal(128 * 128)))["top_1_agreement"]  # neighbours have no relation
+    assert alone[1] - alone[0] == pytest.approx(2 * 1.96 / 128, rel=0.2)
+
+
+def test_a_short_text_has_no_intervals():
+    row = np.ones((4, 512))
+    assert intervals([row, row[:, :383]]) == {} != intervals([row, row])
+    assert set(intervals([row, row]).values()) == {(1.0, 1.0), (math.e, math.e)}
 
 
 def test_left_out_are_ids_beyond_the_vocabulary_and_positions_before_the_first():
@@ -132,7 +161,11 @@ def test_the_model_and_a_function_that_gives_its_logits_compare_alike(tiny):
     tokens = mx.random.randint(3, 60, (2, POSITIONS), key=mx.random.key(0))
     by_pieces = compare(model, other, [tokens, tokens[:1, :9]])
     at_once = compare(lambda x: model(x), lambda x: other(x), [tokens, tokens[:1, :9]])
-    assert asdict(by_pieces) == pytest.approx(asdict(at_once), rel=1e-4)
+    one, other = asdict(by_pieces), asdict(at_once)
+    for name, (low, high) in one.pop("intervals_95").items():
+        assert low < high and other["intervals_95"][name] == pytest.approx((low, high), rel=1e-4)
+    del other["intervals_95"]
+    assert one == pytest.approx(other, rel=1e-4)
     assert by_pieces.tokens == 2 * (POSITIONS - 1) + 8 and by_pieces.mean_kl_divergence > 0
 
 
