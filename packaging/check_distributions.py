@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 METADATA = ("PKG-INFO", "setup.cfg", "openelm_mlx.egg-info/")
-DATA = (".jinja", ".json", ".j2", ".md", ".model", ".safetensors", "py.typed")
+DATA = (".jinja", ".json", ".j2", ".md", ".model", ".safetensors", ".txt", "py.typed")
 
 
 def output_of(*command: str) -> str:
