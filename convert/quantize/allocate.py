@@ -1,9 +1,8 @@
 """Measured allocation: bits go where they lower the loss most, at an exactly counted size.
 
 Losses of different matrices nearly add up, so the plan of least sum under a size is a knapsack with
-one choice a matrix. It is solved along the convex hull of (bytes, loss) of each matrix, best gain
-per byte first (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers",
-IEEE ASSP 36:9, 1988).
+one choice a matrix. It is solved exactly, by dynamic programming over bytes (Kellerer, Pferschy and
+Pisinger, "Knapsack Problems", 2004, 11.5).
 """
 
 from __future__ import annotations
@@ -29,6 +28,8 @@ from openelm_mlx.quantization import Plan, QuantSpec, all_specs, matrices, plann
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.options import Progress
+
+CELLS = 1 << 18  # sizes that are told apart: finer than any model needs
 
 
 def measured_plan(
@@ -113,80 +114,57 @@ def choose(
 
     Raises `OptionError` if even the smallest plan needs more.
     """
-    sizes = {
-        stem: {spec: spec_bytes(spec, shapes[f"{stem}.weight"], dtype) for spec in own}
+    options = {
+        stem: worthwhile([(spec_bytes(s, shapes[f"{stem}.weight"], dtype), own[s], s) for s in own])
         for stem, own in losses.items()
     }
-    hulls = {
-        stem: hull([(sizes[stem][spec], loss, spec) for spec, loss in own.items()])
-        for stem, own in losses.items()
-    }
-    smallest = plan_bytes({stem: points[0][2] for stem, points in hulls.items()}, shapes, dtype)
+    smallest = plan_bytes({stem: own[0][2] for stem, own in options.items()}, shapes, dtype)
     left = budget(shapes, target_bpw) - smallest
     if left < 0:
         least = 8 * smallest / sum(math.prod(shape) for shape in shapes.values())
         raise OptionError(
             f"target_bpw is {target_bpw}; the smallest this model can be is {least:.3f}"
         )
-    steps = [
-        (gain(low, high), stem, place, high[0] - low[0])
-        for stem, points in hulls.items()
-        for place, (low, high) in enumerate(zip(points, points[1:], strict=False))
-    ]
-    taken = dict.fromkeys(hulls, 0)
-    for _, stem, place, cost in sorted(steps, key=lambda step: -step[0]):  # stable: hulls in order
-        if cost <= left and taken[stem] == place:
-            taken[stem], left = place + 1, left - cost
-    plan = {stem: hulls[stem][place][2] for stem, place in taken.items()}
-    return exchanged(plan, losses, sizes, left)
+    extra = [[point[0] - own[0][0] for point in own] for own in options.values()]
+    unit = max(math.gcd(*(size for own in extra for size in own)), -(-left // CELLS), 1)
+    taken = knapsack(
+        [[-(-size // unit) for size in own] for own in extra],
+        [[point[1] for point in own] for own in options.values()],
+        left // unit,
+    )
+    return {stem: own[place][2] for place, (stem, own) in zip(taken, options.items(), strict=True)}
 
 
 Point = tuple[int, float, Spec]  # bytes, loss
 
 
-def hull(points: list[Point]) -> list[Point]:
-    """Return the lower convex hull: the smallest first, each step a smaller gain per byte than the
-    one before.
-    """
+def worthwhile(points: list[Point]) -> list[Point]:
+    """Return the points that lose less than all smaller ones, the smallest first."""
     kept: list[Point] = []
-    for point in sorted(points, key=lambda p: (p[0], p[1])):
-        if kept and point[1] >= kept[-1][1]:
-            continue
-        while len(kept) > 1 and gain(kept[-1], point) >= gain(kept[-2], kept[-1]):
-            kept.pop()
-        if not kept or kept[-1][0] != point[0]:
+    for point in sorted(points, key=lambda p: p[:2]):
+        if not kept or point[1] < kept[-1][1]:
             kept.append(point)
     return kept
 
 
-def gain(low: Point, high: Point) -> float:
-    return (low[1] - high[1]) / max(high[0] - low[0], 1e-9)
-
-
-def exchanged(
-    plan: dict[str, Spec],
-    losses: Losses,
-    sizes: Mapping[str, Mapping[Spec, int]],
-    left: int,
-) -> dict[str, Spec]:
-    """Spend the bytes that are left: change single matrices, or let one give bytes to another,
-    while the sum of losses falls.
+def knapsack(sizes: list[list[int]], losses: list[list[float]], room: int) -> list[int]:
+    """Return the place of one choice in each list, of least summed loss and sizes that sum to at
+    most `room`. The first choice of each has size 0.
     """
-    while True:
-        moves = [
-            (own[spec] - own[plan[stem]], sizes[stem][spec] - sizes[stem][plan[stem]], stem, spec)
-            for stem, own in losses.items()
-            for spec in own
-            if spec != plan[stem]
-        ]
-        single = (([move], move[0]) for move in moves if move[1] <= left)
-        best, change = min(single, default=([], 0.0), key=lambda entry: entry[1])
-        downs = [move for move in moves if move[1] < 0]
-        for up in sorted((move for move in moves if move[0] < 0), key=lambda move: move[0])[:64]:
-            for down in downs:
-                if up[2] != down[2] and up[1] + down[1] <= left and up[0] + down[0] < change:
-                    best, change = [up, down], up[0] + down[0]
-        if change > -1e-6 * sum(own[plan[stem]] for stem, own in losses.items()):
-            return plan
-        for _, cost, stem, spec in best:
-            plan[stem], left = spec, left - cost
+    import numpy as np
+
+    least, picks = np.zeros(room + 1), []  # by the room that is taken at most
+    for own_sizes, own_losses in zip(sizes, losses, strict=True):
+        now, pick = np.full(room + 1, np.inf), np.zeros(room + 1, np.int8)
+        for place, (size, loss) in enumerate(zip(own_sizes, own_losses, strict=True)):
+            if size <= room:
+                found = least[: room + 1 - size] + loss
+                better = found < now[size:]
+                now[size:][better], pick[size:][better] = found[better], place
+        least = now
+        picks.append(pick)
+    taken = []
+    for own_sizes, pick in zip(reversed(sizes), reversed(picks), strict=True):
+        taken.append(int(pick[room]))
+        room -= own_sizes[taken[-1]]
+    return taken[::-1]

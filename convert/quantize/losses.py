@@ -38,13 +38,13 @@ from openelm_mlx.quantization import BITS, Plan, QuantSpec, all_specs, matrices,
 if TYPE_CHECKING:
     from openelm_mlx.convert.options import Progress
 
-Spec = QuantSpec | None  # None: not quantized, which costs no loss
+Spec = QuantSpec | None  # None: not quantized
 Losses = dict[str, dict[Spec, float]]  # stem -> spec -> mean KL divergence in nats
 Rounding = Callable[[str, mx.array, Spec], mx.array]  # of a matrix by its stem, in float32
 States = list[mx.array]  # for each batch the input of a layer, [rows, length, model_dim]
 BATCH = 4  # rows of tokens in one pass: bounds the memory of activations
 STATES = 768 << 20  # bytes of states, of the models that go through the layers together
-CHUNK = 16 << 20  # bytes of a matrix whose error is taken at a time
+ROWS = 512  # of a matrix, on which its rounding errors are taken
 NEAR = 1.5  # bits from the target that are measured; the loss of others follows from their error
 
 
@@ -259,10 +259,11 @@ def measure(
     """
     stems = matrices(shapes)
     near = [bits for bits in BITS if abs(bits - target_bpw) <= NEAR + spread] or [8]
-    errors: dict[str, dict[QuantSpec, float]] = {}
+    errors: dict[str, dict[Spec, float]] = {}
     probes: list[tuple[str, QuantSpec]] = []
     for number, (stem, shape) in enumerate(stems.items(), 1):
-        specs = [spec for spec in all_specs() if shape[1] % spec.group_size == 0]
+        specs: list[Spec] = [spec for spec in all_specs() if shape[1] % spec.group_size == 0]
+        specs.append(None)  # a type of 16 bits may lose something too
         errors[stem] = rounding_errors(reference, stem, specs, rounding)
         group = next((size for size in (64, 32) if shape[1] % size == 0), 0)
         probes += [(stem, QuantSpec(bits, group)) for bits in near if group]
@@ -274,25 +275,20 @@ def measure(
     for (stem, spec), loss in zip(probes, found, strict=True):
         points[stem].append((errors[stem][spec], max(loss, 1e-15)))
     return {
-        stem: {None: 0.0} | {spec: interpolated(points[stem], error) for spec, error in own.items()}
+        stem: {spec: interpolated(points[stem], error) for spec, error in own.items()}
         for stem, own in errors.items()
     }
 
 
 def rounding_errors(
-    reference: Reference, stem: str, specs: Sequence[QuantSpec], rounding: Rounding
-) -> dict[QuantSpec, float]:
-    """Return what `weighted_error` says of a matrix in each spec. No group crosses a row, so some
-    rows are rounded at a time.
+    reference: Reference, stem: str, specs: Sequence[Spec], rounding: Rounding
+) -> dict[Spec, float]:
+    """Return what `weighted_error` says of a matrix in each spec, from rows spread evenly over it:
+    no group crosses a row.
     """
     exact, moments = reference.weights[f"{stem}.weight"], reference.moments.get(stem)
-    step, sums = max(1, CHUNK // (4 * exact.shape[1])), dict.fromkeys(specs, 0.0)
-    for start in range(0, len(exact), step):
-        rows = exact[start : start + step]
-        for spec in specs:
-            error = weighted_error(rows, rounding(stem, rows, spec), moments)
-            sums[spec] += error * len(rows) / len(exact)
-    return sums
+    rows = exact[:: -(-len(exact) // ROWS)]
+    return {spec: weighted_error(rows, rounding(stem, rows, spec), moments) for spec in specs}
 
 
 def weighted_error(exact: mx.array, other: mx.array, moments: mx.array | None) -> float:

@@ -82,7 +82,7 @@ def test_a_measured_loss_is_the_loss_of_that_one_change():
         model.load_weights([(name, weights[name])], strict=False)
         own = losses[stem]
         assert own[QuantSpec(4, group)] < own[QuantSpec(3, group)] < own[QuantSpec(2, group)]
-        assert own[None] == 0 and own[QuantSpec(4, 32)] <= own[QuantSpec(4, 64)] * 1.2
+        assert own[None] < 1e-6 and own[QuantSpec(4, 32)] <= own[QuantSpec(4, 64)] * 1.2
         assert all(shapes[name][1] % f.group_size == 0 for f in own if f is not None)
 
 
