@@ -65,9 +65,18 @@ class ConversionReport:
 
     @property
     def dtype(self) -> str:
-        """The type of all tensors, or how many have each."""
-        if len(self.types) == 1:
-            return next(iter(self.types))
+        """The type of all tensors, "mixed" if they differ."""
+        return next(iter(self.types)) if len(self.types) == 1 else "mixed"
+
+    @property
+    def dtypes(self) -> dict[str, list[str]]:
+        """The tensors of each type, by stem, if they differ."""
+        return dict(self.types) if len(self.types) > 1 else {}
+
+    @property
+    def types_in_words(self) -> str:
+        if self.dtype != "mixed":
+            return self.dtype
         return " and ".join(f"{dtype} ({len(of)} tensors)" for dtype, of in self.types.items())
 
     @property
@@ -218,15 +227,15 @@ def conversion_record(
         "command": command_line(options),
         "source": options.shown_source,
         "parameters": report.parameters,
-        "dtype": "mixed" if len(report.types) > 1 else report.dtype,
+        "dtype": report.dtype,
         "quantization": config_entry(report.plan),
         "bytes": report.written_bytes,
         "bits_per_weight": round(report.bits_per_weight, 4),
         "dropped_embedding_rows": report.dropped_rows,
         "instruct": options.is_instruct,
     }
-    if len(report.types) > 1:
-        record["dtypes"] = dict(report.types)
+    if report.dtypes:
+        record["dtypes"] = report.dtypes
     if report.source_quantization:
         record["source_quantization"] = dict(report.source_quantization)
         record["rounded_again"] = report.rounded_again
@@ -248,7 +257,7 @@ def model_card(record: Mapping[str, Any], report: ConversionReport, instruct: bo
     """Return README.md of a model folder."""
     plan = report.plan
     specs = {spec for spec in plan.values() if spec is not None}
-    kind = "quantized by layer" if specs else report.dtype
+    kind = "quantized by layer" if specs else report.types_in_words
     if len(specs) == 1:
         kind = str(next(iter(specs)))
     chat = "It speaks OpenELM's Instruct format; see `chat_template.jinja`.\n" if instruct else ""

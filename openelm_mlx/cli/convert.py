@@ -130,7 +130,8 @@ def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]
         "bytes": report.written_bytes,
         "bits_per_weight": report.bits_per_weight,
         "dropped_embedding_rows": report.dropped_rows,
-        "types": dict(report.types),
+        "dtype": report.dtype,
+        "dtypes": report.dtypes,
         "quantization": config_entry(report.plan),
         "source_quantization": dict(report.source_quantization),
         "rounded_again": report.rounded_again,
@@ -159,8 +160,8 @@ def show_report(report: ConversionReport, dry_run: bool) -> None:
         Console().print(table)
     sizes = f"{report.parameters:,} parameters, {report.written_bytes:,} bytes"
     print(f"{report.target}: {sizes}, {report.bits_per_weight:.2f} bits per weight")
-    if len(report.types) > 1:
-        print(f"types: {report.dtype}")
+    if report.dtypes:
+        print(f"types: {report.types_in_words}")
     if report.loss_of_source is not None:
         print(report.loss_of_source)
     if dry_run:

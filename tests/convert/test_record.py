@@ -87,6 +87,7 @@ def test_the_summary_tells_it_too(tmp_path, source, quantized, capsys):
     assert AGAIN.format("Q8_0", MATRICES) in capsys.readouterr().out
     assert main(["convert", str(gguf), "-o", str(tmp_path / "z"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert (found["dtype"], found["dtypes"]) == ("float32", {})
     assert found["source_quantization"] == {"Q8_0": MATRICES} and found["rounded_again"] == 0
     assert found["dequantized"] == MATRICES
 
