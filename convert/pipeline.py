@@ -130,13 +130,15 @@ def make_report(
     """Return the report of what will be written, without the losses of the verification."""
     stored = opened.source.plan if options.keeps_plan else {}
     learned = {stem_of(name) for name in chosen.learned}
-    kept = {stem for stem, spec in stored.items() if spec == chosen.plan[stem]} - learned
-    rounded = target.rounds(chosen.plan) & opened.quantized.keys()
+    kept = {stem for stem, spec in stored.items() if spec == chosen.plan.get(stem)} - learned
+    rounded = set(opened.quantized)
+    if chosen.plan:  # otherwise it will be measured, and hardly leave a matrix as it is
+        rounded &= target.rounds(chosen.plan)
     return ConversionReport(
         target=options.target,
         config=opened.trimmed,
         source_bytes=sum(info.nbytes for info in opened.source.tensors.values()),
-        written_bytes=target.nbytes(chosen.plan),
+        written_bytes=target.nbytes(chosen.plan or None),
         dropped_rows=opened.config.vocab_size - opened.trimmed.vocab_size,
         memory_bytes=memory_needed(opened.trimmed, options),
         plan=chosen.plan,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.convert.quantize import exact_weights
-from openelm_mlx.convert.quantize.allocate import measured_plan
+from openelm_mlx.convert.quantize.allocate import choose, measured_plan
 from openelm_mlx.convert.quantize.calibrate import (
     MEASURE_TOKENS,
     calibrate,
@@ -22,7 +22,7 @@ from openelm_mlx.convert.quantize.calibrate import (
 from openelm_mlx.convert.quantize.recipes import find_recipe
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
-from openelm_mlx.quantization import MODES, Plan, matrices
+from openelm_mlx.quantization import MODES, Plan, all_specs, matrices
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.opening import OpenedModel
@@ -50,12 +50,16 @@ def plan_quantization(
 ) -> Quantization:
     """Choose the plan that the options ask for, and calibrate it.
 
-    Raises `OptionError` or `ConversionError` before any work for what cannot be done.
+    A dry run reads no weights and returns what is known without them: an empty plan if it has to be
+    measured. Raises `OptionError` or `ConversionError` before any work for what cannot be done.
     """
+    plan: Plan = {}
     if options.target_bpw is None:
         plan = given_plan(opened, options)
-        if options.calibrate is None or options.dry_run:
-            return Quantization(plan)
+    else:
+        check_size(opened.shapes, dtype, options.target_bpw)
+    if options.dry_run or (options.target_bpw is None and options.calibrate is None):
+        return Quantization(plan)
     given = given_tokens(opened, options)
     exact = exact_weights(opened)
     tokens = written_tokens(opened, options, progress) if given is None else given
@@ -85,6 +89,15 @@ def given_plan(opened: OpenedModel, options: ConvertOptions) -> Plan:
         plan = {**plan, **opened.source.plan}
     check_divides(plan, shapes)
     return plan
+
+
+def check_size(shapes: Shapes, dtype: str, target_bpw: float) -> None:
+    """Raise `OptionError` if even the smallest plan takes more bits per weight."""
+    equal = {
+        stem: {spec: 0.0 for spec in all_specs() if shape[1] % spec.group_size == 0} | {None: 0.0}
+        for stem, shape in matrices(shapes).items()
+    }
+    choose(equal, shapes, dtype, target_bpw)
 
 
 def check_divides(plan: Plan, shapes: Shapes) -> None:

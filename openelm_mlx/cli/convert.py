@@ -164,6 +164,8 @@ def show_report(report: ConversionReport, dry_run: bool) -> None:
         print(f"types: {report.types_in_words}")
     if report.loss_of_source is not None:
         print(report.loss_of_source)
+    if not report.plan:
+        print("the plan has to be measured, which a dry run does not do; this size is the most")
     if dry_run:
         print(f"memory needed: about {report.memory_bytes / 1e6:,.0f} MB; nothing was written")
     for name in ("sum_of_losses", "loss_together"):

@@ -89,16 +89,10 @@ def test_a_folder_of_the_asked_size_loses_less_than_a_uniform_one(tmp_path):
     size = (tmp_path / "uniform" / "model.safetensors").stat().st_size
     uniform = mx.load(str(tmp_path / "uniform" / "model.safetensors"))
     bpw = 8 * sum(a.nbytes for a in uniform.values()) / 328768
-    dry = convert(
-        ConvertOptions(
-            target=tmp_path / "m", target_bpw=bpw, calibration_text=text, dry_run=True, **common
-        )
-    )
-    assert not (tmp_path / "m").exists() and dry.memory_bytes > 4 * 328768
     report = convert(
         ConvertOptions(target=tmp_path / "m", target_bpw=bpw, calibration_text=text, **common)
     )
-    assert report.plan == dry.plan and report.bits_per_weight <= bpw + 1e-9
+    assert report.bits_per_weight <= bpw + 1e-9
     assert (tmp_path / "m" / "model.safetensors").stat().st_size < size * 1.02  # headers differ
     config, weights = small_model()
     reference = make_reference(config, weights, random_tokens(config))

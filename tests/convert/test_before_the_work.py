@@ -121,3 +121,30 @@ def test_files_whose_names_are_not_utf_8_do_not_end_the_record(source):
     record = json.loads((source.parent / "m" / "conversion.json").read_text())
     assert list(record["source_sha256"]) == ["caf?.safetensors"]
     assert record["command"].endswith("--recipe 'caf?.yaml'")
+
+
+def test_a_dry_run_reads_no_weights(source, monkeypatch, capsys):
+    from openelm_mlx.cli import main
+    from openelm_mlx.convert.opening import OpenedModel
+
+    def read(*_):
+        raise AssertionError("a dry run reads weights")
+
+    for name in ("load", "pieces", "packed"):
+        monkeypatch.setattr(OpenedModel, name, read)
+    command = ["convert", str(source), "-o", str(source.parent / "m"), "--dry-run"]
+    for more in (["--target-bpw", "6"], ["--bits", "4", "--group-size", "32", "--verify"]):
+        assert main([*command, *more, "--calibrate", "distill"]) == 0
+        shown = capsys.readouterr().out
+        assert ("the plan has to be measured" in shown) == ("--target-bpw" in more)
+    report = convert(ConvertOptions(source, source.parent / "m", dry_run=True, target_bpw=6.0))
+    assert report.plan == {} and 5.9 < report.bits_per_weight <= 6.0
+
+
+def test_a_size_that_no_plan_has(source):
+    refused(
+        source,
+        OptionError,
+        r"target_bpw is 2.1; the smallest this model can be is 4.\d{3}",
+        target_bpw=2.1,
+    )
