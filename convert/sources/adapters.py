@@ -13,7 +13,7 @@ from pathlib import Path
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.device import mx
-from openelm_mlx.errors import ConversionError, OptionError
+from openelm_mlx.errors import ConversionError, OptionError, naming
 from openelm_mlx.model.adapter_files import (
     WEIGHT_FILES,
     read_adapter,
@@ -21,6 +21,7 @@ from openelm_mlx.model.adapter_files import (
     write_adapter,
 )
 from openelm_mlx.model.adapters import Adapter, LowRank, lengths
+from openelm_mlx.model.checkpoint import check_finite
 from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig
 from openelm_mlx.model.fingerprint import SAMPLE, fingerprint, same_base
 from openelm_mlx.quantization import stem_of
@@ -84,7 +85,12 @@ class AdaptedSource(TensorSource):
     def load(self, name: str) -> mx.array:
         """Return the tensor `name`, merged in float32 and rounded once to the type of its base."""
         base, part = self._source.load(self._stored(name)), self._part(name)
-        return base if part is None else part.merged(base).astype(base.dtype)
+        if part is None:
+            return base
+        merged = part.merged(base).astype(base.dtype)
+        with naming(f"{self.path} with the adapter {self.adapter.name}"):
+            check_finite({name: merged}, {})
+        return merged
 
     def reader(self, name: str) -> Callable[[int, int], mx.array]:
         if self._part(name) is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import FLOATS
-from openelm_mlx.errors import CheckpointError, ConversionError
+from openelm_mlx.errors import CheckpointError, ConversionError, naming
 from openelm_mlx.files import name_for_mlx, read_header, read_json, write_json
 from openelm_mlx.model import peft
 from openelm_mlx.model.adapters import EMBEDDINGS, HEAD, Adapter, LowRank
@@ -60,7 +60,8 @@ def read_adapter(folder: Path, config: OpenELMConfig) -> Adapter:
     if not parts:
         raise ConversionError(f"{folder} adapts nothing: its file has no tensors")
     adapter = Adapter(folder.absolute().name, with_rows(parts, config.vocab_size), base)
-    adapter.check(config)
+    with naming(folder):
+        adapter.check(config)
     return adapter
 
 

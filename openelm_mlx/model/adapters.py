@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from openelm_mlx.device import mx, nn, utils
-from openelm_mlx.errors import CheckpointError
+from openelm_mlx.errors import CheckpointError, naming
+from openelm_mlx.model.checkpoint import check_finite
 from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig, expected_tensors
 from openelm_mlx.model.decoder import OpenELM, for_any_thread, project_onto
 from openelm_mlx.quantization import matrices
@@ -65,7 +66,7 @@ class Adapter:
     base: str | None = None  # the fingerprint of its model, None if its files do not say
 
     def check(self, config: OpenELMConfig) -> None:
-        """Raise `CheckpointError` unless every part fits a matrix of such a model."""
+        """Raise `CheckpointError` unless every part fits a matrix of such a model, in numbers."""
         shapes = matrices(expected_tensors(config))
         shapes.setdefault(HEAD, shapes[EMBEDDINGS])
         for stem, part in self.parts.items():
@@ -83,6 +84,11 @@ class Adapter:
                 what = f"the adapter {self.name} was made for another model: its {stem} adds"
                 theirs = f"{part.b.shape} times {part.a.shape}"
                 raise CheckpointError(f"{what} {theirs}, to {rows} x {columns} here; give its own")
+            leaves = {"A": part.a, "B": part.b} | (
+                {} if part.magnitude is None else {"magnitude": part.magnitude}
+            )
+            with naming(f"the adapter {self.name}"):
+                check_finite({f"{leaf} of {stem}": array for leaf, array in leaves.items()}, {})
 
 
 class Adapted(nn.Module):

@@ -1,125 +1,42 @@
 """Damaged files: whatever is read, the answer is a model or an error of this project that names the
-file.
+file; and what is loaded can be converted, and the other way round.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from adapter_folders import mlx_lm_folder, peft_folder
-from formats import TINY, everything, random_folder, tokenizer_file
+from formats import TINY, everything, tokenizer_file
+from fuzzing import (
+    FUZZ,
+    SCRATCH,
+    damage,
+    damaged,
+    damaged_folder,
+    json_values,
+    made,
+    read_alike,
+    scratch,
+    survives,
+    tiny_folder,
+)
 from golden_set import GOLDEN, NANO
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import corenet_section
 from openelm_mlx.convert.sources.corenet_adapters import (
     LoraOptions,
     corenet_adapter,
     has_adapters,
 )
-from openelm_mlx.convert.tokenizers import read_tokenizer
 from openelm_mlx.errors import OpenELMError
+from openelm_mlx.model.adapter_files import read_adapter
 from openelm_mlx.model.config import expected_tensors
 
-FUZZ = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-SCRATCH = Path(tempfile.mkdtemp(prefix="openelm-fuzz-"))
-
-
-def teardown_module():
-    import shutil
-
-    shutil.rmtree(SCRATCH, ignore_errors=True)
-
-
-def tiny_folder() -> Path:
-    folder = SCRATCH / "tiny"
-    return folder if folder.exists() else random_folder(folder)
-
-
-def made(name: str, **fields) -> Path:
-    target = SCRATCH / name
-    if not target.exists():
-        convert(ConvertOptions(source=tiny_folder(), target=target, **fields))
-    return target
-
-
-def damage() -> st.SearchStrategy:
-    """What to do to the bytes of a file: (position as a share, bytes to put there or number to cut
-    or repeat).
-    """
-    share = st.floats(0, 1, allow_nan=False)
-    flips = st.lists(st.tuples(share, st.binary(min_size=1, max_size=9)), min_size=1, max_size=4)
-    return st.one_of(
-        st.tuples(st.just("flip"), flips),
-        st.tuples(st.just("cut"), share),
-        st.tuples(st.just("insert"), share, st.binary(min_size=1, max_size=40)),
-        st.tuples(st.just("all"), st.binary(max_size=200)),
-    )
-
-
-def damaged(data: bytes, change, span: int) -> bytes:
-    """`data` with the change applied within its first (or, for a negative span, last) `span`
-    bytes.
-    """
-    begin, width = (
-        (0, min(span, len(data))) if span > 0 else (max(len(data) + span, 0), min(-span, len(data)))
-    )
-
-    def at(share: float) -> int:
-        return begin + int(share * (width - 1))
-
-    if change[0] == "cut":
-        return data[: at(change[1])]
-    if change[0] == "insert":
-        return data[: at(change[1])] + change[2] + data[at(change[1]) :]
-    if change[0] == "all":
-        return change[1]
-    result = bytearray(data)
-    for share, new in change[1]:
-        result[at(share) : at(share) + len(new)] = new
-    return bytes(result)
-
-
-@contextmanager
-def survives(*names: str) -> Iterator[None]:
-    """The block succeeds, or fails with a one-line error of this project that names the file."""
-    try:
-        yield
-    except OpenELMError as error:
-        text = str(error)
-        assert any(name in text for name in names), text
-        assert len(text) < 5000
-
-
-def damaged_folder(kind: str, original: Path, file: str, change, span: int) -> Path:
-    """A copy of a model folder with the change applied to one of its files."""
-    folder = SCRATCH / f"damaged-{kind}"
-    folder.mkdir(exist_ok=True)
-    for path in original.iterdir():
-        if path.is_file() and path.name in (
-            "model.safetensors",
-            "config.json",
-            "tokenizer.model",
-            "weights.safetensors",
-        ):
-            data = path.read_bytes()
-            (folder / path.name).write_bytes(
-                damaged(data, change, span) if path.name == file else data
-            )
-    return folder
+__all__ = ["scratch"]  # a fixture
 
 
 @given(damage(), st.sampled_from([600, -400, 1 << 30]))
@@ -154,8 +71,7 @@ def test_pickle_of_a_pt(change):
 @FUZZ
 def test_safetensors(change, span):
     folder = damaged_folder("hf", tiny_folder(), "model.safetensors", change, span)
-    with survives(str(folder)):
-        everything(folder)
+    read_alike(folder)
 
 
 @given(damage(), st.sampled_from([16, 3000]))
@@ -164,8 +80,7 @@ def test_quantized_safetensors(change, span):
     folder = damaged_folder(
         "mlx", made("quantized", bits=4, group_size=32), "model.safetensors", change, span
     )
-    with survives(str(folder)):
-        everything(folder)
+    read_alike(folder)
 
 
 @given(damage())
@@ -174,8 +89,7 @@ def test_config_json(change):
     folder = damaged_folder(
         "config", made("quantized", bits=4, group_size=32), "config.json", change, 1 << 30
     )
-    with survives(str(folder)):
-        everything(folder)
+    read_alike(folder)
 
 
 @given(damage(), st.sampled_from([40, 1400, 4000]))
@@ -212,37 +126,19 @@ def test_index_json(change):
     (folder / shard).write_bytes((tiny_folder() / "model.safetensors").read_bytes())
     index = json.dumps({"weight_map": dict.fromkeys(expected_tensors(TINY), shard)}).encode()
     (folder / "model.safetensors.index.json").write_bytes(damaged(index, change, 1 << 30))
-    with survives(str(folder)):
-        everything(folder)
+    read_alike(folder)
 
 
 @given(damage(), st.sampled_from([mlx_lm_folder, peft_folder]), st.booleans())
-@settings(FUZZ, max_examples=60)
+@FUZZ
 def test_adapter_folders(change, write, configuration):
     folder = write(SCRATCH / write.__name__, TINY, ("ffn.proj_2", "embedding"))
     file = next(folder.glob("*.json" if configuration else "*.safetensors"))
     file.write_bytes(damaged(file.read_bytes(), change, 1 << 30))
-    with survives(str(folder)):
+    with survives(folder.name):
         everything(tiny_folder(), adapter_folder=folder)
-
-
-@given(damage(), st.sampled_from([300, -600, 1 << 30]))
-@settings(FUZZ, max_examples=30)
-def test_tokenizers(change, span):
-    path = SCRATCH / "t"
-    for original in (tiny_folder() / "tokenizer.model", made("plain") / "tokenizer.json"):
-        path.write_bytes(damaged(original.read_bytes(), change, span))
-        with survives(str(path)):
-            read_tokenizer(path)
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-    ),
-    max_leaves=8,
-)
+    with survives(str(folder)):
+        read_adapter(folder, TINY)
 
 
 @given(st.sampled_from(sorted(TINY.to_hf_dict()) + ["quantization"]), json_values)
@@ -255,8 +151,7 @@ def test_any_value_under_any_key_of_a_config(key, value):
     for name in ("model.safetensors", "tokenizer.model"):
         (target / name).write_bytes((folder / name).read_bytes())
     (target / "config.json").write_text(json.dumps(raw | {key: value}))
-    with survives(str(target)):
-        everything(target)
+    read_alike(target)
 
 
 @given(st.sampled_from(["dtype", "shape", "data_offsets", None]), json_values)
@@ -275,8 +170,7 @@ def test_any_entry_in_a_safetensors_header(key, value):
     (target / "model.safetensors").write_bytes(
         len(text).to_bytes(8, "little") + text + data[8 + length :]
     )
-    with survives(str(target)):
-        everything(target)
+    read_alike(target)
 
 
 def test_adapters_survive_damage_to_their_list():

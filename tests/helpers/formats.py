@@ -116,12 +116,10 @@ def weights(folder: Path) -> dict[str, mx.array]:
 def everything(source: Path, **fields) -> None:
     """Open, check and load all of a source, as a conversion does."""
     opened = open_model(ConvertOptions(source=source, target="x", **fields))
-    for name in opened.source.tensors:
-        array = opened.source.load(name)
-        mx.eval(array)
-        stem = name.removesuffix(".weight")
-        if stem in opened.source.plan:
-            opened.source.packed(name)
+    for name in opened.shapes:
+        mx.eval(opened.load(name))
+        if name.removesuffix(".weight") in opened.source.plan:
+            mx.eval(opened.packed(name))
 
 
 def mixed_plan(shapes: dict[str, tuple[int, ...]]) -> dict[str, QuantSpec | None]:
