@@ -26,7 +26,7 @@ SOURCE_FORMATS = ("pt", "huggingface", "mlx", "corenet-mlx", "gguf")
 TARGET_FORMATS = ("mlx", "hf", "gguf")
 GGUF_SUFFIX = ".gguf"
 ADAPTER = ("merge", "keep")
-CALIBRATIONS = ("gptq", "distill")
+CALIBRATIONS = ("gptq", "distill", "best")
 
 
 @explained()
@@ -86,8 +86,8 @@ class ConvertOptions:
     )
     calibrate: str | None = option(
         None,
-        "learn the rounding: gptq (error feedback, minutes) or distill (by gradient, longer and "
-        "better)",
+        "learn the rounding: gptq (error feedback, minutes), distill (by gradient, longer), or "
+        "best (both, and the better one on text that neither learned from)",
         choices=CALIBRATIONS,
     )
     calibration_text: Path | None = option(

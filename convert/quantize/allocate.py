@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from openelm_mlx.convert.quantize import Weights
 from openelm_mlx.convert.quantize.losses import (
     Losses,
@@ -151,8 +153,6 @@ def knapsack(sizes: list[list[int]], losses: list[list[float]], room: int) -> li
     """Return the place of one choice in each list, of least summed loss and sizes that sum to at
     most `room`. The first choice of each has size 0.
     """
-    import numpy as np
-
     least, picks = np.zeros(room + 1), []  # by the room that is taken at most
     for own_sizes, own_losses in zip(sizes, losses, strict=True):
         now, pick = np.full(room + 1, np.inf), np.zeros(room + 1, np.int8)

@@ -10,16 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.convert.quantize import exact_weights
+from openelm_mlx.convert.quantize import Weights, exact_weights
 from openelm_mlx.convert.quantize.allocate import choose, measured_plan
 from openelm_mlx.convert.quantize.calibrate import (
+    GPTQ_ROWS,
     MEASURE_TOKENS,
     calibrate,
+    calibrate_gptq,
     given_tokens,
     row_length,
     written_tokens,
 )
+from openelm_mlx.convert.quantize.distill import distill
+from openelm_mlx.convert.quantize.losses import make_reference
 from openelm_mlx.convert.quantize.recipes import find_recipe
+from openelm_mlx.convert.quantize.rounding import Learned
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import MODES, Plan, all_specs, matrices
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 FLOAT32 = 4
+HELD_ROWS = 8  # of calibration text at most, on which methods are compared
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,40 @@ def plan_quantization(
         measured |= found
     if options.calibrate is None or options.dry_run:
         return Quantization(plan, {}, measured, fits=True)
-    learned = calibrate(options.calibrate, opened.trimmed, exact, plan, tokens, dtype, progress)
+    inputs = opened.trimmed, exact, plan, tokens, dtype, progress
+    if options.calibrate == "best":
+        learned, found = calibrate_best(*inputs)
+        return Quantization(plan, learned.stored, measured | found)
+    learned = calibrate(options.calibrate, *inputs)
     return Quantization(plan, learned.stored, measured | {"method": options.calibrate})
+
+
+def calibrate_best(
+    config: OpenELMConfig,
+    exact: Weights,
+    plan: Plan,
+    tokens: mx.array,
+    dtype: str,
+    progress: Progress | None = None,
+) -> tuple[Learned, dict[str, Any]]:
+    """Learn the rounding by both methods on all rows of tokens [rows, length] but the last eighth,
+    eight at most. Return what loses less on these, and the record of it.
+
+    Raises `ConversionError` if there is a single row.
+    """
+    if len(tokens) < 2:
+        raise ConversionError(
+            f"the calibration text has {tokens.size} tokens; --calibrate best compares on a part "
+            f"that is not learned from, so give at least {2 * tokens.size}"
+        )
+    kept = min(HELD_ROWS, -(-len(tokens) // 8))
+    rest, held = tokens[:-kept], tokens[-kept:]
+    start = calibrate_gptq(config, exact, plan, rest[:GPTQ_ROWS], dtype, progress, keep_codes=True)
+    found = {"gptq": start, "distill": distill(config, exact, start, rest, progress=progress)}
+    reference = make_reference(config, exact, held)
+    losses = {name: reference.loss(learned.weights(exact)) for name, learned in found.items()}
+    method = min(losses, key=losses.__getitem__)
+    return found[method], {"method": method, "losses": losses, "compared_tokens": held.size}
 
 
 def given_plan(opened: OpenedModel, options: ConvertOptions) -> Plan:
@@ -122,7 +160,7 @@ def memory_needed(config: OpenELMConfig, options: ConvertOptions) -> int:
     """Return the peak memory of a conversion in bytes, without the interpreter's."""
     sizes = [math.prod(shape) for shape in expected_tensors(config).values()]
     logits = 8 * row_length(config) * config.vocab_size * FLOAT32
-    if options.calibrate == "distill":  # weights, their codes, gradients and two moments
+    if options.calibrate in ("distill", "best"):  # weights, their codes, gradients and two moments
         return FLOAT32 * 7 * sum(sizes) + 6 * logits
     if options.target_bpw is not None or options.calibrate is not None:
         return FLOAT32 * 3 * sum(sizes) + 6 * logits

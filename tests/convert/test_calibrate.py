@@ -29,6 +29,7 @@ from openelm_mlx.convert.quantize.calibrate import (
 )
 from openelm_mlx.convert.quantize.distill import Schedule, Start, distill, finished
 from openelm_mlx.convert.quantize.losses import make_reference, nearest, true_loss
+from openelm_mlx.convert.quantize.plan import calibrate_best
 from openelm_mlx.convert.quantize.rounding import (
     Learned,
     error_feedback,
@@ -284,3 +285,18 @@ def test_a_calibrated_folder_is_what_was_learned(method, tmp_path):
         "method": method,
     }
     assert f"--calibrate {method}" in record["command"] and str(tmp_path) not in json.dumps(record)
+
+
+def test_the_better_of_two_calibrations_on_text_that_neither_saw():
+    config, weights = small_model()
+    plan = dict.fromkeys(matrices(expected_tensors(config)), QuantSpec(2, 32))
+    tokens = random_tokens(config, rows=12)
+    learned, record = calibrate_best(config, weights, plan, tokens, "float16")
+    held = make_reference(config, weights, tokens[-2:])
+    assert record["compared_tokens"] == 2 * tokens.shape[1]
+    again = calibrate_gptq(config, weights, plan, tokens[:-2], "float16")
+    assert held.loss(again.weights(weights)) == pytest.approx(record["losses"]["gptq"])
+    assert held.loss(learned.weights(weights)) == pytest.approx(min(record["losses"].values()))
+    assert record["losses"][record["method"]] == min(record["losses"].values())
+    with pytest.raises(ConversionError, match="has 32 tokens; --calibrate best .* at least 64"):
+        calibrate_best(config, weights, plan, tokens[:1], "float16")

@@ -101,7 +101,7 @@ def test_names_that_are_not_a_recipe():
         ),
         ({"calibrate": "gptq"}, "--calibrate gptq needs something to round"),
         ({"calibration_text": "a.txt", "bits": 4}, "--calibration-text is used by"),
-        ({"calibrate": "awq", "bits": 4}, "calibrate is 'awq'; allowed: gptq, distill"),
+        ({"calibrate": "awq", "bits": 4}, "calibrate is 'awq'; allowed: gptq, distill, best"),
         ({"target_bpw": 1.0}, "target_bpw is 1.0"),
         (
             {"target_format": "gguf", "recipe": "mixed-3-4"},
