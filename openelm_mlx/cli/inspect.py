@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cli.options import MODEL_HELP, given_path
-from openelm_mlx.errors import CacheError
-from openelm_mlx.files import read_places
+from openelm_mlx.errors import CacheError, naming
 
 if TYPE_CHECKING:
     from openelm_mlx.model.cache_kinds import CacheKind
@@ -122,6 +121,7 @@ def inspect(name: str, adapter: Path | None = None) -> dict[str, Any]:
     folder of one; it is read, and must fit the model.
     """
     from openelm_mlx.engine.hub import resolve_model
+    from openelm_mlx.model.checkpoint import read_headers
     from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, expected_tensors, normal_name
 
     apples = "/" not in name or name.lower().startswith("apple/")
@@ -131,8 +131,10 @@ def inspect(name: str, adapter: Path | None = None) -> dict[str, Any]:
         assumed = "bfloat16 weights and cache, as nothing was downloaded"
         return describe(name, config, sizes, assumed) | adapter_facts(adapter, config)
     folder = resolve_model(name).folder
-    sizes = {tensor: place.info.nbytes for tensor, place in read_places(folder).items()}
-    config = OpenELMConfig.from_file(folder / "config.json")
+    with naming(folder):
+        headers = read_headers(folder)
+    config = headers.config
+    sizes = {tensor: place.info.nbytes for tensor, (_, place) in headers.places.items()}
     return describe(name, config, sizes, "a bfloat16 cache") | adapter_facts(adapter, config)
 
 

@@ -184,15 +184,15 @@ def load_resolved(name: str, resolved: Resolved, options: ModelOptions) -> Engin
     """Return the engine of a folder in this project's layout. Raises the errors of `load`."""
     folder, bits, group_size = resolved.folder, options.bits, options.group_size
     with naming(folder):
-        stored = read_model(folder)
-    config, weights, quantization = stored.config, stored.weights, stored.quantization
+        headers, weights = read_model(folder)
+    config, quantization = headers.config, headers.quantization
     sampling = chat_sampling(folder)
     adapter = None if options.adapter is None else read_adapter(options.adapter, config)
     if bits is not None and quantization:
         raise OptionError(f"{name} is quantized already; --bits needs full-precision weights")
     model = OpenELM(config)
-    if stored.specs:
-        quantize_as_stored(model, stored.specs)
+    if headers.specs:
+        quantize_as_stored(model, headers.specs)
     computed = compute_dtype(config, weights, options.dtype)
     model.load_weights([(key, cast(array, computed)) for key, array in weights.items()])
     if bits is not None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from openelm_mlx.device import mx
-from openelm_mlx.dtypes import FLOATS, name_of
+from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import CheckpointError, reason
-from openelm_mlx.files import TensorInfo, name_for_mlx, read_json, read_places
+from openelm_mlx.files import TensorInfo, TensorPlace, name_for_mlx, read_json, read_places
 from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig, expected_tensors
 from openelm_mlx.model.names import canonical, canonical_name, split
 from openelm_mlx.quantization import Plan, QuantSpec, matrices, quantization_of, spec_of
@@ -35,11 +35,11 @@ class Unpacked(NamedTuple):
     specs: dict[str, QuantSpec]  # by stem
 
 
-class StoredModel(NamedTuple):
-    """A model folder as it is read: all that its files say of the weights."""
+class Headers(NamedTuple):
+    """What a model folder says of its weights before one of them is read."""
 
     config: OpenELMConfig
-    weights: dict[str, mx.array]
+    places: dict[str, tuple[str, TensorPlace]]  # the name in the file, and the place there
     specs: dict[str, QuantSpec]
     quantization: Mapping[str, Any] | None  # as in config.json, with false for the others
 
@@ -100,51 +100,65 @@ def described(info: TensorInfo | None) -> str:
     return "none" if info is None else f"{info.dtype} {list(info.shape)}"
 
 
-def read_model(folder: Path) -> StoredModel:
-    """Read a model folder, and see that its tensors make the model that its config.json states.
+def read_headers(folder: Path) -> Headers:
+    """Read the headers of a model folder, and see that they make the model of its config.json.
 
-    Raises `ConfigError` or `CheckpointError`.
+    Names are Hugging Face's. Raises `ConfigError` or `CheckpointError`.
     """
     raw = read_json(folder / "config.json")
     config = OpenELMConfig.from_hf_dict(raw).with_eos_of(folder)
-    quantization, weights = quantization_of(raw), read_weights(folder)
-    infos = {name: TensorInfo(name_of(array.dtype), array.shape) for name, array in weights.items()}
-    tensors, specs = unpacked(infos, quantization)
-    if not states_own_head(raw) and has_copied_head(weights):
-        tensors.pop(f"{HEAD}.weight")
-        weights = {
-            name: array for name, array in weights.items() if not name.startswith(f"{HEAD}.")
-        }
+    quantization = quantization_of(raw)
+    places = canonical({name: (name, place) for name, place in read_places(folder).items()})
+    if not states_own_head(raw) and has_copied_head(places):
+        places = {name: found for name, found in places.items() if not name.startswith(f"{HEAD}.")}
+    stored = {name: place.info for name, (_, place) in places.items()}
+    tensors, specs = unpacked(stored, quantization)
     config = with_head_of(config, tensors)
     expected = expected_tensors(config)
     check_tensors(tensors, expected)
-    check_finite(weights, specs)
     if quantization:
         stated = {canonical_name(key): value for key, value in quantization.items()}
         quantization = stated | {stem: False for stem in matrices(expected) if stem not in specs}
-    return StoredModel(config, weights, specs, quantization)
+    return Headers(config, places, specs, quantization)
 
 
-def has_copied_head(weights: Mapping[str, mx.array]) -> bool:
-    """Return whether there is a head, and every part of it repeats that of the embeddings."""
-    parts = [part for stem, part in map(split, weights) if stem == HEAD]
-    pairs = [(weights.get(f"{EMBEDDINGS}.{part}"), weights[f"{HEAD}.{part}"]) for part in parts]
-    return bool(pairs) and all(one is not None and equal_bits(one, two) for one, two in pairs)
+def read_model(folder: Path) -> tuple[Headers, dict[str, mx.array]]:
+    """Return what a model folder says of its weights, and all of them.
 
-
-def read_weights(folder: Path) -> dict[str, mx.array]:
-    """Return the tensors of model.safetensors, or of the index's shards, not in memory yet.
-
-    They have Hugging Face's names. Raises `CheckpointError` if a file is missing or damaged.
+    Raises `ConfigError` or `CheckpointError`, also for NaN and infinities.
     """
-    places = canonical({name: (name, place) for name, place in read_places(folder).items()})
+    headers = read_headers(folder)
     loaded: dict[Path, dict[str, mx.array]] = {}
-    for path in sorted({place.file for _, place in places.values()}):
+    for path in sorted({place.file for _, place in headers.places.values()}):
         try:
             loaded[path] = mx.load(name_for_mlx(path))  # type: ignore[assignment]
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
-    return {known: loaded[place.file][name] for known, (name, place) in places.items()}
+    places = headers.places.items()
+    weights = {known: loaded[place.file][name] for known, (name, place) in places}
+    check_finite(weights, headers.specs)
+    return headers, weights
+
+
+def has_copied_head(places: Mapping[str, tuple[str, TensorPlace]]) -> bool:
+    """Return whether there is a head, and every part of it repeats that of the embeddings."""
+    parts = [part for stem, part in map(split, places) if stem == HEAD]
+    pairs = [(places.get(f"{EMBEDDINGS}.{part}"), places[f"{HEAD}.{part}"]) for part in parts]
+    return bool(pairs) and all(one is not None and same_bytes(one[1], two[1]) for one, two in pairs)
+
+
+def same_bytes(one: TensorPlace, other: TensorPlace) -> bool:
+    """Return whether two tensors are the same in their files, bit for bit."""
+    left = one.info.nbytes if one.info == other.info else -1
+    with open(one.file, "rb") as first, open(other.file, "rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        while left > 0:
+            size = min(left, 1 << 20)
+            if first.read(size) != second.read(size):
+                return False
+            left -= size
+    return left == 0
 
 
 def states_own_head(raw: Mapping[str, Any]) -> bool:

@@ -46,7 +46,8 @@ def read_alike(folder: Path, tmp_path: Path) -> Engine:
     np.testing.assert_array_equal(logits(copied), logits(engine))
     assert copied.config.share_input_output_layers == engine.config.share_input_output_layers
     assert copied.chat_sampling == engine.chat_sampling
-    assert inspect(str(folder))["layers_total"] == 1
+    facts, sizes = inspect(str(folder)), inspect(str(tmp_path / "copy"))
+    assert facts["bytes_by_part"] == sizes["bytes_by_part"] and facts["layers_total"] == 1
     return engine
 
 

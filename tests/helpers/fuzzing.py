@@ -31,7 +31,7 @@ FUZZ = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-SCRATCH = Path(tempfile.mkdtemp(prefix="openelm-fuzz-"))
+SCRATCH = Path(tempfile.gettempdir()) / f"openelm-fuzz-{os.getpid()}"  # made by the fixture
 
 
 json_values = st.recursive(
