@@ -56,12 +56,12 @@ class ConvertOptions:
     tokenizer: Path | None = option(None, "tokenizer.model; by default the one beside the source")
     adapter: str | None = option(
         None,
-        "merge a LoRA or DoRA adapter (the default), or keep it in a folder of its own",
+        "merge a LoRA or DoRA adapter (the default), or keep it in the folder `adapter`",
         choices=ADAPTER,
     )
     adapter_folder: Path | None = option(
         None,
-        "merge this adapter of mlx-lm's (adapters.safetensors, adapter_config.json)",
+        "an adapter of mlx-lm's or PEFT's form, which belongs to the source",
         metavar="FOLDER",
     )
     lora_alpha: float | None = option(None, "strength of an adapter that has no YAML", 0.0, 1e6)

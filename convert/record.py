@@ -278,8 +278,8 @@ def model_card(record: Mapping[str, Any], report: ConversionReport, instruct: bo
         parts.append(f"\n{report.loss_of_source}\n")
     if record.get("adapter") == KEPT:
         parts.append(
-            "\nThese are the weights of the base; the adapter lies in `adapter` "
-            "(`mlx_lm.generate --adapter-path PATH_OF_THIS_FOLDER/adapter`).\n"
+            "\nThese are the weights of the base; the adapter lies in `adapter` (`openelm chat "
+            "PATH_OF_THIS_FOLDER --adapter PATH_OF_THIS_FOLDER/adapter`).\n"
         )
     if len(set(plan.values())) > 1:
         heads, rows = plan_rows(plan)

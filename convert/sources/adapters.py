@@ -48,13 +48,14 @@ class AdaptedSource(TensorSource):
         self.path, self.tokenizer, self.instruct = source.path, source.tokenizer, source.instruct
         self.licence, self.form = source.licence, form
         self._source, self._files = source, files
-        base = fingerprint(config, self._rows)
-        if adapter.base is not None and not same_base(adapter.base, base):
+        self._base_config = config
+        # without need it is not taken: rows of a .pt cost the checksum of all of it
+        if adapter.base is not None and not same_base(adapter.base, self.fingerprint()):
             raise ConversionError(
                 f"the adapter {adapter.name} was made for another model than {source.path}: the "
                 "weights differ; give its own base"
             )
-        self.adapter = replace(adapter, base=base)
+        self.adapter = adapter
         self.tensors = dict(source.tensors)
         parts = {} if form else adapter.parts
         self.plan = {stem: spec for stem, spec in source.plan.items() if stem not in parts}
@@ -68,6 +69,10 @@ class AdaptedSource(TensorSource):
     @property
     def files(self) -> tuple[Path, ...]:
         return (*self._source.files, *self._files)
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the base."""
+        return fingerprint(self._base_config, self._rows)
 
     def _rows(self, name: str) -> mx.array | None:
         quantized = stem_of(name) in self._source.quantized
@@ -150,6 +155,7 @@ def write_kept(
     form, adapter = str(adapted.form), adapted.adapter
     adapter = replace(adapter, parts=with_rows(adapter.parts, config.vocab_size))
     adapter = with_lengths(adapter, adapted.base_weight, form)
+    adapter = replace(adapter, base=adapted.fingerprint())
     part = adapter.parts.get(EMBEDDINGS)
     if quantized and part is not None and part.magnitude is not None:
         raise OptionError(

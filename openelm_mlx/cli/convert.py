@@ -36,7 +36,7 @@ def register(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    text = "a .pt file, model folder or GGUF file, a hub id, or a name: 270m, corenet:270m ..."
+    text = "a .pt file, GGUF file, folder of a model or adapter, hub id, or name: 270m ..."
     parser.add_argument("source", metavar="SOURCE", help=text)
     text = "folder to write, or a GGUF file if it ends in .gguf"
     target: Any = {"dest": "target", "metavar": "PATH", "required": True, "help": text}

@@ -70,7 +70,7 @@ def read_arrays(path: Path) -> tuple[dict[str, mx.array], str | None]:
     for name, place in read_header(path).items():
         if place.info.dtype not in FLOATS:
             raise CheckpointError(
-                f"{path}: {name:.100} is {place.info.dtype}; allowed: {', '.join(FLOATS)}"
+                f"{path}: {name!r:.100} is {place.info.dtype}; allowed: {', '.join(FLOATS)}"
             )
     try:
         loaded: Any = mx.load(name_for_mlx(path), format="safetensors", return_metadata=True)
@@ -107,7 +107,7 @@ def read_parts(
         stem, _, leaf = name.rpartition(".")
         if leaf not in LEAVES:
             raise ConversionError(
-                f"{folder} contains {name:.100}, which is no part of LoRA or DoRA; only "
+                f"{folder} contains {name!r:.100}, which is no part of LoRA or DoRA; only "
                 f"{', '.join(LEAVES)} are read"
             )
         found.setdefault(stem, {})[leaf] = array

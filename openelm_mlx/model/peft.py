@@ -99,7 +99,7 @@ def check_supported(folder: Path, raw: Mapping[str, Any]) -> None:
         raise ConversionError(
             f"{folder}: peft_type is {raw['peft_type']!r:.40}; of PEFT's adapters LORA is read"
         )
-    if raw.get("bias", "none") != "none":
+    if raw.get("bias") not in (None, "none"):
         raise ConversionError(
             f"{folder}: bias is {raw['bias']!r:.40}, but OpenELM has no biases; allowed: none"
         )
@@ -173,10 +173,10 @@ def read_parts(
     found: dict[str, dict[str, mx.array]] = {}
     for name, array in arrays.items():
         match = NAME.fullmatch(name)
-        if match is None:
+        if match is None or match[2] in found.get(match[1], {}):
             raise ConversionError(
-                f"{folder} contains {name:.100}, which is no part of LoRA or DoRA; save the "
-                "adapter without modules_to_save and with save_embedding_layers=False"
+                f"{folder} contains {name!r:.100}, which is no part of LoRA or DoRA, or a second "
+                "one; save the adapter without modules_to_save and with save_embedding_layers=False"
             )
         found.setdefault(match[1], {})[match[2]] = array
     parts = {}
@@ -203,15 +203,15 @@ def check_complete(
     if leaves.keys() != set(wanted):
         lacking = sorted(set(wanted) - leaves.keys()) or sorted(leaves.keys() - set(wanted))
         verb = "lacks" if set(wanted) - leaves.keys() else "has, beside LoRA's,"
-        raise ConversionError(f"{folder}: the adapter of {stem:.100} {verb} {', '.join(lacking)}")
+        raise ConversionError(f"{folder}: the adapter of {stem!r:.100} {verb} {', '.join(lacking)}")
     for leaf, array in leaves.items():
         if leaf in wanted[:2] and (array.ndim != 2 or 0 in array.shape):
             raise ConversionError(
-                f"{folder}: {leaf} of {stem:.100} has shape {array.shape}; it must be a matrix"
+                f"{folder}: {leaf} of {stem!r:.100} has shape {array.shape}; it must be a matrix"
             )
         if not mx.isfinite(array).all().item():
             raise ConversionError(
-                f"{folder}: {leaf} of {stem:.100} has NaN or infinite numbers; it is damaged"
+                f"{folder}: {leaf} of {stem!r:.100} has NaN or infinite numbers; it is damaged"
             )
 
 

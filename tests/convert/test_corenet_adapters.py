@@ -59,9 +59,7 @@ def test_adapters_kept_apart_give_the_same_logits_in_mlx_lm(name, tmp_path):
     assert np.abs(base - golden["logits"]).max() > 1e-2  # the folder itself holds the base
     record = json.loads((tmp_path / "m" / "conversion.json").read_text())
     assert record["adapter"] == "kept beside its base"
-    assert (
-        "--adapter-path PATH_OF_THIS_FOLDER/adapter" in (tmp_path / "m" / "README.md").read_text()
-    )
+    assert "--adapter PATH_OF_THIS_FOLDER/adapter" in (tmp_path / "m" / "README.md").read_text()
 
 
 def test_a_kept_adapter_on_a_quantized_base(tmp_path):

@@ -104,7 +104,7 @@ def test_adapters_of_mlx_lm_merged_equal_applied(tmp_path, trained, kind):
         ),
         (
             lambda c, t: t.pop("transformer.layers.3.attn.qkv_proj.lora_b"),
-            "the adapter of .*3.attn.qkv_proj lacks lora_b",
+            "the adapter of .*3.attn.qkv_proj. lacks lora_b",
         ),
         (
             lambda c, t: t.update({"transformer.layers.3.attn.qkv_proj.lora_b": mx.zeros((4, 7))}),

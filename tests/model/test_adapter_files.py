@@ -216,10 +216,14 @@ NAME = f"base_model.model.{QKV}"
         (changed(alpha_pattern={"x": "y"}), "alpha_pattern has 'y'; an alpha is a number"),
         (changed(alpha_pattern={"(a+)+": 1}), r"regex '\(a\+\)\+' of alpha_pattern is more than"),
         (changed(use_dora=True), "lacks lora_magnitude_vector"),
-        (renamed(f"{NAME}.lora_B.weight", None), "adapter of .*1.attn.qkv_proj lacks lora_B"),
+        (renamed(f"{NAME}.lora_B.weight", None), "adapter of '.*1.attn.qkv_proj' lacks lora_B"),
         (
             renamed(f"{NAME}.lora_B.weight", f"{NAME}.base_layer.weight"),
-            "base_layer.weight, which is no part of LoRA or DoRA; save .* save_embedding_layers=F",
+            "base_layer.weight', which is no part of LoRA or DoRA, .* save_embedding_layers=F",
+        ),
+        (
+            lambda c, t: t.update({f"{NAME}.lora_A": mx.ones((4, 32))}),
+            "lora_A', which is no part of LoRA or DoRA, or a second one|lora_A.weight', which is",
         ),
         (
             lambda c, t: t.update({f"{NAME}.lora_magnitude_vector": mx.ones((96,))}),
@@ -227,7 +231,7 @@ NAME = f"base_model.model.{QKV}"
         ),
         (
             lambda c, t: t.update({f"{NAME}.lora_A.weight": mx.ones((4,))}),
-            r"lora_A of .*1.attn.qkv_proj has shape \(4,\); it must be a matrix",
+            r"lora_A of .*1.attn.qkv_proj' has shape \(4,\); it must be a matrix",
         ),
         (
             lambda c, t: t.update({f"{NAME}.lora_A.weight": mx.full((4, 32), math.nan)}),
