@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from openelm_mlx.convert.options import ConvertOptions, Progress
+from openelm_mlx.convert.record import RECORD
 from openelm_mlx.convert.targets.checks import (
     CONFIG,
     OWN,
@@ -32,6 +33,7 @@ from openelm_mlx.convert.targets.checks import (
 )
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import check_writable, name_for_mlx
+from openelm_mlx.model.adapter_files import SETTINGS
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.quantize.plan import Quantization
@@ -198,13 +200,16 @@ def clear_leftovers(target: Path) -> None:
     aside its name back. A folder with a file that they cannot have written stays.
     """
     pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|old)-(\d{1,9})-\w+")
-    own = rf"{OWN.pattern}|(adapter/)?\.[^/]+|{re.escape(target.name)}"
+    own = rf"{OWN.pattern}|adapter[\w.]*|(adapter/)?\.[^/]+|{re.escape(target.name)}"
     with contextlib.suppress(OSError):  # what cannot be seen or moved stays
         for path in target.parent.iterdir():
             match = pattern.fullmatch(path.name)
             if match is None or path.is_symlink() or alive(int(match[2])):
                 continue
-            if match[1] == "old" and not target.exists() and (path / CONFIG).is_file():
+            # an adapter has no config.json, but settings of its own
+            marks = ({CONFIG}, {SETTINGS, RECORD})
+            whole = any(all((path / name).is_file() for name in names) for names in marks)
+            if match[1] == "old" and not target.exists() and whole:
                 path.rename(target)
             elif all(map(re.compile(own).fullmatch, names_in(path))):
                 remove(path)
@@ -219,11 +224,10 @@ def alive(pid: int) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder. A kill may come in the middle: without its config.json nothing loads the
-    rest.
-    """
-    with contextlib.suppress(OSError):
-        (folder / CONFIG).unlink()
+    """Delete a folder. A kill may come in the middle: nothing loads the rest or puts it back."""
+    for name in (CONFIG, RECORD):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_dict(report, options)))
     else:
-        show_report(report, options.dry_run)
+        show_report(report, options)
     return 0
 
 
@@ -145,7 +145,7 @@ def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]
     return found
 
 
-def show_report(report: ConversionReport, dry_run: bool) -> None:
+def show_report(report: ConversionReport, options: ConvertOptions) -> None:
     """Print what was written, or would be: sizes, each layer's spec if they differ, losses."""
     from rich.console import Console
     from rich.table import Table
@@ -164,9 +164,9 @@ def show_report(report: ConversionReport, dry_run: bool) -> None:
         print(f"types: {report.types_in_words}")
     if report.loss_of_source is not None:
         print(report.loss_of_source)
-    if not report.plan:
+    if options.target_bpw is not None and not report.plan:
         print("the plan has to be measured, which a dry run does not do; this size is the most")
-    if dry_run:
+    if options.dry_run:
         print(f"memory needed: about {report.memory_bytes / 1e6:,.0f} MB; nothing was written")
     for name in ("sum_of_losses", "loss_together"):
         if name in report.measured:

@@ -131,7 +131,9 @@ def test_the_form_changes_without_the_base(tmp_path, base, capsys):
     folder = peft_folder(tmp_path / "a", TWO, ROLES, base_model_name_or_path=str(base))
     assert main(["convert", str(folder), "-o", str(tmp_path / "m")]) == 0
     numbers = sum(a.size for a in mx.load(str(folder / "adapter_model.safetensors")).values())
-    assert f"{numbers:,} parameters, {4 * numbers:,} bytes, 32.00 bits" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{numbers:,} parameters, {4 * numbers:,} bytes, 32.00 bits" in shown
+    assert shown.count("\n") == 1
     settings = json.loads((tmp_path / "m" / "adapter_config.json").read_text())
     assert settings["model"] == str(base)
     expected = applied(base, folder)

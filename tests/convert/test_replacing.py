@@ -174,6 +174,21 @@ def test_a_folder_left_by_a_killed_run_stays_if_somebody_put_a_file_there(tmp_pa
     assert (left / "thesis.txt").is_file()
 
 
+def test_an_adapter_left_by_a_killed_run_is_put_back_or_removed(tmp_path, source):
+    """An adapter has no config.json that would tell that it is whole."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left = {name: tmp_path / f".model.{name}-{process.pid}-abc" for name in ("old", "partial")}
+    for folder in left.values():
+        folder.mkdir()
+        (folder / "adapters.safetensors").write_text("x")
+        (folder / "adapter_config.json").write_text("{}")
+    (left["old"] / "conversion.json").write_text("{}")
+    targets.clear_leftovers(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "adapters.safetensors").is_file()
+
+
 def test_source_and_target_are_compared_as_files(tmp_path, source, model):
     (tmp_path / "link").symlink_to(model)
     message = r"model contains what is to be read \(.*link\), so it is not replaced"
