@@ -154,17 +154,14 @@ def adapter_facts(folder: Path | None, config: OpenELMConfig) -> dict[str, Any]:
             matrices.setdefault(name, []).append(int(layer))
         else:
             matrices[stem.removeprefix("transformer.")] = []
-    lengths = [part.magnitude for part in parts if part.magnitude is not None]
-    arrays = [*(part.a for part in parts), *(part.b for part in parts), *lengths]
-    count = sum({id(array): array.size for array in arrays}.values())  # tied ones are one
     about = {
         "name": adapter.name,
         "kind": " and ".join(sorted(kinds, reverse=True)),
         "ranks": sorted({part.rank for part in parts}),
         "scales": sorted({part.scale for part in parts}),
         "matrices": {name: sorted(layers) for name, layers in matrices.items()},
-        "parameters": count,
-        "bytes": 4 * count,
+        "parameters": adapter.num_parameters,
+        "bytes": 4 * adapter.num_parameters,
     }
     return {"adapter": about}
 

@@ -138,7 +138,7 @@ class Session:
 
 def facts(engine: Any) -> str:
     """Describe a model in one line: its size, its precision and its context."""
-    parameters = engine.config.num_parameters
+    parameters = engine.num_parameters
     return (
         f"{engine.name}: {parameters / 1e6:,.1f} million parameters, "
         f"{8 * engine.nbytes / parameters:.1f} bits per weight, "

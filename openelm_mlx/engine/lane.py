@@ -51,7 +51,7 @@ class Lane:
         events: list[tuple[int, Event]],
     ) -> None:
         self.engine, self._queue, self._compiled = engine, queue, compiled
-        self._draft, self.speculation = draft, Speculation(engine, draft)
+        self.speculation = Speculation(engine, draft)
         self._events = events  # what is drawn is appended to them
         self._empty()
 
@@ -92,7 +92,7 @@ class Lane:
             self._give_rows()
         except BaseException:  # what the rows contain is unknown: all are prefilled again
             queue.joining = [pair for pair in queue.joining if pair[0] not in everybody]
-            self.speculation = Speculation(self.engine, self._draft)
+            self.speculation = Speculation(self.engine, self.speculation.draft)
             self._empty()
             queue.waiting.extendleft(reversed(everybody))
             raise

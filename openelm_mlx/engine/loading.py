@@ -20,7 +20,7 @@ from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, Tokeni
 from openelm_mlx.fields import shown
 from openelm_mlx.files import read_json
 from openelm_mlx.model.adapter_files import read_adapter
-from openelm_mlx.model.adapters import Adapter, adapted
+from openelm_mlx.model.adapters import Adapter, adapted, prepare
 from openelm_mlx.model.checkpoint import read_model
 from openelm_mlx.model.config import GENERATION_CONFIG, GENERATION_KEYS, OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM, parameters
@@ -94,7 +94,7 @@ class Engine:
             remedy = "give another name, or first remove it from engine.adapters"
             raise OptionError(f"{self.name} has an adapter {name!r} already; {remedy}")
         model = adapted(self.model, chosen)
-        mx.eval(model.parameters())
+        prepare(model)
         own: Any = {"name": f"{self.name} with {name}", "adapter": chosen, "adapters": {}}
         self.adapters[name] = replace(self, model=model, **own)
         return self.adapters[name]
@@ -133,7 +133,7 @@ class Engine:
 
     def __repr__(self) -> str:
         """Return one line: <Engine openelm-tiny: 6.5 M parameters, 6.9 MB, context 1024>"""
-        size = f"{self.config.num_parameters / 1e6:,.1f} M parameters, {self.nbytes / 1e6:,.1f} MB"
+        size = f"{self.num_parameters / 1e6:,.1f} M parameters, {self.nbytes / 1e6:,.1f} MB"
         return f"<Engine {self.name}: {size}, context {self.config.max_context_length}>"
 
     @property
@@ -141,9 +141,15 @@ class Engine:
         """The number of ids that may be sampled: rows of the embedding beyond are padding."""
         return min(self.config.vocab_size, self.tokenizer.vocab_size)
 
+    @property
+    def num_parameters(self) -> int:
+        """The number of weights, those of the adapter included."""
+        more = 0 if self.adapter is None else self.adapter.num_parameters
+        return self.config.num_parameters + more
+
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all weights."""
+        """Bytes of all weights, those of the adapter included."""
         return sum(array.nbytes for array in parameters(self.model).values())
 
 

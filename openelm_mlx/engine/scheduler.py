@@ -81,12 +81,12 @@ class BatchEngine:
         self.engine, self.slots, self.prompt_cache = engine, slots, prompt_cache
         (self.options,) = with_overrides((EngineOptions,), (options,), settings)
         self.kind = CacheKind.of(engine.config, self.options)
-        self._draft, self._reader = draft, Reader()
+        self._reader = Reader()
         self._events: list[tuple[int, Event]] = []  # not yet handed out
         chunk = self.options.prefill_chunk
         self._queue = Queue(self.kind, prompt_cache, chunk, admission, max_waiting)
-        self._lanes: list[Lane] = []
-        self._lane(engine)
+        compiled = self.options.compiled
+        self._lanes = [Lane(engine, self._queue, compiled, draft, self._events)]
 
     @property
     def busy(self) -> bool:
@@ -98,14 +98,15 @@ class BatchEngine:
         """The number of rows that run."""
         return sum(len(lane.live()) for lane in self._lanes)
 
-    def _lane(self, engine: Engine) -> Lane:
-        """Return the lane of the requests to `engine`, which is this one or applies an adapter."""
-        for lane in self._lanes:
-            if lane.engine is engine:
-                return lane
-        new = Lane(engine, self._queue, self.options.compiled, self._draft, self._events)
-        self._lanes.append(new)
-        return new
+    def _open_lanes(self) -> None:
+        """Keep a lane for the engine itself, and for each adapter of a request that has a row."""
+        first, *others = self._lanes
+        lanes = [first, *(lane for lane in others if lane.live())]
+        for request, _ in self._queue.joining:
+            if all(lane.engine is not request.engine for lane in lanes):
+                compiled, draft = self.options.compiled, first.speculation.draft
+                lanes.append(Lane(request.engine, self._queue, compiled, draft, self._events))
+        self._lanes = lanes
 
     @explained(SamplingOptions, GenerationOptions)
     @device_work
@@ -132,7 +133,7 @@ class BatchEngine:
         kinds = (SamplingOptions, GenerationOptions)
         drawn_by, ended_by = with_overrides(kinds, (sampling, options), settings)
         engine = self.engine.adapted(ended_by.adapter)
-        ended_by.check_draft(self._lane(engine).speculation.has_model)
+        ended_by.check_draft(self._lanes[0].speculation.has_model)
         check_token_ids(drawn_by, ended_by, engine.vocab)
         if progress is not None and not callable(progress):
             allowed = "allowed is a function of two numbers, or None"
@@ -162,7 +163,9 @@ class BatchEngine:
     def _work(self) -> None:
         """Do the work of one step, which adds to the events."""
         self._reader.back()
-        begun, lanes, rows = time.perf_counter(), self._lanes, self._running
+        begun = time.perf_counter()
+        self._open_lanes()
+        lanes, rows = self._lanes, self._running
         steady = bool(rows) and all(lane.steady for lane in lanes)
         try:
             for lane in lanes:

@@ -200,6 +200,7 @@ class Speculation:
             draft.check(engine)
         elif draft is not None and not hasattr(draft, "propose"):
             draft = ModelDraft(engine, draft)
+        self.draft = draft
         if isinstance(draft, ModelDraft):
             self.model, self.cost = DraftRows(draft), draft.cost
         else:

@@ -65,6 +65,12 @@ class Adapter:
     parts: Mapping[str, LowRank]
     base: str | None = None  # the fingerprint of its model, None if its files do not say
 
+    @property
+    def num_parameters(self) -> int:
+        """The numbers of all parts; one that has two sides counts once."""
+        parts = {id(part): part for part in self.parts.values()}.values()
+        return sum(part.a.size + part.b.size + getattr(part.magnitude, "size", 0) for part in parts)
+
     def check(self, config: OpenELMConfig) -> None:
         """Raise `CheckpointError` unless every part fits a matrix of such a model, in numbers."""
         shapes = matrices(expected_tensors(config))
@@ -205,6 +211,13 @@ def adapted(model: OpenELM, adapter: Adapter, dtype: mx.Dtype | None = None) -> 
     places = [(stem, Adapted(modules[stem], part, dtype)) for stem, part in parts.items()]
     new.update_modules(utils.tree_unflatten(places))
     return new
+
+
+def prepare(model: OpenELM) -> None:
+    """Compute the parts of an adapted model before its first pass, one matrix at a time."""
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            mx.eval(module.a, module.b, module.gain() if "m" in module else [])
 
 
 def shells(module: Any) -> Any:
