@@ -38,6 +38,7 @@ def folders(base, tmp_path_factory):
 def test_a_folder_gives_the_logits_of_the_model_that_convert_merges(name, nano, folders, tmp_path):
     merged = load(again(nano, tmp_path / "merged", adapter_folder=folders / name), "float32")
     ours, wanted = load(nano, "float32", adapter=folders / name), merged.model(TOKENS)
+    assert ours.num_parameters == ours.config.num_parameters + ours.adapter.num_parameters
     assert ours.name == f"{nano} with {name}" and ours.adapter.name == name
     assert mx.abs(ours.model(TOKENS) - wanted).max().item() < 1e-5 * mx.abs(wanted).max().item()
     settings = {"max_tokens": 12, "temperature": 0.8, "seed": 1}
