@@ -35,10 +35,10 @@ from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.convert.tokenizers import TokenizerModel, find_tokenizer
 from openelm_mlx.device import mx
+from openelm_mlx.engine.tokenizer import check_vocabulary
 from openelm_mlx.errors import (
     ConfigError,
     ConversionError,
-    TokenizerError,
     naming,
 )
 from openelm_mlx.files import read_json, read_yaml
@@ -71,7 +71,6 @@ FILE_KIND = {  # what --from says -> what the files are
     "gguf": "gguf",
 }
 HEAD_ROWS = 2048  # of a head and of the embeddings that are compared at a time
-MAX_PADDING_ROWS = 256  # CoreNet pads 32000 tokens to 32128 rows; a larger gap is another tokenizer
 
 
 @dataclass(frozen=True)
@@ -243,11 +242,7 @@ def trim_vocabulary(config: OpenELMConfig, tokenizer: TokenizerModel) -> OpenELM
     Raises `TokenizerError` if the tokenizer belongs to another model.
     """
     pieces = tokenizer.num_pieces
-    if not 0 <= config.vocab_size - pieces <= MAX_PADDING_ROWS:
-        raise TokenizerError(
-            f"{tokenizer.path} has {pieces} pieces, but the model {config.vocab_size} rows of "
-            "embeddings: this is another model's tokenizer; give the right one with --tokenizer"
-        )
+    check_vocabulary(tokenizer.path, pieces, config)
     padding = config.padding_index
     if padding is not None and padding >= pieces:
         padding = None

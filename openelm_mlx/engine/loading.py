@@ -15,8 +15,8 @@ from openelm_mlx.engine.decode import Steps
 from openelm_mlx.engine.hub import Resolved, resolve_model
 from openelm_mlx.engine.options import ModelOptions, SamplingOptions
 from openelm_mlx.engine.threads import asynchronous, device_work
-from openelm_mlx.engine.tokenizer import Tokenizer
-from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError, naming
+from openelm_mlx.engine.tokenizer import Tokenizer, check_vocabulary
+from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, naming
 from openelm_mlx.fields import shown
 from openelm_mlx.files import read_json
 from openelm_mlx.model.adapter_files import read_adapter
@@ -209,12 +209,7 @@ def load_resolved(name: str, resolved: Resolved, options: ModelOptions) -> Engin
     mx.eval(model.parameters())
     given = resolved.tokenizer
     tokenizer = Tokenizer.from_file(given) if given else Tokenizer.from_folder(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        pieces, rows = tokenizer.vocab_size, config.vocab_size
-        raise TokenizerError(
-            f"{tokenizer.path} has {pieces} pieces but the model only {rows} embeddings: "
-            "the tokenizer belongs to another model; pass the right one with --tokenizer"
-        )
+    check_vocabulary(tokenizer.path, tokenizer.vocab_size, config)
     instruct = speaks_instruct(folder, name)
     engine = Engine(model, tokenizer, config, name, folder, quantization, instruct, sampling)
     return engine if adapter is None else engine.load_adapter(adapter)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from openelm_mlx.errors import PromptError, TokenizerError
+from openelm_mlx.model.config import MAX_PADDING, OpenELMConfig
 
 Encoder = Callable[[str, bool], list[int]]  # text, and whether it continues earlier text
 
@@ -103,6 +104,15 @@ class Tokenizer:
             what = "only token ids, which are integers, can be decoded"
             raise TokenizerError(f"{what}; give a list of them") from None
         return data.removeprefix(b" ").decode("utf-8", errors="replace")
+
+
+def check_vocabulary(path: Path, pieces: int, config: OpenELMConfig) -> None:
+    """Raise `TokenizerError` if a tokenizer of so many pieces belongs to another model."""
+    if not 0 <= config.vocab_size - pieces <= MAX_PADDING:
+        raise TokenizerError(
+            f"{path} has {pieces} pieces, but the model {config.vocab_size} rows of embeddings: "
+            "this is another model's tokenizer; give the right one with --tokenizer"
+        )
 
 
 def as_id(token: Any) -> int:

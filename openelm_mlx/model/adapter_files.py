@@ -20,14 +20,13 @@ from openelm_mlx.errors import CheckpointError, ConversionError, naming
 from openelm_mlx.files import name_for_mlx, read_header, read_json, write_json
 from openelm_mlx.model import peft
 from openelm_mlx.model.adapters import EMBEDDINGS, HEAD, Adapter, LowRank
-from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.config import MAX_PADDING, OpenELMConfig
 from openelm_mlx.model.fingerprint import numbers_of
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 WEIGHT_FILES = (WEIGHTS, peft.WEIGHTS)
 BASE = "openelm_base"  # the key of the fingerprint
 LEAVES = ("lora_a", "lora_b", "m")
-MAX_PADDING = 256  # rows that pad a vocabulary, as CoreNet does, in the base or in the adapter
 
 
 def read_adapter(folder: Path, config: OpenELMConfig) -> Adapter:

@@ -283,6 +283,7 @@ KEYS_THAT_MUST_BE: dict[str, tuple[Any, ...]] = {
 }
 
 MAX_LAYERS = 4096
+MAX_PADDING = 256  # rows without a token; CoreNet pads 32000 tokens to 32128 rows
 
 # what transformers wrote into config.json before version 5, as GenerationConfig has it
 GENERATION_KEYS = frozenset(

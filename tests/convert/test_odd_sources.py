@@ -281,6 +281,20 @@ def test_a_tokenizer_with_pieces_that_are_not_utf8(tmp_path, plain):
     refused_alike(plain, tmp_path, "tokenizer.model is damaged")
 
 
+def test_a_tokenizer_of_another_model(tmp_path, plain):
+    (plain / "tokenizer.model").write_bytes(trained_tokenizer(65))
+    refused_alike(plain, tmp_path, "65 pieces, but the model 64 rows of embeddings")
+
+    def pad(arrays):
+        table = arrays[f"{EMBEDDINGS}.weight"]
+        arrays[f"{EMBEDDINGS}.weight"] = mx.pad(table, [(0, 258), (0, 0)])
+
+    folder = changed(plain, pad, vocab_size=322)
+    refused_alike(folder, tmp_path, "65 pieces, but the model 322 rows of embeddings: this is")
+    (plain / "tokenizer.model").write_bytes(trained_tokenizer(66))
+    assert load(folder).vocab == load(again(folder, tmp_path / "m")).vocab == 66
+
+
 def test_a_byte_order_mark_before_json(tmp_path, plain):
     folder = again(plain, tmp_path / "m")
     (folder / "tokenizer.model").unlink()
