@@ -25,6 +25,9 @@ Progress = Callable[[int, int, str], None]
 SOURCE_FORMATS = ("pt", "huggingface", "mlx", "corenet-mlx", "gguf")
 TARGET_FORMATS = ("mlx", "hf", "gguf")
 GGUF_SUFFIX = ".gguf"
+FOUR_BITS = ("Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS")
+THREE_BITS = ("Q3_K_L", "Q3_K_M", "Q3_K_S")
+GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", *FOUR_BITS, *THREE_BITS, "Q2_K")
 ADAPTER = ("merge", "keep")
 CALIBRATIONS = ("gptq", "distill", "best")
 
@@ -74,6 +77,11 @@ class ConvertOptions:
     )
     mode: str | None = option(
         None, "affine, or a block format with bits and groups of its own", choices=tuple(MODES)
+    )
+    gguf_type: str | None = option(
+        None,
+        "quantize a GGUF file to this type or mixture of llama.cpp's; --bits 8 is Q8_0",
+        choices=GGUF_TYPES,
     )
     recipe: str | None = option(
         None, "bits by role: a built-in recipe's name, or a YAML file", metavar="NAME|FILE"
@@ -131,8 +139,13 @@ class ConvertOptions:
             raise OptionError("--to gguf writes one file of weights; leave out --adapter keep")
         if self.is_gguf and (self.recipe or self.target_bpw or self.calibrate):
             raise OptionError(
-                "--to gguf writes all matrices in one type; leave out --recipe, --target-bpw and "
+                "--to gguf quantizes by --gguf-type; leave out --recipe, --target-bpw and "
                 "--calibrate"
+            )
+        if self.gguf_type is not None and not self.is_gguf:
+            raise OptionError(
+                f"--gguf-type {self.gguf_type} is a type of GGUF files; leave it out, or give "
+                "--to gguf"
             )
 
     @property
@@ -199,6 +212,8 @@ def check_quantization(options: ConvertOptions) -> None:
         "--target-bpw": options.target_bpw,
     }
     given = [flag for flag, value in flags.items() if value is not None]
+    if options.gguf_type is not None:
+        given.append("--gguf-type")
     if len(given) > 1:
         raise OptionError(f"{' and '.join(given)} each choose the plan; give one of them")
     if options.calibrate is not None and not given:

@@ -146,6 +146,7 @@ def make_report(
         source_quantization=Counter(opened.quantized.values()),
         rounded_again=len(rounded - kept),
         dequantized=len(opened.quantized) - len(rounded),
+        notes=target.notes,
         measured=chosen.measured,
     )
 

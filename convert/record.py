@@ -54,6 +54,8 @@ class ConversionReport:
     """How the source's matrices are quantized, as in "Q4_K", and how many of them are."""
     rounded_again: int = 0  # of these matrices: those that are quantized in another way, or anew
     dequantized: int = 0  # of these matrices
+    notes: tuple[str, ...] = ()
+    """What is not quite as it was asked for."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """Figures that were found while the plan was chosen and rounding was learned."""
     verification: Mapping[str, Any] | None = None

@@ -289,7 +289,7 @@ def write_quantized(folder: Path, dtype: str, path: Path) -> str:
 
     raw = read_json(folder / "config.json")
     config, quantization = OpenELMConfig.from_hf_dict(raw), quantization_of(raw) or {}
-    gguf.check_gguf(config, "F32")
+    gguf.check_gguf(config)
     (_, weights), kinds, labels = read_model(folder), {}, set()
     specs: dict[str, QuantSpec | None] = {}
     for name in expected_tensors(config):

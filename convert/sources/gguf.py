@@ -38,8 +38,8 @@ LAYER_NAMES = {
     "ffn_up": "ffn.proj_1",
     "ffn_down": "ffn.proj_2",
 }
-BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-READABLE = (*BY_GGUF, *BLOCK_TYPES)
+BLOCKS = "Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS"
+READABLE = (*BY_GGUF, *BLOCKS.split())
 SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")))
 SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9

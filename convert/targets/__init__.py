@@ -51,6 +51,8 @@ class Target(Protocol):
 
     keeps_record: bool
     """True if the format can store the record of a conversion."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the summary: what is not quite as it was asked for."""
 
     def plan(self, progress: Progress | None) -> Quantization:
         """Choose how MLX quantizes every matrix, and learn its rounding."""

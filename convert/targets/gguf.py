@@ -1,4 +1,4 @@
-"""A GGUF file for llama.cpp: its keys, its tensor names, its block format Q8_0.
+"""A GGUF file for llama.cpp: its keys, its tensor names, its blocks.
 
 Keys, names and types follow llama.cpp's conversion/openelm.py: proj_1 is split into gate and up,
 vectors are float32, the tokenizer goes along. The `gguf` package lays out the file, which is
@@ -8,7 +8,9 @@ written one tensor at a time.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +18,13 @@ import numpy as np
 
 from openelm_mlx.convert.opening import OpenedModel
 from openelm_mlx.convert.options import ConvertOptions, Progress
+from openelm_mlx.convert.quantize import kquants
 from openelm_mlx.convert.quantize.plan import Quantization
 from openelm_mlx.convert.record import ConversionReport, licence_of
-from openelm_mlx.convert.sources.gguf import CHUNK, LAYER_NAMES, NAMES, licence_key
+from openelm_mlx.convert.sources.gguf import LAYER_NAMES, NAMES, licence_key
 from openelm_mlx.convert.targets import Target
 from openelm_mlx.convert.targets.folder import CHAT_TEMPLATE
+from openelm_mlx.convert.targets.gguf_types import fallen_back, types_of
 from openelm_mlx.convert.tokenizers import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, TokenizerModel
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import BY_GGUF, DTYPES
@@ -39,7 +43,9 @@ from openelm_mlx.quantization import Plan, matrices, stem_of
 
 STEMS = {name: stem for stem, name in (*NAMES.items(), *LAYER_NAMES.items())}
 GATE_AND_UP = ("ffn_gate", "ffn_up")
-LARGEST_SCALE = 65504.0  # Q8_0 keeps a block's largest weight / 127 as float16
+LARGEST_SCALE = 65504.0  # a block keeps its scale as float16
+CODES = {"Q8_0": 127, "Q4_0": 8}  # how many scales a block's largest weight is; other types: more
+CHUNK = 1 << 16  # weights that a thread encodes at a time: they stay in its cache
 
 
 class GGUFTarget(Target):
@@ -53,9 +59,10 @@ class GGUFTarget(Target):
         """`tensors` are those of the model in the types that `options` ask for."""
         self.opened, self.options = opened, options
         self.kind = gguf_type(tensors[f"{EMBEDDINGS}.weight"].dtype, options)
-        check_gguf(opened.trimmed, self.kind)
+        check_gguf(opened.trimmed)
         self.shapes = {name: info.shape for name, info in tensors.items()}
-        self.kinds = {n: self.kind if len(of) == 2 else "F32" for n, of in self.shapes.items()}
+        self.kinds = types_of(self.kind, opened.trimmed)
+        self.notes = fallen_back(self.kind, opened.trimmed)
         self.licence = licence_of(opened.source, options).without_files
 
     def plan(self, progress: Progress | None) -> Quantization:
@@ -88,7 +95,7 @@ class GGUFTarget(Target):
         return None
 
 
-def check_gguf(config: OpenELMConfig, kind: str) -> None:
+def check_gguf(config: OpenELMConfig) -> None:
     """Raise `ConversionError` for a model that llama.cpp's `openelm` cannot express."""
     unfit = {
         "a head of its own": not config.share_input_output_layers,
@@ -98,23 +105,20 @@ def check_gguf(config: OpenELMConfig, kind: str) -> None:
     if what := next((what for what, found in unfit.items() if found), None):
         problem = f"the model has {what}, which llama.cpp's openelm cannot express"
         raise ConversionError(f"{problem}; leave out --to gguf")
-    for name, shape in expected_tensors(config).items():
-        if kind == "Q8_0" and len(shape) == 2 and shape[1] % 32:
-            raise ConversionError(
-                f"{name} has rows of {shape[1]} weights, which is not a multiple of Q8_0's 32; "
-                "leave out --bits"
-            )
 
 
 def gguf_type(dtype: str, options: ConvertOptions) -> str:
-    """Return F32, F16, BF16 or Q8_0. Raises `OptionError` for options that ask for another type."""
+    """Return the file's type: F32, F16, BF16, or one of `GGUF_TYPES`.
+
+    Raises `OptionError` for bits and modes that are none of them.
+    """
     if options.bits is None and options.mode is None:
-        return DTYPES[dtype].gguf
+        return options.gguf_type or DTYPES[dtype].gguf
     affine = options.mode in (None, "affine") and options.group_size in (None, 32)
     if options.bits != 8 or not affine:
         raise OptionError(
-            "--to gguf writes F32, F16, BF16 (--dtype) and Q8_0 (--bits 8); for others give the "
-            "file to llama-quantize"
+            "--to gguf writes F32, F16, BF16 (--dtype), Q8_0 (--bits 8), and the types of "
+            "--gguf-type, such as Q4_K_M"
         )
     return "Q8_0"
 
@@ -199,21 +203,33 @@ def write_gguf(
 
 def encoded(name: str, array: mx.array, kind: str) -> np.ndarray:
     """Return the bytes of a tensor in a GGUF type, row by row, encoded a few rows at a time."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    if kind == "Q8_0" and (mx.abs(array).max() > 127 * LARGEST_SCALE).item():
+    largest = LARGEST_SCALE * CODES.get(kind, CODES["Q4_0"])
+    if kind not in BY_GGUF and (mx.abs(array).max() > largest).item():
         raise ConversionError(
-            f"{name} has weights beyond the range of Q8_0; use --dtype float32 without --bits"
+            f"{name} has weights beyond the range of {kind}; use --dtype float32, without --bits "
+            "and --gguf-type"
         )
     if array.ndim == 1:
         return np.array(array.astype(mx.float32))
-    step, parts = max(1, CHUNK // array.shape[1]), []
-    for row in range(0, array.shape[0], step):
-        plain = np.array(array[row : row + step].astype(mx.float32))
-        blocks = quantize(plain, GGMLQuantizationType[kind])
-        parts.append(np.ascontiguousarray(blocks).view(np.uint8))
+    threads = os.cpu_count() or 1
+    step = max(1, CHUNK // array.shape[1])
+    parts: list[np.ndarray] = []
+    with ThreadPoolExecutor(threads) as pool:
+        for row in range(0, array.shape[0], step * threads):
+            plain = np.array(array[row : row + step * threads].astype(mx.float32))
+            pieces = [plain[start : start + step] for start in range(0, len(plain), step)]
+            parts += pool.map(lambda rows: as_blocks(rows, kind), pieces)
     return np.concatenate(parts)
+
+
+def as_blocks(rows: np.ndarray, kind: str) -> np.ndarray:
+    """Return uint8 [rows, bytes] for float32 rows [rows, columns] in a GGUF type."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    if kind in kquants.KINDS:
+        return kquants.encode(rows, kind)
+    return np.ascontiguousarray(quantize(rows, GGMLQuantizationType[kind])).view(np.uint8)
 
 
 def add_metadata(writer: Any, name: str, config: OpenELMConfig, kind: str) -> None:

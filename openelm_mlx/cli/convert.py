@@ -132,6 +132,7 @@ def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]
         "dropped_embedding_rows": report.dropped_rows,
         "dtype": report.dtype,
         "dtypes": report.dtypes,
+        "notes": list(report.notes),
         "quantization": config_entry(report.plan),
         "source_quantization": dict(report.source_quantization),
         "rounded_again": report.rounded_again,
@@ -162,6 +163,8 @@ def show_report(report: ConversionReport, options: ConvertOptions) -> None:
     print(f"{report.target}: {sizes}, {report.bits_per_weight:.2f} bits per weight")
     if report.dtypes:
         print(f"types: {report.types_in_words}")
+    for note in report.notes:
+        print(note)
     if report.loss_of_source is not None:
         print(report.loss_of_source)
     if options.target_bpw is not None and not report.plan:

@@ -13,6 +13,7 @@ from formats import again, random_folder, tokenizer_file
 
 from openelm_mlx.convert import ConvertOptions
 from openelm_mlx.convert.opening import open_model
+from openelm_mlx.convert.quantize import kquants
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, ConversionError, OpenELMError, TokenizerError
@@ -32,6 +33,8 @@ KINDS = [
     "Q2_K",
     "Q3_K",
     "Q5_K",
+    "IQ4_NL",
+    "IQ4_XS",
 ]
 
 
@@ -70,24 +73,13 @@ def rewritten(path: Path, target: Path, kind: str | None = None, change=None) ->
 
 
 def encode(data: np.ndarray, kind) -> np.ndarray:
-    """float32 rows in a GGUF type; K-quants, which the package only reads, as blocks of small
-    random numbers.
-    """
+    """Return float32 rows in a GGUF type, by the package's quantizers where it has them."""
     import gguf
 
     try:
         return gguf.quants.quantize(data, kind)
     except NotImplementedError:
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        data = np.random.default_rng(0).integers(
-            0, 256, (data.shape[0], data.shape[1] // block, size), dtype=np.uint8
-        )
-        scales = {"Q6_K": [208], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q2_K": [80, 82], "Q3_K": [108]}[
-            kind.name
-        ]
-        for at in scales:
-            data[..., at : at + 2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-        return data.reshape(data.shape[0], -1)
+        return kquants.encode(data, kind.name)
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def test_names_that_are_not_a_recipe():
         ({"target_bpw": 1.0}, "target_bpw is 1.0"),
         (
             {"target_format": "gguf", "recipe": "mixed-3-4"},
-            "--to gguf writes all matrices in one type",
+            "--to gguf quantizes by --gguf-type; leave out --recipe",
         ),
     ],
 )

@@ -205,7 +205,7 @@ def test_models_that_llama_cpp_cannot_express(tmp_path, name, what):
         ),
         (
             {"target_format": "gguf", "bits": 4},
-            "--to gguf writes F32, F16, BF16 .--dtype. and Q8_0 .--bits 8.",
+            "--to gguf writes F32, F16, BF16 .--dtype., Q8_0 .--bits 8., and the types of",
         ),
         ({"target_format": "onnx"}, "target_format is 'onnx'; allowed: mlx, hf, gguf"),
         (
@@ -243,7 +243,7 @@ def test_weights_beyond_q8_0(tmp_path, nano):
 def test_rows_that_are_no_q8_0_blocks(tmp_path):
     narrow = replace(TINY, model_dim=24, ffn_dim_divisor=8)
     source = random_folder(tmp_path / "s", narrow)
-    message = r"has rows of 24 weights, which is not a multiple of Q8_0's 32; leave out --bits"
+    message = r"has rows of 24 weights, which is not a multiple of Q8_0's 32; leave out --gguf"
     with pytest.raises(ConversionError, match=message):
         run(source, tmp_path / "x", target_format="gguf", bits=8)
 
