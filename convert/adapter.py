@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.record import RECORD, TOOL, ConversionReport
-from openelm_mlx.convert.sources.adapters import FORM_OF
+from openelm_mlx.convert.sources.adapters import CONFIG, FORM_OF
 from openelm_mlx.convert.targets import staged
-from openelm_mlx.convert.targets.checks import CONFIG, check_apart, hashes_in
+from openelm_mlx.convert.targets.checks import check_apart, hashes_in
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import read_json, write_json
 from openelm_mlx.model.adapter_files import SETTINGS, read_adapter, write_adapter
@@ -31,11 +30,6 @@ class AdapterReport(ConversionReport):
     @property
     def parameters(self) -> int:
         return self.numbers
-
-
-def is_adapter(source: Path) -> bool:
-    """Return whether this is the folder of an adapter and of nothing else."""
-    return (source / SETTINGS).is_file() and not (source / CONFIG).is_file()
 
 
 def convert_adapter(options: ConvertOptions) -> AdapterReport:

@@ -23,7 +23,7 @@ from openelm_mlx.convert.sources import (
     overrides,
     weights_by_kind,
 )
-from openelm_mlx.convert.sources.adapters import AdaptedSource, with_adapter
+from openelm_mlx.convert.sources.adapters import AdaptedSource, is_adapter, with_adapter
 from openelm_mlx.convert.sources.corenet_adapters import (
     BaseLayers,
     LoraOptions,
@@ -128,6 +128,11 @@ def open_model(options: ConvertOptions) -> OpenedModel:
     Raises an `OpenELMError` that names the file.
     """
     with naming(options.source, options.config, options.tokenizer, options.adapter_folder):
+        if is_adapter(options.source):
+            raise ConversionError(
+                f"{options.source} is an adapter, not a model; give its base, and the adapter as "
+                "--adapter, or to openelm convert as --adapter-folder"
+            )
         source, adapter = open_source(options.source, options.source_format), None
         drop_copied_head(source, options)
         quantized = source.quantized

@@ -16,12 +16,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from openelm_mlx.convert.adapter import convert_adapter, is_adapter
+from openelm_mlx.convert.adapter import convert_adapter
 from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions, Progress
 from openelm_mlx.convert.quantize.plan import Quantization, memory_needed
 from openelm_mlx.convert.quantize.rounding import fitted, quantized
 from openelm_mlx.convert.record import ConversionReport, SourceHash
+from openelm_mlx.convert.sources.adapters import is_adapter
 from openelm_mlx.convert.targets import Target, check_target, staged
 from openelm_mlx.convert.targets.checks import (
     check_apart,

@@ -15,6 +15,7 @@ from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError, naming
 from openelm_mlx.model.adapter_files import (
+    SETTINGS,
     WEIGHT_FILES,
     read_adapter,
     with_rows,
@@ -26,8 +27,13 @@ from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig
 from openelm_mlx.model.fingerprint import SAMPLE, fingerprint, same_base
 from openelm_mlx.quantization import stem_of
 
-ADAPTER_FOLDER = "adapter"  # beside the base
+ADAPTER_FOLDER, CONFIG = "adapter", "config.json"
 FORM_OF = {"mlx": "mlx-lm", "hf": "peft"}  # target -> the form of an adapter for it
+
+
+def is_adapter(source: Path) -> bool:
+    """Return whether this is the folder of an adapter and of nothing else."""
+    return (source / SETTINGS).is_file() and not (source / CONFIG).is_file()
 
 
 class AdaptedSource(TensorSource):

@@ -5,6 +5,7 @@ mlx-lm's and back; an adapter of another base is refused.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from adapter_folders import EMBEDDINGS, ROLES, mlx_lm_folder, peft_folder
 from formats import TINY, again, mlx_lm_logits, our_logits, random_folder
 
+from openelm_mlx import load
 from openelm_mlx.cli import main
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.device import mx
@@ -164,6 +166,16 @@ def test_adapters_alone_that_are_refused(tmp_path, settings, fields, message):
     with pytest.raises(OpenELMError, match=message):
         convert(ConvertOptions(source=folder, target=tmp_path / "m", **fields))
     assert not (tmp_path / "m").exists()
+
+
+def test_an_adapter_is_no_model(tmp_path, base):
+    folder = peft_folder(tmp_path / "a", TWO)
+    with pytest.raises(ConversionError, match="is an adapter, not a model; give its base, and the"):
+        load(folder)
+    both = Path(shutil.copytree(base, tmp_path / "both"))  # one folder, as on some hubs
+    shutil.copytree(folder, both, dirs_exist_ok=True)
+    merged = again(both, tmp_path / "m", adapter_folder=both)
+    assert difference(our_logits(merged, TOKENS), applied(base, folder)) < 1e-5
 
 
 def test_options_of_an_adapter_that_do_not_belong(tmp_path, base):
