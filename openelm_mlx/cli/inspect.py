@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cli.options import MODEL_HELP, given_path
 from openelm_mlx.errors import CacheError, naming
+from openelm_mlx.quantization import stem_of
 
 if TYPE_CHECKING:
     from openelm_mlx.model.cache_kinds import CacheKind
@@ -143,12 +144,14 @@ def adapter_facts(folder: Path | None, config: OpenELMConfig) -> dict[str, Any]:
     if folder is None:
         return {}
     from openelm_mlx.model.adapter_files import read_adapter
+    from openelm_mlx.model.config import HEAD, expected_tensors
 
     adapter = read_adapter(folder, config)
     parts = adapter.parts.values()
     kinds = {"LoRA" if part.magnitude is None else "DoRA" for part in parts}
     matrices: dict[str, list[int]] = {}  # and the layers whose matrix is changed
-    for stem in adapter.parts:
+    stems = dict.fromkeys([*map(stem_of, expected_tensors(config)), HEAD])
+    for stem in (stem for stem in stems if stem in adapter.parts):
         layer, _, name = stem.removeprefix("transformer.layers.").partition(".")
         if layer.isdecimal():
             matrices.setdefault(name, []).append(int(layer))
@@ -159,7 +162,7 @@ def adapter_facts(folder: Path | None, config: OpenELMConfig) -> dict[str, Any]:
         "kind": " and ".join(sorted(kinds, reverse=True)),
         "ranks": sorted({part.rank for part in parts}),
         "scales": sorted({part.scale for part in parts}),
-        "matrices": {name: sorted(layers) for name, layers in matrices.items()},
+        "matrices": matrices,
         "parameters": adapter.num_parameters,
         "bytes": 4 * adapter.num_parameters,
     }

@@ -30,7 +30,7 @@ def folders(base, tmp_path_factory):
     folder, config = tmp_path_factory.mktemp("adapters"), base.config
     mlx_lm_folder(folder / "story", config, ALL)
     peft_folder(folder / "law", config, ALL, {"transformer.layers.0.ffn.proj_1": 2}, seed=1)
-    peft_folder(folder / "dora", config, ALL[1:], seed=2, use_dora=True)
+    peft_folder(folder / "dora", config, ALL, seed=2, use_dora=True)
     return folder
 
 
