@@ -34,6 +34,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.engine.draft_model import ModelDraft
 from openelm_mlx.engine.options import EngineOptions
 from openelm_mlx.errors import OpenELMError
+from openelm_mlx.files import check_new
 from openelm_mlx.model.cache_kinds import CacheKind
 
 if TYPE_CHECKING:
@@ -313,6 +314,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="write the result here")
     args = parser.parse_args(argv)
     try:
+        if args.json:
+            check_new(args.json, "--json")
         if args.model == "random":
             engine = random_engine(load(), 0)
             draft: Engine | None = random_engine(engine, 0, noise=0.3)

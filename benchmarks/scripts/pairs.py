@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from openelm_mlx.benchmarks.measure.weights import random_engine, write_folder
 from openelm_mlx.benchmarks.results.statistics import paired_ratio
 from openelm_mlx.errors import BenchmarkError, OpenELMError
+from openelm_mlx.files import check_new
 
 T = TypeVar("T")
 SAMPLED = {"temperature": 0.8, "seed": 1, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}
@@ -233,6 +234,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--tokens", type=int, default=128, help="tokens of an answer (default: 128)")
     add("--json", type=Path, metavar="FILE", help="write the result here")
     args = parser.parse_args(argv)
+    try:
+        if args.json:
+            check_new(args.json, "--json")
+    except OpenELMError as error:
+        parser.exit(2, f"pairs: {error}\n")
     found = {}
     for name in args.case or CASES:
         case = replace(CASES[name], model=args.model or CASES[name].model)

@@ -38,7 +38,7 @@ from openelm_mlx.device import blas, mx
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.sampling import Filters
 from openelm_mlx.errors import BenchmarkError, OpenELMError
-from openelm_mlx.files import write_json
+from openelm_mlx.files import check_new, write_json
 from openelm_mlx.model.config import BOS, OpenELMConfig, expected_tensors
 
 ROWS, PROMPT, ANSWER = 8, 900, 100  # rows that run; tokens of the prompt that joins, of its answer
@@ -293,6 +293,8 @@ def main(argv: list[str] | None = None) -> int:
     global clock
     clock = CLOCKS[args.clock]
     try:
+        if args.json:
+            check_new(args.json, "--json")
         found = list(measured(args))
     except OpenELMError as error:
         parser.exit(2, f"waits: {error}\n")

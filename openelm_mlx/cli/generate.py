@@ -22,7 +22,7 @@ from openelm_mlx.cli.options import (
 )
 from openelm_mlx.engine.options import EngineOptions, GenerationOptions, SamplingOptions
 from openelm_mlx.errors import OptionError
-from openelm_mlx.files import check_writable, name_for_mlx
+from openelm_mlx.files import check_new, check_writable, name_for_mlx
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     all_characters(sys.stdout)
     if args.cache_file is not None:
         check_cache_file(args.cache_file)
+    is_new = args.cache_file is not None and not os.path.exists(args.cache_file)
     if sampling.idle:
         flags = ", ".join("--" + name.replace("_", "-") for name in sampling.idle)
         what = f"without a --temperature decoding is greedy; ignored: {flags}"
@@ -115,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
             print(what, file=sys.stderr)
         print(summary(events[-1].stats), file=sys.stderr)
     if cache is not None:
+        if is_new:  # somebody may have made it meanwhile
+            check_new(args.cache_file, "--cache-file")
         cache.save(args.cache_file, engine)
     return 0
 

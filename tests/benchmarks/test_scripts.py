@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from answers import fits, random_schema, time_masks
 
+from openelm_mlx.benchmarks.checks import soak
+from openelm_mlx.benchmarks.scripts import pairs, waits
 from openelm_mlx.benchmarks.scripts.pairs import CASES, Comparison, in_turns, measure
 from openelm_mlx.errors import BenchmarkError
 
@@ -51,3 +53,19 @@ def test_the_tool_of_answers_tells_documents_of_a_schema_from_others() -> None:
     }
     assert fits(schema, {"a": 3}) and not fits(schema, {"a": 2}) and not fits(schema, {})
     assert not fits(schema, {"a": 3, "b": 1}) and not fits(schema, {"a": True})
+
+
+@pytest.mark.parametrize(
+    "script", [pairs.main, waits.main, soak.main], ids=["pairs", "waits", "soak"]
+)
+def test_a_result_that_exists_is_not_replaced(script, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text("precious")
+    words = {pairs.main: ["other"], waits.main: ["join"], soak.main: []}[script]
+    with pytest.raises(SystemExit, match="2"):
+        script([*words, "--json", str(path)])
+    assert (
+        f"--json {path} exists already; give another name, or remove it\n"
+        in capsys.readouterr().err
+    )
+    assert path.read_text() == "precious"

@@ -8,7 +8,7 @@ import os
 import pty
 import sys
 
-from openelm_mlx.cli import main
+from openelm_mlx.cli import generate, main
 from openelm_mlx.cli.display import Waiting
 
 
@@ -98,3 +98,11 @@ def test_a_wait_shows_on_a_terminal_and_is_taken_away(monkeypatch):
         "reading the prompt: 512 of 2048 tokens ...\r",
         "",
     ]
+
+
+def test_a_cache_file_that_somebody_makes_meanwhile_is_not_replaced(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "talk.safetensors"
+    monkeypatch.setattr(generate, "summary", lambda stats: path.write_text("precious"))
+    assert main(["generate", "Once", "--max-tokens", "1", "--cache-file", str(path)]) == 2
+    message = f"openelm: --cache-file {path} exists already; give another name, or remove it\n"
+    assert capsys.readouterr().err.endswith(message) and path.read_text() == "precious"
