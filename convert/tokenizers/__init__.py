@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +16,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from openelm_mlx.engine.tokenizer import FILES, is_json, tokenizer_data
 from openelm_mlx.errors import TokenizerError
 from openelm_mlx.model.config import BOS, EOS, UNK
 
 KINDS = NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (1, 2, 3, 4, 5, 6)  # as in GGUF too
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
-MAX_TOKENIZER_BYTES = 16 << 20  # LLaMA's tokenizer.json has 1.8 MB
 MAX_PIECE = 128  # characters; LLaMA's longest has 16
 PROBES = (
     "Once upon a time",
@@ -72,19 +70,16 @@ class TokenizerModel:
 
 def read_tokenizer(path: Path) -> TokenizerModel:
     """Read a SentencePiece model, or a tokenizer.json of LLaMA's kind. Raises `TokenizerError`."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_TOKENIZER_BYTES + 1)
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror or error}") from None
-    if len(data) > MAX_TOKENIZER_BYTES:
-        why = f"it has more than {MAX_TOKENIZER_BYTES} bytes"
-        raise TokenizerError(f"{path} is not a tokenizer: {why}")
-    data = data.removeprefix(BOM_UTF8)  # with which some editors begin a file
-    if data.lstrip()[:1] == b"{":
+    data = tokenizer_data(path)
+    if is_json(data):
         return from_tokenizer_json(path, data)
     model = TokenizerModel(path, data)
     _ = model.num_pieces  # damaged bytes are refused here, not in the middle of the work
+    ids = (model.processor.unk_id(), model.processor.bos_id(), model.processor.eos_id())
+    if ids != (UNK, BOS, EOS):
+        raise TokenizerError(
+            f"{path}: its unknown, start and end tokens are {ids}; OpenELM's are 0, 1 and 2"
+        )
     return model
 
 
@@ -95,7 +90,7 @@ def find_tokenizer(source: Path, given: Path | None, own: TokenizerModel | None)
     if given is None and own is not None:
         return own
     path = given or (source if source.is_dir() else source.parent)
-    candidates = [path, *(path / name for name in TOKENIZER_FILES)]
+    candidates = [path, *(path / name for name in FILES)]
     for candidate in candidates:
         if os.path.isfile(candidate):
             return read_tokenizer(candidate)
@@ -135,8 +130,6 @@ def from_tokenizer_json(path: Path, data: bytes) -> TokenizerModel:
     The result is tried on texts: if it gives other ids, `TokenizerError` asks for the original.
     """
     remedy = "give the original tokenizer.model with --tokenizer"
-    if b'"Regex"' in data:  # a hostile one could run for ever
-        raise TokenizerError(f"{path} is not a tokenizer of LLaMA's kind: it has a regex; {remedy}")
     try:
         from tokenizers import Tokenizer
 

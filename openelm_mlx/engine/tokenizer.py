@@ -19,6 +19,7 @@ from openelm_mlx.model.config import MAX_PADDING, OpenELMConfig
 Encoder = Callable[[str, bool], list[int]]  # text, and whether it continues earlier text
 
 FILES = ("tokenizer.model", "tokenizer.json")  # of a model folder, the better one first
+MAX_BYTES = 16 << 20  # LLaMA's tokenizer.json has 1.8 MB
 SPACE = "▁"  # SentencePiece's mark for a space
 UNKNOWN = " \u2047 ".encode()  # SentencePiece's text of the unknown token
 # Appended to a serialized SentencePiece model, this overrides one field of it, as protocol buffers
@@ -50,16 +51,12 @@ class Tokenizer:
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Read one file. Raises `TokenizerError` if it is damaged or not a tokenizer."""
         path = Path(path)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise TokenizerError(
-                f"cannot read the tokenizer {path}: {error.strerror}; "
-                "pass --tokenizer with the path of a tokenizer.model"
-            ) from error
-        read = _read_json if path.suffix == ".json" else _read_sentencepiece
+        data = tokenizer_data(path)
+        read = _read_json if is_json(data) else _read_sentencepiece
         try:
             pieces, encoder, bos, eos = read(data)
+            if min(bos, eos) < 0:
+                raise ValueError("it lacks <s> or </s>")
         except Exception as error:  # both libraries raise bare and varied types on damaged files
             raise TokenizerError(
                 f"{path} is damaged or not a tokenizer ({error}); fetch it again, "
@@ -104,6 +101,31 @@ class Tokenizer:
             what = "only token ids, which are integers, can be decoded"
             raise TokenizerError(f"{what}; give a list of them") from None
         return data.removeprefix(b" ").decode("utf-8", errors="replace")
+
+
+def tokenizer_data(path: Path) -> bytes:
+    """Return the content of a tokenizer's file, without a byte order mark.
+
+    Raises `TokenizerError` if it cannot be read, or is no tokenizer of LLaMA's by its size or for
+    a regular expression, which could run for ever on some text.
+    """
+    remedy = "pass --tokenizer with the path of a tokenizer.model"
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        what = f"{path} cannot be read: {error.strerror or error}"
+        raise TokenizerError(f"{what}; {remedy}") from None
+    if len(data) > MAX_BYTES:
+        raise TokenizerError(f"{path} is not a tokenizer: it has more than {MAX_BYTES} bytes")
+    if is_json(data) and b'"Regex"' in data:
+        raise TokenizerError(f"{path} is not a tokenizer of LLaMA's kind: it has a regex; {remedy}")
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def is_json(data: bytes) -> bool:
+    """Return whether a tokenizer is a tokenizer.json, whatever its name is."""
+    return data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{"
 
 
 def check_vocabulary(path: Path, pieces: int, config: OpenELMConfig) -> None:
@@ -276,7 +298,7 @@ def _read_json(data: bytes) -> tuple[list[bytes], Encoder, int, int]:
 
     @cache
     def tokenizer(continued: bool) -> Any:
-        made = Fast.from_str(_without_dummy_prefix(data) if continued else data.decode("utf-8-sig"))
+        made = Fast.from_str(_without_dummy_prefix(data) if continued else data.decode())
         made.encode_special_tokens = True  # "</s>" in a user's text is spelled out
         return made
 
@@ -290,9 +312,8 @@ def _read_json(data: bytes) -> tuple[list[bytes], Encoder, int, int]:
         _spelled(name, i in special, name == "<unk>", re.fullmatch("<0x..>", name) is not None)
         for i, name in enumerate(names)
     ]
-    bos, eos = fast.token_to_id("<s>"), fast.token_to_id("</s>")
-    if bos is None or eos is None:
-        raise ValueError("it lacks <s> or </s>")
+    ids = (fast.token_to_id(name) for name in ("<s>", "</s>"))
+    bos, eos = (-1 if number is None else number for number in ids)
     encoder("\u0378", False)  # in no vocabulary: raises if there is no token for the unknown
     return pieces, encoder, bos, eos
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from codecs import BOM_UTF8
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from formats import TINY, again, random_folder, trained_tokenizer
+from formats import again, changed, random_folder, refused_alike
 
 from openelm_mlx import load
 from openelm_mlx.cli.inspect import inspect
@@ -22,22 +21,10 @@ from openelm_mlx.errors import OpenELMError
 TOKENS = mx.array([[1, 5, 9, 30]])
 HEAD, EMBEDDINGS = "lm_head", "transformer.token_embeddings"
 OUT = "transformer.layers.0.attn.out_proj"
-Tensors = dict[str, mx.array]
 
 
 def logits(engine: Engine) -> np.ndarray:
     return np.array(engine.model(TOKENS).astype(mx.float32))
-
-
-def changed(folder: Path, change: Callable[[Tensors], Tensors | None], **config) -> Path:
-    """Change the tensors and the configuration of a folder of one file."""
-    path = folder / "model.safetensors"
-    arrays = mx.load(str(path))
-    mx.eval(arrays)
-    mx.save_safetensors(str(path), change(arrays) or arrays)
-    raw = json.loads((folder / "config.json").read_text()) | config
-    (folder / "config.json").write_text(json.dumps(raw))
-    return folder
 
 
 def read_alike(folder: Path, tmp_path: Path) -> Engine:
@@ -49,15 +36,6 @@ def read_alike(folder: Path, tmp_path: Path) -> Engine:
     facts, sizes = inspect(str(folder)), inspect(str(tmp_path / "copy"))
     assert facts["bytes_by_part"] == sizes["bytes_by_part"] and facts["layers_total"] == 1
     return engine
-
-
-def refused_alike(folder: Path, tmp_path: Path, message: str) -> None:
-    """Check that the folder is neither loaded nor converted, for one reason."""
-    for use in (lambda: load(folder), lambda: again(folder, tmp_path / "out")):
-        with pytest.raises(OpenELMError, match=message) as caught:
-            use()
-        assert str(folder) in str(caught.value)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -274,27 +252,6 @@ def test_odd_offsets_in_a_header(tmp_path, plain, offsets):
         inspect(str(plain))
 
 
-def test_a_tokenizer_with_pieces_that_are_not_utf8(tmp_path, plain):
-    data = trained_tokenizer(TINY.vocab_size)
-    place = data.index("▁".encode())
-    (plain / "tokenizer.model").write_bytes(data[:place] + b"\x96" + data[place + 1 :])
-    refused_alike(plain, tmp_path, "tokenizer.model is damaged")
-
-
-def test_a_tokenizer_of_another_model(tmp_path, plain):
-    (plain / "tokenizer.model").write_bytes(trained_tokenizer(65))
-    refused_alike(plain, tmp_path, "65 pieces, but the model 64 rows of embeddings")
-
-    def pad(arrays):
-        table = arrays[f"{EMBEDDINGS}.weight"]
-        arrays[f"{EMBEDDINGS}.weight"] = mx.pad(table, [(0, 258), (0, 0)])
-
-    folder = changed(plain, pad, vocab_size=322)
-    refused_alike(folder, tmp_path, "65 pieces, but the model 322 rows of embeddings: this is")
-    (plain / "tokenizer.model").write_bytes(trained_tokenizer(66))
-    assert load(folder).vocab == load(again(folder, tmp_path / "m")).vocab == 66
-
-
 def test_a_byte_order_mark_before_json(tmp_path, plain):
     folder = again(plain, tmp_path / "m")
     (folder / "tokenizer.model").unlink()
@@ -311,14 +268,3 @@ def test_a_byte_order_mark_before_yaml(tmp_path):
     text = "model: {language_modeling: {general_gpt: {model_name: OpenELM-270M}}}"
     (tmp_path / "c.yaml").write_bytes(BOM_UTF8 + text.encode())
     assert corenet_section(tmp_path / "c.yaml") == {"model_name": "OpenELM-270M"}
-
-
-@pytest.mark.parametrize("unknown", ["", "<none>"])
-def test_a_tokenizer_json_whose_unknown_piece_is_not_in_it(tmp_path, plain, unknown):
-    """Encoding raises a bare exception of the tokenizers package."""
-    folder = again(plain, tmp_path / "m")
-    (folder / "tokenizer.model").unlink()
-    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    raw["model"]["unk_token"] = unknown
-    (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
-    refused_alike(folder, tmp_path, "tokenizer.json is (damaged|not a tokenizer of LLaMA's kind)")

@@ -161,7 +161,7 @@ def test_tokenizers_of_another_kind(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"pre_tokenizer": {"pattern": {"Regex": "(a+)+$"}}}')
     with pytest.raises(
         TokenizerError,
-        match="is not a tokenizer of LLaMA's kind: it has a regex; give the original",
+        match="is not a tokenizer of LLaMA's kind: it has a regex; pass --tokenizer",
     ):
         read_tokenizer(tmp_path / "tokenizer.json")
 

@@ -6,15 +6,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 from golden_set import GOLDEN
 
+from openelm_mlx import load
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.device import mx
+from openelm_mlx.errors import OpenELMError
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import QuantSpec, matrices
 
@@ -120,6 +124,28 @@ def everything(source: Path, **fields) -> None:
         mx.eval(opened.load(name))
         if name.removesuffix(".weight") in opened.source.plan:
             mx.eval(opened.packed(name))
+
+
+def changed(
+    folder: Path, change: Callable[[dict[str, mx.array]], dict[str, mx.array] | None], **config
+) -> Path:
+    """Change the tensors and the configuration of a folder of one file."""
+    path = folder / "model.safetensors"
+    arrays = mx.load(str(path))
+    mx.eval(arrays)
+    mx.save_safetensors(str(path), change(arrays) or arrays)
+    raw = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def refused_alike(folder: Path, tmp_path: Path, message: str) -> None:
+    """Check that the folder is neither loaded nor converted, for one reason."""
+    for use in (lambda: load(folder), lambda: again(folder, tmp_path / "out")):
+        with pytest.raises(OpenELMError, match=message) as caught:
+            use()
+        assert str(folder) in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def mixed_plan(shapes: dict[str, tuple[int, ...]]) -> dict[str, QuantSpec | None]:
