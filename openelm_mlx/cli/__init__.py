@@ -142,7 +142,8 @@ def occupy_closed_streams() -> None:
 
 
 def say(text: str) -> None:
-    """Print one line on stderr, if that can be written."""
+    """Print one line on stderr, if that can be written; a name of a file need not be UTF-8."""
+    text = text.encode("utf-8", "backslashreplace").decode()
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
