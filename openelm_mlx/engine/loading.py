@@ -193,9 +193,8 @@ def load_resolved(name: str, resolved: Resolved, options: ModelOptions) -> Engin
         headers, weights = read_model(folder)
     config, quantization = headers.config, headers.quantization
     sampling = chat_sampling(folder)
-    adapter = (
-        None if options.adapter is None else read_adapter(options.adapter.expanduser(), config)
-    )
+    where = options.adapter
+    adapter = None if where is None else read_adapter(where.expanduser(), config)
     if bits is not None and quantization:
         raise OptionError(f"{name} is quantized already; --bits needs full-precision weights")
     model = OpenELM(config)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from optional import compiles
+from small import random_adapter
 
 from openelm_mlx.benchmarks.hardware import bytes_per_token
 from openelm_mlx.benchmarks.ledger import steps
@@ -27,7 +28,9 @@ from openelm_mlx.benchmarks.ledger.steps import (
 )
 from openelm_mlx.device import mx, nn
 from openelm_mlx.errors import BenchmarkError, ConfigError
+from openelm_mlx.model.adapters import adapted, prepare
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
+from openelm_mlx.model.decoder import OpenELM
 
 M270 = OpenELMConfig.from_name("270m")
 SMALL = replace(M270, num_transformer_layers=3)
@@ -130,6 +133,23 @@ def test_kernels_of_270m_counted_by_hand(spec: WeightSpec, ours: int, peer: int)
         "gate",
         "ffn.proj_2",
     }
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_costs_two_kernels_a_matrix_and_dora_one_more(dora, monkeypatch) -> None:
+    """a x, and its product with b added to W x; the length of a row. Nothing else changes."""
+    plain, counts, one_layer = steps.our_model, [], replace(M270, num_transformer_layers=1)
+
+    def model(config: OpenELMConfig, spec: WeightSpec) -> OpenELM:
+        made = plain(config, spec)
+        made = adapted(made, random_adapter(made, 1, dora=dora, only="layers"))
+        prepare(made)
+        return steps.ready(made)
+
+    for make in (plain, model):
+        monkeypatch.setattr(steps, "our_model", make)
+        counts.append(ledger(trace_ours(one_layer, SPECS[1])).kernels)
+    assert counts[1] - counts[0] == (3 if dora else 2) * 4
 
 
 def test_kernels_of_four_rows_of_270m_counted_by_hand() -> None:
