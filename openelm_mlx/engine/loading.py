@@ -75,14 +75,16 @@ class Engine:
         >>> engine.load_adapter("story-adapter", "story")
         >>> text = generate(engine, "Once upon a time", adapter="story")
 
-        It is LoRA or DoRA in a folder of mlx-lm's, PEFT's or CoreNet's form, and applied beside the
-        weights, which the engines share. `name` is by default the folder's. Raises `OptionError`
-        for a name that is taken, and `CheckpointError`, `ConfigError` or `ConversionError` for an
-        adapter that is damaged or of another model.
+        It is LoRA or DoRA in a folder of mlx-lm's or PEFT's form, or in CoreNet's checkpoint, and
+        applied beside the weights, which the engines share as they are now. `name` is by default
+        the folder's. Raises `OptionError` for a name that is taken, and `CheckpointError`,
+        `ConfigError` or `ConversionError` for an adapter that is damaged or of another model.
         """
         if self.adapter is not None:
             what = f"{self.name} applies an adapter; load another one into the engine without it"
             raise OptionError(what)
+        if not isinstance(adapter, (str, Path, Adapter)):
+            raise OptionError(f"adapter is {shown(adapter)}; allowed is the folder of one")
         chosen = adapter
         if not isinstance(chosen, Adapter):
             chosen = read_adapter(Path(chosen).expanduser(), self.config)
@@ -90,6 +92,8 @@ class Engine:
             what = f"the adapter {chosen.name} was made for other weights than {self.name}'s"
             raise CheckpointError(f"{what}; give the model that it was made for")
         name = chosen.name if name is None else name
+        if not isinstance(name, str) or not name:
+            raise OptionError(f"the name of an adapter is {shown(name)}; allowed is a text")
         if name in self.adapters:
             remedy = "give another name, or first remove it from engine.adapters"
             raise OptionError(f"{self.name} has an adapter {name!r} already; {remedy}")
@@ -150,7 +154,8 @@ class Engine:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all weights, those of the adapter included."""
-        return sum(array.nbytes for array in parameters(self.model).values())
+        arrays = {id(array): array for array in parameters(self.model).values()}
+        return sum(array.nbytes for array in arrays.values())  # what two modules share counts once
 
 
 def load(

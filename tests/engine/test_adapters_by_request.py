@@ -181,6 +181,13 @@ def test_mistakes(engine):
         generate(engine.adapted("one"), "a", adapter="two")
     assert "has no adapter 'two'; loaded: none; load it with load_adapter" in str(error.value)
     adapter = engine.adapters["one"].adapter
+    for given, text in (
+        ((3,), "adapter is 3; allowed is the folder of one"),
+        ((adapter, ""), "the name of an adapter is ''; allowed is a text"),
+        ((adapter, 3), "the name of an adapter is 3; allowed is a text"),
+    ):
+        with pytest.raises(OptionError, match=text):
+            engine.load_adapter(*given)
     with pytest.raises(OptionError) as error:
         engine.load_adapter(adapter, "one")
     assert str(error.value) == (

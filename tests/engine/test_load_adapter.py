@@ -9,6 +9,7 @@ import pytest
 from adapter_folders import mlx_lm_folder, peft_folder
 from formats import again, tokenizer_file
 from golden_set import GOLDEN
+from small import merged_model, random_adapter
 
 from openelm_mlx import generate, load
 from openelm_mlx.cli import main
@@ -67,6 +68,15 @@ def test_a_checkpoint_of_corenets_gives_its_logits_over_its_base(name, tmp_path)
             f"the adapter adapter was made for other weights than {other}'s; give the model that "
             "it was made for"
         )
+
+
+def test_a_head_of_its_own_is_no_second_embedding(base):
+    """A tied model whose head alone is adapted: the matrix is there once."""
+    adapter = random_adapter(base.model, 1, only="lm_head")
+    ours = base.load_adapter(adapter)
+    assert ours.nbytes == base.nbytes + 4 * adapter.num_parameters
+    wanted = merged_model(base.model, adapter)(TOKENS)
+    assert mx.abs(ours.model(TOKENS) - wanted).max().item() < 1e-5 * mx.abs(wanted).max().item()
 
 
 def test_an_adapter_of_other_shapes_is_refused_before_any_weight_is_read(nano, folders, tiny):
