@@ -29,6 +29,8 @@ OWN = re.compile(
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|adapter|(adapter/)?adapter[\w.]*"
 )
+# the first entry of a GGUF file by llama.cpp's tools and by ours
+GGUF_HEAD, ARCHITECTURE = 256, b"general.architecture\x08\0\0\0\x07\0\0\0\0\0\0\0openelm"
 LEFT_BY_MACOS = re.compile(r"\.DS_Store|\._.*")  # in folders that it has shown or copied
 MOST_NAMED = 3  # of the files that an error is about
 _digests: dict[tuple[int, ...], str] = {}  # by what changes with a file
@@ -82,7 +84,12 @@ def why_kept_file(path: Path) -> str | None:
     if path.is_symlink() or not path.is_file():
         return "is not a GGUF file"
     with open(path, "rb") as file:
-        return None if file.read(4) in (b"GGUF", b"") else "is not a GGUF file"
+        head = file.read(GGUF_HEAD)
+    if head and not head.startswith(b"GGUF"):
+        return "is not a GGUF file"
+    if head and ARCHITECTURE not in head:
+        return "is a GGUF file of another model than OpenELM"
+    return None
 
 
 def why_kept_folder(folder: Path) -> str | None:

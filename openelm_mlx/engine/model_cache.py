@@ -159,7 +159,8 @@ def convert_into(folder: Path, options: ConvertOptions, shown: str, given: Path 
         if str(folder) not in str(error):
             raise
         remedy = "free some space (`openelm models` shows what is kept), or set OPENELM_CACHE"
-        raise ConversionError(f"{error}; {remedy} to another folder") from None
+        what = str(error).partition("; ")[0]  # its remedy is another target
+        raise ConversionError(f"{what}; {remedy} to another folder") from None
 
 
 def claim(folder: Path, make: Callable[[], None]) -> None:

@@ -9,8 +9,9 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from formats import TINY, random_folder
+from formats import TINY, again, random_folder
 
+from openelm_mlx import load
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.targets import checks
 from openelm_mlx.convert.tokenizers import read_tokenizer
@@ -73,6 +74,15 @@ def test_a_disk_without_room(source, monkeypatch, fields):
     refused(source, ConversionError, message, **fields)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda place: Disk(0, 0, nbytes))
     assert measured or convert(ConvertOptions(source, target, **fields)).written_bytes <= nbytes
+
+
+def test_a_cache_without_room_has_its_own_remedy(source, monkeypatch):
+    gguf = again(source, source.parent / "x.gguf")
+    monkeypatch.setenv("OPENELM_CACHE", str(source.parent / "cache"))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda place: Disk(0, 0, 9))
+    remedy = r"free some space \(`openelm models` .*\), or set OPENELM_CACHE to another folder"
+    with pytest.raises(ConversionError, match=f"its weights take .* has 9 left; {remedy}$"):
+        load(gguf)
 
 
 @pytest.mark.parametrize(

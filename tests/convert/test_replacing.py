@@ -132,6 +132,13 @@ def test_only_a_gguf_is_replaced_by_a_gguf(tmp_path, source):
     spared(tmp_path, source, thesis, message, target_format="gguf")
     (tmp_path / "link.gguf").symlink_to(thesis)
     spared(tmp_path, source, tmp_path / "link.gguf", "link.gguf is not a GGUF file")
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    spared(tmp_path, source, tmp_path / "big.gguf", "big.gguf is a GGUF file of another model than")
     thesis.write_bytes(b"")  # as mktemp makes it
     convert(ConvertOptions(source, thesis, target_format="gguf", force=True))
     convert(ConvertOptions(source, thesis, target_format="gguf", force=True))
