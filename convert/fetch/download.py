@@ -164,6 +164,10 @@ class Download:
             fruitless = 0 if self.file.seek(0, os.SEEK_END) > before else fruitless + 1
         kept = self.file.tell()
         remedy = "check the network, try again"
+        if problem.startswith("HTTP "):
+            remedy = "the server cannot give the file now; try again later"
+        if problem == "HTTP 429":
+            remedy = "the server limits how often it may be asked; try again in some minutes"
         if kept:
             remedy = f"{kept} bytes are kept, and the same command goes on from there"
         if "CERTIFICATE_VERIFY_FAILED" in problem:

@@ -30,7 +30,8 @@ SHORT_NAMES = {
     for kind in ("", "-Instruct")
 }
 LICENCE = ["LICENSE*", "README.md"]
-PATTERNS = ["*.safetensors", "*.json", "tokenizer.*", "*.jinja", *LICENCE]
+PATTERNS = ["*.safetensors", "*.json", "*.yaml", "tokenizer.*", "*.jinja", *LICENCE]
+OTHER_WEIGHTS = [".gguf", ".pt", ".bin"]  # fetched from a repository without safetensors
 LLAMA_ROWS = range(32000, 32257)  # rows of an embedding that LLaMA's tokenizer fits, with padding
 CORENET = "corenet"  # names of the converter's catalog begin so, with -mlx and a colon
 # no hub id ends so
@@ -189,10 +190,13 @@ def hub_id_of(name: str) -> str:
 
 
 def snapshot(hub_id: str, revision: str | None = None, patterns: list[str] = PATTERNS) -> Path:
-    """Return the folder of a model of the hub, fetched if need be. Raises `HubError`."""
+    """Return the folder of a model of the hub, fetched if need be. Raises `HubError`.
+
+    Nothing comes from folders inside the repository: they contain other forms of the same model.
+    """
     from huggingface_hub import snapshot_download
 
-    fetch = partial(snapshot_download, hub_id, revision=revision)
+    fetch = partial(snapshot_download, hub_id, revision=revision, ignore_patterns=["*/*"])
     try:
         folder = Path(fetch(allow_patterns=patterns))
     except Exception as error:  # the client and the libraries below it raise all kinds
@@ -201,11 +205,30 @@ def snapshot(hub_id: str, revision: str | None = None, patterns: list[str] = PAT
             folder = Path(fetch(allow_patterns=known, local_files_only=True))
         except Exception:
             raise HubError(explain(hub_id, revision, error)) from error
-    if patterns is PATTERNS and not any(folder.glob("*.safetensors")):
-        what = f"{hub_id} has no safetensors on the hub, or was fetched in part only"
-        remedy = f"see its page, or `openelm models remove {hub_id}` and fetch it again"
-        raise HubError(f"{what}; {remedy}")
+    suffixes = (".safetensors", *OTHER_WEIGHTS)
+    if patterns is PATTERNS and not any(any(folder.glob(f"*{end}")) for end in suffixes):
+        return snapshot(hub_id, revision, [other_weights(hub_id, revision)])
     return folder
+
+
+def other_weights(hub_id: str, revision: str | None) -> str:
+    """Return the one file of weights of a repository without safetensors. Raises `HubError`."""
+    from huggingface_hub import HfApi
+
+    try:
+        names = HfApi().list_repo_files(hub_id, revision=revision)
+    except Exception as error:
+        raise HubError(explain(hub_id, revision, error)) from error
+    for suffix in OTHER_WEIGHTS:
+        found = [name for name in names if name.endswith(suffix) and "/" not in name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            what = f"{hub_id} has {len(found)} {suffix} files on the hub ({', '.join(found)})"
+            raise HubError(f"{what}; fetch one with `hf download {hub_id} FILE`, and give its path")
+    what = f"{hub_id} has no weights on the hub (safetensors, .gguf, .pt or .bin)"
+    remedy = f"see its page, or `openelm models remove {hub_id}` and fetch it again"
+    raise HubError(f"{what}, or was fetched in part only; {remedy}")
 
 
 def mirrored_tokenizer() -> Path:

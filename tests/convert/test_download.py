@@ -216,14 +216,22 @@ def test_never_from_https_to_http():
         SameScheme().redirect_request(Request("https://x/f"), None, 302, "", None, "http://x/f")
 
 
-@pytest.mark.parametrize(("code", "requests"), [(404, 1), (403, 1), (503, ATTEMPTS)])
-def test_answers_that_are_errors(tmp_path, code, requests):
+@pytest.mark.parametrize(
+    ("code", "requests", "remedy"),
+    [
+        (404, 1, ""),
+        (403, 1, ""),
+        (429, ATTEMPTS, "; the server limits how often it may be asked; try again in some minutes"),
+        (503, ATTEMPTS, "; the server cannot give the file now; try again later"),
+    ],
+)
+def test_answers_that_are_errors(tmp_path, code, requests, remedy):
     def fail(handler, number):
         handler.send_error(code)
         return True
 
     with serving({}, fail) as server:
-        with pytest.raises(HubError, match=f"cannot fetch {server.url}/f: HTTP {code}"):
+        with pytest.raises(HubError, match=f"cannot fetch {server.url}/f: HTTP {code}{remedy}$"):
             get(server, tmp_path)
         assert len(server.requests) == requests
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from formats import TINY, random_folder
+from formats import TINY, again, random_folder, tokenizer_file
+from golden_set import GOLDEN
 from hub_server import Hub
 from huggingface_hub import constants
 
@@ -186,7 +187,7 @@ def test_refusals_name_their_cause(hub, tmp_path):
     said = messages(hub.url, tmp_path, *REFUSALS, "x/no-weights")
     for line, (_, _, wanted) in zip(said, REFUSALS.values(), strict=False):
         assert re.match(wanted, line), line
-    assert said[-2].startswith("x/no-weights has no safetensors on the hub")
+    assert said[-2].startswith("x/no-weights has no weights on the hub (safetensors, .gguf, .pt or")
 
 
 def test_a_hub_that_cannot_be_reached_is_told_at_once(hub, tmp_path):
@@ -255,6 +256,34 @@ def test_a_checkpoint_with_llamas_vocabulary_gets_llamas_tokenizer(
         and (made / "tokenizer.model").read_bytes() == tokenizer
     )
     assert messages(hub.url, tmp_path, str(folder), HF_HUB_OFFLINE="1", sha=sha)[0] == str(made)
+
+
+def test_a_repository_without_safetensors(hub, tmp_path):
+    """A GGUF file or a checkpoint is converted; of several GGUF files none is fetched."""
+    small, gguf = GOLDEN / "tied-gqa4", tmp_path / "m.gguf"
+    tokenizer = tokenizer_file(tmp_path).read_bytes()
+    again(small / "checkpoint.pt", gguf, tokenizer=tmp_path / "tokenizer.model")
+    torch = {"tokenizer.model": tokenizer, "c.yaml": (small / "config.yaml").read_bytes()}
+    hub.files = {
+        "x/gguf": {"m.gguf": gguf.read_bytes(), "old/m.pt": b"x"},
+        "x/torch": {"m.bin": (small / "checkpoint.pt").read_bytes()} | torch,
+        "x/several": {"a.gguf": b"GGUF", "b.gguf": b"GGUF"},
+        "x/both": MODEL | {"b.gguf": b"GGUF", "original/model.safetensors": b"w"},
+    }
+    said = messages(hub.url, tmp_path, *hub.files)
+    for line in said[:2]:
+        assert Path(line).parent == tmp_path / "ours" / "converted"
+    assert said[2] == (
+        "x/several has 2 .gguf files on the hub (a.gguf, b.gguf); fetch one with `hf download "
+        "x/several FILE`, and give its path"
+    )
+    assert sorted(path.name for path in Path(said[3]).iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    fetched = {path for method, path, _ in hub.log if method == "GET" and "resolve" in path}
+    assert not any(path.endswith(("a.gguf", "b.gguf", "m.pt")) for path in fetched)
+    assert messages(hub.url, tmp_path, "x/gguf", HF_HUB_OFFLINE="1")[0] == said[0]
 
 
 def test_a_certificate_that_nobody_trusts(tmp_path):
