@@ -141,10 +141,13 @@ def read_model(folder: Path) -> tuple[Headers, dict[str, mx.array]]:
 
 
 def has_copied_head(places: Mapping[str, tuple[str, TensorPlace]]) -> bool:
-    """Return whether there is a head, and every part of it repeats that of the embeddings."""
-    parts = [part for stem, part in map(split, places) if stem == HEAD]
-    pairs = [(places.get(f"{EMBEDDINGS}.{part}"), places[f"{HEAD}.{part}"]) for part in parts]
-    return bool(pairs) and all(one is not None and same_bytes(one[1], two[1]) for one, two in pairs)
+    """Return whether there is a head, all of whose parts repeat those of the embeddings."""
+    head, embeddings = (
+        {split(name)[1]: place for name, (_, place) in places.items() if split(name)[0] == stem}
+        for stem in (HEAD, EMBEDDINGS)
+    )
+    whole = "weight" in head and head.keys() == embeddings.keys()
+    return whole and all(same_bytes(place, embeddings[part]) for part, place in head.items())
 
 
 def same_bytes(one: TensorPlace, other: TensorPlace) -> bool:

@@ -8,9 +8,10 @@ import json
 
 import pytest
 from adapter_folders import mlx_lm_folder, peft_folder
-from formats import TINY, everything, tokenizer_file
+from formats import TINY, changed, everything, tokenizer_file
 from fuzzing import (
     FUZZ,
+    LONG,
     SCRATCH,
     damage,
     damaged,
@@ -23,7 +24,7 @@ from fuzzing import (
     tiny_folder,
 )
 from golden_set import GOLDEN, NANO
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openelm_mlx.convert.opening import corenet_section
@@ -32,11 +33,13 @@ from openelm_mlx.convert.sources.corenet_adapters import (
     corenet_adapter,
     has_adapters,
 )
+from openelm_mlx.device import mx
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.model.adapter_files import read_adapter
 from openelm_mlx.model.config import expected_tensors
 
 __all__ = ["scratch"]  # a fixture
+TABLE, HEAD = "transformer.token_embeddings", "lm_head"
 
 
 @given(damage(), st.sampled_from([600, -400, 1 << 30]))
@@ -171,6 +174,57 @@ def test_any_entry_in_a_safetensors_header(key, value):
         len(text).to_bytes(8, "little") + text + data[8 + length :]
     )
     read_alike(target)
+
+
+def wrapped(arrays, name, other):
+    return {["model.", "module._orig_mod."][len(other) % 2] + name: a for name, a in arrays.items()}
+
+
+# what may be wrong, or only odd, with the tensors of a folder: functions of all, a name and another
+CHANGES = {
+    "drop": lambda arrays, name, other: {n: a for n, a in arrays.items() if n != name},
+    "copy": lambda arrays, name, other: arrays | {name: arrays[other]},
+    "head": lambda arrays, name, other: arrays | {name.replace(TABLE, HEAD): arrays[name]},
+    "corenet": lambda arrays, name, other: {
+        n.removeprefix("transformer."): a for n, a in arrays.items()
+    },
+    "wrap": wrapped,
+    "insert": lambda arrays, name, other: {
+        n.replace(".attn.", "._orig_mod.attn."): a for n, a in arrays.items()
+    },
+    "buffer": lambda arrays, name, other: arrays | {f"{name}.inv_freq": arrays[other]},
+    "type": lambda arrays, name, other: arrays | {name: arrays[name].astype(mx.bfloat16)},
+    "whole": lambda arrays, name, other: arrays | {name: arrays[name].astype(mx.uint32)},
+    "double": lambda arrays, name, other: arrays | {name: arrays[name] * 2},
+    "odd": lambda arrays, name, other: arrays | {name: arrays[name] * float("inf")},
+    "turn": lambda arrays, name, other: arrays | {name: arrays[name].T},
+    "flat": lambda arrays, name, other: arrays | {name: arrays[name].reshape(-1)},
+}
+
+
+places = st.integers(0, 99)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(CHANGES)), places, places), max_size=4),
+    st.booleans(),
+    st.sampled_from([None, True, False]),
+)
+@settings(FUZZ, max_examples=int(LONG or 30))
+def test_any_tensors(changes, quantized, tied):
+    original = made("quantized", bits=4, group_size=32) if quantized else tiny_folder()
+    folder = damaged_folder("tensors", original, "", None, 0)
+
+    def change(arrays):
+        for kind, first, second in changes:
+            names = sorted(arrays)
+            if names:
+                picked = (names[number % len(names)] for number in (first, second))
+                arrays = CHANGES[kind](arrays, *picked)
+        return arrays
+
+    changed(folder, change, share_input_output_layers=tied)
+    read_alike(folder)
 
 
 def test_adapters_survive_damage_to_their_list():

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from formats import everything, random_folder
+from formats import again, everything, random_folder
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from openelm_mlx import load
 from openelm_mlx.cli.inspect import inspect
 from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.device import mx
 from openelm_mlx.errors import OpenELMError
 
 LONG = os.environ.get("OPENELM_FUZZ")
@@ -31,6 +32,7 @@ FUZZ = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+TOKENS = mx.array([[1, 5, 9, 30]])
 SCRATCH = Path(tempfile.gettempdir()) / f"openelm-fuzz-{os.getpid()}"  # made by the fixture
 
 
@@ -116,18 +118,23 @@ def survives(*names: str) -> Iterator[None]:
 
 
 def read_alike(folder: Path) -> None:
-    """The folder is converted and loaded, or neither; what is loaded is inspected too."""
+    """The folder is converted and loaded, to the same logits, or neither; what is loaded is
+    inspected too.
+    """
     done = {"convert": False, "load": False, "inspect": False}
+    logits = []
     with survives(str(folder)):
         everything(folder)
+        logits.append(load(again(folder, SCRATCH / "again", force=True)).model(TOKENS))
         done["convert"] = True
     with survives(str(folder)):
-        load(folder)
+        logits.append(load(folder).model(TOKENS))
         done["load"] = True
     with survives(str(folder)):
         inspect(str(folder))
         done["inspect"] = True
     assert done["convert"] == done["load"] <= done["inspect"], done
+    assert len(logits) != 2 or mx.array_equal(*logits, equal_nan=True), folder
 
 
 def damaged_folder(kind: str, original: Path, file: str, change, span: int) -> Path:
