@@ -6,6 +6,7 @@ and of the weights one layer, or the heads of both models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.evaluate.score import POSITIONS, compare_logits
 from openelm_mlx.files import read_json, read_text
-from openelm_mlx.model.checkpoint import PARTS
+from openelm_mlx.model.checkpoint import PARTS, not_finite
 from openelm_mlx.model.config import BOS, OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import planned, quantization_of, read_plan, stem_of
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 TEXT = Path(__file__).parents[1] / "assets" / "verification" / "text.txt"
 ROW = 512  # tokens scored in one context, BOS included
 BATCH = 4  # rows in one pass
+MODELS = "the source", "what was written"
 NAMES = {"reference_perplexity": "perplexity_of_source"}  # what conversion.json calls a figure
 
 
@@ -68,6 +70,8 @@ def verify(
 ) -> dict[str, Any]:
     """Return the losses of the folder or GGUF file at `path` on batches of token ids, or on the
     text of this package, under the names that conversion.json gives them.
+
+    Raises `ConversionError` if a model's numbers overflow, so that there is nothing to compare.
     """
     known = verification_text(opened) if batches is None else list(batches)
     written = read_folder(path) if path.is_dir() else read_gguf(path)
@@ -81,11 +85,24 @@ def verify(
             progress(done, layers, f"verifying layer {number}")
 
     states = [last_states(config, weights, known, progress=tell) for config, weights in models]
+    for model, own in zip(MODELS, states, strict=True):
+        squares = [mx.square(x).sum(axis=-1) for x in own]  # as the last norm computes them
+        check_numbers(model, not any(not_finite(x).item() for x in squares))
     logits = [pieces(*model, of_model) for model, of_model in zip(models, states, strict=True)]
     found = asdict(compare_logits(zip(known, *logits, strict=True)))
+    for model, name in zip(MODELS, ("reference_perplexity", "perplexity"), strict=True):
+        check_numbers(model, math.isfinite(found[name]))
     named = {NAMES.get(name, name): value for name, value in found.items()}
     intervals = named.pop("intervals_95").items()
     return named | {"intervals_95": {NAMES.get(name, name): list(ends) for name, ends in intervals}}
+
+
+def check_numbers(model: str, are_finite: bool) -> None:
+    if not are_finite:
+        raise ConversionError(
+            f"{model} computes numbers that overflow: these are no trained weights, and nothing "
+            "can be verified; nothing was written: leave out --verify to convert them all the same"
+        )
 
 
 def pieces(

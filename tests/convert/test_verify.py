@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from formats import again, random_folder
 from golden_set import NANO
 
 from openelm_mlx.convert import ConvertOptions, convert
@@ -72,6 +73,18 @@ def test_above_the_bound_nothing_is_left_and_the_status_is_2(tmp_path, target, f
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert message in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("spread", [1e3, 1e30])  # perplexities, states
+def test_numbers_that_overflow_are_told_and_no_proof(tmp_path, spread):
+    source = random_folder(tmp_path / "source", spread=spread)
+    with pytest.raises(
+        ConversionError,
+        match="^the source computes numbers that overflow: these are no trained weights, and "
+        "nothing can be verified; nothing was written: leave out --verify to convert them all the",
+    ):
+        again(source, tmp_path / "m", verify_text=short_text(tmp_path))
+    assert not (tmp_path / "m").exists()
 
 
 def test_losses_and_origin_are_recorded(tmp_path):
