@@ -214,6 +214,9 @@ def open_folder(path: Path, source_format: str | None) -> TensorSource:
         raise ConversionError(problem)
     if kind == "safetensors":
         return HuggingFaceFolder(path)
+    if (path / "pytorch_model.bin.index.json").is_file():
+        remedy = "save them as safetensors, with save_pretrained of transformers"
+        raise ConversionError(f"{path} has its weights in parts of torch's format; {remedy}")
     if len(found[kind]) > 1:
         raise ConversionError(f"{path} contains {len(found[kind])} {kind} files; name one of them")
     return open_file(found[kind][0], kind)

@@ -330,7 +330,7 @@ def why_not_writable(path: Path, folder: bool) -> str | None:
 def read_text(path: str | Path, flag: str) -> str:
     """Return the text of a file that the user named. Raises `OptionError` that names `flag`."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         problem = f"{error.strerror}; give a text file"
         raise OptionError(f"{flag} {path} cannot be read: {problem}") from None

@@ -143,9 +143,12 @@ def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     Raises `ConfigError`.
     """
     stated = next((raw[key] for key in KEYS if raw.get(key)), None)
-    if stated is None or isinstance(stated, Mapping):
-        return stated
-    raise ConfigError(f"config.json has quantization {stated!r:.60}; it must be an object")
+    if stated is not None and not isinstance(stated, Mapping):
+        raise ConfigError(f"config.json has quantization {stated!r:.60}; it must be an object")
+    if stated and (method := stated.get("quant_method")) is not None:
+        what = f"config.json says that the weights are quantized by {method!r:.40}"
+        raise ConfigError(f"{what}; only MLX's quantization is read: save them unquantized")
+    return stated
 
 
 def spec_of(quantization: Mapping[str, Any], stem: str) -> QuantSpec | None:

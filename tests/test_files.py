@@ -215,6 +215,8 @@ def test_texts_that_cannot_be_read(tmp_path):
         match=r"--system-file .*latin cannot be read as UTF-8 text: byte 3 .* with iconv",
     ):
         read_text(tmp_path / "latin", "--system-file")
+    (tmp_path / "marked").write_bytes("\ufeffä\n".encode())
+    assert read_text(tmp_path / "marked", "--system-file") == "ä\n"
     with pytest.raises(
         OptionError, match=r"--system-file .* cannot be read: Is a directory; give a text file"
     ):

@@ -208,6 +208,7 @@ def test_quantized_weights_that_are_no_numbers(tmp_path, plain, mode, part, valu
         ({"bits": "8"}, "'8' bits in groups of 32, which MLX does not have"),
         ({"bits": 8}, "do not make a matrix of 8 bits in groups of 32"),
         ({OUT: False}, f"{OUT} is quantized, but config.json says that it is not"),
+        ({"quant_method": "gptq"}, "says that the weights are quantized by 'gptq'; only MLX's"),
         ({OUT: 3}, f"has quantization 3 for {OUT}; give an object"),
         (None, "contains quantized weights, but its config.json has no quantization"),
     ],
