@@ -70,6 +70,11 @@ def plan_quantization(
     exact = exact_weights(opened)
     tokens = written_tokens(opened, options, progress) if given is None else given
     text = options.calibration_text
+    if options.calibrate == "best" and len(tokens) < 2:
+        raise ConversionError(
+            f"the calibration text has {tokens.size} tokens; --calibrate best compares on a part "
+            f"that is not learned from, so give at least {2 * tokens.size}"
+        )
     measured: dict[str, Any] = {
         "calibration_tokens": tokens.size,
         "calibration_text": "sampled from the model" if text is None else text.name,
@@ -99,14 +104,7 @@ def calibrate_best(
 ) -> tuple[Learned, dict[str, Any]]:
     """Learn the rounding by both methods on all rows of tokens [rows, length] but the last eighth,
     eight at most. Return what loses less on these, and the record of it.
-
-    Raises `ConversionError` if there is a single row.
     """
-    if len(tokens) < 2:
-        raise ConversionError(
-            f"the calibration text has {tokens.size} tokens; --calibrate best compares on a part "
-            f"that is not learned from, so give at least {2 * tokens.size}"
-        )
     kept = min(HELD_ROWS, -(-len(tokens) // 8))
     rest, held = tokens[:-kept], tokens[-kept:]
     start = calibrate_gptq(config, exact, plan, rest[:GPTQ_ROWS], dtype, progress, keep_codes=True)

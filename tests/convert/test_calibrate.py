@@ -298,5 +298,19 @@ def test_the_better_of_two_calibrations_on_text_that_neither_saw():
     assert held.loss(again.weights(weights)) == pytest.approx(record["losses"]["gptq"])
     assert held.loss(learned.weights(weights)) == pytest.approx(min(record["losses"].values()))
     assert record["losses"][record["method"]] == min(record["losses"].values())
-    with pytest.raises(ConversionError, match="has 32 tokens; --calibrate best .* at least 64"):
-        calibrate_best(config, weights, plan, tokens[:1], "float16")
+
+
+def test_one_row_of_text_is_too_little_to_compare_on(tmp_path):
+    (tmp_path / "text.txt").write_text("once upon a time two birds flew in a forest " * 8)
+    options = ConvertOptions(
+        GOLDEN / "tied-gqa4" / "checkpoint.pt",
+        tmp_path / "m",
+        tokenizer=tokenizer_file(tmp_path),
+        dtype="float16",
+        target_bpw=4.0,
+        calibrate="best",
+        calibration_text=tmp_path / "text.txt",
+    )
+    with pytest.raises(ConversionError, match="has 64 tokens; --calibrate best .* at least 128"):
+        convert(options)
+    assert not (tmp_path / "m").exists()

@@ -84,7 +84,7 @@ def test_what_a_recipe_may_not_say(text, message, tmp_path):
 
 def test_names_that_are_not_a_recipe():
     with pytest.raises(
-        OptionError, match=r"recipe is 'mixed-3_4'; known: mixed-2-4.* did you mean mixed-3-4\?"
+        OptionError, match=r"recipe is 'mixed-3_4'; known: mixed-3-4.* did you mean mixed-3-4\?"
     ):
         find_recipe("mixed-3_4")
     with pytest.raises(OptionError, match="layers.99.ffn.proj_1, which this model does not have"):

@@ -134,7 +134,7 @@ def test_a_dry_run_shows_and_writes_nothing(tmp_path, capsys):
             "-o",
             str(tmp_path / "a" / "m"),
             "--recipe",
-            "mixed-3-5",
+            "mixed-3-4",
             "--dtype",
             "float16",
             "--dry-run",
@@ -143,13 +143,13 @@ def test_a_dry_run_shows_and_writes_nothing(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert (
         "layer 3" in shown
-        and "5/128" in shown
+        and "4/128" in shown
         and "memory needed: about" in shown
         and "nothing was written" in shown
     )
     assert list(tmp_path.iterdir()) == []
     written = convert(
-        ConvertOptions(SOURCE, tmp_path / "m", recipe="mixed-3-5", dtype="float16")
+        ConvertOptions(SOURCE, tmp_path / "m", recipe="mixed-3-4", dtype="float16")
     ).written_bytes
     assert f"{written:,} bytes" in shown
 
