@@ -105,8 +105,11 @@ def called(words: list[str]) -> Any:
     if name.startswith(READ_ONLY):
         arguments.append("--help")
     sys.argv = [name, *arguments]
-    run = runpy.run_module if words[1] == "-m" else runpy.run_path
-    run(name, run_name="__main__")
+    if words[1] == "-m":
+        runpy.run_module(name, run_name="__main__")
+    else:
+        sys.path.insert(0, str(Path(name).parent))  # as Python does for a script
+        runpy.run_path(name, run_name="__main__")
     return 0
 
 
