@@ -13,6 +13,7 @@ from fuzzing import (
     FUZZ,
     LONG,
     SCRATCH,
+    TOKENS,
     damage,
     damaged,
     damaged_folder,
@@ -27,6 +28,7 @@ from golden_set import GOLDEN, NANO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from openelm_mlx import load
 from openelm_mlx.convert.opening import corenet_section
 from openelm_mlx.convert.sources.corenet_adapters import (
     LoraOptions,
@@ -35,7 +37,6 @@ from openelm_mlx.convert.sources.corenet_adapters import (
 )
 from openelm_mlx.device import mx
 from openelm_mlx.errors import OpenELMError
-from openelm_mlx.model.adapter_files import read_adapter
 from openelm_mlx.model.config import expected_tensors
 
 __all__ = ["scratch"]  # a fixture
@@ -138,10 +139,31 @@ def test_adapter_folders(change, write, configuration):
     folder = write(SCRATCH / write.__name__, TINY, ("ffn.proj_2", "embedding"))
     file = next(folder.glob("*.json" if configuration else "*.safetensors"))
     file.write_bytes(damaged(file.read_bytes(), change, 1 << 30))
+    adapter_survives(folder)
+
+
+SETTINGS = ["r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias"]
+SETTINGS += ["target_modules", "modules_to_save", "peft_type", "fan_in_fan_out", "num_layers"]
+SETTINGS += ["lora_parameters", "fine_tune_type", "keys"]
+
+
+@given(st.sampled_from(SETTINGS), json_values, st.sampled_from([mlx_lm_folder, peft_folder]))
+@FUZZ
+def test_any_setting_of_an_adapter(key, value, write):
+    folder = write(SCRATCH / write.__name__, TINY, ("ffn.proj_2", "attn.qkv_proj"))
+    file = folder / "adapter_config.json"
+    raw = json.loads(file.read_text())
+    inner = raw.get("lora_parameters", {}) | {"scale" if key == "lora_alpha" else key: value}
+    file.write_text(json.dumps(raw | {"lora_parameters": inner, key: value}))
+    adapter_survives(folder)
+
+
+def adapter_survives(folder):
+    """The adapter is merged, and applied beside the weights, or refused by name."""
     with survives(folder.name):
         everything(tiny_folder(), adapter_folder=folder)
-    with survives(str(folder)):
-        read_adapter(folder, TINY)
+    with survives(folder.name):
+        mx.eval(load(tiny_folder(), adapter=folder).model(TOKENS))
 
 
 @given(st.sampled_from(sorted(TINY.to_hf_dict()) + ["quantization"]), json_values)
