@@ -16,6 +16,7 @@ import numpy as np
 from openelm_mlx.convert.quantize import Weights
 from openelm_mlx.convert.quantize.losses import (
     Losses,
+    Reference,
     Spec,
     fitted,
     make_reference,
@@ -51,6 +52,18 @@ def measured_plan(
     shapes, rounding = expected_tensors(config), fitted(dtype)
     reference = make_reference(config, exact, tokens, progress)
     losses = measure(reference, shapes, rounding, target_bpw, progress)
+    return best_plan(reference, losses, shapes, dtype, target_bpw)
+
+
+def best_plan(
+    reference: Reference,
+    losses: Losses,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    target_bpw: float,
+) -> tuple[Plan, dict[str, Any]]:
+    """Return what `measured_plan` does, from the losses of each matrix."""
+    rounding = fitted(dtype)
     plan: Plan = choose(losses, shapes, dtype, target_bpw)
     found = true_loss(reference, plan, rounding)
     each = {stem: losses[stem][spec] for stem, spec in plan.items()}

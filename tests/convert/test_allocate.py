@@ -14,6 +14,7 @@ from small import random_tokens, small_model
 
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.quantize.allocate import (
+    best_plan,
     choose,
     largest_uniform,
     never_worse,
@@ -22,6 +23,7 @@ from openelm_mlx.convert.quantize.allocate import (
 from openelm_mlx.convert.quantize.losses import (
     fitted,
     make_reference,
+    measure,
     nearest,
     rounded_weights,
     true_loss,
@@ -125,6 +127,19 @@ def test_of_uniform_plans_those_are_compared_that_fit_and_the_better_plan_is_wri
     uniform, record = never_worse(plan, 0.2, {QuantSpec(4): 0.1, QuantSpec(3): 0.4})
     assert uniform == dict.fromkeys("ab", QuantSpec(4)) and record["best_uniform"]["taken"]
     assert never_worse(plan, 0.2, {}) == (plan, {})
+
+
+def test_more_bits_lose_less_and_no_uniform_plan_loses_less_than_the_measured_one():
+    config, weights = small_model()
+    shapes, last = expected_tensors(config), math.inf
+    reference = make_reference(config, weights, random_tokens(config, rows=3))
+    losses = measure(reference, shapes, fitted(F16), 5.5, spread=3.0)
+    for target in range(30, 86, 14):
+        plan, found = best_plan(reference, losses, shapes, F16, target / 10)
+        loss, uniform = true_loss(reference, plan, fitted(F16)), found["best_uniform"]
+        assert loss == pytest.approx(min(found["loss_together"], uniform["loss"]))
+        assert loss < 0.5 * last
+        last = loss
 
 
 def test_weights_that_are_not_numbers_are_refused_before_measuring(tmp_path):

@@ -3,10 +3,11 @@ tools of mlx-lm.
 
     python tests/tools/quantization.py checkpoint.pt heldout.txt --bits 3 4 5
 
-Each size is that of uniform affine quantization in groups of 64 with scales in float16. Everything
-is chosen and learned on text that the exact model writes, or on --calibration-text; TEXT is only
-for the report. All weights are compared as the float32 numbers that the stored ones stand for, in
-one model. mlx-lm's tools are called as Python functions: its command lines fetch texts.
+Each size is that of uniform affine quantization in groups of 64 with scales in float16. --targets
+takes bits per weight instead, and compares with the uniform plans that fit. Everything is chosen
+and learned on text that the exact model writes, or on --calibration-text; TEXT is only for the
+report. All weights are compared as the float32 numbers that the stored ones stand for, in one
+model. mlx-lm's tools are called as Python functions: its command lines fetch texts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,11 @@ LEARNED = ("gptq", "distill")
 
 @dataclass(frozen=True)
 class Row:
-    """One quantization on the report text, at the size of uniform quantization to `size` bits."""
+    """One quantization on the report text, at the size of uniform quantization to `size` bits,
+    or at `size` bits per weight.
+    """
 
-    size: int
+    size: float
     method: str
     bytes: int = 0
     bits_per_weight: float = math.nan
@@ -64,7 +68,7 @@ class Row:
 
     def cells(self) -> str:
         """Return the row as a line of the table."""
-        start = f"| {self.size} bits | {self.method} |"
+        start = f"| {self.size:g} bits | {self.method} |"
         if self.note:
             return f"{start} {self.note} | | | | | |"
         return (
@@ -90,10 +94,18 @@ def run(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     say(f"{tokens.size} tokens of calibration text")
     ours = OurMethods(args, config, exact, tokens)
     convert(ConvertOptions(args.model, folder, dtype="float32"))
-    for bits in args.bits:
-        budget, base = ours.size(ours.uniform(bits)), math.nan
+    sizes: list[tuple[float, Iterator[Method]]] = [(bpw, ours.at(bpw)) for bpw in args.targets]
+    for bits in args.bits if not args.targets else ():
+        budget = ours.size(ours.uniform(bits))
         theirs = peer_methods(args.peers, folder, tokens, bits, budget)
-        for method, work in (*ours.methods(bits), *theirs):
+        sizes.append((bits, chain(ours.methods(bits), theirs)))
+    known_rows: dict[str, Row] = {}  # of uniform plans, which several targets are compared with
+    for bits, methods in sizes:
+        base = math.inf
+        for method, work in methods:
+            if args.targets and method in known_rows:
+                base = min(base, known_rows[method].mean_kl)
+                continue
             start = time.perf_counter()
             try:
                 weights, size = work()
@@ -105,10 +117,13 @@ def run(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
             seconds = time.perf_counter() - start
             found = losses(config, weights, batches, known)
             kl = found.mean_kl_divergence
-            base = kl if method == "uniform" else base
+            base = min(base, kl) if method.startswith("uniform") else base
             per_weight = 8 * size / config.num_parameters
             figures = kl, found.p99_kl_divergence, found.top_1_agreement, kl / base
-            yield Row(bits, method, size, per_weight, *figures, seconds)
+            row = Row(bits, method, size, per_weight, *figures, seconds)
+            if method.startswith("uniform"):
+                known_rows[method] = row
+            yield row
 
 
 def losses(
@@ -127,10 +142,12 @@ class OurMethods:
         self.shapes = expected_tensors(config)
         if {"target-bpw", *LEARNED} & set(args.methods):
             rows = max(1, calibrate.MEASURE_TOKENS // tokens.shape[1])
-            low, high = min(args.bits) + 0.5, max(args.bits) + 0.5
-            middle, spread = (low + high) / 2, (high - low) / 2
-            reference = make_reference(config, exact, tokens[:rows])
-            self.losses = measure(reference, self.shapes, fitted(DTYPE), middle, progress, spread)
+            targets = args.targets or [bits + 0.5 for bits in args.bits]
+            middle = (min(targets) + max(targets)) / 2
+            spread = max(targets) - middle
+            self.reference = make_reference(config, exact, tokens[:rows])
+            given = self.reference, self.shapes, fitted(DTYPE), middle
+            self.losses = measure(*given, progress, spread)
 
     def uniform(self, bits: int) -> Plan:
         return dict.fromkeys(matrices(self.shapes), QuantSpec(bits, 64))
@@ -139,17 +156,28 @@ class OurMethods:
         return allocate.plan_bytes(plan, self.shapes, DTYPE)
 
     def methods(self, bits: int) -> Iterator[Method]:
-        for name, rounding in (("uniform", nearest), ("uniform, fitted grids", fitted)):
-            yield name, partial(self.rounded, self.uniform(bits), rounding(DTYPE))
+        yield "uniform", partial(self.rounded, self.uniform(bits), nearest(DTYPE))
+        yield "fitted grids alone", partial(self.rounded, self.uniform(bits), fitted(DTYPE))
         if not hasattr(self, "losses"):
             return
         bpw = 8 * self.size(self.uniform(bits)) / self.config.num_parameters
-        plan = allocate.choose(self.losses, self.shapes, DTYPE, bpw)
+        plan = self.best(bpw)
         if "target-bpw" in self.wanted:
             yield "target-bpw", partial(self.rounded, plan, fitted(DTYPE))
         for method in LEARNED:
             if method in self.wanted:
                 yield f"target-bpw + {method}", partial(self.learned, method, plan)
+
+    def best(self, bpw: float) -> Plan:
+        return allocate.best_plan(self.reference, self.losses, self.shapes, DTYPE, bpw)[0]
+
+    def at(self, bpw: float) -> Iterator[Method]:
+        """Yield the uniform plans of at most so many bits per weight, and the measured one."""
+        for spec in allocate.largest_uniform(self.shapes, DTYPE, bpw):
+            plan = dict.fromkeys(matrices(self.shapes), spec)
+            for name, rounding in (("MLX's grids", nearest), ("fitted grids", fitted)):
+                yield f"uniform {spec}, {name}", partial(self.rounded, plan, rounding(DTYPE))
+        yield "target-bpw", partial(self.rounded, self.best(bpw), fitted(DTYPE))
 
     def rounded(self, plan: Plan, rounding: Rounding) -> Result:
         return dict(rounded_weights(self.exact, plan, rounding)), self.size(plan)
@@ -180,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     add("model", type=Path, metavar="MODEL", help="an unquantized model: .pt file or folder")
     add("text", type=Path, metavar="TEXT", help="the text of the report")
     add("--bits", type=int, nargs="+", default=[3, 4, 5], help="uniform bits that set the sizes")
+    add("--targets", type=float, nargs="*", default=[], help="bits per weight, instead of --bits")
     add("--methods", nargs="*", default=["target-bpw", *LEARNED])
     add("--peers", nargs="*", default=[], choices=TOOLS, help="tools of mlx-lm")
     add("--calibration-text", type=Path, help="unset is what the model writes")
