@@ -17,6 +17,7 @@ from openelm_mlx.errors import ConversionError, OptionError, naming
 from openelm_mlx.model.adapter_files import (
     SETTINGS,
     WEIGHT_FILES,
+    check_embedding,
     read_adapter,
     with_rows,
     write_adapter,
@@ -151,23 +152,26 @@ def with_adapter(
     return AdaptedSource(source, config, adapter, files, form)
 
 
-def write_kept(
-    folder: Path, adapted: AdaptedSource, config: OpenELMConfig, quantized: bool
-) -> None:
-    """Write the adapter beside its base of `config`, whose embedding may be quantized.
-
-    Raises `OptionError` for DoRA on a quantized embedding.
+def check_kept(adapted: AdaptedSource, quantized: bool) -> None:
+    """Raise an error for an adapter that cannot lie beside its base, whose embedding may be
+    quantized: `OptionError` for DoRA on that, `ConversionError` for DoRA as another form has it.
     """
-    form, adapter = str(adapted.form), adapted.adapter
-    adapter = replace(adapter, parts=with_rows(adapter.parts, config.vocab_size))
-    adapter = with_lengths(adapter, adapted.base_weight, form)
-    adapter = replace(adapter, base=adapted.fingerprint())
-    part = adapter.parts.get(EMBEDDINGS)
-    if quantized and part is not None and part.magnitude is not None:
+    parts = adapted.adapter.parts
+    dora = any(part.magnitude is not None for part in parts.values())  # then so are all layers
+    if quantized and dora and EMBEDDINGS in parts:
         raise OptionError(
             "mlx-lm applies no DoRA adapter to a quantized embedding; merge it, or leave the base "
             "unquantized"
         )
+    check_embedding(adapted.adapter, str(adapted.form))
+
+
+def write_kept(folder: Path, adapted: AdaptedSource, config: OpenELMConfig) -> None:
+    """Write the adapter, once `check_kept` has passed it, beside its base of `config`."""
+    form, adapter = str(adapted.form), adapted.adapter
+    adapter = replace(adapter, parts=with_rows(adapter.parts, config.vocab_size))
+    adapter = with_lengths(adapter, adapted.base_weight, form)
+    adapter = replace(adapter, base=adapted.fingerprint())
     write_adapter(folder, adapter, form, config)
 
 

@@ -27,7 +27,7 @@ from openelm_mlx.convert.record import (
     licence_of,
     model_card,
 )
-from openelm_mlx.convert.sources.adapters import ADAPTER_FOLDER, write_kept
+from openelm_mlx.convert.sources.adapters import ADAPTER_FOLDER, check_kept, write_kept
 from openelm_mlx.convert.targets import Target
 from openelm_mlx.convert.targets.checks import UNFINISHED_CONFIG, hashes_in
 from openelm_mlx.convert.tokenizers import TokenizerModel, build_tokenizer_json, tokenizer_config
@@ -72,6 +72,10 @@ class FolderTarget(Target):
         self.sampling = sampling_defaults(options.source, opened.trimmed)
         self.licence = licence_of(opened.source, options)
         self.tokenizer_files = tokenizer_files(opened.tokenizer)
+        if opened.adapted is not None and opened.adapted.form is not None:
+            measured = options.target_bpw is not None
+            quantized = measured or given_plan(opened, options)[EMBEDDINGS] is not None
+            check_kept(opened.adapted, quantized)
 
     def plan(self, progress: Progress | None) -> Quantization:
         return plan_quantization(self.opened, self.dtype, self.options, progress)
@@ -109,8 +113,7 @@ class FolderTarget(Target):
             raw |= dict.fromkeys(KEYS, quantization)
         write_json(folder / UNFINISHED_CONFIG, raw)
         if (adapted := self.opened.adapted) is not None and adapted.form is not None:
-            quantized = plan[EMBEDDINGS] is not None
-            write_kept(folder / ADAPTER_FOLDER, adapted, config, quantized)
+            write_kept(folder / ADAPTER_FOLDER, adapted, config)
         return folder
 
     def write_record(

@@ -16,6 +16,7 @@ from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.sources.corenet_adapters import LoraOptions, corenet_adapter
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
+from openelm_mlx.convert.targets import folder
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, ConversionError, OptionError
 from openelm_mlx.model.adapter_files import read_adapter
@@ -62,15 +63,17 @@ def test_adapters_kept_apart_give_the_same_logits_in_mlx_lm(name, tmp_path):
     assert "--adapter PATH_OF_THIS_FOLDER/adapter" in (tmp_path / "m" / "README.md").read_text()
 
 
-def test_a_kept_adapter_on_a_quantized_base(tmp_path):
+def test_a_kept_adapter_on_a_quantized_base(tmp_path, monkeypatch):
     golden = np.load(GOLDEN / "lora" / "golden.npz")
     run("lora", tmp_path, adapter="keep", bits=8, group_size=32)
     applied = mlx_lm_logits(tmp_path / "m", golden["input_ids"], tmp_path / "m" / "adapter")
     base = mlx_lm_logits(tmp_path / "m", golden["input_ids"])
     errors = [np.abs(logits - golden["logits"]).mean() for logits in (applied, base)]
     assert errors[0] < 0.1 * errors[1]
-    with pytest.raises(OptionError, match="no DoRA adapter to a quantized embedding; merge it"):
-        run("dora", tmp_path, adapter="keep", bits=8, group_size=32, target=tmp_path / "n")
+    monkeypatch.setattr(folder, "plan_quantization", None)  # it is refused before
+    for asked in ({"bits": 8, "group_size": 32}, {"target_bpw": 6.0}):
+        with pytest.raises(OptionError, match="no DoRA adapter to a quantized embedding; merge it"):
+            run("dora", tmp_path, adapter="keep", target=tmp_path / "n", **asked)
     assert not (tmp_path / "n").exists()
 
 
