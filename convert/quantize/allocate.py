@@ -21,7 +21,6 @@ from openelm_mlx.convert.quantize.losses import (
     fitted,
     make_reference,
     measure,
-    true_loss,
 )
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import itemsize
@@ -52,7 +51,7 @@ def measured_plan(
     shapes, rounding = expected_tensors(config), fitted(dtype)
     reference = make_reference(config, exact, tokens, progress)
     losses = measure(reference, shapes, rounding, target_bpw, progress)
-    return best_plan(reference, losses, shapes, dtype, target_bpw)
+    return best_plan(reference, losses, shapes, dtype, target_bpw, progress)
 
 
 def best_plan(
@@ -61,22 +60,20 @@ def best_plan(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
     target_bpw: float,
+    progress: Progress | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """Return what `measured_plan` does, from the losses of each matrix."""
-    rounding = fitted(dtype)
     plan: Plan = choose(losses, shapes, dtype, target_bpw)
-    found = true_loss(reference, plan, rounding)
+    specs = largest_uniform(shapes, dtype, target_bpw)
+    changes: list[Plan] = [{}, *(dict.fromkeys(plan, spec) for spec in specs)]
+    found, *uniform = reference.losses_of(changes, fitted(dtype), plan, progress)
     each = {stem: losses[stem][spec] for stem, spec in plan.items()}
     measured: dict[str, Any] = {
         "loss_of_each": {stem: float(f"{loss:.3g}") for stem, loss in each.items()},
         "sum_of_losses": sum(each.values()),
         "loss_together": found,
     }
-    uniform = {
-        spec: true_loss(reference, dict.fromkeys(plan, spec), rounding)
-        for spec in largest_uniform(shapes, dtype, target_bpw)
-    }
-    plan, best = never_worse(plan, found, uniform)
+    plan, best = never_worse(plan, found, dict(zip(specs, uniform, strict=True)))
     return plan, measured | best
 
 
