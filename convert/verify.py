@@ -6,6 +6,7 @@ and of the weights one layer, or the heads of both models.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.targets import config_of
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
-from openelm_mlx.evaluate.score import POSITIONS, compare_logits
+from openelm_mlx.evaluate.score import POSITIONS, Comparison, compare_logits
 from openelm_mlx.files import read_json, read_text
 from openelm_mlx.model.checkpoint import PARTS, not_finite
 from openelm_mlx.model.config import BOS, OpenELMConfig, expected_tensors
@@ -76,25 +77,39 @@ def verify(
     known = verification_text(opened) if batches is None else list(batches)
     written = read_folder(path) if path.is_dir() else read_gguf(path)
     models = (opened.trimmed, exact_weights(opened)), written
-    layers, done = sum(config.num_transformer_layers for config, _ in models), 0
+    steps = itertools.count(1)
+    total = sum(config.num_transformer_layers for config, _ in models) + len(known)
 
-    def tell(number: int) -> None:
-        nonlocal done
-        done += 1
+    def tell(what: str) -> None:
         if progress is not None:
-            progress(done, layers, f"verifying layer {number}")
+            progress(next(steps), total, f"verifying {what}")
 
-    states = [last_states(config, weights, known, progress=tell) for config, weights in models]
+    def tell_layer(number: int) -> None:
+        tell(f"layer {number}")
+
+    states = [last_states(*model, known, progress=tell_layer) for model in models]
     for model, own in zip(MODELS, states, strict=True):
         squares = [mx.square(x).sum(axis=-1) for x in own]  # as the last norm computes them
         check_numbers(model, not any(not_finite(x).item() for x in squares))
-    logits = [pieces(*model, of_model) for model, of_model in zip(models, states, strict=True)]
-    found = asdict(compare_logits(zip(known, *logits, strict=True)))
+    exact, other = (pieces(*model, own) for model, own in zip(models, states, strict=True))
+
+    def parts() -> Iterator[tuple[mx.array, Iterable[mx.array], Iterable[mx.array]]]:
+        for part in zip(known, exact, other, strict=True):
+            yield part
+            tell("logits")
+
+    return as_recorded(compare_logits(parts()))
+
+
+def as_recorded(comparison: Comparison) -> dict[str, Any]:
+    """Return the figures as conversion.json has them."""
+    found = asdict(comparison)
     for model, name in zip(MODELS, ("reference_perplexity", "perplexity"), strict=True):
         check_numbers(model, math.isfinite(found[name]))
-    named = {NAMES.get(name, name): value for name, value in found.items()}
-    intervals = named.pop("intervals_95").items()
-    return named | {"intervals_95": {NAMES.get(name, name): list(ends) for name, ends in intervals}}
+    intervals = found.pop("intervals_95").items()
+    return {NAMES.get(name, name): value for name, value in found.items()} | {
+        "intervals_95": {NAMES.get(name, name): list(ends) for name, ends in intervals}
+    }
 
 
 def check_numbers(model: str, are_finite: bool) -> None:

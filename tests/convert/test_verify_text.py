@@ -93,4 +93,5 @@ def test_layer_by_layer_gives_the_figures_of_whole_models_in_less_memory(tmp_pat
     assert found.pop("intervals_95") == expected.pop("intervals_95") == {}
     assert found == pytest.approx(expected, rel=1e-3)
     assert used < 4 * opened.trimmed.num_parameters  # of one model in float32, not of two
-    assert told[0] == (1, 16, "verifying layer 0") and told[-1] == (16, 16, "verifying layer 7")
+    assert told[0] == (1, 18, "verifying layer 0") and told[15] == (16, 18, "verifying layer 7")
+    assert told[16:] == [(17, 18, "verifying logits"), (18, 18, "verifying logits")]
