@@ -45,6 +45,7 @@ from openelm_mlx.files import read_json, read_yaml
 from openelm_mlx.model.checkpoint import (
     Shapes,
     check_finite,
+    check_frequencies,
     check_tensors,
     equal_bits,
     states_own_head,
@@ -135,7 +136,7 @@ def open_model(options: ConvertOptions) -> OpenedModel:
             )
         source, adapter = open_source(options.source, options.source_format), None
         drop_copied_head(source, options)
-        quantized = source.quantized
+        quantized, rotary = source.quantized, source.rotary
         if has_adapters(source):
             adapter, source = corenet_adapter(source, lora_options(options)), BaseLayers(source)
         check_no_adapter(source.tensors)
@@ -146,6 +147,8 @@ def open_model(options: ConvertOptions) -> OpenedModel:
             config = config_for(options.source, shapes, options)
         config = with_head_of(config, shapes)
         check_tensors(source.tensors, expected_tensors(config))
+        if rotary is not None:
+            check_frequencies(config, *rotary)
         source = with_adapter(source, config, adapter, options)
         if isinstance(source, AdaptedSource):
             config = source.adapted_config

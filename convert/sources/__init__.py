@@ -46,6 +46,8 @@ class TensorSource(Protocol):
     """True if the source has a chat template."""
     licence: Mapping[str, str] = {}
     """The licence that the source states, by `LICENCE_KEYS`."""
+    rotary: tuple[TensorInfo, Callable[[], mx.array]] | None = None
+    """Rotary frequencies that the source contains: their type and shape, and a reader."""
     quantized: Mapping[str, str] = {}
     """How each matrix is quantized in the source, by stem, as in "4 bits, groups of 64" or Q4_K."""
     plan: Plan = {}

@@ -21,7 +21,7 @@ from openelm_mlx.dtypes import DTYPES, itemsize
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import INDEX, WEIGHTS, TensorInfo, TensorPlace, read_json, read_places
 from openelm_mlx.model.checkpoint import PARTS, unpacked
-from openelm_mlx.model.names import canonical
+from openelm_mlx.model.names import canonical, frequencies
 from openelm_mlx.quantization import QuantSpec, quantization_of, stem_of
 
 
@@ -33,7 +33,10 @@ class HuggingFaceFolder(TensorSource):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.instruct = (self.path / "chat_template.jinja").is_file()
-        self._places = canonical(read_places(self.path, unindexed_files(self.path)))
+        found = read_places(self.path, unindexed_files(self.path))
+        self._places = canonical(found)
+        if place := frequencies(found):
+            self.rotary = place.info, partial(load_place, place)
         stored = {name: place.info for name, place in self._places.items()}
         config, packed = self.path / "config.json", any(name.endswith(".scales") for name in stored)
         stated = quantization_of(read_json(config)) if packed and config.is_file() else None

@@ -26,7 +26,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.dtypes import itemsize
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import TensorInfo
-from openelm_mlx.model.names import canonical
+from openelm_mlx.model.names import canonical, frequencies
 
 MAX_PICKLE_BYTES = 8 << 20  # the 3B's has 60 KB
 NESTED_UNDER = ("model", "state_dict", "model_state_dict")
@@ -56,11 +56,16 @@ class TorchCheckpoint(TensorSource):
             raise ConversionError(
                 f"{self.path} is damaged: {str(error):.200}; download or copy it again"
             ) from None
-        self._records = canonical(state_dict_of(self.path, state))
+        found = state_dict_of(self.path, state)
+        self._records = canonical(found)
         self.tensors: dict[str, TensorInfo] = {}
         for name, record in self._records.items():
             self._check_bounds(name, record)
             self.tensors[name] = TensorInfo(record.storage.dtype, record.shape)
+        if buffer := frequencies(found):
+            self._check_bounds("inv_freq", buffer)
+            info = TensorInfo(buffer.storage.dtype, buffer.shape)
+            self.rotary = info, partial(self._read, buffer)
 
     def load(self, name: str) -> mx.array:
         return self._read(self._records[name])

@@ -5,7 +5,8 @@ Loading and converting read files through these functions, so that both accept a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import CheckpointError, reason
 from openelm_mlx.files import TensorInfo, TensorPlace, name_for_mlx, read_json, read_places
 from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig, expected_tensors
-from openelm_mlx.model.names import canonical, canonical_name, split
+from openelm_mlx.model.names import canonical, canonical_name, frequencies, split
 from openelm_mlx.quantization import Plan, QuantSpec, matrices, quantization_of, spec_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -108,7 +109,11 @@ def read_headers(folder: Path) -> Headers:
     raw = read_json(folder / "config.json")
     config = OpenELMConfig.from_hf_dict(raw).with_eos_of(folder)
     quantization = quantization_of(raw)
-    places = canonical({name: (name, place) for name, place in read_places(folder).items()})
+    found = {name: (name, place) for name, place in read_places(folder).items()}
+    if buffer := frequencies(found):
+        name, place = buffer
+        check_frequencies(config, place.info, lambda: load_file(place.file)[name])
+    places = canonical(found)
     if not states_own_head(raw) and has_copied_head(places):
         places = {name: found for name, found in places.items() if not name.startswith(f"{HEAD}.")}
     stored = {name: place.info for name, (_, place) in places.items()}
@@ -128,16 +133,38 @@ def read_model(folder: Path) -> tuple[Headers, dict[str, mx.array]]:
     Raises `ConfigError` or `CheckpointError`, also for NaN and infinities.
     """
     headers = read_headers(folder)
-    loaded: dict[Path, dict[str, mx.array]] = {}
-    for path in sorted({place.file for _, place in headers.places.values()}):
-        try:
-            loaded[path] = mx.load(name_for_mlx(path))  # type: ignore[assignment]
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     places = headers.places.items()
+    loaded = {path: load_file(path) for path in sorted({place.file for _, (_, place) in places})}
     weights = {known: loaded[place.file][name] for known, (name, place) in places}
     check_finite(weights, headers.specs)
     return headers, weights
+
+
+def load_file(path: Path) -> dict[str, mx.array]:
+    """Return the tensors of a safetensors file, not in memory yet. Raises `CheckpointError`."""
+    try:
+        return mx.load(name_for_mlx(path), format="safetensors")  # type: ignore[return-value]
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
+
+
+def check_frequencies(
+    config: OpenELMConfig, info: TensorInfo, read: Callable[[], mx.array]
+) -> None:
+    """Raise `CheckpointError` if a file has other rotary frequencies than the model computes.
+
+    A half type rounds them by up to 0.4 %.
+    """
+    half, base = config.head_dim // 2, config.rope_freq_constant
+    if math.prod(info.shape) == half and info.dtype in ("float64", *FLOATS):
+        wanted = [base ** (-place / half) for place in range(half)]
+        found: Any = read().astype(mx.float32).reshape(-1).tolist()
+        if all(abs(a - b) <= 0.01 * b for a, b in zip(found, wanted, strict=True)):
+            return
+    raise CheckpointError(
+        f"inv_freq is not that of head_dim {config.head_dim} and base {base:g}: give the base of "
+        "the rotary embeddings as --rope-base, or as rope_freq_constant in config.json"
+    )
 
 
 def has_copied_head(places: Mapping[str, tuple[str, TensorPlace]]) -> bool:

@@ -63,6 +63,11 @@ def canonical(found: Mapping[str, Value]) -> dict[str, Value]:
     return result
 
 
+def frequencies(found: Mapping[str, Value]) -> Value | None:
+    """Return the first of the buffers that have the frequencies of rotary embeddings, if any."""
+    return next((of for name, of in found.items() if split(name)[1] == "inv_freq"), None)
+
+
 def common_prefix(names: list[str]) -> str:
     """Return what stands before every name, "model." for example, and mostly nothing does."""
     match = next((BEFORE.match(name) for name in names if OURS in name), None)

@@ -20,6 +20,7 @@ from openelm_mlx.errors import OpenELMError
 
 TOKENS = mx.array([[1, 5, 9, 30]])
 HEAD, EMBEDDINGS = "lm_head", "transformer.token_embeddings"
+FREQUENCIES = mx.array([1, 0.1, 0.01, 0.001])  # of head_dim 8 and base 10,000
 OUT = "transformer.layers.0.attn.out_proj"
 
 
@@ -56,7 +57,7 @@ def plain(tmp_path) -> Path:
 )
 def test_names_of_a_model_that_others_are_put_around(tmp_path, plain, before, inside):
     def wrap(arrays):
-        buffers = {"rotary.inv_freq": mx.ones(4)}
+        buffers = {"rotary.inv_freq": FREQUENCIES.astype(mx.float16)}
         return buffers | {
             before + name.replace("layers.0.", f"layers.0.{inside}"): array
             for name, array in arrays.items()
@@ -64,6 +65,24 @@ def test_names_of_a_model_that_others_are_put_around(tmp_path, plain, before, in
 
     want = logits(load(plain))
     np.testing.assert_array_equal(logits(read_alike(changed(plain, wrap), tmp_path)), want)
+
+
+@pytest.mark.parametrize("frequencies", [FREQUENCIES**2, FREQUENCIES[:3], mx.zeros(4, mx.int32)])
+def test_rotary_frequencies_of_another_model(tmp_path, plain, frequencies):
+    buffer = {"transformer.layers.0.attn.pos_embedding.inv_freq": frequencies}
+    folder = changed(plain, lambda arrays: arrays | buffer)
+    message = "inv_freq is not that of head_dim 8 and base 10000: give the base .* as --rope-base"
+    refused_alike(folder, tmp_path, message)
+    with pytest.raises(OpenELMError, match=message):
+        inspect(str(folder))
+
+
+def test_rotary_frequencies_of_another_base(tmp_path, plain):
+    buffer = {"inv_freq": FREQUENCIES**2}
+    folder = changed(plain, lambda arrays: arrays | buffer, rope_freq_constant=1e8)
+    assert read_alike(folder, tmp_path).config.rope_freq_constant == 1e8
+    folder = changed(plain, lambda arrays: arrays, rope_freq_constant=1e4)
+    again(folder, tmp_path / "m", rope_base=1e8)
 
 
 def test_names_that_only_some_tensors_have_around_them(tmp_path, plain):

@@ -133,6 +133,19 @@ def test_a_file_without_checksums(tmp_path):
     assert TorchCheckpoint(path).load("w").tolist() == data.tolist()
 
 
+def test_rotary_frequencies_are_kept_apart(tmp_path):
+    state = {"layers.0.attn.pos_embedding.inv_freq": tensor("0", "FloatStorage", 4, (4,), (1,))}
+    state["w"] = tensor("0", "FloatStorage", 4, (4,), (1,))
+    data = np.arange(4, dtype=np.float32)
+    file = TorchCheckpoint(write(tmp_path / "x.pt", state, {"0": data}))
+    info, read = file.rotary
+    assert list(file.tensors) == ["w"] and info.shape == (4,)
+    assert read().tolist() == data.tolist()
+    state["inv_freq"] = tensor("0", "FloatStorage", 4, (9,), (1,))
+    with pytest.raises(ConversionError, match="inv_freq reaches element 8 of a storage of 4"):
+        TorchCheckpoint(write(tmp_path / "x.pt", {"inv_freq": state["inv_freq"]}, {"0": data}))
+
+
 def test_types(tmp_path):
     values = np.array([1.5, -2.0, 0.25, 3.0], np.float32)
     storages = {
