@@ -78,9 +78,11 @@ def test_a_folder_of_an_earlier_version_is_replaced_if_all_names_are_ours(tmp_pa
     del record["files"]
     (model / "conversion.json").write_text(json.dumps(record))
     (model / "LICENSE").write_text("x")
-    shutil.copytree(model, tmp_path / "other")
-    (tmp_path / "other" / "notes.txt").write_text("x")
-    spared(tmp_path, source, tmp_path / "other", "contains notes.txt, which openelm convert did")
+    for name in ("notes.txt", "adapters.safetensors"):
+        shutil.copytree(model, tmp_path / "other")
+        (tmp_path / "other" / name).write_text("x")
+        spared(tmp_path, source, tmp_path / "other", f"contains {name}, which openelm convert did")
+        shutil.rmtree(tmp_path / "other")
     convert(ConvertOptions(source, model, force=True))
     assert not (model / "LICENSE").exists()
 
