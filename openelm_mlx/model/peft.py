@@ -264,8 +264,7 @@ def strengths(parts: Mapping[str, LowRank]) -> tuple[bool, dict[str, float]]:
         for stem, part in parts.items():
             divisor = math.sqrt(part.rank) if stabilised else part.rank
             near = part.scale * divisor
-            tries = (float(round(near)), near, math.nextafter(near, 0), math.nextafter(near, 1e9))
-            alphas[stem] = next((alpha for alpha in tries if alpha / divisor == part.scale), near)
+            alphas[stem] = whole if (whole := float(round(near))) / divisor == part.scale else near
         found[stabilised] = alphas
         if all(alpha.is_integer() for alpha in alphas.values()):
             return stabilised, {stem: int(alpha) for stem, alpha in alphas.items()}
