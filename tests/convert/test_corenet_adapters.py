@@ -28,12 +28,12 @@ from openelm_mlx.model.fingerprint import fingerprint, same_base
 FIXTURES = ("lora", "lora-rs", "dora")
 
 
-def run(name, tmp_path, **fields):
+def run(name, tmp_path, target="m", **fields):
     return convert(
         ConvertOptions(
             **{
                 "source": GOLDEN / name / "checkpoint.pt",
-                "target": tmp_path / "m",
+                "target": tmp_path / target,
                 "tokenizer": tokenizer_file(tmp_path, 112),
                 **fields,
             }
@@ -73,7 +73,7 @@ def test_a_kept_adapter_on_a_quantized_base(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "plan_quantization", None)  # it is refused before
     for asked in ({"bits": 8, "group_size": 32}, {"target_bpw": 6.0}):
         with pytest.raises(OptionError, match="no DoRA adapter to a quantized embedding; merge it"):
-            run("dora", tmp_path, adapter="keep", target=tmp_path / "n", **asked)
+            run("dora", tmp_path, adapter="keep", target="n", **asked)
     assert not (tmp_path / "n").exists()
 
 
@@ -93,7 +93,7 @@ def test_ranks_and_scales_that_differ_by_layer(tmp_path):
     )
     (tmp_path / "c.yaml").write_text(text)
     run("lora", tmp_path, config=tmp_path / "c.yaml")
-    run("lora", tmp_path, config=tmp_path / "c.yaml", adapter="keep", target=tmp_path / "kept")
+    run("lora", tmp_path, config=tmp_path / "c.yaml", adapter="keep", target="kept")
     tokens = np.load(GOLDEN / "lora" / "golden.npz")["input_ids"]
     settings = json.loads((tmp_path / "kept" / "adapter" / "adapter_config.json").read_text())
     assert settings["lora_parameters"]["scale"] == 1.0
@@ -207,6 +207,20 @@ def test_a_merge_in_half_precision_rounds_once(tmp_path):
     )
 
 
+@pytest.mark.parametrize("form", ["mlx", "hf"])
+def test_rows_that_pad_the_vocabulary_are_cut_from_the_adapter_too(form, tmp_path):
+    (tmp_path / "smaller").mkdir()
+    tokens, smaller = mx.array([[1, 7, 90, 3]]), tokenizer_file(tmp_path / "smaller", 100)
+    run("dora", tmp_path, tokenizer=smaller)
+    run("dora", tmp_path, "kept", tokenizer=smaller, adapter="keep", target_format=form)
+    config = OpenELMConfig.from_file(tmp_path / "kept" / "config.json")
+    model = OpenELM(config)
+    model.load_weights(str(tmp_path / "kept" / "model.safetensors"))
+    logits = adapted(model, read_adapter(tmp_path / "kept" / "adapter", config))(tokens)
+    assert logits.shape == (1, 4, 100)
+    assert np.abs(np.array(logits) - our_logits(tmp_path / "m", np.array(tokens))).max() < 1e-4
+
+
 @pytest.mark.parametrize("name", FIXTURES)
 def test_an_adapter_is_read_out_of_a_checkpoint(name, tmp_path):
     """Applied beside the base, it gives the reference's logits; it belongs to that base alone."""
@@ -221,7 +235,7 @@ def test_an_adapter_is_read_out_of_a_checkpoint(name, tmp_path):
         assert np.abs(np.array(logits) - golden["logits"]).max() < 1e-4
         assert same_base(adapter.base, fingerprint(config, parameters(model).get))
     with pytest.raises(ConversionError, match="contains an adapter already; leave out --adapter-f"):
-        run(name, tmp_path, target=tmp_path / "n", adapter_folder=tmp_path / "m" / "adapter")
+        run(name, tmp_path, target="n", adapter_folder=tmp_path / "m" / "adapter")
     with pytest.raises(ConversionError, match="is not an adapter: give a folder with adapter_conf"):
         read_adapter(NANO, config)
 
@@ -229,7 +243,7 @@ def test_an_adapter_is_read_out_of_a_checkpoint(name, tmp_path):
 @pytest.mark.parametrize("name", FIXTURES)
 def test_a_kept_adapter_merges_to_what_merging_at_once_gives(name, tmp_path):
     run(name, tmp_path)
-    run(name, tmp_path, adapter="keep", target=tmp_path / "kept")
+    run(name, tmp_path, adapter="keep", target="kept")
     convert(
         ConvertOptions(
             source=tmp_path / "kept",
