@@ -56,6 +56,7 @@ KINDS = {
     "ranks": {"roles": ROLES, "ranks": {"transformer.layers.1.ffn.proj_1": 2}},
     "embedding": {"roles": EMBEDDED},
     "columns": {"roles": EMBEDDED, "use_dora": True},
+    "head": {"roles": ("head", *ROLES)},
 }
 
 
@@ -66,7 +67,8 @@ def test_merged_kept_and_applied_are_one_model(tmp_path, base, kind):
     assert difference(our_logits(base, TOKENS), expected) > 0.05
     merged = again(base, tmp_path / "m", adapter_folder=folder)
     hf = again(base, tmp_path / "h", adapter_folder=folder, adapter="keep", target_format="hf")
-    assert is_tied(merged) == (kind not in ("embedding", "columns")) and is_tied(hf)
+    assert is_tied(merged) == (kind not in ("embedding", "columns", "head"))
+    assert is_tied(hf) == (kind != "head")
     found = {
         "merged": our_logits(merged, TOKENS),
         "merged, in mlx-lm": mlx_lm_logits(merged, TOKENS),
