@@ -13,6 +13,7 @@ YAML of the training:
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -80,8 +81,9 @@ def read_checkpoint(path: Path, config: OpenELMConfig) -> Adapter:
     files = weights_by_kind(path).get("pt", []) if path.is_dir() else [path]
     source = TorchCheckpoint(files[0]) if len(files) == 1 and files[0].is_file() else None
     if source is None or not has_adapters(source):
+        what = "is not an adapter" if os.path.lexists(path) else "does not exist"
         raise ConversionError(
-            f"{path} is not an adapter: give a folder with adapter_config.json, as mlx-lm and PEFT "
+            f"{path} {what}: give a folder with adapter_config.json, as mlx-lm and PEFT "
             "write it, or a CoreNet checkpoint with LoRA or DoRA"
         )
     yaml, base = source.path.with_name("config.yaml"), BaseLayers(source)

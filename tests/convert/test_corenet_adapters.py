@@ -238,6 +238,8 @@ def test_an_adapter_is_read_out_of_a_checkpoint(name, tmp_path):
         run(name, tmp_path, target="n", adapter_folder=tmp_path / "m" / "adapter")
     with pytest.raises(ConversionError, match="is not an adapter: give a folder with adapter_conf"):
         read_adapter(NANO, config)
+    with pytest.raises(ConversionError, match="nowhere does not exist: give a folder with"):
+        read_adapter(tmp_path / "nowhere", config)
 
 
 @pytest.mark.parametrize("name", FIXTURES)
