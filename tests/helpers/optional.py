@@ -74,6 +74,7 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
     "matplotlib": lambda: find_spec("matplotlib") is not None,
     "llguidance": lambda: find_spec("llguidance") is not None,
     "llama.cpp": lambda: peer("llama.cpp"),
+    "cyllama": lambda: find_spec("cyllama") is not None,
     "torch": lambda: peer("torch"),
     "peft": lambda: find_spec("peft") is not None and find_spec("torch") is not None,
     "OpenBLAS": lambda: blas.path is not None,
