@@ -5,16 +5,17 @@ read.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.record import RECORD, TOOL, ConversionReport
 from openelm_mlx.convert.sources.adapters import CONFIG, FORM_OF
 from openelm_mlx.convert.targets import staged
 from openelm_mlx.convert.targets.checks import check_apart, hashes_in
+from openelm_mlx.dtypes import name_of
 from openelm_mlx.errors import ConversionError, OptionError
-from openelm_mlx.files import read_json, write_json
-from openelm_mlx.model.adapter_files import SETTINGS, read_adapter, write_adapter
+from openelm_mlx.files import read_header, read_json, write_json
+from openelm_mlx.model.adapter_files import SETTINGS, read_adapter, shortest, write_adapter
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, normal_name
 
 TAKEN = ("source", "target", "target_format", "config", "force", "dry_run", "source_name")
@@ -43,25 +44,28 @@ def convert_adapter(options: ConvertOptions) -> AdapterReport:
     config = base_config(options, base_name)
     adapter = read_adapter(options.source, config)
     check_apart(options.target, options.inputs)
-    arrays = [x for part in set(adapter.parts.values()) for x in (part.a, part.b, part.magnitude)]
-    numbers = sum(array.size for array in arrays if array is not None)
+    parts = set(adapter.parts.values())
+    arrays = [x for part in parts for x in (part.a, part.b, part.magnitude) if x is not None]
+    numbers, dtype = sum(array.size for array in arrays), shortest(arrays)
     report = AdapterReport(
         target=options.target,
         config=config,
         source_bytes=sum(path.stat().st_size for path in options.source.glob("*.safetensors")),
-        written_bytes=4 * numbers,
+        written_bytes=dtype.size * numbers,
         dropped_rows=0,
         memory_bytes=8 * numbers,
-        types={"float32": list(adapter.parts)},
+        types={name_of(dtype): list(adapter.parts)},
         numbers=numbers,
     )
     if options.dry_run:
         return report
     with staged(options) as folder:
         write_adapter(folder, adapter, FORM_OF[options.format], config, base_name)
+        (file,) = folder.glob("*.safetensors")  # which may have padding, and folded scales
+        written = sum(place.info.nbytes for place in read_header(file).values())
         record = {"tool": TOOL, "source": options.shown_source}
         write_json(folder / RECORD, record | {"files": hashes_in(folder)})
-    return report
+    return replace(report, written_bytes=written)
 
 
 def check_options(options: ConvertOptions) -> None:

@@ -10,7 +10,7 @@ The fingerprint of the base is in the metadata of the safetensors file, which bo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +176,20 @@ def write_adapter(
         settings, arrays = peft.content(parts, base_name)
         name, metadata["format"] = peft.WEIGHTS, "pt"
     folder.mkdir(exist_ok=True)
-    contiguous = {key: mx.contiguous(array) for key, array in arrays.items()}
-    mx.save_safetensors(name_for_mlx(folder / name), contiguous, metadata=metadata)
+    dtype = shortest(arrays.values())
+    stored = {key: mx.contiguous(array.astype(dtype)) for key, array in arrays.items()}
+    mx.save_safetensors(name_for_mlx(folder / name), stored, metadata=metadata)
     write_json(folder / SETTINGS, settings)
+
+
+def shortest(arrays: Collection[mx.array]) -> mx.Dtype:
+    """Return the shortest type that holds all the numbers: an adapter keeps that of its file."""
+
+    def exact(dtype: mx.Dtype) -> bool:
+        halves = (mx.array_equal(x, x.astype(dtype).astype(mx.float32)).item() for x in arrays)
+        return all(halves)
+
+    return next((dtype for dtype in (mx.bfloat16, mx.float16) if exact(dtype)), mx.float32)
 
 
 def check_embedding(adapter: Adapter, form: str) -> None:

@@ -32,6 +32,7 @@ KINDS = {
     },
     "embedding": {"roles": ("embedding", "ffn.proj_1")},
     "half": {"dtype": mx.float16},
+    "brain": {"dtype": mx.bfloat16, "use_dora": True},
     "sides": {"roles": ("embedding", "head", "ffn.proj_1"), "lora_alpha": 3.3},
     "columns": {"roles": ("embedding", "ffn.proj_1"), "use_dora": True},
 }
@@ -103,13 +104,16 @@ def test_a_folder_of_peft_means_what_the_papers_say(tmp_path, kind):
     assert max(np.abs(expected[s] - w).max() for s, w in weights().items()) > 0.05
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "half"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_peft_to_peft_gives_equal_files(tmp_path, kind):
     folder = peft_folder(tmp_path / "a", UNTIED, **KINDS[kind])
     write_adapter(tmp_path / "b", read_adapter(folder, UNTIED), "peft", UNTIED, "base")
     one, other = (mx.load(str(tmp_path / n / "adapter_model.safetensors")) for n in "ab")
     assert one.keys() == other.keys()
     assert all(mx.array_equal(array, other[name]) for name, array in one.items())
+    assert {name: array.dtype for name, array in one.items()} == {
+        name: array.dtype for name, array in other.items()
+    }
     before, after = (json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in "ab")
     assert after["base_model_name_or_path"] == "base"
     assert after["use_rslora"] == (kind == "rs")
