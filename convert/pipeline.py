@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from openelm_mlx.convert.adapter import convert_adapter
+from openelm_mlx.convert.estimate import CHUNK_BYTES, memory_needed, memory_steps
 from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions, Progress
-from openelm_mlx.convert.quantize.plan import Quantization, memory_needed
+from openelm_mlx.convert.quantize.plan import Quantization
 from openelm_mlx.convert.quantize.rounding import fitted, quantized
 from openelm_mlx.convert.record import ConversionReport, SourceHash
 from openelm_mlx.convert.sources.adapters import is_adapter
@@ -42,7 +43,6 @@ from openelm_mlx.model.checkpoint import not_finite
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import QuantSpec, planned, stem_of
 
-CHUNK_BYTES = 16 << 20  # of a matrix, in float32, that is quantized at a time
 CACHE_BYTES = 256 << 20  # of freed buffers that MLX keeps
 
 
@@ -80,11 +80,12 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         options = in_one_type(opened, options)
     batches = verification_text(opened, options.verify_text) if options.verifies else []
     target = open_target(opened, options)
+    memory = memory_needed(memory_steps(opened, options, target.nbytes(), batches))
     if not options.dry_run:
         check_space(options.target, target.nbytes())
-        check_memory(memory_needed(opened.trimmed, options), options)
+        check_memory(memory, options)
     chosen = target.plan(progress)
-    report = make_report(opened, target, chosen, options)
+    report = replace(make_report(opened, target, chosen, options), memory_bytes=memory)
     if options.dry_run:
         return report
     hashed = opened.source.files if target.keeps_record else ()
@@ -141,7 +142,6 @@ def make_report(
         source_bytes=sum(info.nbytes for info in opened.source.tensors.values()),
         written_bytes=target.nbytes(chosen.plan or None),
         dropped_rows=opened.config.vocab_size - opened.trimmed.vocab_size,
-        memory_bytes=memory_needed(opened.trimmed, options),
         plan=chosen.plan,
         types=target.types(chosen.plan),
         source_quantization=Counter(opened.quantized.values()),
@@ -163,7 +163,7 @@ def stream(
     for number, name in enumerate(opened.shapes, start=1):
         spec = planned(chosen.plan, name)
         if name in chosen.learned:
-            yield from chosen.learned[name].items()
+            yield from chosen.learned.pop(name).items()  # not in memory when the rest is written
         elif spec is None:
             yield name, as_asked(name, opened.load(name), options)
         elif spec == planned(stored, name):

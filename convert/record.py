@@ -46,7 +46,7 @@ class ConversionReport:
     source_bytes: int
     written_bytes: int
     dropped_rows: int  # of the embeddings: those without a piece of the tokenizer
-    memory_bytes: int  # an estimate of the peak, beside the interpreter
+    memory_bytes: int = 0  # an estimate of the peak, beside the interpreter
     plan: Plan = field(default_factory=dict)
     types: Mapping[str, list[str]] = field(default_factory=dict)
     """The tensors of each type, by stem; see `Target.types`."""

@@ -69,8 +69,11 @@ def exact_weights(opened: OpenedModel) -> LazyWeights:
 def of_layer(weights: Weights, number: int) -> dict[str, mx.array]:
     """Return the weights of one layer, all in memory."""
     prefix = f"transformer.layers.{number}."
-    found = {name: weights[name] for name in weights if name.startswith(prefix)}
-    mx.eval(found)
+    found = {}
+    for name in weights:
+        if name.startswith(prefix):
+            found[name] = weights[name]
+            mx.eval(found[name])  # with it goes what it was read as
     return found
 
 

@@ -128,7 +128,7 @@ def stored_model(opened: OpenedModel) -> OpenELM:
 
 def calibration_shape(config: OpenELMConfig, options: ConvertOptions) -> tuple[int, int]:
     """Return how many rows to calibrate on, and how many tokens a row has."""
-    length, learns = row_length(config), options.calibrate is not None and not options.dry_run
+    length, learns = row_length(config), options.calibrate is not None
     return max(1, (options.calibration_tokens if learns else MEASURE_TOKENS) // length), length
 
 

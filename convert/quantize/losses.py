@@ -43,7 +43,7 @@ Losses = dict[str, dict[Spec, float]]  # stem -> spec -> mean KL divergence in n
 Rounding = Callable[[str, mx.array, Spec], mx.array]  # of a matrix by its stem, in float32
 States = list[mx.array]  # for each batch the input of a layer, [rows, length, model_dim]
 BATCH = 4  # rows of tokens in one pass: bounds the memory of activations
-STATES = 768 << 20  # bytes of states, of the models that go through the layers together
+STATES = 512 << 20  # bytes of states, of the models that go through the layers together
 ROWS = 512  # of a matrix, on which its rounding errors are taken
 NEAR = 1.5  # bits from the target that are measured; the loss of others follows from their error
 
@@ -77,9 +77,15 @@ class Reference:
     states: States  # for each batch the output of the last layer
     moments: Mapping[str, mx.array]  # stem -> mean square of each input column, [columns]
 
-    def loss(self, weights: Weights) -> float:
+    def loss(self, weights: Weights, progress: Progress | None = None) -> float:
         """Return the mean KL divergence in nats of the model that has these weights."""
-        states = last_states(self.config, weights, self.batches)
+        layers = self.config.num_transformer_layers
+
+        def tell(number: int) -> None:
+            if progress is not None:
+                progress(number + 1, layers, f"measuring all together, layer {number}")
+
+        states = last_states(self.config, weights, self.batches, progress=tell)
         return self.divergences(head_weights(self.config, weights), [states])[0]
 
     def losses_of(
@@ -202,9 +208,11 @@ class Changed:
 
     def changed(self, number: int, layer: int) -> dict[str, mx.array]:
         """Return the matrices of a layer in which a model differs."""
-        stems = (stem for stem in self.changes[number] if self.place(stem) == layer)
-        found = {f"{stem}.weight": self.matrix(number, stem) for stem in stems}
-        mx.eval(found)
+        found = {}
+        for stem in self.changes[number]:
+            if self.place(stem) == layer:
+                found[f"{stem}.weight"] = self.matrix(number, stem)
+                mx.eval(found)  # one after another: with each goes what it was rounded from
         return found
 
     def matrix(self, number: int, stem: str) -> mx.array:
@@ -319,6 +327,8 @@ def interpolated(points: list[tuple[float, float]], error: float) -> float:
     return points[-1][1] * error / points[-1][0]
 
 
-def true_loss(reference: Reference, plan: Plan, rounding: Rounding) -> float:
+def true_loss(
+    reference: Reference, plan: Plan, rounding: Rounding, progress: Progress | None = None
+) -> float:
     """Return the loss with every matrix in its spec at once, and all tensors as they are stored."""
-    return reference.loss(rounded_weights(reference.weights, plan, rounding))
+    return reference.loss(rounded_weights(reference.weights, plan, rounding), progress)

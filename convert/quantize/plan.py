@@ -5,7 +5,6 @@ A plan comes from options, from a recipe, or from measuring.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,6 @@ from openelm_mlx.convert.quantize.calibrate import (
     calibrate,
     calibrate_gptq,
     given_tokens,
-    row_length,
     written_tokens,
 )
 from openelm_mlx.convert.quantize.distill import distill
@@ -26,7 +24,7 @@ from openelm_mlx.convert.quantize.losses import make_reference
 from openelm_mlx.convert.quantize.recipes import find_recipe
 from openelm_mlx.convert.quantize.rounding import Learned
 from openelm_mlx.errors import ConversionError
-from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import MODES, Plan, all_specs, matrices
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from openelm_mlx.device import mx
 
 Shapes = Mapping[str, tuple[int, ...]]
-FLOAT32 = 4
 HELD_ROWS = 8  # of calibration text at most, on which methods are compared
 
 
@@ -44,8 +41,8 @@ class Quantization:
     """The plan of a conversion, with what calibration learned and what was measured on the way."""
 
     plan: Plan
-    learned: Mapping[str, Mapping[str, mx.array]] = field(default_factory=dict)
-    """Tensor name -> arrays to write instead of rounding to nearest."""
+    learned: dict[str, dict[str, mx.array]] = field(default_factory=dict)
+    """Tensor name -> arrays to write instead of rounding to nearest. Writing takes them out."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     fits: bool = False
     """Whether the grids of affine matrices that are not in `learned` are fitted to the weights."""
@@ -152,14 +149,3 @@ def check_divides(plan: Plan, shapes: Shapes) -> None:
             f"{stem}.weight has rows of {columns[stem]} weights, which is not a multiple of group "
             f"size {spec.group_size}; {remedy}"
         )
-
-
-def memory_needed(config: OpenELMConfig, options: ConvertOptions) -> int:
-    """Return the peak memory of a conversion in bytes, without the interpreter's."""
-    sizes = [math.prod(shape) for shape in expected_tensors(config).values()]
-    logits = 8 * row_length(config) * config.vocab_size * FLOAT32
-    if options.calibrate in ("distill", "best"):  # weights, their codes, gradients and two moments
-        return FLOAT32 * 7 * sum(sizes) + 6 * logits
-    if options.target_bpw is not None or options.calibrate is not None:
-        return FLOAT32 * 3 * sum(sizes) + 6 * logits
-    return FLOAT32 * (2 * sum(sizes) if options.verifies else 0) + FLOAT32 * 2 * max(sizes)

@@ -149,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     add("models", nargs="*", metavar="SIZE/FORM/LAYERS", help="such as 3b/4/6, or 270m")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--text", type=Path, help="measure and learn on this text, not on what the model writes")
+    add("--bpw", type=float, help="for target-bpw; by default 4.5")
     add("--tokens", type=int, default=32768, help="to learn on")
     add("--scratch", type=Path, help="where to convert; by default the system's temporary folder")
     add("--child", help=argparse.SUPPRESS)
@@ -161,6 +162,8 @@ def main(argv: list[str] | None = None) -> int:
             source = write_model(Path(scratch) / f"source-{number}", *parsed(model))
             for method in args.methods:
                 fields = METHODS[method] | {"source": source, "target": Path(scratch) / "target"}
+                if method == "target-bpw" and args.bpw:
+                    fields["target_bpw"] = args.bpw
                 if args.text and "verify" not in fields and method != "quantize":
                     fields["calibration_text"] = args.text
                 if method in LEARNING:

@@ -1,0 +1,203 @@
+"""What a conversion needs, before it works: memory, step by step.
+
+It follows from shapes and options; no weights are read. Memory is what the process takes beside the
+interpreter and its imports. Every step has its parts, and its need is their sum: steps come one
+after another, so a conversion needs what its largest step needs. `tests/tools/conversion_memory.py`
+compares this with measured peaks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from openelm_mlx.convert.opening import OpenedModel
+from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.convert.quantize import calibrate, losses
+from openelm_mlx.convert.quantize.distill import Schedule
+from openelm_mlx.convert.quantize.grids import PART as FITTED
+from openelm_mlx.convert.quantize.rounding import PART
+from openelm_mlx.device import mx
+from openelm_mlx.dtypes import itemsize
+from openelm_mlx.evaluate.score import POSITIONS
+from openelm_mlx.model.config import layer_shapes
+from openelm_mlx.quantization import BITS, matrices, planned, stem_of
+
+Parts = dict[str, int]  # what takes memory at the same time -> bytes
+FLOAT32 = 4
+CHUNK_BYTES = 4 << 20  # of a matrix, in float32, that is rounded at a time to be written
+FREED = 48 << 20  # memory that is freed and not yet given back
+
+
+def memory_needed(steps: dict[str, Parts]) -> int:
+    """Return the bytes of the largest step."""
+    return max(sum(parts.values()) for parts in steps.values())
+
+
+class Sizes:
+    """Bytes of a model's parts in float32."""
+
+    def __init__(self, opened: OpenedModel) -> None:
+        self.config, stems = opened.trimmed, matrices(opened.shapes)
+        self.head = FLOAT32 * self.config.vocab_size * self.config.model_dim
+        self.largest = FLOAT32 * max(math.prod(shape) for shape in stems.values())
+        self.columns = max(shape[1] for shape in stems.values())
+        inner = {stem: FLOAT32 * math.prod(of) for stem, of in stems.items() if ".layers." in stem}
+        self.matrix, self.layer = max(inner.values()), 0
+        for number in range(self.config.num_transformer_layers):
+            own = (size for stem, size in inner.items() if f".layers.{number}." in stem)
+            self.layer = max(self.layer, sum(own))
+
+    def states(self, tokens: int) -> int:
+        return FLOAT32 * tokens * self.config.model_dim
+
+    def activations(self, rows: int, length: int) -> int:
+        """Return what one layer makes on its way from the states of these tokens to the next."""
+        per_token = 0
+        for shape in layer_shapes(self.config):
+            ffn = shape.ffn_dim * (7 if self.config.ffn_with_glu else 4)
+            attention = shape.q_heads * (2 * length + 4 * self.config.head_dim)
+            per_token = max(per_token, ffn, attention)
+        return FLOAT32 * rows * length * (per_token + 3 * self.config.model_dim)
+
+    def logits(self, copies: int, positions: int = POSITIONS) -> int:
+        return FLOAT32 * copies * positions * self.config.vocab_size
+
+    def keys_and_values(self, tokens: int) -> int:
+        heads = sum(shape.kv_heads for shape in layer_shapes(self.config))
+        return FLOAT32 * tokens * 2 * heads * self.config.head_dim
+
+
+def memory_steps(
+    opened: OpenedModel, options: ConvertOptions, nbytes: int, texts: Sequence[mx.array] = ()
+) -> dict[str, Parts]:
+    """Return the steps of a conversion with what takes memory in each; `nbytes` are written, and
+    verified on batches of token ids, `texts`.
+    """
+    sizes = Sizes(opened)
+    rows, length = calibrate.calibration_shape(opened.trimmed, options)
+    steps = {"writing": writing(opened, sizes, nbytes)}
+    uses_text = options.target_bpw is not None or options.calibrate is not None
+    if uses_text and options.calibration_text is None:
+        steps["writing the calibration text"] = text_writing(opened, sizes, length)
+    if options.target_bpw is not None:
+        steps |= measuring(sizes, options.target_bpw, length)
+    if options.calibrate is not None:
+        steps |= error_feedback(sizes, min(rows, calibrate.GPTQ_ROWS), length, nbytes)
+    if options.calibrate in ("distill", "best"):
+        steps["distilling"] = distilling(sizes, opened.trimmed.num_parameters, rows, length)
+    if texts:
+        steps |= verifying(sizes, texts)
+    return {name: parts | {"freed": FREED} for name, parts in steps.items()}
+
+
+def writing(opened: OpenedModel, sizes: Sizes, nbytes: int) -> Parts:
+    """Return the memory of writing: some files give a matrix only as a whole."""
+    stored = 0
+    for name, info in opened.source.tensors.items():
+        per_weight = 6 if stem_of(name) in opened.quantized else itemsize(info.dtype)
+        stored = max(stored, math.prod(info.shape) * per_weight)
+    share = nbytes * sizes.largest // FLOAT32 // opened.trimmed.num_parameters
+    rows = 14 * min(sizes.largest, CHUNK_BYTES)
+    return {"a source tensor": stored, "what is written": 2 * share, "rows": rows}
+
+
+def text_writing(opened: OpenedModel, sizes: Sizes, length: int) -> Parts:
+    stored, widened, rows = 0, 0, calibrate.ROWS_AT_ONCE
+    for name, shape in opened.shapes.items():
+        spec, size = planned(opened.source.plan, name), itemsize(opened.source.tensors[name].dtype)
+        if spec is not None:
+            stored += spec.nbytes(shape, "float32")
+            continue
+        stored += math.prod(shape) * min(size, FLOAT32)
+        if size < FLOAT32:
+            widened = max(widened, FLOAT32 * math.prod(shape))
+    return {
+        "weights as they are stored": stored,
+        "a matrix in float32": widened,
+        "keys and values": 2 * sizes.keys_and_values(rows * length),
+        "logits": sizes.logits(8, rows),
+    }
+
+
+def measuring(sizes: Sizes, target_bpw: float, length: int) -> dict[str, Parts]:
+    near = sum(abs(bits - target_bpw) <= losses.NEAR for bits in BITS) or 1
+    tokens = max(1, calibrate.MEASURE_TOKENS // length) * length
+    changes = near * (4 * sizes.config.num_transformer_layers + 2)
+    states = sizes.states(tokens)
+    rounding = 14 * min(sizes.largest, FLOAT32 * FITTED)
+    models = 2 * states + min(changes * states, max(losses.STATES, states))
+    return {
+        "measuring layers": {
+            "a layer, and one that is changed": 2 * sizes.layer,
+            "a matrix while it is rounded": 2 * sizes.matrix + rounding,
+            "states of the models": models,
+            "activations": sizes.activations(losses.BATCH, length),
+        },
+        "measuring losses": {
+            "heads, exact and rounded": 3 * sizes.head + rounding,
+            "states of the models": models,
+            "logits": sizes.logits(8, min(tokens, POSITIONS)),
+        },
+    }
+
+
+def error_feedback(sizes: Sizes, rows: int, length: int, nbytes: int) -> dict[str, Parts]:
+    square = FLOAT32 * sizes.columns**2
+    part = 4 * min(sizes.largest, FLOAT32 * PART)
+    common = {
+        "a layer": sizes.layer,
+        "its inputs": sizes.states(rows * length),
+        "what is rounded so far": nbytes,
+    }
+    return {
+        "rounding the embeddings": {
+            "exact, rounded, and the codes": 7 * sizes.head // 2,
+            "rows": part,
+        },
+        "second moments": common
+        | {
+            "moments and those of a batch": 2 * square,
+            "activations": sizes.activations(calibrate.BATCH, length),
+        },
+        "inverting the moments": common | {"moments, and two in float64": 6 * square},
+        "rounding layers": common
+        | {
+            "the moments' factor": square,
+            "a matrix, rounded, and the codes": 7 * sizes.matrix // 2,
+            "rows": part,
+        },
+    }
+
+
+def distilling(sizes: Sizes, parameters: int, rows: int, length: int) -> Parts:
+    """Return the memory of distilling: it has the whole model, and its gradients."""
+    batch = Schedule.rows
+    layers = sizes.config.num_transformer_layers
+    return {
+        "exact and rounded weights": 2 * FLOAT32 * parameters,
+        "codes, before and after training": 5 * FLOAT32 * parameters,
+        "gradients and two moments of them": 4 * FLOAT32 * parameters,
+        "states": sizes.states(rows * length),
+        "activations": layers * sizes.activations(batch, length),
+        "logits": sizes.logits(6, batch * length),
+    }
+
+
+def verifying(sizes: Sizes, texts: Sequence[mx.array]) -> dict[str, Parts]:
+    states = 2 * sizes.states(sum(tokens.size for tokens in texts))
+    most = max(sizes.activations(*tokens.shape) for tokens in texts)
+    return {
+        "verifying layers": {
+            "a layer": sizes.layer,
+            "a matrix as it is read": sizes.matrix,
+            "states of both models": states,
+            "activations": most,
+        },
+        "verifying losses": {
+            "heads of both models": 2 * sizes.head,
+            "a matrix as it is read": sizes.head,
+            "states of both models": states,
+            "logits": sizes.logits(10, min(POSITIONS, max(tokens.size for tokens in texts))),
+        },
+    }

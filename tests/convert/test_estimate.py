@@ -1,0 +1,60 @@
+"""The memory that a conversion is said to need, against what MLX counts while it works."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from conversion_memory import write_model
+from formats import TINY
+
+from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.convert.estimate import FREED, memory_needed, memory_steps
+from openelm_mlx.convert.opening import open_model
+from openelm_mlx.convert.verify import verification_text
+from openelm_mlx.device import mx
+
+SHAPE = replace(
+    TINY,
+    model_dim=256,
+    head_dim=64,
+    num_transformer_layers=2,
+    vocab_size=8192,
+    max_context_length=128,
+    ffn_multipliers=(1.0, 4.0),
+    qkv_multipliers=(0.5, 1.0),
+)
+STEPS = {  # how progress begins -> the step that it tells of
+    "measuring layer": "measuring layers",
+    "measuring the loss": "measuring losses",
+    "verifying layer": "verifying layers",
+    "verifying logits": "verifying losses",
+}
+
+
+def test_every_step_takes_what_is_said_and_not_much_less(tmp_path):
+    folder = write_model(tmp_path / "source", SHAPE, "bfloat16")
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time there was a girl who lived in a forest with a fox " * 9)
+    options = ConvertOptions(
+        folder, tmp_path / "m", target_bpw=8.5, calibration_text=text, verify_text=text
+    )
+    opened = open_model(options)
+    said = convert(replace(options, dry_run=True))
+    texts = verification_text(opened, text)
+    steps = memory_steps(opened, options, said.written_bytes, texts)
+    assert said.memory_bytes == memory_needed(steps)
+    peaks: Counter[str] = Counter()
+
+    def watch(done: int, total: int, what: str) -> None:
+        for start, step in STEPS.items():
+            if what.startswith(start) and not what.endswith("layer 0"):  # which comes after more
+                peaks[step] = max(peaks[step], mx.get_peak_memory() - before)
+        mx.reset_peak_memory()
+
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    convert(options, watch)
+    needs = {step: sum(steps[step].values()) - FREED for step in STEPS.values()}
+    shares = {step: peaks[step] / need for step, need in needs.items()}
+    assert all(0.4 < share <= 1.0 for share in shares.values()), (shares, needs)
