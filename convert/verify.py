@@ -138,8 +138,10 @@ def check_bound(
     """Raise `ConversionError` if the mean KL divergence is above the bound."""
     found = losses["mean_kl_divergence"]
     remedy = "take more bits, --target-bpw or --calibrate"
-    if target_format != "mlx":  # the others quantize little or not at all: float32 loses nothing
-        remedy = "take --dtype float32, without --bits"
+    if target_format == "hf":  # it is not quantized: float32 loses nothing
+        remedy = "take --dtype float32"
+    if target_format == "gguf":
+        remedy = "take more bits (--gguf-type), or --dtype float32 without --bits and --gguf-type"
     if max_kl is not None and not found <= max_kl:
         raise ConversionError(
             f"the mean KL divergence over {losses['tokens']:,} tokens is "

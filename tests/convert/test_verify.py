@@ -62,7 +62,7 @@ def test_bound():
         (
             "a/x.gguf",
             "--to gguf --bits 8 --max-kl 0",
-            "above --max-kl 0; nothing was written: take --dtype float32, without --bits",
+            "above --max-kl 0; nothing was written: take more bits (--gguf-type), or",
         ),
     ],
 )
