@@ -54,7 +54,6 @@ SHARED = {"convert.opening", "convert.options", "convert.record"}
 LAZY = {
     ("engine", "convert"),  # a source is made a folder that can be loaded
     ("dtypes", "device"),  # the type as MLX has it
-    ("model", "convert"),  # an adapter inside a checkpoint of CoreNet's
 }
 ENTRANCES = {"openelm_mlx", "openelm_mlx.convert"}  # __init__.py of names that resolve on first use
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.device import mx
-from openelm_mlx.errors import ConversionError, OptionError, naming
-from openelm_mlx.model.adapter_files import (
+from openelm_mlx.engine.adapter_files import (
     SETTINGS,
     WEIGHT_FILES,
     check_embedding,
@@ -22,6 +21,7 @@ from openelm_mlx.model.adapter_files import (
     with_rows,
     write_adapter,
 )
+from openelm_mlx.errors import ConversionError, OptionError, naming
 from openelm_mlx.model.adapters import Adapter, LowRank, lengths
 from openelm_mlx.model.checkpoint import check_finite
 from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig

@@ -23,9 +23,9 @@ from typing import Any
 from openelm_mlx.convert.sources import HEAD, TensorSource, weights_by_kind
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.device import mx
+from openelm_mlx.engine.adapter_files import with_rows
 from openelm_mlx.errors import ConfigError, ConversionError
 from openelm_mlx.files import read_yaml
-from openelm_mlx.model.adapter_files import with_rows
 from openelm_mlx.model.adapters import Adapter, LowRank
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.model.fingerprint import SAMPLE, fingerprint

@@ -143,7 +143,7 @@ def adapter_facts(folder: Path | None, config: OpenELMConfig) -> dict[str, Any]:
     """Return the entry about an adapter, or none if there is no folder."""
     if folder is None:
         return {}
-    from openelm_mlx.model.adapter_files import read_adapter
+    from openelm_mlx.engine.adapter_files import read_adapter
     from openelm_mlx.model.config import HEAD, expected_tensors
 
     adapter = read_adapter(folder, config)

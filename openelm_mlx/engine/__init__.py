@@ -2,5 +2,6 @@
 
 Loading, tokenizer and chat format, options, sampling, the scheduler and its step, drafts and the
 prefix cache live here; generation.py is the map. It knows no command line and prints nothing but
-that a source is converted, for which alone it imports `openelm_mlx.convert`.
+that a source is converted; for this, and for an adapter inside a checkpoint, it imports
+`openelm_mlx.convert`.
 """

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from openelm_mlx import device
 from openelm_mlx.device import mx, nn, set_wired_limit
 from openelm_mlx.dtypes import DTYPES, FLOATS, name_of
+from openelm_mlx.engine.adapter_files import read_adapter
 from openelm_mlx.engine.decode import Steps
 from openelm_mlx.engine.hub import Resolved, resolve_model
 from openelm_mlx.engine.options import ModelOptions, SamplingOptions
@@ -19,7 +20,6 @@ from openelm_mlx.engine.tokenizer import Tokenizer, check_vocabulary
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, naming
 from openelm_mlx.fields import shown
 from openelm_mlx.files import read_json
-from openelm_mlx.model.adapter_files import read_adapter
 from openelm_mlx.model.adapters import Adapter, adapted, prepare
 from openelm_mlx.model.checkpoint import read_model
 from openelm_mlx.model.config import GENERATION_CONFIG, GENERATION_KEYS, OpenELMConfig

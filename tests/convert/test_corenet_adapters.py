@@ -18,8 +18,8 @@ from openelm_mlx.convert.sources.corenet_adapters import LoraOptions, corenet_ad
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.convert.targets import folder
 from openelm_mlx.device import mx
+from openelm_mlx.engine.adapter_files import read_adapter
 from openelm_mlx.errors import ConfigError, ConversionError, OptionError
-from openelm_mlx.model.adapter_files import read_adapter
 from openelm_mlx.model.adapters import adapted
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM, parameters

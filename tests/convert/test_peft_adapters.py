@@ -18,8 +18,8 @@ from openelm_mlx import load
 from openelm_mlx.cli import main
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.device import mx
+from openelm_mlx.engine.adapter_files import read_adapter
 from openelm_mlx.errors import ConversionError, OpenELMError, OptionError
-from openelm_mlx.model.adapter_files import read_adapter
 from openelm_mlx.model.adapters import adapted
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM

@@ -13,8 +13,8 @@ from adapter_folders import EMBEDDINGS, ROLES, mlx_lm_folder, peft_folder, stems
 from formats import TINY
 
 from openelm_mlx.device import mx
+from openelm_mlx.engine.adapter_files import read_adapter, write_adapter
 from openelm_mlx.errors import CheckpointError, ConversionError, OpenELMError
-from openelm_mlx.model.adapter_files import read_adapter, write_adapter
 from openelm_mlx.model.adapters import Adapter, LowRank
 from openelm_mlx.model.config import expected_tensors
 
