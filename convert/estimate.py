@@ -1,31 +1,43 @@
-"""What a conversion needs, before it works: memory, step by step.
+"""What a conversion needs, before it works: memory, step by step, and time.
 
-It follows from shapes and options; no weights are read. Memory is what the process takes beside the
-interpreter and its imports. Every step has its parts, and its need is their sum: steps come one
-after another, so a conversion needs what its largest step needs. `tests/tools/conversion_memory.py`
-compares this with measured peaks.
+Both follow from shapes and options; no weights are read. Memory is what the process takes beside
+the interpreter and its imports. Every step has its parts, and needs their sum: steps come one after
+another, so a conversion needs what its largest step needs. `tests/tools/conversion_memory.py`
+compares this with measured peaks. Time is counted work over rates that are measured in a fraction
+of a second, and a guess: other programs, the disk and the size of matrices change it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from openelm_mlx.convert.opening import OpenedModel
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize import calibrate, losses
 from openelm_mlx.convert.quantize.distill import Schedule
 from openelm_mlx.convert.quantize.grids import PART as FITTED
-from openelm_mlx.convert.quantize.rounding import PART
+from openelm_mlx.convert.quantize.rounding import (
+    PART,
+    error_feedback,
+    fitted_weights,
+    inverse_factor,
+)
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import itemsize
-from openelm_mlx.evaluate.score import POSITIONS
+from openelm_mlx.evaluate.score import POSITIONS, kl_divergence
 from openelm_mlx.model.config import layer_shapes
-from openelm_mlx.quantization import BITS, matrices, planned, stem_of
+from openelm_mlx.quantization import BITS, QuantSpec, all_specs, matrices, planned, stem_of
 
 Parts = dict[str, int]  # what takes memory at the same time -> bytes
 FLOAT32 = 4
 CHUNK_BYTES = 4 << 20  # of a matrix, in float32, that is rounded at a time to be written
+DISK = 1e9  # bytes that are read or written in a second
+WHOLE = 5  # whole plans that are measured: the chosen one, and uniform ones beside it
 FREED = 48 << 20  # memory that is freed and not yet given back
 
 
@@ -83,7 +95,7 @@ def memory_steps(
     if options.target_bpw is not None:
         steps |= measuring(sizes, options.target_bpw, length)
     if options.calibrate is not None:
-        steps |= error_feedback(sizes, min(rows, calibrate.GPTQ_ROWS), length, nbytes)
+        steps |= feeding_back(sizes, min(rows, calibrate.GPTQ_ROWS), length, nbytes)
     if options.calibrate in ("distill", "best"):
         steps["distilling"] = distilling(sizes, opened.trimmed.num_parameters, rows, length)
     if texts:
@@ -142,7 +154,7 @@ def measuring(sizes: Sizes, target_bpw: float, length: int) -> dict[str, Parts]:
     }
 
 
-def error_feedback(sizes: Sizes, rows: int, length: int, nbytes: int) -> dict[str, Parts]:
+def feeding_back(sizes: Sizes, rows: int, length: int, nbytes: int) -> dict[str, Parts]:
     square = FLOAT32 * sizes.columns**2
     part = 4 * min(sizes.largest, FLOAT32 * PART)
     common = {
@@ -201,3 +213,62 @@ def verifying(sizes: Sizes, texts: Sequence[mx.array]) -> dict[str, Parts]:
             "logits": sizes.logits(10, min(POSITIONS, max(tokens.size for tokens in texts))),
         },
     }
+
+
+def seconds_needed(
+    opened: OpenedModel, options: ConvertOptions, nbytes: int, texts: Sequence[mx.array] = ()
+) -> float:
+    """Return about how long a conversion takes on this machine. Measuring the rates computes."""
+    config, stems = opened.trimmed, matrices(opened.shapes)
+    rate, weights = rates(), config.num_parameters
+    rows, length = calibrate.calibration_shape(config, options)
+    measured = max(1, calibrate.MEASURE_TOKENS // length) * length
+    each = 2 * weights * rate["multiply"]  # for a token through the model
+
+    def compared(tokens: int) -> float:
+        return tokens * config.vocab_size * rate["compare"]
+
+    stored = sum(info.nbytes for info in opened.source.tensors.values())
+    fits = options.target_bpw is not None and options.calibrate is None
+    work = weights * rate["fit" if fits else "quantize"] if options.quantizes else 0.0
+    seconds = work + (stored + nbytes) / DISK
+    if options.calibration_text is None and (options.target_bpw or options.calibrate):
+        seconds += 3 * rows * length * each  # few rows at a time: memory is what limits
+    if options.target_bpw is not None:
+        near = sum(abs(bits - options.target_bpw) <= losses.NEAR for bits in BITS) or 1
+        models = near * len(stems)
+        sampled = sum(min(shape[0], losses.ROWS) * shape[1] for shape in stems.values())
+        seconds += (models / 2 + WHOLE) * measured * each + (models + WHOLE) * compared(measured)
+        seconds += ((near + WHOLE) * weights + len(all_specs()) * sampled) * rate["fit"]
+    if options.calibrate is not None:
+        tokens, inner = min(rows, calibrate.GPTQ_ROWS) * length, [of[1] for of in stems.values()]
+        products = sum(2 * tokens * n**2 + 4 * n**3 for n in inner) * rate["multiply"]
+        seconds += 4 * tokens * each + products + weights * rate["feed back"]
+    if options.calibrate in ("distill", "best"):
+        tokens = int(Schedule.epochs * rows * length)
+        seconds += 4 * tokens * each + 2 * compared(tokens)
+    tokens = sum(text.size for text in texts)
+    return seconds + (2 * tokens * each + compared(tokens) + 2 * stored / DISK if texts else 0.0)
+
+
+def rates() -> dict[str, float]:
+    """Return the seconds that parts of the work take on this machine: for a floating-point
+    operation of a product, for a weight that is rounded, and for a logit that is compared.
+    """
+    x, square = mx.random.normal((256, 1024)), mx.random.normal((1024, 1024))
+    plain, spec = np.array(square[:, :128]), QuantSpec(4, 64)
+    factor = inverse_factor(np.eye(128, dtype=np.float32))
+    work: dict[str, tuple[int, Callable[[], Any]]] = {
+        "multiply": (2 * x.size * 1024, lambda: x @ square),
+        "quantize": (square.size, lambda: mx.quantize(square)),
+        "fit": (x.size, lambda: fitted_weights(x, spec, mx.bfloat16)),
+        "compare": (x.size, lambda: kl_divergence(x, x + 0.1)),
+        "feed back": (plain.size, lambda: error_feedback(plain, factor, spec, mx.bfloat16).codes),
+    }
+    found = {}
+    for name, (count, run) in work.items():
+        mx.eval(run())  # the first run prepares more than it computes
+        start = time.perf_counter()
+        mx.eval(run())
+        found[name] = (time.perf_counter() - start) / count
+    return found

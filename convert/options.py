@@ -111,7 +111,7 @@ class ConvertOptions:
         0.0,
         math.inf,
     )
-    dry_run: bool = option(False, "show the plan, sizes and memory needed, and write nothing")
+    dry_run: bool = option(False, "show plan, sizes, memory and time needed; write nothing")
     force: bool = option(
         False, "replace what an earlier conversion wrote, if nobody has changed it since"
     )

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from openelm_mlx.convert.adapter import convert_adapter
-from openelm_mlx.convert.estimate import CHUNK_BYTES, memory_needed, memory_steps
+from openelm_mlx.convert.estimate import CHUNK_BYTES, memory_needed, memory_steps, seconds_needed
 from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions, Progress
 from openelm_mlx.convert.quantize.plan import Quantization
@@ -80,14 +80,15 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         options = in_one_type(opened, options)
     batches = verification_text(opened, options.verify_text) if options.verifies else []
     target = open_target(opened, options)
-    memory = memory_needed(memory_steps(opened, options, target.nbytes(), batches))
+    asked = opened, options, target.nbytes(), batches
+    memory = memory_needed(memory_steps(*asked))
     if not options.dry_run:
         check_space(options.target, target.nbytes())
         check_memory(memory, options)
     chosen = target.plan(progress)
     report = replace(make_report(opened, target, chosen, options), memory_bytes=memory)
     if options.dry_run:
-        return report
+        return replace(report, seconds=seconds_needed(*asked))
     hashed = opened.source.files if target.keeps_record else ()
     with SourceHash(hashed) as hashes, staged(options) as folder:
         path = target.write(folder, chosen.plan, stream(opened, chosen, options, progress))

@@ -47,6 +47,7 @@ class ConversionReport:
     written_bytes: int
     dropped_rows: int  # of the embeddings: those without a piece of the tokenizer
     memory_bytes: int = 0  # an estimate of the peak, beside the interpreter
+    seconds: float | None = None  # how long it will take, about; known in a dry run
     plan: Plan = field(default_factory=dict)
     types: Mapping[str, list[str]] = field(default_factory=dict)
     """The tensors of each type, by stem; see `Target.types`."""

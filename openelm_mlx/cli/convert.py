@@ -138,6 +138,7 @@ def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]
         "rounded_again": report.rounded_again,
         "dequantized": report.dequantized,
         "memory_bytes": report.memory_bytes,
+        "estimated_seconds": report.seconds,
         "calibration": dict(report.measured),
         "verification": None if report.verification is None else dict(report.verification),
     }
@@ -171,8 +172,18 @@ def show_report(report: ConversionReport, options: ConvertOptions) -> None:
         print("the plan has to be measured, which a dry run does not do; this size is the most")
     if options.dry_run:
         print(f"memory needed: about {report.memory_bytes / 1e6:,.0f} MB; nothing was written")
+    if report.seconds is not None:
+        print(f"time needed: about {rough(report.seconds)}, an estimate")
     for name in ("sum_of_losses", "loss_together"):
         if name in report.measured:
             print(f"{label(name)} on calibration text: {report.measured[name]:.6g}")
     for name, value in losses_shown(report.verification or {}):
         print(f"{name}: {value}")
+
+
+def rough(seconds: float) -> str:
+    """Return a time in the largest unit that leaves two or more, else in seconds."""
+    for unit, name in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{max(1, round(seconds))} seconds"

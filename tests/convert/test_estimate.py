@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 from conversion_memory import write_model
 from formats import TINY
 
-from openelm_mlx.convert import ConvertOptions, convert
+from openelm_mlx.cli.convert import rough
+from openelm_mlx.convert import ConvertOptions, convert, estimate
 from openelm_mlx.convert.estimate import FREED, memory_needed, memory_steps
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.verify import verification_text
@@ -58,3 +60,25 @@ def test_every_step_takes_what_is_said_and_not_much_less(tmp_path):
     needs = {step: sum(steps[step].values()) - FREED for step in STEPS.values()}
     shares = {step: peaks[step] / need for step, need in needs.items()}
     assert all(0.4 < share <= 1.0 for share in shares.values()), (shares, needs)
+
+
+def test_more_work_is_said_to_take_longer(tmp_path, monkeypatch):
+    folder, rates = write_model(tmp_path / "source", SHAPE, "bfloat16"), estimate.rates()
+    assert all(0 < rate < 1e-3 for rate in rates.values())
+    monkeypatch.setattr(estimate, "rates", lambda: rates)
+    work: list[dict[str, Any]] = [
+        {},
+        {"bits": 4},
+        {"bits": 4, "verify": True},
+        {"target_bpw": 4.5, "verify": True},
+        {"target_bpw": 4.5, "verify": True, "calibrate": "gptq"},
+        {"target_bpw": 4.5, "verify": True, "calibrate": "distill"},
+    ]
+    said = [
+        convert(ConvertOptions(folder, tmp_path / "m", dry_run=True, **fields)).seconds
+        for fields in work
+    ]
+    assert said == sorted(said) and 0 < said[0] < said[-1]
+    assert [rough(s) for s in (0.2, 119, 121, 7300)] == [
+        *("1 seconds", "119 seconds", "2 minutes", "2 hours"),
+    ]
