@@ -124,6 +124,23 @@ def test_a_head_that_differs_is_the_models_own(tmp_path, plain, stated):
     np.testing.assert_allclose(logits(engine), want, rtol=1e-6)
 
 
+def test_a_head_of_another_type_is_the_models_own(tmp_path, plain):
+    def add(arrays):
+        arrays[f"{EMBEDDINGS}.weight"] = arrays[f"{EMBEDDINGS}.weight"].astype(mx.bfloat16)
+        arrays[f"{HEAD}.weight"] = arrays[f"{EMBEDDINGS}.weight"].astype(mx.float32)
+
+    assert not read_alike(changed(plain, add), tmp_path).config.share_input_output_layers
+
+
+def test_half_a_head_is_none(tmp_path, plain):
+    folder = again(plain, tmp_path / "q", bits=4, group_size=32)
+
+    def add(arrays):
+        arrays[f"{HEAD}.biases"] = arrays[f"{EMBEDDINGS}.biases"]
+
+    refused_alike(changed(folder, add), tmp_path, "1 the model does not have .lm_head.biases")
+
+
 def test_a_head_that_is_said_to_be_the_models_own_stays(tmp_path, plain):
     def copy(arrays):
         arrays[f"{HEAD}.weight"] = arrays[f"{EMBEDDINGS}.weight"]
@@ -256,6 +273,25 @@ def test_doubles_are_read_as_singles(tmp_path, plain, monkeypatch):
     want, path = logits(load(plain)), plain / "model.safetensors"
     save_file({name: array.astype(np.float64) for name, array in load_file(path).items()}, path)
     np.testing.assert_array_equal(logits(read_alike(plain, tmp_path)), want)
+
+
+def test_what_loading_leaves_to_converting(tmp_path, plain, monkeypatch):
+    """A configuration of CoreNet's, which tells less, and adapters beside their base."""
+    monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / "cache"))
+    want, config = logits(load(plain)), (plain / "config.json").read_text()
+    (plain / "config.json").write_text('{"model_name": "mine", "max_context_length": 64}')
+    engine = load(plain)
+    np.testing.assert_array_equal(logits(engine), want)
+    assert engine.config.max_context_length == 64 and engine.path.parent != tmp_path
+    (plain / "config.json").write_text(config)
+
+    def adapt(arrays):
+        arrays[f"{OUT}.base_layer.weight"] = arrays.pop(f"{OUT}.weight")
+        arrays[f"{OUT}.lora_A.default.weight"] = mx.ones((2, 32))
+        arrays[f"{OUT}.lora_B.default.weight"] = mx.ones((32, 2))
+
+    message = "contains an adapter of .*, whose strength is not in the tensors"
+    refused_alike(changed(plain, adapt), tmp_path, message)
 
 
 @pytest.mark.parametrize("offsets", [[0, None], ["a", 3], 5, [0], {"0": 1}, [1e3, 2e3], None])
