@@ -13,10 +13,11 @@ from openelm_mlx.convert.sources.adapters import CONFIG, FORM_OF
 from openelm_mlx.convert.targets import staged
 from openelm_mlx.convert.targets.checks import check_apart, hashes_in
 from openelm_mlx.dtypes import name_of
-from openelm_mlx.engine.adapter_files import SETTINGS, read_adapter, shortest, write_adapter
+from openelm_mlx.engine.adapter_files import read_adapter, shortest, write_adapter
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import read_header, read_json, write_json
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, normal_name
+from openelm_mlx.model.peft import SETTINGS
 
 TAKEN = ("source", "target", "target_format", "config", "force", "dry_run", "source_name")
 BASE_KEYS = ("base_model_name_or_path", "model")  # PEFT's and mlx-lm's

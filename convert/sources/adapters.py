@@ -14,7 +14,6 @@ from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.sources import TensorSource
 from openelm_mlx.device import mx
 from openelm_mlx.engine.adapter_files import (
-    SETTINGS,
     WEIGHT_FILES,
     check_embedding,
     read_adapter,
@@ -26,6 +25,7 @@ from openelm_mlx.model.adapters import Adapter, LowRank, lengths
 from openelm_mlx.model.checkpoint import check_finite
 from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig
 from openelm_mlx.model.fingerprint import SAMPLE, fingerprint, same_base
+from openelm_mlx.model.peft import SETTINGS
 from openelm_mlx.quantization import stem_of
 
 ADAPTER_FOLDER, CONFIG = "adapter", "config.json"

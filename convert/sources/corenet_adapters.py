@@ -20,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.convert.sources import HEAD, TensorSource, weights_by_kind
+from openelm_mlx.convert.sources import TensorSource, weights_by_kind
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.device import mx
 from openelm_mlx.engine.adapter_files import with_rows
 from openelm_mlx.errors import ConfigError, ConversionError
 from openelm_mlx.files import read_yaml
 from openelm_mlx.model.adapters import Adapter, LowRank
-from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.config import HEAD, OpenELMConfig
 from openelm_mlx.model.fingerprint import SAMPLE, fingerprint
-from openelm_mlx.model.peft import is_plain
+from openelm_mlx.model.peft import divisor, is_plain
 
 BASE = re.compile(r"(.+)\.base_layer\.weight")
 PART = re.compile(
@@ -159,7 +159,7 @@ def strengths(path: Path, options: LoraOptions) -> Strength:
 
     def strength(stem: str, rank: int) -> float:
         if options.alpha is not None:
-            return options.alpha / (math.sqrt(rank) if options.rank_stabilised else rank)
+            return options.alpha / divisor(rank, options.rank_stabilised)
         corenets = "classifier" if stem == HEAD else stem.removeprefix("transformer.")
         for pattern, alpha, yaml_rank, stabilised in rules:
             if not pattern.match(corenets):
@@ -169,7 +169,7 @@ def strengths(path: Path, options: LoraOptions) -> Strength:
                     f"{options.yaml} gives {corenets} rank {yaml_rank}, but its tensors have rank "
                     f"{rank}"
                 )
-            return alpha / (math.sqrt(rank) if stabilised else rank)
+            return alpha / divisor(rank, stabilised)
         raise ConversionError(
             f"{path} contains an adapter of {stem}, whose strength is not in the tensors: give the "
             "YAML it was trained with as --config, or its lora_alpha as --lora-alpha (Apple's: 32)"

@@ -31,9 +31,9 @@ from openelm_mlx.convert.targets.checks import (
     check_replaceable,
     names_in,
 )
-from openelm_mlx.engine.adapter_files import SETTINGS
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import check_writable, name_for_mlx
+from openelm_mlx.model.peft import SETTINGS
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.quantize.plan import Quantization

@@ -19,11 +19,12 @@ from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.errors import CheckpointError, ConversionError, naming
 from openelm_mlx.files import name_for_mlx, read_header, read_json, write_json
 from openelm_mlx.model import peft
-from openelm_mlx.model.adapters import EMBEDDINGS, HEAD, Adapter, LowRank
-from openelm_mlx.model.config import MAX_PADDING, OpenELMConfig
+from openelm_mlx.model.adapters import Adapter, LowRank
+from openelm_mlx.model.config import EMBEDDINGS, HEAD, MAX_PADDING, OpenELMConfig
 from openelm_mlx.model.fingerprint import numbers_of
+from openelm_mlx.model.peft import SETTINGS
 
-SETTINGS, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+WEIGHTS = "adapters.safetensors"
 WEIGHT_FILES = (WEIGHTS, peft.WEIGHTS)
 BASE = "openelm_base"  # the key of the fingerprint
 LEAVES = ("lora_a", "lora_b", "m")

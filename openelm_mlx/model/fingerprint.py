@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from openelm_mlx.device import mx
-from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.model.config import HEAD, OpenELMConfig, expected_tensors
 from openelm_mlx.model.decoder import OpenELM, parameters
 from openelm_mlx.quantization import stem_of
 
@@ -33,7 +33,7 @@ def fingerprint(config: OpenELMConfig, rows: Callable[[str], mx.array | None]) -
     """
     samples = []
     for name, shape in expected_tensors(config).items():
-        if name == "lm_head.weight":
+        if name == f"{HEAD}.weight":
             continue
         count, tensor = min(SAMPLE, *shape), rows(name)
         if tensor is None:

@@ -24,8 +24,10 @@ from typing import Any
 
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConfigError, ConversionError
-from openelm_mlx.model.adapters import EMBEDDINGS, LowRank
+from openelm_mlx.model.adapters import LowRank
+from openelm_mlx.model.config import EMBEDDINGS
 
+SETTINGS = "adapter_config.json"  # of mlx-lm's folders too
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 NAME = re.compile(
@@ -61,7 +63,7 @@ class Settings:
         LoRA and DoRA, and `ConfigError` for values of the wrong type.
         """
         check_supported(folder, raw)
-        where = f"{folder}/adapter_config.json"
+        where = f"{folder}/{SETTINGS}"
         for key in ("use_rslora", "use_dora"):
             if type(raw.get(key) or False) is not bool:
                 raise ConfigError(f"{where}: {key} is {raw[key]!r:.40}; it must be true or false")
@@ -90,7 +92,12 @@ class Settings:
             )
         alphas = self.alphas.items()
         alpha = next((alpha for pattern, alpha in alphas if pattern.match(stem)), self.alpha)
-        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+        return alpha / divisor(rank, self.rank_stabilised)
+
+
+def divisor(rank: int, rank_stabilised: bool) -> float:
+    """Return what alpha is divided by to give the scale of a layer: see above."""
+    return math.sqrt(rank) if rank_stabilised else rank
 
 
 def check_supported(folder: Path, raw: Mapping[str, Any]) -> None:
@@ -197,8 +204,8 @@ def read_parts(
 def check_complete(
     folder: Path, stem: str, leaves: Mapping[str, mx.array], wanted: Sequence[str]
 ) -> None:
-    """Raise `ConversionError` unless a part has the `wanted` tensors, all of them matrices and
-    finite, but for a vector of magnitudes.
+    """Raise `ConversionError` unless a part has the `wanted` tensors, all of them matrices but for
+    a vector of magnitudes.
     """
     if leaves.keys() != set(wanted):
         lacking = sorted(set(wanted) - leaves.keys()) or sorted(leaves.keys() - set(wanted))
@@ -208,10 +215,6 @@ def check_complete(
         if leaf in wanted[:2] and (array.ndim != 2 or 0 in array.shape):
             raise ConversionError(
                 f"{folder}: {leaf} of {stem!r:.100} has shape {array.shape}; it must be a matrix"
-            )
-        if not mx.isfinite(array).all().item():
-            raise ConversionError(
-                f"{folder}: {leaf} of {stem!r:.100} has NaN or infinite numbers; it is damaged"
             )
 
 
@@ -262,9 +265,9 @@ def strengths(parts: Mapping[str, LowRank]) -> tuple[bool, dict[str, float]]:
     for stabilised in (False, True):
         alphas = {}
         for stem, part in parts.items():
-            divisor = math.sqrt(part.rank) if stabilised else part.rank
-            near = part.scale * divisor
-            alphas[stem] = whole if (whole := float(round(near))) / divisor == part.scale else near
+            by = divisor(part.rank, stabilised)
+            near = part.scale * by
+            alphas[stem] = whole if (whole := float(round(near))) / by == part.scale else near
         found[stabilised] = alphas
         if all(alpha.is_integer() for alpha in alphas.values()):
             return stabilised, {stem: int(alpha) for stem, alpha in alphas.items()}

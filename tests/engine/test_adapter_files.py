@@ -240,7 +240,7 @@ NAME = f"base_model.model.{QKV}"
         ),
         (
             lambda c, t: t.update({f"{NAME}.lora_A.weight": mx.full((4, 32), math.nan)}),
-            "lora_A of .* has NaN or infinite numbers; it is damaged",
+            "A of transformer.layers.1.attn.qkv_proj has NaN or infinite weights",
         ),
         (
             lambda c, t: t.update({f"{NAME}.lora_A.weight": mx.ones((4, 32), mx.int32)}),
