@@ -164,7 +164,7 @@ def feeding_back(sizes: Sizes, rows: int, length: int, nbytes: int) -> dict[str,
     }
     return {
         "rounding the embeddings": {
-            "exact, rounded, and the codes": 7 * sizes.head // 2,
+            "exact, rounded, and the codes": 4 * sizes.head,
             "rows": part,
         },
         "second moments": common
@@ -176,7 +176,7 @@ def feeding_back(sizes: Sizes, rows: int, length: int, nbytes: int) -> dict[str,
         "rounding layers": common
         | {
             "the moments' factor": square,
-            "a matrix, rounded, and the codes": 7 * sizes.matrix // 2,
+            "a matrix, rounded, and the codes": 4 * sizes.matrix,
             "rows": part,
         },
     }
