@@ -31,7 +31,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.dtypes import itemsize
 from openelm_mlx.evaluate.score import POSITIONS, kl_divergence
 from openelm_mlx.model.config import layer_shapes
-from openelm_mlx.quantization import BITS, QuantSpec, all_specs, matrices, planned, stem_of
+from openelm_mlx.quantization import QuantSpec, all_specs, matrices, planned, stem_of
 
 Parts = dict[str, int]  # what takes memory at the same time -> bytes
 FLOAT32 = 4
@@ -89,8 +89,7 @@ def memory_steps(
     sizes = Sizes(opened)
     rows, length = calibrate.calibration_shape(opened.trimmed, options)
     steps = {"writing": writing(opened, sizes, nbytes)}
-    uses_text = options.target_bpw is not None or options.calibrate is not None
-    if uses_text and options.calibration_text is None:
+    if options.uses_text and options.calibration_text is None:
         steps["writing the calibration text"] = text_writing(opened, sizes, length)
     if options.target_bpw is not None:
         steps |= measuring(sizes, options.target_bpw, length)
@@ -133,8 +132,8 @@ def text_writing(opened: OpenedModel, sizes: Sizes, length: int) -> Parts:
 
 
 def measuring(sizes: Sizes, target_bpw: float, length: int) -> dict[str, Parts]:
-    near = sum(abs(bits - target_bpw) <= losses.NEAR for bits in BITS) or 1
-    tokens = max(1, calibrate.MEASURE_TOKENS // length) * length
+    near = len(losses.near_bits(target_bpw))
+    tokens = calibrate.measured_rows(length) * length
     changes = near * (4 * sizes.config.num_transformer_layers + 2)
     states = sizes.states(tokens)
     rounding = 14 * min(sizes.largest, FLOAT32 * FITTED)
@@ -222,7 +221,7 @@ def seconds_needed(
     config, stems = opened.trimmed, matrices(opened.shapes)
     rate, weights = rates(), config.num_parameters
     rows, length = calibrate.calibration_shape(config, options)
-    measured = max(1, calibrate.MEASURE_TOKENS // length) * length
+    measured = calibrate.measured_rows(length) * length
     each = 2 * weights * rate["multiply"]  # for a token through the model
 
     def compared(tokens: int) -> float:
@@ -232,10 +231,10 @@ def seconds_needed(
     fits = options.target_bpw is not None and options.calibrate is None
     work = weights * rate["fit" if fits else "quantize"] if options.quantizes else 0.0
     seconds = work + (stored + nbytes) / DISK
-    if options.calibration_text is None and (options.target_bpw or options.calibrate):
+    if options.uses_text and options.calibration_text is None:
         seconds += 3 * rows * length * each  # few rows at a time: memory is what limits
     if options.target_bpw is not None:
-        near = sum(abs(bits - options.target_bpw) <= losses.NEAR for bits in BITS) or 1
+        near = len(losses.near_bits(options.target_bpw))
         models = near * len(stems)
         sampled = sum(min(shape[0], losses.ROWS) * shape[1] for shape in stems.values())
         seconds += (models / 2 + WHOLE) * measured * each + (models + WHOLE) * compared(measured)

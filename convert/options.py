@@ -182,6 +182,11 @@ class ConvertOptions:
         return self.spec is not None or self.recipe is not None or self.target_bpw is not None
 
     @property
+    def uses_text(self) -> bool:
+        """True if something is measured or learned on calibration text."""
+        return self.target_bpw is not None or self.calibrate is not None
+
+    @property
     def verifies(self) -> bool:
         return self.verify or self.verify_text is not None or self.max_kl is not None
 
@@ -220,8 +225,7 @@ def check_quantization(options: ConvertOptions) -> None:
         raise OptionError(
             f"--calibrate {options.calibrate} needs something to round; give {', '.join(flags)} too"
         )
-    uses_text = options.target_bpw is not None or options.calibrate is not None
-    if options.calibration_text is not None and not uses_text:
+    if options.calibration_text is not None and not options.uses_text:
         raise OptionError(
             "--calibration-text is used by --target-bpw and --calibrate; give one of them too"
         )

@@ -76,7 +76,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     check_apart(options.target, [*opened.source.files, opened.tokenizer.path])
     if opened.source.instruct and options.instruct is None:
         options = replace(options, instruct=True)
-    if options.target_bpw is not None or options.calibrate is not None:
+    if options.uses_text:
         options = in_one_type(opened, options)
     batches = verification_text(opened, options.verify_text) if options.verifies else []
     target = open_target(opened, options)
@@ -160,7 +160,7 @@ def stream(
 
     At most one tensor of the source is in memory, and only some rows of a matrix to be quantized.
     """
-    stored = opened.source.plan if options.dtype is None else {}
+    stored = opened.source.plan if options.keeps_plan else {}
     for number, name in enumerate(opened.shapes, start=1):
         spec = planned(chosen.plan, name)
         if name in chosen.learned:

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 from openelm_mlx.convert.quantize import LazyWeights, Weights, exact_weights, last_states
 from openelm_mlx.convert.quantize.losses import head_weights, logits_from
 from openelm_mlx.convert.record import with_interval
-from openelm_mlx.convert.sources.folder import dequantized
+from openelm_mlx.convert.sources.folder import dequantized, load_place
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.targets import config_of
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.evaluate.score import POSITIONS, Comparison, compare_logits
-from openelm_mlx.files import read_json, read_text
-from openelm_mlx.model.checkpoint import PARTS, not_finite
+from openelm_mlx.files import read_json, read_places, read_text
+from openelm_mlx.model.checkpoint import PARTS, not_finite, unpacked
 from openelm_mlx.model.config import BOS, OpenELMConfig, expected_tensors
-from openelm_mlx.quantization import planned, quantization_of, read_plan, stem_of
+from openelm_mlx.quantization import planned, quantization_of, stem_of
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.opening import OpenedModel
@@ -152,24 +152,17 @@ def check_bound(
 
 def read_folder(folder: Path) -> tuple[OpenELMConfig, LazyWeights]:
     """Return a folder's configuration, and the float32 weights that its tensors stand for."""
-    config = OpenELMConfig.from_file(config_of(folder))
-    files = sorted(folder.glob("model*.safetensors"))
-    places = {name: file for file in files for name in load(file)}
-    shapes = expected_tensors(config)
-    plan = read_plan(quantization_of(read_json(config_of(folder))), shapes, places)
+    raw, places = read_json(config_of(folder)), read_places(folder)
+    config = OpenELMConfig.from_hf_dict(raw)
+    stored = {name: place.info for name, place in places.items()}
+    specs = unpacked(stored, quantization_of(raw)).specs
 
     def read(name: str) -> mx.array:
         parts = (f"{stem_of(name)}.{part}" for part in PARTS)
-        arrays = {part: load(places[part])[part] for part in parts if part in places}
-        return dequantized(name, arrays, planned(plan, name))
+        arrays = {part: load_place(places[part]) for part in parts if part in places}
+        return dequantized(name, arrays, planned(specs, name))
 
-    return config, LazyWeights(shapes, read)
-
-
-def load(file: Path) -> dict[str, mx.array]:
-    """Return the arrays of a file. MLX reads each when it is first computed with, and keeps it."""
-    arrays: Any = mx.load(str(file))
-    return dict(arrays)
+    return config, LazyWeights(expected_tensors(config), read)
 
 
 def read_gguf(path: Path) -> tuple[OpenELMConfig, LazyWeights]:

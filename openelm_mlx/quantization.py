@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,23 +181,6 @@ def spec_of(quantization: Mapping[str, Any], stem: str) -> QuantSpec | None:
         what = f"{bits!r} bits in groups of {group_size!r}"
         problem = f"config.json quantizes {stem} to {what}"
         raise ConfigError(f"{problem}, which MLX does not have in mode {mode}") from None
-
-
-def read_plan(
-    quantization: Mapping[str, Any] | None,
-    shapes: Mapping[str, tuple[int, ...]],
-    stored: Collection[str],
-) -> Plan:
-    """Return the plan behind a config.json's `quantization`; it is the inverse of `config_entry`.
-
-    `stored` are the names of the tensors in the file: one without scales is not quantized.
-    """
-    stems = matrices(shapes)
-    if not quantization:
-        return dict.fromkeys(stems)
-    return {
-        stem: spec_of(quantization, stem) if f"{stem}.scales" in stored else None for stem in stems
-    }
 
 
 def config_entry(plan: Plan) -> dict[str, Any] | None:

@@ -20,7 +20,6 @@ from openelm_mlx.quantization import (
     config_entry,
     make_spec,
     quantization_of,
-    read_plan,
     spec_of,
 )
 
@@ -142,9 +141,9 @@ def test_either_key_of_config_json():
 def test_config_entry_is_read_back():
     shapes = expected_tensors(OpenELMConfig.from_name("270m"))
     plan = mixed_plan(shapes)
-    stored = {f"{stem}.scales" for stem, spec in plan.items() if spec is not None}
-    assert read_plan(config_entry(plan), shapes, stored) == plan
+    entry = config_entry(plan)
+    quantized = {stem: spec for stem, spec in plan.items() if spec is not None}
+    assert {stem: spec_of(entry, stem) for stem in quantized} == quantized
     assert config_entry(dict.fromkeys(plan)) is None
-    assert read_plan(None, shapes, set()) == dict.fromkeys(plan)
     uniform = config_entry(dict.fromkeys(plan, QuantSpec(4, 64)))
     assert uniform == {"group_size": 64, "bits": 4, "mode": "affine"}

@@ -128,8 +128,15 @@ def stored_model(opened: OpenedModel) -> OpenELM:
 
 def calibration_shape(config: OpenELMConfig, options: ConvertOptions) -> tuple[int, int]:
     """Return how many rows to calibrate on, and how many tokens a row has."""
-    length, learns = row_length(config), options.calibrate is not None
-    return max(1, (options.calibration_tokens if learns else MEASURE_TOKENS) // length), length
+    length = row_length(config)
+    if options.calibrate is None:
+        return measured_rows(length), length
+    return max(1, options.calibration_tokens // length), length
+
+
+def measured_rows(length: int) -> int:
+    """Return on how many rows of so many tokens every matrix is measured."""
+    return max(1, MEASURE_TOKENS // length)
 
 
 def text_tokens(path: Path, encode: Encode, length: int, limit: int | None = None) -> mx.array:

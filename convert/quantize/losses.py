@@ -266,7 +266,7 @@ def measure(
     near, for targets this far around `target_bpw`.
     """
     stems = matrices(shapes)
-    near = [bits for bits in BITS if abs(bits - target_bpw) <= NEAR + spread] or [8]
+    near = near_bits(target_bpw, spread)
     errors: dict[str, dict[Spec, float]] = {}
     probes: list[tuple[str, QuantSpec]] = []
     for number, (stem, shape) in enumerate(stems.items(), 1):
@@ -286,6 +286,11 @@ def measure(
         stem: {spec: interpolated(points[stem], error) for spec, error in own.items()}
         for stem, own in errors.items()
     }
+
+
+def near_bits(target_bpw: float, spread: float = 0.0) -> list[int]:
+    """Return the numbers of bits that `measure` measures."""
+    return [bits for bits in BITS if abs(bits - target_bpw) <= NEAR + spread] or [8]
 
 
 def rounding_errors(
@@ -325,10 +330,3 @@ def interpolated(points: list[tuple[float, float]], error: float) -> float:
             share = math.log(error / low) / math.log(high / low) if high > low else 1.0
             return math.exp(math.log(a) * (1 - share) + math.log(b) * share)
     return points[-1][1] * error / points[-1][0]
-
-
-def true_loss(
-    reference: Reference, plan: Plan, rounding: Rounding, progress: Progress | None = None
-) -> float:
-    """Return the loss with every matrix in its spec at once, and all tensors as they are stored."""
-    return reference.loss(rounded_weights(reference.weights, plan, rounding), progress)

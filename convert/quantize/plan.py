@@ -13,10 +13,10 @@ from openelm_mlx.convert.quantize import Weights, exact_weights
 from openelm_mlx.convert.quantize.allocate import choose, measured_plan
 from openelm_mlx.convert.quantize.calibrate import (
     GPTQ_ROWS,
-    MEASURE_TOKENS,
     calibrate,
     calibrate_gptq,
     given_tokens,
+    measured_rows,
     written_tokens,
 )
 from openelm_mlx.convert.quantize.distill import distill
@@ -61,7 +61,7 @@ def plan_quantization(
         plan = given_plan(opened, options)
     else:
         check_size(opened.shapes, dtype, options.target_bpw)
-    if options.dry_run or (options.target_bpw is None and options.calibrate is None):
+    if options.dry_run or not options.uses_text:
         return Quantization(plan)
     given = given_tokens(opened, options)
     exact = exact_weights(opened)
@@ -77,11 +77,11 @@ def plan_quantization(
         "calibration_text": "sampled from the model" if text is None else text.name,
     }
     if options.target_bpw is not None:
-        rows = max(1, MEASURE_TOKENS // tokens.shape[1])
-        given_to = opened.trimmed, exact, tokens[:rows], dtype, options.target_bpw
+        rows = tokens[: measured_rows(tokens.shape[1])]
+        given_to = opened.trimmed, exact, rows, dtype, options.target_bpw
         plan, found = measured_plan(*given_to, progress)
         measured |= found
-    if options.calibrate is None or options.dry_run:
+    if options.calibrate is None:
         return Quantization(plan, {}, measured, fits=True)
     inputs = opened.trimmed, exact, plan, tokens, dtype, progress
     if options.calibrate == "best":

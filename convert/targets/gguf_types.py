@@ -7,9 +7,9 @@ embedding is its head too, and that queries, keys and values are one matrix, cou
 
 from __future__ import annotations
 
-from openelm_mlx.convert.sources import EMBEDDINGS
+from openelm_mlx.dtypes import BY_GGUF
 from openelm_mlx.errors import ConversionError
-from openelm_mlx.model.config import OpenELMConfig, expected_tensors, layer_shapes
+from openelm_mlx.model.config import EMBEDDINGS, OpenELMConfig, expected_tensors, layer_shapes
 from openelm_mlx.quantization import stem_of
 
 # for rows that the type's blocks of 256 do not divide
@@ -21,7 +21,6 @@ FALLBACK = {
     "Q6_K": "Q8_0",
     "IQ4_XS": "IQ4_NL",
 }
-FLOATS = ("F32", "F16", "BF16")
 QKV, OUT, DOWN = "attn.qkv_proj", "attn.out_proj", "ffn.proj_2"
 
 
@@ -48,7 +47,7 @@ def types_of(mixture: str, config: OpenELMConfig) -> dict[str, str]:
         kind = wanted(mixture, stem_of(name), config) if len(shape) == 2 else "F32"
         if kind in FALLBACK and shape[-1] % 256:
             kind = FALLBACK[kind]
-        if kind not in FLOATS and shape[-1] % 32:
+        if kind not in BY_GGUF and shape[-1] % 32:
             raise ConversionError(
                 f"{name} has rows of {shape[-1]} weights, which is not a multiple of {kind}'s 32; "
                 "leave out --gguf-type and --bits"
@@ -60,7 +59,7 @@ def types_of(mixture: str, config: OpenELMConfig) -> dict[str, str]:
 def wanted(mixture: str, stem: str, config: OpenELMConfig) -> str:
     """Return the type of a matrix, if the length of its rows permits it."""
     base = mixture.removesuffix("_S").removesuffix("_M").removesuffix("_L")
-    if base in FLOATS or base == "Q8_0":
+    if base in BY_GGUF or base == "Q8_0":
         return base
     if stem == EMBEDDINGS:
         return "Q6_K"

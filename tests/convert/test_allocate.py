@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from formats import tokenizer_file
 from golden_set import GOLDEN
-from small import random_tokens, small_model
+from small import random_tokens, small_model, true_loss
 
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.quantize.allocate import (
@@ -26,7 +26,6 @@ from openelm_mlx.convert.quantize.losses import (
     measure,
     nearest,
     rounded_weights,
-    true_loss,
 )
 from openelm_mlx.convert.verify import read_folder
 from openelm_mlx.device import mx

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from formats import again, random_folder, tokenizer_file
 from golden_set import GOLDEN
-from small import random_tokens, small_model
+from small import random_tokens, small_model, true_loss
 
 from openelm_mlx import load
 from openelm_mlx.convert import ConvertOptions, convert
@@ -28,7 +28,7 @@ from openelm_mlx.convert.quantize.calibrate import (
     text_tokens,
 )
 from openelm_mlx.convert.quantize.distill import Schedule, Start, distill, finished
-from openelm_mlx.convert.quantize.losses import make_reference, nearest, true_loss
+from openelm_mlx.convert.quantize.losses import make_reference, nearest
 from openelm_mlx.convert.quantize.plan import calibrate_best
 from openelm_mlx.convert.quantize.rounding import (
     Learned,

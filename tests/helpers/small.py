@@ -7,13 +7,14 @@ from dataclasses import replace
 from golden_set import FLAGS, GOLDEN
 
 from openelm_mlx.benchmarks.checks import random_engine, random_model
+from openelm_mlx.convert.quantize.losses import Reference, Rounding, rounded_weights
 from openelm_mlx.convert.sources import infer_config
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.device import mx
 from openelm_mlx.model.adapters import Adapter, LowRank, dense
 from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig, expected_tensors
 from openelm_mlx.model.decoder import OpenELM, parameters
-from openelm_mlx.quantization import matrices, stem_of
+from openelm_mlx.quantization import Plan, matrices, stem_of
 
 __all__ = [
     "merged_model",
@@ -22,6 +23,7 @@ __all__ = [
     "random_model",
     "random_tokens",
     "small_model",
+    "true_loss",
 ]
 
 
@@ -41,6 +43,11 @@ def random_tokens(config: OpenELMConfig, rows: int = 6, length: int = 32) -> mx.
     return mx.random.randint(3, config.vocab_size, (rows, length), key=mx.random.key(5)).astype(
         mx.int32
     )
+
+
+def true_loss(reference: Reference, plan: Plan, rounding: Rounding) -> float:
+    """Return the loss with every matrix in its spec at once, and all tensors as they are stored."""
+    return reference.loss(rounded_weights(reference.weights, plan, rounding))
 
 
 def random_adapter(

@@ -141,7 +141,7 @@ class OurMethods:
         self.wanted, self.config, self.exact, self.tokens = args.methods, config, exact, tokens
         self.shapes = expected_tensors(config)
         if {"target-bpw", *LEARNED} & set(args.methods):
-            rows = max(1, calibrate.MEASURE_TOKENS // tokens.shape[1])
+            rows = calibrate.measured_rows(tokens.shape[1])
             targets = args.targets or [bits + 0.5 for bits in args.bits]
             middle = (min(targets) + max(targets)) / 2
             spread = max(targets) - middle
