@@ -211,6 +211,11 @@ class ConvertOptions:
 
 def check_quantization(options: ConvertOptions) -> None:
     """Raise `OptionError` for two ways to choose a plan at once, or for calibration of nothing."""
+    if options.group_size is not None and options.bits is None and options.mode is None:
+        chosen = (("--recipe", options.recipe), ("--target-bpw", options.target_bpw))
+        for flag, value in (*chosen, ("--gguf-type", options.gguf_type)):
+            if value is not None:
+                raise OptionError(f"{flag} chooses the groups by itself; leave out --group-size")
     flags = {
         "--bits or --mode": options.spec,
         "--recipe": options.recipe,
@@ -224,6 +229,11 @@ def check_quantization(options: ConvertOptions) -> None:
     if options.calibrate is not None and not given:
         raise OptionError(
             f"--calibrate {options.calibrate} needs something to round; give {', '.join(flags)} too"
+        )
+    if options.calibrate is not None and options.mode not in (None, "affine"):
+        raise OptionError(
+            f"--calibrate {options.calibrate} learns the rounding of affine matrices, and --mode "
+            f"{options.mode} has none; leave out one of them"
         )
     if options.calibration_text is not None and not options.uses_text:
         raise OptionError(

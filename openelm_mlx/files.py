@@ -22,6 +22,7 @@ MAX_JSON_BYTES = 4 << 20  # a sharded 3B's index has 40 KB
 MAX_YAML_BYTES = 1 << 18  # CoreNet's recipes have 5 KB
 # the 3B's has 40 KB; the format allows 100 MB, which as JSON would take gigabytes
 MAX_HEADER_BYTES = 2 << 20
+MAX_TEXT_BYTES = 256 << 20
 MAX_NUMBER = 1 << 62
 # errors of file systems that cannot lock
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -330,7 +331,12 @@ def why_not_writable(path: Path, folder: bool) -> str | None:
 def read_text(path: str | Path, flag: str) -> str:
     """Return the text of a file that the user named. Raises `OptionError` that names `flag`."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with open(path, "rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:  # /dev/zero has no end
+            most = f"{MAX_TEXT_BYTES >> 20} MiB"
+            raise OptionError(f"{flag} {path} has more than {most}; give a part of it")
+        return data.decode("utf-8-sig")
     except OSError as error:
         problem = f"{error.strerror}; give a text file"
         raise OptionError(f"{flag} {path} cannot be read: {problem}") from None

@@ -15,6 +15,7 @@ import pytest
 from bench_document import rich_document
 from golden_set import NANO
 
+from openelm_mlx import files
 from openelm_mlx.benchmarks.results.document import save
 from openelm_mlx.cli import main
 from openelm_mlx.convert import ConvertOptions, convert
@@ -214,6 +215,13 @@ def test_texts_that_cannot_be_read(tmp_path):
         OptionError, match=r"--system-file .* cannot be read: Is a directory; give a text file"
     ):
         read_text(tmp_path, "--system-file")
+
+
+def test_a_text_without_an_end(monkeypatch):
+    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 1 << 20)
+    message = "--verify-text /dev/zero has more than 1 MiB; give a part of it"
+    with pytest.raises(OptionError, match=message):
+        read_text("/dev/zero", "--verify-text")
 
 
 @contextmanager

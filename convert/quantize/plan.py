@@ -15,6 +15,7 @@ from openelm_mlx.convert.quantize.calibrate import (
     GPTQ_ROWS,
     calibrate,
     calibrate_gptq,
+    calibration_shape,
     given_tokens,
     measured_rows,
     written_tokens,
@@ -61,17 +62,20 @@ def plan_quantization(
         plan = given_plan(opened, options)
     else:
         check_size(opened.shapes, dtype, options.target_bpw)
-    if options.dry_run or not options.uses_text:
+    if not options.uses_text:
         return Quantization(plan)
     given = given_tokens(opened, options)
+    count, length = calibration_shape(opened.trimmed, options) if given is None else given.shape
+    if options.calibrate == "best" and count < 2:
+        raise ConversionError(
+            f"the calibration text has {length} tokens; --calibrate best compares on a part "
+            f"that is not learned from, so give at least {2 * length}"
+        )
+    if options.dry_run:
+        return Quantization(plan)
     exact = exact_weights(opened)
     tokens = written_tokens(opened, options, progress) if given is None else given
     text = options.calibration_text
-    if options.calibrate == "best" and len(tokens) < 2:
-        raise ConversionError(
-            f"the calibration text has {tokens.size} tokens; --calibrate best compares on a part "
-            f"that is not learned from, so give at least {2 * tokens.size}"
-        )
     measured: dict[str, Any] = {
         "calibration_tokens": tokens.size,
         "calibration_text": "sampled from the model" if text is None else text.name,

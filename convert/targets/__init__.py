@@ -31,7 +31,7 @@ from openelm_mlx.convert.targets.checks import (
     check_replaceable,
     names_in,
 )
-from openelm_mlx.errors import ConversionError
+from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import check_writable, name_for_mlx
 from openelm_mlx.model.peft import SETTINGS
 
@@ -96,6 +96,7 @@ def check_target(options: ConvertOptions) -> None:
     target = options.target
     if not options.is_gguf:
         name_for_mlx(os.path.abspath(target))
+    check_length(target)
     if not options.dry_run:
         check_writable(target, "--output", folder=True)
         if target.absolute().parent.is_dir():
@@ -109,6 +110,16 @@ def check_target(options: ConvertOptions) -> None:
         )
     check_apart(target, options.inputs)
     check_replaceable(target, options.is_gguf)
+
+
+def check_length(target: Path) -> None:
+    """Raise `OptionError` for a name that leaves no room for what a neighbour's has beside it."""
+    longest = 255 - len(f"..partial-{os.getpid()}-12345678")  # bytes, on all usual file systems
+    if len(os.fsencode(target.name)) > longest:
+        raise OptionError(
+            f"--output {target.name:.30} ... is a name of more than {longest} bytes; give a "
+            "shorter one"
+        )
 
 
 @contextlib.contextmanager

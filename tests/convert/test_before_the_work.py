@@ -118,6 +118,14 @@ def test_a_target_that_mlx_could_not_open(source, monkeypatch):
     assert [path.name for path in here.iterdir()] == ["model.gguf"]
 
 
+def test_a_name_that_leaves_no_room_for_the_unfinished_ones(source):
+    for ending in ("", ".gguf"):
+        options = ConvertOptions(source, source.parent / ("ü" * 120 + ending), dry_run=True)
+        with pytest.raises(OptionError, match=r"--output ü{30} ... is a name of more than 2\d\d"):
+            convert(options)
+    convert(ConvertOptions(source, source.parent / ("n" * 220)))
+
+
 def test_files_whose_names_are_not_utf_8_do_not_end_the_record(source):
     recipe = source.parent / f"{CAFE}.yaml"
     try:

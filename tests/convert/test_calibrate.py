@@ -300,7 +300,8 @@ def test_the_better_of_two_calibrations_on_text_that_neither_saw():
     assert record["losses"][record["method"]] == min(record["losses"].values())
 
 
-def test_one_row_of_text_is_too_little_to_compare_on(tmp_path):
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_one_row_of_text_is_too_little_to_compare_on(tmp_path, dry_run):
     (tmp_path / "text.txt").write_text("once upon a time two birds flew in a forest " * 8)
     options = ConvertOptions(
         GOLDEN / "tied-gqa4" / "checkpoint.pt",
@@ -310,6 +311,7 @@ def test_one_row_of_text_is_too_little_to_compare_on(tmp_path):
         target_bpw=4.0,
         calibrate="best",
         calibration_text=tmp_path / "text.txt",
+        dry_run=dry_run,
     )
     with pytest.raises(ConversionError, match="has 64 tokens; --calibrate best .* at least 128"):
         convert(options)
