@@ -8,7 +8,8 @@ PIP_FLAGS := --disable-pip-version-check --no-input
 # every client that the tests of an ordinary machine use
 EXTRAS := dev,plot,grammar
 comma := ,
-# two processes, of one OpenBLAS thread each; a test file stays in one, so that the models its tests share are made once
+# two processes, of one OpenBLAS thread each; a test file stays in one, so that the models its
+# tests share are made once
 PYTEST := -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test test-without coverage: export OPENBLAS_NUM_THREADS := 1
 

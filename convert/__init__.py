@@ -2,8 +2,9 @@
 
     report = convert(ConvertOptions(Path("checkpoint.pt"), Path("openelm-270m-4bit"), bits=4))
 
-`pipeline` is the map. The engine imports this room only to turn a name into a folder.
-`fetch_published` returns the path of a published name such as corenet:270m.
+`pipeline` is the map. The engine imports this room only to turn a name into a folder, and to read
+the adapter in a checkpoint. `fetch_published` returns the path of a published name such as
+corenet:270m.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Quantization: which spec every matrix gets, and how its weights are rounded to it.
 
-Here lives what chooses a plan, measures losses and learns rounding, on weights in float32. Reading
-sources, writing targets and the specs themselves (openelm_mlx.quantization) live elsewhere.
+Here lives what chooses a plan, measures losses, learns rounding and encodes llama.cpp's blocks, on
+weights in float32. Reading sources, writing targets and the specs themselves
+(openelm_mlx.quantization) live elsewhere.
 
 This file has what they share, the model as a function of float32 weights. The engine's model keeps
 its weights and is made for decoding; here weights are arguments, so that one matrix can be
