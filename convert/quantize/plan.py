@@ -124,7 +124,9 @@ def given_plan(opened: OpenedModel, options: ConvertOptions) -> Plan:
         plan = find_recipe(options.recipe).plan(shapes)
     elif not options.quantizes and options.keeps_plan:
         plan = {**plan, **opened.source.plan}
-    check_divides(plan, shapes)
+    check_divides(
+        plan, shapes, "--group-size" if options.recipe is None else "a recipe with groups of"
+    )
     return plan
 
 
@@ -137,7 +139,7 @@ def check_size(shapes: Shapes, dtype: str, target_bpw: float) -> None:
     choose(equal, shapes, dtype, target_bpw)
 
 
-def check_divides(plan: Plan, shapes: Shapes) -> None:
+def check_divides(plan: Plan, shapes: Shapes, flag: str = "--group-size") -> None:
     """Raise `ConversionError` for the first matrix whose rows its groups do not divide."""
     columns = {stem: shape[1] for stem, shape in matrices(shapes).items()}
     for stem, spec in plan.items():
@@ -146,9 +148,9 @@ def check_divides(plan: Plan, shapes: Shapes) -> None:
         quantized = [columns[other] for other, taken in plan.items() if taken is not None]
         sizes = sorted(MODES[spec.mode][1], reverse=True)
         fits = [str(size) for size in sizes if all(count % size == 0 for count in quantized)]
-        remedy = f"use --group-size {' or '.join(fits)}"
+        remedy = f"use {flag} {' or '.join(fits)}"
         if not fits:
-            remedy = "no group size fits: leave it unquantized"
+            remedy = "no group size fits: leave it unquantized, by a recipe"
         raise ConversionError(
             f"{stem}.weight has rows of {columns[stem]} weights, which is not a multiple of group "
             f"size {spec.group_size}; {remedy}"

@@ -145,6 +145,9 @@ def test_rows_that_do_not_divide_are_refused_by_name(tmp_path):
     message = "token_embeddings.weight has rows of 96 weights.*use --group-size 32|proj_2"
     with refused(tmp_path, ConversionError, message) as target:
         convert(ConvertOptions(source, target, tokenizer=tokenizer, bits=4, group_size=128))
+    (other := tmp_path / "other").mkdir()
+    with refused(other, ConversionError, "; use a recipe with groups of 32$") as target:
+        convert(ConvertOptions(source, target, tokenizer=tokenizer, recipe="mixed-3-4"))
 
 
 def test_a_source_without_tokenizer(tmp_path):
