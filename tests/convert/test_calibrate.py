@@ -150,7 +150,7 @@ def test_each_method_loses_less_than_the_one_before(name):
     learned = calibrate("gptq", config, weights, plan, tokens, "float16")
     starts = calibrate_gptq(config, weights, plan, tokens, "float16", keep_codes=True)
     trained, again = (
-        distill(config, weights, starts, tokens, Schedule(epochs=6)) for _ in range(2)
+        distill(config, weights, starts, tokens, Schedule(epochs=4)) for _ in range(2)
     )
     losses = [true_loss(reference, plan, nearest("float16"))] + [
         reference.loss(found.weights(weights)) for found in (learned, trained)
