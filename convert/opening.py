@@ -85,7 +85,7 @@ class OpenedModel:
     trimmed: OpenELMConfig
     tokenizer: TokenizerModel
     quantized: Mapping[str, str] = field(default_factory=dict)
-    """How the source's matrices are quantized, by stem, also those that an adapter is merged
+    """The quantization of the source's matrices, by stem, also of those that an adapter is merged
     into."""
 
     @property

@@ -52,11 +52,11 @@ class ConversionReport:
     types: Mapping[str, list[str]] = field(default_factory=dict)
     """The tensors of each type, by stem; see `Target.types`."""
     source_quantization: Mapping[str, int] = field(default_factory=dict)
-    """How the source's matrices are quantized, as in "Q4_K", and how many of them are."""
+    """The kinds of quantization in the source, as in "Q4_K", and the number of matrices of each."""
     rounded_again: int = 0  # of these matrices: those that are quantized in another way, or anew
     dequantized: int = 0  # of these matrices
     notes: tuple[str, ...] = ()
-    """What is not quite as it was asked for."""
+    """Sentences on what is not quite as it was asked for."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """Figures that were found while the plan was chosen and rounding was learned."""
     verification: Mapping[str, Any] | None = None

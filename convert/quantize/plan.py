@@ -46,7 +46,7 @@ class Quantization:
     """Tensor name -> arrays to write instead of rounding to nearest. Writing takes them out."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     fits: bool = False
-    """Whether the grids of affine matrices that are not in `learned` are fitted to the weights."""
+    """True if the grids of affine matrices that are not in `learned` are fitted to the weights."""
 
 
 def plan_quantization(

@@ -25,7 +25,7 @@ from openelm_mlx.quantization import matrices
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """What an adapter adds to one matrix [rows, columns]; the arrays are float32."""
+    """The part of an adapter for one matrix [rows, columns]; the arrays are float32."""
 
     a: mx.array  # [rank, columns]
     b: mx.array  # [rows, rank]

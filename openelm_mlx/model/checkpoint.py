@@ -37,7 +37,7 @@ class Unpacked(NamedTuple):
 
 
 class Headers(NamedTuple):
-    """What a model folder says of its weights before one of them is read."""
+    """The configuration and the headers of a model folder; no weights are read for them."""
 
     config: OpenELMConfig
     places: dict[str, tuple[str, TensorPlace]]  # the name in the file, and the place there
