@@ -49,7 +49,7 @@ class TensorSource(Protocol):
     rotary: tuple[TensorInfo, Callable[[], mx.array]] | None = None
     """Rotary frequencies that the source contains: their type and shape, and a reader."""
     quantized: Mapping[str, str] = {}
-    """The quantization of each matrix that has one, by stem, as in "4 bits, groups of 64" or Q4_K."""
+    """The quantization of a matrix by its stem, as in "4 bits, groups of 64" or Q4_K."""
     plan: Plan = {}
     """The matrices that are quantized in the source, in specs that this project writes."""
 
