@@ -94,7 +94,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         path = target.write(folder, chosen.plan, stream(opened, chosen, options, progress))
         if options.verifies:
             losses = verify(path, opened, batches, progress)
-            check_bound(losses, options.max_kl, options.format)
+            quantized = bool(target.rounds(chosen.plan))
+            check_bound(losses, options.max_kl, options.format, quantized)
             report = replace(report, verification=losses)
         target.write_record(folder, report, hashes.result())
     return report

@@ -133,14 +133,17 @@ def pieces(
 
 
 def check_bound(
-    losses: Mapping[str, Any], max_kl: float | None, target_format: str = "mlx"
+    losses: Mapping[str, Any],
+    max_kl: float | None,
+    target_format: str = "mlx",
+    quantized: bool = True,
 ) -> None:
     """Raise `ConversionError` if the mean KL divergence is above the bound."""
     found = losses["mean_kl_divergence"]
     remedy = "take more bits, --target-bpw or --calibrate"
-    if target_format == "hf":  # it is not quantized: float32 loses nothing
+    if not quantized:  # float32 loses nothing
         remedy = "take --dtype float32"
-    if target_format == "gguf":
+    elif target_format == "gguf":
         remedy = "take more bits (--gguf-type), or --dtype float32 without --bits and --gguf-type"
     if max_kl is not None and not found <= max_kl:
         raise ConversionError(

@@ -142,10 +142,10 @@ def with_adapter(
     strength = (options.lora_alpha, options.rank_stabilised)
     unused = strength if adapter is not None else (*strength, options.adapter)
     if (adapter is None or folder is not None) and any(flag is not None for flag in unused):
-        raise OptionError(
-            f"{options.source} contains no adapter; leave out --adapter, --lora-alpha and "
-            "--rank-stabilised"
-        )
+        reason = f"{options.source} contains no adapter; leave out --adapter, --lora-alpha"
+        if folder is not None:
+            reason = f"{folder} states its strength; leave out --lora-alpha"
+        raise OptionError(f"{reason} and --rank-stabilised")
     if adapter is None:
         return source
     form = FORM_OF[options.format] if options.adapter == "keep" else None

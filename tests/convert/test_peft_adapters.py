@@ -182,5 +182,7 @@ def test_an_adapter_is_no_model(tmp_path, base):
 
 def test_options_of_an_adapter_that_do_not_belong(tmp_path, base):
     folder = peft_folder(tmp_path / "a", TWO)
-    with pytest.raises(OptionError, match="contains no adapter; leave out --adapter, --lora-alpha"):
+    with pytest.raises(
+        OptionError, match="a states its strength; leave out --lora-alpha and --rank"
+    ):
         again(base, tmp_path / "m", adapter_folder=folder, lora_alpha=3)

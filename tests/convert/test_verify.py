@@ -75,6 +75,13 @@ def test_above_the_bound_nothing_is_left_and_the_status_is_2(tmp_path, target, f
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_above_the_bound_without_quantization_the_remedy_is_float32(tmp_path):
+    text = short_text(tmp_path)
+    options = {"dtype": "bfloat16", "max_kl": 0.0, "verify_text": text}
+    with pytest.raises(ConversionError, match="nothing was written: take --dtype float32$"):
+        again(random_folder(tmp_path / "source"), tmp_path / "m", **options)
+
+
 @pytest.mark.parametrize("spread", [1e3, 1e30])  # perplexities, states
 def test_numbers_that_overflow_are_told_and_no_proof(tmp_path, spread):
     source = random_folder(tmp_path / "source", spread=spread)
