@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-from contextlib import contextmanager
-
 import pytest
+from full_disk import files_of_at_most
 
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
@@ -21,19 +19,6 @@ from openelm_mlx.files import (
     weight_files,
     write_json,
 )
-
-
-@contextmanager
-def files_of_at_most(size: int):
-    """A limit on the size of files stands for a full disk: writing fails in the middle in the same
-    way.
-    """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_json_is_written_whole_and_read_back(tmp_path):

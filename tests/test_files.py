@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from bench_document import rich_document
+from full_disk import files_of_at_most
 from golden_set import NANO
 
 from openelm_mlx import files
@@ -222,19 +221,6 @@ def test_a_text_without_an_end(monkeypatch):
     message = "--verify-text /dev/zero has more than 1 MiB; give a part of it"
     with pytest.raises(OptionError, match=message):
         read_text("/dev/zero", "--verify-text")
-
-
-@contextmanager
-def files_of_at_most(size: int):
-    """A limit on the size of files stands for a full disk: writing fails in the middle in the same
-    way.
-    """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("json_asked", [True, False])

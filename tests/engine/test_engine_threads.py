@@ -8,33 +8,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from exits import exit_code
+from other_thread import elsewhere, settle
 from small import random_engine
 
 from openelm_mlx import BatchEngine, Conversation, PromptCache, load, stream_generate
 from openelm_mlx.device import mx
 from openelm_mlx.engine.loading import Engine
-from openelm_mlx.engine.threads import on_device
 from openelm_mlx.errors import OptionError
 from openelm_mlx.evaluate.score import score
 from openelm_mlx.model.decoder import parameters
-
-T = TypeVar("T")
-
-
-def elsewhere(call: Callable[[], T]) -> T:
-    """Call in a thread that ends."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
-
-
-def settle() -> None:
-    """Wait for what an event loop that has ended left to the worker."""
-    elsewhere(lambda: on_device(int))
-
 
 PROMPT = [1, 50, 60, 10]
 

@@ -14,23 +14,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 import pytest
+from other_thread import elsewhere, settle
 from small import random_model
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine.threads import MAIN, asynchronous, compiled, device, device_work, on_device
 
 T = TypeVar("T")
-
-
-def elsewhere(call: Callable[[], T]) -> T:
-    """Call in a thread that ends."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
-
-
-def settle() -> None:
-    """Wait for what an event loop that has ended left to the worker."""
-    elsewhere(lambda: on_device(int))
 
 
 def powers(closed: list[str]) -> Generator[float, None, None]:
