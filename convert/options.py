@@ -102,7 +102,7 @@ class ConvertOptions:
         None, "text to measure and learn on; unset is what the model itself writes"
     )
     calibration_tokens: int = option(
-        32768, "tokens to learn on; measuring takes 2048 of them", 257, 1 << 24
+        32768, "tokens that --calibrate learns on; measuring takes 2048", 257, 1 << 24
     )
     verify_text: Path | None = option(None, "text to verify on; implies --verify")
     max_kl: float | None = option(
@@ -226,14 +226,13 @@ def check_quantization(options: ConvertOptions) -> None:
         given.append("--gguf-type")
     if len(given) > 1:
         raise OptionError(f"{' and '.join(given)} each choose the plan; give one of them")
-    if options.calibrate is not None and not given:
-        raise OptionError(
-            f"--calibrate {options.calibrate} needs something to round; give {', '.join(flags)} too"
-        )
+    asked = f"--calibrate {options.calibrate}"
+    if options.calibrate is not None and not given and not options.is_gguf:
+        raise OptionError(f"{asked} needs something to round; give {', '.join(flags)} too")
     if options.calibrate is not None and options.mode not in (None, "affine"):
         raise OptionError(
-            f"--calibrate {options.calibrate} learns the rounding of affine matrices, and --mode "
-            f"{options.mode} has none; leave out one of them"
+            f"{asked} learns the rounding of affine matrices, and --mode {options.mode} "
+            "has none; leave out one of them"
         )
     if options.calibration_text is not None and not options.uses_text:
         raise OptionError(

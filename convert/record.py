@@ -80,7 +80,7 @@ class ConversionReport:
     def types_in_words(self) -> str:
         if self.dtype != "mixed":
             return self.dtype
-        return " and ".join(f"{dtype} ({len(of)} tensors)" for dtype, of in self.types.items())
+        return ", ".join(f"{dtype} ({len(of)} tensors)" for dtype, of in self.types.items())
 
     @property
     def loss_of_source(self) -> str | None:

@@ -90,6 +90,8 @@ def parsed(path: str | Path, kind: str, most: int, parse: Callable[[str], Any]) 
         return parse(data.decode("utf-8-sig"))  # some editors begin a file with a mark
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; give a {kind} file, perhaps one in it") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as {kind}: {error}") from None
 

@@ -18,9 +18,10 @@ from openelm_mlx import files
 from openelm_mlx.benchmarks.results.document import save
 from openelm_mlx.cli import main
 from openelm_mlx.convert import ConvertOptions, convert
-from openelm_mlx.errors import ConversionError, OptionError
+from openelm_mlx.errors import ConfigError, ConversionError, OptionError
 from openelm_mlx.files import (
     check_writable,
+    read_json,
     read_text,
     replacing,
 )
@@ -264,3 +265,8 @@ def test_files_that_cannot_be_saved_lose_neither_the_table_nor_each_other(tmp_pa
         f"--{name}: cannot write {tmp_path / name}: File too large" in shown.err for name in lost
     )
     assert shown.err.count("\n") == 1
+
+
+def test_a_folder_in_place_of_a_configuration_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder; give a JSON file, perhaps one in it"):
+        read_json(tmp_path)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.convert.sources import TensorSource, weights_by_kind
+from openelm_mlx.convert.sources import TensorSource, kind_of, weights_by_kind
 from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.device import mx
 from openelm_mlx.engine.adapter_files import with_rows
@@ -79,7 +79,8 @@ def read_checkpoint(path: Path, config: OpenELMConfig) -> Adapter:
     lies beside the file. Raises `ConversionError`, `CheckpointError` or `ConfigError`.
     """
     files = weights_by_kind(path).get("pt", []) if path.is_dir() else [path]
-    source = TorchCheckpoint(files[0]) if len(files) == 1 and files[0].is_file() else None
+    found_one = len(files) == 1 and files[0].is_file() and kind_of(files[0]) == "pt"
+    source = TorchCheckpoint(files[0]) if found_one else None
     if source is None or not has_adapters(source):
         what = "is not an adapter" if os.path.lexists(path) else "does not exist"
         raise ConversionError(

@@ -186,4 +186,4 @@ def rough(seconds: float) -> str:
     for unit, name in ((3600, "hours"), (60, "minutes")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.0f} {name}"
-    return f"{max(1, round(seconds))} seconds"
+    return f"{round(seconds)} seconds" if seconds >= 1.5 else "a second"

@@ -236,8 +236,9 @@ def test_an_adapter_is_read_out_of_a_checkpoint(name, tmp_path):
         assert same_base(adapter.base, fingerprint(config, parameters(model).get))
     with pytest.raises(ConversionError, match="contains an adapter already; leave out --adapter-f"):
         run(name, tmp_path, target="n", adapter_folder=tmp_path / "m" / "adapter")
-    with pytest.raises(ConversionError, match="is not an adapter: give a folder with adapter_conf"):
-        read_adapter(NANO, config)
+    for other in (NANO, GOLDEN / name / "golden.npz", GOLDEN / name / "config.yaml"):
+        with pytest.raises(ConversionError, match="is not an adapter: give a folder with adapter_"):
+            read_adapter(other, config)
     with pytest.raises(ConversionError, match="nowhere does not exist: give a folder with"):
         read_adapter(tmp_path / "nowhere", config)
 

@@ -80,5 +80,5 @@ def test_more_work_is_said_to_take_longer(tmp_path, monkeypatch):
     ]
     assert said == sorted(said) and 0 < said[0] < said[-1]
     assert [rough(s) for s in (0.2, 119, 121, 7300)] == [
-        *("1 seconds", "119 seconds", "2 minutes", "2 hours"),
+        *("a second", "119 seconds", "2 minutes", "2 hours"),
     ]

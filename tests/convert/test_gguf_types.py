@@ -172,6 +172,7 @@ def test_weights_beyond_the_range_of_a_type():
             "--gguf-type Q6_K is a type of GGUF files; leave it out, or give --to gguf",
         ),
         ({"gguf_type": "Q6_K", "calibrate": "gptq"}, "--to gguf quantizes by --gguf-type"),
+        ({"calibrate": "gptq"}, "--to gguf quantizes by --gguf-type; leave out"),
     ],
 )
 def test_options_that_do_not_fit_a_type(fields, message):

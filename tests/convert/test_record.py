@@ -106,7 +106,7 @@ def mixed(tmp_path) -> Path:
 
 def test_types_that_differ_are_told_tensor_by_tensor(tmp_path, mixed, capsys):
     assert main(["convert", str(mixed), "-o", str(tmp_path / "m")]) == 0
-    assert "types: float32 (2 tensors) and bfloat16 (8 tensors)" in capsys.readouterr().out
+    assert "types: float32 (2 tensors), bfloat16 (8 tensors)" in capsys.readouterr().out
     record = record_of(tmp_path / "m")
     assert record["dtype"] == "mixed"
     told = {name: dtype for dtype, names in record["dtypes"].items() for name in names}
@@ -115,7 +115,7 @@ def test_types_that_differ_are_told_tensor_by_tensor(tmp_path, mixed, capsys):
         for name, array in weights(tmp_path / "m").items()
     }
     card = (tmp_path / "m" / "README.md").read_text()
-    assert "float32 (2 tensors) and bfloat16 (8 tensors), 19.568 bits per weight" in card
+    assert "float32 (2 tensors), bfloat16 (8 tensors), 19.568 bits per weight" in card
 
 
 def test_the_types_of_a_quantized_folder_are_those_of_its_scales(tmp_path, mixed):
