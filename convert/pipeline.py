@@ -78,6 +78,11 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         options = replace(options, instruct=True)
     if options.uses_text:
         options = in_one_type(opened, options)
+    if opened.trimmed.max_context_length < 2 and (options.verifies or options.uses_text):
+        raise ConversionError(
+            f"{options.source} has a context of 1 token, so nothing is measured on text; leave out "
+            "--verify, --max-kl, --target-bpw and --calibrate"
+        )
     batches = verification_text(opened, options.verify_text) if options.verifies else []
     target = open_target(opened, options)
     asked = opened, options, target.nbytes(), batches

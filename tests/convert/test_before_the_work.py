@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,13 @@ def test_a_text_without_words(source):
     ):
         message = f"{flag} {text} has no text; give another file"
         refused(source, ConversionError, message, target_bpw=4.5, **{field: text})
+
+
+@pytest.mark.parametrize("fields", [{"verify": True}, {"target_bpw": 16.0}])
+def test_a_context_of_one_token(tmp_path, fields):
+    source = random_folder(tmp_path / "short", replace(TINY, max_context_length=1))
+    message = "short has a context of 1 token, so nothing is measured on text; leave out --verify,"
+    refused(source, ConversionError, message, **fields)
 
 
 @pytest.mark.parametrize("fields", [{}, {"bits": 4, "group_size": 32}, {"target_bpw": 6.0}])
