@@ -220,6 +220,9 @@ def open_folder(path: Path, source_format: str | None) -> TensorSource:
     if (path / "pytorch_model.bin.index.json").is_file():
         remedy = "save them as safetensors, with save_pretrained of transformers"
         raise ConversionError(f"{path} has its weights in parts of torch's format; {remedy}")
+    if len(found) > 1:  # not the same weights: a GGUF file is often quantized
+        names = " and ".join(of[0].name for of in found.values())
+        raise ConversionError(f"{path} contains {names}, two models; name one of them")
     if len(found[kind]) > 1:
         raise ConversionError(f"{path} contains {len(found[kind])} {kind} files; name one of them")
     return open_file(found[kind][0], kind)

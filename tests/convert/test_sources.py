@@ -74,6 +74,9 @@ def test_sources_that_are_none(tmp_path, nano):
         shutil.copy(NANO / "checkpoint.pt", tmp_path / name)
     with pytest.raises(ConversionError, match="contains 2 pt files; name one of them"):
         open_source(tmp_path)
+    (tmp_path / "b").write_bytes(b"GGUF")
+    with pytest.raises(ConversionError, match="contains b and a, two models; name one of them"):
+        open_source(tmp_path)
     (tmp_path / "pytorch_model.bin.index.json").write_text("{}")
     with pytest.raises(ConversionError, match="parts of torch's format; save them as safetensors"):
         open_source(tmp_path)
