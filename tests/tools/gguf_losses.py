@@ -30,6 +30,8 @@ def model_of(file: GGUFFile) -> OpenELM:
 def main(original: Path, text: Path, *files: Path) -> None:
     source = GGUFFile(original)
     exact, tokenizer = model_of(source), source.tokenizer
+    if tokenizer is None:
+        raise SystemExit(f"{original} has no tokenizer; give a GGUF file of openelm convert")
     ids = tokenizer.processor.encode(text.read_text(encoding="utf-8"))[:TOKENS]
     batches = text_batches(ids, ROW)
     for path in files:
