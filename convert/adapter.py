@@ -8,14 +8,14 @@ import os
 from dataclasses import dataclass, fields, replace
 
 from openelm_mlx.convert.options import ConvertOptions
-from openelm_mlx.convert.record import RECORD, TOOL, ConversionReport
+from openelm_mlx.convert.record import TOOL, ConversionReport
 from openelm_mlx.convert.sources.adapters import CONFIG, FORM_OF
 from openelm_mlx.convert.targets import staged
-from openelm_mlx.convert.targets.checks import check_apart, hashes_in
+from openelm_mlx.convert.targets.checks import check_apart, write_record
 from openelm_mlx.dtypes import name_of
 from openelm_mlx.engine.adapter_files import read_adapter, shortest, write_adapter
 from openelm_mlx.errors import ConversionError, OptionError
-from openelm_mlx.files import read_header, read_json, write_json
+from openelm_mlx.files import read_header, read_json
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, normal_name
 from openelm_mlx.model.peft import SETTINGS
 
@@ -65,7 +65,7 @@ def convert_adapter(options: ConvertOptions) -> AdapterReport:
         (file,) = folder.glob("*.safetensors")  # which may have padding, and folded scales
         written = sum(place.info.nbytes for place in read_header(file).values())
         record = {"tool": TOOL, "source": options.shown_source}
-        write_json(folder / RECORD, record | {"files": hashes_in(folder)})
+        write_record(folder, record)
     return replace(report, written_bytes=written)
 
 

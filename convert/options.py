@@ -126,7 +126,7 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         check_fields(self)
         check_quantization(self)
-        if not self.is_gguf and self.target.suffix.lower() == GGUF_SUFFIX:
+        if not self.is_gguf and self.names_gguf:
             raise OptionError(
                 f"--to {self.target_format} writes a folder, but --output {self.target} is the "
                 "name of a GGUF file; leave out --to, or choose another name"
@@ -142,6 +142,11 @@ class ConvertOptions:
                 "--to gguf quantizes by --gguf-type; leave out --recipe, --target-bpw and "
                 "--calibrate"
             )
+        if self.is_gguf and self.dtype is not None and (self.spec or self.gguf_type):
+            raise OptionError(
+                f"--dtype {self.dtype} is the type of a GGUF file that is not quantized; leave out "
+                "--dtype, or what quantizes (--gguf-type, --bits)"
+            )
         if self.gguf_type is not None and not self.is_gguf:
             raise OptionError(
                 f"--gguf-type {self.gguf_type} is a type of GGUF files; leave it out, or give "
@@ -151,8 +156,11 @@ class ConvertOptions:
     @property
     def format(self) -> str:
         """The format to write: the one asked for, or else the one that the target's name says."""
-        by_name = "gguf" if self.target.suffix.lower() == GGUF_SUFFIX else "mlx"
-        return self.target_format or by_name
+        return self.target_format or ("gguf" if self.names_gguf else "mlx")
+
+    @property
+    def names_gguf(self) -> bool:
+        return self.target.name.lower().endswith(GGUF_SUFFIX)
 
     @property
     def is_gguf(self) -> bool:
@@ -226,13 +234,9 @@ def check_quantization(options: ConvertOptions) -> None:
         given.append("--gguf-type")
     if len(given) > 1:
         raise OptionError(f"{' and '.join(given)} each choose the plan; give one of them")
-    asked = f"--calibrate {options.calibrate}"
     if options.calibrate is not None and not given and not options.is_gguf:
-        raise OptionError(f"{asked} needs something to round; give {', '.join(flags)} too")
-    if options.calibrate is not None and options.mode not in (None, "affine"):
         raise OptionError(
-            f"{asked} learns the rounding of affine matrices, and --mode {options.mode} "
-            "has none; leave out one of them"
+            f"--calibrate {options.calibrate} needs something to round; give {', '.join(flags)} too"
         )
     if options.calibration_text is not None and not options.uses_text:
         raise OptionError(

@@ -24,7 +24,7 @@ from openelm_mlx.convert.quantize.distill import distill
 from openelm_mlx.convert.quantize.losses import make_reference
 from openelm_mlx.convert.quantize.recipes import find_recipe
 from openelm_mlx.convert.quantize.rounding import Learned
-from openelm_mlx.errors import ConversionError
+from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import MODES, Plan, all_specs, matrices
 
@@ -60,6 +60,7 @@ def plan_quantization(
     plan: Plan = {}
     if options.target_bpw is None:
         plan = given_plan(opened, options)
+        check_learnable(plan, options)
     else:
         check_size(opened.shapes, dtype, options.target_bpw)
     if not options.uses_text:
@@ -93,6 +94,17 @@ def plan_quantization(
         return Quantization(plan, learned.stored, measured | found)
     learned = calibrate(options.calibrate, *inputs)
     return Quantization(plan, learned.stored, measured | {"method": options.calibrate})
+
+
+def check_learnable(plan: Plan, options: ConvertOptions) -> None:
+    """Raise `OptionError` if calibration is asked for, and no matrix is in affine mode."""
+    affine = any(spec is not None and spec.mode == "affine" for spec in plan.values())
+    if options.calibrate is not None and not affine:
+        chosen = f"--mode {options.mode}" if options.recipe is None else "--recipe"
+        raise OptionError(
+            f"--calibrate {options.calibrate} learns the rounding of affine matrices, and {chosen} "
+            "has none; leave out one of them"
+        )
 
 
 def calibrate_best(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 OVERRIDES = ("vocab_size", "max_context_length", "padding_index")  # of a CoreNet YAML
 LEGACY = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # begins torch's format before 1.6
-ZIPFILE_ERRORS = (NotImplementedError, RuntimeError, ValueError, EOFError)  # for damaged fields
+ZIPFILE_ERRORS = (RuntimeError, ValueError, EOFError)  # for damaged fields
 DAMAGED_ZIP = (zipfile.BadZipFile, struct.error, zlib.error, *ZIPFILE_ERRORS)
 LICENCE_KEYS = ("license", "license_name", "license_link")  # of a model card on Hugging Face
 

@@ -7,19 +7,21 @@ twice, before the work and when the old target has been moved aside to be remove
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize.recipes import find_recipe
 from openelm_mlx.convert.record import RECORD, TOOL
 from openelm_mlx.device import memory_bytes
 from openelm_mlx.errors import ConversionError
-from openelm_mlx.files import read_own_json, read_text
+from openelm_mlx.files import read_own_json, read_text, write_json
 
 CONFIG, UNFINISHED_CONFIG = "config.json", "config.json.partial"
 # all that was ever written into a model folder: records of earlier versions do not list it
@@ -110,7 +112,9 @@ def why_kept_folder(folder: Path) -> str | None:
     changed = [
         name
         for name, digest in known.items()
-        if digest is not None and name in names and sha256(folder / name) != digest
+        if digest is not None
+        and name in names
+        and digest != (own_hash(record) if name == RECORD else sha256(folder / name))
     ]
     return f"has a changed {listed(changed)}" if changed else None
 
@@ -139,14 +143,25 @@ def sha256(path: Path) -> str | None:
     return _digests[key]
 
 
-def hashes_in(folder: Path) -> dict[str, str]:
-    """Return the hashes of the files in a folder that is being written, under their final names."""
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write conversion.json, the last file of a folder. It has the hash of every file under its
+    final name, and of itself.
+    """
     found = {name: sha256(folder / name) for name in names_in(folder)}
-    return {
+    files = {
         CONFIG if name == UNFINISHED_CONFIG else name: digest
         for name, digest in found.items()
         if digest is not None
     }
+    files[RECORD] = own_hash({**record, "files": files})
+    write_json(folder / RECORD, {**record, "files": files})
+
+
+def own_hash(record: Mapping[str, Any]) -> str:
+    """Return the hash of a record without the entry of that hash."""
+    files = {name: digest for name, digest in record["files"].items() if name != RECORD}
+    text = json.dumps({**record, "files": files}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_space(target: Path, nbytes: int) -> None:

@@ -21,7 +21,6 @@ from openelm_mlx.convert.quantize.rounding import layout
 from openelm_mlx.convert.record import (
     KEPT,
     MERGED,
-    RECORD,
     ConversionReport,
     conversion_record,
     licence_of,
@@ -29,7 +28,7 @@ from openelm_mlx.convert.record import (
 )
 from openelm_mlx.convert.sources.adapters import ADAPTER_FOLDER, check_kept, write_kept
 from openelm_mlx.convert.targets import Target
-from openelm_mlx.convert.targets.checks import UNFINISHED_CONFIG, hashes_in
+from openelm_mlx.convert.targets.checks import UNFINISHED_CONFIG, write_record
 from openelm_mlx.convert.tokenizers import TokenizerModel, build_tokenizer_json, tokenizer_config
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
@@ -124,7 +123,7 @@ class FolderTarget(Target):
         record = conversion_record(self.options, report, self.licence, kept, hashes)
         card = model_card(record, report, self.options.is_instruct)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        write_json(folder / RECORD, record | {"files": hashes_in(folder)})
+        write_record(folder, record)
 
     def _layout(self, plan: Plan) -> dict[str, TensorInfo]:
         """Return every tensor to write, in order."""

@@ -28,7 +28,7 @@ def source(tmp_path) -> Path:
     return random_folder(tmp_path / "source")
 
 
-def refused(source: Path, error: type[OpenELMError], message: str, **fields) -> None:
+def assert_refused(source: Path, error: type[OpenELMError], message: str, **fields) -> None:
     """A conversion fails with this text before it measures or writes anything."""
     seen = []
     with pytest.raises(error, match=message):
@@ -45,7 +45,19 @@ def test_a_tokenizer_that_other_tools_would_read_differently(source):
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     proto.normalizer_spec.add_dummy_prefix = False
     (source / "tokenizer.model").write_bytes(proto.SerializeToString())
-    refused(source, TokenizerError, "tokenizer.model", target_bpw=4.5)
+    assert_refused(source, TokenizerError, "tokenizer.model", target_bpw=4.5)
+
+
+@pytest.mark.parametrize("calibrate", ["gptq", "distill", "best"])
+def test_calibration_of_block_formats(source, calibrate):
+    recipe = source.parent / "blocks.yaml"
+    recipe.write_text("default: {mode: mxfp4}\n")
+    for flag, fields in (
+        ("--mode mxfp4", {"mode": "mxfp4"}),
+        ("--recipe", {"recipe": str(recipe)}),
+    ):
+        message = f"--calibrate {calibrate} learns the rounding of affine matrices, and {flag} has"
+        assert_refused(source, OptionError, message, calibrate=calibrate, **fields)
 
 
 def test_a_text_without_words(source):
@@ -56,14 +68,14 @@ def test_a_text_without_words(source):
         ("--calibration-text", "calibration_text"),
     ):
         message = f"{flag} {text} has no text; give another file"
-        refused(source, ConversionError, message, target_bpw=4.5, **{field: text})
+        assert_refused(source, ConversionError, message, target_bpw=4.5, **{field: text})
 
 
 @pytest.mark.parametrize("fields", [{"verify": True}, {"target_bpw": 16.0}])
 def test_a_context_of_one_token(tmp_path, fields):
     source = random_folder(tmp_path / "short", replace(TINY, max_context_length=1))
     message = "short has a context of 1 token, so nothing is measured on text; leave out --verify,"
-    refused(source, ConversionError, message, **fields)
+    assert_refused(source, ConversionError, message, **fields)
 
 
 @pytest.mark.parametrize("fields", [{}, {"bits": 4, "group_size": 32}, {"target_bpw": 6.0}])
@@ -79,7 +91,7 @@ def test_a_disk_without_room(source, monkeypatch, fields):
         f"model cannot be written: its weights take {nbytes:,} bytes, but {source.parent} has "
         f"{nbytes - 1:,} left; free some space, or choose a place on another disk"
     )
-    refused(source, ConversionError, message, **fields)
+    assert_refused(source, ConversionError, message, **fields)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda place: Disk(0, 0, nbytes))
     assert measured or convert(ConvertOptions(source, target, **fields)).written_bytes <= nbytes
 
@@ -107,7 +119,7 @@ def test_a_cache_without_room_has_its_own_remedy(source, monkeypatch):
 def test_a_machine_without_the_memory(source, monkeypatch, fields, remedy):
     monkeypatch.setattr(checks, "memory_bytes", lambda: 1000)
     message = "this conversion needs about 0.1 GB of memory, but this machine has 0.0; " + remedy
-    refused(source, ConversionError, message, **fields)
+    assert_refused(source, ConversionError, message, **fields)
     report = convert(ConvertOptions(source, source.parent / "new", dry_run=True))
     assert report.memory_bytes > 1000
 
@@ -168,7 +180,7 @@ def test_a_dry_run_reads_no_weights(source, monkeypatch, capsys):
 
 
 def test_a_size_that_no_plan_has(source):
-    refused(
+    assert_refused(
         source,
         OptionError,
         r"target_bpw is 2.1; the smallest this model can be is 4.\d{3}",

@@ -45,7 +45,7 @@ def broken(nano: Path, tmp_path: Path, change) -> Path:
 
 
 @contextmanager
-def refused(tmp_path: Path, error, message: str) -> Iterator[Path]:
+def raises_and_leaves_nothing(tmp_path: Path, error, message: str) -> Iterator[Path]:
     """A conversion to the target that is given here fails with this text and leaves nothing."""
     out = tmp_path / "out"
     out.mkdir()
@@ -93,7 +93,7 @@ def test_shapes_are_read_off_the_tensors(name, tmp_path):
 
 
 def test_head_dim_is_asked_for_by_name(tmp_path):
-    with refused(tmp_path, ConversionError, "--head-dim") as target:
+    with raises_and_leaves_nothing(tmp_path, ConversionError, "--head-dim") as target:
         convert(ConvertOptions(GOLDEN / "noqknorm-gqa2" / "checkpoint.pt", target))
 
 
@@ -143,15 +143,19 @@ def test_quantized_weights_are_mlxs(bits, tmp_path):
 def test_rows_that_do_not_divide_are_refused_by_name(tmp_path):
     source, tokenizer = GOLDEN / "untied-mha" / "checkpoint.pt", tokenizer_file(tmp_path, 112)
     message = "token_embeddings.weight has rows of 96 weights.*use --group-size 32|proj_2"
-    with refused(tmp_path, ConversionError, message) as target:
+    with raises_and_leaves_nothing(tmp_path, ConversionError, message) as target:
         convert(ConvertOptions(source, target, tokenizer=tokenizer, bits=4, group_size=128))
     (other := tmp_path / "other").mkdir()
-    with refused(other, ConversionError, "; use a recipe with groups of 32$") as target:
+    with raises_and_leaves_nothing(
+        other, ConversionError, "; use a recipe with groups of 32$"
+    ) as target:
         convert(ConvertOptions(source, target, tokenizer=tokenizer, recipe="mixed-3-4"))
 
 
 def test_a_source_without_tokenizer(tmp_path):
-    with refused(tmp_path, TokenizerError, "no tokenizer.model beside .*--tokenizer") as target:
+    with raises_and_leaves_nothing(
+        tmp_path, TokenizerError, "no tokenizer.model beside .*--tokenizer"
+    ) as target:
         convert(ConvertOptions(GOLDEN / "tied-gqa4" / "checkpoint.pt", target))
 
 
@@ -194,7 +198,7 @@ N = "transformer.layers.2.attn.out_proj.weight"
     ],
 )
 def test_wrong_tensors_are_named(tmp_path, nano, change, message):
-    with refused(tmp_path, CheckpointError, message) as target:
+    with raises_and_leaves_nothing(tmp_path, CheckpointError, message) as target:
         convert(ConvertOptions(broken(nano, tmp_path, change), target))
 
 
@@ -206,13 +210,15 @@ def test_one_weight_that_is_no_number_is_found_in_every_type(tmp_path, dtype, va
     tensors = {key: array.astype(dtype) for key, array in mx.load(file).items()}
     tensors[name][3, 5] = value
     mx.save_safetensors(file, tensors)
-    with refused(tmp_path, CheckpointError, f"{name} has NaN or infinite") as target:
+    with raises_and_leaves_nothing(
+        tmp_path, CheckpointError, f"{name} has NaN or infinite"
+    ) as target:
         convert(ConvertOptions(source, target))
 
 
 def test_overflowing_float16(tmp_path, nano):
     source = broken(nano, tmp_path, lambda t: t.update({N: np.full((128, 128), 1e6, np.float32)}))
-    with refused(tmp_path, ConversionError, "overflows float16") as target:
+    with raises_and_leaves_nothing(tmp_path, ConversionError, "overflows float16") as target:
         convert(ConvertOptions(source, target, dtype="float16"))
 
 
@@ -220,13 +226,17 @@ def test_misspelt_config_field(tmp_path, nano):
     source = broken(nano, tmp_path, lambda t: None)
     raw = json.loads((source / "config.json").read_text()) | {"head_dmi": 64}
     (source / "config.json").write_text(json.dumps(raw))
-    with refused(tmp_path, ConfigError, "head_dmi .did you mean head_dim") as target:
+    with raises_and_leaves_nothing(
+        tmp_path, ConfigError, "head_dmi .did you mean head_dim"
+    ) as target:
         convert(ConvertOptions(source, target))
 
 
 def test_vocabulary_mismatch(tmp_path):
     source, tokenizer = GOLDEN / "tied-gqa4" / "checkpoint.pt", NANO / "tokenizer.model"
-    with refused(tmp_path, TokenizerError, "4096 pieces, but the model 128 rows") as target:
+    with raises_and_leaves_nothing(
+        tmp_path, TokenizerError, "4096 pieces, but the model 128 rows"
+    ) as target:
         convert(ConvertOptions(source, target, tokenizer=tokenizer))
 
 
@@ -235,7 +245,7 @@ def test_truncated_source(tmp_path, nano):
     shutil.copytree(nano, source)
     data = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(data[:-1000])
-    with refused(tmp_path, CheckpointError, "is truncated") as target:
+    with raises_and_leaves_nothing(tmp_path, CheckpointError, "is truncated") as target:
         convert(ConvertOptions(source, target))
 
 
@@ -245,7 +255,7 @@ def test_shards_with_path_tricks(tmp_path, nano):
     index = {"weight_map": {"transformer.norm.weight": "../model.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     message = "shards must be .safetensors files of this folder"
-    with refused(tmp_path, CheckpointError, message) as target:
+    with raises_and_leaves_nothing(tmp_path, CheckpointError, message) as target:
         convert(ConvertOptions(source, target))
 
 

@@ -14,14 +14,14 @@ from fuzzing import (
     LONG,
     SCRATCH,
     TOKENS,
+    assert_read_alike,
+    assert_survival,
     damage,
     damaged,
     damaged_folder,
     json_values,
     made,
-    read_alike,
     scratch,
-    survives,
     tiny_folder,
 )
 from golden_set import GOLDEN, NANO
@@ -48,7 +48,7 @@ TABLE, HEAD = "transformer.token_embeddings", "lm_head"
 def test_pt(change, span):
     path = SCRATCH / "x.pt"
     path.write_bytes(damaged((GOLDEN / "gpt-test" / "checkpoint.pt").read_bytes(), change, span))
-    with survives(str(path), "tokenizer-64"):
+    with assert_survival(str(path), "tokenizer-64"):
         everything(path, tokenizer=tokenizer_file(SCRATCH, 64))
 
 
@@ -67,7 +67,7 @@ def test_pickle_of_a_pt(change):
                 info.filename,
                 damaged(data, change, 1 << 30) if info.filename.endswith("data.pkl") else data,
             )
-    with survives(str(path), "tokenizer-64"):
+    with assert_survival(str(path), "tokenizer-64"):
         everything(path, tokenizer=tokenizer_file(SCRATCH, 64))
 
 
@@ -75,7 +75,7 @@ def test_pickle_of_a_pt(change):
 @FUZZ
 def test_safetensors(change, span):
     folder = damaged_folder("hf", tiny_folder(), "model.safetensors", change, span)
-    read_alike(folder)
+    assert_read_alike(folder)
 
 
 @given(damage(), st.sampled_from([16, 3000]))
@@ -84,7 +84,7 @@ def test_quantized_safetensors(change, span):
     folder = damaged_folder(
         "mlx", made("quantized", bits=4, group_size=32), "model.safetensors", change, span
     )
-    read_alike(folder)
+    assert_read_alike(folder)
 
 
 @given(damage())
@@ -93,7 +93,7 @@ def test_config_json(change):
     folder = damaged_folder(
         "config", made("quantized", bits=4, group_size=32), "config.json", change, 1 << 30
     )
-    read_alike(folder)
+    assert_read_alike(folder)
 
 
 @given(damage(), st.sampled_from([40, 1400, 4000]))
@@ -103,7 +103,7 @@ def test_gguf(change, span):
     path.write_bytes(
         damaged(made("tiny.gguf", target_format="gguf", bits=8).read_bytes(), change, span)
     )
-    with survives(str(path)):
+    with assert_survival(str(path)):
         everything(path)
 
 
@@ -112,10 +112,10 @@ def test_gguf(change, span):
 def test_yaml(change):
     path = SCRATCH / "c.yaml"
     path.write_bytes(damaged((GOLDEN / "dora" / "config.yaml").read_bytes(), change, 1 << 30))
-    with survives("c.yaml"):
+    with assert_survival("c.yaml"):
         corenet_section(path)
     source = GOLDEN / "dora" / "checkpoint.pt"
-    with survives(str(path), str(source), "tokenizer-112"):
+    with assert_survival(str(path), str(source), "tokenizer-112"):
         everything(source, config=path, tokenizer=tokenizer_file(SCRATCH, 112))
 
 
@@ -130,7 +130,7 @@ def test_index_json(change):
     (folder / shard).write_bytes((tiny_folder() / "model.safetensors").read_bytes())
     index = json.dumps({"weight_map": dict.fromkeys(expected_tensors(TINY), shard)}).encode()
     (folder / "model.safetensors.index.json").write_bytes(damaged(index, change, 1 << 30))
-    read_alike(folder)
+    assert_read_alike(folder)
 
 
 @given(damage(), st.sampled_from([mlx_lm_folder, peft_folder]), st.booleans())
@@ -160,9 +160,9 @@ def test_any_setting_of_an_adapter(key, value, write):
 
 def adapter_survives(folder):
     """The adapter is merged, and applied beside the weights, or refused by name."""
-    with survives(folder.name):
+    with assert_survival(folder.name):
         everything(tiny_folder(), adapter_folder=folder)
-    with survives(folder.name):
+    with assert_survival(folder.name):
         mx.eval(load(tiny_folder(), adapter=folder).model(TOKENS))
 
 
@@ -176,7 +176,7 @@ def test_any_value_under_any_key_of_a_config(key, value):
     for name in ("model.safetensors", "tokenizer.model"):
         (target / name).write_bytes((folder / name).read_bytes())
     (target / "config.json").write_text(json.dumps(raw | {key: value}))
-    read_alike(target)
+    assert_read_alike(target)
 
 
 @given(st.sampled_from(["dtype", "shape", "data_offsets", None]), json_values)
@@ -195,7 +195,7 @@ def test_any_entry_in_a_safetensors_header(key, value):
     (target / "model.safetensors").write_bytes(
         len(text).to_bytes(8, "little") + text + data[8 + length :]
     )
-    read_alike(target)
+    assert_read_alike(target)
 
 
 def wrapped(arrays, name, other):
@@ -246,7 +246,7 @@ def test_any_tensors(changes, quantized, tied):
         return arrays
 
     changed(folder, change, share_input_output_layers=tied)
-    read_alike(folder)
+    assert_read_alike(folder)
 
 
 def test_adapters_survive_damage_to_their_list():
@@ -257,7 +257,7 @@ def test_adapters_survive_damage_to_their_list():
     for name in names:
         info = source.tensors.pop(name)
         if has_adapters(source):
-            with survives(str(source.path)):
+            with assert_survival(str(source.path)):
                 corenet_adapter(source, LoraOptions(alpha=16.0))
         source.tensors[name] = info
 

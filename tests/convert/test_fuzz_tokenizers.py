@@ -9,12 +9,12 @@ from formats import again, everything
 from fuzzing import (
     FUZZ,
     SCRATCH,
+    assert_survival,
     damage,
     damaged,
     json_values,
     made,
     scratch,
-    survives,
     tiny_folder,
 )
 from hypothesis import given
@@ -31,10 +31,10 @@ def test_tokenizers(change, span, model):
     """Loading takes more kinds of tokenizer.json than converting: those it encodes with anyway."""
     name = "tokenizer.model" if model else "tokenizer.json"
     folder = folder_with(name, damaged((made("plain") / name).read_bytes(), change, span))
-    with survives(str(folder)):
+    with assert_survival(str(folder)):
         everything(folder)
         again(folder, SCRATCH / "again", force=True)
-    with survives(str(folder)):
+    with assert_survival(str(folder)):
         tokenizer = load(folder).tokenizer
         assert tokenizer.encode("once upon a time", continued=True)
 
@@ -52,10 +52,10 @@ def test_any_value_in_a_tokenizer_json(data, value):
         keys = list(place) if isinstance(place, dict) else list(range(len(place)))
     place[key] = value
     folder = folder_with("tokenizer.json", json.dumps(raw).encode())
-    with survives(str(folder)):
+    with assert_survival(str(folder)):
         everything(folder)
         again(folder, SCRATCH / "again", force=True)
-    with survives(str(folder)):
+    with assert_survival(str(folder)):
         load(folder).tokenizer.encode("once upon a time", continued=True)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from formats import again, random_folder, tokenizer_file
+from formats import WIDE, again, random_folder, tokenizer_file
 
 from openelm_mlx.convert import ConvertOptions
 from openelm_mlx.convert.opening import open_model
@@ -86,17 +86,8 @@ def encode(data: np.ndarray, kind) -> np.ndarray:
 def wide(tmp_path_factory) -> Path:
     """A GGUF file whose rows divide by 256, as K-quants need."""
     folder = tmp_path_factory.mktemp("wide")
-    config = OpenELMConfig(
-        model_dim=256,
-        head_dim=64,
-        num_transformer_layers=2,
-        vocab_size=64,
-        num_gqa_groups=4,
-        ffn_multipliers=(1.0, 2.0),
-        qkv_multipliers=(1.0, 1.0),
-    )
     return again(
-        random_folder(folder / "hf", config, seed=1, spread=0.05),
+        random_folder(folder / "hf", WIDE, seed=1, spread=0.05),
         folder / "wide.gguf",
         target_format="gguf",
     )

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from formats import again, random_folder, weights
+from formats import WIDE, again, random_folder, weights
 from golden_set import NANO
 
 from openelm_mlx.cli import main
@@ -25,16 +25,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.model.config import OpenELMConfig
 
-SMALL = OpenELMConfig(
-    model_dim=256,
-    head_dim=64,
-    num_transformer_layers=2,
-    vocab_size=64,
-    num_gqa_groups=4,
-    ffn_multipliers=(1.0, 2.0),
-    qkv_multipliers=(1.0, 1.0),
-)
-DEEP = replace(SMALL, num_transformer_layers=16)
+DEEP = replace(WIDE, num_transformer_layers=16)
 ENDS_AND_THIRDS = (0, 1, 4, 7, 10, 13, 14, 15)  # of 16 layers
 # the types that llama.cpp gave the matrices of such a model, and the layers that got the better one
 MIXTURES = {
@@ -97,7 +88,7 @@ def test_rows_that_256_does_not_divide(capsys, tmp_path):
 
 
 def test_rows_of_which_no_block_can_be_made():
-    narrow = replace(SMALL, model_dim=24, ffn_dim_divisor=8)
+    narrow = replace(WIDE, model_dim=24, ffn_dim_divisor=8)
     message = "has rows of 24 weights, which is not a multiple of Q8_0's 32; leave out --gguf-type"
     with pytest.raises(ConversionError, match=message):
         types_of("Q4_K_M", narrow)
@@ -129,7 +120,7 @@ def test_no_more_is_lost_than_by_llama_cpp(kind):
 def test_a_file_of_a_mixture_is_written_read_and_verified(tmp_path, kind):
     import gguf
 
-    source = random_folder(tmp_path / "s", SMALL, spread=0.05)
+    source = random_folder(tmp_path / "s", WIDE, spread=0.05)
     (text := tmp_path / "text").write_text("two birds flew in a forest " * 4)
     fields = {"gguf_type": kind, "verify_text": text}
     report = convert(ConvertOptions(source, tmp_path / "x.gguf", **fields))
@@ -142,7 +133,7 @@ def test_a_file_of_a_mixture_is_written_read_and_verified(tmp_path, kind):
     assert planned == report.written_bytes == sum(int(t.n_bytes) for t in reader.tensors)
     assert not report.notes and 0 < report.verification["mean_kl_divergence"] < 1
     file, original = GGUFFile(tmp_path / "x.gguf"), weights(source)
-    for name, expected in types_of(kind, SMALL).items():
+    for name, expected in types_of(kind, WIDE).items():
         parts = [tensors[of] for of in gguf_names(name)]
         assert {part.tensor_type.name for part in parts} == {expected}
         found = np.concatenate([gguf.quants.dequantize(p.data, p.tensor_type) for p in parts])

@@ -4,18 +4,19 @@ own quantizer chooses the same types and loses no less.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from formats import again, random_folder
+from formats import WIDE, again, random_folder
 from golden_set import NANO
 
 from openelm_mlx.convert.options import GGUF_TYPES
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.device import mx
 from openelm_mlx.evaluate.score import kl_divergence
-from openelm_mlx.model.config import OpenELMConfig, expected_tensors
+from openelm_mlx.model.config import expected_tensors
 from openelm_mlx.model.decoder import OpenELM
 
 pytestmark = pytest.mark.needs("cyllama")
@@ -25,15 +26,7 @@ TOKENS = [1, *range(3, 63), *range(62, 2, -1)]
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     """A folder of random weights whose rows divide by 256, but for those of one matrix."""
-    config = OpenELMConfig(
-        model_dim=256,
-        head_dim=64,
-        num_transformer_layers=3,
-        vocab_size=64,
-        num_gqa_groups=2,
-        ffn_multipliers=(0.5, 2.0),
-        qkv_multipliers=(1.0, 1.0),
-    )
+    config = replace(WIDE, num_transformer_layers=3, num_gqa_groups=2, ffn_multipliers=(0.5, 2.0))
     return random_folder(tmp_path_factory.mktemp("small") / "hf", config, seed=1, spread=0.05)
 
 

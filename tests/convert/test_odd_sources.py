@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from formats import again, changed, random_folder, refused_alike
+from formats import again, assert_refused_alike, changed, random_folder
 
 from openelm_mlx import load
 from openelm_mlx.cli.inspect import inspect
@@ -72,7 +72,7 @@ def test_rotary_frequencies_of_another_model(tmp_path, plain, frequencies):
     buffer = {"transformer.layers.0.attn.pos_embedding.inv_freq": frequencies}
     folder = changed(plain, lambda arrays: arrays | buffer)
     message = "inv_freq is not that of head_dim 8 and base 10000: give the base .* as --rope-base"
-    refused_alike(folder, tmp_path, message)
+    assert_refused_alike(folder, tmp_path, message)
     with pytest.raises(OpenELMError, match=message):
         inspect(str(folder))
 
@@ -89,14 +89,16 @@ def test_names_that_only_some_tensors_have_around_them(tmp_path, plain):
     def wrap(arrays):
         return {f"model.{name}": array for name, array in arrays.items()} | {"loss.w": mx.ones(1)}
 
-    refused_alike(changed(plain, wrap), tmp_path, "1 of 11 tensors are not of model.*first: loss.w")
+    assert_refused_alike(
+        changed(plain, wrap), tmp_path, "1 of 11 tensors are not of model.*first: loss.w"
+    )
 
 
 def test_two_names_of_one_tensor(tmp_path, plain):
     def both(arrays):
         return arrays | {"_orig_mod.transformer.norm.weight": arrays["transformer.norm.weight"]}
 
-    refused_alike(changed(plain, both), tmp_path, "contains both .*, which are one tensor")
+    assert_refused_alike(changed(plain, both), tmp_path, "contains both .*, which are one tensor")
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -138,7 +140,9 @@ def test_half_a_head_is_none(tmp_path, plain):
     def add(arrays):
         arrays[f"{HEAD}.biases"] = arrays[f"{EMBEDDINGS}.biases"]
 
-    refused_alike(changed(folder, add), tmp_path, "1 the model does not have .lm_head.biases")
+    assert_refused_alike(
+        changed(folder, add), tmp_path, "1 the model does not have .lm_head.biases"
+    )
 
 
 def test_a_head_that_is_said_to_be_the_models_own_stays(tmp_path, plain):
@@ -197,7 +201,7 @@ def test_generation_keys_in_a_configuration(tmp_path, plain, stated, wanted):
 )
 def test_keys_of_a_configuration_that_are_refused(tmp_path, plain, key, value, message):
     changed(plain, lambda arrays: arrays, **{key: value})
-    refused_alike(plain, tmp_path, message)
+    assert_refused_alike(plain, tmp_path, message)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -208,7 +212,9 @@ def test_weights_that_are_no_numbers(tmp_path, plain, dtype, value):
         arrays[f"{OUT}.weight"][3, 7] = value
         return arrays
 
-    refused_alike(changed(plain, spoil), tmp_path, f"{OUT}.weight has NaN or infinite weights")
+    assert_refused_alike(
+        changed(plain, spoil), tmp_path, f"{OUT}.weight has NaN or infinite weights"
+    )
 
 
 @pytest.mark.parametrize(
@@ -232,7 +238,7 @@ def test_quantized_weights_that_are_no_numbers(tmp_path, plain, mode, part, valu
         numbers[2, 0] = value
         arrays[f"{OUT}.{part}"] = numbers.view(array.dtype)
 
-    refused_alike(changed(folder, spoil), tmp_path, f"{OUT}.{part} has NaN or infinite")
+    assert_refused_alike(changed(folder, spoil), tmp_path, f"{OUT}.{part} has NaN or infinite")
 
 
 @pytest.mark.parametrize(
@@ -254,7 +260,7 @@ def test_a_quantization_that_does_not_fit(tmp_path, plain, entry, message):
     raw = json.loads((folder / "config.json").read_text())
     stated = None if entry is None else raw["quantization"] | entry
     changed(folder, lambda arrays: arrays, quantization=stated, quantization_config=None)
-    refused_alike(folder, tmp_path, message)
+    assert_refused_alike(folder, tmp_path, message)
 
 
 def test_types_that_no_weights_have(tmp_path, plain):
@@ -262,7 +268,7 @@ def test_types_that_no_weights_have(tmp_path, plain):
         arrays[f"{OUT}.weight"] = arrays[f"{OUT}.weight"].astype(mx.int8)
 
     message = f"{OUT}.weight is int8; weights must be floating-point numbers"
-    refused_alike(changed(plain, whole), tmp_path, message)
+    assert_refused_alike(changed(plain, whole), tmp_path, message)
 
 
 def test_doubles_are_read_as_singles(tmp_path, plain, monkeypatch):
@@ -291,7 +297,7 @@ def test_what_loading_leaves_to_converting(tmp_path, plain, monkeypatch):
         arrays[f"{OUT}.lora_B.default.weight"] = mx.ones((32, 2))
 
     message = "contains an adapter of .*, whose strength is not in the tensors"
-    refused_alike(changed(plain, adapt), tmp_path, message)
+    assert_refused_alike(changed(plain, adapt), tmp_path, message)
 
 
 @pytest.mark.parametrize("offsets", [[0, None], ["a", 3], 5, [0], {"0": 1}, [1e3, 2e3], None])
@@ -303,7 +309,7 @@ def test_odd_offsets_in_a_header(tmp_path, plain, offsets):
     header[f"{OUT}.weight"]["data_offsets"] = offsets
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    refused_alike(plain, tmp_path, "the header's entry of tensor .* is malformed")
+    assert_refused_alike(plain, tmp_path, "the header's entry of tensor .* is malformed")
     with pytest.raises(OpenELMError, match="the header's entry of tensor .* is malformed"):
         inspect(str(plain))
 

@@ -101,16 +101,16 @@ def test_names_that_are_not_a_recipe():
         ),
         ({"calibrate": "gptq"}, "--calibrate gptq needs something to round"),
         (
-            {"calibrate": "gptq", "mode": "mxfp4"},
-            "--calibrate gptq learns the rounding of affine matrices, and --mode mxfp4 has none",
-        ),
-        (
             {"recipe": "mixed-3-4", "group_size": 32},
             "--recipe chooses the groups by itself; leave out --group-size",
         ),
         ({"calibration_text": "a.txt", "bits": 4}, "--calibration-text is used by"),
         ({"calibrate": "awq", "bits": 4}, "calibrate is 'awq'; allowed: gptq, distill, best"),
         ({"target_bpw": 1.0}, "target_bpw is 1.0"),
+        (
+            {"target_format": "gguf", "bits": 8, "dtype": "bfloat16"},
+            "--dtype bfloat16 is the type of a GGUF file that is not quantized; leave out --dtype",
+        ),
         (
             {"target_format": "gguf", "recipe": "mixed-3-4"},
             "--to gguf quantizes by --gguf-type; leave out --recipe",

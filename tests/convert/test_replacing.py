@@ -40,15 +40,11 @@ def with_adapter(model: Path) -> Path:
     """Put an adapter's folder into the model's and into its record."""
     (model / "adapter").mkdir()
     (model / "adapter" / "adapter_config.json").write_text("some words")
-    record = json.loads((model / "conversion.json").read_text())
-    hashes = checks.hashes_in(model)
-    del hashes["conversion.json"]
-    record["files"] = hashes
-    (model / "conversion.json").write_text(json.dumps(record))
+    checks.write_record(model, json.loads((model / "conversion.json").read_text()))
     return model / "adapter"
 
 
-def spared(tmp_path: Path, source: Path, target: Path, message: str, **fields) -> None:
+def assert_spared(tmp_path: Path, source: Path, target: Path, message: str, **fields) -> None:
     """A conversion with --force to this target fails with this text and changes nothing."""
     before = contents(tmp_path)
     with pytest.raises(ConversionError, match=message):
@@ -63,7 +59,7 @@ def test_a_folder_that_a_conversion_wrote_is_replaced(tmp_path, source, model):
     record = json.loads((model / "conversion.json").read_text())
     assert record["dtype"] == "float16" and not (model / ".DS_Store").exists()
     written = {path.name for path in model.iterdir()}
-    assert record["files"].keys() == written - {"conversion.json"}
+    assert record["files"].keys() == written
     convert(ConvertOptions(source, model, force=True))
 
 
@@ -81,7 +77,9 @@ def test_a_folder_of_an_earlier_version_is_replaced_if_all_names_are_ours(tmp_pa
     for name in ("notes.txt", "adapters.safetensors"):
         shutil.copytree(model, tmp_path / "other")
         (tmp_path / "other" / name).write_text("x")
-        spared(tmp_path, source, tmp_path / "other", f"contains {name}, which openelm convert did")
+        assert_spared(
+            tmp_path, source, tmp_path / "other", f"contains {name}, which openelm convert did"
+        )
         shutil.rmtree(tmp_path / "other")
     convert(ConvertOptions(source, model, force=True))
     assert not (model / "LICENSE").exists()
@@ -95,12 +93,12 @@ def test_a_project_with_a_config_json_is_spared(tmp_path, source):
         r"project is not a folder that openelm convert wrote \(it contains config.json, src, "
         r"src/main.js and 2 more\), so --force does not replace it; choose another folder"
     )
-    spared(tmp_path, source, tmp_path / "project", message)
+    assert_spared(tmp_path, source, tmp_path / "project", message)
 
 
 def test_the_model_folder_of_another_program_is_spared(tmp_path, source):
     shutil.copytree(source, tmp_path / "hub")
-    spared(tmp_path, source, tmp_path / "hub", "is not a folder that openelm convert wrote")
+    assert_spared(tmp_path, source, tmp_path / "hub", "is not a folder that openelm convert wrote")
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "adapters/mine.safetensors", "notes/", ".git/HEAD"])
@@ -110,37 +108,55 @@ def test_a_folder_with_something_added_is_spared(tmp_path, source, model, name):
     if not name.endswith("/"):
         place.write_text("precious")
     first = name.partition("/")[0]
-    spared(tmp_path, source, model, f"model contains {first}.*, which openelm convert did not")
+    assert_spared(
+        tmp_path, source, model, f"model contains {first}.*, which openelm convert did not"
+    )
 
 
 @pytest.mark.parametrize("name", ["README.md", "model.safetensors", "generation_config.json"])
 def test_a_folder_with_a_changed_file_is_spared(tmp_path, source, model, name):
     data = (model / name).read_bytes()
     (model / name).write_bytes(data[:-2] + b"!" + data[-1:])  # of the same length
-    spared(tmp_path, source, model, f"model has a changed {name}, so --force does not replace it")
+    assert_spared(
+        tmp_path, source, model, f"model has a changed {name}, so --force does not replace it"
+    )
+
+
+def test_a_folder_whose_record_has_a_note_is_spared(tmp_path, source, model):
+    path = model / "conversion.json"
+    record = json.loads(path.read_text())
+    message = "model has a changed .*conversion.json, so --force does not replace it"
+    for changed in ({"note": "mine"}, {"files": {**record["files"], "README.md": "0"}}):
+        path.write_text(json.dumps(record | changed))
+        assert_spared(tmp_path, source, model, message)
+    path.write_text(json.dumps(record))
+    convert(ConvertOptions(source, model, force=True))
+    assert json.loads(path.read_text())["files"].keys() == record["files"].keys()
 
 
 def test_links_and_files_are_spared(tmp_path, source, model):
     (tmp_path / "link").symlink_to(model)
-    spared(tmp_path, source, tmp_path / "link", "link is not a model folder")
+    assert_spared(tmp_path, source, tmp_path / "link", "link is not a model folder")
     (tmp_path / "file").write_text("x")
-    spared(tmp_path, source, tmp_path / "file", "file is not a model folder")
+    assert_spared(tmp_path, source, tmp_path / "file", "file is not a model folder")
 
 
 def test_only_a_gguf_is_replaced_by_a_gguf(tmp_path, source):
     thesis = tmp_path / "thesis.txt"
     thesis.write_text("my thesis")
     message = "thesis.txt is not a GGUF file, so --force does not replace it; choose another file"
-    spared(tmp_path, source, thesis, message, target_format="gguf")
+    assert_spared(tmp_path, source, thesis, message, target_format="gguf")
     (tmp_path / "link.gguf").symlink_to(thesis)
-    spared(tmp_path, source, tmp_path / "link.gguf", "link.gguf is not a GGUF file")
+    assert_spared(tmp_path, source, tmp_path / "link.gguf", "link.gguf is not a GGUF file")
     import gguf
 
     writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    spared(tmp_path, source, tmp_path / "big.gguf", "big.gguf is a GGUF file of another model than")
+    assert_spared(
+        tmp_path, source, tmp_path / "big.gguf", "big.gguf is a GGUF file of another model than"
+    )
     thesis.write_bytes(b"")  # as mktemp makes it
     convert(ConvertOptions(source, thesis, target_format="gguf", force=True))
     convert(ConvertOptions(source, thesis, target_format="gguf", force=True))
@@ -201,12 +217,12 @@ def test_an_adapter_left_by_a_killed_run_is_put_back_or_removed(tmp_path, source
 def test_source_and_target_are_compared_as_files(tmp_path, source, model):
     (tmp_path / "link").symlink_to(model)
     message = r"model contains what is to be read \(.*link\), so it is not replaced"
-    spared(tmp_path, tmp_path / "link", model, message)
+    assert_spared(tmp_path, tmp_path / "link", model, message)
     own = random_folder(tmp_path / "own")
     (own / "model.safetensors").unlink()
     (own / "model.safetensors").symlink_to(model / "model.safetensors")
     message = r"model contains what is to be read \(.*own/model.safetensors\)"
-    spared(tmp_path, own, model, message)
+    assert_spared(tmp_path, own, model, message)
 
 
 def test_inputs_inside_the_target_are_spared(tmp_path, source, model):
@@ -219,9 +235,9 @@ def test_inputs_inside_the_target_are_spared(tmp_path, source, model):
     for name, path in inputs.items():
         asked = {"target_bpw": 4.5} if name == "calibration_text" else {}
         message = rf"contains what is to be read \({path}\)"
-        spared(tmp_path, source, model, message, **{name: path}, **asked)
+        assert_spared(tmp_path, source, model, message, **{name: path}, **asked)
     text = with_adapter(model) / "adapter_config.json"
-    spared(tmp_path, source, model, "contains what is to be read", verify_text=text)
+    assert_spared(tmp_path, source, model, "contains what is to be read", verify_text=text)
     os.link(model / "tokenizer.model", tmp_path / "tokenizer.model")  # this name stays
     convert(ConvertOptions(source, model, force=True, tokenizer=tmp_path / "tokenizer.model"))
 
@@ -229,7 +245,7 @@ def test_inputs_inside_the_target_are_spared(tmp_path, source, model):
 def test_the_file_in_a_source_folder_is_spared(tmp_path, source):
     (tmp_path / "folder").mkdir()
     only = again(source, tmp_path / "folder" / "x.gguf")
-    spared(tmp_path, only.parent, only, r"x.gguf contains what is to be read \(.*x.gguf\)")
+    assert_spared(tmp_path, only.parent, only, r"x.gguf contains what is to be read \(.*x.gguf\)")
 
 
 @pytest.mark.parametrize("part", ["", "adapter"])
@@ -241,7 +257,7 @@ def test_a_source_under_the_name_of_a_bind_mount_is_spared(tmp_path, source, mod
         pytest.skip("wants the right to mount")
     try:
         message = r"model contains what is to be read \(.*bound\)"
-        spared(tmp_path, tmp_path / "bound", model, message)
+        assert_spared(tmp_path, tmp_path / "bound", model, message)
     finally:
         subprocess.run(["umount", tmp_path / "bound"], check=True)
 

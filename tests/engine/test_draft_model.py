@@ -16,16 +16,6 @@ from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import OptionError
 
 
-@pytest.fixture(scope="module")
-def target(tiny):
-    return random_engine(tiny, seed=1)
-
-
-@pytest.fixture(scope="module")
-def draft(tiny):
-    return random_engine(tiny, seed=2, layers=1)
-
-
 def test_a_model_drafting_for_itself_is_always_right(target):
     """With every option, alone and in a batch: also for prompts that are read in chunks."""
     for sampling in ({}, SAMPLED):

@@ -45,7 +45,7 @@ def tokens_of(mask: np.ndarray) -> set[int]:
     return set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
 
 
-def check_walk(found: Constraint, language: Any, rng: random.Random, steps: int = 8) -> list[int]:
+def assert_walk(found: Constraint, language: Any, rng: random.Random, steps: int = 8) -> list[int]:
     """Follow random allowed tokens; at each step the mask is what the language says of every single
     piece.
     """
@@ -69,7 +69,7 @@ def check_walk(found: Constraint, language: Any, rng: random.Random, steps: int 
 @FEW
 @given(trees(), st.randoms(use_true_random=False))
 def test_masks_of_an_expression_are_its_derivatives(tree: Any, rng: random.Random) -> None:
-    check_walk(made(regex=written(tree)), first_space(Expression(tree)), rng)
+    assert_walk(made(regex=written(tree)), first_space(Expression(tree)), rng)
 
 
 @FEW
@@ -78,7 +78,7 @@ def test_masks_of_an_expression_are_its_derivatives(tree: Any, rng: random.Rando
     st.randoms(use_true_random=False),
 )
 def test_masks_of_choices_are_their_beginnings(choices: list[str], rng: random.Random) -> None:
-    check_walk(made(choices=choices), first_space(Texts([text.encode() for text in choices])), rng)
+    assert_walk(made(choices=choices), first_space(Texts([text.encode() for text in choices])), rng)
 
 
 @FEW
@@ -87,7 +87,7 @@ def test_masks_of_a_schema_are_beginnings_of_its_documents(
     schema: dict[str, Any], rng: random.Random
 ) -> None:
     texts = {json.dumps(one, ensure_ascii=False).encode() for one in documents(schema)}
-    check_walk(
+    assert_walk(
         made(json_schema=json.dumps(schema)), first_space(Texts(sorted(texts))), rng, steps=20
     )
 
@@ -103,7 +103,7 @@ def test_along_is_accepting_one_by_one_and_leaves_no_trace(
 ) -> None:
     found, twin = made(regex=written(tree)), made(regex=written(tree))
     drafts = (
-        check_walk(made(regex=written(tree)), first_space(Expression(tree)), rng, steps=4) + noise
+        assert_walk(made(regex=written(tree)), first_space(Expression(tree)), rng, steps=4) + noise
     )
     begun = drafts[: rng.randrange(3)] if len(drafts) - len(noise) > 2 else []
     for token in begun:

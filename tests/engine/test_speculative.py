@@ -30,16 +30,6 @@ from openelm_mlx.engine.sampling import (
 )
 
 
-@pytest.fixture(scope="module")
-def target(tiny):
-    return random_engine(tiny, seed=1)
-
-
-@pytest.fixture(scope="module")
-def draft(tiny):
-    return random_engine(tiny, seed=2, layers=1)
-
-
 class HalfRight:
     """Drafts that are right for 0, 1, ... tokens in turn and then wrong, by a token that the model
     has not, now and then.

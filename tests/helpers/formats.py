@@ -36,6 +36,15 @@ TINY = OpenELMConfig(
     qkv_multipliers=(1.0,),
     ffn_multipliers=(1.0,),
 )
+WIDE = OpenELMConfig(  # rows divide by 256, as llama.cpp's K-quants need
+    model_dim=256,
+    head_dim=64,
+    num_transformer_layers=2,
+    vocab_size=64,
+    num_gqa_groups=4,
+    ffn_multipliers=(1.0, 2.0),
+    qkv_multipliers=(1.0, 1.0),
+)
 
 MIXED = {
     "token_embeddings": QuantSpec(6, 32),
@@ -139,7 +148,7 @@ def changed(
     return folder
 
 
-def refused_alike(folder: Path, tmp_path: Path, message: str) -> None:
+def assert_refused_alike(folder: Path, tmp_path: Path, message: str) -> None:
     """Check that the folder is neither loaded nor converted, for one reason."""
     for use in (lambda: load(folder), lambda: again(folder, tmp_path / "out")):
         with pytest.raises(OpenELMError, match=message) as caught:

@@ -105,7 +105,7 @@ def damaged(data: bytes, change, span: int) -> bytes:
 
 
 @contextmanager
-def survives(*names: str) -> Iterator[None]:
+def assert_survival(*names: str) -> Iterator[None]:
     """The block succeeds, or fails with a one-line error of this project that names the file."""
     start = time.perf_counter()
     try:
@@ -117,20 +117,20 @@ def survives(*names: str) -> Iterator[None]:
     assert time.perf_counter() - start < 20
 
 
-def read_alike(folder: Path) -> None:
+def assert_read_alike(folder: Path) -> None:
     """The folder is converted and loaded, to the same logits, or neither; what is loaded is
     inspected too.
     """
     done = {"convert": False, "load": False, "inspect": False}
     logits = []
-    with survives(str(folder)):
+    with assert_survival(str(folder)):
         everything(folder)
         logits.append(load(again(folder, SCRATCH / "again", force=True)).model(TOKENS))
         done["convert"] = True
-    with survives(str(folder)):
+    with assert_survival(str(folder)):
         logits.append(load(folder).model(TOKENS))
         done["load"] = True
-    with survives(str(folder)):
+    with assert_survival(str(folder)):
         inspect(str(folder))
         done["inspect"] = True
     assert done["convert"] == done["load"] <= done["inspect"], done
