@@ -118,8 +118,8 @@ def test_a_cache_without_room_has_its_own_remedy(source, monkeypatch):
 )
 def test_a_machine_without_the_memory(source, monkeypatch, fields, remedy):
     monkeypatch.setattr(checks, "memory_bytes", lambda: 1000)
-    message = r"this conversion needs about 0\.\d GB of memory, but this machine has 0\.0; " + remedy
-    assert_refused(source, ConversionError, message, **fields)
+    message = r"this conversion needs about 0\.\d GB of memory, but this machine has 0\.0; "
+    assert_refused(source, ConversionError, message + remedy, **fields)
     report = convert(ConvertOptions(source, source.parent / "new", dry_run=True))
     assert report.memory_bytes > 1000
 

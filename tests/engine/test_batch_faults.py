@@ -97,7 +97,7 @@ def test_an_interrupt_while_an_event_is_made_loses_nothing(tiny, settings):
     while interrupted:
         interrupt = InterruptAt(line, Request.take)
         assert events(interrupt) == wanted, line
-        line, interrupted = line + 7, interrupt.done
+        line, interrupted = line + 13, interrupt.done
     assert line > 70
 
 

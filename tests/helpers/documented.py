@@ -117,7 +117,8 @@ def stand_in(root: str, tokenizer: Path) -> None:
     """Let published names lead to this machine, and make published sizes small."""
     from openelm_mlx.benchmarks.measure import machine, weights
     from openelm_mlx.convert import fetch as catalog
-    from openelm_mlx.convert.quantize import calibrate
+    from openelm_mlx.convert import verify
+    from openelm_mlx.convert.quantize import calibrate, losses
     from openelm_mlx.engine import hub
 
     catalog.ROOT = root
@@ -135,6 +136,8 @@ def stand_in(root: str, tokenizer: Path) -> None:
 
     weights.OpenELMConfig.from_name = small  # type: ignore[method-assign]
     calibrate.MEASURE_TOKENS = 256
+    losses.ROWS = 16  # of a matrix, whose rounding errors are taken
+    verify.TEXT = tokenizer.with_name("notes.txt")
     machine.COPIED = 2**22  # bytes whose copy tells the bandwidth
 
 
