@@ -81,6 +81,7 @@ def measure(entries: Sequence[Entry], trials: int, tick: Tick) -> None:
     An interrupt (Ctrl-C) passes through, and the finished trials stay. A peer that fails is left
     out from then on; the error of our own engine is raised.
     """
+    gc.collect()  # an earlier engine that is freed during a run would be taken off its memory
     for entry in entries:
         warm_up(entry)
         tick(str(entry.case), entry.work)
@@ -122,7 +123,6 @@ def run_trial(entry: Entry) -> None:
 
 def attempt(entry: Entry) -> Timed | None:
     """Generate; None for a peer that fails, which then says why in its notes."""
-    gc.collect()  # an engine that is gone and freed during the run would be taken off its memory
     try:
         return checked(entry.session.generate(entry.prompt, entry.case.generation_tokens), entry)
     except OpenELMError as error:

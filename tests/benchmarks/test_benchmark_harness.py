@@ -240,5 +240,5 @@ def test_an_engine_that_is_gone_does_not_lower_the_peak_of_the_next(tiny):
     gone.append(gone)  # only the collector frees it
     del gone
     session.clock = collecting
-    timed = harness.attempt(entry)
-    assert timed is not None and timed.peak_memory_bytes > tiny.nbytes
+    harness.measure([entry], 1, nothing)
+    assert entry.warm is not None and entry.warm.peak_memory_bytes > tiny.nbytes
