@@ -1,0 +1,54 @@
+"""What goes wrong with a request, as a status and the JSON object that OpenAI's clients expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from openelm_mlx.errors import BusyError, OpenELMError
+
+RETRY_SECONDS = 1  # a row frees within about this time
+# the type of an error by its status, where it is not that of a mistake in the request
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+    504: "server_error",
+}
+
+
+class ApiError(Exception):
+    """A request that is not answered as asked: its status, and what the client is told.
+
+    `param` names the field that is at fault, `code` is for programs, `headers` go with the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+        self.type = type or TYPES.get(status, "invalid_request_error")
+        self.param, self.code, self.headers = param, code, headers or {}
+
+    @property
+    def envelope(self) -> dict[str, Any]:
+        """The body of the answer."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+def api_error(error: OpenELMError, param: str | None = None, code: str | None = None) -> ApiError:
+    """Return what a client is told about a mistake in its request: 400, or 429 if all is busy."""
+    if isinstance(error, BusyError):
+        retry = {"Retry-After": str(RETRY_SECONDS)}
+        return ApiError(429, str(error), code=code or "queue_full", headers=retry)
+    return ApiError(400, str(error), param=param, code=code)

@@ -1,0 +1,47 @@
+"""The options of `openelm serve`. Nothing here needs the packages of the extra `server`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from openelm_mlx.fields import check_fields, explained, option
+
+
+@explained()
+@dataclass(frozen=True)
+class ServerOptions:
+    """Options that decide where the server listens, who may ask, and how much it takes on."""
+
+    host: str = option(
+        "127.0.0.1", "listen on this address; any but this machine's own asks for a key"
+    )
+    port: int = option(8080, "listen on this port; 0 lets the system choose one", 0, 65535)
+    api_key: tuple[str, ...] = option((), "answer only requests with this key", metavar="KEY")
+    api_key_file: Path | None = option(
+        None, "answer only requests with a key of this file, one a line"
+    )
+    allowed_host: tuple[str, ...] = option(
+        (), "answer requests to this name too, beside the address and localhost", metavar="NAME"
+    )
+    cors_origin: tuple[str, ...] = option(
+        (), "let pages of this origin ask, as in https://example.org", metavar="ORIGIN"
+    )
+    slots: int = option(16, "requests that run together, for each model", 1, 1024)
+    queue: int = option(256, "requests that wait at most, for each model; more get 429", 1)
+    cache_mb: int = option(512, "megabytes for prompts that later requests share; 0 keeps none", 0)
+    memory_gb: float | None = option(
+        None, "gigabytes for all loaded models; unset is what the device recommends", 0.01
+    )
+    max_body: int = option(4_194_304, "bytes of a request's body at most", 1024)
+    header_seconds: float = option(10.0, "seconds for a request's head to arrive", 0.1)
+    body_seconds: float = option(30.0, "seconds for a request's body to arrive", 0.1)
+    request_seconds: float = option(600.0, "seconds that a request may wait and run", 0.1)
+    keep_alive: float = option(
+        10.0, "seconds between comments in a stream while there is no token", 0.1
+    )
+    grace: float = option(30.0, "seconds for running requests to end after SIGTERM", 0.0)
+    log_text: bool = option(False, "write prompts and answers into the log")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
