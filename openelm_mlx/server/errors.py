@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from openelm_mlx.errors import BusyError, OpenELMError
@@ -45,10 +46,22 @@ class ApiError(Exception):
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
+    @property
+    def text(self) -> str:
+        """The body as JSON."""
+        return json.dumps(self.envelope)
 
-def api_error(error: OpenELMError, param: str | None = None, code: str | None = None) -> ApiError:
-    """Return what a client is told about a mistake in its request: 400, or 429 if all is busy."""
+
+def api_error(error: Exception, param: str | None = None, code: str | None = None) -> ApiError:
+    """Return what a client is told about an error.
+
+    A user's mistake is 400, or 429 if all is busy; anything else is a fault of this program.
+    """
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, BusyError):
         retry = {"Retry-After": str(RETRY_SECONDS)}
         return ApiError(429, str(error), code=code or "queue_full", headers=retry)
-    return ApiError(400, str(error), param=param, code=code)
+    if isinstance(error, OpenELMError):
+        return ApiError(400, str(error), param=param, code=code)
+    return ApiError(500, "the server failed with this request; its log says why")

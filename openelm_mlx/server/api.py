@@ -1,0 +1,213 @@
+"""The routes: what is asked at which address, and by which object it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+
+from openelm_mlx import __version__
+from openelm_mlx.engine.options import EngineOptions, ModelOptions
+from openelm_mlx.engine.sampling import new_seed
+from openelm_mlx.errors import OpenELMError
+from openelm_mlx.server.answers import Answer, ChatAnswer, Choice, CompletionAnswer
+from openelm_mlx.server.asked import Asked, asked_of_chat, asked_of_completion, tokens_of
+from openelm_mlx.server.bodies import ChatBody, CompletionBody
+from openelm_mlx.server.errors import ApiError, api_error
+from openelm_mlx.server.models import Model, Models
+from openelm_mlx.server.options import ServerOptions
+from openelm_mlx.server.stream import Exchange
+from openelm_mlx.server.worker import Ticket, Worker
+
+T = TypeVar("T")
+LONG = 4096  # characters from which on a prompt is encoded beside the event loop
+
+
+def build_app(
+    names: Sequence[str],
+    options: ServerOptions,
+    loading: ModelOptions | None = None,
+    running: EngineOptions | None = None,
+) -> FastAPI:
+    """Return the application that serves the models `names`.
+
+    It starts to load them when its lifespan starts, and answers 503 until then.
+    """
+    models = Models(names, options, loading or ModelOptions(), running or EngineOptions())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.worker = worker = Worker()
+        loading_task = asyncio.create_task(models.load(worker))
+        yield
+        loading_task.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await loading_task
+
+    app = FastAPI(
+        title="openelm-mlx", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.state.models, app.state.options = models, options
+    add_errors(app)
+    add_routes(app)
+    return app
+
+
+def add_errors(app: FastAPI) -> None:
+    """Answer every error with OpenAI's envelope."""
+
+    async def known(request: Request, error: Exception) -> Response:
+        return answer_of(api_error(error))
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        return answer_of(invalid_body(error))
+
+    async def of_http(request: Request, error: Exception) -> Response:
+        status, detail = getattr(error, "status_code", 500), getattr(error, "detail", "")
+        return answer_of(ApiError(status, f"{request.method} {request.url.path}: {detail}"))
+
+    app.add_exception_handler(ApiError, known)
+    app.add_exception_handler(OpenELMError, known)
+    app.add_exception_handler(RequestValidationError, invalid)
+    for status in (404, 405):
+        app.add_exception_handler(status, of_http)
+
+
+def answer_of(error: ApiError) -> Response:
+    return JSONResponse(error.envelope, error.status, error.headers)
+
+
+def invalid_body(error: Any) -> ApiError:
+    """Return the error of a body that pydantic refused: the first field at fault."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    name = ".".join(place) or None
+    if first["type"] == "extra_forbidden":
+        message, code = f"{name} is not supported here; leave it out", "unsupported_parameter"
+    else:
+        message, code = f"{name or 'the body'}: {first['msg']}", None
+    return ApiError(400, message, param=name, code=code)
+
+
+def add_routes(app: FastAPI) -> None:
+    """Add all addresses."""
+    app.post("/v1/chat/completions")(chat)
+    app.post("/v1/completions")(completions)
+    app.get("/v1/models")(list_models)
+    app.get("/health")(health)
+
+
+async def chat(body: ChatBody, request: Request) -> Any:
+    """Answer a conversation, as https://platform.openai.com/docs/api-reference/chat says."""
+    return await answered(request, body.model, partial(asked_of_chat, body), ChatAnswer)
+
+
+async def completions(body: CompletionBody, request: Request) -> Any:
+    """Continue texts, as https://platform.openai.com/docs/api-reference/completions says."""
+    asked = partial(asked_of_completion, body)
+    return await answered(request, body.model, asked, CompletionAnswer)
+
+
+async def list_models(request: Request) -> Any:
+    """List the models that are loaded."""
+    models: Models = request.app.state.models
+    return {"object": "list", "data": [described(one) for one in models.loaded.values()]}
+
+
+def described(model: Model) -> dict[str, Any]:
+    """Return a model as OpenAI's clients know one, with its context and its format."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "openelm-mlx",
+        "context_length": model.engine.config.max_context_length,
+        "instruct": model.engine.instruct,
+    }
+
+
+async def health(request: Request) -> Any:
+    """Say whether requests are answered: 503 while a model is being loaded."""
+    ready = request.app.state.models.ready
+    return JSONResponse({"status": "ok" if ready else "loading"}, 200 if ready else 503)
+
+
+async def answered(
+    request: Request,
+    name: str | None,
+    ask: Callable[[], Asked],
+    kind: type[Answer],
+) -> Any:
+    """Run what a body asks; return the response, or the ASGI application that streams it."""
+    state = request.app.state
+    models, worker, options = state.models, state.worker, state.options
+    model = models.find(name)
+    asked = await beside(ask)
+    prepared = await beside(partial(prepare, model, asked))
+    choices = [
+        Choice(text_of(model, prompt) if asked.echo else "")
+        for prompt, _ in prepared
+        for _ in range(asked.n)
+    ]
+    answer = kind(asked, model.name, model.engine, choices)
+    exchange = Exchange(worker, answer, options.keep_alive)
+    owner = getattr(request.state, "owner", "")
+    exchange.start(tickets_for(model, asked, prepared, owner, exchange))
+    if asked.stream:
+        return Streamed(exchange)
+    whole = await exchange.whole(request.receive)
+    return Response(status_code=499) if whole is None else JSONResponse(whole)
+
+
+async def beside(function: Callable[[], T]) -> T:
+    """Return `function()`, run beside the event loop: grammars and long prompts take a while."""
+    return await asyncio.to_thread(function)
+
+
+def prepare(model: Model, asked: Asked) -> list[tuple[list[int], int]]:
+    """Return the ids of each prompt and how many tokens may follow."""
+    return [tokens_of(model.engine, prompt, asked) for prompt in asked.prompts]
+
+
+def text_of(model: Model, tokens: list[int]) -> str:
+    """Return the text of a prompt."""
+    return model.engine.tokenizer.decode(tokens)
+
+
+def tickets_for(
+    model: Model,
+    asked: Asked,
+    prepared: Sequence[tuple[list[int], int]],
+    owner: str,
+    exchange: Exchange,
+) -> list[Ticket]:
+    """Return a ticket for each choice; those of one prompt have streams of one seed."""
+    sampling = asked.sampling_for(model.engine.chat_sampling)
+    if sampling.seed is None:
+        sampling = replace(sampling, seed=new_seed())
+    tickets = []
+    for place, (tokens, most) in enumerate(prepared):
+        options = replace(asked.options, max_tokens=most)
+        for stream in range(asked.n):
+            put = partial(exchange.inbox.put, place * asked.n + stream)
+            own = replace(sampling, stream=stream)
+            tickets.append(Ticket(model.batch, tokens, own, options, owner, put))
+    return tickets
+
+
+class Streamed(Response):
+    """A response whose body is an exchange."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__()
+        self.exchange = exchange
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.exchange(scope, receive, send)

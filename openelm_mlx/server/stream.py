@@ -1,0 +1,142 @@
+"""An answer on its way to the client: server-sent events, and a client that leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+from openelm_mlx.engine.request import Event
+from openelm_mlx.server.answers import Answer
+from openelm_mlx.server.errors import api_error
+from openelm_mlx.server.worker import Ticket, Worker
+
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold chunks back
+]
+
+
+class Inbox:
+    """What comes for one answer: events of its choices, or an error."""
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[int, list[Event]]] = deque()
+        self._error: Exception | None = None
+        self._left = False
+        self._bell = asyncio.Event()
+
+    def put(self, index: int, new: list[Event] | Exception) -> None:
+        """Add what the worker has for a choice."""
+        if isinstance(new, Exception):
+            self._error = new
+        else:
+            self._items.append((index, new))
+        self._bell.set()
+
+    def leave(self) -> None:
+        """Note that the client has left."""
+        self._left = True
+        self._bell.set()
+
+    async def get(self, seconds: float | None = None) -> list[tuple[int, list[Event]]]:
+        """Wait for events and return all there are; nothing if none came in `seconds`.
+
+        Raises the error that ended the request, and `ClientLeft`.
+        """
+        if not self._bell.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._bell.wait()
+        self._bell.clear()
+        if self._left:
+            raise ClientLeft
+        if self._error is not None:
+            raise self._error
+        items = list(self._items)
+        self._items.clear()
+        return items
+
+
+class ClientLeft(Exception):
+    """The client has closed its connection."""
+
+
+class Exchange:
+    """Tickets of one answer, and the inbox that they fill."""
+
+    def __init__(self, worker: Worker, answer: Answer, keep_alive: float) -> None:
+        self.worker, self.answer, self.keep_alive = worker, answer, keep_alive
+        self.inbox, self.tickets = Inbox(), list[Ticket]()
+
+    def start(self, tickets: list[Ticket]) -> None:
+        """Submit the requests, one for each choice."""
+        self.tickets = tickets
+        for ticket in tickets:
+            self.worker.submit(ticket)
+
+    def stop(self) -> None:
+        """End what still runs."""
+        for ticket in self.tickets:
+            self.worker.cancel(ticket)
+
+    async def watch(self, receive: Any) -> None:
+        """Wait until the client has left."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.inbox.leave()
+
+    async def whole(self, receive: Any) -> dict[str, Any] | None:
+        """Wait for the whole answer; None if the client has left."""
+        watcher = asyncio.ensure_future(self.watch(receive))
+        try:
+            while not self.answer.done:
+                for index, events in await self.inbox.get():
+                    for event in events:
+                        self.answer.take(index, event)
+            return self.answer.whole()
+        except ClientLeft:
+            return None
+        finally:
+            watcher.cancel()
+            self.stop()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the answer as server-sent events; this is the ASGI application of a response."""
+        watcher = asyncio.ensure_future(self.watch(receive))
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            await send(body_of(self.answer.opening()))
+            while not self.answer.done:
+                items = await self.inbox.get(self.keep_alive)
+                chunks = [
+                    chunk
+                    for index, events in items
+                    for event in events
+                    if (chunk := self._chunk(index, event)) is not None
+                ]
+                if chunks or not items:
+                    await send(body_of(chunks) if chunks else KEEP_ALIVE)
+            await send(body_of([*self.answer.closing(), "[DONE]"], more=False))
+        except ClientLeft:
+            pass
+        except Exception as error:
+            await send(body_of([api_error(error).text], more=False))
+        finally:
+            watcher.cancel()
+            self.stop()
+
+    def _chunk(self, index: int, event: Event) -> str | None:
+        self.answer.take(index, event)
+        return self.answer.chunk(index, event)
+
+
+KEEP_ALIVE = {"type": "http.response.body", "body": b": still working\n\n", "more_body": True}
+
+
+def body_of(chunks: list[str], more: bool = True) -> dict[str, Any]:
+    """Return the ASGI message that sends these chunks."""
+    body = "".join(f"data: {chunk}\n\n" for chunk in chunks).encode()
+    return {"type": "http.response.body", "body": body, "more_body": more}

@@ -1,0 +1,80 @@
+"""Answers over HTTP are those of the engine in this process, streamed or not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from openelm_mlx import generate
+from openelm_mlx.engine.loading import Engine
+
+ASKED = [{"role": "user", "content": "Tell me a story."}]
+SAMPLED = {"temperature": 0.8, "seed": 7, "max_tokens": 12}
+
+
+def post(http: httpx.Client, path: str, **body: Any) -> dict[str, Any]:
+    answer = http.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def streamed(http: httpx.Client, path: str, **body: Any) -> list[dict[str, Any]]:
+    """Return the chunks of a stream, which ends with [DONE]."""
+    with http.stream("POST", path, json={**body, "stream": True}) as answer:
+        assert answer.status_code == 200
+        lines = [line[len("data: ") :] for line in answer.iter_lines() if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def test_a_chat_is_answered_as_in_this_process(http: httpx.Client, tiny: Engine):
+    body = post(http, "/v1/chat/completions", messages=ASKED, **SAMPLED)
+    text = generate(tiny, ASKED, tiny.chat_sampling, **SAMPLED)
+    assert body["choices"][0]["message"]["content"] == text
+
+
+def test_chunks_add_up_to_the_answer(http: httpx.Client):
+    body = post(http, "/v1/chat/completions", messages=ASKED, n=2, **SAMPLED)
+    usage = {"stream_options": {"include_usage": True}}
+    chunks = streamed(http, "/v1/chat/completions", messages=ASKED, n=2, **usage, **SAMPLED)
+    texts = ["", ""]
+    for chunk in chunks[:-1]:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == [choice["message"]["content"] for choice in body["choices"]]
+    assert texts[0] != texts[1]
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[-1]["usage"]["completion_tokens"] == body["usage"]["completion_tokens"] == 24
+
+
+def test_a_completion_continues_each_prompt(http: httpx.Client, tiny: Engine):
+    prompts = ["Once upon a time", "A dog"]
+    body = post(http, "/v1/completions", prompt=prompts, echo=True, **SAMPLED)
+    expected = [text + generate(tiny, text, tiny.chat_sampling, **SAMPLED) for text in prompts]
+    assert [choice["text"] for choice in body["choices"]] == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"foo": 1}, "foo is not supported here; leave it out"),
+        ({"tools": [{}]}, "tools is not supported here; leave it out"),
+        ({"max_tokens": 2000}, "the context holds 1024 together"),
+        ({"temperature": "hot"}, "temperature: Input should be a valid number"),
+    ],
+)
+def test_what_is_not_honoured_is_refused_by_name(
+    http: httpx.Client, fields: dict[str, Any], message: str
+):
+    answer = http.post("/v1/chat/completions", json={"messages": ASKED, **fields})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert message in error["message"] and error["param"] == next(iter(fields))
+
+
+def test_neutral_fields_are_accepted(http: httpx.Client):
+    fields = {"tools": None, "store": False, "parallel_tool_calls": True, "max_tokens": 1}
+    assert post(http, "/v1/chat/completions", messages=ASKED, **fields)["choices"]
