@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ from openelm_mlx.errors import OpenELMError
 from openelm_mlx.server.answers import Answer, ChatAnswer, Choice, CompletionAnswer
 from openelm_mlx.server.asked import Asked, asked_of_chat, asked_of_completion, tokens_of
 from openelm_mlx.server.bodies import ChatBody, CompletionBody
-from openelm_mlx.server.errors import ApiError, api_error
+from openelm_mlx.server.errors import ApiError, api_error, invalid_body
 from openelm_mlx.server.models import Model, Models
 from openelm_mlx.server.options import ServerOptions
 from openelm_mlx.server.stream import Exchange
@@ -82,18 +81,6 @@ def add_errors(app: FastAPI) -> None:
 
 def answer_of(error: ApiError) -> Response:
     return JSONResponse(error.envelope, error.status, error.headers)
-
-
-def invalid_body(error: Any) -> ApiError:
-    """Return the error of a body that pydantic refused: the first field at fault."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    name = ".".join(place) or None
-    if first["type"] == "extra_forbidden":
-        message, code = f"{name} is not supported here; leave it out", "unsupported_parameter"
-    else:
-        message, code = f"{name or 'the body'}: {first['msg']}", None
-    return ApiError(400, message, param=name, code=code)
 
 
 def add_routes(app: FastAPI) -> None:
@@ -189,17 +176,11 @@ def tickets_for(
     exchange: Exchange,
 ) -> list[Ticket]:
     """Return a ticket for each choice; those of one prompt have streams of one seed."""
-    sampling = asked.sampling_for(model.engine.chat_sampling)
-    if sampling.seed is None:
-        sampling = replace(sampling, seed=new_seed())
-    tickets = []
-    for place, (tokens, most) in enumerate(prepared):
-        options = replace(asked.options, max_tokens=most)
-        for stream in range(asked.n):
-            put = partial(exchange.inbox.put, place * asked.n + stream)
-            own = replace(sampling, stream=stream)
-            tickets.append(Ticket(model.batch, tokens, own, options, owner, put))
-    return tickets
+    requests = asked.requests(prepared, model.engine.chat_sampling, new_seed())
+    return [
+        Ticket(model.batch, *request, owner, partial(exchange.inbox.put, index))
+        for index, request in enumerate(requests)
+    ]
 
 
 class Streamed(Response):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -45,6 +45,22 @@ class Asked:
     def sampling_for(self, defaults: SamplingOptions) -> SamplingOptions:
         """Return the options of sampling: those given, over a model's defaults."""
         return replace(defaults, **self.sampling)
+
+    def requests(
+        self, prepared: Sequence[tuple[list[int], int]], defaults: SamplingOptions, seed: int
+    ) -> Iterator[tuple[list[int], SamplingOptions, GenerationOptions]]:
+        """Yield the ids and the options of each choice; those of one prompt have streams of a seed.
+
+        `prepared` has what `tokens_of` returns for each prompt, and `seed` stands in for one that
+        was not given.
+        """
+        sampling = self.sampling_for(defaults)
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=seed)
+        for tokens, most in prepared:
+            options = replace(self.options, max_tokens=most)
+            for stream in range(self.n):
+                yield tokens, replace(sampling, stream=stream), options
 
 
 def asked_of_chat(body: ChatBody) -> Asked:

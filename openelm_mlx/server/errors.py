@@ -65,3 +65,15 @@ def api_error(error: Exception, param: str | None = None, code: str | None = Non
     if isinstance(error, OpenELMError):
         return ApiError(400, str(error), param=param, code=code)
     return ApiError(500, "the server failed with this request; its log says why")
+
+
+def invalid_body(error: Any) -> ApiError:
+    """Return the error of a body that pydantic refused: the first field at fault."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    name = ".".join(place) or None
+    if first["type"] == "extra_forbidden":
+        message, code = f"{name} is not supported here; leave it out", "unsupported_parameter"
+    else:
+        message, code = f"{name or 'the body'}: {first['msg']}", None
+    return ApiError(400, message, param=name, code=code)
