@@ -22,6 +22,7 @@ from openelm_mlx.server.bodies import ChatBody, CompletionBody
 from openelm_mlx.server.errors import ApiError, api_error, invalid_body
 from openelm_mlx.server.models import Model, Models
 from openelm_mlx.server.options import ServerOptions
+from openelm_mlx.server.page import front_page
 from openelm_mlx.server.stream import Exchange
 from openelm_mlx.server.worker import Ticket, Worker
 
@@ -89,6 +90,7 @@ def add_routes(app: FastAPI) -> None:
     app.post("/v1/completions")(completions)
     app.get("/v1/models")(list_models)
     app.get("/health")(health)
+    app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)(front_page)
 
 
 async def chat(body: ChatBody, request: Request) -> Any:
