@@ -44,7 +44,7 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.worker = worker = Worker()
+        app.state.worker = worker = Worker(options.request_seconds)
         loading_task = asyncio.create_task(models.load(worker))
         yield
         loading_task.cancel()
@@ -138,7 +138,9 @@ async def answered(
     state = request.app.state
     models, worker, options = state.models, state.worker, state.options
     model = models.find(name)
+    model.check_room(worker)  # before anything is done for it
     asked = await beside(ask)
+    model.check_room(worker, len(asked.prompts) * asked.n)
     prepared = await beside(partial(prepare, model, asked))
     choices = [
         Choice(text_of(model, prompt) if asked.echo else "")
@@ -148,7 +150,9 @@ async def answered(
     answer = kind(asked, model.name, model.engine, choices)
     exchange = Exchange(worker, answer, options.keep_alive)
     owner = getattr(request.state, "owner", "")
-    exchange.start(tickets_for(model, asked, prepared, owner, exchange))
+    tickets = tickets_for(model, asked, prepared, owner, exchange)
+    model.check_room(worker, len(tickets))  # others have come meanwhile
+    exchange.start(tickets)
     if asked.stream:
         return Streamed(exchange)
     whole = await exchange.whole(request.receive)

@@ -12,6 +12,7 @@ from openelm_mlx.engine.loading import Engine, load
 from openelm_mlx.engine.options import EngineOptions, ModelOptions
 from openelm_mlx.engine.prompt_cache import PromptCache
 from openelm_mlx.engine.scheduler import BatchEngine
+from openelm_mlx.errors import BusyError
 from openelm_mlx.server.errors import ApiError
 from openelm_mlx.server.options import ServerOptions
 from openelm_mlx.server.worker import Worker
@@ -24,7 +25,18 @@ class Model:
     name: str
     engine: Engine
     batch: BatchEngine
+    most: int  # requests that may run and wait
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def check_room(self, worker: Worker, count: int = 1) -> None:
+        """Raise `BusyError` if `count` more cannot wait, `ApiError` if they never could."""
+        if count > self.most:
+            what = f"the body asks for {count} answers; {self.most} may run and wait here"
+            raise ApiError(400, f"{what}. Lower n, or send fewer prompts at once")
+        load = worker.load(self.batch)
+        if load + count > self.most:
+            what = f"{load} requests run or wait, and no more than {self.most} may"
+            raise BusyError(f"{what}; ask again a little later")
 
 
 class Models:
@@ -55,8 +67,10 @@ class Models:
     def _load(self, name: str) -> Model:
         options = self._options
         engine = load(name, **asdict(self._loading))
-        shared: Any = {"prompt_cache": self.cache, "max_waiting": options.queue + options.slots}
-        return Model(name, engine, BatchEngine(engine, options.slots, self._running, **shared))
+        most = options.queue + options.slots
+        shared: Any = {"prompt_cache": self.cache, "max_waiting": most}
+        batch = BatchEngine(engine, options.slots, self._running, **shared)
+        return Model(name, engine, batch, most)
 
     def find(self, name: str | None) -> Model:
         """Return a model by its name, the first one for None. Raises `ApiError`."""

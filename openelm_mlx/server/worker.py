@@ -19,6 +19,7 @@ from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
 from openelm_mlx.engine.request import Event
 from openelm_mlx.engine.scheduler import BatchEngine
 from openelm_mlx.engine.threads import device
+from openelm_mlx.server.errors import ApiError
 
 T = TypeVar("T")
 Sink = Callable[[list[Event] | Exception], None]
@@ -36,22 +37,50 @@ class Ticket:
     owner: str
     sink: Sink
     number: int | None = None  # the batch's, from when the device's thread has submitted it
+    started: bool = False  # its first token has come
     gone: bool = False  # cancelled, or ended
+    timer: asyncio.TimerHandle | None = None  # ends it when its time is over
+
+
+News = tuple[Ticket, list[Event] | Exception]
 
 
 @dataclass
 class Worker:
     """Runs requests of any number of batches on the device's thread.
 
-    Its methods are called on the event loop that it was made on.
+    Its methods are called on the event loop that it was made on. A request may take `seconds` from
+    its submission to its last token.
     """
 
+    seconds: float = 600.0
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _calls: deque[Callable[[], None]] = field(default_factory=deque)  # for between two steps
     _running: dict[BatchEngine, dict[int, Ticket]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _awake: bool = False  # a turn is in line
+    _left: asyncio.Event = field(default_factory=asyncio.Event)  # rung when the last ticket ends
     tickets: set[Ticket] = field(default_factory=set)  # that have not ended
+
+    @property
+    def active(self) -> int:
+        """The number of requests that have got their first token."""
+        return sum(ticket.started for ticket in self.tickets)
+
+    @property
+    def waiting(self) -> int:
+        """The number of requests that wait for their first token, in the queue or in prefill."""
+        return len(self.tickets) - self.active
+
+    def load(self, batch: BatchEngine) -> int:
+        """Return how many requests of a batch have not ended."""
+        return sum(ticket.batch is batch for ticket in self.tickets)
+
+    async def drain(self) -> None:
+        """Wait until no request is left."""
+        while self.tickets:
+            self._left.clear()
+            await self._left.wait()
 
     async def call(self, function: Callable[[], T]) -> T:
         """Return `function()`, run on the device's thread between two steps."""
@@ -78,14 +107,31 @@ class Worker:
     def submit(self, ticket: Ticket) -> None:
         """Let a request be run; its sink gets an error that the engine has with it."""
         self.tickets.add(ticket)
+        ticket.timer = self._loop.call_later(self.seconds, self._expire, ticket)
         self._later(lambda: self._submit(ticket))
 
     def cancel(self, ticket: Ticket) -> None:
         """End a request; its sink is not called again, and its row is free at the next step."""
-        if ticket in self.tickets:
-            self.tickets.discard(ticket)
-            ticket.gone = True
+        if self._end(ticket):
             self._later(lambda: self._cancel(ticket))
+
+    def _end(self, ticket: Ticket) -> bool:
+        """Note that a request has ended; return False if it had before."""
+        if ticket.gone:
+            return False
+        ticket.gone = True
+        self.tickets.discard(ticket)
+        if ticket.timer is not None:
+            ticket.timer.cancel()
+        if not self.tickets:
+            self._left.set()
+        return True
+
+    def _expire(self, ticket: Ticket) -> None:
+        """End a request whose time is over."""
+        self.cancel(ticket)
+        what = f"the answer was not complete after {self.seconds:g} seconds, the server's limit"
+        ticket.sink(ApiError(504, f"{what}; ask for fewer tokens, or again later", code="timeout"))
 
     def _later(self, call: Callable[[], None]) -> None:
         """Let the device's thread make a call before its next step."""
@@ -115,37 +161,39 @@ class Worker:
     def _cancel(self, ticket: Ticket) -> None:
         if ticket.number is None:  # it never came so far
             return
-        if self._running[ticket.batch].pop(ticket.number, None) is not None:
-            ticket.batch.cancel(ticket.number)
+        batch, number = ticket.batch, ticket.number
+        if self._running.get(batch, {}).pop(number, None) is None:
+            return
+        try:
+            batch.cancel(number)
+        except Exception:
+            self._tell(self._deliver, self._fail(batch))
+
+    def forget(self, batch: BatchEngine) -> None:
+        """Keep nothing of a batch without requests; the device's thread calls this."""
+        self._running.pop(batch, None)
 
     def _turn(self) -> None:
         """Run the calls in line and one step of every busy batch; go on while anything is busy."""
         while self._calls:
             self._calls.popleft()()
-        news: list[tuple[Ticket, list[Event] | Exception]] = []
-        for batch in [batch for batch in self._running if batch.busy]:
+        news: list[News] = []
+        for batch in [batch for batch, tickets in self._running.items() if tickets]:
             news += self._step(batch)
         if news:
             self._tell(self._deliver, news)
         with self._lock:
-            busy = any(batch.busy for batch in self._running)
-            self._awake = again = busy or bool(self._calls)
+            self._awake = again = any(self._running.values()) or bool(self._calls)
         if again:
             device.hand_over(self._turn)
 
-    def _step(self, batch: BatchEngine) -> list[tuple[Ticket, list[Event] | Exception]]:
+    def _step(self, batch: BatchEngine) -> list[News]:
         """Step a batch; return the events of each request, or the error that ended them all."""
         tickets, news = self._running[batch], dict[Ticket, list[Event]]()
         try:
             events = batch.step()
-        except Exception as error:
-            log.exception("a step failed; its requests are ended")
-            failed: list[tuple[Ticket, list[Event] | Exception]] = [
-                (ticket, error) for ticket in tickets.values()
-            ]
-            tickets.clear()
-            batch.close()
-            return failed
+        except Exception:
+            return self._fail(batch)
         for number, event in events:
             ticket = tickets.get(number)
             if ticket is not None:
@@ -154,11 +202,25 @@ class Worker:
                     del tickets[number]
         return list(news.items())
 
-    def _deliver(self, news: list[tuple[Ticket, list[Event] | Exception]]) -> None:
+    def _fail(self, batch: BatchEngine) -> list[News]:
+        """End all requests of a batch that failed, and keep nothing that it has computed."""
+        log.exception("a step of %s failed; its requests are ended", batch.engine.name)
+        error = ApiError(500, "a step of the model failed; the log of the server says why")
+        failed: list[News] = [(ticket, error) for ticket in self._running[batch].values()]
+        self._running[batch].clear()
+        try:
+            batch.close()
+        except Exception:
+            log.exception("what was left of the step failed, too")
+        if batch.prompt_cache is not None:
+            batch.prompt_cache.clear()
+        return failed
+
+    def _deliver(self, news: list[News]) -> None:
         """Give each sink what is new for it, on the event loop."""
         for ticket, new in news:
             if not ticket.gone:
+                ticket.started = True
                 if isinstance(new, Exception) or new[-1].finish_reason is not None:
-                    ticket.gone = True
-                    self.tickets.discard(ticket)
+                    self._end(ticket)
                 ticket.sink(new)
