@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
-from openelm_mlx.fields import check_fields, explained, option
+from openelm_mlx.errors import OptionError
+from openelm_mlx.fields import check_fields, explained, option, shown
+
+NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?", re.IGNORECASE | re.ASCII)
+# scheme://host[:port], as a browser sends it
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:\d+)?", re.ASCII)
 
 
 @explained()
@@ -45,3 +52,41 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not all(map(fits_key, self.api_key)):
+            raise OptionError("an api_key has a blank or a character outside ASCII; take another")
+        for name in self.allowed_host:
+            if not (NAME.fullmatch(name) or is_address(name)):
+                what = f"allowed_host is {shown(name)}; allowed is a name as in a URL"
+                raise OptionError(f"{what}, without scheme and port")
+        for origin in self.cors_origin:
+            if not ORIGIN.fullmatch(origin):
+                what = f"cors_origin is {shown(origin)}; allowed is an exact origin in lower case"
+                raise OptionError(f"{what}, as in https://example.org or http://localhost:3000")
+        if not self.host:
+            raise OptionError("host is ''; allowed is a name or an address, as in 127.0.0.1")
+        if not self.keyed and not is_own(self.host):
+            what = f"host is {shown(self.host)}, which other machines can reach"
+            raise OptionError(f"{what}; give an api_key or an api_key_file too")
+
+    @property
+    def keyed(self) -> bool:
+        """True if a request needs a key."""
+        return bool(self.api_key) or self.api_key_file is not None
+
+
+def fits_key(text: str) -> bool:
+    """Return whether a text can be a key: it goes into a header as it is."""
+    return text.isascii() and text.isprintable() and " " not in text
+
+
+def is_address(text: str) -> bool:
+    """Return whether a text is an address in digits: no name server can make it another one."""
+    try:
+        return bool(ip_address(text))
+    except ValueError:
+        return False
+
+
+def is_own(host: str) -> bool:
+    """Return whether only programs on this machine can reach this host."""
+    return host.lower() == "localhost" or (is_address(host) and ip_address(host).is_loopback)
