@@ -28,6 +28,8 @@ PEER_MAIN = (
     "import sys, openelm_mlx.device; from mlx_lm.server import main; sys.argv[0] = 'server'; main()"
 )
 SCHEDULER_MAIN = "from openelm_mlx.benchmarks.scripts.servers import scheduler; scheduler()"
+# a model's own defaults of sampling may have penalties, which mlx_lm.server does not read
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 START_LIMIT = 60.0  # seconds until a server must be ready
 PAUSE = 0.005  # seconds between two attempts to reach it
 
@@ -97,7 +99,7 @@ class Server(Process):
         await self.first_answer("/health")
         if self.name == OURS:
             models = (await ask(self.port, "/v1/models")).json
-            self.common = {"model": models["data"][0]["id"]}
+            self.common = {"model": models["data"][0]["id"], **NEUTRAL}
 
     async def first_answer(self, path: str, body: Event | None = None) -> Answer:
         """Ask until there is an answer with status 200. Raises `BenchmarkError` if none comes."""
