@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from openelm_mlx.server.errors import ApiError
 
 T = TypeVar("T")
 Sink = Callable[[list[Event] | Exception], None]
+TOGETHER, TOGETHER_AT_MOST = 0.001, 0.02  # seconds
 log = logging.getLogger("openelm.serve")
 
 
@@ -139,7 +141,7 @@ class Worker:
         with self._lock:
             asleep, self._awake = not self._awake, True
         if asleep:
-            device.hand_over(self._turn)
+            device.hand_over(self._begin)
 
     def _tell(self, function: Callable[..., None], *args: Any) -> None:
         """Call a function on the event loop, unless that has ended."""
@@ -172,6 +174,18 @@ class Worker:
     def forget(self, batch: BatchEngine) -> None:
         """Keep nothing of a batch without requests; the device's thread calls this."""
         self._running.pop(batch, None)
+
+    def _begin(self) -> None:
+        """Take the first turn after a rest, once nothing has come for `TOGETHER` seconds.
+
+        Requests that come together are prefilled together; what comes after a first step waits for
+        it, and is then admitted little by little.
+        """
+        last, known = time.monotonic() + TOGETHER_AT_MOST, 0
+        while known < len(self._calls) and time.monotonic() < last:
+            known = len(self._calls)
+            time.sleep(TOGETHER)
+        self._turn()
 
     def _turn(self) -> None:
         """Run the calls in line and one step of every busy batch; go on while anything is busy."""
