@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from openelm_mlx import __version__
 from openelm_mlx.engine.options import EngineOptions, ModelOptions
@@ -20,11 +20,12 @@ from openelm_mlx.server.answers import Answer, ChatAnswer, Choice, CompletionAns
 from openelm_mlx.server.asked import Asked, asked_of_chat, asked_of_completion, tokens_of
 from openelm_mlx.server.bodies import ChatBody, CompletionBody
 from openelm_mlx.server.errors import ApiError, api_error, invalid_body
+from openelm_mlx.server.metrics import Metered, Metrics, show
 from openelm_mlx.server.models import Model, Models
 from openelm_mlx.server.options import ServerOptions
 from openelm_mlx.server.page import front_page
 from openelm_mlx.server.stream import Exchange
-from openelm_mlx.server.worker import Ticket, Worker
+from openelm_mlx.server.worker import Sink, Ticket, Worker
 
 T = TypeVar("T")
 LONG = 4096  # characters from which on a prompt is encoded beside the event loop
@@ -55,6 +56,8 @@ def build_app(
         title="openelm-mlx", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.state.models, app.state.options = models, options
+    app.state.metrics = metrics = Metrics(app)
+    app.add_middleware(Metered, app, metrics)
     add_errors(app)
     add_routes(app)
     return app
@@ -90,6 +93,7 @@ def add_routes(app: FastAPI) -> None:
     app.post("/v1/completions")(completions)
     app.get("/v1/models")(list_models)
     app.get("/health")(health)
+    app.get("/metrics", response_class=PlainTextResponse)(show)
     app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)(front_page)
 
 
@@ -150,7 +154,7 @@ async def answered(
     answer = kind(asked, model.name, model.engine, choices)
     exchange = Exchange(worker, answer, options.keep_alive)
     owner = getattr(request.state, "owner", "")
-    tickets = tickets_for(model, asked, prepared, owner, exchange)
+    tickets = tickets_for(model, asked, prepared, owner, exchange, state.metrics)
     model.check_room(worker, len(tickets))  # others have come meanwhile
     exchange.start(tickets)
     if asked.stream:
@@ -180,12 +184,17 @@ def tickets_for(
     prepared: Sequence[tuple[list[int], int]],
     owner: str,
     exchange: Exchange,
+    metrics: Metrics,
 ) -> list[Ticket]:
     """Return a ticket for each choice; those of one prompt have streams of one seed."""
     requests = asked.requests(prepared, model.engine.chat_sampling, new_seed())
+
+    def sink(index: int) -> Sink:
+        put = partial(exchange.inbox.put, index)
+        return metrics.watched(model.name, index % asked.n == 0, put)
+
     return [
-        Ticket(model.batch, *request, owner, partial(exchange.inbox.put, index))
-        for index, request in enumerate(requests)
+        Ticket(model.batch, *request, owner, sink(index)) for index, request in enumerate(requests)
     ]
 
 

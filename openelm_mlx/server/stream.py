@@ -123,6 +123,7 @@ class Exchange:
         except ClientLeft:
             pass
         except Exception as error:
+            scope.setdefault("state", {})["error"] = error
             await send(body_of([api_error(error).text], more=False))
         finally:
             watcher.cancel()
