@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,3 +132,26 @@ def test_every_series_is_documented(own: httpx.Client):
         shown = labels.get(name, labels.get(f"{name}_total"))
         for sample in family.samples:
             assert tuple(key for key in sample.labels if key != "le") == shown
+
+
+def test_the_dashboard_asks_for_series_that_exist(own: httpx.Client):
+    board = json.loads((DOCS / "openelm-dashboard.json").read_text(encoding="utf-8"))
+    there = families(own)
+    labels = {
+        sample.name: {"instance", *sample.labels}
+        for family in there.values()
+        for sample in family.samples
+    }
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked += [one["query"] for one in board["templating"]["list"] if one["type"] == "query"]
+    shown = set()
+    for query in asked:
+        names = re.findall(r"openelm_\w+", query)
+        grouped = [
+            name for group in re.findall(r"by \((.*?)\)", query) for name in group.split(", ")
+        ]
+        chosen = re.findall(r"(\w+)=~", query)
+        assert names and all({*grouped, *chosen} <= labels[name] for name in names), query
+        shown.update(names)
+    without = {re.sub(r"_(total|bucket)$", "", name) for name in shown}
+    assert without == set(there)
