@@ -46,11 +46,11 @@ def build_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.worker = worker = Worker(options.request_seconds)
-        loading_task = asyncio.create_task(models.load(worker))
+        app.state.loading = task = asyncio.create_task(models.load(worker))
         yield
-        loading_task.cancel()
+        task.cancel()
         with suppress(asyncio.CancelledError, Exception):
-            await loading_task
+            await task
 
     app = FastAPI(
         title="openelm-mlx", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
@@ -67,6 +67,7 @@ def add_errors(app: FastAPI) -> None:
     """Answer every error with OpenAI's envelope."""
 
     async def known(request: Request, error: Exception) -> Response:
+        request.state.error = error
         return answer_of(api_error(error))
 
     async def invalid(request: Request, error: Exception) -> Response:
@@ -152,6 +153,7 @@ async def answered(
         for _ in range(asked.n)
     ]
     answer = kind(asked, model.name, model.engine, choices)
+    request.state.answer = answer  # for the log
     exchange = Exchange(worker, answer, options.keep_alive)
     owner = getattr(request.state, "owner", "")
     tickets = tickets_for(model, asked, prepared, owner, exchange, state.metrics)

@@ -11,7 +11,6 @@ A request that passes has `owner` in the state of its scope: a hash of its key, 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import secrets
 from collections.abc import Iterable
@@ -44,6 +43,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
         self.app, self.options, self.closing = app, options, False
+        self.running = 0  # requests that have passed and not ended
         self.keys = [sha256(key.encode()).digest() for key in keys_of(options)]
         names = ("localhost", options.host, *options.allowed_host)
         self.names = {name.lower() for name in names} | {"127.0.0.1", "::1"}
@@ -63,11 +63,18 @@ class Guard:
                 raise closing()
             state["owner"] = "" if scope["path"] in OPEN else self.owner(headers)
             check_method(scope["method"], headers)
-            body = await self.body(headers, receive)
+            self.running += 1
         except ApiError as error:
             return await answer(error, scope, headers, send)
-        if body is not None:
-            await self.app(scope, once(body, receive), send)
+        try:
+            try:
+                body = await self.body(headers, receive)
+            except ApiError as error:
+                return await answer(error, scope, headers, send)
+            if body is not None:
+                await self.app(scope, once(body, receive), send)
+        finally:
+            self.running -= 1
         return None
 
     def check_host(self, scope: Scope, headers: Headers) -> None:
@@ -260,7 +267,8 @@ def closing() -> ApiError:
 
 async def answer(error: ApiError, scope: Scope, headers: Headers, send: Send) -> None:
     """Send an error. A client that waits to be asked for its body gets no such word."""
-    body = json.dumps(error.envelope).encode()
+    scope["state"]["error"] = error
+    body = error.text.encode()
     own = {"Content-Type": "application/json", "Content-Length": str(len(body))} | error.headers
     if headers.one("expect"):
         own["Connection"] = "close"

@@ -9,7 +9,6 @@ is answered on it.
 from __future__ import annotations
 
 import asyncio
-import json
 from socket import SO_SNDBUF, SOL_SOCKET
 from typing import Any
 
@@ -224,7 +223,7 @@ def refusing(error: ApiError) -> Any:
 
 def encoded(error: ApiError) -> tuple[bytes, list[tuple[bytes, bytes]]]:
     """Return body and headers of the last answer on a connection."""
-    body = json.dumps(error.envelope).encode()
+    body = error.text.encode()
     own = {"content-type": "application/json", "content-length": str(len(body))} | error.headers
     own |= {"cache-control": "no-store", "connection": "close"}
     return body, [

@@ -117,6 +117,12 @@ class Worker:
         if self._end(ticket):
             self._later(lambda: self._cancel(ticket))
 
+    def end_all(self, error: Exception) -> None:
+        """End every request with an error."""
+        for ticket in list(self.tickets):
+            self.cancel(ticket)
+            ticket.sink(error)
+
     def _end(self, ticket: Ticket) -> bool:
         """Note that a request has ended; return False if it had before."""
         if ticket.gone:

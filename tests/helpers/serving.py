@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
 from collections.abc import Iterator
@@ -20,33 +19,35 @@ SECONDS = 60.0  # the longest wait for anything
 
 
 @contextmanager
-def serving(
+def serving(*names: str | Path, **options: Any) -> Iterator[str]:
+    """Serve these models, ready to answer, and return the address; `options` are the server's."""
+    with server_of(*names, **options) as (_, address):
+        yield address
+
+
+@contextmanager
+def server_of(
     *names: str | Path,
     loading: ModelOptions | None = None,
     running: EngineOptions | None = None,
     **options: Any,
-) -> Iterator[str]:
-    """Serve these models, ready to answer, and return the address; `options` are the server's."""
-    import uvicorn
-
-    from openelm_mlx.server.api import build_app
+) -> Iterator[tuple[Any, str]]:
+    """Serve these models, ready to answer, and give the `Server` and its address."""
+    from openelm_mlx.server.run import make_server
 
     given = replace(ServerOptions(port=0), **options)
-    app = build_app([str(name) for name in names], given, loading, running)
-    config = uvicorn.Config(app, http="httptools", loop="asyncio", log_level="warning")
-    server = uvicorn.Server(config)
+    server = make_server([str(name) for name in names], given, loading, running)
     listening = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    thread = threading.Thread(
-        target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True
-    )
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     try:
         wait_until_ready(address)
-        yield address
+        yield server, address
     finally:
         server.should_exit = True
         thread.join(SECONDS)
+        assert not thread.is_alive()
 
 
 def wait_until_ready(address: str) -> None:
