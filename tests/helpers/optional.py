@@ -71,6 +71,8 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
     "Metal": metal,
     "a C++ compiler": compiles,
     "Chromium": lambda: find_chromium() is not None,
+    "playwright": lambda: find_spec("playwright") is not None,
+    "axe-core": lambda: find_spec("axe_playwright_python") is not None,
     "matplotlib": lambda: find_spec("matplotlib") is not None,
     "llguidance": lambda: find_spec("llguidance") is not None,
     "llama.cpp": lambda: peer("llama.cpp"),
