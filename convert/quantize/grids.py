@@ -16,6 +16,7 @@ FEW_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.75, 0.65)  # nearly as good
 WIDE_BITS = 6  # from which on no cut of the range pays
 REFITS = 3  # alternations of rounding and least squares
 PART = 1 << 20  # weights that are fitted at a time
+TRIED = 1 << 18  # weights, as often as ranges are tried for them at once
 
 Grid = tuple[mx.array, mx.array]  # scales and biases [rows, groups]
 
@@ -64,8 +65,10 @@ def fit_groups(
     low, high, middle = values.min(axis=-1), values.max(axis=-1), mean(values)
     best = grid_of_mlx(values, spec, dtype)
     least = error(best)
-    for shrink in shrinks:
-        scale = mx.maximum((high - low) * (shrink / top), 1e-8)
+    together = max(1, TRIED // values.size)
+    for start in range(0, len(shrinks), together):
+        ratios = mx.array([shrink / top for shrink in shrinks[start : start + together]])
+        scale = mx.maximum((high - low) * ratios[:, None, None], 1e-8)  # [tried, rows, groups]
         bias = (low + high) / 2 - scale * (top / 2)
         for _ in range(REFITS):
             codes = codes_of(values, (scale, bias), top)
@@ -75,8 +78,10 @@ def fit_groups(
             fits = (spread > 1e-6) & (joint > 0)
             scale = mx.where(fits, joint / mx.where(fits, spread, 1.0), scale)
             bias = mx.where(fits, middle - scale * centre, bias)
-        grid = as_stored(scale, dtype), as_stored(bias, dtype)
-        found = error(grid)
+        tried = as_stored(scale, dtype), as_stored(bias, dtype)
+        errors = error(tried)
+        first = mx.argmin(errors, axis=0, keepdims=True)
+        found, *grid = (mx.take_along_axis(x, first, axis=0)[0] for x in (errors, *tried))
         better = found < least
         least = mx.where(better, found, least)
         best = mx.where(better, grid[0], best[0]), mx.where(better, grid[1], best[1])
