@@ -220,6 +220,15 @@ def set_wired_limit() -> int | None:
     return limit
 
 
+def recommended_bytes() -> int:
+    """Return how much memory MLX should use at most: what Metal recommends, or MLX's own limit."""
+    if kind() == "metal":
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    limit = mx.set_memory_limit(1 << 62)  # only setting one tells which was set
+    mx.set_memory_limit(limit)
+    return limit
+
+
 def facts() -> dict[str, Any]:
     """Return plain facts about this machine; what is unknown is None."""
     macos = platform.mac_ver()[0]

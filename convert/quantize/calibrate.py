@@ -113,7 +113,7 @@ def stored_model(opened: OpenedModel) -> OpenELM:
     model = OpenELM(opened.trimmed)
     plan = {stem: spec for stem, spec in opened.source.plan.items() if spec is not None}
     quantize_as_stored(model, plan)
-    dtype = compute_dtype(opened.trimmed, {NORM: opened.load(NORM)}, None)
+    dtype = compute_dtype(opened.trimmed, opened.load(NORM).dtype, None)
     arrays: dict[str, mx.array] = {}
     for name, shape in opened.shapes.items():
         quantized = planned(plan, name) is not None

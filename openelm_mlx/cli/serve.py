@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from openelm_mlx.cli.options import MODEL_HELP, add_flags, add_model_flags, from_args
+from openelm_mlx.cli.options import MODEL_HELP, add_flags, from_args
 from openelm_mlx.engine.options import EngineOptions, ModelOptions
 from openelm_mlx.errors import OptionError
 from openelm_mlx.server.options import ServerOptions
@@ -13,6 +13,7 @@ from openelm_mlx.server.options import ServerOptions
 EXAMPLES = """examples:
   openelm serve                                  the bundled model, at http://127.0.0.1:8080
   openelm serve 270m-instruct 450m-instruct      several models; a request names one
+  openelm serve 270m-instruct --adapter story=FOLDER         also as 270m-instruct:story
   openelm serve 1.1b-instruct --bits 4 --slots 8
   openelm serve --host 0.0.0.0 --api-key-file keys.txt       for other machines too
 """
@@ -32,7 +33,7 @@ def register(commands: Any) -> None:
     parser.add_argument("models", metavar="MODEL", nargs="*", help=MODEL_HELP)
     add_flags(parser, ServerOptions)
     add_flags(parser, EngineOptions)
-    add_model_flags(parser)
+    add_flags(parser, ModelOptions, skip=("adapter",))  # the server's own flag has several
     parser.set_defaults(run=run)
 
 

@@ -185,6 +185,12 @@ class Queue:
         """True if any request is here."""
         return bool(self.waiting or self._admission or self.joining)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that were prefilled and have no row yet."""
+        begun = self._admission.cache.nbytes if self._admission else 0
+        return begun + sum(cache.nbytes for _, cache in self.joining)
+
     def add(
         self,
         engine: Engine,

@@ -70,6 +70,12 @@ class Lane:
         return self._spec.filters.masked
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values of the rows, the draft model's included."""
+        draft = self.speculation.model
+        return self._buffers.nbytes + (0 if draft is None else draft.buffers.nbytes)
+
+    @property
     def steady(self) -> bool:
         """True if no row comes or goes."""
         return not self._stale and not self._joining()

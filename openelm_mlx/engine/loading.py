@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -21,7 +22,7 @@ from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, naming
 from openelm_mlx.fields import shown
 from openelm_mlx.files import read_json
 from openelm_mlx.model.adapters import Adapter, adapted, prepare
-from openelm_mlx.model.checkpoint import read_model
+from openelm_mlx.model.checkpoint import Headers, read_model
 from openelm_mlx.model.config import GENERATION_CONFIG, GENERATION_KEYS, OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM, parameters
 from openelm_mlx.model.fingerprint import fingerprint_of, same_base
@@ -205,7 +206,7 @@ def load_resolved(name: str, resolved: Resolved, options: ModelOptions) -> Engin
     model = OpenELM(config)
     if headers.specs:
         quantize_as_stored(model, headers.specs)
-    computed = compute_dtype(config, weights, options.dtype)
+    computed = compute_dtype(config, weights["transformer.norm.weight"].dtype, options.dtype)
     model.load_weights([(key, cast(array, computed)) for key, array in weights.items()])
     if bits is not None:
         quantize_now(model, bits, group_size)
@@ -219,6 +220,26 @@ def load_resolved(name: str, resolved: Resolved, options: ModelOptions) -> Engin
     instruct = speaks_instruct(folder, name)
     engine = Engine(model, tokenizer, config, name, folder, quantization, instruct, sampling)
     return engine if adapter is None else engine.load_adapter(adapter)
+
+
+def loaded_bytes(headers: Headers, options: ModelOptions) -> int:
+    """Return the bytes that the weights of a folder with these headers take once loaded.
+
+    Raises `OptionError` for a type that is not allowed.
+    """
+    infos = {name: place.info for name, (_, place) in headers.places.items()}
+    stored = DTYPES[infos["transformer.norm.weight"].dtype].mlx
+    width = 8 * compute_dtype(headers.config, stored, options.dtype).size  # bits of a weight
+    total = 0
+    for info in infos.values():
+        if info.dtype not in FLOATS:
+            total += info.nbytes
+        elif options.bits is not None and len(info.shape) == 2:
+            a_group = options.bits * options.group_size + 2 * width  # with scale and bias
+            total += math.prod(info.shape) // options.group_size * a_group // 8
+        else:
+            total += math.prod(info.shape) * width // 8
+    return total
 
 
 def speaks_instruct(folder: Path, name: str) -> bool:
@@ -282,13 +303,13 @@ def quantize_now(model: OpenELM, bits: int, group_size: int) -> None:
         raise OptionError(f"{what}: {error}") from None
 
 
-def compute_dtype(
-    config: OpenELMConfig, weights: dict[str, mx.array], asked: str | None
-) -> mx.Dtype:
-    """Return the type of activations. Raises `OptionError` for float16 if a model overflows."""
+def compute_dtype(config: OpenELMConfig, stored: mx.Dtype, asked: str | None) -> mx.Dtype:
+    """Return the type of activations of a model whose norms are stored in `stored`.
+
+    Raises `OptionError` for float16 if a model overflows.
+    """
     if asked is not None and asked not in FLOATS:
         raise OptionError(f"dtype is {asked!r}; allowed: {', '.join(FLOATS)}")
-    stored = weights["transformer.norm.weight"].dtype
     if asked is not None:
         dtype = DTYPES[asked].mlx
     elif device.kind() == "cpu":

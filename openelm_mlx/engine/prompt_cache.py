@@ -136,9 +136,17 @@ class PromptCache:
             return
         new = Entry(weights, owner, list(tokens), cache, cache.nbytes)
         self._entries = [old for old in self._entries if not new.covers(old)] + [new]
-        excess = self.nbytes - self.max_bytes
-        while excess > 0 and len(self._entries) > 1:
+        self.shrink(self.max_bytes, 1)
+
+    def shrink(self, most: int, least: int = 0) -> None:
+        """Drop the least recently used entries beyond `most` bytes, but not the latest `least`."""
+        excess = self.nbytes - most
+        while excess > 0 and len(self._entries) > least:
             excess -= self._entries.pop(0).nbytes
+
+    def forget(self, weights: object) -> None:
+        """Drop what was computed with these weights, which are no longer in use."""
+        self._entries = [entry for entry in self._entries if entry.weights is not weights]
 
     def ids_for(
         self, tokenizer: Tokenizer, text: str, weights: object, kind: CacheKind, owner: str = ""

@@ -94,6 +94,11 @@ class BatchEngine:
         return bool(self._queue.busy or self._events or self._running)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values of the requests that run or are prefilled."""
+        return self._queue.nbytes + sum(lane.nbytes for lane in self._lanes)
+
+    @property
     def _running(self) -> int:
         """The number of rows that run."""
         return sum(len(lane.live()) for lane in self._lanes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -51,6 +52,10 @@ def build_app(
         task.cancel()
         with suppress(asyncio.CancelledError, Exception):
             await task
+        for ticket in list(worker.tickets):
+            worker.cancel(ticket)
+        if models.ready:
+            await models.close()
 
     app = FastAPI(
         title="openelm-mlx", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
@@ -110,21 +115,9 @@ async def completions(body: CompletionBody, request: Request) -> Any:
 
 
 async def list_models(request: Request) -> Any:
-    """List the models that are loaded."""
+    """List the models and their adapters, loaded or not."""
     models: Models = request.app.state.models
-    return {"object": "list", "data": [described(one) for one in models.loaded.values()]}
-
-
-def described(model: Model) -> dict[str, Any]:
-    """Return a model as OpenAI's clients know one, with its context and its format."""
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": model.created,
-        "owned_by": "openelm-mlx",
-        "context_length": model.engine.config.max_context_length,
-        "instruct": model.engine.instruct,
-    }
+    return {"object": "list", "data": models.described()}
 
 
 async def health(request: Request) -> Any:
@@ -142,23 +135,26 @@ async def answered(
     """Run what a body asks; return the response, or the ASGI application that streams it."""
     state = request.app.state
     models, worker, options = state.models, state.worker, state.options
-    model = models.find(name)
-    model.check_room(worker)  # before anything is done for it
-    asked = await beside(ask)
-    model.check_room(worker, len(asked.prompts) * asked.n)
-    prepared = await beside(partial(prepare, model, asked))
-    choices = [
-        Choice(text_of(model, prompt) if asked.echo else "")
-        for prompt, _ in prepared
-        for _ in range(asked.n)
-    ]
-    answer = kind(asked, model.name, model.engine, choices)
-    request.state.answer = answer  # for the log
-    exchange = Exchange(worker, answer, options.keep_alive)
-    owner = getattr(request.state, "owner", "")
-    tickets = tickets_for(model, asked, prepared, owner, exchange, state.metrics)
-    model.check_room(worker, len(tickets))  # others have come meanwhile
-    exchange.start(tickets)
+    with ExitStack() as stack:
+        model, served = await models.use(name, stack)
+        model.check_room(worker)  # before anything is done for it
+        asked = await beside(ask)
+        model.check_room(worker, len(asked.prompts) * asked.n)
+        lookup = options.prompt_lookup if asked.lookup is None else asked.lookup
+        asked = replace(asked, adapter=served.adapter, lookup=lookup)
+        prepared = await beside(partial(prepare, model, asked))
+        choices = [
+            Choice(text_of(model, prompt) if asked.echo else "")
+            for prompt, _ in prepared
+            for _ in range(asked.n)
+        ]
+        answer = kind(asked, served.name, model.engine, choices)
+        request.state.answer = answer  # for the log
+        exchange = Exchange(worker, answer, options.keep_alive)
+        owner = getattr(request.state, "owner", "")
+        tickets = tickets_for(model, asked, prepared, owner, exchange, state.metrics)
+        model.check_room(worker, len(tickets))  # others have come meanwhile
+        exchange.start(tickets, stack.pop_all())
     if asked.stream:
         return Streamed(exchange)
     whole = await exchange.whole(request.receive)

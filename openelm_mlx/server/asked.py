@@ -41,6 +41,8 @@ class Asked:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
+    lookup: int | None = None  # of drafts from the text itself; None is the server's own
+    adapter: str | None = None
 
     def sampling_for(self, defaults: SamplingOptions) -> SamplingOptions:
         """Return the options of sampling: those given, over a model's defaults."""
@@ -58,7 +60,8 @@ class Asked:
         if sampling.seed is None:
             sampling = replace(sampling, seed=seed)
         for tokens, most in prepared:
-            options = replace(self.options, max_tokens=most)
+            own: Any = {"adapter": self.adapter, "prompt_lookup": self.lookup or 0}
+            options = replace(self.options, max_tokens=most, **own)
             for stream in range(self.n):
                 yield tokens, replace(sampling, stream=stream), options
 
@@ -97,7 +100,6 @@ def asked(
         "stop": (body.stop,) if isinstance(body.stop, str) else body.stop,
         "stop_tokens": body.stop_token_ids,
         "ignore_eos": body.ignore_eos,
-        "prompt_lookup": body.prompt_lookup,
         "json_schema": schema_of(body.response_format),
         "regex": body.regex,
         "choices": body.choices,
@@ -116,6 +118,7 @@ def asked(
         body.n or 1,
         bool(body.stream),
         usage is not None and usage.include_usage,
+        lookup=body.prompt_lookup,
     )
 
 

@@ -38,7 +38,22 @@ class ServerOptions:
     queue: int = option(256, "requests that wait at most, for each model; more get 429", 1)
     cache_mb: int = option(512, "megabytes for prompts that later requests share; 0 keeps none", 0)
     memory_gb: float | None = option(
-        None, "gigabytes for all loaded models; unset is what the device recommends", 0.01
+        None,
+        "gigabytes for weights and caches of all models; unset is what the device recommends",
+        0.001,
+    )
+    adapters: tuple[str, ...] = option(
+        (),
+        "serve this LoRA or DoRA adapter too, by the name MODEL:NAME; NAME is the folder's unless "
+        "given; with several models as MODEL:NAME=FOLDER",
+        flag="--adapter",
+        metavar="[NAME=]FOLDER",
+    )
+    draft_model: str | None = option(
+        None, "a smaller model that drafts tokens; answers stay the same", metavar="MODEL"
+    )
+    prompt_lookup: int = option(
+        0, "draft what followed these N tokens before, unless a request says otherwise", 0, 16
     )
     max_body: int = option(4_194_304, "bytes of a request's body at most", 1024)
     header_seconds: float = option(10.0, "seconds for a request's head to arrive", 0.1)

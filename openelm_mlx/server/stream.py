@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from openelm_mlx.engine.request import Event
@@ -71,9 +71,9 @@ class Exchange:
         self.worker, self.answer, self.keep_alive = worker, answer, keep_alive
         self.inbox, self.tickets = Inbox(), list[Ticket]()
 
-    def start(self, tickets: list[Ticket]) -> None:
-        """Submit the requests, one for each choice."""
-        self.tickets = tickets
+    def start(self, tickets: list[Ticket], ending: ExitStack) -> None:
+        """Submit the requests, one for each choice; `ending` is closed when the answer ends."""
+        self.tickets, self.ending = tickets, ending
         for ticket in tickets:
             self.worker.submit(ticket)
 
@@ -81,6 +81,7 @@ class Exchange:
         """End what still runs."""
         for ticket in self.tickets:
             self.worker.cancel(ticket)
+        self.ending.close()
 
     async def watch(self, receive: Any) -> None:
         """Wait until the client has left."""

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 from formats import again, random_folder
@@ -12,9 +14,10 @@ from openelm_mlx import device, load
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.pipeline import convert
 from openelm_mlx.device import mx
-from openelm_mlx.engine.loading import compute_dtype
-from openelm_mlx.engine.options import SamplingOptions
+from openelm_mlx.engine.loading import compute_dtype, loaded_bytes
+from openelm_mlx.engine.options import ModelOptions, SamplingOptions
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, TokenizerError
+from openelm_mlx.model.checkpoint import read_headers
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.model.decoder import parameters
 
@@ -118,16 +121,22 @@ def test_tokenizer_and_index_must_fit(nano, tmp_path):
 
 
 def test_float16_is_refused_or_widened_where_it_overflows(metal):
-    weights = {"transformer.norm.weight": mx.zeros(1, dtype=mx.bfloat16)}
     with pytest.raises(OptionError, match="wider range"):
-        compute_dtype(OpenELMConfig.from_name("3b"), weights, "float16")
-    assert compute_dtype(OpenELMConfig.from_name("270m"), weights, "float16") == mx.float16
-    half = {name: array.astype(mx.float16) for name, array in weights.items()}
+        compute_dtype(OpenELMConfig.from_name("3b"), mx.bfloat16, "float16")
+    assert compute_dtype(OpenELMConfig.from_name("270m"), mx.bfloat16, "float16") == mx.float16
     assert (
-        compute_dtype(OpenELMConfig.from_name("3b"), half, None) == mx.bfloat16
+        compute_dtype(OpenELMConfig.from_name("3b"), mx.float16, None) == mx.bfloat16
     )  # on Metal, unasked
     with pytest.raises(OptionError, match="allowed: float32"):
-        compute_dtype(OpenELMConfig.from_name("270m"), weights, "int8")
+        compute_dtype(OpenELMConfig.from_name("270m"), mx.bfloat16, "int8")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"dtype": "bfloat16"}, {"dtype": "float16", "bits": 4, "group_size": 32}]
+)
+def test_the_size_of_loaded_weights_is_known_beforehand(nano: Path, settings: dict[str, Any]):
+    engine = load(nano, **settings)
+    assert loaded_bytes(read_headers(nano), ModelOptions(**settings)) == engine.nbytes
 
 
 @pytest.mark.parametrize(
