@@ -52,8 +52,6 @@ def page() -> tuple[bytes, Mapping[str, str]]:
         "Content-Security-Policy": policy(html),
         "ETag": f'"{hashlib.sha256(html).hexdigest()[:32]}"',
         "Cache-Control": "no-cache",  # kept, and asked about before each use
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from browser import find_chromium
@@ -27,16 +29,17 @@ def chromium() -> Iterator[Any]:
 
 
 class ChatPage:
-    """A tab with the page of a server, in a browser profile of its own; answers are short.
+    """A tab with the page of a server, which knows its key; answers are greedy and short.
 
     `complaints` has what the console was told: errors, warnings and exceptions.
     """
 
-    def __init__(self, browser: Any, address: str) -> None:
+    def __init__(self, browser: Any, address: str, key: str) -> None:
         self.address = address
         self.context = browser.new_context()
         self.context.set_default_timeout(MILLISECONDS)
-        self.context.add_init_script(f"localStorage['openelm.settings'] ??= '{SHORT}'")
+        known = f"localStorage['openelm.settings'] ??= '{SHORT}';"
+        self.context.add_init_script(f"{known} sessionStorage['openelm.key'] ??= '{key}'")
         self.complaints, self.requests = list[str](), list[str]()
         self.tab = self.open()
 
@@ -113,3 +116,14 @@ class ChatPage:
         self.tab.set_input_files("#file", files=[file])
         self.tab.locator("#notice").get_by_text(name).wait_for()
         return str(self.tab.inner_text("#notice p"))
+
+    def faults(self, rules: str = "") -> list[str]:
+        """Return what axe-core finds by all its rules, or by one, and whether it is too wide."""
+        if not self.tab.evaluate("'axe' in window"):
+            package = str(find_spec("axe_playwright_python").origin)  # type: ignore[union-attr]
+            self.tab.evaluate(Path(package).with_name("axe.min.js").read_text(encoding="utf-8"))
+        options = {"resultTypes": ["violations"], **({"runOnly": [rules]} if rules else {})}
+        found = self.tab.evaluate("options => axe.run(options)", options)["violations"]
+        said = [f"{one['id']}: {node['html']}" for one in found for node in one["nodes"]]
+        wide = self.tab.evaluate("document.documentElement.scrollWidth - innerWidth")
+        return said + [f"{wide} pixels wider than the window"] * (wide != 0)
