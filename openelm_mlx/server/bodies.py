@@ -174,6 +174,11 @@ class GenerationBody(SamplingBody):
     regex: str | None = like(GenerationOptions, "regex")
     choices: list[str] | None = like(GenerationOptions, "choices")
 
+    @property
+    def restricted(self) -> bool:
+        """True if the answer has to follow a grammar, which takes a while to make."""
+        return any(wish is not None for wish in (self.response_format, self.regex, self.choices))
+
 
 class ChatBody(GenerationBody):
     """The body of /v1/chat/completions."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +23,8 @@ from openelm_mlx.server.errors import ApiError
 
 T = TypeVar("T")
 Sink = Callable[[list[Event] | Exception], None]
-TOGETHER, TOGETHER_AT_MOST = 0.001, 0.02  # seconds
+TOGETHER, TOGETHER_AT_MOST = 0.001, 0.05  # seconds
+ROUNDS = 8  # of the event loop, in which a request that has arrived comes to the worker
 log = logging.getLogger("openelm.serve")
 
 
@@ -61,6 +61,7 @@ class Worker:
     _running: dict[BatchEngine, dict[int, Ticket]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _awake: bool = False  # a turn is in line
+    _beginning: asyncio.Task[None] | None = None  # the event loop keeps no reference to it
     _left: asyncio.Event = field(default_factory=asyncio.Event)  # rung when the last ticket ends
     tickets: set[Ticket] = field(default_factory=set)  # that have not ended
 
@@ -147,7 +148,21 @@ class Worker:
         with self._lock:
             asleep, self._awake = not self._awake, True
         if asleep:
-            device.hand_over(self._begin)
+            self._beginning = self._loop.create_task(self._begin())
+
+    async def _begin(self) -> None:
+        """Take the first turn after a rest, once nothing has come for `TOGETHER` seconds.
+
+        Requests that come together are prefilled together; what comes after a first step waits for
+        it, and is then admitted little by little.
+        """
+        last, known = self._loop.time() + TOGETHER_AT_MOST, 0
+        while known < len(self._calls) and self._loop.time() < last:
+            known = len(self._calls)
+            await asyncio.sleep(TOGETHER)
+            for _ in range(ROUNDS):
+                await asyncio.sleep(0)
+        device.hand_over(self._turn)
 
     def _tell(self, function: Callable[..., None], *args: Any) -> None:
         """Call a function on the event loop, unless that has ended."""
@@ -180,18 +195,6 @@ class Worker:
     def forget(self, batch: BatchEngine) -> None:
         """Keep nothing of a batch without requests; the device's thread calls this."""
         self._running.pop(batch, None)
-
-    def _begin(self) -> None:
-        """Take the first turn after a rest, once nothing has come for `TOGETHER` seconds.
-
-        Requests that come together are prefilled together; what comes after a first step waits for
-        it, and is then admitted little by little.
-        """
-        last, known = time.monotonic() + TOGETHER_AT_MOST, 0
-        while known < len(self._calls) and time.monotonic() < last:
-            known = len(self._calls)
-            time.sleep(TOGETHER)
-        self._turn()
 
     def _turn(self) -> None:
         """Run the calls in line and one step of every busy batch; go on while anything is busy."""

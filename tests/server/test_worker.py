@@ -93,6 +93,24 @@ def test_requests_give_what_they_give_alone(engine: Engine):
     run(test)
 
 
+def test_requests_that_come_together_after_a_rest_get_their_first_tokens_in_one_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("openelm_mlx.server.worker.TOGETHER", 0.2)
+    monkeypatch.setattr("openelm_mlx.server.worker.TOGETHER_AT_MOST", SECONDS)
+
+    async def test() -> None:
+        worker, batch = Worker(), BatchEngine(engine, 3)
+        asked = [Asked(batch, length=2) for _ in range(3)]
+        for one in asked:
+            worker.submit(one.ticket)
+            await asyncio.sleep(0.01)
+        await asked[0].until(1)
+        assert [len(one.events) for one in asked] == [1, 1, 1]
+
+    run(test)
+
+
 @pytest.mark.parametrize("moment", ["submitted", "waiting", "prefill", "running", "ended"])
 def test_a_request_that_is_cancelled_frees_its_place_and_disturbs_no_other(
     engine: Engine, moment: str
