@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from logging.handlers import QueueHandler
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +143,8 @@ def logging_to_stderr() -> Iterator[threading.Thread]:
         for logger in loggers:
             logger.removeHandler(handler)
             logger.propagate = True
-        with suppress(Full):
-            lines.put_nowait(None)
+        with suppress(Empty):
+            while lines.full():  # the end must find a place
+                lines.get_nowait()
+        lines.put(None)
         writer.join(LAST_SECONDS)
