@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.device import mx
+from openelm_mlx.engine.decode import logprobs
 from openelm_mlx.engine.options import check_loaded
 from openelm_mlx.engine.prompts import prompt_tokens
 from openelm_mlx.engine.threads import device_work
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from openelm_mlx.engine.loading import Engine
+    from openelm_mlx.engine.request import TokenLogprobs
     from openelm_mlx.model.decoder import OpenELM
 
 POSITIONS = 256  # whose logits exist at one time: 33 MB for 32,000 ids
@@ -275,6 +277,27 @@ def score(
         ):
             scores[number] = row
     return scores
+
+
+@device_work
+def likeliest(engine: Engine, tokens: list[int], top: int) -> list[TokenLogprobs]:
+    """Return, for every token after the first, its log probability and pairs of the likeliest ones.
+
+    They are what an event has as `logprob` and `top_logprobs`: `top` pairs (token, log
+    probability), the likeliest first. `tokens` are two or more ids of the model.
+    """
+    targets = mx.array(tokens[1:])
+    hidden = engine.model.hidden(mx.array([tokens[:-1]])).squeeze(0)
+    found: list[TokenLogprobs] = []
+    for start in range(0, targets.size, POSITIONS):
+        part = targets[start : start + POSITIONS]
+        logits = engine.model.logits(hidden[start : start + POSITIONS])[:, : engine.vocab]
+        known = mx.minimum(part, engine.vocab - 1)
+        chosen, ids, values = logprobs(logits.astype(mx.float32), known, top)
+        chosen = mx.where(part < engine.vocab, chosen, -mx.inf)
+        rows: Any = zip(chosen.tolist(), ids.tolist(), values.tolist(), strict=True)  # type: ignore[arg-type]
+        found += [(own, tuple(zip(row[:top], best[:top], strict=True))) for own, row, best in rows]
+    return found
 
 
 def batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:

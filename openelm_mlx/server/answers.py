@@ -13,17 +13,19 @@ from typing import Any
 from uuid import uuid4
 
 from openelm_mlx.engine.loading import Engine
-from openelm_mlx.engine.request import Event, GenerationStats
+from openelm_mlx.engine.request import Event, GenerationStats, TokenLogprobs
 from openelm_mlx.server.asked import Asked
+from openelm_mlx.server.errors import ApiError
 
 LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
+DONE = "data: [DONE]\n\n"
 
 
 @dataclass
 class Choice:
     """One of the answers, as far as it has come."""
 
-    prompt: str = ""  # what an echo begins with
+    prompt: Sequence[int] = ()
     texts: list[str] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)  # kept where log probabilities are reported
     finish_reason: str | None = None
@@ -35,22 +37,32 @@ class Choice:
 
 
 class Answer:
-    """The answer to one body: its chunks as events come, and the whole of it."""
+    """The answer to one body: the frames of its stream as events come, and the whole of it.
+
+    A frame is one or more server-sent events as text.
+    """
 
     kind, chunk_kind, prefix = "", "", ""
 
     def __init__(self, asked: Asked, model: str, engine: Engine, choices: Sequence[Choice]) -> None:
         self.asked, self.model, self.engine = asked, model, engine
-        self.choices = list(choices)
-        self.id, self.created = f"{self.prefix}-{uuid4().hex}", int(time.time())
+        self.choices, self._open = list(choices), len(choices)
+        self.id, self.created = f"{self.prefix}{uuid4().hex}", int(time.time())
         head = {"id": self.id, "object": self.chunk_kind, "created": self.created, "model": model}
-        self._head = json.dumps(head)[:-1]
-        self._usage = ', "usage": null' if asked.include_usage else ""
+        self._head = f'data: {json.dumps(head)[:-1]}, "choices": ['
+        self._tail = (', "usage": null' if asked.include_usage else "").join(("]", "}\n\n"))
+        if asked.max_tokens == 0:
+            self._open = 0
+            for choice in self.choices:
+                choice.finish_reason = "length"
 
     @property
     def done(self) -> bool:
         """True if every choice has ended."""
-        return all(choice.finish_reason is not None for choice in self.choices)
+        return self._open == 0
+
+    def begin(self, scored: Sequence[Sequence[TokenLogprobs]]) -> None:
+        """Take the prompts in; `scored` has the log probabilities of their tokens, where asked."""
 
     def take(self, index: int, event: Event) -> None:
         """Add an event to a choice."""
@@ -60,6 +72,7 @@ class Answer:
             choice.events.append(event)
         if event.finish_reason is not None:
             choice.finish_reason, choice.stats = event.finish_reason, event.stats
+            self._open -= 1
 
     def whole(self) -> dict[str, Any]:
         """Return the answer as one object."""
@@ -72,13 +85,20 @@ class Answer:
             "usage": self.usage(),
         }
 
+    def counts(self) -> tuple[int, int, int]:
+        """Return the tokens of prompts, of those found in the cache, and of answers.
+
+        A prompt with several answers counts once.
+        """
+        stats = [choice.stats for choice in self.choices if choice.stats is not None]
+        firsts = self.choices[:: self.asked.n]
+        cached = sum(one.stats.reused_tokens for one in firsts if one.stats is not None)
+        new = sum(one.generation_tokens for one in stats)
+        return sum(len(choice.prompt) for choice in firsts), cached, new
+
     def usage(self) -> dict[str, Any]:
-        """Return the numbers of tokens; a prompt with several answers counts once."""
-        stats = [choice.stats for choice in self.choices]
-        of_prompts = [one for one in stats[:: self.asked.n] if one is not None]
-        prompt = sum(one.prompt_tokens for one in of_prompts)
-        new = sum(one.generation_tokens for one in stats if one is not None)
-        cached = sum(one.reused_tokens for one in of_prompts)
+        """Return the numbers of tokens."""
+        prompt, cached, new = self.counts()
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
@@ -87,24 +107,26 @@ class Answer:
         }
 
     def opening(self) -> list[str]:
-        """Return the chunks before the first event."""
+        """Return the frames before the first event."""
         return []
 
     def chunk(self, index: int, event: Event) -> str | None:
-        """Return the chunk of an event that was taken, None where it has nothing to show."""
+        """Return the frame of an event that was taken, None where it has nothing to show."""
         if not event.text and event.logprob is None and event.finish_reason is None:
             return None
         reason = "null" if event.finish_reason is None else f'"{event.finish_reason}"'
-        return (
-            f'{self._head}, "choices": [{{"index": {index}, {self.delta(index, event)}, '
-            f'"finish_reason": {reason}}}]{self._usage}}}'
-        )
+        delta = self.delta(index, event)
+        return f'{self._head}{{"index": {index}, {delta}, "finish_reason": {reason}}}{self._tail}'
 
     def closing(self) -> list[str]:
-        """Return the chunks after the last event."""
+        """Return the frames after the last event."""
         if not self.asked.include_usage:
-            return []
-        return [f'{self._head}, "choices": [], "usage": {json.dumps(self.usage())}}}']
+            return [DONE]
+        return [f'{self._head}], "usage": {json.dumps(self.usage())}}}\n\n', DONE]
+
+    def failure(self, error: ApiError) -> str:
+        """Return the frame that ends a stream with an error."""
+        return f"data: {error.text}\n\n"
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         """Return a choice of the whole answer."""
@@ -114,43 +136,13 @@ class Answer:
         """Return the members of a chunk's choice that an event fills, as JSON."""
         raise NotImplementedError
 
-
-class ChatAnswer(Answer):
-    """The answer of /v1/chat/completions."""
-
-    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
-
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        wanted = self.asked.options.logprobs is not None
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": self.logprobs(choice.events) if wanted else None,
-            "finish_reason": choice.finish_reason,
-        }
-
-    def opening(self) -> list[str]:
-        """Say the role of every choice first."""
-        said = '"delta": {"role": "assistant", "content": ""}, "logprobs": null'
+    def details(self, events: Sequence[Event]) -> list[dict[str, Any]]:
+        """Return tokens with their log probabilities in the form of chat."""
         return [
-            f'{self._head}, "choices": [{{"index": {index}, {said}, "finish_reason": null}}]'
-            f"{self._usage}}}"
-            for index in range(len(self.choices))
-        ]
-
-    def delta(self, index: int, event: Event) -> str:
-        text = f'{{"content": {json.dumps(event.text)}}}' if event.text else "{}"
-        details = "null" if event.logprob is None else json.dumps(self.logprobs([event]))
-        return f'"delta": {text}, "logprobs": {details}'
-
-    def logprobs(self, events: Sequence[Event]) -> dict[str, Any]:
-        """Return the log probabilities of tokens in the form of chat."""
-        content = [
             self.token(event.token, event.logprob)
             | {"top_logprobs": [self.token(*pair) for pair in event.top_logprobs]}
             for event in events
         ]
-        return {"content": content, "refusal": None}
 
     def token(self, token: int, logprob: float | None) -> dict[str, Any]:
         """Return a token with its text, its bytes and its log probability."""
@@ -162,58 +154,35 @@ class ChatAnswer(Answer):
         }
 
 
-class CompletionAnswer(Answer):
-    """The answer of /v1/completions."""
+class ChatAnswer(Answer):
+    """The answer of /v1/chat/completions."""
 
-    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         wanted = self.asked.options.logprobs is not None
+        content = self.details(choice.events)
         return {
             "index": index,
-            "text": choice.prompt + choice.text,
-            "logprobs": self.logprobs(choice.events, len(choice.prompt)) if wanted else None,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": {"content": content, "refusal": None} if wanted else None,
             "finish_reason": choice.finish_reason,
         }
 
     def opening(self) -> list[str]:
-        """Echo the prompts."""
+        """Say the role of every choice first."""
+        said = '"delta": {"role": "assistant", "content": ""}, "logprobs": null'
         return [
-            f'{self._head}, "choices": [{{"index": {index}, "text": {json.dumps(choice.prompt)}, '
-            f'"logprobs": null, "finish_reason": null}}]{self._usage}}}'
-            for index, choice in enumerate(self.choices)
-            if choice.prompt
+            f'{self._head}{{"index": {index}, {said}, "finish_reason": null}}{self._tail}'
+            for index in range(len(self.choices))
         ]
 
     def delta(self, index: int, event: Event) -> str:
-        details = "null"
-        if event.logprob is not None:
-            choice = self.choices[index]
-            before = len(choice.prompt) + len(choice.text) - len(event.text)
-            details = json.dumps(self.logprobs([event], before))
-        return f'"text": {json.dumps(event.text)}, "logprobs": {details}'
-
-    def logprobs(self, events: Sequence[Event], start: int) -> dict[str, Any]:
-        """Return the log probabilities of tokens in the form of completions.
-
-        `start` is the number of characters before the first event.
-        """
-        places = [start]
-        for event in events:
-            places.append(places[-1] + len(event.text))
-        return {
-            "tokens": [self.spelling(event.token) for event in events],
-            "token_logprobs": [least(event.logprob) for event in events],
-            "top_logprobs": [
-                {self.spelling(token): least(value) for token, value in event.top_logprobs}
-                for event in events
-            ],
-            "text_offset": places[:-1],
-        }
-
-    def spelling(self, token: int) -> str:
-        """Return what a token spells alone; parts of characters as U+FFFD."""
-        return self.engine.tokenizer.piece_bytes(token).decode("utf-8", "replace")
+        text = f'{{"content": {json.dumps(event.text)}}}' if event.text else "{}"
+        if event.logprob is None:
+            return f'"delta": {text}, "logprobs": null'
+        details = json.dumps({"content": self.details([event]), "refusal": None})
+        return f'"delta": {text}, "logprobs": {details}'
 
 
 def least(logprob: float | None) -> float:

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 
 from openelm_mlx import __version__
+from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import EngineOptions, ModelOptions
-from openelm_mlx.engine.sampling import new_seed
-from openelm_mlx.errors import OpenELMError
-from openelm_mlx.server.answers import Answer, ChatAnswer, Choice, CompletionAnswer
-from openelm_mlx.server.asked import Asked, asked_of_chat, asked_of_completion, tokens_of
-from openelm_mlx.server.bodies import ChatBody, CompletionBody, GenerationBody
+from openelm_mlx.engine.prompts import prompt_tokens
+from openelm_mlx.errors import OpenELMError, PromptError
+from openelm_mlx.server import replies
+from openelm_mlx.server.answering import answered, beside, json_response
+from openelm_mlx.server.answers import ChatAnswer
+from openelm_mlx.server.asked import (
+    asked_of_chat,
+    asked_of_completion,
+    asked_of_response,
+    messages_of,
+    refused,
+)
+from openelm_mlx.server.bodies import ChatBody, CompletionBody
+from openelm_mlx.server.completions import CompletionAnswer
 from openelm_mlx.server.errors import ApiError, api_error, invalid_body
 from openelm_mlx.server.metrics import Metered, Metrics, show
-from openelm_mlx.server.models import Model, Models
+from openelm_mlx.server.models import Models
 from openelm_mlx.server.options import ServerOptions
 from openelm_mlx.server.page import front_page
-from openelm_mlx.server.stream import Exchange
-from openelm_mlx.server.worker import Sink, Ticket, Worker
+from openelm_mlx.server.reading import StrictRoute
+from openelm_mlx.server.response_bodies import DetokenizeBody, ResponseBody, TokenizeBody
+from openelm_mlx.server.responses import ResponseAnswer
+from openelm_mlx.server.worker import Worker
 
-T = TypeVar("T")
-LONG = 4096  # bytes of a body from which on its prompt is encoded beside the event loop
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "default": {"model": replies.ErrorReply, "description": "an error, as OpenAI's API has it"}
+}
 
 
 def build_app(
@@ -63,6 +75,7 @@ def build_app(
     app.state.models, app.state.options = models, options
     app.state.metrics = metrics = Metrics(app)
     app.add_middleware(Metered, app, metrics)
+    app.router.route_class = StrictRoute
     add_errors(app)
     add_routes(app)
     return app
@@ -80,134 +93,122 @@ def add_errors(app: FastAPI) -> None:
 
     async def of_http(request: Request, error: Exception) -> Response:
         status, detail = getattr(error, "status_code", 500), getattr(error, "detail", "")
-        return answer_of(ApiError(status, f"{request.method} {request.url.path}: {detail}"))
+        where = "" if status == 400 else f"{request.method} {request.url.path}: "
+        headers = getattr(error, "headers", None)
+        return answer_of(ApiError(status, f"{where}{detail}", headers=headers))
 
-    app.add_exception_handler(ApiError, known)
-    app.add_exception_handler(OpenELMError, known)
+    for kind in (ApiError, OpenELMError, Exception):
+        app.add_exception_handler(kind, known)
     app.add_exception_handler(RequestValidationError, invalid)
-    for status in (404, 405):
+    for status in (400, 404, 405):
         app.add_exception_handler(status, of_http)
 
 
 def answer_of(error: ApiError) -> Response:
-    return JSONResponse(error.envelope, error.status, error.headers)
+    return json_response(error.envelope, error.status, error.headers)
 
 
 def add_routes(app: FastAPI) -> None:
     """Add all addresses."""
-    app.post("/v1/chat/completions")(chat)
-    app.post("/v1/completions")(completions)
-    app.get("/v1/models")(list_models)
-    app.get("/health")(health)
+
+    def described(reply: type, streamed: str = "") -> dict[int | str, dict[str, Any]]:
+        """Return the answers of a route for /openapi.json; `streamed` is its stream's events."""
+        said: dict[str, Any] = {"model": reply}
+        if streamed:
+            text = {"type": "string", "description": streamed}
+            said["content"] = {"text/event-stream": {"schema": text}}
+        return {200: said, **ERRORS}
+
+    of_chat = described(replies.ChatReply, "with stream: ChatChunk objects, then [DONE]")
+    of_completion = described(replies.CompletionReply, "with stream: the same objects, then [DONE]")
+    of_response = described(replies.ResponseReply, "with stream: OpenAI's typed events")
+    app.post("/v1/chat/completions", responses=of_chat)(chat)
+    app.post("/v1/completions", responses=of_completion)(completions)
+    app.post("/v1/responses", responses=of_response)(responses)
+    app.get("/v1/models", responses=described(replies.ModelsReply))(list_models)
+    app.get("/v1/models/{name:path}", responses=described(replies.ModelReply))(one_model)
+    app.post("/tokenize", responses=described(replies.TokensReply))(tokenize)
+    app.post("/detokenize", responses=described(replies.TextReply))(detokenize)
+    busy: dict[int | str, dict[str, Any]] = {
+        503: {"model": replies.HealthReply, "description": "a model is being loaded"}
+    }
+    app.get("/health", responses={**described(replies.HealthReply), **busy})(health)
     app.get("/metrics", response_class=PlainTextResponse)(show)
     app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)(front_page)
 
 
-async def chat(body: ChatBody, request: Request) -> Any:
+async def chat(body: ChatBody, request: Request) -> Response:
     """Answer a conversation, as https://platform.openai.com/docs/api-reference/chat says."""
     return await answered(request, body, partial(asked_of_chat, body), ChatAnswer)
 
 
-async def completions(body: CompletionBody, request: Request) -> Any:
+async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue texts, as https://platform.openai.com/docs/api-reference/completions says."""
     asked = partial(asked_of_completion, body)
     return await answered(request, body, asked, CompletionAnswer)
 
 
-async def list_models(request: Request) -> Any:
+async def responses(body: ResponseBody, request: Request) -> Response:
+    """Answer a text, as https://platform.openai.com/docs/api-reference/responses says."""
+    asked, kind = partial(asked_of_response, body), partial(ResponseAnswer, body=body)
+    return await answered(request, body, asked, kind)
+
+
+async def tokenize(body: TokenizeBody, request: Request) -> Response:
+    """Return the ids that the model is fed for a text or a conversation."""
+    if (body.prompt is None) == (body.messages is None):
+        raise refused("give either prompt or messages", "prompt")
+    if body.messages is not None and body.add_special_tokens is not None:
+        raise refused("add_special_tokens is for a text; leave it out", "add_special_tokens")
+    with ExitStack() as stack:
+        model, _ = await request.app.state.models.use(body.model, stack)
+        return json_response(await beside(partial(tokens_for, model.engine, body)))
+
+
+def tokens_for(engine: Engine, body: TokenizeBody) -> dict[str, Any]:
+    """Return the ids of a body of /tokenize. Raises `ApiError`."""
+    text, field = body.prompt or "", "prompt" if body.messages is None else "messages"
+    try:
+        if body.add_special_tokens is False:
+            ids = engine.tokenizer.encode(text, bos=False)
+        else:
+            prompt = text if body.messages is None else messages_of(body.messages)
+            ids = prompt_tokens(engine, prompt)
+    except PromptError as error:
+        raise refused(str(error), field) from None
+    limit = engine.config.max_context_length
+    return {"tokens": ids, "count": len(ids), "context_length": limit}
+
+
+async def detokenize(body: DetokenizeBody, request: Request) -> Response:
+    """Return the text of ids."""
+    with ExitStack() as stack:
+        model, _ = await request.app.state.models.use(body.model, stack)
+        try:
+            text = await beside(partial(model.engine.tokenizer.decode, body.tokens))
+        except OpenELMError as error:
+            raise refused(str(error), "tokens") from None
+    return json_response({"prompt": text})
+
+
+async def list_models(request: Request) -> Response:
     """List the models and their adapters, loaded or not."""
     models: Models = request.app.state.models
-    return {"object": "list", "data": models.described()}
+    return json_response({"object": "list", "data": models.described()})
 
 
-async def health(request: Request) -> Any:
+async def one_model(name: str, request: Request) -> Response:
+    """Describe a model or an adapter."""
+    models: Models = request.app.state.models
+    for one in models.described():
+        if one["id"] == name:
+            return json_response(one)
+    with ExitStack() as stack:
+        await models.use(name, stack)  # which says why there is none
+    raise ApiError(503, f"{name} is being loaded; try again in a few seconds")
+
+
+async def health(request: Request) -> Response:
     """Say whether requests are answered: 503 while a model is being loaded."""
     ready = request.app.state.models.ready
-    return JSONResponse({"status": "ok" if ready else "loading"}, 200 if ready else 503)
-
-
-async def answered(
-    request: Request,
-    body: GenerationBody,
-    ask: Callable[[], Asked],
-    kind: type[Answer],
-) -> Any:
-    """Run what a body asks; return the response, or the ASGI application that streams it."""
-    state = request.app.state
-    models, worker, options = state.models, state.worker, state.options
-    with ExitStack() as stack:
-        model, served = await models.use(body.model, stack)
-        model.check_room(worker)  # before anything is done for it
-        run = beside if body.restricted or len(await request.body()) > LONG else at_once
-        asked = await run(ask)
-        model.check_room(worker, len(asked.prompts) * asked.n)
-        lookup = options.prompt_lookup if asked.lookup is None else asked.lookup
-        asked = replace(asked, adapter=served.adapter, lookup=lookup)
-        prepared = await run(partial(prepare, model, asked))
-        choices = [
-            Choice(text_of(model, prompt) if asked.echo else "")
-            for prompt, _ in prepared
-            for _ in range(asked.n)
-        ]
-        answer = kind(asked, served.name, model.engine, choices)
-        request.state.answer = answer  # for the log
-        exchange = Exchange(worker, answer, options.keep_alive)
-        owner = getattr(request.state, "owner", "")
-        tickets = tickets_for(model, asked, prepared, owner, exchange, state.metrics)
-        model.check_room(worker, len(tickets))  # others have come meanwhile
-        exchange.start(tickets, stack.pop_all())
-    if asked.stream:
-        return Streamed(exchange)
-    whole = await exchange.whole(request.receive)
-    return Response(status_code=499) if whole is None else JSONResponse(whole)
-
-
-async def at_once(function: Callable[[], T]) -> T:
-    """Return `function()`, run on the event loop: quicker than to change the thread."""
-    return function()
-
-
-async def beside(function: Callable[[], T]) -> T:
-    """Return `function()`, run beside the event loop: grammars and long prompts take a while."""
-    return await asyncio.to_thread(function)
-
-
-def prepare(model: Model, asked: Asked) -> list[tuple[list[int], int]]:
-    """Return the ids of each prompt and how many tokens may follow."""
-    return [tokens_of(model.engine, prompt, asked) for prompt in asked.prompts]
-
-
-def text_of(model: Model, tokens: list[int]) -> str:
-    """Return the text of a prompt."""
-    return model.engine.tokenizer.decode(tokens)
-
-
-def tickets_for(
-    model: Model,
-    asked: Asked,
-    prepared: Sequence[tuple[list[int], int]],
-    owner: str,
-    exchange: Exchange,
-    metrics: Metrics,
-) -> list[Ticket]:
-    """Return a ticket for each choice; those of one prompt have streams of one seed."""
-    requests = asked.requests(prepared, model.engine.chat_sampling, new_seed())
-
-    def sink(index: int) -> Sink:
-        put = partial(exchange.inbox.put, index)
-        return metrics.watched(model.name, index % asked.n == 0, put)
-
-    return [
-        Ticket(model.batch, *request, owner, sink(index)) for index, request in enumerate(requests)
-    ]
-
-
-class Streamed(Response):
-    """A response whose body is an exchange."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        super().__init__()
-        self.exchange = exchange
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self.exchange(scope, receive, send)
+    return json_response({"status": "ok" if ready else "loading"}, 200 if ready else 503)

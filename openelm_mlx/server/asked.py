@@ -10,43 +10,49 @@ from typing import Any
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
 from openelm_mlx.engine.prompts import Prompt, prompt_tokens
+from openelm_mlx.errors import OptionError, PromptError
 from openelm_mlx.server.bodies import (
     ChatBody,
     CompletionBody,
     GenerationBody,
+    Message,
     SamplingBody,
     SchemaFormat,
     TextFormat,
 )
-from openelm_mlx.server.errors import ApiError
+from openelm_mlx.server.errors import ApiError, api_error
+from openelm_mlx.server.response_bodies import FlatSchemaFormat, Item, ResponseBody
 
 ANY_OBJECT = json.dumps({"type": "object"})
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
+OVERFLOW = "context_length_exceeded"
 
 
 @dataclass(frozen=True)
 class Asked:
     """What one body asks for: `n` answers to each prompt.
 
-    `max_tokens` is None where an answer may fill the context. `whole_budget` says that the client
-    has set it, so that a context it does not fit into is an error.
+    `max_tokens` is None where an answer may fill the context. `limit` names the field by which the
+    client has set it, so that a context it does not fit into is an error.
     """
 
+    field: str  # that has the prompts
     prompts: tuple[Prompt, ...]
     sampling: Mapping[str, Any]  # fields of SamplingOptions that were given
     options: GenerationOptions
     max_tokens: int | None
-    given: bool  # the client has given max_tokens
+    limit: str | None
     n: int = 1
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
     lookup: int | None = None  # of drafts from the text itself; None is the server's own
     adapter: str | None = None
+    user: str | None = None  # for the log
 
     def sampling_for(self, defaults: SamplingOptions) -> SamplingOptions:
-        """Return the options of sampling: those given, over a model's defaults."""
-        return replace(defaults, **self.sampling)
+        """Return the options of sampling: those given, in a chat over a model's `defaults`."""
+        return replace(SamplingOptions() if self.field == "prompt" else defaults, **self.sampling)
 
     def requests(
         self, prepared: Sequence[tuple[list[int], int]], defaults: SamplingOptions, seed: int
@@ -54,12 +60,12 @@ class Asked:
         """Yield the ids and the options of each choice; those of one prompt have streams of a seed.
 
         `prepared` has what `tokens_of` returns for each prompt, and `seed` stands in for one that
-        was not given.
+        was not given. Nothing is yielded where no token is asked for.
         """
         sampling = self.sampling_for(defaults)
         if sampling.seed is None:
             sampling = replace(sampling, seed=seed)
-        for tokens, most in prepared:
+        for tokens, most in prepared if self.max_tokens != 0 else ():
             own: Any = {"adapter": self.adapter, "prompt_lookup": self.lookup or 0}
             options = replace(self.options, max_tokens=most, **own)
             for stream in range(self.n):
@@ -67,7 +73,7 @@ class Asked:
 
 
 def asked_of_chat(body: ChatBody) -> Asked:
-    """Return what a body of /v1/chat/completions asks. Raises `ApiError` and `OptionError`."""
+    """Return what a body of /v1/chat/completions asks. Raises `ApiError`."""
     limits = {"max_tokens": body.max_tokens, "max_completion_tokens": body.max_completion_tokens}
     given = {name: value for name, value in limits.items() if value is not None}
     if len(set(given.values())) > 1:
@@ -75,28 +81,57 @@ def asked_of_chat(body: ChatBody) -> Asked:
     if body.top_logprobs is not None and not body.logprobs:
         raise refused("top_logprobs is given without logprobs; give both", "top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    roles = {"developer": "system"}
-    messages = [
-        {"role": roles.get(one.role, one.role), "content": one.text} for one in body.messages
-    ]
-    return asked(body, (messages,), next(iter(given.values()), None), logprobs)
+    limit, most = next(iter(given.items()), (None, None))
+    return asked(body, "messages", (messages_of(body.messages),), limit, most, logprobs)
 
 
 def asked_of_completion(body: CompletionBody) -> Asked:
-    """Return what a body of /v1/completions asks. Raises `ApiError` and `OptionError`."""
+    """Return what a body of /v1/completions asks. Raises `ApiError`."""
     prompt: Any = body.prompt
-    several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
     prompts = tuple(prompt) if several else (prompt,)
-    made = asked(body, prompts, body.max_tokens, body.logprobs)
-    limit = COMPLETION_TOKENS if made.max_tokens is None else made.max_tokens
-    return replace(made, max_tokens=limit, echo=bool(body.echo))
+    limit = None if body.max_tokens is None else "max_tokens"
+    most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    made = asked(body, "prompt", prompts, limit, most, body.logprobs)
+    return replace(made, echo=bool(body.echo))
+
+
+def asked_of_response(body: ResponseBody) -> Asked:
+    """Return what a body of /v1/responses asks. Raises `ApiError`."""
+    if isinstance(body.input, str):
+        messages = [{"role": "user", "content": body.input}]
+    else:
+        messages = messages_of(body.input)
+    if body.instructions is not None:
+        messages = [{"role": "system", "content": body.instructions}, *messages]
+    wanted = body.top_logprobs or (0 if body.include else None)
+    known = {
+        "json_schema": schema_of(body.text.format if body.text else None),
+        "logprobs": wanted,
+    }
+    return Asked(
+        "input",
+        (messages,),
+        sampling_fields(body),
+        made(known, body),
+        body.max_output_tokens,
+        None if body.max_output_tokens is None else "max_output_tokens",
+        stream=bool(body.stream),
+        lookup=body.prompt_lookup,
+        user=body.user,
+    )
 
 
 def asked(
-    body: GenerationBody, prompts: tuple[Prompt, ...], limit: int | None, logprobs: int | None
+    body: GenerationBody,
+    field: str,
+    prompts: tuple[Prompt, ...],
+    limit: str | None,
+    most: int | None,
+    logprobs: int | None,
 ) -> Asked:
     """Return what chat and completions have in common."""
-    options: dict[str, Any] = {
+    known: dict[str, Any] = {
         "stop": (body.stop,) if isinstance(body.stop, str) else body.stop,
         "stop_tokens": body.stop_token_ids,
         "ignore_eos": body.ignore_eos,
@@ -105,21 +140,37 @@ def asked(
         "choices": body.choices,
         "logprobs": logprobs,
     }
-    known = {name: value for name, value in options.items() if value is not None}
     usage = body.stream_options
     if usage is not None and not body.stream:
         raise refused("stream_options is given without stream; leave it out", "stream_options")
     return Asked(
+        field,
         prompts,
         sampling_fields(body),
-        GenerationOptions(**known),
+        made(known, body),
+        most,
         limit,
-        limit is not None,
         body.n or 1,
         bool(body.stream),
-        usage is not None and usage.include_usage,
+        usage is not None and bool(usage.include_usage),
         lookup=body.prompt_lookup,
+        user=body.user,
     )
+
+
+def made(known: Mapping[str, Any], body: SamplingBody) -> GenerationOptions:
+    """Return the options that a body gives. Raises `ApiError` that names the field at fault."""
+    try:
+        SamplingOptions(**sampling_fields(body))
+        return GenerationOptions(**{name: one for name, one in known.items() if one is not None})
+    except OptionError as error:
+        raise api_error(error) from None
+
+
+def messages_of(messages: Sequence[Message | Item]) -> list[dict[str, str]]:
+    """Return messages as the engine takes them; a developer's are the system's."""
+    roles = {"developer": "system"}
+    return [{"role": roles.get(one.role, one.role), "content": one.text} for one in messages]
 
 
 def sampling_fields(body: SamplingBody) -> dict[str, Any]:
@@ -135,23 +186,28 @@ def schema_of(wanted: Any) -> str | None:
         return None
     if isinstance(wanted, SchemaFormat):
         return json.dumps(wanted.json_schema.schema_)
-    return ANY_OBJECT
+    return json.dumps(wanted.schema_) if isinstance(wanted, FlatSchemaFormat) else ANY_OBJECT
 
 
 def tokens_of(engine: Engine, prompt: Prompt, wanted: Asked) -> tuple[list[int], int]:
     """Return the ids of a prompt, and how many tokens may follow.
 
-    Raises `ApiError` if the context does not hold both, and `PromptError`.
+    Raises `ApiError` for a prompt that is wrong, or if the context does not hold it and the answer.
     """
     context = engine.config.max_context_length
-    tokens = prompt_tokens(engine, prompt)
+    try:
+        tokens = prompt_tokens(engine, prompt)
+    except PromptError as error:
+        too_long = "context is" in str(error)
+        raise refused(str(error), wanted.field, OVERFLOW if too_long else None) from None
     space = context - len(tokens) + 1
-    if wanted.given and wanted.max_tokens is not None and wanted.max_tokens >= space:
+    if wanted.limit and wanted.max_tokens and wanted.max_tokens >= space:
         what = f"the prompt has {len(tokens)} tokens and the answer may have {wanted.max_tokens}"
         raise refused(
-            f"{what}; the context holds {context} together. Lower max_tokens or shorten the prompt",
-            "max_tokens",
-            "context_length_exceeded",
+            f"{what}; the context holds {context} together. "
+            f"Lower {wanted.limit} or shorten the prompt",
+            wanted.limit,
+            OVERFLOW,
         )
     return tokens, space if wanted.max_tokens is None else min(wanted.max_tokens, space)
 

@@ -1,110 +1,102 @@
 """The bodies of requests, as OpenAI's clients send them.
 
-A field that would be ignored is refused by name, unless it has the value that changes nothing:
-clients send `"tools": null`. Ranges and descriptions are those of the options.
+Ranges and descriptions are those of the options.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Discriminator, Field, Tag
 
 from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
+from openelm_mlx.server import neutral
+from openelm_mlx.server.neutral import Strict
 
-# fields that are not supported, with the values that ask for nothing
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "best_of": (None, 1),
-    "conversation": (None,),
-    "background": (None, False),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "include": (None, []),
-    "max_tool_calls": (None,),
-    "metadata": (None, {}),
-    "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True, False),
-    "prediction": (None,),
-    "previous_response_id": (None,),
-    "prompt_cache_key": (None,),
-    "reasoning": (None, {}),
-    "reasoning_effort": (None, "none"),
-    "safety_identifier": (None,),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "truncation": (None, "disabled"),
-    "verbosity": (None, "medium"),
-    "web_search_options": (None,),
-}
-# of a message that a client sends back as it came
-NEUTRAL_OF_MESSAGES: Mapping[str, tuple[Any, ...]] = {
-    "annotations": (None, []),
-    "audio": (None,),
-    "function_call": (None,),
-    "name": (None,),
-    "refusal": (None,),
-    "tool_calls": (None, []),
-}
+MOST = 128  # answers to a prompt, prompts of a body, texts to stop at
+LARGEST_ID = 2**31 - 1
+
+Token = Annotated[int, Field(ge=0, le=LARGEST_ID)]
+Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1)]
+Texts = Annotated[list[str], Field(fail_fast=True, max_length=MOST)]
 
 
-def like(options: type, name: str) -> Any:
+def text_or_list(value: Any) -> str:
+    """Tell which of the two kinds a value is to be read as; the tag begins with "as "."""
+    return "as list" if isinstance(value, list) else "as text"
+
+
+def kind_of_prompt(value: Any) -> str:
+    """Tell which of its four kinds a prompt is."""
+    if not isinstance(value, list):
+        return "as text"
+    first = value[0] if value else ""
+    if isinstance(first, list):
+        return "as lists of ids"
+    return "as texts" if isinstance(first, str) else "as ids"
+
+
+TextOrTexts = Annotated[
+    Annotated[str, Tag("as text")] | Annotated[Texts, Tag("as list")], Discriminator(text_or_list)
+]
+CompletionPrompt = Annotated[
+    Annotated[str, Field(min_length=1), Tag("as text")]
+    | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST), Tag("as texts")]
+    | Annotated[Tokens, Tag("as ids")]
+    | Annotated[
+        list[Tokens], Field(fail_fast=True, min_length=1, max_length=MOST), Tag("as lists of ids")
+    ],
+    Discriminator(kind_of_prompt),
+]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Id = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
+
+
+def like(options: type, name: str, **more: Any) -> Any:
     """Return a field that may be left out, with the range and the help text of an option."""
     known = next(item.metadata for item in fields(options) if item.name == name)
     low, high = known.get("range", (None, math.inf))
-    return Field(None, ge=low, le=None if high == math.inf else high, description=known["help"])
+    limits = {"ge": low, "le": None if high == math.inf else high}
+    return Field(None, description=known["help"], **(limits | more))
 
 
-def without_neutral(data: Any, neutral: Mapping[str, tuple[Any, ...]]) -> Any:
-    """Return an object without the unsupported fields that ask for nothing."""
-    if not isinstance(data, dict):
-        return data
-    kept = {}
-    for name, value in data.items():
-        if not any(value == one and type(value) is type(one) for one in neutral.get(name, ())):
-            kept[name] = value
-    return kept
-
-
-class Strict(BaseModel):
-    """An object whose fields have exactly their types, and that has no others."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+def likewise(options: type, name: str) -> Any:
+    """Return a field that may be left out, with the help text of an option."""
+    return like(options, name, ge=None, le=None)
 
 
 class StreamOptions(Strict):
-    include_usage: bool = Field(False, description="send the numbers of tokens in a last chunk")
+    """The options of a stream."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _neutral(cls, data: Any) -> Any:
-        return without_neutral(data, {"include_obfuscation": (None, False)})
+    NEUTRAL = {"include_obfuscation": (False,)}
+
+    include_usage: bool | None = Field(
+        None, description="send the numbers of tokens in a last chunk"
+    )
 
 
 class TextPart(Strict):
-    type: Literal["text", "input_text", "output_text"]
-    text: str
+    """A part of a message; there is none but text."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _neutral(cls, data: Any) -> Any:
-        return without_neutral(data, {"annotations": (None, []), "logprobs": (None, [])})
+    NEUTRAL = {"prompt_cache_breakpoint": ()}
+
+    type: Literal["text"]
+    text: str
 
 
 class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    """A message of a conversation."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _neutral(cls, data: Any) -> Any:
-        return without_neutral(data, NEUTRAL_OF_MESSAGES)
+    NEUTRAL = neutral.MESSAGE
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Annotated[str, Tag("as text")]
+        | Annotated[list[TextPart], Field(fail_fast=True), Tag("as list")],
+        Discriminator(text_or_list),
+    ]
 
     @property
     def text(self) -> str:
@@ -113,21 +105,29 @@ class Message(Strict):
 
 
 class JsonSchema(Strict):
+    """A JSON schema that an answer follows; its name and description are not shown to the model."""
+
     name: str | None = None
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
+    strict: bool | None = Field(None, description="the schema is followed strictly in any case")
 
 
 class TextFormat(Strict):
+    """Any text."""
+
     type: Literal["text"]
 
 
 class ObjectFormat(Strict):
+    """Any JSON object."""
+
     type: Literal["json_object"]
 
 
 class SchemaFormat(Strict):
+    """JSON that follows a schema."""
+
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
@@ -149,42 +149,62 @@ class SamplingBody(Strict):
     presence_penalty: float | None = like(SamplingOptions, "presence_penalty")
     frequency_penalty: float | None = like(SamplingOptions, "frequency_penalty")
     penalty_window: int | None = like(SamplingOptions, "penalty_window")
-    logit_bias: dict[str, float] | None = like(SamplingOptions, "logit_bias")
-    seed: int | None = like(SamplingOptions, "seed")
+    logit_bias: dict[Id, Bias] | None = likewise(SamplingOptions, "logit_bias")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        le=2**63 - 1,
+        description="same seed, same tokens: answer i of n draws with stream i of the seed; "
+        "unset draws a new one",
+    )
+    prompt_lookup: int | None = like(GenerationOptions, "prompt_lookup")
     stream: bool | None = Field(None, description="send the answer as it comes")
     user: str | None = Field(None, description="a name of yours, written into the log")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _neutral(cls, data: Any) -> Any:
-        return without_neutral(data, NEUTRAL)
+    @property
+    def restricted(self) -> bool:
+        """True if the answer may have to follow a grammar, which takes a while to make."""
+        names = ("response_format", "regex", "choices", "text")
+        return any(getattr(self, name, None) is not None for name in names)
 
 
 class GenerationBody(SamplingBody):
     """The fields of chat and completions."""
 
-    max_tokens: int | None = like(GenerationOptions, "max_tokens")
-    n: int | None = Field(None, ge=1, le=128, description="the number of answers")
-    stop: str | list[str] | None = Field(None, description="stop before one of these texts")
-    stop_token_ids: list[int] | None = like(GenerationOptions, "stop_tokens")
-    ignore_eos: bool | None = like(GenerationOptions, "ignore_eos")
-    prompt_lookup: int | None = like(GenerationOptions, "prompt_lookup")
-    stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
-    regex: str | None = like(GenerationOptions, "regex")
-    choices: list[str] | None = like(GenerationOptions, "choices")
-
-    @property
-    def restricted(self) -> bool:
-        """True if the answer has to follow a grammar, which takes a while to make."""
-        return any(wish is not None for wish in (self.response_format, self.regex, self.choices))
+    n: int | None = Field(None, ge=1, le=MOST, description="the number of answers")
+    stop: TextOrTexts | None = Field(None, description="stop before one of these texts")
+    stop_token_ids: list[Token] | None = Field(
+        None, max_length=MOST, description="stop at these ids as at the end of text"
+    )
+    ignore_eos: bool | None = likewise(GenerationOptions, "ignore_eos")
+    stream_options: StreamOptions | None = Field(None, description="only with stream")
+    response_format: ResponseFormat | None = Field(
+        None, description="the format that the answer has: text, a JSON object, a JSON schema"
+    )
+    regex: str | None = likewise(GenerationOptions, "regex")
+    choices: Annotated[list[str], Field(fail_fast=True)] | None = likewise(
+        GenerationOptions, "choices"
+    )
 
 
 class ChatBody(GenerationBody):
-    """The body of /v1/chat/completions."""
+    """The body of /v1/chat/completions.
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = like(GenerationOptions, "max_tokens")
+    Sampling options that are left out are the model's own (generation_config.json), as
+    `openelm chat` takes them.
+    """
+
+    NEUTRAL = neutral.CHAT
+
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
+        min_length=1, description="perhaps a system message, then user and assistant in turns"
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, description="stop after this many tokens; unset is what the context holds"
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="the newer name of max_tokens"
+    )
     logprobs: bool | None = Field(None, description="report the log probability of each token")
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="with logprobs: of this many likeliest tokens too"
@@ -192,10 +212,24 @@ class ChatBody(GenerationBody):
 
 
 class CompletionBody(GenerationBody):
-    """The body of /v1/completions."""
+    """The body of /v1/completions.
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    echo: bool | None = Field(None, description="begin the answer with the prompt")
+    Sampling options that are left out are greedy, without penalties, as `openelm generate` has
+    them.
+    """
+
+    NEUTRAL = {**neutral.SAMPLED, **neutral.COMPLETION}
+
+    prompt: CompletionPrompt = Field(
+        description="a text, a list of token ids, or a list of either; each gets n answers"
+    )
+    max_tokens: int | None = Field(
+        None, ge=0, description="stop after this many tokens; 16 if unset"
+    )
+    echo: bool | None = Field(
+        None,
+        description="begin the answer with the prompt; with logprobs, with those of its tokens",
+    )
     logprobs: int | None = Field(
         None, ge=0, le=20, description="report log probabilities, of this many likeliest tokens too"
     )

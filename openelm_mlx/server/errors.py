@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
-from openelm_mlx.errors import BusyError, OpenELMError
+from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
+from openelm_mlx.errors import BusyError, OpenELMError, OptionError
 
 RETRY_SECONDS = 1  # a row frees within about this time
+NAMES = {item.name for kind in (SamplingOptions, GenerationOptions) for item in fields(kind)}
+FIELDS = {"stop_tokens": "stop_token_ids", "json_schema": "response_format"}  # other names here
+TAGGED = ("response_format", "format")  # after these pydantic names the kind of an object
 # the type of an error by its status, where it is not that of a mistake in the request
 TYPES = {
     401: "authentication_error",
@@ -62,6 +68,9 @@ def api_error(error: Exception, param: str | None = None, code: str | None = Non
     if isinstance(error, BusyError):
         retry = {"Retry-After": str(RETRY_SECONDS)}
         return ApiError(429, str(error), code=code or "queue_full", headers=retry)
+    if isinstance(error, OptionError):
+        word = str(error).partition(" ")[0]  # the option at fault is named first
+        param = param or FIELDS.get(word, word if word in NAMES else None)
     if isinstance(error, OpenELMError):
         return ApiError(400, str(error), param=param, code=code)
     return ApiError(500, "the server failed with this request; its log says why")
@@ -70,10 +79,32 @@ def api_error(error: Exception, param: str | None = None, code: str | None = Non
 def invalid_body(error: Any) -> ApiError:
     """Return the error of a body that pydantic refused: the first field at fault."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    name = ".".join(place) or None
+    name = place_of(first["loc"])
     if first["type"] == "extra_forbidden":
         message, code = f"{name} is not supported here; leave it out", "unsupported_parameter"
+    elif not name and first["type"] == "missing":
+        message, code = "the request has no body; give a JSON object", None
+    elif not name and isinstance(first.get("input"), bytes):
+        message, code = "send the body with the header Content-Type: application/json", None
     else:
         message, code = f"{name or 'the body'}: {first['msg']}", None
-    return ApiError(400, message, param=name, code=code)
+    return ApiError(400, message, param=name or None, code=code)
+
+
+def place_of(parts: Sequence[Any]) -> str:
+    """Return the place of a field as OpenAI writes it.
+
+    >>> place_of(("body", "messages", 0, "content", "as list", 1, "type"))
+    'messages[0].content[1].type'
+    """
+    place, before = "", None
+    for part in parts:
+        tag = before in TAGGED and part != "type"
+        before = part
+        if tag:
+            continue
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part not in ("body", "[key]") and not part.startswith("as "):
+            place += f".{part}" if place else part
+    return place

@@ -62,10 +62,10 @@ class Logged:
         state = scope.get("state", {})
         words = [scope["method"], scope["path"][:MOST_PATH], str(status), f"{seconds:.3f}s"]
         if (answer := state.get("answer")) is not None:
-            usage = answer.usage()
-            cached = usage["prompt_tokens_details"]["cached_tokens"]
-            words += [f"model={answer.model}", f"in={usage['prompt_tokens']}", f"cached={cached}"]
-            words.append(f"out={usage['completion_tokens']}")
+            prompt, cached, new = answer.counts()
+            words += [f"model={answer.model}", f"in={prompt}", f"cached={cached}", f"out={new}"]
+            if answer.asked.user is not None:
+                words.append(f"user={as_json(answer.asked.user)}")
         if (error := state.get("error")) is not None:
             known = isinstance(error, ApiError)
             words.append(f"error={error.code or error.status if known else type(error).__name__}")

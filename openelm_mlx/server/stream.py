@@ -41,6 +41,11 @@ class Inbox:
         self._left = True
         self._bell.set()
 
+    def check(self) -> None:
+        """Raise the error that ended the request, if any."""
+        if self._error is not None:
+            raise self._error
+
     async def get(self, seconds: float | None = None) -> list[tuple[int, list[Event]]]:
         """Wait for events and return all there are; nothing if none came in `seconds`.
 
@@ -53,8 +58,7 @@ class Inbox:
         self._bell.clear()
         if self._left:
             raise ClientLeft
-        if self._error is not None:
-            raise self._error
+        self.check()
         items = list(self._items)
         self._items.clear()
         return items
@@ -76,6 +80,15 @@ class Exchange:
         self.tickets, self.ending = tickets, ending
         for ticket in tickets:
             self.worker.submit(ticket)
+
+    async def accepted(self) -> None:
+        """Wait until the engine has taken the requests. Raises the error that it has with them."""
+        try:
+            await self.worker.call(lambda: None)  # calls are made in their order
+            self.inbox.check()
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """End what still runs."""
@@ -112,25 +125,25 @@ class Exchange:
             await send(body_of(self.answer.opening()))
             while not self.answer.done:
                 items = await self.inbox.get(self.keep_alive)
-                chunks = [
-                    chunk
+                frames = [
+                    frame
                     for index, events in items
                     for event in events
-                    if (chunk := self._chunk(index, event)) is not None
+                    if (frame := self._frame(index, event)) is not None
                 ]
-                if chunks or not items:
-                    await send(body_of(chunks) if chunks else KEEP_ALIVE)
-            await send(body_of([*self.answer.closing(), "[DONE]"], more=False))
+                if frames or not items:
+                    await send(body_of(frames) if frames else KEEP_ALIVE)
+            await send(body_of(self.answer.closing(), more=False))
         except ClientLeft:
             pass
         except Exception as error:
             scope.setdefault("state", {})["error"] = error
-            await send(body_of([api_error(error).text], more=False))
+            await send(body_of([self.answer.failure(api_error(error))], more=False))
         finally:
             watcher.cancel()
             self.stop()
 
-    def _chunk(self, index: int, event: Event) -> str | None:
+    def _frame(self, index: int, event: Event) -> str | None:
         self.answer.take(index, event)
         return self.answer.chunk(index, event)
 
@@ -138,7 +151,6 @@ class Exchange:
 KEEP_ALIVE = {"type": "http.response.body", "body": b": still working\n\n", "more_body": True}
 
 
-def body_of(chunks: list[str], more: bool = True) -> dict[str, Any]:
-    """Return the ASGI message that sends these chunks."""
-    body = "".join(f"data: {chunk}\n\n" for chunk in chunks).encode()
-    return {"type": "http.response.body", "body": body, "more_body": more}
+def body_of(frames: list[str], more: bool = True) -> dict[str, Any]:
+    """Return the ASGI message that sends these server-sent events."""
+    return {"type": "http.response.body", "body": "".join(frames).encode(), "more_body": more}

@@ -53,7 +53,7 @@ def test_chunks_add_up_to_the_answer(http: httpx.Client):
 def test_a_completion_continues_each_prompt(http: httpx.Client, tiny: Engine):
     prompts = ["Once upon a time", "A dog"]
     body = post(http, "/v1/completions", prompt=prompts, echo=True, **SAMPLED)
-    expected = [text + generate(tiny, text, tiny.chat_sampling, **SAMPLED) for text in prompts]
+    expected = [text + generate(tiny, text, **SAMPLED) for text in prompts]
     assert [choice["text"] for choice in body["choices"]] == expected
 
 

@@ -56,7 +56,7 @@ def loaded(address: str) -> list[bool]:
 def alone(folder: str, prompt: list[int] = PROMPT, **settings: Any) -> str:
     engine, named = load(folder, **settings), dict(BODY)
     del named["prompt"]
-    return generate(engine, prompt, engine.chat_sampling, engine_options=EAGER, **named)
+    return generate(engine, prompt, engine_options=EAGER, **named)
 
 
 def test_models_take_turns_in_the_memory_there_is(folders: list[str]):

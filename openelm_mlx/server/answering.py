@@ -1,0 +1,134 @@
+"""From a body to the response that answers it: whole, or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from openelm_mlx.engine.request import TokenLogprobs
+from openelm_mlx.engine.sampling import new_seed
+from openelm_mlx.evaluate.score import likeliest
+from openelm_mlx.server.answers import Answer, Choice
+from openelm_mlx.server.asked import Asked, tokens_of
+from openelm_mlx.server.bodies import SamplingBody
+from openelm_mlx.server.metrics import Metrics
+from openelm_mlx.server.models import Model
+from openelm_mlx.server.stream import Exchange
+from openelm_mlx.server.worker import Sink, Ticket, Worker
+
+T = TypeVar("T")
+LONG = 4096  # bytes of a body from which on its prompt is encoded beside the event loop
+
+
+async def answered(
+    request: Request,
+    body: SamplingBody,
+    ask: Callable[[], Asked],
+    kind: Callable[..., Answer],
+) -> Response:
+    """Run what a body asks; return the response, or the one that streams it."""
+    state = request.app.state
+    models, worker, options = state.models, state.worker, state.options
+    with ExitStack() as stack:
+        model, served = await models.use(body.model, stack)
+        model.check_room(worker)  # before anything is done for it
+        run = beside if body.restricted or len(await request.body()) > LONG else at_once
+        asked = await run(ask)
+        model.check_room(worker, len(asked.prompts) * asked.n)
+        lookup = options.prompt_lookup if asked.lookup is None else asked.lookup
+        asked = replace(asked, adapter=served.adapter, lookup=lookup)
+        prepared = await run(partial(prepare, model, asked))
+        choices = [Choice(tokens) for tokens, _ in prepared for _ in range(asked.n)]
+        answer = kind(asked, served.name, model.engine, choices)
+        request.state.answer = answer  # for the log
+        scored = []
+        if asked.echo and asked.options.logprobs is not None:
+            for tokens, _ in prepared:
+                if await request.is_disconnected():
+                    return gone()
+                scored.append(await score(worker, model, tokens, asked))
+        await run(partial(answer.begin, scored))
+        exchange = Exchange(worker, answer, options.keep_alive)
+        owner = getattr(request.state, "owner", "")
+        tickets = tickets_for(model, asked, prepared, owner, exchange, state.metrics)
+        model.check_room(worker, len(tickets))  # others have come meanwhile
+        exchange.start(tickets, stack.pop_all())
+    if asked.stream:
+        await exchange.accepted()
+        return Streamed(exchange)
+    whole = await exchange.whole(request.receive)
+    return gone() if whole is None else json_response(whole)
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Any:
+    """Return a response in JSON, in ASCII so that any text can be sent."""
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+def gone() -> Response:
+    """Return the response to a client that has left; it is for the log only."""
+    return Response(status_code=499)
+
+
+async def at_once(function: Callable[[], T]) -> T:
+    """Return `function()`, run on the event loop: quicker than to change the thread."""
+    return function()
+
+
+async def beside(function: Callable[[], T]) -> T:
+    """Return `function()`, run beside the event loop: grammars and long prompts take a while."""
+    return await asyncio.to_thread(function)
+
+
+def prepare(model: Model, asked: Asked) -> list[tuple[list[int], int]]:
+    """Return the ids of each prompt and how many tokens may follow."""
+    return [tokens_of(model.engine, prompt, asked) for prompt in asked.prompts]
+
+
+async def score(
+    worker: Worker, model: Model, tokens: list[int], asked: Asked
+) -> list[TokenLogprobs]:
+    """Return the log probabilities of a prompt's tokens after the first, between two steps."""
+    engine, top = model.engine.adapted(asked.adapter), asked.options.logprobs or 0
+    if len(tokens) < 2:
+        return []
+    return await worker.call(partial(likeliest, engine, tokens, top))
+
+
+def tickets_for(
+    model: Model,
+    asked: Asked,
+    prepared: Sequence[tuple[list[int], int]],
+    owner: str,
+    exchange: Exchange,
+    metrics: Metrics,
+) -> list[Ticket]:
+    """Return a ticket for each choice; those of one prompt have streams of one seed."""
+    requests = asked.requests(prepared, model.engine.chat_sampling, new_seed())
+
+    def sink(index: int) -> Sink:
+        put = partial(exchange.inbox.put, index)
+        return metrics.watched(model.name, index % asked.n == 0, put)
+
+    return [
+        Ticket(model.batch, *request, owner, sink(index)) for index, request in enumerate(requests)
+    ]
+
+
+class Streamed(Response):
+    """A response whose body is an exchange."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__()
+        self.exchange = exchange
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.exchange(scope, receive, send)

@@ -1,0 +1,100 @@
+"""Objects of requests: they have no other fields than theirs, and some that ask for nothing.
+
+A field that would be ignored is refused by name, unless its value changes nothing: clients send
+`"tools": []`. null is the same as leaving a field out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+Neutral = Mapping[str, tuple[Any, ...]]  # names of fields, and their values that ask for nothing
+
+SAMPLED: Neutral = {  # of every kind of answer
+    "metadata": ({},),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": ("in_memory",),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+CHAT: Neutral = {
+    **SAMPLED,
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+COMPLETION: Neutral = {"best_of": (1,), "suffix": ("",)}
+RESPONSE: Neutral = {
+    **{name: values for name, values in SAMPLED.items() if name != "metadata"},
+    "access_programs": (),
+    "background": (False,),
+    "background_options": (),
+    "context_management": ([],),
+    "conversation": (),
+    "image": (),
+    "max_tool_calls": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "reasoning": ({},),
+    "truncation": ("disabled",),
+}
+MESSAGE: Neutral = {  # a client sends back an answer as it came
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
+
+
+def describe_neutral(schema: dict[str, Any], kind: type[Any]) -> None:
+    """Add the fields that ask for nothing to the JSON schema of an object."""
+    for name, values in kind.NEUTRAL.items():
+        allowed = {"enum": [None, *values]}
+        note = "not supported; a value that asks for nothing is accepted"
+        schema.setdefault("properties", {})[name] = {"description": note, **allowed}
+
+
+class Strict(BaseModel):
+    """An object whose fields have exactly their types, and that has no others."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=describe_neutral
+    )
+    NEUTRAL: ClassVar[Neutral] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, data: Any) -> Any:
+        """Leave out what asks for nothing."""
+        return without(data, cls) if isinstance(data, dict) else data
+
+
+def without(data: dict[str, Any], kind: type[Strict]) -> dict[str, Any]:
+    """Return an object without what is null, and without what asks for nothing in this kind."""
+    own = {field.alias or name for name, field in kind.model_fields.items()}
+    kept = {}
+    for name, value in data.items():
+        values = kind.NEUTRAL.get(name)
+        if value is None:
+            dropped = values is not None or name in own
+        else:
+            dropped = any(value == one and type(value) is type(one) for one in values or ())
+        if not dropped:
+            kept[name] = value
+    return kept
