@@ -30,7 +30,7 @@ from openelm_mlx.server.asked import (
 from openelm_mlx.server.bodies import ChatBody, CompletionBody
 from openelm_mlx.server.completions import CompletionAnswer
 from openelm_mlx.server.errors import ApiError, api_error, invalid_body
-from openelm_mlx.server.metrics import Metered, Metrics, show
+from openelm_mlx.server.metrics import Metrics, show
 from openelm_mlx.server.models import Models
 from openelm_mlx.server.options import ServerOptions
 from openelm_mlx.server.page import front_page
@@ -73,8 +73,7 @@ def build_app(
         title="openelm-mlx", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.state.models, app.state.options = models, options
-    app.state.metrics = metrics = Metrics(app)
-    app.add_middleware(Metered, app, metrics)
+    app.state.metrics = Metrics(app)
     app.router.route_class = StrictRoute
     add_errors(app)
     add_routes(app)

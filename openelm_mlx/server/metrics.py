@@ -22,7 +22,7 @@ from starlette.routing import Match
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine.request import Event, GenerationStats
-from openelm_mlx.server.errors import TYPES, api_error
+from openelm_mlx.server.errors import ApiError, api_error
 from openelm_mlx.server.worker import Sink
 
 if TYPE_CHECKING:
@@ -206,10 +206,10 @@ class Metered:
         metrics.duration.labels(endpoint).observe(seconds)
         if aborted:
             metrics.aborted.inc()
-        elif status >= 400:
-            metrics.errors.labels(TYPES.get(status, "invalid_request_error")).inc()
-        elif (error := scope.get("state", {}).get("error")) is not None:  # in a stream
+        elif (error := scope.get("state", {}).get("error")) is not None:
             metrics.errors.labels(api_error(error).type).inc()
+        elif status >= 400:
+            metrics.errors.labels(ApiError(status, "").type).inc()
 
     def endpoint(self, scope: Scope) -> str:
         """Return the path of the route that a request matches, "other" if it matches none."""

@@ -27,6 +27,7 @@ from openelm_mlx.server.api import build_app
 from openelm_mlx.server.errors import ApiError
 from openelm_mlx.server.guard import Guard
 from openelm_mlx.server.log import Logged, log, logging_to_stderr
+from openelm_mlx.server.metrics import Metered
 from openelm_mlx.server.options import ServerOptions
 from openelm_mlx.server.protocol import IDLE_SECONDS, Connection, Connections, most_connections
 
@@ -123,7 +124,7 @@ def make_server(
     limits = Connections(most_connections(), options.header_seconds, options.body_seconds)
     http: Any = partial(Connection, limits)
     config = uvicorn.Config(
-        Logged(guard, options.log_text),
+        Metered(Logged(guard, options.log_text), app, app.state.metrics),
         http=http,
         ws="none",
         lifespan="on",

@@ -121,6 +121,22 @@ def test_paths_that_do_not_exist_are_one_series(own: httpx.Client):
     assert found["requests_total other 404"] == found["errors_total not_found_error"] == 2
 
 
+def test_what_is_refused_or_ends_with_an_error_is_counted():
+    with (
+        serving("openelm-tiny", api_key=("secret",), request_seconds=0.1) as url,
+        httpx.Client(base_url=url, timeout=SECONDS) as client,
+    ):
+        assert client.get("/v1/models").status_code == 401
+        client.headers["Authorization"] = "Bearer secret"
+        body = {"messages": ASKED, "stream": True, "max_tokens": 900, "ignore_eos": True}
+        with client.stream("POST", CHAT, json=body) as answer:
+            assert "error" in [line for line in answer.iter_lines() if line][-1]
+        found = grown(client, {})
+    assert found["requests_total /v1/models 401"] == found["errors_total authentication_error"] == 1
+    assert found[f"requests_total {CHAT} 200"] == found["errors_total server_error"] == 1
+    assert "prompt_tokens_total openelm-tiny" not in found
+
+
 def test_every_series_is_documented(own: httpx.Client):
     page = (DOCS / "serving.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(openelm_\w+)(?:\{(\w+(?:, \w+)*)\})?` \| (\w+) \| ", page, re.M)
