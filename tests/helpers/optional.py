@@ -13,6 +13,7 @@ from __future__ import annotations
 import builtins
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -51,6 +52,11 @@ def peer(name: str) -> bool:
     return peers.why_not(name) is None
 
 
+def find_haproxy() -> str | None:
+    """Return where HAProxy is. Debian has it where only root looks."""
+    return shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin")
+
+
 def writable_home() -> bool:
     """Tell whether the home takes a file. It is tried, as root is told so of any folder."""
     try:
@@ -73,6 +79,7 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
     "Chromium": lambda: find_chromium() is not None,
     "playwright": lambda: find_spec("playwright") is not None,
     "axe-core": lambda: find_spec("axe_playwright_python") is not None,
+    "HAProxy": lambda: find_haproxy() is not None,
     "matplotlib": lambda: find_spec("matplotlib") is not None,
     "llguidance": lambda: find_spec("llguidance") is not None,
     "llama.cpp": lambda: peer("llama.cpp"),
