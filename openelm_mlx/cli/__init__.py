@@ -21,7 +21,17 @@ from openelm_mlx.cli.options import Parser
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.model.config import PUBLISHED
 
-COMMANDS = ("chat", "generate", "serve", "convert", "benchmark", "inspect", "models", "doctor")
+COMMANDS = (
+    "chat",
+    "generate",
+    "serve",
+    "batch",
+    "convert",
+    "benchmark",
+    "inspect",
+    "models",
+    "doctor",
+)
 # errors of a stream that is full or gone
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 

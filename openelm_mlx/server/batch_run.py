@@ -1,0 +1,185 @@
+"""The lines of a batch become requests of the scheduler, and its events the lines of the answers.
+
+No server and no event loop take part: the rows are kept full from the lines that come next.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, ValidationError
+
+from openelm_mlx.engine.loading import Engine
+from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
+from openelm_mlx.engine.scheduler import BatchEngine
+from openelm_mlx.errors import OpenELMError
+from openelm_mlx.server.answers import Answer, ChatAnswer, Choice, CompletionAnswer
+from openelm_mlx.server.asked import (
+    Asked,
+    asked_of_chat,
+    asked_of_completion,
+    refused,
+    tokens_of,
+)
+from openelm_mlx.server.batch_file import ID, LINE_BYTES, number_of, parsed
+from openelm_mlx.server.bodies import ChatBody, CompletionBody, Strict
+from openelm_mlx.server.errors import ApiError, api_error, invalid_body
+
+AHEAD = 2  # requests for each row that are in the scheduler, so that no row waits for the next
+# what is asked at each address: the body, what it means, and the answer
+ROUTES: dict[str, tuple[type[Any], Callable[[Any], Asked], type[Answer]]] = {
+    "/v1/chat/completions": (ChatBody, asked_of_chat, ChatAnswer),
+    "/v1/completions": (CompletionBody, asked_of_completion, CompletionAnswer),
+}
+
+Request = tuple[list[int], SamplingOptions, GenerationOptions]
+
+
+class BatchLine(Strict):
+    """One line of a batch."""
+
+    custom_id: str = Field(min_length=1)
+    method: Literal["POST"]
+    url: Literal["/v1/chat/completions", "/v1/completions"]
+    body: dict[str, Any]
+
+
+class Result(NamedTuple):
+    """The line of an answer, and what it counts for."""
+
+    text: str
+    failed: bool
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of those
+    new_tokens: int = 0
+
+
+@dataclass(eq=False)
+class Line:
+    """One line on its way: its answer as far as it has come, or the error that ended it."""
+
+    number: int
+    custom_id: str | None = None
+    answer: Answer | None = None
+    error: ApiError | None = None
+
+    def result(self) -> Result:
+        """Return the line of the answer."""
+        if self.error is not None or self.answer is None:
+            error = self.error or api_error(RuntimeError())
+            return Result(self._text(error.status, error.envelope), True)
+        whole = self.answer.whole()
+        usage: dict[str, Any] = whole["usage"]
+        prompt, new = usage["prompt_tokens"], usage["completion_tokens"]
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return Result(self._text(200, whole), False, prompt, cached, new)
+
+    def _text(self, status: int, body: dict[str, Any]) -> str:
+        name = f"{ID}{self.number}"
+        response = {"status_code": status, "request_id": name, "body": body}
+        line = {"id": name, "custom_id": self.custom_id, "response": response, "error": None}
+        return json.dumps(line)
+
+
+class Batch:
+    """Runs lines in a scheduler; `model` is the name that a body may give."""
+
+    def __init__(self, engine: Engine, model: str, scheduler: BatchEngine) -> None:
+        self.engine, self.model, self.scheduler = engine, model, scheduler
+        self.most = AHEAD * scheduler.slots
+        self._running: dict[int, tuple[Line, int]] = {}  # by the scheduler's number
+
+    def results(self, lines: Iterable[tuple[int, bytes, bool]]) -> Iterator[list[Result]]:
+        """Yield what has ended after each step; `lines` are those of `Input.line`."""
+        asked = self._asked(lines)
+        while (ended := self._submit(asked)) is not None or self.scheduler.busy:
+            ended = ended or []
+            for number, event in self.scheduler.step():
+                if number in self._running:
+                    line, index = self._running[number]
+                    answer: Any = line.answer
+                    answer.take(index, event)
+                    if event.finish_reason is not None:
+                        del self._running[number]
+                        if answer.done:
+                            ended.append(line)
+            yield [line.result() for line in ended]
+
+    def _submit(self, asked: Iterator[tuple[Line, int, Request | None]]) -> list[Line] | None:
+        """Fill the scheduler; return the lines that ended with an error, None if none is left."""
+        failed: list[Line] = []
+        for count in range(self.most - len(self._running)):
+            line, index, request = next(asked, (None, 0, None))
+            if line is None:
+                return failed if count else None
+            if request is None:
+                failed.append(line)
+            elif line.error is None:
+                try:
+                    self._running[self.scheduler.submit(*request)] = line, index
+                except OpenELMError as error:
+                    self._withdraw(line)
+                    line.error = api_error(error)
+                    failed.append(line)
+        return failed
+
+    def _withdraw(self, line: Line) -> None:
+        """Drop the other answers to a line."""
+        for number in [one for one, (of, _) in self._running.items() if of is line]:
+            del self._running[number]
+            self.scheduler.cancel(number)
+
+    def _asked(
+        self, lines: Iterable[tuple[int, bytes, bool]]
+    ) -> Iterator[tuple[Line, int, Request | None]]:
+        """Yield the requests of each line, with the index of the choice; None for an error."""
+        for number, raw, again in lines:
+            line, requests = Line(number), list[Request]()
+            try:
+                requests = self._requests(line, raw, again)
+            except (ApiError, OpenELMError) as error:
+                line.error = api_error(error)
+            except ValidationError as error:
+                line.error = invalid_body(error)
+            if line.error is not None:
+                yield line, 0, None
+            for index, request in enumerate(requests):
+                yield line, index, request
+
+    def _requests(self, line: Line, raw: bytes, again: bool) -> list[Request]:
+        """Return what a line asks of the scheduler, and give it an answer to fill.
+
+        Raises `ApiError`, `OpenELMError` and pydantic's `ValidationError`.
+        """
+        if len(raw) > LINE_BYTES:
+            raise ApiError(413, f"the line has more than {LINE_BYTES} bytes; shorten it")
+        found = parsed(raw)
+        if isinstance(found, dict) and isinstance(found.get("custom_id"), str):
+            line.custom_id = found["custom_id"]
+        if not isinstance(found, dict):
+            raise refused("the line is not a JSON object; give one request a line", None)
+        given = BatchLine.model_validate(found)
+        if again:
+            what = f"an earlier line has the custom_id {given.custom_id!r} too"
+            raise refused(f"{what}; give each line its own", "custom_id")
+        body_of, ask, kind = ROUTES[given.url]
+        body = body_of.model_validate(given.body)
+        if body.model not in (None, self.model):
+            what = f"the model {body.model!r} is not the one that runs, which is {self.model}"
+            remedy = "leave model out, or give this one with --model"
+            raise ApiError(404, f"{what}; {remedy}", param="model", code="model_not_found")
+        asked = ask(body)
+        if asked.stream:
+            raise refused("stream is true, but a batch answers as a whole; leave it out", "stream")
+        prepared = [tokens_of(self.engine, prompt, asked) for prompt in asked.prompts]
+        choices = [
+            Choice(self.engine.tokenizer.decode(tokens) if asked.echo else "")
+            for tokens, _ in prepared
+            for _ in range(asked.n)
+        ]
+        line.answer = kind(asked, self.model, self.engine, choices)
+        seed = number_of(given.custom_id)
+        return list(asked.requests(prepared, self.engine.chat_sampling, seed))
