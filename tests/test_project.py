@@ -32,6 +32,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 # what a module is called on the package index, where its name does not say so
 DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "yaml": "pyyaml", "google": "protobuf"}
+DISTRIBUTIONS |= {"pydantic_core": "pydantic"}  # which requires one version of it
 
 
 def nodes(path: Path) -> Iterator[ast.AST]:

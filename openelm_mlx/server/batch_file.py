@@ -29,6 +29,7 @@ PROMPT_BYTES = 16  # of a line, which take about as long as one new token
 USUAL_TOKENS = 256  # of an answer without a limit
 SYNC_SECONDS = 5.0  # a power cut loses the answers of this time at most; they are run again
 ID = "batch_req_"
+MARK = b"\xef\xbb\xbf"  # may begin a file of text
 
 
 def number_of(custom_id: str) -> int:
@@ -70,7 +71,7 @@ class Input:
                 size += len(piece)
                 piece = b"" if piece.endswith(b"\n") else self._file.readline(LINE_BYTES + 1)
             if line.strip():
-                found = parsed(line)
+                found = loosely(line)
                 self.numbers.append(number)
                 self._starts.append(start)
                 self._names.append(name_of(found, number))
@@ -95,7 +96,7 @@ class Input:
         """
         self._file.seek(self._starts[index])
         line, number = self._file.readline(LINE_BYTES + 1), self.numbers[index]
-        if name_of(parsed(line), number) != self._names[index]:
+        if name_of(loosely(line), number) != self._names[index]:
             what = f"{self.path} has changed while it was read"
             raise OptionError(f"{what}; remove what was written, and begin anew")
         return number, line, index in self._again
@@ -120,10 +121,10 @@ class Input:
                 yield from range(start, min(start + size, len(self)))
 
 
-def parsed(line: bytes) -> Any:
-    """Return what a line has, None for anything but JSON. A mark may begin the file."""
+def loosely(line: bytes) -> Any:
+    """Return what a line has, None for anything but JSON."""
     try:
-        return json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+        return json.loads(line.removeprefix(MARK))
     except (ValueError, RecursionError):
         return None
 
@@ -167,7 +168,7 @@ class Part:
         """
         self.file.seek(0)
         while (line := self.file.readline()).endswith(b"\n"):
-            found = parsed(line)
+            found = loosely(line)
             if self.end == 0:
                 self._check(head, found)
             else:
@@ -317,7 +318,7 @@ def answers_in(target: Path, source: Input, model: str) -> tuple[int, int] | Non
             line = file.readline()
             if index == len(source) and not line:
                 return index, failed
-            status = status_of(parsed(line), index, source, model)
+            status = status_of(loosely(line), index, source, model)
             if status is None:
                 break
             failed += status != 200

@@ -14,9 +14,11 @@ from pydantic import Field, ValidationError
 
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
+from openelm_mlx.engine.request import TokenLogprobs
 from openelm_mlx.engine.scheduler import BatchEngine
 from openelm_mlx.errors import OpenELMError
-from openelm_mlx.server.answers import Answer, ChatAnswer, Choice, CompletionAnswer
+from openelm_mlx.evaluate.score import likeliest
+from openelm_mlx.server.answers import Answer, ChatAnswer, Choice
 from openelm_mlx.server.asked import (
     Asked,
     asked_of_chat,
@@ -24,9 +26,11 @@ from openelm_mlx.server.asked import (
     refused,
     tokens_of,
 )
-from openelm_mlx.server.batch_file import ID, LINE_BYTES, number_of, parsed
-from openelm_mlx.server.bodies import ChatBody, CompletionBody, Strict
+from openelm_mlx.server.batch_file import ID, LINE_BYTES, MARK, loosely, number_of
+from openelm_mlx.server.bodies import ChatBody, CompletionBody
+from openelm_mlx.server.completions import CompletionAnswer
 from openelm_mlx.server.errors import ApiError, api_error, invalid_body
+from openelm_mlx.server.neutral import Strict, parsed
 
 AHEAD = 2  # requests for each row that are in the scheduler, so that no row waits for the next
 # what is asked at each address: the body, what it means, and the answer
@@ -71,11 +75,8 @@ class Line:
         if self.error is not None or self.answer is None:
             error = self.error or api_error(RuntimeError())
             return Result(self._text(error.status, error.envelope), True)
-        whole = self.answer.whole()
-        usage: dict[str, Any] = whole["usage"]
-        prompt, new = usage["prompt_tokens"], usage["completion_tokens"]
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
-        return Result(self._text(200, whole), False, prompt, cached, new)
+        prompt, cached, new = self.answer.counts()
+        return Result(self._text(200, self.answer.whole()), False, prompt, cached, new)
 
     def _text(self, status: int, body: dict[str, Any]) -> str:
         name = f"{ID}{self.number}"
@@ -109,22 +110,22 @@ class Batch:
             yield [line.result() for line in ended]
 
     def _submit(self, asked: Iterator[tuple[Line, int, Request | None]]) -> list[Line] | None:
-        """Fill the scheduler; return the lines that ended with an error, None if none is left."""
-        failed: list[Line] = []
+        """Fill the scheduler; return the lines that ended without it, None if none is left."""
+        ended: list[Line] = []
         for count in range(self.most - len(self._running)):
             line, index, request = next(asked, (None, 0, None))
             if line is None:
-                return failed if count else None
+                return ended if count else None
             if request is None:
-                failed.append(line)
+                ended.append(line)
             elif line.error is None:
                 try:
                     self._running[self.scheduler.submit(*request)] = line, index
                 except OpenELMError as error:
                     self._withdraw(line)
                     line.error = api_error(error)
-                    failed.append(line)
-        return failed
+                    ended.append(line)
+        return ended
 
     def _withdraw(self, line: Line) -> None:
         """Drop the other answers to a line."""
@@ -135,7 +136,7 @@ class Batch:
     def _asked(
         self, lines: Iterable[tuple[int, bytes, bool]]
     ) -> Iterator[tuple[Line, int, Request | None]]:
-        """Yield the requests of each line, with the index of the choice; None for an error."""
+        """Yield the requests of each line, with the index of the choice; None if there is none."""
         for number, raw, again in lines:
             line, requests = Line(number), list[Request]()
             try:
@@ -144,7 +145,7 @@ class Batch:
                 line.error = api_error(error)
             except ValidationError as error:
                 line.error = invalid_body(error)
-            if line.error is not None:
+            if not requests:  # there is an error, or no token is asked for
                 yield line, 0, None
             for index, request in enumerate(requests):
                 yield line, index, request
@@ -156,9 +157,13 @@ class Batch:
         """
         if len(raw) > LINE_BYTES:
             raise ApiError(413, f"the line has more than {LINE_BYTES} bytes; shorten it")
-        found = parsed(raw)
+        found = loosely(raw)
         if isinstance(found, dict) and isinstance(found.get("custom_id"), str):
             line.custom_id = found["custom_id"]
+        try:
+            found = parsed(raw.removeprefix(MARK).strip())
+        except (ValueError, RecursionError) as error:
+            raise refused(f"the line is not JSON that can be read: {error}", None) from None
         if not isinstance(found, dict):
             raise refused("the line is not a JSON object; give one request a line", None)
         given = BatchLine.model_validate(found)
@@ -175,11 +180,19 @@ class Batch:
         if asked.stream:
             raise refused("stream is true, but a batch answers as a whole; leave it out", "stream")
         prepared = [tokens_of(self.engine, prompt, asked) for prompt in asked.prompts]
-        choices = [
-            Choice(self.engine.tokenizer.decode(tokens) if asked.echo else "")
-            for tokens, _ in prepared
-            for _ in range(asked.n)
-        ]
+        choices = [Choice(tokens) for tokens, _ in prepared for _ in range(asked.n)]
         line.answer = kind(asked, self.model, self.engine, choices)
+        line.answer.begin(self._scored(asked, prepared))
         seed = number_of(given.custom_id)
         return list(asked.requests(prepared, self.engine.chat_sampling, seed))
+
+    def _scored(
+        self, asked: Asked, prepared: list[tuple[list[int], int]]
+    ) -> list[list[TokenLogprobs]]:
+        """Return the log probabilities of the prompts' tokens, where they are asked for."""
+        top = asked.options.logprobs
+        if top is None or not asked.echo:
+            return []
+        return [
+            likeliest(self.engine, tokens, top) if len(tokens) > 1 else [] for tokens, _ in prepared
+        ]

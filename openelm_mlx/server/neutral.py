@@ -1,15 +1,20 @@
 """Objects of requests: they have no other fields than theirs, and some that ask for nothing.
 
+They are read from JSON (RFC 8259) strictly: nothing of it is guessed or lost.
+
 A field that would be ignored is refused by name, unless its value changes nothing: clients send
 `"tools": []`. null is the same as leaving a field out.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import from_json
 
 Neutral = Mapping[str, tuple[Any, ...]]  # names of fields, and their values that ask for nothing
 
@@ -98,3 +103,31 @@ def without(data: dict[str, Any], kind: type[Strict]) -> dict[str, Any]:
         if not dropped:
             kept[name] = value
     return kept
+
+
+def parsed(data: bytes) -> Any:
+    """Return what JSON in UTF-8 says.
+
+    Raises `ValueError` for other text, NaN, numbers beyond float64, lone surrogates, more than 200
+    levels, and an object that has a name twice, as one of its values would be ignored.
+    """
+    from_json(data, allow_inf_nan=False)
+    return json.loads(data, object_pairs_hook=distinct, parse_float=finite)
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object. Raises `ValueError` for a name that it has twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the name {twice!r} twice")
+    return made
+
+
+def finite(text: str) -> float:
+    """Return a number. Raises `ValueError` for one that float64 does not have."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return number

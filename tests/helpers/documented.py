@@ -49,7 +49,8 @@ def workshop(folder: Path) -> dict[str, Any]:
     model = again(long_context(folder), folder / "my-model", instruct=True)
     again(model, folder / "model.gguf", target_format="gguf")
     mlx_lm_folder(folder / "my-adapter", OpenELMConfig.from_file(model / "config.json"))
-    (folder / "tests").symlink_to(ROOT / "tests")
+    for name in ("tests", "examples"):
+        (folder / name).symlink_to(ROOT / name)
     shutil.copy(
         next((ROOT / "benchmarks" / "results").glob("*-quick.json")), folder / "theirs.json"
     )

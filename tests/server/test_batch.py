@@ -67,9 +67,10 @@ def test_a_line_is_answered_as_by_the_server_and_by_generate(tiny, http: httpx.C
         line("chat", messages=asked, n=2, seed=3, **SAMPLED),
         line("texts", TEXT, prompt=["Once", "A dog"], echo=True, seed=4, logprobs=1, **SAMPLED),
         line("unseeded", messages=asked, model="openelm-tiny", **SAMPLED),
+        line("nothing", TEXT, prompt="Once", echo=True, max_tokens=0),
     ]
     found = answers(tiny, tmp_path, lines)
-    seeds = [{}, {}, {"seed": number_of("unseeded")}]
+    seeds = [{}, {}, {"seed": number_of("unseeded")}, {}]
     for one, sent, seed in zip(found, lines, seeds, strict=True):
         served = http.post(sent["url"], json=sent["body"] | seed).json()
         assert one["custom_id"] == sent["custom_id"]
@@ -83,9 +84,10 @@ def test_a_line_is_answered_as_by_the_server_and_by_generate(tiny, http: httpx.C
 
 
 WRONG: list[tuple[Any, int, str]] = [
-    ("{", 400, "the line is not a JSON object; give one request a line"),
-    ("[" * 9999, 400, "the line is not a JSON object"),
-    ("[1]", 400, "the line is not a JSON object"),
+    ("{", 400, "the line is not JSON that can be read: "),
+    ("[" * 9999, 400, "the line is not JSON that can be read: "),
+    ("[1]", 400, "the line is not a JSON object; give one request a line"),
+    ('{"url": 1, "url": 1}', 400, "an object has the name 'url' twice"),
     ({"custom_id": 5}, 400, "custom_id: Input should be a valid string"),
     (line("a") | {"method": "GET"}, 400, "method: Input should be 'POST'"),
     (line("b") | {"url": "/v1/embeddings"}, 400, "url: Input should be '/v1/chat/completions'"),
@@ -95,11 +97,11 @@ WRONG: list[tuple[Any, int, str]] = [
     (line("f", stream=True), 400, "stream is true, but a batch answers as a whole; leave it out"),
     (line("g", max_tokens=5000), 400, "the context holds 512 together"),
     (line("h", model="gpt-9"), 404, "'gpt-9' is not the one that runs, which is openelm-tiny"),
-    (line("i", stop="\ud800"), 400, "is not valid UTF-8"),
+    (line("i", logit_bias={"99999": 1.0}), 400, "logit_bias has the token id 99999"),
     (line("ok"), 400, "an earlier line has the custom_id 'ok' too; give each line its own"),
     (line("j", messages=[{"role": "assistant", "content": ""}]), 400, "expected 'user'"),
-    (line("k", TEXT, prompt=""), 400, "the prompt is empty"),
-    (line("l\ud800"), 400, "custom_id: Input should be a valid string"),
+    (line("k", TEXT, prompt=""), 400, "prompt: String should have at least 1 character"),
+    (line("l\ud800"), 400, "the line is not JSON that can be read: "),
 ]
 
 
