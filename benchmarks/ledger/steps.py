@@ -30,7 +30,8 @@ from openelm_mlx.engine.sampling import Controls, Filters
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.model.cache import BLOCK
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
-from openelm_mlx.model.decoder import OpenELM, Transposed
+from openelm_mlx.model.decoder import OpenELM
+from openelm_mlx.model.projections import Transposed
 from openelm_mlx.quantization import spec_of
 
 TURN, WARM_UP = 12, 4  # steps of each engine in a turn, and those of them that are not counted

@@ -19,7 +19,8 @@ from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.errors import CheckpointError, naming
 from openelm_mlx.model.checkpoint import check_finite
 from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig, expected_tensors
-from openelm_mlx.model.decoder import OpenELM, for_any_thread, project_onto
+from openelm_mlx.model.decoder import OpenELM
+from openelm_mlx.model.projections import for_any_thread, project_onto
 from openelm_mlx.quantization import matrices
 
 

@@ -23,7 +23,6 @@ and would read seven if cosine, sine and both norm weights of a pair were separa
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.model.cache import Cache, KVCache, as_caches
 from openelm_mlx.model.cache_kinds import Mask
 from openelm_mlx.model.config import LayerShape, OpenELMConfig, layer_shapes
+from openelm_mlx.model.projections import Embedding, Linear, for_any_thread, project_onto
 
 VALUE = 1e30  # marks a value head in the table of norm weights; no weight of a model is as large
 
@@ -84,61 +84,6 @@ def rotate(
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Return silu(gate) * up, by one kernel."""
     return gate * mx.sigmoid(gate) * up
-
-
-def for_any_thread(array: mx.array) -> mx.array:
-    """Start computing an array that a module keeps: before that, only this thread may use it."""
-    with suppress(ValueError):  # inside a transformation such as mx.compile it cannot be computed
-        mx.async_eval(array)
-    return array
-
-
-class Transposed(nn.Module):
-    """A module that transposes its weight once instead of at every token."""
-
-    def __init__(self, *shape: int, **options: Any) -> None:
-        super().__init__(*shape, **options)  # of nn.Linear or nn.Embedding
-        self._cached: tuple[mx.array, ...] = ()
-
-    def transposed(self) -> mx.array:
-        """Return the weight [output, input] as a view [input, output].
-
-        The view is cached until the module gets another weight.
-        """
-        if not self._cached or self._cached[0] is not self.weight:
-            self._cached = (self.weight, for_any_thread(self.weight.T))
-        view: mx.array = self._cached[1]
-        return view
-
-
-class Linear(Transposed, nn.Linear):
-    """A projection without bias."""
-
-    def __init__(self, input_dims: int, output_dims: int) -> None:
-        super().__init__(input_dims, output_dims, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return x @ self.transposed()
-
-
-class Embedding(Transposed, nn.Embedding):
-    """The embedding of the tokens, which is the head too if the two are tied."""
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """Return the logits [..., vocab] of hidden states [..., model_dim]."""
-        return x @ self.transposed()
-
-
-def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
-    """Return residual + projection(x), by one kernel if the projection is a plain matrix.
-
-    Any other module is called, or asked for the sum if it has a way of its own (adapters.py).
-    """
-    if type(projection) is Linear:
-        return mx.addmm(residual, x, projection.transposed())
-    if hasattr(projection, "onto"):
-        return projection.onto(residual, x)
-    return residual + projection(x)
 
 
 class Pass(NamedTuple):

@@ -13,7 +13,8 @@ from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.model.cache import KVCache, step_caches
 from openelm_mlx.model.cache_kinds import CacheKind
 from openelm_mlx.model.config import layer_shapes
-from openelm_mlx.model.decoder import Attention, Linear, Projection, rotary
+from openelm_mlx.model.decoder import Attention, Projection, rotary
+from openelm_mlx.model.projections import MANY, Embedding, Linear
 
 TOKENS = mx.array([[1, 5, 9, 30, 12, 7, 7, 3], [1, 9, 30, 2, 9, 3, 3, 60]])
 PROJECTIONS = [("attn", "qkv_proj"), ("attn", "out_proj"), ("ffn", "proj_1"), ("ffn", "proj_2")]
@@ -178,3 +179,13 @@ def test_mlx_lms_caches_drive_the_model():
             for start, length in ((0, 4), (4, 1), (5, 3))
         ]
         assert mx.abs(mx.concatenate(parts, axis=1) - wanted).max().item() < most
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("layer", [Linear(64, 96), Embedding(96, 64)], ids=["matrix", "tied"])
+def test_many_rows_through_a_quantized_matrix_are_each_row_alone(layer, mode):
+    packed = layer.to_quantized(mode=mode)
+    project = packed.as_linear if isinstance(layer, Embedding) else packed
+    x = mx.random.normal((3, MANY, 64), key=mx.random.key(7))
+    alone = mx.stack([mx.concatenate([project(row[None]) for row in rows]) for rows in x])
+    assert project(x).dtype == x.dtype and mx.allclose(project(x), alone, atol=1e-5)
