@@ -12,6 +12,8 @@ comma := ,
 # tests share are made once
 PYTEST := -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test test-without coverage: export OPENBLAS_NUM_THREADS := 1
+# each of the many processes that tests start would compile the package again
+test test-without coverage: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: chat test test-without docs coverage constraints dist clean help
 help:
