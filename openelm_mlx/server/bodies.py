@@ -218,7 +218,7 @@ class CompletionBody(GenerationBody):
     them.
     """
 
-    NEUTRAL = {**neutral.SAMPLED, **neutral.COMPLETION}
+    NEUTRAL = neutral.COMPLETION
 
     prompt: CompletionPrompt = Field(
         description="a text, a list of token ids, or a list of either; each gets n answers"

@@ -18,7 +18,7 @@ from pydantic_core import from_json
 
 Neutral = Mapping[str, tuple[Any, ...]]  # names of fields, and their values that ask for nothing
 
-SAMPLED: Neutral = {  # of every kind of answer
+SHARED: Neutral = {  # by chat and responses
     "metadata": ({},),
     "moderation": (),
     "parallel_tool_calls": (True, False),
@@ -32,7 +32,7 @@ SAMPLED: Neutral = {  # of every kind of answer
     "tools": ([],),
 }
 CHAT: Neutral = {
-    **SAMPLED,
+    **SHARED,
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
@@ -44,7 +44,7 @@ CHAT: Neutral = {
 }
 COMPLETION: Neutral = {"best_of": (1,), "suffix": ("",)}
 RESPONSE: Neutral = {
-    **{name: values for name, values in SAMPLED.items() if name != "metadata"},
+    **{name: values for name, values in SHARED.items() if name != "metadata"},
     "access_programs": (),
     "background": (False,),
     "background_options": (),

@@ -1,0 +1,187 @@
+"""Each field of OpenAI's API is honoured, accepted where it asks for nothing, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from openai.types import completion_create_params as of_completion
+from openai.types.chat import completion_create_params as of_chat
+from openai.types.responses import response_create_params as of_response
+from openapi_types import checked
+
+from openelm_mlx.server import replies
+from openelm_mlx.server.bodies import ChatBody, CompletionBody
+from openelm_mlx.server.neutral import Strict
+from openelm_mlx.server.response_bodies import ResponseBody
+
+ASKED = [{"role": "user", "content": "Tell me a story."}]
+CHAT = ("/v1/chat/completions", {"messages": ASKED, "max_tokens": 1})
+TEXT = ("/v1/completions", {"prompt": "Once", "max_tokens": 1})
+RESPONSE = ("/v1/responses", {"input": "Hello", "max_output_tokens": 1})
+KINDS: list[tuple[Any, type[Strict], tuple[str, dict[str, Any]]]] = [
+    (of_chat, ChatBody, CHAT),
+    (of_completion, CompletionBody, TEXT),
+    (of_response, ResponseBody, RESPONSE),
+]
+
+
+def fields_of(module: Any) -> set[str]:
+    """Return the names of all fields of a kind of request in the package openai."""
+    kinds = (module.CompletionCreateParamsBase, module.CompletionCreateParamsStreaming)
+    return {name for kind in kinds for name in kind.__annotations__}
+
+
+of_response.CompletionCreateParamsBase = of_response.ResponseCreateParamsBase
+of_response.CompletionCreateParamsStreaming = of_response.ResponseCreateParamsStreaming
+
+
+@pytest.mark.parametrize(("module", "kind", "request_"), KINDS)
+def test_every_field_of_openai_is_known(
+    module: Any, kind: type[Strict], request_: tuple[str, dict[str, Any]]
+):
+    known = kind.model_fields.keys() | kind.NEUTRAL.keys()
+    assert fields_of(module) - known == set()
+    assert kind.NEUTRAL.keys() - fields_of(module) == set()
+    assert not kind.model_fields.keys() & kind.NEUTRAL.keys()
+
+
+@pytest.mark.parametrize(("module", "kind", "request_"), KINDS)
+def test_what_asks_for_nothing_is_accepted_and_all_else_refused(
+    module: Any, kind: type[Strict], request_: tuple[str, dict[str, Any]], http: httpx.Client
+):
+    path, body = request_
+    for name, values in kind.NEUTRAL.items():
+        for value in (None, *values):
+            assert kind.model_validate({**body, name: value}) == kind.model_validate(body)
+    neutral = {name: values[-1] if values else None for name, values in kind.NEUTRAL.items()}
+    answer = http.post(path, json=body | neutral)
+    assert answer.status_code == 200, answer.text
+    for name in kind.NEUTRAL:
+        answer = http.post(path, json={**body, name: "something"})
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["param"] == name
+        assert error["message"] == f"{name} is not supported here; leave it out"
+        assert error["code"] == "unsupported_parameter"
+
+
+@pytest.mark.parametrize(("module", "kind", "request_"), KINDS)
+def test_null_is_the_same_as_leaving_a_field_out(
+    module: Any, kind: type[Strict], request_: tuple[str, dict[str, Any]]
+):
+    _, body = request_
+    names = kind.model_fields.keys() | kind.NEUTRAL.keys()
+    assert kind.model_validate(dict.fromkeys(names) | body) == kind.model_validate(body)
+
+
+LIMITS = {"max_completion_tokens": 2, "max_tokens": 3}
+USER = {"role": "user"}
+WRONG: list[tuple[tuple[str, dict[str, Any]], dict[str, Any], str, str]] = [
+    (CHAT, LIMITS, "max_tokens", "max_tokens and max_completion_tokens differ; give one"),
+    (CHAT, {"top_logprobs": 2}, "top_logprobs", "top_logprobs is given without logprobs"),
+    (CHAT, {"stream_options": {}}, "stream_options", "is given without stream; leave it out"),
+    (CHAT, {"stop": [""]}, "stop", "a text of at least one character"),
+    (CHAT, {"messages": []}, "messages", "at least 1 item"),
+    (CHAT, {"messages": ASKED * 2}, "messages", "message 2 has the role 'user'"),
+    (CHAT, {"messages": [{**USER, "content": [{"type": "image_url"}]}]},
+     "messages[0].content[0].type", "Input should be 'text'"),
+    (CHAT, {"messages": [{**USER, "content": "a", "name": "b"}]}, "messages[0].name", "not supp"),
+    (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role", "Input should"),
+    (CHAT, {"messages": [{**USER, "content": "a " * 1200}]}, "messages", "context is 1024"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+     "response_format.json_schema.schema", "Field required"),
+    (CHAT, {"response_format": {"type": "xml"}}, "response_format", "does not match any"),
+    (CHAT, {"response_format": {"type": "json_object"}, "regex": "a"}, "response_format",
+     "json_schema and regex are given; an answer has one format"),
+    (TEXT, {"regex": "("}, "regex", "it cannot be followed"),
+    (TEXT, {"logit_bias": {"4096": 1}}, "logit_bias", "allowed are ids from 0 to 4095"),
+    (TEXT, {"logit_bias": {"one": 1}}, "logit_bias.one", "match pattern"),
+    (TEXT, {"logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
+    (TEXT, {"penalty_window": 4}, "penalty_window", "there is no penalty"),
+    (TEXT, {"seed": -1}, "seed", "greater than or equal to 0"),
+    (TEXT, {"seed": 2**63}, "seed", "less than or equal to"),
+    (TEXT, {"n": 129}, "n", "less than or equal to 128"),
+    (TEXT, {"prompt": ["a", "b", "c"], "n": 128}, None, "the body asks for 384 answers"),
+    (TEXT, {"prompt": []}, "prompt", "at least 1 item"),
+    (TEXT, {"prompt": [1, "a"]}, "prompt[1]", "valid integer"),
+    (TEXT, {"prompt": [[1], [2, -1]]}, "prompt[1][1]", "greater than or equal to 0"),
+    (TEXT, {"prompt": [4096]}, "prompt", "outside the vocabulary of 4096"),
+    (TEXT, {"max_tokens": 1025}, "max_tokens", "the context holds 1024 together"),
+    (TEXT, {"temperature": True}, "temperature", "valid number"),
+    (RESPONSE, {"input": [{"type": "function_call"}]}, "input[0].role", "Field required"),
+    (RESPONSE, {"previous_response_id": "resp_1"}, "previous_response_id", "not supported here"),
+    (RESPONSE, {"store": True}, "store", "not supported here"),
+    (RESPONSE, {"instructions": "a", "input": [{"role": "system", "content": "b"}]}, "input",
+     "message 2 has the role 'system'"),
+    (RESPONSE, {"max_output_tokens": 1024}, "max_output_tokens", "Lower max_output_tokens"),
+    (("/tokenize", {}), {}, "prompt", "give either prompt or messages"),
+    (("/tokenize", {"messages": ASKED}), {"add_special_tokens": True}, "add_special_tokens",
+     "add_special_tokens is for a text; leave it out"),
+    (("/tokenize", {"messages": ASKED * 2}), {}, "messages", "message 2 has the role 'user'"),
+    (("/detokenize", {"tokens": [4096]}), {}, "tokens", "outside the vocabulary of 4096"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_names_the_field(http: httpx.Client, stream: bool):
+    for (path, body), fields, param, message in WRONG:
+        flow = {"stream": True} if stream and path.startswith("/v1") else {}
+        if stream and "stream_options" in fields:
+            continue
+        answer = http.post(path, json={**body, **fields, **flow})
+        error = checked(answer, replies.ErrorReply)["error"]
+        assert answer.status_code == 400 and message in error["message"], error
+        assert error["param"] == param, error
+        too_long = "context" in error["message"]
+        assert error["code"] == ("context_length_exceeded" if too_long else error["code"])
+
+
+UNREADABLE = {
+    b"": "the request has no body",
+    b"[]": "the body: Input should be a valid dictionary",
+    b'{"prompt": NaN}': "not JSON",
+    b'{"prompt": "\xff"}': "not JSON",
+    b'{"prompt": "\\ud800"}': "not JSON",
+    b'{"prompt": "a", "prompt": "b"}': "an object has the name 'prompt' twice",
+    b'{"prompt": "a", "top_p": 1e999}': "the number 1e999 is too large",
+    b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}": "number out of range",
+    b'{"prompt": ' + b"[" * 5000: "recursion limit exceeded",
+}
+
+
+def test_a_body_that_is_not_json_is_refused(http: httpx.Client):
+    for body, message in UNREADABLE.items():
+        headers = {"Content-Type": "application/json"}
+        answer = http.post("/v1/completions", content=body, headers=headers)
+        assert answer.status_code == 400 and message in answer.json()["error"]["message"], body
+
+
+def test_unknown_models_and_addresses_have_the_envelope(http: httpx.Client):
+    for method, path, body, status in (
+        ("POST", "/v1/completions", {"prompt": "a", "model": "none"}, 404),
+        ("GET", "/v1/models/none", None, 404),
+        ("GET", "/nothing", None, 404),
+        ("GET", "/tokenize", None, 405),
+    ):
+        answer = http.request(method, path, json=body)
+        checked(answer, replies.ErrorReply)
+        assert answer.status_code == status
+
+
+def test_models_are_described(http: httpx.Client):
+    listed = checked(http.get("/v1/models"), replies.ModelsReply)["data"]
+    assert [one["id"] for one in listed] == ["openelm-tiny"]
+    assert checked(http.get("/v1/models/openelm-tiny"), replies.ModelReply) == listed[0]
+
+
+def test_the_openapi_has_every_body_and_fetches_nothing(http: httpx.Client):
+    said = http.get("/openapi.json").json()
+    schemas = said["components"]["schemas"]
+    for kind in (ChatBody, CompletionBody, ResponseBody):
+        names = {field.alias or name for name, field in kind.model_fields.items()}
+        assert schemas[kind.__name__]["properties"].keys() == names | kind.NEUTRAL.keys()
+        assert schemas[kind.__name__]["additionalProperties"] is False
+    assert "HTTPValidationError" not in json.dumps(said)
+    assert http.get("/docs").status_code == http.get("/redoc").status_code == 404
