@@ -1,4 +1,4 @@
-"""Each field of OpenAI's API is honoured, accepted where it asks for nothing, or refused by name."""
+"""Each field of OpenAI's API is honoured, asks for nothing, or is refused by name."""
 
 from __future__ import annotations
 
