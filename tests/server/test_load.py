@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -11,8 +12,16 @@ import pytest
 
 from openelm_mlx.benchmarks.scripts import serve_load
 from openelm_mlx.benchmarks.scripts.load_figures import figures, lines
-from openelm_mlx.benchmarks.scripts.servers import ALONE, OURS, PEER, Process, free_port
-from openelm_mlx.benchmarks.scripts.streams import Answer, ask
+from openelm_mlx.benchmarks.scripts.servers import (
+    ALONE,
+    NEUTRAL,
+    OURS,
+    PEER,
+    Process,
+    free_port,
+    scheduler,
+)
+from openelm_mlx.benchmarks.scripts.streams import Answer, ask, ask_together
 from openelm_mlx.errors import BenchmarkError
 
 HEAD = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -84,6 +93,29 @@ def test_the_processor_time_of_another_process_is_read() -> None:
         assert process.process.stdout is not None
         process.process.stdout.readline()
         assert 0.2 <= process.processor_seconds() < 0.5
+
+
+def test_answers_of_a_server_are_those_of_the_scheduler(
+    address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both ends of the comparison, with the scheduler in this process instead of a fresh one."""
+    prompts, port = ["Once upon a time", "The wolf", "A king had"], int(address.rpartition(":")[2])
+    wanted = {"max_tokens": 6, "temperature": 0, "stream": True, **NEUTRAL}
+    bodies = [
+        {"prompt": prompt, "stream_options": {"include_usage": True}, **wanted}
+        for prompt in prompts
+    ]
+    answers = asyncio.run(ask_together(port, serve_load.TEXT, bodies))
+    lines = [{"model": "openelm-tiny", "slots": 3}, {"prompts": prompts, "tokens": 6}]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{json.dumps(it)}\n" for it in lines)))
+    scheduler()
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])["answers"]
+    assert [(one["text"], one["tokens"]) for one in alone] == [
+        (answer.text, answer.tokens) for answer in answers
+    ]
+    assert all(0 < answer.first <= answer.end - answer.start for answer in answers)
+    health = asyncio.run(ask(port, "/health"))
+    assert health.json["status"] == "ok"
 
 
 def side(seconds: float, used: float) -> dict[str, float]:
