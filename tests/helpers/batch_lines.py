@@ -57,7 +57,7 @@ def some(count: int, tokens: int = 6) -> list[dict[str, Any]]:
         if number % 3 == 0:
             lines.append(line(f"line-{number}", TEXT, prompt=text, **body))
         else:
-            role = f"Answer as fox {number // 50 % 3}. " + " ".join(WORDS * 5)
+            role = f"Answer as fox {number // 50 % 3}. " + " ".join(WORDS)
             messages = [{"role": "system", "content": role}, {"role": "user", "content": text}]
             lines.append(line(f"line-{number}", messages=messages, **body))
     return lines
