@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -42,7 +43,8 @@ EXAMPLES = """examples:
 DESCRIPTION = """Answer the requests in a file of OpenAI's batch format, one JSON object a line. The
 same command goes on after Ctrl-C, a kill or a power cut: answers that are written stay, and a line
 without a seed has one that follows from its custom_id.
-The exit status is 0 if every line was answered, 1 if some got an error, 2 if nothing was begun."""
+The exit status is 0 if every line was answered, 1 if some got an error, 2 if the command is wrong or
+a file cannot be written."""
 
 NOTICE_SECONDS = 60.0  # between lines about the progress, where there is no terminal
 SHARED = ("slots", "cache_mb")  # options that a server has too
@@ -108,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
     cache, waiting = PromptCache(rows.cache_mb << 20), AHEAD * rows.slots
     shared: Any = {"draft": draft, "prompt_cache": cache, "max_waiting": waiting}
     batch = Batch(engine, args.model, BatchEngine(engine, rows.slots, running, **shared))
-    dealt = list(lines.dealt(rank, ranks))
-    left = [index for index in dealt if not output.done[index]]
+    dealt = array("q", lines.dealt(rank, ranks))
+    left = array("q", (index for index in dealt if not output.done[index]))
     who = "" if ranks == 1 else f"process {rank + 1} of {ranks}: "
     failed = 0 if ranks > 1 else output.failed
     report = Progress(len(dealt), len(left), failed, who)
@@ -133,10 +135,8 @@ def finished(output: Output, report: Progress) -> int:
     if joined is not None:
         print(f"{target} is complete: {counted(*joined)}", file=sys.stderr)
         return int(joined[1] > 0)
-    if report.who and not target.exists():
-        what = "the last process to end writes"
-        print(f"{report.who}done; {what} {target}", file=sys.stderr)
-    return int(output.failed > 0)
+    print(f"{report.who}the process that ends last writes {target}", file=sys.stderr)
+    return 0
 
 
 def counted(count: int, failed: int) -> str:
@@ -215,9 +215,8 @@ class Progress:
 
         columns = (progress.BarColumn(20), progress.TextColumn("{task.description}"))
         console, hidden = Console(stderr=True), not sys.stderr.isatty()
-        how: Any = {"console": console, "transient": True, "disable": hidden}
-        bar = progress.Progress(*columns, progress.TimeRemainingColumn(), **how)
-        bar.live.refresh_per_second = 2
+        how: Any = {"console": console, "transient": True, "refresh_per_second": 2}
+        bar = progress.Progress(*columns, progress.TimeRemainingColumn(), disable=hidden, **how)
         task = bar.add_task(str(self), total=self.total, completed=self.before)
 
         def show(results: list[Result]) -> None:

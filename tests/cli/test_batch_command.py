@@ -48,7 +48,9 @@ def test_ctrl_c_keeps_what_has_ended_and_the_same_command_goes_on(tmp_path, caps
     assert f"{7 - answered} lines in " in capsys.readouterr().err
     one, other = read(target), read(tmp_path / "whole")
     assert [stable(each) for each in one] == [stable(each) for each in other]
+    part_of(target, 0).touch()  # as after a kill while parts are removed
     assert run(source, "-o", target) == 1
+    assert not part_of(target, 0).exists()
     assert capsys.readouterr().err == f"{target} is complete: 7 lines, 1 of them errors\n"
 
 

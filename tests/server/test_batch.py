@@ -11,9 +11,10 @@ import httpx
 import pytest
 from batch_lines import TEXT, line, read, some, stable, write
 
-from openelm_mlx import BatchEngine, generate
+from openelm_mlx import BatchEngine, PromptCache, generate
 from openelm_mlx.benchmarks.checks import random_engine
 from openelm_mlx.engine.loading import Engine
+from openelm_mlx.engine.prompts import prompt_tokens
 from openelm_mlx.errors import OptionError
 from openelm_mlx.server.batch_file import Input, Output, answers_in, part_of, parts_of
 from openelm_mlx.server.batch_run import Batch, number_of
@@ -188,6 +189,22 @@ def test_rows_are_kept_full_and_memory_bounded(small, tmp_path):
         assert len(taken) - ended <= batch.most == 8
         assert len(taken) == 40 or len(taken) - ended >= 4
     assert ended == 40
+
+
+def test_neighbours_with_one_system_turn_prefill_it_once(small, tmp_path):
+    role = {"role": "system", "content": "Tell it as a fox would. " * 12}
+    lines = [
+        line(str(n), messages=[role, {"role": "user", "content": f"Day {n}?"}], max_tokens=3)
+        for n in range(20)
+    ]
+    source = Input(write(tmp_path / "in.jsonl", lines))
+    scheduler = BatchEngine(small, 4, prompt_cache=PromptCache(), max_waiting=8)
+    batch = Batch(small, "openelm-tiny", scheduler)
+    found = [one for results in batch.results(map(source.line, range(20))) for one in results]
+    shared = len(prompt_tokens(small, [role, {"role": "user", "content": ""}])) - 20
+    assert shared > 64
+    prefilled = sum(one.prompt_tokens - one.cached_tokens for one in found)
+    assert prefilled < sum(one.prompt_tokens for one in found) - 18 * shared
 
 
 @pytest.mark.parametrize("change", ["model", "input"])
