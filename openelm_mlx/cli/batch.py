@@ -43,8 +43,8 @@ EXAMPLES = """examples:
 DESCRIPTION = """Answer the requests in a file of OpenAI's batch format, one JSON object a line. The
 same command goes on after Ctrl-C, a kill or a power cut: answers that are written stay, and a line
 without a seed has one that follows from its custom_id.
-The exit status is 0 if every line was answered, 1 if some got an error, 2 if the command is wrong or
-a file cannot be written."""
+The exit status is 0 if every line was answered, 1 if some got an error, 2 if the command is wrong
+or a file cannot be written."""
 
 NOTICE_SECONDS = 60.0  # between lines about the progress, where there is no terminal
 SHARED = ("slots", "cache_mb")  # options that a server has too
