@@ -148,8 +148,7 @@ def test_edit_regenerate_and_undo(page):
 def test_conversations_are_kept_named_saved_and_read(page, tiny):
     answer = page.ask("Hello")
     page.choose("Rename")
-    page.tab.keyboard.type("A *greeting*")
-    page.tab.keyboard.press("Enter")
+    page.tab.keyboard.type("A *greeting*\n")
     data = page.saved("Export as JSON")
     talk = Conversation.from_json(tiny, json.loads(data))
     assert [one["content"] for one in talk.messages] == ["Hello", answer]
@@ -165,11 +164,12 @@ def test_conversations_are_kept_named_saved_and_read(page, tiny):
     assert page.texts == ["Hello", answer] and page.tab.locator(".t").count() == 8
     other = Conversation(tiny, system="Be kind.")
     list(other.send("Good night"))
+    names = page.open().locator("#list button")  # of one more tab
     page.load(json.dumps(other.to_json()), "chat.json")
+    names.nth(1).wait_for()
+    assert sorted(names.all_text_contents()) == ["A *greeting*", "Good night"]
     assert page.texts == [one["content"] for one in other.messages]
     assert page.tab.input_value("#system") == "Be kind."
-    shown = page.open().locator("#list button").all_text_contents()  # one more tab
-    assert sorted(shown) == ["A *greeting*", "Good night"]
 
 
 def test_files_of_another_kind_are_refused(page):
