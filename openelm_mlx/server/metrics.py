@@ -7,7 +7,7 @@ what changes without requests is read when Prometheus asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ class Metrics:
     def __init__(self, app: FastAPI) -> None:
         self.registry = registry = CollectorRegistry()
         self.generated = 0  # tokens of all models
+        self.wake: Callable[[], None] = lambda: None  # called when a request begins
 
         def counter(name: str, about: str, *labels: str) -> Counter:
             return Counter(f"openelm_{name}", about, labels, registry=registry)
@@ -99,6 +100,7 @@ class Metrics:
         A prompt with several answers is counted with one of them, as in an answer's usage.
         """
         generation = self.generation.labels(model)
+        self.wake()
 
         def counted(new: list[Event] | Exception) -> None:
             if not isinstance(new, Exception):

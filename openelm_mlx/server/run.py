@@ -26,6 +26,7 @@ from openelm_mlx.errors import OptionError
 from openelm_mlx.server.api import build_app
 from openelm_mlx.server.errors import ApiError
 from openelm_mlx.server.guard import Guard
+from openelm_mlx.server.live import live_line
 from openelm_mlx.server.log import Logged, log, logging_to_stderr
 from openelm_mlx.server.metrics import Metered
 from openelm_mlx.server.options import ServerOptions
@@ -154,7 +155,7 @@ def serve(
     with listen(options.host, options.port) as listener:
         address = f"http://{shown_host(options.host)}:{listener.getsockname()[1]}"
         server.ready = partial(announce, f"openelm serve: {address}  (page, API at /v1)")
-        with logging_to_stderr() as writer:
+        with live_line(server.app), logging_to_stderr() as writer:
             server.run([listener])
     if server.failed is not None:
         raise server.failed
