@@ -21,12 +21,7 @@ from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize import calibrate, losses
 from openelm_mlx.convert.quantize.distill import Schedule
 from openelm_mlx.convert.quantize.grids import PART as FITTED
-from openelm_mlx.convert.quantize.rounding import (
-    PART,
-    error_feedback,
-    fitted_weights,
-    inverse_factor,
-)
+from openelm_mlx.convert.quantize.rounding import PART, error_feedback, fitted_weights
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import itemsize
 from openelm_mlx.evaluate.score import POSITIONS, kl_divergence
@@ -219,10 +214,12 @@ def seconds_needed(
 ) -> float:
     """Return about how long a conversion takes on this machine. Measuring the rates computes."""
     config, stems = opened.trimmed, matrices(opened.shapes)
-    rate, weights = rates(), config.num_parameters
+    rate, weights = Rates(), config.num_parameters
     rows, length = calibrate.calibration_shape(config, options)
     measured = calibrate.measured_rows(length) * length
-    each = 2 * weights * rate["multiply"]  # for a token through the model
+
+    def passed(tokens: float) -> float:
+        return 2 * tokens * weights * rate["multiply"]
 
     def compared(tokens: int) -> float:
         return tokens * config.vocab_size * rate["compare"]
@@ -232,42 +229,50 @@ def seconds_needed(
     work = weights * rate["fit" if fits else "quantize"] if options.quantizes else 0.0
     seconds = work + (stored + nbytes) / DISK
     if options.uses_text and options.calibration_text is None:
-        seconds += 3 * rows * length * each  # few rows at a time: memory is what limits
+        seconds += passed(3 * rows * length)  # few rows at a time: memory is what limits
     if options.target_bpw is not None:
         near = len(losses.near_bits(options.target_bpw))
         models = near * len(stems)
         sampled = sum(min(shape[0], losses.ROWS) * shape[1] for shape in stems.values())
-        seconds += (models / 2 + WHOLE) * measured * each + (models + WHOLE) * compared(measured)
+        seconds += passed((models / 2 + WHOLE) * measured) + (models + WHOLE) * compared(measured)
         seconds += ((near + WHOLE) * weights + len(all_specs()) * sampled) * rate["fit"]
     if options.calibrate is not None:
         tokens, inner = min(rows, calibrate.GPTQ_ROWS) * length, [of[1] for of in stems.values()]
         products = sum(2 * tokens * n**2 + 4 * n**3 for n in inner) * rate["multiply"]
-        seconds += 4 * tokens * each + products + weights * rate["feed back"]
+        seconds += passed(4 * tokens) + products + weights * rate["feed back"]
     if options.calibrate in ("distill", "best"):
         tokens = int(Schedule.epochs * rows * length)
-        seconds += 4 * tokens * each + 2 * compared(tokens)
+        seconds += passed(4 * tokens) + 2 * compared(tokens)
     tokens = sum(text.size for text in texts)
-    return seconds + (2 * tokens * each + compared(tokens) + 2 * stored / DISK if texts else 0.0)
+    return seconds + (passed(2 * tokens) + compared(tokens) + 2 * stored / DISK if texts else 0.0)
 
 
-def rates() -> dict[str, float]:
-    """Return the seconds that parts of the work take on this machine: for a floating-point
-    operation of a product, for a weight that is rounded, and for a logit that is compared.
+class Rates(dict[str, float]):
+    """The seconds that parts of the work take on this machine: for a floating-point operation of a
+    product, for a weight that is rounded, and for a logit that is compared.
+
+    Each is measured when it is first asked for.
     """
-    x, square = mx.random.normal((256, 1024)), mx.random.normal((1024, 1024))
-    plain, spec = np.array(square[:, :128]), QuantSpec(4, 64)
-    factor = inverse_factor(np.eye(128, dtype=np.float32))
-    work: dict[str, tuple[int, Callable[[], Any]]] = {
-        "multiply": (2 * x.size * 1024, lambda: x @ square),
-        "quantize": (square.size, lambda: mx.quantize(square)),
-        "fit": (x.size, lambda: fitted_weights(x, spec, mx.bfloat16)),
-        "compare": (x.size, lambda: kl_divergence(x, x + 0.1)),
-        "feed back": (plain.size, lambda: error_feedback(plain, factor, spec, mx.bfloat16).codes),
-    }
-    found = {}
-    for name, (count, run) in work.items():
+
+    def __init__(self) -> None:
+        x, square = mx.random.normal((256, 1024)), mx.random.normal((1024, 1024))
+        plain, spec = square[:, :128], QuantSpec(4, 64)
+        factor = np.eye(128, dtype=np.float32)
+        self.work: dict[str, tuple[int, Callable[[], Any]]] = {
+            "multiply": (2 * x.size * 1024, lambda: x @ square),
+            "quantize": (square.size, lambda: mx.quantize(square)),
+            "fit": (x.size, lambda: fitted_weights(x, spec, mx.bfloat16)),
+            "compare": (x.size, lambda: kl_divergence(x, x + 0.1)),
+            "feed back": (
+                plain.size,
+                lambda: error_feedback(np.array(plain), factor, spec, mx.bfloat16).codes,
+            ),
+        }
+
+    def __missing__(self, name: str) -> float:
+        count, run = self.work[name]
         mx.eval(run())  # the first run prepares more than it computes
         start = time.perf_counter()
         mx.eval(run())
-        found[name] = (time.perf_counter() - start) / count
-    return found
+        self[name] = (time.perf_counter() - start) / count
+        return self[name]

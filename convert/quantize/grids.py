@@ -53,11 +53,10 @@ def fit_groups(
     top = 2**spec.bits - 1
     if shrinks is None:
         shrinks = FEW_SHRINKS if spec.bits < WIDE_BITS else FEW_SHRINKS[:1]
-    weight = mx.ones(values.shape[1:]) if importance is None else importance
-    share = weight / weight.sum(axis=-1, keepdims=True)
+    share = None if importance is None else importance / importance.sum(axis=-1, keepdims=True)
 
     def mean(x: mx.array) -> mx.array:
-        return (share * x).sum(axis=-1)
+        return x.mean(axis=-1) if share is None else (share * x).sum(axis=-1)
 
     def error(grid: Grid) -> mx.array:
         return mean(mx.square(on_grid(codes_of(values, grid, top), grid) - values))

@@ -136,8 +136,9 @@ def stand_in(root: str, tokenizer: Path) -> None:
         return type(config)(model_dim=64, head_dim=32, num_transformer_layers=2, vocab_size=512)
 
     weights.OpenELMConfig.from_name = small  # type: ignore[method-assign]
-    calibrate.MEASURE_TOKENS = 256
+    calibrate.MEASURE_TOKENS, calibrate.ROW = 32, 33
     losses.ROWS = 16  # of a matrix, whose rounding errors are taken
+    losses.NEAR = 0.5  # bits from the target that are measured
     verify.TEXT = tokenizer.with_name("notes.txt")
     machine.COPIED = 2**22  # bytes whose copy tells the bandwidth
 
