@@ -88,7 +88,8 @@ def add_errors(app: FastAPI) -> None:
         return answer_of(api_error(error))
 
     async def invalid(request: Request, error: Exception) -> Response:
-        return answer_of(invalid_body(error))
+        request.state.error = found = invalid_body(error)
+        return answer_of(found)
 
     async def of_http(request: Request, error: Exception) -> Response:
         status, detail = getattr(error, "status_code", 500), getattr(error, "detail", "")

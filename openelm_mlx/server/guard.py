@@ -35,7 +35,12 @@ PREFLIGHT_SECONDS = 600  # how long a browser may remember the answer
 HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::\d*)?", re.ASCII)
 # a name of a header in a preflight, and a request's own id
 TOKEN = re.compile(r"[a-z0-9-]{1,64}", re.IGNORECASE | re.ASCII)
-SECURITY = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+# of every answer that does not say otherwise
+USUAL = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+]
 
 
 class Guard:
@@ -145,7 +150,7 @@ class Guard:
 
     def with_headers(self, scope: Scope, headers: Headers, send: Send) -> Send:
         """Return `send` with the headers that go with every answer."""
-        more = [*SECURITY, (b"x-request-id", scope["state"]["request_id"].encode())]
+        more = [*USUAL, (b"x-request-id", scope["state"]["request_id"].encode())]
         if self.options.cors_origin:
             more.append((b"vary", b"Origin"))
             origin = headers.one("origin")
@@ -157,8 +162,6 @@ class Guard:
             if message["type"] == "http.response.start":
                 own = message.get("headers", ())
                 named = {bytes(name).lower() for name, _ in own}
-                if b"cache-control" not in named:
-                    more.append((b"cache-control", b"no-store"))
                 message["headers"] = [*own, *(one for one in more if one[0] not in named)]
             await send(message)
 
@@ -274,7 +277,7 @@ async def answer(error: ApiError, scope: Scope, headers: Headers, send: Send) ->
         own["Connection"] = "close"
     raw = [(name.lower().encode(), value.encode()) for name, value in own.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+    await send({"type": "http.response.body", "body": body})
 
 
 def once(body: bytes, receive: Receive) -> Receive:

@@ -15,7 +15,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from openelm_mlx.server.errors import ApiError
-from openelm_mlx.server.guard import SECURITY
+from openelm_mlx.server.guard import USUAL
 
 MOST_HEAD = 32_768  # bytes of a request's line and headers
 IDLE_SECONDS = 75  # between requests; longer than a balancer keeps its own side open
@@ -225,9 +225,9 @@ def encoded(error: ApiError) -> tuple[bytes, list[tuple[bytes, bytes]]]:
     """Return body and headers of the last answer on a connection."""
     body = error.text.encode()
     own = {"content-type": "application/json", "content-length": str(len(body))} | error.headers
-    own |= {"cache-control": "no-store", "connection": "close"}
+    own |= {"connection": "close"}
     return body, [
-        *SECURITY,
+        *USUAL,
         *((name.lower().encode(), text.encode()) for name, text in own.items()),
     ]
 

@@ -125,7 +125,7 @@ def make_server(
     limits = Connections(most_connections(), options.header_seconds, options.body_seconds)
     http: Any = partial(Connection, limits)
     config = uvicorn.Config(
-        Metered(Logged(guard, options.log_text), app, app.state.metrics),
+        Logged(Metered(guard, app, app.state.metrics), options.log_text),
         http=http,
         ws="none",
         lifespan="on",

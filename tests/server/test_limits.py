@@ -127,6 +127,11 @@ def test_a_large_head_is_refused(served: Served, parts: int):
         answer = read_answer(connection)
         assert answer.status == 431 and "more than 32,768 bytes" in answer.error["message"]
         assert ended(connection)
+    with connect(served.port) as connection:  # it is refused before it ends, if it ever does
+        for part in (request[:-2], b"X-B: ", b"b" * MOST_HEAD):
+            connection.sendall(part)
+            served.others()
+        assert read_answer(connection).status == 431
     fits = head(b"/", more=b"X-A: " + b"a" * (MOST_HEAD - 100) + b"\r\n")
     assert ask(served.port, fits).status == 200
 
@@ -172,6 +177,17 @@ def test_the_rest_of_a_refused_body_has_a_time_limit(served: Served):
         assert read_answer(connection).status == 413
         connection.sendall(b" " * 5000)
         assert ended(connection)
+
+
+def test_a_connection_is_idle_after_a_body_that_nobody_wanted(served: Served):
+    with connect(served.port) as connection:
+        connection.sendall(post(b"/", b" " * 2000))
+        assert read_answer(connection).status == 413
+        until = time.monotonic() + LIMIT
+        while connection.getsockname() not in {one.client for one in list(served.shared.idle)}:
+            assert time.monotonic() < until
+        connection.sendall(head(b"/again"))
+        assert read_answer(connection).body == b"/again"
 
 
 def test_a_client_that_stops_reading_is_dropped(served: Served):

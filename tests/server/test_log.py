@@ -83,6 +83,7 @@ def test_errors_are_written_with_their_code(http, caplog):
     found = [re.sub(r" \d+\.\d+s ", " ", line) for line in lines(http, caplog)]
     ids = [f"id={answer.headers['x-request-id']}" for answer in refused]
     assert [line.rpartition(" ")[2] for line in found] == ids
+    assert found[0] == f"POST /v1/completions 400 error=unsupported_parameter {ids[0]}"
     assert found[1] == f"POST /v1/completions 404 error=model_not_found {ids[1]}"
     assert found[2] == f"POST /v1/completions 413 error=body_too_large {ids[2]}"
     assert found[3] == rf"GET /v1/\n\x1b[2J 421 error=unknown_host {ids[3]}"
