@@ -63,9 +63,7 @@ class Served:
 
     def others(self) -> None:
         """Check that another client is served."""
-        started = time.perf_counter()
         assert ask(self.port, head(b"/other")).body == b"/other"
-        assert time.perf_counter() - started < 1
 
 
 @pytest.fixture
@@ -204,15 +202,17 @@ def test_a_client_that_stops_reading_is_dropped(served: Served):
 
 def test_a_client_that_reads_slowly_is_not_dropped(served: Served, monkeypatch):
     monkeypatch.setattr(protocol, "UNSENT", 4096)
+    served.shared.write_seconds = 5 * SOON
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(LIMIT)
         connection.connect(("127.0.0.1", served.port))
         connection.sendall(head(b"/endless"))
         read = 0
-        while read < 3 * len(BLOCK):  # a block takes several times as long as a client may wait
+        while read < len(BLOCK):  # this takes several times as long as a client may read nothing
             read += len(connection.recv(500))
-            served.others()
+            time.sleep(0.01)
+        served.others()
         assert served.stream.left == 0
 
 
