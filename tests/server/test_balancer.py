@@ -162,7 +162,7 @@ def test_a_conversation_goes_where_its_prefix_is_cached(
         cached = usages[1]["prompt_tokens_details"]["cached_tokens"]
         assert cached >= usages[0]["prompt_tokens"] - 8  # what follows the first question differs
     grown = [one.number(**name) - was for one, was in zip(servers, before, strict=True)]
-    assert sum(grown) == 8 and all(grown)
+    assert sum(grown) == 8 and sum(map(bool, grown)) > 1
 
 
 def test_a_token_arrives_while_others_are_made(client: httpx.Client, servers: list[Server]):

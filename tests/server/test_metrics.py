@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import httpx
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from serving import SECONDS, serving
+from serving import SECONDS, server_of, serving
 
 DOCS = Path(__file__).parents[2] / "docs"
 ASKED = [{"role": "user", "content": "Tell me a story about a fox and a dog."}]
@@ -111,6 +113,17 @@ def test_a_client_that_leaves_is_counted(own: httpx.Client):
     assert found["aborted_requests_total"] == 1
     assert found["requests_total /v1/chat/completions 200"] == 1
     assert found.get("generation_tokens_total openelm-tiny", 0) < 900
+
+
+def test_they_are_there_while_the_device_is_busy():
+    free = threading.Event()
+    with server_of("openelm-tiny") as (server, url), httpx.Client(base_url=url) as client:
+        long = server.app.state.worker.call(lambda: free.wait(SECONDS))
+        done = asyncio.run_coroutine_threadsafe(long, server.loop)
+        assert values(client)["openelm_models_loaded"] == 1
+        assert not done.done()
+        free.set()
+        assert done.result(SECONDS)
 
 
 def test_paths_that_do_not_exist_are_one_series(own: httpx.Client):
