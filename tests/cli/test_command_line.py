@@ -45,7 +45,7 @@ def stopped(capsys, *argv):
         (["list"], "'list' is not a command; did you mean models?"),
         (["cht"], "openelm: 'cht' is not a command; did you mean chat?"),
         (["quantize"], "'quantize' is not a command; did you mean convert?"),
-        (["nonsense"], "'nonsense' is not a command; allowed: chat, generate, serve, convert, "),
+        (["nonsense"], "'nonsense' is not a command; allowed: chat, generate, serve, batch, "),
         (["models", "rm"], "'rm' is not an action; allowed: remove"),
         (["help", "inspct"], "'inspct' is not a command; did you mean inspect?"),
         (["generate", "x", "--dtype", "flaot16"], "--dtype is 'flaot16'; did you mean float16?"),
