@@ -94,11 +94,11 @@ def health(trials: Sequence[Mapping[str, Any]]) -> Figures:
 
 
 def start(trials: Sequence[Mapping[str, Any]]) -> Figures:
-    times = {name: [trial[name] for trial in trials] for name in names(trials)}
-    return {
-        "median_seconds": {name: median(values) for name, values in times.items()},
-        "largest_seconds": {name: max(values) for name, values in times.items()},
-    }
+    found: Figures = {}
+    for unit in ("seconds", "processor_seconds"):
+        times = {name: [trial[name][unit] for trial in trials] for name in names(trials)}
+        found[f"median_{unit}"] = {name: median(values) for name, values in times.items()}
+    return found
 
 
 def lines(found: Figures) -> Iterator[str]:

@@ -201,7 +201,8 @@ async def start_trial(names: Sequence[str]) -> dict[str, Any]:
         with Server(name, model) as server:
             named = {"model": model} if name == OURS else {}
             answer = await server.first_answer(CHAT, chat_body(messages, 4, **named))
-            trial[name] = answer.end - server.begun
+            used = server.processor_seconds()
+            trial[name] = {"seconds": answer.end - server.begun, "processor_seconds": used}
     return trial
 
 

@@ -7,11 +7,12 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from openelm_mlx.benchmarks.scripts import serve_load
-from openelm_mlx.benchmarks.scripts.load_figures import figures, lines
+from openelm_mlx.benchmarks.scripts.load_figures import SCHEMA, figures, lines
 from openelm_mlx.benchmarks.scripts.servers import (
     ALONE,
     NEUTRAL,
@@ -24,6 +25,8 @@ from openelm_mlx.benchmarks.scripts.servers import (
 from openelm_mlx.benchmarks.scripts.streams import Answer, ask, ask_together
 from openelm_mlx.errors import BenchmarkError
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "serving"
+COMMITTED = sorted(RESULTS.glob("*.json"))
 HEAD = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 USAGE = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
 
@@ -131,7 +134,9 @@ TRIALS = {
     "equal": [{OURS: [1.0, 1.1, 1.05]}, {OURS: [2.0, 2.0, 3.0]}, {OURS: [1.0, 1.0, 1.0]}],
     "shared": [{"tokens": 950, "shared": 910, "cached": 900}],
     "health": [{OURS: [0.001 * number for number in range(1, 101)]}, {OURS: []}],
-    "start": [{OURS: 1.0}, {OURS: 1.5}, {OURS: 1.1}],
+    "start": [
+        {OURS: {"seconds": seconds, "processor_seconds": 0.9}} for seconds in (1.0, 1.5, 1.1)
+    ],
 }
 
 
@@ -150,8 +155,16 @@ def test_figures_follow_from_the_trials() -> None:
     assert found["shared"] == {"prefilled_of_shared": 10}
     assert found["health"]["p99_milliseconds"][OURS] == pytest.approx(99)
     assert found["start"]["median_seconds"][OURS] == 1.1
+    assert found["start"]["median_processor_seconds"][OURS] == 0.9
     text = "\n".join(lines(found))
     assert "streams: tokens per second ratios: openelm / mlx_lm.server 2.000 (2.000-2.000)" in text
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)
+def test_committed_figures_follow_from_their_trials(file: Path) -> None:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["schema"] == SCHEMA and found["machine"]["chip"] and found["commit"]
+    assert found["figures"] == json.loads(json.dumps(figures(found["trials"])))
 
 
 def test_unknown_parts_and_sides_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
