@@ -82,9 +82,14 @@ class Exchange:
             self.worker.submit(ticket)
 
     async def accepted(self) -> None:
-        """Wait until the engine has taken the requests. Raises the error that it has with them."""
+        """Wait until the engine has taken the requests, or a comment would be due.
+
+        Raises the error that it has with them, which then is one of the response, not of a stream.
+        """
         try:
-            await self.worker.call(lambda: None)  # calls are made in their order
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.keep_alive):
+                    await self.worker.call(lambda: None)  # calls are made in their order
             self.inbox.check()
         except BaseException:
             self.stop()
