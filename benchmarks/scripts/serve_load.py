@@ -29,7 +29,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -221,27 +221,30 @@ async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     trials: Trials = {part: [] for part in args.only}
     facts: dict[str, Any] = {}
     under_load = [part for part in args.only if part not in ("shared", "start")]
-    with ExitStack() as stack:
-        if under_load:
-            folder = str(dense_folder(args.model, scratch))
-            sides = [stack.enter_context(Server(name, folder)) for name in args.sides]
-            for server in sides:
-                await server.ready()
-            alone = stack.enter_context(Scheduler(folder, args.streams))
-            load = Load([*sides, alone], args.streams, args.tokens)
-            for _ in range(WARM_UP):
-                await load.streams_trial()
-            facts["openblas"] = {side.name: side.uses_openblas() for side in load.sides()}
-        for part in under_load:
-            for number in range(args.trials):
-                trials[part].append(await getattr(load, f"{part}_trial")())
-                print(f"\r{part} {number + 1} of {args.trials} ", end="", file=sys.stderr)
-    for _ in range(args.trials if "start" in args.only else 0):
-        trials["start"].append(await start_trial(args.sides))
-    if "shared" in args.only:
-        trials["shared"].append(await shared_trial())
+    partial = True
+    with suppress(asyncio.CancelledError):  # Ctrl-C keeps the trials that were finished
+        with ExitStack() as stack:
+            if under_load:
+                folder = str(dense_folder(args.model, scratch))
+                sides = [stack.enter_context(Server(name, folder)) for name in args.sides]
+                for server in sides:
+                    await server.ready()
+                alone = stack.enter_context(Scheduler(folder, args.streams))
+                load = Load([*sides, alone], args.streams, args.tokens)
+                for _ in range(WARM_UP):
+                    await load.streams_trial()
+                facts["openblas"] = {side.name: side.uses_openblas() for side in load.sides()}
+            for part in under_load:
+                for number in range(args.trials):
+                    trials[part].append(await getattr(load, f"{part}_trial")())
+                    print(f"\r{part} {number + 1} of {args.trials} ", end="", file=sys.stderr)
+        for _ in range(args.trials if "start" in args.only else 0):
+            trials["start"].append(await start_trial(args.sides))
+        if "shared" in args.only:
+            trials["shared"].append(await shared_trial())
+        partial = False
     print("\r", end="", file=sys.stderr)
-    return {"conditions": facts, "trials": trials, "figures": figures(trials)}
+    return {"partial": partial, "conditions": facts, "trials": trials, "figures": figures(trials)}
 
 
 def document(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:

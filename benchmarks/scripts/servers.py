@@ -47,6 +47,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE if name == ALONE else self.log,
             stderr=self.log,
+            start_new_session=True,  # Ctrl-C ends the run, which ends its processes
         )
 
     def __enter__(self) -> Self:
