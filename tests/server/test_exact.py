@@ -75,6 +75,17 @@ def test_clients_that_leave_at_any_moment_leave_nothing(
     assert requests.found.wrong == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_takes_too_long_is_ended(folder: Path, stream: bool):
+    body = {"prompt": [1, 5, 9], "max_tokens": 2000, "ignore_eos": True, "stream": stream}
+    with serving(folder, running=EAGER, request_seconds=0.1) as address:
+        answer = httpx.post(f"{address}/v1/completions", json=body, timeout=SECONDS)
+    assert answer.status_code == (200 if stream else 504)
+    message = "the answer was not complete after 0.1 seconds, the server's limit; ask for fewer"
+    assert message in answer.text
+    assert not stream or answer.text.count("data: ") > 1
+
+
 def test_a_shared_system_turn_is_prefilled_once(http: httpx.Client, tiny: Engine):
     tokenizer = tiny.tokenizer
     system = tokenizer.decode(tokenizer.encode("You are a patient teller of tales. " * 150)[:900])

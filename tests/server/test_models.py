@@ -12,7 +12,7 @@ import httpx
 import pytest
 from adapter_folders import peft_folder
 from formats import TINY, random_folder
-from serving import SECONDS, serving
+from serving import SECONDS, server_of, serving
 
 from openelm_mlx import generate, load
 from openelm_mlx.device import mx
@@ -61,7 +61,8 @@ def alone(folder: str, prompt: list[int] = PROMPT, **settings: Any) -> str:
 
 def test_models_take_turns_in_the_memory_there_is(folders: list[str]):
     size = load(folders[0]).nbytes
-    with serving(*folders, memory_gb=2.5 * size / 1e9, running=EAGER) as address:
+    limits = {"memory_gb": 2.5 * size / 1e9, "running": EAGER}
+    with server_of(*folders, **limits) as (server, address):
         assert loaded(address) == [True, True, False]
         before = mx.get_active_memory()
         expected = [alone(folder) for folder in folders]
@@ -70,6 +71,9 @@ def test_models_take_turns_in_the_memory_there_is(folders: list[str]):
         assert loaded(address) == [True, False, True]  # the least recently used one has gone
         assert mx.get_active_memory() < before + size / 4
         assert [text(ask(address, model=one)) for one in folders] == expected
+        models = server.app.state.models
+        weights = [model.engine.steps.refresh() for model in models.loaded.values()]
+        assert {entry.weights for entry in models.cache._entries} == set(weights)
         with CLIENT.stream(
             "POST",
             f"{address}/v1/completions",
