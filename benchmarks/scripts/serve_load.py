@@ -266,7 +266,8 @@ def document(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "created": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-        "command": shlex.join(["serve_load", *argv]),
+        # folders concern nobody
+        "command": shlex.join(["serve_load", *(word.rpartition("/")[2] for word in argv)]),
         "machine": asdict(before),
         "busy": busy(before),
         "versions": versions,
