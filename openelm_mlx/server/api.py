@@ -14,7 +14,7 @@ from fastapi.responses import PlainTextResponse, Response
 
 from openelm_mlx import __version__
 from openelm_mlx.engine.loading import Engine
-from openelm_mlx.engine.options import EngineOptions, ModelOptions
+from openelm_mlx.engine.options import EngineOptions, ModelOptions, SamplingOptions
 from openelm_mlx.engine.prompts import prompt_tokens
 from openelm_mlx.errors import OpenELMError, PromptError
 from openelm_mlx.server import replies
@@ -77,7 +77,21 @@ def build_app(
     app.router.route_class = StrictRoute
     add_errors(app)
     add_routes(app)
+    app.openapi = partial(openapi, app)  # type: ignore[method-assign]
     return app
+
+
+def openapi(app: FastAPI) -> dict[str, Any]:
+    """Return /openapi.json; the defaults of sampling in it are those of the first model."""
+    said, models = FastAPI.openapi(app), app.state.models
+    bodies, first = said["components"]["schemas"], models.loaded.get(models.names[0])
+    chat = SamplingOptions() if first is None else first.engine.chat_sampling
+    for name, usual in (("ChatBody", chat), ("ResponseBody", chat), ("CompletionBody", None)):
+        for field, schema in bodies[name]["properties"].items():
+            value = getattr(usual or SamplingOptions(), field, None)
+            if type(value) in (int, float) and field != "stream":
+                schema["default"] = value
+    return said
 
 
 def add_errors(app: FastAPI) -> None:

@@ -12,6 +12,7 @@ from openai.types.chat import completion_create_params as of_chat
 from openai.types.responses import response_create_params as of_response
 from openapi_types import checked
 
+from openelm_mlx.engine.loading import Engine
 from openelm_mlx.server import replies
 from openelm_mlx.server.bodies import ChatBody, CompletionBody
 from openelm_mlx.server.neutral import Strict
@@ -176,12 +177,15 @@ def test_models_are_described(http: httpx.Client):
     assert checked(http.get("/v1/models/openelm-tiny"), replies.ModelReply) == listed[0]
 
 
-def test_the_openapi_has_every_body_and_fetches_nothing(http: httpx.Client):
+def test_the_openapi_has_every_body_and_fetches_nothing(http: httpx.Client, tiny: Engine):
     said = http.get("/openapi.json").json()
     schemas = said["components"]["schemas"]
     for kind in (ChatBody, CompletionBody, ResponseBody):
         names = {field.alias or name for name, field in kind.model_fields.items()}
         assert schemas[kind.__name__]["properties"].keys() == names | kind.NEUTRAL.keys()
         assert schemas[kind.__name__]["additionalProperties"] is False
+    chat, text = (schemas[name]["properties"] for name in ("ChatBody", "CompletionBody"))
+    assert chat["temperature"]["default"] == tiny.chat_sampling.temperature > 0
+    assert text["temperature"]["default"] == 0 and "default" not in text["seed"]
     assert "HTTPValidationError" not in json.dumps(said)
     assert http.get("/docs").status_code == http.get("/redoc").status_code == 404
