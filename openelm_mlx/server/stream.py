@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -20,13 +19,20 @@ HEADERS = [
 
 
 class Inbox:
-    """What comes for one answer: events of its choices, or an error."""
+    """What comes for one answer: events of its choices, or an error.
 
-    def __init__(self) -> None:
-        self._items: deque[tuple[int, list[Event]]] = deque()
+    `patience` is how many seconds a reader waits for it.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self._items: list[tuple[int, list[Event]]] = []
         self._error: Exception | None = None
         self._left = False
-        self._bell = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._latest = self._loop.time()
+        self._reader: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def put(self, index: int, new: list[Event] | Exception) -> None:
         """Add what the worker has for a choice."""
@@ -34,33 +40,48 @@ class Inbox:
             self._error = new
         else:
             self._items.append((index, new))
-        self._bell.set()
+        self._wake()
 
     def leave(self) -> None:
         """Note that the client has left."""
         self._left = True
-        self._bell.set()
+        self._wake()
 
     def check(self) -> None:
         """Raise the error that ended the request, if any."""
         if self._error is not None:
             raise self._error
 
-    async def get(self, seconds: float | None = None) -> list[tuple[int, list[Event]]]:
-        """Wait for events and return all there are; nothing if none came in `seconds`.
+    def close(self) -> None:
+        """Wait no longer."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _wake(self) -> None:
+        self._latest = self._loop.time()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _look(self) -> None:
+        """Wake the reader if it has waited for too long: one timer serves all events."""
+        if self._loop.time() >= self._latest + self.patience:
+            self._wake()
+        self._timer = self._loop.call_at(self._latest + self.patience, self._look)
+
+    async def get(self) -> list[tuple[int, list[Event]]]:
+        """Wait for events and return all there are; nothing if none came for too long.
 
         Raises the error that ended the request, and `ClientLeft`.
         """
-        if not self._bell.is_set():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self._bell.wait()
-        self._bell.clear()
+        if self._timer is None:
+            self._look()
+        if not self._items and self._error is None and not self._left:
+            self._reader = self._loop.create_future()
+            await self._reader
         if self._left:
             raise ClientLeft
         self.check()
-        items = list(self._items)
-        self._items.clear()
+        items, self._items = self._items, []
         return items
 
 
@@ -72,8 +93,8 @@ class Exchange:
     """Tickets of one answer, and the inbox that they fill."""
 
     def __init__(self, worker: Worker, answer: Answer, keep_alive: float) -> None:
-        self.worker, self.answer, self.keep_alive = worker, answer, keep_alive
-        self.inbox, self.tickets = Inbox(), list[Ticket]()
+        self.worker, self.answer = worker, answer
+        self.inbox, self.tickets = Inbox(keep_alive), list[Ticket]()
 
     def start(self, tickets: list[Ticket], ending: ExitStack) -> None:
         """Submit the requests, one for each choice; `ending` is closed when the answer ends."""
@@ -88,7 +109,7 @@ class Exchange:
         """
         try:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self.keep_alive):
+                async with asyncio.timeout(self.inbox.patience):
                     await self.worker.call(lambda: None)  # calls are made in their order
             self.inbox.check()
         except BaseException:
@@ -97,6 +118,7 @@ class Exchange:
 
     def stop(self) -> None:
         """End what still runs."""
+        self.inbox.close()
         for ticket in self.tickets:
             self.worker.cancel(ticket)
         self.ending.close()
@@ -129,7 +151,7 @@ class Exchange:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             await send(body_of(self.answer.opening()))
             while not self.answer.done:
-                items = await self.inbox.get(self.keep_alive)
+                items = await self.inbox.get()
                 frames = [
                     frame
                     for index, events in items

@@ -35,8 +35,13 @@ def complete(http: httpx.Client, **body: Any) -> list[dict[str, Any]]:
         assert not any(one["finish_reason"] for one in own[:-1])
         for name, values in (choice["logprobs"] or {}).items():
             parts = [one["logprobs"][name] for one in own if one["logprobs"]]
-            assert sum(parts, []) == values
+            assert sum(parts, []) == [near(value) for value in values]
     return whole
+
+
+def near(value: Any) -> Any:
+    """Return what equals a value but for rounding: the second answer has its prompt cached."""
+    return pytest.approx(value, abs=1e-4) if isinstance(value, float | dict) else value
 
 
 def test_an_echo_has_the_log_probabilities_of_the_prompt(http: httpx.Client, tiny: Engine):
