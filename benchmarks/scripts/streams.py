@@ -24,7 +24,7 @@ Event = dict[str, Any]
 
 @dataclass
 class Answer:
-    """What a server sent, and when by `time.perf_counter`."""
+    """The bytes that a server sent, with their times by `time.perf_counter`."""
 
     start: float
     arrivals: list[tuple[float, bytes]] = field(default_factory=list)

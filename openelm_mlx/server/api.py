@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 from openelm_mlx import __version__
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import EngineOptions, ModelOptions, SamplingOptions
 from openelm_mlx.engine.prompts import prompt_tokens
 from openelm_mlx.errors import OpenELMError, PromptError
-from openelm_mlx.server import replies
-from openelm_mlx.server.answering import answered, beside, json_response
+from openelm_mlx.server import answer_schemas as schemas
 from openelm_mlx.server.answers import ChatAnswer
 from openelm_mlx.server.asked import (
     asked_of_chat,
@@ -30,17 +31,18 @@ from openelm_mlx.server.asked import (
 from openelm_mlx.server.bodies import ChatBody, CompletionBody
 from openelm_mlx.server.completions import CompletionAnswer
 from openelm_mlx.server.errors import ApiError, api_error, invalid_body
+from openelm_mlx.server.handler import answered, beside, json_response
 from openelm_mlx.server.metrics import Metrics, show
 from openelm_mlx.server.models import Models
 from openelm_mlx.server.options import ServerOptions
+from openelm_mlx.server.other_bodies import DetokenizeBody, ResponseBody, TokenizeBody
 from openelm_mlx.server.page import front_page
-from openelm_mlx.server.reading import StrictRoute
-from openelm_mlx.server.response_bodies import DetokenizeBody, ResponseBody, TokenizeBody
 from openelm_mlx.server.responses import ResponseAnswer
+from openelm_mlx.server.strict import parsed
 from openelm_mlx.server.worker import Worker
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "default": {"model": replies.ErrorReply, "description": "an error, as OpenAI's API has it"}
+    "default": {"model": schemas.ErrorReply, "description": "an error, as OpenAI's API has it"}
 }
 
 
@@ -79,6 +81,28 @@ def build_app(
     add_routes(app)
     app.openapi = partial(openapi, app)  # type: ignore[method-assign]
     return app
+
+
+class StrictRoute(APIRoute):
+    """A route whose body is read by `parsed`, not by FastAPI's lenient reader."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Any:
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
+
+
+class StrictRequest(Request):
+    """A request whose body is read by `parsed`."""
+
+    async def json(self) -> Any:
+        try:
+            return parsed(await self.body())
+        except (ValueError, RecursionError) as error:
+            raise HTTPException(400, f"the body is not JSON that can be read: {error}") from None
 
 
 def openapi(app: FastAPI) -> dict[str, Any]:
@@ -133,20 +157,20 @@ def add_routes(app: FastAPI) -> None:
             said["content"] = {"text/event-stream": {"schema": text}}
         return {200: said, **ERRORS}
 
-    of_chat = described(replies.ChatReply, "with stream: ChatChunk objects, then [DONE]")
-    of_completion = described(replies.CompletionReply, "with stream: the same objects, then [DONE]")
-    of_response = described(replies.ResponseReply, "with stream: OpenAI's typed events")
+    of_chat = described(schemas.ChatReply, "with stream: ChatChunk objects, then [DONE]")
+    of_completion = described(schemas.CompletionReply, "with stream: the same objects, then [DONE]")
+    of_response = described(schemas.ResponseReply, "with stream: OpenAI's typed events")
     app.post("/v1/chat/completions", responses=of_chat)(chat)
     app.post("/v1/completions", responses=of_completion)(completions)
     app.post("/v1/responses", responses=of_response)(responses)
-    app.get("/v1/models", responses=described(replies.ModelsReply))(list_models)
-    app.get("/v1/models/{name:path}", responses=described(replies.ModelReply))(one_model)
-    app.post("/tokenize", responses=described(replies.TokensReply))(tokenize)
-    app.post("/detokenize", responses=described(replies.TextReply))(detokenize)
+    app.get("/v1/models", responses=described(schemas.ModelsReply))(list_models)
+    app.get("/v1/models/{name:path}", responses=described(schemas.ModelReply))(one_model)
+    app.post("/tokenize", responses=described(schemas.TokensReply))(tokenize)
+    app.post("/detokenize", responses=described(schemas.TextReply))(detokenize)
     busy: dict[int | str, dict[str, Any]] = {
-        503: {"model": replies.HealthReply, "description": "a model is being loaded"}
+        503: {"model": schemas.HealthReply, "description": "a model is being loaded"}
     }
-    app.get("/health", responses={**described(replies.HealthReply), **busy})(health)
+    app.get("/health", responses={**described(schemas.HealthReply), **busy})(health)
     app.get("/metrics", response_class=PlainTextResponse)(show)
     app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)(front_page)
 

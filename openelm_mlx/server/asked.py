@@ -21,7 +21,7 @@ from openelm_mlx.server.bodies import (
     TextFormat,
 )
 from openelm_mlx.server.errors import ApiError, api_error
-from openelm_mlx.server.response_bodies import FlatSchemaFormat, Item, ResponseBody
+from openelm_mlx.server.other_bodies import FlatSchemaFormat, Item, ResponseBody
 
 ANY_OBJECT = json.dumps({"type": "object"})
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
@@ -30,7 +30,7 @@ OVERFLOW = "context_length_exceeded"
 
 @dataclass(frozen=True)
 class Asked:
-    """What one body asks for: `n` answers to each prompt.
+    """The work that one body asks for: `n` answers to each prompt.
 
     `max_tokens` is None where an answer may fill the context. `limit` names the field by which the
     client has set it, so that a context it does not fit into is an error.

@@ -30,7 +30,7 @@ from openelm_mlx.server.batch_file import ID, LINE_BYTES, MARK, loosely, number_
 from openelm_mlx.server.bodies import ChatBody, CompletionBody
 from openelm_mlx.server.completions import CompletionAnswer
 from openelm_mlx.server.errors import ApiError, api_error, invalid_body
-from openelm_mlx.server.neutral import Strict, parsed
+from openelm_mlx.server.strict import Strict, parsed
 
 AHEAD = 2  # requests for each row that are in the scheduler, so that no row waits for the next
 # what is asked at each address: the body, what it means, and the answer

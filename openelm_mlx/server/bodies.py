@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
-from openelm_mlx.server import neutral
-from openelm_mlx.server.neutral import Strict
+from openelm_mlx.server import strict
+from openelm_mlx.server.strict import Strict
 
 MOST = 128  # answers to a prompt, prompts of a body, texts to stop at
 LARGEST_ID = 2**31 - 1
@@ -89,7 +89,7 @@ class TextPart(Strict):
 class Message(Strict):
     """A message of a conversation."""
 
-    NEUTRAL = neutral.MESSAGE
+    NEUTRAL = strict.MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
@@ -194,7 +194,7 @@ class ChatBody(GenerationBody):
     `openelm chat` takes them.
     """
 
-    NEUTRAL = neutral.CHAT
+    NEUTRAL = strict.CHAT
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
         min_length=1, description="perhaps a system message, then user and assistant in turns"
@@ -218,7 +218,7 @@ class CompletionBody(GenerationBody):
     them.
     """
 
-    NEUTRAL = neutral.COMPLETION
+    NEUTRAL = strict.COMPLETION
 
     prompt: CompletionPrompt = Field(
         description="a text, a list of token ids, or a list of either; each gets n answers"

@@ -1,4 +1,4 @@
-"""What goes wrong with a request, as a status and the JSON object that OpenAI's clients expect."""
+"""Errors of requests: a status, and the JSON object that OpenAI's clients expect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request must pass before a route sees it, as a pure ASGI application around the routes.
+"""The checks that a request must pass before a route sees it: a pure ASGI application.
 
 In this order: the name it was sent to (a page of another site whose name was rebound to this
 machine is refused), the origin it comes from, its key, its method and type, its body. What is

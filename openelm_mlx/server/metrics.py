@@ -1,4 +1,4 @@
-"""What the server counts and times, as Prometheus reads it at /metrics.
+"""Counts and times of the server, as Prometheus reads them at /metrics.
 
 Nothing here asks the device's thread: a request's sink passes through `Metrics.watched` on its way
 to the client, which adds the number of its tokens at each step and its statistics at its end, and
@@ -134,7 +134,7 @@ class Metrics:
 
 
 class State(Collector):
-    """What is true at the moment: read when it is asked for, in no turn of the device's thread."""
+    """The state of the moment, read when it is asked for, in no turn of the device's thread."""
 
     def __init__(self, app: FastAPI) -> None:
         self.app = app

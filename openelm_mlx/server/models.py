@@ -59,7 +59,7 @@ class Model:
 
 @dataclass
 class Source:
-    """What is known of a model before it is loaded."""
+    """Facts about a model that are known before it is loaded."""
 
     resolved: Resolved
     nbytes: int  # of the weights; of the adapters too, once it has been loaded

@@ -26,7 +26,7 @@ SPARE_FILES = 128  # descriptors for models, the log and what libraries open
 
 
 class Connections:
-    """What all connections share: their limits, and which of them are idle, oldest first."""
+    """The limits that all connections share, and those that are idle, oldest first."""
 
     def __init__(
         self,

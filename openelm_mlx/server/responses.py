@@ -13,7 +13,7 @@ from uuid import uuid4
 from openelm_mlx.engine.request import Event
 from openelm_mlx.server.answers import Answer, Choice
 from openelm_mlx.server.errors import ApiError
-from openelm_mlx.server.response_bodies import ResponseBody
+from openelm_mlx.server.other_bodies import ResponseBody
 
 STATUS = {None: "in_progress", "stop": "completed", "length": "incomplete"}
 TEXT = {"type": "text"}

@@ -19,7 +19,7 @@ HEADERS = [
 
 
 class Inbox:
-    """What comes for one answer: events of its choices, or an error.
+    """The events that come for the choices of one answer, or an error.
 
     `patience` is how many seconds a reader waits for it.
     """

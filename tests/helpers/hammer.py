@@ -37,7 +37,7 @@ PATIENCE = 10 * SECONDS  # of a client, as many others wait too
 
 @dataclass
 class Found:
-    """What a run has shown."""
+    """The findings of a run."""
 
     answers: Counter[str] = field(default_factory=Counter)  # compared, by way
     ties: list[str] = field(default_factory=list)

@@ -15,7 +15,7 @@ JSON = b"Content-Type: application/json\r\n"
 
 
 class Answer(NamedTuple):
-    """What came back: status, headers by name in lower case, and body."""
+    """An answer: status, headers by name in lower case, and body."""
 
     status: int
     headers: dict[str, str]

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from openelm_mlx.server.replies import Reply
+from openelm_mlx.server.answer_schemas import Reply
 
 
 def checked(answer: httpx.Response | dict[str, Any], kind: type[Reply]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def whole(small: Engine, folder: Path) -> list[dict[str, Any]]:
-    """What an uninterrupted run answers to `some(45)`."""
+    """The answers of an uninterrupted run to `some(45)`."""
     return [stable(one) for one in answers(small, folder, some(45))]
 
 

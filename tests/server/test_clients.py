@@ -20,7 +20,7 @@ from serving import SECONDS
 
 from openelm_mlx import generate
 from openelm_mlx.engine.loading import Engine
-from openelm_mlx.server import replies
+from openelm_mlx.server import answer_schemas as schemas
 
 ASKED: Any = [{"role": "user", "content": "Tell me a story."}]
 SAMPLED: Any = {"model": "openelm-tiny", "temperature": 0.8, "seed": 7, "max_tokens": 12}
@@ -35,7 +35,7 @@ class Cat(BaseModel):
 
 @pytest.fixture(scope="module")
 def answer(tiny: Engine) -> str:
-    """What the model answers in this process."""
+    """Return the answer of the model in this process."""
     settings = {name: value for name, value in SAMPLED.items() if name != "model"}
     return generate(tiny, ASKED, tiny.chat_sampling, **settings)
 
@@ -143,7 +143,7 @@ def test_open_webui_is_answered(http: httpx.Client):
     path, headers = "/v1/chat/completions", {"Authorization": "Bearer sk-none"}
     said = http.post(path, json=bodies["chat"], headers=headers)
     lines = [line.removeprefix("data: ") for line in said.text.splitlines() if line]
-    chunks = [checked(json.loads(line), replies.ChatChunk) for line in lines[:-1]]
+    chunks = [checked(json.loads(line), schemas.ChatChunk) for line in lines[:-1]]
     assert lines[-1] == "[DONE]" and chunks[-1]["usage"]["completion_tokens"] == 8
     for name in ("title", "tags"):
-        checked(http.post(path, json=bodies[name], headers=headers), replies.ChatReply)
+        checked(http.post(path, json=bodies[name], headers=headers), schemas.ChatReply)

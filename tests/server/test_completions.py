@@ -12,7 +12,7 @@ from openapi_types import checked
 from openelm_mlx import generate, stream_generate
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.evaluate.score import likeliest, score
-from openelm_mlx.server import replies
+from openelm_mlx.server import answer_schemas as schemas
 
 PATH = "/v1/completions"
 TEXT = "Once upon a time there was a naïve 🦊"
@@ -20,12 +20,12 @@ TEXT = "Once upon a time there was a naïve 🦊"
 
 def complete(http: httpx.Client, **body: Any) -> list[dict[str, Any]]:
     """Return the choices of an answer, which are those of its stream."""
-    whole = checked(http.post(PATH, json=body), replies.CompletionReply)["choices"]
+    whole = checked(http.post(PATH, json=body), schemas.CompletionReply)["choices"]
     usage = {"stream_options": {"include_usage": True}}
     found = http.post(PATH, json={**body, **usage, "stream": True}).text
     lines = [line.removeprefix("data: ") for line in found.splitlines() if line]
     assert lines.pop() == "[DONE]"
-    *chunks, last = [checked(json.loads(line), replies.CompletionReply) for line in lines]
+    *chunks, last = [checked(json.loads(line), schemas.CompletionReply) for line in lines]
     assert last["choices"] == [] and last["usage"]["completion_tokens"] >= 0
     assert all(chunk["usage"] is None for chunk in chunks)
     for choice in whole:
@@ -125,12 +125,12 @@ def test_characters_are_whole_in_a_stream(http: httpx.Client, tiny: Engine):
 def test_ids_and_text_come_back(http: httpx.Client, tiny: Engine):
     tokens = tiny.tokenizer.encode(TEXT)
     answer = http.post("/tokenize", json={"prompt": TEXT})
-    said = checked(answer, replies.TokensReply)
+    said = checked(answer, schemas.TokensReply)
     assert said == {"tokens": tokens, "count": len(tokens), "context_length": 1024}
     answer = http.post("/tokenize", json={"prompt": TEXT, "add_special_tokens": False})
     assert answer.json()["tokens"] == tokens[1:]
     answer = http.post("/detokenize", json={"tokens": tokens})
-    assert checked(answer, replies.TextReply) == {"prompt": TEXT}
+    assert checked(answer, schemas.TextReply) == {"prompt": TEXT}
     messages = [{"role": "user", "content": "Hello"}]
     count = http.post("/tokenize", json={"messages": messages}).json()["count"]
     usage = http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()

@@ -13,10 +13,10 @@ from openai.types.responses import response_create_params as of_response
 from openapi_types import checked
 
 from openelm_mlx.engine.loading import Engine
-from openelm_mlx.server import replies
+from openelm_mlx.server import answer_schemas as schemas
 from openelm_mlx.server.bodies import ChatBody, CompletionBody
-from openelm_mlx.server.neutral import Strict
-from openelm_mlx.server.response_bodies import ResponseBody
+from openelm_mlx.server.other_bodies import ResponseBody
+from openelm_mlx.server.strict import Strict
 
 ASKED = [{"role": "user", "content": "Tell me a story."}]
 CHAT = ("/v1/chat/completions", {"messages": ASKED, "max_tokens": 1})
@@ -132,7 +132,7 @@ def test_an_error_names_the_field(http: httpx.Client, stream: bool):
         if stream and "stream_options" in fields:
             continue
         answer = http.post(path, json={**body, **fields, **flow})
-        error = checked(answer, replies.ErrorReply)["error"]
+        error = checked(answer, schemas.ErrorReply)["error"]
         assert answer.status_code == 400 and message in error["message"], error
         assert error["param"] == param, error
         too_long = "context" in error["message"]
@@ -167,14 +167,14 @@ def test_unknown_models_and_addresses_have_the_envelope(http: httpx.Client):
         ("GET", "/tokenize", None, 405),
     ):
         answer = http.request(method, path, json=body)
-        checked(answer, replies.ErrorReply)
+        checked(answer, schemas.ErrorReply)
         assert answer.status_code == status
 
 
 def test_models_are_described(http: httpx.Client):
-    listed = checked(http.get("/v1/models"), replies.ModelsReply)["data"]
+    listed = checked(http.get("/v1/models"), schemas.ModelsReply)["data"]
     assert [one["id"] for one in listed] == ["openelm-tiny"]
-    assert checked(http.get("/v1/models/openelm-tiny"), replies.ModelReply) == listed[0]
+    assert checked(http.get("/v1/models/openelm-tiny"), schemas.ModelReply) == listed[0]
 
 
 def test_the_openapi_has_every_body_and_fetches_nothing(http: httpx.Client, tiny: Engine):

@@ -1,4 +1,4 @@
-"""What the guard lets through and what it says to the rest, over real connections."""
+"""The guard lets requests through or answers them itself, over real connections."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from openai import OpenAI
 from openai.types.responses import Response
 from openapi_types import checked
 
-from openelm_mlx.server import replies
+from openelm_mlx.server import answer_schemas as schemas
 
 ASKED: dict[str, Any] = {"input": "Tell me a story.", "temperature": 0.8, "seed": 7}
 PATH = "/v1/responses"
@@ -27,7 +27,7 @@ EVENTS = [
 
 
 def respond(http: httpx.Client, **body: Any) -> dict[str, Any]:
-    said = checked(http.post(PATH, json=body), replies.ResponseReply)
+    said = checked(http.post(PATH, json=body), schemas.ResponseReply)
     Response.model_validate(said)
     return said
 
@@ -75,7 +75,7 @@ def test_the_events_of_a_stream_add_up_to_the_response(http: httpx.Client):
     assert [one["sequence_number"] for one in events] == list(range(len(events)))
     kinds = [one["type"] for one in events]
     assert list(dict.fromkeys(kinds)) == [*EVENTS, "response.incomplete"]
-    last = checked(events[-1]["response"], replies.ResponseReply)
+    last = checked(events[-1]["response"], schemas.ResponseReply)
     part, known = last["output"][0]["content"][0], whole["output"][0]["content"][0]
     assert part == known and len(known["logprobs"]) == 6
     deltas = [one for one in events if one["type"] == EVENTS[4]]
@@ -84,7 +84,7 @@ def test_the_events_of_a_stream_add_up_to_the_response(http: httpx.Client):
     assert last["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
     for name in ("response.created", "response.in_progress"):
         begun = checked(
-            next(one for one in events if one["type"] == name)["response"], replies.ResponseReply
+            next(one for one in events if one["type"] == name)["response"], schemas.ResponseReply
         )
         assert begun["status"] == "in_progress" and begun["output"] == []
 

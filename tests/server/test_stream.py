@@ -1,4 +1,4 @@
-"""How an answer that is sent while it comes waits for its events."""
+"""An answer that is sent while it comes waits for its events."""
 
 from __future__ import annotations
 

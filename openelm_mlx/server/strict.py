@@ -1,9 +1,8 @@
-"""Objects of requests: they have no other fields than theirs, and some that ask for nothing.
+"""Requests are read strictly: JSON of which nothing is guessed or lost, objects of known fields.
 
-They are read from JSON (RFC 8259) strictly: nothing of it is guessed or lost.
-
-A field that would be ignored is refused by name, unless its value changes nothing: clients send
-`"tools": []`. null is the same as leaving a field out.
+A field that would be ignored is refused by name, unless its value changes nothing, as the
+`"tools": []` that clients send does: such values are neutral. null is the same as leaving a field
+out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a body to the response that answers it: whole, or as a stream."""
+"""The way from a body to the response that answers it, whole or as a stream."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from openelm_mlx.server import neutral
+from openelm_mlx.server import strict
 from openelm_mlx.server.bodies import (
     Message,
     ObjectFormat,
@@ -15,7 +15,7 @@ from openelm_mlx.server.bodies import (
     Token,
     text_or_list,
 )
-from openelm_mlx.server.neutral import Strict
+from openelm_mlx.server.strict import Strict
 
 LOGPROBS = "message.output_text.logprobs"
 Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]
@@ -83,7 +83,7 @@ class ResponseBody(SamplingBody):
     `openelm chat` takes them.
     """
 
-    NEUTRAL = neutral.RESPONSE
+    NEUTRAL = strict.RESPONSE
 
     input: Annotated[
         Annotated[str, Field(min_length=1), Tag("as text")]

@@ -1,4 +1,4 @@
-"""The objects of answers, as /openapi.json describes them; answers.py and its like make them."""
+"""The schemas of answers for /openapi.json: what answers.py, completions.py, responses.py make."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Reply(BaseModel):
 
 
 class Error(Reply):
-    """What went wrong: `param` names the field at fault, `code` is for programs."""
+    """The error: `param` names the field at fault, `code` is for programs."""
 
     message: str
     type: str
@@ -50,7 +50,7 @@ class ModelsReply(Reply):
 
 
 class PromptDetails(Reply):
-    """Of the tokens of prompts."""
+    """Details of the tokens of prompts."""
 
     cached_tokens: int = Field(description="found in the cache")
 
@@ -114,14 +114,14 @@ class ChatReply(Reply):
 
 
 class Delta(Reply):
-    """What is new in a message."""
+    """The new part of a message."""
 
     role: Literal["assistant"] = "assistant"
     content: str = ""
 
 
 class ChatChunkChoice(Reply):
-    """What is new in one of the answers."""
+    """The new part of one of the answers."""
 
     index: int
     delta: Delta
@@ -189,14 +189,14 @@ class OutputMessage(Reply):
 
 
 class InputDetails(Reply):
-    """Of the tokens of the input."""
+    """Details of the tokens of the input."""
 
     cached_tokens: int = Field(description="found in the cache")
     cache_write_tokens: int
 
 
 class OutputDetails(Reply):
-    """Of the tokens of the answer."""
+    """Details of the tokens of the answer."""
 
     reasoning_tokens: int
 
@@ -212,7 +212,7 @@ class ResponseUsage(Reply):
 
 
 class Incomplete(Reply):
-    """Why an answer was cut."""
+    """The reason why an answer was cut."""
 
     reason: Literal["max_output_tokens"]
 
@@ -263,6 +263,6 @@ class TextReply(Reply):
 
 
 class HealthReply(Reply):
-    """Whether requests are answered."""
+    """The state of the server: requests are answered once it is `ok`."""
 
     status: Literal["ok", "loading"]
