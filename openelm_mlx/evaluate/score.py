@@ -284,8 +284,10 @@ def likeliest(engine: Engine, tokens: list[int], top: int) -> list[TokenLogprobs
     """Return, for every token after the first, its log probability and pairs of the likeliest ones.
 
     They are what an event has as `logprob` and `top_logprobs`: `top` pairs (token, log
-    probability), the likeliest first. `tokens` are two or more ids of the model.
+    probability), the likeliest first. Fewer than two tokens have none.
     """
+    if len(tokens) < 2:
+        return []
     targets = mx.array(tokens[1:])
     hidden = engine.model.hidden(mx.array([tokens[:-1]])).squeeze(0)
     found: list[TokenLogprobs] = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -25,7 +25,7 @@ DONE = "data: [DONE]\n\n"
 class Choice:
     """One of the answers, as far as it has come."""
 
-    prompt: Sequence[int] = ()
+    prompt: Sequence[int]
     texts: list[str] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)  # kept where log probabilities are reported
     finish_reason: str | None = None
@@ -39,14 +39,17 @@ class Choice:
 class Answer:
     """The answer to one body: the frames of its stream as events come, and the whole of it.
 
-    A frame is one or more server-sent events as text.
+    `prompts` are the ids of each. A frame is one or more server-sent events as text.
     """
 
     kind, chunk_kind, prefix = "", "", ""
 
-    def __init__(self, asked: Asked, model: str, engine: Engine, choices: Sequence[Choice]) -> None:
+    def __init__(
+        self, asked: Asked, model: str, engine: Engine, prompts: Iterable[Sequence[int]]
+    ) -> None:
         self.asked, self.model, self.engine = asked, model, engine
-        self.choices, self._open = list(choices), len(choices)
+        self.choices = [Choice(tokens) for tokens in prompts for _ in range(asked.n)]
+        self._open = len(self.choices)
         self.id, self.created = f"{self.prefix}{uuid4().hex}", int(time.time())
         head = {"id": self.id, "object": self.chunk_kind, "created": self.created, "model": model}
         self._head = f'data: {json.dumps(head)[:-1]}, "choices": ['

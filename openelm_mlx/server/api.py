@@ -49,14 +49,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def build_app(
     names: Sequence[str],
     options: ServerOptions,
-    loading: ModelOptions | None = None,
-    running: EngineOptions | None = None,
+    loading: ModelOptions,
+    running: EngineOptions,
 ) -> FastAPI:
     """Return the application that serves the models `names`.
 
     It starts to load them when its lifespan starts, and answers 503 until then.
     """
-    models = Models(names, options, loading or ModelOptions(), running or EngineOptions())
+    models = Models(names, options, loading, running)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

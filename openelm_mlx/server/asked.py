@@ -50,6 +50,11 @@ class Asked:
     adapter: str | None = None
     user: str | None = None  # for the log
 
+    @property
+    def scores_prompts(self) -> bool:
+        """True if the log probabilities of the prompts' tokens are asked for."""
+        return self.echo and self.options.logprobs is not None
+
     def sampling_for(self, defaults: SamplingOptions) -> SamplingOptions:
         """Return the options of sampling: those given, in a chat over a model's `defaults`."""
         return replace(SamplingOptions() if self.field == "prompt" else defaults, **self.sampling)
@@ -59,8 +64,8 @@ class Asked:
     ) -> Iterator[tuple[list[int], SamplingOptions, GenerationOptions]]:
         """Yield the ids and the options of each choice; those of one prompt have streams of a seed.
 
-        `prepared` has what `tokens_of` returns for each prompt, and `seed` stands in for one that
-        was not given. Nothing is yielded where no token is asked for.
+        `prepared` is what the function `prepared` returns, and `seed` stands in for one that was
+        not given. Nothing is yielded where no token is asked for.
         """
         sampling = self.sampling_for(defaults)
         if sampling.seed is None:
@@ -189,11 +194,16 @@ def schema_of(wanted: Any) -> str | None:
     return json.dumps(wanted.schema_) if isinstance(wanted, FlatSchemaFormat) else ANY_OBJECT
 
 
-def tokens_of(engine: Engine, prompt: Prompt, wanted: Asked) -> tuple[list[int], int]:
-    """Return the ids of a prompt, and how many tokens may follow.
+def prepared(engine: Engine, wanted: Asked) -> list[tuple[list[int], int]]:
+    """Return the ids of each prompt, and how many tokens may follow.
 
     Raises `ApiError` for a prompt that is wrong, or if the context does not hold it and the answer.
     """
+    return [tokens_of(engine, prompt, wanted) for prompt in wanted.prompts]
+
+
+def tokens_of(engine: Engine, prompt: Prompt, wanted: Asked) -> tuple[list[int], int]:
+    """Return the ids of one of the prompts, and how many tokens may follow. Raises `ApiError`."""
     context = engine.config.max_context_length
     try:
         tokens = prompt_tokens(engine, prompt)

@@ -22,8 +22,9 @@ from typing import IO, Any, NamedTuple
 
 from openelm_mlx.errors import OptionError
 from openelm_mlx.files import NO_LOCKS, replacing
+from openelm_mlx.server.options import ServerOptions
 
-LINE_BYTES = 4 << 20  # as the server's limit of a body
+LINE_BYTES = ServerOptions.max_body
 BLOCK = 32  # lines that stay together, as neighbours often share the beginning of their prompts
 PROMPT_BYTES = 16  # of a line, which take about as long as one new token
 USUAL_TOKENS = 256  # of an answer without a limit

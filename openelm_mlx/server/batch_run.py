@@ -14,17 +14,16 @@ from pydantic import Field, ValidationError
 
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
-from openelm_mlx.engine.request import TokenLogprobs
 from openelm_mlx.engine.scheduler import BatchEngine
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.evaluate.score import likeliest
-from openelm_mlx.server.answers import Answer, ChatAnswer, Choice
+from openelm_mlx.server.answers import Answer, ChatAnswer
 from openelm_mlx.server.asked import (
     Asked,
     asked_of_chat,
     asked_of_completion,
+    prepared,
     refused,
-    tokens_of,
 )
 from openelm_mlx.server.batch_file import ID, LINE_BYTES, MARK, loosely, number_of
 from openelm_mlx.server.bodies import ChatBody, CompletionBody
@@ -67,14 +66,13 @@ class Line:
 
     number: int
     custom_id: str | None = None
-    answer: Answer | None = None
+    answer: Any = None  # an Answer; None if there is an error before it
     error: ApiError | None = None
 
     def result(self) -> Result:
         """Return the line of the answer."""
-        if self.error is not None or self.answer is None:
-            error = self.error or api_error(RuntimeError())
-            return Result(self._text(error.status, error.envelope), True)
+        if self.error is not None:
+            return Result(self._text(self.error.status, self.error.envelope), True)
         prompt, cached, new = self.answer.counts()
         return Result(self._text(200, self.answer.whole()), False, prompt, cached, new)
 
@@ -101,11 +99,10 @@ class Batch:
             for number, event in self.scheduler.step():
                 if number in self._running:
                     line, index = self._running[number]
-                    answer: Any = line.answer
-                    answer.take(index, event)
+                    line.answer.take(index, event)
                     if event.finish_reason is not None:
                         del self._running[number]
-                        if answer.done:
+                        if line.answer.done:
                             ended.append(line)
             yield [line.result() for line in ended]
 
@@ -179,20 +176,10 @@ class Batch:
         asked = ask(body)
         if asked.stream:
             raise refused("stream is true, but a batch answers as a whole; leave it out", "stream")
-        prepared = [tokens_of(self.engine, prompt, asked) for prompt in asked.prompts]
-        choices = [Choice(tokens) for tokens, _ in prepared for _ in range(asked.n)]
-        line.answer = kind(asked, self.model, self.engine, choices)
-        line.answer.begin(self._scored(asked, prepared))
+        prompts = prepared(self.engine, asked)
+        tokens, top = [one for one, _ in prompts], asked.options.logprobs or 0
+        line.answer = kind(asked, self.model, self.engine, tokens)
+        scored = tokens if asked.scores_prompts else ()
+        line.answer.begin([likeliest(self.engine, one, top) for one in scored])
         seed = number_of(given.custom_id)
-        return list(asked.requests(prepared, self.engine.chat_sampling, seed))
-
-    def _scored(
-        self, asked: Asked, prepared: list[tuple[list[int], int]]
-    ) -> list[list[TokenLogprobs]]:
-        """Return the log probabilities of the prompts' tokens, where they are asked for."""
-        top = asked.options.logprobs
-        if top is None or not asked.echo:
-            return []
-        return [
-            likeliest(self.engine, tokens, top) if len(tokens) > 1 else [] for tokens, _ in prepared
-        ]
+        return list(asked.requests(prompts, self.engine.chat_sampling, seed))

@@ -13,16 +13,15 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import Response
 
-from openelm_mlx.engine.request import TokenLogprobs
 from openelm_mlx.engine.sampling import new_seed
 from openelm_mlx.evaluate.score import likeliest
-from openelm_mlx.server.answers import Answer, Choice
-from openelm_mlx.server.asked import Asked, tokens_of
+from openelm_mlx.server.answers import Answer
+from openelm_mlx.server.asked import Asked, prepared
 from openelm_mlx.server.bodies import SamplingBody
 from openelm_mlx.server.metrics import Metrics
 from openelm_mlx.server.models import Model
 from openelm_mlx.server.stream import Exchange
-from openelm_mlx.server.worker import Sink, Ticket, Worker
+from openelm_mlx.server.worker import Sink, Ticket
 
 T = TypeVar("T")
 LONG = 4096  # bytes of a body from which on its prompt is encoded beside the event loop
@@ -45,20 +44,19 @@ async def answered(
         model.check_room(worker, len(asked.prompts) * asked.n)
         lookup = options.prompt_lookup if asked.lookup is None else asked.lookup
         asked = replace(asked, adapter=served.adapter, lookup=lookup)
-        prepared = await run(partial(prepare, model, asked))
-        choices = [Choice(tokens) for tokens, _ in prepared for _ in range(asked.n)]
-        answer = kind(asked, served.name, model.engine, choices)
+        prompts = await run(partial(prepared, model.engine, asked))
+        answer = kind(asked, served.name, model.engine, (tokens for tokens, _ in prompts))
         request.state.answer = answer  # for the log
-        scored = []
-        if asked.echo and asked.options.logprobs is not None:
-            for tokens, _ in prepared:
-                if await request.is_disconnected():
-                    return gone()
-                scored.append(await score(worker, model, tokens, asked))
+        scored, scoring = [], model.engine.adapted(asked.adapter)
+        for tokens, _ in prompts if asked.scores_prompts else ():
+            if await request.is_disconnected():
+                return gone()
+            top = asked.options.logprobs or 0
+            scored.append(await worker.call(partial(likeliest, scoring, tokens, top)))
         await run(partial(answer.begin, scored))
         exchange = Exchange(worker, answer, options.keep_alive)
         owner = getattr(request.state, "owner", "")
-        tickets = tickets_for(model, asked, prepared, owner, exchange, state.metrics)
+        tickets = tickets_for(model, asked, prompts, owner, exchange, state.metrics)
         model.check_room(worker, len(tickets))  # others have come meanwhile
         exchange.start(tickets, stack.pop_all())
     if asked.stream:
@@ -88,31 +86,16 @@ async def beside(function: Callable[[], T]) -> T:
     return await asyncio.to_thread(function)
 
 
-def prepare(model: Model, asked: Asked) -> list[tuple[list[int], int]]:
-    """Return the ids of each prompt and how many tokens may follow."""
-    return [tokens_of(model.engine, prompt, asked) for prompt in asked.prompts]
-
-
-async def score(
-    worker: Worker, model: Model, tokens: list[int], asked: Asked
-) -> list[TokenLogprobs]:
-    """Return the log probabilities of a prompt's tokens after the first, between two steps."""
-    engine, top = model.engine.adapted(asked.adapter), asked.options.logprobs or 0
-    if len(tokens) < 2:
-        return []
-    return await worker.call(partial(likeliest, engine, tokens, top))
-
-
 def tickets_for(
     model: Model,
     asked: Asked,
-    prepared: Sequence[tuple[list[int], int]],
+    prompts: Sequence[tuple[list[int], int]],
     owner: str,
     exchange: Exchange,
     metrics: Metrics,
 ) -> list[Ticket]:
     """Return a ticket for each choice; those of one prompt have streams of one seed."""
-    requests = asked.requests(prepared, model.engine.chat_sampling, new_seed())
+    requests = asked.requests(prompts, model.engine.chat_sampling, new_seed())
 
     def sink(index: int) -> Sink:
         put = partial(exchange.inbox.put, index)

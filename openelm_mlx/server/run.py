@@ -113,8 +113,8 @@ def unsent(connection: Any) -> int:
 def make_server(
     names: Sequence[str],
     options: ServerOptions,
-    loading: ModelOptions | None = None,
-    running: EngineOptions | None = None,
+    loading: ModelOptions,
+    running: EngineOptions,
 ) -> Server:
     """Return a server of the models `names`, which loads them when it starts.
 
@@ -143,8 +143,8 @@ def make_server(
 def serve(
     names: Sequence[str],
     options: ServerOptions,
-    loading: ModelOptions | None = None,
-    running: EngineOptions | None = None,
+    loading: ModelOptions,
+    running: EngineOptions,
 ) -> int:
     """Serve the models `names` until a signal ends it; return the exit status.
 

@@ -36,7 +36,8 @@ def server_of(
     from openelm_mlx.server.run import make_server
 
     given = replace(ServerOptions(port=0), **options)
-    server = make_server([str(name) for name in names], given, loading, running)
+    how = loading or ModelOptions(), running or EngineOptions()
+    server = make_server([str(name) for name in names], given, *how)
     listening = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
