@@ -80,21 +80,16 @@ def run(args: argparse.Namespace) -> int:
     check_writable(target, "-o")
     if target.exists() and not target.is_file():
         raise OptionError(f"-o {target} is not a regular file; give another name")
-    from openelm_mlx.server.batch_file import Input, answers_in, remove_parts
+    from openelm_mlx.server.batch_file import Input, Output, answers_in, mark_of, remove_parts
 
     with Waiting(f"reading {source}"):
         lines = Input(source)
         if target.exists() and os.path.samefile(source, target):
             raise OptionError(f"-o {target} has the requests themselves; give another name")
-        found = answers_in(target, lines, args.model)
-    if found is not None:
-        remove_parts(target)
-        print(f"{target} is complete: {counted(*found)}", file=sys.stderr)
-        return int(found[1] > 0)
+        answers_in(target, lines)
     engine, draft = load_model(args.model, args), load_draft(args)
     from openelm_mlx.engine.prompt_cache import PromptCache, fingerprint
     from openelm_mlx.engine.scheduler import BatchEngine
-    from openelm_mlx.server.batch_file import Output
     from openelm_mlx.server.batch_run import AHEAD, Batch
 
     head = {
@@ -102,14 +97,20 @@ def run(args: argparse.Namespace) -> int:
         "input": lines.sha256,
         "model": args.model,
         "weights": fingerprint(engine),
+        "sampling": str(engine.chat_sampling),
         "options": {**asdict(running), **{k: str(v) for k, v in asdict(loading).items()}},
     }
+    mark = mark_of(head)
+    if (found := answers_in(target, lines, mark)) is not None:
+        remove_parts(target)
+        print(f"{target} is complete: {counted(*found)}", file=sys.stderr)
+        return int(found[1] > 0)
     rank, ranks, meet = launched()
     output = Output(target, lines, head, rank)
     meet(target)
     cache, waiting = PromptCache(rows.cache_mb << 20), AHEAD * rows.slots
     shared: Any = {"draft": draft, "prompt_cache": cache, "max_waiting": waiting}
-    batch = Batch(engine, args.model, BatchEngine(engine, rows.slots, running, **shared))
+    batch = Batch(engine, args.model, BatchEngine(engine, rows.slots, running, **shared), mark)
     dealt = array("q", lines.dealt(rank, ranks))
     left = array("q", (index for index in dealt if not output.done[index]))
     who = "" if ranks == 1 else f"process {rank + 1} of {ranks}: "

@@ -107,10 +107,6 @@ class Input:
         place = bisect_left(self.numbers, number)
         return place if place < len(self) and self.numbers[place] == number else None
 
-    def is_of(self, index: int, custom_id: Any) -> bool:
-        """Return whether a line has this custom_id, or None if it has none."""
-        return name_of({"custom_id": custom_id}, self.numbers[index]) == self._names[index]
-
     def dealt(self, rank: int, ranks: int) -> Iterator[int]:
         """Yield the indices of the lines of one process: each gets about as much work."""
         size = max(1, min(BLOCK, len(self) // (8 * ranks)))
@@ -305,37 +301,39 @@ def remove_parts(target: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def answers_in(target: Path, source: Input, model: str) -> tuple[int, int] | None:
+def mark_of(head: dict[str, Any]) -> str:
+    """Return what the `request_id` of each answer begins with: it stands for the batch."""
+    return f"batch_{sha256(json.dumps(head).encode()).hexdigest()[:16]}_"
+
+
+def answers_in(target: Path, source: Input, mark: str | None = None) -> tuple[int, int] | None:
     """Return how many answers a finished target has, and how many are errors.
 
-    None if there is no such file. Raises `OptionError` if it has anything else than the answers
-    of `model` to these lines.
+    None if there is no such file. Raises `OptionError` if it has anything else than an answer to
+    each line, or those of another batch than the one with this mark.
     """
     if not target.exists() or not target.stat().st_size:
         return None
     failed = 0
     with open(target, "rb") as file:
-        for index in range(len(source) + 1):
-            line = file.readline()
-            if index == len(source) and not line:
-                return index, failed
-            status = status_of(loosely(line), index, source, model)
+        for number in source.numbers:
+            status = status_of(loosely(file.readline()), number, mark)
             if status is None:
                 break
             failed += status != 200
-    what = f"{target} exists, and is not what {model} answered to {source.path}"
-    raise OptionError(f"{what}; give another -o, or remove it")
+        else:
+            if not file.readline():
+                return len(source), failed
+    what = f"{target} exists, and is not what this model with these options answers to"
+    raise OptionError(f"{what} {source.path}; give another -o, or remove it")
 
 
-def status_of(found: Any, index: int, source: Input, model: str) -> int | None:
-    """Return the status of an answer, None if it is not one of `model` to this line."""
-    if index == len(source) or not isinstance(found, dict):
+def status_of(found: Any, number: int, mark: str | None) -> int | None:
+    """Return the status of an answer, None if it is not one to this line."""
+    response = found.get("response") if isinstance(found, dict) else None
+    if not isinstance(response, dict) or found.get("id") != f"{ID}{number}":
         return None
-    response = found.get("response")
-    if found.get("id") != f"{ID}{source.numbers[index]}" or not isinstance(response, dict):
+    if mark is not None and response.get("request_id") != f"{mark}{number}":
         return None
-    if not source.is_of(index, found.get("custom_id")):
-        return None
-    status, body = response.get("status_code"), response.get("body")
-    answered = status == 200 and isinstance(body, dict) and body.get("model") == model
-    return status if isinstance(status, int) and (answered or status != 200) else None
+    status = response.get("status_code")
+    return status if isinstance(status, int) else None

@@ -65,6 +65,7 @@ class Line:
     """One line on its way: its answer as far as it has come, or the error that ended it."""
 
     number: int
+    mark: str = ID
     custom_id: str | None = None
     answer: Any = None  # an Answer; None if there is an error before it
     error: ApiError | None = None
@@ -77,17 +78,17 @@ class Line:
         return Result(self._text(200, self.answer.whole()), False, prompt, cached, new)
 
     def _text(self, status: int, body: dict[str, Any]) -> str:
-        name = f"{ID}{self.number}"
-        response = {"status_code": status, "request_id": name, "body": body}
-        line = {"id": name, "custom_id": self.custom_id, "response": response, "error": None}
-        return json.dumps(line)
+        asked = f"{self.mark}{self.number}"
+        response = {"status_code": status, "request_id": asked, "body": body}
+        line = {"id": f"{ID}{self.number}", "custom_id": self.custom_id}
+        return json.dumps({**line, "response": response, "error": None})
 
 
 class Batch:
-    """Runs lines in a scheduler; `model` is the name that a body may give."""
+    """Runs lines in a scheduler; `model` is the name that a body may give, `mark` the batch's."""
 
-    def __init__(self, engine: Engine, model: str, scheduler: BatchEngine) -> None:
-        self.engine, self.model, self.scheduler = engine, model, scheduler
+    def __init__(self, engine: Engine, model: str, scheduler: BatchEngine, mark: str = ID) -> None:
+        self.engine, self.model, self.scheduler, self.mark = engine, model, scheduler, mark
         self.most = AHEAD * scheduler.slots
         self._running: dict[int, tuple[Line, int]] = {}  # by the scheduler's number
 
@@ -135,7 +136,7 @@ class Batch:
     ) -> Iterator[tuple[Line, int, Request | None]]:
         """Yield the requests of each line, with the index of the choice; None if there is none."""
         for number, raw, again in lines:
-            line, requests = Line(number), list[Request]()
+            line, requests = Line(number, self.mark), list[Request]()
             try:
                 requests = self._requests(line, raw, again)
             except (ApiError, OpenELMError) as error:

@@ -54,6 +54,19 @@ def test_ctrl_c_keeps_what_has_ended_and_the_same_command_goes_on(tmp_path, caps
     assert capsys.readouterr().err == f"{target} is complete: 7 lines, 1 of them errors\n"
 
 
+def test_answers_to_other_requests_or_of_other_options_are_not_the_batch(tmp_path, capsys):
+    """The custom_ids are the same, so only the answers' mark tells."""
+    source, target = write(tmp_path / "in.jsonl", LINES[:1]), tmp_path / "out"
+    assert run(source, "-o", target) == run(source, "-o", target) == 0
+    answer = target.read_text()
+    assert run(source, "-o", target, "--kv-bits", "8") == 2
+    write(source, [line("0", max_tokens=1)])
+    assert run(source, "-o", target) == 2
+    refused = f"{target} exists, and is not what this model with these options answers to {source}"
+    assert capsys.readouterr().err.count(f"{refused}; give another -o, or remove it") == 2
+    assert target.read_text() == answer
+
+
 def test_other_options_do_not_go_on(tmp_path, capsys, monkeypatch):
     source, target = write(tmp_path / "in.jsonl", LINES), tmp_path / "out"
     monkeypatch.setattr(batch, "finished", lambda output, report: 0)
@@ -66,7 +79,7 @@ def test_other_options_do_not_go_on(tmp_path, capsys, monkeypatch):
     ("output", "message"),
     [
         ("in.jsonl", "has the requests themselves; give another name"),
-        ("notes", "exists, and is not what openelm-tiny answered to"),
+        ("notes", "exists, and is not what this model with these options answers to"),
         ("folder", "cannot be written: it is a folder"),
         ("none/out", "cannot be written: its folder does not exist"),
         ("/dev/null", "-o /dev/null is not a regular file; give another name"),

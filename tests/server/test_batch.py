@@ -16,7 +16,7 @@ from openelm_mlx.benchmarks.checks import random_engine
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.prompts import prompt_tokens
 from openelm_mlx.errors import OptionError
-from openelm_mlx.server.batch_file import Input, Output, answers_in, part_of, parts_of
+from openelm_mlx.server.batch_file import ID, Input, Output, answers_in, mark_of, part_of, parts_of
 from openelm_mlx.server.batch_run import Batch, number_of
 
 HEAD = {"format": "test", "model": "openelm-tiny"}
@@ -145,7 +145,7 @@ def test_a_part_cut_anywhere_is_gone_on_with(small, folder, whole, tmp_path, sha
     assert again.join() == (45, 1)
     assert [stable(one) for one in read(target)] == whole
     assert parts_of(target) == []
-    assert answers_in(target, source, "openelm-tiny") == (45, 1)
+    assert answers_in(target, source, ID) == (45, 1)
 
 
 def test_processes_that_share_a_batch_give_what_one_gives(small, folder, whole, tmp_path):
@@ -253,9 +253,9 @@ def test_a_target_with_anything_else_is_refused(small, folder, whole, tmp_path):
     others = [["notes"], lines[:-1], [*lines, lines[-1]], [lines[1], lines[0], *lines[2:]]]
     for other in others:
         write(target, other)
-        with pytest.raises(OptionError, match="exists, and is not what openelm-tiny answered to"):
-            answers_in(target, source, "openelm-tiny")
+        with pytest.raises(OptionError, match="exists, and is not what this model with these"):
+            answers_in(target, source)
     write(target, lines)
-    with pytest.raises(OptionError, match="is not what 270m answered .*; give another -o, or rem"):
-        answers_in(target, source, "270m")
-    assert answers_in(target, source, "openelm-tiny") == (45, 1)
+    with pytest.raises(OptionError, match="options answers to .*in.jsonl; give another -o, or rem"):
+        answers_in(target, source, mark_of(HEAD))
+    assert answers_in(target, source) == answers_in(target, source, ID) == (45, 1)
