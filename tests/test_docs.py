@@ -38,7 +38,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 # Commands that are run elsewhere: by make and CI, or by nobody but the user.
-ELSEWHERE = ("make", "pip", "uv", "uvx", "pipx", "brew", "apt", ".", "man")
+ELSEWHERE = ("make", "pip", "uv", "uvx", "pipx", "brew", "apt", ".", "man", "haproxy")
 
 
 def console_lines(page: Path) -> list[str]:

@@ -51,6 +51,9 @@ def workshop(folder: Path) -> dict[str, Any]:
     mlx_lm_folder(folder / "my-adapter", OpenELMConfig.from_file(model / "config.json"))
     for name in ("tests", "examples"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "story-folder").mkdir()
+    (folder / "keys.txt").write_text("a-key\n", encoding="ascii")
+    (folder / "keys.txt").chmod(0o600)
     shutil.copy(
         next((ROOT / "benchmarks" / "results").glob("*-quick.json")), folder / "theirs.json"
     )
@@ -115,13 +118,22 @@ def called(words: list[str]) -> Any:
 
 
 def stand_in(root: str, tokenizer: Path) -> None:
-    """Let published names lead to this machine, and make published sizes small."""
+    """Let published names lead to this machine, and make published sizes small.
+
+    A server is made, and does not start.
+    """
     from openelm_mlx.benchmarks.measure import machine, weights
     from openelm_mlx.convert import fetch as catalog
     from openelm_mlx.convert import verify
     from openelm_mlx.convert.quantize import calibrate, losses
     from openelm_mlx.engine import hub
+    from openelm_mlx.server import run as server
 
+    def made(*given: Any) -> int:
+        """Make a server, which refuses what it cannot do, and start nothing."""
+        return int(server.make_server(*given) is None)
+
+    server.serve = made
     catalog.ROOT = root
     yaml = tokenizer.with_name("config.yaml").read_text(encoding="utf-8")
     for name, entry in catalog.CATALOG.items():
