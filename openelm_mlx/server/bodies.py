@@ -51,7 +51,7 @@ CompletionPrompt = Annotated[
     Discriminator(kind_of_prompt),
 ]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-Id = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
+Id = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]  # one spelling for one token
 
 
 def like(options: type, name: str, **more: Any) -> Any:
@@ -182,8 +182,8 @@ class GenerationBody(SamplingBody):
         None, description="the format that the answer has: text, a JSON object, a JSON schema"
     )
     regex: str | None = likewise(GenerationOptions, "regex")
-    choices: Annotated[list[str], Field(fail_fast=True)] | None = likewise(
-        GenerationOptions, "choices"
+    choices: Annotated[list[str], Field(fail_fast=True)] | None = like(
+        GenerationOptions, "choices", ge=None, le=None, min_length=1
     )
 
 

@@ -68,11 +68,14 @@ def api_error(error: Exception, param: str | None = None, code: str | None = Non
     if isinstance(error, BusyError):
         retry = {"Retry-After": str(RETRY_SECONDS)}
         return ApiError(429, str(error), code=code or "queue_full", headers=retry)
+    message = str(error)
     if isinstance(error, OptionError):
-        word = str(error).partition(" ")[0]  # the option at fault is named first
-        param = param or FIELDS.get(word, word if word in NAMES else None)
+        word, _, rest = message.partition(" ")  # the option at fault is named first
+        if word in NAMES:
+            name = FIELDS.get(word, word)
+            param, message = param or name, f"{name} {rest}"
     if isinstance(error, OpenELMError):
-        return ApiError(400, str(error), param=param, code=code)
+        return ApiError(400, message, param=param, code=code)
     return ApiError(500, "the server failed with this request; its log says why")
 
 
