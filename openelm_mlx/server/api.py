@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from openelm_mlx import __version__
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import EngineOptions, ModelOptions, SamplingOptions
-from openelm_mlx.engine.prompts import prompt_tokens
+from openelm_mlx.engine.prompts import encode_messages
 from openelm_mlx.errors import OpenELMError, PromptError
 from openelm_mlx.server import answer_schemas as schemas
 from openelm_mlx.server.answers import ChatAnswer
@@ -204,16 +204,14 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
 
 
 def tokens_for(engine: Engine, body: TokenizeBody) -> dict[str, Any]:
-    """Return the ids of a body of /tokenize. Raises `ApiError`."""
-    text, field = body.prompt or "", "prompt" if body.messages is None else "messages"
-    try:
-        if body.add_special_tokens is False:
-            ids = engine.tokenizer.encode(text, bos=False)
-        else:
-            prompt = text if body.messages is None else messages_of(body.messages)
-            ids = prompt_tokens(engine, prompt)
-    except PromptError as error:
-        raise refused(str(error), field) from None
+    """Return the ids of a body of /tokenize, also of what no context holds. Raises `ApiError`."""
+    if body.prompt is not None:
+        ids = engine.tokenizer.encode(body.prompt, bos=body.add_special_tokens is not False)
+    else:
+        try:
+            ids = encode_messages(engine.tokenizer, messages_of(body.messages or ()))
+        except PromptError as error:
+            raise refused(str(error), "messages") from None
     limit = engine.config.max_context_length
     return {"tokens": ids, "count": len(ids), "context_length": limit}
 

@@ -135,3 +135,5 @@ def test_ids_and_text_come_back(http: httpx.Client, tiny: Engine):
     count = http.post("/tokenize", json={"messages": messages}).json()["count"]
     usage = http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
     assert count == usage["usage"]["prompt_tokens"]
+    long = http.post("/tokenize", json={"prompt": "a " * 2000}).json()
+    assert long["count"] == len(long["tokens"]) > long["context_length"]  # counted all the same
