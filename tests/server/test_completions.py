@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openapi_types import checked
+from openapi_types import checked, near
 
 from openelm_mlx import generate, stream_generate
 from openelm_mlx.engine.loading import Engine
@@ -35,13 +35,8 @@ def complete(http: httpx.Client, **body: Any) -> list[dict[str, Any]]:
         assert not any(one["finish_reason"] for one in own[:-1])
         for name, values in (choice["logprobs"] or {}).items():
             parts = [one["logprobs"][name] for one in own if one["logprobs"]]
-            assert sum(parts, []) == [near(value) for value in values]
+            assert sum(parts, []) == near(values)
     return whole
-
-
-def near(value: Any) -> Any:
-    """Return what equals a value but for rounding: the second answer has its prompt cached."""
-    return pytest.approx(value, abs=1e-4) if isinstance(value, float | dict) else value
 
 
 def test_an_echo_has_the_log_probabilities_of_the_prompt(http: httpx.Client, tiny: Engine):

@@ -23,8 +23,11 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def own() -> Iterator[httpx.Client]:
-    """A client of a server that no other test asks anything."""
+    """A client of a server that other files ask nothing; each series has got a sample."""
     with serving("openelm-tiny") as url, httpx.Client(base_url=url, timeout=SECONDS) as client:
+        for size, status in ((1, 200), (-1, 400)):
+            body = {"messages": ASKED, "max_tokens": size}
+            assert client.post(CHAT, json=body).status_code == status
         yield client
 
 
@@ -59,7 +62,7 @@ def test_numbers_are_those_of_the_answers(own: httpx.Client):
     again: dict[str, Any] = {
         "prompt": ["a b a b a b", "one two"],
         "prompt_lookup": 1,
-        "max_tokens": 60,
+        "max_tokens": 24,
     }
     lookup = {**again, "temperature": 0, "presence_penalty": 0, "frequency_penalty": 0}
     usages.append(own.post("/v1/completions", json=lookup).json()["usage"])
