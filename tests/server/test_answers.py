@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import httpx
-import pytest
 
 from openelm_mlx import generate
 from openelm_mlx.engine.loading import Engine
@@ -48,33 +47,3 @@ def test_chunks_add_up_to_the_answer(http: httpx.Client):
     assert texts[0] != texts[1]
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert chunks[-1]["usage"]["completion_tokens"] == body["usage"]["completion_tokens"] == 24
-
-
-def test_a_completion_continues_each_prompt(http: httpx.Client, tiny: Engine):
-    prompts = ["Once upon a time", "A dog"]
-    body = post(http, "/v1/completions", prompt=prompts, echo=True, **SAMPLED)
-    expected = [text + generate(tiny, text, **SAMPLED) for text in prompts]
-    assert [choice["text"] for choice in body["choices"]] == expected
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"foo": 1}, "foo is not supported here; leave it out"),
-        ({"tools": [{}]}, "tools is not supported here; leave it out"),
-        ({"max_tokens": 2000}, "the context holds 1024 together"),
-        ({"temperature": "hot"}, "temperature: Input should be a valid number"),
-    ],
-)
-def test_what_is_not_honoured_is_refused_by_name(
-    http: httpx.Client, fields: dict[str, Any], message: str
-):
-    answer = http.post("/v1/chat/completions", json={"messages": ASKED, **fields})
-    assert answer.status_code == 400
-    error = answer.json()["error"]
-    assert message in error["message"] and error["param"] == next(iter(fields))
-
-
-def test_neutral_fields_are_accepted(http: httpx.Client):
-    fields = {"tools": None, "store": False, "parallel_tool_calls": True, "max_tokens": 1}
-    assert post(http, "/v1/chat/completions", messages=ASKED, **fields)["choices"]

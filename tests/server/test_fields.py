@@ -80,6 +80,8 @@ def test_null_is_the_same_as_leaving_a_field_out(
 LIMITS = {"max_completion_tokens": 2, "max_tokens": 3}
 USER = {"role": "user"}
 WRONG: list[tuple[tuple[str, dict[str, Any]], dict[str, Any], str, str]] = [
+    (CHAT, {"foo": 1}, "foo", "foo is not supported here; leave it out"),
+    (CHAT, {"tools": [{}]}, "tools", "tools is not supported here; leave it out"),
     (CHAT, LIMITS, "max_tokens", "max_tokens and max_completion_tokens differ; give one"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs", "top_logprobs is given without logprobs"),
     (CHAT, {"stream_options": {}}, "stream_options", "is given without stream; leave it out"),
@@ -113,6 +115,7 @@ WRONG: list[tuple[tuple[str, dict[str, Any]], dict[str, Any], str, str]] = [
     (TEXT, {"prompt": [[1], [2, -1]]}, "prompt[1][1]", "greater than or equal to 0"),
     (TEXT, {"prompt": [4096]}, "prompt", "outside the vocabulary of 4096"),
     (TEXT, {"max_tokens": 1025}, "max_tokens", "the context holds 1024 together"),
+    (TEXT, {"temperature": "hot"}, "temperature", "valid number"),
     (TEXT, {"temperature": True}, "temperature", "valid number"),
     (RESPONSE, {"input": [{"type": "function_call"}]}, "input[0].role", "Field required"),
     (RESPONSE, {"previous_response_id": "resp_1"}, "previous_response_id", "not supported here"),
@@ -182,12 +185,12 @@ def test_models_are_described(http: httpx.Client):
 
 def test_the_openapi_has_every_body_and_fetches_nothing(http: httpx.Client, tiny: Engine):
     said = http.get("/openapi.json").json()
-    schemas = said["components"]["schemas"]
+    described = said["components"]["schemas"]
     for kind in (ChatBody, CompletionBody, ResponseBody):
         names = {field.alias or name for name, field in kind.model_fields.items()}
-        assert schemas[kind.__name__]["properties"].keys() == names | kind.NEUTRAL.keys()
-        assert schemas[kind.__name__]["additionalProperties"] is False
-    chat, text = (schemas[name]["properties"] for name in ("ChatBody", "CompletionBody"))
+        assert described[kind.__name__]["properties"].keys() == names | kind.NEUTRAL.keys()
+        assert described[kind.__name__]["additionalProperties"] is False
+    chat, text = (described[name]["properties"] for name in ("ChatBody", "CompletionBody"))
     assert chat["temperature"]["default"] == tiny.chat_sampling.temperature > 0
     assert text["temperature"]["default"] == 0 and "default" not in text["seed"]
     assert "HTTPValidationError" not in json.dumps(said)

@@ -25,7 +25,7 @@ CHAT = "/v1/chat/completions"
 def own() -> Iterator[httpx.Client]:
     """A client of a server that other files ask nothing; each series has got a sample."""
     with serving("openelm-tiny") as url, httpx.Client(base_url=url, timeout=SECONDS) as client:
-        for size, status in ((1, 200), (-1, 400)):
+        for size, status in ((2, 200), (-1, 400)):
             body = {"messages": ASKED, "max_tokens": size}
             assert client.post(CHAT, json=body).status_code == status
         yield client
