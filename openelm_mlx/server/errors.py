@@ -57,6 +57,13 @@ class ApiError(Exception):
         """The body as JSON."""
         return json.dumps(self.envelope)
 
+    def encoded(self, **more: str) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+        """Return the body and the headers of the answer, `more` among them, as ASGI has them."""
+        body = self.text.encode()
+        own = {"content-type": "application/json", "content-length": str(len(body))}
+        named = (own | self.headers | more).items()
+        return body, [(name.lower().encode(), value.encode()) for name, value in named]
+
 
 def api_error(error: Exception, param: str | None = None, code: str | None = None) -> ApiError:
     """Return what a client is told about an error.

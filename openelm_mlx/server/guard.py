@@ -271,11 +271,7 @@ def closing() -> ApiError:
 async def answer(error: ApiError, scope: Scope, headers: Headers, send: Send) -> None:
     """Send an error. A client that waits to be asked for its body gets no such word."""
     scope["state"]["error"] = error
-    body = error.text.encode()
-    own = {"Content-Type": "application/json", "Content-Length": str(len(body))} | error.headers
-    if headers.one("expect"):
-        own["Connection"] = "close"
-    raw = [(name.lower().encode(), value.encode()) for name, value in own.items()]
+    body, raw = error.encoded(**({"Connection": "close"} if headers.one("expect") else {}))
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
 

@@ -223,13 +223,8 @@ def refusing(error: ApiError) -> Any:
 
 def encoded(error: ApiError) -> tuple[bytes, list[tuple[bytes, bytes]]]:
     """Return body and headers of the last answer on a connection."""
-    body = error.text.encode()
-    own = {"content-type": "application/json", "content-length": str(len(body))} | error.headers
-    own |= {"connection": "close"}
-    return body, [
-        *USUAL,
-        *((name.lower().encode(), text.encode()) for name, text in own.items()),
-    ]
+    body, headers = error.encoded(Connection="close")
+    return body, [*USUAL, *headers]
 
 
 def head_too_large() -> ApiError:
