@@ -152,7 +152,10 @@ class Connection(HttpToolsProtocol):
         """Say nothing: a request that offers another protocol is answered in this one."""
 
     def refuse(self, error: ApiError) -> None:
-        """Answer a request that reaches no application, unless another one is being answered."""
+        """Answer what is no request, unless another one is being answered."""
+        begun = self.answering and (self.pipeline or self.cycle.response_started)
+        if self.answering and self.cycle.more_body and not begun:  # its body is what is wrong
+            self.cycle.disconnected = self.cycle.response_complete = True
         if not self.answering:
             body, headers = encoded(error)
             lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)

@@ -151,6 +151,7 @@ def test_what_is_not_http_is_refused(served: Served):
     for nonsense in (
         b"\x16\x03\x01\x02\x00\r\n\r\n",
         b"GET  HTTP/1.1\r\n\r\n",
+        head(b"/", more=JSON + b"Transfer-Encoding: chunked\r\n", method=b"POST") + b"no number",
     ):
         with connect(served.port) as connection:
             connection.sendall(nonsense)
