@@ -237,13 +237,18 @@ class LlamaServer:
         return " / ".join(lines[-3:]) or "it said nothing"
 
     def close(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        end(self.process)
         self.log.close()
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Ask a process to end, and kill it if it has not ended in 10 seconds."""
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def free_port() -> int:

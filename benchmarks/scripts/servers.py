@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Self
 
+from openelm_mlx.benchmarks.peers.llama_cpp import end, free_port
 from openelm_mlx.benchmarks.scripts.streams import HOST, Answer, Event, ask
 from openelm_mlx.errors import BenchmarkError
 
@@ -54,12 +54,7 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        end(self.process)
         for pipe in (self.process.stdin, self.process.stdout, self.log):
             if pipe is not None:
                 pipe.close()
@@ -115,13 +110,6 @@ class Server(Process):
                 raise BenchmarkError(f"{self.name} is not ready after {START_LIMIT:g} seconds")
             await asyncio.sleep(PAUSE)
         raise self.failure()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Scheduler(Process):

@@ -28,7 +28,7 @@ class Terminal(io.StringIO):
 
     @property
     def screen(self) -> str:
-        """What can be read on it: colours are left out, and what was wiped."""
+        """The text that can be read on it, without colours and what was wiped."""
         plain = re.sub(r"\x1b\[[0-9;]*m", "", self.getvalue())
         return re.sub(r"[^\n]*\r\x1b\[2K", "", plain)
 

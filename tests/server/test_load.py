@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from openelm_mlx.benchmarks.peers.llama_cpp import free_port
 from openelm_mlx.benchmarks.scripts import serve_load
 from openelm_mlx.benchmarks.scripts.load_figures import SCHEMA, figures, lines
 from openelm_mlx.benchmarks.scripts.servers import (
@@ -19,7 +20,6 @@ from openelm_mlx.benchmarks.scripts.servers import (
     OURS,
     PEER,
     Process,
-    free_port,
     scheduler,
 )
 from openelm_mlx.benchmarks.scripts.streams import Answer, ask, ask_together
