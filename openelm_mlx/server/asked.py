@@ -118,7 +118,7 @@ def asked_of_response(body: ResponseBody) -> Asked:
         "input",
         (messages,),
         sampling_fields(body),
-        made(known, body),
+        made(known, body, "text.format"),
         body.max_output_tokens,
         None if body.max_output_tokens is None else "max_output_tokens",
         stream=bool(body.stream),
@@ -163,13 +163,18 @@ def asked(
     )
 
 
-def made(known: Mapping[str, Any], body: SamplingBody) -> GenerationOptions:
-    """Return the options that a body gives. Raises `ApiError` that names the field at fault."""
+def made(
+    known: Mapping[str, Any], body: SamplingBody, schema: str = "response_format"
+) -> GenerationOptions:
+    """Return the options that a body gives; `schema` is the field that has a JSON schema.
+
+    Raises `ApiError` that names the field at fault.
+    """
     try:
         SamplingOptions(**sampling_fields(body))
         return GenerationOptions(**{name: one for name, one in known.items() if one is not None})
     except OptionError as error:
-        raise api_error(error) from None
+        raise api_error(error, schema) from None
 
 
 def messages_of(messages: Sequence[Message | Item]) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from openelm_mlx.errors import BusyError, OpenELMError, OptionError
 
 RETRY_SECONDS = 1  # a row frees within about this time
 NAMES = {item.name for kind in (SamplingOptions, GenerationOptions) for item in fields(kind)}
-FIELDS = {"stop_tokens": "stop_token_ids", "json_schema": "response_format"}  # other names here
+FIELDS = {"stop_tokens": "stop_token_ids"}  # other names here
 TAGGED = ("response_format", "format")  # after these pydantic names the kind of an object
 # the type of an error by its status, where it is not that of a mistake in the request
 TYPES = {
@@ -65,8 +65,8 @@ class ApiError(Exception):
         return body, [(name.lower().encode(), value.encode()) for name, value in named]
 
 
-def api_error(error: Exception, param: str | None = None, code: str | None = None) -> ApiError:
-    """Return what a client is told about an error.
+def api_error(error: Exception, schema: str = "response_format") -> ApiError:
+    """Return what a client is told about an error; `schema` is the field that has a JSON schema.
 
     A user's mistake is 400, or 429 if all is busy; anything else is a fault of this program.
     """
@@ -74,15 +74,15 @@ def api_error(error: Exception, param: str | None = None, code: str | None = Non
         return error
     if isinstance(error, BusyError):
         retry = {"Retry-After": str(RETRY_SECONDS)}
-        return ApiError(429, str(error), code=code or "queue_full", headers=retry)
-    message = str(error)
+        return ApiError(429, str(error), code="queue_full", headers=retry)
+    param, message = None, str(error)
     if isinstance(error, OptionError):
         word, _, rest = message.partition(" ")  # the option at fault is named first
         if word in NAMES:
-            name = FIELDS.get(word, word)
-            param, message = param or name, f"{name} {rest}"
+            param = (FIELDS | {"json_schema": schema}).get(word, word)
+            message = f"{param} {rest}"
     if isinstance(error, OpenELMError):
-        return ApiError(400, message, param=param, code=code)
+        return ApiError(400, message, param=param)
     return ApiError(500, "the server failed with this request; its log says why")
 
 

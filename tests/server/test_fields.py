@@ -119,6 +119,8 @@ WRONG: list[tuple[tuple[str, dict[str, Any]], dict[str, Any], str, str]] = [
     (TEXT, {"temperature": True}, "temperature", "valid number"),
     (RESPONSE, {"input": [{"type": "function_call"}]}, "input[0].role", "Field required"),
     (RESPONSE, {"previous_response_id": "resp_1"}, "previous_response_id", "not supported here"),
+    (RESPONSE, {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "a"}}}},
+     "text.format", "text.format is '{\"type\": \"a\"}'; it cannot be followed"),
     (RESPONSE, {"store": True}, "store", "not supported here"),
     (RESPONSE, {"instructions": "a", "input": [{"role": "system", "content": "b"}]}, "input",
      "message 2 has the role 'system'"),
