@@ -171,6 +171,7 @@ def add_routes(app: FastAPI) -> None:
         503: {"model": schemas.HealthReply, "description": "a model is being loaded"}
     }
     app.get("/health", responses={**described(schemas.HealthReply), **busy})(health)
+    app.head("/health", include_in_schema=False)(health)  # as monitors ask
     app.get("/metrics", response_class=PlainTextResponse)(show)
     app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)(front_page)
 

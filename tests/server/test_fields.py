@@ -179,6 +179,12 @@ def test_unknown_models_and_addresses_have_the_envelope(http: httpx.Client):
         assert answer.status_code == status
 
 
+def test_a_monitor_may_ask_for_the_head_of_health_only(http: httpx.Client):
+    answer = http.head("/health")
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-length"] == http.get("/health").headers["content-length"]
+
+
 def test_models_are_described(http: httpx.Client):
     listed = checked(http.get("/v1/models"), schemas.ModelsReply)["data"]
     assert [one["id"] for one in listed] == ["openelm-tiny"]
