@@ -10,7 +10,7 @@ from typing import Any
 from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
 from openelm_mlx.errors import BusyError, OpenELMError, OptionError
 
-RETRY_SECONDS = 1  # a row frees within about this time
+RETRY = {"Retry-After": "1"}  # seconds; a row frees within about this time
 NAMES = {item.name for kind in (SamplingOptions, GenerationOptions) for item in fields(kind)}
 FIELDS = {"stop_tokens": "stop_token_ids"}  # other names here
 TAGGED = ("response_format", "format")  # after these pydantic names the kind of an object
@@ -73,8 +73,7 @@ def api_error(error: Exception, schema: str = "response_format") -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BusyError):
-        retry = {"Retry-After": str(RETRY_SECONDS)}
-        return ApiError(429, str(error), code="queue_full", headers=retry)
+        return ApiError(429, str(error), code="queue_full", headers=RETRY)
     param, message = None, str(error)
     if isinstance(error, OptionError):
         word, _, rest = message.partition(" ")  # the option at fault is named first

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.errors import OptionError
 from openelm_mlx.fields import shown
-from openelm_mlx.server.errors import ApiError
+from openelm_mlx.server.errors import RETRY, ApiError
 from openelm_mlx.server.options import ServerOptions, fits_key, is_address
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def too_large(most: int) -> ApiError:
 
 def closing() -> ApiError:
     """Return what a client is told while the server ends: another one may answer it."""
-    again = {"Retry-After": "1", "Connection": "close"}
+    again = {**RETRY, "Connection": "close"}
     return ApiError(
         503, "the server is shutting down; ask again", code="shutting_down", headers=again
     )

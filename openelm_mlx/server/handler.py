@@ -18,7 +18,7 @@ from openelm_mlx.evaluate.score import likeliest
 from openelm_mlx.server.answers import Answer
 from openelm_mlx.server.asked import Asked, prepared
 from openelm_mlx.server.bodies import SamplingBody
-from openelm_mlx.server.metrics import Metrics
+from openelm_mlx.server.metrics import CLIENT_LEFT, Metrics
 from openelm_mlx.server.models import Model
 from openelm_mlx.server.stream import Exchange
 from openelm_mlx.server.worker import Sink, Ticket
@@ -73,7 +73,7 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
 
 def gone() -> Response:
     """Return the response to a client that has left; it is for the log only."""
-    return Response(status_code=499)
+    return Response(status_code=CLIENT_LEFT)
 
 
 async def at_once(function: Callable[[], T]) -> T:

@@ -28,12 +28,11 @@ from openelm_mlx.engine.scheduler import BatchEngine
 from openelm_mlx.errors import BusyError, OpenELMError, OptionError
 from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.checkpoint import read_headers
-from openelm_mlx.server.errors import RETRY_SECONDS, ApiError
+from openelm_mlx.server.errors import RETRY, ApiError
 from openelm_mlx.server.options import ServerOptions
 from openelm_mlx.server.worker import Worker
 
 log = logging.getLogger("openelm.serve")
-RETRY = {"Retry-After": str(RETRY_SECONDS)}
 
 
 @dataclass(eq=False)

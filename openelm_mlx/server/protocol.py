@@ -14,7 +14,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from openelm_mlx.server.errors import ApiError
+from openelm_mlx.server.errors import RETRY, ApiError
 from openelm_mlx.server.guard import USUAL
 
 MOST_HEAD = 32_768  # bytes of a request's line and headers
@@ -237,7 +237,7 @@ def head_too_large() -> ApiError:
 
 def too_many() -> ApiError:
     what = "as many connections as this server takes are busy; ask again"
-    return ApiError(503, what, code="too_many_connections", headers={"Retry-After": "1"})
+    return ApiError(503, what, code="too_many_connections", headers=RETRY)
 
 
 def most_connections() -> int:
