@@ -71,7 +71,7 @@ class Client(threading.Thread):
         try:
             with httpx.Client(base_url=self.address, timeout=SECONDS) as http:
                 while not self.last:
-                    self.ask(http, sizes.randrange(1, 40))
+                    self.ask(http, sizes.randrange(1, 20))
         except (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError) as error:
             self.last = type(error).__name__
 
@@ -99,7 +99,7 @@ class Client(threading.Thread):
 @pytest.mark.parametrize("time_of", range(TIMES))
 def test_sigterm_under_load_cuts_no_answer(time_of: int):
     with process("--grace", "60") as server:
-        clients = [Client(server.address, number) for number in range(6)]
+        clients = [Client(server.address, number) for number in range(4)]
         for client in clients:
             client.start()
         for client in clients:
