@@ -244,3 +244,9 @@ def test_files_are_few_and_short():
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert len([path for path in files if ROOT / "tests" not in path.parents]) == 153
     assert not [path for path, length in lengths.items() if length > 350]
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """Without packages, pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
