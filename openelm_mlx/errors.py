@@ -35,7 +35,11 @@ class OptionError(OpenELMError):
 
 
 class PromptError(OpenELMError):
-    """A prompt is empty or too long for the context, or a conversation is out of order."""
+    """A prompt is empty or too long, or a conversation is out of order."""
+
+
+class ContextError(PromptError):
+    """A prompt has more tokens than the model's context holds."""
 
 
 class CacheError(OpenELMError):

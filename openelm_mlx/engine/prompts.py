@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from openelm_mlx.engine.tokenizer import StreamingDecoder, Tokenizer, as_id, check_text, spelling
-from openelm_mlx.errors import PromptError
+from openelm_mlx.errors import ContextError, PromptError
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
@@ -56,7 +56,7 @@ def prompt_tokens(
             raise PromptError(f"token id {wrong[0]} is outside the vocabulary of {size}")
     if len(tokens) > limit:
         what = f"the prompt has {len(tokens)} tokens; the model's context is {limit}"
-        raise PromptError(f"{what}. Shorten the prompt")
+        raise ContextError(f"{what}. Shorten the prompt")
     return tokens
 
 

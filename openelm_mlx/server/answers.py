@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,13 +37,13 @@ class Choice:
         return "".join(self.texts)
 
 
-class Answer:
+class Answer(ABC):
     """The answer to one body: the frames of its stream as events come, and the whole of it.
 
     `prompts` are the ids of each. A frame is one or more server-sent events as text.
     """
 
-    kind, chunk_kind, prefix = "", "", ""
+    kind, prefix = "", ""
 
     def __init__(
         self, asked: Asked, model: str, engine: Engine, prompts: Iterable[Sequence[int]]
@@ -51,9 +52,6 @@ class Answer:
         self.choices = [Choice(tokens) for tokens in prompts for _ in range(asked.n)]
         self._open = len(self.choices)
         self.id, self.created = f"{self.prefix}{uuid4().hex}", int(time.time())
-        head = {"id": self.id, "object": self.chunk_kind, "created": self.created, "model": model}
-        self._head = f'data: {json.dumps(head)[:-1]}, "choices": ['
-        self._tail = (', "usage": null' if asked.include_usage else "").join(("]", "}\n\n"))
         if asked.max_tokens == 0:
             self._open = 0
             for choice in self.choices:
@@ -64,8 +62,11 @@ class Answer:
         """True if every choice has ended."""
         return self._open == 0
 
-    def begin(self, scored: Sequence[Sequence[TokenLogprobs]]) -> None:
-        """Take the prompts in; `scored` has the log probabilities of their tokens, where asked."""
+    def begin(self, scored: Sequence[Sequence[TokenLogprobs]]) -> None:  # noqa: B027
+        """Take the prompts in; only an answer that echoes them does anything.
+
+        `scored` has the log probabilities of their tokens, where they are asked for.
+        """
 
     def take(self, index: int, event: Event) -> None:
         """Add an event to a choice."""
@@ -76,17 +77,6 @@ class Answer:
         if event.finish_reason is not None:
             choice.finish_reason, choice.stats = event.finish_reason, event.stats
             self._open -= 1
-
-    def whole(self) -> dict[str, Any]:
-        """Return the answer as one object."""
-        return {
-            "id": self.id,
-            "object": self.kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": [self.choice(index, one) for index, one in enumerate(self.choices)],
-            "usage": self.usage(),
-        }
 
     def counts(self) -> tuple[int, int, int]:
         """Return the tokens of prompts, of those found in the cache, and of answers.
@@ -99,45 +89,25 @@ class Answer:
         new = sum(one.generation_tokens for one in stats)
         return sum(len(choice.prompt) for choice in firsts), cached, new
 
-    def usage(self) -> dict[str, Any]:
-        """Return the numbers of tokens."""
-        prompt, cached, new = self.counts()
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": new,
-            "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
+    @abstractmethod
+    def whole(self) -> dict[str, Any]:
+        """Return the answer as one object."""
 
+    @abstractmethod
     def opening(self) -> list[str]:
         """Return the frames before the first event."""
-        return []
 
+    @abstractmethod
     def chunk(self, index: int, event: Event) -> str | None:
         """Return the frame of an event that was taken, None where it has nothing to show."""
-        if not event.text and event.logprob is None and event.finish_reason is None:
-            return None
-        reason = "null" if event.finish_reason is None else f'"{event.finish_reason}"'
-        delta = self.delta(index, event)
-        return f'{self._head}{{"index": {index}, {delta}, "finish_reason": {reason}}}{self._tail}'
 
+    @abstractmethod
     def closing(self) -> list[str]:
         """Return the frames after the last event."""
-        if not self.asked.include_usage:
-            return [DONE]
-        return [f'{self._head}], "usage": {json.dumps(self.usage())}}}\n\n', DONE]
 
+    @abstractmethod
     def failure(self, error: ApiError) -> str:
         """Return the frame that ends a stream with an error."""
-        return f"data: {error.text}\n\n"
-
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """Return a choice of the whole answer."""
-        raise NotImplementedError
-
-    def delta(self, index: int, event: Event) -> str:
-        """Return the members of a chunk's choice that an event fills, as JSON."""
-        raise NotImplementedError
 
     def details(self, events: Sequence[Event]) -> list[dict[str, Any]]:
         """Return tokens with their log probabilities in the form of chat."""
@@ -157,7 +127,63 @@ class Answer:
         }
 
 
-class ChatAnswer(Answer):
+class ChoicesAnswer(Answer):
+    """An answer of several choices, in the objects that chat and completions share."""
+
+    chunk_kind = ""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        head = {"id": self.id, "object": self.chunk_kind, "created": self.created}
+        self._head = f'data: {json.dumps({**head, "model": self.model})[:-1]}, "choices": ['
+        usage = ', "usage": null' if self.asked.include_usage else ""
+        self._tail = f"]{usage}}}\n\n"
+
+    def whole(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": self.kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": [self.choice(index, one) for index, one in enumerate(self.choices)],
+            "usage": self.usage(),
+        }
+
+    def usage(self) -> dict[str, Any]:
+        """Return the numbers of tokens."""
+        prompt, cached, new = self.counts()
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def chunk(self, index: int, event: Event) -> str | None:
+        if not event.text and event.logprob is None and event.finish_reason is None:
+            return None
+        reason = "null" if event.finish_reason is None else f'"{event.finish_reason}"'
+        delta = self.delta(index, event)
+        return f'{self._head}{{"index": {index}, {delta}, "finish_reason": {reason}}}{self._tail}'
+
+    def closing(self) -> list[str]:
+        if not self.asked.include_usage:
+            return [DONE]
+        return [f'{self._head}], "usage": {json.dumps(self.usage())}}}\n\n', DONE]
+
+    def failure(self, error: ApiError) -> str:
+        return f"data: {error.text}\n\n"
+
+    @abstractmethod
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """Return a choice of the whole answer."""
+
+    @abstractmethod
+    def delta(self, index: int, event: Event) -> str:
+        """Return the members of a chunk's choice that an event fills, as JSON."""
+
+
+class ChatAnswer(ChoicesAnswer):
     """The answer of /v1/chat/completions."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"

@@ -10,7 +10,7 @@ from typing import Any
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
 from openelm_mlx.engine.prompts import Prompt, prompt_tokens
-from openelm_mlx.errors import OptionError, PromptError
+from openelm_mlx.errors import ContextError, OptionError, PromptError
 from openelm_mlx.server.bodies import (
     ChatBody,
     CompletionBody,
@@ -213,8 +213,8 @@ def tokens_of(engine: Engine, prompt: Prompt, wanted: Asked) -> tuple[list[int],
     try:
         tokens = prompt_tokens(engine, prompt)
     except PromptError as error:
-        too_long = "context is" in str(error)
-        raise refused(str(error), wanted.field, OVERFLOW if too_long else None) from None
+        code = OVERFLOW if isinstance(error, ContextError) else None
+        raise refused(str(error), wanted.field, code) from None
     space = context - len(tokens) + 1
     if wanted.limit and wanted.max_tokens and wanted.max_tokens >= space:
         what = f"the prompt has {len(tokens)} tokens and the answer may have {wanted.max_tokens}"

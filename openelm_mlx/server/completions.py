@@ -13,7 +13,7 @@ from typing import Any
 from openelm_mlx.engine.prompts import decoder_after
 from openelm_mlx.engine.request import Event, TokenLogprobs
 from openelm_mlx.engine.tokenizer import StreamingDecoder, Tokenizer
-from openelm_mlx.server.answers import Answer, Choice, least
+from openelm_mlx.server.answers import Choice, ChoicesAnswer, least
 
 
 @dataclass
@@ -60,7 +60,7 @@ def listed(rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
     return {name: [row[column] for row in rows] for column, name in enumerate(names)}
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ChoicesAnswer):
     """The answer of /v1/completions."""
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl-"

@@ -139,7 +139,7 @@ def test_adapter_folders(change, write, configuration):
     folder = write(SCRATCH / write.__name__, TINY, ("ffn.proj_2", "embedding"))
     file = next(folder.glob("*.json" if configuration else "*.safetensors"))
     file.write_bytes(damaged(file.read_bytes(), change, 1 << 30))
-    adapter_survives(folder)
+    assert_adapter_survives(folder)
 
 
 SETTINGS = ["r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias"]
@@ -155,11 +155,11 @@ def test_any_setting_of_an_adapter(key, value, write):
     raw = json.loads(file.read_text())
     inner = raw.get("lora_parameters", {}) | {"scale" if key == "lora_alpha" else key: value}
     file.write_text(json.dumps(raw | {"lora_parameters": inner, key: value}))
-    adapter_survives(folder)
+    assert_adapter_survives(folder)
 
 
-def adapter_survives(folder):
-    """The adapter is merged, and applied beside the weights, or refused by name."""
+def assert_adapter_survives(folder):
+    """Assert that it is merged, and applied beside the weights, or refused by name."""
     with assert_survival(folder.name):
         everything(tiny_folder(), adapter_folder=folder)
     with assert_survival(folder.name):

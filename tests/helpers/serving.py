@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,19 @@ def server_of(
 
 def wait_until_ready(address: str) -> None:
     """Wait until the models of a server are loaded."""
-    bell = threading.Event()
-    for _ in range(int(SECONDS / 0.02)):
-        try:
-            if httpx.get(f"{address}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
+
+    def ready() -> bool:
+        with suppress(httpx.TransportError):
+            return httpx.get(f"{address}/health").status_code == 200
+        return False
+
+    wait_for(ready)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds. Raises `TimeoutError` after `SECONDS`."""
+    bell, last = threading.Event(), time.monotonic() + SECONDS
+    while not condition():
+        if time.monotonic() > last:
+            raise TimeoutError("what was waited for did not come")
         bell.wait(0.02)
-    raise TimeoutError(f"{address} is not ready")

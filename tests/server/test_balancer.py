@@ -23,7 +23,7 @@ import httpx
 import pytest
 from optional import find_haproxy
 from prometheus_client.parser import text_string_to_metric_families
-from serving import SECONDS, wait_until_ready
+from serving import SECONDS, wait_for, wait_until_ready
 
 from openelm_mlx import generate
 from openelm_mlx.engine.loading import Engine
@@ -86,15 +86,6 @@ class Server:
         wait_for(
             lambda: self.number("openelm_requests_total", endpoint="/health", status="200") > before
         )
-
-
-def wait_for(condition: Any) -> None:
-    bell = threading.Event()
-    for _ in range(int(SECONDS / 0.05)):
-        if condition():
-            return
-        bell.wait(0.05)
-    raise TimeoutError
 
 
 @contextmanager

@@ -5,15 +5,13 @@ from __future__ import annotations
 import io
 import re
 import sys
-import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr
 
 import httpx
 import pytest
 from fastapi import FastAPI
-from serving import SECONDS, server_of
+from serving import SECONDS, server_of, wait_for
 
 from openelm_mlx.server.live import PAUSE, Foot, live_line
 
@@ -56,15 +54,6 @@ def test_what_is_written_stands_above_the_line(terminal: Terminal):
     assert terminal.screen.endswith("\n" + "x" * 38 + "…")
     foot.show("")
     assert terminal.screen == written + " a line\n"
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    bell = threading.Event()
-    for _ in range(int(SECONDS / 0.02)):
-        if condition():
-            return
-        bell.wait(0.02)
-    raise TimeoutError
 
 
 def test_the_line_says_what_runs_and_goes_when_nothing_does(terminal: Terminal):
