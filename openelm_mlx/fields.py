@@ -43,6 +43,8 @@ def check_fields(options: Any) -> None:
     """
     for item in fields(options):
         given = getattr(options, item.name)
+        if given is item.default:  # the defaults are in the types of their annotations
+            continue
         value = as_annotated(str(item.type), given)
         if value is UNFIT or not within(item, value):
             if "choices" in item.metadata and isinstance(given, tuple) and value is not UNFIT:

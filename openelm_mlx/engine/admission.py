@@ -37,9 +37,8 @@ SHARED = 64  # tokens from which on a common beginning is worth waiting for
 class Pace:
     """How many prompt tokens a step may prefill beside running rows.
 
-    They may about triple the time of a step. How long that is depends on device, weights and rows,
-    so the number follows the times of steps with and without prompt tokens. It does not change any
-    token.
+    They may about triple the time of a step. That depends on device, weights and rows, so the
+    number follows the times of steps with and without prompt tokens. It changes no token.
     """
 
     LEAST, FIRST = 4, 32
@@ -53,7 +52,7 @@ class Pace:
         """Learn how long a step took that prefilled so many tokens."""
         if not prefilled:
             self._plain.append(seconds)
-        elif self._plain:
+        elif self._plain and prefilled < 2 * self.tokens:  # not a whole chunk
             ratio = seconds / median(self._plain)
             if ratio > self.SLOW:
                 self.tokens = max(self.LEAST, self.tokens * 3 // 4)
@@ -119,15 +118,13 @@ class Admission:
         columns = max(1, min(self.chunk, PASS_TOKENS // count, budget // count))
         end = min(start + columns, self.longest)
         tokens, model = self._padded[:, start:end], self.engine.model
-        if count == 1:  # of one prompt only the last position goes through the last layer's FFN
-            hidden = model.hidden(tokens, self.cache, last=True)
-            if end == self.longest:
-                self._last[0] = hidden[0]
-        else:
-            hidden = model.hidden(tokens, self.cache)
-            for row, prompt in enumerate(self._prompts):
-                if start < len(prompt) <= end:
-                    self._last[row] = hidden[row, len(prompt) - 1 - start]
+        # of each prompt only the last position goes through the last layer's FFN
+        ends = [len(prompt) - 1 - start for prompt in self._prompts]
+        last = True if count == 1 else mx.array([min(max(0, at), end - start - 1) for at in ends])
+        hidden = model.hidden(tokens, self.cache, last)
+        for row, at in enumerate(ends):
+            if 0 <= at < end - start:
+                self._last[row] = hidden[row]
         self._done = end
         mx.eval(list(self._last.values()), self.cache.arrays)  # hidden states of the ends alone
         for one in self.requests:
@@ -218,15 +215,12 @@ class Queue:
         self.waiting.append(request)
         return self._numbers
 
-    def admit(self, free: int, idle: bool, events: list[tuple[int, Event]]) -> int:
-        """Prefill a bounded number of prompt tokens, and draw the first token of complete prompts.
+    def admit(self, free: int, running: int, events: list[tuple[int, Event]]) -> int:
+        """Prefill a bounded number of prompt tokens, draw the first token of complete prompts.
 
-        There are `free` rows; `idle` says that no row runs. Events are appended. Return the number
-        of tokens.
+        Events are appended. Return the number of tokens. `free` and `running` count rows.
         """
-        allowed = self.pace.tokens if self.limit is None else self.limit
-        if idle:
-            allowed = max(allowed, self.chunk)  # nobody waits for the rows
+        allowed = self._allowed(free, running)
         budget = allowed
         while budget > 0:
             admission = self._admission or self.begin(free - len(self.joining), budget)
@@ -240,6 +234,20 @@ class Queue:
                 self._admission, self.joining = None, self.joining + joining
                 self._hand_out(joining, drawn, events)
         return allowed - budget
+
+    def _allowed(self, free: int, running: int) -> int:
+        """Return how many prompt tokens a step may prefill.
+
+        Where more requests can join than run, those that run wait for a whole chunk: a step costs
+        nearly the same for few rows as for many.
+        """
+        begun = len(self._admission.requests) if self._admission else 0
+        if not running:
+            return max(self.limit or self.pace.tokens, 2 * self.chunk)
+        if self.limit is not None:
+            return self.limit
+        coming = min(free, len(self.waiting) + begun)
+        return max(self.pace.tokens, self.chunk if coming > running else 0)
 
     def begin(self, free: int, budget: int) -> Admission | None:
         """Begin the admission of what is at the head of the queue, if a row is free for it."""
@@ -268,10 +276,10 @@ class Queue:
 
     def cancel(self, number: int) -> bool:
         """Drop a request; return False if it is not here."""
-        for request, cache in self.joining:
-            if request.number == number:
-                self.joining = [pair for pair in self.joining if pair[0] is not request]
-                keep(self.store, request, cache)
+        for pair in self.joining:
+            if pair[0].number == number:
+                self.joining.remove(pair)
+                keep(self.store, *pair)
                 return True
         for request in self._admission.requests if self._admission else []:
             if request.number == number:
@@ -302,8 +310,13 @@ class Queue:
 
 
 def keep(store: PromptCache | None, request: Request, cache: KVCache | None) -> None:
-    """Give the prefix cache what a request leaves, under the weights that it began with."""
+    """Give the prefix cache what a request leaves, under the weights that it began with.
+
+    A short sequence leaves the block that it did not fill to the next one.
+    """
     if store is not None and cache is not None and cache.can_trim(0):
+        if 2 * cache.kind.layout.slots_for(cache.offset, 1) <= cache.capacity:
+            cache = cache.prefix(cache.offset) or cache
         store.put(request.weights, request.known[: cache.offset], cache, request.owner)
 
 

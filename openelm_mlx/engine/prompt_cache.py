@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
 
 FORMAT = "openelm-mlx prompt cache 4"
+LEAST = 2  # tokens that are worth a copy: <s> alone, which all have, is as soon computed again
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +97,7 @@ class PromptCache:
         """Return a cache with a beginning of `tokens`, and how many of them, or None.
 
         It is the longest beginning that any entry can give, but never all of `tokens`: one must be
-        run for its logits.
+        run for its logits. One token is not worth a copy.
 
             stored  [1, 5, 9]  [1, 5, 9, 4, 2]
             tokens  [1, 5, 9, 4, 7]             -> a copy of the second entry's first 4
@@ -114,6 +115,8 @@ class PromptCache:
         ]
         found.sort(key=itemgetter(0, 1, 2), reverse=True)  # of equals one that need not be copied
         for common, entire, _, entry in found:
+            if not entire and common < LEAST:
+                continue
             cache = entry.cache if entire else entry.cache.prefix(common)
             if cache is not None:
                 with suppress(ValueError):  # it may have moved, or gone, since it was found

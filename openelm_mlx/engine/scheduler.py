@@ -56,8 +56,9 @@ class BatchEngine:
     it.
 
     While sequences run, a step prefills at most `admission` tokens of waiting prompts, so a long
-    prompt does not stall the others; by default as many as triple the time of a step, about. Raises
-    `OptionError`, and `CacheError` for a cache that the model cannot have.
+    prompt does not stall the others; by default as many as triple the time of a step, about, or a
+    whole chunk if more sequences could join than run. Raises `OptionError`, and `CacheError` for a
+    cache that the model cannot have.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ class BatchEngine:
             for lane in lanes:
                 lane.arrange()
             rows = self._running
-            prefilled = self._queue.admit(self.slots - rows, not rows, self._events)
+            prefilled = self._queue.admit(self.slots - rows, rows, self._events)
             for lane in lanes:
                 if lane.live():
                     lane.advance()

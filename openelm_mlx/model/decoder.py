@@ -217,8 +217,12 @@ class DecoderLayer(nn.Module):
         self.attn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
         self.ffn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, shared: Pass, cache: Cache, last: bool = False) -> mx.array:
-        x = self.attn(self.attn_norm(x), x, shared, cache, last)
+    def __call__(
+        self, x: mx.array, shared: Pass, cache: Cache, last: bool | mx.array = False
+    ) -> mx.array:
+        x = self.attn(self.attn_norm(x), x, shared, cache, last is True)
+        if isinstance(last, mx.array):
+            x = x[mx.arange(shared.batch) * shared.length + last]
         return self.ffn(self.ffn_norm(x), x)
 
 
@@ -248,14 +252,18 @@ class OpenELM(nn.Module):
         return self.transformer.layers
 
     def hidden(
-        self, tokens: mx.array, cache: KVCache | list[Any] | None = None, last: bool = False
+        self,
+        tokens: mx.array,
+        cache: KVCache | list[Any] | None = None,
+        last: bool | mx.array = False,
     ) -> mx.array:
         """Return the hidden states after the last norm, [batch, length, model_dim], of token ids.
 
         The ids are [batch, length], or [batch] for one token each. With `last`, the result has the
-        last position only, [batch, model_dim], and the last layer computes no other. `cache` is a
-        `KVCache`, or a list with an entry for each layer, ours or mlx-lm's. Raises `CacheError` for
-        a cache with another number of layers.
+        last position only, [batch, model_dim], and the last layer computes no other; an array
+        [batch] says which position of each row is the last. `cache` is a `KVCache`, or a list with
+        an entry for each layer, ours or mlx-lm's. Raises `CacheError` for a cache with another
+        number of layers.
         """
         caches = as_caches(cache, len(self.layers))
         batch, length = tokens.shape if tokens.ndim == 2 else (tokens.size, 1)
@@ -265,9 +273,9 @@ class OpenELM(nn.Module):
         shared = Pass(batch, length, rotation, caches[0].mask(length))
         x = self.transformer.token_embeddings(tokens.reshape(-1))
         for layer, layer_cache in zip(self.layers, caches, strict=True):
-            x = layer(x, shared, layer_cache, last and layer is self.layers[-1])
+            x = layer(x, shared, layer_cache, last if layer is self.layers[-1] else False)
         x = self.transformer.norm(x)
-        return x if last else x.reshape(batch, length, -1)
+        return x.reshape(batch, length, -1) if last is False else x
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the logits [..., vocab] of hidden states [..., model_dim].

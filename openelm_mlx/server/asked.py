@@ -74,7 +74,7 @@ class Asked:
             own: Any = {"adapter": self.adapter, "prompt_lookup": self.lookup or 0}
             options = replace(self.options, max_tokens=most, **own)
             for stream in range(self.n):
-                yield tokens, replace(sampling, stream=stream), options
+                yield tokens, replace(sampling, stream=stream) if stream else sampling, options
 
 
 def asked_of_chat(body: ChatBody) -> Asked:

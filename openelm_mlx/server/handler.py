@@ -58,11 +58,11 @@ async def answered(
         owner = getattr(request.state, "owner", "")
         tickets = tickets_for(model, asked, prompts, owner, exchange, state.metrics)
         model.check_room(worker, len(tickets))  # others have come meanwhile
-        exchange.start(tickets, stack.pop_all())
+        exchange.start(tickets, stack.pop_all(), request.receive)
     if asked.stream:
         await exchange.accepted()
         return Streamed(exchange)
-    whole = await exchange.whole(request.receive)
+    whole = await exchange.whole()
     return gone() if whole is None else json_response(whole)
 
 

@@ -16,6 +16,7 @@ HEADERS = [
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # nginx would hold chunks back
 ]
+HEADERS_AFTER = 0.1  # seconds that headers wait for a first token
 
 
 class Inbox:
@@ -68,6 +69,17 @@ class Inbox:
             self._wake()
         self._timer = self._loop.call_at(self._latest + self.patience, self._look)
 
+    @property
+    def _news(self) -> bool:
+        return bool(self._items) or self._error is not None or self._left
+
+    async def filled(self, seconds: float) -> bool:
+        """Wait for anything that ends `get`; return False if nothing came within the seconds."""
+        if not self._news:
+            self._reader = self._loop.create_future()
+            await asyncio.wait((self._reader,), timeout=seconds)
+        return self._news
+
     async def get(self) -> list[tuple[int, list[Event]]]:
         """Wait for events and return all there are; nothing if none came for too long.
 
@@ -75,7 +87,7 @@ class Inbox:
         """
         if self._timer is None:
             self._look()
-        if not self._items and self._error is None and not self._left:
+        if not self._news:
             self._reader = self._loop.create_future()
             await self._reader
         if self._left:
@@ -96,21 +108,24 @@ class Exchange:
         self.worker, self.answer = worker, answer
         self.inbox, self.tickets = Inbox(keep_alive), list[Ticket]()
 
-    def start(self, tickets: list[Ticket], ending: ExitStack) -> None:
+    def start(self, tickets: list[Ticket], ending: ExitStack, receive: Any) -> None:
         """Submit the requests, one for each choice; `ending` is closed when the answer ends."""
         self.tickets, self.ending = tickets, ending
+        self.watcher = asyncio.ensure_future(self.watch(receive))
         for ticket in tickets:
             self.worker.submit(ticket)
 
     async def accepted(self) -> None:
-        """Wait until the engine has taken the requests, or a comment would be due.
+        """Wait for the first events, but not long: then until the engine has taken the requests.
 
         Raises the error that it has with them, which then is one of the response, not of a stream.
+        To send the headers at once would take time from a short prefill.
         """
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.inbox.patience):
-                    await self.worker.call(lambda: None)  # calls are made in their order
+                    if self.tickets and not await self.inbox.filled(HEADERS_AFTER):
+                        await self.worker.call(lambda: None)  # calls are made in their order
             self.inbox.check()
         except BaseException:
             self.stop()
@@ -118,6 +133,7 @@ class Exchange:
 
     def stop(self) -> None:
         """End what still runs."""
+        self.watcher.cancel()
         self.inbox.close()
         for ticket in self.tickets:
             self.worker.cancel(ticket)
@@ -129,9 +145,8 @@ class Exchange:
             pass
         self.inbox.leave()
 
-    async def whole(self, receive: Any) -> dict[str, Any] | None:
+    async def whole(self) -> dict[str, Any] | None:
         """Wait for the whole answer; None if the client has left."""
-        watcher = asyncio.ensure_future(self.watch(receive))
         try:
             while not self.answer.done:
                 for index, events in await self.inbox.get():
@@ -141,12 +156,10 @@ class Exchange:
         except ClientLeft:
             return None
         finally:
-            watcher.cancel()
             self.stop()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the answer as server-sent events; this is the ASGI application of a response."""
-        watcher = asyncio.ensure_future(self.watch(receive))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             await send(body_of(self.answer.opening()))
@@ -167,7 +180,6 @@ class Exchange:
             scope.setdefault("state", {})["error"] = error
             await send(body_of([self.answer.failure(api_error(error))], more=False))
         finally:
-            watcher.cancel()
             self.stop()
 
     def _frame(self, index: int, event: Event) -> str | None:

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import perf_counter, sleep
 from typing import Any, TypeVar
 
 from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
@@ -23,8 +24,9 @@ from openelm_mlx.server.errors import ApiError
 
 T = TypeVar("T")
 Sink = Callable[[list[Event] | Exception], None]
-TOGETHER, TOGETHER_AT_MOST = 0.001, 0.05  # seconds
+TOGETHER, TOGETHER_AT_MOST = 0.0001, 0.05  # seconds
 ROUNDS = 8  # of the event loop, in which a request that has arrived comes to the worker
+PAUSE = 0.0003  # seconds without the interpreter's lock, for a first token to be sent
 log = logging.getLogger("openelm.serve")
 
 
@@ -153,13 +155,13 @@ class Worker:
     async def _begin(self) -> None:
         """Take the first turn after a rest, once nothing has come for `TOGETHER` seconds.
 
-        Requests that come together are prefilled together; what comes after a first step waits for
-        it, and is then admitted little by little.
+        Requests that come together are prefilled together, and equal ones get equal times. The
+        pause is one of the whole thread, so that a client beside it can go on sending.
         """
-        last, known = self._loop.time() + TOGETHER_AT_MOST, 0
-        while known < len(self._calls) and self._loop.time() < last:
+        known, last = 0, perf_counter() + TOGETHER_AT_MOST
+        while known < len(self._calls) and perf_counter() < last:
             known = len(self._calls)
-            await asyncio.sleep(TOGETHER)
+            sleep(TOGETHER)  # a timer of the event loop would take a millisecond or two
             for _ in range(ROUNDS):
                 await asyncio.sleep(0)
         device.hand_over(self._turn)
@@ -205,6 +207,8 @@ class Worker:
             news += self._step(batch)
         if news:
             self._tell(self._deliver, news)
+            if any(not ticket.started for ticket, _ in news):
+                sleep(PAUSE)
         with self._lock:
             self._awake = again = any(self._running.values()) or bool(self._calls)
         if again:

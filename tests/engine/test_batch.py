@@ -106,6 +106,21 @@ def test_a_long_prompt_that_joins_stalls_nobody(engine, monkeypatch, admission):
     assert sum(read) == len(prompt) and max(read) == min(admission, len(prompt))
 
 
+@pytest.mark.parametrize("running, coming, together", [(1, 3, True), (2, 2, False), (0, 4, True)])
+def test_those_who_come_late_are_read_together_if_they_are_more(engine, running, coming, together):
+    """Else a few steps later, at the pace that suits the rows that run."""
+    batch = BatchEngine(engine, 4, compiled=False)
+    batch._queue.pace.tokens = 4
+    for seed in range(running):
+        batch.submit(PROMPTS[3], seed=seed, max_tokens=40, ignore_eos=True)
+    while running and not batch._running:
+        batch.step()
+    assert batch._queue.pace.tokens == 4
+    late = {batch.submit([1, *range(5 + k, 29 + k)], max_tokens=4) for k in range(coming)}
+    found = {number for number, _ in batch.step()}
+    assert (late <= found) == together and late.isdisjoint(found) != together
+
+
 def test_prompts_are_read_at_the_pace_of_the_device():
     """From any start, a step with prompt tokens comes to take about four times one without, as far
     as that can be.
@@ -120,6 +135,7 @@ def test_prompts_are_read_at_the_pace_of_the_device():
     pace = Pace()
     pace.learn(1.0, 0)
     pace.learn(1.1, 5)  # a prompt's last few tokens say nothing of more
+    pace.learn(9.0, 512)  # a whole chunk is no measure of what goes beside a step
     assert pace.tokens == Pace.FIRST
 
 

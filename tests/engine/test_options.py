@@ -5,7 +5,7 @@ ignored.
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -26,7 +26,7 @@ from openelm_mlx.engine.options import (
     with_overrides,
 )
 from openelm_mlx.errors import OptionError, reason
-from openelm_mlx.fields import nearest
+from openelm_mlx.fields import as_annotated, nearest, within
 
 REQUEST = (SamplingOptions, GenerationOptions)
 RUN = (*REQUEST, EngineOptions)
@@ -35,6 +35,15 @@ RUN = (*REQUEST, EngineOptions)
 def made(**settings):
     """The three options objects of a run."""
     return with_overrides(RUN, (None, None, None), settings)
+
+
+def test_defaults_are_in_the_types_of_their_annotations():
+    """`check_fields` takes them as they are."""
+    items = [item for kind in (*RUN, ConvertOptions) for item in fields(kind)]
+    for item in [item for item in items if item.default is not MISSING]:
+        value = as_annotated(str(item.type), item.default)
+        assert (type(value), value) == (type(item.default), item.default)
+        assert within(item, value)
 
 
 class Unhashable:

@@ -49,8 +49,9 @@ class Naive:
             count = 0
             while count < min(len(held), len(tokens) - 1) and held[count] == tokens[count]:
                 count += 1
-            if whose == who and count and (best is None or (count, count == len(held)) >= best[:2]):
-                best = count, count == len(held), index
+            rank = count, count == len(held)
+            if whose == who and rank >= (1, True) and (best is None or rank >= best[:2]):
+                best = *rank, index
         if best is None:
             return 0
         entry = self.entries.pop(best[2])
@@ -305,6 +306,16 @@ def test_a_batch_keeps_owners_apart(tiny, engine):
         while batch.busy:
             batch.step()
         assert store.tokens == [*begun, *encode("Once upon")[len(encode("Once")) :]]
+
+
+def test_what_a_short_answer_leaves_has_no_empty_block(engine):
+    """The block that a single row ran in is free for the next one."""
+    store = PromptCache()
+    generated(engine, TOKENS[:20], store)
+    (entry,) = store._entries
+    assert entry.cache.capacity == len(entry.tokens) < 128
+    again = generated(engine, [*entry.tokens, 7], store)
+    assert again == (generated(engine, [*entry.tokens, 7])[0], len(entry.tokens))
 
 
 def test_what_began_with_other_weights_is_not_found(tiny):

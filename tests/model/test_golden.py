@@ -39,6 +39,10 @@ def test_logits_equal_the_reference(name, tmp_path):
         parts = [model(tokens[:, i : i + chunk], cache) for i in range(0, tokens.shape[1], chunk)]
         assert distance(mx.concatenate(parts, axis=1)) < TOLERANCE
     assert distance(model.logits(model.hidden(tokens, last=True)), expected[:, -1]) < TOLERANCE
+    rows = np.arange(tokens.shape[0])
+    ends = tokens.shape[1] - 1 - rows  # of prompts of different lengths, padded at the end
+    logits = model.logits(model.hidden(tokens, last=mx.array(ends)))
+    assert distance(logits, expected[rows, ends]) < TOLERANCE
     cache = KVCache(model.args)
     model.hidden(tokens[:, :5], cache, last=True)
     assert distance(model(tokens[:, 5:], cache), expected[:, 5:]) < TOLERANCE
