@@ -118,7 +118,7 @@ def asked_of_response(body: ResponseBody) -> Asked:
         "input",
         (messages,),
         sampling_fields(body),
-        made(known, body, "text.format"),
+        made(known, "text.format"),
         body.max_output_tokens,
         None if body.max_output_tokens is None else "max_output_tokens",
         stream=bool(body.stream),
@@ -152,7 +152,7 @@ def asked(
         field,
         prompts,
         sampling_fields(body),
-        made(known, body),
+        made(known),
         most,
         limit,
         body.n or 1,
@@ -163,15 +163,12 @@ def asked(
     )
 
 
-def made(
-    known: Mapping[str, Any], body: SamplingBody, schema: str = "response_format"
-) -> GenerationOptions:
+def made(known: Mapping[str, Any], schema: str = "response_format") -> GenerationOptions:
     """Return the options that a body gives; `schema` is the field that has a JSON schema.
 
     Raises `ApiError` that names the field at fault.
     """
     try:
-        SamplingOptions(**sampling_fields(body))
         return GenerationOptions(**{name: one for name, one in known.items() if one is not None})
     except OptionError as error:
         raise api_error(error, schema) from None
@@ -202,8 +199,10 @@ def schema_of(wanted: Any) -> str | None:
 def prepared(engine: Engine, wanted: Asked) -> list[tuple[list[int], int]]:
     """Return the ids of each prompt, and how many tokens may follow.
 
-    Raises `ApiError` for a prompt that is wrong, or if the context does not hold it and the answer.
+    Raises `ApiError` for a prompt that is wrong, or if the context does not hold it and the answer,
+    and `OptionError` for an option of sampling that does nothing beside the others.
     """
+    wanted.sampling_for(engine.chat_sampling)
     return [tokens_of(engine, prompt, wanted) for prompt in wanted.prompts]
 
 

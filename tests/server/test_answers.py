@@ -35,6 +35,14 @@ def test_a_chat_is_answered_as_in_this_process(http: httpx.Client, tiny: Engine)
     assert body["choices"][0]["message"]["content"] == text
 
 
+def test_an_option_may_rest_on_the_models_own(http: httpx.Client, tiny: Engine):
+    asked = {**SAMPLED, "penalty_window": 2}  # of the penalties that the model has for chats
+    assert tiny.chat_sampling.penalised
+    body = post(http, "/v1/chat/completions", messages=ASKED, **asked)
+    text = generate(tiny, ASKED, tiny.chat_sampling, **asked)
+    assert body["choices"][0]["message"]["content"] == text
+
+
 def test_chunks_add_up_to_the_answer(http: httpx.Client):
     body = post(http, "/v1/chat/completions", messages=ASKED, n=2, **SAMPLED)
     usage = {"stream_options": {"include_usage": True}}
