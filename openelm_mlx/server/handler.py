@@ -25,6 +25,7 @@ from openelm_mlx.server.worker import Sink, Ticket
 
 T = TypeVar("T")
 LONG = 4096  # bytes of a body from which on its prompt is encoded beside the event loop
+WHILE = 0.1  # seconds after which it is worth a look whether the client has left
 
 
 async def answered(
@@ -33,7 +34,33 @@ async def answered(
     ask: Callable[[], Asked],
     kind: Callable[..., Answer],
 ) -> Response:
-    """Run what a body asks; return the response, or the one that streams it."""
+    """Run what a body asks; return the response, or the one that streams it.
+
+    The time limit counts from here, so that it holds where a model has to be loaded first.
+    """
+    worker, began = request.app.state.worker, asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout_at(began + worker.seconds):
+            exchange = await submitted(request, body, ask, kind, began)
+    except TimeoutError:
+        raise worker.late() from None
+    if exchange is None:
+        return gone()
+    if body.stream:
+        await exchange.accepted()
+        return Streamed(exchange)
+    whole = await exchange.whole()
+    return gone() if whole is None else json_response(whole)
+
+
+async def submitted(
+    request: Request,
+    body: SamplingBody,
+    ask: Callable[[], Asked],
+    kind: Callable[..., Answer],
+    began: float,
+) -> Exchange | None:
+    """Find the model of a body, and submit what it asks; return None if the client has left."""
     state = request.app.state
     models, worker, options = state.models, state.worker, state.options
     with ExitStack() as stack:
@@ -50,20 +77,19 @@ async def answered(
         scored, scoring = [], model.engine.adapted(asked.adapter)
         for tokens, _ in prompts if asked.scores_prompts else ():
             if await request.is_disconnected():
-                return gone()
+                return None
             top = asked.options.logprobs or 0
             scored.append(await worker.call(partial(likeliest, scoring, tokens, top)))
         await run(partial(answer.begin, scored))
         exchange = Exchange(worker, answer, options.keep_alive)
         owner = getattr(request.state, "owner", "")
-        tickets = tickets_for(model, asked, prompts, owner, exchange, state.metrics)
+        tickets = tickets_for(model, asked, prompts, owner, began, exchange, state.metrics)
+        waited = asyncio.get_running_loop().time() - began > WHILE
+        if waited and await request.is_disconnected():
+            return None
         model.check_room(worker, len(tickets))  # others have come meanwhile
         exchange.start(tickets, stack.pop_all(), request.receive)
-    if asked.stream:
-        await exchange.accepted()
-        return Streamed(exchange)
-    whole = await exchange.whole()
-    return gone() if whole is None else json_response(whole)
+    return exchange
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Any:
@@ -91,6 +117,7 @@ def tickets_for(
     asked: Asked,
     prompts: Sequence[tuple[list[int], int]],
     owner: str,
+    began: float,
     exchange: Exchange,
     metrics: Metrics,
 ) -> list[Ticket]:
@@ -102,7 +129,8 @@ def tickets_for(
         return metrics.watched(model.name, index % asked.n == 0, put)
 
     return [
-        Ticket(model.batch, *request, owner, sink(index)) for index, request in enumerate(requests)
+        Ticket(model.batch, *request, owner, sink(index), began)
+        for index, request in enumerate(requests)
     ]
 
 

@@ -40,6 +40,8 @@ class Ticket:
     options: GenerationOptions
     owner: str
     sink: Sink
+    # on the clock of the event loop: its time counts from here
+    began: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     number: int | None = None  # the batch's, from when the device's thread has submitted it
     started: bool = False  # its first token has come
     gone: bool = False  # cancelled, or ended
@@ -54,7 +56,7 @@ class Worker:
     """Runs requests of any number of batches on the device's thread.
 
     Its methods are called on the event loop that it was made on. A request may take `seconds` from
-    its submission to its last token.
+    its beginning to its last token.
     """
 
     seconds: float = 600.0
@@ -112,7 +114,7 @@ class Worker:
     def submit(self, ticket: Ticket) -> None:
         """Let a request be run; its sink gets an error that the engine has with it."""
         self.tickets.add(ticket)
-        ticket.timer = self._loop.call_later(self.seconds, self._expire, ticket)
+        ticket.timer = self._loop.call_at(ticket.began + self.seconds, self._expire, ticket)
         self._later(lambda: self._submit(ticket))
 
     def cancel(self, ticket: Ticket) -> None:
@@ -141,8 +143,12 @@ class Worker:
     def _expire(self, ticket: Ticket) -> None:
         """End a request whose time is over."""
         self.cancel(ticket)
+        ticket.sink(self.late())
+
+    def late(self) -> ApiError:
+        """Return what a client is told whose request's time is over."""
         what = f"the answer was not complete after {self.seconds:g} seconds, the server's limit"
-        ticket.sink(ApiError(504, f"{what}; ask for fewer tokens, or again later", code="timeout"))
+        return ApiError(504, f"{what}; ask for fewer tokens, or again later", code="timeout")
 
     def _later(self, call: Callable[[], None]) -> None:
         """Let the device's thread make a call before its next step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import httpx
 import pytest
 from adapter_folders import peft_folder
 from formats import TINY, random_folder
-from serving import SECONDS, server_of, serving
+from serving import SECONDS, server_of, serving, wait_for
 
 from openelm_mlx import generate, load
 from openelm_mlx.device import mx
@@ -112,6 +113,27 @@ def test_nothing_that_runs_makes_room(folders: list[str]):
         assert opened == folders[1:2] and list(models.loaded) == folders[1:2]
 
     asyncio.run(test())
+
+
+def test_a_load_counts_as_time_of_the_request_and_a_client_may_leave_meanwhile(
+    folders: list[str],
+):
+    size, go = load(folders[0]).nbytes, threading.Event()
+    with server_of(*folders[:2], memory_gb=1.5 * size / 1e9, running=EAGER) as (server, address):
+        models, worker = server.app.state.models, server.app.state.worker
+        asked, original = [], models._open
+        models._open = lambda name: go.wait(SECONDS) and original(name)
+        worker.submit = lambda ticket: asked.append(ticket) or Worker.submit(worker, ticket)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{address}/v1/completions", json={**BODY, "model": folders[1]}, timeout=0.1)
+        worker.seconds = 0.1
+        late = ask(address, model=folders[1])
+        assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
+        worker.seconds = SECONDS
+        go.set()
+        wait_for(lambda: not server.guard.running)
+        assert asked == []
+        assert text(ask(address, model=folders[1])) == alone(folders[1])
 
 
 def test_a_load_that_fails_gives_everybody_the_error_and_is_tried_again(
