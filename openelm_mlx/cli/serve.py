@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 from typing import Any
 
 from openelm_mlx.cli.options import MODEL_HELP, add_flags, from_args
@@ -38,6 +40,15 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until uvicorn takes it
+    try:
+        return served(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def served(args: argparse.Namespace) -> int:
+    """Serve until a signal ends it, and return the exit status."""
     options, loading = from_args(ServerOptions, args), from_args(ModelOptions, args)
     running = from_args(EngineOptions, args)
     try:

@@ -193,6 +193,14 @@ def test_a_signal_while_a_model_is_loaded_ends_too(tmp_path: Path):
                 it.kill()
 
 
+def test_a_signal_before_the_server_takes_it_ends_with_status_0():
+    """The handler is there before anything large is imported."""
+    late = "import sys; from openelm_mlx.cli import main, serve"
+    kill = "import os, signal; serve.from_args = lambda *_: os.kill(os.getpid(), signal.SIGTERM)"
+    code = f"{late}; {kill}; main(['serve']); sys.exit(3)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=SECONDS).returncode == 0
+
+
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """Return the one line by which `openelm serve` says that it does not start."""
     assert main(["serve", *words]) == 2
