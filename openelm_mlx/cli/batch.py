@@ -74,6 +74,9 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if "-" in (args.input, args.output):
+        what = "a batch reads its requests twice, and goes on from its answers after a kill"
+        raise OptionError(f"- stands for no file here: {what}; give two files")
     source, target = given_path(args.input), given_path(args.output)
     rows, running = from_args(ServerOptions, args), from_args(EngineOptions, args)
     loading = from_args(ModelOptions, args)

@@ -27,6 +27,7 @@ from openelm_mlx.server.options import ServerOptions
 LINE_BYTES = ServerOptions.max_body
 BLOCK = 32  # lines that stay together, as neighbours often share the beginning of their prompts
 PROMPT_BYTES = 16  # of a line, which take about as long as one new token
+LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 USUAL_TOKENS = 256  # of an answer without a limit
 SYNC_SECONDS = 5.0  # a power cut loses the answers of this time at most; they are run again
 ID = "batch_req_"
@@ -137,7 +138,7 @@ def tokens_in(found: Any) -> int:
     body = found.get("body") if isinstance(found, dict) else None
     if not isinstance(body, dict):
         return 0
-    limits = (body.get("max_tokens"), body.get("max_completion_tokens"), USUAL_TOKENS)
+    limits = *(body.get(name) for name in LIMITS), USUAL_TOKENS
     limit = next(one for one in limits if type(one) is int)
     count = body.get("n")
     return min(max(limit * (count if type(count) is int else 1), 0), 1 << 20)

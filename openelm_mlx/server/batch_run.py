@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
@@ -17,11 +18,13 @@ from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
 from openelm_mlx.engine.scheduler import BatchEngine
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.evaluate.score import likeliest
+from openelm_mlx.fields import shown
 from openelm_mlx.server.answers import Answer, ChatAnswer
 from openelm_mlx.server.asked import (
     Asked,
     asked_of_chat,
     asked_of_completion,
+    asked_of_response,
     prepared,
     refused,
 )
@@ -29,13 +32,16 @@ from openelm_mlx.server.batch_file import ID, LINE_BYTES, MARK, loosely, number_
 from openelm_mlx.server.bodies import ChatBody, CompletionBody
 from openelm_mlx.server.completions import CompletionAnswer
 from openelm_mlx.server.errors import ApiError, api_error, invalid_body
+from openelm_mlx.server.other_bodies import ResponseBody
+from openelm_mlx.server.responses import ResponseAnswer
 from openelm_mlx.server.strict import Strict, parsed
 
 AHEAD = 2  # requests for each row that are in the scheduler, so that no row waits for the next
 # what is asked at each address: the body, what it means, and the answer
-ROUTES: dict[str, tuple[type[Any], Callable[[Any], Asked], type[Answer]]] = {
+ROUTES: dict[str, tuple[type[Any], Callable[[Any], Asked], Callable[..., Answer]]] = {
     "/v1/chat/completions": (ChatBody, asked_of_chat, ChatAnswer),
     "/v1/completions": (CompletionBody, asked_of_completion, CompletionAnswer),
+    "/v1/responses": (ResponseBody, asked_of_response, ResponseAnswer),
 }
 
 Request = tuple[list[int], SamplingOptions, GenerationOptions]
@@ -46,7 +52,7 @@ class BatchLine(Strict):
 
     custom_id: str = Field(min_length=1)
     method: Literal["POST"]
-    url: Literal["/v1/chat/completions", "/v1/completions"]
+    url: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
     body: dict[str, Any]
 
 
@@ -166,18 +172,20 @@ class Batch:
             raise refused("the line is not a JSON object; give one request a line", None)
         given = BatchLine.model_validate(found)
         if again:
-            what = f"an earlier line has the custom_id {given.custom_id!r} too"
+            what = f"an earlier line has the custom_id {shown(given.custom_id)} too"
             raise refused(f"{what}; give each line its own", "custom_id")
         body_of, ask, kind = ROUTES[given.url]
         body = body_of.model_validate(given.body)
         if body.model not in (None, self.model):
-            what = f"the model {body.model!r} is not the one that runs, which is {self.model}"
+            what = f"the model {shown(body.model)} is not the one that runs, which is {self.model}"
             remedy = "leave model out, or give this one with --model"
             raise ApiError(404, f"{what}; {remedy}", param="model", code="model_not_found")
         asked = ask(body)
         if asked.stream:
             raise refused("stream is true, but a batch answers as a whole; leave it out", "stream")
         prompts = prepared(self.engine, asked)
+        if isinstance(body, ResponseBody):  # an answer there has what was asked
+            kind = partial(kind, body=body)
         tokens, top = [one for one, _ in prompts], asked.options.logprobs or 0
         line.answer = kind(asked, self.model, self.engine, tokens)
         scored = tokens if asked.scores_prompts else ()

@@ -97,6 +97,14 @@ def test_what_cannot_be_written_is_refused_before_a_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("names", [("-", "out"), ("in.jsonl", "-")])
+def test_a_batch_needs_files(capsys, names):
+    assert run(names[0], "-o", names[1]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("openelm: - stands for no file here: ") and said.count("\n") == 1
+    assert said.endswith("; give two files\n")
+
+
 def test_progress_is_said_without_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(batch, "NOTICE_SECONDS", 0.0)
     report = Progress(1000, 900, 1, "process 2 of 2: ")

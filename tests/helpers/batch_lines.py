@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 WORDS = ("once", "upon", "a", "time", "there", "was", "a", "fox", "who", "told", "the", "king")
 
 
@@ -33,7 +33,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 def stable(answer: dict[str, Any]) -> dict[str, Any]:
     """Return what two runs of a line must have in common: all but ids, times and the cache."""
     body = answer["response"]["body"]
-    kept = {name: value for name, value in body.items() if name not in ("id", "created", "usage")}
+    others = ("id", "created", "created_at", "completed_at", "usage")
+    kept = {name: value for name, value in body.items() if name not in others}
+    if "output" in body:
+        kept["output"] = [{**one, "id": None} for one in body["output"]]
     usage = {name: n for name, n in body.get("usage", {}).items() if name.endswith("_tokens")}
     response = answer["response"] | {"body": kept | {"usage": usage}}
     return answer | {"response": response}

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from batch_lines import TEXT, line, read, some, stable, write
+from batch_lines import RESPONSE, TEXT, line, read, some, stable, write
 
 from openelm_mlx import BatchEngine, PromptCache, generate
 from openelm_mlx.benchmarks.checks import random_engine
@@ -69,9 +69,10 @@ def test_a_line_is_answered_as_by_the_server_and_by_generate(tiny, http: httpx.C
         line("texts", TEXT, prompt=["Once", "A dog"], echo=True, seed=4, logprobs=1, **SAMPLED),
         line("unseeded", messages=asked, model="openelm-tiny", **SAMPLED),
         line("nothing", TEXT, prompt="Once", echo=True, max_tokens=0),
+        line("response", RESPONSE, input="Hello", max_output_tokens=5, seed=5, metadata={"a": "b"}),
     ]
     found = answers(tiny, tmp_path, lines)
-    seeds = [{}, {}, {"seed": number_of("unseeded")}, {}]
+    seeds = [{}, {}, {"seed": number_of("unseeded")}, {}, {}]
     for one, sent, seed in zip(found, lines, seeds, strict=True):
         served = http.post(sent["url"], json=sent["body"] | seed).json()
         assert one["custom_id"] == sent["custom_id"]
@@ -97,6 +98,7 @@ WRONG: list[tuple[Any, int, str]] = [
     (line("e", temperature=-1.0), 400, "temperature: Input should be greater than or equal to 0"),
     (line("f", stream=True), 400, "stream is true, but a batch answers as a whole; leave it out"),
     (line("g", max_tokens=5000), 400, "the context holds 512 together"),
+    (line("r", RESPONSE, input="Hello", stream=True), 400, "stream is true, but a batch answers"),
     (line("h", model="gpt-9"), 404, "'gpt-9' is not the one that runs, which is openelm-tiny"),
     (line("i", logit_bias={"99999": 1.0}), 400, "logit_bias has the token id 99999"),
     (line("ok"), 400, "an earlier line has the custom_id 'ok' too; give each line its own"),
