@@ -13,6 +13,7 @@ from openelm_mlx.errors import BusyError, OpenELMError, OptionError
 RETRY = {"Retry-After": "1"}  # seconds; a row frees within about this time
 NAMES = {item.name for kind in (SamplingOptions, GenerationOptions) for item in fields(kind)}
 FIELDS = {"stop_tokens": "stop_token_ids"}  # other names here
+LONGEST = 80  # characters of a field's name that errors repeat
 TAGGED = ("response_format", "format")  # after these pydantic names the kind of an object
 # the type of an error by its status, where it is not that of a mistake in the request
 TYPES = {
@@ -115,5 +116,6 @@ def place_of(parts: Sequence[Any]) -> str:
         if isinstance(part, int):
             place += f"[{part}]"
         elif part not in ("body", "[key]") and not part.startswith("as "):
+            part = part if len(part) <= LONGEST else f"{part[:LONGEST]}..."
             place += f".{part}" if place else part
     return place

@@ -26,6 +26,7 @@ from openelm_mlx.engine.options import EngineOptions, ModelOptions
 from openelm_mlx.engine.prompt_cache import PromptCache
 from openelm_mlx.engine.scheduler import BatchEngine
 from openelm_mlx.errors import BusyError, OpenELMError, OptionError
+from openelm_mlx.fields import shown
 from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.checkpoint import read_headers
 from openelm_mlx.server.errors import RETRY, ApiError
@@ -210,7 +211,7 @@ class Models:
         name = self.names[0] if name is None else name
         if name not in self.served:
             known = ", ".join(self.served)
-            what = f"the model {name!r} is not served here; there is {known}"
+            what = f"the model {shown(name)} is not served here; there is {known}"
             raise ApiError(404, what, param="model", code="model_not_found")
         served = self.served[name]
         self._users[served.base] += 1

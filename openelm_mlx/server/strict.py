@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import from_json
 
+from openelm_mlx.fields import shown
+
 Neutral = Mapping[str, tuple[Any, ...]]  # names of fields, and their values that ask for nothing
 
 SHARED: Neutral = {  # by chat and responses
@@ -120,7 +122,7 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the name {twice!r} twice")
+        raise ValueError(f"an object has the name {shown(twice)} twice")
     return made
 
 

@@ -78,7 +78,9 @@ def test_null_is_the_same_as_leaving_a_field_out(
 
 
 LIMITS = {"max_completion_tokens": 2, "max_tokens": 3}
+AS_JSON = {"Content-Type": "application/json"}
 USER = {"role": "user"}
+UNPENALISED = {"presence_penalty": 0, "frequency_penalty": 0}  # as the model's own are not
 WRONG: list[tuple[tuple[str, dict[str, Any]], dict[str, Any], str, str]] = [
     (CHAT, {"foo": 1}, "foo", "foo is not supported here; leave it out"),
     (CHAT, {"tools": [{}]}, "tools", "tools is not supported here; leave it out"),
@@ -106,6 +108,10 @@ WRONG: list[tuple[tuple[str, dict[str, Any]], dict[str, Any], str, str]] = [
     (TEXT, {"logit_bias": {"one": 1}}, "logit_bias.one", "match pattern"),
     (TEXT, {"logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
     (TEXT, {"penalty_window": 4}, "penalty_window", "there is no penalty"),
+    (CHAT, {**UNPENALISED, "penalty_window": 4}, "penalty_window", "there is no penalty"),
+    (RESPONSE, {**UNPENALISED, "penalty_window": 4}, "penalty_window", "there is no penalty"),
+    (CHAT, {"xtc_threshold": 0.2}, "xtc_threshold", "nothing is excluded; give xtc_probability"),
+    (TEXT, {"xtc_threshold": 0.2}, "xtc_threshold", "nothing is excluded; give xtc_probability"),
     (TEXT, {"seed": -1}, "seed", "greater than or equal to 0"),
     (TEXT, {"seed": 2**63}, "seed", "less than or equal to"),
     (TEXT, {"n": 129}, "n", "less than or equal to 128"),
@@ -147,6 +153,23 @@ def test_an_error_names_the_field(http: httpx.Client, stream: bool):
         assert error["code"] == ("context_length_exceeded" if too_long else error["code"])
 
 
+def test_errors_repeat_little_of_what_was_sent(http: httpx.Client):
+    long = "a" * 9000
+    for path, body, named in (
+        (*CHAT, {"model": long}),
+        (*CHAT, {long: 1}),
+        (*CHAT, {"regex": f"({long}"}),
+        (*TEXT, {"logit_bias": {long: 1}}),
+        (*RESPONSE, {"metadata": {long: "a"}}),
+    ):
+        answer = http.post(path, json=body | named)
+        assert answer.status_code in (400, 404) and "aaaa..." in answer.text, answer.text
+        assert len(answer.content) < 500
+    assert len(http.get(f"/v1/models/{long}").content) < 500
+    twice = http.post(TEXT[0], content=f'{{"{long}": 1, "{long}": 2}}', headers=AS_JSON)
+    assert twice.status_code == 400 and len(twice.content) < 500
+
+
 UNREADABLE = {
     b"": "the request has no body",
     b"[]": "the body: Input should be a valid dictionary",
@@ -162,8 +185,7 @@ UNREADABLE = {
 
 def test_a_body_that_is_not_json_is_refused(http: httpx.Client):
     for body, message in UNREADABLE.items():
-        headers = {"Content-Type": "application/json"}
-        answer = http.post("/v1/completions", content=body, headers=headers)
+        answer = http.post("/v1/completions", content=body, headers=AS_JSON)
         assert answer.status_code == 400 and message in answer.json()["error"]["message"], body
 
 
