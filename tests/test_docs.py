@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import plistlib
 import re
 import runpy
 import shlex
@@ -38,7 +39,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 # Commands that are run elsewhere: by make and CI, or by nobody but the user.
-ELSEWHERE = ("make", "pip", "uv", "uvx", "pipx", "brew", "apt", ".", "man", "haproxy")
+ELSEWHERE = ("make", "pip", ".venv/bin/pip", "uv", "uvx", "pipx", "brew", "apt", ".", "man")
+ELSEWHERE += ("haproxy", "curl")
 
 
 def console_lines(page: Path) -> list[str]:
@@ -130,6 +132,17 @@ def test_commands_run(page, outcomes):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_launchd_starts_a_server_and_lets_it_end():
+    from openelm_mlx.cli import build_parser
+    from openelm_mlx.server.options import ServerOptions
+
+    (text,) = blocks(ROOT / "docs" / "serving.md", "xml")
+    job = plistlib.loads(text.encode())
+    program, *words = job["ProgramArguments"]
+    assert Path(program).is_absolute() and build_parser().parse_args(words).models
+    assert job["ExitTimeOut"] > ServerOptions.grace and job["RunAtLoad"]
 
 
 def test_files_that_a_page_names_exist():

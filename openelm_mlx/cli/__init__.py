@@ -39,6 +39,7 @@ EXAMPLES = f"""examples:
   openelm chat                                     talk to the bundled model
   openelm chat 270m-instruct                       talk to Apple's, downloaded once
   openelm generate "Once upon a time" --max-tokens 64
+  openelm serve 270m-instruct                      OpenAI's API, and a page to chat in
   openelm convert checkpoint.pt -o my-model --bits 4
   openelm benchmark                                tokens per second on this machine
   openelm inspect 1.1b                             heads and sizes of every layer

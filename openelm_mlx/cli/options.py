@@ -30,7 +30,11 @@ OTHER_NAMES = {
     "run": "chat",
     "show": "inspect",
     "-n": "--max-tokens",
+    "--lora": "--adapter",
+    "--max-num-seqs": "--slots",
+    "--model-draft": "--draft-model",
     "--n-predict": "--max-tokens",
+    "--parallel": "--slots",
     "--q-bits": "--bits",
     "-q": "--bits",
     "n_predict": "max_tokens",
@@ -85,8 +89,12 @@ class Parser(argparse.ArgumentParser):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """End an error message with the known word that was meant, or with nothing if none is near."""
-    known = list(known)
-    near = OTHER_NAMES[word] if OTHER_NAMES.get(word) in known else nearest(word, known)
+    known, near = list(known), OTHER_NAMES.get(word)
+    if near not in known:
+        dashes = "--" if word.startswith("--") else ""  # which make no flag like another
+        names = [one.removeprefix(dashes) for one in known if one.startswith(dashes)]
+        found = nearest(word.removeprefix(dashes), names)
+        near = found and dashes + found
     return f"; did you mean {near}?" if near else ""
 
 

@@ -131,9 +131,12 @@ def add_errors(app: FastAPI) -> None:
 
     async def of_http(request: Request, error: Exception) -> Response:
         status, detail = getattr(error, "status_code", 500), getattr(error, "detail", "")
-        where = "" if status == 400 else f"{request.method} {request.url.path}: "
-        headers = getattr(error, "headers", None)
-        return answer_of(ApiError(status, f"{where}{detail}", headers=headers))
+        headers = getattr(error, "headers", None) or {}
+        if status != 400:
+            what = f"there is no {request.method} {request.url.path}"
+            detail = f"{what} here; /openapi.json lists what there is"
+        request.state.error = found = ApiError(status, detail, headers=headers)
+        return answer_of(found)
 
     for kind in (ApiError, OpenELMError, Exception):
         app.add_exception_handler(kind, known)

@@ -246,7 +246,8 @@ def check_method(method: str, headers: Headers) -> None:
     kind, _, charset = headers.one("content-type").lower().partition(";")
     if method == "POST" and kind.strip() != "application/json":
         what = f"the body is {shown(kind.strip())}" if kind else "the body has no Content-Type"
-        raise ApiError(415, f"{what}; send application/json", code="unsupported_media_type")
+        say = f"{what}; send the header Content-Type: application/json"
+        raise ApiError(415, say, code="unsupported_media_type")
     if method == "POST" and charset.strip() not in ("", "charset=utf-8", 'charset="utf-8"'):
         what = f"the body is in {shown(charset.strip())}; send UTF-8"
         raise ApiError(415, what, code="unsupported_media_type")

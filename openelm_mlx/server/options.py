@@ -81,7 +81,7 @@ class ServerOptions:
             raise OptionError("host is ''; allowed is a name or an address, as in 127.0.0.1")
         if not self.keyed and not is_own(self.host):
             what = f"host is {shown(self.host)}, which other machines can reach"
-            raise OptionError(f"{what}; give an api_key or an api_key_file too")
+            raise OptionError(f"{what}; give --api-key-file or --api-key too")
 
     @property
     def keyed(self) -> bool:

@@ -71,6 +71,8 @@ def stopped(capsys, *argv):
         ),
         (["benchmark", "-m", "270m"], "-m is not an option here; give MODEL without it"),
         (["chat", "--n-predict", "9"], "did you mean --max-tokens? See openelm chat --help"),
+        (["serve", "--parallel", "4"], "did you mean --slots? See openelm serve --help"),
+        (["serve", "--alias", "a"], "unknown option --alias; see openelm serve --help"),
     ],
 )
 def test_a_slip_is_one_line_with_what_was_meant(argv, text, capsys):

@@ -82,6 +82,7 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
     "schemathesis": lambda: find_spec("schemathesis") is not None,
     "playwright": lambda: find_spec("playwright") is not None,
     "axe-core": lambda: find_spec("axe_playwright_python") is not None,
+    "curl": lambda: shutil.which("curl") is not None,
     "HAProxy": lambda: find_haproxy() is not None,
     "matplotlib": lambda: find_spec("matplotlib") is not None,
     "llguidance": lambda: find_spec("llguidance") is not None,

@@ -1,10 +1,12 @@
-"""Clients as people use them: OpenAI's package, LangChain, llm, Open WebUI."""
+"""Clients as people use them: curl, OpenAI's package, LangChain, llm, Open WebUI."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -108,6 +110,28 @@ def test_openais_client_asks_for_several_at_once(address: str, answer: str):
             return await asyncio.wait_for(asyncio.gather(*(one() for _ in range(4))), SECONDS)
 
     assert asyncio.run(ask()) == [answer] * 4
+
+
+def shown(language: str, address: str) -> str:
+    """Return the example of the page on serving in this language, for a server at an address."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+    block = re.search(rf"^## Clients\n.*?^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    return block[1].replace("http://127.0.0.1:8080", address)
+
+
+def test_the_documented_use_of_openais_client_works(
+    address: str, capsys: pytest.CaptureFixture[str]
+):
+    exec(compile(shown("py", address), "serving.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.needs("curl")
+def test_the_documented_use_of_curl_works(address: str):
+    command = shlex.split(shown("console", address))
+    done = subprocess.run([*command, "-s"], capture_output=True, text=True, timeout=SECONDS)
+    checked(json.loads(done.stdout), schemas.ChatReply)
 
 
 @pytest.mark.needs("langchain-openai")

@@ -76,7 +76,10 @@ def test_clients_that_leave_at_any_moment_leave_nothing(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_takes_too_long_is_ended(folder: Path, stream: bool):
+def test_a_request_that_takes_too_long_is_ended(
+    folder: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("openelm_mlx.server.stream.HEADERS_AFTER", 0.0)  # a stream has begun then
     body = {"prompt": [1, 5, 9], "max_tokens": 2000, "ignore_eos": True, "stream": stream}
     with serving(folder, running=EAGER, request_seconds=0.1) as address:
         answer = httpx.post(f"{address}/v1/completions", json=body, timeout=SECONDS)

@@ -190,14 +190,15 @@ def test_a_body_that_is_not_json_is_refused(http: httpx.Client):
 
 
 def test_unknown_models_and_addresses_have_the_envelope(http: httpx.Client):
-    for method, path, body, status in (
-        ("POST", "/v1/completions", {"prompt": "a", "model": "none"}, 404),
-        ("GET", "/v1/models/none", None, 404),
-        ("GET", "/nothing", None, 404),
-        ("GET", "/tokenize", None, 405),
+    no_model, lists = "'none' is not served here; there is openelm-tiny", "/openapi.json lists what"
+    for method, path, body, status, message in (
+        ("POST", "/v1/completions", {"prompt": "a", "model": "none"}, 404, no_model),
+        ("GET", "/v1/models/none", None, 404, no_model),
+        ("GET", "/nothing", None, 404, f"there is no GET /nothing here; {lists}"),
+        ("GET", "/tokenize", None, 405, f"there is no GET /tokenize here; {lists}"),
     ):
         answer = http.request(method, path, json=body)
-        checked(answer, schemas.ErrorReply)
+        assert message in checked(answer, schemas.ErrorReply)["error"]["message"]
         assert answer.status_code == status
 
 

@@ -221,8 +221,11 @@ def test_pages_of_another_origin_may_not(guarded: Guarded, origin: bytes):
 @pytest.mark.parametrize(
     "header,said",
     [
-        (b"", "the body has no Content-Type; send application/json"),
-        (b"Content-Type: text/plain\r\n", "the body is 'text/plain'; send application/json"),
+        (b"", "the body has no Content-Type; send the header Content-Type: application/json"),
+        (
+            b"Content-Type: text/plain\r\n",
+            "the body is 'text/plain'; send the header Content-Type: application/json",
+        ),
         (b"Content-Type: application/json; charset=latin-1\r\n", "'charset=latin-1'; send UTF-8"),
         (JSON + b"Content-Encoding: gzip\r\n", "compressed ('gzip'); send it as it is"),
     ],
@@ -295,7 +298,7 @@ def test_while_the_server_ends_every_request_is_told_so(guarded: Guarded):
 @pytest.mark.parametrize(
     "options,said",
     [
-        ({"host": "0.0.0.0"}, "which other machines can reach; give an api_key or an api_key_file"),
+        ({"host": "0.0.0.0"}, "which other machines can reach; give --api-key-file or --api-key"),
         ({"host": "mac.local"}, "host is 'mac.local', which other machines can reach"),
         ({"host": "", "api_key": "k"}, "host is ''; allowed is a name or an address"),
         ({"api_key": "a b"}, "an api_key has a blank or a character outside ASCII; take another"),

@@ -137,7 +137,8 @@ def test_paths_that_do_not_exist_are_one_series(own: httpx.Client):
     assert found["requests_total other 404"] == found["errors_total not_found_error"] == 2
 
 
-def test_what_is_refused_or_ends_with_an_error_is_counted():
+def test_what_is_refused_or_ends_with_an_error_is_counted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("openelm_mlx.server.stream.HEADERS_AFTER", 0.0)  # a stream has begun then
     with (
         serving("openelm-tiny", api_key=("secret",), request_seconds=0.1) as url,
         httpx.Client(base_url=url, timeout=SECONDS) as client,

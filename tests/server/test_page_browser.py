@@ -82,7 +82,7 @@ def test_an_answer_and_its_probabilities_are_those_of_the_api(page, site):
         assert text == ("< 0.1%" if share < 0.1 else f"{share:.1f}%")
     assert page.tab.inner_text("#used") == f"{whole['usage']['total_tokens']} of 1,024 tokens"
     facts = page.tab.inner_text("article.assistant .under")
-    assert facts.startswith("12 tokens · ") and "tokens/s" in facts and "cut at its limit" in facts
+    assert facts.startswith("12 tokens · ") and "tokens/s" in facts and "token limit" in facts
 
 
 def test_controls_are_those_of_the_schema(page, site):
@@ -264,10 +264,10 @@ def test_the_keyboard_does_it_all(page):
     tab.focus("#log")
     tab.keyboard.press("s")
     assert tab.evaluate(focused) == "hide-settings"
-    tab.get_by_label("Shortcuts of one key").uncheck()
+    tab.get_by_label("Single-key shortcuts").uncheck()
     tab.keyboard.press("?")
     assert tab.get_by_role("dialog", name="Shortcuts").is_hidden()
-    tab.get_by_label("Shortcuts of one key").check()
+    tab.get_by_label("Single-key shortcuts").check()
     tab.keyboard.press("?")
     assert tab.get_by_role("dialog", name="Shortcuts").is_visible()
     tab.keyboard.press("Escape")

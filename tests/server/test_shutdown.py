@@ -218,7 +218,7 @@ def test_an_address_that_cannot_be_had_is_refused_before_a_model_is_loaded(capsy
     line = refused(capsys, "no-such-model", "--host", "192.0.2.1", "--api-key", "k")
     assert "host '192.0.2.1' is no address of this machine; give 127.0.0.1" in line
     line = refused(capsys, "no-such-model", "--host", "0.0.0.0")
-    assert "which other machines can reach; give an api_key or an api_key_file too" in line
+    assert "which other machines can reach; give --api-key-file or --api-key too" in line
     line = refused(capsys, "no-such-model", "--api-key-file", "/nowhere")
     assert "api_key_file /nowhere cannot be read: No such file" in line
 
