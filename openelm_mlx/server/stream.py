@@ -49,8 +49,8 @@ class Inbox:
         self._wake()
 
     def check(self) -> None:
-        """Raise the error that ended the request, if any."""
-        if self._error is not None:
+        """Raise the error that ended the request, once what came before it has been taken."""
+        if self._error is not None and not self._items:
             raise self._error
 
     def close(self) -> None:
