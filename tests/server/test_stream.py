@@ -31,16 +31,23 @@ def test_a_reader_gets_nothing_once_its_patience_ends_and_events_at_once() -> No
     asyncio.run(test())
 
 
-def test_a_reader_learns_of_errors_and_of_a_client_that_left_before_events() -> None:
+def test_a_reader_gets_what_came_before_an_error_but_nothing_once_its_client_left() -> None:
     async def test() -> None:
         async with asyncio.timeout(SECONDS):
             inbox = Inbox(SECONDS)
             inbox.put(0, [EVENT])
             inbox.put(0, PromptError("too long"))
+            inbox.check()
+            assert await inbox.get() == [(0, [EVENT])]
             with pytest.raises(PromptError, match="too long"):
                 await inbox.get()
+            inbox.close()
             inbox = Inbox(SECONDS)
+            inbox.put(0, [EVENT])
             asyncio.get_running_loop().call_soon(inbox.leave)
+            assert await inbox.get() == [(0, [EVENT])]
+            inbox.put(0, [EVENT])
+            await asyncio.sleep(0)
             with pytest.raises(ClientLeft):
                 await inbox.get()
             inbox.close()
