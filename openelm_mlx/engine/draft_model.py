@@ -91,6 +91,8 @@ class DraftRows:
         cache = one.cache or self.buffers.extract(row, read)
         tokens = one.request.known[: cache.offset]
         self.draft.store.put(one.weights, tokens, cache, one.request.owner)
+        if not self.rows:  # several keep their arrays
+            self.buffers = Rows(self.draft.engine.config, self.draft.kind)
 
     def move(self, rows: list[int], count: int) -> None:
         """Renumber `rows` as 0, 1, ... of `count`."""

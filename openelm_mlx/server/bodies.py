@@ -13,7 +13,7 @@ from pydantic import Discriminator, Field, Tag
 
 from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
 from openelm_mlx.server import strict
-from openelm_mlx.server.strict import Strict
+from openelm_mlx.server.strict import EACH, Strict
 
 MOST = 128  # answers to a prompt, prompts of a body, texts to stop at
 LARGEST_ID = 2**31 - 1
@@ -149,7 +149,7 @@ class SamplingBody(Strict):
     presence_penalty: float | None = like(SamplingOptions, "presence_penalty")
     frequency_penalty: float | None = like(SamplingOptions, "frequency_penalty")
     penalty_window: int | None = like(SamplingOptions, "penalty_window")
-    logit_bias: dict[Id, Bias] | None = likewise(SamplingOptions, "logit_bias")
+    logit_bias: Annotated[dict[Id, Bias], EACH] | None = likewise(SamplingOptions, "logit_bias")
     seed: int | None = Field(
         None,
         ge=0,

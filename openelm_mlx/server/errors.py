@@ -15,6 +15,7 @@ NAMES = {item.name for kind in (SamplingOptions, GenerationOptions) for item in 
 FIELDS = {"stop_tokens": "stop_token_ids"}  # other names here
 LONGEST = 80  # characters of a field's name that errors repeat
 TAGGED = ("response_format", "format")  # after these pydantic names the kind of an object
+LONG = 2000  # characters of a message: pydantic and llguidance repeat what they were given
 # the type of an error by its status, where it is not that of a mistake in the request
 TYPES = {
     401: "authentication_error",
@@ -43,7 +44,7 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status, self.message = status, shortened(message)
         self.type = type or TYPES.get(status, "invalid_request_error")
         self.param, self.code, self.headers = param, code, headers or {}
 
@@ -64,6 +65,11 @@ class ApiError(Exception):
         own = {"content-type": "application/json", "content-length": str(len(body))}
         named = (own | self.headers | more).items()
         return body, [(name.lower().encode(), value.encode()) for name, value in named]
+
+
+def shortened(text: str) -> str:
+    """Return a text of at most about `LONG` characters: its beginning and its end."""
+    return text if len(text) <= LONG else f"{text[: LONG // 2]} ... {text[-LONG // 2 :]}"
 
 
 def api_error(error: Exception, schema: str = "response_format") -> ApiError:

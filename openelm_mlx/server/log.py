@@ -28,7 +28,7 @@ log = logging.getLogger("openelm.serve")
 QUIET = ("/health", "/metrics")  # asked every few seconds; only what goes wrong there is written
 MOST_LINES = 10_000  # waiting for a terminal or a pipe that takes none; more are dropped
 LAST_SECONDS = 1.0  # for the last lines to be written
-MOST_PATH = 200  # characters of it that are written
+MOST_WORD = 200  # characters of a path or a user's name that are written
 
 
 class Logged:
@@ -60,12 +60,12 @@ class Logged:
     def line(self, scope: Scope, status: int, whole: bool, seconds: float) -> str:
         """Return the line of a request."""
         state = scope.get("state", {})
-        words = [scope["method"], scope["path"][:MOST_PATH], str(status), f"{seconds:.3f}s"]
+        words = [scope["method"], scope["path"][:MOST_WORD], str(status), f"{seconds:.3f}s"]
         if (answer := state.get("answer")) is not None:
             prompt, cached, new = answer.counts()
             words += [f"model={answer.model}", f"in={prompt}", f"cached={cached}", f"out={new}"]
             if answer.asked.user is not None:
-                words.append(f"user={as_json(answer.asked.user)}")
+                words.append(f"user={as_json(answer.asked.user[:MOST_WORD])}")
         if (error := state.get("error")) is not None:
             known = isinstance(error, ApiError)
             words.append(f"error={error.code or error.status if known else type(error).__name__}")

@@ -15,10 +15,12 @@ from openelm_mlx.server.bodies import (
     Token,
     text_or_list,
 )
-from openelm_mlx.server.strict import Strict
+from openelm_mlx.server.strict import EACH, Strict
 
 LOGPROBS = "message.output_text.logprobs"
-Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], EACH
+]
 
 
 class Part(Strict):
@@ -95,9 +97,9 @@ class ResponseBody(SamplingBody):
         None, ge=1, description="stop after this many tokens; unset is what the context holds"
     )
     text: TextConfig | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = Field(
-        None, description="report the log probability of each token"
-    )
+    include: (
+        Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)] | None
+    ) = Field(None, description="report the log probability of each token")
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="report log probabilities, of this many likeliest tokens too"
     )

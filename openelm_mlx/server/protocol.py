@@ -132,6 +132,8 @@ class Connection(HttpToolsProtocol):
             self.app = refusing(head_too_large())
         elif self.full and self.url != b"/health":
             self.app = refusing(too_many())
+        if self.parser.get_http_version() == "1.0":
+            self.app = without_chunks(self.app)
         super().on_headers_complete()
 
     def head_is_late(self) -> None:
@@ -211,6 +213,29 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
         else:
             self.unread = self.loop.call_later(self.shared.write_seconds, self.watch, left)
+
+
+def without_chunks(app: Any) -> Any:
+    """Return `app` for a client of HTTP/1.0, to which chunks are part of the body.
+
+    The end of the connection, which is closed after every such answer, ends a body of any length.
+    """
+
+    async def plain(scope: Any, receive: Any, send: Any) -> None:
+        cycle, endless = send.__self__, False  # uvicorn's
+
+        async def sent(message: Any) -> None:
+            nonlocal endless
+            if message["type"] == "http.response.start":
+                endless = all(name.lower() != b"content-length" for name, _ in message["headers"])
+                cycle.chunked_encoding = False if endless else None
+            elif endless:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, sent)
+
+    return plain
 
 
 def refusing(error: ApiError) -> Any:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, WrapValidator, model_validator
 from pydantic_core import from_json
 
 from openelm_mlx.fields import shown
@@ -92,18 +93,32 @@ class Strict(BaseModel):
 
 
 def without(data: dict[str, Any], kind: type[Strict]) -> dict[str, Any]:
-    """Return an object without what is null, and without what asks for nothing in this kind."""
+    """Return an object without what is null, and without what asks for nothing in this kind.
+
+    Of unknown fields only the first is left, which the error names: there may be 100,000.
+    """
     own = {field.alias or name for name, field in kind.model_fields.items()}
-    kept = {}
+    kept, known = dict[str, Any](), True
     for name, value in data.items():
         values = kind.NEUTRAL.get(name)
         if value is None:
             dropped = values is not None or name in own
         else:
             dropped = any(value == one and type(value) is type(one) for one in values or ())
-        if not dropped:
+        if not dropped and (known or name in own):
             kept[name] = value
+            known = known and name in own
     return kept
+
+
+def one_by_one(value: Any, check: Callable[[Any], Any]) -> Any:
+    """Check a dict's items up to the first that is wrong: there may be 100,000 of them."""
+    if not isinstance(value, dict):
+        return check(value)
+    return {key: one for item in value.items() for key, one in check(dict([item])).items()}
+
+
+EACH = WrapValidator(one_by_one)
 
 
 def parsed(data: bytes) -> Any:
@@ -120,8 +135,7 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object. Raises `ValueError` for a name that it has twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"an object has the name {shown(twice)} twice")
     return made
 

@@ -9,7 +9,7 @@ import pytest
 from drafted import FIXED, PROMPT, SAMPLED, run, run_batch
 from small import random_engine
 
-from openelm_mlx import ModelDraft, stream_generate
+from openelm_mlx import BatchEngine, ModelDraft, stream_generate
 from openelm_mlx.device import mx
 from openelm_mlx.engine.speculation import DraftLength
 from openelm_mlx.engine.tokenizer import Tokenizer
@@ -56,6 +56,17 @@ def test_a_draft_model_keeps_what_it_has_read(target, draft):
         assert tokens == run(target, prompt, max_tokens=12)[0]
         held = kept.store.tokens
         assert len(held) > len(prompt) + 4 and held == (prompt + tokens)[: len(held)]
+
+
+def test_a_draft_model_holds_no_memory_for_rows_that_have_ended(target, draft):
+    batch = BatchEngine(target, 4, draft=draft, compiled=False)
+    for _ in range(2):
+        for row in range(3):
+            batch.submit(PROMPT[: 5 + row], max_tokens=1000, ignore_eos=True, **FIXED)
+        while not batch._lanes[0].speculation.model.buffers.nbytes:
+            batch.step()
+        batch.close()  # all rows end at once
+        assert batch.nbytes == 0
 
 
 def test_a_draft_model_reads_nothing_twice(target, monkeypatch):

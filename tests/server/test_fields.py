@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import httpx
@@ -11,12 +12,13 @@ from openai.types import completion_create_params as of_completion
 from openai.types.chat import completion_create_params as of_chat
 from openai.types.responses import response_create_params as of_response
 from openapi_types import checked
+from pydantic import ValidationError
 
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.server import answer_schemas as schemas
 from openelm_mlx.server.bodies import ChatBody, CompletionBody
 from openelm_mlx.server.other_bodies import ResponseBody
-from openelm_mlx.server.strict import Strict
+from openelm_mlx.server.strict import Strict, parsed
 
 ASKED = [{"role": "user", "content": "Tell me a story."}]
 CHAT = ("/v1/chat/completions", {"messages": ASKED, "max_tokens": 1})
@@ -187,6 +189,38 @@ def test_a_body_that_is_not_json_is_refused(http: httpx.Client):
     for body, message in UNREADABLE.items():
         answer = http.post("/v1/completions", content=body, headers=AS_JSON)
         assert answer.status_code == 400 and message in answer.json()["error"]["message"], body
+
+
+MANY = {str(number): "x" for number in range(1000)}
+
+
+@pytest.mark.parametrize("fields", [MANY, {"logit_bias": MANY}, {"stream_options": MANY}])
+def test_of_many_faults_one_is_told_and_no_more_are_looked_for(fields: dict[str, Any]):
+    """As each would take its time, in which nobody else is served."""
+    for kind, body in ((ChatBody, CHAT[1]), (CompletionBody, TEXT[1]), (ResponseBody, RESPONSE[1])):
+        with pytest.raises(ValidationError) as found:
+            kind.model_validate({**body, **fields})
+        assert found.value.error_count() == 1
+    for more in ({"metadata": dict.fromkeys(MANY, 1)}, {"include": list(MANY)}):
+        with pytest.raises(ValidationError) as found:
+            ResponseBody.model_validate({**RESPONSE[1], **more})
+        assert found.value.error_count() == 1
+
+
+def test_a_name_given_twice_is_found_among_many():
+    names, begun = [f'"{number}": 0' for number in range(20_000)], time.process_time()
+    with pytest.raises(ValueError, match="an object has the name '19999' twice"):
+        parsed(f"{{{', '.join(names + names[-1:])}}}".encode())
+    assert time.process_time() - begun < 1  # each with each would take several
+
+
+def test_what_others_repeat_of_a_body_is_shortened(http: httpx.Client):
+    long = "a" * 100_000
+    schema = {"name": "a", "schema": {"type": long}}
+    for form in ({"type": long}, {"type": "json_schema", "json_schema": schema}):
+        answer = http.post(TEXT[0], json={**TEXT[1], "response_format": form})
+        assert answer.status_code == 400 and "aaa ... " in answer.text
+        assert len(answer.content) < 3000
 
 
 def test_unknown_models_and_addresses_have_the_envelope(http: httpx.Client):

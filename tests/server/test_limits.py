@@ -170,6 +170,25 @@ def test_an_offer_of_another_protocol_is_answered_in_this_one(served: Served):
             assert read_answer(connection).body == b"/plain"
 
 
+def test_a_client_of_http_1_0_gets_no_chunks(served: Served):
+    """They would be part of the body; the connection ends with it."""
+    for method, length in ((b"GET", 6), (b"HEAD", 0)):
+        with connect(served.port) as connection:
+            connection.sendall(head(b"/plain", method=method).replace(b"HTTP/1.1", b"HTTP/1.0"))
+            whole = b""
+            while data := connection.recv(1_000_000):
+                whole += data
+            answer, body = whole.lower().split(b"\r\n\r\n")
+            assert body == b"/plain"[:length] and answer.startswith(b"http/1.1 200 ok")
+            assert b"connection: close" in answer and b"transfer-encoding" not in answer
+    with connect(served.port) as connection:
+        connection.sendall(head(b"/endless").replace(b"HTTP/1.1", b"HTTP/1.0"))
+        read = b""
+        while len(read) < 3 * len(BLOCK):
+            read += connection.recv(1_000_000)
+    assert set(read[-len(BLOCK) :]) == set(BLOCK)
+
+
 def test_the_rest_of_a_refused_body_has_a_time_limit(served: Served):
     with connect(served.port) as connection:
         connection.sendall(head(b"/", more=JSON + b"Content-Length: 9999\r\n", method=b"POST"))

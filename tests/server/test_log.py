@@ -49,10 +49,12 @@ def lines(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_is_written_with_its_numbers_and_without_its_text(http, caplog, stream: bool):
-    answer = http.post("/v1/completions", json={**BODY, "stream": stream})
+    body = {**BODY, "stream": stream, "user": "me" * 500}
+    answer = http.post("/v1/completions", json=body)
     (line,) = lines(http, caplog)
     found = re.fullmatch(
         r"POST /v1/completions 200 \d+\.\d{3}s model=openelm-tiny in=(\d+) cached=\d+ out=4 "
+        rf'user="(?:me){{100}}" '
         rf"id={answer.headers['x-request-id']}",
         line,
     )
