@@ -37,8 +37,8 @@ SHARED = 64  # tokens from which on a common beginning is worth waiting for
 class Pace:
     """How many prompt tokens a step may prefill beside running rows.
 
-    They may about triple the time of a step. That depends on device, weights and rows, so the
-    number follows the times of steps with and without prompt tokens. It changes no token.
+    They may take about three times as long as a step without any. How many that is depends on
+    device, weights and rows, so the number follows the times of steps. It changes no token.
     """
 
     LEAST, FIRST = 4, 32
