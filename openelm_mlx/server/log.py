@@ -55,6 +55,8 @@ class Logged:
         finally:
             if status != 200 or not whole or scope["path"] not in QUIET:
                 log.info(self.line(scope, status, whole, perf_counter() - started))
+            # an idle connection keeps its last scope: with an answer or an error in it, a model too
+            scope.get("state", {}).clear()
         return None
 
     def line(self, scope: Scope, status: int, whole: bool, seconds: float) -> str:

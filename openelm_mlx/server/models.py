@@ -263,10 +263,11 @@ class Models:
         """
         need, room = self._sources[name].nbytes, self._room()
         leaving = []
-        for model in sorted(self.loaded.values(), key=lambda one: one.used):
-            if need > room and not self._users[model.name]:
-                room += self._sources[model.name].nbytes
-                leaving.append(model.name)
+        # by name: a reference to a model would keep it while it is unloaded
+        for other in sorted(self.loaded, key=lambda one: self.loaded[one].used):
+            if need > room and not self._users[other]:
+                room += self._sources[other].nbytes
+                leaving.append(other)
         if need > room:
             what = f"there is no memory for {name} while other models answer requests"
             raise ApiError(503, f"{what}; try again later", code="model_not_loaded", headers=RETRY)

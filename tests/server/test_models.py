@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,12 +92,27 @@ def test_models_take_turns_in_the_memory_there_is(folders: list[str]):
         assert any(rest) and not any("error" in line for line in rest)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_memory_of_a_model_is_free_while_its_clients_stay_connected(
+    folders: list[str], stream: bool
+):
+    size, found = load(folders[0]).nbytes, []
+    gc.collect()
+    with serving(*folders, memory_gb=1.5 * size / 1e9, running=EAGER) as address, ExitStack() as on:
+        for folder in folders:
+            client = on.enter_context(httpx.Client(base_url=address, timeout=SECONDS))
+            answer = client.post(
+                "/v1/completions", json={**BODY, "model": folder, "stream": stream}
+            )
+            assert answer.status_code == 200
+            found.append(mx.get_active_memory())
+    assert max(found[1:]) < found[0] + size / 4
+
+
 def test_nothing_that_runs_makes_room(folders: list[str]):
     size = load(folders[0]).nbytes
 
     async def test() -> None:
-        from contextlib import ExitStack
-
         models = Models(folders, ServerOptions(memory_gb=1.5 * size / 1e9), ModelOptions(), EAGER)
         await models.load(Worker())
         assert models.ready and list(models.loaded) == folders[:1]
