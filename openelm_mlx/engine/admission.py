@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 PASS_TOKENS = 4096  # prompt tokens of all rows in one pass, so that activations stay small
 SHARED = 64  # tokens from which on a common beginning is worth waiting for
+BETWEEN = 8  # steps at least from one that prefills a whole chunk beside running rows to the next
 
 
 class Pace:
@@ -172,7 +173,7 @@ class Queue:
     ) -> None:
         self.kind, self.store = kind, store
         self.chunk, self.limit, self.max_waiting = chunk, limit, max_waiting
-        self.pace, self._numbers = Pace(), 0
+        self.pace, self._numbers, self._paced = Pace(), 0, BETWEEN
         self.waiting: deque[Request] = deque()
         self.joining: list[tuple[Request, KVCache]] = []  # prefilled, with the first token drawn
         self._admission: Admission | None = None
@@ -220,8 +221,7 @@ class Queue:
 
         Events are appended. Return the number of tokens. `free` and `running` count rows.
         """
-        allowed = self._allowed(free, running)
-        budget = allowed
+        allowed = budget = self._allowed(free, running)
         while budget > 0:
             admission = self._admission or self.begin(free - len(self.joining), budget)
             if admission is None:
@@ -238,16 +238,16 @@ class Queue:
     def _allowed(self, free: int, running: int) -> int:
         """Return how many prompt tokens a step may prefill.
 
-        Where more requests can join than run, those that run wait for a whole chunk: a step costs
-        nearly the same for few rows as for many.
+        Where more requests can join than run, those that run wait for a whole chunk, but not often.
         """
-        begun = len(self._admission.requests) if self._admission else 0
         if not running:
             return max(self.limit or self.pace.tokens, 2 * self.chunk)
-        if self.limit is not None:
-            return self.limit
-        coming = min(free, len(self.waiting) + begun)
-        return max(self.pace.tokens, self.chunk if coming > running else 0)
+        begun = self._admission.requests if self._admission else ()
+        coming, self._paced = min(free, len(self.waiting) + len(begun)), self._paced + 1
+        if self.limit is None and coming > running and self._paced > BETWEEN:
+            self._paced = 0
+            return max(self.pace.tokens, self.chunk)
+        return self.limit or self.pace.tokens
 
     def begin(self, free: int, budget: int) -> Admission | None:
         """Begin the admission of what is at the head of the queue, if a row is free for it."""

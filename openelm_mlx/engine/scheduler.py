@@ -57,8 +57,8 @@ class BatchEngine:
 
     While sequences run, a step prefills at most `admission` tokens of waiting prompts, so a long
     prompt does not stall the others; by default as many as take about three times as long as a
-    step without any, or a whole chunk if more sequences could join than run. Raises `OptionError`,
-    and `CacheError` for a cache that the model cannot have.
+    step without any, or a whole chunk every few steps if more sequences could join than run. Raises
+    `OptionError`, and `CacheError` for a cache that the model cannot have.
     """
 
     def __init__(

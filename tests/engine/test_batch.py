@@ -121,6 +121,21 @@ def test_those_who_come_late_are_read_together_if_they_are_more(engine, running,
     assert (late <= found) == together and late.isdisjoint(found) != together
 
 
+def test_a_row_is_not_slowed_much_by_those_who_come_and_go(engine, monkeypatch):
+    """Of nine steps, one at most reads a whole chunk, and each gives the row a token."""
+    batch, read = BatchEngine(engine, 4, compiled=False, prefill_chunk=32), []
+    row, admit = batch.submit(PROMPTS[3], max_tokens=40, ignore_eos=True), batch._queue.admit
+    batch.step()
+    batch._queue.pace.tokens = 4
+    monkeypatch.setattr(batch._queue.pace, "learn", lambda seconds, prefilled: None)
+    monkeypatch.setattr(batch._queue, "admit", lambda *how: read.append(admit(*how)) or read[-1])
+    for _ in range(27):
+        while len(batch._queue.waiting) < 3:
+            batch.submit([1, *range(5, 34)], max_tokens=1)
+        assert row in [number for number, _ in batch.step()]
+    assert sum(count > 4 for count in read) == 3 and 0 not in read
+
+
 def test_prompts_are_read_at_the_pace_of_the_device():
     """From any start, a step with prompt tokens comes to take about four times one without, as far
     as that can be.
