@@ -88,7 +88,6 @@ class Connection(HttpToolsProtocol):
 
     def rest(self) -> None:
         """Count this connection among the idle ones, as the youngest."""
-        self.shared.idle.pop(self, None)
         self.shared.idle[self] = None
 
     def wait(self, seconds: float | None, late: Any = None) -> None:
@@ -119,8 +118,6 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.head, self.begun = 1, True  # how much of the data is before it is not known
-        if self.patience is None:  # a request that follows while another one is answered
-            self.wait(self.shared.header_seconds, self.head_is_late)
 
     def on_headers_complete(self) -> None:
         self.head = None
@@ -138,9 +135,7 @@ class Connection(HttpToolsProtocol):
 
     def head_is_late(self) -> None:
         """Close a connection whose head did not come, with a word if it had begun."""
-        if self.answering:
-            self.wait(self.shared.header_seconds, self.head_is_late)
-        elif self.head:
+        if self.head:
             what = f"the head did not arrive within {self.shared.header_seconds:g} seconds"
             self.refuse(ApiError(408, what, code="request_timeout"))
         else:
@@ -170,10 +165,10 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self.leave()
+        elif self.answering:  # the next request, which was there
+            pass
         elif self.head is not None:  # part of the next request is there
             self.wait(self.shared.header_seconds, self.head_is_late)
-        elif self.answering:
-            pass
         elif self.cycle.more_body:
             self.wait(self.shared.body_seconds, self.leave)  # the rest of a body nobody wants
         else:
@@ -182,7 +177,6 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         if not self.answering:
-            self.cycle.more_body = False
             self.wait(IDLE_SECONDS, self.leave)
             self.rest()
 

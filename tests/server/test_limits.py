@@ -11,7 +11,7 @@ import resource
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -113,6 +113,14 @@ def test_a_late_head_does_not_cut_the_answer_before_it(served: Served):
             read += len(connection.recv(1_000_000))
         assert read > len(BLOCK)
         assert connection.recv(1)
+    for complete in (head(b"/first"), head(b"/first") + head(b"/second")):
+        with connect(served.port) as connection:
+            connection.sendall(complete + b"GET")
+            answers = b""
+            while data := connection.recv(1_000_000):
+                answers += data
+            assert answers.count(b"HTTP/1.1 200") == complete.count(b"GET")
+            assert answers.count(b"HTTP/1.1 408") == 1
 
 
 @pytest.mark.parametrize("parts", [1, 40])
@@ -130,6 +138,9 @@ def test_a_large_head_is_refused(served: Served, parts: int):
             connection.sendall(part)
             served.others()
         assert read_answer(connection).status == 431
+    long = b"a" * MOST_HEAD
+    for large in (head(b"/" + long), head(b"/", more=long + b": 1\r\n")):
+        assert ask(served.port, large).status == 431
     fits = head(b"/", more=b"X-A: " + b"a" * (MOST_HEAD - 100) + b"\r\n")
     assert ask(served.port, fits).status == 200
 
@@ -158,6 +169,22 @@ def test_what_is_not_http_is_refused(served: Served):
             answer = read_answer(connection)
             assert answer.status == 400 and answer.error["code"] == "invalid_http"
             assert answer.headers["x-content-type-options"] == "nosniff" and ended(connection)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_what_is_not_http_does_not_come_into_an_answer(served: Served, guarded: bool):
+    """It follows an answer that is under way, or is in the body that this one did not wait for."""
+    body = head(b"/endless", more=JSON + b"Transfer-Encoding: chunked\r\n", method=b"POST")
+    with ExitStack() as stack:
+        port = served.port if guarded else stack.enter_context(listening(Stream(), served.shared))
+        connection = stack.enter_context(connect(port))
+        connection.sendall(head(b"/endless") if guarded else body + b"1\r\nx\r\n")
+        answer = connection.recv(1000)
+        connection.sendall(body + b"no number" if guarded else b"no number")
+        with suppress(ConnectionResetError):
+            while data := connection.recv(1_000_000):
+                answer += data
+    assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
 
 
 def test_an_offer_of_another_protocol_is_answered_in_this_one(served: Served):
@@ -197,15 +224,32 @@ def test_the_rest_of_a_refused_body_has_a_time_limit(served: Served):
         assert ended(connection)
 
 
-def test_a_connection_is_idle_after_a_body_that_nobody_wanted(served: Served):
+def test_a_connection_is_idle_after_a_body_that_nobody_wanted(served: Served, monkeypatch):
+    request, served.shared.body_seconds = post(b"/", b" " * 2000), 30.0
     with connect(served.port) as connection:
-        connection.sendall(post(b"/", b" " * 2000))
+        connection.sendall(request[:-1])
         assert read_answer(connection).status == 413
+        connection.sendall(request[-1:])
         until = time.monotonic() + LIMIT
         while connection.getsockname() not in {one.client for one in list(served.shared.idle)}:
             assert time.monotonic() < until
         connection.sendall(head(b"/again"))
         assert read_answer(connection).body == b"/again"
+        monkeypatch.setattr(protocol, "IDLE_SECONDS", SOON)
+        connection.sendall(request[:-1])
+        assert read_answer(connection).status == 413
+        connection.sendall(request[-1:])
+        assert ended(connection)
+
+
+def test_an_idle_connection_is_closed_after_a_while(served: Served):
+    with (
+        listening(served.stream, served.shared, timeout_keep_alive=SOON) as port,
+        connect(port) as connection,
+    ):
+        connection.sendall(head(b"/once"))
+        assert read_answer(connection).body == b"/once"
+        assert ended(connection)
 
 
 def test_a_client_that_stops_reading_is_dropped(served: Served):
@@ -261,17 +305,33 @@ def test_a_thousand_idle_connections_are_kept_while_others_are_served(served: Se
             assert read_answer(connection).body == b"/%d" % number
 
 
-def test_where_every_connection_is_busy_health_is_answered(served: Served):
-    served.shared.most, served.shared.write_seconds = 3, 30.0
+def test_where_every_connection_is_busy_health_is_answered(served: Served, monkeypatch):
+    served.shared.most = 3
+    served.shared.header_seconds = served.shared.write_seconds = 30.0
     with ExitStack() as stack:
         for _ in range(3):
             busy = stack.enter_context(connect(served.port))
             busy.sendall(head(b"/endless"))
-            assert busy.recv(1)
+            assert busy.recv(12) == b"HTTP/1.1 200"
         answer = ask(served.port, head(b"/v1/models"))
         assert answer.status == 503 and answer.error["code"] == "too_many_connections"
         assert answer.headers["retry-after"] == "1"
         assert ask(served.port, head(b"/health")).status == 200
+        monkeypatch.setattr(protocol, "RESERVE", 0)
+        with connect(served.port) as connection:
+            assert ended(connection)
+
+
+def test_connections_that_have_ended_do_not_count(served: Served):
+    for _ in range(3):
+        served.others()
+    busy = connect(served.port)
+    busy.sendall(head(b"/endless"))
+    assert busy.recv(1)
+    busy.close()
+    until = time.monotonic() + LIMIT
+    while served.shared.count or served.shared.idle:
+        assert time.monotonic() < until
 
 
 def test_the_limit_of_open_files_is_raised():
@@ -280,6 +340,11 @@ def test_the_limit_of_open_files_is_raised():
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
         most = most_connections()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        assert hard == before[1] and soft == min(hard, 10_240) and most < soft
+        assert hard == before[1] and soft == (10_240 if hard < 0 else min(hard, 10_240))
+        if hard < 0 or hard > 11_000:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (11_000, hard))
+            assert most_connections() > most
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert most == max(soft - protocol.RESERVE - protocol.SPARE_FILES, 16) < soft
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
