@@ -50,6 +50,7 @@ class Connection(HttpToolsProtocol):
         self.head: int | None = 0  # bytes of a head that is not complete; None between heads
         self.begun = False  # by the data that is being read
         self.discounted = False
+        self.unanswered: list[Any] = []  # requests of this connection, in uvicorn's words cycles
         self.patience: asyncio.TimerHandle | None = None
         self.unread: asyncio.TimerHandle | None = None
 
@@ -68,7 +69,11 @@ class Connection(HttpToolsProtocol):
         self.discount()
         self.wait(None)
         self.resume_writing()
-        super().connection_lost(exc)
+        super().connection_lost(exc)  # which tells the latest request only
+        for cycle in self.unanswered:
+            cycle.disconnected = cycle.disconnected or not cycle.response_complete
+            cycle.message_event.set()
+        self.unanswered.clear()
 
     @property
     def answering(self) -> bool:
@@ -132,6 +137,8 @@ class Connection(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.0":
             self.app = without_chunks(self.app)
         super().on_headers_complete()
+        self.unanswered = [one for one in self.unanswered if not one.response_complete]
+        self.unanswered.append(self.cycle)
 
     def head_is_late(self) -> None:
         """Close a connection whose head did not come, with a word if it had begun."""

@@ -264,6 +264,16 @@ def test_a_client_that_stops_reading_is_dropped(served: Served):
         assert served.stream.left == slow
 
 
+def test_a_client_that_leaves_amid_several_requests_is_noticed(served: Served, caplog):
+    with connect(served.port) as connection:
+        connection.sendall(head(b"/endless") + head(b"/next") * 3)
+        assert connection.recv(1)
+    until = time.monotonic() + LIMIT
+    while not served.stream.left and time.monotonic() < until:
+        served.others()
+    assert served.stream.left == 1 and caplog.messages == []
+
+
 def test_a_client_that_reads_slowly_is_not_dropped(served: Served, monkeypatch):
     monkeypatch.setattr(protocol, "UNSENT", 4096)
     served.shared.write_seconds = 5 * SOON
