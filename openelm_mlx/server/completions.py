@@ -109,7 +109,8 @@ class CompletionAnswer(ChoicesAnswer):
         """Echo the prompts; an answer of no token ends at once."""
         frames = []
         for index, choice in enumerate(self.choices):
-            if not self._echoes[index] and choice.finish_reason is None:
+            shown = self._echoes[index] or self._listings[index].rows
+            if not shown and choice.finish_reason is None:
                 continue
             said = self.choice(index, choice)
             frames.append(f"{self._head}{json.dumps(said)}{self._tail}")

@@ -58,6 +58,11 @@ def test_an_echo_has_the_log_probabilities_of_the_prompt(http: httpx.Client, tin
     )
 
 
+def test_an_echo_without_text_has_its_tokens(http: httpx.Client):
+    choices = complete(http, prompt=[1, 1], echo=True, logprobs=1, max_tokens=2, n=2)
+    assert [choice["logprobs"]["tokens"][:2] for choice in choices] == [["<s>", "<s>"]] * 2
+
+
 def test_log_probabilities_of_a_prompt_are_those_of_an_answer(tiny: Engine):
     """A greedy answer, fed as a prompt, has the numbers that it was drawn with."""
     tokens = tiny.tokenizer.encode("Once upon")
