@@ -236,14 +236,13 @@ class Queue:
         return allowed - budget
 
     def _allowed(self, free: int, running: int) -> int:
-        """Return how many prompt tokens a step may prefill.
-
-        Where more requests can join than run, those that run wait for a whole chunk, but not often.
-        """
+        """Return how many prompt tokens a step may prefill; now and then it is a whole chunk."""
+        self._paced = self._paced + 1 if running else BETWEEN
         if not running:
             return max(self.limit or self.pace.tokens, 2 * self.chunk)
         begun = self._admission.requests if self._admission else ()
-        coming, self._paced = min(free, len(self.waiting) + len(begun)), self._paced + 1
+        coming = min(free, len(self.waiting) + len(begun))
+        # where more can join than run, few wait for many
         if self.limit is None and coming > running and self._paced > BETWEEN:
             self._paced = 0
             return max(self.pace.tokens, self.chunk)

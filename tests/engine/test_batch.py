@@ -134,6 +134,12 @@ def test_a_row_is_not_slowed_much_by_those_who_come_and_go(engine, monkeypatch):
             batch.submit([1, *range(5, 34)], max_tokens=1)
         assert row in [number for number, _ in batch.step()]
     assert sum(count > 4 for count in read) == 3 and 0 not in read
+    batch.close()  # who comes after a rest does not wait for what was before it
+    batch.submit(PROMPTS[3], max_tokens=40, ignore_eos=True)
+    batch.step()
+    batch.step()
+    late = {batch.submit([1, *range(5, 15 + k)], max_tokens=1) for k in range(2)}
+    assert late <= {number for number, _ in batch.step()}
 
 
 def test_prompts_are_read_at_the_pace_of_the_device():
