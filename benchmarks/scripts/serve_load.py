@@ -9,7 +9,7 @@ one after which the model does not end early. Everything happens on 127.0.0.1.
 The parts, each a number of trials:
 
     streams  so many answers at once: tokens a second, and the server's processor time for a token
-    first    one request at a time: seconds until text comes
+    first    one request at a time, on an open connection: seconds until text comes
     equal    five equal requests at once: seconds until text comes, of each
     shared   two conversations with the same system turn: how much of it the second prefills
     health   GET /health while answers are streamed
@@ -26,6 +26,7 @@ import asyncio
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -125,7 +126,7 @@ class Load:
         (prompt,), trial = self.take(1), dict[str, Any]()
         for side in self.sides():
             if isinstance(side, Server):
-                answer = await ask(side.port, TEXT, text_body(side, prompt, 8))
+                (answer,) = await self.together(side, [prompt], 8)
                 trial[side.name] = answer.first
             else:
                 trial[side.name] = (await self.side(side, [prompt], 8))["answers"][0]["first"]
@@ -303,6 +304,7 @@ def main(argv: list[str] | None = None) -> int:
             check_new(args.json, "--json")
         if PEER in args.sides and find_spec("mlx_lm") is None:
             raise BenchmarkError(f"mlx-lm is not installed: pip install mlx-lm, or --sides {OURS}")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the servers, too
         found = document(args, argv)
     except OpenELMError as error:
         parser.exit(2, f"serve_load: {error}\n")
