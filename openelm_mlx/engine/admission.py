@@ -237,16 +237,17 @@ class Queue:
 
     def _allowed(self, free: int, running: int) -> int:
         """Return how many prompt tokens a step may prefill; now and then it is a whole chunk."""
-        self._paced = self._paced + 1 if running else BETWEEN
+        usual, self._paced = self.limit or self.pace.tokens, self._paced + 1
         if not running:
-            return max(self.limit or self.pace.tokens, 2 * self.chunk)
+            self._paced = BETWEEN
+            return max(usual, 2 * self.chunk)
         begun = self._admission.requests if self._admission else ()
         coming = min(free, len(self.waiting) + len(begun))
         # where more can join than run, few wait for many
         if self.limit is None and coming > running and self._paced > BETWEEN:
             self._paced = 0
-            return max(self.pace.tokens, self.chunk)
-        return self.limit or self.pace.tokens
+            return max(usual, self.chunk)
+        return usual
 
     def begin(self, free: int, budget: int) -> Admission | None:
         """Begin the admission of what is at the head of the queue, if a row is free for it."""

@@ -39,10 +39,13 @@ async def answered(
     The time limit counts from here, so that it holds where a model has to be loaded first.
     """
     worker, began = request.app.state.worker, asyncio.get_running_loop().time()
+    limit = asyncio.timeout_at(began + worker.seconds)
     try:
-        async with asyncio.timeout_at(began + worker.seconds):
+        async with limit:
             exchange = await submitted(request, body, ask, kind, began)
     except TimeoutError:
+        if not limit.expired():  # it is one of a file system or a network
+            raise
         raise worker.late() from None
     if exchange is None:
         return gone()

@@ -73,11 +73,16 @@ class Inbox:
     def _news(self) -> bool:
         return bool(self._items) or self._error is not None or self._left
 
-    async def filled(self, seconds: float) -> bool:
-        """Wait for anything that ends `get`; return False if nothing came within the seconds."""
+    async def _wait(self) -> None:
         if not self._news:
             self._reader = self._loop.create_future()
-            await asyncio.wait((self._reader,), timeout=seconds)
+            await self._reader
+
+    async def filled(self, seconds: float) -> bool:
+        """Wait for anything that ends `get`; return False if nothing came within the seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wait()
         return self._news
 
     async def get(self) -> list[tuple[int, list[Event]]]:
@@ -87,9 +92,7 @@ class Inbox:
         """
         if self._timer is None:
             self._look()
-        if not self._news:
-            self._reader = self._loop.create_future()
-            await self._reader
+        await self._wait()
         if self._left:
             raise ClientLeft
         self.check()

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -129,9 +128,12 @@ def test_the_documented_use_of_openais_client_works(
 
 @pytest.mark.needs("curl")
 def test_the_documented_use_of_curl_works(address: str):
-    command = shlex.split(shown("console", address))
-    done = subprocess.run([*command, "-s"], capture_output=True, text=True, timeout=SECONDS)
-    checked(json.loads(done.stdout), schemas.ChatReply)
+    command = ["sh", "-c", f"{shown('console', address).strip()} -s"]  # it goes on over lines
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    reply = json.loads(done.stdout)
+    checked(reply, schemas.ChatReply)
+    assert reply["choices"][0]["message"]["content"].strip()
 
 
 @pytest.mark.needs("langchain-openai")
