@@ -23,6 +23,7 @@ from openelm_mlx.model.cache_kinds import (
     resized,
     sdpa,
 )
+from openelm_mlx.model.kernels.norm_rope_store import store_heads
 
 if TYPE_CHECKING:
     from openelm_mlx.model.config import OpenELMConfig
@@ -256,18 +257,13 @@ class StepCache:
         return self.place.mask(length)
 
     def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
-        q, kv = projection.heads()
+        q, self.arrays = store_heads(projection, self.arrays, self.place)
         store = self.place.kind.store
-        # put_along_axis is one kernel on a GPU; slice_update with an array start is two.
-        self.arrays = [
-            mx.put_along_axis(buffer, self.place.slots(part.shape), part, axis=-2)
-            for buffer, part in zip(self.arrays, store.pack(kv), strict=True)
-        ]
         rows, heads, asked, _ = q.shape
         if rows > 1 and isinstance(store, Plain):
             # Metal copies a mask that broadcasts over heads in every layer; one with all heads is
             # read as it is.
-            mask = self.place.mask(kv.shape[-2], heads)[..., -asked:, :]
+            mask = self.place.mask(projection.raw.shape[1], heads)[..., -asked:, :]
         return store.attend(q, self.arrays, mask, scale)
 
 

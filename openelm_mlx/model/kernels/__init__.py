@@ -1,0 +1,6 @@
+"""Kernels of our own for GPUs, each beside its plain twin of MLX's operations.
+
+A kernel saves launches, which are much of a small model's token (docs/performance.md). Each file
+has one kernel, the function that the model calls, and the twin which that function falls back to:
+the same values by operations of MLX. `kernel` runs them and decides which are in use.
+"""

@@ -1,0 +1,137 @@
+"""What a kernel is, where it runs, and which kernels are in use.
+
+A kernel's source is the body of a function in Metal's language, as `mx.fast.metal_kernel` takes it.
+None of them has run on a Mac. A processor has no kernels: there the twins run, and in tests an
+emulator runs the kernels too (tests/helpers/metal_emulator.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from openelm_mlx.device import kind, mx
+from openelm_mlx.errors import OptionError
+
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The source of a kernel and the names of what it reads and writes.
+
+    `in_place` names the inputs that it writes to, which MLX does not know of. Whoever launches such
+    a kernel makes sure of four things: who reads what was written depends on an output of the
+    kernel, nobody else needs the old content, the array is row contiguous and has at least 8
+    elements, and the graph is evaluated once.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    source: str
+    header: str = ""
+    in_place: tuple[str, ...] = ()
+
+    def __call__(self, *inputs: mx.array, **launch: Any) -> list[mx.array]:
+        """Return the outputs; the keywords are those of `Launch`."""
+        return runner()(self, list(inputs), Launch(**launch))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched. `grid` counts threads, as Metal's dispatchThreads does."""
+
+    grid: Size
+    threadgroup: Size
+    shapes: list[tuple[int, ...]]  # of the outputs
+    dtypes: list[mx.Dtype]
+    template: tuple[tuple[str, Any], ...] = ()  # types, integers and booleans by name
+
+
+Runner = Callable[[Kernel, list[mx.array], Launch], list[mx.array]]
+
+
+def on_metal(kernel: Kernel, inputs: list[mx.array], launch: Launch) -> list[mx.array]:
+    """Launch a kernel on the GPU of a Mac."""
+    outputs: list[mx.array] = made_for_metal(kernel)(
+        inputs=inputs,
+        template=list(launch.template),
+        grid=launch.grid,
+        threadgroup=launch.threadgroup,
+        output_shapes=launch.shapes,
+        output_dtypes=launch.dtypes,
+    )
+    return outputs
+
+
+@cache
+def made_for_metal(kernel: Kernel) -> Any:
+    return mx.fast.metal_kernel(
+        kernel.name, list(kernel.inputs), list(kernel.outputs), kernel.source, kernel.header
+    )
+
+
+# --- which are in use
+
+NAMES = ("norm_rope_store", "add_rms_norm", "sample")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernels in use, by name, and why not all of them are."""
+
+    names: frozenset[str]
+    reason: str = ""
+
+
+def choose(backend: str, environ: Mapping[str, str], wrong: Mapping[str, str]) -> Choice:
+    """Choose the kernels of a backend; `wrong` has those that failed their check, with the reason.
+
+    Raises `OptionError` for a value of OPENELM_KERNELS other than on and off.
+    """
+    wish = environ.get("OPENELM_KERNELS", "on")
+    if wish not in ("on", "off"):
+        raise OptionError(f"OPENELM_KERNELS is {wish!r}; allowed: on, off")
+    if backend != "metal":
+        return Choice(frozenset(), "only Metal runs them")
+    if wish == "off":
+        return Choice(frozenset(), "OPENELM_KERNELS is off")
+    reason = "; ".join(f"{name}: {why}" for name, why in wrong.items())
+    return Choice(frozenset(NAMES) - wrong.keys(), reason)
+
+
+_overridden: list[tuple[frozenset[str], Runner]] = []  # the latest one counts
+
+
+@cache
+def choice() -> Choice:
+    """Return what is chosen for this process."""
+    return choose(kind(), os.environ, {})
+
+
+def in_use(kernel: Kernel) -> bool:
+    """Return whether this kernel runs here, rather than its twin."""
+    names = _overridden[-1][0] if _overridden else choice().names
+    return kernel.name in names
+
+
+def runner() -> Runner:
+    return _overridden[-1][1] if _overridden else on_metal
+
+
+@contextmanager
+def running(run: Runner, names: frozenset[str] = frozenset(NAMES)) -> Iterator[None]:
+    """Let `run` launch the kernels of these names inside the block, and twins the others.
+
+    A function that was compiled before keeps what it was traced with.
+    """
+    _overridden.append((names, run))
+    try:
+        yield
+    finally:
+        _overridden.pop()
