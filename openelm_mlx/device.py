@@ -6,19 +6,20 @@ side effects choose the settings, so every choice is tested on systems without e
 
 BLAS: MLX's Linux wheel links the reference BLAS; an OpenBLAS of the system takes its place.
 
-Metal: MLX commits a command buffer after a number of kernels or of megabytes that they touch (by
-default 40 to 50 of each, by size of chip; mlx/backend/metal/device.cpp). Each boundary costs GPU
-time, which is much of a small model's token. Others measured the following; this project has not
-run on Metal:
+Metal: MLX commits a command buffer after a number of kernels, or of elements in the arrays that
+they touch: 40 to 50 of either by size of chip, where MLX_MAX_MB_PER_BUFFER counts 2**20 elements of
+any type and not bytes (mlx/backend/metal/device.cpp, `set_input_array`, `needs_commit`). Each
+boundary costs GPU time, which is much of a small model's token. MLX reads both limits once, so they
+govern prefill as well: there the elements bound how long a command buffer runs and how much memory
+it holds, so only the number of kernels is changed. Others measured the following; this project has
+not run on Metal:
 
-- M3 Ultra: decoding 5 % (20k tokens of context) and 7.7 % (short) faster at 1000 operations and
-  400 MB, with the same outputs and peak memory; no gain on a dense 27B model
-  (https://github.com/ml-explore/mlx/issues/4521)
 - M1 Ultra: 11 to 13 % faster on Gemma 3n at 1000 operations; M1 to M4 get it there by default, M5
   does not: on an M5 Max it was flat or slower (https://github.com/lablup/mlxcel/pull/360, .../358)
-- That M3 Ultra is the only evidence for 400 MB. 2000 MB were best for a large mixture of experts
-  on an M1 Ultra, and smaller machines failed to start with it (vllm-project/vllm-metal 578, 637,
-  585)
+- M3 Ultra: decoding 5 % (20k tokens of context) and 7.7 % (short) faster at 1000 operations and a
+  limit of 400; no gain on a dense 27B model (https://github.com/ml-explore/mlx/issues/4521)
+- A limit of 2000 was best for a large mixture of experts on an M1 Ultra, and smaller machines
+  failed to start with it (vllm-project/vllm-metal 578, 637, 585)
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ __all__ = ["mx", "nn", "optimizers", "utils"]  # of MLX; the rest is this module
 
 DEFAULT = "auto"
 NAMES = ("libopenblas.so.0", "libopenblas.so")
-# the pair measured in issue 4521
-LIMITS = {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}
+LIMITS = {"MLX_MAX_OPS_PER_BUFFER": "1000"}  # as in mlxcel's pull 360
+LIMIT_NAMES = (*LIMITS, "MLX_MAX_MB_PER_BUFFER")  # all that MLX reads
 GENERATIONS = range(1, 5)  # M1 to M4
 WIRED_SINCE = 15  # macOS: before it mx.set_wired_limit has no effect
 
@@ -131,9 +132,9 @@ def buffer_limits(chip: str | None, environ: Mapping[str, str]) -> MetalSettings
         if int(match[1]) == 5:
             known = "others gained nothing on an M5 Max (lablup/mlxcel pull 358)"
         return MetalSettings(reason=f"MLX's own limits stay on {chip}: {known}")
-    if own := sorted(LIMITS.keys() & environ.keys()):
+    if own := [name for name in LIMIT_NAMES if name in environ]:
         return MetalSettings(reason=f"you have set {', '.join(own)}")
-    why = f"faster decoding on M1 to M4 (ml-explore/mlx issue 4521); this is {chip}"
+    why = f"faster decoding on an M1 Ultra (lablup/mlxcel pull 360); this is {chip}"
     return MetalSettings(dict(LIMITS), why)
 
 
@@ -233,7 +234,7 @@ def facts() -> dict[str, Any]:
     """Return plain facts about this machine; what is unknown is None."""
     macos = platform.mac_ver()[0]
     device: Mapping[str, Any] = mx.device_info() if kind() == "metal" else {}
-    buffers = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+    buffers = [f"{name}={os.environ[name]}" for name in LIMIT_NAMES if name in os.environ]
     return {
         "openelm_mlx": installed("openelm-mlx"),
         "mlx": installed("mlx"),

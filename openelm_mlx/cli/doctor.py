@@ -98,8 +98,8 @@ def hints(found: Mapping[str, Any]) -> list[str]:
         advice.append(
             f"the machine is busy (load {found['load_average']:.1f}); close what else is running"
         )
-    if found["memory_bytes"] < 8e9:
-        advice.append("less than 8 GB of memory: prefer 4-bit models (--bits 4)")
+    if found["memory_bytes"] < 9e9:  # a machine of 8 GB has 8.6e9 bytes, or some less
+        advice.append("8 GB of memory or less: prefer 4-bit models (--bits 4)")
     if found["free_disk_bytes"] < 10e9:
         advice.append("less than 10 GB of disk free: the larger models will not fit")
     return advice

@@ -156,7 +156,7 @@ def test_doctor(capsys):
         "blas": "MLX's own",
         "backend": "cpu",
         "load_average": 9.0,
-        "memory_bytes": 4e9,
+        "memory_bytes": 8 << 30,
     }
     assert [
         any(word in hint for hint in hints(slow))
