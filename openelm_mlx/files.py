@@ -48,6 +48,14 @@ class TensorPlace(NamedTuple):
     info: TensorInfo
 
 
+def cache_folder() -> Path:
+    """Return $OPENELM_CACHE, or the folder `openelm-mlx` where the system keeps caches."""
+    if own := os.environ.get("OPENELM_CACHE"):
+        return Path(os.path.expanduser(own))
+    usual = os.path.expanduser("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "openelm-mlx"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises `ConfigError` with the file's name."""
 
@@ -262,14 +270,6 @@ def lock(file: IO[str], kind: int, notice: str = "") -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-
-
-def same_file(file: IO[str], path: Path) -> bool:
-    """Return whether `path` still names the open `file`: another process may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except OSError:
-        return False
 
 
 def name_for_mlx(path: str | Path) -> str:

@@ -24,8 +24,9 @@ from pathlib import Path
 
 from openelm_mlx.convert.fetch.download import Progress, fetch
 from openelm_mlx.engine.hub import converted, mirrored_tokenizer
-from openelm_mlx.engine.model_cache import cache_folder, recall
+from openelm_mlx.engine.model_cache import recall
 from openelm_mlx.errors import HubError
+from openelm_mlx.files import cache_folder
 from openelm_mlx.model.config import PUBLISHED
 
 ROOT = "https://docs-assets.developer.apple.com/ml-research/models/corenet/v0.1.0/openelm/"

@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
 def show(models: list[Kept], limit: float) -> None:
     """Print names, sizes and meanings; checkpoints in training that are not here share a line."""
     from openelm_mlx.engine.hub import hub_cache
-    from openelm_mlx.engine.model_cache import cache_folder, conversions_folder
+    from openelm_mlx.engine.model_cache import conversions_folder
+    from openelm_mlx.files import cache_folder
 
     rows = [("MODEL", "ON DISK", "")]
     for one in models:

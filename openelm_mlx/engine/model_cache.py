@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 from openelm_mlx import __version__
 from openelm_mlx.engine.tokenizer import FILES
 from openelm_mlx.errors import ConversionError, OptionError
-from openelm_mlx.files import lock, read_own_json, same_file, write_json
+from openelm_mlx.files import cache_folder, lock, read_own_json, write_json
 from openelm_mlx.model.config import GENERATION_CONFIG
 
 if TYPE_CHECKING:
@@ -53,14 +53,6 @@ class Conversion:
     nbytes: int
     used: float  # seconds since the epoch
     sources: tuple[str, ...]  # paths or names that it was made from
-
-
-def cache_folder() -> Path:
-    """Return $OPENELM_CACHE, or the folder `openelm-mlx` where the system keeps caches."""
-    if own := os.environ.get("OPENELM_CACHE"):
-        return Path(os.path.expanduser(own))
-    usual = os.path.expanduser("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "openelm-mlx"
 
 
 def conversions_folder() -> Path:
@@ -321,6 +313,14 @@ def record_path(source: Path, tokenizer: Path | None) -> Path:
     what = f"{source}\n{'' if tokenizer is None else os.path.abspath(tokenizer)}"
     digest = hashlib.sha256(os.fsencode(what)).hexdigest()
     return conversions_folder() / "index" / f"{digest[:32]}.json"
+
+
+def same_file(file: IO[str], path: Path) -> bool:
+    """Return whether `path` still names the open `file`: another process may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def remember(

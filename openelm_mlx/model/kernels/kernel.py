@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from openelm_mlx.device import kind, mx
 from openelm_mlx.errors import OptionError
+from openelm_mlx.model.kernels.self_check import wrong_kernels
 
 Size = tuple[int, int, int]
 
@@ -110,8 +112,22 @@ _overridden: list[tuple[frozenset[str], Runner]] = []  # the latest one counts
 
 @cache
 def choice() -> Choice:
-    """Return what is chosen for this process."""
-    return choose(kind(), os.environ, {})
+    """Return what is chosen for this process; kernels that were not checked here yet are now."""
+    chosen = choose(kind(), os.environ, {})
+    if chosen.names:
+        chosen = choose(kind(), os.environ, wrong_kernels(sorted(chosen.names), check_of))
+    return chosen
+
+
+def check_of(name: str) -> str:
+    """Return how the kernel of a file differs from its twin, "" if it does not.
+
+    `check()` of that file compares the two on small inputs, at most 50 ms of work. Its kernel is in
+    use meanwhile, and no other; inside `twins()` none is.
+    """
+    with running(runner(), frozenset({name})):
+        text: str = import_module(f"openelm_mlx.model.kernels.{name}").check()
+        return text
 
 
 def in_use(kernel: Kernel) -> bool:
@@ -135,3 +151,8 @@ def running(run: Runner, names: frozenset[str] = frozenset(NAMES)) -> Iterator[N
         yield
     finally:
         _overridden.pop()
+
+
+def twins() -> AbstractContextManager[None]:
+    """Let no kernel run inside the block."""
+    return running(runner(), frozenset())

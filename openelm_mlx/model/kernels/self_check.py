@@ -1,0 +1,126 @@
+"""The check of our kernels on this very GPU, the first time that one of them could run.
+
+Nobody here has every GPU, so each kernel is compared with its twin on small inputs before it is
+used (`kernel.check_of`). The verdicts are kept in a file of our cache folder, for this device and
+system, MLX's version and the text of all kernels; when any of them changes, or the file is gone or
+damaged, the kernels are checked again. Nothing here raises: a kernel that differs or fails is not
+used, and its twin computes the same values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from openelm_mlx.device import kind, mx
+from openelm_mlx.errors import reason
+from openelm_mlx.files import cache_folder, read_own_json, write_json
+
+# Stands in the file while a check runs: a GPU's fault ends the process, and must not do so again.
+UNFINISHED = "its check did not end"
+UNITS = 2  # of the last place of the largest value: sums of another order may differ by so much
+
+Check = Callable[[str], str]  # from the name of a kernel to how it differs from its twin, or ""
+
+
+def difference(mine: Sequence[mx.array], twin: Sequence[mx.array], units: float = UNITS) -> str:
+    """Return how a kernel's outputs differ from its twin's, "" if they agree.
+
+    Floats may differ by `units` of the last place of the twin's largest value; an infinite one must
+    be the same. Integers and booleans must be equal.
+    """
+    for number, (a, b) in enumerate(zip(mine, twin, strict=True)):
+        where = f"output {number}" if len(twin) > 1 else "its output"
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"{where} is {a.dtype} {a.shape}, its twin's {b.dtype} {b.shape}"
+        if not mx.issubdtype(b.dtype, mx.floating):
+            if count := int((a != b).sum()):
+                return f"{where} differs from its twin's at {count} of {b.size} places"
+            continue
+        unit = units * mx.finfo(b.dtype).eps
+        a, b = a.astype(mx.float32), b.astype(mx.float32)
+        finite = mx.isfinite(b)
+        if not mx.all(mx.where(finite, mx.isfinite(a), a == b)).item():
+            return f"{where} is infinite or not a number where its twin's is not"
+        largest = float(mx.where(finite, mx.abs(b), 0).max())
+        gap = float(mx.where(finite, mx.abs(a - b), 0).max())
+        if gap > unit * largest:
+            return (
+                f"{where} differs from its twin's by {gap:.2g}, the largest value is {largest:.2g}"
+            )
+    return ""
+
+
+def noise(seed: int, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Return normal random inputs of a check, which leave the state of random numbers alone."""
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def wrong_kernels(
+    names: Iterable[str], check: Check, about: dict[str, str] | None = None
+) -> dict[str, str]:
+    """Return why the kernels that cannot be used here cannot, by name; never raise.
+
+    Those without a verdict in the memory are checked first. `about` is by default `subject()`.
+    """
+    about = subject() if about is None else about
+    verdicts = remembered(about)
+    for name in names:
+        if name in verdicts:
+            continue
+        remember(about, {**verdicts, name: UNFINISHED})
+        try:
+            verdicts[name] = check(name)
+        except Exception as error:  # whatever it is, the twin does without
+            verdicts[name] = f"its check failed: {reason(error)}"
+    if verdicts != remembered(about):
+        remember(about, verdicts)
+    return {name: verdicts[name] for name in names if verdicts[name]}
+
+
+# --- the memory of verdicts
+
+
+def subject() -> dict[str, str]:
+    """Return what a verdict is about: the device, its system, MLX, and the text of all kernels."""
+    device = mx.device_info()
+    texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return {
+        "device": " ".join(str(device.get(k, "")) for k in ("device_name", "architecture")).strip(),
+        "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
+        "backend": kind(),
+        "mlx": str(mx.__version__),  # type: ignore[attr-defined]
+        "kernels": hashlib.sha256(b"\0".join(texts)).hexdigest(),
+    }
+
+
+def memory_path(about: dict[str, str]) -> Path:
+    """Return the file of a device. Two machines may share a home, so each has a file of its own."""
+    name = hashlib.sha256(f"{about['backend']} {about['device']}".encode()).hexdigest()
+    return cache_folder() / "kernels" / f"{name[:16]}.json"
+
+
+def remembered(about: dict[str, str]) -> dict[str, str]:
+    """Return the verdicts that hold for `about`, none if there is no file or it is damaged."""
+    found = read_own_json(memory_path(about))
+    verdicts = found.get("verdicts")
+    if found.get("about") != about or not isinstance(verdicts, dict):
+        return {}
+    return {name: why for name, why in verdicts.items() if isinstance(why, str)}
+
+
+def remember(about: dict[str, str], verdicts: dict[str, str]) -> None:
+    """Write the verdicts. A folder that cannot be written only costs a check in each process."""
+    with contextlib.suppress(OSError):
+        path = memory_path(about)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"about": about, "verdicts": verdicts})
+
+
+def forget() -> None:
+    """Remove the verdicts on this device, so that the next use checks again."""
+    with contextlib.suppress(OSError):
+        memory_path(subject()).unlink(missing_ok=True)
