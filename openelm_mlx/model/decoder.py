@@ -27,10 +27,12 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from openelm_mlx.device import mx, nn, utils
-from openelm_mlx.model.cache import Cache, KVCache, as_caches
+from openelm_mlx.model.cache import Cache, KVCache, NoCache, as_caches
 from openelm_mlx.model.cache_kinds import Mask
 from openelm_mlx.model.config import LayerShape, OpenELMConfig, layer_shapes
-from openelm_mlx.model.projections import Embedding, Linear, for_any_thread, project_onto
+from openelm_mlx.model.kernels.add_rms_norm import ADD_RMS_NORM, Sum, sum_and_norm
+from openelm_mlx.model.kernels.kernel import in_use
+from openelm_mlx.model.projections import Embedding, Linear, for_any_thread, project_onto, sums
 
 VALUE = 1e30  # marks a value head in the table of norm weights; no weight of a model is as large
 
@@ -93,6 +95,13 @@ class Pass(NamedTuple):
     length: int
     rotation: mx.array  # from `rotary`
     mask: Mask
+    adds_later: bool = False  # the norm that reads a sum computes it, where that saves a kernel
+
+    def project(self, residual: mx.array, projection: nn.Module, x: mx.array) -> Sum:
+        """Return residual + projection(x)."""
+        if self.adds_later and not sums(projection):
+            return Sum(residual, projection(x))
+        return Sum(project_onto(residual, projection, x))
 
 
 class Projection(NamedTuple):
@@ -172,9 +181,9 @@ class Attention(nn.Module):
 
     def __call__(
         self, x: mx.array, residual: mx.array, shared: Pass, cache: Cache, last: bool = False
-    ) -> mx.array:
+    ) -> Sum:
         """Return residual + attention, [B * L, model_dim]; with `last`, [B, model_dim]."""
-        B, L, rotation, mask = shared
+        B, L, rotation, mask, _ = shared
         projected = self.qkv_proj(x).reshape(B, L, -1, self.head_dim)
         eps = self.eps if self.normalize else None
         projection = Projection(projected, self.head_weights(), rotation, self.q_heads, eps, last)
@@ -183,7 +192,7 @@ class Attention(nn.Module):
             residual = residual.reshape(B, -1, residual.shape[-1])[:, -1]
         out = cache.attend(projection, mask, self.scale)  # [B, heads, L, head_dim]
         out = out if L == 1 else out.swapaxes(1, 2)
-        return project_onto(residual, self.out_proj, out.reshape(B * L, -1))
+        return shared.project(residual, self.out_proj, out.reshape(B * L, -1))
 
 
 class FeedForward(nn.Module):
@@ -195,7 +204,8 @@ class FeedForward(nn.Module):
         self.proj_1 = Linear(config.model_dim, shape.ffn_dim * (2 if self.gated else 1))
         self.proj_2 = Linear(shape.ffn_dim, config.model_dim)
 
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array, shared: Pass) -> Sum:
+        """Return residual + the network of x, [rows, model_dim]."""
         x = self.proj_1(x)
         if not self.gated:
             x = nn.silu(x)
@@ -204,7 +214,7 @@ class FeedForward(nn.Module):
             x = swiglu(*mx.split(x.reshape(2, -1), 2))
         else:
             x = swiglu(*mx.split(x, 2, axis=-1))
-        return project_onto(residual, self.proj_2, x)
+        return shared.project(residual, self.proj_2, x)
 
 
 class DecoderLayer(nn.Module):
@@ -217,13 +227,13 @@ class DecoderLayer(nn.Module):
         self.attn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
         self.ffn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
 
-    def __call__(
-        self, x: mx.array, shared: Pass, cache: Cache, last: bool | mx.array = False
-    ) -> mx.array:
-        x = self.attn(self.attn_norm(x), x, shared, cache, last is True)
+    def __call__(self, x: Sum, shared: Pass, cache: Cache, last: bool | mx.array = False) -> Sum:
+        residual, normed = sum_and_norm(x, self.attn_norm)
+        x = self.attn(normed, residual, shared, cache, last is True)
         if isinstance(last, mx.array):
-            x = x[mx.arange(shared.batch) * shared.length + last]
-        return self.ffn(self.ffn_norm(x), x)
+            x = x.rows(mx.arange(shared.batch) * shared.length + last)
+        residual, normed = sum_and_norm(x, self.ffn_norm)
+        return self.ffn(normed, residual, shared)
 
 
 class Transformer(nn.Module):
@@ -270,12 +280,14 @@ class OpenELM(nn.Module):
         rotation = rotary(
             caches[0].positions(length), self.args.head_dim, self.args.rope_freq_constant
         )
-        shared = Pass(batch, length, rotation, caches[0].mask(length))
-        x = self.transformer.token_embeddings(tokens.reshape(-1))
+        # a pass without a cache may be one of training: a kernel has no gradient
+        adds_later = in_use(ADD_RMS_NORM) and not isinstance(caches[0], NoCache)
+        shared = Pass(batch, length, rotation, caches[0].mask(length), adds_later)
+        x = Sum(self.transformer.token_embeddings(tokens.reshape(-1)))
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x = layer(x, shared, layer_cache, last if layer is self.layers[-1] else False)
-        x = self.transformer.norm(x)
-        return x.reshape(batch, length, -1) if last is False else x
+        _, normed = sum_and_norm(x, self.transformer.norm)
+        return normed.reshape(batch, length, -1) if last is False else normed
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the logits [..., vocab] of hidden states [..., model_dim].

@@ -85,6 +85,11 @@ class Embedding(Transposed, nn.Embedding):
         return PackedEmbedding.from_embedding(self, *how, **settings)
 
 
+def sums(projection: nn.Module) -> bool:
+    """Return whether a projection adds a residual to its product, without a kernel for the sum."""
+    return type(projection) is Linear or hasattr(projection, "onto")
+
+
 def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
     """Return residual + projection(x), by one kernel if the projection is a plain matrix.
 
