@@ -4,195 +4,167 @@
     with running(Emulator()):                              # the model's kernels, in eager steps
         ...
 
-`Wrong` is raised for divergence, accesses outside buffers, results that depend on the order of
-threads, and writes to an input that the kernel does not name in `in_place`.
+`Wrong` is raised for divergence, accesses outside buffers and arrays, threads that do not end,
+results that depend on the order of threads, and writes to an input that the kernel does not name in
+`in_place`. metal_build.py compiles, metal_threads.cpp runs.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
-import os
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from metal_build import Program, Wrong, program, threads
 
 from openelm_mlx.model.kernels.kernel import Kernel, Launch
 
-HERE = Path(__file__).parent
-NAMES = {
-    mx.float32: "float",
-    mx.float16: "float16_t",
-    mx.bfloat16: "bfloat16_t",
-    mx.bool_: "bool",
-    mx.int32: "int32_t",
-    mx.uint32: "uint32_t",
-    mx.uint8: "uint8_t",
-    mx.int64: "int64_t",
-    mx.uint16: "uint16_t",
-    mx.complex64: "complex64_t",
-}
+__all__ = ["Emulator", "Wrong", "emulate"]
+
 ORDERS = (0, 1, 2, 3)  # of the threads: forwards, backwards, and two shuffles
-
-
-class Wrong(Exception):
-    """What a kernel does that no GPU promises to allow."""
+SECONDS = 5.0  # of the processor, after which a run has not ended
 
 
 def emulate(
     kernel: Kernel, inputs: Sequence[mx.array], launch: Launch, orders: Sequence[int] = ORDERS
 ) -> tuple[list[mx.array], list[mx.array]]:
     """Return the outputs, and the inputs as the kernel left them. Raises `Wrong`."""
-    library = built(cpp(kernel, inputs, launch))
+    built = program(kernel, inputs, launch)
     given = [host(array) for array in inputs]
-    threads, grid = launch.threadgroup, launch.grid
-    group = tuple(min(a, b) for a, b in zip(threads, grid, strict=True))  # as MLX does
-    results = []
+    first: list[np.ndarray] = []
     for order in orders:
+        outs = empty(launch)
         ins = [array.copy() for array in given]
-        outs = [
-            np.full(math.prod(shape) * dtype.size, 0xFF, np.uint8)
-            for shape, dtype in zip(launch.shapes, launch.dtypes, strict=True)
-        ]
-        arrays = ins + outs
-        pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
-        sizes = (ctypes.c_size_t * len(arrays))(*(a.nbytes for a in arrays))
-        message = ctypes.create_string_buffer(512)
-        three = ctypes.c_uint * 3
-        ok = library.run(pointers, sizes, len(arrays), three(*grid), three(*group), order, message)
-        if not ok:
-            raise Wrong(f"{kernel.name}: {message.value.decode()}")
+        run(kernel, built, launch, [*given, *(None for _ in outs)], [*ins, *outs], order)
         for name, before, after in zip(kernel.inputs, given, ins, strict=True):
             if name not in kernel.in_place and not np.array_equal(before, after):
                 raise Wrong(f"{kernel.name}: writes to its input {name}")
-        results.append(outs + ins)
-    for result in results[1:]:
-        for name, a, b in zip(kernel.outputs + kernel.inputs, results[0], result, strict=True):
+        for name, a, b in zip(kernel.outputs + kernel.inputs, first, outs + ins, strict=False):
             if not np.array_equal(a, b):
                 what = "a barrier is missing, or two threads write one place"
                 raise Wrong(f"{kernel.name}: {name} depends on the order of threads: {what}")
-    count = len(launch.shapes)
-    pairs = zip(results[0], [*launch.shapes, *(a.shape for a in inputs)], strict=True)
-    dtypes = [*launch.dtypes, *(a.dtype for a in inputs)]
-    arrays_ = [back(raw, shape, dtype) for (raw, shape), dtype in zip(pairs, dtypes, strict=True)]
-    return arrays_[:count], arrays_[count:]
+        first = first or outs + ins
+    outputs = [
+        back(raw, shape, dtype)
+        for raw, shape, dtype in zip(first, launch.shapes, launch.dtypes, strict=False)
+    ]
+    left = [
+        back(raw, a.shape, a.dtype) for raw, a in zip(first[len(outputs) :], inputs, strict=True)
+    ]
+    return outputs, left
 
 
 class Emulator:
-    """A runner for `kernel.running`. What a kernel writes in place is written to the array."""
+    """A runner for `kernel.running`. What a kernel writes in place is written to the array.
+
+    With one order of threads there is no guard around what is written in place: MLX's own memory is
+    written to. With more, all is checked that `emulate` checks.
+    """
 
     def __init__(self, orders: Sequence[int] = (0,)) -> None:
         self.orders, self.launches = orders, 0
 
     def __call__(self, kernel: Kernel, inputs: list[mx.array], launch: Launch) -> list[mx.array]:
         self.launches += 1
-        outputs, after = emulate(kernel, inputs, launch, self.orders)
-        for name, array, changed in zip(kernel.inputs, inputs, after, strict=True):
-            if name in kernel.in_place:
-                overwrite(array, changed)
-        return outputs
-
-
-def overwrite(array: mx.array, value: mx.array) -> None:
-    """Write into the memory of an array, as a kernel does of which MLX does not know."""
-    assert array.size >= 8, "a kernel gets fewer than 8 elements as constants"
-    view = memoryview(array.view(mx.uint8))
-    address = ctypes.addressof(ctypes.c_char.from_buffer(view))  # of MLX's own buffer
-    raw = host(value)
-    ctypes.memmove(address, raw.ctypes.data, raw.nbytes)
-
-
-@cache
-def built(text: str) -> ctypes.CDLL:
-    """Compile once per text, also over runs: the library's name is a hash of its text."""
-    shim = (HERE / "metal_shim.h").read_text()
-    name = hashlib.sha256((text + shim).encode()).hexdigest()[:24]
-    target = Path(tempfile.gettempdir()) / f"openelm-mlx-metal-{os.getuid()}" / f"{name}.so"
-    if not target.exists():
-        target.parent.mkdir(mode=0o700, exist_ok=True)
-        source = target.with_name(f"{name}-{os.getpid()}.cpp")
-        source.write_text(text)
-        made = source.with_suffix(".so")
-        flags = [
-            "-std=c++17",
-            "-O1",
-            "-w",
-            "-fno-strict-aliasing",
-            "-ffp-contract=off",
-            "-shared",
-            "-fPIC",
+        mx.eval(inputs)
+        places = {
+            name: memory(kernel, name, array)
+            for name, array in zip(kernel.inputs, inputs, strict=True)
+            if name in kernel.in_place
+        }
+        if len(self.orders) > 1:
+            outputs, left = emulate(kernel, inputs, launch, self.orders)
+            for name, array in zip(kernel.inputs, left, strict=True):
+                if name in places:
+                    overwrite(places[name], host(array))
+            return outputs
+        pairs = zip(kernel.inputs, inputs, strict=True)
+        given = [places[name] if name in places else host(array) for name, array in pairs]
+        after, outs = [places.get(name) for name in kernel.inputs], empty(launch)
+        nothing = [None] * len(outs)
+        built = program(kernel, inputs, launch)
+        run(kernel, built, launch, [*given, *nothing], [*after, *outs], self.orders[0])
+        return [
+            back(raw, shape, dtype)
+            for raw, shape, dtype in zip(outs, launch.shapes, launch.dtypes, strict=True)
         ]
-        command = ["g++", *flags, "-I", str(HERE), "-o", str(made), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        source.unlink()
-        if done.returncode:
-            raise Wrong(f"does not compile:\n{done.stderr[:3000]}")
-        made.replace(target)
-    return ctypes.CDLL(str(target))
 
 
-def cpp(kernel: Kernel, inputs: Sequence[mx.array], launch: Launch) -> str:
-    """Return the C++ of a kernel for these types, as MLX makes Metal of it."""
-    alone = "#define SHIM_NO_SECTION" if "template" in kernel.header else ""
-    lines = [alone, '#include "metal_shim.h"', "using namespace metal;"]
-    lines += ["static shim::Guarded buffers[32];", kernel.header, "void kernel_body() {"]
-    for name, value in launch.template:
-        if isinstance(value, mx.Dtype):
-            lines.append(f"  using {name} = {NAMES[value]};")
-        else:
-            type_ = "bool" if isinstance(value, bool) else "int"
-            lines.append(f"  constexpr {type_} {name} = {str(value).lower()};")
-    for number, (name, array) in enumerate(zip(kernel.inputs, inputs, strict=True)):
-        type_ = NAMES[array.dtype]
-        data = f"buffers[{number}].data"
-        if array.ndim == 0:
-            lines.append(f"  const {type_}& {name} = *(const {type_}*){data};")
-        else:
-            lines.append(f"  const device {type_}* {name} = (const {type_}*){data};")
-    for number, (name, dtype) in enumerate(zip(kernel.outputs, launch.dtypes, strict=True)):
-        type_ = NAMES[dtype]
-        data = f"buffers[{len(inputs) + number}].data"
-        lines.append(f"  device {type_}* {name} = ({type_}*){data};")
-    return "\n".join([*lines, "#line 1", kernel.source, "}", RUN])
+def overwrite(place: np.ndarray, value: np.ndarray) -> None:
+    """Write into the memory of an array; numpy takes it for one that cannot be written to."""
+    ctypes.memmove(address(place), value.ctypes.data, value.nbytes)
 
 
-RUN = r"""
-extern "C" int run(char** data, const size_t* sizes, int count, const unsigned* grid,
-                   const unsigned* group, int order, char* message) {
-  for (int i = 0; i < count; i++) {
-    buffers[i] = shim::guarded(sizes[i]);
-    memcpy(buffers[i].data, data[i], sizes[i]);
-  }
-  static char stack[64 << 10];
-  stack_t alternative{}; alternative.ss_sp = stack; alternative.ss_size = sizeof stack;
-  sigaltstack(&alternative, nullptr);
-  struct sigaction mine{}, before_segv, before_bus;
-  mine.sa_sigaction = shim::on_crash; mine.sa_flags = SA_SIGINFO | SA_ONSTACK;
-  sigaction(SIGSEGV, &mine, &before_segv); sigaction(SIGBUS, &mine, &before_bus);
-  bool ok = sigsetjmp(shim::crash, 1) == 0 && shim::launch(kernel_body, grid, group, order);
-  sigaction(SIGSEGV, &before_segv, nullptr); sigaction(SIGBUS, &before_bus, nullptr);
-  for (int i = 0; i < count; i++) {
-    memcpy(data[i], buffers[i].data, sizes[i]);
-    munmap(buffers[i].map, buffers[i].length);
-  }
-  snprintf(message, 512, "%s", shim::error);
-  return ok;
-}
-"""
+def run(
+    kernel: Kernel,
+    built: Program,
+    launch: Launch,
+    before: Sequence[np.ndarray | None],
+    after: Sequence[np.ndarray | None],
+    order: int,
+) -> None:
+    """Run all threads once; what the buffers then hold is written to `after`."""
+    group = [min(a, b) for a, b in zip(launch.threadgroup, launch.grid, strict=True)]  # as MLX does
+    count = len(before)
+    sizes = [a.nbytes if a is not None else b.nbytes for a, b in zip(before, after, strict=True)]
+    message = ctypes.create_string_buffer(512)
+    failed = threads().run(
+        ctypes.c_void_p(built.address),
+        (ctypes.c_void_p * count)(*map(address, before)),
+        (ctypes.c_void_p * count)(*map(address, after)),
+        (ctypes.c_size_t * count)(*sizes),
+        count,
+        (ctypes.c_long * max(1, len(built.numbers)))(*built.numbers),
+        (ctypes.c_uint * 3)(*launch.grid),
+        (ctypes.c_uint * 3)(*group),
+        order,
+        ctypes.c_double(SECONDS),
+        message,
+    )
+    if failed:
+        raise Wrong(f"{kernel.name}: {message.value.decode()}")
+
+
+def address(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.__array_interface__["data"][0]
+
+
+def empty(launch: Launch) -> list[np.ndarray]:
+    return [
+        np.empty(math.prod(shape) * dtype.size, np.uint8)
+        for shape, dtype in zip(launch.shapes, launch.dtypes, strict=True)
+    ]
 
 
 def host(array: mx.array) -> np.ndarray:
-    """Return a copy of the bytes of an array, row by row, as [n] uint8."""
-    flat = mx.contiguous(array).reshape(-1)
-    return np.array(flat.astype(mx.uint8) if array.dtype == mx.bool_ else flat.view(mx.uint8))
+    """Return the bytes of an array, row by row, as [n] uint8."""
+    return np.ascontiguousarray(seen(array)).reshape(-1).view(np.uint8)
+
+
+def seen(array: mx.array) -> np.ndarray:
+    """Return an array as numpy sees its memory; numpy does not know bfloat16."""
+    return np.asarray(memoryview(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array))
+
+
+def memory(kernel: Kernel, name: str, array: mx.array) -> np.ndarray:
+    """Return the memory of an array that a kernel writes to, of which MLX does not know."""
+    if array.size < 8:
+        raise Wrong(
+            f"{kernel.name}: {name} has fewer than 8 elements, which are passed as constants"
+        )
+    raw = seen(array)
+    if not raw.flags.c_contiguous:
+        raise Wrong(f"{kernel.name}: {name} is not row contiguous: MLX would pass a copy")
+    return raw
 
 
 def back(raw: np.ndarray, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-    flat = mx.array(raw)
-    return (flat.astype(mx.bool_) if dtype == mx.bool_ else flat.view(dtype)).reshape(shape)
+    if dtype == mx.bool_:
+        return mx.array(raw.view(np.bool_)).reshape(shape)
+    plain: dict[mx.Dtype, Any] = {mx.float32: np.float32, mx.uint32: np.uint32, mx.int32: np.int32}
+    if dtype in plain:
+        return mx.array(raw.view(plain[dtype]).reshape(shape))
+    return mx.array(raw).view(dtype).reshape(shape)

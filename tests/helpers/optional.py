@@ -76,6 +76,7 @@ def permissions_hold() -> bool:
 OPTIONAL: dict[str, Callable[[], bool]] = {
     "Metal": metal,
     "a C++ compiler": compiles,
+    "emulated kernels": lambda: sys.platform == "linux" and shutil.which("g++") is not None,
     "Chromium": lambda: find_chromium() is not None,
     "langchain-openai": lambda: find_spec("langchain_openai") is not None,
     "llm": lambda: find_spec("llm") is not None,

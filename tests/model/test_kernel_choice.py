@@ -36,7 +36,7 @@ def test_kernels_are_in_use_on_metal_unless_they_failed_or_are_off() -> None:
         choose("metal", {"OPENELM_KERNELS": "maybe"}, {})
 
 
-@pytest.mark.needs("a C++ compiler")
+@pytest.mark.needs("emulated kernels")
 def test_the_emulator_computes_and_writes_in_place() -> None:
     x = mx.arange(40).astype(mx.float32)
     buffer = mx.zeros(8)
@@ -48,7 +48,7 @@ def test_the_emulator_computes_and_writes_in_place() -> None:
     np.testing.assert_array_equal(buffer, [0, 0, 0, 7, 0, 0, 0, 0])
 
 
-@pytest.mark.needs("a C++ compiler")
+@pytest.mark.needs("emulated kernels")
 def test_the_emulator_finds_a_write_outside() -> None:
     with running(Emulator()), pytest.raises(Wrong, match="access outside a buffer"):
         one(DOUBLE, mx.zeros(8), threads=8, size=4)
