@@ -107,7 +107,8 @@ class Pass(NamedTuple):
 class Projection(NamedTuple):
     """The output of `qkv_proj` in one layer, and what its norm and rotation need.
 
-    The cache asks for the heads when it stores them: one kernel could norm, rotate and store.
+    The cache asks for the heads when it stores them, by `heads` or by one kernel that norms,
+    rotates and stores (kernels/norm_rope_store.py).
     """
 
     raw: mx.array  # [B, L, q + 2 kv, head_dim]
@@ -115,6 +116,7 @@ class Projection(NamedTuple):
     rotation: mx.array  # from `rotary`
     q_heads: int
     eps: float | None  # of the norm of queries and keys; None without a norm
+    norms: tuple[mx.array, mx.array] | None  # the weights of that norm [head_dim], as they are
     last: bool  # return the query of the last token only, and all keys and values
 
     def heads(self) -> tuple[mx.array, mx.array]:
@@ -185,8 +187,11 @@ class Attention(nn.Module):
         """Return residual + attention, [B * L, model_dim]; with `last`, [B, model_dim]."""
         B, L, rotation, mask, _ = shared
         projected = self.qkv_proj(x).reshape(B, L, -1, self.head_dim)
-        eps = self.eps if self.normalize else None
-        projection = Projection(projected, self.head_weights(), rotation, self.q_heads, eps, last)
+        eps, norms = None, None
+        if self.normalize:
+            eps, norms = self.eps, (self.q_norm.weight, self.k_norm.weight)
+        weights = self.head_weights()
+        projection = Projection(projected, weights, rotation, self.q_heads, eps, norms, last)
         if last and L > 1:
             mask, L = mask[..., -1:, :] if isinstance(mask, mx.array) else None, 1
             residual = residual.reshape(B, -1, residual.shape[-1])[:, -1]

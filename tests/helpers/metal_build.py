@@ -30,6 +30,7 @@ NAMES = {
     mx.int64: "int64_t",
     mx.uint64: "uint64_t",
     mx.uint16: "uint16_t",
+    mx.complex64: "complex64_t",
 }
 # Arithmetic and indices that Metal leaves undefined end the run; variables do not start as zeros.
 TRAPS = "bounds,shift,integer-divide-by-zero,signed-integer-overflow,float-cast-overflow"

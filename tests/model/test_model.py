@@ -103,7 +103,7 @@ def test_heads_are_those_of_the_plain_norm_and_rotation(batch, length, normalize
     weights = attention.head_weights()
     plain = attention.plain_heads(raw, offset, base)
     for last in (False, True):
-        found = Projection(raw, weights, rotation, attention.q_heads, eps, last).heads()
+        found = Projection(raw, weights, rotation, attention.q_heads, eps, None, last).heads()
         expected = (plain[0][:, :, -1:], plain[1]) if last else plain
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.shape == theirs.shape and mx.allclose(ours, theirs, atol=1e-5).item()
