@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from openelm_mlx import device
-from openelm_mlx.device import (
+from openelm_mlx import settings
+from openelm_mlx.device import processor_of, wired_limit
+from openelm_mlx.errors import OptionError
+from openelm_mlx.settings import (
     LIMIT_NAMES,
     LIMITS,
     BlasChoice,
@@ -22,12 +24,11 @@ from openelm_mlx.device import (
     buffer_limits,
     chip_name,
     choose_blas,
+    command_limits,
+    gpu_flops,
     load_blas,
-    processor_of,
     set_buffer_limits,
-    wired_limit,
 )
-from openelm_mlx.errors import OptionError
 
 
 @pytest.mark.parametrize(
@@ -69,12 +70,12 @@ def load(name, *mode):
         raise OSError("hidden")
     return real(name, *mode)
 ctypes.CDLL = load
-from openelm_mlx import device
+from openelm_mlx import device, settings
 print(
-    device.load_blas({{}}) == device.blas,
-    device.load_blas({{"OPENELM_BLAS": "off"}}).path,
+    settings.load_blas({{}}) == device.blas,
+    settings.load_blas({{"OPENELM_BLAS": "off"}}).path,
 )
-print(device.load_blas({{"OPENELM_BLAS": "/other.so"}}).reason)
+print(settings.load_blas({{"OPENELM_BLAS": "/other.so"}}).reason)
 loaded = "openblas" in pathlib.Path("/proc/self/maps").read_text()
 print(device.blas.path, loaded, device.blas.reason)
 """
@@ -85,7 +86,7 @@ print(device.blas.path, loaded, device.blas.reason)
     told, late, found = run.stdout.splitlines()
     assert told == "True None" and late == "mlx was imported first, too late for another BLAS"
     missing = "None False no OpenBLAS found; install libopenblas0-pthread"
-    assert found in [missing, *(f"{name} True found on this system" for name in device.NAMES)]
+    assert found in [missing, *(f"{name} True found on this system" for name in settings.NAMES)]
     assert not hidden or found == missing
 
 
@@ -124,6 +125,29 @@ def test_what_the_user_has_set_stays_and_is_not_half_replaced(name: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("chip", "environ", "limits"),
+    [
+        ("Apple M1", {}, (40, 40 << 20)),
+        ("Apple M2 Pro", LIMITS, (1000, 40 << 20)),
+        ("Apple M3 Max", LIMITS, (1000, 50 << 20)),
+        ("Apple M5 Ultra", {"MLX_MAX_MB_PER_BUFFER": "400"}, (50, 400 << 20)),
+        (None, {"MLX_MAX_OPS_PER_BUFFER": "many"}, (40, 40 << 20)),
+    ],
+)
+def test_limits_of_a_command_buffer(
+    chip: str | None, environ: dict[str, str], limits: tuple[int, int]
+) -> None:
+    assert command_limits(chip, environ) == limits
+
+
+def test_larger_chips_are_assumed_faster_and_others_unknown() -> None:
+    names = ("Apple M1", "Apple M4 Pro", "Apple M2 Max", "Apple M3 Ultra")
+    speeds = [gpu_flops(name) or 0 for name in names]
+    assert speeds[0] == 2 * 6.74e9 * 107.8 and speeds == sorted(speeds)
+    assert gpu_flops("Apple A17 Pro") is gpu_flops("Apple M1 pro") is gpu_flops(None) is None
+
+
+@pytest.mark.parametrize(
     ("recommended", "system", "expected"),
     [
         (22_906_503_168, "15.0", 22_906_503_168),
@@ -141,8 +165,8 @@ def test_wired_limit_needs_metal_and_macos_15(
 
 
 def test_limits_go_into_the_environment_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_applied", None)
-    monkeypatch.setattr(device, "chip_name", lambda: "Apple M2 Max")
+    monkeypatch.setattr(settings, "_applied", None)
+    monkeypatch.setattr(settings, "chip_name", lambda: "Apple M2 Max")
     monkeypatch.delitem(sys.modules, "mlx.core")
     environ: dict[str, str] = {}
     first = set_buffer_limits(environ)
@@ -151,8 +175,8 @@ def test_limits_go_into_the_environment_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_after_mlx_has_started_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_applied", None)
-    monkeypatch.setattr(device, "chip_name", lambda: "Apple M2 Max")
+    monkeypatch.setattr(settings, "_applied", None)
+    monkeypatch.setattr(settings, "chip_name", lambda: "Apple M2 Max")
     environ: dict[str, str] = {}
     assert "too late" in set_buffer_limits(environ).reason and environ == {}
 

@@ -24,6 +24,7 @@ ORDER = (
     "dtypes",
     "files",
     "quantization",
+    "settings",
     "device",
     "model",
     "engine",
