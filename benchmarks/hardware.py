@@ -1,10 +1,11 @@
 """The limits of hardware: chips with their bandwidths, and the bytes that a token must read.
 
 Nothing here measures or runs a model; everything follows from tables and configurations. A chip's
-bandwidth is Apple's own figure, in GB/s of 10^9 bytes, as its source quotes it. Chips that Apple
-sells under one name with two bandwidths are told apart by their GPU cores, and chips without a
-source are not listed. Every weight is read once a token, whatever the kernels: at batch size one no
-work is done twice. The ledger counts the same bytes on the graph, and a test compares both.
+bandwidth is Apple's own figure, in GB/s of 10^9 bytes, of the page that is named beside it; it was
+taken from public tables that cite these pages. Chips that Apple sells under one name with two
+bandwidths are told apart by their GPU cores. Every weight is read once a token, whatever the
+kernels: at batch size one no work is done twice. The ledger counts the same bytes on the graph, and
+a test compares both.
 """
 
 from __future__ import annotations
@@ -25,35 +26,25 @@ from openelm_mlx.quantization import spec_of
 
 # --- chips
 
-LLAMA_CPP = (
-    "llama.cpp discussion 4167, table as in "
-    "https://gist.github.com/jakehemmerle/3203efa01ac455c2a8a26669eb465af2"
+NEWS, SPECS = "https://www.apple.com/newsroom", "https://support.apple.com/en-us"
+M1 = "https://en.wikipedia.org/wiki/Apple_M1 (Apple gives no figure)"
+M1_PRO = (
+    f"{NEWS}/2021/10/introducing-m1-pro-and-m1-max-the-most-powerful-chips-apple-has-ever-built/"
 )
-MAX_VARIANTS = "https://github.com/odysseus-dev/odysseus/issues/2573 (Apple's figures by GPU cores)"
-ULTRA_M3 = (
-    "Ars Technica, 'Apple announces M3 Ultra', March 2025 "
-    "(its table: 60 or 80 GPU cores, 819.2 GB/s)"
+M1_ULTRA = (
+    f"{NEWS}/2022/03/apple-unveils-m1-ultra-the-worlds-most-powerful-chip-for-a-personal-computer/"
 )
-M4 = (
-    "https://gist.github.com/kellyshephard (chips_table.md: 8 cores) "
-    "and https://mactrast.com/?p=168123 (10 cores, 120GB/s)"
+M2 = f"{NEWS}/2022/06/apple-unveils-m2-with-breakthrough-performance-and-capabilities/"
+M2_PRO = (
+    f"{NEWS}/2023/01/"
+    "apple-unveils-m2-pro-and-m2-max-next-generation-chips-for-next-level-workflows/"
 )
-M4_PRO = (
-    "https://github.com/jaeseok614/llm-gpu-checker-ko/releases/tag/v7.21.3 "
-    "(from support.apple.com/en-us/121555)"
-)
-M5 = (
-    "https://the-decoder.com/apples-m5-chip-brings-faster-ai-to-macbook-ipad-and-vision-pro/ "
-    "(Apple: 10 cores, 153 GB/s) and https://gist.github.com/kellyshephard "
-    "(chips_table.md: 8 cores)"
-)
+M2_ULTRA = f"{NEWS}/2023/06/apple-introduces-m2-ultra/"
+M3, M3_PRO, M3_ULTRA = f"{SPECS}/117735", f"{SPECS}/117737", f"{SPECS}/122211"
+M4, M4_PRO = f"{NEWS}/2024/10/apple-introduces-m4-pro-and-m4-max/", f"{SPECS}/121553"
+M5, M5_PRO = f"{SPECS}/126320", f"{SPECS}/126318"
 M6 = (
-    "https://github.com/midudev/canirun.ai/pull/26 (Apple, 25 August 2026: "
-    "M6 12 cores, 170 GB/s; M5 Ultra 80 cores, 1.2 TB/s)"
-)
-M5_PRO = (
-    "https://www.lowyat.net/2026/385170/apple-m5-pro-m5-max "
-    "(Apple's press release: up to 20 cores, 307GB/s)"
+    f"{NEWS}/2026/08/apple-introduces-m6-and-m5-ultra-for-a-big-leap-in-performance-and-ai-compute/"
 )
 
 
@@ -77,9 +68,9 @@ class Chip:
         return self.bandwidth_gb * 1e9
 
     @property
-    def tier(self) -> str:
-        """One of base, pro, max, ultra."""
-        return self.short.partition("-")[2] or "base"
+    def generation(self) -> int:
+        """The number of the generation: 3 of an M3 Max."""
+        return int(self.short[1:].partition("-")[0])
 
     def __str__(self) -> str:
         cores = " or ".join(map(str, self.gpu_cores))
@@ -87,29 +78,29 @@ class Chip:
 
 
 CHIPS = (
-    Chip("Apple M1", (7, 8), 68, LLAMA_CPP),
-    Chip("Apple M1 Pro", (14, 16), 200, LLAMA_CPP),
-    Chip("Apple M1 Max", (24, 32), 400, LLAMA_CPP),
-    Chip("Apple M1 Ultra", (48, 64), 800, LLAMA_CPP),
-    Chip("Apple M2", (8, 10), 100, LLAMA_CPP),
-    Chip("Apple M2 Pro", (16, 19), 200, LLAMA_CPP),
-    Chip("Apple M2 Max", (30, 38), 400, LLAMA_CPP),
-    Chip("Apple M2 Ultra", (60, 76), 800, LLAMA_CPP),
-    Chip("Apple M3", (8, 10), 100, LLAMA_CPP),
-    Chip("Apple M3 Pro", (14, 18), 150, LLAMA_CPP),
-    Chip("Apple M3 Max", (30,), 300, MAX_VARIANTS),
-    Chip("Apple M3 Max", (40,), 400, MAX_VARIANTS),
-    Chip("Apple M3 Ultra", (60, 80), 819, ULTRA_M3),
+    Chip("Apple M1", (7, 8), 68.3, M1),
+    Chip("Apple M1 Pro", (14, 16), 200, M1_PRO),
+    Chip("Apple M1 Max", (24, 32), 400, M1_PRO),
+    Chip("Apple M1 Ultra", (48, 64), 800, M1_ULTRA),
+    Chip("Apple M2", (8, 10), 100, M2),
+    Chip("Apple M2 Pro", (16, 19), 200, M2_PRO),
+    Chip("Apple M2 Max", (30, 38), 400, M2_PRO),
+    Chip("Apple M2 Ultra", (60, 76), 800, M2_ULTRA),
+    Chip("Apple M3", (8, 10), 100, M3),
+    Chip("Apple M3 Pro", (14, 18), 150, M3_PRO),
+    Chip("Apple M3 Max", (30,), 300, M3_PRO),
+    Chip("Apple M3 Max", (40,), 400, M3_PRO),
+    Chip("Apple M3 Ultra", (60, 80), 819, M3_ULTRA),
     Chip("Apple M4", (8, 10), 120, M4),
     Chip("Apple M4 Pro", (16, 20), 273, M4_PRO),
-    Chip("Apple M4 Max", (32,), 410, MAX_VARIANTS),
-    Chip("Apple M4 Max", (40,), 546, MAX_VARIANTS),
+    Chip("Apple M4 Max", (32,), 410, M4_PRO),
+    Chip("Apple M4 Max", (40,), 546, M4_PRO),
     Chip("Apple M5", (8, 10), 153, M5),
-    Chip("Apple M5 Pro", (20,), 307, M5_PRO),
-    Chip("Apple M5 Max", (32,), 460, MAX_VARIANTS),
-    Chip("Apple M5 Max", (40,), 614, MAX_VARIANTS),
-    Chip("Apple M5 Ultra", (80,), 1200, M6),
-    Chip("Apple M6", (12,), 170, M6),
+    Chip("Apple M5 Pro", (16, 20), 307, M5_PRO),
+    Chip("Apple M5 Max", (32,), 460, M5_PRO),
+    Chip("Apple M5 Max", (40,), 614, M5_PRO),
+    Chip("Apple M5 Ultra", (64, 80), 1200, M6),
+    Chip("Apple M6", (12,), 170, M6),  # 153 with 16 GB of memory, which its name does not tell
 )
 
 

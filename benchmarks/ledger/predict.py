@@ -1,19 +1,21 @@
 """Predict tokens a second on chips that nobody here owns: a formula, never a measurement.
 
+    python -m openelm_mlx.benchmarks.ledger.predict
+    openelm benchmark --predict m3-max
+
     seconds a token = kernels x latency + bytes / (bandwidth x efficiency)
 
 - kernels: counted on the graph of one token of this engine (count.py)
-- latency: 2.5 us. A chain of 3,200 tiny dependent kernels took 7.7 to 8.8 ms on an M3 Ultra
-  (https://github.com/ml-explore/mlx/issues/4521). It is taken for every chip, though an M1 Ultra
-  seems to need more (KNOWN_ERRORS)
 - bytes: every weight once, keys and values of the context (hardware.py)
 - bandwidth: nominal (hardware.py)
-- efficiency: the share of nominal bandwidth that decoding reaches on Metal, by tier of chip: the
-  median over the rows of a table of llama.cpp's, which has nothing of this engine in it (EVIDENCE)
+- latency, efficiency and the band: from published rates of other MLX engines (speeds.py)
+
+The command above prints these rates beside what the formula gives when it has not seen them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections import Counter
@@ -21,87 +23,68 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from statistics import median
 from typing import Any
 
 from openelm_mlx.benchmarks.hardware import CHIPS, Chip, bytes_per_token, find_chip
+from openelm_mlx.benchmarks.ledger.published import RATES
+from openelm_mlx.benchmarks.ledger.speeds import LeftOut, Speed, leave_out, speed_of, summary
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, normal_name
 from openelm_mlx.quantization import MLX_GROUP_SIZE
 
-LATENCY = 2.5e-6  # seconds a kernel; see above
-LLAMA_7B_F16 = 12.55 * 2**30  # bytes of the model of EVIDENCE, as llama-bench prints it
-# Llama 7B F16 text generation, tokens a second:
-# https://github.com/ggml-org/llama.cpp/discussions/4167, its table as in
-# https://gist.github.com/jakehemmerle/3203efa01ac455c2a8a26669eb465af2
-EVIDENCE: dict[tuple[str, int], float] = {
-    ("m1-pro", 14): 12.75,
-    ("m1-max", 24): 22.55,
-    ("m1-max", 32): 23.03,
-    ("m1-ultra", 48): 33.92,
-    ("m1-ultra", 64): 37.01,
-    ("m2", 10): 6.72,
-    ("m2-pro", 16): 12.47,
-    ("m2-pro", 19): 13.06,
-    ("m2-max", 30): 24.16,
-    ("m2-max", 38): 24.65,
-    ("m2-ultra", 60): 39.86,
-    ("m2-ultra", 76): 41.02,
-    ("m3-pro", 18): 9.89,
-    ("m3-max", 30): 19.54,
-    ("m3-max", 40): 25.09,
-}
 WEIGHTS: dict[str, dict[str, int] | None] = {
     "bfloat16": None,
     "8 bits": {"bits": 8, "group_size": MLX_GROUP_SIZE},
     "4 bits": {"bits": 4, "group_size": MLX_GROUP_SIZE},
 }
 ASSUMED = (
-    "predicted, not measured: kernels x 2.5 us + bytes / (nominal bandwidth x efficiency)",
-    "kernels counted on the graph; 2.5 us each as on an M3 Ultra (ml-explore/mlx issue 4521), "
-    "taken for every chip",
-    "efficiency by tier of chip, from llama.cpp's table for Llama 7B in F16 (ggml-org/llama.cpp "
-    "discussion 4167)",
-    "batch of one, greedy, no speculation; kernels and memory traffic do not overlap; the host "
-    "keeps up; no throttling",
+    "predicted, not measured: kernels x latency + bytes / (nominal bandwidth x efficiency)",
+    "this engine's kernels, counted on its graph; latency and efficiency from published rates of "
+    "other MLX engines (sources: benchmarks/ledger/published.py)",
+    "the rules of the band were fixed before those rates were compared "
+    "(benchmarks/ledger/speeds.py)",
+    "batch of one, greedy, no speculation; the host keeps up; no throttling",
 )
 
-FIGURES = ["predicted", "tokens_per_second", "kernels", "kernel_seconds", "bytes_per_token"]
-FIGURES += ["memory_seconds", "efficiency"]
-# The formula against rates of other MLX engines, with the kernels and bytes of the models they ran:
-# https://github.com/lablup/mlxcel/tree/main/benchmarks pylm_m1ultra_2026-09-06.csv and
-# pylm_m5max_2026-09-06.csv (mlx-lm 0.31.3), metal_m1ultra_2026-09-08.csv (mlxcel 0.7.0-beta.1);
-# https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/BENCHMARKS.md and .../mlx-lm/pull/1569;
-# https://github.com/waybarrios/vllm-mlx/issues/531.
-KNOWN_ERRORS = (
-    "this engine has not been measured on any chip of the table; rates of other MLX engines are "
-    "public",
-    "against 33 of those the formula is off by a median of 13 %: -20 to +4 % on M3 to M5, -10 to "
-    "+97 % on an M1 Ultra, small 4-bit models worst (sources: benchmarks/ledger/predict.py)",
-    "OpenELM 1.1b-instruct in 4 bits, M1 Ultra: mlxcel reached 279 tokens/s "
-    "(https://github.com/lablup/mlxcel/tree/main/benchmarks); predicted for this engine are 464",
-)
+FIGURES = ["predicted", "tokens_per_second", "low", "high", "kernels", "kernel_seconds"]
+FIGURES += ["bytes_per_token", "memory_seconds"]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A figure of the formula, with what it is made of."""
+    """A figure of the formula, with its band and what it is made of."""
 
     chip: Chip
-    tokens_per_second: float
+    speed: Speed
     kernels: int
     bytes_per_token: dict[str, float]
-    efficiency: float
     assumed: tuple[str, ...] = ASSUMED
     predicted: bool = True  # wherever this goes, it goes with this mark
 
     @property
+    def parts(self) -> tuple[float, float]:
+        total = sum(self.bytes_per_token.values())
+        return self.speed.seconds(self.kernels, total, self.chip.bandwidth)
+
+    @property
     def kernel_seconds(self) -> float:
-        return self.kernels * LATENCY
+        return self.parts[0]
 
     @property
     def memory_seconds(self) -> float:
-        return sum(self.bytes_per_token.values()) / (self.chip.bandwidth * self.efficiency)
+        return self.parts[1]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1 / sum(self.parts)
+
+    @property
+    def low(self) -> float:
+        return self.tokens_per_second / self.speed.factor(*self.parts)
+
+    @property
+    def high(self) -> float:
+        return self.tokens_per_second * self.speed.factor(*self.parts)
 
 
 def predict(
@@ -119,22 +102,7 @@ def predict(
     chip = find_chip(chip) if isinstance(chip, str) else chip
     parts = bytes_per_token(config, dtype, quantization, context)
     kernels = kernels_per_token(config, dtype, json.dumps(quantization), context)
-    share = efficiency(chip.tier)
-    seconds = kernels * LATENCY + sum(parts.values()) / (chip.bandwidth * share)
-    return Prediction(chip, 1 / seconds, kernels, parts, share)
-
-
-def efficiency(tier: str) -> float:
-    """Return the median over EVIDENCE of bytes a second reached over nominal, for this tier."""
-    chips = {(short, cores): find_chip(short, cores) for short, cores in EVIDENCE}
-    shares = [
-        EVIDENCE[key] * LLAMA_7B_F16 / chip.bandwidth
-        for key, chip in chips.items()
-        if chip.tier == tier
-    ]
-    if not shares:
-        raise BenchmarkError(f"no evidence for chips of tier {tier!r}")
-    return median(shares)
+    return Prediction(chip, speed_of(chip), kernels, parts)
 
 
 @lru_cache(maxsize=64)
@@ -154,12 +122,14 @@ class Check:
     chip: Chip
     model: str
     measured: float
-    predicted: float
+    predicted: Prediction
 
-    @property
-    def error(self) -> float:
-        """(predicted - measured) / measured."""
-        return self.predicted / self.measured - 1
+    def __str__(self) -> str:
+        expected = self.predicted
+        return (
+            f"checked on {self.chip.name}, {self.model}: measured {self.measured:.0f}, predicted "
+            f"{expected.tokens_per_second:.0f} ({expected.low:.0f} to {expected.high:.0f})"
+        )
 
 
 def checks(documents: Iterable[Any]) -> list[Check]:
@@ -185,7 +155,7 @@ def check_of(row: Any, chip: Chip) -> Iterator[Check]:
     quantization = None if case.bits is None else {"bits": case.bits, "group_size": MLX_GROUP_SIZE}
     context = case.prompt_tokens + case.generation_tokens // 2
     expected = predict(chip, OpenELMConfig.from_name(size), case.dtype, quantization, context)
-    yield Check(chip, case.model, metric.median, expected.tokens_per_second)
+    yield Check(chip, case.model, metric.median, expected)
 
 
 def show(
@@ -205,32 +175,84 @@ def show(
             {"model": size, "weights": weights} | {name: getattr(p, name) for name in FIGURES}
             for size, weights, p in rows
         ]
-        facts = {"predicted": True, "chip": first.chip.name, "assumed": ASSUMED}
-        print(json.dumps({**facts, "known_errors": KNOWN_ERRORS, "rows": listed}))
+        facts = {"predicted": True, "chip": first.chip.name, "speed": asdict(first.speed)}
+        facts |= {"assumed": ASSUMED, "known_errors": [summary(left_out())], "rows": listed}
+        print(json.dumps(facts))
         return
+    cells = [
+        (
+            size,
+            weights,
+            f"{p.tokens_per_second:.0f}",
+            f"{p.low:.0f}-{p.high:.0f}",
+            str(p.kernels),
+            f"{1e3 * p.kernel_seconds:.2f}",
+            f"{sum(p.bytes_per_token.values()) / 1e6:.0f}",
+            f"{1e3 * p.memory_seconds:.2f}",
+        )
+        for size, weights, p in rows
+    ]
+    columns = ("model", "weights", "tokens/s", "band", "kernels", "their ms", "MB read", "their ms")
+    draw(f"{first.chip}: predicted, not measured", columns, cells)
+    checked = [str(check) for check in checks(documents)]
+    if not checked:
+        checked = ["this engine has not been measured on any chip of the table"]
+    here = (
+        f"{1e6 * first.speed.latency:.1f} us a kernel and {first.speed.efficiency:.0%} of nominal "
+        f"bandwidth here, {first.speed.basis}; bandwidth from {first.chip.source}"
+    )
+    print("Decoding, one sequence, at 64 tokens of context.")
+    for line in (*ASSUMED, here, *checked, summary(left_out())):
+        print(f"- {line}")
+
+
+def draw(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table, its first column of words and the others of figures."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 80, highlight=False)
-    table = Table(title=f"{first.chip}: predicted, not measured", title_justify="left")
-    table.add_column("model")
-    for column in ("weights", "tokens/s", "kernels", "their ms", "MB read", "their ms"):
-        table.add_column(column, justify="right")
-    for size, weights, p in rows:
-        launched = str(p.kernels), f"{1e3 * p.kernel_seconds:.2f}"
-        read = f"{sum(p.bytes_per_token.values()) / 1e6:.0f}", f"{1e3 * p.memory_seconds:.2f}"
-        table.add_row(size, weights, f"{p.tokens_per_second:.0f}", *launched, *read)
-    console.print(table)
-    checked = [
-        f"checked on {check.chip.name}, {check.model}: "
-        f"measured {check.measured:.0f}, predicted {check.predicted:.0f} ({check.error:+.0%})"
-        for check in checks(documents)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 80
+    Console(file=sys.stdout, width=width, highlight=False).print(table)
+
+
+def left_out() -> list[LeftOut]:
+    return [leave_out(rate) for rate in RATES]
+
+
+def show_left_out(as_json: bool = False) -> None:
+    """Print published rates beside what the formula gives without that model on that chip."""
+    found = left_out()
+    if as_json:
+        rows = [
+            asdict(row.rate)
+            | {"kernels": row.rate.kernels, "bytes_read": row.rate.bytes_read}
+            | {"predicted": row.predicted, "factor": row.factor, "outside": row.outside}
+            for row in found
+        ]
+        print(json.dumps({"rows": rows, "summary": summary(found)}))
+        return
+    cells = [
+        (
+            f"{row.rate.chip_name} {row.rate.model}",
+            str(row.rate.bits),
+            f"{row.rate.tokens_per_second:.0f}",
+            f"{row.predicted:.0f}",
+            f"{row.error:+.0%}",
+            f"{row.predicted / row.factor:.0f}-{row.predicted * row.factor:.0f}",
+            "outside" * row.outside,
+        )
+        for row in found
     ]
-    here = f"efficiency here {first.efficiency:.2f}; bandwidth from {first.chip.source}"
-    known = KNOWN_ERRORS[bool(checked) :]  # the first says that nothing was checked
-    print("Decoding, one sequence, at 64 tokens of context.")
-    for line in (*ASSUMED, here, *checked, *known):
-        print(f"- {line}")
+    columns = ("published rate", "bits", "measured", "formula", "off by", "band", "")
+    draw("Published rates and the formula, left out model by model", columns, cells)
+    print(f"- {summary(found)}")
+    for source in dict.fromkeys(rate.source for rate in RATES):
+        print(f"- measured by others: {source}")
 
 
 def predictions(chip: str, sizes: Sequence[str] = ()) -> list[tuple[str, str, Prediction]]:
@@ -261,3 +283,17 @@ def show_chips(as_json: bool) -> None:
     print()
     for number, source in enumerate(sources, start=1):
         print(f"[{number}] {source}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m openelm_mlx.benchmarks.ledger.predict",
+        description="Hold the formula of predictions against published rates of other engines.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    show_left_out(parser.parse_args(arguments).json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

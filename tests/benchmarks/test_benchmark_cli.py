@@ -189,4 +189,4 @@ def test_the_command_in_a_result_names_no_folder_of_the_user(monkeypatch):
 def test_a_chip_that_is_not_here_is_predicted_and_marked_so(capsys):
     assert main(["benchmark", "270m", "--predict", "m3-max"]) == 0
     text = capsys.readouterr().out
-    assert "predicted, not measured" in text and "270m" in text and "│ 1.1b" not in text
+    assert "predicted, not measured" in text and "270m" in text and "1.1b" not in text
