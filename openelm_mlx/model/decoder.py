@@ -30,6 +30,7 @@ from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.model.cache import Cache, KVCache, NoCache, as_caches
 from openelm_mlx.model.cache_kinds import Mask
 from openelm_mlx.model.config import LayerShape, OpenELMConfig, layer_shapes
+from openelm_mlx.model.footprint import layers_at_once
 from openelm_mlx.model.kernels.add_rms_norm import ADD_RMS_NORM, Sum, sum_and_norm
 from openelm_mlx.model.kernels.kernel import in_use
 from openelm_mlx.model.projections import Embedding, Linear, for_any_thread, project_onto, sums
@@ -289,8 +290,12 @@ class OpenELM(nn.Module):
         adds_later = in_use(ADD_RMS_NORM) and not isinstance(caches[0], NoCache)
         shared = Pass(batch, length, rotation, caches[0].mask(length), adds_later)
         x = Sum(self.transformer.token_embeddings(tokens.reshape(-1)))
-        for layer, layer_cache in zip(self.layers, caches, strict=True):
+        stored = cache if isinstance(cache, KVCache) else None
+        every = None if stored is None else layers_at_once(self, tokens.size)
+        for number, (layer, layer_cache) in enumerate(zip(self.layers, caches, strict=True), 1):
             x = layer(x, shared, layer_cache, last if layer is self.layers[-1] else False)
+            if stored is not None and every is not None and number % every == 0:
+                mx.eval(x, stored.arrays)
         _, normed = sum_and_norm(x, self.transformer.norm)
         return normed.reshape(batch, length, -1) if last is False else normed
 
