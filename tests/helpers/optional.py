@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 from browser import find_chromium
+from nvrtc import compiles_for_cuda
 
 from openelm_mlx.device import blas, mx
 
@@ -43,6 +44,13 @@ def metal() -> bool:
     from openelm_mlx import device
 
     return device.kind() == "metal"
+
+
+def cuda() -> bool:
+    """Tell whether MLX computes on a GPU of NVIDIA's."""
+    from openelm_mlx import device
+
+    return device.kind() == "cuda"
 
 
 def peer(name: str) -> bool:
@@ -75,6 +83,8 @@ def permissions_hold() -> bool:
 
 OPTIONAL: dict[str, Callable[[], bool]] = {
     "Metal": metal,
+    "CUDA": cuda,
+    "NVRTC": compiles_for_cuda,
     "a C++ compiler": compiles,
     "emulated kernels": lambda: sys.platform == "linux" and shutil.which("g++") is not None,
     "Chromium": lambda: find_chromium() is not None,

@@ -1,8 +1,8 @@
 """What a kernel is, where it runs, and which kernels are in use.
 
-A kernel's source is the body of a function in Metal's language, as `mx.fast.metal_kernel` takes it.
-None of them has run on a Mac. A processor has no kernels: there the twins run, and in tests an
-emulator runs the kernels too (tests/helpers/metal_emulator.py).
+A kernel's source is the body of a function in Metal's language, as `mx.fast.metal_kernel` takes it;
+`cuda` runs it on a GPU of NVIDIA's, too. None of them has run on a Mac. A processor has no kernels:
+there the twins run, and in tests an emulator runs the kernels (tests/helpers/metal_emulator.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from openelm_mlx.device import kind, mx
 from openelm_mlx.errors import OptionError
+from openelm_mlx.model.kernels.cuda import on_cuda
 from openelm_mlx.model.kernels.self_check import wrong_kernels
 
 Size = tuple[int, int, int]
@@ -46,7 +47,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched. `grid` counts threads, as Metal's dispatchThreads does."""
+    """How a kernel is launched.
+
+    `grid` counts threads and is a multiple of `threadgroup`: Metal cuts the last one short, and
+    CUDA runs all of it.
+    """
 
     grid: Size
     threadgroup: Size
@@ -99,8 +104,8 @@ def choose(backend: str, environ: Mapping[str, str], wrong: Mapping[str, str]) -
     wish = environ.get("OPENELM_KERNELS", "on")
     if wish not in ("on", "off"):
         raise OptionError(f"OPENELM_KERNELS is {wish!r}; allowed: on, off")
-    if backend != "metal":
-        return Choice(frozenset(), "only Metal runs them")
+    if backend == "cpu":
+        return Choice(frozenset(), "only GPUs run them")
     if wish == "off":
         return Choice(frozenset(), "OPENELM_KERNELS is off")
     reason = "; ".join(f"{name}: {why}" for name, why in wrong.items())
@@ -137,7 +142,9 @@ def in_use(kernel: Kernel) -> bool:
 
 
 def runner() -> Runner:
-    return _overridden[-1][1] if _overridden else on_metal
+    if _overridden:
+        return _overridden[-1][1]
+    return on_cuda if kind() == "cuda" else on_metal
 
 
 @contextmanager
