@@ -17,12 +17,12 @@ from openelm_mlx.model.cache_kinds import (
     Arrays,
     CacheKind,
     Mask,
-    Plain,
     Window,
     halves,
     resized,
     sdpa,
 )
+from openelm_mlx.model.kernels.attend import attend
 from openelm_mlx.model.kernels.norm_rope_store import store_heads
 
 if TYPE_CHECKING:
@@ -258,13 +258,7 @@ class StepCache:
 
     def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
         q, self.arrays = store_heads(projection, self.arrays, self.place)
-        store = self.place.kind.store
-        rows, heads, asked, _ = q.shape
-        if rows > 1 and isinstance(store, Plain):
-            # Metal copies a mask that broadcasts over heads in every layer; one with all heads is
-            # read as it is.
-            mask = self.place.mask(projection.raw.shape[1], heads)[..., -asked:, :]
-        return store.attend(q, self.arrays, mask, scale)
+        return attend(q, self.arrays, self.place, projection.raw.shape[1], mask, scale)
 
 
 def step_caches(buffers: list[Arrays], start: mx.array, kind: CacheKind) -> list[StepCache]:

@@ -9,7 +9,7 @@ from nvrtc import ForCuda
 from openelm_mlx import EngineOptions, generate, load
 from openelm_mlx.device import mx
 from openelm_mlx.model.kernels.cuda import parameters
-from openelm_mlx.model.kernels.kernel import NAMES, Kernel, check_of, running
+from openelm_mlx.model.kernels.kernel import NAMES_BY_BACKEND, Kernel, check_of, running
 
 # Every word of the header, in two SIMD groups, of which the last has 8 threads.
 WORDS = Kernel(
@@ -37,6 +37,7 @@ WORDS = Kernel(
     """,
     in_place=("store",),
 )
+ALL = NAMES_BY_BACKEND["cuda"]
 LAUNCH = {"grid": (40, 1, 1), "threadgroup": (40, 1, 1), "shapes": [(40, 8)]}
 
 
@@ -60,7 +61,7 @@ def test_a_number_is_read_through_a_pointer_of_another_name():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_each_kernel_compiles_for_cuda(dtype):
     compiler, engine = ForCuda(), load("openelm-tiny", dtype=dtype)
-    with running(compiler):
+    with running(compiler, frozenset(ALL)):
         words(getattr(mx, dtype))
         for bits in (None, 4):
             options = EngineOptions(compiled=False, kv_bits=bits)
@@ -85,6 +86,6 @@ def test_metals_words_mean_the_same_in_cuda():
 
 
 @pytest.mark.needs("CUDA")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_each_kernel_is_its_twin_on_this_gpu(name):
     assert check_of(name) == ""

@@ -26,7 +26,8 @@ def one(kernel: Kernel, *inputs: mx.array, threads: int = 1, size: int = 1) -> m
 
 
 def test_kernels_are_in_use_on_a_gpu_unless_they_failed_or_are_off() -> None:
-    assert choose("metal", {}, {}).names == choose("cuda", {}, {}).names == frozenset(NAMES)
+    assert choose("metal", {}, {}).names == frozenset(NAMES)
+    assert choose("cuda", {}, {}).names == frozenset(NAMES) | {"attend"}
     assert choose("cpu", {}, {}).names == frozenset()
     assert choose("metal", {"OPENELM_KERNELS": "off"}, {}).names == frozenset()
     failed = choose("metal", {}, {"sample": "differs by 1"})

@@ -86,6 +86,7 @@ def made_for_metal(kernel: Kernel) -> Any:
 # --- which are in use
 
 NAMES = ("norm_rope_store", "add_rms_norm", "sample")
+NAMES_BY_BACKEND = {"metal": NAMES, "cuda": (*NAMES, "attend"), "cpu": ()}
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def choose(backend: str, environ: Mapping[str, str], wrong: Mapping[str, str]) -
     if wish == "off":
         return Choice(frozenset(), "OPENELM_KERNELS is off")
     reason = "; ".join(f"{name}: {why}" for name, why in wrong.items())
-    return Choice(frozenset(NAMES) - wrong.keys(), reason)
+    return Choice(frozenset(NAMES_BY_BACKEND[backend]) - wrong.keys(), reason)
 
 
 _overridden: list[tuple[frozenset[str], Runner]] = []  # the latest one counts
