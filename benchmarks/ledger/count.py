@@ -3,6 +3,7 @@
     python -m openelm_mlx.benchmarks.ledger.count 270m
     python -m openelm_mlx.benchmarks.ledger.count 270m --bits 4 --json
     python -m openelm_mlx.benchmarks.ledger.count 270m --bits 4 --rows 4
+    python -m openelm_mlx.benchmarks.ledger.count 270m --sample
 
 The count is made on the graph, so it is the same on every machine; nothing is computed and no
 weights are needed. The rules of what launches a kernel are in layout.py, after the source of MLX's
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from openelm_mlx.benchmarks.hardware import part_of
 from openelm_mlx.benchmarks.ledger.graph import Array, Node
-from openelm_mlx.benchmarks.ledger.layout import VIEWS, Layout, after, kernels
+from openelm_mlx.benchmarks.ledger.layout import SORTS, VIEWS, Layout, after, kernels
 from openelm_mlx.benchmarks.ledger.steps import (
     HostTime,
     Traced,
@@ -32,6 +33,7 @@ from openelm_mlx.benchmarks.ledger.steps import (
 )
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import FLOATS
+from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import MLX_GROUP_SIZE, make_spec
@@ -40,25 +42,26 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 KV = "kv"
-UPDATES = {"ScatterAxis": 2, "SliceUpdate": 1}  # which input is written into the first one
-# what a kernel is for -> how a kernel written for OpenELM could save it
+UPDATES = ("ScatterAxis", "SliceUpdate")  # of the first input
+# what a kernel is for -> which kernel of our own saves it, or how one could
 ABSORBED = {
-    "norm before attention": "computed by qkv_proj's kernel as it reads its input",
-    "norm before FFN": "computed by proj_1's kernel as it reads its input",
-    "query and key norm": "one kernel: norm, scale, rotate, and store key and value",
-    "scale and rotate query and key": "same kernel",
-    "rotate query and key": "same kernel",
-    "store key and value": "same kernel",
-    "angles of the position": "computed by that kernel",
-    "slots and positions": "computed by that kernel",
-    "mask": "attention told the length",
-    "residual": "added by the projection's kernel",
-    "gate": "computed by proj_1's kernel, which holds gate and up",
-    "copy": "no copy, given contiguous input",
-    "copy of keys or values": "no copy, given a view",
+    "norm before attention": "qkv_proj's kernel as it reads its input",
+    "norm before FFN": "proj_1's kernel as it reads its input",
+    "query and key norm": "norm_rope_store",
+    "scale and rotate query and key": "norm_rope_store",
+    "rotate query and key": "norm_rope_store",
+    "store key and value": "norm_rope_store",
+    "residual": "add_rms_norm",
+    "mask": "attention that is told the length",
+    "slots and positions": "the kernel that draws",
+    "gate": "proj_1's kernel, which holds gate and up",
+    "copy": "contiguous input",
+    "copy of keys or values": "a view",
     "log-probabilities": "not needed for a greedy token",
-    "logits to float32": "written so by the head's kernel",
-    "next token": "maximum kept by the head's kernel, then a tiny one",
+    "logits to float32": "the head's kernel",
+    "next token": "the head's kernel, then a tiny one",
+    "sampling": "sample",
+    "random numbers": "sample",
     "embedding row": "one kernel, also for quantized weights",
 }
 NORMS = {"attn_norm": "norm before attention", "ffn_norm": "norm before FFN", "norm": "last norm"}
@@ -71,11 +74,15 @@ PURPOSES = {  # of primitives that read no weight
     "Subtract": "log-probabilities",
     "Dequantize": "embedding row",
     "Gather": "copy of keys or values",
-    "AsType": "logits to float32",
+    "RandomBits": "random numbers",
+    "norm_rope_store": "norm, rotate and store heads",
+    "sample": "next token",
 } | dict.fromkeys(UPDATES, "store key and value")
+LATER = ("logits", "random numbers")  # what reads the results of these has no other purpose
+SAMPLED = SamplingOptions(temperature=0.8, top_k=40, top_p=0.9)
 UNTESTED = (
     "Counted on the graph by the rules of MLX's Metal source; not run on Metal. Weights are read "
-    "once; buffers are updated in place."
+    "once."
 )
 
 
@@ -89,6 +96,12 @@ class Ledger:
     by_purpose: Counter[str] = field(default_factory=Counter)
     bytes_read: Counter[str] = field(default_factory=Counter)  # by part of the model
     bytes_written: Counter[str] = field(default_factory=Counter)
+    copies: int = 0
+    """The buffers of keys and values that are updated by primitives of MLX. Each is copied at every
+    step, by one more kernel, while the device is behind the host: commands that wait hold it
+    (metal/eval.cpp), so that it is not updated in place (metal/indexing.cpp, gpu/slicing.cpp).
+    """
+    bytes_copied: int = 0  # by these copies, read and written
 
     @property
     def bytes_from_memory(self) -> int:
@@ -101,24 +114,32 @@ def ledger(traced: Traced) -> Ledger:
     result = Ledger(traced.engine)
     layouts: dict[str, Layout] = {}
     sources = traced.parameters | dict.fromkeys(traced.caches, KV)
+    later: dict[str, str] = {}  # array -> purpose of what reads it
     for node in traced.graph.nodes:
         inputs = [layouts.get(array.name, Layout.rows(array.shape)) for array in node.inputs]
         outputs = [out.name for out in node.outputs]
         layouts |= zip(outputs, after(node, inputs), strict=True)
-        if (node.name in VIEWS or node.name in UPDATES) and node.inputs[0].name in sources:
-            # a view of a weight is that weight
-            sources |= dict.fromkeys(outputs, sources[node.inputs[0].name])
+        if node.name in VIEWS or node.name in UPDATES:  # a view of a weight is that weight
+            for out, read in zip(outputs, node.inputs, strict=False):
+                sources |= {out: sources[read.name]} if read.name in sources else {}
+        purpose = purpose_of(node, sources, later)
+        if purpose in LATER or any(array.name in later for array in node.inputs):
+            later |= dict.fromkeys(outputs, "random numbers" if purpose == LATER[1] else "sampling")
         if count := kernels(node, inputs):
             result.kernels += count
             result.by_primitive[label(node)] += 1
-            result.by_purpose[purpose_of(node, sources)] += 1
+            result.by_purpose[purpose] += 1
             if count > 1:
-                result.by_primitive["copy of an input"] += count - 1
-                result.by_purpose["copy"] += count - 1
+                what = "passes of a sort" if node.name in SORTS else "copy of an input"
+                result.by_primitive[what] += count - 1
+                result.by_purpose[purpose if node.name in SORTS else "copy"] += count - 1
             for part, size in bytes_read(node, inputs, sources, traced):
                 result.bytes_read[part] += size
-            written = KV if node.name in UPDATES else "activations"
-            result.bytes_written[written] += sum(array.nbytes for array in written_by(node))
+            for part, size in bytes_written(node):
+                result.bytes_written[part] += size
+            if node.name in UPDATES and node.inputs[0].name in sources:
+                result.copies += 1
+                result.bytes_copied += 2 * node.inputs[0].nbytes
     return result
 
 
@@ -137,14 +158,26 @@ def bytes_read(
                 size = size * traced.context // traced.capacity
         elif place == 0 and node.name == "Gather":
             size = node.outputs[0].size
-        elif place == 0 and node.name in UPDATES:
+        elif array in buffers_of(node):
             continue
         part = source and source != KV and part_of(source)
         yield part or source or "activations", size * array.dtype.size
 
 
-def written_by(node: Node) -> tuple[Array, ...]:
-    return (node.inputs[UPDATES[node.name]],) if node.name in UPDATES else node.outputs
+def bytes_written(node: Node) -> Iterator[tuple[str, int]]:
+    """Yield the bytes that a kernel writes, by part: of a buffer those of one token."""
+    if node.name not in UPDATES:
+        yield "activations", sum(array.nbytes for array in node.outputs)
+    for buffer in buffers_of(node):
+        yield KV, buffer.nbytes // buffer.shape[-2]
+
+
+def buffers_of(node: Node) -> list[Array]:
+    """Return the buffers of keys and values to which a node adds those of a token."""
+    if node.kernel is None:
+        return [node.inputs[0]] if node.name in UPDATES else []
+    named = zip(node.kernel.inputs, node.inputs, strict=True)
+    return [array for name, array in named if name in node.kernel.in_place]
 
 
 def label(node: Node) -> str:
@@ -153,8 +186,12 @@ def label(node: Node) -> str:
     return f"Compiled({' '.join(names)})" if node.parts else node.name
 
 
-def purpose_of(node: Node, sources: Mapping[str, str]) -> str:
-    """Return the purpose of a kernel, by the weight that it reads or else by its arithmetic."""
+def purpose_of(node: Node, sources: Mapping[str, str], later: Mapping[str, str]) -> str:
+    """Return the purpose of a kernel: by what it is, by the weight that it reads, by what it comes
+    after (`LATER`), or else by its arithmetic.
+    """
+    if node.name in PURPOSES and (node.kernel or node.name in ("ArgReduce", "RandomBits")):
+        return PURPOSES[node.name]
     reads = [sources[array.name] for array in node.inputs if array.name in sources]
     weight = next((path for path in reads if path != KV), None)
     if weight is not None:
@@ -163,6 +200,12 @@ def purpose_of(node: Node, sources: Mapping[str, str]) -> str:
     integer = not any(mx.issubdtype(out.dtype, mx.floating) for out in node.outputs)
     if node.name in PURPOSES:
         return PURPOSES[node.name]
+    if node.name == "AsType" and not integer:
+        return "logits to float32"
+    if after_what := [later[array.name] for array in node.inputs if array.name in later]:
+        return max(after_what)  # "sampling", if any of them is
+    if node.outputs[0].dtype == mx.uint32 and node.parts:
+        return "random numbers"
     if "Select" in inside and len(inside) > 3 and "Cos" not in inside:
         return "scale and rotate query and key"
     if inside & {"Cos", "Sin", "Exp"}:
@@ -209,7 +252,7 @@ def show(title: str, ledgers: Sequence[Ledger], times: Mapping[str, HostTime]) -
         for entry in ledgers:
             grid.add_column(entry.engine, justify="right")
         if notes:
-            grid.add_column("a kernel made for it could save it:", overflow="fold")
+            grid.add_column("saved, or could be, by", overflow="fold")
         counts: list[Counter[str]] = [getattr(entry, counter) for entry in ledgers]
         for name in dict.fromkeys(name for count in counts for name in count):  # as they run
             cells = [f"{count[name]:,}" if count[name] else "-" for count in counts]
@@ -221,10 +264,14 @@ def show(title: str, ledgers: Sequence[Ledger], times: Mapping[str, HostTime]) -
     if times:
         show_times(console, times)
     console.print(UNTESTED)
+    for entry in ledgers:
+        if entry.copies:
+            behind = f"{entry.engine}: while the device is behind the host, {entry.copies} buffers"
+            console.print(f"{behind} are copied at every step too, {entry.bytes_copied:,} bytes.")
 
 
 def show_times(console: Console, times: Mapping[str, HostTime]) -> None:
-    console.print("Host time for a step, mx.fast calls as one primitive each", end=" ")
+    console.print("Host time for a step without our kernels, mx.fast calls as one primitive each")
     console.print("(us, and as a share of mlx-lm's):")
     peer = times["mlx-lm"]
     for name, own in times.items():
@@ -251,6 +298,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--context", type=int, default=64, help="tokens attended to (default: 64)")
     rows = "sequences stepped together, 1 to 5 (default: 1)"
     add("--rows", type=int, choices=range(1, 6), default=1, help=rows)
+    sample = f"sample at temperature {SAMPLED.temperature}, top-k {SAMPLED.top_k}, top-p "
+    add("--sample", action="store_true", help=f"{sample}{SAMPLED.top_p} (default: greedy)")
     steps = "steps timed on the host, of one row; 0 times none (default: 100)"
     add("--steps", type=int, default=100, help=steps)
     add("--json", action="store_true", help="print one JSON object")
@@ -259,9 +308,12 @@ def main(arguments: list[str] | None = None) -> int:
         config = OpenELMConfig.from_name(options.size)
         quantized = make_spec(options.bits, options.group_size if options.bits else None, None)
         spec = WeightSpec(options.dtype, None if quantized is None else quantized.as_config())
-        ledgers = [ledger(trace_ours(config, spec, options.context, options.rows))]
+        sampling = SAMPLED if options.sample else SamplingOptions()
+        how = config, spec, options.context, options.rows, sampling
+        ledgers = [ledger(trace_ours(*how, kernels=on)) for on in (True, False)]
         times = {}
-        if options.rows == 1:  # mlx-lm has another cache for several rows, which is not counted
+        # of mlx-lm one greedy row is counted: it has another cache for several, other samplers
+        if options.rows == 1 and not options.sample:
             ledgers.append(ledger(trace_mlx_lm(config, spec, options.context)))
             times = host_times(config, spec, options.steps) if options.steps else {}
     except OpenELMError as error:
@@ -273,7 +325,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         several = f" of each of {options.rows} rows" if options.rows > 1 else ""
         kernels = f"kernels of one token{several} at {options.context} tokens"
-        show(f"OpenELM {options.size}, {spec}: {kernels}", ledgers, times)
+        drawn = ", sampled" if options.sample else ""
+        show(f"OpenELM {options.size}, {spec}: {kernels}{drawn}", ledgers, times)
     return 0
 
 

@@ -6,8 +6,9 @@ by the names of the fused kernels that `mx.export_to_dot` shows of the compiled 
 
 On the CPU backend `mx.fast.rms_norm` and its kin expand into many primitives (mlx/fast.cpp:
 `use_fallback`). Inside `one_primitive_each` each of them becomes one `mx.depends`, which has the
-right shape, reads what the call reads and computes nothing. Graphs made so are for counting and for
-timing the host; their numbers mean nothing.
+right shape, reads what the call reads and computes nothing; so does each kernel of our own
+(openelm_mlx/model/kernels), which no CPU runs. Graphs made so are for counting and for timing the
+host; their numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 from openelm_mlx.device import mx, nn, utils
+from openelm_mlx.model.kernels.kernel import NAMES, Kernel, Launch, running
 
 MAX_DEPTH, MAX_INPUTS = 11, 24  # max_compile_depth and max_compile_arrays of mlx/compile.cpp
 # is_unary and is_binary of mlx/compile.cpp, and the two that it fuses besides
@@ -35,7 +37,6 @@ ELEMENTWISE = (
 )
 FUSABLE = frozenset(ELEMENTWISE.split())
 UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
-STAND_INS = ("RMSNorm", "RoPE", "ScaledDotProductAttention", "Dequantize", "Compiled")
 SHAPED = ("Dequantize", "Compiled")  # their first input only gives the shape and is not read
 
 
@@ -66,6 +67,7 @@ class Node:
     outputs: tuple[Array, ...]
     arguments: tuple[Any, ...] = ()
     parts: tuple[Node, ...] = ()
+    kernel: Kernel | None = None  # one of our own
 
     @property
     def fused_name(self) -> str:
@@ -115,16 +117,21 @@ def untagged(node: Node, constants: dict[str, mx.array]) -> Node:
     if node.name != "Depends" or not node.inputs[-1].constant or node.inputs[-1].shape:
         return node
     number: Any = constants[node.inputs[-1].name].item()
-    name = next((name for name in STAND_INS if tag(name).item() == number), None)
-    return node if name is None else Node(name, node.inputs[name in SHAPED : -1], node.outputs)
+    found = next((what for what, own in TAGS.items() if own.item() == number), None)
+    if isinstance(found, Kernel):
+        inputs = node.inputs[len(node.outputs) : -1]
+        return Node(found.name, inputs, node.outputs, kernel=found)
+    if found is None:
+        return node
+    return Node(found, node.inputs[found in SHAPED : -1], node.outputs)
 
 
 @contextmanager
-def one_primitive_each(tagged: bool = False) -> Iterator[None]:
-    """Replace `mx.fast` and `mx.dequantize` by stand-ins of one primitive each.
+def one_primitive_each(tagged: bool = False, kernels: bool = True) -> Iterator[None]:
+    """Replace `mx.fast`, `mx.dequantize` and our kernels by stand-ins of one primitive each.
 
     `tagged` adds the tag that `trace` reads. It is one more input, so leave it out if the host
-    is timed.
+    is timed. Without `kernels`, their twins are in use.
     """
 
     def one(name: str, out: mx.array, *reads: Any) -> mx.array:
@@ -152,7 +159,13 @@ def one_primitive_each(tagged: bool = False) -> Iterator[None]:
         out = constant((*w.shape[:-1], w.shape[-1] * 32 // bits), dtype)
         return one("Dequantize", out, w, scales, biases)
 
+    def launched(kernel: Kernel, inputs: list[mx.array], launch: Launch) -> list[mx.array]:
+        pairs = zip(launch.shapes, launch.dtypes, strict=True)
+        outputs = [constant(tuple(shape), dtype) for shape, dtype in pairs]
+        return mx.depends(outputs, inputs + [tag(kernel)] * tagged)
+
     with ExitStack() as stack:
+        stack.enter_context(running(launched, frozenset(NAMES) if kernels else frozenset()))
         stack.enter_context(patch.object(mx, "dequantize", dequantize))
         stack.enter_context(patch.object(mx.fast, "rms_norm", rms_norm))
         stack.enter_context(patch.object(mx.fast, "rope", rope))
@@ -165,11 +178,13 @@ def fused(out: mx.array, *reads: mx.array) -> mx.array:
     return mx.depends(out, [*reads, tag("Compiled")])
 
 
-@cache
-def tag(name: str) -> mx.array:
-    array = mx.array(7001.0 + STAND_INS.index(name))  # no step has such a constant
-    mx.eval(array)
-    return array
+TAGS: dict[str | Kernel, mx.array] = {}
+
+
+def tag(what: str | Kernel) -> mx.array:
+    if what not in TAGS:
+        TAGS[what] = mx.array(7001.0 + len(TAGS))  # no step has such a constant
+    return TAGS[what]
 
 
 def blank(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -3,8 +3,8 @@
 Views launch none, so they are followed by their strides; copies are counted. Each rule is that of
 MLX's Metal backend (v0.32; the file is named beside it, under mlx/backend/). Assumed throughout:
 one new token a row, at most 5 rows (from the 6th on it depends on the chip which kernel multiplies
-by a quantized matrix), no matrix units (M5), and buffers that may be overwritten in place (the
-caches are donated, see decode.py).
+by a quantized matrix) and no matrix units (M5). A buffer that a primitive of MLX updates counts as
+overwritten in place; `count.Ledger.copies` says what is copied where it is not.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ VIEWS = {"Broadcast", "BroadcastAxes", "Transpose", "Slice", "Split", "ExpandDim
 VIEWS |= {"Reshape", "Flatten", "Unflatten"}  # these copy if the new shape cannot be a view
 VIEWS |= {"StopGradient", "Copy", "Depends", "NumberOfElements"}
 ONE_KERNEL = FUSABLE | {"ArgReduce", "Arange", "Compiled", "Gather", "ScatterAxis", "SliceUpdate"}
+ONE_KERNEL |= {"GatherAxis", "RandomBits"}
+SORTS = ("Sort", "ArgSort", "Partition", "ArgPartition")
 KEEPS_LAYOUT = FUSABLE | {"Compiled", "RMSNorm", "RoPE"}
 
 
@@ -133,6 +135,8 @@ def after(node: Node, inputs: list[Layout]) -> list[Layout]:
     A view has its own, an elementwise kernel writes as its inputs lie (common/compiled.cpp), and
     every other kernel writes rows.
     """
+    if node.name == "Depends":
+        return inputs[: len(node.outputs)]
     found = views(node, inputs[0]) if node.name in VIEWS and inputs else None
     if found is not None:
         return found
@@ -149,6 +153,8 @@ def kernels(node: Node, inputs: list[Layout]) -> int:
 
     Raises `BenchmarkError` for a primitive without a rule.
     """
+    if node.kernel is not None:  # metal/custom_kernel.cpp
+        return 1 + sum(not x.row_contiguous for x in inputs)
     if node.name in VIEWS:
         return int(bool(inputs) and views(node, inputs[0]) is None)
     if node.name in ONE_KERNEL:
@@ -171,11 +177,23 @@ def kernels(node: Node, inputs: list[Layout]) -> int:
             return 1 + split + sum(not last_two_rows(x) for x in inputs)
         case "Dequantize":  # metal/quantized.cpp: contiguous inputs
             return 1 + sum(not x.row_contiguous for x in inputs)
-        case "LogSumExp":  # metal/logsumexp.cpp: the last axis contiguous
+        case "LogSumExp" | "Softmax":  # metal/logsumexp.cpp, softmax.cpp: the last axis contiguous
             return 1 + (not (first.contiguous and first.strides[-1] == 1))
+        case "Scan":  # metal/scan.cpp
+            return 1 + (not first.contiguous)
+        case "Reduce" if list(node.arguments[1]) == [len(first.shape) - 1] != [0]:
+            return 1 + (first.strides[-1] != 1)  # metal/reduce.cpp: of several rows, or of one
+        case name if name in SORTS:
+            return sorting(node.inputs[0].shape[-1], node.inputs[0].dtype.size)
     raise BenchmarkError(
         f"the ledger does not know how many kernels {node.name} launches; add its rule to layout.py"
     )
+
+
+def sorting(size: int, itemsize: int) -> int:
+    """Return the kernels of a sort (metal/sort.cpp): one within a block, else blocks are merged."""
+    blocks = -(-size // (2048 if itemsize <= 4 else 1024))
+    return 1 if blocks == 1 else 2 + 2 * (blocks - 1).bit_length()
 
 
 def norm_reads(x: Layout) -> bool:

@@ -35,6 +35,7 @@ from openelm_mlx.model.projections import Transposed
 from openelm_mlx.quantization import spec_of
 
 TURN, WARM_UP = 12, 4  # steps of each engine in a turn, and those of them that are not counted
+GREEDY = SamplingOptions()
 FIRST, LAST = 8, 200  # positions of timed steps, all within the first block of the buffers
 
 
@@ -98,9 +99,12 @@ def ready(model: OpenELM) -> OpenELM:
     return model
 
 
-def our_step(model: OpenELM, compiled: bool) -> Callable[[State], State]:
-    """Return this engine's greedy step, from one state to the next in every row."""
-    step = Steps(model).step(StepSpec(Filters(), model.args.vocab_size, None, compiled))
+def our_step(
+    model: OpenELM, compiled: bool, sampling: SamplingOptions = GREEDY
+) -> Callable[[State], State]:
+    """Return this engine's step, from one state to the next in every row."""
+    filters = Filters.of([sampling])
+    step = Steps(model).step(StepSpec(filters, model.args.vocab_size, None, compiled))
 
     def run(state: State) -> State:
         (_, moved), buffers = step(state)
@@ -109,8 +113,14 @@ def our_step(model: OpenELM, compiled: bool) -> Callable[[State], State]:
     return run
 
 
-def our_state(config: OpenELMConfig, rows: int, context: int, dtype: mx.Dtype) -> State:
-    """Return the state of as many greedy rows, each before the last of `context` tokens is fed."""
+def our_state(
+    config: OpenELMConfig,
+    rows: int,
+    context: int,
+    dtype: mx.Dtype,
+    sampling: SamplingOptions = GREEDY,
+) -> State:
+    """Return the state of as many rows, each before the last of `context` tokens is fed."""
     capacity = -(-context // BLOCK) * BLOCK
     shapes = [(2, rows, s.kv_heads, capacity, config.head_dim) for s in layer_shapes(config)]
     state = State(
@@ -118,7 +128,7 @@ def our_state(config: OpenELMConfig, rows: int, context: int, dtype: mx.Dtype) -
         position=mx.full(rows, context - 1, mx.int32),
         alive=mx.ones(rows, mx.int32),
         key=mx.zeros((rows, 2), mx.uint32),
-        controls=Controls.of([SamplingOptions()] * rows, Filters(), config.vocab_size),
+        controls=Controls.of([sampling] * rows, Filters.of([sampling]), config.vocab_size),
         history=None,
         buffers=[[blank(shape, dtype)] for shape in shapes],
     )
@@ -126,19 +136,31 @@ def our_state(config: OpenELMConfig, rows: int, context: int, dtype: mx.Dtype) -
     return state
 
 
-def trace_ours(config: OpenELMConfig, spec: WeightSpec, context: int = 64, rows: int = 1) -> Traced:
-    """Trace the compiled step of this engine, greedy, as each row attends to `context` tokens."""
-    model, start = our_model(config, spec), our_state(config, rows, context, spec.mlx)
-    step = our_step(model, compiled=False)  # what is traced here is fused below
+def trace_ours(
+    config: OpenELMConfig,
+    spec: WeightSpec,
+    context: int = 64,
+    rows: int = 1,
+    sampling: SamplingOptions = GREEDY,
+    kernels: bool = True,
+) -> Traced:
+    """Trace the compiled step of this engine, as each row attends to `context` tokens.
+
+    Without `kernels` it is made of MLX's operations only, as on a processor.
+    """
+    model = our_model(config, spec)
+    start = our_state(config, rows, context, spec.mlx, sampling)
+    step = our_step(model, compiled=False, sampling=sampling)  # what is traced is fused below
 
     def flat(token: mx.array, position: mx.array, *kv: mx.array) -> list[mx.array]:
         buffers = [[array] for array in kv]
         after = step(start._replace(token=token, position=position, buffers=buffers))
         return [after.token, after.position, *(a for arrays in after.buffers for a in arrays)]
 
-    with one_primitive_each(tagged=True):
+    with one_primitive_each(tagged=True, kernels=kernels):
         graph = trace(flat, start.token, start.position, *(kv for (kv,) in start.buffers))
-    return Traced.of("openelm-mlx", fuse(graph), model, 2, context)
+    engine = "openelm-mlx" if kernels else "no kernels"
+    return Traced.of(engine, fuse(graph), model, 2, context)
 
 
 def mlx_lm_model(config: OpenELMConfig, spec: WeightSpec) -> nn.Module:
@@ -217,10 +239,10 @@ def host_times(config: OpenELMConfig, spec: WeightSpec, steps: int) -> dict[str,
 
     The models have as many layers as `config`, each of the least width, in float32, which the CPU
     backend need not emulate. Every `mx.fast` call is one primitive that computes nothing, as on a
-    GPU it is one kernel. Submitted work is awaited outside the clock.
+    GPU it is one kernel; kernels of our own are not in use. Work is awaited outside the clock.
     """
     small, spec = shrunk(config), WeightSpec("float32", spec.quantization)
-    with one_primitive_each(), undisturbed():
+    with one_primitive_each(kernels=False), undisturbed():
         engines = {
             "openelm-mlx, compiled": our_steps(small, spec, compiled=True),
             "openelm-mlx, eager": our_steps(small, spec, compiled=False),

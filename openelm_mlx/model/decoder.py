@@ -6,13 +6,14 @@ A layer (arXiv:2404.14619; corenet/modeling/models/language_modeling/general_gpt
     x = x + out_proj(attention(attn_norm(x)))
     x = x + proj_2(silu(gate) * up)          [gate; up] = proj_1(ffn_norm(x))
 
-A small model spends much of a token's time on launching kernels, so norm, rotation and storing
-take three kernels a layer here. `Attention.plain_heads` computes the same in a readable way, and a
-test compares both. One token of the 270M takes this many kernels, counted by
-`python -m openelm_mlx.benchmarks.ledger.count 270m` (docs/performance.md); a concatenation counts
-as a copy of each input:
+A small model spends much of a token's time on launching kernels. Where kernels of our own run
+(kernels/), a layer takes nine. MLX's operations alone take three for norm, rotation and storing,
+and `Attention.plain_heads` computes the same in a readable way; tests compare all. One token of the
+270M takes this many kernels, counted by `python -m openelm_mlx.benchmarks.ledger.count 270m`
+(docs/performance.md); a concatenation counts as a copy of each input:
 
-    183  as it is
+    151  with kernels of our own
+    183  with MLX's operations
     215  without `VALUE`: values skip norm and rotation, and are concatenated with the keys again
     246  with `plain_heads`: two norms, two rotations, and values concatenated with the keys
 

@@ -31,6 +31,7 @@ from openelm_mlx.errors import BenchmarkError, ConfigError
 from openelm_mlx.model.adapters import adapted, prepare
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 from openelm_mlx.model.decoder import OpenELM
+from openelm_mlx.model.kernels.kernel import NAMES
 
 M270 = OpenELMConfig.from_name("270m")
 SMALL = replace(M270, num_transformer_layers=3)
@@ -45,21 +46,22 @@ def primitives_of(outputs: Any, path: Path) -> Counter[str]:
 
 
 def kernels_only(names: Counter[str]) -> Counter[str]:
-    stand_ins = {"Depends", "RMSNorm", "RoPE", "ScaledDotProductAttention", "Dequantize"}
+    stand_ins = {"Depends", "RMSNorm", "RoPE", "ScaledDotProductAttention", "Dequantize", *NAMES}
     return Counter({name: count for name, count in names.items() if name not in VIEWS | stand_ins})
 
 
 @pytest.mark.with_or_without("a C++ compiler")
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "twins"])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_kernels_of_the_compiled_step_are_those_mlx_fuses(
-    spec: WeightSpec, rows: int, tmp_path: Path
+    spec: WeightSpec, rows: int, kernels: bool, tmp_path: Path
 ) -> None:
     """Without a compiler MLX runs the step unfused: then its primitives are those the fused nodes
     were made from.
     """
-    counted = trace_ours(SMALL, spec, rows=rows)
-    with one_primitive_each():
+    counted = trace_ours(SMALL, spec, rows=rows, kernels=kernels)
+    with one_primitive_each(kernels=kernels):
         step = steps.our_step(steps.our_model(SMALL, spec), compiled=True)
         after = step(steps.our_state(SMALL, rows, 64, spec.mlx))
         kept = [array for arrays in after.buffers for array in arrays]
@@ -68,11 +70,8 @@ def test_kernels_of_the_compiled_step_are_those_mlx_fuses(
     fused = Counter(node.fused_name for node in counted.graph.nodes)
     assert kernels_only(fused if compiles() else parts) == kernels_only(real)
     assert any(len(node.parts) > 5 for node in counted.graph.nodes)
-    stand_ins = sum(
-        node.name in ("RMSNorm", "ScaledDotProductAttention", "Dequantize")
-        for node in counted.graph.nodes
-    )
-    assert real["Depends"] == stand_ins
+    depends = ("RMSNorm", "ScaledDotProductAttention", "Dequantize", "Depends", *NAMES)
+    assert real["Depends"] == sum(node.name in depends for node in counted.graph.nodes)
 
 
 @pytest.mark.with_or_without("a C++ compiler")
@@ -109,7 +108,10 @@ def test_kernels_of_270m_counted_by_hand(spec: WeightSpec, ours: int, peer: int)
     and k, storing, attention, gate; quantized 2 residuals more. Once a token: embedding (4
     quantized), angles, mask, position, norm, head, argmax.
     """
-    mine, other = ledger(trace_ours(M270, spec)), ledger(trace_mlx_lm(M270, spec))
+    mine, other = (
+        ledger(trace_ours(M270, spec, kernels=False)),
+        ledger(trace_mlx_lm(M270, spec)),
+    )
     assert (mine.kernels, other.kernels) == (ours, peer)
     assert (
         mine.by_purpose["copy"]
@@ -153,10 +155,10 @@ def test_an_adapter_costs_two_kernels_a_matrix_and_dora_one_more(dora, monkeypat
 
 
 def test_kernels_of_four_rows_of_270m_counted_by_hand() -> None:
-    """They are those of one row, and more: queries are copied in each layer, and there is a mask
-    for each number of heads, not one for all.
+    """Without kernels of our own they are those of one row, and more: queries are copied in each
+    layer, and there is a mask for each number of heads, not one for all.
     """
-    one, four = (ledger(trace_ours(M270, SPECS[2], rows=rows)) for rows in (1, 4))
+    one, four = (ledger(trace_ours(M270, SPECS[2], rows=rows, kernels=False)) for rows in (1, 4))
     heads = len({shape.q_heads for shape in layer_shapes(M270)})
     assert four.kernels == one.kernels + M270.num_transformer_layers + heads - 1 <= 238
     assert (four.by_purpose["copy"], four.by_purpose["mask"], four.by_purpose["residual"]) == (
@@ -203,13 +205,14 @@ def test_bytes_on_the_graph_are_those_of_the_roofline(name: str, spec: WeightSpe
     for part in ("embedding", "attention", "ffn", "scales", "kv"):
         assert mine.bytes_read[part] == peer.bytes_read[part] == expected[part], part
     assert peer.bytes_read["norms"] == expected["norms"]
-    assert mine.bytes_read["norms"] == expected["norms"] - per_head(
-        config, spec
-    )  # q_norm and k_norm lie in tables of ours
-
-
-def per_head(config: OpenELMConfig, spec: WeightSpec) -> int:
-    return 2 * config.head_dim * spec.mlx.size * config.num_transformer_layers
+    assert mine.bytes_read["norms"] == expected["norms"]
+    twins = ledger(trace_ours(config, spec, context, kernels=False))
+    per_head = 2 * config.head_dim * spec.mlx.size * config.num_transformer_layers
+    # q_norm and k_norm lie in tables of ours
+    assert twins.bytes_read == mine.bytes_read | {
+        "norms": expected["norms"] - per_head,
+        "activations": twins.bytes_read["activations"],
+    }
 
 
 def test_single_layers_may_be_quantized_their_own_way() -> None:
@@ -221,7 +224,7 @@ def test_single_layers_may_be_quantized_their_own_way() -> None:
             "transformer.layers.1.ffn.proj_2": False,
         },
     )
-    entry = ledger(trace_ours(SMALL, spec))
+    entry = ledger(trace_ours(SMALL, spec, kernels=False))
     expected = bytes_per_token(SMALL, "bfloat16", spec.quantization, 64)
     assert entry.kernels == 13 * 3 + 10 - 1  # one residual is added by its unquantized projection
     assert {part: entry.bytes_read[part] for part in ("ffn", "scales")} == {
@@ -257,8 +260,9 @@ def test_the_host_is_timed_for_both_engines_and_the_stand_ins_are_gone_then() ->
 
 def test_command_prints_both_ledgers(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["270m", "--bits", "4", "--steps", "0", "--json"]) == 0
-    ours, peer = json.loads(capsys.readouterr().out)["ledgers"]
-    assert ours["engine"] == "openelm-mlx" and ours["kernels"] < peer["kernels"]
+    ours, twins, peer = json.loads(capsys.readouterr().out)["ledgers"]
+    assert ours["engine"] == "openelm-mlx" and twins["engine"] == "no kernels"
+    assert ours["kernels"] < twins["kernels"] < peer["kernels"]
     assert main(["270m", "--rows", "4"]) == 0
     shown = capsys.readouterr().out
     assert "one token of each of 4 rows" in shown and "mlx-lm" not in shown
@@ -266,7 +270,7 @@ def test_command_prints_both_ledgers(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert all(
         word in shown
-        for word in ("by purpose", "RoPE", "of mlx-lm's", "not run on Metal", "same kernel")
+        for word in ("by purpose", "RoPE", "of mlx-lm's", "not run on Metal", "norm_rope_store")
     )
     assert main(["7b"]) == 2 and "not a published OpenELM size" in capsys.readouterr().err
 

@@ -11,9 +11,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from openelm_mlx.device import mx, nn
-from openelm_mlx.model.kernels.kernel import Kernel, in_use
+from openelm_mlx.model.kernels.kernel import Kernel, in_use, twins
+from openelm_mlx.model.kernels.self_check import difference, noise
 
 EACH, SIMD, MOST_THREADS = 4, 32, 1024  # elements a thread, as MLX's norm has; threads of a group
+TYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 # One threadgroup a row. The sum is rounded to T, as that of a kernel of its own would be.
 ADD_RMS_NORM = Kernel(
@@ -87,8 +89,7 @@ def fits(residual: mx.array, added: mx.array, weight: mx.array) -> bool:
 
     It pays for every number of rows: a launch less, and the sum is not read again.
     """
-    floats = [mx.float32, mx.float16, mx.bfloat16]
-    one_type = residual.dtype == added.dtype == weight.dtype and weight.dtype in floats
+    one_type = residual.dtype == added.dtype == weight.dtype and weight.dtype in TYPES
     return one_type and residual.shape == added.shape and weight.size <= EACH * MOST_THREADS
 
 
@@ -113,3 +114,17 @@ def by_kernel(residual: mx.array, added: mx.array, norm: nn.RMSNorm) -> tuple[mx
 def number(value: float) -> mx.array:
     """Return a number as an array, which compiled steps have as a constant."""
     return mx.array(value, mx.float32)
+
+
+def check() -> str:
+    """Return how the kernel differs from its twin on two rows with a tail, "" if it does not."""
+    for dtype in TYPES:
+        norm = nn.RMSNorm(1286, eps=1e-6)
+        norm.weight = noise(1, (1286,), dtype)
+        x = Sum(noise(2, (2, 1286), dtype), noise(3, (2, 1286), dtype))
+        mine = sum_and_norm(x, norm)
+        with twins():
+            twin = sum_and_norm(x, norm)
+        if text := difference(mine, twin):
+            return f"{dtype}: {text}"
+    return ""

@@ -1,0 +1,130 @@
+"""The ledger with our kernels in use: what they save of a step, and what is copied without them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from openelm_mlx.benchmarks.ledger.count import SAMPLED, ledger, main
+from openelm_mlx.benchmarks.ledger.graph import Graph, Traced, one_primitive_each, trace
+from openelm_mlx.benchmarks.ledger.layout import VIEWS, sorting
+from openelm_mlx.benchmarks.ledger.steps import WeightSpec, trace_mlx_lm, trace_ours
+from openelm_mlx.device import mx
+from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.kernels.kernel import Kernel
+
+M270 = OpenELMConfig.from_name("270m")
+SMALL = replace(M270, num_transformer_layers=3)
+PLAIN = WeightSpec("bfloat16")
+FOUR_BITS = WeightSpec("bfloat16", {"group_size": 64, "bits": 4})
+STORE = Kernel("norm_rope_store", ("x", "buffer"), ("q",), "", in_place=("buffer",))
+
+
+def traced(graph: Graph) -> Traced:
+    return Traced("a test", graph, {}, frozenset({graph.inputs[-1].name}), 64, 256)
+
+
+def test_a_kernel_is_one_launch_and_a_copy_of_each_input_that_is_not_in_rows():
+    def function(x: mx.array, buffer: mx.array) -> list[mx.array]:
+        launch = {"grid": (32, 1, 1), "threadgroup": (32, 1, 1)}
+        shapes, dtypes = [(4, 8)], [mx.float32]
+        (q,) = STORE(x, buffer, **launch, shapes=shapes, dtypes=dtypes)
+        (p,) = STORE(x.T, buffer, **launch, shapes=shapes, dtypes=dtypes)
+        return [q, p, *mx.depends([buffer], [q])]
+
+    with one_primitive_each(tagged=True):
+        graph = trace(function, mx.zeros((4, 16)), mx.zeros((2, 1, 3, 256, 8)))
+    entry = ledger(traced(graph))
+    assert entry.by_primitive == {"norm_rope_store": 2, "copy of an input": 1}
+    assert entry.by_purpose == {"norm, rotate and store heads": 2, "copy": 1}
+    # of the buffer nothing is read, and one of its 256 slots written
+    assert entry.bytes_read == {"activations": 2 * 4 * 16 * 4}
+    assert entry.bytes_written == {"activations": 2 * 4 * 8 * 4, "kv": 2 * 2 * 3 * 8 * 4}
+    assert entry.copies == 0
+
+
+@pytest.mark.parametrize("spec", [PLAIN, FOUR_BITS], ids=str)
+def test_a_sum_costs_nothing_where_the_norm_that_reads_it_adds(spec):
+    mine, twins = (ledger(trace_ours(M270, spec, kernels=on)) for on in (True, False))
+    assert mine.by_purpose["residual"] == 0
+    assert twins.by_purpose["residual"] == (32 if spec.quantization else 0)
+    assert mine.by_primitive["add_rms_norm"] == twins.by_purpose["residual"]
+    for part in ("norm before attention", "norm before FFN", "last norm"):
+        assert mine.by_purpose[part] == twins.by_purpose[part] > 0
+    assert mine.bytes_written["kv"] == twins.bytes_written["kv"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "count"), [(PLAIN, 9 * 16 + 7), (FOUR_BITS, 9 * 16 + 10)], ids=str
+)
+def test_kernels_of_270m_counted_by_hand(spec, count):
+    """A layer: 4 projections, heads and storing, attention, gate, and 2 norms. Plain projections
+    add the residual, quantized ones leave it to the norms. Once a token: embedding (4 quantized),
+    angles, mask, position, norm, head, argmax.
+    """
+    mine = ledger(trace_ours(M270, spec))
+    assert mine.kernels == count <= (160 if spec.quantization else 152)
+    assert mine.by_purpose["copy"] == mine.by_purpose["other"] == mine.copies == 0
+
+
+@pytest.mark.parametrize(("spec", "rows"), [(PLAIN, 1), (FOUR_BITS, 1), (FOUR_BITS, 4)], ids=str)
+def test_no_buffer_is_copied(spec, rows):
+    """What reads or writes one is attention, which copies nothing, and the kernel that stores."""
+    step = trace_ours(SMALL, spec, rows=rows)
+    views, readers = set(step.caches), set()
+    for node in step.graph.nodes:
+        if views & {array.name for array in node.inputs}:
+            if node.name in VIEWS:
+                views |= {out.name for out in node.outputs}
+            else:
+                readers.add(node.name)
+    assert readers == {"norm_rope_store", "ScaledDotProductAttention"}
+    entry = ledger(step)
+    assert entry.by_purpose["copy"] == entry.copies == 0
+    assert {out.name for out in step.graph.outputs[2:]} <= views  # each buffer is the one given
+
+
+def test_four_rows_take_a_mask_for_each_number_of_heads_and_nothing_more():
+    one, four = (ledger(trace_ours(M270, FOUR_BITS, rows=rows)) for rows in (1, 4))
+    assert (one.by_purpose["mask"], four.by_purpose["mask"]) == (1, 3)
+    assert four.kernels == one.kernels + 2
+
+
+@pytest.mark.parametrize("spec", [PLAIN, FOUR_BITS], ids=str)
+def test_primitives_of_mlx_copy_each_buffer_while_the_device_is_behind(spec):
+    twins, peer = (
+        ledger(trace_ours(SMALL, spec, kernels=False)),
+        ledger(trace_mlx_lm(SMALL, spec)),
+    )
+    elements = sum(array.size for array in trace_ours(SMALL, spec).graph.inputs[2:])
+    assert (twins.copies, peer.copies) == (3, 6)  # keys and values of ours are one buffer
+    assert twins.bytes_copied == peer.bytes_copied == 2 * 2 * elements
+
+
+def test_kernels_of_sampling_without_kernels_of_our_own_counted_by_hand():
+    """To float32, maximum, gaps; 10 of a sort of 32,000, 1 of one of 64; weights, their sum, what
+    is short of the mass and how many; 6 small ones for the widest gap and its equals; equals,
+    as numbers, and their sum; key, bits, and noise of the random numbers; all together; the draw.
+    """
+    mine = ledger(trace_ours(M270, FOUR_BITS, sampling=SAMPLED, kernels=False))
+    drawn = ("logits to float32", "sampling", "random numbers", "next token")
+    assert [mine.by_purpose[what] for what in drawn] == [1, 26, 3, 1]
+    greedy = ledger(trace_ours(M270, FOUR_BITS, kernels=False))
+    assert mine.kernels - greedy.kernels == 30
+
+
+@pytest.mark.parametrize(
+    ("size", "itemsize", "count"),
+    [(64, 4, 1), (2048, 4, 1), (2049, 4, 4), (32000, 4, 10), (32000, 2, 10), (32000, 8, 12)],
+)
+def test_a_sort_merges_blocks(size, itemsize, count):
+    """mlx/backend/metal/sort.cpp: blocks, two kernels a round of merging, and a copy."""
+    assert sorting(size, itemsize) == count
+
+
+def test_the_command_counts_a_sampled_step(capsys):
+    assert main(["270m", "--sample", "--rows", "2"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "of each of 2 rows at 64 tokens, sampled" in shown and "mlx-lm" not in shown
+    assert "no kernels: while the device is behind the host, 16 buffers are copied" in shown
