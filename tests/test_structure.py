@@ -44,6 +44,7 @@ ORDER = (
     "benchmarks.peers",
     "benchmarks.checks",
     "benchmarks.measure",
+    "benchmarks.doctor",
     "benchmarks.scripts",
     "server",
     "cli",

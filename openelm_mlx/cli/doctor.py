@@ -1,20 +1,22 @@
-"""`openelm doctor`: reports what a bug report needs, wrong results, and what slows down."""
+"""`openelm doctor`: reports what a bug report needs, wrong results, and what slows down.
+
+Any part of the report may fail: what failed is said in its place, and the rest goes on.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PROMPT = "Once upon a time"
-# Greedy tokens in float32 on the CPU, each from one pass over the entire text. The second best is
-# never nearer than 0.2 in logits: rounding changes none of them, a wrong kernel changes most.
-TOKENS = (444, 310, 261, 583, 872, 1086, 523, 4024, 272, 262, 523, 429, 310, 492, 651, 2422)
 PACKAGES = {"openelm_mlx": "openelm-mlx", "mlx_lm": "mlx-lm"}
+REMEDY = "update the system and mlx, and if that does not help, report this page"
+FINE = "this machine computes correctly, and nothing was found that would slow it down"
 
 
 def register(commands: Any) -> None:
@@ -22,44 +24,77 @@ def register(commands: Any) -> None:
         "doctor",
         help="check this machine; what a bug report needs",
         description="Show what a bug report needs, whether this device computes correctly, "
-        "what slows it down, and the remedy.",
+        "what slows it down, and the remedy. The exit status is 1 if it computes wrong results.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from openelm_mlx.cli.models import size_text
-    from openelm_mlx.device import facts
-
-    found = facts() | caches()
+    found: dict[str, Any] = {}
+    advice: list[str] = []
+    for part in (machine, caches, kernels, self_test):
+        try:
+            found |= part()
+        except Exception as error:  # whatever it is, the rest is wanted then above all
+            found[part.__name__] = f"failed: {type(error).__name__}: {error}"
+            advice.append(f"{part.__name__.replace('_', ' ')}: {found[part.__name__]}")
     try:
-        right = matching_tokens()
-        tokens = f"{right} of {len(TOKENS)} greedy tokens of the bundled model"
-        found["self_test"] = f"{tokens} as on the reference device"
-    except RuntimeError as error:  # of MLX: the facts are wanted then above all
-        right, found["self_test"] = 0, f"MLX failed: {error}"
-    advice = hints(found)
-    if right < len(TOKENS):
-        remedy = "update the system and mlx, and if that does not help, report this page"
-        advice.insert(0, f"this device computes wrong results; {remedy}")
+        advice += hints(found)
+    except KeyError as missing:  # the part that has it failed
+        advice.append(f"without {missing} nobody can tell what slows this machine down")
+    wrong = found.setdefault("wrong_results", [found["self_test"]])
+    if wrong:
+        advice = [f"this device computes wrong results; {REMEDY}", *wrong, *advice]
     if args.json:
         print(json.dumps({"facts": found, "hints": advice}, default=str))
-        return 0
+    else:
+        show(found, advice)
+    return 1 if wrong else 0
+
+
+def show(found: Mapping[str, Any], advice: list[str]) -> None:
+    from openelm_mlx.cli.models import size_text
+
     shown: dict[str, Any] = {}
     for key, value in found.items():
         label = key.removesuffix("_bytes")
         text = size_text(value) if label != key and value is not None else value
         shown[label] = f"{shown[label]} ({text})" if label in shown else text  # folder and size
-    shown["load_average"] = f"{found['load_average']:.1f}"
+    shown["load_average"] = f"{found.get('load_average', float('nan')):.1f}"
+    del shown["wrong_results"]  # they are among the advice
     width = max(map(len, shown))
     for key, value in shown.items():
         name = PACKAGES.get(key) or key.replace("_", " ")
         print(f"{name:<{width}}  {'none' if value is None else value}")
     print()
-    fine = "this machine computes correctly, and nothing was found that would slow it down"
-    print("\n".join(f"! {hint}" for hint in advice) or fine)
-    return 0
+    print("\n".join(f"! {hint}" for hint in advice) or FINE)
+
+
+# --- the parts of the report
+
+
+def machine() -> dict[str, Any]:
+    """Report the machine, its software, and how exactly it multiplies."""
+    from openelm_mlx.device import facts
+
+    found = facts()
+    exact = float32_products(found["backend"], found["chip"], os.environ)
+    return found | {"float32_products": exact}
+
+
+def float32_products(backend: str, chip: str | None, environ: Mapping[str, str]) -> str:
+    """Say in which precision MLX multiplies matrices of float32.
+
+    The matrix units of Apple's M5 and later chips take TF32 unless told not to, from macOS 26.2 on
+    (mlx/utils.h, `enable_tf32`; mlx/backend/metal/matmul.cpp and device.cpp, `is_nax_available`),
+    and NVIDIA's do (mlx/backend/cuda/gemms/cublas_gemm.cpp).
+    """
+    generation = re.match(r"Apple M(\d+)\b", chip or "")
+    units = backend == "cuda" or (generation is not None and int(generation[1]) >= 5)
+    if not units or environ.get("MLX_ENABLE_TF32") == "0":
+        return "float32"
+    return "TF32, about 3 digits, where MLX uses matrix units (MLX_ENABLE_TF32=0: float32)"
 
 
 def caches() -> dict[str, Any]:
@@ -79,6 +114,46 @@ def free_bytes(folder: Path) -> int:
     """Return the bytes free where `folder` is or would be made: a home may not exist."""
     place = next(above for above in (folder, *folder.parents) if os.path.exists(above))
     return shutil.disk_usage(place).free
+
+
+def kernels() -> dict[str, Any]:
+    """Report which kernels of ours run here; they are compared with their twins once more."""
+    from openelm_mlx.model.kernels.kernel import choice
+    from openelm_mlx.model.kernels.self_check import forget
+
+    forget()
+    choice.cache_clear()
+    chosen = choice()
+    names = ", ".join(sorted(chosen.names)) or "none of ours"
+    return {"kernels": names + (f" ({chosen.reason})" if chosen.reason else "")}
+
+
+def self_test() -> dict[str, Any]:
+    """Report whether this device computes as a reference does, and each way in which it does not.
+
+    Tokens are compared in float32, log probabilities in the type that this device computes in.
+    """
+    from openelm_mlx.benchmarks.doctor import self_test as test
+
+    wrong: list[str] = []
+    try:
+        right: int | str = test.matching_tokens()
+    except Exception as error:  # of MLX: the other ways are tried all the same
+        right = f"{type(error).__name__}: {error}; none"
+    tokens = f"{right} of {len(test.TOKENS)} greedy tokens in float32 as on the reference device"
+    if right != len(test.TOKENS):
+        wrong.append(tokens)
+    ways = list(test.results())
+    wrong += [str(way) for way in ways if not way.ok]
+    off = max((way.off for way in ways if way.off is not None), default=float("nan"))
+    dtypes = ", ".join({way.dtype or "an unknown type": None for way in ways})
+    names = "; ".join(way.name for way in ways if way.ok) or "nothing"
+    return {
+        "self_test": tokens,
+        "computes_correctly": f"in {dtypes}, log probabilities off by {off:.1g} at most: {names}",
+        "reference": test.compared_with(),
+        "wrong_results": wrong,
+    }
 
 
 def hints(found: Mapping[str, Any]) -> list[str]:
@@ -103,13 +178,3 @@ def hints(found: Mapping[str, Any]) -> list[str]:
     if found["free_disk_bytes"] < 10e9:
         advice.append("less than 10 GB of disk free: the larger models will not fit")
     return advice
-
-
-def matching_tokens() -> int:
-    """Count how many of `TOKENS`, from the first on, the compiled step gives on this device."""
-    from openelm_mlx import load, stream_generate
-
-    engine = load("openelm-tiny", dtype="float32")
-    events = stream_generate(engine, PROMPT, max_tokens=len(TOKENS), ignore_eos=True)
-    pairs = zip((event.token for event in events), TOKENS, strict=True)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), len(TOKENS))
