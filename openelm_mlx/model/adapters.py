@@ -20,7 +20,7 @@ from openelm_mlx.errors import CheckpointError, naming
 from openelm_mlx.model.checkpoint import check_finite
 from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig, expected_tensors
 from openelm_mlx.model.decoder import OpenELM
-from openelm_mlx.model.projections import for_any_thread, project_onto
+from openelm_mlx.model.projections import for_any_thread, project_onto, sums
 from openelm_mlx.quantization import matrices
 
 
@@ -141,8 +141,13 @@ class Adapted(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return self.beside(self.base(x), x)
 
+    @property
+    def sums(self) -> bool:
+        """Whether `onto` needs no kernel for the sum."""
+        return "m" not in self and sums(self.base)
+
     def onto(self, residual: mx.array, x: mx.array) -> mx.array:
-        """Return residual + W' x; with LoRA no kernel is needed for the sum."""
+        """Return residual + W' x."""
         if "m" in self:
             return residual + self(x)
         return self.beside(project_onto(residual, self.base, x), x)

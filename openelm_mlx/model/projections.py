@@ -86,8 +86,8 @@ class Embedding(Transposed, nn.Embedding):
 
 
 def sums(projection: nn.Module) -> bool:
-    """Return whether a projection adds a residual to its product, without a kernel for the sum."""
-    return type(projection) is Linear or hasattr(projection, "onto")
+    """Return whether a projection needs no kernel for the sum of a residual and its product."""
+    return type(projection) is Linear or getattr(projection, "sums", False)
 
 
 def project_onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:

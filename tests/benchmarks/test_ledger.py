@@ -137,8 +137,9 @@ def test_kernels_of_270m_counted_by_hand(spec: WeightSpec, ours: int, peer: int)
     }
 
 
+@pytest.mark.parametrize("spec", SPECS[1:], ids=str)
 @pytest.mark.parametrize("dora", [False, True])
-def test_an_adapter_costs_two_kernels_a_matrix_and_dora_one_more(dora, monkeypatch) -> None:
+def test_an_adapter_costs_two_kernels_a_matrix_and_dora_one_more(dora, spec, monkeypatch) -> None:
     """a x, and its product with b added to W x; the length of a row. Nothing else changes."""
     plain, counts, one_layer = steps.our_model, [], replace(M270, num_transformer_layers=1)
 
@@ -150,7 +151,7 @@ def test_an_adapter_costs_two_kernels_a_matrix_and_dora_one_more(dora, monkeypat
 
     for make in (plain, model):
         monkeypatch.setattr(steps, "our_model", make)
-        counts.append(ledger(trace_ours(one_layer, SPECS[1])).kernels)
+        counts.append(ledger(trace_ours(one_layer, spec)).kernels)
     assert counts[1] - counts[0] == (3 if dora else 2) * 4
 
 

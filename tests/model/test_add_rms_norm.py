@@ -76,6 +76,7 @@ def test_other_types_and_wide_rows_take_the_operations():
     assert not fits(x, x[:1], weight)
     assert fits(*[mx.zeros((1, 4096))] * 2, mx.ones(4096))
     assert not fits(*[mx.zeros((1, 4100))] * 2, mx.ones(4100))
+    assert not fits(*[mx.zeros((65536, 1))] * 2, mx.ones(1))
     with running(Emulator(), ONLY):
         total, normed = sum_and_norm(Sum(x, x.astype(mx.bfloat16)), norm(64, mx.float32))
     assert total.dtype == normed.dtype == mx.float32
@@ -117,6 +118,18 @@ def test_bfloat16_is_equal_bit_for_bit():
         assert mx.array_equal(passes(model, last=False), wanted)
 
 
+@pytest.mark.needs("a C++ compiler")
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_what_an_adapter_changes_of_a_quantized_model_is_added_likewise(dora):
+    model = packed()
+    model = adapted(model, random_adapter(model, 1, dora=dora, only="layers"))
+    wanted, emulator = passes(model, last=True), Emulator()
+    with running(emulator, ONLY):
+        logits = passes(model, last=True)
+    assert mx.abs(logits - wanted).max().item() < 1e-3
+    assert emulator.launches == 3 * 2 * len(model.layers)
+
+
 def gradients(model: OpenELM) -> list[mx.array]:
     """Those of the norms; packed weights have none."""
     model.freeze()
@@ -139,11 +152,11 @@ call = DecoderLayer.__call__
 
 
 def test_who_adds_on_its_own_and_who_is_trained_needs_no_kernel(monkeypatch):
-    """A plain matrix adds in its product, an adapter in its own; a kernel has no gradient."""
-    emulator = Emulator()
+    """A plain matrix adds in its product, and its adapter too; a kernel has no gradient."""
+    emulator, plain = Emulator(), random_model(seed=1)
     with running(emulator, ONLY):
-        passes(random_model(seed=1), last=True)
-        passes(adapted(packed(), random_adapter(packed(), 1, only="layers")), last=True)
+        passes(plain, last=True)
+        passes(adapted(plain, random_adapter(plain, 1, only="layers")), last=True)
         found = gradients(packed())
     assert emulator.launches == 0
     monkeypatch.setattr(DecoderLayer, "__call__", checkpointed)

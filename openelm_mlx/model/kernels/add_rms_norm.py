@@ -14,7 +14,8 @@ from openelm_mlx.device import mx, nn
 from openelm_mlx.model.kernels.kernel import Kernel, in_use, twins
 from openelm_mlx.model.kernels.self_check import difference, noise
 
-EACH, SIMD, MOST_THREADS = 4, 32, 1024  # elements a thread, as MLX's norm has; threads of a group
+EACH, SIMD = 4, 32  # elements a thread, as MLX's norm has
+MOST_THREADS, MOST_ROWS = 1024, 65535  # of a threadgroup; of CUDA's grids
 TYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 # One threadgroup a row. The sum is rounded to T, as that of a kernel of its own would be.
@@ -85,12 +86,14 @@ def sum_and_norm(x: Sum, norm: nn.RMSNorm) -> tuple[mx.array, mx.array]:
 
 
 def fits(residual: mx.array, added: mx.array, weight: mx.array) -> bool:
-    """Return whether the kernel can run: one type, and a row that a threadgroup can hold.
+    """Return whether the kernel can run: one type, and rows that threadgroups and grids can hold.
 
     It pays for every number of rows: a launch less, and the sum is not read again.
     """
+    rows, width = residual.shape
     one_type = residual.dtype == added.dtype == weight.dtype and weight.dtype in TYPES
-    return one_type and residual.shape == added.shape and weight.size <= EACH * MOST_THREADS
+    small = width <= EACH * MOST_THREADS and rows <= MOST_ROWS
+    return one_type and small and added.shape == residual.shape
 
 
 def by_kernel(residual: mx.array, added: mx.array, norm: nn.RMSNorm) -> tuple[mx.array, mx.array]:
