@@ -13,17 +13,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from openelm_mlx.benchmarks.results.first_run import STRICT, Amount, Count, FirstRun
 from openelm_mlx.benchmarks.results.statistics import Processes, paired_ratio, process_medians
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.files import replacing
 
 SCHEMA, OLD_SCHEMA = "openelm-mlx benchmark 2", "openelm-mlx benchmark 1"
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 # name of a metric -> its unit
 METRICS = {
@@ -40,9 +40,6 @@ METRICS = {
 }
 HIGHER_IS_BETTER = ("tokens/s", "tokens", "share")
 DECODE = "decode_tokens_per_second"
-
-Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -172,6 +169,7 @@ class Document:
     dirty: bool | None = None  # whether the checkout had changes that were not committed
     notes: tuple[str, ...] = ()
     ratios: tuple[Ratio, ...] = ()
+    first_run: FirstRun | None = None  # of `openelm doctor --full`
     schema: str = SCHEMA
 
     @property
