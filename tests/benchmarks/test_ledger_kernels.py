@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from kept import KINDS
 
 from openelm_mlx.benchmarks.ledger.count import SAMPLED, ledger, main
-from openelm_mlx.benchmarks.ledger.graph import Graph, Traced, one_primitive_each, trace
-from openelm_mlx.benchmarks.ledger.layout import VIEWS, sorting
-from openelm_mlx.benchmarks.ledger.steps import WeightSpec, trace_mlx_lm, trace_ours
+from openelm_mlx.benchmarks.ledger.graph import Graph, Traced, fuse, one_primitive_each, trace
+from openelm_mlx.benchmarks.ledger.layout import VIEWS, Layout, after, kernels, sorting
+from openelm_mlx.benchmarks.ledger.steps import (
+    WeightSpec,
+    our_model,
+    our_state,
+    trace_mlx_lm,
+    trace_ours,
+)
 from openelm_mlx.device import mx
+from openelm_mlx.engine.decode import forward
+from openelm_mlx.model.cache_kinds import Plain, resized
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.model.kernels.kernel import Kernel
 
@@ -68,21 +77,43 @@ def test_kernels_of_270m_counted_by_hand(spec, count):
     assert mine.by_purpose["copy"] == mine.by_purpose["other"] == mine.copies == 0
 
 
-@pytest.mark.parametrize(("spec", "rows"), [(PLAIN, 1), (FOUR_BITS, 1), (FOUR_BITS, 4)], ids=str)
-def test_no_buffer_is_copied(spec, rows):
-    """What reads or writes one is attention, which copies nothing, and the kernel that stores."""
-    step = trace_ours(SMALL, spec, rows=rows)
-    views, readers = set(step.caches), set()
-    for node in step.graph.nodes:
+@pytest.mark.parametrize(("rows", "drafts"), [(1, 0), (4, 3)])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_no_buffer_is_copied(kind, rows, drafts):
+    """What reads or writes one is a view of it, attention, or the kernel that stores; none of them
+    copies it. What a step returns are the buffers that it was given.
+    """
+    model = our_model(SMALL, FOUR_BITS)
+    start = our_state(SMALL, rows, 64, mx.bfloat16)
+    kept = [kind.store.pack(mx.zeros(arrays[0].shape, mx.bfloat16)) for arrays in start.buffers]
+    slots = kind.layout.slots_for(64, 256)
+    kept = [[resized(array, slots) for array in arrays] for arrays in kept]
+    draft = mx.ones((rows, drafts), mx.uint32) if drafts else None
+
+    def step(position: mx.array, *flat: mx.array) -> list[mx.array]:
+        each = len(kept[0])
+        buffers = [list(flat[i : i + each]) for i in range(0, len(flat), each)]
+        logits, after = forward(
+            model, kind, start._replace(position=position, buffers=buffers), draft
+        )
+        return [logits, *(array for arrays in after for array in arrays)]
+
+    with one_primitive_each(tagged=True):
+        graph = fuse(trace(step, start.position, *(array for arrays in kept for array in arrays)))
+    views, readers = {array.name for array in graph.inputs[1:]}, set()
+    layouts: dict[str, Layout] = {}
+    for node in graph.nodes:
+        inputs = [layouts.get(array.name, Layout.rows(array.shape)) for array in node.inputs]
+        layouts |= zip((out.name for out in node.outputs), after(node, inputs), strict=True)
         if views & {array.name for array in node.inputs}:
+            assert kernels(node, inputs) == (node.name not in VIEWS), node
             if node.name in VIEWS:
                 views |= {out.name for out in node.outputs}
             else:
                 readers.add(node.name)
-    assert readers == {"norm_rope_store", "ScaledDotProductAttention"}
-    entry = ledger(step)
-    assert entry.by_purpose["copy"] == entry.copies == 0
-    assert {out.name for out in step.graph.outputs[2:]} <= views  # each buffer is the one given
+    attention = "ScaledDotProductAttention" if kind.store == Plain() else "QuantizedMatmul"
+    assert readers == {"norm_rope_store", attention}
+    assert {out.name for out in graph.outputs[1:]} <= views
 
 
 def test_four_rows_take_a_mask_for_each_number_of_heads_and_nothing_more():
