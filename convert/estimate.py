@@ -76,10 +76,14 @@ class Sizes:
 
 
 def memory_steps(
-    opened: OpenedModel, options: ConvertOptions, nbytes: int, texts: Sequence[mx.array] = ()
+    opened: OpenedModel,
+    options: ConvertOptions,
+    nbytes: int,
+    texts: Sequence[mx.array] = (),
+    activations: Sequence[mx.array] = (),
 ) -> dict[str, Parts]:
     """Return the steps of a conversion with what takes memory in each; `nbytes` are written, and
-    verified on batches of token ids, `texts`.
+    verified on batches of token ids, `texts`. Activations are measured on other batches.
     """
     sizes = Sizes(opened)
     rows, length = calibrate.calibration_shape(opened.trimmed, options)
@@ -94,6 +98,8 @@ def memory_steps(
         steps["distilling"] = distilling(sizes, opened.trimmed.num_parameters, rows, length)
     if texts:
         steps |= verifying(sizes, texts)
+    if activations:
+        steps |= looking(sizes, activations)
     return {name: parts | {"freed": FREED} for name, parts in steps.items()}
 
 
@@ -209,8 +215,30 @@ def verifying(sizes: Sizes, texts: Sequence[mx.array]) -> dict[str, Parts]:
     }
 
 
+def looking(sizes: Sizes, texts: Sequence[mx.array]) -> dict[str, Parts]:
+    states = sizes.states(sum(tokens.size for tokens in texts))
+    most = max(sizes.activations(*tokens.shape) for tokens in texts)
+    return {
+        "measuring activations": {
+            "a layer": sizes.layer,
+            "a matrix as it is read": sizes.matrix,
+            "states": states,
+            "activations": 2 * most,  # all are kept until the largest is found
+        },
+        "measuring logits": {
+            "the head, and as it is read": 2 * sizes.head,
+            "states": states,
+            "logits": sizes.logits(2, min(POSITIONS, max(tokens.size for tokens in texts))),
+        },
+    }
+
+
 def seconds_needed(
-    opened: OpenedModel, options: ConvertOptions, nbytes: int, texts: Sequence[mx.array] = ()
+    opened: OpenedModel,
+    options: ConvertOptions,
+    nbytes: int,
+    texts: Sequence[mx.array] = (),
+    activations: Sequence[mx.array] = (),
 ) -> float:
     """Return about how long a conversion takes on this machine. Measuring the rates computes."""
     config, stems = opened.trimmed, matrices(opened.shapes)
@@ -243,6 +271,7 @@ def seconds_needed(
     if options.calibrate in ("distill", "best"):
         tokens = int(Schedule.epochs * rows * length)
         seconds += passed(4 * tokens) + 2 * compared(tokens)
+    seconds += passed(sum(text.size for text in activations))
     tokens = sum(text.size for text in texts)
     return seconds + (passed(2 * tokens) + compared(tokens) + 2 * stored / DISK if texts else 0.0)
 

@@ -115,6 +115,11 @@ class ConvertOptions:
     force: bool = option(
         False, "replace what an earlier conversion wrote, if nobody has changed it since"
     )
+    measure: bool = option(
+        True,
+        "measure the largest activation where norms are float32, so that a GPU may compute in "
+        "float16",
+    )
     verify: bool = option(False, "compare the result with the source in float32")
     instruct: bool | None = option(
         None, "add the chat template; unset goes by 'instruct' in the source's name"

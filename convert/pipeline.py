@@ -16,10 +16,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
+from openelm_mlx.convert.activations import activation_text, measure_activations
 from openelm_mlx.convert.adapter import convert_adapter
 from openelm_mlx.convert.estimate import CHUNK_BYTES, memory_needed, memory_steps, seconds_needed
 from openelm_mlx.convert.opening import OpenedModel, open_model
 from openelm_mlx.convert.options import ConvertOptions, Progress
+from openelm_mlx.convert.quantize import NORM, exact_weights
 from openelm_mlx.convert.quantize.plan import Quantization
 from openelm_mlx.convert.quantize.rounding import fitted, quantized
 from openelm_mlx.convert.record import ConversionReport, SourceHash
@@ -85,7 +87,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         )
     batches = verification_text(opened, options.verify_text) if options.verifies else []
     target = open_target(opened, options)
-    asked = opened, options, target.nbytes(), batches
+    text = activation_text(opened) if measures_activations(opened, options) else []
+    asked = opened, options, target.nbytes(), batches, text
     memory = memory_needed(memory_steps(*asked))
     if not options.dry_run:
         check_space(options.target, target.nbytes())
@@ -94,6 +97,9 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     report = replace(make_report(opened, target, chosen, options), memory_bytes=memory)
     if options.dry_run:
         return replace(report, seconds=seconds_needed(*asked))
+    if text:
+        found = measure_activations(opened.trimmed, exact_weights(opened), text, progress)
+        report = replace(report, activations=found)
     hashed = opened.source.files if target.keeps_record else ()
     with SourceHash(hashed) as hashes, staged(options) as folder:
         path = target.write(folder, chosen.plan, stream(opened, chosen, options, progress))
@@ -131,6 +137,14 @@ def target_dtype(name: str, stored: str, config: OpenELMConfig, options: Convert
             "OpenELM-3B needs a wider range than float16 has; use --dtype bfloat16 or float32"
         )
     return dtype
+
+
+def measures_activations(opened: OpenedModel, options: ConvertOptions) -> bool:
+    """Return whether loading may choose a type by the largest activation: see `compute_dtype`."""
+    written = target_dtype(NORM, opened.source.tensors[NORM].dtype, opened.trimmed, options)
+    config = opened.trimmed
+    may_choose = written == "float32" and not config.overflows_float16 and not options.is_gguf
+    return options.measure and may_choose and config.max_context_length > 1
 
 
 def make_report(

@@ -24,7 +24,7 @@ from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import Plan, QuantSpec, config_entry
 
 CHUNK = 1 << 22
-RECORD, TOOL = "conversion.json", "openelm-mlx"
+TOOL = "openelm-mlx"
 VERIFIED_ON = "eight paragraphs of Darwin's Origin of Species (1859)"  # without --verify-text
 MERGED, KEPT = "merged", "kept beside its base"
 FRONT_MATTER_BYTES = 1 << 16
@@ -59,6 +59,7 @@ class ConversionReport:
     """Sentences on what is not quite as it was asked for."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """Figures that were found while the plan was chosen and rounding was learned."""
+    activations: Mapping[str, Any] = field(default_factory=dict)  # if measured: activations.py
     verification: Mapping[str, Any] | None = None
     """The losses against the source, if asked for."""
 
@@ -243,10 +244,10 @@ def conversion_record(
         record["source_quantization"] = dict(report.source_quantization)
         record["rounded_again"] = report.rounded_again
         record["dequantized"] = report.dequantized
-    if report.measured:
-        record["calibration"] = dict(report.measured)
-    if licence.entries:
-        record["license"] = licence.entries
+    parts = ("calibration", report.measured), ("activations", report.activations)
+    for name, content in (*parts, ("license", licence.entries)):
+        if content:
+            record[name] = dict(content)
     if adapter is not None:
         record["adapter"] = adapter
     if report.verification is not None:

@@ -7,7 +7,7 @@ import io
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from golden_set import NANO
 from optional import OPTIONAL, mark_each, marker, skip_without, skipped_line
 
 from openelm_mlx import load
+from openelm_mlx.convert import activations
 from openelm_mlx.engine.hub import resolve_model
 from openelm_mlx.engine.loading import Engine
 
@@ -70,6 +71,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         report.longrepr[2] for report in reports if isinstance(report.longrepr, tuple)
     ):
         terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_to_measure() -> Iterator[None]:
+    """Let conversions measure activations on few tokens: hundreds of them are made here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations, "TOKENS", 16)
+        yield
 
 
 @pytest.fixture(scope="session")

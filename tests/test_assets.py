@@ -48,6 +48,11 @@ def test_the_bundled_model_is_what_its_command_makes(tmp_path):
     )
     assert made.keys() == bundled.keys()
     assert all(mx.array_equal(made[name], bundled[name]) for name in made)
+    records = [json.loads((at / "conversion.json").read_text()) for at in (tmp_path / "m", BUNDLED)]
+    assert records[0]["bytes"] == records[1]["bytes"]
+    few, many = (record["activations"] for record in records)  # tests measure on few tokens
+    assert few["tokens"] < 2000 < many["tokens"]
+    assert many["largest"] / 2 < few["largest"] <= many["largest"]
 
 
 def test_the_chat_template_gives_the_instruct_formats_ids():

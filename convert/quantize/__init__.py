@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 NORM = "transformer.norm.weight"  # of the last layer's output
 Weights = Mapping[str, mx.array]  # float32, under Hugging Face's names
 Hook = Callable[[str, mx.array], None]  # called with a matrix's stem and input [tokens, columns]
+Look = Callable[[mx.array], None]  # called with every value that a layer computes
 
 
 class LazyWeights(Mapping[str, mx.array]):
@@ -89,6 +90,10 @@ def no_hook(stem: str, x: mx.array) -> None:
     """Do nothing."""
 
 
+def no_look(x: mx.array) -> None:
+    """Do nothing."""
+
+
 def head_stem(config: OpenELMConfig) -> str:
     return EMBEDDINGS if config.share_input_output_layers else HEAD
 
@@ -103,23 +108,33 @@ def embed(weights: Weights, tokens: mx.array) -> mx.array:
 
 
 def layer(
-    config: OpenELMConfig, number: int, weights: Weights, x: mx.array, hook: Hook = no_hook
+    config: OpenELMConfig,
+    number: int,
+    weights: Weights,
+    x: mx.array,
+    hook: Hook = no_hook,
+    look: Look = no_look,
 ) -> mx.array:
     """Run one decoder layer on hidden states x [batch, length, model_dim] from position 0."""
     shape, prefix = layer_shapes(config)[number], f"transformer.layers.{number}."
     batch, length, _ = x.shape
 
+    def seen(value: mx.array) -> mx.array:
+        look(value)
+        return value
+
     def linear(stem: str, inputs: mx.array) -> mx.array:
         hook(prefix + stem, inputs.reshape(-1, inputs.shape[-1]))
-        return inputs @ weights[f"{prefix}{stem}.weight"].T
+        return seen(inputs @ weights[f"{prefix}{stem}.weight"].T)
 
     def norm(stem: str, inputs: mx.array) -> mx.array:
-        return mx.fast.rms_norm(inputs, weights[f"{prefix}{stem}.weight"], config.rms_norm_eps)
+        weight = weights[f"{prefix}{stem}.weight"]
+        return seen(mx.fast.rms_norm(inputs, weight, config.rms_norm_eps))
 
     def rope(heads: mx.array) -> mx.array:
         base = config.rope_freq_constant
-        return mx.fast.rope(
-            heads, config.head_dim, traditional=False, base=base, scale=1.0, offset=0
+        return seen(
+            mx.fast.rope(heads, config.head_dim, traditional=False, base=base, scale=1.0, offset=0)
         )
 
     heads = linear("attn.qkv_proj", norm("attn_norm", x)).reshape(
@@ -129,12 +144,15 @@ def layer(
     q, k, v = mx.split(heads, [shape.q_heads, shape.q_heads + shape.kv_heads], axis=1)
     if config.normalize_qk_projections:
         q, k = norm("attn.q_norm", q), norm("attn.k_norm", k)
-    scale = config.head_dim**-0.5
-    out = mx.fast.scaled_dot_product_attention(rope(q), rope(k), v, scale=scale, mask="causal")
-    x = x + linear("attn.out_proj", out.swapaxes(1, 2).reshape(batch, length, -1))
+    q, k, scale = rope(q), rope(k), config.head_dim**-0.5
+    if look is not no_look:  # attention computes the scores, and keeps them to itself
+        groups = (scale * q).reshape(batch, shape.kv_heads, -1, length, config.head_dim)
+        look(groups @ k[:, :, None].swapaxes(-1, -2))
+    out = seen(mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal"))
+    x = seen(x + linear("attn.out_proj", out.swapaxes(1, 2).reshape(batch, length, -1)))
     inner = linear("ffn.proj_1", norm("ffn_norm", x))
     gate, up = mx.split(inner, 2, axis=-1) if config.ffn_with_glu else (inner, 1)
-    return x + linear("ffn.proj_2", gate * mx.sigmoid(gate) * up)
+    return seen(x + linear("ffn.proj_2", seen(gate * mx.sigmoid(gate) * up)))
 
 
 def normed(config: OpenELMConfig, weights: Weights, x: mx.array) -> mx.array:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from openelm_mlx import device
 from openelm_mlx.convert.quantize import (
     EMBEDDINGS,
     NORM,
@@ -41,7 +42,7 @@ from openelm_mlx.convert.quantize.rounding import (
 )
 from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.device import mx
-from openelm_mlx.dtypes import DTYPES
+from openelm_mlx.dtypes import DTYPES, name_of
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.evaluate.score import own_text
 from openelm_mlx.files import read_text
@@ -107,13 +108,15 @@ def stored_model(opened: OpenedModel) -> OpenELM:
     Quantized matrices stay quantized. Activations are in the type that the engine takes; matrices
     in a smaller one are widened, one by one, when they are used.
     """
-    from openelm_mlx.engine.loading import cast, compute_dtype, quantize_as_stored
+    from openelm_mlx.engine.compute_type import compute_dtype
+    from openelm_mlx.engine.loading import cast, quantize_as_stored
     from openelm_mlx.model.decoder import OpenELM
 
     model = OpenELM(opened.trimmed)
     plan = {stem: spec for stem, spec in opened.source.plan.items() if spec is not None}
     quantize_as_stored(model, plan)
-    dtype = compute_dtype(opened.trimmed, opened.load(NORM).dtype, None)
+    stored = name_of(opened.load(NORM).dtype)
+    dtype = DTYPES[compute_dtype(opened.trimmed, stored, None, device.kind()).dtype].mlx
     arrays: dict[str, mx.array] = {}
     for name, shape in opened.shapes.items():
         quantized = planned(plan, name) is not None

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from openelm_mlx.convert.options import ConvertOptions, Progress
-from openelm_mlx.convert.record import RECORD
 from openelm_mlx.convert.targets.checks import (
     CONFIG,
     OWN,
@@ -33,6 +32,7 @@ from openelm_mlx.convert.targets.checks import (
 )
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import check_writable, name_for_mlx
+from openelm_mlx.model.config import RECORD
 from openelm_mlx.model.peft import SETTINGS
 
 if TYPE_CHECKING:

@@ -18,10 +18,11 @@ from typing import Any
 
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.quantize.recipes import find_recipe
-from openelm_mlx.convert.record import RECORD, TOOL
+from openelm_mlx.convert.record import TOOL
 from openelm_mlx.device import memory_bytes
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import read_own_json, read_text, write_json
+from openelm_mlx.model.config import RECORD
 
 CONFIG, UNFINISHED_CONFIG = "config.json", "config.json.partial"
 # all that was ever written into a model folder: records of earlier versions do not list it

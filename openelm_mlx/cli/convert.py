@@ -140,6 +140,7 @@ def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]
         "memory_bytes": report.memory_bytes,
         "estimated_seconds": report.seconds,
         "calibration": dict(report.measured),
+        "activations": dict(report.activations),
         "verification": None if report.verification is None else dict(report.verification),
     }
     if options.is_gguf:

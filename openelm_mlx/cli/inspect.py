@@ -19,6 +19,7 @@ from openelm_mlx.quantization import stem_of
 
 if TYPE_CHECKING:
     from openelm_mlx.model.cache_kinds import CacheKind
+    from openelm_mlx.model.checkpoint import Headers
     from openelm_mlx.model.config import OpenELMConfig
 
 EXAMPLES = """examples:
@@ -81,6 +82,8 @@ def show(facts: dict[str, Any]) -> None:
     added = [f"{size:,} bytes {kind}" for kind, size in facts["kv_bytes_per_token"].items()]
     print(f"a token adds        {'; '.join(added)}")
     print(f"assumed             {facts['assumed']}")
+    for place, (dtype, why) in facts.get("computed_in", {}).items():
+        print(f"computed in         {dtype} on {place}: {why}")
     if adapter := facts.get("adapter"):
         ranks, scales = (spread(adapter[key]) for key in ("ranks", "scales"))
         print(f"adapter             {adapter['name']}: {adapter['kind']}, rank {ranks}")
@@ -136,7 +139,22 @@ def inspect(name: str, adapter: Path | None = None) -> dict[str, Any]:
         headers = read_headers(folder)
     config = headers.config
     sizes = {tensor: place.info.nbytes for tensor, (_, place) in headers.places.items()}
-    return describe(name, config, sizes, "a bfloat16 cache") | adapter_facts(adapter, config)
+    facts = describe(name, config, sizes, "a 16-bit cache")
+    return facts | computed_facts(folder, headers) | adapter_facts(adapter, config)
+
+
+def computed_facts(folder: Path, headers: Headers) -> dict[str, Any]:
+    """Return the types that a processor and a GPU would compute in, unasked, and why."""
+    from openelm_mlx.engine.compute_type import compute_dtype, largest_activation
+
+    stored = headers.places["transformer.norm.weight"][1].info.dtype
+    largest = largest_activation(folder, headers)
+    kinds = {"a processor": "cpu", "a GPU": "metal"}
+    found = {
+        place: tuple(compute_dtype(headers.config, stored, None, kind, largest))
+        for place, kind in kinds.items()
+    }
+    return {"computed_in": found}
 
 
 def adapter_facts(folder: Path | None, config: OpenELMConfig) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from openelm_mlx import device
 from openelm_mlx.device import mx, nn, set_wired_limit
-from openelm_mlx.dtypes import DTYPES, FLOATS, name_of
+from openelm_mlx.dtypes import DTYPES, FLOATS, itemsize, name_of
 from openelm_mlx.engine.adapter_files import read_adapter
+from openelm_mlx.engine.compute_type import compute_dtype, largest_activation
 from openelm_mlx.engine.decode import Steps
 from openelm_mlx.engine.hub import Resolved, resolve_model
 from openelm_mlx.engine.options import ModelOptions, SamplingOptions
@@ -172,7 +173,8 @@ def load(
 
     A file, or a folder that the engine cannot load as it is, is converted once into a cache.
     `dtype` is the type of the activations, by name or MLX's own. By default it is float32 on the
-    CPU backend; elsewhere it is the checkpoint's own, or bfloat16 for a checkpoint in float32.
+    CPU backend; elsewhere it is the checkpoint's own, or for a checkpoint in float32 bfloat16, or
+    float16 where a conversion has measured that it has the range (`openelm inspect` tells).
     `bits` quantizes a full-precision model while loading, in groups of `group_size` weights.
     `tokenizer` is a file to use in place of the model's own; `revision` is a branch, tag or commit
     on the hub. `adapter` is that of `Engine.load_adapter`, and applied to all requests. Raises
@@ -206,8 +208,11 @@ def load_resolved(name: str, resolved: Resolved, options: ModelOptions) -> Engin
     model = OpenELM(config)
     if headers.specs:
         quantize_as_stored(model, headers.specs)
-    computed = compute_dtype(config, weights["transformer.norm.weight"].dtype, options.dtype)
-    model.load_weights([(key, cast(array, computed)) for key, array in weights.items()])
+    stored = name_of(weights["transformer.norm.weight"].dtype)
+    largest = largest_activation(folder, headers)
+    computed = compute_dtype(config, stored, options.dtype, device.kind(), largest).dtype
+    dtype = DTYPES[computed].mlx
+    model.load_weights([(key, cast(array, dtype)) for key, array in weights.items()])
     if bits is not None:
         quantize_now(model, bits, group_size)
         quantization = QuantSpec(bits, group_size).as_config()
@@ -228,8 +233,9 @@ def loaded_bytes(headers: Headers, options: ModelOptions) -> int:
     Raises `OptionError` for a type that is not allowed.
     """
     infos = {name: place.info for name, (_, place) in headers.places.items()}
-    stored = DTYPES[infos["transformer.norm.weight"].dtype].mlx
-    width = 8 * compute_dtype(headers.config, stored, options.dtype).size  # bits of a weight
+    stored = infos["transformer.norm.weight"].dtype
+    computed = compute_dtype(headers.config, stored, options.dtype, device.kind()).dtype
+    width = 8 * itemsize(computed)  # bits of a weight
     total = 0
     for info in infos.values():
         if info.dtype not in FLOATS:
@@ -301,27 +307,6 @@ def quantize_now(model: OpenELM, bits: int, group_size: int) -> None:
     except ValueError as error:
         what = f"cannot quantize to {bits} bits in groups of {group_size}"
         raise OptionError(f"{what}: {error}") from None
-
-
-def compute_dtype(config: OpenELMConfig, stored: mx.Dtype, asked: str | None) -> mx.Dtype:
-    """Return the type of activations of a model whose norms are stored in `stored`.
-
-    Raises `OptionError` for float16 if a model overflows.
-    """
-    if asked is not None and asked not in FLOATS:
-        raise OptionError(f"dtype is {asked!r}; allowed: {', '.join(FLOATS)}")
-    if asked is not None:
-        dtype = DTYPES[asked].mlx
-    elif device.kind() == "cpu":
-        dtype = mx.float32  # the CPU backend emulates half types
-    else:
-        dtype = mx.bfloat16 if stored == mx.float32 else stored
-    if dtype == mx.float16 and config.overflows_float16:
-        if asked is not None:
-            needs = "OpenELM-3B needs a wider range than float16 has"
-            raise OptionError(f"{needs}; use bfloat16, or float32 to check")
-        return mx.bfloat16
-    return dtype
 
 
 def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from openelm_mlx import __version__
+from openelm_mlx import __version__, device
 from openelm_mlx.engine.tokenizer import FILES
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import cache_folder, lock, read_own_json, write_json
@@ -88,7 +88,12 @@ def convert_once(
 
     instruct = "instruct" in f"{source.parent.name} {source.name} {name or ''}".lower()
     options = ConvertOptions(
-        source, source, tokenizer=tokenizer, source_name=name, instruct=instruct or None
+        source,
+        source,
+        tokenizer=tokenizer,
+        source_name=name,
+        instruct=instruct or None,
+        measure=device.kind() != "cpu",  # where the result of it cannot be used
     )
     opened = open_model(options)
     read = [*opened.source.files, *watched(source)]

@@ -19,6 +19,7 @@ from openelm_mlx.files import read_json
 from openelm_mlx.quantization import KEYS
 
 GENERATION_CONFIG = "generation_config.json"
+RECORD = "conversion.json"  # what a conversion says of the folder that it wrote
 EMBEDDINGS, HEAD = "transformer.token_embeddings", "lm_head"  # stems of tensors
 UNK, BOS, EOS = 0, 1, 2  # of LLaMA's tokenizer, which OpenELM uses
 Multipliers = tuple[float, ...]
