@@ -183,7 +183,10 @@ def test_inspect_and_benchmark_take_the_same_models(nano, tmp_path, cache, capsy
     for model in (nano, path):
         assert main(["inspect", str(model), "--json"]) == 0
         shown.append(json.loads(capsys.readouterr().out) | {"name": ""})
+    whys = [facts.pop("computed_in")["a GPU"][1] for facts in shown]
     assert shown[0] == shown[1]
+    assert "largest activation measured" in whys[0]
+    assert "no conversion has measured" in whys[1]  # a processor has no use for it
     assert facts_of(str(path), random=False) == facts_of(str(nano), random=False)
     assert last_part(str(path)) == "nano.gguf"  # where it lies is nobody's business
 
