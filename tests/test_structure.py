@@ -25,7 +25,6 @@ ORDER = (
     "files",
     "quantization",
     "settings",
-    "mlx_wheels",
     "device",
     "model",
     "engine",

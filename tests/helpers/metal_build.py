@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -42,6 +42,7 @@ KERNEL_FLAGS = [
     f"-fsanitize={TRAPS}",
     "-fsanitize-undefined-trap-on-error",
 ]
+POINTER = r"\bthreadgroup\b(?=(?:\s+\w+)+\s*[*&])"  # to threadgroup memory
 
 
 class Wrong(Exception):
@@ -68,25 +69,28 @@ class Program:
 
 def program(kernel: Kernel, inputs: Sequence[mx.array], launch: Launch) -> Program:
     """Return a kernel compiled for these inputs. Raises `Wrong` where it does not compile."""
-    exact = variant(kernel, inputs, launch)
-    found = compiled(general(exact))
-    if isinstance(found, str):  # it wants constants, as sizes of threadgroup memory are
-        found = compiled(exact)
+    wanted = form(variant(kernel, inputs, launch))
+    found = compiled(wanted)
     if isinstance(found, str):
         raise Wrong(f"{kernel.name} does not compile:\n{found[:3000]}")
     return Program(found, tuple(int(v) for _, v in launch.template if isinstance(v, int)))
 
 
+@cache
+def form(exact: Variant) -> Variant:
+    """Return the variant to compile: for integers of any value where the source allows it, so that
+    fewer have to be compiled.
+    """
+    kernel = exact.kernel
+    if re.search(rf"{POINTER}|if constexpr|\btemplate\b", kernel.header + kernel.source):
+        return exact
+    template = [(name, None if isinstance(v, int) else v) for name, v in exact.template]
+    return replace(exact, template=tuple(template))
+
+
 def variant(kernel: Kernel, inputs: Sequence[mx.array], launch: Launch) -> Variant:
     kinds = tuple((array.dtype, array.ndim == 0) for array in inputs)
     return Variant(kernel, kinds, tuple(launch.dtypes), launch.template)
-
-
-@cache
-def general(exact: Variant) -> Variant:
-    """Return the variant for integers of any value, so that fewer have to be compiled."""
-    template = [(name, None if isinstance(v, int) else v) for name, v in exact.template]
-    return Variant(exact.kernel, exact.inputs, exact.outputs, tuple(template))
 
 
 _compiled: dict[Variant, int | str] = {}
@@ -101,18 +105,23 @@ def compiled(wanted: Variant) -> int | str:
 
 def compile_together(wanted: Sequence[Variant]) -> None:
     """Compile many variants at once, which costs little more than one."""
-    texts = [cpp(number, one) for number, one in enumerate(wanted)]
-    try:
-        made = ctypes.CDLL(str(library("\n".join([BEFORE, *texts]), KERNEL_FLAGS)))
-    except Wrong as error:
-        if len(wanted) == 1:
-            _compiled[wanted[0]] = str(error)
-        else:
-            for one in wanted:
-                compile_together([one])
+    left = {number: one for number, one in enumerate(wanted) if one not in _compiled}
+    flags = (
+        [*KERNEL_FLAGS, "-O0"] if len(wanted) > 1 else KERNEL_FLAGS
+    )  # compiled in a third of the time
+    while left:
+        texts = [cpp(number, one) for number, one in left.items()]
+        try:
+            made = ctypes.CDLL(str(library("\n".join([BEFORE, *texts]), flags)))
+        except Wrong as error:
+            said = str(error)
+            faulty = {int(number) for number in re.findall(r"^kernel_(\d+):", said, re.M)}
+            for number in faulty or list(left):
+                _compiled[left.pop(number)] = said
+            continue
+        for number, one in left.items():
+            _compiled[one] = ctypes.addressof(ctypes.c_char.in_dll(made, f"program_{number}"))
         return
-    for number, one in enumerate(wanted):
-        _compiled[one] = ctypes.addressof(ctypes.c_char.in_dll(made, f"program_{number}"))
 
 
 @cache
@@ -150,7 +159,7 @@ def cpp(number: int, one: Variant) -> str:
     lines = [
         f"#undef threadgroup\n#define threadgroup static{place}",
         f"namespace kernel_{number} {{ using namespace metal;",
-        without_space(kernel.header),
+        checked(kernel.header),
         "void body() {",
     ]
     at = count()
@@ -170,16 +179,28 @@ def cpp(number: int, one: Variant) -> str:
     for name, dtype in zip(kernel.outputs, one.outputs, strict=True):
         type_ = NAMES[dtype]
         lines.append(f"  {type_}* {name} = ({type_}*)buffers[{next(buffer)}];")
-    source = without_space(kernel.source)
+    source = checked(kernel.source)
     if any(value is None for _, value in one.template):
         source = re.sub(r"\bconstexpr\b", "const", source)
-    lines += [f'#line 1 "{kernel.name}"', source, "}", "}", PROGRAM.replace("_N", f"_{number}")]
+    lines += [f'#line 1 "kernel_{number}"', source, "}", "}", PROGRAM.replace("_N", f"_{number}")]
     return "\n".join(lines)
 
 
-def without_space(source: str) -> str:
-    """Take the address space off pointers to threadgroup memory, which are ordinary variables."""
-    return re.sub(r"\bthreadgroup\b(?=(\s+\w+)+\s*[*&])", "", source)
+def checked(source: str) -> str:
+    """Let arrays in threadgroup memory check who uses them. Where pointers to them are taken they
+    are ordinary arrays, and only the order of threads shows a missing barrier.
+    """
+    if re.search(POINTER, source):
+        return re.sub(POINTER, "", source)
+    declaration = r"\bthreadgroup (?!atomic)(\w+) (\w+)\[([^\]]+)\];"
+
+    def declared(found: re.Match[str]) -> str:
+        type_, name, size = found.groups()
+        room = f"static shim::Cell<{type_}> room_{name}[shim::MOST_MEMORY / sizeof({type_})];"
+        array = f"threadgroup shim::Shared<{type_}> {name}; {name}.set({size}, room_{name});"
+        return room + array
+
+    return re.sub(declaration, declared, source)
 
 
 BEFORE = """

@@ -25,20 +25,26 @@ from openelm_mlx.model.kernels.kernel import Kernel, Launch
 __all__ = ["Emulator", "Wrong", "emulate"]
 
 ORDERS = (0, 1, 2, 3)  # of the threads: forwards, backwards, and two shuffles
-SECONDS = 5.0  # of the processor, after which a run has not ended
+SECONDS = 5.0
 
 
 def emulate(
-    kernel: Kernel, inputs: Sequence[mx.array], launch: Launch, orders: Sequence[int] = ORDERS
+    kernel: Kernel,
+    inputs: Sequence[mx.array],
+    launch: Launch,
+    orders: Sequence[int] = ORDERS,
+    seconds: float = SECONDS,
 ) -> tuple[list[mx.array], list[mx.array]]:
-    """Return the outputs, and the inputs as the kernel left them. Raises `Wrong`."""
+    """Return the outputs, and the inputs as the kernel left them. Raises `Wrong`, also where one
+    order takes more than `seconds` of the processor.
+    """
     built = program(kernel, inputs, launch)
     given = [host(array) for array in inputs]
     first: list[np.ndarray] = []
     for order in orders:
         outs = empty(launch)
         ins = [array.copy() for array in given]
-        run(kernel, built, launch, [*given, *(None for _ in outs)], [*ins, *outs], order)
+        run(kernel, built, launch, [*given, *[None] * len(outs)], [*ins, *outs], order, seconds)
         for name, before, after in zip(kernel.inputs, given, ins, strict=True):
             if name not in kernel.in_place and not np.array_equal(before, after):
                 raise Wrong(f"{kernel.name}: writes to its input {name}")
@@ -105,6 +111,7 @@ def run(
     before: Sequence[np.ndarray | None],
     after: Sequence[np.ndarray | None],
     order: int,
+    seconds: float = SECONDS,
 ) -> None:
     """Run all threads once; what the buffers then hold is written to `after`."""
     group = [min(a, b) for a, b in zip(launch.threadgroup, launch.grid, strict=True)]  # as MLX does
@@ -121,7 +128,7 @@ def run(
         (ctypes.c_uint * 3)(*launch.grid),
         (ctypes.c_uint * 3)(*group),
         order,
-        ctypes.c_double(SECONDS),
+        ctypes.c_double(seconds),
         message,
     )
     if failed:

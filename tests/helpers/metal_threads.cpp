@@ -152,7 +152,7 @@ void run_threadgroup(uint3 group, uint3 groups, const uint* grid, const uint* si
     lane.grid_size = {grid[0], grid[1], grid[2]};
     lane.index = i; lane.simd_lane = i % 32; lane.simd_group = i / 32;
     lane.simd = &simds[i / 32];
-    lane.calls = 0; lane.state = READY;
+    lane.calls = lane.barriers = lane.simd_barriers = 0; lane.line = 0; lane.state = READY;
     lane.stack = fresh(stack(i), entry);
   }
   if (program->start) memset(program->start, 0xff, program->stop - program->start);
@@ -220,9 +220,10 @@ const int SIGNALS[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGVTALRM};
 void meet(State state, int line, int site) {
   me->state = state; me->line = line; me->site = site;
   stop();
+  if (state == BARRIER) me->barriers++;
 }
 void wrong(const char* what, int line) {
-  snprintf(message, sizeof message, "line %d: %s, in threadgroup %u %u %u", line, what, lanes[0].group.x, lanes[0].group.y,
+  snprintf(message, sizeof message, "line %d: %s, by thread %u of threadgroup %u %u %u", line, what, me->index, lanes[0].group.x, lanes[0].group.y,
            lanes[0].group.z);
   siglongjmp(failure, 1);
 }

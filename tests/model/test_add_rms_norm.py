@@ -32,7 +32,7 @@ def norm(width: int, dtype: mx.Dtype) -> nn.RMSNorm:
     return layer
 
 
-@pytest.mark.needs("a C++ compiler")
+@pytest.mark.needs("emulated kernels")
 @pytest.mark.parametrize(
     ("dtype", "width", "rows", "most"),
     [(mx.bfloat16, width, 2, 0) for width in WIDTHS]
@@ -57,7 +57,7 @@ def test_the_kernel_is_the_operations(dtype, width, rows, most):
     assert dtype == mx.float32 or (normed != wanted[1]).mean().item() < 0.01
 
 
-@pytest.mark.needs("a C++ compiler")
+@pytest.mark.needs("emulated kernels")
 def test_the_kernel_passes_its_own_check_and_a_broken_one_does_not(monkeypatch):
     kernel = add_rms_norm.ADD_RMS_NORM
     with running(Emulator()):
@@ -98,7 +98,7 @@ def passes(model: OpenELM, last: bool | mx.array) -> mx.array:
     return model.logits(mx.concatenate([prompt.reshape(-1, 64), after]))
 
 
-@pytest.mark.needs("a C++ compiler")
+@pytest.mark.needs("emulated kernels")
 @pytest.mark.parametrize("last", [False, True, mx.array([1, 3])], ids=["all", "last", "places"])
 def test_a_quantized_model_adds_twice_a_layer_in_its_norms(last):
     model, emulator = packed(), Emulator()
@@ -110,7 +110,7 @@ def test_a_quantized_model_adds_twice_a_layer_in_its_norms(last):
     assert emulator.launches == 3 * 2 * len(model.layers)
 
 
-@pytest.mark.needs("a C++ compiler")
+@pytest.mark.needs("emulated kernels")
 def test_bfloat16_is_equal_bit_for_bit():
     model = packed(mx.bfloat16)
     wanted = passes(model, last=False)
@@ -118,7 +118,7 @@ def test_bfloat16_is_equal_bit_for_bit():
         assert mx.array_equal(passes(model, last=False), wanted)
 
 
-@pytest.mark.needs("a C++ compiler")
+@pytest.mark.needs("emulated kernels")
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_what_an_adapter_changes_of_a_quantized_model_is_added_likewise(dora):
     model = packed()

@@ -38,7 +38,7 @@ def compare(start, shape, slots, dtype=mx.float32, length=None, orders=(0,), kv_
     assert gap <= UNITS[dtype] * mx.finfo(dtype).eps * max(1, mx.abs(wanted).max().item())
 
 
-@pytest.mark.needs("a C++ compiler")
+@pytest.mark.needs("emulated kernels")
 @pytest.mark.parametrize("dtype", UNITS, ids=str)
 @pytest.mark.parametrize("start", [0, 3, 4, 127, 128, 199])
 def test_one_token(start, dtype):
@@ -46,7 +46,7 @@ def test_one_token(start, dtype):
     compare([start], (1, 2, 1, 64), 200, dtype)
 
 
-@pytest.mark.needs("a C++ compiler")
+@pytest.mark.needs("emulated kernels")
 def test_rows_of_their_own_lengths_and_several_tokens():
     compare([5, 0, 130], (3, 4, 2, 32), 140, orders=ORDERS, kv_heads=2)
     compare([[7, 9, 2], [0, 1, 20]], (2, 2, 3, 96), 24)  # each token has a position of its own
@@ -54,7 +54,7 @@ def test_rows_of_their_own_lengths_and_several_tokens():
     compare([30, 2], (2, 2, 1, 64), 64, length=9)  # the last of nine tokens only
 
 
-@pytest.mark.needs("a C++ compiler")
+@pytest.mark.needs("emulated kernels")
 def test_the_check_of_a_gpu_compares_the_two():
     with running(Emulator(), ONLY):
         assert check() == ""

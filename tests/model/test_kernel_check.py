@@ -60,7 +60,7 @@ def kernel_file(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return put
 
 
-@pytest.mark.needs("a C++ compiler")
+@pytest.mark.needs("emulated kernels")
 def test_a_right_kernel_passes_and_a_broken_one_is_told_by_what_differs(kernel_file) -> None:
     with running(Emulator(), frozenset()):
         kernel_file(SOURCE)

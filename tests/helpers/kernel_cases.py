@@ -1,0 +1,187 @@
+"""Calls of the model's functions that have a kernel: for every shape of the published sizes and of
+the golden checkpoints, every type, and lengths at the borders of blocks and windows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any, TypeVar
+
+from golden_set import FLAGS, GOLDEN
+
+from openelm_mlx.convert.opening import config_for, open_source
+from openelm_mlx.convert.options import ConvertOptions
+from openelm_mlx.device import mx, nn
+from openelm_mlx.model.cache import Place
+from openelm_mlx.model.cache_kinds import CacheKind, Plain, Quantized, Window
+from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, layer_shapes
+from openelm_mlx.model.decoder import VALUE, Projection, rotary
+from openelm_mlx.model.kernels.add_rms_norm import Sum, sum_and_norm
+from openelm_mlx.model.kernels.norm_rope_store import store_heads
+
+MOST = int(os.environ.get("OPENELM_KERNEL_CASES", "30"))  # of each test; 100000 is all
+TYPES = (mx.bfloat16, mx.float16, mx.float32)
+KINDS = {
+    "plain": CacheKind(),
+    "8 bits": CacheKind(Quantized(8, 64)),
+    "4 bits": CacheKind(Quantized(4, 32)),
+    "window": CacheKind(Plain(), Window(300, 4)),
+    "window, 4 bits": CacheKind(Quantized(4, 64), Window(300, 4)),
+    "window, 5 bits": CacheKind(Quantized(5, 64), Window(300, 4)),
+    "8 bits of 128": CacheKind(Quantized(8, 128)),
+}
+BORDERS = (0, 255, 256, 257, 511)  # of blocks; and of the window above:
+RING = (3, 4, 331, 332, 700)
+
+
+T = TypeVar("T")
+
+
+def spread(items: Iterable[T], most: int = MOST) -> list[T]:
+    """Return at most so many of the items, from all over."""
+    items = list(items)
+    return [items[i * len(items) // most] for i in range(most)] if len(items) > most else items
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call that launches one kernel, once, where kernels are in use."""
+
+    kernel: str
+    title: str
+    call: Callable[[], list[mx.array]]
+
+
+def normal(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def sum_case(dtype: mx.Dtype, rows: int, width: int, size: float = 1.0, eps: float = 1e-6) -> Case:
+    """A sum and its norm; `size` is that of the values."""
+
+    def call() -> list[mx.array]:
+        norm = nn.RMSNorm(width, eps=eps)
+        norm.weight = 1 + 0.3 * normal(3, width, dtype=dtype)
+        residual, added = (size * normal(seed, rows, width, dtype=dtype) for seed in (1, 2))
+        return list(sum_and_norm(Sum(residual.astype(dtype), added.astype(dtype)), norm))
+
+    return Case("add_rms_norm", f"{dtype} {rows} x {width}", call)
+
+
+def store_case(
+    dtype: mx.Dtype,
+    heads: tuple[int, int, int],
+    kind: str = "plain",
+    starts: tuple[int, ...] = (255,),
+    length: int = 1,
+    last: bool = True,
+    norm: bool = True,
+    each: bool = False,
+    eps: float = 1e-6,
+    size: float = 1.0,
+    fill: tuple[float, ...] = (),
+) -> Case:
+    """A token or more of each row, stored from the positions `starts` on. `heads` are those of
+    queries and keys, and their width; with `each`, every token has a position of its own. The
+    first rows are filled with one number each where `fill` has them, and others then have few.
+    """
+    q_heads, kv_heads, width = heads
+
+    def call() -> list[mx.array]:
+        cached, start = KINDS[kind], mx.array(starts)
+        if each:
+            start = start[:, None] + mx.arange(length)
+        slots = cached.layout.slots_for(max(starts) + length, 256)
+        place = Place(start, cached, slots)
+        norms = tuple(1 + 0.3 * normal(seed, width, dtype=dtype) for seed in (1, 2))
+        q, k = (w.astype(mx.float32) if norm else mx.ones(width) for w in norms)
+        table = mx.stack([q] * q_heads + [k] * kv_heads + [mx.full(width, VALUE)] * kv_heads)
+        table = table.reshape(len(table), 2, -1)
+        rows, count = len(starts), q_heads + 2 * kv_heads
+        raw = size * normal(3, rows, length, count, width)
+        if fill:
+            same = mx.array(fill)[:, None, None, None] * mx.ones(raw.shape[1:])
+            raw = mx.concatenate([same, mx.round(2 * raw[len(fill) :]) / 2])
+        one = Projection(
+            raw.astype(dtype),
+            table + 1j * table[:, ::-1],
+            rotary(place.positions(length), width, 10000.0),
+            q_heads,
+            eps if norm else None,
+            norms if norm else None,
+            last,
+        )
+        old = cached.store.pack(normal(4, 2, rows, kv_heads, slots, width, dtype=dtype))
+        queries, stored = store_heads(one, old, place)
+        return [queries, *stored]
+
+    title = f"{dtype} {heads} {kind} {starts} x {length} {last} {norm} {each}"
+    return Case("norm_rope_store", title, call)
+
+
+# --- what the broken kernels are shown: few cases that leave no part of a kernel unused
+
+BF16 = mx.bfloat16
+SMALL: dict[str, Any] = {"size": 1e-3, "eps": 1e-5}  # values that show whether eps is added
+REVEALING = {
+    "add_rms_norm": [
+        sum_case(BF16, 2, 201),
+        sum_case(BF16, 1, 4096),
+        sum_case(BF16, 3, 70, **SMALL),
+    ],
+    "norm_rope_store": [
+        store_case(BF16, (3, 2, 66), "window", (0, 3, 331, 700), 3, last=False),
+        store_case(BF16, (2, 1, 64), "plain", (5, 255), 2, last=False, each=True, **SMALL),
+        store_case(BF16, (2, 1, 64), "plain", (5,), 3, norm=False),
+    ],
+    "norm_rope_store, packed": [  # broken behind the part that it shares with the one before
+        store_case(BF16, (2, 1, 96), "4 bits", (5, 9, 6, 255), fill=(0, 1e-7, -1.5)),
+        store_case(BF16, (1, 3, 64), "window, 5 bits", (0, 700, 331, 5), 3),
+        store_case(BF16, (1, 3, 128), "8 bits of 128", (1, 2, 3, 9), 3),
+    ],
+}
+
+
+# --- all shapes
+
+
+@cache
+def configs() -> dict[str, OpenELMConfig]:
+    """Return the configurations of the published sizes and of the golden checkpoints."""
+    found = {name: OpenELMConfig.from_name(name) for name in PUBLISHED}
+    for name in ("tied-gqa4", "untied-mha", *FLAGS, "openelm-nano", "openelm-tiny"):
+        path = GOLDEN / name / "checkpoint.pt"
+        options = ConvertOptions(source=path, target=path, **FLAGS.get(name, {}))
+        shapes = {name: info.shape for name, info in open_source(path).tensors.items()}
+        found[name] = config_for(path, shapes, options)
+    return found
+
+
+def sums() -> Iterator[Case]:
+    widths = sorted({config.model_dim for config in configs().values()})
+    for width, rows, dtype in product(widths, (1, 5), TYPES):
+        yield sum_case(dtype, rows, width)
+
+
+def stores() -> Iterator[Case]:
+    heads = sorted(
+        {
+            (shape.q_heads, shape.kv_heads, config.head_dim)
+            for config in configs().values()
+            for shape in layer_shapes(config)
+        }
+    )
+    for shape, (kind, cached), dtype in product(heads, KINDS.items(), TYPES):
+        if isinstance(cached.store, Quantized) and shape[2] % cached.store.group_size:
+            continue
+        starts = RING if isinstance(cached.layout, Window) else BORDERS
+        for start in starts:
+            yield store_case(dtype, shape, kind, (start,))
+        yield store_case(dtype, shape, kind, starts)
+        yield store_case(dtype, shape, kind, starts, 3, last=False)
+        yield store_case(dtype, shape, kind, starts[:2], 9, last=True, each=True)
+        yield store_case(dtype, shape, kind, starts[1:3], 2, norm=False)

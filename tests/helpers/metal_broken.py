@@ -1,0 +1,82 @@
+"""Which broken kernels give themselves away, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+from metal_build import compile_together, form, variant
+from metal_emulator import ORDERS, Wrong, emulate
+from metal_mutants import Mutant
+
+from openelm_mlx.model.kernels.kernel import Kernel, Launch, running
+
+SECONDS = 0.5  # of the processor: a mutant that takes longer does not end
+
+
+@dataclass
+class Launched:
+    """A kernel's launch, and the arrays that it wrote."""
+
+    kernel: Kernel
+    inputs: list[mx.array]
+    launch: Launch
+    wrote: list[mx.array]
+
+
+def launches(call: Callable[[], object], name: str, orders: Sequence[int] = (0,)) -> list[Launched]:
+    """Return what a call of the model launches of the kernel of this name."""
+    found = []
+
+    def record(kernel: Kernel, inputs: list[mx.array], launch: Launch) -> list[mx.array]:
+        given = [mx.array(array) for array in inputs]
+        mx.eval(given)
+        wrote = written(kernel, given, launch, orders)
+        found.append(Launched(kernel, given, launch, wrote))
+        return wrote[: len(launch.shapes)]
+
+    with running(record, frozenset({name})):
+        call()
+    return found
+
+
+def written(
+    kernel: Kernel, inputs: list[mx.array], launch: Launch, orders: Sequence[int]
+) -> list[mx.array]:
+    """Run a kernel; return its outputs, then what it wrote to in place."""
+    outputs, left = emulate(kernel, inputs, launch, orders, SECONDS)
+    places = [a for a, name in zip(left, kernel.inputs, strict=True) if name in kernel.in_place]
+    return outputs + places
+
+
+def differs(a: mx.array, b: mx.array) -> bool:
+    """Tell more than what another order of additions may do: bfloat16 and integers are equal."""
+    if not mx.issubdtype(a.dtype, mx.floating) or a.dtype == mx.bfloat16:
+        return not mx.array_equal(a, b).item()
+    a, b, unit = a.astype(mx.float32), b.astype(mx.float32), 8 * mx.finfo(a.dtype).eps
+    return not mx.allclose(a, b, rtol=unit, atol=unit, equal_nan=True).item()
+
+
+def how_found(mutant: Mutant, cases: Sequence[Launched]) -> str | None:
+    """Return how the emulator or the results give a mutant away, or None."""
+    for case in cases:
+        kernel = replace(case.kernel, source=mutant.source)
+        for orders in ((0,), ORDERS):  # most differ in the first
+            try:
+                wrote = written(kernel, case.inputs, case.launch, orders)
+            except Wrong as error:
+                return str(error)
+            if any(map(differs, wrote, case.wrote)):
+                return "other results"
+    return None
+
+
+def prepare(mutants: Sequence[Mutant], cases: Sequence[Launched]) -> None:
+    """Compile all that `how_found` is going to run."""
+    wanted = []
+    for case in cases:
+        for mutant in mutants:
+            right = variant(case.kernel, case.inputs, case.launch)
+            wanted.append(replace(form(right), kernel=replace(case.kernel, source=mutant.source)))
+    compile_together(wanted)
