@@ -94,7 +94,7 @@ def our_model(config: OpenELMConfig, spec: WeightSpec) -> OpenELM:
 def ready(model: OpenELM) -> OpenELM:
     """Make what the model derives from its weights once, so that no graph contains it."""
     for layer in model.layers:
-        mx.eval(layer.attn.head_weights())
+        mx.eval(layer.attn.head_weights(layer.attn.norm_weights()))
     mx.eval([module.transposed() for module in model.modules() if isinstance(module, Transposed)])
     return model
 

@@ -156,15 +156,19 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self._table: tuple[Any, ...] = ()
 
-    def head_weights(self) -> mx.array:
+    def norm_weights(self) -> tuple[mx.array, mx.array] | None:
+        """Return the weights of the norms of queries and keys, None without these norms."""
+        return (self.q_norm.weight, self.k_norm.weight) if self.normalize else None
+
+    def head_weights(self, norms: tuple[mx.array, mx.array] | None) -> mx.array:
         """Return the norm weight of each element of each head, [heads, 2, head_dim / 2] complex64.
 
         The imaginary part is the weight of its partner in the rotation; in value heads both are
-        `VALUE`. The table is cached until training or loading sets other norm weights.
+        `VALUE`. The table is cached until training or loading sets other `norm_weights`.
         """
-        sources = (self.q_norm.weight, self.k_norm.weight) if self.normalize else (None, None)
-        if self._table and self._table[0] is sources[0] and self._table[1] is sources[1]:
-            return self._table[2]
+        table, sources = self._table, norms or (None, None)
+        if table and table[0] is sources[0] and table[1] is sources[1]:
+            return table[2]
         ones = mx.ones((self.head_dim,))
         q, k = (ones if weight is None else weight.astype(mx.float32) for weight in sources)
         rows = [q] * self.q_heads + [k] * self.kv_heads + [ones * VALUE] * self.kv_heads
@@ -189,10 +193,8 @@ class Attention(nn.Module):
         """Return residual + attention, [B * L, model_dim]; with `last`, [B, model_dim]."""
         B, L, rotation, mask, _ = shared
         projected = self.qkv_proj(x).reshape(B, L, -1, self.head_dim)
-        eps, norms = None, None
-        if self.normalize:
-            eps, norms = self.eps, (self.q_norm.weight, self.k_norm.weight)
-        weights = self.head_weights()
+        norms, eps = self.norm_weights(), self.eps if self.normalize else None
+        weights = self.head_weights(norms)
         projection = Projection(projected, weights, rotation, self.q_heads, eps, norms, last)
         if last and L > 1:
             mask, L = mask[..., -1:, :] if isinstance(mask, mx.array) else None, 1

@@ -100,7 +100,7 @@ def test_heads_are_those_of_the_plain_norm_and_rotation(batch, length, normalize
     raw = mx.random.normal((batch, length, heads, attention.head_dim), key=mx.random.key(5))
     rotation = rotary(mx.arange(offset, offset + length)[None], attention.head_dim, base)
     eps = attention.eps if normalize else None
-    weights = attention.head_weights()
+    weights = attention.head_weights(attention.norm_weights())
     plain = attention.plain_heads(raw, offset, base)
     for last in (False, True):
         found = Projection(raw, weights, rotation, attention.q_heads, eps, None, last).heads()
