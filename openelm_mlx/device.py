@@ -45,9 +45,9 @@ def kind() -> Literal["metal", "cuda", "cpu"]:
 
 
 def wired_limit(recommended_bytes: int | None, system_version: str) -> int | None:
-    """Return the bytes that may stay wired: all that Metal recommends.
+    """Return the most bytes that may be wired: all that Metal recommends.
 
-    macOS does not page wired weights out between tokens. None if nothing can be wired: without
+    macOS does not page wired memory out. None if nothing can be wired: without
     Metal, or on a macOS before 15 (mlx-lm's `wired_limit` has the same rule).
     """
     major = re.match(r"\d+", system_version or "")
@@ -56,18 +56,12 @@ def wired_limit(recommended_bytes: int | None, system_version: str) -> int | Non
     return recommended_bytes
 
 
-def set_wired_limit() -> int | None:
-    """Let the weights stay wired and return the limit in bytes, None if there is none.
-
-    This was not tested on Metal.
-    """
+def most_wired() -> int | None:
+    """Return `wired_limit` of this machine."""
     if kind() != "metal":
         return None
     recommended = int(mx.device_info().get("max_recommended_working_set_size", 0))
-    limit = wired_limit(recommended, platform.mac_ver()[0])
-    if limit is not None:
-        mx.set_wired_limit(limit)
-    return limit
+    return wired_limit(recommended, platform.mac_ver()[0])
 
 
 def recommended_bytes() -> int:

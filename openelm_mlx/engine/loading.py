@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx import device
-from openelm_mlx.device import mx, nn, set_wired_limit
+from openelm_mlx.device import mx, nn
 from openelm_mlx.dtypes import DTYPES, FLOATS, itemsize, name_of
 from openelm_mlx.engine.adapter_files import read_adapter
 from openelm_mlx.engine.compute_type import compute_dtype, largest_activation
 from openelm_mlx.engine.decode import Steps
 from openelm_mlx.engine.hub import Resolved, resolve_model
+from openelm_mlx.engine.memory import check_memory
 from openelm_mlx.engine.options import ModelOptions, SamplingOptions
 from openelm_mlx.engine.threads import asynchronous, device_work
 from openelm_mlx.engine.tokenizer import Tokenizer, check_vocabulary
@@ -217,7 +218,8 @@ def load_resolved(name: str, resolved: Resolved, options: ModelOptions) -> Engin
         quantize_now(model, bits, group_size)
         quantization = QuantSpec(bits, group_size).as_config()
     model.eval()
-    set_wired_limit()
+    nbytes = sum(array.nbytes for array in parameters(model).values())
+    check_memory(name, config, nbytes, bool(quantization))
     mx.eval(model.parameters())
     given = resolved.tokenizer
     tokenizer = Tokenizer.from_file(given) if given else Tokenizer.from_folder(folder)

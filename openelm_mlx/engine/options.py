@@ -176,7 +176,9 @@ class GenerationOptions:
 class EngineOptions:
     """Options that decide how requests are run; all that run together share them."""
 
-    prefill_chunk: int = option(512, "prompt tokens in one pass of the model", 1)
+    prefill_chunk: int | None = option(
+        None, "prompt tokens in one pass of the model; by default 512, or what fits into memory", 1
+    )
     compiled: bool = option(True, "run the decode step compiled; off runs it eagerly")
     kv_bits: int | None = option(None, "quantize keys and values of the cache", choices=KV_BITS)
     kv_window: int | None = option(
@@ -252,7 +254,7 @@ class RequestSettings(TypedDict, total=False):
 class EngineSettings(TypedDict, total=False):
     """The fields of `EngineOptions` as keywords: `**settings: Unpack[EngineSettings]`."""
 
-    prefill_chunk: int
+    prefill_chunk: int | None
     compiled: bool
     kv_bits: int | None
     kv_window: int | None

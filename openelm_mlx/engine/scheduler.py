@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from openelm_mlx.device import mx
 from openelm_mlx.engine.admission import Queue
 from openelm_mlx.engine.lane import Lane
+from openelm_mlx.engine.memory import chunk_for, give_back, wired
 from openelm_mlx.engine.options import (
     EngineOptions,
     GenerationOptions,
@@ -84,10 +85,11 @@ class BatchEngine:
         self.kind = CacheKind.of(engine.config, self.options)
         self._reader = Reader()
         self._events: list[tuple[int, Event]] = []  # not yet handed out
-        chunk = self.options.prefill_chunk
+        chunk = self.options.prefill_chunk or chunk_for(engine, self.kind)
         self._queue = Queue(self.kind, prompt_cache, chunk, admission, max_waiting)
         compiled = self.options.compiled
         self._lanes = [Lane(engine, self._queue, compiled, draft, self._events)]
+        self._wired = False  # while anything runs or waits
 
     @property
     def busy(self) -> bool:
@@ -170,6 +172,7 @@ class BatchEngine:
         """Do the work of one step, which adds to the events."""
         self._reader.back()
         begun = time.perf_counter()
+        self._hold()
         self._open_lanes()
         lanes, rows = self._lanes, self._running
         steady = bool(rows) and all(lane.steady for lane in lanes)
@@ -178,6 +181,8 @@ class BatchEngine:
                 lane.arrange()
             rows = self._running
             prefilled = self._queue.admit(self.slots - rows, rows, self._events)
+            if prefilled and self._queue.joining:  # a prompt has been read to its end
+                give_back()
             for lane in lanes:
                 if lane.live():
                     lane.advance()
@@ -188,6 +193,23 @@ class BatchEngine:
         if steady and all(lane.steady for lane in lanes):
             self._queue.pace.learn(time.perf_counter() - begun, prefilled)
         self._reader.leave()
+        if not (self._running or self._queue.busy):
+            self._rest()
+
+    def _hold(self) -> None:
+        """Keep wired what the rows need, from the first step on that finds anything to do."""
+        if not self._wired:
+            self._wired = True
+            drafting = getattr(self._lanes[0].speculation.draft, "engine", None)
+            engines = [self.engine] if drafting is None else [self.engine, drafting]
+            wired.hold(self, engines, self.kind, self.slots)
+
+    def _rest(self) -> None:
+        """Give back what only rows need."""
+        if self._wired:
+            self._wired = False
+            wired.release(self)
+            give_back()
 
     @device_work
     def close(self) -> None:
@@ -197,3 +219,4 @@ class BatchEngine:
         for lane in self._lanes:
             lane.close()
         mx.synchronize()
+        self._rest()

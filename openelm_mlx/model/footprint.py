@@ -18,7 +18,7 @@ from openelm_mlx.settings import Limits, chip_name, command_limits, gpu_flops
 if TYPE_CHECKING:
     from openelm_mlx.model.decoder import OpenELM
 
-# macOS ends a command buffer that keeps the display waiting (ml-explore/mlx issue 3302); a piece of
+# macOS ends a command buffer that keeps the display waiting (jundot/omlx issue 1387); a piece of
 # work of this length delays a few frames
 LONGEST_SECONDS = 0.05
 KERNELS = 13  # a layer of a quantized model launches as many (docs/performance.md)

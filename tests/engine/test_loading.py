@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -50,33 +49,28 @@ def types(engine):
 
 @pytest.fixture
 def metal(monkeypatch):
-    """A Mac as MLX and Python would describe it; the wired limits set on it."""
-    limits: list[int] = []
+    """A Mac as MLX would describe it."""
     monkeypatch.setattr(device, "kind", lambda: "metal")
     facts = {"max_recommended_working_set_size": 11 << 30}
     monkeypatch.setattr(mx, "device_info", lambda *device: facts)
-    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
-    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
-    return limits
 
 
 @pytest.mark.parametrize(
     ("stored", "computed"),
     [("float32", mx.bfloat16), ("bfloat16", mx.bfloat16), ("float16", mx.float16)],
 )
-def test_metal_computes_in_half_types_and_keeps_weights_wired(tmp_path, metal, stored, computed):
+@pytest.mark.usefixtures("metal")
+def test_metal_computes_in_half_types(tmp_path, stored, computed):
     source = random_folder(tmp_path / "source")
     folder = again(source, tmp_path / "model", dtype=stored, measure=False)
-    assert types(load(folder)) == {computed} and metal == [11 << 30]
+    assert types(load(folder)) == {computed}
     assert types(load(folder, dtype="float32")) == {mx.float32}
 
 
-def test_the_cpu_computes_in_float32_and_wires_nothing(tmp_path, monkeypatch):
-    limits: list[int] = []
+def test_the_cpu_computes_in_float32(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "kind", lambda: "cpu")
-    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
     folder = again(random_folder(tmp_path / "source"), tmp_path / "model", dtype="bfloat16")
-    assert types(load(folder)) == {mx.float32} and limits == []
+    assert types(load(folder)) == {mx.float32}
 
 
 def test_damaged_weights_are_named(nano, tmp_path):
