@@ -100,6 +100,7 @@ def test_a_gpu_computes_what_was_measured_in_float16_and_inspect_says_why(
     assert where["a GPU"][0] == "float16" and MEASURED in where["a GPU"][1]
     assert load(measured).model.transformer.norm.weight.dtype == mx.float32
     monkeypatch.setattr(device, "kind", lambda: "metal")
+    monkeypatch.setattr(device, "recommended_bytes", device.memory_bytes)
     assert load(measured).model.transformer.norm.weight.dtype == mx.float16
     assert load(measured, dtype="bfloat16").model.transformer.norm.weight.dtype == mx.bfloat16
 
