@@ -147,7 +147,7 @@ def test_pipes_and_folders_are_not_waited_for(tmp_path):
 @pytest.mark.parametrize("kind", ["checkpoint", "folder", "quantized", "gguf", "adapted"])
 def test_a_matrix_that_is_quantized_in_pieces_is_decoded_once(tmp_path, nano, kind, monkeypatch):
     """Each source gives the same rows; those that cannot read rows alone load a tensor once."""
-    fields = {"bits": 3, "tokenizer": NANO / "tokenizer.model"}
+    fields = {"bits": 3, "tokenizer": NANO / "tokenizer.model", "measure": False}
     source = nano if kind == "folder" else NANO / "checkpoint.pt"
     if kind == "quantized":
         source = again(nano, tmp_path / "q", bits=8)
@@ -155,7 +155,7 @@ def test_a_matrix_that_is_quantized_in_pieces_is_decoded_once(tmp_path, nano, ki
         source = again(nano, tmp_path / "x.gguf", target_format="gguf")
     elif kind == "adapted":
         source = GOLDEN / "lora" / "checkpoint.pt"
-        fields = {"bits": 3, "group_size": 32, "tokenizer": tokenizer_file(tmp_path, 112)}
+        fields |= {"group_size": 32, "tokenizer": tokenizer_file(tmp_path, 112)}
     want = again(source, tmp_path / "at-once", **fields)
     reader = type(open_model(ConvertOptions(source, tmp_path / "m", **fields)).source)
     load, loads = reader.load, Counter()

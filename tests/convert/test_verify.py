@@ -183,6 +183,7 @@ def test_json_of_a_conversion_is_what_its_record_says(tmp_path, capsys):
     assert planned == {
         **told,
         "written": False,
+        "activations": {},
         "verification": None,
         "memory_bytes": planned["memory_bytes"],
         "estimated_seconds": planned["estimated_seconds"],
