@@ -10,11 +10,13 @@ import os
 import platform
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from openelm_mlx.errors import MLXError
 from openelm_mlx.settings import LIMIT_NAMES, load_blas, set_buffer_limits, sysctl
 
 if TYPE_CHECKING:
@@ -28,7 +30,14 @@ WIRED_SINCE = 15  # macOS: before it mx.set_wired_limit has no effect
 
 blas, buffer_settings = load_blas(), set_buffer_limits()
 
-import mlx.core as mx  # noqa: E402 - the two settings above take effect only before this import
+try:  # the two settings above take effect only before this import
+    import mlx.core as mx
+except ImportError as error:
+    if not sys.platform.startswith("linux"):
+        raise
+    from openelm_mlx.mlx_wheels import wheels, why_not
+
+    raise MLXError(why_not(error, wheels())) from error
 
 
 def __getattr__(name: str) -> Any:
@@ -76,7 +85,7 @@ def recommended_bytes() -> int:
 def facts() -> dict[str, Any]:
     """Return plain facts about this machine; what is unknown is None."""
     macos = platform.mac_ver()[0]
-    device: Mapping[str, Any] = mx.device_info() if kind() == "metal" else {}
+    device: Mapping[str, Any] = mx.device_info() if kind() != "cpu" else {}
     buffers = [f"{name}={os.environ[name]}" for name in LIMIT_NAMES if name in os.environ]
     return {
         "openelm_mlx": installed("openelm-mlx"),
@@ -90,6 +99,9 @@ def facts() -> dict[str, Any]:
         "processor": sysctl("hw.model") or processor_of(cpuinfo()),
         "cores": os.cpu_count(),
         "memory_bytes": memory_bytes(),
+        "gpu_memory_bytes": device.get(
+            "total_memory"
+        ),  # of NVIDIA's GPUs; a Mac's is the one above
         "backend": kind(),
         "wired_limit_bytes": wired_limit(device.get("max_recommended_working_set_size"), macos),
         "command_buffers": " ".join(buffers) or "MLX's own",

@@ -30,6 +30,10 @@ class TokenizerError(OpenELMError):
     """A tokenizer is missing, damaged, or does not belong to the model."""
 
 
+class MLXError(OpenELMError, ImportError):
+    """MLX is installed in part, or not for this machine."""
+
+
 class OptionError(OpenELMError):
     """An option is outside its range, unknown, or not valid together with another."""
 

@@ -25,6 +25,7 @@ ORDER = (
     "files",
     "quantization",
     "settings",
+    "mlx_wheels",
     "device",
     "model",
     "engine",

@@ -2,7 +2,7 @@
 
 An independent pass of the model tells which token follows: float64 in numpy, no caches of the
 engine. Only the filters and the noise are the engine's own (`sampling.filter_logits`,
-`sampling.gumbel`), which have their own tests. What is to be shown here is that batching, chunks,
+`draws.gumbel`), which have their own tests. What is to be shown here is that batching, chunks,
 reuse, drafts and windows change nothing.
 """
 
@@ -21,6 +21,7 @@ from openelm_mlx.device import mx, nn
 from openelm_mlx.engine import sampling
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import SamplingOptions
+from openelm_mlx.model import draws
 from openelm_mlx.model.cache_kinds import CacheKind, Quantized, Window
 from openelm_mlx.model.config import layer_shapes
 from openelm_mlx.model.decoder import parameters
@@ -214,7 +215,7 @@ class Reference:
         given = mx.array(logits[None].astype(np.float32))
         found = sampling.filter_logits(given, filters, context)
         if not greedy:
-            found = found + sampling.gumbel(keys, positions, vocab)
+            found = found + draws.gumbel(keys, positions, vocab)
         return np.array(found[0]).astype(np.float64)
 
     def plausible(

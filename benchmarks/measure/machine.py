@@ -125,15 +125,15 @@ def bandwidth(
 
     It copies `size` bytes (COPIED) into memory that was written before, and reads as many.
 
-    On Metal one kernel fills the memory system. On the CPU backend a stream is a thread, so every
+    On a GPU one kernel fills the memory system. On the CPU backend a stream is a thread, so every
     core takes its share.
     """
     from openelm_mlx import device
     from openelm_mlx.device import mx
 
-    metal = device.kind() == "metal"
-    count = 1 if metal else os.cpu_count() or 1
-    streams = [mx.default_stream(mx.gpu) if metal else mx.new_stream(mx.cpu) for _ in range(count)]
+    gpu = device.kind() != "cpu"
+    count = 1 if gpu else os.cpu_count() or 1
+    streams = [mx.default_stream(mx.gpu) if gpu else mx.new_stream(mx.cpu) for _ in range(count)]
     rows = max((size or COPIED) // len(streams) // (4 * ROW), 1)
     sources = [mx.ones((rows, ROW), mx.int32) for _ in streams]
     # one row more, or no copy would be made

@@ -130,8 +130,10 @@ def machine_line(machine: Machine) -> str:
 
 
 def not_a_mac(machine: Machine) -> str:
-    linux = (machine.system or "").lower() == "linux"
-    return "Linux CPU result, not Apple silicon" if linux and machine.backend != "cuda" else ""
+    if (machine.system or "").lower() != "linux":
+        return ""
+    what = "NVIDIA GPU" if machine.backend == "cuda" else "Linux CPU"
+    return f"{what} result, not Apple silicon"
 
 
 def versions_line(document: Document) -> str:

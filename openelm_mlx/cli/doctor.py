@@ -10,9 +10,12 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from openelm_mlx.errors import MLXError
 
 PACKAGES = {"openelm_mlx": "openelm-mlx", "mlx_lm": "mlx-lm"}
 REMEDY = "update the system and mlx, and if that does not help, report this page"
@@ -36,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     for part in (machine, caches, kernels, self_test):
         try:
             found |= part()
+        except MLXError:  # nothing can be said without MLX, and this says what to do
+            raise
         except Exception as error:  # whatever it is, the rest is wanted then above all
             found[part.__name__] = f"failed: {type(error).__name__}: {error}"
             advice.append(f"{part.__name__.replace('_', ' ')}: {found[part.__name__]}")
@@ -80,7 +85,21 @@ def machine() -> dict[str, Any]:
 
     found = facts()
     exact = float32_products(found["backend"], found["chip"], os.environ)
-    return found | {"float32_products": exact}
+    return found | nvidia() | {"float32_products": exact}
+
+
+def nvidia() -> dict[str, Any]:
+    """Report on Linux the first GPU of NVIDIA's and whose library MLX has."""
+    from openelm_mlx.mlx_wheels import mixture, nvidia_smi, wheels
+
+    if not sys.platform.startswith("linux"):
+        return {}
+    gpu, found = nvidia_smi(), wheels()
+    return {
+        "nvidia_gpu": ", ".join(gpu.values()) or None,
+        "mlx_library": found.library and f"{found.library} {found.versions[found.library]}",
+        "mlx_mixture": mixture(found),
+    }
 
 
 def float32_products(backend: str, chip: str | None, environ: Mapping[str, str]) -> str:
@@ -162,7 +181,12 @@ def hints(found: Mapping[str, Any]) -> list[str]:
     if found["system"] == "Darwin" and found["machine"] == "x86_64":
         what = "this Python runs under Rosetta or on Intel"
         advice.append(f"{what}; install an arm64 Python to use Metal")
-    if found["system"] == "Linux" and found["blas"] == "MLX's own":
+    if found.get("mlx_mixture"):
+        advice.append(found["mlx_mixture"])
+    elif found["backend"] == "cpu" and found.get("nvidia_gpu"):
+        what = f"MLX computes on the processor beside a GPU ({found['nvidia_gpu']})"
+        advice.append(f"{what}; install the extra cuda13 or cuda12 (docs/install.md)")
+    if (found["system"], found["backend"], found["blas"]) == ("Linux", "cpu", "MLX's own"):
         advice.append(
             "MLX's reference BLAS is slow in float32; install OpenBLAS (apt install libopenblas0) "
             "and leave OPENELM_BLAS unset"
@@ -173,7 +197,8 @@ def hints(found: Mapping[str, Any]) -> list[str]:
         advice.append(
             f"the machine is busy (load {found['load_average']:.1f}); close what else is running"
         )
-    if found["memory_bytes"] < 9e9:  # a machine of 8 GB has 8.6e9 bytes, or some less
+    memory = found.get("gpu_memory_bytes") or found["memory_bytes"]
+    if memory < 9e9:  # a machine of 8 GB has 8.6e9 bytes, or some less
         advice.append("8 GB of memory or less: prefer 4-bit models (--bits 4)")
     if found["free_disk_bytes"] < 10e9:
         advice.append("less than 10 GB of disk free: the larger models will not fit")

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine import threads
-from openelm_mlx.engine.sampling import Context, Controls, Filters, History, draw, numbers
+from openelm_mlx.engine.sampling import Context, Controls, Filters, History, draw
 from openelm_mlx.model.cache import step_caches
 from openelm_mlx.model.cache_kinds import Arrays, CacheKind
 from openelm_mlx.model.decoder import OpenELM
+from openelm_mlx.model.draws import numbers
 
 Progress = Callable[[int, int], None]
 

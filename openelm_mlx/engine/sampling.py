@@ -18,17 +18,18 @@ import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.errors import OptionError
+from openelm_mlx.model.draws import COLD, Limits, keyed, noisy, numbers, remaining
+from openelm_mlx.model.kernels.kernel import in_use
+from openelm_mlx.model.kernels.sample import SAMPLE, draw_by_kernel
 
 NEVER = -math.inf
 SHORTLISTS = (64, 1024)  # few, as each is a trace of its own
-COLD = 1e-30  # the temperature of a greedy choice: whatever is below the highest is out of reach
 EXCLUDING = 0x9E3779B9  # the purpose of randomness that decides for XTC; that of a draw is 0
 NOWHERE = -(2**31)  # marks an empty place of a penalty window: neither prompt nor answer
 
@@ -85,6 +86,11 @@ class Filters:
     def penalised(self) -> bool:
         return self.repetition or self.counts
 
+    @property
+    def one_kernel(self) -> bool:
+        """True if the kernel `sample` draws from the scores: it has all filters but XTC."""
+        return self.sampled and not self.xtc
+
 
 class Controls(NamedTuple):
     """The values of the options for each row [B]; None if no row uses an option."""
@@ -123,6 +129,10 @@ class Controls(NamedTuple):
             mx.stack([dense("f", vocab, o.logit_bias) for o in given]) if filters.bias else None,
             column(bool(places), lambda o: places.get(o.processor, -1)),
         )
+
+    def limits(self, temperature: mx.array, shortlist: int) -> Limits:
+        """Return those that follow the penalties, but XTC's."""
+        return Limits(temperature, self.top_k, self.top_p, self.min_p, shortlist)
 
     def repeated(self, times: int) -> Controls:
         """Return each row `times` times in a row, for several tokens of each row in a pass."""
@@ -210,14 +220,20 @@ def draw(logits: mx.array, filters: Filters, context: Context) -> mx.array:
     Sampling is argmax(filtered logits + Gumbel noise), which draws exactly from their softmax. A
     greedy choice is the argmax of the penalised logits, without noise; of equal ones the lowest id.
     """
-    controls = context.controls
-    if filters.penalised or filters.bias or filters.processors or filters.sampled:
+    temperature = context.controls.temperature
+    by_kernel = filters.one_kernel and in_use(SAMPLE)
+    changed = filters.penalised or filters.bias or filters.processors
+    if changed or (filters.sampled and not by_kernel):
         logits = logits.astype(mx.float32)  # which is the largest does not change by it
-    if controls.temperature is None:
+    if temperature is None:
         return mx.argmax(scores(logits, filters, context), axis=-1)
+    if by_kernel:
+        limits = context.controls.limits(temperature, filters.shortlist)
+        return draw_by_kernel(
+            scores(logits, filters, context), limits, context.keys, context.positions
+        )
     filtered = filter_logits(logits, filters, context)
-    noise = gumbel(context.keys, context.positions, logits.shape[-1])
-    return mx.argmax(filtered + mx.where(controls.temperature[:, None] > COLD, noise, 0), axis=-1)
+    return mx.argmax(noisy(filtered, temperature, context.keys, context.positions), axis=-1)
 
 
 def filter_logits(logits: mx.array, filters: Filters, context: Context) -> mx.array:
@@ -238,14 +254,9 @@ def filter_logits(logits: mx.array, filters: Filters, context: Context) -> mx.ar
     """
     controls = context.controls
     x = scores(logits, filters, context)
-    best = x.max(axis=-1, keepdims=True)
     if controls.temperature is None:  # every row is greedy
-        return mx.where(x == best, x, NEVER)
-    gaps = (best - x) / controls.temperature[:, None]  # never negative: no temperature overflows
-    if filters.top_k or filters.top_p:
-        gaps = keep_likeliest(gaps, filters, controls)
-    if controls.min_p is not None:
-        gaps = mx.where(gaps > controls.min_p[:, None], math.inf, gaps)
+        return mx.where(x == x.max(axis=-1, keepdims=True), x, NEVER)
+    gaps = remaining(x, controls.limits(controls.temperature, filters.shortlist))
     if controls.xtc_probability is not None and controls.xtc_threshold is not None:
         likely = mx.softmax(-gaps, axis=-1) >= controls.xtc_threshold[:, None]
         least = mx.where(likely, gaps, -1).max(axis=-1, keepdims=True)
@@ -283,37 +294,6 @@ def scores(logits: mx.array, filters: Filters, context: Context) -> mx.array:
     return logits
 
 
-def keep_likeliest(gaps: mx.array, filters: Filters, controls: Controls) -> mx.array:
-    """Apply top-k, then top-p, by one sort: each keeps a number of tokens, by gap and then by id.
-
-    `gaps` [B, vocab] say how far the score of a token is below the highest; inf is never drawn.
-    """
-    vocab, ranked = gaps.shape[1], gaps
-    if 0 < filters.shortlist < vocab:
-        ranked = mx.partition(gaps, filters.shortlist - 1, axis=-1)[:, : filters.shortlist]
-    ranked = mx.sort(ranked, axis=-1)
-    kept = mx.array([[vocab]]) if controls.top_k is None else controls.top_k[:, None]
-    if controls.top_p is not None:
-        weights = mx.exp(-ranked)
-        if controls.top_k is not None:
-            weights = mx.where(numbers(ranked.shape[1]) < kept, weights, 0)
-        mass = mx.cumsum(weights, axis=-1)
-        short = mass < controls.top_p[:, None] * mass[:, -1:]  # up to here it is not enough
-        kept = mx.minimum(kept, 1 + short.sum(axis=-1, keepdims=True))
-    widest = mx.take_along_axis(ranked, kept - 1, axis=-1)
-    tied = kept - (ranked < widest).sum(axis=-1, keepdims=True)  # how many of the widest gap stay
-    equal = gaps == widest
-    among = mx.cumsum(equal.astype(mx.int32), axis=-1)
-    return mx.where((gaps < widest) | (equal & (among <= tied)), gaps, math.inf)
-
-
-@lru_cache
-def numbers(count: int) -> mx.array:
-    """Return 0, 1, ... as int32, a constant of compiled code; mx.arange would run at every step."""
-    values: Any = array("i", range(count))
-    return mx.array(values)
-
-
 def new_seed() -> int:
     """Return a random seed of 62 bits."""
     return secrets.randbits(62)
@@ -328,21 +308,6 @@ def seed_key(seed: int, stream: int = 0, offset: int = 0) -> mx.array:
     digest = blake2b(struct.pack("<2Q", seed, stream), digest_size=8).digest()
     high, low = struct.unpack("<2I", digest)
     return mx.array([[high, low + offset & 0xFFFFFFFF]], dtype=mx.uint32)
-
-
-def keyed(keys: mx.array, positions: mx.array, purpose: int = 0) -> mx.array:
-    """Return random keys [B, 2] of draws from keys [B, 2] of rows, positions [B] and a purpose."""
-    second = mx.array([0, 1], mx.uint32)  # in one expression, so that it is one kernel
-    return keys + positions[:, None].astype(mx.uint32) * second + mx.array([purpose, 0], mx.uint32)
-
-
-def gumbel(keys: mx.array, positions: mx.array, vocab: int) -> mx.array:
-    """Return Gumbel noise [B, vocab], a function of keys [B, 2] and positions [B] alone."""
-    mixed = keyed(keys, positions)
-    if keys.shape[0] == 1:
-        return mx.random.gumbel((vocab,), key=mixed.reshape(2))[None]
-    noise = mx.vmap(lambda key: mx.random.gumbel((vocab,), key=key))  # one kernel for all rows
-    return noise(mixed)
 
 
 def coin(keys: mx.array, positions: mx.array) -> mx.array:

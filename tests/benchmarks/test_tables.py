@@ -112,6 +112,8 @@ def test_the_machine_is_one_line_with_its_exact_processor():
     machine = Machine("AMD EPYC", "family 25", "x86_64", 2, system="Linux", backend="cpu")
     assert tables.machine_line(machine) == "AMD EPYC (family 25), 2 cores, Linux, cpu backend"
     assert tables.not_a_mac(machine) == "Linux CPU result, not Apple silicon"
+    gpu = Machine(system="Linux", backend="cuda")
+    assert tables.not_a_mac(gpu) == "NVIDIA GPU result, not Apple silicon"
     assert tables.not_a_mac(Machine(system="Darwin")) == tables.not_a_mac(Machine()) == ""
     assert tables.machine_line(Machine()) == ""
 

@@ -28,9 +28,9 @@ from openelm_mlx.engine.sampling import (
     Filters,
     coin,
     draw,
-    gumbel,
     seed_key,
 )
+from openelm_mlx.model.draws import gumbel
 
 
 def test_a_row_in_a_batch_draws_what_it_draws_alone():
