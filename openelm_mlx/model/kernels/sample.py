@@ -166,10 +166,10 @@ SAMPLE = Kernel(
                 uint id = list_ids[self];
                 weight = list_weights[self];
                 for (uint j = 0; j < n; j++) {
-                    float other = list_gaps[j];
+                    float other = list_gaps[j], its = list_weights[j];
                     bool sooner = other < mine || (other == mine && list_ids[j] < id);
                     rank += sooner ? 1 : 0;
-                    before += sooner ? list_weights[j] : 0;
+                    before += sooner ? its : 0;
                 }
             }
         }
@@ -183,12 +183,15 @@ SAMPLE = Kernel(
         COLUMN(0, stays ? 1 : 0)
         ADD(1)
         if (stays && rank - below + 1 == uint(sums[0])) {
-            edges[0] = BITS(list_gaps[self]);
+            float gap = list_gaps[self];
+            edges[0] = BITS(gap);
             edges[1] = list_ids[self];
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        edge = edges[0];
-        last = edges[1];
+        if (sums[0] > 0) {  // unless no logit is a number
+            edge = edges[0];
+            last = edges[1];
+        }
     }
 
     uint half_size = (size + 1) / 2, many = listed ? n : half_size, hashed = size;
