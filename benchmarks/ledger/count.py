@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from openelm_mlx.benchmarks.hardware import part_of
 from openelm_mlx.benchmarks.ledger.graph import Array, Node
-from openelm_mlx.benchmarks.ledger.layout import SORTS, VIEWS, Layout, after, kernels
+from openelm_mlx.benchmarks.ledger.layout import VIEWS, Layout, after, kernels, passes
 from openelm_mlx.benchmarks.ledger.steps import (
     HostTime,
     Traced,
@@ -71,14 +71,14 @@ PURPOSES = {  # of primitives that read no weight
     "ScaledDotProductAttention": "attention",
     "ArgReduce": "next token",
     "LogSumExp": "log-probabilities",
-    "Subtract": "log-probabilities",
     "Dequantize": "embedding row",
     "Gather": "copy of keys or values",
     "RandomBits": "random numbers",
     "norm_rope_store": "norm, rotate and store heads",
     "sample": "next token",
 } | dict.fromkeys(UPDATES, "store key and value")
-LATER = ("logits", "random numbers")  # what reads the results of these has no other purpose
+LATER = ("logits", "log-probabilities", "random numbers")  # what reads these has no other purpose
+FURTHER, COPIED = "further passes", "copy of an input"
 SAMPLED = SamplingOptions(temperature=0.8, top_k=40, top_p=0.9)
 UNTESTED = (
     "Counted on the graph by the rules of MLX's Metal source; not run on Metal. Weights are read "
@@ -124,15 +124,12 @@ def ledger(traced: Traced) -> Ledger:
                 sources |= {out: sources[read.name]} if read.name in sources else {}
         purpose = purpose_of(node, sources, later)
         if purpose in LATER or any(array.name in later for array in node.inputs):
-            later |= dict.fromkeys(outputs, "random numbers" if purpose == LATER[1] else "sampling")
+            later |= dict.fromkeys(outputs, purpose if purpose in LATER[1:] else "sampling")
         if count := kernels(node, inputs):
+            more, copies = passes(node, inputs), count - passes(node, inputs)
             result.kernels += count
-            result.by_primitive[label(node)] += 1
-            result.by_purpose[purpose] += 1
-            if count > 1:
-                what = "passes of a sort" if node.name in SORTS else "copy of an input"
-                result.by_primitive[what] += count - 1
-                result.by_purpose[purpose if node.name in SORTS else "copy"] += count - 1
+            result.by_primitive += Counter({label(node): 1, FURTHER: more - 1, COPIED: copies})
+            result.by_purpose += Counter({purpose: more, "copy": copies})
             for part, size in bytes_read(node, inputs, sources, traced):
                 result.bytes_read[part] += size
             for part, size in bytes_written(node):
@@ -203,7 +200,7 @@ def purpose_of(node: Node, sources: Mapping[str, str], later: Mapping[str, str])
     if node.name == "AsType" and not integer:
         return "logits to float32"
     if after_what := [later[array.name] for array in node.inputs if array.name in later]:
-        return max(after_what)  # "sampling", if any of them is
+        return LATER[1] if LATER[1] in after_what else max(after_what)  # else "sampling" if any is
     if node.outputs[0].dtype == mx.uint32 and node.parts:
         return "random numbers"
     if "Select" in inside and len(inside) > 3 and "Cos" not in inside:

@@ -190,6 +190,13 @@ def kernels(node: Node, inputs: list[Layout]) -> int:
     )
 
 
+def passes(node: Node, inputs: list[Layout]) -> int:
+    """Return how many of a node's kernels are its own work, and not copies of inputs."""
+    if node.name in SORTS:
+        return kernels(node, inputs)
+    return 1 + (node.name in ("Matmul", "AddMM") and matmul_splits(*inputs[:2]))
+
+
 def sorting(size: int, itemsize: int) -> int:
     """Return the kernels of a sort (metal/sort.cpp): one within a block, else blocks are merged."""
     blocks = -(-size // (2048 if itemsize <= 4 else 1024))

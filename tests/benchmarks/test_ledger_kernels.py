@@ -116,6 +116,17 @@ def test_no_buffer_is_copied(kind, rows, drafts):
     assert {out.name for out in graph.outputs[1:]} <= views
 
 
+def test_parts_of_a_product_that_are_added_up_are_no_copies():
+    """Of four rows a product is split where it is deeper than wide: qkv_proj in the 5 layers of 12
+    heads (1280 to 1152), out_proj in the 4 of 20 (1280 to 1280), proj_2 where ffn_dim is at least
+    1280, in 14 of 16.
+    """
+    entry = ledger(trace_ours(M270, PLAIN, rows=4))
+    products = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
+    assert [entry.by_purpose[product] - 16 for product in products] == [5, 4, 0, 14]
+    assert entry.by_primitive["further passes"] == 23 and entry.by_purpose["copy"] == 0
+
+
 def test_four_rows_take_a_mask_for_each_number_of_heads_and_nothing_more():
     one, four = (ledger(trace_ours(M270, FOUR_BITS, rows=rows)) for rows in (1, 4))
     assert (one.by_purpose["mask"], four.by_purpose["mask"]) == (1, 3)
