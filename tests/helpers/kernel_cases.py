@@ -123,6 +123,19 @@ def store_case(
     return Case("norm_rope_store", title, call)
 
 
+def apart(wanted: mx.array, found: mx.array) -> bool:
+    """Tell more than rounding. Packed words are equal, and bfloat16; what is one unit of a norm in
+    float16 is up to two of its product with a weight.
+    """
+    assert wanted.shape == found.shape and wanted.dtype == found.dtype
+    if wanted.dtype in (mx.bfloat16, mx.uint32):
+        return not mx.array_equal(wanted, found).item()
+    units = 2 if wanted.dtype == mx.float16 else 16
+    size = mx.maximum(mx.abs(wanted), 1).astype(mx.float32)
+    gap = mx.abs(wanted.astype(mx.float32) - found.astype(mx.float32)) / size
+    return gap.max().item() > units * mx.finfo(wanted.dtype).eps
+
+
 # --- what the broken kernels are shown: few cases that leave no part of a kernel unused
 
 BF16 = mx.bfloat16
@@ -185,3 +198,12 @@ def stores() -> Iterator[Case]:
         yield store_case(dtype, shape, kind, starts, 3, last=False)
         yield store_case(dtype, shape, kind, starts[:2], 9, last=True, each=True)
         yield store_case(dtype, shape, kind, starts[1:3], 2, norm=False)
+
+
+def templates() -> Iterator[Case]:
+    """One call for each type and template of a kernel."""
+    for dtype in TYPES:
+        yield sum_case(dtype, 1, 1280)
+        yield store_case(dtype, (12, 3, 128), starts=(1,) * 9)  # positions that are no constants
+        for kind, norm in product(KINDS, (True, False)):
+            yield store_case(dtype, (12, 3, 128), kind, norm=norm)

@@ -87,6 +87,7 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
     "NVRTC": compiles_for_cuda,
     "a C++ compiler": compiles,
     "emulated kernels": lambda: sys.platform == "linux" and shutil.which("g++") is not None,
+    "libclang": lambda: find_spec("clang") is not None,
     "Chromium": lambda: find_chromium() is not None,
     "langchain-openai": lambda: find_spec("langchain_openai") is not None,
     "llm": lambda: find_spec("llm") is not None,

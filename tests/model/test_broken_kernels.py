@@ -9,12 +9,11 @@ from itertools import takewhile
 
 import pytest
 from equivalent_mutants import EQUIVALENT
-from kernel_cases import MOST, REVEALING, spread, stores, sums
+from kernel_cases import MOST, REVEALING, apart, spread, stores, sums
 from metal_broken import Launched, how_found, launches, prepare
 from metal_emulator import ORDERS
 from metal_mutants import Mutant, mutants
 
-from openelm_mlx.device import mx
 from openelm_mlx.model.kernels.norm_rope_store import NORM_ROPE_PACK, NORM_ROPE_STORE
 
 pytestmark = pytest.mark.needs("emulated kernels")
@@ -41,19 +40,6 @@ def test_a_broken_kernel_gives_itself_away(name):
     prepare(chosen, cases)
     missed = [mutant.name for mutant in chosen if how_found(mutant, cases) is None]
     assert not missed, "no case tells these from the kernel, or they belong to EQUIVALENT"
-
-
-def apart(wanted: mx.array, found: mx.array) -> bool:
-    """Tell more than rounding. Packed words are equal, and bfloat16; what is one unit of a norm in
-    float16 is up to two of its product with a weight.
-    """
-    assert wanted.shape == found.shape and wanted.dtype == found.dtype
-    if wanted.dtype in (mx.bfloat16, mx.uint32):
-        return not mx.array_equal(wanted, found).item()
-    units = 2 if wanted.dtype == mx.float16 else 16
-    size = mx.maximum(mx.abs(wanted), 1).astype(mx.float32)
-    gap = mx.abs(wanted.astype(mx.float32) - found.astype(mx.float32)) / size
-    return gap.max().item() > units * mx.finfo(wanted.dtype).eps
 
 
 @pytest.mark.parametrize("case", spread(sums()) + spread(stores()), ids=lambda case: case.title)
