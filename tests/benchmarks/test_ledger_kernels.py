@@ -156,6 +156,15 @@ def test_kernels_of_sampling_without_kernels_of_our_own_counted_by_hand():
     assert mine.kernels - greedy.kernels == 30
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("more", [{}, {"min_p": 0.05}, {"top_k": 0}], ids=str)
+def test_a_sampled_token_costs_what_a_greedy_one_does(rows, more):
+    """The kernel that filters and draws takes the place of the maximum: at most 4 were allowed."""
+    sampled = ledger(trace_ours(M270, FOUR_BITS, rows=rows, sampling=replace(SAMPLED, **more)))
+    greedy = ledger(trace_ours(M270, FOUR_BITS, rows=rows))
+    assert sampled.by_primitive["sample"] == 1 and sampled.kernels == greedy.kernels
+
+
 @pytest.mark.parametrize(
     ("size", "itemsize", "count"),
     [(64, 4, 1), (2048, 4, 1), (2049, 4, 4), (32000, 4, 10), (32000, 2, 10), (32000, 8, 12)],
