@@ -27,7 +27,14 @@ from typing import Any
 
 from openelm_mlx.benchmarks.hardware import CHIPS, Chip, bytes_per_token, find_chip
 from openelm_mlx.benchmarks.ledger.published import RATES
-from openelm_mlx.benchmarks.ledger.speeds import LeftOut, Speed, leave_out, speed_of, summary
+from openelm_mlx.benchmarks.ledger.speeds import (
+    LeftOut,
+    Speed,
+    learned,
+    leave_out,
+    speed_of,
+    summary,
+)
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, normal_name
 from openelm_mlx.quantization import MLX_GROUP_SIZE
@@ -93,16 +100,18 @@ def predict(
     dtype: str = "bfloat16",
     quantization: Mapping[str, Any] | None = None,
     context: int = 64,
+    documents: Sequence[Any] = (),
 ) -> Prediction:
     """Return the expected decode rate of this engine on a chip.
 
-    `quantization` is config.json's, in mlx-lm's format. Raises `BenchmarkError` for a chip, dtype
+    `quantization` is config.json's, in mlx-lm's format. What the result `documents` say of the
+    chip's speed is used. Raises `BenchmarkError` for a chip, dtype
     or quantization that is not known.
     """
     chip = find_chip(chip) if isinstance(chip, str) else chip
     parts = bytes_per_token(config, dtype, quantization, context)
     kernels = kernels_per_token(config, dtype, json.dumps(quantization), context)
-    return Prediction(chip, speed_of(chip), kernels, parts)
+    return Prediction(chip, learned(speed_of(chip), chip, documents), kernels, parts)
 
 
 @lru_cache(maxsize=64)
@@ -159,7 +168,10 @@ def check_of(row: Any, chip: Chip) -> Iterator[Check]:
 
 
 def show(
-    chip: str, sizes: Sequence[str] = (), documents: Iterable[Any] = (), as_json: bool = False
+    chip: str | Chip,
+    sizes: Sequence[str] = (),
+    documents: Iterable[Any] = (),
+    as_json: bool = False,
 ) -> None:
     """Print the predictions for a chip, or the chips themselves for `list`.
 
@@ -168,7 +180,8 @@ def show(
     if chip == "list":
         show_chips(as_json)
         return
-    rows = predictions(chip, sizes)
+    documents = list(documents)
+    rows = predictions(chip, sizes, documents)
     first = rows[0][2]
     if as_json:
         listed = [
@@ -255,15 +268,17 @@ def show_left_out(as_json: bool = False) -> None:
         print(f"- measured by others: {source}")
 
 
-def predictions(chip: str, sizes: Sequence[str] = ()) -> list[tuple[str, str, Prediction]]:
+def predictions(
+    chip: str | Chip, sizes: Sequence[str] = (), documents: Sequence[Any] = ()
+) -> list[tuple[str, str, Prediction]]:
     """Return (size, weights, prediction) for the published sizes, or those asked for.
 
     Raises `BenchmarkError`, `ConfigError`.
     """
-    found = find_chip(chip)
+    found = find_chip(chip) if isinstance(chip, str) else chip
     configs = {size: OpenELMConfig.from_name(size) for size in sizes or PUBLISHED}
     return [
-        (size, weights, predict(found, config, "bfloat16", quantization))
+        (size, weights, predict(found, config, "bfloat16", quantization, documents=documents))
         for size, config in configs.items()
         for weights, quantization in WEIGHTS.items()
     ]

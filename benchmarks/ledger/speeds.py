@@ -6,6 +6,10 @@ Both are fitted to published rates (published.py) by least squares of predicted 
 by chip, where three models or more were measured. Other chips get them by generation: on the
 geometric line between the oldest and the newest fitted generation, and beyond it those of its end.
 
+What `openelm doctor --full` has measured on a chip without a fit of its own replaces both: the
+seconds of a kernel that waits for the one before it, and the bytes a second of a matrix in bfloat16
+times a vector. Nobody has sent such a file yet.
+
 A prediction has a band, from predicted / factor to predicted x factor. Its rules, and all constants
 in them, were written down before any residual was computed, and nothing was changed afterwards:
 
@@ -13,15 +17,17 @@ in them, were written down before any residual was computed, and nothing was cha
 - on any other, three logarithms, squares added: T x the larger spread of the two fits; one
   generation more or less of latency, by the kernels' share of the time; and a factor of 1.25 in
   efficiency by the memory's share: tiers of chips lie as far from their mean in llama.cpp's rates
-  of Llama 7B in F16 (0.65 to 0.90 of nominal, ggml-org/llama.cpp discussion 4167).
+  of Llama 7B in F16 (0.65 to 0.90 of nominal, ggml-org/llama.cpp discussion 4167). The last is not
+  needed where the efficiency was measured.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 from openelm_mlx.benchmarks.hardware import Chip, find_chip
 from openelm_mlx.benchmarks.ledger.published import RATES, Rate
@@ -42,6 +48,7 @@ class Speed:
     basis: str  # where the figures come from, in words
     squares: tuple[float, float, float] | None = None  # of a fit, sums of x x, x y, y y
     generation: float = 1.0  # the factor in latency that a generation makes, without a fit
+    tiers: float = TIERS  # the factor by which the efficiency may be off, without a fit
 
     def seconds(self, kernels: int, bytes_read: float, bandwidth: float) -> tuple[float, float]:
         """Return the seconds of a token that kernels and memory take."""
@@ -55,7 +62,10 @@ class Speed:
             x, y = launched / self.latency, (1 - launched) * self.efficiency
             leverage = (yy * x * x - 2 * xy * x * y + xx * y * y) / (xx * yy - xy * xy)
             return 1 + T * self.spread * math.sqrt(1 + leverage)
-        generation, tiers = launched * math.log(self.generation), (1 - launched) * math.log(TIERS)
+        generation, tiers = (
+            launched * math.log(self.generation),
+            (1 - launched) * math.log(self.tiers),
+        )
         return math.exp(math.hypot(T * self.spread, generation, tiers))
 
 
@@ -112,6 +122,32 @@ def speed_of(chip: Chip, rates: Iterable[Rate] = RATES) -> Speed:
         f"by generation, from the fits of {find_chip(old).name} and {find_chip(new).name}",
         generation=(fits[old].latency / fits[new].latency) ** (1 / (last - first)),
     )
+
+
+def learned(speed: Speed, chip: Chip, documents: Iterable[Any]) -> Speed:
+    """Return the speed with what `openelm doctor --full` has found on this chip, by the median.
+
+    Documents of other chips, of quick runs and of processors say nothing about it.
+    """
+    costs = [run.costs for document in documents if (run := full_run(document, chip)) is not None]
+    latencies = [cost.dispatch_seconds for cost in costs if cost.dispatch_seconds]
+    rates = [rate for cost in costs if (rate := cost.gemv_bytes_per_second.get("bfloat16"))]
+    if speed.squares is not None or not latencies or not rates:
+        return speed
+    basis = f"measured on {chip.name} by openelm doctor --full"
+    share = median(rates) / chip.bandwidth
+    return replace(speed, latency=median(latencies), efficiency=share, basis=basis, tiers=1.0)
+
+
+def full_run(document: Any, chip: Chip) -> Any:
+    """Return what `openelm doctor --full` says in a document of this chip's GPU, else None."""
+    machine, run = document.machine, document.first_run
+    if run is None or run.quick or machine.backend != "metal":
+        return None
+    try:
+        return run if find_chip(machine.chip or "", machine.gpu_cores) == chip else None
+    except BenchmarkError:
+        return None
 
 
 @dataclass(frozen=True)

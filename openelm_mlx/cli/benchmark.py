@@ -65,8 +65,8 @@ def register(commands: Any) -> None:
     other.add_argument("--compare", nargs=2, metavar="FILE", help=text)
     text = "show, plot or report a result measured before"
     other.add_argument("--show", metavar="FILE", help=text)
-    text = "expected tokens/s of a chip, as in m3-max; list shows them"
-    other.add_argument("--predict", metavar="CHIP", help=text)
+    text = "expected tokens/s of a chip, as in m3-max, or of the one of a result; list shows them"
+    other.add_argument("--predict", metavar="CHIP|FILE", help=text)
     parser.set_defaults(run=run)
 
 
@@ -231,10 +231,16 @@ def compare(before: str, after: str, as_json: bool) -> int:
 def predict(args: argparse.Namespace) -> int:
     """Print what a model of kernels and bytes expects, checked against the results that we have."""
     from openelm_mlx import benchmarks
+    from openelm_mlx.benchmarks.hardware import find_chip
     from openelm_mlx.benchmarks.ledger.predict import show
     from openelm_mlx.benchmarks.results.document import load
 
-    sizes = vars(args).get("random_weights") or args.models
+    sizes, chip = vars(args).get("random_weights") or args.models, args.predict
     paths = sorted((Path(benchmarks.__file__).parent / "results").glob("*.json"))
-    show(args.predict, sizes, map(load, paths), args.json)
+    documents = [load(path) for path in paths]
+    if chip.endswith(".json"):
+        documents.append(load(chip))
+        machine = documents[-1].machine
+        chip = find_chip(machine.chip or "", machine.gpu_cores)
+    show(chip, sizes, documents, args.json)
     return 0

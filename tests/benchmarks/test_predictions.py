@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -15,10 +16,13 @@ import pytest
 from openelm_mlx.benchmarks.hardware import find_chip
 from openelm_mlx.benchmarks.ledger import steps
 from openelm_mlx.benchmarks.ledger.count import ledger
-from openelm_mlx.benchmarks.ledger.predict import main
+from openelm_mlx.benchmarks.ledger.predict import main, predict
 from openelm_mlx.benchmarks.ledger.published import OPENELM, RATES, SHAPES, Rate
-from openelm_mlx.benchmarks.ledger.speeds import T, fit, leave_out, speed_of
+from openelm_mlx.benchmarks.ledger.speeds import T, fit, learned, leave_out, speed_of
 from openelm_mlx.benchmarks.ledger.steps import WeightSpec, trace_mlx_lm
+from openelm_mlx.benchmarks.results.document import Document, Machine, save
+from openelm_mlx.benchmarks.results.first_run import Costs, FirstRun
+from openelm_mlx.cli import main as command
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.model.config import OpenELMConfig
 
@@ -165,3 +169,49 @@ def test_the_command_prints_every_rate(capsys: pytest.CaptureFixture[str]) -> No
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["tokens_per_second"] for row in rows] == [r.tokens_per_second for r in RATES]
     assert rows[0].items() >= asdict(RATES[0]).items()
+
+
+def full_run(chip: str | None = "Apple M2 Max", **changes: Any) -> Document:
+    """Return what `openelm doctor --full` would write: 4 us a kernel, half the bandwidth."""
+    costs = {"dispatch_seconds": 4e-6, "gemv_bytes_per_second": {"bfloat16": 200e9}}
+    settings: dict[str, Any] = {"quick": False, "backend": "metal", "costs": costs} | changes
+    run = FirstRun("the CPU", "270m", quick=settings["quick"], costs=Costs(**settings["costs"]))
+    machine = Machine(chip=chip, gpu_cores=38, backend=settings["backend"])
+    return Document("2026-01-01T00:00:00+00:00", "test", (), machine=machine, first_run=run)
+
+
+def test_a_chip_without_a_fit_has_what_doctor_measured_on_it() -> None:
+    chip = find_chip("m2-max")
+    before = speed_of(chip)
+    found = learned(before, chip, [full_run(), full_run("Apple M2")])
+    assert (found.latency, found.efficiency) == (4e-6, 0.5)
+    assert found.basis == "measured on Apple M2 Max by openelm doctor --full"
+    assert found.factor(0, 1) < before.factor(0, 1) and found.factor(1, 0) == before.factor(1, 0)
+    config = OpenELMConfig.from_name("270m")
+    predicted = predict(chip, config, documents=[full_run()])
+    assert predicted.kernel_seconds == predicted.kernels * 4e-6
+    for nothing in (
+        full_run("AMD EPYC"),
+        full_run(None),
+        full_run(quick=True),
+        full_run(backend="cpu"),
+        full_run(costs={"dispatch_seconds": 4e-6}),
+        replace(full_run(), first_run=None),
+    ):
+        assert learned(before, chip, [nothing]) == before
+    fitted = speed_of(find_chip("m1-ultra"))
+    assert learned(fitted, find_chip("m1-ultra"), [full_run("Apple M1 Ultra")]) == fitted
+
+
+def test_the_file_of_a_full_run_names_its_chip(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.json"
+    save(full_run(), path)
+    assert command(["benchmark", "270m", "--predict", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "Apple M2 Max, 30 or 38 GPU cores, 400 GB/s: predicted, not measured" in shown
+    assert "4.0 us a kernel and 50% of nominal bandwidth here, measured on" in shown
+    save(full_run(None), tmp_path / "other.json")
+    assert command(["benchmark", "--predict", str(tmp_path / "other.json")]) == 2
+    assert "is not in the table; known" in capsys.readouterr().err

@@ -123,8 +123,8 @@ def stand_in(root: str, tokenizer: Path) -> None:
     A server is made, and does not start.
     """
     from openelm_mlx.benchmarks.measure import machine, weights
+    from openelm_mlx.convert import activations, verify
     from openelm_mlx.convert import fetch as catalog
-    from openelm_mlx.convert import verify
     from openelm_mlx.convert.quantize import calibrate, losses
     from openelm_mlx.engine import hub
     from openelm_mlx.server import run as server
@@ -149,6 +149,7 @@ def stand_in(root: str, tokenizer: Path) -> None:
 
     weights.OpenELMConfig.from_name = small  # type: ignore[method-assign]
     calibrate.MEASURE_TOKENS, calibrate.ROW = 32, 33
+    activations.TOKENS = 16
     losses.ROWS = 16  # of a matrix, whose rounding errors are taken
     losses.NEAR = 0.5  # bits from the target that are measured
     verify.TEXT = tokenizer.with_name("notes.txt")
