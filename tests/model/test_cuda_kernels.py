@@ -8,8 +8,8 @@ from nvrtc import ForCuda
 
 from openelm_mlx import EngineOptions, generate, load
 from openelm_mlx.device import mx
-from openelm_mlx.model.kernels.cuda import parameters
-from openelm_mlx.model.kernels.kernel import NAMES_BY_BACKEND, Kernel, check_of, running
+from openelm_mlx.model.kernels.cuda import compiled, text
+from openelm_mlx.model.kernels.kernel import NAMES_BY_BACKEND, Kernel, Launch, check_of, running
 
 # Every word of the header, in two SIMD groups, of which the last has 8 threads.
 WORDS = Kernel(
@@ -51,10 +51,13 @@ def words(dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
 
 
 def test_a_number_is_read_through_a_pointer_of_another_name():
-    kernel = Kernel("half", ("x", "scale"), ("y",), "y[0] = x[0] * scale;")
-    names, source = parameters(kernel, ("scale",))
-    assert names == ["x", "scale_at"]
-    assert source == "    const auto& scale = *scale_at;\ny[0] = x[0] * scale;"
+    kernel = Kernel("half", ("x", "scale"), ("y",), "y[0] = T(x[0] * scale) / N;")
+    launch = Launch((32, 1, 1), (32, 1, 1), [(1,)], [mx.bfloat16], (("T", mx.float16), ("N", 2)))
+    assert text(kernel, [mx.zeros(1), mx.array(2.0)], launch).endswith(
+        'extern "C" __global__ void half(const float* x, const float* scale_at, bfloat16_t* y) {\n'
+        "const float& scale = *scale_at;\nusing T = float16_t;\nconstexpr int N = 2;\n"
+        "y[0] = T(x[0] * scale) / N;\n}"
+    )
 
 
 @pytest.mark.needs("NVRTC")
@@ -68,7 +71,13 @@ def test_each_kernel_compiles_for_cuda(dtype):
         for bits in (None, 4):
             options = EngineOptions(compiled=False, kv_bits=bits)
             generate(engine, "Once", max_tokens=2, engine_options=options)
-    assert not compiler.complaints and len(compiler.compiled) >= 4
+    assert {*compiler.names} == {*ALL, "words"}
+
+
+@pytest.mark.needs("NVRTC")
+def test_what_the_compiler_says_is_told():
+    with pytest.raises(RuntimeError, match="CUDA's compiler refuses a kernel: kernel.cu.1.: error"):
+        compiled("wrong", "sm_90")
 
 
 @pytest.mark.needs("CUDA")

@@ -1,29 +1,62 @@
 """Kernels on a GPU of NVIDIA's, from the same sources as on a Mac.
 
 A header of macros says Metal's words in CUDA's: a threadgroup is a block, and a SIMD group of 32 is
-a warp. Two things it cannot say, so `Launch` and `on_cuda` see to them: MLX rounds the grid up to
-whole blocks, and hands a number over as a pointer where Metal has a reference.
+a warp. CUDA's compiler (NVRTC), which MLX has loaded, takes a tenth of a second for a kernel;
+`mx.fast.cuda_kernel` would put MLX's headers before it, and compile for seconds in each process.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from openelm_mlx.device import mx
 
 if TYPE_CHECKING:
     from openelm_mlx.model.kernels.kernel import Kernel, Launch
 
+LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12")
+OPTIONS = ("--device-as-default-execution-space", "--std=c++17")
+TYPES = {
+    mx.float32: "float",
+    mx.float16: "float16_t",
+    mx.bfloat16: "bfloat16_t",
+    mx.bool_: "bool",
+    mx.int32: "int",
+    mx.uint32: "uint",
+    mx.uint8: "unsigned char",
+    mx.complex64: "complex64_t",
+}
+
 HEADER = r"""
 typedef unsigned int uint;
-using bfloat16_t = __nv_bfloat16;
-using bfloat = __nv_bfloat16;
-using float16_t = __half;
-#ifndef INFINITY
+typedef unsigned int uint32_t;
+typedef int int32_t;
+struct complex64_t { float real, imag; };
 #define INFINITY __int_as_float(0x7f800000)
 #define NAN __int_as_float(0x7fc00000)
-#endif
+
+// They round to even as MLX's do, and compute in float.
+struct float16_t {
+    unsigned short bits;
+    float16_t() = default;
+    float16_t(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+    operator float() const {
+        float x;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+        return x;
+    }
+};
+struct bfloat16_t {
+    unsigned short bits;
+    bfloat16_t() = default;
+    bfloat16_t(float x) {
+        uint u = __float_as_uint(x);
+        bits = x != x ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    }
+    operator float() const { return __uint_as_float(uint(bits) << 16); }
+};
 
 namespace simd {
 inline uint index() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
@@ -120,31 +153,70 @@ namespace precise { using namespace metal; }
 
 
 def on_cuda(kernel: Kernel, inputs: list[mx.array], launch: Launch) -> list[mx.array]:
-    """Launch a kernel on a GPU of NVIDIA's."""
-    numbers = tuple(
-        name for name, array in zip(kernel.inputs, inputs, strict=True) if array.ndim == 0
-    )
-    outputs: list[mx.array] = made_for_cuda(kernel, numbers)(
+    """Launch a kernel on a GPU of NVIDIA's. Raises `RuntimeError` if it does not compile."""
+    architecture = str(mx.device_info()["architecture"])  # sm_90
+    outputs: list[mx.array] = mx.fast.precompiled_cuda_kernel(
+        name=kernel.name,
+        compiled_source=compiled(text(kernel, inputs, launch), architecture),
         inputs=inputs,
-        template=list(launch.template),
-        grid=launch.grid,
-        threadgroup=launch.threadgroup,
         output_shapes=launch.shapes,
         output_dtypes=launch.dtypes,
+        scalars=[],
+        grid=launch.grid,
+        threadgroup=launch.threadgroup,
+        ensure_row_contiguous=True,
     )
     return outputs
 
 
+def text(kernel: Kernel, inputs: list[mx.array], launch: Launch) -> str:
+    """Return the CUDA of a kernel for these types. A number without dimensions is a reference, as
+    in Metal, though MLX hands over a pointer.
+    """
+    parameters, lines = [], []
+    for name, array in zip(kernel.inputs, inputs, strict=True):
+        parameters.append(f"const {TYPES[array.dtype]}* {name}{'_at' * (array.ndim == 0)}")
+        if array.ndim == 0:
+            lines.append(f"const {TYPES[array.dtype]}& {name} = *{name}_at;")
+    for name, dtype in zip(kernel.outputs, launch.dtypes, strict=True):
+        parameters.append(f"{TYPES[dtype]}* {name}")
+    for name, value in launch.template:
+        if isinstance(value, mx.Dtype):
+            lines.append(f"using {name} = {TYPES[value]};")
+        else:
+            what = "bool" if isinstance(value, bool) else "int"
+            lines.append(f"constexpr {what} {name} = {str(value).lower()};")
+    head = f'extern "C" __global__ void {kernel.name}({", ".join(parameters)}) {{'
+    return "\n".join([HEADER, kernel.header, head, *lines, kernel.source, "}"])
+
+
 @cache
-def made_for_cuda(kernel: Kernel, numbers: tuple[str, ...]) -> Any:
-    names, source = parameters(kernel, numbers)
-    return mx.fast.cuda_kernel(
-        kernel.name, names, list(kernel.outputs), source, HEADER + kernel.header
-    )
+def nvrtc() -> ctypes.CDLL:
+    """Return the compiler that MLX has loaded. Raises `OSError` if there is none."""
+    for name in LIBRARIES[:-1]:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return ctypes.CDLL(LIBRARIES[-1])
 
 
-def parameters(kernel: Kernel, numbers: tuple[str, ...]) -> tuple[list[str], str]:
-    """Return the names of a kernel's inputs in CUDA, and its body; `numbers` are 0-dimensional."""
-    names = [f"{name}_at" if name in numbers else name for name in kernel.inputs]
-    references = "".join(f"    const auto& {name} = *{name}_at;\n" for name in numbers)
-    return names, references + kernel.source
+@cache
+def compiled(source: str, architecture: str) -> bytes:
+    """Return the machine code of a kernel. Raises `RuntimeError` with what the compiler says."""
+    library, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
+    at, size_at = ctypes.byref(program), ctypes.byref(size)
+    options = [word.encode() for word in (*OPTIONS, f"--gpu-architecture={architecture}")]
+    given = (ctypes.c_char_p * len(options))(*options)
+    library.nvrtcCreateProgram(at, source.encode(), b"kernel.cu", 0, None, None)
+    try:
+        failed = library.nvrtcCompileProgram(program, len(options), given)
+        what = "ProgramLog" if failed else "CUBIN"
+        getattr(library, f"nvrtcGet{what}Size")(program, size_at)
+        buffer = ctypes.create_string_buffer(size.value)
+        getattr(library, f"nvrtcGet{what}")(program, buffer)
+    finally:
+        library.nvrtcDestroyProgram(at)
+    if failed:
+        raise RuntimeError(f"CUDA's compiler refuses a kernel: {buffer.value.decode()}")
+    return buffer.raw
