@@ -188,7 +188,9 @@ def logprobs(logits: mx.array, tokens: mx.array, n: int) -> Logprobs:
 
 
 def start(drawn: Drawn, moved: Moved) -> None:
-    """Start computing all but the cache buffers: evaluating those by name would copy them."""
+    """Start computing all but the cache buffers: evaluating those by name would copy them where the
+    twin of the kernel that stores runs.
+    """
     parts = (drawn.tokens, drawn.kept, *(drawn.logprobs or ()), *moved[:2], *(moved.history or ()))
     mx.async_eval([part for part in parts if part is not None])
 

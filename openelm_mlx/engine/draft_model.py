@@ -139,6 +139,7 @@ class DraftRows:
             )
             missing = [texts.get(row, [])[start:-2] for row, start in enumerate(starts)]
             self._run(feed, self._ids(missing, length), starts)
+            self.buffers.settle()  # nothing that it computed is needed below, only what it stored
         for row, known in texts.items():
             starts[row] = len(known) - 2
         filters = replace(spec.filters, masked=False)

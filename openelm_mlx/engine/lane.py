@@ -91,6 +91,7 @@ class Lane:
         """
         if self.steady or self._passes or self._logits is not None:
             return
+        self.settle()  # passes that were forgotten may still write
         queue = self._queue
         queue.joining = [(one, cache) for one, cache in queue.joining if not one.done]
         everybody = [one for _, one in self.live()] + [one for one, _ in self._joining()]
@@ -110,6 +111,12 @@ class Lane:
         self._step = self.engine.steps.step(self._spec)
         if self._masked:
             self._forward, self._choose = self.engine.steps.parts(self._spec)
+
+    def settle(self) -> None:
+        """Wait as `Rows.settle` does, for the draft model too."""
+        self._buffers.settle()
+        if self.speculation.model is not None:
+            self.speculation.model.buffers.settle()
 
     def _give_rows(self) -> None:
         """Use as few rows as are enough, in few sizes, so few shapes are traced."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from openelm_mlx.device import mx
 from openelm_mlx.model.cache import BLOCK, KVCache
 from openelm_mlx.model.cache_kinds import Arrays, CacheKind, resized
+from openelm_mlx.model.kernels.kernel import in_use
+from openelm_mlx.model.kernels.norm_rope_store import NORM_ROPE_STORE
 
 if TYPE_CHECKING:
     from openelm_mlx.model.config import OpenELMConfig
@@ -23,9 +25,10 @@ def quarters(n: int, least: int = 1) -> int:
 class Rows:
     """The caches of `count` rows; arrays are [2, count, kv_heads, slots, n] as in `cache_kinds`.
 
-    A step borrows the buffers with `lend` and replaces them with `restore`. No other reference to
-    them may be left when the new ones are computed, or they are copied. The caller knows how many
-    tokens each row has; `written` is one past the last position that was ever written to.
+    A step borrows the buffers with `lend` and replaces them with `restore`. Where the kernel of
+    norm_rope_store.py runs, both are the same memory: nobody else may have it. The twin's step
+    copies a buffer to which another reference is left. The caller knows how many tokens each row
+    has; `written` is one past the last position that was ever written to.
     """
 
     def __init__(self, config: OpenELMConfig, kind: CacheKind) -> None:
@@ -52,6 +55,15 @@ class Rows:
     def nbytes(self) -> int:
         return sum(array.nbytes for arrays in self.buffers for array in arrays)
 
+    def settle(self) -> None:
+        """Wait for the passes under way, where a kernel writes to the buffers in place.
+
+        MLX does not know of what it writes, so only the next pass, which needs its queries, may be
+        submitted before: anything else that reads the buffers could be run before the kernel.
+        """
+        if in_use(NORM_ROPE_STORE):
+            mx.eval(self.buffers)
+
     def place(self, row: int, cache: KVCache) -> None:
         """Copy the cache of one sequence into a row.
 
@@ -60,9 +72,11 @@ class Rows:
         cache.reserve(cache.offset)  # the same in all layers
         self.written[row] = cache.written
         if self.count == 1:
-            self.buffers = cache.arrays
+            # a prompt that fills its block to the end left views of all heads, not buffers
+            self.buffers = [[mx.contiguous(a) for a in arrays] for arrays in cache.arrays]
             cache.clear()
             return
+        self.settle()
         slots = max(self.capacity, self.slots_for(cache.offset))
         used = min(slots, cache.capacity)
         old = self.buffers or [
@@ -84,6 +98,7 @@ class Rows:
         """
         if not self.buffers or length > self.written[row]:
             return KVCache(self.config, self.kind)
+        self.settle()
         cache = KVCache(self.config, self.kind, self.buffers, length, self.written[row])
         if self.count > 1:
             return cache.row(row, length)
@@ -94,9 +109,13 @@ class Rows:
         """Keep these rows, in this order, as rows 0, 1, ... of `count`; the others are unused."""
         if not rows:
             self.buffers = []
+        self.settle()
         if rows != list(range(len(rows))):
             index = mx.array(rows, dtype=mx.int32)
-            self.buffers = [[mx.take(a, index, axis=1) for a in arrays] for arrays in self.buffers]
+            self.buffers = [
+                [mx.contiguous(mx.take(a, index, axis=1)) for a in arrays]
+                for arrays in self.buffers
+            ]
         self.buffers = [[resized(a, count, axis=1) for a in arrays] for arrays in self.buffers]
         self.written = [self.written[row] for row in rows] + [0] * (count - len(rows))
 
@@ -110,6 +129,7 @@ class Rows:
         ]
         slots, capacity = self.slots_for(max(1, *ends)), self.capacity
         if not slots <= capacity < 2 * slots or capacity != self.slots_for(capacity):
+            self.settle()
             self.buffers = [[resized(a, slots) for a in arrays] for arrays in self.buffers]
         return self.buffers
 

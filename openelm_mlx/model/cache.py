@@ -18,6 +18,7 @@ from openelm_mlx.model.cache_kinds import (
     CacheKind,
     Mask,
     Window,
+    copied,
     halves,
     resized,
     sdpa,
@@ -67,10 +68,11 @@ class NoCache:
 class KVCache:
     """The keys and values of all layers for one sequence, or for several of equal length.
 
-    A growing cache has every token and grows in blocks; a window has a fixed number of slots.
-    `offset` counts the tokens. It advances when the last layer has stored them, so a pass that ends
-    with an exception does not change it. `written` is one past the highest position at which a
-    write ever began: by it a window knows what is overwritten.
+    A growing cache has every token and grows in blocks; a window has a fixed number of slots. No
+    two caches share a buffer, as steps may write to them in place. `offset` counts the tokens. It
+    advances when the last layer has stored them, so a pass that ends with an exception does not
+    change it. `written` is one past the highest position at which a write ever began: by it a
+    window knows what is overwritten.
     """
 
     def __init__(
@@ -156,8 +158,8 @@ class KVCache:
         """Return a copy of the first `length` tokens of one of the sequences, or of several."""
         rows = slice(rows, rows + 1) if isinstance(rows, int) else rows
         slots = self.kind.layout.slots_for(length, 1)
-        arrays = [[mx.contiguous(a[:, rows, :, :slots]) for a in layer] for layer in self.arrays]
-        mx.eval(arrays)  # else they would keep the originals alive
+        arrays = [[copied(a[:, rows, :, :slots]) for a in layer] for layer in self.arrays]
+        mx.eval(arrays)  # else they would keep the originals alive, and see what is written there
         return KVCache(self.config, self.kind, arrays, length, self.written)
 
 

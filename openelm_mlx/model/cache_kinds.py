@@ -38,8 +38,19 @@ def halves(buffer: mx.array) -> tuple[mx.array, mx.array]:
     return keys, values
 
 
+def copied(buffer: mx.array) -> mx.array:
+    """Return a copy of a store's array, or of a view of one: a kernel may write to the original.
+
+    A concatenation copies; `mx.contiguous` would share the buffer of an entire array.
+    """
+    return mx.concatenate(list(mx.split(buffer, 2)))
+
+
 def resized(array: mx.array, size: int, axis: int = -2) -> mx.array:
-    """Return the array cut or padded with zeros to `size` along an axis, by default the slots."""
+    """Return the array cut or padded with zeros to `size` along an axis, by default the slots.
+
+    It is a copy, or the array itself if it has that size.
+    """
     extra = size - array.shape[axis]
     if extra < 0:
         return mx.contiguous(mx.split(array, [size], axis)[0])
