@@ -7,6 +7,7 @@ second of a matrix times a vector, by the chip of the document's machine.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
@@ -57,6 +58,14 @@ class Decoded:
     extra_bytes: Amount  # the peak, beyond what is held at the end
     in_place: tuple[Amount, ...] = ()  # share of the buffers that did not move in 8 and 9 steps
 
+    def __str__(self) -> str:
+        words = [f"{self.bits} bits" if self.bits else self.dtype, f"{self.slots} slots"]
+        words += ["one step ahead" if self.ahead else "each token awaited"]
+        words += ["kernels of ours"] * self.kernels + ["not compiled"] * (not self.compiled)
+        held = min(self.in_place, default=0.0)
+        figures = f"{1e3 * self.seconds_per_token:.3f} ms a token, {self.extra_bytes / 1e6:.1f} MB"
+        return f"{', '.join(words)}: {figures} more, {held:.0%} of buffers in place"
+
 
 @dataclass(frozen=True, config=STRICT)
 class Read:
@@ -69,13 +78,19 @@ class Read:
 
 @dataclass(frozen=True, config=STRICT)
 class Buffers:
-    """A new process with limits of command buffers of its own; None is MLX's own."""
+    """A new process with limits of command buffers of its own; None is what this engine sets."""
 
     operations: Count | None
     elements: Count | None  # in units of 2**20, as MLX_MAX_MB_PER_BUFFER counts them
     seconds_per_token: dict[str, Amount]  # by the slots of the keys and values
     prompt_seconds: Amount
     prompt_peak_bytes: Amount
+
+    def __str__(self) -> str:
+        pair = [f"{n} {what}" for n, what in ((self.operations, "kernels"), (self.elements, "Mi")) if n]
+        tokens = [f"{1e3 * s:.3f} ms at {slots}" for slots, s in self.seconds_per_token.items()]
+        prompt = f"a prompt {self.prompt_seconds:.2f} s, {self.prompt_peak_bytes / 1e6:.0f} MB"
+        return f"command buffers of {' or '.join(pair) or 'what is set'}: {', '.join(tokens)}, {prompt}"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -95,3 +110,54 @@ class FirstRun:
     read: tuple[Read, ...] = ()
     buffers: tuple[Buffers, ...] = ()
     failures: dict[str, str] = Field(default_factory=dict)  # by section
+
+
+def lines(run: FirstRun) -> Iterator[str]:
+    """Say in words what was found, what is wrong first."""
+    yield run.compared_with
+    yield from (f"{section} failed: {why}" for section, why in run.failures.items())
+    yield from judged("paths of kernels", run.paths)
+    yield from judged("ways of running the bundled model", run.ways)
+    if run.kernels:
+        used = [name for name, why in run.kernels.items() if not why]
+        yield f"kernels of ours equal to their twins: {', '.join(used) or 'none'}"
+        yield from (f"{name} is not in use: {why}" for name, why in run.kernels.items() if why)
+    if run.float32_products:
+        yield f"matrices of float32 are multiplied in {run.float32_products}"
+    yield from figures(run.costs)
+    for one in run.decoded:
+        yield f"{run.model}, {one}"
+    for prompt in run.read:
+        rate, peak = prompt.tokens_per_second, prompt.peak_bytes / 1e6
+        yield f"a prompt of {prompt.tokens}: {rate:.0f} tokens/s, at most {peak:.0f} MB"
+    for pair in run.buffers:
+        yield str(pair)
+
+
+def judged(what: str, found: Sequence[Compared]) -> Iterator[str]:
+    """Say how many are right, and which are wrong."""
+    wrong = [one for one in found if not one.ok]
+    if found:
+        yield f"{len(found) - len(wrong)} of {len(found)} {what} are right"
+    for one in wrong:
+        off = f"off by {one.off:.2g}, allowed {one.limit:g}" if one.off is not None else one.error
+        yield f"wrong: {one.name}: {off}"
+
+
+def figures(costs: Costs) -> Iterator[str]:
+    """Say what the costs are."""
+    seconds = {
+        "a kernel that waits for the one before it": costs.dispatch_seconds,
+        "a kernel beside others": costs.beside_seconds,
+        "one kernel and the way back": costs.round_trip_seconds,
+        "the host's part of a kernel, to build": costs.build_seconds,
+        "to submit": costs.submit_seconds,
+    }
+    known = [f"{name} {1e6 * value:.2f} us" for name, value in seconds.items() if value is not None]
+    if known:
+        yield "; ".join(known)
+    rates = [f"{name} {rate / 1e9:.1f} GB/s" for name, rate in costs.gemv_bytes_per_second.items()]
+    if rates:
+        yield f"a matrix times a vector: {', '.join(rates)}"
+    if costs.kernel_check_seconds is not None:
+        yield f"the check of our kernels: {1e3 * costs.kernel_check_seconds:.0f} ms"

@@ -264,6 +264,7 @@ def notes(document: Document) -> list[str]:
             "faster, but slower for first"
         )
     found = found if rows else []
+    found += [] if document.first_run is None else first_run.lines(document.first_run)
     return [*found, *document.notes, *(f"{r.case}: {'; '.join(r.notes)}" for r in rows if r.notes)]
 
 
