@@ -197,3 +197,17 @@ def set_buffer_limits(environ: MutableMapping[str, str] | None = None) -> MetalS
         environ.update(choice.values)
         _applied = choice
     return _applied
+
+
+def float32_products(backend: str, chip: str | None, environ: Mapping[str, str]) -> str:
+    """Say in which precision MLX multiplies matrices of float32.
+
+    The matrix units of Apple's M5 and later chips take TF32 unless told not to, from macOS 26.2 on
+    (mlx/utils.h, `enable_tf32`; mlx/backend/metal/matmul.cpp and device.cpp, `is_nax_available`),
+    and NVIDIA's do (mlx/backend/cuda/gemms/cublas_gemm.cpp).
+    """
+    generation = re.match(r"Apple M(\d+)\b", chip or "")
+    units = backend == "cuda" or (generation is not None and int(generation[1]) >= 5)
+    if not units or environ.get("MLX_ENABLE_TF32") == "0":
+        return "float32"
+    return "TF32, about 3 digits, where MLX uses matrix units (MLX_ENABLE_TF32=0: float32)"

@@ -61,6 +61,13 @@ WAYS = (
     Way("4 bits", bits=4),
     Way("unquantized", bits=None),
 )
+# what fewer use, for --full
+MORE_WAYS = (
+    Way("8-bit keys and values", prompts=(40,), engine={"kv_bits": 8}),
+    Way("a window of 64", prompts=(40,), tokens=9, engine={"kv_window": 64}),
+    Way("not compiled", engine={"compiled": False}),
+    Way("a prompt in pieces of 7", prompts=(40,), engine={"prefill_chunk": 7}),
+)
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,13 @@ SUITES = {
         "speed, memory and loss at every number of bits", bits=(None, *reversed(BITS)), loss=True
     ),
     "startup": Suite("a new process to its first token", speed=False, startup=True),
+    "first-run": Suite(
+        "what openelm doctor --full times: unquantized, 8 and 4 bits",
+        bits=(None, 8, 4),
+        prompt_tokens=(64, 512),
+        trials=5,
+        processes=1,
+    ),
     "soak": Suite(
         "half an hour of everything at random, memory and tokens watched",
         speed=False,

@@ -87,10 +87,13 @@ class Buffers:
     prompt_peak_bytes: Amount
 
     def __str__(self) -> str:
-        pair = [f"{n} {what}" for n, what in ((self.operations, "kernels"), (self.elements, "Mi")) if n]
+        pair = [
+            f"{n} {what}" for n, what in ((self.operations, "kernels"), (self.elements, "Mi")) if n
+        ]
         tokens = [f"{1e3 * s:.3f} ms at {slots}" for slots, s in self.seconds_per_token.items()]
         prompt = f"a prompt {self.prompt_seconds:.2f} s, {self.prompt_peak_bytes / 1e6:.0f} MB"
-        return f"command buffers of {' or '.join(pair) or 'what is set'}: {', '.join(tokens)}, {prompt}"
+        size = " or ".join(pair) or "what is set"
+        return f"command buffers of {size}: {', '.join([*tokens, prompt])}"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -110,6 +113,11 @@ class FirstRun:
     read: tuple[Read, ...] = ()
     buffers: tuple[Buffers, ...] = ()
     failures: dict[str, str] = Field(default_factory=dict)  # by section
+
+    @property
+    def ok(self) -> bool:
+        """True if every section ran, and nothing differs from the CPU by more than rounding."""
+        return not self.failures and all(one.ok for one in (*self.paths, *self.ways))
 
 
 def lines(run: FirstRun) -> Iterator[str]:

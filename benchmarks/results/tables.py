@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openelm_mlx.benchmarks.results import OURS
+from openelm_mlx.benchmarks.results import OURS, first_run
 from openelm_mlx.benchmarks.results.document import (
     DECODE,
     HIGHER_IS_BETTER,
@@ -236,7 +236,7 @@ def grids(document: Document) -> list[Grid]:
 def constants(rows: Sequence[Row]) -> str:
     """Return what all rows have in common, in one line."""
     if not rows:
-        return "nothing was measured"
+        return "no model was timed"
     case, cases = rows[0].case, [row.case for row in rows]
     words = {
         "model": "{}",

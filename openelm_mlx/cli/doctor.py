@@ -8,17 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.errors import MLXError
+from openelm_mlx.errors import MLXError, OptionError
 
 PACKAGES = {"openelm_mlx": "openelm-mlx", "mlx_lm": "mlx-lm"}
 REMEDY = "update the system and mlx, and if that does not help, report this page"
+OUTPUT = "openelm-first-run.json"
 FINE = "this machine computes correctly, and nothing was found that would slow it down"
 
 
@@ -30,10 +30,51 @@ def register(commands: Any) -> None:
         "what slows it down, and the remedy. The exit status is 1 if it computes wrong results.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    full = parser.add_argument_group("everything about a device that nobody has measured")
+    text = "compare each path of a kernel with the CPU and time what work costs, in five minutes"
+    full.add_argument("--full", action="store_true", help=text)
+    text = "with --full: in less than a minute, with few lengths and formats"
+    full.add_argument("--quick", action="store_true", help=text)
+    text = f"with --full: the result as JSON, to be attached to an issue (default: {OUTPUT})"
+    full.add_argument("--output", metavar="FILE", help=text)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.full:
+        return full(args)
+    for name in ("quick", "output"):
+        if getattr(args, name):
+            raise OptionError(f"--{name} changes what --full does; give --full too")
+    return page(args)
+
+
+def full(args: argparse.Namespace) -> int:
+    """Measure everything, write it, and print it; the exit status is 1 if anything is wrong.
+
+    Ctrl-C keeps what was measured, and the exit status is then 130.
+    """
+    from openelm_mlx.cli.benchmark import command_line, progress_bar
+    from openelm_mlx.files import check_new, check_writable
+
+    output = args.output or OUTPUT
+    check_new(output, "--output")
+    check_writable(output, "--output")
+    from openelm_mlx.benchmarks.doctor import measure
+    from openelm_mlx.benchmarks.results.document import save, to_json
+    from openelm_mlx.benchmarks.results.tables import markdown
+
+    with progress_bar() as tick:
+        document = measure(args.quick, command_line(), tick or (lambda label, work: None))
+    save(document, output)
+    print(to_json(document) if args.json else markdown(document), end="")
+    print(f"written to {output}; please attach it to an issue", file=sys.stderr)
+    if document.partial:
+        return 130
+    return 0 if document.first_run is not None and document.first_run.ok else 1
+
+
+def page(args: argparse.Namespace) -> int:
     found: dict[str, Any] = {}
     advice: list[str] = []
     for part in (machine, caches, kernels, self_test):
@@ -82,6 +123,7 @@ def show(found: Mapping[str, Any], advice: list[str]) -> None:
 def machine() -> dict[str, Any]:
     """Report the machine, its software, and how exactly it multiplies."""
     from openelm_mlx.device import facts
+    from openelm_mlx.settings import float32_products
 
     found = facts()
     exact = float32_products(found["backend"], found["chip"], os.environ)
@@ -100,20 +142,6 @@ def nvidia() -> dict[str, Any]:
         "mlx_library": found.library and f"{found.library} {found.versions[found.library]}",
         "mlx_mixture": mixture(found),
     }
-
-
-def float32_products(backend: str, chip: str | None, environ: Mapping[str, str]) -> str:
-    """Say in which precision MLX multiplies matrices of float32.
-
-    The matrix units of Apple's M5 and later chips take TF32 unless told not to, from macOS 26.2 on
-    (mlx/utils.h, `enable_tf32`; mlx/backend/metal/matmul.cpp and device.cpp, `is_nax_available`),
-    and NVIDIA's do (mlx/backend/cuda/gemms/cublas_gemm.cpp).
-    """
-    generation = re.match(r"Apple M(\d+)\b", chip or "")
-    units = backend == "cuda" or (generation is not None and int(generation[1]) >= 5)
-    if not units or environ.get("MLX_ENABLE_TF32") == "0":
-        return "float32"
-    return "TF32, about 3 digits, where MLX uses matrix units (MLX_ENABLE_TF32=0: float32)"
 
 
 def caches() -> dict[str, Any]:

@@ -31,7 +31,7 @@ def test_markdown_says_all():
         and "- bound: share of the rate at which a copy moves the bytes" in text
     )
     assert "torch openelm-tiny 8-bit 64+64: not timed: token 7 is 3, in" in text
-    assert tables.markdown(Document("", "", ())).count("nothing was measured") == 1
+    assert tables.markdown(Document("", "", ())).count("no model was timed") == 1
 
 
 def test_every_metric_has_a_column_and_every_fact_that_differs():

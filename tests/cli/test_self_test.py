@@ -13,10 +13,11 @@ import pytest
 from openelm_mlx import load
 from openelm_mlx.benchmarks.doctor import self_test
 from openelm_mlx.benchmarks.doctor.self_test import PROMPT, TOKENS, WAYS, results
-from openelm_mlx.cli import doctor, main
+from openelm_mlx.cli import main
 from openelm_mlx.device import mx
 from openelm_mlx.engine.prompts import prompt_tokens
 from openelm_mlx.model.cache import Place
+from openelm_mlx.settings import float32_products
 
 pytestmark = pytest.mark.with_or_without("OpenBLAS", "a C++ compiler", "a writable home")
 
@@ -120,7 +121,7 @@ def test_the_facts_are_printed_whatever_fails(capsys, monkeypatch):
 
 
 def test_where_float32_is_multiplied_less_exactly():
-    products = doctor.float32_products
+    products = float32_products
     assert products("metal", "Apple M4 Max", {}) == products("cpu", "AMD EPYC", {}) == "float32"
     assert products("metal", "Apple M5", {}).startswith("TF32, about 3 digits")
     assert products("cuda", "NVIDIA H100", {}).startswith("TF32")

@@ -1,0 +1,159 @@
+"""`openelm doctor --full` runs to its end, says what is wrong, and writes nobody's names down."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openelm_mlx.benchmarks import doctor
+from openelm_mlx.benchmarks.doctor import impersonal, self_test, steps
+from openelm_mlx.benchmarks.doctor.paths import LIMITS, Case, Maker, cases, compared
+from openelm_mlx.benchmarks.results.document import load
+from openelm_mlx.cli import main
+from openelm_mlx.device import kind, mx
+from openelm_mlx.model.config import OpenELMConfig
+
+pytestmark = pytest.mark.with_or_without("OpenBLAS", "a C++ compiler", "a writable home")
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave little of each section, so that the test of all of them is short."""
+    monkeypatch.setattr(self_test, "WAYS", self_test.WAYS[3:4])
+    monkeypatch.setattr(steps, "LONG", 600)
+    monkeypatch.setattr(steps, "SLOTS", (256,))
+    few = list(cases(quick=True))[::4]
+    monkeypatch.setattr("openelm_mlx.benchmarks.doctor.paths.cases", lambda quick: few)
+
+
+def personal(text: str) -> list[str]:
+    """Return what of this person, machine and its folders stands in a text."""
+    names = {os.path.basename(os.path.expanduser("~")), platform.node(), str(Path.cwd())}
+    folders = re.findall(r"(?<![\w.])/[a-z]+/[^\"\s]*", text)
+    return [name for name in names - {"root", ""} if name in text] + folders
+
+
+def test_all_sections_run_and_become_one_file(short, tmp_path, capsys):
+    file = tmp_path / "mine.json"
+    assert main(["doctor", "--full", "--quick", "--output", str(file)]) == 0
+    printed, said = capsys.readouterr()
+    document = load(file)
+    found = document.first_run
+    assert found is not None and found.ok and not document.partial and found.quick
+    assert found.paths and found.ways and found.decoded and found.read and found.buffers
+    assert 0 < (found.costs.dispatch_seconds or 0) < 0.01
+    assert {*found.costs.gemv_bytes_per_second} > {"8 bits", "4 bits"}
+    assert all(0 <= share <= 1 for one in found.decoded for share in one.in_place)
+    assert personal(file.read_text(encoding="utf-8")) == []
+    assert "written to" in said and f"{len(found.paths)} of {len(found.paths)} paths" in printed
+    assert "the CPU itself: there is no GPU here" in printed or kind() != "cpu"
+    assert main(["benchmark", "--show", str(file)]) == 0
+    assert capsys.readouterr().out == printed
+    assert main(["doctor", "--full", "--output", str(file)]) == 2
+    assert "mine.json exists already" in capsys.readouterr().err
+
+
+def test_what_fails_is_written_down_and_ctrl_c_keeps_the_rest(tmp_path, capsys, monkeypatch):
+    def fails(run: Any) -> Iterator[Any]:
+        here = f"{os.path.expanduser('~')}/secret/kernel.metal"
+        raise RuntimeError(f"cannot build {here} on {platform.node()}")
+        yield
+
+    def one_way(run: Any) -> Iterator[Any]:
+        yield compared(Case("a way", lambda x: x, [mx.ones(3)], 0))
+
+    def interrupted(run: Any) -> Iterator[Any]:
+        yield "dispatch_seconds", 2e-6
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "SECTIONS", {"paths": 1, "ways": 1, "costs": 1, "read": 1})
+    for name, section in (("paths", fails), ("ways", one_way), ("costs", interrupted)):
+        monkeypatch.setattr(doctor.FirstRun, name, section)
+    monkeypatch.setattr(doctor.FirstRun, "__getattr__", lambda run, name: [], raising=False)
+    file = tmp_path / "mine.json"
+    assert main(["doctor", "--full", "--output", str(file), "--json"]) == 130
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(file.read_text(encoding="utf-8")) and found["partial"]
+    failures = found["first_run"]["failures"]
+    assert re.fullmatch(r"RuntimeError: cannot build kernel.metal on \S+", failures["paths"])
+    assert failures["costs"].startswith("interrupted") and "read" not in failures
+    assert personal(json.dumps(found)) == []
+    assert found["first_run"]["costs"]["dispatch_seconds"] == 2e-6
+    assert [one["name"] for one in found["first_run"]["ways"]] == ["a way"]
+
+
+def once(other: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """Return a function that is `other` the first time, on the device, and then the identity."""
+    calls: list[int] = []
+
+    def run(x: mx.array) -> mx.array:
+        calls.append(1)
+        return other(x) if len(calls) == 1 else x
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("other", "off"),
+    [
+        (lambda x: x, 0),
+        (lambda x: x + 0.25 * (mx.arange(4) == 1), 0.125),
+        (lambda x: mx.where(mx.arange(4) == 1, mx.nan, x), 1e30),
+    ],
+)
+def test_a_path_is_judged_by_the_largest_difference(other, off):
+    found = compared(Case("here", once(other), [mx.array([0.5, -2.0, 1.0, 0.0])], 1e-3))
+    assert found.off == off and found.ok == (off == 0) and found.first_seconds is not None
+
+
+def test_other_results_of_a_path():
+    ids = compared(Case("ids", once(lambda x: x + (x == 3)), [mx.array([1, 2, 3, 4])], 0))
+    assert ids.off == 0.25 and not ids.ok
+    broken = compared(Case("broken", lambda x: x @ x, [mx.ones((2, 3))], 0))
+    assert broken.off is None and not broken.ok and "ValueError" in (broken.error or "")
+
+
+def test_every_path_has_a_name_of_its_own():
+    names = []
+    for dtype, limit in LIMITS.items():
+        make = Maker(dtype, limit, quick=False)
+        made = [*make.heads(64, 12, 3), *make.attention(128, 24, 6), *make.products(64, 32)]
+        names += [case.name for case in made]
+    assert len(names) == len(set(names)) > 60
+
+
+def test_a_buffer_that_was_copied_is_seen():
+    small = OpenELMConfig(num_transformer_layers=2, model_dim=64, head_dim=64, vocab_size=64)
+    one = steps.Stepper(steps.random_model(small, None), 256, ahead=False)
+    seen = []
+    for _ in range(6):  # a thread of MLX may still hold what it has just read
+        seen.append(steps.addresses(one.state))
+        one.run(1)
+    assert any(a == b for a, b in pairwise(seen))
+    held = one.state
+    one.run(1)
+    assert not set(steps.addresses(one.state)) & set(steps.addresses(held))
+
+
+def test_names_and_folders_are_taken_out():
+    home = os.path.expanduser("~")
+    assert impersonal(f"cannot open {home}/models/a.json: gone") == "cannot open a.json: gone"
+    assert impersonal("'/private/var/x/y.metal', line 3") == "'y.metal', line 3"
+    assert impersonal("2 tokens/s and 1/2") == "2 tokens/s and 1/2"
+    host = platform.node().split(".")[0]
+    assert host in ("", "localhost") or host not in impersonal(f"on {host}: no")
+
+
+@pytest.mark.parametrize("flag", ["--quick", "--output"])
+def test_flags_of_full_are_refused_without_it(flag, capsys):
+    values = ["x.json"] if flag == "--output" else []
+    assert main(["doctor", flag, *values]) == 2
+    assert f"{flag} changes what --full does; give --full too" in capsys.readouterr().err
