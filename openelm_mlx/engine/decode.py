@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from openelm_mlx.device import mx
+from openelm_mlx.device import kind, mx
 from openelm_mlx.engine import threads
 from openelm_mlx.engine.sampling import Context, Controls, Filters, History, draw
 from openelm_mlx.model.cache import step_caches
@@ -182,9 +182,24 @@ def logprobs(logits: mx.array, tokens: mx.array, n: int) -> Logprobs:
     At least one likeliest token is taken, as MLX 0.32 divides by zero on arrays without elements.
     """
     logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    order = mx.argsort(-logp, axis=-1)[:, : max(n, 1)]
+    order = highest(logp, max(n, 1))
     chosen = mx.take_along_axis(logp, tokens[:, None], axis=-1)[:, 0]
     return Logprobs(chosen, order, mx.take_along_axis(logp, order, axis=-1))
+
+
+def highest(values: mx.array, n: int) -> mx.array:
+    """Return where the n highest of each row stand, [B, n], the highest first; of equal ones the
+    first. `values` [B, vocab] are float32, at most 0 but for rounding.
+
+    A processor finds them by a partition; a GPU of MLX's would sort for that, too, and more bits.
+    """
+    if kind() != "cpu":
+        return mx.argsort(-values, axis=-1)[:, :n]
+    bits = values.view(mx.uint32)
+    falling = mx.where(bits >> 31 == 1, bits, bits ^ 0x7FFFFFFF).astype(mx.uint64)
+    ranks = falling << 32 | numbers(values.shape[-1]).astype(mx.uint64)  # no two are equal
+    first = mx.sort(mx.partition(ranks, min(n, ranks.shape[-1]) - 1, axis=-1)[:, :n], axis=-1)
+    return (first & 0xFFFFFFFF).astype(mx.uint32)
 
 
 def start(drawn: Drawn, moved: Moved) -> None:

@@ -21,6 +21,7 @@ from sampling_rows import (
 )
 
 from openelm_mlx.device import mx
+from openelm_mlx.engine import decode
 from openelm_mlx.engine.decode import logprobs
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.engine.sampling import (
@@ -192,6 +193,30 @@ def test_log_probabilities_are_those_of_the_model():
         math.log(p[3]), abs=1e-5
     ) and found.top_tokens.tolist() == [[0, 1]]
     assert found.top.tolist()[0] == pytest.approx(np.log(p[:2]).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 5, 20, 300, 305])
+def test_the_highest_are_the_first_of_a_stable_sort(n, monkeypatch):
+    """On a processor by a partition, on a GPU by a sort: the same, among equal ones and infinite
+    ones too, and where rounding lifts a log probability above 0.
+    """
+    values = -np.abs(np.random.default_rng(1).normal(size=(6, 300))) * [
+        [1],
+        [30],
+        [30],
+        [1],
+        [1],
+        [1],
+    ]
+    values[2:] = np.round(values[2:] * 2) / 2
+    values[3, 100:], values[4, :] = -np.inf, -1.0
+    values[5, 7] = 6e-8
+    given = mx.array(values.astype(np.float32))
+    wanted = np.argsort(-values, axis=-1, kind="stable")[:, :n]
+    for device in ("cpu", "metal"):
+        monkeypatch.setattr(decode, "kind", lambda device=device: device)
+        found = decode.highest(given, n)
+        assert found.dtype == mx.uint32 and np.array_equal(found, wanted)
 
 
 def test_values_for_several_tokens_of_a_row_lie_side_by_side():
