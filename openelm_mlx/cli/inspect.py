@@ -19,7 +19,6 @@ from openelm_mlx.quantization import stem_of
 
 if TYPE_CHECKING:
     from openelm_mlx.model.cache_kinds import CacheKind
-    from openelm_mlx.model.checkpoint import Headers
     from openelm_mlx.model.config import OpenELMConfig
 
 EXAMPLES = """examples:
@@ -124,6 +123,7 @@ def inspect(name: str, adapter: Path | None = None) -> dict[str, Any]:
     A published size needs no file, and of a folder only the headers are read. `adapter` is the
     folder of one; it is read, and must fit the model.
     """
+    from openelm_mlx.engine.compute_type import largest_activation
     from openelm_mlx.engine.hub import resolve_model
     from openelm_mlx.model.checkpoint import read_headers
     from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, expected_tensors, normal_name
@@ -133,25 +133,26 @@ def inspect(name: str, adapter: Path | None = None) -> dict[str, Any]:
         config = OpenELMConfig.from_name(name)
         sizes = {tensor: 2 * math.prod(shape) for tensor, shape in expected_tensors(config).items()}
         assumed = "bfloat16 weights and cache, as nothing was downloaded"
-        return describe(name, config, sizes, assumed) | adapter_facts(adapter, config)
+        facts = describe(name, config, sizes, assumed) | computed_facts(config, "float32", None)
+        return facts | adapter_facts(adapter, config)
     folder = resolve_model(name).folder
     with naming(folder):
         headers = read_headers(folder)
     config = headers.config
     sizes = {tensor: place.info.nbytes for tensor, (_, place) in headers.places.items()}
-    facts = describe(name, config, sizes, "a 16-bit cache")
-    return facts | computed_facts(folder, headers) | adapter_facts(adapter, config)
-
-
-def computed_facts(folder: Path, headers: Headers) -> dict[str, Any]:
-    """Return the types that a processor and a GPU would compute in, unasked, and why."""
-    from openelm_mlx.engine.compute_type import compute_dtype, largest_activation
-
     stored = headers.places["transformer.norm.weight"][1].info.dtype
-    largest = largest_activation(folder, headers)
+    facts = describe(name, config, sizes, "a 16-bit cache")
+    computed = computed_facts(config, stored, largest_activation(folder, headers))
+    return facts | computed | adapter_facts(adapter, config)
+
+
+def computed_facts(config: OpenELMConfig, stored: str, largest: float | None) -> dict[str, Any]:
+    """Return the types that a processor and a GPU would compute in, unasked, and why."""
+    from openelm_mlx.engine.compute_type import compute_dtype
+
     kinds = {"a processor": "cpu", "a GPU": "metal"}
     found = {
-        place: tuple(compute_dtype(headers.config, stored, None, kind, largest))
+        place: tuple(compute_dtype(config, stored, None, kind, largest))
         for place, kind in kinds.items()
     }
     return {"computed_in": found}

@@ -10,7 +10,8 @@ from conversion_memory import write_model
 from formats import TINY
 
 from openelm_mlx.cli.convert import rough
-from openelm_mlx.convert import ConvertOptions, convert, estimate
+from openelm_mlx.convert import ConvertOptions, activations, convert, estimate
+from openelm_mlx.convert.activations import activation_text
 from openelm_mlx.convert.estimate import FREED, memory_needed, memory_steps
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.quantize import losses
@@ -32,7 +33,25 @@ STEPS = {  # how progress begins -> the step that it tells of
     "measuring the loss": "measuring losses",
     "verifying layer": "verifying layers",
     "verifying logits": "verifying losses",
+    "measuring activations, layer": "measuring activations",
+    "measuring activations, logits": "measuring logits",
 }
+
+
+def peaks_of(options: ConvertOptions) -> Counter[str]:
+    """Convert, and return the most memory of each step."""
+    peaks: Counter[str] = Counter()
+
+    def watch(done: int, total: int, what: str) -> None:
+        for start, step in STEPS.items():
+            if what.startswith(start) and not what.endswith("layer 0"):  # which comes after more
+                peaks[step] = max(peaks[step], mx.get_peak_memory() - before)
+        mx.reset_peak_memory()
+
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    convert(options, watch)
+    return peaks
 
 
 def test_every_step_takes_what_is_said_and_not_much_less(tmp_path, monkeypatch):
@@ -48,20 +67,23 @@ def test_every_step_takes_what_is_said_and_not_much_less(tmp_path, monkeypatch):
     texts = verification_text(opened, text)
     steps = memory_steps(opened, options, said.written_bytes, texts)
     assert said.memory_bytes == memory_needed(steps)
-    peaks: Counter[str] = Counter()
-
-    def watch(done: int, total: int, what: str) -> None:
-        for start, step in STEPS.items():
-            if what.startswith(start) and not what.endswith("layer 0"):  # which comes after more
-                peaks[step] = max(peaks[step], mx.get_peak_memory() - before)
-        mx.reset_peak_memory()
-
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    convert(options, watch)
-    needs = {step: sum(steps[step].values()) - FREED for step in STEPS.values()}
+    peaks = peaks_of(options)
+    assert len(peaks) == 4
+    needs = {step: sum(steps[step].values()) - FREED for step in peaks}
     shares = {step: peaks[step] / need for step, need in needs.items()}
     assert all(0.4 < share <= 1.0 for share in shares.values()), (shares, needs)
+
+
+def test_measuring_activations_takes_what_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(activations, "TOKENS", 500)
+    folder = write_model(tmp_path / "source", SHAPE, "float32")
+    options = ConvertOptions(folder, tmp_path / "m")
+    opened = open_model(options)
+    steps = memory_steps(opened, options, 0, activations=activation_text(opened))
+    peaks = peaks_of(options)
+    needs = {step: sum(steps[step].values()) - FREED for step in peaks}
+    shares = {step: peaks[step] / need for step, need in needs.items()}
+    assert len(shares) == 2 and all(0.4 < share <= 1.0 for share in shares.values()), shares
 
 
 def test_more_work_is_said_to_take_longer(tmp_path, monkeypatch):
