@@ -2,8 +2,8 @@
 
 MLX chooses kernels by type, by number of rows, by length and by width of a head, so each path has
 its case here. The same function runs on the CPU device of the same MLX, on the same inputs in
-float32. The kernels of ours are compared with their twins (kernels/self_check.py), and the twins'
-operations here.
+float32. Kernels of ours are compared with their twins (kernels/self_check.py), and the twins'
+operations here; only the draw has both here, as its tokens must be those of the CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.engine.sampling import Context, Controls, Filters, draw, seed_key
 from openelm_mlx.errors import reason
 from openelm_mlx.model.decoder import VALUE, Projection, rotary, swiglu
-from openelm_mlx.model.kernels.kernel import twins
+from openelm_mlx.model.kernels.kernel import choice, twins
 
 Run = Callable[..., Any]
 
@@ -75,10 +75,10 @@ def listed(out: Any) -> list[mx.array]:
 
 
 def on_cpu(run: Run, arrays: Sequence[mx.array]) -> list[mx.array]:
-    """Return what `run` gives on the CPU, with every float in float32."""
+    """Return what `run` gives on the CPU, with every float in float32 and no kernel of ours."""
     wide = [a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a for a in arrays]
     mx.eval(wide)
-    with mx.stream(mx.cpu):
+    with mx.stream(mx.cpu), twins():
         out = listed(run(*wide))
         mx.eval(out)
     return out
@@ -235,4 +235,7 @@ def choices() -> Iterator[Case]:
 
         used = Filters.of([options])
         names = [name for name in ("top_k", "top_p", "min_p") if getattr(used, name)]
-        yield Case(f"draw, {', '.join(names) or 'temperature'}", drawn, [logits], 0)
+        name = f"draw, {', '.join(names) or 'temperature'}"
+        if choice().names:
+            yield Case(f"{name}, by kernels of ours", drawn, [logits], 0)
+        yield Case(name, partial(without_kernels, drawn), [logits], 0)

@@ -27,6 +27,7 @@ from openelm_mlx.engine.request import Event
 from openelm_mlx.engine.scheduler import BatchEngine
 from openelm_mlx.errors import reason
 from openelm_mlx.model.decoder import OpenELM, parameters
+from openelm_mlx.model.kernels.kernel import twins
 
 PROMPT = "Once upon a time"
 # Greedy tokens in float32 on the CPU, each from one pass over the entire text. The second best is
@@ -182,7 +183,7 @@ def run(
 
 def reference(exact: OpenELM, ids: list[int], count: int, vocab: int) -> list[list[float]]:
     """Return the log probabilities after the last `count` of these ids, by one pass on the CPU."""
-    with mx.stream(mx.cpu):
+    with mx.stream(mx.cpu), twins():
         logits = exact(mx.array([ids]))[0, -count:, :vocab]
         rows: Any = (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).tolist()
     return rows

@@ -15,11 +15,12 @@ import pytest
 
 from openelm_mlx.benchmarks import doctor
 from openelm_mlx.benchmarks.doctor import impersonal, self_test, steps
-from openelm_mlx.benchmarks.doctor.paths import LIMITS, Case, Maker, cases, compared
+from openelm_mlx.benchmarks.doctor.paths import LIMITS, Case, Maker, cases, compared, on_cpu
 from openelm_mlx.benchmarks.results.document import load
 from openelm_mlx.cli import main
 from openelm_mlx.device import kind, mx
 from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.kernels.kernel import running
 
 pytestmark = pytest.mark.with_or_without("OpenBLAS", "a C++ compiler", "a writable home")
 
@@ -119,6 +120,17 @@ def test_other_results_of_a_path():
     assert ids.off == 0.25 and not ids.ok
     broken = compared(Case("broken", lambda x: x @ x, [mx.ones((2, 3))], 0))
     assert broken.off is None and not broken.ok and "ValueError" in (broken.error or "")
+
+
+def test_what_is_compared_with_runs_no_kernel_of_ours():
+    def launched(*launch: Any) -> Any:
+        raise AssertionError("a processor cannot launch a kernel")
+
+    drawn = [case for case in cases(quick=True) if case.name.startswith("draw")]
+    _, exact = self_test.models(None, 4)
+    with running(launched):
+        assert len(self_test.reference(exact, [1, 2, 3], 2, 100)) == 2
+        assert len(on_cpu(drawn[-1].run.args[0], drawn[-1].arrays)) == 1  # the draw itself
 
 
 def test_every_path_has_a_name_of_its_own():

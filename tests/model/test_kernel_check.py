@@ -12,7 +12,13 @@ import pytest
 from metal_emulator import Emulator
 
 from openelm_mlx.model.kernels import kernel as kernels
-from openelm_mlx.model.kernels.kernel import Kernel, check_of, in_use, running, twins
+from openelm_mlx.model.kernels.kernel import (
+    Kernel,
+    check_of,
+    in_use,
+    running,
+    twins,
+)
 from openelm_mlx.model.kernels.self_check import (
     UNFINISHED,
     difference,
@@ -73,6 +79,16 @@ def test_a_right_kernel_passes_and_a_broken_one_is_told_by_what_differs(kernel_f
         kernel_file(SOURCE.replace("y[i]", "y[i + 1]"))
         assert "access outside a buffer" in wrong_kernels(["double"], check_of)["double"]
         assert not in_use(DOUBLE)  # what the block had before
+
+
+@pytest.mark.parametrize("name", ["add_rms_norm", "attend", "sample"])
+def test_each_kernels_check_sees_one_that_computes_nothing(name: str) -> None:
+    def nothing(kernel, inputs, launch):
+        pairs = zip(launch.shapes, launch.dtypes, strict=True)
+        return [mx.zeros(shape, dtype) for shape, dtype in pairs]
+
+    with running(nothing, frozenset()):
+        assert "differs" in wrong_kernels([name], check_of)[name]
 
 
 def test_a_kernel_that_cannot_be_launched_is_left_to_its_twin(kernel_file) -> None:
