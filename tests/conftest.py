@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,10 +16,22 @@ from formats import again
 from golden_set import NANO
 from optional import OPTIONAL, mark_each, marker, skip_without, skipped_line
 
-from openelm_mlx import load
+from openelm_mlx import device, load
 from openelm_mlx.convert import activations
+from openelm_mlx.engine import loading
 from openelm_mlx.engine.hub import resolve_model
 from openelm_mlx.engine.loading import Engine
+
+# MLX reads it when it multiplies first; a GPU would multiply float32 in 3 digits
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+if device.kind() != "cpu":  # the types that a processor computes in: tests ask for equal tokens
+    chosen = loading.compute_dtype
+
+    def as_on_a_processor(config, stored, asked, kind, *more):
+        return chosen(config, stored, asked, "cpu", *more)
+
+    loading.compute_dtype = as_on_a_processor
 
 
 def pytest_configure(config: pytest.Config) -> None:
