@@ -154,10 +154,9 @@ namespace precise { using namespace metal; }
 
 def on_cuda(kernel: Kernel, inputs: list[mx.array], launch: Launch) -> list[mx.array]:
     """Launch a kernel on a GPU of NVIDIA's. Raises `RuntimeError` if it does not compile."""
-    architecture = str(mx.device_info()["architecture"])  # sm_90
     outputs: list[mx.array] = mx.fast.precompiled_cuda_kernel(
         name=kernel.name,
-        compiled_source=compiled(text(kernel, inputs, launch), architecture),
+        compiled_source=compiled(text(kernel, inputs, launch), architecture()),
         inputs=inputs,
         output_shapes=launch.shapes,
         output_dtypes=launch.dtypes,
@@ -188,6 +187,12 @@ def text(kernel: Kernel, inputs: list[mx.array], launch: Launch) -> str:
             lines.append(f"constexpr {what} {name} = {str(value).lower()};")
     head = f'extern "C" __global__ void {kernel.name}({", ".join(parameters)}) {{'
     return "\n".join([HEADER, kernel.header, head, *lines, kernel.source, "}"])
+
+
+@cache
+def architecture() -> str:
+    """Return this GPU's instructions, such as sm_90."""
+    return str(mx.device_info()["architecture"])
 
 
 @cache
