@@ -133,7 +133,8 @@ def test_of_an_untied_embedding_a_token_reads_one_row(tmp_path):
 
 
 @pytest.mark.with_or_without("OpenBLAS", "a C++ compiler", "a writable home")
-def test_doctor(capsys):
+def test_doctor(capsys, monkeypatch):
+    monkeypatch.setattr("openelm_mlx.benchmarks.doctor.self_test.WAYS", ())
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["facts"]
     assert found["self_test"].startswith("16 of 16 ")

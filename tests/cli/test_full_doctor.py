@@ -24,13 +24,17 @@ from openelm_mlx.model.kernels.kernel import running
 
 pytestmark = pytest.mark.with_or_without("OpenBLAS", "a C++ compiler", "a writable home")
 
+SMALL = OpenELMConfig(num_transformer_layers=2, model_dim=64, head_dim=64, vocab_size=64)
+
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave little of each section, so that the test of all of them is short."""
     monkeypatch.setattr(self_test, "WAYS", self_test.WAYS[3:4])
     monkeypatch.setattr(steps, "LONG", 600)
+    monkeypatch.setattr(steps, "SHORT", 8)
     monkeypatch.setattr(steps, "SLOTS", (256,))
+    monkeypatch.setattr(steps, "timed_config", lambda: ("a small model", SMALL))
     few = list(cases(quick=True))[::4]
     monkeypatch.setattr("openelm_mlx.benchmarks.doctor.paths.cases", lambda quick: few)
 
@@ -50,7 +54,7 @@ def test_all_sections_run_and_become_one_file(short, tmp_path, capsys):
     found = document.first_run
     assert found is not None and found.ok and not document.partial and found.quick
     assert found.paths and found.ways and found.decoded and found.read and found.buffers
-    assert 0 < (found.costs.dispatch_seconds or 0) < 0.01
+    assert found.costs.dispatch_seconds is not None and found.costs.dispatch_seconds < 0.1
     assert {*found.costs.gemv_bytes_per_second} > {"8 bits", "4 bits"}
     assert all(0 <= share <= 1 for one in found.decoded for share in one.in_place)
     assert personal(file.read_text(encoding="utf-8")) == []
@@ -143,8 +147,7 @@ def test_every_path_has_a_name_of_its_own():
 
 
 def test_a_buffer_that_was_copied_is_seen():
-    small = OpenELMConfig(num_transformer_layers=2, model_dim=64, head_dim=64, vocab_size=64)
-    one = steps.Stepper(steps.random_model(small, None), 256, ahead=False)
+    one = steps.Stepper(steps.random_model(SMALL, None), 256, ahead=False)
     seen = []
     for _ in range(6):  # a thread of MLX may still hold what it has just read
         seen.append(steps.addresses(one.state))
