@@ -37,7 +37,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.errors import BenchmarkError, reason
 from openelm_mlx.files import read_json
-from openelm_mlx.model.checkpoint import read_model
+from openelm_mlx.model.checkpoint import read_headers, read_weights
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import QuantSpec, quantization_of, spec_of
 
@@ -295,7 +295,7 @@ def write_quantized(folder: Path, dtype: str, path: Path) -> str:
     raw = read_json(folder / "config.json")
     config, quantization = OpenELMConfig.from_hf_dict(raw), quantization_of(raw) or {}
     gguf.check_gguf(config)
-    (_, weights), kinds, labels = read_model(folder), {}, set()
+    weights, kinds, labels = read_weights(read_headers(folder)), {}, set()
     specs: dict[str, QuantSpec | None] = {}
     for name in expected_tensors(config):
         stem = name.removesuffix(".weight")

@@ -18,6 +18,7 @@ from openelm_mlx.errors import CacheError, naming
 from openelm_mlx.quantization import stem_of
 
 if TYPE_CHECKING:
+    from openelm_mlx.engine.memory import Choice
     from openelm_mlx.model.cache_kinds import CacheKind
     from openelm_mlx.model.config import OpenELMConfig
 
@@ -81,6 +82,9 @@ def show(facts: dict[str, Any]) -> None:
     added = [f"{size:,} bytes {kind}" for kind, size in facts["kv_bytes_per_token"].items()]
     print(f"a token adds        {'; '.join(added)}")
     print(f"assumed             {facts['assumed']}")
+    for mac in facts["macs"]:
+        print(f"{'on a Mac of ' + size_text(mac['memory_bytes']):<20}{room_text(mac)}")
+    print("  computed          for one sequence of a full context; not measured on a Mac")
     for place, (dtype, why) in facts.get("computed_in", {}).items():
         print(f"computed in         {dtype} on {place}: {why}")
     if adapter := facts.get("adapter"):
@@ -92,6 +96,25 @@ def show(facts: dict[str, Any]) -> None:
             print(f"  changes           {matrix}{where}")
         size = f"{adapter['bytes']:,} bytes in float32"
         print(f"  parameters        {adapter['parameters']:,}, {size}")
+
+
+def size_text(size: int) -> str:
+    return f"{size / 2**30:.0f} GB"
+
+
+def room_text(mac: dict[str, Any]) -> str:
+    """Write whether a model fits, as in "fits: 4.8 of 5.7 GB, prompts in chunks of 256"."""
+    room = f"{mac['needs_bytes'] / 1e9:.1f} of {mac['recommended_bytes'] / 1e9:.1f} GB"
+    chunks = "prompts in chunks of"
+    if mac["fits"]:
+        return f"fits: {room}, {chunks} {mac['prefill_chunk']}"
+    found = mac["fits_with"]
+    if found is None:
+        return f"does not fit: {room}; no options make it"
+    given = {"--bits": found["bits"], "--kv-bits": found["kv_bits"]}
+    flags = " ".join(f"{flag} {value}" for flag, value in given.items() if value is not None)
+    size = f"{found['needs_bytes'] / 1e9:.1f} GB"
+    return f"does not fit: {room}; with {flags} {size}, {chunks} {found['prefill_chunk']}"
 
 
 def spread(values: Collection[float]) -> str:
@@ -109,6 +132,8 @@ def runs(numbers: list[int]) -> str:
     return ", ".join(found)
 
 
+MACS = (8 << 30, 16 << 30)  # bytes of the machines that `inspect` plans for
+PLANNED_BITS = (8, 6, 5, 4)  # fewer lose much (docs/quantization.md)
 PARTS = {  # and what the names of their tensors have; all others are norms
     "embedding": "token_embeddings",
     "head": "lm_head",
@@ -134,16 +159,61 @@ def inspect(name: str, adapter: Path | None = None) -> dict[str, Any]:
         sizes = {tensor: 2 * math.prod(shape) for tensor, shape in expected_tensors(config).items()}
         assumed = "bfloat16 weights and cache, as nothing was downloaded"
         facts = describe(name, config, sizes, assumed) | computed_facts(config, "float32", None)
+        facts |= mac_facts(config, sum(sizes.values()), True)
         return facts | adapter_facts(adapter, config)
     folder = resolve_model(name).folder
     with naming(folder):
         headers = read_headers(folder)
     config = headers.config
     sizes = {tensor: place.info.nbytes for tensor, (_, place) in headers.places.items()}
+    infos = [place.info for _, place in headers.places.values()]
+    # on a Mac float32 becomes a type of 16 bits
+    weights = sum(info.nbytes // 2 if info.dtype == "float32" else info.nbytes for info in infos)
     stored = headers.places["transformer.norm.weight"][1].info.dtype
     facts = describe(name, config, sizes, "a 16-bit cache")
+    facts |= mac_facts(config, weights, not headers.specs)
     computed = computed_facts(config, stored, largest_activation(folder, headers))
     return facts | computed | adapter_facts(adapter, config)
+
+
+def mac_facts(config: OpenELMConfig, weights: int, quantizable: bool) -> dict[str, Any]:
+    """Return whether a model fits on Macs of 8 and 16 GB, and else the options that make it fit."""
+    from openelm_mlx.engine.memory import plan
+    from openelm_mlx.model.config import expected_tensors
+    from openelm_mlx.quantization import MLX_GROUP_SIZE, QuantSpec, matrices
+
+    shapes = expected_tensors(config)
+    stems = matrices(shapes)
+    rest = 2 * sum(math.prod(shape) for shape in shapes.values() if len(shape) != 2)
+    sizes: dict[int | None, int] = {None: weights}
+    if quantizable and all(shape[1] % MLX_GROUP_SIZE == 0 for shape in stems.values()):
+        for bits in PLANNED_BITS:
+            spec = QuantSpec(bits, MLX_GROUP_SIZE)
+            sizes[bits] = rest + sum(spec.nbytes(of, "bfloat16") for of in stems.values())
+    macs = []
+    for memory in MACS:
+        found = plan(config, sizes, memory)
+        fits = found.fitting == found.plain
+        macs.append(
+            {
+                "memory_bytes": memory,
+                "recommended_bytes": found.available,
+                **chosen(found.plain),
+                "needs": found.plain.needs._asdict(),
+                "fits": fits,
+                "fits_with": None if found.fitting is None else chosen(found.fitting),
+            }
+        )
+    return {"macs": macs}
+
+
+def chosen(choice: Choice) -> dict[str, Any]:
+    return {
+        "bits": choice.bits,
+        "kv_bits": choice.kv_bits,
+        "prefill_chunk": choice.chunk,
+        "needs_bytes": choice.needs.total,
+    }
 
 
 def computed_facts(config: OpenELMConfig, stored: str, largest: float | None) -> dict[str, Any]:

@@ -24,7 +24,13 @@ from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, naming
 from openelm_mlx.fields import shown
 from openelm_mlx.files import read_json
 from openelm_mlx.model.adapters import Adapter, adapted, prepare
-from openelm_mlx.model.checkpoint import Headers, read_model
+from openelm_mlx.model.checkpoint import (
+    Headers,
+    check_flags,
+    odd_flags,
+    read_headers,
+    read_weights,
+)
 from openelm_mlx.model.config import GENERATION_CONFIG, GENERATION_KEYS, OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM, parameters
 from openelm_mlx.model.fingerprint import fingerprint_of, same_base
@@ -199,14 +205,17 @@ def load_resolved(name: str, resolved: Resolved, options: ModelOptions) -> Engin
     """Return the engine of a folder in this project's layout. Raises the errors of `load`."""
     folder, bits, group_size = resolved.folder, options.bits, options.group_size
     with naming(folder):
-        headers, weights = read_model(folder)
+        headers = read_headers(folder)
     config, quantization = headers.config, headers.quantization
     sampling = chat_sampling(folder)
     where = options.adapter
     adapter = None if where is None else read_adapter(where.expanduser(), config)
     if bits is not None and quantization:
         raise OptionError(f"{name} is quantized already; --bits needs full-precision weights")
-    model = OpenELM(config)
+    check_memory(name, config, loaded_bytes(headers, options), bool(quantization or bits))
+    with naming(folder):
+        weights = read_weights(headers)
+    model, flags = OpenELM(config), odd_flags(weights, headers.specs)
     if headers.specs:
         quantize_as_stored(model, headers.specs)
     stored = name_of(weights["transformer.norm.weight"].dtype)
@@ -218,15 +227,28 @@ def load_resolved(name: str, resolved: Resolved, options: ModelOptions) -> Engin
         quantize_now(model, bits, group_size)
         quantization = QuantSpec(bits, group_size).as_config()
     model.eval()
-    nbytes = sum(array.nbytes for array in parameters(model).values())
-    check_memory(name, config, nbytes, bool(quantization))
-    mx.eval(model.parameters())
+    del weights  # else they would stay beside what they become
+    with naming(folder):
+        read_in(model, flags)
     given = resolved.tokenizer
     tokenizer = Tokenizer.from_file(given) if given else Tokenizer.from_folder(folder)
     check_vocabulary(tokenizer.path, tokenizer.vocab_size, config)
     instruct = speaks_instruct(folder, name)
     engine = Engine(model, tokenizer, config, name, folder, quantization, instruct, sampling)
     return engine if adapter is None else engine.load_adapter(adapter)
+
+
+def read_in(model: OpenELM, flags: Mapping[str, mx.array]) -> None:
+    """Read a model's weights into memory, a layer at a time: few are there in both forms.
+
+    Raises `CheckpointError` if one of `flags`, those of `odd_flags`, is true.
+    """
+    for number, layer in enumerate(model.layers):
+        prefix = f"transformer.layers.{number}."
+        own = [flag for name, flag in flags.items() if name.startswith(prefix)]
+        mx.eval(layer.parameters(), own)
+    mx.eval(model.parameters(), flags)
+    check_flags(flags)
 
 
 def loaded_bytes(headers: Headers, options: ModelOptions) -> int:

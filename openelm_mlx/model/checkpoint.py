@@ -127,17 +127,11 @@ def read_headers(folder: Path) -> Headers:
     return Headers(config, places, specs, quantization)
 
 
-def read_model(folder: Path) -> tuple[Headers, dict[str, mx.array]]:
-    """Return what a model folder says of its weights, and all of them.
-
-    Raises `ConfigError` or `CheckpointError`, also for NaN and infinities.
-    """
-    headers = read_headers(folder)
+def read_weights(headers: Headers) -> dict[str, mx.array]:
+    """Return all tensors by their canonical names, neither in memory nor checked yet."""
     places = headers.places.items()
     loaded = {path: load_file(path) for path in sorted({place.file for _, (_, place) in places})}
-    weights = {known: loaded[place.file][name] for known, (name, place) in places}
-    check_finite(weights, headers.specs)
-    return headers, weights
+    return {known: loaded[place.file][name] for known, (name, place) in places}
 
 
 def load_file(path: Path) -> dict[str, mx.array]:
@@ -228,11 +222,20 @@ def check_tensors(found: Mapping[str, TensorInfo], expected: Shapes) -> None:
 
 def check_finite(arrays: Mapping[str, mx.array], specs: Plan) -> None:
     """Raise `CheckpointError` for NaN and infinities. `specs` are those of quantized matrices."""
+    check_flags(odd_flags(arrays, specs))
+
+
+def odd_flags(arrays: Mapping[str, mx.array], specs: Plan) -> dict[str, mx.array]:
+    """Return for each array whether it has NaN or infinities, not computed yet."""
     flags = {name: odd(name, array, specs) for name, array in arrays.items()}
-    found = [(name, flag) for name, flag in flags.items() if flag is not None]
-    if not found or not mx.stack([flag for _, flag in found]).any().item():
+    return {name: flag for name, flag in flags.items() if flag is not None}
+
+
+def check_flags(flags: Mapping[str, mx.array]) -> None:
+    """Raise `CheckpointError` if any array is odd; `flags` are those of `odd_flags`."""
+    if not flags or not mx.stack(list(flags.values())).any().item():
         return
-    name = next(name for name, flag in found if flag.item())
+    name = next(name for name, flag in flags.items() if flag.item())
     what = "scales" if name.endswith((".scales", ".biases")) else "weights"
     raise CheckpointError(f"{name} has NaN or infinite {what}; the checkpoint is damaged")
 

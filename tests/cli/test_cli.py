@@ -7,13 +7,13 @@ import sys
 from dataclasses import replace
 
 import pytest
-from formats import TINY, random_folder
+from formats import TINY, WIDE, again, random_folder
 from optional import compiles
 from started import help_of
 
 from openelm_mlx.cli import COMMANDS, main
 from openelm_mlx.cli.doctor import caches, hints
-from openelm_mlx.cli.inspect import inspect
+from openelm_mlx.cli.inspect import inspect, room_text
 from openelm_mlx.device import facts
 
 
@@ -122,6 +122,29 @@ def test_inspect(tiny, capsys):
         == bundled["bytes_read_per_token"]
         == sum(bundled["bytes_by_part"].values())
     )
+
+
+def test_inspect_plans_for_macs_of_8_and_16_gigabytes(tmp_path, capsys):
+    assert main(["inspect", "3b"]) == 0
+    shown = capsys.readouterr().out
+    room = "7.0 of 5.7 GB; with --bits 8 4.8 GB, prompts in chunks of 256"
+    assert f"on a Mac of 8 GB    does not fit: {room}\n" in shown
+    assert "on a Mac of 16 GB   fits: 8.5 of 11.5 GB, prompts in chunks of 512\n" in shown
+    assert "not measured on a Mac" in shown
+    small, large = inspect("3b")["macs"]
+    assert small["needs_bytes"] == sum(small["needs"].values()) > small["recommended_bytes"]
+    assert not small["fits"] and small["fits_with"]["bits"] == 8
+    assert large["fits"] and large["needs"]["weights"] == 2 * 3_036_647_424
+    assert "no options make it" in room_text(small | {"fits_with": None})
+    with_cache = small["fits_with"] | {"bits": None, "kv_bits": 8}
+    assert "with --kv-bits 8 4.8" in room_text(small | {"fits_with": with_cache})
+    half, quantized = (
+        inspect(str(again(random_folder(tmp_path / "m", WIDE), tmp_path / name, **how)))["macs"][0]
+        for name, how in (("half", {"dtype": "float16"}), ("quantized", {"bits": 4}))
+    )
+    float32 = inspect(str(tmp_path / "m"))["macs"][0]
+    assert float32["needs"] == half["needs"]  # a Mac computes it in 16 bits
+    assert quantized["needs"]["weights"] < half["needs"]["weights"] / 2
 
 
 def test_of_an_untied_embedding_a_token_reads_one_row(tmp_path):

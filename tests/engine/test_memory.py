@@ -9,9 +9,12 @@ from __future__ import annotations
 import gc
 import math
 import platform
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.formats import WIDE, random_folder
 from helpers.small import random_engine
 
 from openelm_mlx import device, generate, load
@@ -37,6 +40,7 @@ from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import QuantSpec
 
 GB = 1 << 30
+LARGER = replace(WIDE, num_transformer_layers=12)
 PLAIN = CacheKind()
 
 
@@ -131,6 +135,28 @@ def test_loading_asks_whether_a_model_fits(
     monkeypatch.setattr(device, "memory_bytes", lambda: 100 << 20)
     load("openelm-tiny")
     assert "openelm-tiny needs about 0.6 GB, and 0.1 GB are recommended" in caplog.text
+
+
+def test_nothing_is_read_of_a_model_that_cannot_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = random_folder(tmp_path / "m", LARGER)
+    monkeypatch.setattr(device, "memory_bytes", lambda: 1000)
+    mx.reset_peak_memory()
+    with pytest.raises(OptionError, match=r"use --bits 4 \(about"):
+        load(folder)
+    assert mx.get_peak_memory() - mx.get_active_memory() < 1000
+
+
+def test_weights_are_quantized_a_layer_at_a_time(tmp_path: Path) -> None:
+    folder = random_folder(tmp_path / "m", LARGER)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    engine = load(folder, bits=4)
+    peak, whole = mx.get_peak_memory() - before, 4 * engine.config.num_parameters
+    embedding = 4 * engine.config.vocab_size * engine.config.model_dim
+    layer = (whole - embedding) / engine.config.num_transformer_layers
+    assert peak < engine.nbytes + max(2 * layer, 1.5 * embedding) < whole
 
 
 @pytest.fixture
