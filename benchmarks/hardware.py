@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -126,15 +127,15 @@ def find_chip(name: str, gpu_cores: int | None = None) -> Chip:
     return fitting[-1]
 
 
-def nominal_bandwidth(device_name: str | None) -> float | None:
+def nominal_bandwidth(device_name: str | None, gpu_cores: int | None = None) -> float | None:
     """Return the bytes a second of the chip that MLX names; None if it is not in the table.
 
-    It is the largest if one name has two.
+    If one name has two, it is that of the cores, or the largest if they are unknown.
     """
-    try:
-        return find_chip(device_name or "").bandwidth
-    except BenchmarkError:
-        return None
+    for cores in (gpu_cores, None):
+        with suppress(BenchmarkError):
+            return find_chip(device_name or "", cores).bandwidth
+    return None
 
 
 # --- bytes of a token

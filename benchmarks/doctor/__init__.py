@@ -75,14 +75,23 @@ class FirstRun:
             yield compared(case)
 
     def ways(self) -> Iterator[Compared]:
-        from openelm_mlx.benchmarks.doctor.self_test import MORE_WAYS, WAYS, results
+        """Run the bundled model in each way, with kernels of ours and, to know whose a difference
+        is, without.
+        """
+        from openelm_mlx.benchmarks.doctor.self_test import MORE_WAYS, WAYS, Result, results
         from openelm_mlx.benchmarks.results.first_run import Compared
+        from openelm_mlx.model.kernels.kernel import choice, twins
+
+        def named(one: Result, more: str = "") -> Compared:
+            name = f"{one.dtype}, {one.name}{more}"
+            return Compared(name, one.ok, one.off, one.limit, None, one.error)
 
         for dtype in DTYPES if self.on_gpu and not self.quick else (None,):
-            for one in results(dtype, WAYS if self.quick else (*WAYS, *MORE_WAYS)):
-                yield Compared(
-                    f"{one.dtype}, {one.name}", one.ok, one.off, one.limit, None, one.error
-                )
+            yield from map(named, results(dtype, WAYS if self.quick else (*WAYS, *MORE_WAYS)))
+        if choice().names:
+            with twins():
+                for one in results():
+                    yield named(one, ", without kernels of ours")
 
     def kernels(self) -> Iterator[tuple[str, str]]:
         """Check the kernels of ours anew; the verdict counts from the next process on."""

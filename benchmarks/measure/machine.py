@@ -6,6 +6,7 @@ What is read on macOS has not been tested there.
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,8 @@ def machine() -> Machine:
     found = {name: value for name, value in facts().items() if name in known}
     found["blas"] = loaded_blas() or "MLX's own"
     found["thermal_pressure"] = thermal_pressure()
-    found["nominal_bytes_per_second"] = nominal_bandwidth(found["chip"])
+    found["gpu_cores"] = cores = gpu_cores()
+    found["nominal_bytes_per_second"] = nominal_bandwidth(found["chip"], cores)
     return Machine(**found)
 
 
@@ -44,6 +46,18 @@ def versions() -> dict[str, str]:
 
     found = {name.replace("_", "-"): text for name, text in facts().items()}
     return {name: found[name] or "unknown" for name in ("openelm-mlx", "mlx", "python")}
+
+
+def gpu_cores() -> int | None:
+    """Return the GPU's cores, by which chips of one name differ; None if macOS does not tell."""
+    command = ["ioreg", "-rc", "AGXAccelerator", "-d", "1"]
+    return read_cores(output_of(command) or "") if sys.platform == "darwin" else None
+
+
+def read_cores(output: str) -> int | None:
+    """Read `"gpu-core-count" = 20` in macOS's registry of devices."""
+    found = re.search(r'"gpu-core-count" = (\d+)', output)
+    return int(found[1]) if found else None
 
 
 def loaded_blas() -> str | None:

@@ -48,7 +48,8 @@ def test_gpu_cores_tell_chips_of_one_name_apart() -> None:
         find_chip("Apple M4 Max", 32).bandwidth_gb == 410
         and find_chip("Apple M4 Max", 40).bandwidth_gb == 546
     )
-    assert nominal_bandwidth("Apple M4 Max") == 546e9
+    assert nominal_bandwidth("Apple M4 Max") == nominal_bandwidth("Apple M4 Max", 99) == 546e9
+    assert nominal_bandwidth("Apple M4 Max", 32) == 410e9
     with pytest.raises(
         BenchmarkError, match="Apple M6 with 10 GPU cores is not in the table; it has 12"
     ):

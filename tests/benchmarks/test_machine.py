@@ -22,6 +22,12 @@ def test_machine_facts():
     )
 
 
+def test_the_cores_of_a_gpu_are_read_where_macos_tells_them():
+    shown = "+-o AGXAcceleratorG16X  <class AGXAcceleratorG16X>\n    | {\n"
+    assert machine.read_cores(f'{shown}    |   "gpu-core-count" = 20\n    | }}') == 20
+    assert machine.read_cores(shown) is None
+
+
 def test_the_commit_is_told_and_whether_the_sources_were_changed(tmp_path):
     assert machine.commit(tmp_path) == (None, None)
 
