@@ -26,7 +26,7 @@ from openelm_mlx.convert.verify import ROW, TEXT, text_batches
 from openelm_mlx.device import mx
 from openelm_mlx.evaluate.score import POSITIONS
 from openelm_mlx.files import read_text
-from openelm_mlx.model.config import BOS, EOS, OpenELMConfig
+from openelm_mlx.model.config import BOS, EMBEDDINGS, EOS, OpenELMConfig
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.opening import OpenedModel
@@ -72,9 +72,8 @@ def measure_activations(
         if progress is not None:
             progress(next(steps), total, f"measuring activations, {what}")
 
+    largest(weights[f"{EMBEDDINGS}.weight"])
     states = embedded(weights, batches)
-    for x in states:
-        largest(x)
     for number in range(config.num_transformer_layers):
         own = of_layer(weights, number)
         for weight in own.values():

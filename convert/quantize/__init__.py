@@ -148,7 +148,7 @@ def layer(
     if look is not no_look:  # attention computes the scores, and keeps them to itself
         groups = (scale * q).reshape(batch, shape.kv_heads, -1, length, config.head_dim)
         look(groups @ k[:, :, None].swapaxes(-1, -2))
-    out = seen(mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal"))
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")  # means of v
     x = seen(x + linear("attn.out_proj", out.swapaxes(1, 2).reshape(batch, length, -1)))
     inner = linear("ffn.proj_1", norm("ffn_norm", x))
     gate, up = mx.split(inner, 2, axis=-1) if config.ffn_with_glu else (inner, 1)

@@ -34,7 +34,6 @@ def values(config: OpenELMConfig, w: Arrays, ids: np.ndarray) -> Iterator[tuple[
 
     yield from (("weights", array) for array in w.values())
     x = w["transformer.token_embeddings.weight"][ids]
-    yield "state", x
     for number, shape in enumerate(layer_shapes(config)):
         at = f"transformer.layers.{number}."
         yield "norm", (h := norm(x, at + "attn_norm.weight"))
@@ -54,40 +53,51 @@ def values(config: OpenELMConfig, w: Arrays, ids: np.ndarray) -> Iterator[tuple[
         out = chances / chances.sum(-1, keepdims=True) @ v
         out = out.swapaxes(1, 2).reshape(*ids.shape, -1) @ w[at + "attn.out_proj.weight"].T
         yield "out_proj", out
-        yield "state", (x := x + out)
+        yield "after attention", (x := x + out)
         inner = norm(x, at + "ffn_norm.weight") @ w[at + "ffn.proj_1.weight"].T
         yield "proj_1", inner
         gate, up = np.split(inner, 2, -1) if config.ffn_with_glu else (inner, 1)
         yield "product", (inner := gate * (1 + np.tanh(gate / 2)) / 2 * up)
         yield "proj_2", (out := inner @ w[at + "ffn.proj_2.weight"].T)
-        yield "state", (x := x + out)
+        yield "after ffn", (x := x + out)
     yield "norm", (x := norm(x, "transformer.norm.weight"))
     head = "transformer.token_embeddings" if config.share_input_output_layers else "lm_head"
     yield "logits", x @ w[f"{head}.weight"].T
 
 
 @pytest.mark.parametrize(
-    ("name", "enlarged", "by", "found_in"),
+    ("name", "factors", "largest"),
     [
-        ("tied-gqa4", "transformer.norm.weight", 300, {"norm"}),
-        ("tied-gqa4", "transformer.layers.1.attn_norm.weight", 300, {"norm", "qkv"}),
-        ("tied-gqa4", "transformer.layers.1.attn.q_norm.weight", 300, {"scores"}),
-        ("tied-gqa4", "transformer.layers.2.ffn.proj_1.weight", 1000, {"product"}),
-        ("tied-gqa4", "transformer.layers.0.attn.out_proj.weight", 3000, {"state", "out_proj"}),
-        ("noglu-gqa2", "transformer.layers.0.ffn.proj_1.weight", 3000, {"proj_1"}),
-        ("noqknorm-gqa2", "transformer.layers.0.attn.qkv_proj.weight", 1000, {"scores"}),
-        ("untied-mha", "lm_head.weight", 3000, {"logits"}),
+        ("untied-mha", {"transformer.token_embeddings": 1e3}, "weights"),
+        ("untied-mha", {"0.attn.qkv_proj": 1e-6, "0.attn.out_proj": 1e4}, "weights"),
+        ("untied-mha", {"transformer.norm": 1e-6, "lm_head": 1e4}, "weights"),
+        ("untied-mha", {"1.attn_norm": 300}, "norm"),
+        ("tied-gqa4", {"transformer.norm": 300}, "norm"),
+        ("untied-mha", {"0.attn.qkv_proj": 1e4}, "qkv"),
+        ("noglu-gqa2", {"4.attn.q_norm": 1e3, "4.attn.k_norm": 1e-3}, "rotated"),
+        ("untied-mha", {"2.attn.q_norm": 30}, "scores"),
+        ("noqknorm-gqa2", {"0.attn.qkv_proj": 1e3}, "scores"),
+        ("noglu-gqa2", {"2.attn.qkv_proj": 30, "transformer.token_embeddings": 1e-3}, "out_proj"),
+        ("noglu-gqa2", {"5.attn.out_proj": 1e-6}, "after attention"),
+        ("noglu-gqa2", {"0.ffn.proj_1": 1e4}, "proj_1"),
+        ("tied-gqa4", {"2.ffn.proj_1": 1e3}, "product"),
+        ("untied-mha", {"3.ffn.proj_2": 30, "1.attn_norm": 1e-3}, "proj_2"),
+        ("untied-mha", {"2.ffn.proj_2": 30}, "after ffn"),
+        ("untied-mha", {"lm_head": 30}, "logits"),
     ],
 )
 def test_every_value_counts(
-    name: str, enlarged: str, by: float, found_in: set[str], tmp_path: Path
+    name: str, factors: dict[str, float], largest: str, tmp_path: Path
 ) -> None:
+    """In each case another value is the largest, so that none can be forgotten."""
     model, ids, _ = load_golden(name, tmp_path)
     weights = parameters(model)
-    weights[enlarged] = weights[enlarged] * by
+    for short, factor in factors.items():
+        stem = f"transformer.layers.{short}" if short[0].isdigit() else short
+        weights[f"{stem}.weight"] = weights[f"{stem}.weight"] * factor
     plain = {name: np.array(array, np.float64) for name, array in weights.items()}
     expected = [(abs(x).max(), what) for what, x in values(model.args, plain, np.array(ids))]
-    assert max(expected)[1] in found_in
+    assert max(expected)[1] == largest
     found = measure_activations(model.args, weights, [ids, ids[:1, :3]])
     assert found["largest"] == pytest.approx(max(expected)[0], rel=1e-4)
     assert found["tokens"] == ids.size + 3
