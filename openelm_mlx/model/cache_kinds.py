@@ -249,3 +249,39 @@ class CacheKind:
         """Return the bytes of keys and values that one token adds, over all layers."""
         heads = sum(2 * shape.kv_heads for shape in layer_shapes(config))
         return int(heads * self.store.bytes_per_head(config.head_dim, itemsize))
+
+
+class Place:
+    """The positions, slots and masks of the tokens of one pass, computed once for all layers.
+
+    `start` has the position of each row's first token [B], or of every token of the pass [B, L].
+    """
+
+    def __init__(self, start: mx.array, kind: CacheKind, capacity: int) -> None:
+        self.start, self.kind, self.capacity = start, kind, capacity
+        self._positions: dict[int, mx.array] = {}
+        self._slots: dict[tuple[int, ...], mx.array] = {}
+        self._masks: dict[tuple[int, int], mx.array] = {}
+
+    def positions(self, length: int) -> mx.array:
+        """Return the positions of the tokens, [B, length]."""
+        if length not in self._positions:
+            start = self.start if self.start.ndim == 2 else self.start[:, None]
+            ready = start.shape[1] == length
+            self._positions[length] = start if ready else start + mx.arange(length)
+        return self._positions[length]
+
+    def slots(self, shape: tuple[int, ...]) -> mx.array:
+        """Return the slot of each entry of new keys and values; layers of equal shapes share it."""
+        if shape not in self._slots:
+            slots = self.kind.layout.slots(self.positions(shape[-2]))
+            self._slots[shape] = mx.broadcast_to(slots[:, None, :, None], shape)
+        return self._slots[shape]
+
+    def mask(self, length: int, heads: int = 1) -> mx.array:
+        """Return which slots are visible, [B, heads, length, capacity], the same for every head."""
+        if (length, heads) not in self._masks:
+            positions = self.positions(length)[:, None]
+            positions = mx.broadcast_to(positions, (positions.shape[0], heads, length))
+            self._masks[length, heads] = self.kind.layout.visible(positions, self.capacity)
+        return self._masks[length, heads]

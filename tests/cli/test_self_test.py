@@ -47,7 +47,7 @@ def test_what_is_right_is_said_with_what_it_was_compared_with(capsys):
 
 def test_a_wrong_kernel_is_seen_and_said(capsys, monkeypatch, tokens_only):
     monkeypatch.setattr(
-        "openelm_mlx.model.decoder.rotate", lambda x, normed, swapped, weights, turn: x
+        "openelm_mlx.model.heads.rotate", lambda x, normed, swapped, weights, turn: x
     )
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
@@ -71,7 +71,7 @@ QUANTIZED, MASK = mx.quantized_matmul, Place.mask
 # what is broken, by the way that alone runs it
 FAULTS: dict[int, tuple[str, Callable[..., Any]]] = {
     0: ("openelm_mlx.model.cache.resized", forgetful),
-    1: ("openelm_mlx.model.cache.Place.mask", sees_later_rows),
+    1: ("openelm_mlx.model.cache_kinds.Place.mask", sees_later_rows),
     2: ("openelm_mlx.engine.decode.agreeing", lambda tokens, drafted: drafted.lengths),
     3: ("mlx.core.quantized_matmul", four_bits_wrong),
     4: ("openelm_mlx.model.cache.sdpa", lambda q, k, v, mask, scale: q),
@@ -101,7 +101,7 @@ def test_the_facts_are_printed_whatever_fails(capsys, monkeypatch):
     def fail(*arrays):
         raise RuntimeError("[metal] no such kernel")
 
-    monkeypatch.setattr("openelm_mlx.model.decoder.rotate", fail)
+    monkeypatch.setattr("openelm_mlx.model.heads.rotate", fail)
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert "RuntimeError: [metal] no such kernel; none of 16 greedy tokens" in shown

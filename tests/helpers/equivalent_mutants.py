@@ -35,7 +35,7 @@ EQUIVALENT = {
         "condition true: if (lane == 0) {": ALL_LANES,
         "constant up: if (lane == (0 + 1)) {": ANY_LANE,
         "narrowed: T edge = below ? low : high;": EXACT,
-        "narrowed: T whole = rint(edge / step);": EXACT,
+        "narrowed: T whole = nearest(edge / step);": EXACT,
         "narrowed: T bias = 0;": EXACT,
         "not accumulated: for (int w = lane; w < WORDS; w = 32) {": "a group has at most 32 words",
         "constant up: for (int w = lane; w < WORDS; w += (32 + 1)) {": "likewise",

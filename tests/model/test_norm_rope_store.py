@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from metal_emulator import ORDERS, Emulator
 
 from openelm_mlx.device import mx
 from openelm_mlx.model.cache import Place
 from openelm_mlx.model.cache_kinds import CacheKind, Growing, Plain, Quantized, Window
-from openelm_mlx.model.decoder import VALUE, Projection, rotary
+from openelm_mlx.model.heads import VALUE, Projection, rotary
 from openelm_mlx.model.kernels.kernel import running
-from openelm_mlx.model.kernels.norm_rope_store import fits, store_heads
+from openelm_mlx.model.kernels.norm_rope_store import check, fits, store_heads
 
 ONLY = frozenset({"norm_rope_store"})
 F16, BF16, F32 = mx.float16, mx.bfloat16, mx.float32
@@ -51,7 +53,7 @@ def both(kind: CacheKind, start: mx.array, one: Projection, slots: int):
     return (wanted[0], *wanted[1]), (q, *found)
 
 
-def check(wanted, found, dtype: mx.Dtype) -> None:
+def compare(wanted, found, dtype: mx.Dtype) -> None:
     for a, b in zip(wanted, found, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         if dtype == BF16 or a.dtype == mx.uint32:
@@ -72,7 +74,7 @@ def test_one_token_of_one_row(dtype, head_dim):
     start = mx.array([5])
     place = Place(start, CacheKind(), 9)
     one = projection(place, (1, 1, 6, head_dim), dtype, last=True)
-    check(*both(CacheKind(), start, one, 9), dtype)
+    compare(*both(CacheKind(), start, one, 9), dtype)
 
 
 def test_pairs_of_one_type_fit():
@@ -105,4 +107,22 @@ def test_tokens_of_rows(kind, last, each):
         start = start[:, None] + mx.array([0, 1, 2, 3])
     slots = kind.layout.slots_for(54, 8)
     one = projection(Place(start, kind, slots), (3, 4, 7, 64), BF16, last)
-    check(*both(kind, start, one, slots), BF16)
+    compare(*both(kind, start, one, slots), BF16)
+
+
+@needs_compiler
+def test_the_check_of_first_use_tells_a_kernel_that_rotates_or_packs_wrongly():
+    emulator = Emulator()
+
+    def with_source(old, new):
+        def run(kernel, inputs, launch):
+            source = kernel.source.replace(old, new)
+            return emulator(replace(kernel, source=source), inputs, launch)
+
+        with running(run, ONLY):
+            return check()
+
+    assert with_source("", "") == ""
+    assert "output 0 differs" in with_source("u * c - v * s", "u * c + v * s")
+    assert "output 1 differs" in with_source("/ kv_heads * rows", "/ kv_heads * 1")
+    assert with_source("bits << shift", "bits >> shift").startswith("Quantized(bits=8")

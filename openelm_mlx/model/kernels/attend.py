@@ -8,17 +8,12 @@ kernel takes the mask, so this one is in use on CUDA only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from openelm_mlx.device import mx
-from openelm_mlx.model.cache_kinds import Arrays, Growing, Mask, Plain
+from openelm_mlx.model.cache_kinds import Arrays, Growing, Mask, Place, Plain
 from openelm_mlx.model.kernels.add_rms_norm import number
 from openelm_mlx.model.kernels.kernel import Kernel, in_use
 from openelm_mlx.model.kernels.norm_rope_store import numbers
 from openelm_mlx.model.kernels.self_check import difference, noise
-
-if TYPE_CHECKING:
-    from openelm_mlx.model.cache import Place
 
 SIMD, GROUPS = 32, 32  # threads of a SIMD group, and SIMD groups of a threadgroup
 MOST_TOKENS = 32  # of a row; for more of them, keys should be read once for all

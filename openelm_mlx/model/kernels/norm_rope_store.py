@@ -9,17 +9,16 @@ table is one launch a step beside others, not one a layer. Not measured on a GPU
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openelm_mlx.device import mx
-from openelm_mlx.model.cache_kinds import Arrays, Quantized, Window
+from openelm_mlx.model.cache_kinds import Arrays, CacheKind, Place, Plain, Quantized, Store, Window
+from openelm_mlx.model.heads import VALUE, Projection, rotary
 from openelm_mlx.model.kernels.add_rms_norm import number
-from openelm_mlx.model.kernels.kernel import Kernel, in_use
+from openelm_mlx.model.kernels.kernel import Kernel, in_use, twins
+from openelm_mlx.model.kernels.self_check import difference, noise
 
-if TYPE_CHECKING:
-    from openelm_mlx.model.cache import Place
-    from openelm_mlx.model.decoder import Projection
-
+TYPES = (mx.bfloat16, mx.float16, mx.float32)
 SIMD = 32
 MOST_HEAD_DIM = 256
 
@@ -95,9 +94,18 @@ PLAIN = """
     }
 """
 
+# A value halfway between two steps: MLX's kernels for GPUs round it away from zero, its loops for
+# processors to the even one.
+HALFWAY = """
+#if defined(__METAL_VERSION__) || defined(__CUDACC__)
+#define nearest(x) round(x)
+#else
+#define nearest(x) rint(x)
+#endif
+"""
+
 # The formula of mx.quantize (mlx/backend/cpu/quantized.cpp): the value of the largest magnitude is
-# one of the steps. A value halfway between two steps goes to the even one, as there; MLX's kernel
-# for Metal rounds it away from zero. A group's values are one stream of bits.
+# one of the steps. A group's values are one stream of bits.
 PACKED = """
     constexpr int WORDS = GROUP * BITS / 32;
     constexpr float MOST = (1 << BITS) - 1;
@@ -123,7 +131,7 @@ PACKED = """
         float step = max((high - low) / MOST, 1e-7f);
         step = below ? step : -step;
         float edge = below ? low : high;
-        float whole = rint(edge / step);
+        float whole = nearest(edge / step);
         float bias = 0;
         if (whole != 0) {
             step = edge / whole;
@@ -137,7 +145,7 @@ PACKED = """
         for (int w = lane; w < WORDS; w += 32) {
             uint word = 0;
             for (int e = 32 * w / BITS; e * BITS < 32 * w + 32; e++) {
-                float value = rint((values[first + e] - bias) / step);
+                float value = nearest((values[first + e] - bias) / step);
                 uint bits = uint(min(max(value, 0.0f), MOST));
                 int shift = e * BITS - 32 * w;  // below 0 where the word before has a part of it
                 word |= shift < 0 ? bits >> -shift : bits << shift;
@@ -152,7 +160,7 @@ NORM_ROPE_STORE = Kernel(
     "norm_rope_store", (*GIVEN, "buffer"), ("q",), HEADS + PLAIN, in_place=("buffer",)
 )
 PARTS = ("words", "scales", "biases")
-NORM_ROPE_PACK = Kernel("norm_rope_store", (*GIVEN, *PARTS), ("q",), HEADS + PACKED, in_place=PARTS)
+NORM_ROPE_PACK = Kernel("norm_rope_store", (*GIVEN, *PARTS), ("q",), HEADS + PACKED, HALFWAY, PARTS)
 
 
 def store_heads(projection: Projection, arrays: Arrays, place: Place) -> tuple[mx.array, Arrays]:
@@ -175,9 +183,8 @@ def fits(raw: mx.array, arrays: Arrays) -> bool:
 
     MLX gives a kernel fewer than 8 elements as constants.
     """
-    floats = [mx.float32, mx.float16, mx.bfloat16]
     head_dim = raw.shape[-1]
-    one_type = raw.dtype in floats and arrays[-1].dtype == raw.dtype
+    one_type = raw.dtype in TYPES and arrays[-1].dtype == raw.dtype
     large = all(array.size >= 8 for array in arrays)
     return one_type and large and head_dim % 2 == 0 and 8 <= head_dim <= MOST_HEAD_DIM
 
@@ -221,3 +228,37 @@ def by_kernel(projection: Projection, arrays: Arrays, place: Place) -> tuple[mx.
 def numbers(*values: int) -> mx.array:
     """Return integers as an array, which compiled steps have as a constant."""
     return mx.array(values, mx.int32)
+
+
+def check() -> str:
+    """Return how the kernel differs from its twin on three tokens of two rows, "" if it does not.
+
+    Packed values are compared as what they stand for: rounding may tell one step from the next.
+    """
+    cases: list[tuple[mx.Dtype, Store]] = [(dtype, Plain()) for dtype in TYPES]
+    for dtype, store in [*cases, (mx.bfloat16, Quantized(8, 64))]:
+        mine = stored_noise(dtype, CacheKind(store, Window(20, 3)))
+        with twins():
+            twin = stored_noise(dtype, CacheKind(store, Window(20, 3)))
+        if text := difference(mine, twin):
+            return f"{store} in {dtype}: {text}"
+    return ""
+
+
+def stored_noise(dtype: mx.Dtype, kind: CacheKind) -> list[mx.array]:
+    """Return the queries, and the arrays that `store_heads` has changed, of random inputs."""
+    q, k = norms = noise(1, (64,), dtype), noise(2, (64,), dtype)
+    plain = [mx.full(64, VALUE)] * 2
+    table = mx.stack([w.astype(mx.float32) for w in (q, q, q, k, k, *plain)]).reshape(7, 2, 32)
+    place = Place(mx.array([2, 70]), kind, 52)
+    rotation = rotary(place.positions(3), 64, 10000.0)
+    raw, weights = noise(3, (2, 3, 7, 64), dtype), table + 1j * table[:, ::-1]
+    projection = Projection(raw, weights, rotation, 3, 1e-6, norms, last=False)
+    queries, arrays = store_heads(
+        projection, kind.store.pack(noise(4, (2, 2, 2, 52, 64), dtype)), place
+    )
+    if isinstance(kind.store, Quantized):
+        form: Any = {"group_size": kind.store.group_size, "bits": kind.store.bits}
+        words, scales, biases = arrays
+        arrays = [mx.dequantize(words, scales, biases, **form)]
+    return [queries, *arrays]
