@@ -117,6 +117,17 @@ def test_a_gpu_computes_what_was_measured_in_float16_and_inspect_says_why(
     assert load(measured, dtype="bfloat16").model.transformer.norm.weight.dtype == mx.bfloat16
 
 
+def test_a_file_that_is_converted_to_be_loaded_is_measured_where_a_gpu_has_use_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OPENELM_CACHE", str(tmp_path))
+    monkeypatch.setattr(device, "kind", lambda: "metal")
+    monkeypatch.setattr(device, "recommended_bytes", device.memory_bytes)
+    engine = load(NANO / "checkpoint.pt")
+    assert engine.model.transformer.norm.weight.dtype == mx.float16
+    assert largest_activation(engine.path, read_headers(engine.path))
+
+
 def test_float16_is_nearer_to_float32_than_bfloat16(measured: Path) -> None:
     tokens = mx.array([[1, *range(300, 307)]])
     exact, half, wide = (
