@@ -24,7 +24,7 @@ from openelm_mlx.model.cache import KVCache, step_caches
 from openelm_mlx.model.cache_kinds import CacheKind
 from openelm_mlx.model.kernels.kernel import running
 
-pytestmark = pytest.mark.needs("a C++ compiler")
+pytestmark = pytest.mark.needs("emulated kernels")
 ONLY = frozenset({"norm_rope_store"})
 SETTINGS = [{}, {"kv_bits": 8}, {"kv_bits": 4}, {"kv_window": 24}, {"kv_window": 24, "kv_bits": 8}]
 each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -53,6 +53,11 @@ def cuda() -> bool:
     return device.kind() == "cuda"
 
 
+def emulates() -> bool:
+    """Tell whether kernels can be emulated: by g++, and in memory that is the processor's."""
+    return sys.platform == "linux" and shutil.which("g++") is not None and not cuda()
+
+
 def peer(name: str) -> bool:
     """Tell whether a benchmark could measure this peer here."""
     from openelm_mlx.benchmarks import peers
@@ -86,7 +91,7 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
     "CUDA": cuda,
     "NVRTC": compiles_for_cuda,
     "a C++ compiler": compiles,
-    "emulated kernels": lambda: sys.platform == "linux" and shutil.which("g++") is not None,
+    "emulated kernels": emulates,
     "libclang": lambda: find_spec("clang") is not None,
     "Chromium": lambda: find_chromium() is not None,
     "langchain-openai": lambda: find_spec("langchain_openai") is not None,
