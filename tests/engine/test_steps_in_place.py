@@ -236,3 +236,45 @@ def test_what_a_pass_still_writes_is_waited_for(change):
         changes[change]()
     ready = mx.get_active_memory() - before
     assert ready > 0.9 * sum(a.nbytes for arrays in held for a in arrays)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """What is called of rows of keys and values, in order."""
+    made: list[str] = []
+
+    def recorded(name):
+        real = getattr(Rows, name)
+
+        def call(self, *given):
+            made.append(name)
+            return real(self, *given)
+
+        monkeypatch.setattr(Rows, name, call)
+
+    for name in ("settle", "lend"):
+        recorded(name)
+    return made
+
+
+def test_passes_that_are_forgotten_are_waited_for(engine, calls):
+    """They may write to the same slots as those that follow, on which they do not depend."""
+    draft = random_engine(engine, seed=1, noise=0.3)
+    batch = BatchEngine(engine, 1, compiled=False, draft=draft)
+    batch.submit(LONG[:20], max_tokens=20, ignore_eos=True)
+    for _ in range(3):
+        batch.step()
+    batch._lanes[0].restart()
+    calls.clear()
+    batch.step()
+    assert calls[:3] == ["settle", "settle", "lend"]  # the rows, and those of the draft model
+
+
+def test_what_a_draft_model_reads_by_the_way_is_waited_for(engine, calls):
+    """The pass that drafts writes after it, and depends on nothing else that it computes."""
+    draft = random_engine(engine, seed=1, noise=0.3)
+    given = {"max_tokens": 30, "prompt_lookup": 1, "draft_tokens": 3, "adaptive_draft": False}
+    alone(engine, LONG[:60], draft=draft, **given)
+    feeds = [at for at, call in enumerate(calls) if call == "settle" and calls[at - 1] == "lend"]
+    assert ("feed", False) in draft.steps._made
+    assert any(calls[at + 1 : at + 2] == ["lend"] for at in feeds)
