@@ -21,7 +21,8 @@ from openelm_mlx.dtypes import name_of
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.engine.sampling import Context, Controls, Filters, draw, seed_key
 from openelm_mlx.errors import reason
-from openelm_mlx.model.decoder import VALUE, Projection, rotary, swiglu
+from openelm_mlx.model.decoder import swiglu
+from openelm_mlx.model.heads import VALUE, Projection, rotary
 from openelm_mlx.model.kernels.kernel import choice, twins
 
 Run = Callable[..., Any]

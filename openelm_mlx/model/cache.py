@@ -24,12 +24,11 @@ from openelm_mlx.model.cache_kinds import (
     resized,
     sdpa,
 )
-from openelm_mlx.model.kernels.attend import attend
-from openelm_mlx.model.kernels.norm_rope_store import store_heads
+from openelm_mlx.model.heads import Projection
+from openelm_mlx.model.kernels.store_and_attend import store_and_attend
 
 if TYPE_CHECKING:
     from openelm_mlx.model.config import OpenELMConfig
-    from openelm_mlx.model.heads import Projection
 
 BLOCK = 256  # slots by which one sequence grows; a step is traced again each time
 
@@ -224,8 +223,8 @@ class StepCache:
         return self.place.mask(length)
 
     def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
-        q, self.arrays = store_heads(projection, self.arrays, self.place)
-        return attend(q, self.arrays, self.place, projection.raw.shape[1], mask, scale)
+        out, self.arrays = store_and_attend(projection, self.arrays, self.place, mask, scale)
+        return out
 
 
 def step_caches(buffers: list[Arrays], start: mx.array, kind: CacheKind) -> list[StepCache]:

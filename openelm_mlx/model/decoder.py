@@ -7,14 +7,15 @@ A layer (arXiv:2404.14619; corenet/modeling/models/language_modeling/general_gpt
     x = x + proj_2(silu(gate) * up)          [gate; up] = proj_1(ffn_norm(x))
 
 A small model spends much of a token's time on launching kernels. Where kernels of our own run
-(kernels/), a layer takes nine. MLX's operations alone take three for norm, rotation and storing,
-and `Attention.plain_heads` computes the same in a readable way; tests compare all. One token of the
-270M takes this many kernels, counted by `python -m openelm_mlx.benchmarks.ledger.count 270m`
-(docs/performance.md); a concatenation counts as a copy of each input:
+(kernels/), a layer takes eight. MLX's operations alone take four for norm, rotation, storing and
+attention, and `Attention.plain_heads` computes heads in a readable way; tests compare all. One
+token of the 270M takes this many kernels, counted by
+`python -m openelm_mlx.benchmarks.ledger.count 270m` (docs/performance.md); a concatenation counts
+as a copy of each input:
 
-    151  with kernels of our own
+    134  with kernels of our own; 151 from 513 slots on
     183  with MLX's operations
-    215  without `VALUE`: values skip norm and rotation, and are concatenated with the keys again
+    215  without `VALUE` (heads.py): values skip norm and rotation, and join the keys again
     246  with `plain_heads`: two norms, two rotations, and values concatenated with the keys
 """
 
@@ -28,7 +29,7 @@ from openelm_mlx.model.cache import Cache, KVCache, NoCache, as_caches
 from openelm_mlx.model.cache_kinds import Mask
 from openelm_mlx.model.config import LayerShape, OpenELMConfig, layer_shapes
 from openelm_mlx.model.footprint import layers_at_once
-from openelm_mlx.model.heads import VALUE, Projection, rotary
+from openelm_mlx.model.heads import Projection, head_table, rotary
 from openelm_mlx.model.kernels.add_rms_norm import ADD_RMS_NORM, Sum, sum_and_norm
 from openelm_mlx.model.kernels.kernel import in_use
 from openelm_mlx.model.projections import Embedding, Linear, for_any_thread, project_onto, sums
@@ -78,19 +79,12 @@ class Attention(nn.Module):
         return (self.q_norm.weight, self.k_norm.weight) if self.normalize else None
 
     def head_weights(self, norms: tuple[mx.array, mx.array] | None) -> mx.array:
-        """Return the norm weight of each element of each head, [heads, 2, head_dim / 2] complex64.
-
-        The imaginary part is the weight of its partner in the rotation; in value heads both are
-        `VALUE`. The table is cached until training or loading sets other `norm_weights`.
-        """
+        """Return the `head_table`. It is cached until training or loading sets other weights."""
         table, sources = self._table, norms or (None, None)
         if table and table[0] is sources[0] and table[1] is sources[1]:
             return table[2]
-        ones = mx.ones((self.head_dim,))
-        q, k = (ones if weight is None else weight.astype(mx.float32) for weight in sources)
-        rows = [q] * self.q_heads + [k] * self.kv_heads + [ones * VALUE] * self.kv_heads
-        weights = mx.stack(rows).reshape(len(rows), 2, -1)
-        self._table = (*sources, for_any_thread(weights + 1j * weights[:, ::-1]))
+        made = head_table(sources, self.q_heads, self.kv_heads, self.head_dim)
+        self._table = (*sources, for_any_thread(made))
         return self._table[2]
 
     def plain_heads(self, raw: mx.array, offset: int, base: float) -> tuple[mx.array, mx.array]:

@@ -1,4 +1,4 @@
-"""The heads of a layer: what its projection gives, its norm and its rotation.
+"""The heads that one projection makes: norm and rotation of queries and keys, which values skip.
 
 Complex tables save inputs, not kernels, and each input costs host time: `rotate` reads five arrays,
 and would read seven if cosine, sine and both norm weights of a pair were separate.
@@ -53,7 +53,7 @@ def rotate(
 
     It computes in float32. In each pair (a, b), a becomes Re((a + ib) exp(i angle)) and b becomes
     Re((b + ia) exp(-i angle)). `x` and `normed` are [B, L, heads, 2, head_dim / 2], `swapped` is
-    `normed` with a and b exchanged; `weights` comes from `Attention.head_weights`.
+    `normed` with a and b exchanged; `weights` comes from `head_table`.
     """
     own = mx.real(weights)  # so `weights - own` is i times the partner's
     pair = normed.astype(mx.float32) * own + swapped.astype(mx.float32) * (weights - own)
@@ -68,7 +68,7 @@ class Projection(NamedTuple):
     """
 
     raw: mx.array  # [B, L, q + 2 kv, head_dim]
-    weights: mx.array  # from `Attention.head_weights`
+    weights: mx.array  # from `head_table`
     rotation: mx.array  # from `rotary`
     q_heads: int
     eps: float | None  # of the norm of queries and keys; None without a norm
@@ -91,3 +91,18 @@ class Projection(NamedTuple):
         q, kv = mx.split(rotated, [self.q_heads], axis=1)
         kv = kv.reshape(2, 1, -1, L, D) if B == 1 else kv.reshape(B, 2, -1, L, D).swapaxes(0, 1)
         return q[:, :, -1:] if self.last and L > 1 else q, kv
+
+
+def head_table(
+    norms: tuple[mx.array | None, mx.array | None], q_heads: int, kv_heads: int, head_dim: int
+) -> mx.array:
+    """Return the norm weight of each element of each head, [heads, 2, head_dim / 2] complex64.
+
+    The imaginary part is the weight of its partner in the rotation; in value heads both are
+    `VALUE`. `norms` are the weights of queries and of keys [head_dim], None without a norm.
+    """
+    ones = mx.ones((head_dim,))
+    q, k = (ones if weight is None else weight.astype(mx.float32) for weight in norms)
+    rows = [q] * q_heads + [k] * kv_heads + [ones * VALUE] * kv_heads
+    weights = mx.stack(rows).reshape(len(rows), 2, -1)
+    return weights + 1j * weights[:, ::-1]

@@ -19,7 +19,7 @@ from openelm_mlx.benchmarks.ledger.steps import (
 )
 from openelm_mlx.device import mx
 from openelm_mlx.engine.decode import forward
-from openelm_mlx.model.cache_kinds import Plain, resized
+from openelm_mlx.model.cache_kinds import CacheKind, Plain, resized
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.model.kernels.kernel import Kernel
 
@@ -65,14 +65,18 @@ def test_a_sum_costs_nothing_where_the_norm_that_reads_it_adds(spec):
 
 
 @pytest.mark.parametrize(
-    ("spec", "count"), [(PLAIN, 9 * 16 + 7), (FOUR_BITS, 9 * 16 + 10)], ids=str
+    ("spec", "context", "count"),
+    [(PLAIN, 64, 8 * 16 + 6), (FOUR_BITS, 64, 8 * 16 + 9)]
+    + [(PLAIN, 768, 9 * 16 + 7), (FOUR_BITS, 768, 9 * 16 + 10)],
+    ids=str,
 )
-def test_kernels_of_270m_counted_by_hand(spec, count):
-    """A layer: 4 projections, heads and storing, attention, gate, and 2 norms. Plain projections
-    add the residual, quantized ones leave it to the norms. Once a token: embedding (4 quantized),
-    angles, mask, position, norm, head, argmax.
+def test_kernels_of_270m_counted_by_hand(spec, context, count):
+    """A layer: 4 projections, heads with storing and attention, gate, and 2 norms. Plain
+    projections add the residual, quantized ones leave it to the norms. Once a token: embedding (4
+    quantized), angles, position, norm, head, argmax. From 513 slots on storing and attention are
+    two, and there is a mask.
     """
-    mine = ledger(trace_ours(M270, spec))
+    mine = ledger(trace_ours(M270, spec, context))
     assert mine.kernels == count <= (160 if spec.quantization else 152)
     assert mine.by_purpose["copy"] == mine.by_purpose["other"] == mine.copies == 0
 
@@ -112,7 +116,8 @@ def test_no_buffer_is_copied(kind, rows, drafts):
             else:
                 readers.add(node.name)
     attention = "ScaledDotProductAttention" if kind.store == Plain() else "QuantizedMatmul"
-    assert readers == {"norm_rope_store", attention}
+    one = kind == CacheKind() and not drafts
+    assert readers == ({"store_and_attend"} if one else {"norm_rope_store", attention})
     assert {out.name for out in graph.outputs[1:]} <= views
 
 
@@ -127,10 +132,11 @@ def test_parts_of_a_product_that_are_added_up_are_no_copies():
     assert entry.by_primitive["further passes"] == 23 and entry.by_purpose["copy"] == 0
 
 
-def test_four_rows_take_a_mask_for_each_number_of_heads_and_nothing_more():
-    one, four = (ledger(trace_ours(M270, FOUR_BITS, rows=rows)) for rows in (1, 4))
-    assert (one.by_purpose["mask"], four.by_purpose["mask"]) == (1, 3)
-    assert four.kernels == one.kernels + 2
+@pytest.mark.parametrize(("context", "masks"), [(64, (0, 0)), (768, (1, 3))])
+def test_four_rows_take_no_more_than_a_mask_for_each_number_of_heads(context, masks):
+    one, four = (ledger(trace_ours(M270, FOUR_BITS, context, rows)) for rows in (1, 4))
+    assert (one.by_purpose["mask"], four.by_purpose["mask"]) == masks
+    assert four.kernels - one.kernels == masks[1] - masks[0]
 
 
 @pytest.mark.parametrize("spec", [PLAIN, FOUR_BITS], ids=str)

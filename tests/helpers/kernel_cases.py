@@ -19,7 +19,7 @@ from openelm_mlx.device import mx, nn
 from openelm_mlx.model.cache import Place
 from openelm_mlx.model.cache_kinds import CacheKind, Plain, Quantized, Window
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, layer_shapes
-from openelm_mlx.model.decoder import VALUE, Projection, rotary
+from openelm_mlx.model.heads import VALUE, Projection, rotary
 from openelm_mlx.model.kernels.add_rms_norm import Sum, sum_and_norm
 from openelm_mlx.model.kernels.norm_rope_store import store_heads
 

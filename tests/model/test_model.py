@@ -13,7 +13,8 @@ from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.model.cache import KVCache, step_caches
 from openelm_mlx.model.cache_kinds import CacheKind
 from openelm_mlx.model.config import layer_shapes
-from openelm_mlx.model.decoder import Attention, Projection, rotary
+from openelm_mlx.model.decoder import Attention
+from openelm_mlx.model.heads import Projection, rotary
 from openelm_mlx.model.projections import MANY, Embedding, Linear
 
 TOKENS = mx.array([[1, 5, 9, 30, 12, 7, 7, 3], [1, 9, 30, 2, 9, 3, 3, 60]])

@@ -18,34 +18,9 @@ from openelm_mlx.model.kernels.self_check import difference, noise
 SIMD, GROUPS = 32, 32  # threads of a SIMD group, and SIMD groups of a threadgroup
 MOST_TOKENS = 32  # of a row; for more of them, keys should be read once for all
 
-# One threadgroup a token and query head. Its SIMD groups take KEYS keys each in turn, and have a
-# running softmax each (arXiv:1805.02867); at the end the groups' results are weighed and added.
-ATTEND = Kernel(
-    "attend",
-    ("queries", "buffer", "start", "sizes", "factor"),
-    ("out",),
-    """
-    constexpr int EACH = D / 32;
-    constexpr int KEYS = 4;
-    int slots = sizes[0], heads = sizes[1], kv_heads = sizes[2], rows = sizes[3];
-    int asked = sizes[4], length = sizes[5], each = sizes[6];
-    int lane = thread_index_in_simdgroup, part = simdgroup_index_in_threadgroup;
-    int head = threadgroup_position_in_grid.y;
-    int row = threadgroup_position_in_grid.z / asked;
-    int place = threadgroup_position_in_grid.z % asked;
-    int token = length - asked + place;
-    int count = (each ? start[row * length + token] : start[row] + token) + 1;
-    count = min(count, slots);
-    size_t strip = size_t(row) * kv_heads + head * kv_heads / heads;
-    const device T* keys = buffer + strip * slots * D + lane;
-    const device T* values = keys + size_t(rows) * kv_heads * slots * D;
-    size_t at = ((size_t(row) * heads + head) * asked + place) * D;
-    float query[EACH], sum[EACH];
-    for (int i = 0; i < EACH; i++) {
-        query[i] = float(queries[at + lane + 32 * i]) * factor;
-        sum[i] = 0;
-    }
-    float most = -INFINITY, total = 0;
+# The SIMD groups of a threadgroup take KEYS of `count` keys in turn, and each has a running softmax
+# (arXiv:1805.02867); at the end the groups' results are weighed and added.
+RUNNING = """
     for (int first = part * KEYS; first < count; first += 32 * KEYS) {
         float score[KEYS];
         float higher = most;
@@ -89,7 +64,37 @@ ATTEND = Kernel(
         }
         out[at + part * 32 + lane] = T(mine / all);
     }
-    """,
+"""
+
+# One threadgroup a token and query head.
+ATTEND = Kernel(
+    "attend",
+    ("queries", "buffer", "start", "sizes", "factor"),
+    ("out",),
+    """
+    constexpr int EACH = D / 32;
+    constexpr int KEYS = 4;
+    int slots = sizes[0], heads = sizes[1], kv_heads = sizes[2], rows = sizes[3];
+    int asked = sizes[4], length = sizes[5], each = sizes[6];
+    int lane = thread_index_in_simdgroup, part = simdgroup_index_in_threadgroup;
+    int head = threadgroup_position_in_grid.y;
+    int row = threadgroup_position_in_grid.z / asked;
+    int place = threadgroup_position_in_grid.z % asked;
+    int token = length - asked + place;
+    int count = (each ? start[row * length + token] : start[row] + token) + 1;
+    count = min(count, slots);
+    size_t strip = size_t(row) * kv_heads + head * kv_heads / heads;
+    const device T* keys = buffer + strip * slots * D + lane;
+    const device T* values = keys + size_t(rows) * kv_heads * slots * D;
+    size_t at = ((size_t(row) * heads + head) * asked + place) * D;
+    float query[EACH], sum[EACH];
+    for (int i = 0; i < EACH; i++) {
+        query[i] = float(queries[at + lane + 32 * i]) * factor;
+        sum[i] = 0;
+    }
+    float most = -INFINITY, total = 0;
+    """
+    + RUNNING,
 )
 
 

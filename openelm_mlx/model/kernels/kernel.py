@@ -85,7 +85,7 @@ def made_for_metal(kernel: Kernel) -> Any:
 
 # --- which are in use
 
-NAMES = ("norm_rope_store", "add_rms_norm", "sample")
+NAMES = ("norm_rope_store", "store_and_attend", "add_rms_norm", "sample")
 NAMES_BY_BACKEND = {"metal": NAMES, "cuda": (*NAMES, "attend"), "cpu": ()}
 
 

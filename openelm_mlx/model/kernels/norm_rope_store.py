@@ -13,7 +13,7 @@ from typing import Any
 
 from openelm_mlx.device import mx
 from openelm_mlx.model.cache_kinds import Arrays, CacheKind, Place, Plain, Quantized, Store, Window
-from openelm_mlx.model.heads import VALUE, Projection, rotary
+from openelm_mlx.model.heads import Projection, head_table, rotary
 from openelm_mlx.model.kernels.add_rms_norm import number
 from openelm_mlx.model.kernels.kernel import Kernel, in_use, twins
 from openelm_mlx.model.kernels.self_check import difference, noise
@@ -247,12 +247,10 @@ def check() -> str:
 
 def stored_noise(dtype: mx.Dtype, kind: CacheKind) -> list[mx.array]:
     """Return the queries, and the arrays that `store_heads` has changed, of random inputs."""
-    q, k = norms = noise(1, (64,), dtype), noise(2, (64,), dtype)
-    plain = [mx.full(64, VALUE)] * 2
-    table = mx.stack([w.astype(mx.float32) for w in (q, q, q, k, k, *plain)]).reshape(7, 2, 32)
+    norms = noise(1, (64,), dtype), noise(2, (64,), dtype)
     place = Place(mx.array([2, 70]), kind, 52)
     rotation = rotary(place.positions(3), 64, 10000.0)
-    raw, weights = noise(3, (2, 3, 7, 64), dtype), table + 1j * table[:, ::-1]
+    raw, weights = noise(3, (2, 3, 7, 64), dtype), head_table(norms, 3, 2, 64)
     projection = Projection(raw, weights, rotation, 3, 1e-6, norms, last=False)
     queries, arrays = store_heads(
         projection, kind.store.pack(noise(4, (2, 2, 2, 52, 64), dtype)), place
