@@ -27,9 +27,9 @@ CHUNKS = (512, 256, 128, 64)  # prompt tokens of one pass, from the fastest to t
 # Memory that MLX has freed and keeps to use again. On Metal its own limit is 1.5 times what Metal
 # recommends (mlx/backend/metal/allocator.cpp), so a long prompt's activations would stay for good.
 # A limit set with mx.set_cache_limit would also hold within a prompt, and make each layer ask the
-# system for new memory; so it is given back once a prompt has been read, as mlx-lm does it too.
+# system for new memory; so it is given back once a prompt has been read (mlx-lm: after each chunk).
 KEPT = 512 << 20
-
+SHARE = 10  # where a device has more memory, MLX may keep this part of what is recommended
 
 # Scores of attention, masked and as weights, in two layers: more are not in flight at once, because
 # MLX commits by elements and runs ten command buffers ahead. Assumed, not measured.
@@ -164,8 +164,9 @@ wired = Wired()
 
 
 def give_back() -> None:
-    """Return memory to the system if MLX keeps more than `KEPT` that is not in use."""
-    if mx.get_cache_memory() > KEPT:
+    """Return memory to the system if MLX keeps much that is not in use."""
+    kept = mx.get_cache_memory()
+    if kept > KEPT and kept > device.recommended_bytes() // SHARE:
         mx.clear_cache()
 
 

@@ -244,14 +244,18 @@ def test_freed_memory_is_given_back_after_a_prompt(
     tiny: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cleared: list[int] = []
-    kept = [KEPT]
+    kept, recommended = [KEPT], [GB]
     monkeypatch.setattr(mx, "get_cache_memory", lambda: kept[0])
     monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
+    monkeypatch.setattr(device, "recommended_bytes", lambda: recommended[0])
     generate(tiny, "Once", max_tokens=2)
     assert cleared == []
     kept[0] += 1
     generate(tiny, "Once", max_tokens=2)
     assert len(cleared) == 2  # after the prompt, and at the end
+    recommended[0] = 10 * kept[0]
+    generate(tiny, "Once", max_tokens=2)
+    assert len(cleared) == 2
 
 
 def test_the_chunk_is_the_users_or_what_fits(
