@@ -103,12 +103,12 @@ def results(dtype: str | None = None, ways: Sequence[Way] | None = None) -> Iter
     """Run the bundled model in each way (`WAYS`), in `dtype` or what this device computes in."""
     opened = cache(partial(models, dtype))
     for way in WAYS if ways is None else ways:
-        yield result(way, partial(opened, way.bits))
+        yield result(way, partial(opened, way.bits), dtype)
 
 
-def result(way: Way, opened: Callable[[], tuple[Engine, OpenELM]]) -> Result:
+def result(way: Way, opened: Callable[[], tuple[Engine, OpenELM]], dtype: str | None) -> Result:
     """Run one way; an error is its result."""
-    dtype, limit = None, 0.0
+    limit = 0.0
     try:
         engine, exact = opened()
         dtype = name_of(parameters(engine.model)["transformer.norm.weight"].dtype)
