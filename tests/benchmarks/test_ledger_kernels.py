@@ -19,6 +19,8 @@ from openelm_mlx.benchmarks.ledger.steps import (
 )
 from openelm_mlx.device import mx
 from openelm_mlx.engine.decode import forward
+from openelm_mlx.engine.draft_model import make_drafter
+from openelm_mlx.engine.sampling import Filters
 from openelm_mlx.model.cache_kinds import CacheKind, Plain, resized
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.model.kernels.kernel import Kernel
@@ -81,6 +83,45 @@ def test_kernels_of_270m_counted_by_hand(spec, context, count):
     assert mine.by_purpose["copy"] == mine.by_purpose["other"] == mine.copies == 0
 
 
+def check_order(graph: Graph) -> None:
+    """Whatever reads a buffer, or writes to it again, is computed from queries of the kernel that
+    wrote to it, too: MLX, which does not know of the writing, orders the two by those.
+    """
+    written: dict[str, str] = {}  # the queries that came with a buffer, by the name of its view
+    sources: dict[str, set[str]] = {}  # the queries that an array is computed from
+    for node in graph.nodes:
+        names = [array.name for array in node.inputs]
+        if node.name == "Depends":
+            written |= {out.name: names[-1] for out in node.outputs}
+        elif node.name in VIEWS and names[0] in written:
+            written |= {out.name: written[names[0]] for out in node.outputs}
+        else:
+            others = [sources.get(name, set()) for name in names if name not in written]
+            found = set().union(*others)
+            assert {written[name] for name in names if name in written} <= found, node
+            if node.name == "norm_rope_store":
+                found = found | {out.name for out in node.outputs}
+            sources |= {out.name: found for out in node.outputs}
+    assert written
+
+
+def test_tokens_that_a_model_drafts_are_stored_in_order():
+    model, start = our_model(SMALL, PLAIN), our_state(SMALL, 2, 64, mx.bfloat16)
+    draft = make_drafter(model, CacheKind(), Filters(), SMALL.vocab_size, 4)
+
+    def step(pairs: mx.array, position: mx.array, *flat: mx.array) -> list[mx.array]:
+        buffers = [[array] for array in flat]
+        more = (start.key, start.controls, None)
+        tokens, after = draft(pairs, position, buffers, *more)
+        return [tokens, *(array for arrays in after for array in arrays)]
+
+    pairs = mx.ones((2, 2), mx.uint32)
+    with one_primitive_each(tagged=True):
+        graph = fuse(trace(step, pairs, start.position, *(array for (array,) in start.buffers)))
+    assert sum(node.name == "norm_rope_store" for node in graph.nodes) == 3 * 4
+    check_order(graph)
+
+
 @pytest.mark.parametrize(("rows", "drafts"), [(1, 0), (4, 3)])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_no_buffer_is_copied(kind, rows, drafts):
@@ -106,6 +147,7 @@ def test_no_buffer_is_copied(kind, rows, drafts):
         graph = fuse(trace(step, start.position, *(array for arrays in kept for array in arrays)))
     views, readers = {array.name for array in graph.inputs[1:]}, set()
     layouts: dict[str, Layout] = {}
+    check_order(graph)
     for node in graph.nodes:
         inputs = [layouts.get(array.name, Layout.rows(array.shape)) for array in node.inputs]
         layouts |= zip((out.name for out in node.outputs), after(node, inputs), strict=True)
