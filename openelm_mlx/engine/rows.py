@@ -9,6 +9,7 @@ from openelm_mlx.model.cache import BLOCK, KVCache
 from openelm_mlx.model.cache_kinds import Arrays, CacheKind, resized
 from openelm_mlx.model.kernels.kernel import in_use
 from openelm_mlx.model.kernels.norm_rope_store import NORM_ROPE_STORE
+from openelm_mlx.model.kernels.store_and_attend import STORE_AND_ATTEND
 
 if TYPE_CHECKING:
     from openelm_mlx.model.config import OpenELMConfig
@@ -25,8 +26,8 @@ def quarters(n: int, least: int = 1) -> int:
 class Rows:
     """The caches of `count` rows; arrays are [2, count, kv_heads, slots, n] as in `cache_kinds`.
 
-    A step borrows the buffers with `lend` and replaces them with `restore`. Where the kernel of
-    norm_rope_store.py runs, both are the same memory: nobody else may have it. The twin's step
+    A step borrows the buffers with `lend` and replaces them with `restore`. Where a kernel
+    stores (model/kernels), both are the same memory: nobody else may have it. The twin's step
     copies a buffer to which another reference is left. The caller knows how many tokens each row
     has; `written` is one past the last position that was ever written to.
     """
@@ -58,10 +59,10 @@ class Rows:
     def settle(self) -> None:
         """Wait for the passes under way, where a kernel writes to the buffers in place.
 
-        MLX does not know of what it writes, so only the next pass, which needs its queries, may be
+        MLX does not know of what it writes, so only the next pass, which needs its outputs, may be
         submitted before: anything else that reads the buffers could be run before the kernel.
         """
-        if in_use(NORM_ROPE_STORE):
+        if in_use(NORM_ROPE_STORE) or in_use(STORE_AND_ATTEND):
             mx.eval(self.buffers)
 
     def place(self, row: int, cache: KVCache) -> None:

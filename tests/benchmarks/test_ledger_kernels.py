@@ -29,6 +29,7 @@ M270 = OpenELMConfig.from_name("270m")
 SMALL = replace(M270, num_transformer_layers=3)
 PLAIN = WeightSpec("bfloat16")
 FOUR_BITS = WeightSpec("bfloat16", {"group_size": 64, "bits": 4})
+STORING = ("norm_rope_store", "store_and_attend")
 STORE = Kernel("norm_rope_store", ("x", "buffer"), ("q",), "", in_place=("buffer",))
 
 
@@ -84,11 +85,11 @@ def test_kernels_of_270m_counted_by_hand(spec, context, count):
 
 
 def check_order(graph: Graph) -> None:
-    """Whatever reads a buffer, or writes to it again, is computed from queries of the kernel that
+    """Whatever reads a buffer, or writes to it again, is computed from outputs of the kernel that
     wrote to it, too: MLX, which does not know of the writing, orders the two by those.
     """
-    written: dict[str, str] = {}  # the queries that came with a buffer, by the name of its view
-    sources: dict[str, set[str]] = {}  # the queries that an array is computed from
+    written: dict[str, str] = {}  # the output that came with a buffer, by the name of its view
+    sources: dict[str, set[str]] = {}  # the outputs of such kernels that an array is computed from
     for node in graph.nodes:
         names = [array.name for array in node.inputs]
         if node.name == "Depends":
@@ -99,7 +100,7 @@ def check_order(graph: Graph) -> None:
             others = [sources.get(name, set()) for name in names if name not in written]
             found = set().union(*others)
             assert {written[name] for name in names if name in written} <= found, node
-            if node.name == "norm_rope_store":
+            if node.name in STORING:
                 found = found | {out.name for out in node.outputs}
             sources |= {out.name: found for out in node.outputs}
     assert written
@@ -118,7 +119,7 @@ def test_tokens_that_a_model_drafts_are_stored_in_order():
     pairs = mx.ones((2, 2), mx.uint32)
     with one_primitive_each(tagged=True):
         graph = fuse(trace(step, pairs, start.position, *(array for (array,) in start.buffers)))
-    assert sum(node.name == "norm_rope_store" for node in graph.nodes) == 3 * 4
+    assert sum(node.name in STORING for node in graph.nodes) == 3 * 4
     check_order(graph)
 
 
