@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
     from openelm_mlx.engine.options import GenerationOptions, SamplingOptions
 
-PASS_TOKENS = 4096  # prompt tokens of all rows in one pass, so that activations stay small
+PASS_TOKENS = 4096  # of all rows in one pass, or 8 chunks if less, so that activations stay small
 SHARED = 64  # tokens from which on a common beginning is worth waiting for
 BETWEEN = 8  # steps at least from one that prefills a whole chunk beside running rows to the next
 
@@ -116,7 +116,7 @@ class Admission:
             self.cache.clear()
             self.requests[0].reused = self._reused = self._done = 0
         count, start = len(self._prompts), self._done
-        columns = max(1, min(self.chunk, PASS_TOKENS // count, budget // count))
+        columns = max(1, min(self.chunk, min(8 * self.chunk, PASS_TOKENS, budget) // count))
         end = min(start + columns, self.longest)
         tokens, model = self._padded[:, start:end], self.engine.model
         # of each prompt only the last position goes through the last layer's FFN

@@ -17,9 +17,10 @@ import pytest
 from helpers.formats import WIDE, random_folder
 from helpers.small import random_engine
 
-from openelm_mlx import device, generate, load
+from openelm_mlx import batch_generate, device, generate, load
 from openelm_mlx.device import mx
 from openelm_mlx.engine import scheduler
+from openelm_mlx.engine.admission import Admission
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.memory import (
     CHUNKS,
@@ -267,3 +268,14 @@ def test_the_chunk_is_the_users_or_what_fits(
     assert BatchEngine(tiny, prefill_chunk=100)._queue.chunk == 100
     monkeypatch.setattr(device, "kind", lambda: "cpu")
     assert BatchEngine(tiny)._queue.chunk == 512
+
+
+def test_rows_that_are_read_together_share_eight_chunks(
+    tiny: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    run = Admission.run
+    monkeypatch.setattr(Admission, "run", lambda *how: passes.append(run(*how)) or passes[-1])
+    prompts = [[1, *range(5 + k, 36 + k)] for k in range(16)]
+    batch_generate(tiny, prompts, max_tokens=1, prefill_chunk=16)
+    assert passes == [128] * 4
