@@ -4,6 +4,7 @@ ANY_LANE = "all lanes of the SIMD group have the value, and any of them may writ
 ALL_LANES = "all lanes write the same value to the same place of an output"
 GUARDED = "the pairs of one turn more do not pass the comparison with HALF"
 UNREAD = "nothing reads the value"
+FADED = "the first keys of a SIMD group fade what was before them to 0"
 EXACT = "16 bits hold the value exactly"
 
 EQUIVALENT = {
@@ -39,5 +40,17 @@ EQUIVALENT = {
         "narrowed: T bias = 0;": EXACT,
         "not accumulated: for (int w = lane; w < WORDS; w = 32) {": "a group has at most 32 words",
         "constant up: for (int w = lane; w < WORDS; w += (32 + 1)) {": "likewise",
+    },
+    "attend": {
+        "plus for minus: const device T* key = keys + size_t(min(first + k, count + 1)) * D;": (
+            "the score of a key beyond the last is not used, and behind the keys lie the values"
+        ),
+        "plus for minus: float share = metal::precise::exp(highest[lane] + "
+        "simd_max(highest[lane]));": "a factor that all shares have is divided by",
+        "statement dropped: sum[i] = 0;": FADED,
+        "constant up: sum[i] = (0 + 1);": FADED,
+        "constant up: float most = -INFINITY, total = (0 + 1);": FADED,
+        "constant up: constexpr int KEYS = (4 + 1);": "any number of keys a turn will do",
+        "constant up: if (lane == (0 + 1)) {": ANY_LANE,
     },
 }

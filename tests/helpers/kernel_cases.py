@@ -21,6 +21,8 @@ from openelm_mlx.model.cache_kinds import CacheKind, Plain, Quantized, Window
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, layer_shapes
 from openelm_mlx.model.heads import VALUE, Projection, rotary
 from openelm_mlx.model.kernels.add_rms_norm import Sum, sum_and_norm
+from openelm_mlx.model.kernels.attend import ATTEND, attend
+from openelm_mlx.model.kernels.kernel import in_use
 from openelm_mlx.model.kernels.norm_rope_store import store_heads
 
 MOST = int(os.environ.get("OPENELM_KERNEL_CASES", "30"))  # of each test; 100000 is all
@@ -123,6 +125,37 @@ def store_case(
     return Case("norm_rope_store", title, call)
 
 
+def attend_case(
+    dtype: mx.Dtype,
+    heads: tuple[int, int, int],
+    starts: tuple[int, ...],
+    length: int = 1,
+    asked: int | None = None,
+    each: bool = False,
+    free: int = 5,
+) -> Case:
+    """The last `asked` tokens of each row attend; `heads` are those of queries and keys, and their
+    width. `free` slots and more lie behind a row's tokens: for the kernel they are not a number.
+    """
+    q_heads, kv_heads, width = heads
+
+    def call() -> list[mx.array]:
+        start = mx.array(starts)
+        if each:
+            start = start[:, None] + mx.array([(7 * i) % 5 for i in range(length)])
+        slots = max(starts) + length + free
+        place = Place(start, CacheKind(), slots)
+        q = normal(1, len(starts), q_heads, asked or length, width, dtype=dtype)
+        buffer = normal(2, 2, len(starts), kv_heads, slots, width, dtype=dtype)
+        if in_use(ATTEND):
+            filled = place.positions(length).max(axis=1)[:, None] >= mx.arange(slots)
+            buffer = mx.where(filled[None, :, None, :, None], buffer, mx.array(mx.nan, dtype))
+        mask = place.mask(length)[..., -(asked or length) :, :]
+        return [attend(q, [buffer], place, length, mask, 0.25)]
+
+    return Case("attend", f"{dtype} {heads} {starts} x {length} {asked} {each}", call)
+
+
 def apart(wanted: mx.array, found: mx.array) -> bool:
     """Tell more than rounding. Packed words are equal, and bfloat16; what is one unit of a norm in
     float16 is up to two of its product with a weight.
@@ -157,6 +190,13 @@ REVEALING = {
         store_case(BF16, (1, 3, 128), "8 bits of 128", (1, 2, 3, 9), 3),
     ],
 }
+
+
+REVEALING["attend"] = [
+    attend_case(mx.float32, (4, 2, 64), (0, 133), 2, 1),
+    attend_case(mx.float32, (1, 1, 32), (3, 0), 3, each=True),
+    attend_case(BF16, (1, 1, 32), (150, 400), free=0),
+]
 
 
 # --- all shapes

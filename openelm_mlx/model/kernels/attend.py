@@ -82,7 +82,6 @@ ATTEND = Kernel(
     int place = threadgroup_position_in_grid.z % asked;
     int token = length - asked + place;
     int count = (each ? start[row * length + token] : start[row] + token) + 1;
-    count = min(count, slots);
     size_t strip = size_t(row) * kv_heads + head * kv_heads / heads;
     const device T* keys = buffer + strip * slots * D + lane;
     const device T* values = keys + size_t(rows) * kv_heads * slots * D;
