@@ -184,7 +184,7 @@ def run(
 def reference(exact: OpenELM, ids: list[int], count: int, vocab: int) -> list[list[float]]:
     """Return the log probabilities after the last `count` of these ids, by one pass on the CPU."""
     with mx.stream(mx.cpu), twins():
-        logits = exact(mx.array([ids]))[0, -count:, :vocab]
+        logits = exact.logits(exact.hidden(mx.array([ids]))[0, -count:])[:, :vocab]
         rows: Any = (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).tolist()
     return rows
 

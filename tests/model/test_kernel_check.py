@@ -114,11 +114,22 @@ def test_verdicts_are_remembered_until_what_they_are_about_changes() -> None:
         assert wrong_kernels(["a", "b"], check) == {"b": "differs"}
         assert asked == ["a", "b"]
     newer = {**subject(), "kernels": "another"}
-    remember(newer, {"a": "", "b": UNFINISHED})
+    remember(newer, "a", "")
+    remember(newer, "b", UNFINISHED)
     assert wrong_kernels(["a", "b"], check, newer) == {"b": UNFINISHED} and len(asked) == 2
     assert wrong_kernels(["a"], check) == {} and len(asked) == 3
     forget()
     assert not memory_path(subject()).exists()
+
+
+def test_a_process_leaves_what_another_one_has_found_meanwhile() -> None:
+    def check(name: str) -> str:
+        remember(subject(), "b", "")  # by the process that was checking it
+        return ""
+
+    remember(subject(), "b", UNFINISHED)
+    assert wrong_kernels(["a", "b"], check) == {"b": UNFINISHED}
+    assert remembered(subject()) == {"a": "", "b": ""}
 
 
 def test_a_damaged_or_unwritable_memory_only_costs_another_check(monkeypatch, tmp_path) -> None:

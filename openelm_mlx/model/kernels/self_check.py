@@ -71,13 +71,12 @@ def wrong_kernels(
     for name in names:
         if name in verdicts:
             continue
-        remember(about, {**verdicts, name: UNFINISHED})
+        remember(about, name, UNFINISHED)
         try:
             verdicts[name] = check(name)
         except Exception as error:  # whatever it is, the twin does without
             verdicts[name] = f"its check failed: {reason(error)}"
-    if verdicts != remembered(about):
-        remember(about, verdicts)
+        remember(about, name, verdicts[name])
     return {name: verdicts[name] for name in names if verdicts[name]}
 
 
@@ -112,12 +111,15 @@ def remembered(about: dict[str, str]) -> dict[str, str]:
     return {name: why for name, why in verdicts.items() if isinstance(why, str)}
 
 
-def remember(about: dict[str, str], verdicts: dict[str, str]) -> None:
-    """Write the verdicts. A folder that cannot be written only costs a check in each process."""
+def remember(about: dict[str, str], name: str, verdict: str) -> None:
+    """Write a verdict beside those in the file, which another process may just have written.
+
+    A folder that cannot be written only costs a check in each process.
+    """
     with contextlib.suppress(OSError):
         path = memory_path(about)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"about": about, "verdicts": verdicts})
+        write_json(path, {"about": about, "verdicts": remembered(about) | {name: verdict}})
 
 
 def forget() -> None:
