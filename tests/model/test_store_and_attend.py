@@ -26,14 +26,21 @@ def normal(seed: int, *shape: int, dtype: mx.Dtype = F32) -> mx.array:
 
 
 def step(
-    heads: tuple[int, int, int], starts: list[int], slots: int, dtype: mx.Dtype, norm: bool = True
+    heads: tuple[int, int, int],
+    starts: list[int],
+    slots: int,
+    dtype: mx.Dtype,
+    norm: bool = True,
+    size: float = 1.0,
 ) -> tuple[Projection, mx.array, Place]:
-    """A token of each row; what lies behind it in the buffer is not a number."""
+    """A token of each row; what lies behind it in the buffer is not a number. `size` is that of
+    the values.
+    """
     q_heads, kv_heads, width = heads
     rows, place = len(starts), Place(mx.array(starts), CacheKind(), slots)
     norms = tuple(1 + 0.3 * normal(seed, width, dtype=dtype) for seed in (1, 2)) if norm else None
     table = head_table(norms or (None, None), *heads)
-    raw = normal(3, rows, 1, q_heads + 2 * kv_heads, width, dtype=dtype)
+    raw = (size * normal(3, rows, 1, q_heads + 2 * kv_heads, width)).astype(dtype)
     eps, rotation = 1e-6 if norm else None, rotary(place.positions(1), width, 10000.0)
     one = Projection(raw, table, rotation, q_heads, eps, norms, last=True)
     filled = (mx.arange(slots) < mx.array(starts)[:, None])[None, :, None, :, None]
@@ -81,6 +88,7 @@ def test_one_token_after_few_and_many(start, dtype):
 def test_rows_of_their_own_lengths_in_any_order(width):
     compare((4, 2, width), [5, 0, 33], 40, F32, orders=ORDERS)
     compare((3, 3, width), [7], 8, BF16, norm=False)
+    compare((1, 1, width), [7], 8, F32, size=1e-3)  # which shows whether eps is added
 
 
 @pytest.mark.needs("emulated kernels")

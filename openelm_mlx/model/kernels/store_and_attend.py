@@ -73,14 +73,20 @@ STORE_AND_ATTEND = Kernel(
     const device T* values = keys + between * D;
     size_t at = (size_t(row) * heads + head) * D;
     float query[EACH], sum[EACH];
-    float score_of_own = 0;
     for (int i = 0; i < EACH; i++) {
         query[i] = fresh[lane + 32 * i] * factor;
-        score_of_own += query[i] * fresh[D + lane + 32 * i];
-        sum[i] = part == 0 ? fresh[2 * D + lane + 32 * i] : 0.0f;
+        sum[i] = 0;
     }
-    score_of_own = simd_sum(score_of_own);
-    float most = part == 0 ? score_of_own : -INFINITY, total = part == 0 ? 1.0f : 0.0f;
+    float most = -INFINITY, total = 0;
+    if (part == 0) {  // begins with the token itself
+        float product = 0;
+        for (int i = 0; i < EACH; i++) {
+            product += query[i] * fresh[D + lane + 32 * i];
+            sum[i] = fresh[2 * D + lane + 32 * i];
+        }
+        most = simd_sum(product);
+        total = 1;
+    }
     """
     + RUNNING,
     in_place=("buffer",),
