@@ -56,8 +56,8 @@ def kind() -> Literal["metal", "cuda", "cpu"]:
 def wired_limit(recommended_bytes: int | None, system_version: str) -> int | None:
     """Return the most bytes that may be wired: all that Metal recommends.
 
-    macOS does not page wired memory out. None if nothing can be wired: without
-    Metal, or on a macOS before 15 (mlx-lm's `wired_limit` has the same rule).
+    macOS does not page wired memory out. None if nothing can be wired: without Metal, or on a
+    macOS before 15 (mlx-lm's `wired_limit` has the same rule).
     """
     major = re.match(r"\d+", system_version or "")
     if not recommended_bytes or major is None or int(major[0]) < WIRED_SINCE:
