@@ -29,7 +29,8 @@ from openelm_mlx.model.decoder import parameters
 
 
 def test_suites_and_grids():
-    assert set(SUITES) == {"quick", "standard", "paper", "context", "bits", "startup", "soak"}
+    measured = {"quick", "standard", "paper", "context", "bits", "startup", "first-run", "soak"}
+    assert set(SUITES) == measured
     paper = BenchmarkOptions(suite="paper").chosen()
     assert (
         paper.models == ("270m", "450m", "1.1b", "3b")
