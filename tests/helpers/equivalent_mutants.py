@@ -6,6 +6,15 @@ GUARDED = "the pairs of one turn more do not pass the comparison with HALF"
 UNREAD = "nothing reads the value"
 FADED = "the first keys of a SIMD group fade what was before them to 0"
 EXACT = "16 bits hold the value exactly"
+REACHED = "the last pivot is the end, before which enough tokens stand"
+POSITIVE = "a mass that is known is at least 1, that of the likeliest token"
+THREE = "4 leaves a remainder of 1 by 3, and so do its multiples here as r / 4"
+LAST_BIT = "a random number differs in the last of 32 bits, of which a float keeps 24"
+LISTED = "it is in the list too, then, and stays before the others"
+WIDER = "no token has this key, or what is beyond is dropped by the rank"
+TINY = "beyond a gap of 16 the mass is less than rounding"
+WASTE = "it works more for the same, or narrows in other steps"
+SAME = "the cases that it decides otherwise do not occur, or do not differ"
 
 EQUIVALENT = {
     "add_rms_norm": {
@@ -52,5 +61,72 @@ EQUIVALENT = {
         "constant up: float most = -INFINITY, total = (0 + 1);": FADED,
         "constant up: constexpr int KEYS = (4 + 1);": "any number of keys a turn will do",
         "constant up: if (lane == (0 + 1)) {": ANY_LANE,
+    },
+    "sample": {
+        "bound moved: uint stage = limit <= size ? 0 : 1, end = cold ? 0 : share < INFINITY ? "
+        "2 : 1;": WASTE,
+        "bound moved: uint stage = limit < size ? 0 : 1, end = cold ? 0 : share <= INFINITY ? "
+        "2 : 1;": WASTE,
+        "bound moved: for (; stage <= end; stage++) {": WASTE,
+        "bound moved: if (n >= most) {": WASTE,
+        "bound moved: if (!counting && total <= 0) total = sums[7];": POSITIVE,
+        "bound moved: if (counting || total <= 0) {": POSITIVE,
+        "constant up: if (!counting && total < (0 + 1)) total = sums[7];": POSITIVE,
+        "constant up: if (counting || total < (0 + 1)) {": POSITIVE,
+        "constant up: float total = -(1 + 1), lighter = 0, before = 0, weight = 0;": POSITIVE,
+        "bound moved: for (uint j = 0; j <= 7; j++) {": REACHED,
+        "constant up: for (uint j = 0; j < (7 + 1); j++) {": REACHED,
+        "bound moved: for (uint i = self; inside >= 0 && i < size; i += threads) {": WASTE,
+        "bound moved: for (uint side = 0; side <= (listed ? 1 : 2); side++) {": WASTE,
+        "constant up: for (uint side = 0; side < (listed ? (1 + 1) : 2); side++) {": WASTE,
+        "constant up: for (uint side = 0; side < (listed ? 1 : (2 + 1)); side++) {": WASTE,
+        "bound moved: if (value > top || (value == top && id <= token_)) {": SAME,
+        "comparison turned: if (value > top || (value >= top && id < token_)) {": SAME,
+        "comparison turned: uint lowest = simd_min(top >= high ? token_ : size);": SAME,
+        "bound moved: if (parts[g] > parts[0] || (parts[g] == parts[0] && winners[g] <= "
+        "winners[0])) {": SAME,
+        "comparison turned: if (parts[g] > parts[0] || (parts[g] >= parts[0] && winners[g] < "
+        "winners[0])) {": SAME,
+        "comparison turned: if (stays && rank - below + 1 >= uint(sums[0])) {": SAME,
+        "comparison turned: if (bits > edge || (bits >= edge && id > last)) continue;": SAME,
+        "comparison turned: if (r % 4 >= 3) {": SAME,
+        "condition true: if (!listed) {": WASTE,
+        "condition true: if (n > most) {": WASTE,
+        "condition true: if (pair != hashed) {": WASTE,
+        "statement dropped: n = size;": WASTE,
+        "statement dropped: listed = below == 0;": WASTE,
+        "statement dropped: hashed = pair;": WASTE,
+        "times for over: uint from = first ? as_type<uint>(0.25f * degree) : low + part;": WASTE,
+        "constant up: uint part = first ? 0x800000 : (high - low + (7 + 1)) / 8;": WASTE,
+        "constant up: uint part = first ? 0x800000 : (high - low + 7) / (8 + 1);": WASTE,
+        "constant up: uint stage = limit < size ? 0 : 1, end = cold ? (0 + 1) : share < "
+        "INFINITY ? 2 : 1;": WASTE,
+        "constant up: uint stage = limit < size ? 0 : 1, end = cold ? 0 : share < INFINITY ? "
+        "(2 + 1) : 1;": WASTE,
+        "constant up: uint stage = limit < size ? 0 : 1, end = cold ? 0 : share < INFINITY ? "
+        "2 : (1 + 1);": WASTE,
+        "constant up: ADD((1 + 1))": WASTE,
+        "constant up: ADD((1 + 1)) (2)": WASTE,
+        "times for over: a += schedule[(r * 4 + 1) % 3];": THREE,
+        "times for over: b += schedule[(r * 4 + 2) % 3] + r / 4 + 1;": THREE,
+        "constant up: b += schedule[(r / 4 + 2) % 3] + r / (4 + 1) + 1;": LAST_BIT,
+        "constant up: #define KEY(gap, i) (!by_id ? BITS(gap) : BITS(gap) < one_gap ? (0 + 1) "
+        "\\": LISTED,
+        "constant up: if (lane == (0 + 1)) parts[(c) * 32 + group] = part_; \\": ANY_LANE,
+        "constant up: if (lane == (0 + 1)) parts[group] = best;": ANY_LANE,
+        "constant up: if (lane == (0 + 1)) {": ANY_LANE,
+        "constant up: if (self == (0 + 1)) {": ANY_LANE,
+        "constant up: uint n = (0 + 1), below = 0, rank = 0;": UNREAD,
+        "constant up: uint n = 0, below = (0 + 1), rank = 0;": UNREAD,
+        "constant up: uint n = 0, below = 0, rank = (0 + 1);": UNREAD,
+        "constant up: float total = -1, lighter = (0 + 1), before = 0, weight = 0;": UNREAD,
+        "constant up: float total = -1, lighter = 0, before = (0 + 1), weight = 0;": UNREAD,
+        "constant up: uint low = 0, high = edge + 1, one_gap = (0 + 1), inside = 0;": UNREAD,
+        "constant up: uint low = 0, high = edge + 1, one_gap = 0, inside = (0 + 1);": UNREAD,
+        "constant up: uint a = (0 + 1), b = 0, token_ = 0;": UNREAD,
+        "constant up: uint a = 0, b = (0 + 1), token_ = 0;": UNREAD,
+        "constant up: uint low = 0, high = edge + (1 + 1), one_gap = 0, inside = 0;": WIDER,
+        "constant up: high = size + (1 + 1);": WIDER,
+        "index down: if (!counting && total < 0) total = sums[(7) - 1];": TINY,
     },
 }

@@ -4,13 +4,16 @@ the golden checkpoints, every type, and lengths at the borders of blocks and win
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from typing import Any, TypeVar
+from unittest.mock import patch
 
+import numpy as np
 from golden_set import FLAGS, GOLDEN
 
 from openelm_mlx.convert.opening import config_for, open_source
@@ -19,7 +22,9 @@ from openelm_mlx.device import mx, nn
 from openelm_mlx.model.cache import Place
 from openelm_mlx.model.cache_kinds import CacheKind, Plain, Quantized, Window
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, layer_shapes
+from openelm_mlx.model.draws import COLD, Limits
 from openelm_mlx.model.heads import VALUE, Projection, rotary
+from openelm_mlx.model.kernels import sample
 from openelm_mlx.model.kernels.add_rms_norm import Sum, sum_and_norm
 from openelm_mlx.model.kernels.attend import ATTEND, attend
 from openelm_mlx.model.kernels.kernel import in_use
@@ -169,6 +174,53 @@ def apart(wanted: mx.array, found: mx.array) -> bool:
     return gap.max().item() > units * mx.finfo(wanted.dtype).eps
 
 
+def draw_case(
+    dtype: mx.Dtype,
+    rows: int,
+    vocab: int,
+    listed: int = 512,
+    threads: int = 1024,
+    filtered: bool = True,
+    hot: bool = False,
+) -> Case:
+    """A token of each row, under filters by chance; at most `listed` are compared with each other.
+
+    Rows are flat, steep, have equal logits, forbid most tokens, or have no numbers. If they are
+    `hot`, many are flat, and no token that stays is rare.
+    """
+
+    def call() -> list[mx.array]:
+        rng = np.random.default_rng(vocab)
+
+        def some(off: float, *values: float) -> list[float]:
+            return [off if rng.random() < 0.3 else float(rng.choice(values)) for _ in range(rows)]
+
+        temperature = mx.array([100.0] * rows if hot else some(1.0, COLD, 1e-9, 0.5, 3.0))
+        few, shares = ([], [0.5, math.inf]) if hot else ([1, 2, 4, 8], [0.0, 0.25, 0.5, 0.9])
+        top_k = mx.array([int(k) for k in some(vocab, *few, vocab // 2, vocab - 1)])
+        top_p = mx.array(some(math.inf, *shares, 0.999))
+        min_p = mx.array(some(math.inf, 0.0, 1.0, 3.0))
+        sizes = [0, 0, 60] if hot else [0, 0.3, 1, 3, 30]
+        logits = rng.normal(size=(rows, vocab)) * rng.choice(sizes, size=(rows, 1))
+        coarse = rng.random(rows) < 0.5
+        logits[coarse] = np.round(logits[coarse])
+        forbidden = rng.random((rows, vocab)) < rng.choice([0, 0, 0.6], size=(rows, 1))
+        logits[forbidden] = -np.inf
+        logits[rng.random(rows) < 0.3, vocab // 2] = 1
+        logits[-1] = np.nan
+        with patch.multiple(sample, LIST=listed, MOST_THREADS=threads):
+            token = sample.draw_by_kernel(
+                mx.array(logits.astype(np.float32)).astype(dtype),
+                Limits(temperature, *((top_k, top_p, min_p) if filtered else ())),
+                mx.random.split(mx.random.key(vocab), rows),
+                mx.arange(rows),
+            )
+        return [token]
+
+    title = f"{dtype} {rows} x {vocab}, {listed} listed, {filtered} {hot}"
+    return Case("sample", title, call)
+
+
 # --- what the broken kernels are shown: few cases that leave no part of a kernel unused
 
 BF16 = mx.bfloat16
@@ -188,6 +240,13 @@ REVEALING = {
         store_case(BF16, (2, 1, 96), "4 bits", (5, 9, 6, 255), fill=(0, 1e-7, -1.5)),
         store_case(BF16, (1, 3, 64), "window, 5 bits", (0, 700, 331, 5), 3),
         store_case(BF16, (1, 3, 128), "8 bits of 128", (1, 2, 3, 9), 3),
+    ],
+    "sample": [
+        draw_case(mx.float32, 150, 71),
+        draw_case(mx.float32, 300, 90, listed=8, threads=32),
+        draw_case(mx.float32, 800, 126, listed=8, threads=32, hot=True),
+        draw_case(BF16, 40, 41, threads=32, filtered=False),
+        draw_case(mx.float32, 60, 1100, listed=16),
     ],
 }
 
@@ -244,6 +303,8 @@ def templates() -> Iterator[Case]:
     """One call for each type and template of a kernel."""
     for dtype in TYPES:
         yield sum_case(dtype, 1, 1280)
+        yield draw_case(dtype, 1, 7)
+        yield draw_case(dtype, 1, 32000, filtered=False)
         yield store_case(dtype, (12, 3, 128), starts=(1,) * 9)  # positions that are no constants
         for kind, norm in product(KINDS, (True, False)):
             yield store_case(dtype, (12, 3, 128), kind, norm=norm)

@@ -85,7 +85,7 @@ SAMPLE = Kernel(
         bool counting = stage == 0;
         if (!listed) {
             uint low = 0, high = edge + 1, one_gap = 0, inside = 0;
-            bool by_id = false, first = true, reached = true;
+            bool by_id = false, first = true;
             n = size;
             do {
                 if (n > most) {
@@ -114,7 +114,6 @@ SAMPLE = Kernel(
                     ADD(8)
                     if (!counting && total < 0) total = sums[7];
                     float wanted = counting ? float(limit) : share * total;
-                    reached = !counting || sums[7] >= wanted;
                     for (uint j = 0; j < 7; j++) {
                         if (sums[j] < wanted) low = metal::max(low, pivots[j]);
                         else high = metal::min(high, pivots[j]);
@@ -122,7 +121,7 @@ SAMPLE = Kernel(
                 }
                 float under = 0, mass = 0;
                 inside = 0;
-                for (uint i = self; reached && i < size; i += threads) {
+                for (uint i = self; i < size; i += threads) {
                     float gap = GAP(i);
                     uint key = KEY(gap, i);
                     if (key < low) {
@@ -140,10 +139,6 @@ SAMPLE = Kernel(
                 lighter = sums[1];
                 n = uint(sums[2]);
             } while (n > most);
-            if (!reached) {  // fewer than k can be drawn at all
-                limit = size;
-                continue;
-            }
             listed = below == 0;
             uint at = simd_prefix_exclusive_sum(inside);
             for (uint g = 0; g < group; g++) at += uint(parts[2 * 32 + g]);
@@ -160,7 +155,6 @@ SAMPLE = Kernel(
             threadgroup_barrier(mem_flags::mem_threadgroup);
             rank = below;
             before = lighter;
-            weight = 0;
             if (self < n) {
                 float mine = list_gaps[self];
                 uint id = list_ids[self];
@@ -188,7 +182,7 @@ SAMPLE = Kernel(
             edges[1] = list_ids[self];
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        if (sums[0] > 0) {  // unless no logit is a number
+        if (sums[0] > 0) {  // unless fewer can be drawn at all
             edge = edges[0];
             last = edges[1];
         }
