@@ -12,7 +12,6 @@ THREE = "4 leaves a remainder of 1 by 3, and so do its multiples here as r / 4"
 LAST_BIT = "a random number differs in the last of 32 bits, of which a float keeps 24"
 LISTED = "it is in the list too, then, and stays before the others"
 WIDER = "no token has this key, or what is beyond is dropped by the rank"
-TINY = "beyond a gap of 16 the mass is less than rounding"
 WASTE = "it works more for the same, or narrows in other steps"
 SAME = "the cases that it decides otherwise do not occur, or do not differ"
 
@@ -127,6 +126,5 @@ EQUIVALENT = {
         "constant up: uint a = 0, b = (0 + 1), token_ = 0;": UNREAD,
         "constant up: uint low = 0, high = edge + (1 + 1), one_gap = 0, inside = 0;": WIDER,
         "constant up: high = size + (1 + 1);": WIDER,
-        "index down: if (!counting && total < 0) total = sums[(7) - 1];": TINY,
     },
 }
