@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # called with what is being run and how much of the work was done; with None, how much there is
 Tick = Callable[[str | None, float], None]
 
-# sections in their order, with about how many seconds each takes
+# sections in their order, with guesses of their seconds, for the progress bar
 SECTIONS = {"paths": 60, "ways": 40, "kernels": 5, "costs": 10, "decoded": 40, "read": 10}
 SECTIONS |= {"buffers": 60, "rates": 60}
 SETTINGS = (

@@ -31,7 +31,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     full = parser.add_argument_group("everything about a device that nobody has measured")
-    text = "compare each path of a kernel with the CPU and time what work costs, in five minutes"
+    text = "compare each path of a kernel with the CPU and time what work costs: minutes"
     full.add_argument("--full", action="store_true", help=text)
     text = "with --full: in less than a minute, with few lengths and formats"
     full.add_argument("--quick", action="store_true", help=text)
