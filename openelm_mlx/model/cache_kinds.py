@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-from openelm_mlx.device import mx
+from openelm_mlx.device import kind, mx
 from openelm_mlx.errors import CacheError
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 
@@ -107,6 +107,8 @@ class Quantized:
 
     def attend(self, q: mx.array, arrays: Arrays, mask: Mask, scale: float) -> mx.array:
         B, heads, L, D = q.shape
+        if kind() == "cuda":  # its products of packed matrices take no part of an array
+            arrays = [mx.contiguous(array) for array in arrays]
         (k, k_scales, k_biases), (v, v_scales, v_biases) = zip(*map(halves, arrays), strict=True)
         kv_heads, T = k.shape[1:3]
         spec: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
