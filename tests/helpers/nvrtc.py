@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from math import prod
 from pathlib import Path
 
 from openelm_mlx.device import mx
@@ -35,6 +36,7 @@ class ForCuda:
 
     def __call__(self, kernel: Kernel, inputs: list[mx.array], launch: Launch) -> list[mx.array]:
         assert all(g % t == 0 for g, t in zip(launch.grid, launch.threadgroup, strict=True))
+        assert prod(launch.threadgroup) % 32 == 0
         assert cuda.compiled(cuda.text(kernel, inputs, launch), "sm_90")
         self.names.append(kernel.name)
         return [mx.zeros(shape, d) for shape, d in zip(launch.shapes, launch.dtypes, strict=True)]

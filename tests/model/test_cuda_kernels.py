@@ -11,7 +11,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.model.kernels.cuda import compiled, text
 from openelm_mlx.model.kernels.kernel import NAMES_BY_BACKEND, Kernel, Launch, check_of, running
 
-# Every word of the header, in two SIMD groups, of which the last has 8 threads.
+# Every word of the header, in two SIMD groups.
 WORDS = Kernel(
     "words",
     ("x", "scale", "store"),
@@ -22,7 +22,7 @@ WORDS = Kernel(
     threadgroup float parts[64];
     parts[i] = float(x[place.x]) * scale;
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    thread float other = parts[39 - i];
+    thread float other = parts[63 - i];
     float sum = simd_sum(other), most = simd_max(other), least = simd_min(other);
     simdgroup_barrier(mem_flags::mem_none);
     uint before = simd_prefix_exclusive_sum(1u), upto = simd_prefix_inclusive_sum(1u);
@@ -38,13 +38,13 @@ WORDS = Kernel(
     in_place=("store",),
 )
 ALL = NAMES_BY_BACKEND["cuda"]
-LAUNCH = {"grid": (40, 1, 1), "threadgroup": (40, 1, 1), "shapes": [(40, 8)]}
+LAUNCH = {"grid": (64, 1, 1), "threadgroup": (64, 1, 1), "shapes": [(64, 8)]}
 
 
 def words(dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    store = mx.zeros(40, dtype)
+    store = mx.zeros(64, dtype)
     mx.eval(store)
-    x, scale = mx.arange(40).astype(dtype), mx.array(2.0)
+    x, scale = mx.arange(64).astype(dtype), mx.array(2.0)
     settings = {**LAUNCH, "dtypes": [mx.float32], "template": (("T", dtype),)}
     (y,) = WORDS(x, scale, store, **settings)
     return y, mx.depends([store], [y])[0]
@@ -84,8 +84,8 @@ def test_what_the_compiler_says_is_told():
 def test_metals_words_mean_the_same_in_cuda():
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
         y, store = words(dtype)
-        turned = 2.0 * np.arange(40)[::-1]
-        for first, count in ((0, 32), (32, 8)):
+        turned = 2.0 * np.arange(64)[::-1]
+        for first, count in ((0, 32), (32, 32)):
             other = turned[first : first + count]
             wanted = np.zeros((count, 8), np.float32)
             wanted[:, :3] = other.sum(), other.max(), other.min()

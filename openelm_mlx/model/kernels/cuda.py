@@ -1,8 +1,9 @@
 """Kernels on a GPU of NVIDIA's, from the same sources as on a Mac.
 
-A header of macros says Metal's words in CUDA's: a threadgroup is a block, and a SIMD group of 32 is
-a warp. CUDA's compiler (NVRTC), which MLX has loaded, takes a tenth of a second for a kernel;
-`mx.fast.cuda_kernel` would put MLX's headers before it, and compile for seconds in each process.
+A header of macros says Metal's words in CUDA's: a threadgroup is a block, of whole warps, and a
+SIMD group is a warp. CUDA's compiler (NVRTC), which MLX has loaded, takes a tenth of a second for a
+kernel; `mx.fast.cuda_kernel` would put MLX's headers before it, and compile for seconds in each
+process.
 """
 
 from __future__ import annotations
@@ -58,62 +59,6 @@ struct bfloat16_t {
     operator float() const { return __uint_as_float(uint(bits) << 16); }
 };
 
-namespace simd {
-inline uint index() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
-// threads of this warp: the last one of a block may have fewer than 32
-inline uint width() {
-    uint left = blockDim.x * blockDim.y * blockDim.z - (index() & ~31u);
-    return left < 32 ? left : 32;
-}
-inline uint lanes() { return 0xffffffffu >> (32 - width()); }
-template <typename T, typename Both> T fold(T value, Both both) {
-    for (uint step = 16; step; step /= 2) {
-        T other = __shfl_down_sync(lanes(), value, step);
-        if ((index() & 31) + step < width()) value = both(value, other);
-    }
-    return __shfl_sync(lanes(), value, 0);
-}
-}  // namespace simd
-template <typename T> T simd_sum(T value) {
-    return simd::fold(value, [](T a, T b) { return T(a + b); });
-}
-template <typename T> T simd_max(T value) {
-    return simd::fold(value, [](T a, T b) { return a < b ? b : a; });
-}
-template <typename T> T simd_min(T value) {
-    return simd::fold(value, [](T a, T b) { return b < a ? b : a; });
-}
-template <typename T> T simd_shuffle(T value, uint lane) {
-    return __shfl_sync(simd::lanes(), value, lane);
-}
-template <typename T> T simd_shuffle_xor(T value, uint mask) {
-    return __shfl_xor_sync(simd::lanes(), value, mask);
-}
-template <typename T> T simd_shuffle_down(T value, uint step) {
-    return __shfl_down_sync(simd::lanes(), value, step);
-}
-template <typename T> T simd_shuffle_up(T value, uint step) {
-    return __shfl_up_sync(simd::lanes(), value, step);
-}
-template <typename T> T simd_broadcast(T value, uint lane) { return simd_shuffle(value, lane); }
-template <typename T> T simd_broadcast_first(T value) { return simd_shuffle(value, 0); }
-template <typename T> T simd_prefix_inclusive_sum(T value) {
-    for (uint step = 1; step < 32; step *= 2) {
-        T other = __shfl_up_sync(simd::lanes(), value, step);
-        if ((simd::index() & 31) >= step) value = T(value + other);
-    }
-    return value;
-}
-template <typename T> T simd_prefix_exclusive_sum(T value) {
-    return T(simd_prefix_inclusive_sum(value) - value);
-}
-template <typename To, typename From> To as_type(From from) {
-    static_assert(sizeof(To) == sizeof(From), "as_type keeps the size");
-    To to;
-    memcpy(&to, &from, sizeof to);
-    return to;
-}
-
 namespace metal {
 inline float rsqrt(float x) { return ::rsqrtf(x); }
 inline float sqrt(float x) { return ::sqrtf(x); }
@@ -129,15 +74,67 @@ inline float fma(float x, float y, float z) { return ::fmaf(x, y, z); }
 inline float abs(float x) { return ::fabsf(x); }
 template <typename T> T max(T a, T b) { return a < b ? b : a; }
 template <typename T> T min(T a, T b) { return b < a ? b : a; }
+inline float max(float a, float b) { return ::fmaxf(a, b); }
+inline float min(float a, float b) { return ::fminf(a, b); }
 namespace precise { using namespace metal; }
 }  // namespace metal
+
+#define LANES 0xffffffffu
+inline uint index_in_block() {
+    return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+}
+template <typename T, typename Both> T folded(T value, Both both) {
+    for (uint step = 16; step; step /= 2) {
+        value = both(value, __shfl_xor_sync(LANES, value, step));
+    }
+    return value;
+}
+template <typename T> T simd_sum(T value) {
+    return folded(value, [](T a, T b) { return T(a + b); });
+}
+template <typename T> T simd_max(T value) {
+    return folded(value, [](T a, T b) { return metal::max(a, b); });
+}
+template <typename T> T simd_min(T value) {
+    return folded(value, [](T a, T b) { return metal::min(a, b); });
+}
+template <typename T> T simd_shuffle(T value, uint lane) {
+    return __shfl_sync(LANES, value, lane);
+}
+template <typename T> T simd_shuffle_xor(T value, uint mask) {
+    return __shfl_xor_sync(LANES, value, mask);
+}
+template <typename T> T simd_shuffle_down(T value, uint step) {
+    return __shfl_down_sync(LANES, value, step);
+}
+template <typename T> T simd_shuffle_up(T value, uint step) {
+    return __shfl_up_sync(LANES, value, step);
+}
+template <typename T> T simd_broadcast(T value, uint lane) { return simd_shuffle(value, lane); }
+template <typename T> T simd_broadcast_first(T value) { return simd_shuffle(value, 0); }
+template <typename T> T simd_prefix_inclusive_sum(T value) {
+    for (uint step = 1; step < 32; step *= 2) {
+        T other = __shfl_up_sync(LANES, value, step);
+        if ((index_in_block() & 31) >= step) value = T(value + other);
+    }
+    return value;
+}
+template <typename T> T simd_prefix_exclusive_sum(T value) {
+    return T(simd_prefix_inclusive_sum(value) - value);
+}
+template <typename To, typename From> To as_type(From from) {
+    static_assert(sizeof(To) == sizeof(From), "as_type keeps the size");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
 
 #define device
 #define constant const
 #define thread
 #define threadgroup __shared__
 #define threadgroup_barrier(flags) __syncthreads()
-#define simdgroup_barrier(flags) __syncwarp(simd::lanes())
+#define simdgroup_barrier(flags) __syncwarp()
 #define thread_position_in_threadgroup threadIdx
 #define threadgroup_position_in_grid blockIdx
 #define threads_per_threadgroup blockDim
@@ -145,9 +142,9 @@ namespace precise { using namespace metal; }
 #define thread_position_in_grid                                                             \
     make_uint3(blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y, \
                blockIdx.z * blockDim.z + threadIdx.z)
-#define thread_index_in_threadgroup simd::index()
-#define thread_index_in_simdgroup (simd::index() & 31)
-#define simdgroup_index_in_threadgroup (simd::index() / 32)
+#define thread_index_in_threadgroup index_in_block()
+#define thread_index_in_simdgroup (index_in_block() & 31)
+#define simdgroup_index_in_threadgroup (index_in_block() / 32)
 #define threads_per_simdgroup 32u
 """
 

@@ -49,8 +49,8 @@ class Kernel:
 class Launch:
     """How a kernel is launched.
 
-    `grid` counts threads and is a multiple of `threadgroup`: Metal cuts the last one short, and
-    CUDA runs all of it.
+    `grid` counts threads and is a multiple of `threadgroup`, and that of a SIMD group: Metal cuts
+    the last one short, and CUDA runs all of it.
     """
 
     grid: Size
