@@ -179,7 +179,7 @@ def draw_case(
     rows: int,
     vocab: int,
     listed: int = 512,
-    threads: int = 1024,
+    threads: int = 768,
     filtered: bool = True,
     hot: bool = False,
 ) -> Case:
