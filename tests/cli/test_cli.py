@@ -168,8 +168,8 @@ def test_doctor(capsys, monkeypatch):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["facts"]
     assert found["self_test"].startswith("16 of 16 ")
-    assert found["backend"] == "metal" or (found["cxx_compiler"] is not None) == compiles()
-    assert found["backend"] in ("metal", "cpu") and found["memory_bytes"] > 0
+    assert found["backend"] != "cpu" or (found["cxx_compiler"] is not None) == compiles()
+    assert found["backend"] in ("metal", "cuda", "cpu") and found["memory_bytes"] > 0
     good = {
         "system": "Darwin",
         "machine": "arm64",
@@ -194,3 +194,12 @@ def test_doctor(capsys, monkeypatch):
         for word in ("OPENELM_BLAS", "g++", "busy", "4-bit")
     ] == [True] * 4
     assert "Rosetta" in hints(good | {"machine": "x86_64"})[0]
+    gpu = good | {"system": "Linux", "nvidia_gpu": "NVIDIA H100, 580.1, 81559 MiB"}
+    fast = gpu | {"backend": "cuda", "blas": "MLX's own", "gpu_memory_bytes": 80e9}
+    assert hints(fast) == [] and "4-bit" in hints(fast | {"gpu_memory_bytes": 6e9})[0]
+    beside = gpu | {"backend": "cpu", "cxx_compiler": "/usr/bin/g++"}
+    assert hints(beside) == [
+        "MLX computes on the processor beside a GPU (NVIDIA H100, 580.1, 81559 MiB); install the "
+        "extra cuda13 or cuda12 (docs/install.md)"
+    ]
+    assert hints(beside | {"mlx_mixture": "one over the other"}) == ["one over the other"]
