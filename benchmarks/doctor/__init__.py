@@ -96,10 +96,10 @@ class FirstRun:
     def kernels(self) -> Iterator[tuple[str, str]]:
         """Check the kernels of ours anew; the verdict counts from the next process on."""
         from openelm_mlx import device
-        from openelm_mlx.model.kernels.kernel import NAMES_BY_BACKEND, check_of
+        from openelm_mlx.model.kernels.kernel import ALL, check_of
         from openelm_mlx.model.kernels.self_check import forget, wrong_kernels
 
-        names = NAMES_BY_BACKEND[device.kind()]
+        names = () if device.kind() == "cpu" else ALL  # also those that are not in use here
         forget()
         wrong = wrong_kernels(names, check_of)
         yield from ((name, wrong.get(name, "")) for name in names)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 from openelm_mlx import device
 from openelm_mlx.benchmarks.ledger.steps import our_state, our_step, shrunk
 from openelm_mlx.benchmarks.measure.weights import random_tensor
-from openelm_mlx.benchmarks.results.first_run import Buffers, Decoded, Read
+from openelm_mlx.benchmarks.results.first_run import Buffers, Decoded, Kernels, Read
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import name_of
 from openelm_mlx.engine.decode import State
@@ -30,7 +29,7 @@ from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM, parameters
-from openelm_mlx.model.kernels.kernel import check_of, choice, twins
+from openelm_mlx.model.kernels.kernel import ALL, check_of, choice, runner, running
 from openelm_mlx.quantization import MLX_GROUP_SIZE
 
 SHORT, LONG = 400, 3200  # kernels of a chain; the difference leaves out what every chain costs
@@ -191,18 +190,26 @@ class Stepper:
 
 def decoded(quick: bool) -> Iterator[Decoded]:
     """Time whole steps: in three types of weights, two sizes of buffers, one step ahead or not,
-    with kernels of ours and without, and not compiled.
+    with kernels of ours, without, and with those of attention that are not in use; and not
+    compiled.
     """
     _, config = timed_config()
     count = 8 if quick else 100
-    with_kernels = (True, False) if choice().names else (False,)
+    sets = kernel_sets()
     for bits in (None, 4) if quick else (None, 8, 4):
         model = random_model(config, bits)
-        for slots, ahead, kernels in product(
-            SLOTS[: 1 if quick else 2], (True, False), with_kernels
-        ):
+        for slots, ahead, kernels in product(SLOTS[: 1 if quick else 2], (True, False), sets):
             yield one_setting(model, bits, slots, ahead, kernels, count)
-        yield one_setting(model, bits, SLOTS[0], True, with_kernels[0], count, compiled=False)
+        yield one_setting(model, bits, SLOTS[0], True, next(iter(sets)), count, compiled=False)
+
+
+def kernel_sets() -> dict[Kernels, frozenset[str]]:
+    """Return the kernels of ours to time steps with: those in use come first."""
+    names = choice().names
+    if not names:
+        return {"none": frozenset()}
+    every: dict[Kernels, frozenset[str]] = {"all": frozenset(ALL)} if names < set(ALL) else {}
+    return {"in use": names, "none": frozenset(), **every}
 
 
 def one_setting(
@@ -210,11 +217,11 @@ def one_setting(
     bits: int | None,
     slots: int,
     ahead: bool,
-    kernels: bool,
+    kernels: Kernels,
     count: int,
     compiled: bool = True,
 ) -> Decoded:
-    with nullcontext() if kernels else twins():
+    with running(runner(), kernel_sets()[kernels]):
         one = Stepper(model, slots, ahead, compiled)
         one.run(WARM_UP)
         # an even and an odd number: two buffers that take turns come back to where they were

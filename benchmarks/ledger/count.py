@@ -52,9 +52,7 @@ ABSORBED = {
     "rotate query and key": "norm_rope_store",
     "store key and value": "norm_rope_store",
     "residual": "add_rms_norm",
-    "attention": "store_and_attend, of up to 512 slots",
-    "norm, rotate and store heads": "store_and_attend, of up to 512 slots",
-    "mask": "store_and_attend",
+    "mask": "attention that is told the length",
     "slots and positions": "the kernel that draws",
     "gate": "proj_1's kernel, which holds gate and up",
     "copy": "contiguous input",
@@ -77,7 +75,6 @@ PURPOSES = {  # of primitives that read no weight
     "Gather": "copy of keys or values",
     "RandomBits": "random numbers",
     "norm_rope_store": "norm, rotate and store heads",
-    "store_and_attend": "store heads and attend",
     "sample": "next token",
 } | dict.fromkeys(UPDATES, "store key and value")
 LATER = ("logits", "log-probabilities", "random numbers")  # what reads these has no other purpose
@@ -151,12 +148,10 @@ def bytes_read(
     A lookup reads its rows, an update not the buffer, attention the slots that are filled.
     """
     buffers = buffers_of(node)
-    attended = buffers if node.name == "store_and_attend" else []
-    if node.name == "ScaledDotProductAttention":
-        attended = list(node.inputs[1:3])
+    attention = node.name == "ScaledDotProductAttention"
     for place, (array, layout) in enumerate(zip(node.inputs, inputs, strict=True)):
         size, source = layout.distinct, sources.get(array.name)
-        if array in attended:
+        if attention and place in (1, 2):
             source = KV
             if array.shape[-2] == traced.capacity:
                 size = size * traced.context // traced.capacity

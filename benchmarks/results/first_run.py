@@ -8,7 +8,7 @@ second of a matrix times a vector, by the chip of the document's machine.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -17,6 +17,10 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
+Kernels = Literal[
+    "in use", "none", "all"
+]  # which kernels of ours run; twins in place of the others
+OURS = {"none": [], "in use": ["kernels of ours"], "all": ["kernels of ours, attention too"]}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -53,7 +57,7 @@ class Decoded:
     slots: Count  # of the keys and values
     ahead: bool  # each token is read while the next step runs, as the engine does
     compiled: bool
-    kernels: bool  # those of ours in use, or their twins
+    kernels: Kernels
     seconds_per_token: Amount
     extra_bytes: Amount  # the peak, beyond what is held at the end
     in_place: tuple[Amount, ...] = ()  # share of the buffers that did not move in 8 and 9 steps
@@ -61,7 +65,8 @@ class Decoded:
     def __str__(self) -> str:
         words = [f"{self.bits} bits" if self.bits else self.dtype, f"{self.slots} slots"]
         words += ["one step ahead" if self.ahead else "each token awaited"]
-        words += ["kernels of ours"] * self.kernels + ["not compiled"] * (not self.compiled)
+        words += OURS[self.kernels]
+        words += ["not compiled"] * (not self.compiled)
         held = min(self.in_place, default=0.0)
         figures = f"{1e3 * self.seconds_per_token:.3f} ms a token, {self.extra_bytes / 1e6:.1f} MB"
         return f"{', '.join(words)}: {figures} more, {held:.0%} of buffers in place"

@@ -7,13 +7,12 @@ A layer (arXiv:2404.14619; corenet/modeling/models/language_modeling/general_gpt
     x = x + proj_2(silu(gate) * up)          [gate; up] = proj_1(ffn_norm(x))
 
 A small model spends much of a token's time on launching kernels. Where kernels of our own run
-(kernels/), a layer takes eight. MLX's operations alone take four for norm, rotation, storing and
-attention, and `Attention.plain_heads` computes heads in a readable way; tests compare all. One
-token of the 270M takes this many kernels, counted by
-`python -m openelm_mlx.benchmarks.ledger.count 270m` (docs/performance.md); a concatenation counts
-as a copy of each input:
+(kernels/), a layer takes nine. MLX's operations alone take three for norm, rotation and storing,
+and `Attention.plain_heads` computes the same in a readable way; tests compare all. One token of the
+270M takes this many kernels, counted by `python -m openelm_mlx.benchmarks.ledger.count 270m`
+(docs/performance.md); a concatenation counts as a copy of each input:
 
-    134  with kernels of our own; 151 from 513 slots on
+    151  with kernels of our own
     183  with MLX's operations
     215  without `VALUE` (heads.py): values skip norm and rotation, and join the keys again
     246  with `plain_heads`: two norms, two rotations, and values concatenated with the keys

@@ -8,7 +8,7 @@ import pytest
 from metal_emulator import Emulator, Wrong
 
 from openelm_mlx.errors import OptionError
-from openelm_mlx.model.kernels.kernel import NAMES, Kernel, choose, in_use, running
+from openelm_mlx.model.kernels.kernel import ALL, NAMES, Kernel, choose, in_use, running
 
 DOUBLE = Kernel("double", ("x",), ("y",), "uint i = thread_position_in_grid.x; y[i] = x[i] + x[i];")
 STORE = Kernel(
@@ -27,13 +27,14 @@ def one(kernel: Kernel, *inputs: mx.array, threads: int = 1, size: int = 1) -> m
 
 def test_kernels_are_in_use_on_a_gpu_unless_they_failed_or_are_off() -> None:
     assert choose("metal", {}, {}).names == frozenset(NAMES)
-    assert choose("cuda", {}, {}).names == frozenset(NAMES) | {"attend"}
+    assert choose("cuda", {}, {}).names == frozenset(ALL)
+    assert choose("metal", {"OPENELM_KERNELS": "all"}, {}).names == frozenset(ALL)
     assert choose("cpu", {}, {}).names == frozenset()
     assert choose("metal", {"OPENELM_KERNELS": "off"}, {}).names == frozenset()
     failed = choose("metal", {}, {"sample": "differs by 1"})
     assert failed.names == frozenset(NAMES) - {"sample"}
     assert failed.reason == "sample: differs by 1"
-    with pytest.raises(OptionError, match="OPENELM_KERNELS is 'maybe'; allowed: on, off"):
+    with pytest.raises(OptionError, match="OPENELM_KERNELS is 'maybe'; allowed: on, off, all"):
         choose("metal", {"OPENELM_KERNELS": "maybe"}, {})
 
 

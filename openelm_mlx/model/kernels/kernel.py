@@ -85,8 +85,12 @@ def made_for_metal(kernel: Kernel) -> Any:
 
 # --- which are in use
 
-NAMES = ("norm_rope_store", "store_and_attend", "add_rms_norm", "sample")
-NAMES_BY_BACKEND = {"metal": NAMES, "cuda": (*NAMES, "attend"), "cpu": ()}
+NAMES = ("norm_rope_store", "add_rms_norm", "sample")
+# MLX's attention for Metal is tuned for its chips, and nobody has compared ours with it there; for
+# CUDA, MLX has none that is fused and takes a mask.
+ATTENTION = ("attend", "store_and_attend")
+ALL = (*NAMES, *ATTENTION)
+NAMES_BY_BACKEND = {"metal": NAMES, "cuda": ALL, "cpu": ()}
 
 
 @dataclass(frozen=True)
@@ -100,17 +104,19 @@ class Choice:
 def choose(backend: str, environ: Mapping[str, str], wrong: Mapping[str, str]) -> Choice:
     """Choose the kernels of a backend; `wrong` has those that failed their check, with the reason.
 
-    Raises `OptionError` for a value of OPENELM_KERNELS other than on and off.
+    OPENELM_KERNELS=all adds those of attention where they are not used otherwise. Raises
+    `OptionError` for a value of it other than on, off and all.
     """
     wish = environ.get("OPENELM_KERNELS", "on")
-    if wish not in ("on", "off"):
-        raise OptionError(f"OPENELM_KERNELS is {wish!r}; allowed: on, off")
+    if wish not in ("on", "off", "all"):
+        raise OptionError(f"OPENELM_KERNELS is {wish!r}; allowed: on, off, all")
     if backend == "cpu":
         return Choice(frozenset(), "only GPUs run them")
     if wish == "off":
         return Choice(frozenset(), "OPENELM_KERNELS is off")
     reason = "; ".join(f"{name}: {why}" for name, why in wrong.items())
-    return Choice(frozenset(NAMES_BY_BACKEND[backend]) - wrong.keys(), reason)
+    names = ALL if wish == "all" else NAMES_BY_BACKEND[backend]
+    return Choice(frozenset(names) - wrong.keys(), reason)
 
 
 _overridden: list[tuple[frozenset[str], Runner]] = []  # the latest one counts

@@ -1,9 +1,8 @@
 """One token's heads normed, rotated and stored, and their attention, by one kernel.
 
 It is the work of `norm_rope_store` and `attend` in one launch, for steps of a token a row over
-plain keys and values of few slots. Where slots are many, attention is more than its launch, and
-MLX's own for Metal is used, which on larger chips divides the slots of a head among threadgroups
-(from 1024 on). Not measured on a GPU.
+plain keys and values of few slots. Where slots are many, attention is more than its launch. It is
+in use on NVIDIA's GPUs (docs/performance.md), and not measured on Metal.
 """
 
 from __future__ import annotations
