@@ -141,15 +141,19 @@ class FirstRun:
 def measure(quick: bool, command: str, tick: Tick) -> Document:
     """Run everything and return the document, which is partial after Ctrl-C.
 
-    It has no names of users, machines or folders. `command` is what the user typed.
+    It has no names of users, machines or folders. `command` is what the user typed. Raises
+    `OptionError`, before anything is run, for a value of OPENELM_KERNELS that is not allowed.
     """
+    from openelm_mlx import device
     from openelm_mlx.benchmarks.doctor.self_test import compared_with
     from openelm_mlx.benchmarks.doctor.steps import timed_config
     from openelm_mlx.benchmarks.measure import machine
     from openelm_mlx.benchmarks.results import first_run as results
     from openelm_mlx.benchmarks.results.document import Document, completed
+    from openelm_mlx.model.kernels.kernel import choose
     from openelm_mlx.settings import float32_products
 
+    choose(device.kind(), os.environ, {})
     facts = machine.machine()
     run = FirstRun(quick, tick)
     complete = run.run()

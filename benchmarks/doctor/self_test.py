@@ -113,7 +113,10 @@ def result(way: Way, opened: Callable[[], tuple[Engine, OpenELM]], dtype: str | 
         engine, exact = opened()
         dtype = name_of(parameters(engine.model)["transformer.norm.weight"].dtype)
         limit = LIMITS[dtype] * (UNQUANTIZED if way.bits is None else 1)
-        return Result(way.name, dtype, difference(engine, exact, way), limit)
+        off = difference(engine, exact, way)
+        if not math.isfinite(off):
+            return Result(way.name, dtype, None, limit, "log probabilities that are not finite")
+        return Result(way.name, dtype, off, limit)
     except Exception as error:  # of MLX or anything else: what a device cannot do is a result
         return Result(way.name, dtype, None, limit, f"{type(error).__name__}: {reason(error)}")
 

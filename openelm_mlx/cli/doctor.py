@@ -54,20 +54,18 @@ def full(args: argparse.Namespace) -> int:
 
     Ctrl-C keeps what was measured, and the exit status is then 130.
     """
-    from openelm_mlx.cli.benchmark import command_line, progress_bar
+    from openelm_mlx.cli.benchmark import OUTPUTS, command_line, progress_bar, write
     from openelm_mlx.files import check_new, check_writable
 
     output = args.output or OUTPUT
     check_new(output, "--output")
     check_writable(output, "--output")
     from openelm_mlx.benchmarks.doctor import measure
-    from openelm_mlx.benchmarks.results.document import save, to_json
-    from openelm_mlx.benchmarks.results.tables import markdown
 
     with progress_bar() as tick:
         document = measure(args.quick, command_line(), tick or (lambda label, work: None))
-    save(document, output)
-    print(to_json(document) if args.json else markdown(document), end="")
+    only = {**dict.fromkeys(OUTPUTS), "output": output, "json": args.json}
+    write(document, argparse.Namespace(**only))
     print(f"written to {output}; please attach it to an issue", file=sys.stderr)
     if document.partial:
         return 130
@@ -80,7 +78,7 @@ def page(args: argparse.Namespace) -> int:
     for part in (machine, caches, kernels, self_test):
         try:
             found |= part()
-        except MLXError:  # nothing can be said without MLX, and this says what to do
+        except (MLXError, OptionError):  # MLX, or a setting of the user's: it says what to do
             raise
         except Exception as error:  # whatever it is, the rest is wanted then above all
             found[part.__name__] = f"failed: {type(error).__name__}: {error}"

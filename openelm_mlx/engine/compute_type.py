@@ -54,7 +54,10 @@ def compute_dtype(
         return Computed(stored, "the weights are stored in it")
     if largest is None:
         return Computed("bfloat16", "no conversion has measured the largest activation")
-    room = f"the largest activation measured is {largest:,.4g}, {LARGEST / largest:,.0f} times less"
+    measured = f"the largest activation measured is {largest:,.4g}"
+    if largest > LARGEST:
+        return Computed("bfloat16", f"{measured}, more than float16 has")
+    room = f"{measured}, {LARGEST / largest:,.0f} times less"
     if largest * MARGIN > LARGEST:
         return Computed("bfloat16", f"{room} than float16's largest number; {MARGIN} is asked for")
     return Computed("float16", f"{room} than its largest number")
@@ -67,6 +70,6 @@ def largest_activation(folder: Path, headers: Headers) -> float | None:
         return None  # other weights have been put in the folder
     measured = record.get("activations")
     found = measured.get("largest") if isinstance(measured, dict) else None
-    if not isinstance(found, (int, float)) or not math.isfinite(found) or found <= 0:
+    if not isinstance(found, float) or not math.isfinite(found) or found <= 0:
         return None
     return found

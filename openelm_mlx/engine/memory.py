@@ -78,8 +78,13 @@ def chunk_for(engine: Engine, kind: CacheKind) -> int:
     """Return `prefill_chunk` for a loaded model on this machine: only Metal limits it."""
     if device.kind() != "metal":
         return CHUNKS[0]
-    size = engine.model.transformer.norm.weight.dtype.size
-    return prefill_chunk(engine.config, engine.nbytes, kind, size, device.recommended_bytes())
+    available = device.recommended_bytes()
+    return prefill_chunk(engine.config, engine.nbytes, kind, itemsize_of(engine), available)
+
+
+def itemsize_of(engine: Engine) -> int:
+    """Return the bytes of an activation, and of a key or value that is not quantized."""
+    return engine.model.transformer.norm.weight.dtype.size
 
 
 def check_fits(
@@ -135,7 +140,7 @@ class Wired:
         if device.most_wired() is None:
             return
         held = {id(engine.model): engine.nbytes for engine in engines}
-        each = (needs(engine.config, 0, kind, 0).cache for engine in engines)
+        each = (needs(e.config, 0, kind, 0, itemsize_of(e)).cache for e in engines)
         self._held[owner] = held | {id(owner): rows * sum(each)}
         self._set()
 

@@ -96,6 +96,23 @@ def test_what_fails_is_written_down_and_ctrl_c_keeps_the_rest(tmp_path, capsys, 
     assert [one["name"] for one in found["first_run"]["ways"]] == ["a way"]
 
 
+def test_what_was_measured_is_printed_where_another_has_made_the_file(
+    tmp_path, capsys, monkeypatch
+):
+    file = tmp_path / "mine.json"
+
+    def another(run: Any) -> Iterator[Any]:
+        file.write_text("another's")
+        yield "dispatch_seconds", 3e-6
+
+    monkeypatch.setattr(doctor, "SECTIONS", {"costs": 1})
+    monkeypatch.setattr(doctor.FirstRun, "costs", another)
+    assert main(["doctor", "--full", "--output", str(file)]) == 2
+    printed, said = capsys.readouterr()
+    assert "the one before it 3.00 us" in printed and file.read_text() == "another's"
+    assert "mine.json exists already" in said and "written to" not in said
+
+
 def once(other: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
     """Return a function that is `other` the first time, on the device, and then the identity."""
     calls: list[int] = []

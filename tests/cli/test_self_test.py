@@ -5,18 +5,20 @@ the ways in which a device runs the model.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from openelm_mlx import load
-from openelm_mlx.benchmarks.doctor import self_test
+from openelm_mlx.benchmarks.doctor import FirstRun, self_test
 from openelm_mlx.benchmarks.doctor.self_test import PROMPT, TOKENS, WAYS, results
 from openelm_mlx.cli import main
 from openelm_mlx.device import mx
 from openelm_mlx.engine.prompts import prompt_tokens
 from openelm_mlx.model.cache import Place
+from openelm_mlx.model.kernels.kernel import choice
 from openelm_mlx.settings import float32_products
 
 pytestmark = pytest.mark.with_or_without("OpenBLAS", "a C++ compiler", "a writable home")
@@ -110,14 +112,34 @@ def test_the_facts_are_printed_whatever_fails(capsys, monkeypatch):
     monkeypatch.setattr("openelm_mlx.device.facts", fail)
     monkeypatch.setattr("openelm_mlx.engine.hub.hub_cache", fail)
     monkeypatch.setattr("openelm_mlx.benchmarks.doctor.self_test.results", fail)
-    monkeypatch.setenv("OPENELM_KERNELS", "maybe")
+    monkeypatch.setattr("openelm_mlx.model.kernels.self_check.forget", fail)
     assert main(["doctor", "--json"]) == 1
     page = json.loads(capsys.readouterr().out)
-    parts = ("machine", "caches", "self_test")
+    parts = ("machine", "caches", "kernels", "self_test")
     assert all(page["facts"][part].startswith("failed: RuntimeError: [metal]") for part in parts)
-    assert "OPENELM_KERNELS is 'maybe'" in page["facts"]["kernels"]
     assert page["hints"][0].startswith("this device computes wrong results")
     assert main(["doctor"]) == 1 and "without 'system' nobody can tell" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--full"]])
+def test_a_setting_that_is_not_allowed_is_no_fault_of_the_device(
+    flags, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENELM_KERNELS", "maybe")
+    choice.cache_clear()
+    assert main(["doctor", *flags]) == 2
+    printed, said = capsys.readouterr()
+    assert said.startswith("openelm: OPENELM_KERNELS is 'maybe'; allowed: on, off") and not printed
+
+
+def test_a_way_that_gives_no_numbers_is_wrong_and_the_next_one_is_tried(monkeypatch):
+    far = iter((math.nan, math.inf, 0.0))
+    monkeypatch.setattr(self_test, "difference", lambda *how: next(far))
+    monkeypatch.setattr(self_test, "WAYS", WAYS[:3])
+    ways = [*FirstRun(True, lambda label, work: None).ways()]
+    assert [way.ok for way in ways] == [False, False, True] and ways[0].off is None
+    assert ways[0].error == ways[1].error == "log probabilities that are not finite"
 
 
 def test_where_float32_is_multiplied_less_exactly():

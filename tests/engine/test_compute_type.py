@@ -46,7 +46,7 @@ MEASURED = "the largest activation measured is "
         ),
         (SMALL, "float32", None, "cuda", 4094.0, f"float16: {MEASURED}4,094, 16 times less than"),
         (SMALL, "float32", None, "cuda", 4094.1, f"bfloat16: {MEASURED}4,094, 16 times less than"),
-        (SMALL, "float32", None, "metal", 9e4, f"bfloat16: {MEASURED}9e+04, 1 times less than"),
+        (SMALL, "float32", None, "metal", 9e4, f"bfloat16: {MEASURED}9e+04, more than float16 has"),
     ],
 )
 def test_the_type_follows_from_what_is_known(
@@ -91,8 +91,9 @@ def test_the_record_counts_for_the_weights_it_was_made_for(measured: Path, tmp_p
     headers = read_headers(folder)
     record = json.loads((folder / "conversion.json").read_text())
     assert largest_activation(folder, headers) == record["activations"]["largest"]
-    no_number = ({}, None, {"largest": "9"}, {"largest": float("inf")}, {"largest": 0})
-    changed = [record | {"activations": value} for value in no_number]
+    numbers = ("9", True, 10**400, float("inf"), 0.0)
+    changed = [record | {"activations": value} for value in ({}, None)]
+    changed += [record | {"activations": {"largest": value}} for value in numbers]
     for other in (record | {"bytes": record["bytes"] - 1}, {}, *changed):
         (folder / "conversion.json").write_text(json.dumps(other))
         assert largest_activation(folder, headers) is None

@@ -184,7 +184,7 @@ class Owner:
 
 def test_weights_that_several_hold_count_once(tiny: Engine, limits: list[int]) -> None:
     wired, (one, other) = Wired(), (Owner(), Owner())
-    cache = needs(tiny.config, 0, PLAIN, 0).cache
+    cache = needs(tiny.config, 0, PLAIN, 0, itemsize=4).cache
     wired.hold(one, [tiny], PLAIN, 1)
     assert limits == [7, 0, tiny.nbytes + cache + KEPT]
     wired.hold(other, [tiny], PLAIN, 3)

@@ -31,6 +31,7 @@ def test_kernels_are_in_use_on_a_gpu_unless_they_failed_or_are_off() -> None:
     assert choose("metal", {"OPENELM_KERNELS": "all"}, {}).names == frozenset(ALL)
     assert choose("cpu", {}, {}).names == frozenset()
     assert choose("metal", {"OPENELM_KERNELS": "off"}, {}).names == frozenset()
+    assert choose("metal", {"OPENELM_KERNELS": ""}, {}) == choose("metal", {}, {})
     failed = choose("metal", {}, {"sample": "differs by 1"})
     assert failed.names == frozenset(NAMES) - {"sample"}
     assert failed.reason == "sample: differs by 1"

@@ -107,7 +107,7 @@ def choose(backend: str, environ: Mapping[str, str], wrong: Mapping[str, str]) -
     OPENELM_KERNELS=all adds those of attention where they are not used otherwise. Raises
     `OptionError` for a value of it other than on, off and all.
     """
-    wish = environ.get("OPENELM_KERNELS", "on")
+    wish = environ.get("OPENELM_KERNELS") or "on"
     if wish not in ("on", "off", "all"):
         raise OptionError(f"OPENELM_KERNELS is {wish!r}; allowed: on, off, all")
     if backend == "cpu":
