@@ -99,9 +99,8 @@ def facts() -> dict[str, Any]:
         "processor": sysctl("hw.model") or processor_of(cpuinfo()),
         "cores": os.cpu_count(),
         "memory_bytes": memory_bytes(),
-        "gpu_memory_bytes": device.get(
-            "total_memory"
-        ),  # of NVIDIA's GPUs; a Mac's is the one above
+        # an NVIDIA GPU's own; a Mac's GPU has the memory above
+        "gpu_memory_bytes": device.get("total_memory"),
         "backend": kind(),
         "wired_limit_bytes": wired_limit(device.get("max_recommended_working_set_size"), macos),
         "command_buffers": " ".join(buffers) or "MLX's own",

@@ -1,7 +1,7 @@
-"""Which of MLX's wheels is here on Linux: that of the processor, or one of NVIDIA's GPUs.
+"""Which of MLX's wheels is here on Linux: that of the processor, or one for NVIDIA GPUs.
 
-Each of them installs mlx/lib/libmlx.so, and whichever is installed last overwrites it. An installer
-does not know that two of them exclude each other, so this finds out whose library is there.
+Each of them installs mlx/lib/libmlx.so, and the last one installed overwrites the others' file.
+Installers do not know that the wheels exclude each other, so this finds out whose library is there.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ def why_not(error: ImportError, found: Wheels) -> str:
     if found.library is None:
         return f"{what}; run `{found.again(found.gpu or CPU)}`"
     if found.library != CPU:
-        needs = f"{found.library} needs a GPU of NVIDIA's, its driver and the packages nvidia-*"
+        needs = f"{found.library} needs an NVIDIA GPU, its driver and the packages nvidia-*"
         return f"{what}: {needs}; without a GPU run `{found.again(CPU)}`"
     return f"{what}; run `{found.again(CPU)}`"
 
 
 def nvidia_smi() -> dict[str, str]:
-    """Return name, driver and memory of the first GPU of NVIDIA's; nothing without its program."""
+    """Return name, driver and memory of the first NVIDIA GPU; nothing without nvidia-smi."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}

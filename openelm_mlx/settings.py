@@ -1,7 +1,8 @@
 """What is set before MLX starts, and what is known of an Apple chip by its name.
 
-Functions without side effects choose the settings, so every choice is tested on systems without
-either. This module does not import MLX; device.py applies the settings and then imports it.
+Functions without side effects choose the settings, so that every choice is tested on systems that
+have neither OpenBLAS nor Metal. This module does not import MLX; device.py applies the settings and
+then imports it.
 
 BLAS: MLX's Linux wheel links the reference BLAS; an OpenBLAS of the system takes its place.
 

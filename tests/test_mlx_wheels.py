@@ -58,7 +58,7 @@ def test_a_library_of_no_wheel_is_damaged(tmp_path):
         (Wheels({"mlx-cpu": "1"}, "mlx-cpu"), f"; run `{AGAIN} mlx-cpu==1`"),
         (
             Wheels({"mlx-cuda-13": "1"}, "mlx-cuda-13"),
-            ": mlx-cuda-13 needs a GPU of NVIDIA's, its driver and the packages nvidia-*; "
+            ": mlx-cuda-13 needs an NVIDIA GPU, its driver and the packages nvidia-*; "
             f"without a GPU run `{AGAIN} mlx-cpu`",
         ),
     ],

@@ -48,6 +48,7 @@ ASSUMED = (
     "predicted, not measured: kernels x latency + bytes / (nominal bandwidth x efficiency)",
     "this engine's kernels, counted on its graph; latency and efficiency from published rates of "
     "other MLX engines (sources: benchmarks/ledger/published.py)",
+    "a kernel of this engine's own is assumed to take as long as one of MLX's",
     "the rules of the band were fixed before those rates were compared "
     "(benchmarks/ledger/speeds.py)",
     "batch of one, greedy, no speculation; the host keeps up; no throttling",
@@ -105,8 +106,8 @@ def predict(
     """Return the expected decode rate of this engine on a chip.
 
     `quantization` is config.json's, in mlx-lm's format. What the result `documents` say of the
-    chip's speed is used. Raises `BenchmarkError` for a chip, dtype
-    or quantization that is not known.
+    chip's speed is used. Raises `BenchmarkError` for a chip, dtype or quantization that is not
+    known.
     """
     chip = find_chip(chip) if isinstance(chip, str) else chip
     parts = bytes_per_token(config, dtype, quantization, context)
@@ -257,7 +258,7 @@ def show_left_out(as_json: bool = False) -> None:
             f"{row.predicted:.0f}",
             f"{row.error:+.0%}",
             f"{row.predicted / row.factor:.0f}-{row.predicted * row.factor:.0f}",
-            "outside" * row.outside,
+            "out" * row.outside,  # of its band
         )
         for row in found
     ]

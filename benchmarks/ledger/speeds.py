@@ -185,5 +185,5 @@ def summary(found: Sequence[LeftOut]) -> str:
     outside = sum(row.outside for row in found)
     return (
         f"left out model by model, published rates of other MLX engines are missed by a median of "
-        f"{' and '.join(parts)}; {outside} of {len(found)} lie outside their band"
+        f"{' and '.join(parts)}; outside the band: {outside} of {len(found)}"
     )

@@ -30,10 +30,10 @@ def register(commands: Any) -> None:
         "what slows it down, and the remedy. The exit status is 1 if it computes wrong results.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    full = parser.add_argument_group("everything about a device that nobody has measured")
+    full = parser.add_argument_group("check and measure everything about this device")
     text = "compare each path of a kernel with the CPU and time what work costs: minutes"
     full.add_argument("--full", action="store_true", help=text)
-    text = "with --full: in less than a minute, with few lengths and formats"
+    text = "with --full: few lengths and formats, for a first look"
     full.add_argument("--quick", action="store_true", help=text)
     text = f"with --full: the result as JSON, to be attached to an issue (default: {OUTPUT})"
     full.add_argument("--output", metavar="FILE", help=text)
@@ -86,7 +86,7 @@ def page(args: argparse.Namespace) -> int:
     try:
         advice += hints(found)
     except KeyError as missing:  # the part that has it failed
-        advice.append(f"without {missing} nobody can tell what slows this machine down")
+        advice.append(f"without {missing} what slows this machine down is not known")
     wrong = found.setdefault("wrong_results", [found["self_test"]])
     if wrong:
         advice = [f"this device computes wrong results; {REMEDY}", *wrong, *advice]
@@ -129,7 +129,7 @@ def machine() -> dict[str, Any]:
 
 
 def nvidia() -> dict[str, Any]:
-    """Report on Linux the first GPU of NVIDIA's and whose library MLX has."""
+    """Report on Linux the first NVIDIA GPU, and from which wheel MLX's library is."""
     from openelm_mlx.mlx_wheels import mixture, nvidia_smi, wheels
 
     if not sys.platform.startswith("linux"):

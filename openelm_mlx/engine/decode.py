@@ -188,10 +188,11 @@ def logprobs(logits: mx.array, tokens: mx.array, n: int) -> Logprobs:
 
 
 def highest(values: mx.array, n: int) -> mx.array:
-    """Return where the n highest of each row stand, [B, n], the highest first; of equal ones the
-    first. `values` [B, vocab] are float32, at most 0 but for rounding.
+    """Return the places of the n highest values of each row, [B, n], the highest first; among
+    equal ones the first. `values` [B, vocab] are float32, at most 0 but for rounding.
 
-    A processor finds them by a partition; a GPU of MLX's would sort for that, too, and more bits.
+    On a processor a partition finds them. On a GPU MLX sorts for a partition too, and would have
+    to sort 64 bits instead of 32.
     """
     if kind() != "cpu":
         return mx.argsort(-values, axis=-1)[:, :n]

@@ -125,9 +125,9 @@ def check_memory(name: str, config: OpenELMConfig, weights: int, quantized: bool
 class Wired:
     """Memory that macOS does not page out while anything generates.
 
-    Who generates holds what it needs; the limit is the sum, where weights that several hold count
-    once, and at most what Metal recommends. When nobody holds any more, it is what it was before.
-    A limit that is higher already stays. Not tested on Metal.
+    Each generator holds what it needs. The limit is the sum, in which shared weights count once,
+    and at most what Metal recommends; a limit that was higher stays. When the last holder has
+    released its memory, the limit is what it was before. Not tested on Metal.
     """
 
     def __init__(self) -> None:

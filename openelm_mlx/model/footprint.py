@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # work of this length delays a few frames
 LONGEST_SECONDS = 0.05
 KERNELS = 13  # a layer of a quantized model launches as many (docs/performance.md)
-SHORT = 16  # tokens: fewer take less than 0.1 s through all of the 3B, on the slowest M1
+SHORT = 16  # tokens: by the arithmetic below fewer take less than 0.1 s through the 3B on an M1
 
 
 def activations(config: OpenELMConfig) -> int:

@@ -1,4 +1,4 @@
-"""Compile kernels for a GPU of NVIDIA's, which needs none: `pip install nvidia-cuda-nvrtc`."""
+"""Compile kernels for NVIDIA GPUs, without one: `pip install nvidia-cuda-nvrtc`."""
 
 from __future__ import annotations
 

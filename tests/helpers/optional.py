@@ -47,7 +47,7 @@ def metal() -> bool:
 
 
 def cuda() -> bool:
-    """Tell whether MLX computes on a GPU of NVIDIA's."""
+    """Tell whether MLX computes on an NVIDIA GPU."""
     from openelm_mlx import device
 
     return device.kind() == "cuda"

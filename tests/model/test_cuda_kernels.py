@@ -1,4 +1,4 @@
-"""Kernels on a GPU of NVIDIA's: they compile for it, and where there is one they are right."""
+"""Kernels on an NVIDIA GPU: they compile for it, and where there is one they are right."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A plain matrix has the residual in its own kernel (`project_onto`). A quantized product has not: its
 sum waits for the norm that reads it, which is once after attention and once after the feed-forward
-network. Not measured on a GPU; the ledger counts it (docs/performance.md).
+network. Not measured on a Mac; docs/performance.md counts what it saves.
 """
 
 from __future__ import annotations

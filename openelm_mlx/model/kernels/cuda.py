@@ -1,9 +1,9 @@
-"""Kernels on a GPU of NVIDIA's, from the same sources as on a Mac.
+"""Kernels on an NVIDIA GPU, from the same sources as on a Mac.
 
-A header of macros says Metal's words in CUDA's: a threadgroup is a block, of whole warps, and a
-SIMD group is a warp. CUDA's compiler (NVRTC), which MLX has loaded, takes a tenth of a second for a
-kernel; `mx.fast.cuda_kernel` would put MLX's headers before it, and compile for seconds in each
-process.
+A header of macros translates Metal's words into CUDA's: a threadgroup is a block, of whole warps,
+and a SIMD group is a warp. CUDA's compiler (NVRTC), which MLX has loaded, takes a tenth of a second
+for a kernel; `mx.fast.cuda_kernel` would put MLX's headers before it, and compile for seconds in
+each process.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ template <typename To, typename From> To as_type(From from) {
 
 
 def on_cuda(kernel: Kernel, inputs: list[mx.array], launch: Launch) -> list[mx.array]:
-    """Launch a kernel on a GPU of NVIDIA's. Raises `RuntimeError` if it does not compile."""
+    """Launch a kernel on an NVIDIA GPU. Raises `RuntimeError` if it does not compile."""
     outputs: list[mx.array] = mx.fast.precompiled_cuda_kernel(
         name=kernel.name,
         compiled_source=compiled(text(kernel, inputs, launch), architecture()),

@@ -1,7 +1,7 @@
 """What a kernel is, where it runs, and which kernels are in use.
 
 A kernel's source is the body of a function in Metal's language, as `mx.fast.metal_kernel` takes it;
-`cuda` runs it on a GPU of NVIDIA's, too. None of them has run on a Mac. A processor has no kernels:
+`cuda` runs it on an NVIDIA GPU, too. None of them has run on a Mac. A processor has no kernels:
 there the twins run, and in tests an emulator runs the kernels (tests/helpers/metal_emulator.py).
 """
 

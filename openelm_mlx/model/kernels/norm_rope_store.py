@@ -3,7 +3,7 @@
 The twin takes three kernels, and a copy of the entire buffer wherever MLX cannot reuse it: a GPU
 that is still at the step before holds its buffers. This kernel writes to the buffers it is given.
 Cosines and sines are read from the table that the twin has: both rotate by the same bits, and the
-table is one launch a step beside others, not one a layer. Not measured on a GPU.
+table is one launch a step beside others, not one a layer. Not measured on a Mac.
 """
 
 from __future__ import annotations

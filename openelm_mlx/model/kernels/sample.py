@@ -1,7 +1,7 @@
 """Temperature, top-k, top-p, min-p and the draw of a token, by one kernel.
 
 The operations of MLX that do the same sort all logits, which is about ten kernels on a GPU. This
-kernel sorts nothing: it narrows down which token is the last one to stay. Not measured on a GPU;
+kernel sorts nothing: it narrows down which token is the last one to stay. Not measured on a Mac;
 docs/performance.md counts what it saves.
 """
 
