@@ -122,6 +122,15 @@ def test_verdicts_are_remembered_until_what_they_are_about_changes() -> None:
     assert not memory_path(subject()).exists()
 
 
+def test_who_interrupts_a_check_does_not_lose_the_kernel() -> None:
+    def interrupted(name: str) -> str:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        wrong_kernels(["a"], interrupted)
+    assert wrong_kernels(["a"], lambda name: "differs") == {"a": "differs"}
+
+
 def test_a_process_leaves_what_another_one_has_found_meanwhile() -> None:
     def check(name: str) -> str:
         remember(subject(), "b", "")  # by the process that was checking it

@@ -76,6 +76,9 @@ def wrong_kernels(
             verdicts[name] = check(name)
         except Exception as error:  # whatever it is, the twin does without
             verdicts[name] = f"its check failed: {reason(error)}"
+        except BaseException:  # of the user's, who interrupts: the kernel is checked another time
+            remember(about, name, None)
+            raise
         remember(about, name, verdicts[name])
     return {name: verdicts[name] for name in names if verdicts[name]}
 
@@ -111,10 +114,10 @@ def remembered(about: dict[str, str]) -> dict[str, str]:
     return {name: why for name, why in verdicts.items() if isinstance(why, str)}
 
 
-def remember(about: dict[str, str], name: str, verdict: str) -> None:
+def remember(about: dict[str, str], name: str, verdict: str | None) -> None:
     """Write a verdict beside those in the file, which another process may just have written.
 
-    A folder that cannot be written only costs a check in each process.
+    None takes one back. A folder that cannot be written only costs a check in each process.
     """
     with contextlib.suppress(OSError):
         path = memory_path(about)
