@@ -9,6 +9,7 @@ EXACT = "16 bits hold the value exactly"
 REACHED = "the last pivot is the end, before which enough tokens stand"
 POSITIVE = "a mass that is known is at least 1, that of the likeliest token"
 THREE = "4 leaves a remainder of 1 by 3, and so do its multiples here as r / 4"
+SHARED = "query heads that share a key head make the same bits, and any of them may store them"
 LAST_BIT = "a random number differs in the last of 32 bits, of which a float keeps 24"
 LISTED = "it is in the list too, then, and stays before the others"
 WIDER = "no token has this key, or what is beyond is dropped by the rank"
@@ -55,7 +56,6 @@ EQUIVALENT = {
         ),
         "plus for minus: float share = metal::precise::exp(highest[lane] + "
         "simd_max(highest[lane]));": "a factor that all shares have is divided by",
-        "statement dropped: sum[i] = 0;": FADED,
         "constant up: sum[i] = (0 + 1);": FADED,
         "constant up: float most = -INFINITY, total = (0 + 1);": FADED,
         "constant up: constexpr int KEYS = (4 + 1);": "any number of keys a turn will do",
@@ -126,5 +126,17 @@ EQUIVALENT = {
         "constant up: uint a = 0, b = (0 + 1), token_ = 0;": UNREAD,
         "constant up: uint low = 0, high = edge + (1 + 1), one_gap = 0, inside = 0;": WIDER,
         "constant up: high = size + (1 + 1);": WIDER,
+    },
+    "store_and_attend": {
+        "comparison turned: if (part > 0 && head % sharing >= 0) {": SHARED,
+        "constant up: if (part > 0 && head % sharing == (0 + 1)) {": SHARED,
+        "plus for minus: const device T* key = keys + size_t(min(first + k, count + 1)) * D;": (
+            "the score of a key behind the last is not used"
+        ),
+        "constant up: constexpr int KEYS = (4 + 1);": "any number of keys a turn will do",
+        "constant up: float most = -INFINITY, total = (0 + 1);": FADED,
+        "constant up: sum[i] = (0 + 1);": FADED,
+        "constant up: if (part == (0 + 1)) {": "any SIMD group may begin with the token itself",
+        "constant up: if (lane == (0 + 1)) {": ANY_LANE,
     },
 }

@@ -23,12 +23,13 @@ from openelm_mlx.model.cache import Place
 from openelm_mlx.model.cache_kinds import CacheKind, Plain, Quantized, Window
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, layer_shapes
 from openelm_mlx.model.draws import COLD, Limits
-from openelm_mlx.model.heads import VALUE, Projection, rotary
+from openelm_mlx.model.heads import Projection, head_table, rotary
 from openelm_mlx.model.kernels import sample
 from openelm_mlx.model.kernels.add_rms_norm import Sum, sum_and_norm
 from openelm_mlx.model.kernels.attend import ATTEND, attend
 from openelm_mlx.model.kernels.kernel import in_use
 from openelm_mlx.model.kernels.norm_rope_store import store_heads
+from openelm_mlx.model.kernels.store_and_attend import store_and_attend
 
 MOST = int(os.environ.get("OPENELM_KERNEL_CASES", "30"))  # of each test; 100000 is all
 TYPES = (mx.bfloat16, mx.float16, mx.float32)
@@ -105,9 +106,7 @@ def store_case(
         slots = cached.layout.slots_for(max(starts) + length, 256)
         place = Place(start, cached, slots)
         norms = tuple(1 + 0.3 * normal(seed, width, dtype=dtype) for seed in (1, 2))
-        q, k = (w.astype(mx.float32) if norm else mx.ones(width) for w in norms)
-        table = mx.stack([q] * q_heads + [k] * kv_heads + [mx.full(width, VALUE)] * kv_heads)
-        table = table.reshape(len(table), 2, -1)
+        table = head_table(norms if norm else (None, None), q_heads, kv_heads, width)
         rows, count = len(starts), q_heads + 2 * kv_heads
         raw = size * normal(3, rows, length, count, width)
         if fill:
@@ -115,7 +114,7 @@ def store_case(
             raw = mx.concatenate([same, mx.round(2 * raw[len(fill) :]) / 2])
         one = Projection(
             raw.astype(dtype),
-            table + 1j * table[:, ::-1],
+            table,
             rotary(place.positions(length), width, 10000.0),
             q_heads,
             eps if norm else None,
@@ -255,6 +254,40 @@ REVEALING["attend"] = [
     attend_case(mx.float32, (4, 2, 64), (0, 133), 2, 1),
     attend_case(mx.float32, (1, 1, 32), (3, 0), 3, each=True),
     attend_case(BF16, (1, 1, 32), (150, 400), free=0),
+]
+
+
+def attended_case(
+    heads: tuple[int, int, int],
+    starts: tuple[int, ...],
+    norm: bool = True,
+    size: float = 1.0,
+    eps: float = 1e-6,
+) -> Case:
+    """A token of each row, stored, and its attention; slots behind it are not numbers."""
+    q_heads, kv_heads, width = heads
+
+    def call() -> list[mx.array]:
+        rows, place = len(starts), Place(mx.array(starts), CacheKind(), 256)
+        norms = tuple(1 + 0.3 * normal(seed, width, dtype=BF16) for seed in (1, 2))
+        table = head_table(norms if norm else (None, None), q_heads, kv_heads, width)
+        raw = (size * normal(3, rows, 1, q_heads + 2 * kv_heads, width)).astype(BF16)
+        given = (eps, norms) if norm else (None, None)
+        turn = rotary(place.positions(1), width, 10000.0)
+        one = Projection(raw, table, turn, q_heads, *given, last=True)
+        behind = (mx.arange(256) >= mx.array(starts)[:, None])[:, None, :, None]
+        buffer = normal(4, 2, rows, kv_heads, 256, width, dtype=BF16)
+        buffer = mx.where(behind, mx.array(mx.nan, BF16), buffer)
+        out, stored = store_and_attend(one, [buffer], place, place.mask(1), width**-0.5)
+        return [out, *stored]
+
+    return Case("store_and_attend", f"{heads} {starts} {norm}", call)
+
+
+REVEALING["store_and_attend"] = [
+    attended_case((6, 3, 64), (0, 3, 130, 255)),
+    attended_case((2, 1, 96), (20,), **SMALL),
+    attended_case((2, 1, 32), (5,), norm=False, size=10),
 ]
 
 

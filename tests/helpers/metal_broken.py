@@ -53,7 +53,7 @@ def written(
 def differs(a: mx.array, b: mx.array) -> bool:
     """Tell more than what another order of additions may do: bfloat16 and integers are equal."""
     if not mx.issubdtype(a.dtype, mx.floating) or a.dtype == mx.bfloat16:
-        return not mx.array_equal(a, b).item()
+        return not mx.array_equal(a, b, equal_nan=True).item()
     a, b, unit = a.astype(mx.float32), b.astype(mx.float32), 8 * mx.finfo(a.dtype).eps
     return not mx.allclose(a, b, rtol=unit, atol=unit, equal_nan=True).item()
 

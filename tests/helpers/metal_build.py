@@ -190,6 +190,7 @@ def checked(source: str) -> str:
     """Let arrays in threadgroup memory check who uses them. Where pointers to them are taken they
     are ordinary arrays, and only the order of threads shows a missing barrier.
     """
+    source = re.sub(r"\n *(?:T|float|u?int) (\w+\[[^;=(]*\]);", poisoned, source)
     if re.search(POINTER, source):
         return re.sub(POINTER, "", source)
     declaration = r"\bthreadgroup (?!atomic)(\w+) (\w+)\[([^\]]+)\];"
@@ -201,6 +202,13 @@ def checked(source: str) -> str:
         return room + array
 
     return re.sub(declaration, declared, source)
+
+
+def poisoned(declaration: re.Match[str]) -> str:
+    """Let arrays of a thread start as numbers that are none, which the compiler does not do."""
+    names = re.findall(r"(\w+)\[", declaration[1])
+    fills = [f" memset({name}, 0xff, sizeof {name});" for name in names]
+    return "".join([declaration[0], *fills])
 
 
 BEFORE = """

@@ -112,7 +112,7 @@ OPERATORS: dict[str, Operator] = {
     "most for least": replaced(r"\b(simd_)?min(?=\()", r"\1max"),
     "least for most": replaced(r"\b(simd_)?max(?=\()", r"\1min"),
     "magnitude dropped": replaced(r"\bfabs(?=\()", ""),
-    "floor for rint": replaced(r"\brint(?=\()", "floor"),
+    "floor for rint": replaced(r"\b(rint|nearest)(?=\()", "floor"),
     "sign dropped": replaced(r"(?<=[=:(] )-(?=\w)|(?<=\()-(?=\w)|(?<=: )-(?=\w)", ""),
     "function dropped": bracketed(r"\bmetal::precise::\w+(?=\()", "({inside})"),
 }
