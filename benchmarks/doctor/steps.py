@@ -37,7 +37,7 @@ BESIDE = 8
 WARM_UP = 8  # steps that compile, and fill the pipeline
 FIRST = 40  # position of the first step that is timed
 SLOTS = (256, 2048)
-# command buffers: kernels, and elements in units of 2**20; MLX's own are 20 to 50, and 40 or 50
+# command buffers: kernels, and elements in units of 2**20; on a Mac MLX's own are 40 or 50 of each
 LIMITS = (None, ("20", "40"), ("40", "40"), ("200", "40"), ("1000", "40"), ("1000", "400"))
 VARIABLES = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
 CHILD_SECONDS = 300
@@ -190,7 +190,7 @@ class Stepper:
 
 def decoded(quick: bool) -> Iterator[Decoded]:
     """Time whole steps: in three types of weights, two sizes of buffers, one step ahead or not,
-    with kernels of ours, without, and with those of attention that are not in use; and not
+    with kernels of ours, without, and with those of attention that are not in use; and once not
     compiled.
     """
     _, config = timed_config()

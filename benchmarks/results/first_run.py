@@ -1,5 +1,6 @@
 """What `openelm doctor --full` adds to a result document: what a device computes right, and what
-its work costs. Every figure was measured on the machine of the document; None was not measured.
+its work costs. Every figure was measured on the machine of the document; None stands for what was
+not measured.
 
 `--predict` reads `costs`: the seconds of a kernel that waits for the one before it, and the bytes a
 second of a matrix times a vector, by the chip of the document's machine.
@@ -17,9 +18,8 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
-Kernels = Literal[
-    "in use", "none", "all"
-]  # which kernels of ours run; twins in place of the others
+# which kernels of ours run, with twins in place of the others
+Kernels = Literal["in use", "none", "all"]
 OURS = {"none": [], "in use": ["kernels of ours"], "all": ["kernels of ours, attention too"]}
 
 

@@ -3,7 +3,7 @@
 MLX's fused kernels for NVIDIA's GPUs take no array as a mask (supports_sdpa_vector and
 supports_sdpa_cudnn in mlx/backend/cuda), and a compiled step has nothing else: its buffers keep
 their size. There the twin is several kernels that keep all scores in memory. On a Mac MLX's own
-kernel takes the mask, so this one is in use on CUDA only.
+kernel takes the mask, so there this one is used only if OPENELM_KERNELS is all.
 """
 
 from __future__ import annotations

@@ -134,8 +134,8 @@ def choice() -> Choice:
 def check_of(name: str) -> str:
     """Return how the kernel of a file differs from its twin, "" if it does not.
 
-    `check()` of that file compares the two on small inputs, at most 50 ms of work. Its kernel is in
-    use meanwhile, and no other; inside `twins()` none is.
+    `check()` of that file compares the two on inputs small enough to add little to the compiling.
+    Its kernel is in use meanwhile, and no other; inside `twins()` none is.
     """
     with running(runner(), frozenset({name})):
         text: str = import_module(f"openelm_mlx.model.kernels.{name}").check()

@@ -2,7 +2,7 @@
 
 It is the work of `norm_rope_store` and `attend` in one launch, for steps of a token a row over
 plain keys and values of few slots. Where slots are many, attention is more than its launch. It is
-in use on NVIDIA's GPUs (docs/performance.md), and not measured on Metal.
+in use on NVIDIA's GPUs (docs/performance.md), and not measured on a Mac.
 """
 
 from __future__ import annotations
