@@ -31,8 +31,12 @@ class Wheels:
         return next((name for name in reversed(GPUS) if name in self.versions), None)
 
     def again(self, name: str) -> str:
-        """Return the command that puts the library of a wheel on the disk."""
-        version = f"=={self.versions[name]}" if name in self.versions else ""
+        """Return the command that puts the library of a wheel on the disk.
+
+        A wheel that is not installed has to be of the version that the others have.
+        """
+        versions = [self.versions.get(name), *self.versions.values()]
+        version = next((f"=={one}" for one in versions if one), "")
         return f"pip install --force-reinstall --no-deps {name}{version}"
 
 
@@ -63,7 +67,7 @@ def size_in(record: str) -> int | None:
 def mixture(found: Wheels) -> str | None:
     """Say in one line what is wrong with the wheels, and the remedy; None if nothing is."""
     gpu = found.gpu
-    if gpu is None or found.library == gpu:
+    if gpu is None or found.library in GPUS:
         return None
     if found.library is None:
         return f"the library of MLX is damaged; run `{found.again(gpu)}`"

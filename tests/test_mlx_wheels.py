@@ -33,6 +33,8 @@ def test_the_last_wheel_has_the_library(tmp_path):
     assert mixture(installed(tmp_path / "b", "mlx-cuda-13")) is None
     right = installed(tmp_path / "c", "mlx-cpu", "mlx-cuda-12")
     assert right.library == "mlx-cuda-12" and mixture(right) is None
+    two = installed(tmp_path / "e", "mlx-cuda-13", "mlx-cuda-12")
+    assert two.library == "mlx-cuda-12" and mixture(two) is None  # the GPU is used
     wrong = installed(tmp_path / "d", "mlx-cuda-13", "mlx-cpu")
     assert mixture(wrong) == (
         "mlx-cpu's library lies over that of mlx-cuda-13, so the GPU is not used; run "
@@ -59,7 +61,7 @@ def test_a_library_of_no_wheel_is_damaged(tmp_path):
         (
             Wheels({"mlx-cuda-13": "1"}, "mlx-cuda-13"),
             ": mlx-cuda-13 needs an NVIDIA GPU, its driver and the packages nvidia-*; "
-            f"without a GPU run `{AGAIN} mlx-cpu`",
+            f"without a GPU run `{AGAIN} mlx-cpu==1`",
         ),
     ],
     ids=["no wheel", "no library", "of the processor", "of a GPU"],
