@@ -1,4 +1,4 @@
-"""Which of MLX's wheels is here on Linux: that of the processor, or one for NVIDIA GPUs.
+"""Tell which of MLX's wheels is here on Linux: that of the processor, or one for NVIDIA GPUs.
 
 Each of them installs mlx/lib/libmlx.so, and the last one installed overwrites the others' file.
 Installers do not know that the wheels exclude each other, so this finds out whose library is there.

@@ -1,4 +1,4 @@
-"""What is set before MLX starts, and what is known of an Apple chip by its name.
+"""The settings made before MLX starts, and the facts of an Apple chip that its name tells.
 
 Functions without side effects choose the settings, so that every choice is tested on systems that
 have neither OpenBLAS nor Metal. This module does not import MLX; device.py applies the settings and
@@ -127,7 +127,7 @@ def buffer_limits(chip: str | None, environ: Mapping[str, str]) -> MetalSettings
 
 
 class Limits(NamedTuple):
-    """How much goes into a command buffer before MLX commits it."""
+    """The kernels and elements that a command buffer takes before MLX commits it."""
 
     operations: int
     elements: int  # of the arrays that its kernels read and write

@@ -1,5 +1,5 @@
-"""What `openelm doctor` asks of a device: whether it computes correctly, and with --full what its
-work costs, so that one file answers every open question about a device that nobody here has.
+"""The checks of `openelm doctor`, and the measurements of --full: whether a device computes
+correctly, and what its work costs. One file answers what is open about a device.
 
 Everything is compared with float32 on the processor. Engines are not compared here, and nothing is
 printed: the command line does that. `measure` runs the sections of --full; what one of them cannot

@@ -27,10 +27,10 @@ from openelm_mlx.model.kernels.kernel import choice, twins
 
 Run = Callable[..., Any]
 
-# What rounding explains, as a share of the largest value. Matrix units of Apple's M5 and later and
-# of NVIDIA's GPUs multiply float32 in TF32, which has 11 bits.
+# Differences that rounding explains, as shares of the largest value. Matrix units of Apple's
+# M5 and later and of NVIDIA's GPUs multiply float32 in TF32, which has 11 bits.
 LIMITS = {mx.float32: 2e-3, mx.float16: 4e-3, mx.bfloat16: 3e-2}
-PACKED = 4  # times the limit: the CPU adds products of packed weights in 16 bits, off by 0.08 there
+PACKED = 4  # times the limit: a CPU adds products of packed weights in 16 bits; one was off by 0.08
 EXACT_TYPES = 1e-5  # in float32 on the CPU, where only the order of sums differs
 HEADS = ((64, 12, 3), (128, 24, 6))  # width, heads, key/value heads: 270m, and 3b at its widest
 QUANTIZED = {

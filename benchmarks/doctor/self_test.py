@@ -1,4 +1,4 @@
-"""Whether this device computes the bundled model correctly, in the ways that it will really run.
+"""Test whether this device computes the bundled model correctly, in the ways models will run here.
 
 Each way is a run of the engine. The log probabilities that it gives are compared with those of one
 pass in float32 over the whole text, on the processor, without quantized products, cache, compiled
@@ -35,10 +35,10 @@ PROMPT = "Once upon a time"
 TOKENS = (444, 310, 261, 583, 872, 1086, 523, 4024, 272, 262, 523, 429, 310, 492, 651, 2422)
 STORED = 8  # bits of the bundled model
 TOP = 4  # likeliest tokens whose log probabilities are compared, beside the one that was drawn
-# What rounding explains, in nats, as the root of the mean square. On the CPU this model differs by
-# at most 0.18 in bfloat16 and 0.016 in float16, by 0.015 and 0.002 unquantized. Apple's M5 and
-# later multiply float32 in TF32, with as many bits as float16. A rotation by one position too many,
-# a head of zeros or a token that does not see itself make it 0.4 to 1.2.
+# Differences that rounding explains, in nats, as the root of the mean square. On the CPU this
+# model differs by at most 0.18 in bfloat16 and 0.016 in float16, by 0.015 and 0.002 unquantized.
+# Apple's M5 and later multiply float32 in TF32, with as many bits as float16. A rotation by one
+# position too many, a head of zeros or a token that does not see itself make it 0.4 to 1.2.
 LIMITS = {"float32": 0.05, "float16": 0.05, "bfloat16": 0.5}
 UNQUANTIZED = 0.2  # of the limit: half types round the products of packed weights on a CPU
 
@@ -62,7 +62,7 @@ WAYS = (
     Way("4 bits", bits=4),
     Way("unquantized", bits=None),
 )
-# what fewer use, for --full
+# options that fewer use, for --full
 MORE_WAYS = (
     Way("8-bit keys and values", prompts=(40,), engine={"kv_bits": 8}),
     Way("a window of 64", prompts=(40,), tokens=9, engine={"kv_window": 64}),
@@ -73,7 +73,7 @@ MORE_WAYS = (
 
 @dataclass(frozen=True)
 class Result:
-    """How far a way is off, in nats, or the error that ended it."""
+    """The distance of a way from the reference, in nats, or the error that ended it."""
 
     name: str
     dtype: str | None

@@ -1,4 +1,4 @@
-"""What work costs on a device: a kernel that does nothing, a byte, and whole steps of a model.
+"""Measure what work costs on a device: a tiny kernel, a byte, and whole steps of a model.
 
 Times are medians, or averages over many steps; nothing is compared with another engine here.
 """

@@ -1,4 +1,4 @@
-"""How long a kernel takes on a chip, and the share of its bandwidth that decoding reaches there.
+"""The latency of a kernel on a chip, and the share of its bandwidth that decoding reaches there.
 
     seconds a token = kernels x latency + bytes / (bandwidth x efficiency)
 

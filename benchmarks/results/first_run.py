@@ -1,6 +1,7 @@
-"""What `openelm doctor --full` adds to a result document: what a device computes right, and what
-its work costs. Every figure was measured on the machine of the document; None stands for what was
-not measured.
+"""The part of a result document that `openelm doctor --full` adds.
+
+It says what a device computes right and what its work costs. Every figure was measured on the
+machine of the document; None stands for what was not measured.
 
 `--predict` reads `costs`: the seconds of a kernel that waits for the one before it, and the bytes a
 second of a matrix times a vector, by the chip of the document's machine.
@@ -25,7 +26,7 @@ OURS = {"none": [], "in use": ["kernels of ours"], "all": ["kernels of ours, att
 
 @dataclass(frozen=True, config=STRICT)
 class Costs:
-    """What a device takes for work that does nothing, and how fast it reads."""
+    """The time that a device takes for tiny kernels, and the rate at which it reads."""
 
     dispatch_seconds: Amount | None = None  # a kernel that waits for the one before it
     beside_seconds: Amount | None = None  # a kernel in one of 8 chains beside each other

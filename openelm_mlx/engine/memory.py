@@ -1,4 +1,4 @@
-"""How much memory a model needs while it generates, and what is done to stay within it.
+"""The memory that a model needs while it generates, and the means to stay within it.
 
 What a model needs, the chunk of a prompt that fits, and whether a model can be loaded are pure
 functions of shapes and of the bytes that Metal recommends at most. None of it was measured on
@@ -214,7 +214,7 @@ def choices(
 
 
 class Plan(NamedTuple):
-    """Whether a model fits on a Mac, and with which options."""
+    """The options with which a model fits on a Mac, if any do."""
 
     memory: int  # bytes of the machine
     available: int  # that Metal recommends at most

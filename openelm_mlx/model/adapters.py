@@ -143,7 +143,7 @@ class Adapted(nn.Module):
 
     @property
     def sums(self) -> bool:
-        """Whether `onto` needs no kernel for the sum."""
+        """True if `onto` needs no kernel for the sum."""
         return "m" not in self and sums(self.base)
 
     def onto(self, residual: mx.array, x: mx.array) -> mx.array:

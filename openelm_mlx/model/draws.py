@@ -1,4 +1,4 @@
-"""Which tokens of a row can be drawn, and the noise that draws one of them, by operations of MLX.
+"""Filter the tokens that a row can draw, and add the noise that draws one, by operations of MLX.
 
 `kernels.sample` does the same by one kernel.
 """
@@ -16,7 +16,7 @@ COLD = 1e-30  # the temperature of a greedy choice: whatever is below the highes
 
 
 class Limits(NamedTuple):
-    """What a token is drawn by, for each row [B]. None: no row has this filter."""
+    """The temperature and the filters of each row [B]. None: no row has this filter."""
 
     temperature: mx.array  # at most COLD if greedy
     top_k: mx.array | None = None  # int32, from 1 to the vocabulary's size

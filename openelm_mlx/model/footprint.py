@@ -1,4 +1,4 @@
-"""What a pass over a prompt takes on a GPU: memory, and time between two evaluations.
+"""The memory that a pass over a prompt takes on a GPU, and the time between two evaluations.
 
 Everything but `layers_at_once` follows from shapes and facts of the chip. None of it was measured
 on Metal; where a figure is an assumption it says so.

@@ -39,7 +39,7 @@ def by_kernel(orders: Any = (0,), **inputs: Any) -> list[int]:
     return tokens.tolist()
 
 
-def compare(orders: Any = (0,), **inputs: Any) -> None:
+def assert_as_twin(orders: Any = (0,), **inputs: Any) -> None:
     assert by_kernel(orders, **inputs) == draw(*given(**inputs)).tolist()
 
 
@@ -79,7 +79,7 @@ def test_tokens_are_those_of_the_operations(vocab, launches, listed, monkeypatch
         on = [number >> bit & 1 for bit in range(3)]
         options = [random_options(rng, vocab, on) for _ in range(16)]
         options.append(SamplingOptions(temperature=1.0))  # at least one row is not greedy
-        compare(
+        assert_as_twin(
             ORDERS if number == 7 and vocab < 1000 else (0,),
             logits=random_logits(rng, len(options), vocab),
             options=options,
@@ -96,7 +96,7 @@ def test_the_order_of_threads_is_of_no_consequence():
         SamplingOptions(temperature=50.0, top_p=0.9),
         SamplingOptions(temperature=1.0),
     ]
-    compare(
+    assert_as_twin(
         ORDERS,
         logits=np.round(rng.normal(size=(3, 2000)) * 8),
         options=options,

@@ -19,7 +19,9 @@ def normal(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
-def compare(start, shape, slots, dtype=mx.float32, length=None, orders=(0,), kv_heads=1) -> None:
+def assert_as_twin(
+    start, shape, slots, dtype=mx.float32, length=None, orders=(0,), kv_heads=1
+) -> None:
     """The kernel and the twin, over slots of which those behind the tokens are not a number."""
     rows, heads, asked, head_dim = shape
     place, length = Place(mx.array(start), CacheKind(), slots), length or asked
@@ -43,15 +45,17 @@ def compare(start, shape, slots, dtype=mx.float32, length=None, orders=(0,), kv_
 @pytest.mark.parametrize("start", [0, 3, 4, 127, 128, 199])
 def test_one_token(start, dtype):
     """At the borders of a SIMD group's keys, and of a round of all groups."""
-    compare([start], (1, 2, 1, 64), 200, dtype)
+    assert_as_twin([start], (1, 2, 1, 64), 200, dtype)
 
 
 @pytest.mark.needs("emulated kernels")
 def test_rows_of_their_own_lengths_and_several_tokens():
-    compare([5, 0, 130], (3, 4, 2, 32), 140, orders=ORDERS, kv_heads=2)
-    compare([[7, 9, 2], [0, 1, 20]], (2, 2, 3, 96), 24)  # each token has a position of its own
-    compare([11], (1, 1, 17, 128), 40)
-    compare([30, 2], (2, 2, 1, 64), 64, length=9)  # the last of nine tokens only
+    assert_as_twin([5, 0, 130], (3, 4, 2, 32), 140, orders=ORDERS, kv_heads=2)
+    assert_as_twin(
+        [[7, 9, 2], [0, 1, 20]], (2, 2, 3, 96), 24
+    )  # each token has a position of its own
+    assert_as_twin([11], (1, 1, 17, 128), 40)
+    assert_as_twin([30, 2], (2, 2, 1, 64), 64, length=9)  # the last of nine tokens only
 
 
 @pytest.mark.needs("emulated kernels")

@@ -53,7 +53,7 @@ def both(kind: CacheKind, start: mx.array, one: Projection, slots: int):
     return (wanted[0], *wanted[1]), (q, *found)
 
 
-def compare(wanted, found, dtype: mx.Dtype) -> None:
+def assert_equal(wanted, found, dtype: mx.Dtype) -> None:
     for a, b in zip(wanted, found, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         if dtype == BF16 or a.dtype == mx.uint32:
@@ -74,7 +74,7 @@ def test_one_token_of_one_row(dtype, head_dim):
     start = mx.array([5])
     place = Place(start, CacheKind(), 9)
     one = projection(place, (1, 1, 6, head_dim), dtype, last=True)
-    compare(*both(CacheKind(), start, one, 9), dtype)
+    assert_equal(*both(CacheKind(), start, one, 9), dtype)
 
 
 def test_pairs_of_one_type_fit():
@@ -107,7 +107,7 @@ def test_tokens_of_rows(kind, last, each):
         start = start[:, None] + mx.array([0, 1, 2, 3])
     slots = kind.layout.slots_for(54, 8)
     one = projection(Place(start, kind, slots), (3, 4, 7, 64), BF16, last)
-    compare(*both(kind, start, one, slots), BF16)
+    assert_equal(*both(kind, start, one, slots), BF16)
 
 
 @needs_compiler

@@ -50,7 +50,7 @@ def step(
     return one, buffer, place
 
 
-def compare(*how, orders=(0,), **more) -> None:
+def assert_as_twin(*how, orders=(0,), **more) -> None:
     """The kernel writes what the twin writes, and attends as it does, or as two kernels do."""
     one, buffer, place = step(*how, **more)
     dtype = buffer.dtype
@@ -80,15 +80,15 @@ def compare(*how, orders=(0,), **more) -> None:
 @pytest.mark.parametrize("start", [0, 1, 4, 128, 199])
 def test_one_token_after_few_and_many(start, dtype):
     """At the borders of a SIMD group's keys, and of a round of all groups."""
-    compare((2, 1, 64), [start], 200, dtype)
+    assert_as_twin((2, 1, 64), [start], 200, dtype)
 
 
 @pytest.mark.needs("emulated kernels")
 @pytest.mark.parametrize("width", [32, 96, 128])
 def test_rows_of_their_own_lengths_in_any_order(width):
-    compare((4, 2, width), [5, 0, 33], 40, F32, orders=ORDERS)
-    compare((3, 3, width), [7], 8, BF16, norm=False)
-    compare((1, 1, width), [7], 8, F32, size=1e-3)  # which shows whether eps is added
+    assert_as_twin((4, 2, width), [5, 0, 33], 40, F32, orders=ORDERS)
+    assert_as_twin((3, 3, width), [7], 8, BF16, norm=False)
+    assert_as_twin((1, 1, width), [7], 8, F32, size=1e-3)  # which shows whether eps is added
 
 
 @pytest.mark.needs("emulated kernels")

@@ -1,4 +1,4 @@
-"""What a kernel is, where it runs, and which kernels are in use.
+"""The form of a kernel, the place where it runs, and the choice of those in use.
 
 A kernel's source is the body of a function in Metal's language, as `mx.fast.metal_kernel` takes it;
 `cuda` runs it on an NVIDIA GPU, too. None of them has run on a Mac. A processor has no kernels:
@@ -27,10 +27,10 @@ Size = tuple[int, int, int]
 class Kernel:
     """The source of a kernel and the names of what it reads and writes.
 
-    `in_place` names the inputs that it writes to, which MLX does not know of. Whoever launches such
-    a kernel makes sure of four things: who reads what was written depends on an output of the
-    kernel, nobody else needs the old content, the array is row contiguous and has at least 8
-    elements, and the graph is evaluated once.
+    `in_place` names the inputs that it writes to, which MLX does not know of. The caller makes sure
+    of four things: every reader of what was written depends on an output of the kernel, nothing
+    else needs the old content, the array is row contiguous and has at least 8 elements, and the
+    graph is evaluated once.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched.
+    """The grid, the outputs and the template of one launch.
 
     `grid` counts threads and is a multiple of `threadgroup`, and that of a SIMD group: Metal cuts
     the last one short, and CUDA runs all of it.
