@@ -115,13 +115,13 @@ def buffer_limits(chip: str | None, environ: Mapping[str, str]) -> MetalSettings
     if match is None:
         this = f"this is {chip or 'not an Apple chip'}"
         return MetalSettings(reason=f"only Apple's M1 to M4 gain by other limits; {this}")
+    if own := [name for name in LIMIT_NAMES if name in environ]:
+        return MetalSettings(reason=f"you have set {', '.join(own)}")
     if int(match[1]) not in GENERATIONS:
         known = "no others were measured on this chip"
         if int(match[1]) == 5:
             known = "others gained nothing on an M5 Max (lablup/mlxcel pull 358)"
         return MetalSettings(reason=f"MLX's own limits stay on {chip}: {known}")
-    if own := [name for name in LIMIT_NAMES if name in environ]:
-        return MetalSettings(reason=f"you have set {', '.join(own)}")
     why = f"faster decoding on an M1 Ultra (lablup/mlxcel pull 360); this is {chip}"
     return MetalSettings(dict(LIMITS), why)
 

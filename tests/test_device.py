@@ -119,8 +119,9 @@ def test_other_chips_keep_what_mlx_chooses(chip: str | None, words: str) -> None
 
 
 @pytest.mark.parametrize("name", LIMIT_NAMES)
-def test_what_the_user_has_set_stays_and_is_not_half_replaced(name: str) -> None:
-    choice = buffer_limits("Apple M3 Max", {name: "20"})
+@pytest.mark.parametrize("chip", ["Apple M3 Max", "Apple M5"])
+def test_what_the_user_has_set_stays_and_is_not_half_replaced(name: str, chip: str) -> None:
+    choice = buffer_limits(chip, {name: "20"})
     assert choice.values == {} and f"you have set {name}" in choice.reason
 
 
