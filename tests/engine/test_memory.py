@@ -130,6 +130,7 @@ def test_a_model_that_cannot_fit_is_refused_or_warned_about() -> None:
 def test_loading_asks_whether_a_model_fits(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(device, "kind", lambda: "cpu")
     monkeypatch.setattr(device, "memory_bytes", lambda: 1000)
     with pytest.raises(OptionError, match="the weights of openelm-tiny take 0.0 GB"):
         load("openelm-tiny")
@@ -142,6 +143,7 @@ def test_nothing_is_read_of_a_model_that_cannot_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = random_folder(tmp_path / "m", LARGER)
+    monkeypatch.setattr(device, "kind", lambda: "cpu")
     monkeypatch.setattr(device, "memory_bytes", lambda: 1000)
     mx.reset_peak_memory()
     with pytest.raises(OptionError, match=r"use --bits 4 \(about"):
