@@ -154,7 +154,9 @@ class BatchEngine:
     @device_work
     def cancel(self, number: int) -> bool:
         """Drop a sequence; return False if it has ended already or never was."""
-        return any(lane.cancel(number) for lane in self._lanes) or self._queue.cancel(number)
+        found = any(lane.cancel(number) for lane in self._lanes) or self._queue.cancel(number)
+        self._rest()
+        return found
 
     def step(self) -> list[tuple[int, Event]]:
         """Admit what waits, and draw for every running sequence; return (number, event) pairs.
@@ -193,8 +195,7 @@ class BatchEngine:
         if steady and all(lane.steady for lane in lanes):
             self._queue.pace.learn(time.perf_counter() - begun, prefilled)
         self._reader.leave()
-        if not (self._running or self._queue.busy):
-            self._rest()
+        self._rest()
 
     def _hold(self) -> None:
         """Keep wired what the rows need, from the first step on that finds anything to do."""
@@ -205,8 +206,8 @@ class BatchEngine:
             wired.hold(self, engines, self.kind, self.slots)
 
     def _rest(self) -> None:
-        """Give back what only rows need."""
-        if self._wired:
+        """Give back what only rows need, when none runs or waits."""
+        if self._wired and not (self._running or self._queue.busy):
             self._wired = False
             wired.release(self)
             give_back()

@@ -236,6 +236,11 @@ def test_memory_is_wired_only_while_something_runs(tiny: Engine, limits: list[in
     while batch.busy:
         batch.step()
     assert limits[-1] == 7
+    one, other = (batch.submit(text, max_tokens=3) for text in ("Once", "Twice upon a time"))
+    batch.step()
+    assert limits[-1] == held
+    assert batch.cancel(one) and limits[-1] == held
+    assert batch.cancel(other) and limits[-1] == 7  # nobody may ask for another step
     batch.submit("Once", max_tokens=3)
     batch.step()
     assert limits[-1] == held
