@@ -116,6 +116,11 @@ def compile_together(wanted: Sequence[Variant]) -> None:
         except Wrong as error:
             said = str(error)
             faulty = {int(number) for number in re.findall(r"^kernel_(\d+):", said, re.M)}
+            if not faulty and len(left) > 1:  # the compiler does not say which
+                each = list(left.values())
+                compile_together(each[: len(each) // 2])
+                compile_together(each[len(each) // 2 :])
+                return
             for number in faulty or list(left):
                 _compiled[left.pop(number)] = said
             continue
