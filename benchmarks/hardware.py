@@ -1,11 +1,11 @@
 """The limits of hardware: chips with their bandwidths, and the bytes that a token must read.
 
 Nothing here measures or runs a model; everything follows from tables and configurations. A chip's
-bandwidth is Apple's own figure, in GB/s of 10^9 bytes, of the page that is named beside it; it was
-taken from public tables that cite these pages. Chips that Apple sells under one name with two
-bandwidths are told apart by their GPU cores. Every weight is read once a token, whatever the
-kernels: at batch size one no work is done twice. The ledger counts the same bytes on the graph, and
-a test compares both.
+bandwidth, in GB/s of 10^9 bytes, is Apple's own figure of the page that is named beside it, but for
+the M1; it was taken from public tables that cite these pages. Chips that Apple sells under one name
+with two bandwidths are told apart by their GPU cores. Every weight is read once a token, whatever
+the kernels: at batch size one no work is done twice. The ledger counts the same bytes on the graph,
+and a test compares both.
 """
 
 from __future__ import annotations

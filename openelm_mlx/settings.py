@@ -7,7 +7,7 @@ then imports it.
 BLAS: MLX's Linux wheel links the reference BLAS; an OpenBLAS of the system takes its place.
 
 Metal: MLX commits a command buffer after a number of kernels, or of elements in the arrays that
-they touch: 40 to 50 of either by size of chip, where MLX_MAX_MB_PER_BUFFER counts 2**20 elements of
+they touch: 40 or 50 of either by size of chip, where MLX_MAX_MB_PER_BUFFER counts 2**20 elements of
 any type and not bytes (mlx/backend/metal/device.cpp, `set_input_array`, `needs_commit`). Each
 boundary costs GPU time, which is much of a small model's token. MLX reads both limits once, so they
 govern prefill as well: there the elements bound how long a command buffer runs and how much memory

@@ -23,7 +23,7 @@ from openelm_mlx.model.footprint import activations
 if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
 
-CHUNKS = (512, 256, 128, 64)  # prompt tokens of one pass, from the fastest to the smallest
+CHUNKS = (512, 256, 128, 64)  # prompt tokens of one pass, the largest first
 # Memory that MLX has freed and keeps to use again. On Metal its own limit is 1.5 times what Metal
 # recommends (mlx/backend/metal/allocator.cpp), so a long prompt's activations would stay for good.
 # A limit set with mx.set_cache_limit would also hold within a prompt, and make each layer ask the

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # macOS ends a command buffer that keeps the display waiting (jundot/omlx issue 1387); a piece of
 # work of this length delays a few frames
 LONGEST_SECONDS = 0.05
-KERNELS = 13  # a layer of a quantized model launches as many (docs/performance.md)
+KERNELS = 13  # that a layer of a quantized model launches at most (docs/performance.md)
 SHORT = 16  # tokens: by the arithmetic below fewer take less than 0.1 s through the 3B on an M1
 
 

@@ -64,7 +64,7 @@ def test_the_kernel_passes_its_own_check_and_a_broken_one_does_not(monkeypatch):
         assert check_of("add_rms_norm") == ""
         source = kernel.source.replace("total / float(D)", "total")
         monkeypatch.setattr(add_rms_norm, "ADD_RMS_NORM", replace(kernel, source=source))
-        assert "float32: output 1 differs from its twin's by" in check_of("add_rms_norm")
+        assert "bfloat16: output 1 differs from its twin's by" in check_of("add_rms_norm")
 
 
 def test_other_types_and_wide_rows_take_the_operations():

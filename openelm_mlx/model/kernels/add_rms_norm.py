@@ -7,16 +7,14 @@ network. Not measured on a Mac; docs/performance.md counts what it saves.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 from openelm_mlx.device import mx, nn
-from openelm_mlx.model.kernels.kernel import Kernel, in_use, twins
+from openelm_mlx.model.kernels.kernel import SIMD, TYPES, Kernel, in_use, number, twins
 from openelm_mlx.model.kernels.self_check import difference, noise
 
-EACH, SIMD = 4, 32  # elements a thread, as MLX's norm has
+EACH = 4  # elements a thread, as MLX's norm has
 MOST_THREADS, MOST_ROWS = 1024, 65535  # of a threadgroup; of CUDA's grids
-TYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 # One threadgroup a row. The sum is rounded to T, as that of a kernel of its own would be.
 ADD_RMS_NORM = Kernel(
@@ -111,12 +109,6 @@ def by_kernel(residual: mx.array, added: mx.array, norm: nn.RMSNorm) -> tuple[mx
         template=(("T", residual.dtype), ("D", width), ("EACH", EACH)),
     )
     return total, normed
-
-
-@lru_cache
-def number(value: float) -> mx.array:
-    """Return a number as an array, which compiled steps have as a constant."""
-    return mx.array(value, mx.float32)
 
 
 def check() -> str:

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from openelm_mlx.device import mx
 from openelm_mlx.model.cache_kinds import Arrays, Growing, Mask, Place, Plain
-from openelm_mlx.model.kernels.add_rms_norm import number
-from openelm_mlx.model.kernels.kernel import Kernel, in_use
-from openelm_mlx.model.kernels.norm_rope_store import numbers
+from openelm_mlx.model.kernels.kernel import SIMD, TYPES, Kernel, in_use, number, numbers
 from openelm_mlx.model.kernels.self_check import difference, noise
 
-SIMD, GROUPS = 32, 32  # threads of a SIMD group, and SIMD groups of a threadgroup
+GROUPS = 32  # SIMD groups of a threadgroup
 MOST_TOKENS = 32  # of a row; for more of them, keys should be read once for all
 
 # The SIMD groups of a threadgroup take KEYS of `count` keys in turn, and each has a running softmax
@@ -118,9 +116,8 @@ def attend(
 def fits(q: mx.array, arrays: Arrays, place: Place) -> bool:
     """Return whether the kernel can run: one type, and slots that fill up in order."""
     kind, (_, _, asked, head_dim) = place.kind, q.shape
-    floats = [mx.float32, mx.float16, mx.bfloat16]
     plain = isinstance(kind.store, Plain) and isinstance(kind.layout, Growing)
-    one_type = q.dtype in floats and arrays[0].dtype == q.dtype
+    one_type = q.dtype in TYPES and arrays[0].dtype == q.dtype
     return plain and one_type and asked <= MOST_TOKENS and head_dim in (32, 64, 96, 128)
 
 

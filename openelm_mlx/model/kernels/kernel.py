@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -21,6 +21,9 @@ from openelm_mlx.model.kernels.cuda import on_cuda
 from openelm_mlx.model.kernels.self_check import wrong_kernels
 
 Size = tuple[int, int, int]
+
+SIMD = 32  # threads of a SIMD group
+TYPES = (mx.bfloat16, mx.float16, mx.float32)  # of activations
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,22 @@ def made_for_metal(kernel: Kernel) -> Any:
     )
 
 
-# --- which are in use
+# --- inputs that kernels share, constants of compiled steps
+
+
+@lru_cache
+def number(value: float) -> mx.array:
+    """Return a number as an array without dimensions."""
+    return mx.array(value, mx.float32)
+
+
+@lru_cache(maxsize=1024)
+def numbers(*values: int) -> mx.array:
+    """Return integers as an array."""
+    return mx.array(values, mx.int32)
+
+
+# --- the choice of those in use
 
 NAMES = ("norm_rope_store", "add_rms_norm", "sample")
 # MLX's attention for Metal is tuned for its chips, and nobody has compared ours with it there; for

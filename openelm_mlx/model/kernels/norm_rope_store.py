@@ -8,18 +8,22 @@ table is one launch a step beside others, not one a layer. Not measured on a Mac
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from openelm_mlx.device import mx
 from openelm_mlx.model.cache_kinds import Arrays, CacheKind, Place, Plain, Quantized, Store, Window
 from openelm_mlx.model.heads import Projection, head_table, rotary
-from openelm_mlx.model.kernels.add_rms_norm import number
-from openelm_mlx.model.kernels.kernel import Kernel, in_use, twins
+from openelm_mlx.model.kernels.kernel import (
+    SIMD,
+    TYPES,
+    Kernel,
+    in_use,
+    number,
+    numbers,
+    twins,
+)
 from openelm_mlx.model.kernels.self_check import difference, noise
 
-TYPES = (mx.bfloat16, mx.float16, mx.float32)
-SIMD = 32
 MOST_HEAD_DIM = 256
 
 # One SIMD group a head and token, a threadgroup of its own. An element and its partner in the
@@ -222,12 +226,6 @@ def by_kernel(projection: Projection, arrays: Arrays, place: Place) -> tuple[mx.
         template=tuple(template),
     )
     return q, mx.depends(arrays, [q])
-
-
-@lru_cache(maxsize=1024)
-def numbers(*values: int) -> mx.array:
-    """Return integers as an array, which compiled steps have as a constant."""
-    return mx.array(values, mx.int32)
 
 
 def check() -> str:

@@ -11,12 +11,12 @@ import math
 
 from openelm_mlx.device import mx
 from openelm_mlx.model.draws import COLD, Limits, noisy, remaining
-from openelm_mlx.model.kernels.kernel import Kernel
+from openelm_mlx.model.kernels.kernel import SIMD, Kernel
 from openelm_mlx.model.kernels.self_check import difference, noise
 
 # MLX refuses a threadgroup for which a GPU has not enough registers (metal/custom_kernel.cpp): of
 # fewer threads than 1024 each may have more of them. CUDA's compiler uses 56.
-SIMD, MOST_THREADS, LIST = 32, 768, 512
+MOST_THREADS, LIST = 768, 512
 
 # One threadgroup a row. A gap is how far a logit lies below the highest, divided by temperature; as
 # gaps are positive, their bits have the same order. Tokens are ordered by gap, then by id, and a

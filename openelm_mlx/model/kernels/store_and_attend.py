@@ -10,10 +10,17 @@ from __future__ import annotations
 from openelm_mlx.device import mx
 from openelm_mlx.model.cache_kinds import Arrays, CacheKind, Growing, Mask, Place, Plain
 from openelm_mlx.model.heads import Projection, head_table, rotary
-from openelm_mlx.model.kernels.add_rms_norm import number
-from openelm_mlx.model.kernels.attend import GROUPS, RUNNING, SIMD, attend
-from openelm_mlx.model.kernels.kernel import Kernel, in_use, twins
-from openelm_mlx.model.kernels.norm_rope_store import TYPES, numbers, store_heads
+from openelm_mlx.model.kernels.attend import GROUPS, RUNNING, attend
+from openelm_mlx.model.kernels.kernel import (
+    SIMD,
+    TYPES,
+    Kernel,
+    in_use,
+    number,
+    numbers,
+    twins,
+)
+from openelm_mlx.model.kernels.norm_rope_store import store_heads
 from openelm_mlx.model.kernels.self_check import difference, noise
 
 MOST_SLOTS = 512  # a launch saved is worth less than the best attention where slots are many
