@@ -26,10 +26,10 @@ UNITS = 2  # of the last place of the largest value: sums of another order may d
 Check = Callable[[str], str]  # from the name of a kernel to how it differs from its twin, or ""
 
 
-def difference(mine: Sequence[mx.array], twin: Sequence[mx.array], units: float = UNITS) -> str:
+def difference(mine: Sequence[mx.array], twin: Sequence[mx.array]) -> str:
     """Return how a kernel's outputs differ from its twin's, "" if they agree.
 
-    Floats may differ by `units` of the last place of the twin's largest value; an infinite one must
+    Floats may differ by `UNITS` of the last place of the twin's largest value; an infinite one must
     be the same. Integers and booleans must be equal.
     """
     for number, (a, b) in enumerate(zip(mine, twin, strict=True)):
@@ -40,14 +40,14 @@ def difference(mine: Sequence[mx.array], twin: Sequence[mx.array], units: float 
             if count := int((a != b).sum()):
                 return f"{where} differs from its twin's at {count} of {b.size} places"
             continue
-        unit = units * mx.finfo(b.dtype).eps
+        allowed = UNITS * mx.finfo(b.dtype).eps
         a, b = a.astype(mx.float32), b.astype(mx.float32)
         finite = mx.isfinite(b)
         if not mx.all(mx.where(finite, mx.isfinite(a), a == b)).item():
             return f"{where} is infinite or not a number where its twin's is not"
         largest = float(mx.where(finite, mx.abs(b), 0).max())
         gap = float(mx.where(finite, mx.abs(a - b), 0).max())
-        if gap > unit * largest:
+        if gap > allowed * largest:
             return (
                 f"{where} differs from its twin's by {gap:.2g}, the largest value is {largest:.2g}"
             )
@@ -76,7 +76,7 @@ def wrong_kernels(
             verdicts[name] = check(name)
         except Exception as error:  # whatever it is, the twin does without
             verdicts[name] = f"its check failed: {reason(error)}"
-        except BaseException:  # of the user's, who interrupts: the kernel is checked another time
+        except BaseException:  # an interrupt says nothing of the kernel, so it is checked again
             remember(about, name, None)
             raise
         remember(about, name, verdicts[name])
