@@ -40,7 +40,7 @@ SETTINGS = (
 DTYPES = ("bfloat16", "float16", "float32")  # in which a GPU runs the bundled model here
 
 
-class FirstRun:
+class Sections:
     """The sections of `openelm doctor --full`, and what they have found so far."""
 
     def __init__(self, quick: bool, tick: Tick) -> None:
@@ -155,7 +155,7 @@ def measure(quick: bool, command: str, tick: Tick) -> Document:
 
     choose(device.kind(), os.environ, {})
     facts = machine.machine()
-    run = FirstRun(quick, tick)
+    run = Sections(quick, tick)
     complete = run.run()
     found = run.found
     about = results.FirstRun(

@@ -82,8 +82,8 @@ def test_what_fails_is_written_down_and_ctrl_c_keeps_the_rest(tmp_path, capsys, 
 
     monkeypatch.setattr(doctor, "SECTIONS", {"paths": 1, "ways": 1, "costs": 1, "read": 1})
     for name, section in (("paths", fails), ("ways", one_way), ("costs", interrupted)):
-        monkeypatch.setattr(doctor.FirstRun, name, section)
-    monkeypatch.setattr(doctor.FirstRun, "__getattr__", lambda run, name: [], raising=False)
+        monkeypatch.setattr(doctor.Sections, name, section)
+    monkeypatch.setattr(doctor.Sections, "__getattr__", lambda run, name: [], raising=False)
     file = tmp_path / "mine.json"
     assert main(["doctor", "--full", "--output", str(file), "--json"]) == 130
     found = json.loads(capsys.readouterr().out)
@@ -106,7 +106,7 @@ def test_what_was_measured_is_printed_where_another_has_made_the_file(
         yield "dispatch_seconds", 3e-6
 
     monkeypatch.setattr(doctor, "SECTIONS", {"costs": 1})
-    monkeypatch.setattr(doctor.FirstRun, "costs", another)
+    monkeypatch.setattr(doctor.Sections, "costs", another)
     assert main(["doctor", "--full", "--output", str(file)]) == 2
     printed, said = capsys.readouterr()
     assert "the one before it 3.00 us" in printed and file.read_text() == "another's"

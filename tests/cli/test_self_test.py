@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from openelm_mlx import load
-from openelm_mlx.benchmarks.doctor import FirstRun, self_test
+from openelm_mlx.benchmarks.doctor import Sections, self_test
 from openelm_mlx.benchmarks.doctor.self_test import PROMPT, TOKENS, WAYS, results
 from openelm_mlx.cli import main
 from openelm_mlx.device import mx
@@ -137,7 +137,7 @@ def test_a_way_that_gives_no_numbers_is_wrong_and_the_next_one_is_tried(monkeypa
     far = iter((math.nan, math.inf, 0.0))
     monkeypatch.setattr(self_test, "difference", lambda *how: next(far))
     monkeypatch.setattr(self_test, "WAYS", WAYS[:3])
-    ways = [*FirstRun(True, lambda label, work: None).ways()]
+    ways = [*Sections(True, lambda label, work: None).ways()]
     assert [way.ok for way in ways] == [False, False, True] and ways[0].off is None
     assert ways[0].error == ways[1].error == "log probabilities that are not finite"
 

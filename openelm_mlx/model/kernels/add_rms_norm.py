@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from openelm_mlx.device import mx, nn
-from openelm_mlx.model.kernels.kernel import SIMD, TYPES, Kernel, in_use, number, twins
+from openelm_mlx.model.kernels.kernel import SIMD, TYPES, Kernel, in_use, scalar, twins
 from openelm_mlx.model.kernels.self_check import difference, noise
 
 EACH = 4  # elements a thread, as MLX's norm has
@@ -101,7 +101,7 @@ def by_kernel(residual: mx.array, added: mx.array, norm: nn.RMSNorm) -> tuple[mx
         residual,
         added,
         norm.weight,
-        number(norm.eps),
+        scalar(norm.eps),
         grid=(threads, rows, 1),
         threadgroup=(threads, 1, 1),
         shapes=[residual.shape] * 2,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from openelm_mlx.device import mx
 from openelm_mlx.model.cache_kinds import Arrays, Growing, Mask, Place, Plain
-from openelm_mlx.model.kernels.kernel import SIMD, TYPES, Kernel, in_use, number, numbers
+from openelm_mlx.model.kernels.kernel import SIMD, TYPES, Kernel, in_use, integers, scalar
 from openelm_mlx.model.kernels.self_check import difference, noise
 
 GROUPS = 32  # SIMD groups of a threadgroup
@@ -130,8 +130,8 @@ def by_kernel(
         q,
         buffer,
         start,
-        numbers(slots, heads, kv_heads, rows, asked, length, start.ndim == 2),
-        number(scale),
+        integers(slots, heads, kv_heads, rows, asked, length, start.ndim == 2),
+        scalar(scale),
         grid=(SIMD * GROUPS, heads, rows * asked),
         threadgroup=(SIMD * GROUPS, 1, 1),
         shapes=[q.shape],

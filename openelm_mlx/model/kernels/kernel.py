@@ -90,13 +90,13 @@ def made_for_metal(kernel: Kernel) -> Any:
 
 
 @lru_cache
-def number(value: float) -> mx.array:
+def scalar(value: float) -> mx.array:
     """Return a number as an array without dimensions."""
     return mx.array(value, mx.float32)
 
 
 @lru_cache(maxsize=1024)
-def numbers(*values: int) -> mx.array:
+def integers(*values: int) -> mx.array:
     """Return integers as an array."""
     return mx.array(values, mx.int32)
 

@@ -18,8 +18,8 @@ from openelm_mlx.model.kernels.kernel import (
     TYPES,
     Kernel,
     in_use,
-    number,
-    numbers,
+    integers,
+    scalar,
     twins,
 )
 from openelm_mlx.model.kernels.self_check import difference, noise
@@ -208,7 +208,7 @@ def by_kernel(projection: Projection, arrays: Arrays, place: Place) -> tuple[mx.
     kv_heads, slots = arrays[0].shape[2:4]
     q_heads = projection.q_heads
     each = place.start.ndim == 2
-    sizes = numbers(q_heads, kv_heads, rows, length, slots, keep, ring, projection.last, each)
+    sizes = integers(q_heads, kv_heads, rows, length, slots, keep, ring, projection.last, each)
     q_norm, k_norm = projection.norms or (raw, raw)  # without a norm these are not read
     (q,) = kernel(
         raw,
@@ -217,7 +217,7 @@ def by_kernel(projection: Projection, arrays: Arrays, place: Place) -> tuple[mx.
         projection.rotation,
         place.start,
         sizes,
-        number(projection.eps or 0.0),
+        scalar(projection.eps or 0.0),
         *arrays,
         grid=(SIMD, heads, rows * length),
         threadgroup=(SIMD, 1, 1),

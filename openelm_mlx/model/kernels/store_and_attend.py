@@ -16,8 +16,8 @@ from openelm_mlx.model.kernels.kernel import (
     TYPES,
     Kernel,
     in_use,
-    number,
-    numbers,
+    integers,
+    scalar,
     twins,
 )
 from openelm_mlx.model.kernels.norm_rope_store import store_heads
@@ -136,9 +136,9 @@ def by_kernel(
         k_norm,
         projection.rotation,
         place.start,
-        numbers(slots, q_heads, kv_heads, rows),
-        number(projection.eps or 0.0),
-        number(scale),
+        integers(slots, q_heads, kv_heads, rows),
+        scalar(projection.eps or 0.0),
+        scalar(scale),
         arrays[0],
         grid=(SIMD * GROUPS, q_heads, rows),
         threadgroup=(SIMD * GROUPS, 1, 1),
