@@ -141,7 +141,7 @@ class Sections:
 def measure(quick: bool, command: str, tick: Tick) -> Document:
     """Run everything and return the document, which is partial after Ctrl-C.
 
-    It has no names of users, machines or folders. `command` is what the user typed. Raises
+    It has no names of users, machines or folders. `command` becomes a part of it. Raises
     `OptionError`, before anything is run, for a value of OPENELM_KERNELS that is not allowed.
     """
     from openelm_mlx import device

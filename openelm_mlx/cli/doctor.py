@@ -54,7 +54,7 @@ def full(args: argparse.Namespace) -> int:
 
     Ctrl-C keeps what was measured, and the exit status is then 130.
     """
-    from openelm_mlx.cli.benchmark import OUTPUTS, command_line, progress_bar, write
+    from openelm_mlx.cli.benchmark import OUTPUTS, progress_bar, write
     from openelm_mlx.files import check_new, check_writable
 
     output = args.output or OUTPUT
@@ -62,8 +62,11 @@ def full(args: argparse.Namespace) -> int:
     check_writable(output, "--output")
     from openelm_mlx.benchmarks.doctor import measure
 
+    # without the name of the file: that could be the user's, or have folders
+    flags = [f"--{name}" for name in ("full", "quick", "json") if getattr(args, name)]
+    command = " ".join(["openelm doctor", *flags])
     with progress_bar() as tick:
-        document = measure(args.quick, command_line(), tick or (lambda label, work: None))
+        document = measure(args.quick, command, tick or (lambda label, work: None))
     only = {**dict.fromkeys(OUTPUTS), "output": output, "json": args.json}
     write(document, argparse.Namespace(**only))
     print(f"written to {output}; please attach it to an issue", file=sys.stderr)

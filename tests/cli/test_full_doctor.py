@@ -46,11 +46,16 @@ def personal(text: str) -> list[str]:
     return [name for name in names - {"root", ""} if name in text] + folders
 
 
-def test_all_sections_run_and_become_one_file(short, tmp_path, capsys):
-    file = tmp_path / "mine.json"
-    status = main(["doctor", "--full", "--quick", "--output", str(file)])
+def test_all_sections_run_and_become_one_file(short, tmp_path, capsys, monkeypatch):
+    (tmp_path / "of-jane").mkdir()
+    monkeypatch.chdir(tmp_path)
+    file = Path("of-jane/mine.json")
+    arguments = ["doctor", "--full", "--quick", "--output", str(file)]
+    monkeypatch.setattr("sys.argv", ["openelm", *arguments])
+    status = main(arguments)
     printed, said = capsys.readouterr()
     document = load(file)
+    assert document.command == "openelm doctor --full --quick"
     found = document.first_run
     assert found is not None and not document.partial and found.quick
     assert status == 1 - found.ok and (found.ok or kind() != "cpu")
