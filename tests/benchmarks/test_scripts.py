@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from answers import fits, random_schema, time_masks
 
 from openelm_mlx.benchmarks.checks import soak
-from openelm_mlx.benchmarks.scripts import pairs, waits
+from openelm_mlx.benchmarks.scripts import kernel_sets, pairs, waits
 from openelm_mlx.benchmarks.scripts.pairs import CASES, Comparison, in_turns, measure
 from openelm_mlx.errors import BenchmarkError
 
@@ -56,12 +57,15 @@ def test_the_tool_of_answers_tells_documents_of_a_schema_from_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", [pairs.main, waits.main, soak.main], ids=["pairs", "waits", "soak"]
+    "script",
+    [pairs.main, waits.main, soak.main, kernel_sets.main],
+    ids=["pairs", "waits", "soak", "kernel_sets"],
 )
 def test_a_result_that_exists_is_not_replaced(script, tmp_path: Path, capsys) -> None:
     path = tmp_path / "mine.json"
     path.write_text("precious")
-    words = {pairs.main: ["other"], waits.main: ["join"], soak.main: []}[script]
+    asked = {pairs.main: ["other"], waits.main: ["join"], kernel_sets.main: ["check"]}
+    words = asked.get(script, [])
     with pytest.raises(SystemExit, match="2"):
         script([*words, "--json", str(path)])
     assert (
@@ -69,3 +73,12 @@ def test_a_result_that_exists_is_not_replaced(script, tmp_path: Path, capsys) ->
         in capsys.readouterr().err
     )
     assert path.read_text() == "precious"
+
+
+def test_kernels_are_compared_with_twins_and_a_processor_has_twins_only(tmp_path: Path, capsys):
+    path = tmp_path / "exact.json"
+    assert kernel_sets.main(["exact", "--tokens", "4", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["logits, twins"] == {"max": 0.0, "mean": 0.0} and found["backend"] == "cpu"
+    assert "greedy tokens as the twins', twins: 4\n" in capsys.readouterr().out
+    assert kernel_sets.main(["check"]) == 0 and capsys.readouterr().out == ""
