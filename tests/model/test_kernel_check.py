@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -107,7 +109,8 @@ def test_verdicts_are_remembered_until_what_they_are_about_changes() -> None:
 
     def check(name: str) -> str:
         asked.append(name)
-        assert remembered(subject())[name] == UNFINISHED  # if the process ended now
+        left = remembered(subject())[name]  # if the process ended now
+        assert left == f"{UNFINISHED} (process {os.getpid()})"
         return "differs" if name == "b" else ""
 
     for _ in range(2):
@@ -129,6 +132,16 @@ def test_who_interrupts_a_check_does_not_lose_the_kernel() -> None:
     with pytest.raises(KeyboardInterrupt):
         wrong_kernels(["a"], interrupted)
     assert wrong_kernels(["a"], lambda name: "differs") == {"a": "differs"}
+
+
+def test_what_another_process_is_checking_is_checked_here_too() -> None:
+    """Else this process would be without the kernel to its end; one that died is believed."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process, runs in ((os.getppid(), True), (1, True), (ended.pid, False), (1 << 70, False)):
+        left = f"{UNFINISHED} (process {process})"
+        remember(subject(), "a", left)
+        assert wrong_kernels(["a"], lambda name: "") == ({} if runs else {"a": left})
 
 
 def test_a_process_leaves_what_another_one_has_found_meanwhile() -> None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import platform
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -69,9 +71,9 @@ def wrong_kernels(
     about = subject() if about is None else about
     verdicts = remembered(about)
     for name in names:
-        if name in verdicts:
+        if name in verdicts and not under_way(verdicts[name]):
             continue
-        remember(about, name, UNFINISHED)
+        remember(about, name, f"{UNFINISHED} (process {os.getpid()})")
         try:
             verdicts[name] = check(name)
         except Exception as error:  # whatever it is, the twin does without
@@ -81,6 +83,23 @@ def wrong_kernels(
             raise
         remember(about, name, verdicts[name])
     return {name: verdicts[name] for name in names if verdicts[name]}
+
+
+def under_way(verdict: str) -> bool:
+    """Return whether the process that left this verdict still runs, so that it says nothing yet.
+
+    A check takes long enough for that where kernels are compiled by a slow compiler.
+    """
+    process = re.fullmatch(rf"{UNFINISHED} \(process (\d+)\)", verdict)
+    if process is None:
+        return False
+    try:
+        os.kill(int(process[1]), 0)
+    except PermissionError:  # another user's
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 # --- the memory of verdicts
