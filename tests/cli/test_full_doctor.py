@@ -20,7 +20,8 @@ from openelm_mlx.benchmarks.results.document import load
 from openelm_mlx.cli import main
 from openelm_mlx.device import kind, mx
 from openelm_mlx.model.config import OpenELMConfig
-from openelm_mlx.model.kernels.kernel import running
+from openelm_mlx.model.kernels.kernel import ALL, NAMES, Choice, running
+from openelm_mlx.model.kernels.self_check import forget
 
 pytestmark = pytest.mark.with_or_without("OpenBLAS", "a C++ compiler", "a writable home")
 
@@ -167,6 +168,17 @@ def test_every_path_has_a_name_of_its_own():
         made = [*make.heads(64, 12, 3), *make.attention(128, 24, 6), *make.products(64, 32)]
         names += [case.name for case in made]
     assert len(names) == len(set(names)) > 60
+
+
+def test_steps_are_not_timed_with_kernels_that_failed_their_check(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENELM_CACHE", str(tmp_path))
+    monkeypatch.setattr(steps, "choice", lambda: Choice(frozenset(NAMES)))
+    wrong = {"attend"}
+    monkeypatch.setattr(steps, "check_of", lambda name: "differs" if name in wrong else "")
+    assert steps.kernel_sets()["all"] == {*ALL} - wrong
+    wrong |= {"store_and_attend"}
+    forget()
+    assert steps.kernel_sets() == {"in use": frozenset(NAMES), "none": frozenset()}
 
 
 def test_a_buffer_that_was_copied_is_seen():
