@@ -144,6 +144,19 @@ def test_what_another_process_is_checking_is_checked_here_too() -> None:
         assert wrong_kernels(["a"], lambda name: "") == ({} if runs else {"a": left})
 
 
+def test_a_check_that_ended_the_process_is_not_made_again() -> None:
+    for name, verdict in (("a", "differs"), ("b", UNFINISHED), ("c", "")):
+        remember(subject(), name, verdict)
+    forget()
+    asked: list[str] = []
+
+    def check(name: str) -> str:
+        asked.append(name)
+        return ""
+
+    assert wrong_kernels("abc", check) == {"b": UNFINISHED} and asked == ["a", "c"]
+
+
 def test_a_process_leaves_what_another_one_has_found_meanwhile() -> None:
     def check(name: str) -> str:
         remember(subject(), "b", "")  # by the process that was checking it

@@ -145,6 +145,14 @@ def remember(about: dict[str, str], name: str, verdict: str | None) -> None:
 
 
 def forget() -> None:
-    """Remove the verdicts on this device, so that the next use checks again."""
+    """Remove the verdicts on this device, so that the next use checks again.
+
+    A check that did not end is not made again: if the process ended with it, so would this one,
+    which may be there to tell what is wrong.
+    """
+    about = subject()
+    left = [name for name, why in remembered(about).items() if why == UNFINISHED]
     with contextlib.suppress(OSError):
-        memory_path(subject()).unlink(missing_ok=True)
+        memory_path(about).unlink(missing_ok=True)
+    for name in left:
+        remember(about, name, UNFINISHED)
