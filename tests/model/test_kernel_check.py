@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from openelm_mlx.model.kernels.kernel import (
     twins,
 )
 from openelm_mlx.model.kernels.self_check import (
+    ATTEMPTS,
     UNFINISHED,
     difference,
     forget,
@@ -110,7 +112,7 @@ def test_verdicts_are_remembered_until_what_they_are_about_changes() -> None:
     def check(name: str) -> str:
         asked.append(name)
         left = remembered(subject())[name]  # if the process ended now
-        assert left == f"{UNFINISHED} (process {os.getpid()})"
+        assert left == f"{UNFINISHED} (process {os.getpid()}, attempt 1)"
         return "differs" if name == "b" else ""
 
     for _ in range(2):
@@ -135,17 +137,35 @@ def test_who_interrupts_a_check_does_not_lose_the_kernel() -> None:
 
 
 def test_what_another_process_is_checking_is_checked_here_too() -> None:
-    """Else this process would be without the kernel to its end; one that died is believed."""
+    """Else this process would be without the kernel to its end; two that died are believed."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for process, runs in ((os.getppid(), True), (1, True), (ended.pid, False), (1 << 70, False)):
-        left = f"{UNFINISHED} (process {process})"
+        left = f"{UNFINISHED} (process {process}, attempt {ATTEMPTS})"
         remember(subject(), "a", left)
         assert wrong_kernels(["a"], lambda name: "") == ({} if runs else {"a": left})
 
 
-def test_a_check_that_ended_the_process_is_not_made_again() -> None:
-    for name, verdict in (("a", "differs"), ("b", UNFINISHED), ("c", "")):
+def test_a_check_that_ended_the_process_is_made_once_more_and_then_never() -> None:
+    tries = []
+
+    def killed(name: str) -> str:
+        tries.append(remembered(subject())[name])
+        raise SystemExit  # which takes the mark back; a process that is killed leaves it
+
+    for _ in range(ATTEMPTS + 1):
+        with contextlib.suppress(SystemExit):
+            wrong_kernels(["a"], killed)
+        if tries:
+            remember(subject(), "a", tries[-1].replace(str(os.getpid()), str(1 << 70)))
+    assert [text[-2] for text in tries] == ["1", "2"]
+    forget()
+    assert wrong_kernels(["a"], killed)["a"].startswith(UNFINISHED) and len(tries) == ATTEMPTS
+
+
+def test_a_check_that_never_ended_survives_what_doctor_forgets() -> None:
+    gone = f"{UNFINISHED} (process {1 << 70}, attempt {ATTEMPTS})"
+    for name, verdict in (("a", "differs"), ("b", gone), ("c", "")):
         remember(subject(), name, verdict)
     forget()
     asked: list[str] = []
@@ -154,7 +174,7 @@ def test_a_check_that_ended_the_process_is_not_made_again() -> None:
         asked.append(name)
         return ""
 
-    assert wrong_kernels("abc", check) == {"b": UNFINISHED} and asked == ["a", "c"]
+    assert wrong_kernels("abc", check) == {"b": gone} and asked == ["a", "c"]
 
 
 def test_a_process_leaves_what_another_one_has_found_meanwhile() -> None:

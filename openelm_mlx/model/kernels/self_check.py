@@ -21,8 +21,10 @@ from openelm_mlx.device import kind, mx
 from openelm_mlx.errors import reason
 from openelm_mlx.files import cache_folder, read_own_json, write_json
 
-# Stands in the file while a check runs: a GPU's fault ends the process, and must not do so again.
+# Stands in the file while a check runs, with the process and how often it was begun: a GPU's fault
+# ends the process, and must not do so again and again; a user may have ended the first one.
 UNFINISHED = "its check did not end"
+ATTEMPTS = 2
 UNITS = 2  # of the last place of the largest value: sums of another order may differ by so much
 
 Check = Callable[[str], str]  # from the name of a kernel to how it differs from its twin, or ""
@@ -71,9 +73,10 @@ def wrong_kernels(
     about = subject() if about is None else about
     verdicts = remembered(about)
     for name in names:
-        if name in verdicts and not under_way(verdicts[name]):
+        attempt = next_attempt(verdicts.get(name))
+        if attempt is None:
             continue
-        remember(about, name, f"{UNFINISHED} (process {os.getpid()})")
+        remember(about, name, f"{UNFINISHED} (process {os.getpid()}, attempt {attempt})")
         try:
             verdicts[name] = check(name)
         except Exception as error:  # whatever it is, the twin does without
@@ -85,16 +88,27 @@ def wrong_kernels(
     return {name: verdicts[name] for name in names if verdicts[name]}
 
 
-def under_way(verdict: str) -> bool:
-    """Return whether the process that left this verdict still runs, so that it says nothing yet.
+def next_attempt(verdict: str | None) -> int | None:
+    """Return the number of the next attempt to check a kernel with this verdict, None if it counts.
 
-    A check takes long enough for that where kernels are compiled by a slow compiler.
+    While the process that began a check still runs, its verdict says nothing, and another process
+    checks beside it: compiling may be slow.
     """
-    process = re.fullmatch(rf"{UNFINISHED} \(process (\d+)\)", verdict)
-    if process is None:
-        return False
+    if verdict is None:
+        return 1
+    begun = re.fullmatch(rf"{UNFINISHED} \(process (\d+), attempt (\d+)\)", verdict)
+    if begun is None:
+        return None
+    attempt = int(begun[2])
+    if runs(int(begun[1])):
+        return attempt
+    return attempt + 1 if attempt < ATTEMPTS else None
+
+
+def runs(process: int) -> bool:
+    """Return whether a process of this number runs."""
     try:
-        os.kill(int(process[1]), 0)
+        os.kill(process, 0)
     except PermissionError:  # another user's
         return True
     except (OSError, OverflowError):
@@ -147,12 +161,16 @@ def remember(about: dict[str, str], name: str, verdict: str | None) -> None:
 def forget() -> None:
     """Remove the verdicts on this device, so that the next use checks again.
 
-    A check that did not end is not made again: if the process ended with it, so would this one,
-    which may be there to tell what is wrong.
+    A check that did not end in any attempt is not made again: if the process ended with it, so
+    would this one, which may be there to tell what is wrong.
     """
     about = subject()
-    left = [name for name, why in remembered(about).items() if why == UNFINISHED]
+    unfinished = {
+        name: why
+        for name, why in remembered(about).items()
+        if why.startswith(UNFINISHED) and next_attempt(why) is None
+    }
     with contextlib.suppress(OSError):
         memory_path(about).unlink(missing_ok=True)
-    for name in left:
-        remember(about, name, UNFINISHED)
+    for name, why in unfinished.items():
+        remember(about, name, why)
