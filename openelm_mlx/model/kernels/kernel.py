@@ -103,7 +103,8 @@ def integers(*values: int) -> mx.array:
 
 # --- the choice of those in use
 
-NAMES = ("norm_rope_store", "add_rms_norm", "sample")
+# the files of kernels, by whose names they are chosen and checked
+NAMES = ("norm_rope_store", "add_rms_norm", "sample")  # in use on every GPU
 # MLX's attention for Metal is tuned for its chips, and nobody has compared ours with it there; for
 # CUDA, MLX has none that is fused and takes a mask.
 ATTENTION = ("attend", "store_and_attend")
@@ -156,6 +157,7 @@ def check_of(name: str) -> str:
     Its kernel is in use meanwhile, and no other; inside `twins()` none is.
     """
     with running(runner(), frozenset({name})):
+        # by name, and only now: the files of kernels import this one
         text: str = import_module(f"openelm_mlx.model.kernels.{name}").check()
         return text
 

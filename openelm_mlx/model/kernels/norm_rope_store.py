@@ -27,7 +27,10 @@ from openelm_mlx.model.kernels.self_check import difference, noise
 MOST_HEAD_DIM = 256
 
 # One SIMD group a head and token, a threadgroup of its own. An element and its partner in the
-# rotation are a pair, and each lane has the pairs lane, lane + 32, ...
+# rotation are a pair, and each lane has the pairs lane, lane + 32, ... `start` has the position of
+# the first token of each row, or of every token if `each`; with `last`, only the last token of a
+# row has queries. `rotation` has the angles of every token twice (`rotary`), forwards first: those
+# are read. Code that follows, PLAIN or PACKED, stores keys and values at the number `at`.
 HEADS = """
     constexpr int HALF = D / 2;
     constexpr int PAIRS = (HALF + 31) / 32;
@@ -163,6 +166,7 @@ GIVEN = ("qkv", "q_norm", "k_norm", "rotation", "start", "sizes", "eps")
 NORM_ROPE_STORE = Kernel(
     "norm_rope_store", (*GIVEN, "buffer"), ("q",), HEADS + PLAIN, in_place=("buffer",)
 )
+# The two have one name, by which both are in use or neither is.
 PARTS = ("words", "scales", "biases")
 NORM_ROPE_PACK = Kernel("norm_rope_store", (*GIVEN, *PARTS), ("q",), HEADS + PACKED, HALFWAY, PARTS)
 

@@ -22,16 +22,17 @@ MOST_THREADS, LIST = 768, 512
 # gaps are positive, their bits have the same order. Tokens are ordered by gap, then by id, and a
 # filter keeps the first ones: those up to the token (edge, last).
 #
-# For top-k, then for top-p, the interval [low, high) of gaps that has this token is narrowed to one
-# of 8 parts, by counts or masses of all tokens before each part, until it has at most LIST tokens;
-# where more than these have one gap, it becomes an interval of their ids. The tokens in it are
-# listed, and each is compared with all others. Sums have a fixed order, so that runs repeat, but
-# another one than those of MLX: where the mass reaches top-p within the last bits, one token more
-# or less may stay. Counts are floats, which are exact below 2 ** 24.
+# For top-k (stage 0), then for top-p (stage 1), the interval [low, high) of gaps that has this
+# token is narrowed to one of 8 parts, by counts or masses of all tokens before each part, until it
+# has at most LIST tokens; where more than these have one gap, it becomes an interval of their ids.
+# The tokens in it are listed, and each is compared with all others. Sums have a fixed order, so
+# that runs repeat, but another one than those of MLX: where the mass reaches top-p within the last
+# bits, one token more or less may stay. Counts are floats, which are exact below 2 ** 24.
 #
 # A row of logits is read once for the highest, once or twice to narrow, twice to list, and once to
 # draw, unless all that stay are in the list. For each logit read, narrowing costs 8 comparisons and
-# sums. Random bits are those of MLX (metal/kernels/random.metal), made for the tokens that stay.
+# sums. Random bits are those of MLX (Threefry, metal/kernels/random.metal), made for the tokens
+# that stay: one hash gives those of a token in the lower half of the ids and of one in the upper.
 SAMPLE = Kernel(
     "sample",
     ("x", "temperature", "top_k", "top_p", "min_p", "keys", "positions"),

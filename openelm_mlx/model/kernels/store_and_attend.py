@@ -1,8 +1,11 @@
 """One token's heads normed, rotated and stored, and their attention, by one kernel.
 
-It is the work of `norm_rope_store` and `attend` in one launch, for steps of a token a row over
-plain keys and values of few slots. Where slots are many, attention is more than its launch. It is
-in use on NVIDIA's GPUs (docs/performance.md), and not measured on a Mac.
+The kernel does the work of `norm_rope_store` and `attend` in one launch, for steps of a token a row
+over plain keys and values of few slots. Where slots are many, attention is more than its launch. It
+is in use on NVIDIA's GPUs (docs/performance.md), and not measured on a Mac.
+
+The function `store_and_attend` is where every step of every device enters: where this kernel is not
+in use or does not fit, `store_heads` and `attend` do the work, by a kernel or by operations each.
 """
 
 from __future__ import annotations
