@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.device import mx
+from openelm_mlx.dtypes import name_of
 from openelm_mlx.engine.options import EngineOptions, check_loaded, with_overrides
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.engine.tokenizer import Tokenizer, spelling
@@ -260,10 +261,15 @@ def restored(
     cache = KVCache(config, kind)
     slots = kind.layout.capacity if isinstance(kind.layout, Window) else offset
     for number, shape in enumerate(layer_shapes(config)):
-        like = kind.store.pack(mx.zeros((2, 1, shape.kv_heads, slots, config.head_dim)))
+        kept = arrays.get(f"{number}.1", arrays[f"{number}.0"]).dtype  # of scales, if any
+        like = kind.store.pack(mx.zeros((2, 1, shape.kv_heads, slots, config.head_dim), kept))
         layer = [arrays[f"{number}.{part}"] for part in range(len(like))]
         if wrong := [a.shape for a, b in zip(layer, like, strict=True) if a.shape != b.shape]:
             raise ValueError(f"keys and values of layer {number} have the shape {wrong[0]}")
+        types = [a.dtype for a in layer]  # a kernel writes to them as they should be
+        if types != [b.dtype for b in like] or not mx.issubdtype(kept, mx.floating):
+            what = ", ".join(map(name_of, types))
+            raise ValueError(f"keys and values of layer {number} have the types {what}")
         cache.arrays.append(layer)
     cache.offset, cache.written = offset, max(offset, int(about["written"]))
     cache.reserve(offset)

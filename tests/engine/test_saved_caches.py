@@ -12,6 +12,7 @@ from small import random_engine
 
 from openelm_mlx import EngineOptions, PromptCache, stream_generate
 from openelm_mlx.device import mx
+from openelm_mlx.dtypes import name_of
 from openelm_mlx.errors import CacheError, OptionError
 
 OPTIONS = {
@@ -139,6 +140,21 @@ def test_saved_caches_that_someone_changed_are_refused(engine, tmp_path, kind):
         mx.save_safetensors(str(tmp_path / "changed.safetensors"), changed, {**about, **fields})
         with pytest.raises(CacheError, match=f"is damaged: .*{what}"):
             PromptCache.load(tmp_path / "changed.safetensors", engine, OPTIONS[kind])
+
+
+@pytest.mark.parametrize("kind", [PLAIN, EIGHT], ids=str)
+def test_saved_caches_of_other_types_are_refused(engine, tmp_path, kind):
+    """A kernel would write to scales as to biases, and beyond the end of smaller ones."""
+    path = str(tmp_path / "changed.safetensors")
+    ran(engine, TOKENS[:9], kind).save(path, engine)
+    arrays, about = mx.load(path, return_metadata=True)
+    mx.eval(arrays)
+    for name, array in arrays.items():
+        dtype = mx.float16 if kind == EIGHT else mx.int32
+        mx.save_safetensors(path, arrays | {name: array.astype(dtype)}, about)
+        what = f"damaged: keys and values of layer {name[0]} have the types .*"
+        with pytest.raises(CacheError, match=what + name_of(dtype)):
+            PromptCache.load(path, engine, OPTIONS[kind])
 
 
 def test_a_cache_saved_between_the_tokens_of_one_draft_is_whole(engine, tmp_path):
