@@ -69,8 +69,9 @@ class Decoded:
         words += OURS[self.kernels]
         words += ["not compiled"] * (not self.compiled)
         held = min(self.in_place, default=0.0)
-        figures = f"{1e3 * self.seconds_per_token:.3f} ms a token, {self.extra_bytes / 1e6:.1f} MB"
-        return f"{', '.join(words)}: {figures} more, {held:.0%} of buffers in place"
+        figures = f"{1e3 * self.seconds_per_token:.3f} ms a token, {held:.0%} of buffers in place"
+        peak = f"at most {self.extra_bytes / 1e6:.1f} MB beyond what is held at the end"
+        return f"{', '.join(words)}: {figures}, {peak}"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -93,13 +94,15 @@ class Buffers:
     prompt_peak_bytes: Amount
 
     def __str__(self) -> str:
-        pair = [
-            f"{n} {what}" for n, what in ((self.operations, "kernels"), (self.elements, "Mi")) if n
+        limits = ((self.operations, "kernels"), (self.elements, "Mi elements"))
+        size = " or ".join(f"{n} {what}" for n, what in limits if n)
+        tokens = [
+            f"{1e3 * seconds:.3f} ms a token at {slots} slots"
+            for slots, seconds in self.seconds_per_token.items()
         ]
-        tokens = [f"{1e3 * s:.3f} ms at {slots}" for slots, s in self.seconds_per_token.items()]
         prompt = f"a prompt {self.prompt_seconds:.2f} s, {self.prompt_peak_bytes / 1e6:.0f} MB"
-        size = " or ".join(pair) or "what is set"
-        return f"command buffers of {size}: {', '.join([*tokens, prompt])}"
+        which = f"of {size}" if size else "as set here"
+        return f"command buffers {which}: {', '.join([*tokens, prompt])}"
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -210,7 +210,9 @@ class LayerCache:
 class StepCache:
     """One layer inside a compiled step: its arrays keep their size, and positions are arrays too.
 
-    It attends to every slot and masks those that are not visible, so shapes never change.
+    It attends to every slot and masks those that are not visible, so shapes never change. On a GPU
+    the arrays given are written to in place, by a kernel of which MLX does not know that it does
+    (docs/architecture.md, "Keys and values").
     """
 
     def __init__(self, arrays: Arrays, place: Place) -> None:

@@ -1,6 +1,6 @@
 """Filter the tokens that a row can draw, and add the noise that draws one, by operations of MLX.
 
-`kernels.sample` does the same by one kernel.
+`kernels.sample` does the same by one kernel; `draw` (engine/sampling.py) chooses between the two.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Kernel:
     `in_place` names the inputs that it writes to, which MLX does not know of. The caller makes sure
     of four things: every reader of what was written depends on an output of the kernel, nothing
     else needs the old content, the array is row contiguous and has at least 8 elements, and the
-    graph is evaluated once.
+    graph is evaluated once. docs/architecture.md ("Keys and values") says how caches see to it.
     """
 
     name: str
