@@ -29,6 +29,7 @@ from openelm_mlx.model.kernels.kernel import in_use
 from openelm_mlx.model.kernels.sample import SAMPLE, draw_by_kernel
 
 NEVER = -math.inf
+CERTAIN = 1e30  # for a processor's infinite logits, whose differences are no numbers
 SHORTLISTS = (64, 1024)  # few, as each is a trace of its own
 EXCLUDING = 0x9E3779B9  # the purpose of randomness that decides for XTC; that of a draw is 0
 NOWHERE = -(2**31)  # marks an empty place of a penalty window: neither prompt nor answer
@@ -277,7 +278,7 @@ def scores(logits: mx.array, filters: Filters, context: Context) -> mx.array:
         if not isinstance(made, mx.array) or made.shape != logits.shape:
             what = f"{type(made).__name__} {getattr(made, 'shape', '')}".strip()
             raise OptionError(f"processor returned {what}; it must return logits {logits.shape}")
-        logits = mx.where((which == index)[:, None], made, logits)
+        logits = mx.minimum(mx.where((which == index)[:, None], made, logits), CERTAIN)
     if controls.bias is not None:
         logits = logits + controls.bias
     if mask is not None:

@@ -171,6 +171,15 @@ def test_a_processor_must_return_logits():
             drawn([Row(LOGITS, SamplingOptions(processor=wrong))])
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_a_processor_forces_a_token_by_an_infinite_logit(options):
+    def forced(logits: mx.array, newest: mx.array, positions: mx.array) -> mx.array:
+        return mx.where(mx.arange(6) == 4, math.inf, logits)
+
+    assert kept(processor=forced) == kept(temperature=1.0, processor=forced, **options)
+    assert kept(processor=forced) == [False] * 4 + [True, False]
+
+
 def test_a_processor_sees_the_tokens_before_and_the_positions_drawn():
     seen = []
 
