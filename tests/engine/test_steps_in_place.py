@@ -60,29 +60,6 @@ def drawn(batch, steps=999):
     return found
 
 
-class Fives:
-    """Drafts that are wrong, so that a step writes ahead what the next ones take back."""
-
-    def propose(self, known, length):
-        return [5] * length
-
-
-@each_setting
-def test_greedy_tokens_alone_in_a_batch_and_with_drafts(tiny, settings):
-    texts = ["Once upon a time", "The cat", "Once upon a time", "One day Tom and Sue", "A"]
-    drafts = {"prompt_lookup": 2, "draft_tokens": 4, "adaptive_draft": False}
-    given = {"max_tokens": 16, "ignore_eos": True, "compiled": False, **settings}
-    wanted = [list(result.tokens) for result in batch_generate(tiny, texts, **given)]
-    with in_place():
-        found = batch_generate(tiny, texts, **given)
-        verified = batch_generate(tiny, texts, draft=Fives(), **drafts, **given)
-        one = alone(tiny, texts[0], **settings, max_tokens=16)
-    assert [list(result.tokens) for result in found] == wanted and one == wanted[0]
-    assert [list(result.tokens) for result in verified] == wanted
-    stats = [result.stats for result in verified]
-    assert any(one.drafted_tokens > one.accepted_tokens for one in stats)
-
-
 @each_setting
 def test_requests_with_the_same_prompt_have_rows_of_their_own(engine, settings):
     """The last two run on when the others have ended, in rows that were the fourth and fifth."""

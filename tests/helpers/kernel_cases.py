@@ -240,13 +240,6 @@ REVEALING = {
         store_case(BF16, (1, 3, 64), "window, 5 bits", (0, 700, 331, 5), 3),
         store_case(BF16, (1, 3, 128), "8 bits of 128", (1, 2, 3, 9), 3),
     ],
-    "sample": [
-        draw_case(mx.float32, 150, 71),
-        draw_case(mx.float32, 300, 90, listed=8, threads=32),
-        draw_case(mx.float32, 800, 126, listed=8, threads=32, hot=True),
-        draw_case(BF16, 40, 41, threads=32, filtered=False),
-        draw_case(mx.float32, 60, 1100, listed=16),
-    ],
 }
 
 
@@ -288,6 +281,13 @@ REVEALING["store_and_attend"] = [
     attended_case((6, 3, 64), (0, 3, 130, 255)),
     attended_case((2, 1, 96), (20,), **SMALL),
     attended_case((2, 1, 32), (5,), norm=False, size=10),
+]
+REVEALING["sample"] = [
+    draw_case(mx.float32, 150, 71),
+    draw_case(mx.float32, 300, 90, listed=8, threads=32),
+    draw_case(mx.float32, 800, 126, listed=8, threads=32, hot=True),
+    draw_case(BF16, 40, 41, threads=32, filtered=False),
+    draw_case(mx.float32, 60, 1100, listed=16),
 ]
 
 

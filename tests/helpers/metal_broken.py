@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
-from metal_build import compile_together, form, variant
+from metal_build import NotCompiled, Variant, compile_together, form, variant
 from metal_emulator import ORDERS, Wrong, emulate
 from metal_mutants import Mutant
 
 from openelm_mlx.model.kernels.kernel import Kernel, Launch, running
 
 SECONDS = 0.5  # of the processor: a mutant that takes longer does not end
+TOGETHER = 30  # mutants that are compiled at once
 
 
 @dataclass
@@ -58,25 +59,54 @@ def differs(a: mx.array, b: mx.array) -> bool:
     return not mx.allclose(a, b, rtol=unit, atol=unit, equal_nan=True).item()
 
 
+@dataclass
+class Outcome:
+    """What became of mutants, by name. Those that do not compile prove nothing either way."""
+
+    found: dict[str, str] = field(default_factory=dict)  # and how
+    missed: list[str] = field(default_factory=list)
+    not_compiled: list[str] = field(default_factory=list)
+
+
+def outcome(mutants: Sequence[Mutant], cases: Sequence[Launched]) -> Outcome:
+    """Tell which mutants give themselves away in these cases."""
+    result = Outcome()
+    for start in range(0, len(mutants), TOGETHER):
+        some = mutants[start : start + TOGETHER]
+        compile_together([broken for mutant in some for broken in variants(mutant, cases)])
+        for mutant in some:
+            try:
+                how = how_found(mutant, cases)
+            except NotCompiled:
+                result.not_compiled.append(mutant.name)
+                continue
+            if how is None:
+                result.missed.append(mutant.name)
+            else:
+                result.found[mutant.name] = how
+    return result
+
+
+def variants(mutant: Mutant, cases: Sequence[Launched]) -> list[Variant]:
+    """Return all of a mutant that `how_found` is going to run."""
+    wanted = []
+    for case in cases:
+        right = form(variant(case.kernel, case.inputs, case.launch))
+        wanted.append(replace(right, kernel=replace(case.kernel, source=mutant.source)))
+    return list(dict.fromkeys(wanted))
+
+
 def how_found(mutant: Mutant, cases: Sequence[Launched]) -> str | None:
-    """Return how the emulator or the results give a mutant away, or None."""
+    """Return how the emulator or the results give a mutant away, or None. Raises `NotCompiled`."""
     for case in cases:
         kernel = replace(case.kernel, source=mutant.source)
         for orders in ((0,), ORDERS):  # most differ in the first
             try:
                 wrote = written(kernel, case.inputs, case.launch, orders)
+            except NotCompiled:
+                raise
             except Wrong as error:
                 return str(error)
             if any(map(differs, wrote, case.wrote)):
                 return "other results"
     return None
-
-
-def prepare(mutants: Sequence[Mutant], cases: Sequence[Launched]) -> None:
-    """Compile all that `how_found` is going to run."""
-    wanted = []
-    for case in cases:
-        for mutant in mutants:
-            right = variant(case.kernel, case.inputs, case.launch)
-            wanted.append(replace(form(right), kernel=replace(case.kernel, source=mutant.source)))
-    compile_together(wanted)

@@ -49,6 +49,10 @@ class Wrong(Exception):
     """What a kernel does that no GPU promises to allow."""
 
 
+class NotCompiled(Wrong):
+    """A source that the compiler refuses."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """A kernel for some types of its arguments, as MLX compiles one library for each."""
@@ -68,11 +72,11 @@ class Program:
 
 
 def program(kernel: Kernel, inputs: Sequence[mx.array], launch: Launch) -> Program:
-    """Return a kernel compiled for these inputs. Raises `Wrong` where it does not compile."""
+    """Return a kernel compiled for these inputs. Raises `NotCompiled`."""
     wanted = form(variant(kernel, inputs, launch))
     found = compiled(wanted)
     if isinstance(found, str):
-        raise Wrong(f"{kernel.name} does not compile:\n{found[:3000]}")
+        raise NotCompiled(f"{kernel.name} does not compile:\n{found[:3000]}")
     return Program(found, tuple(int(v) for _, v in launch.template if isinstance(v, int)))
 
 
@@ -113,7 +117,7 @@ def compile_together(wanted: Sequence[Variant]) -> None:
         texts = [cpp(number, one) for number, one in left.items()]
         try:
             made = ctypes.CDLL(str(library("\n".join([BEFORE, *texts]), flags)))
-        except Wrong as error:
+        except NotCompiled as error:
             said = str(error)
             faulty = {int(number) for number in re.findall(r"^kernel_(\d+):", said, re.M)}
             if not faulty and len(left) > 1:  # the compiler does not say which
@@ -152,7 +156,7 @@ def library(text: str, flags: Sequence[str]) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         source.unlink()
         if done.returncode:
-            raise Wrong(done.stderr)
+            raise NotCompiled(done.stderr)
         made.replace(target)
     return target
 
