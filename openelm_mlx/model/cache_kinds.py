@@ -107,7 +107,9 @@ class Quantized:
 
     def attend(self, q: mx.array, arrays: Arrays, mask: Mask, scale: float) -> mx.array:
         B, heads, L, D = q.shape
-        if kind() == "cuda":  # its products of packed matrices take no part of an array
+        if kind() == "cuda" and not isinstance(mask, mx.array):
+            # Its products of packed matrices take no part of an array. A step has a mask and whole
+            # arrays: a copy of those would not wait for the kernel that stores.
             arrays = [mx.contiguous(array) for array in arrays]
         (k, k_scales, k_biases), (v, v_scales, v_biases) = zip(*map(halves, arrays), strict=True)
         kv_heads, T = k.shape[1:3]

@@ -4,6 +4,8 @@ text without a cache.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from kept import KINDS, TOKENS, close, prefilled, reference
 from small import random_model
@@ -11,6 +13,7 @@ from small import random_model
 from openelm_mlx.device import mx
 from openelm_mlx.engine.rows import Rows
 from openelm_mlx.errors import CacheError
+from openelm_mlx.model import cache_kinds
 from openelm_mlx.model.cache import KVCache, step_caches
 from openelm_mlx.model.cache_kinds import SLACK, CacheKind
 
@@ -298,3 +301,22 @@ def test_a_window_forgets_only_what_it_can_take_back(model):
     assert cache.prefix(480 - SLACK + 19) is None
     cache.clear()
     assert (cache.arrays, cache.offset, cache.written, cache.capacity) == ([], 0, 0, 0)
+
+
+def test_packed_arrays_of_a_step_are_read_as_they_are_on_an_nvidia_gpu(
+    model, monkeypatch, tmp_path
+):
+    """A copy would be made beside the kernel that stores, on which MLX sees no dependence; those of
+    a prompt are parts of arrays, and are copied.
+    """
+    kind, graph = KINDS["8 bits"], str(tmp_path / "graph.dot")
+    monkeypatch.setattr(cache_kinds, "kind", lambda: "cuda")
+
+    def copies(tokens, caches):
+        mx.export_to_dot(graph, model.hidden(mx.array(tokens), caches))
+        return Path(graph).read_text().count("Contiguous")
+
+    assert copies([TOKENS[:9]], KVCache(model.args, kind)) > 0
+    cache = prefilled(model, kind, TOKENS[:9])
+    mx.eval(cache.arrays)
+    assert copies([[5]], step_caches(cache.arrays, mx.array([9]), kind)) == 0
