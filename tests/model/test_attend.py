@@ -71,5 +71,6 @@ def test_other_caches_types_and_passes_take_the_mask():
     assert not fits(q.astype(mx.bfloat16), buffer, place)
     assert not fits(mx.zeros((1, 4, 33, 64)), buffer, place)
     assert not fits(mx.zeros((1, 4, 1, 80)), buffer, place)
+    assert not fits(mx.zeros((4096, 4, 16, 64)), buffer, place)  # more than a grid has
     assert not fits(q, buffer, Place(mx.array([3]), CacheKind(Quantized(8, 64)), 256))
     assert not fits(q, buffer, Place(mx.array([3]), CacheKind(layout=Window(20, 3)), 256))

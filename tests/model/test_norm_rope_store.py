@@ -83,6 +83,7 @@ def test_pairs_of_one_type_fit():
     assert not fits(raw, [buffer.astype(BF16)])
     assert not fits(raw.astype(mx.int32), [buffer.astype(mx.int32)])
     assert not fits(mx.zeros((1, 1, 5, 63)), [buffer])
+    assert not fits(mx.zeros((4096, 16, 5, 64)), [buffer])  # more than a grid has
     assert not fits(mx.zeros((1, 1, 5, 264)), [buffer])
     assert not fits(mx.zeros((1, 1, 5, 2)), [mx.zeros((2, 1, 1, 1, 2))])
 

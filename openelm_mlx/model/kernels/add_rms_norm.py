@@ -10,11 +10,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from openelm_mlx.device import mx, nn
-from openelm_mlx.model.kernels.kernel import SIMD, TYPES, Kernel, in_use, scalar, twins
+from openelm_mlx.model.kernels.kernel import (
+    MOST_ROWS,
+    SIMD,
+    TYPES,
+    Kernel,
+    in_use,
+    scalar,
+    twins,
+)
 from openelm_mlx.model.kernels.self_check import difference, noise
 
 EACH = 4  # elements a thread, as MLX's norm has
-MOST_THREADS, MOST_ROWS = 1024, 65535  # of a threadgroup; of CUDA's grids
+MOST_THREADS = 1024  # of a threadgroup
 
 # One threadgroup a row. The sum is rounded to T, as that of a kernel of its own would be.
 ADD_RMS_NORM = Kernel(

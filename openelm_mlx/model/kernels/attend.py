@@ -10,7 +10,15 @@ from __future__ import annotations
 
 from openelm_mlx.device import mx
 from openelm_mlx.model.cache_kinds import Arrays, Growing, Mask, Place, Plain
-from openelm_mlx.model.kernels.kernel import SIMD, TYPES, Kernel, in_use, integers, scalar
+from openelm_mlx.model.kernels.kernel import (
+    MOST_ROWS,
+    SIMD,
+    TYPES,
+    Kernel,
+    in_use,
+    integers,
+    scalar,
+)
 from openelm_mlx.model.kernels.self_check import difference, noise
 
 GROUPS = 32  # SIMD groups of a threadgroup
@@ -115,10 +123,11 @@ def attend(
 
 def fits(q: mx.array, arrays: Arrays, place: Place) -> bool:
     """Return whether the kernel can run: one type, and slots that fill up in order."""
-    kind, (_, _, asked, head_dim) = place.kind, q.shape
+    kind, (rows, _, asked, head_dim) = place.kind, q.shape
     plain = isinstance(kind.store, Plain) and isinstance(kind.layout, Growing)
     one_type = q.dtype in TYPES and arrays[0].dtype == q.dtype
-    return plain and one_type and asked <= MOST_TOKENS and head_dim in (32, 64, 96, 128)
+    few = asked <= MOST_TOKENS and rows * asked <= MOST_ROWS
+    return plain and one_type and few and head_dim in (32, 64, 96, 128)
 
 
 def by_kernel(

@@ -23,6 +23,7 @@ from openelm_mlx.model.kernels.self_check import wrong_kernels
 Size = tuple[int, int, int]
 
 SIMD = 32  # threads of a SIMD group
+MOST_ROWS = 65535  # of CUDA's grids, in y and z
 TYPES = (mx.bfloat16, mx.float16, mx.float32)  # of activations
 
 

@@ -14,6 +14,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.model.cache_kinds import Arrays, CacheKind, Place, Plain, Quantized, Store, Window
 from openelm_mlx.model.heads import Projection, head_table, rotary
 from openelm_mlx.model.kernels.kernel import (
+    MOST_ROWS,
     SIMD,
     TYPES,
     Kernel,
@@ -187,14 +188,15 @@ def store_heads(projection: Projection, arrays: Arrays, place: Place) -> tuple[m
 
 
 def fits(raw: mx.array, arrays: Arrays) -> bool:
-    """Return whether the kernel can run: pairs in a head, one type, and arrays it may write to.
+    """Return whether the kernel can run: pairs in a head, one type, arrays it may write to, and
+    tokens that a grid can hold.
 
     MLX gives a kernel fewer than 8 elements as constants.
     """
-    head_dim = raw.shape[-1]
+    rows, length, _, head_dim = raw.shape
     one_type = raw.dtype in TYPES and arrays[-1].dtype == raw.dtype
-    large = all(array.size >= 8 for array in arrays)
-    return one_type and large and head_dim % 2 == 0 and 8 <= head_dim <= MOST_HEAD_DIM
+    large, few = all(array.size >= 8 for array in arrays), rows * length <= MOST_ROWS
+    return one_type and large and few and head_dim % 2 == 0 and 8 <= head_dim <= MOST_HEAD_DIM
 
 
 def by_kernel(projection: Projection, arrays: Arrays, place: Place) -> tuple[mx.array, Arrays]:
