@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # called with what is being run and how much of the work was done; with None, how much there is
 Tick = Callable[[str | None, float], None]
+Save = Callable[["Document"], None]  # called after each section: a GPU's fault ends the process
 
 # sections in their order, with guesses of their seconds, for the progress bar
 SECTIONS = {"paths": 60, "ways": 40, "kernels": 5, "costs": 10, "decoded": 40, "read": 10}
@@ -52,8 +53,10 @@ class Sections:
         self.found: dict[str, list[Any]] = defaultdict(list)
         self.failures: dict[str, str] = {}
 
-    def run(self) -> bool:
-        """Run every section; return False after Ctrl-C, with what was found until then."""
+    def run(self, after: Callable[[], None]) -> bool:
+        """Run every section, and `after` behind each; return False after Ctrl-C, with what was
+        found until then.
+        """
         self.tick(None, sum(SECTIONS.values()))
         for name, seconds in SECTIONS.items():
             try:
@@ -66,6 +69,7 @@ class Sections:
             except Exception as error:  # what fails on a device is asked here, and goes no further
                 self.failures[name] = impersonal(f"{type(error).__name__}: {reason(error)}")
             self.tick(name, seconds)
+            after()
         return True
 
     def paths(self) -> Iterator[Compared]:
@@ -138,26 +142,31 @@ class Sections:
             raise KeyboardInterrupt
 
 
-def measure(quick: bool, command: str, tick: Tick) -> Document:
+def measure(quick: bool, command: str, tick: Tick, save: Save) -> Document:
     """Run everything and return the document, which is partial after Ctrl-C.
 
     It has no names of users, machines or folders. `command` becomes a part of it. Raises
     `OptionError`, before anything is run, for a value of OPENELM_KERNELS that is not allowed.
     """
     from openelm_mlx import device
+    from openelm_mlx.model.kernels.kernel import choose
+
+    choose(device.kind(), os.environ, {})
+    run = Sections(quick, tick)
+    complete = run.run(lambda: save(document_of(run, command, partial=True)))
+    return document_of(run, command, partial=not complete)
+
+
+def document_of(run: Sections, command: str, partial: bool) -> Document:
+    """Return what the sections have found so far."""
     from openelm_mlx.benchmarks.doctor.self_test import compared_with
     from openelm_mlx.benchmarks.doctor.steps import timed_config
     from openelm_mlx.benchmarks.measure import machine
     from openelm_mlx.benchmarks.results import first_run as results
     from openelm_mlx.benchmarks.results.document import Document, completed
-    from openelm_mlx.model.kernels.kernel import choose
     from openelm_mlx.settings import float32_products
 
-    choose(device.kind(), os.environ, {})
-    facts = machine.machine()
-    run = Sections(quick, tick)
-    complete = run.run()
-    found = run.found
+    facts, found = machine.machine(), run.found
     about = results.FirstRun(
         compared_with=compared_with(),
         model=f"{timed_config()[0]}, random weights",
@@ -184,7 +193,7 @@ def measure(quick: bool, command: str, tick: Tick) -> Document:
         dirty=dirty,
     )
     timed: Document = found["rates"][0] if found["rates"] else empty
-    document = replace(timed, command=command, partial=not complete, first_run=about)
+    document = replace(timed, command=command, partial=partial, first_run=about)
     return completed(machine.without_home(document))
 
 

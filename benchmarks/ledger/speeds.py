@@ -36,6 +36,7 @@ from openelm_mlx.errors import BenchmarkError
 T = 2.2  # Student's, 95 %, for the 10 to 12 degrees of freedom of the fits
 MODELS = 3  # that a chip needs for a fit of its own
 TIERS = 1.25
+LEAST = 1e-9  # what a file says below it, or far above what can be, was not measured
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,10 @@ def learned(speed: Speed, chip: Chip, documents: Iterable[Any]) -> Speed:
     Documents of other chips, of quick runs and of processors say nothing about it.
     """
     costs = [run.costs for document in documents if (run := full_run(document, chip)) is not None]
-    latencies = [cost.dispatch_seconds for cost in costs if cost.dispatch_seconds]
-    rates = [rate for cost in costs if (rate := cost.gemv_bytes_per_second.get("bfloat16"))]
+    latencies = [cost.dispatch_seconds or 0.0 for cost in costs]
+    rates = [cost.gemv_bytes_per_second.get("bfloat16", 0.0) for cost in costs]
+    latencies = [seconds for seconds in latencies if LEAST < seconds < 1]
+    rates = [rate for rate in rates if LEAST < rate / chip.bandwidth < 2]
     if speed.squares is not None or not latencies or not rates:
         return speed
     basis = f"measured on {chip.name} by openelm doctor --full"

@@ -11,10 +11,14 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.errors import MLXError, OptionError
+from openelm_mlx.errors import BenchmarkError, MLXError, OptionError
+
+if TYPE_CHECKING:
+    from openelm_mlx.benchmarks.results.document import Document
 
 PACKAGES = {"openelm_mlx": "openelm-mlx", "mlx_lm": "mlx-lm"}
 REMEDY = "update the system and mlx, and if that does not help, report this page"
@@ -52,23 +56,38 @@ def run(args: argparse.Namespace) -> int:
 def full(args: argparse.Namespace) -> int:
     """Measure everything, write it, and print it; the exit status is 1 if anything is wrong.
 
-    Ctrl-C keeps what was measured, and the exit status is then 130.
+    Ctrl-C keeps what was measured, and the exit status is then 130. If the process is ended from
+    without, or by a fault of the GPU, what it had measured is in FILE.part.
     """
     from openelm_mlx.cli.benchmark import OUTPUTS, progress_bar, write
     from openelm_mlx.files import check_new, check_writable
 
     output = args.output or OUTPUT
-    check_new(output, "--output")
+    for name in (output, f"{output}.part"):
+        check_new(name, "--output")
     check_writable(output, "--output")
     from openelm_mlx.benchmarks.doctor import measure
+    from openelm_mlx.benchmarks.results.document import to_json, write_file
+
+    part = Path(f"{output}.part")
+
+    def keep(so_far: Document) -> None:
+        with suppress(BenchmarkError):  # what cannot be written now is still measured
+            write_file(part, to_json(so_far))
 
     # without the name of the file: that could be the user's, or have folders
     flags = [f"--{name}" for name in ("full", "quick", "json") if getattr(args, name)]
     command = " ".join(["openelm doctor", *flags])
     with progress_bar() as tick:
-        document = measure(args.quick, command, tick or (lambda label, work: None))
+        document = measure(
+            args.quick,
+            command,
+            tick or (lambda label, work: None),
+            keep,
+        )
     only = {**dict.fromkeys(OUTPUTS), "output": output, "json": args.json}
     write(document, argparse.Namespace(**only))
+    part.unlink(missing_ok=True)
     print(f"written to {output}; please attach it to an issue", file=sys.stderr)
     if document.partial:
         return 130

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from openelm_mlx.benchmarks import doctor
-from openelm_mlx.benchmarks.doctor import impersonal, self_test, steps
+from openelm_mlx.benchmarks.doctor import Sections, impersonal, self_test, steps
 from openelm_mlx.benchmarks.doctor.paths import LIMITS, Case, Maker, cases, compared, on_cpu
 from openelm_mlx.benchmarks.results.document import load
 from openelm_mlx.cli import main
@@ -71,6 +71,22 @@ def test_all_sections_run_and_become_one_file(short, tmp_path, capsys, monkeypat
     assert capsys.readouterr().out == printed
     assert main(["doctor", "--full", "--output", str(file)]) == 2
     assert "mine.json exists already" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_a_fault_is_in_a_file_of_its_own(short, tmp_path, monkeypatch):
+    """A fault of the GPU ends the process; here a section ends the command."""
+
+    def fault(sections: Sections) -> None:
+        raise SystemExit(9)
+
+    monkeypatch.setattr(Sections, "kernels", fault)
+    file, part = tmp_path / "mine.json", tmp_path / "mine.json.part"
+    with pytest.raises(SystemExit, match="9"):
+        main(["doctor", "--full", "--quick", "--output", str(file)])
+    kept = load(part)
+    assert kept.partial and kept.first_run is not None and kept.first_run.ways
+    assert not file.exists()
+    assert main(["doctor", "--full", "--output", str(file)]) == 2
 
 
 def test_what_fails_is_written_down_and_ctrl_c_keeps_the_rest(tmp_path, capsys, monkeypatch):
