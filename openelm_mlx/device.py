@@ -53,6 +53,11 @@ def kind() -> Literal["metal", "cuda", "cpu"]:
     return "cuda" if mx.cuda.is_available() else "cpu"
 
 
+def on_processor() -> bool:
+    """Return whether MLX computes on the processor now: a user may have set it beside a GPU."""
+    return bool(mx.default_device() == mx.cpu)
+
+
 def wired_limit(recommended_bytes: int | None, system_version: str) -> int | None:
     """Return the most bytes that may be wired: all that Metal recommends.
 

@@ -212,6 +212,9 @@ def test_the_first_use_checks_even_inside_a_trace(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "check_of", check)
     kernels.choice.cache_clear()
     mine = Kernel("sample", (), (), "")
+    with mx.stream(mx.cpu):  # where a check would fail, and be remembered
+        assert not in_use(mine) and not checked
+    monkeypatch.setattr(kernels, "on_processor", lambda: False)
     try:
         step = mx.compile(lambda x: x + 1 if in_use(mine) else x)
         assert step(mx.array(1)).item() == 2

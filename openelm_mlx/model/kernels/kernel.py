@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
-from openelm_mlx.device import kind, mx
+from openelm_mlx.device import kind, mx, on_processor
 from openelm_mlx.errors import OptionError
 from openelm_mlx.model.kernels.cuda import on_cuda
 from openelm_mlx.model.kernels.self_check import wrong_kernels
@@ -165,8 +165,9 @@ def check_of(name: str) -> str:
 
 def in_use(kernel: Kernel) -> bool:
     """Return whether this kernel runs here, rather than its twin."""
-    names = _overridden[-1][0] if _overridden else choice().names
-    return kernel.name in names
+    if _overridden:
+        return kernel.name in _overridden[-1][0]
+    return not on_processor() and kernel.name in choice().names
 
 
 def runner() -> Runner:
