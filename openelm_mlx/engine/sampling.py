@@ -25,8 +25,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.errors import OptionError
 from openelm_mlx.model.draws import COLD, Limits, keyed, noisy, numbers, remaining
-from openelm_mlx.model.kernels.kernel import in_use
-from openelm_mlx.model.kernels.sample import SAMPLE, draw_by_kernel
+from openelm_mlx.model.kernels.sample import draw_token
 
 NEVER = -math.inf
 CERTAIN = 1e30  # for a processor's infinite logits, whose differences are no numbers
@@ -86,11 +85,6 @@ class Filters:
     @property
     def penalised(self) -> bool:
         return self.repetition or self.counts
-
-    @property
-    def one_kernel(self) -> bool:
-        """True if the kernel `sample` draws from the scores: it has all filters but XTC."""
-        return self.sampled and not self.xtc
 
 
 class Controls(NamedTuple):
@@ -221,20 +215,15 @@ def draw(logits: mx.array, filters: Filters, context: Context) -> mx.array:
     Sampling is argmax(filtered logits + Gumbel noise), which draws exactly from their softmax. A
     greedy choice is the argmax of the penalised logits, without noise; of equal ones the lowest id.
     """
-    temperature = context.controls.temperature
-    by_kernel = filters.one_kernel and in_use(SAMPLE)
-    changed = filters.penalised or filters.bias or filters.processors
-    if changed or (filters.sampled and not by_kernel):
+    temperature, noise = context.controls.temperature, (context.keys, context.positions)
+    if filters.penalised or filters.bias or filters.processors or filters.xtc:
         logits = logits.astype(mx.float32)  # which is the largest does not change by it
     if temperature is None:
         return mx.argmax(scores(logits, filters, context), axis=-1)
-    if by_kernel:
-        limits = context.controls.limits(temperature, filters.shortlist)
-        return draw_by_kernel(
-            scores(logits, filters, context), limits, context.keys, context.positions
-        )
-    filtered = filter_logits(logits, filters, context)
-    return mx.argmax(noisy(filtered, temperature, context.keys, context.positions), axis=-1)
+    if filters.xtc:  # a filter that the kernel does not have
+        return mx.argmax(noisy(filter_logits(logits, filters, context), temperature, *noise), -1)
+    limits = context.controls.limits(temperature, filters.shortlist)
+    return draw_token(scores(logits, filters, context), limits, *noise)
 
 
 def filter_logits(logits: mx.array, filters: Filters, context: Context) -> mx.array:

@@ -177,15 +177,21 @@ def test_a_mass_that_no_token_reaches_and_logits_that_are_no_numbers_end():
     assert all(0 <= token < 1000 for token in tokens)
 
 
+@pytest.mark.needs("emulated kernels")
 def test_the_kernel_draws_unless_tokens_are_excluded_or_none_is_sampled():
-    def one_kernel(**settings: Any) -> bool:
-        return Filters.of([SamplingOptions(**settings), SamplingOptions()]).one_kernel
+    engine, how = load("openelm-tiny"), EngineOptions(compiled=False)
 
-    assert one_kernel(temperature=1.0)
-    assert one_kernel(temperature=1.0, top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=2.0)
-    assert not one_kernel()
-    assert not one_kernel(temperature=1.0, top_k=1)
-    assert not one_kernel(temperature=1.0, xtc_probability=0.5)
+    def launches(**settings: Any) -> bool:
+        emulator = Emulator()
+        with running(emulator, ONLY):
+            generate(engine, "The", max_tokens=2, engine_options=how, **settings)
+        return emulator.launches > 0
+
+    assert launches(temperature=1.0)
+    assert launches(temperature=1.0, top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=2.0)
+    assert not launches()
+    assert not launches(temperature=1.0, top_k=1)
+    assert not launches(temperature=1.0, xtc_probability=0.5, xtc_threshold=0.1)
 
 
 @pytest.mark.needs("emulated kernels")

@@ -11,7 +11,7 @@ import math
 
 from openelm_mlx.device import mx
 from openelm_mlx.model.draws import COLD, Limits, noisy, remaining
-from openelm_mlx.model.kernels.kernel import SIMD, Kernel
+from openelm_mlx.model.kernels.kernel import SIMD, Kernel, in_use
 from openelm_mlx.model.kernels.self_check import difference, noise
 
 # MLX refuses a threadgroup for which a GPU has not enough registers (metal/custom_kernel.cpp): of
@@ -252,13 +252,19 @@ SAMPLE = Kernel(
 )
 
 
-def draw_by_kernel(
-    logits: mx.array, limits: Limits, keys: mx.array, positions: mx.array
-) -> mx.array:
+def draw_token(logits: mx.array, limits: Limits, keys: mx.array, positions: mx.array) -> mx.array:
     """Draw one token a row, [B] uint32, from logits [B, vocab] of any float type.
 
     `keys` [B, 2] uint32 and `positions` [B] int32 decide the noise, as in `draws.gumbel`.
     """
+    draws = draw_by_kernel if in_use(SAMPLE) else draw_by_operations
+    return draws(logits, limits, keys, positions)
+
+
+def draw_by_kernel(
+    logits: mx.array, limits: Limits, keys: mx.array, positions: mx.array
+) -> mx.array:
+    """Draw what `draw_by_operations` draws, which is the twin."""
     rows, vocab = logits.shape
     threads = min(MOST_THREADS, -(-vocab // SIMD) * SIMD)
     temperature, top_k, top_p, min_p, _ = limits
@@ -286,7 +292,7 @@ def draw_by_kernel(
 def draw_by_operations(
     logits: mx.array, limits: Limits, keys: mx.array, positions: mx.array
 ) -> mx.array:
-    """Draw what `draw_by_kernel` draws, likewise."""
+    """Draw a token a row; it computes in float32."""
     gaps = remaining(logits.astype(mx.float32), limits)
     return mx.argmax(noisy(-gaps, limits.temperature, keys, positions), axis=-1)
 
