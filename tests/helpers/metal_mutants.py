@@ -73,6 +73,14 @@ def not_declared(line: str) -> bool:
     return re.fullmatch(rf"\s*{WORDS} (?:\w+(?:\[\w+\])?, )*\w+", line) is None
 
 
+def narrowed(source: str) -> Iterator[Edit]:
+    """Declare a float in the type of the arrays. A source that does not name it, as that of the
+    kernel that draws, has nothing to be narrowed to: its floats are not tried.
+    """
+    if re.search(r"\bT\b", source):
+        yield from replaced(r"\bfloat (?=\w+(?:\[\w+\])?(?: =|;|,))", "T ")(source)
+
+
 OPERATORS: dict[str, Operator] = {
     "barrier dropped": replaced(BARRIER, ""),
     "barrier in a branch": replaced(BARRIER, rf"if ({SOME} < 16) \g<0>"),
@@ -93,7 +101,7 @@ OPERATORS: dict[str, Operator] = {
     "comparison turned": replaced(r" (==|!=) ", " >= "),
     "condition true": bracketed(r"\bif (?=\()", "if (true)"),
     "condition false": bracketed(r"\bif (?=\()", "if (false)"),
-    "narrowed": replaced(r"\bfloat (?=\w+(?:\[\w+\])?(?: =|;|,))", "T "),
+    "narrowed": narrowed,
     "not rounded": bracketed(r"(?<=float\()T(?=\()", "({inside})"),
     "plus for minus": replaced(r" - (?!=)", " + "),
     "minus for plus": replaced(r" \+ (?!=)", " - "),
