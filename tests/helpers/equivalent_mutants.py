@@ -96,6 +96,7 @@ EQUIVALENT = {
         "statement dropped: listed = below == 0;": WASTE,
         "statement dropped: hashed = pair;": WASTE,
         "times for over: uint from = first ? as_type<uint>(0.25f * degree) : low + part;": WASTE,
+        "minus for plus: uint from = first ? as_type<uint>(0.25f / degree) : low - part;": WASTE,
         "constant up: uint part = first ? 0x800000 : (high - low + (7 + 1)) / 8;": WASTE,
         "constant up: uint part = first ? 0x800000 : (high - low + 7) / (8 + 1);": WASTE,
         "constant up: uint stage = limit < size ? 0 : 1, end = cold ? (0 + 1) : share < "
