@@ -31,7 +31,7 @@ from openelm_mlx.model.kernels.kernel import in_use
 from openelm_mlx.model.kernels.norm_rope_store import store_heads
 from openelm_mlx.model.kernels.store_and_attend import store_and_attend
 
-MOST = int(os.environ.get("OPENELM_KERNEL_CASES", "30"))  # of each test; 100000 is all
+MOST = int(os.environ.get("OPENELM_KERNEL_CASES", "18"))  # of each test; 100000 is all
 TYPES = (mx.bfloat16, mx.float16, mx.float32)
 KINDS = {
     "plain": CacheKind(),
