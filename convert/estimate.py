@@ -196,9 +196,16 @@ def distilling(sizes: Sizes, parameters: int, rows: int, length: int) -> Parts:
     }
 
 
-def verifying(sizes: Sizes, texts: Sequence[mx.array]) -> dict[str, Parts]:
-    states = 2 * sizes.states(sum(tokens.size for tokens in texts))
+def whole_texts(sizes: Sizes, texts: Sequence[mx.array]) -> tuple[int, int, int]:
+    """Return the bytes of the states of all texts and the activations of one, and its tokens."""
+    states = sizes.states(sum(tokens.size for tokens in texts))
     most = max(sizes.activations(*tokens.shape) for tokens in texts)
+    return states, most, max(tokens.size for tokens in texts)
+
+
+def verifying(sizes: Sizes, texts: Sequence[mx.array]) -> dict[str, Parts]:
+    states, most, longest = whole_texts(sizes, texts)
+    states *= 2
     return {
         "verifying layers": {
             "a layer": sizes.layer,
@@ -210,14 +217,13 @@ def verifying(sizes: Sizes, texts: Sequence[mx.array]) -> dict[str, Parts]:
             "heads of both models": 2 * sizes.head,
             "a matrix as it is read": sizes.head,
             "states of both models": states,
-            "logits": sizes.logits(10, min(POSITIONS, max(tokens.size for tokens in texts))),
+            "logits": sizes.logits(10, min(POSITIONS, longest)),
         },
     }
 
 
 def looking(sizes: Sizes, texts: Sequence[mx.array]) -> dict[str, Parts]:
-    states = sizes.states(sum(tokens.size for tokens in texts))
-    most = max(sizes.activations(*tokens.shape) for tokens in texts)
+    states, most, longest = whole_texts(sizes, texts)
     return {
         "measuring activations": {
             "a layer": sizes.layer,
@@ -228,7 +234,7 @@ def looking(sizes: Sizes, texts: Sequence[mx.array]) -> dict[str, Parts]:
         "measuring logits": {
             "the head, and as it is read": 2 * sizes.head,
             "states": states,
-            "logits": sizes.logits(2, min(POSITIONS, max(tokens.size for tokens in texts))),
+            "logits": sizes.logits(2, min(POSITIONS, longest)),
         },
     }
 

@@ -190,9 +190,7 @@ def kernels() -> dict[str, Any]:
 
     forget()
     choice.cache_clear()
-    chosen = choice()
-    names = ", ".join(sorted(chosen.names)) or "none of ours"
-    return {"kernels": names + (f" ({chosen.reason})" if chosen.reason else "")}
+    return {"kernels": str(choice())}
 
 
 def self_test() -> dict[str, Any]:

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 from openelm_mlx.device import mx
 from openelm_mlx.model.cache import BLOCK, KVCache
 from openelm_mlx.model.cache_kinds import Arrays, CacheKind, resized
-from openelm_mlx.model.kernels.kernel import in_use
-from openelm_mlx.model.kernels.norm_rope_store import NORM_ROPE_STORE
-from openelm_mlx.model.kernels.store_and_attend import STORE_AND_ATTEND
+from openelm_mlx.model.kernels.kernel import writes_in_place
 
 if TYPE_CHECKING:
     from openelm_mlx.model.config import OpenELMConfig
@@ -62,7 +60,7 @@ class Rows:
         MLX does not know of what it writes, so only the next pass, which needs its outputs, may be
         submitted before: anything else that reads the buffers could be run before the kernel.
         """
-        if in_use(NORM_ROPE_STORE) or in_use(STORE_AND_ATTEND):
+        if writes_in_place():
             mx.eval(self.buffers)
 
     def place(self, row: int, cache: KVCache) -> None:

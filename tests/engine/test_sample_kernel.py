@@ -220,9 +220,3 @@ def test_an_answer_is_the_same_with_the_kernel():
                 answers[-1].append(text)
         assert (emulator.launches >= 8) == bool(names)
     assert answers[0] == answers[1] and len({*answers[0]}) == 3
-
-
-@pytest.mark.needs("emulated kernels")
-def test_the_check_of_a_gpu_compares_the_two():
-    with running(Emulator(), ONLY):
-        assert sample.check() == ""

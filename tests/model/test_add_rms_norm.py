@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from metal_emulator import ORDERS, Emulator
 from small import random_adapter, random_model
@@ -13,9 +11,8 @@ from openelm_mlx.model.adapters import adapted
 from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig
 from openelm_mlx.model.decoder import DecoderLayer, OpenELM
-from openelm_mlx.model.kernels import add_rms_norm
 from openelm_mlx.model.kernels.add_rms_norm import Sum, fits, sum_and_norm
-from openelm_mlx.model.kernels.kernel import check_of, running
+from openelm_mlx.model.kernels.kernel import running
 
 WIDTHS = [OpenELMConfig.from_name(name).model_dim for name in PUBLISHED if "-" not in name]
 ONLY = frozenset({"add_rms_norm"})
@@ -55,16 +52,6 @@ def test_the_kernel_is_the_operations(dtype, width, rows, most):
     difference = mx.abs(normed.astype(mx.float32) - wanted[1].astype(mx.float32))
     assert (difference / scale).max().item() <= most
     assert dtype == mx.float32 or (normed != wanted[1]).mean().item() < 0.01
-
-
-@pytest.mark.needs("emulated kernels")
-def test_the_kernel_passes_its_own_check_and_a_broken_one_does_not(monkeypatch):
-    kernel = add_rms_norm.ADD_RMS_NORM
-    with running(Emulator()):
-        assert check_of("add_rms_norm") == ""
-        source = kernel.source.replace("total / float(D)", "total")
-        monkeypatch.setattr(add_rms_norm, "ADD_RMS_NORM", replace(kernel, source=source))
-        assert "bfloat16: output 1 differs from its twin's by" in check_of("add_rms_norm")
 
 
 def test_other_types_and_wide_rows_take_the_operations():

@@ -8,7 +8,7 @@ from metal_emulator import ORDERS, Emulator
 from openelm_mlx.device import mx
 from openelm_mlx.model.cache import Place
 from openelm_mlx.model.cache_kinds import CacheKind, Quantized, Window
-from openelm_mlx.model.kernels.attend import attend, check, fits
+from openelm_mlx.model.kernels.attend import attend, fits
 from openelm_mlx.model.kernels.kernel import running
 
 ONLY = frozenset({"attend"})
@@ -56,12 +56,6 @@ def test_rows_of_their_own_lengths_and_several_tokens():
     )  # each token has a position of its own
     assert_as_twin([11], (1, 1, 17, 128), 40)
     assert_as_twin([30, 2], (2, 2, 1, 64), 64, length=9)  # the last of nine tokens only
-
-
-@pytest.mark.needs("emulated kernels")
-def test_the_check_of_a_gpu_compares_the_two():
-    with running(Emulator(), ONLY):
-        assert check() == ""
 
 
 def test_other_caches_types_and_passes_take_the_mask():

@@ -16,7 +16,7 @@ from metal_emulator import Emulator
 
 from openelm_mlx.model.kernels import kernel as kernels
 from openelm_mlx.model.kernels.kernel import (
-    NAMES_BY_BACKEND,
+    ALL,
     Kernel,
     check_of,
     in_use,
@@ -86,7 +86,44 @@ def test_a_right_kernel_passes_and_a_broken_one_is_told_by_what_differs(kernel_f
         assert not in_use(DOUBLE)  # what the block had before
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES_BY_BACKEND["metal"], *NAMES_BY_BACKEND["cuda"]}))
+@pytest.mark.needs("emulated kernels")
+@pytest.mark.parametrize("name", ALL)
+def test_each_kernel_passes_its_own_check(name: str) -> None:
+    with running(Emulator()):
+        assert check_of(name) == ""
+
+
+@pytest.mark.needs("emulated kernels")
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "said"),
+    [
+        (
+            "add_rms_norm",
+            "total / float(D)",
+            "total",
+            "bfloat16: output 1 differs from its twin's by",
+        ),
+        (
+            "store_and_attend",
+            "head % sharing == 0",
+            "head % sharing > 0 && head > 1",
+            "output 1 differs from its twin's",
+        ),
+    ],
+)
+def test_a_check_tells_a_broken_kernel(name: str, right: str, wrong: str, said: str) -> None:
+    emulator = Emulator()
+
+    def run(kernel, inputs, launch):
+        source = kernel.source.replace(right, wrong)
+        assert source != kernel.source
+        return emulator(replace(kernel, source=source), inputs, launch)
+
+    with running(run):
+        assert said in check_of(name)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_each_kernels_check_sees_one_that_computes_nothing(name: str) -> None:
     def nothing(kernel, inputs, launch):
         pairs = zip(launch.shapes, launch.dtypes, strict=True)

@@ -26,6 +26,8 @@ SIMD = 32  # threads of a SIMD group
 MOST_ROWS = 65535  # of CUDA's grids, in y and z
 TYPES = (mx.bfloat16, mx.float16, mx.float32)  # of activations
 
+_in_place: set[str] = set()  # the names of kernels that write to an input
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -43,6 +45,10 @@ class Kernel:
     source: str
     header: str = ""
     in_place: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.in_place:
+            _in_place.add(self.name)
 
     def __call__(self, *inputs: mx.array, **launch: Any) -> list[mx.array]:
         """Return the outputs; the keywords are those of `Launch`."""
@@ -110,7 +116,7 @@ NAMES = ("norm_rope_store", "add_rms_norm", "sample")  # in use on every GPU
 # CUDA, MLX has none that is fused and takes a mask.
 ATTENTION = ("attend", "store_and_attend")
 ALL = (*NAMES, *ATTENTION)
-NAMES_BY_BACKEND = {"metal": NAMES, "cuda": ALL, "cpu": ()}
+NAMES_BY_BACKEND = {"metal": NAMES, "cuda": ALL}
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,11 @@ class Choice:
 
     names: frozenset[str]
     reason: str = ""
+
+    def __str__(self) -> str:
+        """Return "add_rms_norm, sample (norm_rope_store: its output is ...)"."""
+        names = ", ".join(sorted(self.names)) or "none of ours"
+        return names + (f" ({self.reason})" if self.reason else "")
 
 
 def choose(backend: str, environ: Mapping[str, str], wrong: Mapping[str, str]) -> Choice:
@@ -165,9 +176,18 @@ def check_of(name: str) -> str:
 
 def in_use(kernel: Kernel) -> bool:
     """Return whether this kernel runs here, rather than its twin."""
+    return kernel.name in names_in_use()
+
+
+def writes_in_place() -> bool:
+    """Return whether a kernel that is in use writes to arrays of which MLX believes otherwise."""
+    return not _in_place.isdisjoint(names_in_use())
+
+
+def names_in_use() -> frozenset[str]:
     if _overridden:
-        return kernel.name in _overridden[-1][0]
-    return not on_processor() and kernel.name in choice().names
+        return _overridden[-1][0]
+    return frozenset() if on_processor() else choice().names
 
 
 def runner() -> Runner:
