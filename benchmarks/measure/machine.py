@@ -31,10 +31,14 @@ WARM_UP, TRIALS, ROW = 2, 7, 2**18
 def machine() -> Machine:
     """Return facts of this machine; before a model is loaded, so that the load is not our own."""
     from openelm_mlx.device import facts
+    from openelm_mlx.model.kernels.kernel import choice
 
     known = {item.name for item in fields(Machine)}
     found = {name: value for name, value in facts().items() if name in known}
     found["blas"] = loaded_blas() or "MLX's own"
+    found["kernels"] = None
+    if found["backend"] != "cpu":  # names alone: the reason against a kernel may name folders
+        found["kernels"] = ", ".join(sorted(choice().names)) or "none"
     found["thermal_pressure"] = thermal_pressure()
     found["gpu_cores"] = cores = gpu_cores()
     found["nominal_bytes_per_second"] = nominal_bandwidth(found["chip"], cores)

@@ -147,6 +147,7 @@ class Machine:
     system_version: str | None = None
     backend: str | None = None
     blas: str | None = None
+    kernels: str | None = None  # those of ours that a GPU runs, by name
     load_average: Amount | None = None
     thermal_pressure: str | None = None
     copy_bytes_per_second: Amount | None = None  # read and written bytes; every bound stands on it

@@ -125,6 +125,7 @@ def machine_line(machine: Machine) -> str:
         " ".join(filter(None, (machine.system, machine.system_version))),
         machine.backend and f"{machine.backend} backend",
         machine.blas and machine.backend == "cpu" and f"BLAS: {machine.blas}",
+        machine.kernels and f"kernels: {machine.kernels}",
     ]
     return ", ".join(str(fact) for fact in facts if fact)
 

@@ -10,6 +10,7 @@ import pytest
 
 from openelm_mlx import device
 from openelm_mlx.benchmarks.measure import machine
+from openelm_mlx.model.kernels.kernel import Choice
 
 
 @pytest.mark.with_or_without("OpenBLAS", "a C++ compiler", "a writable home")
@@ -20,6 +21,14 @@ def test_machine_facts():
         and found.memory_bytes == device.memory_bytes()
         and "user" not in str(found)
     )
+
+
+def test_a_result_tells_which_kernels_of_ours_ran(monkeypatch):
+    chosen = Choice(frozenset({"sample", "add_rms_norm"}), "attend: /home/me/x is no library")
+    monkeypatch.setattr("openelm_mlx.model.kernels.kernel.choice", lambda: chosen)
+    for kind, names in (("metal", "add_rms_norm, sample"), ("cpu", None)):
+        monkeypatch.setattr(device, "facts", lambda kind=kind: {"backend": kind, "chip": None})
+        assert machine.machine().kernels == names
 
 
 def test_the_cores_of_a_gpu_are_read_where_macos_tells_them():

@@ -116,6 +116,9 @@ def test_the_machine_is_one_line_with_its_exact_processor():
     assert tables.not_a_mac(gpu) == "NVIDIA GPU result, not Apple silicon"
     assert tables.not_a_mac(Machine(system="Darwin")) == tables.not_a_mac(Machine()) == ""
     assert tables.machine_line(Machine()) == ""
+    assert tables.machine_line(Machine(kernels="add_rms_norm, sample")) == (
+        "kernels: add_rms_norm, sample"
+    )
 
 
 def test_a_verdict_knows_what_is_better():
