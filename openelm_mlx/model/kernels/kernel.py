@@ -17,7 +17,6 @@ from typing import Any
 
 from openelm_mlx.device import kind, mx, on_processor
 from openelm_mlx.errors import OptionError
-from openelm_mlx.model.kernels.cuda import on_cuda
 from openelm_mlx.model.kernels.self_check import wrong_kernels
 
 Size = tuple[int, int, int]
@@ -193,7 +192,11 @@ def names_in_use() -> frozenset[str]:
 def runner() -> Runner:
     if _overridden:
         return _overridden[-1][1]
-    return on_cuda if kind() == "cuda" else on_metal
+    if kind() != "cuda":
+        return on_metal
+    from openelm_mlx.model.kernels.cuda import on_cuda  # elsewhere it would only cost start-up
+
+    return on_cuda
 
 
 @contextmanager
