@@ -24,7 +24,8 @@ from openelm_mlx.convert.quantize.grids import PART as FITTED
 from openelm_mlx.convert.quantize.rounding import PART, error_feedback, fitted_weights
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import itemsize
-from openelm_mlx.evaluate.score import POSITIONS, kl_divergence
+from openelm_mlx.evaluate.compare import kl_divergence
+from openelm_mlx.evaluate.score import POSITIONS
 from openelm_mlx.model.config import layer_shapes
 from openelm_mlx.quantization import QuantSpec, all_specs, matrices, planned, stem_of
 

@@ -21,7 +21,8 @@ from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.targets import config_of
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
-from openelm_mlx.evaluate.score import POSITIONS, Comparison, compare_logits
+from openelm_mlx.evaluate.compare import Comparison, compare_logits
+from openelm_mlx.evaluate.score import POSITIONS
 from openelm_mlx.files import read_json, read_places, read_text
 from openelm_mlx.model.checkpoint import PARTS, not_finite, unpacked
 from openelm_mlx.model.config import BOS, OpenELMConfig, expected_tensors

@@ -285,7 +285,7 @@ def losses(loaded: Sequence[Weights], reference: Engine) -> tuple[list[dict[str,
 
     The reference writes the text itself. Weights as they are stored have no loss.
     """
-    from openelm_mlx.evaluate.score import compare, own_text
+    from openelm_mlx.evaluate.compare import compare, own_text
 
     unknown = mx.where(mx.arange(reference.config.vocab_size) < reference.vocab, 0.0, -mx.inf)
     length = min(LOSS_TOKENS, reference.config.max_context_length)

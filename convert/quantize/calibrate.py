@@ -44,7 +44,7 @@ from openelm_mlx.convert.sources.folder import dequantized
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES, name_of
 from openelm_mlx.errors import ConversionError
-from openelm_mlx.evaluate.score import own_text
+from openelm_mlx.evaluate.compare import own_text
 from openelm_mlx.files import read_text
 from openelm_mlx.model.config import BOS, EOS, UNK, OpenELMConfig
 from openelm_mlx.quantization import Plan, planned

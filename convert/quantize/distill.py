@@ -20,7 +20,7 @@ from openelm_mlx.convert.quantize.grids import as_stored
 from openelm_mlx.convert.quantize.rounding import Codes, Learned
 from openelm_mlx.device import mx, utils
 from openelm_mlx.dtypes import DTYPES
-from openelm_mlx.evaluate.score import kl_divergence
+from openelm_mlx.evaluate.compare import kl_divergence
 from openelm_mlx.model.config import OpenELMConfig
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ from openelm_mlx.convert.quantize.rounding import fitted_weights, rounded
 from openelm_mlx.convert.sources import number_of
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
-from openelm_mlx.evaluate.score import POSITIONS, kl_divergence
+from openelm_mlx.evaluate.compare import kl_divergence
+from openelm_mlx.evaluate.score import POSITIONS
 from openelm_mlx.model.config import HEAD, OpenELMConfig
 from openelm_mlx.quantization import BITS, Plan, QuantSpec, all_specs, matrices, planned, stem_of
 

@@ -23,7 +23,7 @@ from openelm_mlx.benchmarks.results import PROCESSES
 from openelm_mlx.benchmarks.results.document import Document, Machine, Metric, Row, completed
 from openelm_mlx.device import mx
 from openelm_mlx.errors import BenchmarkError, ConfigError, OpenELMError, OptionError
-from openelm_mlx.evaluate.score import compare, own_text
+from openelm_mlx.evaluate.compare import compare, own_text
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.model.decoder import parameters
 

@@ -15,7 +15,7 @@ from golden_set import NANO
 from openelm_mlx.convert.options import GGUF_TYPES
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.device import mx
-from openelm_mlx.evaluate.score import kl_divergence
+from openelm_mlx.evaluate.compare import kl_divergence
 from openelm_mlx.model.config import expected_tensors
 from openelm_mlx.model.decoder import OpenELM
 

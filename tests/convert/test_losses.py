@@ -23,7 +23,7 @@ from openelm_mlx.convert.quantize.losses import (
 )
 from openelm_mlx.convert.quantize.rounding import rounded
 from openelm_mlx.device import mx
-from openelm_mlx.evaluate.score import kl_divergence
+from openelm_mlx.evaluate.compare import kl_divergence
 from openelm_mlx.model.config import expected_tensors
 from openelm_mlx.model.decoder import OpenELM
 from openelm_mlx.quantization import QuantSpec, matrices

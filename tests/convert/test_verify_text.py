@@ -16,7 +16,7 @@ from openelm_mlx.convert.quantize import exact_weights
 from openelm_mlx.convert.verify import TEXT, check_bound, read_folder, verification_text, verify
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
-from openelm_mlx.evaluate.score import compare
+from openelm_mlx.evaluate.compare import compare
 from openelm_mlx.model.decoder import OpenELM
 
 TOKENIZER = NANO / "tokenizer.model"

@@ -12,16 +12,14 @@ import pytest
 from small import random_engine
 
 from openelm_mlx.device import mx
-from openelm_mlx.evaluate.score import (
-    POSITIONS,
+from openelm_mlx.evaluate.compare import (
     compare,
     intervals,
     kl_divergence,
-    log_probs,
     own_text,
-    perplexity,
     top_1_agreement,
 )
+from openelm_mlx.evaluate.score import POSITIONS, log_probs, perplexity
 
 
 def normal(*shape, seed=0):

@@ -20,7 +20,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import EngineOptions
 from openelm_mlx.errors import BenchmarkError
-from openelm_mlx.evaluate.score import Comparison, compare
+from openelm_mlx.evaluate.compare import Comparison, compare
 from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.cache_kinds import CacheKind
 
