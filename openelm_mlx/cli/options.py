@@ -176,8 +176,11 @@ def add_flag(group: Any, item: Field[Any]) -> None:
         how = {"action": argparse.BooleanOptionalAction}
     elif kind.startswith("tuple"):
         several = "nargs" in known
-        text += "" if several else "; may be given several times"
-        text += ", or once with commas between them" if known.get("commas") else ""
+        if several:
+            text += "; blanks or commas between them" if known.get("commas") else ""
+        else:
+            text += "; may be given several times"
+            text += ", or once with commas between them" if known.get("commas") else ""
         how = {"action": "extend" if several else "append", "nargs": known.get("nargs")}
         how |= {"type": integer if kind.startswith("tuple[int") else str}
         how |= {"metavar": known.get("metavar", "TEXT")}
@@ -200,7 +203,7 @@ def given_fields(options: type, args: argparse.Namespace) -> dict[str, Any]:
     for item in fields(options):
         if hasattr(args, item.name) and item.metadata.get("flag", "") is not None:
             value, commas = getattr(args, item.name), item.metadata.get("commas")
-            if commas and "choices" in item.metadata:  # words; others are texts and may have commas
+            if commas and {"choices", "nargs"} & {*item.metadata}:  # words; texts may have commas
                 value = [word.strip() for word in ",".join(value).split(",") if word.strip()]
             elif commas and len(value) == 1:
                 value = value[0].split(",")
