@@ -64,7 +64,7 @@ test: $(VENV)/installed-dev
 # what tests/helpers/optional.py names: no OpenBLAS, no compiler or browser on the PATH, a home below a file
 test-without: $(VENV)/installed-dev
 	OPENELM_BLAS=off PATH=$(abspath $(BIN)) HOME=/dev/null/home $(BIN)/python $(PYTEST) \
-		-m "(needs or with_or_without) and not matplotlib and not llguidance"
+		-m "(needs or with_or_without) and not matplotlib and not llguidance and not lm_eval"
 
 docs: $(VENV)/installed-dev
 	$(call extra,.[docs])

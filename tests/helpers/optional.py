@@ -103,6 +103,7 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
     "HAProxy": lambda: find_haproxy() is not None,
     "matplotlib": lambda: find_spec("matplotlib") is not None,
     "llguidance": lambda: find_spec("llguidance") is not None,
+    "lm-eval": lambda: find_spec("lm_eval") is not None,
     "llama.cpp": lambda: peer("llama.cpp"),
     "cyllama": lambda: find_spec("cyllama") is not None,
     "torch": lambda: peer("torch"),
