@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openelm_mlx.errors import OptionError
+from openelm_mlx.evaluate.suites import SUITES
 from openelm_mlx.fields import check_fields, check_unset, encodable, explained, option, shown
-
-# the tables that Apple published: docs/evaluating.md
-SUITES = ("zero-shot", "openllm", "llm360", "commonsense")
 
 
 @explained()
@@ -25,7 +23,7 @@ class EvaluateOptions:
     """
 
     suite: str | None = option(
-        None, "the tasks and shots of a table that Apple published", choices=SUITES
+        None, "the tasks and shots of a table that Apple published", choices=tuple(SUITES)
     )
     tasks: tuple[str, ...] = option(
         (),
