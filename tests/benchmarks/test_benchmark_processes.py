@@ -46,10 +46,11 @@ def test_a_mistake_that_a_process_finds_is_told_as_if_it_were_found_here():
 
 
 SCRIPT = """
-from openelm_mlx.benchmarks.measure.run import run
+from openelm_mlx.benchmarks.measure import run
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
+run.CHILD = {!r}
 options = dict(prompt_tokens=(4,), generation_tokens=(2,), trials=5)
-print("rows", len(run(BenchmarkOptions(processes=2, **options)).rows))
+print("rows", len(run.run(BenchmarkOptions(processes=2, **options)).rows))
 """
 
 
@@ -60,7 +61,8 @@ def test_a_script_without_a_main_guard_measures_in_several_processes(tmp_path):
     """
     (tmp_path / "pickle.py").write_text("raise ImportError('not mine')")
     command, settings = [sys.executable, "-P", "-"], {"capture_output": True, "text": True}
-    done = subprocess.run(command, input=SCRIPT, cwd=tmp_path, **settings)
+    script = SCRIPT.format(run.CHILD)
+    done = subprocess.run(command, input=script, cwd=tmp_path, **settings)
     assert (done.stdout, done.stderr) == ("rows 1\n", "")
 
 
