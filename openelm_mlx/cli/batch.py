@@ -31,6 +31,7 @@ from openelm_mlx.files import check_writable
 from openelm_mlx.server.options import ServerOptions
 
 if TYPE_CHECKING:
+    from openelm_mlx.evaluate.run import Ranks
     from openelm_mlx.server.batch_file import Output
     from openelm_mlx.server.batch_run import Result
 
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     engine, draft = load_model(args.model, args), load_draft(args)
     from openelm_mlx.engine.prompt_cache import PromptCache, fingerprint
     from openelm_mlx.engine.scheduler import BatchEngine
+    from openelm_mlx.evaluate.run import launched
     from openelm_mlx.server.batch_run import AHEAD, Batch
 
     head = {
@@ -108,16 +110,16 @@ def run(args: argparse.Namespace) -> int:
         remove_parts(target)
         print(f"{target} is complete: {counted(*found)}", file=sys.stderr)
         return int(found[1] > 0)
-    rank, ranks, meet = launched()
-    output = Output(target, lines, head, rank)
-    meet(target)
+    ranks = launched()
+    output = Output(target, lines, head, ranks.rank)
+    meet(ranks, target)
     cache, waiting = PromptCache(rows.cache_mb << 20), AHEAD * rows.slots
     shared: Any = {"draft": draft, "prompt_cache": cache, "max_waiting": waiting}
     batch = Batch(engine, args.model, BatchEngine(engine, rows.slots, running, **shared), mark)
-    dealt = array("q", lines.dealt(rank, ranks))
+    dealt = array("q", lines.dealt(*ranks))
     left = array("q", (index for index in dealt if not output.done[index]))
-    who = "" if ranks == 1 else f"process {rank + 1} of {ranks}: "
-    failed = 0 if ranks > 1 else output.failed
+    who = "" if ranks.size == 1 else f"process {ranks.rank + 1} of {ranks.size}: "
+    failed = 0 if ranks.size > 1 else output.failed
     report = Progress(len(dealt), len(left), failed, who)
     try:
         with report.shown() as show, StopKey() as stop:
@@ -149,31 +151,17 @@ def counted(count: int, failed: int) -> str:
     return f"{count:,} line{'s' * (count != 1)}{errors}"
 
 
-def launched() -> tuple[int, int, Callable[[Path], None]]:
-    """Return this process's number, how many `mlx.launch` has started, and how they meet.
+def meet(ranks: Ranks, target: Path) -> None:
+    """Wait until the processes of `mlx.launch` each have made their part.
 
-    They meet once each has made its part. Raises `OptionError` there if one has ended, or cannot
-    see the part of the first.
+    Raises `OptionError` if one has ended, or this one cannot see the part of the first.
     """
-    from openelm_mlx.device import mx
     from openelm_mlx.server.batch_file import part_of
 
-    group = mx.distributed.init()
-    rank, ranks = group.rank(), group.size()
-
-    def meet(target: Path) -> None:
-        if ranks == 1:
-            return
-        try:
-            mx.eval(mx.distributed.all_sum(mx.array([1.0])))
-        except RuntimeError:
-            what = "another process of mlx.launch has ended"
-            raise OptionError(f"{what}; see what it said, and run the same command") from None
-        if not (part_of(target, 0).exists() or target.exists()):
-            what = f"process {rank + 1} does not see {part_of(target, 0)}"
-            raise OptionError(f"{what}; -o must be in a folder that all machines share")
-
-    return rank, ranks, meet
+    ranks.gather("")
+    if ranks.size > 1 and not (part_of(target, 0).exists() or target.exists()):
+        what = f"process {ranks.rank + 1} does not see {part_of(target, 0)}"
+        raise OptionError(f"{what}; -o must be in a folder that all machines share")
 
 
 class Progress:

@@ -12,7 +12,9 @@ from batch_lines import line, read, stable, write
 
 from openelm_mlx.cli import batch, main
 from openelm_mlx.cli.batch import Progress
+from openelm_mlx.device import mx
 from openelm_mlx.errors import OptionError
+from openelm_mlx.evaluate.run import Ranks
 from openelm_mlx.server.batch_file import Output, part_of
 from openelm_mlx.server.batch_run import Result
 
@@ -117,26 +119,11 @@ def test_progress_is_said_without_a_terminal(capsys, monkeypatch):
 
 def test_processes_meet(tmp_path, monkeypatch):
     """Of two processes the second looks for what the first has made."""
-    from openelm_mlx.device import mx
-
-    class Group:
-        rank, size = (lambda self: 1), (lambda self: 2)
-
-    monkeypatch.setattr(mx.distributed, "init", Group)
-    monkeypatch.setattr(mx.distributed, "all_sum", lambda array: array)
-    rank, ranks, meet = batch.launched()
-    assert (rank, ranks) == (1, 2)
+    monkeypatch.setattr(mx.distributed, "all_gather", lambda array, stream: mx.tile(array, 2))
     with pytest.raises(OptionError, match="process 2 does not see .*part-0; -o must be in a fold"):
-        meet(tmp_path / "out")
+        batch.meet(Ranks(1, 2), tmp_path / "out")
     part_of(tmp_path / "out", 0).touch()
-    meet(tmp_path / "out")
-
-    def lost(array: object) -> None:
-        raise RuntimeError("[ring] connection to a peer was lost")
-
-    monkeypatch.setattr(mx.distributed, "all_sum", lost)
-    with pytest.raises(OptionError, match="another process of mlx.launch has ended; see what"):
-        meet(tmp_path / "out")
+    batch.meet(Ranks(1, 2), tmp_path / "out")
 
 
 def test_a_batch_needs_nothing_of_a_server():

@@ -1,0 +1,245 @@
+"""Runs the passes of an evaluation: without those that were answered before, on several machines.
+
+What shares a pass is decided for all requests together, and passes are left out or dealt whole. So
+a run that was stopped, or shared, gives exactly the numbers of one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from openelm_mlx import __version__
+from openelm_mlx.device import mx
+from openelm_mlx.engine.generation import batch_generate
+from openelm_mlx.engine.options import GenerationOptions, check_loaded
+from openelm_mlx.engine.threads import device_work
+from openelm_mlx.errors import OptionError
+from openelm_mlx.evaluate.plan import Request, plan
+from openelm_mlx.evaluate.score import Answer, Scorer
+from openelm_mlx.fields import check_count
+
+if TYPE_CHECKING:
+    from openelm_mlx.engine.loading import Engine
+    from openelm_mlx.evaluate.store import Store
+
+# what is answered, how much there is to answer; tokens of the passes that are done, of all. Those
+# of other processes are left out, the answers that were stored before are not.
+Report = Callable[[int, int, int, int], None]
+
+ROWS = 16  # texts that are generated together
+
+
+class Ranks(NamedTuple):
+    """The processes that `mlx.launch` has started: the number of this one, and how many."""
+
+    rank: int = 0
+    size: int = 1
+
+    @device_work
+    def gather(self, text: str) -> list[str]:
+        """Return the texts that all processes give, each once all have called this.
+
+        Raises `OptionError` if one of them has ended.
+        """
+        if self.size == 1:
+            return [text]
+        data = text.encode()
+        try:
+            lengths: Any = gathered(mx.array([len(data)], mx.uint32)).tolist()
+            padded = mx.array(list(data.ljust(max(*lengths, 1))), mx.uint8)
+            rows = gathered(padded).reshape(self.size, -1)
+            texts = [bytes(row)[:length] for row, length in zip(rows, lengths, strict=True)]
+        except RuntimeError:
+            what = "another process of mlx.launch has ended"
+            raise OptionError(f"{what}; see what it said, and run the same command") from None
+        return [text.decode() for text in texts]
+
+
+def gathered(values: mx.array) -> mx.array:
+    """Return the values of all processes, one after another."""
+    return mx.distributed.all_gather(values, stream=mx.cpu)
+
+
+def launched() -> Ranks:
+    """Return the number of this process, and how many `mlx.launch` has started."""
+    group = mx.distributed.init()
+    return Ranks(group.rank(), group.size())
+
+
+class Job(NamedTuple):
+    """One pass: the key by which a store knows it, how many answers it gives, and its cost."""
+
+    key: str
+    answers: int
+    tokens: int
+
+    def plus(self, other: Job) -> Job:
+        """Return what both are together."""
+        return Job("", self.answers + other.answers, self.tokens + other.tokens)
+
+
+def answers(
+    engine: Engine,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int = 4096,
+    store: Store | None = None,
+    ranks: Ranks | None = None,
+    report: Report | None = None,
+) -> list[Answer]:
+    """Return the log-likelihood of each request's continuation, in every process.
+
+    `store` has the answers of earlier runs, and gets those of each pass as it ends; `ranks` are the
+    processes that share the work; `report` is told after each pass. Raises `OptionError` if a
+    process has ended, or was given other requests, weights or another version.
+    """
+    check_loaded("engine", engine)
+    check_count("batch_tokens", batch_tokens, 1)
+    scorer, passes = Scorer(engine), plan(requests, batch_tokens)
+
+    def run(number: int) -> list[Answer]:
+        return scorer.run(requests, passes[number])
+
+    jobs = []
+    for work in passes:
+        asked = (part for number in work.requests for part in requests[number])
+        jobs.append(Job(key_of("score", asked), len(work.requests), work.tokens))
+    found: list[Answer | None] = [None] * len(requests)
+    results = shared(jobs, run, store, ranks, report)
+    for work, result in zip(passes, results, strict=True):
+        for number, (logprob, greedy) in zip(work.requests, result, strict=True):
+            found[number] = Answer(logprob, greedy)
+    return [answer for answer in found if answer is not None]
+
+
+def texts(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    stops: Sequence[Sequence[str]],
+    max_tokens: Sequence[int],
+    *,
+    batch_tokens: int = 4096,
+    store: Store | None = None,
+    ranks: Ranks | None = None,
+    report: Report | None = None,
+) -> list[str]:
+    """Return the text that greedy decoding gives after each prompt, in every process.
+
+    A prompt is token ids; its text ends before the first of its `stops`, or after its `max_tokens`.
+    The other arguments are those of `answers`; prompts and texts of one group together have at most
+    `batch_tokens`. Raises what `batch_generate` gives as an error of a prompt as well.
+    """
+    check_loaded("engine", engine)
+    check_count("batch_tokens", batch_tokens, 1)
+    limits = [len(prompt) + most for prompt, most in zip(prompts, max_tokens, strict=True)]
+    options = [
+        GenerationOptions(max_tokens=most, stop=tuple(stop))
+        for most, stop in zip(max_tokens, stops, strict=True)
+    ]
+    groups, order = [], sorted(range(len(prompts)), key=lambda number: -limits[number])
+    while order:
+        groups.append(order[: max(1, min(ROWS, batch_tokens // limits[order[0]]))])
+        del order[: len(groups[-1])]
+
+    def run(number: int) -> list[str]:
+        group = groups[number]
+        results = batch_generate(
+            engine, [prompts[one] for one in group], None, [options[one] for one in group]
+        )
+        for result in results:
+            if result.error is not None:
+                raise result.error
+        return [result.text for result in results]
+
+    jobs = []
+    for group in groups:
+        kind = json.dumps(["text", *([stops[one], max_tokens[one]] for one in group)])
+        key = key_of(kind, (prompts[one] for one in group))
+        jobs.append(Job(key, len(group), sum(limits[one] for one in group)))
+    found = [""] * len(prompts)
+    for group, result in zip(groups, shared(jobs, run, store, ranks, report), strict=True):
+        for one, text in zip(group, result, strict=True):
+            found[one] = text
+    return found
+
+
+def key_of(kind: str, sequences: Iterable[Sequence[int]]) -> str:
+    """Return a hash of what a pass is asked."""
+    digest = hashlib.sha256(kind.encode())
+    for tokens in sequences:
+        digest.update(array("q", [len(tokens), *tokens]).tobytes())
+    return digest.hexdigest()
+
+
+def shared(
+    jobs: list[Job],
+    run: Callable[[int], list[Any]],
+    store: Store | None,
+    ranks: Ranks | None,
+    report: Report | None,
+) -> list[list[Any]]:
+    """Return what `run` gives for the number of each job, or another process, or the store had."""
+    ranks = ranks or Ranks()
+    found = {}
+    for number, job in enumerate(jobs):
+        stored = None if store is None else store.get(job.key)
+        if stored is not None and len(stored) == job.answers:
+            found[number] = stored
+    owners = agreed(jobs, list(found), store, ranks)
+    left = dealt(jobs, owners, ranks)
+    told, most = Job("", 0, 0), Job("", 0, 0)
+    for number in owners:
+        told = most = told.plus(jobs[number])
+    for number in left:
+        most = most.plus(jobs[number])
+    tell = report or (lambda *_: None)
+    tell(told.answers, most.answers, told.tokens, most.tokens)
+    for number in left:
+        found[number] = run(number)
+        if store is not None:
+            store.add(jobs[number].key, found[number])
+        told = told.plus(jobs[number])
+        tell(told.answers, most.answers, told.tokens, most.tokens)
+    own = [number for number, owner in owners.items() if owner == ranks.rank]
+    if ranks.size > 1:
+        text = json.dumps([[number, found[number]] for number in [*own, *left]])
+        found = dict(pair for given in ranks.gather(text) for pair in json.loads(given))
+    return [found[number] for number in range(len(jobs))]
+
+
+def agreed(jobs: list[Job], found: list[int], store: Store | None, ranks: Ranks) -> dict[int, int]:
+    """Return the numbers of jobs that need no run, and the first process that has the answers.
+
+    Processes on other machines have other stores. Raises `OptionError` if they do not do the same.
+    """
+    about = {"version": __version__, "requests": key_of(json.dumps(jobs), ())}
+    about["weights"] = "" if store is None else store.identity["weights"]
+    given = [json.loads(text) for text in ranks.gather(json.dumps([about, found]))]
+    for rank, (theirs, _) in enumerate(given):
+        first = given[0][0]
+        if wrong := [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]:
+            what = (
+                f"process {rank + 1} of mlx.launch has other {' and '.join(wrong)} than the first"
+            )
+            raise OptionError(f"{what}; give all the same")
+    owners: dict[int, int] = {}
+    for rank, (_, numbers) in enumerate(given):
+        for number in numbers:
+            owners.setdefault(number, rank)
+    return owners
+
+
+def dealt(jobs: list[Job], owners: dict[int, int], ranks: Ranks) -> list[int]:
+    """Return the numbers of the jobs for this process: the longest first, to the least loaded."""
+    loads, mine = [0] * ranks.size, []
+    left = (number for number in range(len(jobs)) if number not in owners)
+    for number in sorted(left, key=lambda number: -jobs[number].tokens):
+        least = loads.index(min(loads))
+        loads[least] += jobs[number].tokens
+        if least == ranks.rank:
+            mine.append(number)
+    return mine

@@ -1,0 +1,199 @@
+"""A run that is stopped, or shared by several processes, gives exactly the numbers of one."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+
+from openelm_mlx import batch_generate
+from openelm_mlx.device import mx
+from openelm_mlx.errors import OptionError, PromptError
+from openelm_mlx.evaluate.plan import Request, plan
+from openelm_mlx.evaluate.run import Job, Ranks, answers, dealt, launched, texts
+from openelm_mlx.evaluate.score import loglikelihoods
+from openelm_mlx.evaluate.store import Store
+
+TOKENS = 64  # of a pass: a dozen passes
+
+
+def some_requests(count: int, seed: int = 1) -> list[Request]:
+    rng = random.Random(seed)
+
+    def ids(most: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, 4000) for _ in range(rng.randint(1, most)))
+
+    contexts = [ids(20) for _ in range(count // 2)]
+    return [Request(rng.choice(contexts), ids(4)) for _ in range(count)]
+
+
+REQUESTS = some_requests(24)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / "cache"))
+
+
+class Stop:
+    """A report that presses Ctrl-C after so many passes."""
+
+    def __init__(self, passes: int = 1 << 30) -> None:
+        self.passes, self.said = passes, []
+
+    def __call__(self, *numbers: int) -> None:
+        self.said.append(numbers)
+        if len(self.said) > self.passes:
+            raise KeyboardInterrupt
+
+
+def test_answers_are_those_of_all_passes_in_turn(tiny):
+    report = Stop()
+    found = answers(tiny, REQUESTS, batch_tokens=TOKENS, report=report)
+    assert found == loglikelihoods(tiny, REQUESTS, batch_tokens=TOKENS)
+    passes = plan(REQUESTS, TOKENS)
+    total = sum(one.tokens for one in passes)
+    assert report.said[0] == (0, 24, 0, total) and report.said[-1] == (24, 24, total, total)
+    assert len(report.said) == len(passes) + 1 > 6
+    assert answers(tiny, []) == []
+
+
+def test_a_run_that_is_stopped_goes_on_after_the_last_pass(tiny):
+    whole, passes = answers(tiny, REQUESTS, batch_tokens=TOKENS), 0
+    for more in (1, 0, 3):
+        stop = Stop(more)
+        with Store(tiny, TOKENS) as store, pytest.raises(KeyboardInterrupt):
+            answers(tiny, REQUESTS, batch_tokens=TOKENS, store=store, report=stop)
+        # what was stored by the runs before is there at once
+        assert stop.said[0][2] == sum(one.tokens for one in plan(REQUESTS, TOKENS)[:passes])
+        passes += more
+    report = Stop()
+    with Store(tiny, TOKENS) as store:
+        assert answers(tiny, REQUESTS, batch_tokens=TOKENS, store=store, report=report) == whole
+    assert len(report.said) == len(plan(REQUESTS, TOKENS)) - passes + 1
+
+
+def test_other_requests_do_not_change_what_is_found_again(tiny):
+    """A stored pass answers the same requests in the same company only."""
+    fewer = REQUESTS[:7]
+    whole = answers(tiny, REQUESTS, batch_tokens=TOKENS)
+    with Store(tiny, TOKENS) as store:
+        answers(tiny, fewer, batch_tokens=TOKENS, store=store)
+        assert answers(tiny, REQUESTS, batch_tokens=TOKENS, store=store) == whole
+
+
+def prompts_of(engine) -> list[list[int]]:
+    return [engine.tokenizer.encode(text) for text in ("Once upon", "The", "A king had", "He")]
+
+
+def test_texts_are_greedy_and_end_before_a_stop(tiny):
+    prompts, limits = prompts_of(tiny), (8, 3, 6, 1)
+    stops = [["."], [], ["a", ","], []]
+    found = texts(tiny, prompts, stops, limits)
+    for prompt, stop, most, text in zip(prompts, stops, limits, found, strict=True):
+        (alone,) = batch_generate(tiny, [prompt], max_tokens=most, stop=stop)
+        assert text == alone.text
+    assert texts(tiny, [], [], []) == []
+    with pytest.raises(PromptError, match="prompt is empty"):
+        texts(tiny, [[]], [[]], [4])
+
+
+def test_texts_that_were_stopped_go_on(tiny):
+    asked = prompts_of(tiny), [[]] * 4, [4] * 4
+    whole = texts(tiny, *asked, batch_tokens=16)
+    with Store(tiny, 16) as store, pytest.raises(KeyboardInterrupt):
+        texts(tiny, *asked, batch_tokens=16, store=store, report=Stop(1))
+    report = Stop()
+    with Store(tiny, 16) as store:
+        assert texts(tiny, *asked, batch_tokens=16, store=store, report=report) == whole
+        other = texts(tiny, asked[0], [["e"]] * 4, asked[2], batch_tokens=16, store=store)
+    assert report.said[0][0] > 0 and len(report.said) > 1
+    assert other == texts(tiny, asked[0], [["e"]] * 4, asked[2], batch_tokens=16) != whole
+
+
+class Met(Ranks):
+    """Processes that are threads here: `given` is what each has to give."""
+
+    given: dict[int, str]
+    barrier: threading.Barrier
+
+    def gather(self, text: str) -> list[str]:
+        self.barrier.wait(60)
+        self.given[self.rank] = text
+        self.barrier.wait(60)
+        return [self.given[rank] for rank in range(self.size)]
+
+
+def in_threads(size: int, run) -> list:
+    """Return what `run` gives, or the error, for each of so many processes."""
+
+    class Here(Met):
+        given, barrier = {}, threading.Barrier(size)
+
+    found: list = [None] * size
+
+    def one(rank: int) -> None:
+        try:
+            found[rank] = run(Here(rank, size))
+        except OptionError as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_processes_share_passes_and_each_has_all_answers(tiny, tmp_path, monkeypatch):
+    """Three machines with a disk each; two of them have answers of earlier runs."""
+    whole, stores, reports = answers(tiny, REQUESTS, batch_tokens=TOKENS), [], []
+    for rank in range(3):
+        monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / f"machine {rank}"))
+        with Store(tiny, TOKENS) as store, pytest.raises(KeyboardInterrupt):
+            answers(tiny, REQUESTS, batch_tokens=TOKENS, store=store, report=Stop(rank))
+        stores.append(Store(tiny, TOKENS))
+        reports.append(Stop())
+
+    def run(ranks: Ranks) -> list:
+        about = {"store": stores[ranks.rank], "ranks": ranks, "report": reports[ranks.rank]}
+        return answers(tiny, REQUESTS, batch_tokens=TOKENS, **about)
+
+    assert in_threads(3, run) == [whole] * 3
+    stored, left = reports[0].said[0][0], len(plan(REQUESTS, TOKENS)) - 2
+    ran = [len(report.said) - 1 for report in reports]
+    assert min(ran) > 0 and sum(ran) == left
+    for store in stores:
+        store.close()
+    assert sum(report.said[-1][0] - stored for report in reports) == len(REQUESTS) - stored
+    assert all(report.said[-1][::2] == report.said[-1][1::2] for report in reports)
+
+
+def test_passes_are_dealt_by_their_cost():
+    jobs = [Job("", 1, tokens) for tokens in (5, 9, 1, 4, 4, 6)]
+    mine = [dealt(jobs, {0: 0}, Ranks(rank, 2)) for rank in range(2)]
+    assert mine == [[1, 4], [5, 3, 2]]
+    assert dealt(jobs, {}, Ranks()) == [1, 5, 0, 3, 4, 2]
+
+
+def test_processes_that_do_not_do_the_same_are_refused(tiny):
+    def run(ranks: Ranks) -> list:
+        return answers(tiny, REQUESTS[ranks.rank :], ranks=ranks)
+
+    for error in in_threads(2, run):
+        expected = "process 2 of mlx.launch has other requests than the first; give all the same"
+        assert str(error) == expected
+
+
+def test_a_process_that_has_ended_is_said_in_one_line(monkeypatch):
+    def lost(array: object, stream: object) -> None:
+        raise RuntimeError("[ring] connection to a peer was lost")
+
+    monkeypatch.setattr(mx.distributed, "all_gather", lost)
+    with pytest.raises(OptionError) as raised:
+        Ranks(0, 2).gather("")
+    said = "another process of mlx.launch has ended; see what it said, and run the same command"
+    assert str(raised.value) == said
+    assert launched() == (0, 1) and launched().gather("alone") == ["alone"]

@@ -1,0 +1,172 @@
+"""Answers that are kept: what is found again, and what a damaged file or a full disk costs."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+
+import pytest
+from full_disk import files_of_at_most
+from small import random_engine
+
+from openelm_mlx.evaluate import store as module
+from openelm_mlx.evaluate.store import KEPT_DAYS, Store, folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / "cache"))
+
+
+def names() -> list[str]:
+    return sorted(path.name.partition("-")[2] for path in folder().iterdir())
+
+
+def kept(engine, tokens: int = 64, **passes: list) -> None:
+    with Store(engine, tokens) as store:
+        for key, answers in passes.items():
+            store.add(key, answers)
+
+
+def test_answers_are_found_again_exactly(tiny, capsys):
+    answers = [[-0.1, True], [float("-inf"), False], ["text \u2028 é \n"]]
+    kept(tiny, one=answers, two=[])
+    with Store(tiny, 64) as store:
+        assert store.get("one") == answers and store.get("two") == [] and store.get("no") is None
+        store.add("one", [[1.0, True]])
+        assert store.get("one") == [[1.0, True]]
+    assert names() == ["0.lock", "0.sqlite"]
+    with Store(tiny, 64) as store:
+        assert store.get("one") == [[1.0, True]]
+        store.finish()
+    assert names() == [] and capsys.readouterr().err == ""
+
+
+def test_what_changes_numbers_has_files_of_its_own(tiny, monkeypatch):
+    kept(tiny, one=[1])
+    others = [Store(tiny, 65), Store(random_engine(tiny, 3), 64)]
+    for name, value in (("__version__", "99"), ("FORMAT", "of tomorrow")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            others.append(Store(tiny, 64))
+    monkeypatch.setenv("MLX_ENABLE_TF32", "another")
+    others.append(Store(tiny, 64))
+    assert [store.get("one") for store in others] == [None] * 5
+    assert len(list(folder().glob("*.sqlite"))) == 6
+    for store in others:
+        store.finish()
+    assert names() == ["0.lock", "0.sqlite"]
+
+
+def test_several_processes_have_a_file_each_and_read_all(tiny):
+    first, second = Store(tiny, 64), Store(tiny, 64)
+    first.add("one", [1])
+    second.add("two", [2])
+    third = Store(tiny, 64)
+    assert third.get("one") == [1] and third.get("two") == [2] and first.get("two") is None
+    third.add("three", [3])
+    third.finish()  # the others still use theirs
+    assert {name for name in names() if name.endswith("sqlite")} == {"0.sqlite", "1.sqlite"}
+    second.add("four", [4])
+    second.close()
+    first.finish()
+    assert names() == []
+
+
+def damaged(kind: str, path) -> None:
+    if kind == "rubbish":
+        path.write_bytes(b"what is this?" * 1000)
+    elif kind == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    elif kind == "a changed answer":
+        data = path.read_bytes()
+        assert data.count(b"[12345]") == 1
+        path.write_bytes(data.replace(b"[12345]", b"[12346]"))
+    else:
+        path.unlink()
+        with sqlite3.connect(path) as file:
+            file.execute("CREATE TABLE passes (name TEXT)")
+            if kind == "another identity":
+                file.execute("CREATE TABLE about (identity TEXT)")
+                file.execute("INSERT INTO about VALUES ('{}')")
+        file.close()
+
+
+@pytest.mark.parametrize(
+    "kind", ["rubbish", "cut", "a changed answer", "foreign", "another identity"]
+)
+def test_a_damaged_file_is_set_aside(tiny, capsys, kind):
+    kept(tiny, one=[12345])
+    (path,) = folder().glob("*.sqlite")
+    damaged(kind, path)
+    with Store(tiny, 64) as store:
+        assert store.get("one") is None
+        assert (
+            capsys.readouterr().err
+            == f"openelm: {path} is damaged, and it is set aside, as .damaged\n"
+        )
+        store.add("one", [2])
+    with Store(tiny, 64) as store:
+        assert store.get("one") == [2] and capsys.readouterr().err == ""
+        store.finish()
+    assert names() == []
+
+
+def test_a_damaged_file_of_another_process_stays_where_it_is(tiny, capsys):
+    first = Store(tiny, 64)
+    (path,) = folder().glob("*-0.sqlite")
+    with sqlite3.connect(path) as file:
+        file.execute("INSERT INTO passes VALUES ('one', '[1]', 'wrong')")
+    file.close()
+    with Store(tiny, 64) as store:
+        assert store.get("one") is None
+    said = f"openelm: {path} is damaged, and another process uses it; its answers are left out\n"
+    assert capsys.readouterr().err == said and path.exists()
+    first.close()
+
+
+def test_an_empty_file_is_begun(tiny, capsys):
+    kept(tiny)
+    (path,) = folder().glob("*.sqlite")
+    path.write_bytes(b"")
+    kept(tiny, one=[1])
+    assert Store(tiny, 64).get("one") == [1] and capsys.readouterr().err == ""
+
+
+REMEDY = "so a run that is stopped starts anew; make room there, or set OPENELM_CACHE to another"
+
+
+def test_a_full_disk_is_said_once(tiny, capsys):
+    with Store(tiny, 64) as store, files_of_at_most(64 << 10):
+        for number in range(99):
+            store.add(str(number), ["x" * 3000])
+        said = capsys.readouterr().err
+        assert said.startswith(f"openelm: answers cannot be kept in {folder()} (")
+        assert REMEDY in said and said.count("\n") == 1
+        assert store.get("98") == ["x" * 3000]
+    with Store(tiny, 64) as store:  # what came before is whole
+        assert store.get("0") == ["x" * 3000] and store.get("98") is None
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(tiny, capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / "file"))
+    with Store(tiny, 64) as store:
+        store.add("one", [1])
+        assert store.get("one") == [1]
+        store.finish()
+    said = capsys.readouterr().err
+    assert "answers (Not a directory), " in said and REMEDY in said and said.count("\n") == 1
+
+
+def test_answers_of_runs_that_never_go_on_are_removed(tiny):
+    kept(tiny, one=[1])
+    kept(tiny, 65, one=[1])
+    running, old = Store(tiny, 66), time.time() - KEPT_DAYS * 86400 - 60
+    for path in folder().glob("*.lock"):
+        os.utime(path, (old, old))
+    kept(tiny, 67)
+    assert names() == ["0.lock"] * 2 + ["0.sqlite"] * 2 + ["0.sqlite-shm", "0.sqlite-wal"]
+    running.finish()
+    assert names() == ["0.lock", "0.sqlite"]
