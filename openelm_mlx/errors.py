@@ -58,6 +58,10 @@ class HubError(OpenELMError):
     """A model could not be found, downloaded or verified."""
 
 
+class EvaluationError(OpenELMError):
+    """A task cannot be evaluated as asked, or its data are missing or damaged."""
+
+
 class BenchmarkError(OpenELMError):
     """A benchmark cannot be run as asked, or a result file is damaged or of another kind."""
 

@@ -1,0 +1,257 @@
+"""OpenELM as a model of lm-eval: its requests become token ids, and are answered by `score`.
+
+Texts are encoded as Apple had it for the published figures (lm-evaluation-harness at dc90fec,
+`add_bos_token=True`): the start token, then context and continuation by SentencePiece together, so
+that a token lies in the continuation if it begins beyond the context. Two things differ, in what
+Apple's command did with an empty context and with a whole text: it scored `</s> <s> text`, the
+start token's own probability included; here, as in lm-eval since, a text follows one `<s>`.
+
+In a chat the turns' ends are part of the prompt, but a prompt of lm-eval is a text, and a text
+never is control tokens. So `TURN` marks the ends, and `ANSWER` the place where the model goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from openelm_mlx.engine.generation import batch_generate
+from openelm_mlx.engine.loading import Engine, load
+from openelm_mlx.engine.options import GenerationOptions, ModelOptions, with_overrides
+from openelm_mlx.engine.prompts import check_messages
+from openelm_mlx.errors import EvaluationError, OptionError
+from openelm_mlx.evaluate.plan import Request
+from openelm_mlx.evaluate.score import Answer, loglikelihoods
+from openelm_mlx.fields import check_count
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ImportError:
+    what = "tasks and metrics are those of lm-eval, which is not installed"
+    raise EvaluationError(f"{what}; pip install 'openelm-mlx[evaluate]'") from None
+
+TURN, ANSWER = "\ufdd0", "\ufdd1"  # Unicode's noncharacters: no text that is exchanged has them
+
+
+# settings of generation that change nothing while the choice is greedy
+IDLE = ("do_sample", "temperature", "top_k", "top_p", "min_p")
+
+
+@register_model("openelm")
+class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no types
+    """A model of lm-eval: `lm_eval.simple_evaluate(OpenELMLM("270m"), tasks=["arc_easy"])`.
+
+    `model` is an `Engine` or what `load` takes, `loading` are the arguments of `load`. A pass of
+    the model takes `batch_tokens`, with padding. lm-eval's own command line always gives a
+    `batch_size` and a `device` of PyTorch, which have no meaning here. Raises the errors of `load`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Engine = "openelm-tiny",
+        *,
+        batch_tokens: int = 4096,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **loading: Any,
+    ) -> None:
+        super().__init__()
+        if batch_size not in (None, 1, "1", "auto") or max_batch_size is not None:
+            what = "the size of a batch is decided by the tokens in it"
+            raise OptionError(f"{what}; give batch_tokens=4096 with the model's arguments")
+        check_count("batch_tokens", batch_tokens, 1)
+        (options,) = with_overrides((ModelOptions,), (None,), loading)
+        given = {name: getattr(options, name) for name in loading}
+        if isinstance(model, Engine) and given:
+            raise OptionError(f"{next(iter(given))} is for loading, and the model is loaded")
+        self.engine = model if isinstance(model, Engine) else load(model, **given)
+        self.batch_tokens = batch_tokens
+        self.truncated: dict[str, set[int]] = {}  # numbers of questions, by task
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.engine.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.engine.tokenizer.bos_id
+
+    @property
+    def max_length(self) -> int:
+        return self.engine.config.max_context_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.engine.tokenizer.fingerprint
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Return the ids of a text, or of a conversation that `apply_chat_template` wrote.
+
+        The start token comes first unless `add_special_tokens` is false.
+        """
+        tokenizer, bos = self.engine.tokenizer, add_special_tokens is not False
+        if not string.startswith(TURN):
+            check_marks(string)
+            return tokenizer.encode(string, bos=bos)
+        ids = [tokenizer.bos_id] if bos else []
+        *turns, rest = string.removeprefix(TURN).split(TURN)
+        for turn in turns:
+            ids += [*tokenizer.encode(turn, bos=False), tokenizer.eos_id]
+        rest = rest.replace(ANSWER, "", 1)
+        check_marks(rest)
+        return ids + tokenizer.encode(rest, bos=False)
+
+    def apply_chat_template(
+        self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a conversation as a text: `tok_encode` makes the ids of `encode_messages` of it.
+
+        Without `add_generation_prompt` the last message is an answer that has begun, and stays
+        open. Raises `PromptError` for roles out of order.
+        """
+        check_messages(chat_history)
+        messages = [(message["role"], message["content"]) for message in chat_history]
+        for _, content in messages:
+            check_marks(content)
+        if messages[0][0] != "system":
+            messages.insert(0, ("system", ""))
+        begun = "" if add_generation_prompt else messages.pop()[1]
+        turns = "\n".join(f"<|{role}|>\n{content}{TURN}" for role, content in messages)
+        return f"{TURN}{turns}\n<|assistant|>\n{ANSWER}{begun}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return what stands for the Instruct format in lm-eval's records."""
+        if not chat_template:
+            return None
+        example = [{"role": "user", "content": "{{ message }}"}]
+        return self.apply_chat_template(example)
+
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each continuation, and whether greedy decoding gives it."""
+        asked = []
+        for request in requests:
+            context, continuation = request.args
+            check_marks(continuation)
+            if context:
+                before, after = self._encode_pair(context, continuation)
+            else:
+                before = [self.prefix_token_id]
+                after = self.tok_encode(continuation, add_special_tokens=False)
+            asked.append(self.fitting(before, after, request))
+        answers = self.answers(asked)
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, tuple(answer))
+        return [(answer.logprob, answer.greedy) for answer in answers]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        asked = [self.fitting(before, after) for _, before, after in requests]
+        return [(answer.logprob, answer.greedy) for answer in self.answers(asked)]
+
+    def fitting(self, before: list[int], after: list[int], request: Any = None) -> Request:
+        """Return a request of what fits into the model's context: the end, as lm-eval has it.
+
+        Raises `EvaluationError` if there is nothing to score, or if it does not fit.
+        """
+        most = self.max_length
+        if not 0 < len(after) <= most:
+            what = "the continuation has no token of its own"
+            if after:
+                what = f"the continuation has {len(after)} tokens; the model's context is {most}"
+            raise EvaluationError(f"{place(request)}{what}")
+        beyond = len(before) + len(after) - (most + 1)  # the last token is not fed
+        if beyond > 0 and request is not None:
+            self.truncated.setdefault(request.task_name, set()).add(request.doc_id)
+        return Request(tuple(before[max(beyond, 0) :]), tuple(after))
+
+    def answers(self, asked: Sequence[Request]) -> list[Answer]:
+        return loglikelihoods(self.engine, asked, batch_tokens=self.batch_tokens)
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return the log-likelihood of each whole text after the start token.
+
+        A text that is longer than the context is cut into windows, as lm-eval does: each token is
+        predicted once, after as many others as fit.
+        """
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        asked, counts = [], []
+        for request in requests:
+            check_marks(request.args[0])
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            own = [Request(*map(tuple, make_disjoint_window(window))) for window in windows]
+            asked += own
+            counts.append(len(own))
+        rest = iter(self.answers(asked))
+        found = []
+        for request, count in zip(requests, counts, strict=True):
+            found.append(math.fsum(next(rest).logprob for _ in range(count)))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
+        return found
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return the text that greedy decoding gives after each context, without leading space.
+
+        Raises `EvaluationError` for a task that samples, or whose answers leave no room for a
+        question.
+        """
+        prompts, options = [], []
+        for request in requests:
+            context, settings = request.args
+            most, stop = asked_of_generation(settings, place(request))
+            room = self.max_length - most
+            if room < 1:
+                what = f"answers have up to {most} tokens; the model's context is {self.max_length}"
+                raise EvaluationError(f"{place(request)}{what}. Set a lower max_gen_toks")
+            ids = self.tok_encode(context)
+            if len(ids) > room:
+                self.truncated.setdefault(request.task_name, set()).add(request.doc_id)
+            prompts.append(ids[-room:])
+            options.append(GenerationOptions(max_tokens=most, stop=stop))
+        texts = []
+        results = batch_generate(self.engine, prompts, None, options)
+        for request, result in zip(requests, results, strict=True):
+            texts.append(result.text.removeprefix(" "))
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        return texts
+
+
+def asked_of_generation(settings: Mapping[str, Any], where: str) -> tuple[int, tuple[str, ...]]:
+    """Return the most tokens of an answer, and the texts that end it, from lm-eval's settings."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    given = normalize_gen_kwargs(dict(settings), 256)
+    if given["do_sample"]:
+        what = f"it samples, with a temperature of {given['temperature']}; answers here are greedy"
+        raise EvaluationError(f"{where}{what}. Set do_sample to false")
+    if unknown := given.keys() - {"until", "max_gen_toks", *IDLE}:
+        known = "until and max_gen_toks"
+        raise EvaluationError(f"{where}{min(unknown)} is not known here; allowed are {known}")
+    return given["max_gen_toks"], tuple(text for text in given["until"] if text)
+
+
+def check_marks(text: str) -> None:
+    """Raise `EvaluationError` for a text that has one of the characters that mark turns."""
+    for mark in (TURN, ANSWER):
+        if mark in text:
+            what = f"a text has the noncharacter U+{ord(mark):04X}, which marks turns of a chat"
+            raise EvaluationError(f"{what} here; remove it from the task's data")
+
+
+def place(request: Any) -> str:
+    """Return where a request of lm-eval comes from, as the beginning of an error."""
+    if request is None or request.task_name is None:
+        return ""
+    return f"task {request.task_name}, question {request.doc_id + 1}: "
