@@ -7,17 +7,23 @@ positions at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine.decode import logprobs
+from openelm_mlx.engine.memory import chunk_for
 from openelm_mlx.engine.options import check_loaded
 from openelm_mlx.engine.prompts import prompt_tokens
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.errors import PromptError
-from openelm_mlx.evaluate.plan import Pass, Request, plan
+from openelm_mlx.evaluate.plan import Pass, Request, Tree, plan
 from openelm_mlx.fields import check_count
+from openelm_mlx.model.cache import KVCache, causal
+from openelm_mlx.model.cache_kinds import Mask, halves, sdpa
+from openelm_mlx.model.footprint import layers_at_once
+from openelm_mlx.model.heads import Projection
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
@@ -76,47 +82,197 @@ def score(
         except PromptError as error:
             raise PromptError(f"sequence {number}: {error}") from None
     scores: list[list[float]] = [[] for _ in checked]
-    for batch in batches([len(tokens) - 1 for tokens in checked], batch_tokens):
-        for number, row in zip(
-            batch, score_batch(engine, [checked[n] for n in batch]), strict=True
-        ):
-            scores[number] = row
+    longer = [number for number, tokens in enumerate(checked) if len(tokens) > 1]
+    requests = [Request(tuple(checked[n][:1]), tuple(checked[n][1:])) for n in longer]
+    scorer = Scorer(engine)
+    for work in plan(requests, batch_tokens):
+        found = scorer.by_token(requests, work)
+        for number, (row, _) in zip(work.requests, found, strict=True):
+            scores[longer[number]] = row
     return scores
 
 
 class Scorer:
-    """Answers requests with the model of an engine, pass by pass."""
+    """Answers requests with the model of an engine, pass by pass.
+
+    It keeps the keys and values of the last prefix: passes that share one follow each other.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.prefix: tuple[int, ...] = ()
+        self.before: list[mx.array] = []  # from `keys_and_values`
 
-    @device_work
     def run(self, requests: Sequence[Request], work: Pass) -> list[Answer]:
         """Return the answers to `work.requests`, in their order."""
-        engine, asked = self.engine, [requests[number] for number in work.requests]
-        length = max(len(request.fed) for request in asked)
-        fed = mx.array([[*one.fed, *[0] * (length - len(one.fed))] for one in asked])
-        hidden = engine.model.hidden(fed)
-        found = []
-        for row, one in zip(hidden, asked, strict=True):
-            states = row[len(one.context) - 1 : len(one.fed)]
-            logits = engine.model.logits(states)[:, : engine.vocab]
-            targets = mx.array(one.continuation)
-            chosen = mx.take_along_axis(log_probs(logits), targets[:, None], axis=-1)
-            greedy = (logits.argmax(axis=-1) == targets).all()
-            found.append(Answer(math.fsum(chosen[:, 0].tolist()), bool(greedy.item())))  # type: ignore[arg-type]
+        return [
+            Answer(math.fsum(scores), all(best)) for scores, best in self.by_token(requests, work)
+        ]
+
+    @device_work
+    def by_token(
+        self, requests: Sequence[Request], work: Pass
+    ) -> list[tuple[list[float], list[bool]]]:
+        """Return, for each of `work.requests`, the log probability of every token of its
+        continuation, and whether it is the likeliest there.
+        """
+        asked = [requests[number] for number in work.requests]
+        fed = [request.fed for request in asked]
+        prefix, left = fed[0][: work.prefix], iter(fed)
+        trees = [
+            Tree.of([sequence[work.prefix :] for sequence in islice(left, size)])
+            for size in work.rows
+        ]
+        length = max(len(tree.tokens) for tree in trees)
+        hidden = self.hidden(prefix, trees, length).reshape(len(trees) * length, -1)
+        paths = (
+            [row * length + place for place in path]
+            for row, tree in enumerate(trees)
+            for path in tree.paths
+        )
+        wanted = [
+            (place, token)
+            for path, request in zip(paths, asked, strict=True)
+            for place, token in zip(
+                path[len(request.context) - 1 - work.prefix :], request.continuation, strict=True
+            )
+        ]
+        found = iter(self.predictions(hidden, wanted))
+        rows = ([next(found) for _ in request.continuation] for request in asked)
+        return [([score for score, _ in row], [best for _, best in row]) for row in rows]
+
+    def hidden(self, prefix: tuple[int, ...], trees: Sequence[Tree], length: int) -> mx.array:
+        """Return the hidden states of the tokens of trees, [trees, length, model_dim]."""
+        model, layers = self.engine.model, len(self.engine.model.layers)
+        before: list[Any] = self.keys_and_values(prefix) if prefix else [None] * layers
+        every = layers_at_once(model, len(trees) * length)
+        tokens = mx.array([tree.tokens + [0] * (length - len(tree.tokens)) for tree in trees])
+        forest = Forest.of(trees, length, len(prefix))
+        caches = [
+            TreeCache(forest, array, every is not None and number % every == 0)
+            for number, array in enumerate(before, 1)
+        ]
+        return model.hidden(tokens, caches)
+
+    def keys_and_values(self, prefix: tuple[int, ...]) -> list[mx.array]:
+        """Return those of a prefix in each layer, [2, 1, kv_heads, tokens, head_dim]."""
+        if prefix != self.prefix:
+            self.prefix, self.before, cache = (), [], KVCache(self.engine.config)
+            chunk = chunk_for(self.engine, cache.kind)
+            for start in range(0, len(prefix), chunk):
+                part = mx.array([prefix[start : start + chunk]])
+                self.engine.model.hidden(part, cache, last=True)
+                mx.eval(cache.arrays)
+            exact = cache.row(0, len(prefix))  # without the slots that are still free
+            self.prefix, self.before = prefix, [array for (array,) in exact.arrays]
+        return self.before
+
+    def predictions(
+        self, hidden: mx.array, wanted: Sequence[tuple[int, int]]
+    ) -> list[tuple[float, bool]]:
+        """Return the log probability of each token that is `wanted` at a place of hidden states
+        [places, model_dim], and whether it is the likeliest there.
+
+        Each place goes through the head once, however many tokens are wanted there.
+        """
+        model, vocab = self.engine.model, self.engine.vocab
+        at = dict[int, list[int]]()
+        for number, (place, _) in enumerate(wanted):
+            at.setdefault(place, []).append(number)
+        places, found = list(at), [(0.0, False)] * len(wanted)
+        for start in range(0, len(places), POSITIONS):
+            part = places[start : start + POSITIONS]
+            numbers = [number for place in part for number in at[place]]
+            rows = mx.array([row for row, place in enumerate(part) for _ in at[place]])
+            tokens = mx.array([wanted[number][1] for number in numbers])
+            logits = model.logits(hidden[mx.array(part)])[:, :vocab].astype(mx.float32)
+            known = mx.minimum(tokens, vocab - 1)
+            scores = logits[rows, known] - mx.logsumexp(logits, axis=-1)[rows]
+            scores = mx.where(tokens < vocab, scores, -mx.inf)
+            best = logits.argmax(axis=-1)[rows] == tokens
+            both: Any = zip(scores.tolist(), best.tolist(), strict=True)  # type: ignore[arg-type]
+            for number, pair in zip(numbers, both, strict=True):
+                found[number] = pair
         return found
+
+
+class Forest(NamedTuple):
+    """The trees of a pass, as the model sees them in every layer."""
+
+    positions: mx.array  # [trees, length]
+    mask: Mask  # [trees, 1, length, prefix + length]: who sees whom
+
+    @classmethod
+    def of(cls, trees: Sequence[Tree], length: int, prefix: int) -> Forest:
+        """Return the trees padded to `length`, after a prefix of so many tokens."""
+        numbers = mx.arange(length)
+        if not any(tree.branches for tree in trees):
+            return cls(prefix + numbers[None], causal(length))
+        depths = [tree.depths + [0] * (length - len(tree.depths)) for tree in trees]
+        ends = [tree.ends + [length] * (length - len(tree.ends)) for tree in trees]
+        before, last = numbers[:, None], mx.array(ends)[:, None, :]
+        own = (numbers <= before) & (before < last)
+        mask = mx.concatenate([mx.ones((len(trees), length, prefix), mx.bool_), own], axis=-1)
+        return cls(prefix + mx.array(depths), mask[:, None])
+
+
+class TreeCache:
+    """One layer's cache for a pass over trees, which keeps nothing."""
+
+    def __init__(self, forest: Forest, before: mx.array | None, waits: bool) -> None:
+        self.forest, self.before, self.waits = forest, before, waits
+
+    def positions(self, length: int) -> mx.array:
+        return self.forest.positions
+
+    def mask(self, length: int) -> Mask:
+        return self.forest.mask
+
+    def attend(self, projection: Projection, mask: Mask, scale: float) -> mx.array:
+        q, kv = projection.heads()
+        if self.before is not None:
+            shape = (2, kv.shape[1], *self.before.shape[2:])
+            kv = mx.concatenate([mx.broadcast_to(self.before, shape), kv], axis=-2)
+        out = sdpa(q, *halves(kv), mask, scale)
+        if self.waits:
+            mx.eval(out)
+        return out
 
 
 def loglikelihoods(
     engine: Engine, requests: Sequence[Request], *, batch_tokens: int = 4096
 ) -> list[Answer]:
-    """Return the log-likelihood of each request's continuation after its context, in nats."""
+    """Return the log-likelihood of each request's continuation after its context, in nats.
+
+    They are those of the model itself, given all tokens before. An id that is never drawn has
+    -inf. `batch_tokens` is that of `plan`; it changes the numbers by rounding only. Raises
+    `PromptError`, before any work, for what `check_requests` refuses.
+    """
+    check_loaded("engine", engine)
+    check_count("batch_tokens", batch_tokens, 1)
+    check_requests(engine, requests)
     answers: dict[int, Answer] = {}
     scorer = Scorer(engine)
     for work in plan(requests, batch_tokens):
         answers.update(zip(work.requests, scorer.run(requests, work), strict=True))
     return [answers[number] for number in range(len(requests))]
+
+
+def check_requests(engine: Engine, requests: Sequence[Request]) -> None:
+    """Raise `PromptError` for a request without a context or a continuation, for ids outside the
+    vocabulary, and for tokens beyond the model's context, of which the last needs no place.
+    """
+    limit, vocab = engine.config.max_context_length, engine.config.vocab_size
+    for number, (context, continuation) in enumerate(requests, 1):
+        for name, ids in (("context", context), ("continuation", continuation)):
+            if not ids:
+                raise PromptError(f"request {number}: the {name} is empty; give at least one token")
+            if wrong := [token for token in ids if not 0 <= token < vocab]:
+                what = f"token id {wrong[0]} is outside the vocabulary of {vocab}"
+                raise PromptError(f"request {number}: {what}")
+        if (fed := len(context) + len(continuation) - 1) > limit:
+            what = f"the model is fed {fed} tokens; its context is {limit}"
+            raise PromptError(f"request {number}: {what}. Shorten the context")
 
 
 @device_work
@@ -140,32 +296,3 @@ def likeliest(engine: Engine, tokens: list[int], top: int) -> list[TokenLogprobs
         rows: Any = zip(chosen.tolist(), ids.tolist(), values.tolist(), strict=True)  # type: ignore[arg-type]
         found += [(own, tuple(zip(row[:top], best[:top], strict=True))) for own, row, best in rows]
     return found
-
-
-def batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:
-    """Yield the numbers of sequences that share a pass, the longest first, without empty ones."""
-    order = sorted((n for n, length in enumerate(lengths) if length), key=lambda n: -lengths[n])
-    while order:
-        count = max(1, tokens // lengths[order[0]])
-        yield order[:count]
-        del order[:count]
-
-
-@device_work
-def score_batch(engine: Engine, rows: list[list[int]]) -> list[list[float]]:
-    """Score sequences of two tokens or more in one pass; no token sees the padding at the end."""
-    lengths = [len(row) - 1 for row in rows]
-    longest = max(lengths)
-    fed = mx.array([row[:-1] + [0] * (longest + 1 - len(row)) for row in rows])
-    hidden = engine.model.hidden(fed).reshape(len(rows) * longest, -1)
-    places = mx.array([n * longest + i for n, length in enumerate(lengths) for i in range(length)])
-    targets = mx.array([token for row in rows for token in row[1:]])
-    found: list[float] = []
-    for start in range(0, targets.size, POSITIONS):
-        part = slice(start, start + POSITIONS)
-        logp = log_probs(engine.model.logits(hidden[places[part]])[:, : engine.vocab])
-        known = mx.minimum(targets[part], engine.vocab - 1)[:, None]
-        chosen = mx.take_along_axis(logp, known, axis=-1)[:, 0]
-        found += mx.where(targets[part] < engine.vocab, chosen, -mx.inf).tolist()  # type: ignore[arg-type]
-    rest = iter(found)
-    return [[next(rest) for _ in range(length)] for length in lengths]

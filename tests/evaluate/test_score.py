@@ -12,7 +12,7 @@ from small import random_engine
 from openelm_mlx import stream_generate
 from openelm_mlx.device import mx
 from openelm_mlx.errors import OptionError, PromptError
-from openelm_mlx.evaluate.score import POSITIONS, batches, score
+from openelm_mlx.evaluate.score import POSITIONS, score
 
 TEXTS = (
     "Once upon a time there was a king.",
@@ -60,13 +60,6 @@ def test_an_id_that_is_never_drawn_has_no_probability(tiny):
     engine = random_engine(tiny, 3, vocab=tiny.tokenizer.vocab_size + 8)
     (row,) = score(engine, [[1, 5, engine.vocab, 6]])
     assert row[1] == -math.inf and all(math.isfinite(value) for value in (row[0], row[2]))
-
-
-def test_batches_hold_sequences_of_similar_length_and_no_more_tokens_than_asked():
-    lengths = [5, 1, 9, 0, 4, 30, 2, 5]
-    found = list(batches(lengths, 12))
-    assert [[lengths[n] for n in batch] for batch in found] == [[30], [9], [5, 5], [4, 2, 1]]
-    assert sorted(n for batch in found for n in batch) == [0, 1, 2, 4, 5, 6, 7]
 
 
 def test_refused_before_any_work(tiny):

@@ -1,0 +1,107 @@
+"""Plans of passes: what shares a beginning is fed once, within the tokens that a pass may take."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+from unittest.mock import patch
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openelm_mlx.evaluate import plan as planning
+from openelm_mlx.evaluate.plan import Pass, Request, Tree, common, plan
+
+MANY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+
+
+def texts(least: int) -> Any:
+    """Few different tokens, so that many texts begin alike."""
+    return st.lists(st.integers(1, 3), min_size=least, max_size=12).map(tuple)
+
+
+def requests() -> Any:
+    return st.lists(st.builds(Request, texts(1), texts(1)), max_size=20)
+
+
+def words(rng: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(3, 4000) for _ in range(count))
+
+
+def rows(work: Pass, asked: list[Request]) -> list[list[tuple[int, ...]]]:
+    """The tokens of each request of each row, after the prefix."""
+    left = [asked[number].fed[work.prefix :] for number in work.requests]
+    return [[left.pop(0) for _ in range(size)] for size in work.rows]
+
+
+@patch.multiple(planning, SHORTEST=3, WORTH=2)
+@MANY
+@given(requests(), st.integers(1, 60))
+def test_each_request_is_answered_once_in_passes_that_fit(asked, batch_tokens):
+    passes = plan(asked, batch_tokens)
+    assert sorted(n for work in passes for n in work.requests) == list(range(len(asked)))
+    for work in passes:
+        trees = [Tree.of(row) for row in rows(work, asked)]
+        assert work.tokens == len(trees) * max(len(tree.tokens) for tree in trees)
+        assert work.tokens - sum(len(tree.tokens) for tree in trees) <= planning.WORTH
+        assert work.tokens <= batch_tokens or len(set(rows(work, asked)[0])) == len(trees) == 1
+        assert len({asked[n].fed[: work.prefix] for n in work.requests}) == 1
+        assert all(work.prefix < len(asked[n].context) for n in work.requests)
+    assert plan(asked, batch_tokens) == passes
+
+
+@MANY
+@given(st.lists(texts(1), min_size=1, max_size=12).map(sorted))
+def test_a_token_of_a_tree_is_seen_by_its_own_branch(sequences):
+    tree = Tree.of(sequences)
+    prefixes = {text[:length] for text in sequences for length in range(1, len(text) + 1)}
+    assert len(tree.tokens) == len(prefixes)
+    for sequence, path in zip(sequences, tree.paths, strict=True):
+        assert tuple(tree.tokens[place] for place in path) == sequence
+        assert [tree.depths[place] for place in path] == list(range(len(path)))
+        last = path[-1]
+        assert [at for at in range(last + 1) if last < tree.ends[at]] == path
+    assert tree.branches == any(common(text, sequences[-1]) < len(text) for text in sequences)
+
+
+def test_choices_are_branches_after_their_context():
+    tree = Tree.of([(7, 8, 9, 4), (7, 8, 9, 5)])
+    assert tree == Tree(
+        [7, 8, 9, 4, 5], [0, 1, 2, 3, 3], [5, 5, 5, 4, 5], [[0, 1, 2, 3], [0, 1, 2, 4]]
+    )
+    assert tree.branches and not Tree.of([(7, 8), (7, 8, 9)]).branches
+
+
+def test_a_question_is_one_row_and_answers_of_one_token_add_none():
+    rng = random.Random(3)
+    asked = []
+    for _ in range(50):
+        context = words(rng, rng.randint(20, 40))
+        asked += [Request(context, (letter,)) for letter in range(4)]
+    passes = plan(asked, 4096)
+    fed = sum(len(request.context) for request in asked[::4])
+    assert [size for work in passes for size in work.rows] == [4] * 50
+    assert 0 <= sum(work.tokens for work in passes) - fed <= planning.WORTH * len(passes)
+
+
+def test_examples_before_every_question_are_run_once():
+    rng = random.Random(4)
+    asked, subjects = [], [words(rng, 20) + words(rng, 600 + 10 * n) for n in range(3)]
+    for subject in subjects:
+        for _ in range(40):
+            context = subject + words(rng, rng.randint(20, 60))
+            asked += [Request(context, (letter,)) for letter in range(4)]
+    passes = plan(asked, 2048)
+    assert sorted({work.prefix for work in passes}) == [620, 630, 640]
+    fed = sum(len(request.context) for request in asked[::4])
+    assert sum(work.tokens for work in passes) + sum(map(len, subjects)) < fed / 8
+    prefixes = [asked[work.requests[0]].fed[: work.prefix] for work in passes]
+    changes = sum(a != b for a, b in zip(prefixes, prefixes[1:], strict=False))
+    assert changes == len(subjects) - 1  # passes with the same prefix follow each other
+
+
+def test_a_text_too_long_for_one_row_is_a_prefix_of_its_choices():
+    rng = random.Random(5)
+    context = words(rng, 2000)
+    asked = [Request(context, words(rng, 8)) for _ in range(4)]
+    assert plan(asked, 1024) == [Pass((*plan(asked, 1024)[0].requests,), 29, (4,), 1999)]
