@@ -19,7 +19,7 @@ from openelm_mlx.engine.options import GenerationOptions, check_loaded
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.errors import OptionError
 from openelm_mlx.evaluate.plan import Request, plan
-from openelm_mlx.evaluate.score import Answer, Scorer
+from openelm_mlx.evaluate.score import Answer, Scorer, check_requests
 from openelm_mlx.fields import check_count
 
 if TYPE_CHECKING:
@@ -94,11 +94,13 @@ def answers(
     """Return the log-likelihood of each request's continuation, in every process.
 
     `store` has the answers of earlier runs, and gets those of each pass as it ends; `ranks` are the
-    processes that share the work; `report` is told after each pass. Raises `OptionError` if a
-    process has ended, or was given other requests, weights or another version.
+    processes that share the work; `report` is told after each pass. Raises `PromptError` as
+    `loglikelihoods` does, and `OptionError` if a process has ended, or was given other requests,
+    weights or another version.
     """
     check_loaded("engine", engine)
     check_count("batch_tokens", batch_tokens, 1)
+    check_requests(engine, requests)
     scorer, passes = Scorer(engine), plan(requests, batch_tokens)
 
     def run(number: int) -> list[Answer]:
@@ -107,7 +109,8 @@ def answers(
     jobs = []
     for work in passes:
         asked = (part for number in work.requests for part in requests[number])
-        jobs.append(Job(key_of("score", asked), len(work.requests), work.tokens))
+        kind = json.dumps(["score", work.rows, work.prefix])
+        jobs.append(Job(key_of(kind, asked), len(work.requests), work.tokens))
     found: list[Answer | None] = [None] * len(requests)
     results = shared(jobs, run, store, ranks, report)
     for work, result in zip(passes, results, strict=True):
@@ -234,7 +237,10 @@ def agreed(jobs: list[Job], found: list[int], store: Store | None, ranks: Ranks)
 
 
 def dealt(jobs: list[Job], owners: dict[int, int], ranks: Ranks) -> list[int]:
-    """Return the numbers of the jobs for this process: the longest first, to the least loaded."""
+    """Return the numbers of the jobs for this process: the longest first, to the least loaded.
+
+    They are in order: passes that follow each other may share a prefix.
+    """
     loads, mine = [0] * ranks.size, []
     left = (number for number in range(len(jobs)) if number not in owners)
     for number in sorted(left, key=lambda number: -jobs[number].tokens):
@@ -242,4 +248,4 @@ def dealt(jobs: list[Job], owners: dict[int, int], ranks: Ranks) -> list[int]:
         loads[least] += jobs[number].tokens
         if least == ranks.rank:
             mine.append(number)
-    return mine
+    return sorted(mine)
