@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import openelm_mlx
 from openelm_mlx import BatchEngine
 
 ENGINE = Path(openelm_mlx.__file__).parent / "engine"
+
+
+@cache
+def interruptible(file: str) -> bool:
+    return Path(file).parent == ENGINE and Path(file).stem != "threads"
 
 
 class InterruptAt:
@@ -23,9 +29,9 @@ class InterruptAt:
         self.left, self.done, self.function = line, False, function
 
     def __call__(self, frame, event, argument):
-        path, code, caller = Path(frame.f_code.co_filename), BatchEngine.step.__code__, frame
-        if path.parent != ENGINE or path.stem == "threads" or frame.f_code is code:
+        if not interruptible(frame.f_code.co_filename) or frame.f_code is BatchEngine.step.__code__:
             return None
+        caller = frame
         while self.function and caller is not None and caller.f_code is not self.function.__code__:
             caller = caller.f_back
         return self.line if caller is not None else None
