@@ -22,8 +22,8 @@ from openelm_mlx.convert.quantize import (
     of_layer,
 )
 from openelm_mlx.convert.quantize.losses import logits_from
-from openelm_mlx.convert.verify import ROW, TEXT, text_batches
 from openelm_mlx.device import mx
+from openelm_mlx.evaluate.perplexity import ROW, TEXT, text_batches
 from openelm_mlx.evaluate.score import POSITIONS
 from openelm_mlx.files import read_text
 from openelm_mlx.model.config import BOS, EMBEDDINGS, EOS, OpenELMConfig

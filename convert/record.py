@@ -19,13 +19,14 @@ from openelm_mlx.convert.quantize.recipes import role
 from openelm_mlx.convert.sources import LICENCE_KEYS, TensorSource, number_of
 from openelm_mlx.device import facts
 from openelm_mlx.engine.hub import SHORT_NAMES, is_published
+from openelm_mlx.evaluate.compare import losses_shown
+from openelm_mlx.evaluate.perplexity import TEXT_NAME
 from openelm_mlx.fields import encodable, in_utf8
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import Plan, QuantSpec, config_entry
 
 CHUNK = 1 << 22
 TOOL = "openelm-mlx"
-VERIFIED_ON = "eight paragraphs of Darwin's Origin of Species (1859)"  # without --verify-text
 MERGED, KEPT = "merged", "kept beside its base"
 FRONT_MATTER_BYTES = 1 << 16
 ENTRY = re.compile(rf"^({'|'.join(LICENCE_KEYS)})[ \t]*:[ \t]*([^\s#].*?)[ \t]*$", re.MULTILINE)
@@ -253,7 +254,7 @@ def conversion_record(
     if report.verification is not None:
         text = options.verify_text
         record["verification"] = dict(report.verification)
-        record["verification_text"] = VERIFIED_ON if text is None else text.name
+        record["verification_text"] = TEXT_NAME if text is None else text.name
     return record | {"source_sha256": dict(hashes)}
 
 
@@ -302,25 +303,6 @@ def card_entries(record: Mapping[str, Any]) -> str:
 
     entries = {**record.get("license", {}), "library_name": "mlx", "tags": ["mlx", "openelm"]}
     return str(yaml.safe_dump(entries, sort_keys=False))
-
-
-def label(key: str) -> str:
-    return key.replace("_", " ")
-
-
-def with_interval(losses: Mapping[str, Any], name: str) -> str:
-    """Return a figure of a verification as text, with its 95 % confidence interval if any."""
-    text = f"{losses[name]:.6g}"
-    if name not in losses["intervals_95"]:
-        return text
-    low, high = losses["intervals_95"][name]
-    return f"{text} (95 %: {low:.3g} to {high:.3g})"
-
-
-def losses_shown(verification: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the label of every loss of a verification, and its value with its interval."""
-    names = [name for name in verification if name != "intervals_95"]
-    return [(label(name), with_interval(verification, name)) for name in names]
 
 
 def plan_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:

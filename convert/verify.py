@@ -15,26 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.convert.quantize import LazyWeights, Weights, exact_weights, last_states
 from openelm_mlx.convert.quantize.losses import head_weights, logits_from
-from openelm_mlx.convert.record import with_interval
 from openelm_mlx.convert.sources.folder import dequantized, load_place
 from openelm_mlx.convert.sources.gguf import GGUFFile
 from openelm_mlx.convert.targets import config_of
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
-from openelm_mlx.evaluate.compare import Comparison, compare_logits
+from openelm_mlx.evaluate.compare import Comparison, compare_logits, with_interval
+from openelm_mlx.evaluate.perplexity import ROW, TEXT, text_batches
 from openelm_mlx.evaluate.score import POSITIONS
 from openelm_mlx.files import read_json, read_places, read_text
 from openelm_mlx.model.checkpoint import PARTS, not_finite, unpacked
-from openelm_mlx.model.config import BOS, OpenELMConfig, expected_tensors
+from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import planned, quantization_of, stem_of
 
 if TYPE_CHECKING:
     from openelm_mlx.convert.opening import OpenedModel
     from openelm_mlx.convert.options import Progress
 
-TEXT = Path(__file__).parents[1] / "assets" / "verification" / "text.txt"
-ROW = 512  # tokens scored in one context, BOS included
-BATCH = 4  # rows in one pass
 MODELS = "the source", "what was written"
 NAMES = {"reference_perplexity": "perplexity_of_source"}  # what conversion.json calls a figure
 
@@ -50,18 +47,6 @@ def verification_text(opened: OpenedModel, text: Path | None = None) -> list[mx.
     if not batches:
         raise ConversionError(f"{text} has no text to verify on")
     return batches
-
-
-def text_batches(ids: list[int], length: int) -> list[mx.array]:
-    """Return all tokens in consecutive rows, each after BOS: full rows in batches, the shorter last
-    one by itself.
-    """
-    step = length - 1
-    rows = [[BOS, *ids[start : start + step]] for start in range(0, len(ids), step)]
-    full = [row for row in rows if len(row) == length]
-    batches = [full[start : start + BATCH] for start in range(0, len(full), BATCH)]
-    batches += [[row] for row in rows[len(full) :]]
-    return [mx.array(batch, dtype=mx.int32) for batch in batches]
 
 
 def verify(

@@ -27,6 +27,8 @@ COMMANDS = (
     "serve",
     "batch",
     "convert",
+    "perplexity",
+    "compare",
     "benchmark",
     "inspect",
     "models",
@@ -41,6 +43,8 @@ EXAMPLES = f"""examples:
   openelm generate "Once upon a time" --max-tokens 64
   openelm serve 270m-instruct                      OpenAI's API, and a page to chat in
   openelm convert checkpoint.pt -o my-model --bits 4
+  openelm perplexity 270m --text long.txt          how well a model predicts a text
+  openelm compare 270m my-model                    what a quantized model has lost
   openelm benchmark                                tokens per second on this machine
   openelm inspect 1.1b                             heads and sizes of every layer
 
@@ -90,7 +94,7 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     import shtab
 
     for action in actions(parser):
-        if action.metavar in ("FILE", "FOLDER", "MODEL", "SOURCE", "TARGET", "PATH"):
+        if action.metavar in ("FILE", "FOLDER", "MODEL", "ORIGINAL", "SOURCE", "TARGET", "PATH"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]  # shtab reads it
     return str(shtab.complete(parser, shell))
 

@@ -153,7 +153,8 @@ def show_report(report: ConversionReport, options: ConvertOptions) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from openelm_mlx.convert.record import label, losses_shown, plan_rows
+    from openelm_mlx.convert.record import plan_rows
+    from openelm_mlx.evaluate.compare import label, losses_shown
 
     if len(set(report.plan.values())) > 1:
         heads, rows = plan_rows(report.plan)

@@ -226,19 +226,22 @@ def add_draft_flag(parser: argparse.ArgumentParser) -> None:
 
 def load_draft(args: argparse.Namespace) -> Any:
     """Load the engine of `--draft-model`; None if the flag was not given."""
+    return None if args.draft_model is None else load_beside(args.draft_model, args)
+
+
+def load_beside(name: str, args: argparse.Namespace) -> Any:
+    """Load the engine of a second model: type and tokenizer are asked for both."""
     from openelm_mlx.engine.loading import load
 
-    if args.draft_model is None:
-        return None
     options = from_args(ModelOptions, args)
-    with Waiting(f"loading {args.draft_model}"):
-        return load(args.draft_model, options.dtype, tokenizer=options.tokenizer)
+    with Waiting(f"loading {name}"):
+        return load(name, options.dtype, tokenizer=options.tokenizer)
 
 
 def load_model(name: str, args: argparse.Namespace) -> Any:
     """Load the engine of `name`. Raises `OptionError` first, for options that would do nothing."""
     options = from_args(ModelOptions, args)
-    from_args(GenerationOptions, args).check_draft(args.draft_model is not None)
+    from_args(GenerationOptions, args).check_draft(getattr(args, "draft_model", None) is not None)
     from openelm_mlx.engine.loading import load
 
     with Waiting(f"loading {name}"):

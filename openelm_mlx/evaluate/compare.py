@@ -7,14 +7,29 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.device import mx
+from openelm_mlx.engine.memory import check_memory
+from openelm_mlx.engine.options import check_loaded
+from openelm_mlx.engine.threads import device_work
+from openelm_mlx.errors import TokenizerError
+from openelm_mlx.evaluate.options import TextOptions
+from openelm_mlx.evaluate.perplexity import (
+    Report,
+    block_starts,
+    check_finite,
+    encode,
+    interval,
+    resampled,
+    text_batches,
+    window,
+)
 from openelm_mlx.evaluate.score import POSITIONS, exponential, log_probs
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from openelm_mlx.engine.loading import Engine
     from openelm_mlx.model.decoder import OpenELM
 
-BLOCK, FEWEST_BLOCKS, RESAMPLES = 128, 8, 1000  # of the intervals: see `intervals`
 Model = Callable[[mx.array], mx.array]  # ids [rows, length] -> logits [rows, length, vocab]
 
 
@@ -62,8 +77,10 @@ class Comparison:
     """The distance of a model from a reference, over positions of text.
 
     The divergence is KL(reference || model) and the agreement that of the likeliest token, at every
-    position; a perplexity is over the tokens that have another before them. `intervals_95` has the
-    95 % confidence interval of a figure by its name, or nothing for a text too short for one.
+    position; a perplexity is over the tokens that have another before them. `perplexity_ratio` is
+    that of the model divided by the reference's: its interval is narrow, as both read each block.
+    `intervals_95` has the 95 % confidence interval of a figure by its name, or nothing for a text
+    too short for one.
     """
 
     tokens: int
@@ -72,6 +89,7 @@ class Comparison:
     top_1_agreement: float
     perplexity: float
     reference_perplexity: float
+    perplexity_ratio: float
     max_logit_difference: float
     intervals_95: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -91,6 +109,78 @@ def compare(
     """
     parts = ((tokens, pieces(reference, tokens), pieces(other, tokens)) for tokens in batches)
     return compare_logits(parts, vocab=vocab, first=first)
+
+
+@device_work
+def compare_engines(
+    reference: Engine,
+    other: Engine,
+    texts: Sequence[str],
+    options: TextOptions | None = None,
+    report: Report | None = None,
+) -> Comparison:
+    """Compare a model, say a quantized one, with a reference, say its original, on texts.
+
+    Both are in memory, and read the same windows, which do not overlap. `report` is called with the
+    passes that are done, and with the number of all. Raises `TokenizerError` for models whose ids
+    do not stand for the same texts, and the errors of `text_perplexity`.
+    """
+    options = TextOptions() if options is None else options
+    check_loaded("reference", reference)
+    check_loaded("other", other)
+    check_same_pieces(reference, other)
+    both = f"{reference.name} and {other.name}"
+    check_memory(both, other.config, reference.nbytes + other.nbytes, quantized=True)
+    length, _ = window(options, reference, other)
+    size, bos = options.batch_tokens // length, reference.tokenizer.bos_id
+    known = [
+        batch
+        for ids in encode(reference, texts)
+        for batch in text_batches(ids, length, max(1, size), bos)
+    ]
+
+    def batches() -> Iterator[mx.array]:
+        for number, batch in enumerate(known, 1):
+            yield batch
+            if report is not None:
+                report(number, len(known))
+
+    models = reference.model, other.model
+    found = compare(*models, batches(), vocab=min(reference.vocab, other.vocab))
+    check_finite(reference.name, found.reference_perplexity)
+    check_finite(other.name, found.perplexity)
+    return found
+
+
+def check_same_pieces(reference: Engine, other: Engine) -> None:
+    """Raise `TokenizerError` for models whose predictions are of different things."""
+    if not reference.tokenizer.same_pieces(other.tokenizer):
+        sizes = [f"{one.tokenizer.vocab_size:,} pieces" for one in (reference, other)]
+        raise TokenizerError(
+            f"{reference.name} and {other.name} have different tokenizers, of {sizes[0]} and "
+            f"{sizes[1]}, so that their predictions cannot be compared; give two forms of one model"
+        )
+
+
+def label(name: str) -> str:
+    """Return what a figure is called where it is shown."""
+    return name.replace("_", " ")
+
+
+def with_interval(figures: Mapping[str, Any], name: str) -> str:
+    """Return a figure as text, with its 95 % confidence interval if any."""
+    value = figures[name]
+    text = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+    if name not in figures["intervals_95"]:
+        return text
+    low, high = figures["intervals_95"][name]
+    return f"{text} (95 %: {low:.3g} to {high:.3g})"
+
+
+def losses_shown(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the label of every figure of a comparison, and its value with its interval."""
+    names = [name for name in figures if name != "intervals_95"]
+    return [(label(name), with_interval(figures, name)) for name in names]
 
 
 def compare_logits(
@@ -128,6 +218,7 @@ def compare_logits(
         top_1_agreement=float(same.mean()),
         perplexity=exponential(float(theirs.mean())),
         reference_perplexity=exponential(float(ours.mean())),
+        perplexity_ratio=exponential(float((theirs - ours).mean())),
         max_logit_difference=float(difference.max()),
         intervals_95=intervals(found),
     )
@@ -138,37 +229,34 @@ def intervals(rows: Sequence[np.ndarray]) -> dict[str, tuple[float, float]]:
     divergence, agreement, and the negative log probability of the next token under the reference
     and under the other model, which a row's last position lacks.
 
-    Neighbouring positions are alike, so blocks of some `BLOCK` positions are drawn, not positions:
-    the bootstrap of H. R. Kuensch, "The jackknife and the bootstrap for general stationary
-    observations", Annals of Statistics 17 (1989), with blocks that neither overlap nor span two
-    rows. An interval is between the 2.5th and the 97.5th percentile of the means of `RESAMPLES`
-    draws, the same on every run. It speaks of the kind of text that was read, not of others. With
-    fewer than `FEWEST_BLOCKS` blocks none is returned.
+    `resampled` says how. A text too short for it has none.
     """
     import numpy as np
 
     sums, sizes = [], []
     for row in rows:
         length = row.shape[1]
-        starts = np.linspace(0, length, max(1, round(length / BLOCK)), endpoint=False).astype(int)
+        starts = block_starts(length)
         counts = np.tile(np.diff(starts, append=length), (4, 1))
         values = row[:4].copy()
         values[2:, -1], counts[2:, -1] = 0, counts[2:, -1] - 1
         sums.append(np.add.reduceat(values, starts, axis=1))
         sizes.append(counts)
-    total, count = np.concatenate(sums, axis=1), np.concatenate(sizes, axis=1)
-    blocks = total.shape[1]
-    if blocks < FEWEST_BLOCKS:
+    draws = resampled(np.concatenate(sums, axis=1), np.concatenate(sizes, axis=1))
+    if draws is None:
         return {}
-    random = np.random.RandomState(0)  # NumPy keeps this generator's numbers for good
-    draws = (random.randint(blocks, size=blocks) for _ in range(RESAMPLES))
-    means = [total[:, drawn].sum(axis=1) / count[:, drawn].sum(axis=1) for drawn in draws]
-    kl, same, ours, theirs = np.quantile(means, (0.025, 0.975), axis=0).T.tolist()
+    kl, same, ours, theirs = draws.T
+
+    def exponentials(draws: np.ndarray) -> tuple[float, float]:
+        low, high = interval(draws)
+        return exponential(low), exponential(high)
+
     return {
-        "mean_kl_divergence": (kl[0], kl[1]),
-        "top_1_agreement": (same[0], same[1]),
-        "perplexity": (exponential(theirs[0]), exponential(theirs[1])),
-        "reference_perplexity": (exponential(ours[0]), exponential(ours[1])),
+        "mean_kl_divergence": interval(kl),
+        "top_1_agreement": interval(same),
+        "perplexity": exponentials(theirs),
+        "reference_perplexity": exponentials(ours),
+        "perplexity_ratio": exponentials(theirs - ours),
     }
 
 

@@ -62,3 +62,25 @@ class EvaluateOptions:
             check_unset(self, "system", "there is no chat to put it into; give chat_template too")
         if self.system is not None and not encodable(self.system):
             raise OptionError(f"system is {shown(self.system)}; allowed is a text in UTF-8")
+
+
+@explained()
+@dataclass(frozen=True)
+class TextOptions:
+    """Options that decide in which windows a model reads a text; each begins with BOS."""
+
+    context: int | None = option(
+        None, "tokens of a window, BOS included; by default 512, or the model's context if less", 2
+    )
+    stride: int | None = option(
+        None,
+        "begin a window this many tokens after the one before, and score only its last ones: each "
+        "token then has context - stride tokens before it; by default windows do not overlap",
+        1,
+    )
+    batch_tokens: int = option(
+        EvaluateOptions.batch_tokens, "tokens of a pass of the model, with padding", 1
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -16,7 +16,7 @@ from golden_set import NANO
 
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.record import command_line
-from openelm_mlx.convert.verify import check_bound, text_batches
+from openelm_mlx.convert.verify import check_bound
 from openelm_mlx.errors import ConversionError, OptionError
 
 SOURCE = NANO / "checkpoint.pt"
@@ -27,15 +27,6 @@ def short_text(folder):
     path = folder / "mine.txt"
     path.write_text("Once upon a time there was a fox. " * 5)
     return path
-
-
-def test_every_token_of_a_text_is_scored_once():
-    batches = text_batches(list(range(10, 33)), 4)
-    assert [batch.shape for batch in batches] == [(4, 4), (3, 4), (1, 3)]
-    assert [i for batch in batches for row in batch.tolist() for i in row if i != 1] == list(
-        range(10, 33)
-    )
-    assert text_batches([], 4) == []
 
 
 def test_bound():

@@ -108,6 +108,7 @@ def test_figures_by_hand():
             "top_1_agreement": 0,
             "perplexity": math.exp(-(2 * math.log(0.25) + 2 * math.log(0.5)) / 4),
             "reference_perplexity": math.exp(-(2 * math.log(0.5) + 2 * math.log(0.25)) / 4),
+            "perplexity_ratio": 1,
             "max_logit_difference": math.log(2),
         },
         rel=1e-5,

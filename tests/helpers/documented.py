@@ -136,6 +136,7 @@ def stand_in(root: str, tokenizer: Path) -> None:
     from openelm_mlx.convert import fetch as catalog
     from openelm_mlx.convert.quantize import calibrate, losses
     from openelm_mlx.engine import hub
+    from openelm_mlx.evaluate import perplexity
     from openelm_mlx.server import run as server
 
     def made(*given: Any) -> int:
@@ -161,7 +162,7 @@ def stand_in(root: str, tokenizer: Path) -> None:
     activations.TOKENS = 16
     losses.ROWS = 16  # of a matrix, whose rounding errors are taken
     losses.NEAR = 0.5  # bits from the target that are measured
-    verify.TEXT = tokenizer.with_name("notes.txt")
+    verify.TEXT = perplexity.TEXT = tokenizer.with_name("notes.txt")
     suites.Suite.trials_of_a_process = 2  # type: ignore[method-assign, assignment]
     machine.COPIED = 2**22  # bytes whose copy tells the bandwidth
     # of doctor, which tests run whole

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from openelm_mlx.convert.sources.gguf import GGUFFile
-from openelm_mlx.convert.verify import text_batches
 from openelm_mlx.evaluate.compare import compare
+from openelm_mlx.evaluate.perplexity import text_batches
 from openelm_mlx.model.config import expected_tensors
 from openelm_mlx.model.decoder import OpenELM
 

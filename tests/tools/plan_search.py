@@ -23,9 +23,9 @@ from openelm_mlx.convert import ConvertOptions
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.quantize import Weights, allocate, calibrate, exact_weights
 from openelm_mlx.convert.quantize.losses import Reference, Spec, fitted, make_reference, measure
-from openelm_mlx.convert.verify import text_batches
 from openelm_mlx.device import mx
 from openelm_mlx.errors import OpenELMError
+from openelm_mlx.evaluate.perplexity import text_batches
 from openelm_mlx.files import read_text
 from openelm_mlx.model.config import expected_tensors
 from openelm_mlx.quantization import Plan, QuantSpec, all_specs, matrices, stem_of

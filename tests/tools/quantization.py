@@ -38,10 +38,10 @@ from openelm_mlx.convert.quantize.losses import (
     nearest,
     rounded_weights,
 )
-from openelm_mlx.convert.verify import text_batches
 from openelm_mlx.device import mx
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.evaluate.compare import Comparison, compare
+from openelm_mlx.evaluate.perplexity import text_batches
 from openelm_mlx.files import check_writable, read_text
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
 from openelm_mlx.quantization import Plan, QuantSpec, matrices

@@ -1,0 +1,73 @@
+"""`openelm compare`: what a quantized or changed model has lost of its original."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from openelm_mlx.cli.display import Waiting
+from openelm_mlx.cli.options import add_flags, add_model_flags, from_args, load_beside, load_model
+from openelm_mlx.cli.perplexity import add_text_flag, named, read_texts
+from openelm_mlx.evaluate.options import TextOptions
+
+DESCRIPTION = """Compare a model, say a quantized one, with its original: KL divergence, agreement
+of the likeliest token, both perplexities and their ratio, with 95 % intervals. Both are in memory
+at once. (`openelm benchmark --compare` compares files of results, which have speed.)"""
+
+EXAMPLES = """examples:
+  openelm compare my-model model.gguf
+  openelm compare 270m my-model --text long.txt --json
+  openelm compare my-model my-model --bits 4         what 4 bits would cost
+  openelm compare my-model my-model --adapter my-adapter   how far an adapter leads
+
+--dtype and --tokenizer are for both models; --bits, --adapter and --revision for MODEL.
+"""
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="how far a model is from its original, on a text",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    text = "the original: a name from `openelm models`, a folder or a file"
+    parser.add_argument("reference", metavar="ORIGINAL", help=text)
+    text = "the model that is compared with it, the same way"
+    parser.add_argument("model", metavar="MODEL", help=text)
+    add_text_flag(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_flags(parser, TextOptions, skip=("stride",))
+    add_model_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    options, texts = from_args(TextOptions, args), read_texts(args.text)
+    reference, model = load_beside(args.reference, args), load_model(args.model, args)
+    from openelm_mlx.dtypes import name_of
+    from openelm_mlx.evaluate.compare import compare_engines, losses_shown
+    from openelm_mlx.evaluate.perplexity import window
+
+    context, _ = window(options, reference, model)
+    with Waiting("comparing") as waiting:
+
+        def report(done: int, total: int) -> None:
+            waiting.say(f"comparing: {done} of {total} passes")
+
+        found = asdict(compare_engines(reference, model, list(texts.values()), options, report))
+    dtypes = [name_of(one.model.transformer.norm.weight.dtype) for one in (reference, model)]
+    if args.json:
+        how = {"reference": reference.name, "model": model.name, "texts": list(texts)}
+        how |= {"context": context, "dtype": dtypes[1], "reference_dtype": dtypes[0]}
+        print(json.dumps({**how, **found}, ensure_ascii=False))
+        return 0
+    dtype = " and ".join(dict.fromkeys(dtypes))
+    both = f"{model.name} against {reference.name}"
+    print(f"{both} on {named(texts)}, in windows of {context} tokens, in {dtype}")
+    for name, value in losses_shown(found):
+        print(f"{name}: {value}")
+    return 0

@@ -1,0 +1,121 @@
+"""`openelm perplexity` and `openelm compare`: figures in Python and on the command line, the losses
+that a conversion has, and one line for what cannot be read.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from formats import again
+
+from openelm_mlx.cli import main
+from openelm_mlx.evaluate import perplexity
+from openelm_mlx.evaluate.perplexity import TextOptions, text_perplexity
+
+TEXT = "Once upon a time there was a fox. " * 5
+
+
+@pytest.fixture
+def letter(tmp_path):
+    path = tmp_path / "letter.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def told(capsys, *words):
+    assert main([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_perplexity_of_files_and_of_stdin(tiny, letter, stdin, capsys):
+    stdin(b"\xe6\xb0\xb4\r\n")
+    options = ["--context", "24", "--stride", "9", "--batch-tokens", "50"]
+    found = told(capsys, "perplexity", "--text", letter, "--text", "-", *options)
+    same = text_perplexity(tiny, [TEXT, "\u6c34\r\n"], TextOptions(24, 9, 50))
+    assert found.pop("intervals_95") == {} and found.pop("dtype") == "float32"
+    assert found.pop("model") == "openelm-tiny" and found.pop("texts") == [str(letter), "-"]
+    assert (found.pop("context"), found.pop("stride")) == (24, 9)
+    assert found == {name: getattr(same, name) for name in found}
+    assert set(found) == {"tokens", "bytes", "windows", "nats_per_token", "perplexity"} | {
+        "bits_per_byte"
+    }
+    assert main(["perplexity", "openelm-tiny", "--text", str(letter), *options]) == 0
+    out, err = capsys.readouterr()
+    first, *lines = out.splitlines()
+    assert first == f"openelm-tiny on {letter}, in windows of 24 tokens, 9 apart, in float32"
+    assert lines[0] == "tokens: 46" and lines[1] == f"bytes: {len(TEXT)}" and err == ""
+    assert lines[4].startswith("perplexity: ") and len(lines) == 6
+
+
+def test_a_comparison_has_the_losses_of_the_conversion(nano, letter, capsys, tmp_path):
+    written = tmp_path / "m"
+    again(nano, written, bits=3, verify_text=letter)
+    losses = json.loads((written / "conversion.json").read_text())["verification"]
+    losses["reference_perplexity"] = losses.pop("perplexity_of_source")
+    found = told(capsys, "compare", nano, written, "--text", letter)
+    assert found.pop("intervals_95") == losses.pop("intervals_95") == {}
+    assert found["mean_kl_divergence"] > 0.001 and found["perplexity_ratio"] != 1
+    assert {name: found.pop(name) for name in losses} == pytest.approx(losses, rel=1e-3, abs=1e-5)
+    assert found == {
+        "reference": str(nano),
+        "model": str(written),
+        "texts": [str(letter)],
+        "context": 512,
+        "dtype": "float32",
+        "reference_dtype": "float32",
+    }
+    rounded = told(capsys, "compare", nano, nano, "--bits", "3", "--text", letter)
+    assert rounded["mean_kl_divergence"] == pytest.approx(losses["mean_kl_divergence"], rel=1e-3)
+
+
+def test_the_text_of_the_package_is_read_where_none_is_given(nano, letter, capsys, monkeypatch):
+    monkeypatch.setattr(perplexity, "TEXT", letter)
+    assert main(["compare", str(nano), str(nano), "--context", "16"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    text = "eight paragraphs of Darwin's Origin of Species (1859)"
+    assert first == f"{nano} against {nano} on {text}, in windows of 16 tokens, in float32"
+    assert lines[:4] == [
+        "tokens: 46",
+        "mean kl divergence: 0",
+        "p99 kl divergence: 0",
+        "top 1 agreement: 1",
+    ]
+    assert lines[6:] == ["perplexity ratio: 1", "max logit difference: 0"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "cannot be read: No such file or directory; give a text file"),
+        (b"", "is empty; give a text of one character or more"),
+        (b"caf\xe9", "cannot be read as UTF-8 text: byte 3 is not UTF-8; convert it, for example"),
+        (b"\0" * 9, "is not text; give a file of text"),
+        ("folder", "cannot be read: Is a directory; give a text file"),
+    ],
+)
+@pytest.mark.parametrize("words", [["perplexity", "no-model"], ["compare", "no-model", "no-model"]])
+def test_what_is_no_text_is_one_line_before_a_model_is_sought(
+    words, content, text, tmp_path, capsys
+):
+    path = tmp_path / "text"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    assert main([*words, "--text", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"openelm: --text {path} {text}")
+
+
+def test_other_mistakes_are_one_line(stdin, letter, capsys):
+    stdin(b"caf\xe9")
+    for words, text in (
+        (["--text", "-"], "the text is not valid UTF-8: character 4"),
+        (["--text", letter, "--text", letter], f"--text {letter} is given twice; give it once"),
+        (["--text", letter, "--context", "2000"], "context is 2000, but openelm-tiny has a context "
+         "of 1024 tokens; allowed is a whole number from 2 to 1024"),
+        (["--context", "1"], "context is 1; allowed is a whole number from 2 up, or None"),
+    ):  # fmt: skip
+        assert main(["perplexity", *map(str, words)]) == 2
+        err = capsys.readouterr().err
+        assert text in err and err.count("\n") == 1
