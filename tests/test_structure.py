@@ -23,6 +23,7 @@ ORDER = (
     "fields",
     "dtypes",
     "files",
+    "drawing",
     "quantization",
     "settings",
     "mlx_wheels",

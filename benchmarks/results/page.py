@@ -13,8 +13,9 @@ from typing import Any
 
 from openelm_mlx.benchmarks.results import tables
 from openelm_mlx.benchmarks.results.document import Document, write_file
-from openelm_mlx.benchmarks.results.plots import DARK, LIGHT, Picture, pictures, svg
-from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.benchmarks.results.plots import Picture, pictures, svg
+from openelm_mlx.drawing import DARK, LIGHT
+from openelm_mlx.errors import OptionError
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -33,7 +34,7 @@ def render(document: Document) -> str:
     missing, drawn = "", []
     try:
         drawn = [(one, uri(one, LIGHT), uri(one, DARK)) for one in pictures(document)]
-    except BenchmarkError as error:
+    except OptionError as error:
         missing = str(error)
     parts = [
         (model, tables.constants(rows), tables.grid(rows))

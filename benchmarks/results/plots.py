@@ -11,9 +11,7 @@ colours of a theme. The figures themselves stand in the table.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,35 +19,28 @@ from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.benchmarks.results import OURS, tables
 from openelm_mlx.benchmarks.results.document import DECODE, Document, Metric, Row, write_file
+from openelm_mlx.drawing import (
+    INSTALL,
+    LIGHT,
+    MARKERS,
+    Theme,
+    legend,
+    new_figure,
+    note,
+    save,
+    style,
+)
 from openelm_mlx.errors import BenchmarkError, OptionError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS, DPI = 2, 160  # pictures beside each other; dots per inch of a PNG
+COLUMNS = 2  # pictures beside each other
 WIDTH, PAGE_WIDTH, HEIGHT = 4.8, 3.7, 3.1  # inches; a telephone is 3.7 inches of CSS wide
-MARKERS, DASHES = "osD^vP", ("-", "--", ":", "-.")
+DASHES = ("-", "--", ":", "-.")
 LOG_SPAN = 8  # values further apart than this go on a logarithmic axis
 ROWS = 12  # of ratios; what is left out stands in the table
 COPY = "rate of a copy"
-INSTALL = "`pip install 'openelm-mlx[plot]'`"
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours; those of engines are Okabe and Ito's, which colour-blind people tell apart."""
-
-    ink: str
-    muted: str
-    line: str
-    paper: str
-    engines: tuple[str, ...]
-
-
-OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#b0578d")
-LIGHTER = ("#56b4e9", "#f0a04b", "#2ec4a0", "#e29cc2")
-LIGHT = Theme("#1b1f24", "#59636e", "#e1e5ea", "#ffffff", OKABE_ITO)
-DARK = Theme("#e6eaef", "#9aa5b1", "#2d343d", "#14181d", LIGHTER)
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ def speed(model: str, rows: Sequence[Row]) -> Picture | None:
         ax.set_xticks(range(len(places)), places)
         ax.set_xlim(-0.7, len(places) - 0.3)
         scale_y(ax, ends, "decode, tokens/s")
-        legend(ax, theme)
+        legend(ax, theme, last=COPY)
 
     return Picture("speed", "Speed and memory", model, draw)
 
@@ -128,7 +119,7 @@ def context(model: str, rows: Sequence[Row]) -> Picture | None:
         ax.set_xlabel("prompt, tokens")
         ax.set_xlim(left=0)
         scale_y(ax, ends, "decode, tokens/s")
-        legend(ax, theme)
+        legend(ax, theme, last=COPY)
 
     return Picture("context", "Decode rate and context", model, draw)
 
@@ -180,7 +171,7 @@ def ratios(document: Document) -> Picture | None:
         ax.set_yticks(range(len(shown)), labels)
         ax.set_ylim(max(len(shown), 3) - 0.5, -0.7)
         ax.set_xlabel("ratio, 95 % interval (log scale)")
-        legend(ax, theme)
+        legend(ax, theme, last=COPY)
 
     height = max(HEIGHT, 1.3 + 0.4 * len(shown))
     return Picture("ratios", "Ratios of paired trials", "", draw, height)
@@ -214,15 +205,6 @@ def dots(
     return [*low, *medians, *high]
 
 
-def note(
-    ax: Any, theme: Theme, text: str, at: tuple[float, float], by: tuple[int, int], **more: Any
-) -> None:
-    """Write a text in small beside a mark."""
-    box = {"facecolor": theme.paper, "edgecolor": "none", "pad": 1}
-    style = {"textcoords": "offset points", "fontsize": 8, "color": theme.muted, "bbox": box}
-    ax.annotate(text, at, by, **style, **more)
-
-
 def scale_y(ax: Any, values: Sequence[float], label: str) -> None:
     """Begin the axis at 0, or make it logarithmic if values lie too far apart to be read."""
     low, high = min(values), max(values)
@@ -243,16 +225,6 @@ def plain_numbers(axis: Any, steps: Sequence[float]) -> None:
     axis.set_major_locator(LogLocator(subs=steps) if steps else MaxNLocator(5, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
-
-
-def legend(ax: Any, theme: Theme) -> None:
-    """Name what there is to tell apart, each once, below the axes where it covers nothing."""
-    handles, labels = ax.get_legend_handles_labels()
-    both = sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0] == COPY)
-    entries = {label[:24]: handle for label, handle in both}
-    style = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
-    if len(entries) > 1:
-        ax.figure.legend(entries.values(), entries, ncols=3, labelcolor=theme.ink, **style)
 
 
 # --- files
@@ -281,7 +253,7 @@ def write_plot(document: Document, path: str | Path) -> None:
 
 
 def svg(picture: Picture, theme: Theme) -> bytes:
-    """Return one picture without its title. Raises `BenchmarkError` if matplotlib is missing."""
+    """Return one picture without its title. Raises `OptionError` if matplotlib is missing."""
     with style(theme):
         figure = new_figure(PAGE_WIDTH, picture.height)
         picture.draw(figure.add_subplot(), theme)
@@ -302,43 +274,3 @@ def sheet(document: Document, shown: list[Picture]) -> Figure:
             picture.draw(ax, LIGHT)
     strips[-1].text(0.01, 0.5, tables.caption(document), size=8, va="center", color=LIGHT.muted)
     return figure
-
-
-@contextmanager
-def style(theme: Theme) -> Iterator[None]:
-    """Set matplotlib up for our pictures, and back. Raises `BenchmarkError` if it is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise BenchmarkError(f"pictures need matplotlib: {INSTALL}") from None
-    ink = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
-    settings: dict[Any, Any] = {
-        "text.parse_math": False,  # a model's name is text, whatever stands in it
-        "svg.fonttype": "path",  # shapes, which do not need a font to be shown
-        "font.family": ["DejaVu Sans"],
-        "font.size": 9,
-        **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-        **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
-        "axes.facecolor": "none",
-        "figure.facecolor": theme.paper,
-        "grid.color": theme.line,
-        "grid.linewidth": 0.7,
-        **dict.fromkeys(ink, theme.ink),
-        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), theme.muted),
-    }
-    with matplotlib.rc_context(settings):
-        yield
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return a figure of its own, outside pyplot's list of open ones."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save(figure: Figure, kind: str, transparent: bool = False) -> bytes:
-    buffer = io.BytesIO()
-    metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
-    figure.savefig(buffer, format=kind, dpi=DPI, transparent=transparent, metadata=metadata)
-    return buffer.getvalue()
