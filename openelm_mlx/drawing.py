@@ -85,11 +85,13 @@ def note(
     ax.annotate(text, at, by, **style, **more)
 
 
-def legend(ax: Any, theme: Theme, last: str = "") -> None:
-    """Name what there is to tell apart, each once, below the axes where it covers nothing."""
+def legend(ax: Any, theme: Theme, last: str = "", most: int = 24) -> None:
+    """Name what there is to tell apart, each once, in `most` characters, below the axes where it
+    covers nothing.
+    """
     handles, labels = ax.get_legend_handles_labels()
     both = sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0] == last)
-    entries = {label[:24]: handle for label, handle in both}
+    entries = {label[:most]: handle for label, handle in both}
     style = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
     if len(entries) > 1:
         ax.figure.legend(entries.values(), entries, ncols=3, labelcolor=theme.ink, **style)
