@@ -1,26 +1,35 @@
-"""lm-eval's tasks: found by name, loaded from YAML and datasets, asked of a model, and saved.
+"""An evaluation by lm-eval: its tasks, asked of a model, become a document of results.
 
-    tasks and shots -> lm-eval's tasks        load_tasks
-    tasks -> requests -> answers -> metrics   simple_evaluate of lm-eval, language_model.py
-    results -> files                          save
+    tasks and shots -> lm-eval's tasks        tasks.py
+    tasks -> requests -> answers -> metrics   `evaluate` of lm-eval, language_model.py
+    document -> files                         `save`
 
-Results are a dict in lm-eval's own form, and so are the files: its tools read both.
+The document is a dict in lm-eval's own form, and so are the files: its tools read both.
 """
 
 from __future__ import annotations
 
-import glob
+import contextlib
+import logging
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+import random
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.errors import EvaluationError
+from openelm_mlx.errors import EvaluationError, OpenELMError, reason
 from openelm_mlx.evaluate.language_model import OpenELMLM
-from openelm_mlx.fields import nearest
+from openelm_mlx.evaluate.tasks import find_tasks, load_tasks, quiet
 
-__all__ = ["OpenELMLM", "evaluate_tasks"]
+__all__ = ["OpenELMLM", "evaluate_tasks", "save"]
+
+BOOTSTRAPS = 100_000  # lm-eval's default, for metrics whose standard error has no formula
 
 
 def evaluate_tasks(
@@ -40,96 +49,132 @@ def evaluate_tasks(
     A name has the number of solved examples before each question, or None for the task's own; a
     task that fixes them at 0 keeps that, as in lm-eval. Only the first `limit` questions of each
     task are asked. `include` are folders with tasks of your own; their data files are found beside
-    the YAML. `chat_template` puts each question as a message of a chat, examples as its exchanges,
-    after the message `system`.
+    the YAML. `chat_template` puts each question as a message of a chat, the examples as exchanges
+    before it, and first of all the message `system`.
 
-    The document has lm-eval's keys, and under "truncated" how many questions of a task were longer
-    than the model's context and have lost their beginning. Raises `EvaluationError`.
+    The document has lm-eval's keys, and under "truncated" how many questions of each task were
+    longer than the model's context and have lost their beginning. Raises `EvaluationError`.
     """
-    from lm_eval.evaluator import simple_evaluate
+    with quiet():
+        import numpy as np
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+        from lm_eval.evaluator import evaluate
+        from lm_eval.loggers import EvaluationTracker
 
-    manager = find_tasks(tasks, [Path(folder) for folder in include])
-    results: dict[str, Any] = simple_evaluate(
-        lm,
-        tasks=load_tasks(manager, tasks),
-        task_manager=manager,
-        limit=limit,
-        apply_chat_template=chat_template,
-        system_instruction=system,
-        fewshot_as_multiturn=chat_template,
-    )
-    results["truncated"] = {name: len(found) for name, found in sorted(lm.truncated.items())}
-    return results
+        general, date = EvaluationTracker().general_config_tracker, time.time()
+        random.seed(DEFAULT_RANDOM_SEED)  # lm-eval's own, also before tasks are loaded
+        np.random.seed(DEFAULT_OTHER_SEED)
+        loaded = load_tasks(find_tasks(tasks, include), tasks, DEFAULT_OTHER_SEED)
+        general.log_experiment_args(
+            model_source="openelm",
+            model_args=lm.arguments,
+            system_instruction=system,
+            chat_template=lm.chat_template(chat_template),
+            fewshot_as_multiturn=chat_template,
+        )
+        lm.truncated.clear()
+        try:
+            results: dict[str, Any] = evaluate(
+                lm,
+                loaded,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAPS,
+                system_instruction=system,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=chat_template,
+            )
+        except OpenELMError:
+            raise
+        except Exception as error:  # what a task's data, templates and functions raise
+            raise explained(error) from error
+        general.log_end_time()
+    results["config"] = {
+        "model": "openelm",
+        "model_args": lm.arguments,
+        **lm.get_model_info(),
+        "batch_size": None,  # the tokens of a pass decide it
+        "batch_sizes": [],
+        "device": None,
+        "use_cache": None,
+        "limit": limit,
+        "bootstrap_iters": BOOTSTRAPS,
+        "gen_kwargs": None,
+        "random_seed": DEFAULT_RANDOM_SEED,
+        "numpy_seed": DEFAULT_OTHER_SEED,
+        "torch_seed": None,
+        "fewshot_seed": DEFAULT_OTHER_SEED,
+    }
+    results["truncated"] = {
+        name: len(lm.truncated.get(name, ())) for name in sorted(loaded["tasks"])
+    }
+    return results | {"date": date, "lm_eval_version": version("lm_eval")} | asdict(general)
 
 
-def load_tasks(manager: Any, tasks: Mapping[str, int | None]) -> list[Any]:
-    """Return lm-eval's tasks and groups of these names, each with its number of shots.
+def explained(error: Exception) -> Exception:
+    """Return an error that names the task which lm-eval was at, or a bug of ours as it is."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = str(Path(__file__).parents[1])
+    if any(frame.f_code.co_filename.startswith(ours) for frame in frames[1:]):
+        return error
+    names = [frame.f_locals.get("task_name") for frame in frames]
+    name = next((name for name in names if isinstance(name, str)), None)
+    where = "lm-eval" if name is None else f"task {name}"
+    return EvaluationError(f"{where} fails: {type(error).__name__}: {reason(error)}")
 
-    Raises `EvaluationError` for a task that cannot be loaded.
+
+def save(results: Mapping[str, Any], folder: str | Path, samples: bool = True) -> Path:
+    """Write the document of results, and each question asked if `samples`, as lm-eval does.
+
+        FOLDER/apple__OpenELM-270M/results_2026-11-26T19-29-26.123456.json
+                                   samples_arc_easy_2026-11-26T19-29-26.123456.jsonl
+
+    Returns the path of the results, which are written last. Files appear whole or not at all.
+    Raises `EvaluationError` if they cannot be written.
     """
-    found: list[Any] = []
-    for name, shots in tasks.items():
-        loaded = manager.load(name)
-        for task in loaded["tasks"].values():
-            if shots is not None and task.get_config("num_fewshot") != 0:
-                task.set_config(key="num_fewshot", value=shots)
-        group = loaded.get("groups", {}).get(name)
-        found += loaded["tasks"].values() if group is None else [group]
-    return found
+    from lm_eval.loggers import EvaluationTracker
+
+    document = {key: value for key, value in results.items() if key != "samples"}
+    asked = {task: [dict(one) for one in rows] for task, rows in results["samples"].items()}
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".evaluation.", dir=folder) as place:
+            tracker = EvaluationTracker(output_path=place)
+            general = tracker.general_config_tracker
+            for item in fields(general):
+                setattr(general, item.name, results[item.name])
+            general.start_time = time.perf_counter() - float(
+                results["total_evaluation_time_seconds"]
+            )
+            with failures(folder):
+                tracker.save_results_aggregated(document, asked)
+                for task in asked if samples else ():
+                    tracker.save_results_samples(task, asked[task])
+            (made,) = Path(place).iterdir()
+            there = Path(folder) / made.name
+            there.mkdir(exist_ok=True)
+            for path in sorted(made.iterdir(), key=lambda path: path.suffix == ".json"):
+                os.replace(path, there / path.name)
+        return there / path.name
+    except OSError as error:
+        what = f"results cannot be written to {folder}: {error.strerror or error}"
+        raise EvaluationError(what) from None
 
 
-def find_tasks(names: Iterable[str], folders: list[Path]) -> Any:
-    """Return lm-eval's index of its tasks and of those in `folders`, all of `names` among them.
-
-    The 14,000 tasks of lm-eval, which take seconds to read, are left out if nobody asks for one.
-    """
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=folders, include_defaults=False)
-    index = manager.task_index
-    members = [name for name in names if name in index and closed(index, name)]
-    if len(members) < len(list(names)):
-        manager = TaskManager(include_path=folders)
-        index = manager.task_index
-    for name in names:
-        if name not in index:
-            near = nearest(name, index)
-            hint = f"did you mean {near!r}?" if near else "lm-eval ls tasks lists them"
-            raise EvaluationError(f"there is no task {name!r}; {hint}")
-    for name, entry in index.items():
-        if entry.yaml_path is not None and any(one in entry.yaml_path.parents for one in folders):
-            index[name] = anchored(entry)
-    return manager
-
-
-def closed(index: Mapping[str, Any], name: str) -> bool:
-    """Return whether a task of the index needs no other than those of the index."""
-    members = (index[name].cfg or {}).get("task")
-    if not isinstance(members, list):
-        return True
-    return all(isinstance(one, str) and one in index and closed(index, one) for one in members)
-
-
-def anchored(entry: Any) -> Any:
-    """Return a task of a YAML file with its data files found beside that, not where we run."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    given = (entry.cfg.get("dataset_kwargs") or {}).get("data_files")
-    found = beside(given, entry.yaml_path.parent)
-    if found == given:
-        return entry
-    config = load_yaml(entry.yaml_path)
-    config["dataset_kwargs"] = {**config["dataset_kwargs"], "data_files": found}
-    return replace(entry, yaml_path=None, cfg=config)
-
-
-def beside(files: Any, folder: Path) -> Any:
-    """Return the data files of a dataset, names or patterns in lists or dicts, as paths."""
-    if isinstance(files, Mapping):
-        return {split: beside(one, folder) for split, one in files.items()}
-    if isinstance(files, list):
-        return [beside(one, folder) for one in files]
-    if not isinstance(files, str) or "://" in files:
-        return files
-    there = os.path.join(folder.absolute(), files)
-    return there if glob.glob(there) or not glob.glob(files) else files
+@contextlib.contextmanager
+def failures(folder: str | Path) -> Iterator[None]:
+    """Raise `EvaluationError` for a file that lm-eval could not write: it only logs that."""
+    handler = BufferingHandler(1 << 30)
+    logger = logging.getLogger("lm_eval.loggers.evaluation_tracker")
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+    said = handler.buffer
+    if any(record.levelno >= logging.WARNING for record in said):
+        what = f"results cannot be written to {folder}"
+        raise EvaluationError(f"{what}: {said[-1].getMessage()}")

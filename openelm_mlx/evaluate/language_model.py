@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.engine.generation import batch_generate
+from openelm_mlx import device
+from openelm_mlx.dtypes import name_of
 from openelm_mlx.engine.loading import Engine, load
-from openelm_mlx.engine.options import GenerationOptions, ModelOptions, with_overrides
+from openelm_mlx.engine.options import ModelOptions
 from openelm_mlx.engine.prompts import check_messages
 from openelm_mlx.errors import EvaluationError, OptionError
 from openelm_mlx.evaluate.plan import Request
-from openelm_mlx.evaluate.score import Answer, loglikelihoods
-from openelm_mlx.fields import check_count
+from openelm_mlx.evaluate.run import Ranks, Report, answers, texts
+from openelm_mlx.evaluate.score import Answer
+from openelm_mlx.evaluate.store import Store, identity
+from openelm_mlx.fields import check_count, nearest
+from openelm_mlx.model.decoder import parameters
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -54,6 +59,9 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
         model: str | Path | Engine = "openelm-tiny",
         *,
         batch_tokens: int = 4096,
+        store: Store | None = None,
+        ranks: Ranks | None = None,
+        report: Report | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -64,12 +72,16 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
             what = "the size of a batch is decided by the tokens in it"
             raise OptionError(f"{what}; give batch_tokens=4096 with the model's arguments")
         check_count("batch_tokens", batch_tokens, 1)
-        (options,) = with_overrides((ModelOptions,), (None,), loading)
-        given = {name: getattr(options, name) for name in loading}
-        if isinstance(model, Engine) and given:
-            raise OptionError(f"{next(iter(given))} is for loading, and the model is loaded")
-        self.engine = model if isinstance(model, Engine) else load(model, **given)
-        self.batch_tokens = batch_tokens
+        known = ["model", "batch_tokens", *(item.name for item in fields(ModelOptions))]
+        for name in loading.keys() - {*known}:
+            near = nearest(name, known)
+            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+            raise OptionError(f"unknown argument {name!r} of the model; {hint}")
+        if isinstance(model, Engine) and loading:
+            raise OptionError(f"{min(loading)} is for loading a model, and this one is loaded")
+        self.engine = model if isinstance(model, Engine) else load(model, **loading)
+        self.arguments = {"model": self.engine.name, **loading}
+        self.batch_tokens, self.store, self.ranks, self.report = batch_tokens, store, ranks, report
         self.truncated: dict[str, set[int]] = {}  # numbers of questions, by task
 
     @property
@@ -146,10 +158,10 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
                 before = [self.prefix_token_id]
                 after = self.tok_encode(continuation, add_special_tokens=False)
             asked.append(self.fitting(before, after, request))
-        answers = self.answers(asked)
-        for request, answer in zip(requests, answers, strict=True):
+        found = self.answers(asked)
+        for request, answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, tuple(answer))
-        return [(answer.logprob, answer.greedy) for answer in answers]
+        return [(answer.logprob, answer.greedy) for answer in found]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
@@ -174,7 +186,29 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
         return Request(tuple(before[max(beyond, 0) :]), tuple(after))
 
     def answers(self, asked: Sequence[Request]) -> list[Answer]:
-        return loglikelihoods(self.engine, asked, batch_tokens=self.batch_tokens)
+        return answers(self.engine, asked, **self.how)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        names = ("batch_tokens", "store", "ranks", "report")
+        return {name: getattr(self, name) for name in names}
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return facts about the model and this machine, for lm-eval's results."""
+        engine, facts = self.engine, device.facts()
+        bits = (engine.quantization or {}).get("bits")
+        return {
+            "model_num_parameters": engine.num_parameters,
+            "model_dtype": name_of(parameters(engine.model)["transformer.norm.weight"].dtype),
+            "model_revision": self.arguments.get("revision"),
+            "model_sha": identity(engine, self.batch_tokens)["weights"],
+            "instruct": engine.instruct,
+            "bits": bits,
+            "adapter": None if engine.adapter is None else engine.adapter.name,
+            "context": self.max_length,
+            "batch_tokens": self.batch_tokens,
+            **{key: facts[key] for key in ("openelm_mlx", "mlx", "backend", "chip", "system")},
+        }
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -207,7 +241,7 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
         Raises `EvaluationError` for a task that samples, or whose answers leave no room for a
         question.
         """
-        prompts, options = [], []
+        prompts, stops, limits = [], [], []
         for request in requests:
             context, settings = request.args
             most, stop = asked_of_generation(settings, place(request))
@@ -219,13 +253,15 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
             if len(ids) > room:
                 self.truncated.setdefault(request.task_name, set()).add(request.doc_id)
             prompts.append(ids[-room:])
-            options.append(GenerationOptions(max_tokens=most, stop=stop))
-        texts = []
-        results = batch_generate(self.engine, prompts, None, options)
-        for request, result in zip(requests, results, strict=True):
-            texts.append(result.text.removeprefix(" "))
-            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
-        return texts
+            stops.append(stop)
+            limits.append(most)
+        found = []
+        for request, text in zip(
+            requests, texts(self.engine, prompts, stops, limits, **self.how), strict=True
+        ):
+            found.append(text.removeprefix(" "))
+            self.cache_hook.add_partial("generate_until", request.args, found[-1])
+        return found
 
 
 def asked_of_generation(settings: Mapping[str, Any], where: str) -> tuple[int, tuple[str, ...]]:

@@ -1,42 +1,24 @@
-"""lm-eval's tasks asked of a model: its answers, and what its metrics become."""
+"""lm-eval's tasks asked of a model: its answers, what its metrics become, and the files."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from local_tasks import CHOICE, QUESTIONS, TASKS, task_folder, write
 
+from openelm_mlx import batch_generate
 from openelm_mlx.chat import encode_messages
+from openelm_mlx.device import mx
+from openelm_mlx.engine.hub import BUNDLED
+from openelm_mlx.evaluate.score import log_probs, score
 
 pytestmark = pytest.mark.needs("lm-eval")
-
-QUESTIONS = [
-    ("The king was", ["very old and had a son", "a", "the sea"], 0),
-    ("Once upon a time there", ["lived a king", "dog the", "of"], 1),
-    ("She went into the", ["forest", "forest and there she found a house", "x"], 2),
-    ("He said:", ["I am coming", "coming I am"], 0),
-]
-CHOICE = {
-    "task": "choice",
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "{{choices}}",
-    "doc_to_target": "{{answer}}",
-    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of tasks, each a YAML file (JSON is YAML) with its data beside it."""
-    folder = tmp_path_factory.mktemp("tasks")
-    rows = [{"question": q, "choices": c, "answer": a} for q, c, a in QUESTIONS]
-    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for task in (CHOICE,):
-        own = {"dataset_path": "json", "dataset_kwargs": {"data_files": "questions.jsonl"}}
-        text = json.dumps(task | own | {"test_split": "train"})
-        (folder / f"{task['task']}.yaml").write_text(text)
-    return folder
+    yield from task_folder(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +28,159 @@ def lm(tiny):
     return OpenELMLM(tiny)
 
 
-def test_accuracy(lm, folder):
+@pytest.fixture(scope="module")
+def results(lm, folder):
     from openelm_mlx.evaluate.harness import evaluate_tasks
 
-    results = evaluate_tasks(lm, {"choice": None}, include=[folder])
-    assert 0 <= results["results"]["choice"]["acc,none"] <= 1
+    tasks = {"both": None, "likely": None, "whole": None, "written": None}
+    return evaluate_tasks(lm, tasks, include=[folder])
+
+
+def expected(engine, context, continuation):
+    """Return a log-likelihood by `score`, with one start token whatever the context is."""
+    whole = engine.tokenizer.encode(context + continuation)
+    before = len(engine.tokenizer.encode(context))
+    return sum(score(engine, [whole])[0][before - 1 :])
+
+
+def answered(results, task):
+    return [[float(one[0][0]) for one in row["resps"]] for row in results["samples"][task]]
+
+
+def test_a_choice_has_the_log_likelihood_of_its_tokens_after_the_question(tiny, results):
+    found = answered(results, "choice")
+    for row, (question, choices, _) in zip(found, QUESTIONS, strict=True):
+        assert row == pytest.approx(
+            [expected(tiny, question, f" {choice}") for choice in choices], abs=1e-4
+        )
+
+
+def test_accuracies_are_those_of_a_count_by_hand(results):
+    best, best_by_length = [], []
+    for row, (_, choices, answer) in zip(answered(results, "choice"), QUESTIONS, strict=True):
+        best.append(row.index(max(row)) == answer)
+        normed = [one / len(choice) for one, choice in zip(row, choices, strict=True)]
+        best_by_length.append(normed.index(max(normed)) == answer)
+    own = results["results"]["choice"]
+    assert own["acc,none"] == sum(best) / 5 and own["acc_norm,none"] == sum(best_by_length) / 5
+    assert own["acc,none"] != own["acc_norm,none"]
+    both = results["results"]["both"]["acc,none"]
+    assert both == (own["acc,none"] + results["results"]["solved"]["acc,none"]) / 2
+    assert results["n-shot"]["choice"] == 0 and results["n-shot"]["solved"] == 1
+
+
+def test_answers_equal_mlx_lms(results):
+    from lm_eval.api.instance import Instance
+    from mlx_lm.evaluate import MLXLM
+
+    theirs = MLXLM(str(BUNDLED), use_chat_template=False)
+    theirs._model.set_dtype(mx.float32)
+    asked, found = [], []
+    for task in ("choice", "solved", "likely"):
+        for row in results["samples"][task][:4]:  # it splits an empty context otherwise
+            pairs = zip(row["arguments"], row["resps"], strict=True)
+            for pair, ((logprob, greedy),) in pairs:
+                asked.append(Instance("loglikelihood", {}, pair, 0))
+                found.append((logprob, greedy))
+    theirs_found = theirs.loglikelihood(asked)
+    assert [one for one, _ in found] == pytest.approx([one for one, _ in theirs_found], abs=1e-4)
+    assert [one for _, one in found] == [bool(one) for _, one in theirs_found]
+
+
+def test_whole_texts_and_generated_ones(tiny, results):
+    for row, (_, choices, _) in zip(results["samples"]["whole"], QUESTIONS, strict=True):
+        assert row["resps"][0][0] == pytest.approx(expected(tiny, "", f" {choices[0]}"), abs=1e-4)
+    prompts = [tiny.tokenizer.encode(question) for question, _, _ in QUESTIONS]
+    texts = batch_generate(tiny, prompts, max_tokens=6, stop=[" a", "."])
+    assert [row["resps"][0][0] for row in results["samples"]["written"]] == [
+        one.text.removeprefix(" ") for one in texts
+    ]
+
+
+def test_the_files_are_read_by_lm_eval(results, tmp_path):
+    from lm_eval.utils import get_results_filenames, get_sample_results_filenames, make_table
+
+    from openelm_mlx.evaluate.harness import save
+
+    path = save(results, tmp_path / "new")
+    assert [*tmp_path.glob("new/.*")] == [] and path.parent.name == "openelm-tiny"
+    names = [str(one) for one in path.parent.iterdir()]
+    assert get_results_filenames(names) == [str(path)]
+    assert len(get_sample_results_filenames(names)) == 5
+    document = json.loads(path.read_text())
+    assert "choice" in make_table(document) and "both" in make_table(document, "groups")
+    assert document["config"]["model_args"] == {"model": "openelm-tiny"}
+    assert document["config"]["bits"] == 8 and document["model_name"] == "openelm-tiny"
+    (samples,) = path.parent.glob("samples_choice_*.jsonl")
+    assert len(samples.read_text().splitlines()) == 5
+    assert results["samples"]["choice"][0]["resps"][0][0] != "", "the document stays as it was"
+
+
+def test_a_choice_of_shots_is_the_tasks_unless_it_is_given(lm, folder):
+    from openelm_mlx.evaluate.harness import evaluate_tasks
+
+    results = evaluate_tasks(lm, {"solved": 2}, include=[folder], limit=1)
+    assert results["n-shot"] == {"solved": 2} and results["n-samples"]["solved"]["effective"] == 1
+    (row,) = results["samples"]["solved"]
+    assert row["arguments"][0][0].count("\n\n") == 2
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_a_chat_is_encoded_as_the_instruct_format(lm, system):
+    tokenizer = lm.engine.tokenizer
     messages = [{"role": "system", "content": system}] if system else []
     for role, content in (("user", "Who? "), ("assistant", "A king </s>"), ("user", "<s>Where?")):
         messages.append({"role": role, "content": content})
     text = lm.apply_chat_template(messages)
-    assert lm.tok_encode(text) == encode_messages(lm.engine.tokenizer, messages)
-    answered = encode_messages(
-        lm.engine.tokenizer, [*messages, {"role": "assistant", "content": "There."}], False
-    )
-    before, after = lm._encode_pair(text, "There.")
-    assert [*before, *after] == answered[:-1]
+    assert lm.tok_encode(text) == encode_messages(tokenizer, messages)
+    answer = {"role": "assistant", "content": "There it is."}
+    whole = encode_messages(tokenizer, [*messages, answer], add_generation_prompt=False)[:-1]
+    for begun, rest in (("", "There it is."), ("There", " it is.")):
+        opened = [*messages, answer | {"content": begun}]
+        context = lm.apply_chat_template(opened, False) if begun else text
+        before, after = lm._encode_pair(context, rest)
+        assert [*before, *after] == whole
+        assert before == encode_messages(tokenizer, opened, False)[:-1]
+
+
+def test_tasks_in_a_chat(lm, folder):
+    from openelm_mlx.evaluate.harness import evaluate_tasks
+
+    how = {"include": [folder], "limit": 2, "chat_template": True, "system": "Be brief."}
+    results = evaluate_tasks(lm, {"solved": None}, **how)
+    (question, choices, _), (other, others, right) = QUESTIONS[1], QUESTIONS[0]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": other},
+        {"role": "assistant", "content": others[right]},
+        {"role": "user", "content": question},
+    ]
+    before = encode_messages(lm.engine.tokenizer, messages)
+    found = []
+    for choice in choices:
+        more = [*messages, {"role": "assistant", "content": choice}]
+        whole = encode_messages(lm.engine.tokenizer, more, add_generation_prompt=False)[:-1]
+        found.append(sum(score(lm.engine, [whole])[0][len(before) - 1 :]))
+    assert answered(results, "solved")[1] == pytest.approx(found, abs=1e-4)
+    assert results["chat_template"].count("{{ message }}") == 1 and results["system_instruction"]
+
+
+def test_what_is_beyond_the_context_is_left_out_and_counted(short, folder):
+    from openelm_mlx.evaluate.harness import OpenELMLM, evaluate_tasks
+
+    lm = OpenELMLM(short)
+    choices = ["was very old", "went to the forest"]
+    row = {"question": "king" + " king" * 61, "choices": choices, "answer": 0}
+    rows = [row, row | {"question": "The king"}]
+    (folder / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write(folder, "long", CHOICE, "long.jsonl")
+    write(folder, "long_text", TASKS["whole"] | {"doc_to_target": "{{question * 3}}"}, "long.jsonl")
+    results = evaluate_tasks(lm, {"long": None, "long_text": None}, include=[folder])
+    assert results["truncated"] == {"long": 1, "long_text": 0}
+    encode = lm.engine.tokenizer.encode
+    for found, choice in zip(answered(results, "long")[0], choices, strict=True):
+        after = len(encode(f"king {choice}")) - len(encode("king"))
+        whole = mx.array(encode(row["question"] + f" {choice}")[-65:])
+        logp = log_probs(lm.engine.model(whole[None, :-1])[0])  # 64 tokens are fed
+        chosen = mx.take_along_axis(logp, whole[1:, None], axis=-1)[-after:]
+        assert found == pytest.approx(chosen.sum().item(), abs=1e-4)

@@ -1,0 +1,222 @@
+"""lm-eval's tasks: found by name among its own and those in folders, and loaded with their data."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import io
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+from openelm_mlx.errors import EvaluationError, reason
+from openelm_mlx.fields import nearest
+
+ASKED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
+BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # of datasets from files
+PROBE_SECONDS = 5.0
+OWN_COMMAND = "python -m openelm_mlx.evaluate"
+
+
+def load_tasks(manager: Any, tasks: Mapping[str, int | None], seed: int) -> dict[str, Any]:
+    """Return lm-eval's tasks and groups of these names, each with its number of shots.
+
+    Raises `EvaluationError` for a task that cannot be loaded, or cannot be asked here.
+    """
+    found: list[Any] = []
+    with offline_if_unreachable(manager.task_index, tasks):
+        for name, shots in tasks.items():
+            try:
+                loaded = manager.load(name)
+            except Exception as error:  # tasks are code and data of many authors
+                raise EvaluationError(why_not_loaded(manager.task_index, name, error)) from error
+            for task in loaded["tasks"].values():
+                check_kind(task)
+                own = task.get_config("num_fewshot")
+                if own is None or (shots is not None and own != 0):
+                    task.set_config(key="num_fewshot", value=shots or 0)
+                task.set_fewshot_seed(seed)
+            group = loaded.get("groups", {}).get(name)
+            found += loaded["tasks"].values() if group is None else [group]
+    try:
+        whole: dict[str, Any] = manager.load(found)
+    except ValueError as error:
+        raise EvaluationError(f"{reason(error)}; name it once") from None
+    return whole
+
+
+def check_kind(task: Any) -> None:
+    """Raise `EvaluationError` for a task that asks for more than text, or runs what it gets."""
+    name, kind = task.task_name, getattr(task, "OUTPUT_TYPE", None)
+    if getattr(task, "UNSAFE_CODE", False):
+        what = f"task {name} runs code that the model writes, which is not done here"
+        remedy = f"use {OWN_COMMAND} with --confirm_run_unsafe_code"
+        raise EvaluationError(f"{what}; in a machine that may break, {remedy}")
+    if getattr(task, "MULTIMODAL", False):
+        raise EvaluationError(f"task {name} asks about images or sound; OpenELM reads text only")
+    if kind not in ASKED:
+        known = ", ".join(ASKED)
+        raise EvaluationError(f"task {name} is of the kind {kind!r}; allowed are {known}")
+
+
+def why_not_loaded(index: Mapping[str, Any], name: str, error: Exception) -> str:
+    """Return why a task or a group of tasks could not be loaded, and what to do."""
+    if isinstance(error, ConnectionError):
+        what = f"task {name}: its data are not on this disk, and the hub cannot be reached"
+        return f"{what} ({reason(error)}). Run it once with a connection: they are kept"
+    for entry in filter(None, below(index, name)):
+        for path in paths_in((entry.cfg.get("dataset_kwargs") or {}).get("data_files")):
+            if "://" not in path and not glob.glob(path):
+                return f"task {name}: its data file {path} is missing"
+    return f"task {name} cannot be loaded: {type(error).__name__}: {reason(error)}"
+
+
+def find_tasks(names: Iterable[str], include: Iterable[str | Path] = ()) -> Any:
+    """Return lm-eval's index of its tasks and of those in the folders `include`.
+
+    The 14,000 tasks of lm-eval, which take seconds to read, are left out if nobody asks for one.
+    Raises `EvaluationError` for a name that is in neither.
+    """
+    from lm_eval.tasks import TaskManager
+
+    folders = [Path(folder).expanduser().resolve() for folder in include]
+    for folder in folders:
+        if not folder.is_dir():
+            what = f"there is no folder {folder} of tasks to include"
+            raise EvaluationError(f"{what}; give one with YAML files of lm-eval's form")
+    names = list(names)
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not all(entry for name in names for entry in below(manager.task_index, name)):
+        manager = TaskManager(include_path=folders)
+    index = manager.task_index
+    for name in names:
+        if name not in index:
+            raise EvaluationError(unknown(name, index, folders))
+    for name, entry in list(index.items()):
+        if entry.yaml_path is not None and any(one in entry.yaml_path.parents for one in folders):
+            index[name] = anchored(entry)
+    return manager
+
+
+def unknown(name: str, index: Mapping[str, Any], folders: Iterable[Path]) -> str:
+    """Return that there is no such task, and what was meant; or which file cannot be read."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for folder in folders:
+        for path in sorted(folder.rglob("*.yaml")):
+            try:
+                load_yaml(path, resolve_func=False)
+            except Exception as error:  # yaml raises many, a missing file of its `include` others
+                text = " ".join(str(error).split())
+                return f"there is no task {name!r}, and {path} cannot be read: {text}"
+    near = nearest(name, index)
+    hint = f"did you mean {near!r}?" if near else f"{OWN_COMMAND} ls tasks lists those of lm-eval"
+    return f"there is no task {name!r}; {hint}"
+
+
+def below(index: Mapping[str, Any], name: str) -> Iterator[Any]:
+    """Yield the index's entry of a task, or those of all tasks below a group or tag.
+
+    None stands for a name that is not in the index.
+    """
+    entry = index.get(name)
+    if entry is None or entry.cfg is None:
+        members: Any = None if entry is None else sorted(entry.tags)
+    else:
+        members = entry.cfg.get("task")
+    if members is None or not isinstance(members, list):
+        yield entry
+        return
+    for member in members:
+        given = member if isinstance(member, str) else member.get("task", member.get("group"))
+        yield from below(index, given) if isinstance(given, str) else [None]
+
+
+def anchored(entry: Any) -> Any:
+    """Return a task of a YAML file with its data files found beside that, not where we run."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    given = (entry.cfg.get("dataset_kwargs") or {}).get("data_files")
+    folder = entry.yaml_path.parent
+    found = mapped(given, lambda path: beside(path, folder))
+    if found == given:
+        return entry
+    config = load_yaml(entry.yaml_path)
+    config["dataset_kwargs"] = {**config["dataset_kwargs"], "data_files": found}
+    return replace(entry, yaml_path=None, cfg=config)
+
+
+def beside(path: str, folder: Path) -> str:
+    """Return the path of a data file or pattern: beside the YAML, or else where we run."""
+    there = os.path.join(folder, path)
+    return path if "://" in path or (glob.glob(path) and not glob.glob(there)) else there
+
+
+def mapped(files: Any, change: Callable[[str], str]) -> Any:
+    """Return what datasets take as data files, a name or a list or dict of them, changed."""
+    if isinstance(files, Mapping):
+        return {split: mapped(one, change) for split, one in files.items()}
+    if isinstance(files, list):
+        return [mapped(one, change) for one in files]
+    return change(files) if isinstance(files, str) else files
+
+
+def paths_in(files: Any) -> list[str]:
+    """Return the names of data files."""
+    found: list[str] = []
+    mapped(files, lambda path: found.append(path) or path)  # type: ignore[func-returns-value]
+    return found
+
+
+@contextlib.contextmanager
+def offline_if_unreachable(index: Mapping[str, Any], names: Iterable[str]) -> Iterator[None]:
+    """Take data from this disk if the hub cannot be reached: each of many tasks would try long."""
+    entries = (entry for name in names for entry in below(index, name))
+    if all(entry and entry.cfg.get("dataset_path") in BUILDERS for entry in entries) or reachable():
+        yield
+        return
+    from huggingface_hub import constants
+    from lm_eval.api.task import datasets  # as lm-eval reads them
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def reachable() -> bool:
+    """Return whether the hub answers."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception:  # its HTTP library is not ours to name, and has changed
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the bars, logs and prints of lm-eval and datasets, of tasks, too, but for errors."""
+    from lm_eval.api.task import tqdm  # the class that its modules and datasets draw with
+
+    names = ("lm_eval", "datasets", "huggingface_hub", "evaluate")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    drawn = tqdm.__init__
+    tqdm.__init__ = partialmethod(drawn, disable=True)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.__init__ = drawn
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,112 @@
+"""Finding and loading lm-eval's tasks, and what is said of those that cannot be asked."""
+
+from __future__ import annotations
+
+import pytest
+from local_tasks import CHOICE, TASKS, task_folder, write
+
+from openelm_mlx.errors import EvaluationError, OptionError
+
+pytestmark = pytest.mark.needs("lm-eval")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    yield from task_folder(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def lm(tiny):
+    from openelm_mlx.evaluate.harness import OpenELMLM
+
+    return OpenELMLM(tiny)
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("lost", "task lost: its data file {folder}/lost.jsonl is missing"),
+        ("odd", "task odd cannot be loaded: ValueError: Got invalid output_type 'translate'"),
+        ("blank", "task blank cannot be loaded: UndefinedError: 'queston' is undefined"),
+        ("shots", "task shots fails: ValueError: Sample larger than population"),
+        ("unsafe", "task unsafe runs code that the model writes, which is not done here; in a"),
+        ("nothing", "task nothing, question 1: the continuation has no token of its own"),
+        ("endless", "task endless, question 1: the continuation has 1500 tokens; the model's"),
+        ("marked", "a text has the noncharacter U+FDD0, which marks turns of a chat here; remove"),
+        (
+            "sampled",
+            "task sampled, question 1: it samples, with a temperature of 0.5; answ",
+        ),
+        ("beams", "task beams, question 1: num_beams is not known here; allowed are until and"),
+        ("long_answers", "task long_answers, question 1: answers have up to 1024 tokens; the mode"),
+    ],
+)
+def test_a_task_that_cannot_be_asked_is_one_line(lm, folder, task, said):
+    from openelm_mlx.evaluate.harness import evaluate_tasks
+
+    written = TASKS["written"]
+    odd = {
+        "odd": CHOICE | {"output_type": "translate"},
+        "blank": CHOICE | {"doc_to_text": "{{queston}}"},
+        "shots": TASKS["solved"] | {"num_fewshot": 9},
+        "unsafe": CHOICE | {"unsafe_code": True},
+        "nothing": CHOICE
+        | {"doc_to_text": "Once upon a tim", "doc_to_choice": ["e", "x"], "target_delimiter": ""},
+        "endless": CHOICE | {"doc_to_choice": ["king " * 1499 + "king", "a"]},
+        "marked": CHOICE | {"doc_to_text": "a \ufdd0 b"},
+        "sampled": written | {"generation_kwargs": {"do_sample": True, "temperature": 0.5}},
+        "beams": written | {"generation_kwargs": {"num_beams": 2}},
+        "long_answers": written | {"generation_kwargs": {"max_gen_toks": 1024}},
+    }
+    if task in odd:
+        write(folder, task, odd[task])
+    write(folder, "lost", CHOICE, "lost.jsonl")
+    with pytest.raises(EvaluationError) as caught:
+        evaluate_tasks(lm, {task: None}, include=[folder])
+    text = str(caught.value)
+    assert text.startswith(said.format(folder=folder)) and "\n" not in text
+
+
+def test_a_name_that_is_not_known(lm, folder, tmp_path, monkeypatch):
+    from lm_eval import tasks
+
+    from openelm_mlx.evaluate.harness import evaluate_tasks
+
+    real = tasks.TaskManager  # reading its 14,000 files takes seconds
+    monkeypatch.setattr(
+        tasks, "TaskManager", lambda include_path, **_: real(None, include_path, False)
+    )
+    with pytest.raises(EvaluationError, match="there is no task 'chocie'; did you mean 'choice'"):
+        evaluate_tasks(lm, {"chocie": None}, include=[folder])
+    with pytest.raises(EvaluationError, match="there is no task 'xyz'; python -m openelm_mlx.eva"):
+        evaluate_tasks(lm, {"xyz": None}, include=[folder])
+    (tmp_path / "broken.yaml").write_text("task: [a\n")
+    with pytest.raises(EvaluationError, match=r"no task 'xyz', and .*broken.yaml cannot be read:"):
+        evaluate_tasks(lm, {"xyz": None}, include=[tmp_path])
+    with pytest.raises(EvaluationError, match="there is no folder .*none of tasks to include"):
+        evaluate_tasks(lm, {"xyz": None}, include=[tmp_path / "none"])
+    with pytest.raises(EvaluationError, match="Duplicate task 'choice': found in both 'both' and"):
+        evaluate_tasks(lm, {"both": None, "choice": None}, include=[folder])
+
+
+def test_a_dataset_of_the_hub_without_a_connection(lm, folder, monkeypatch):
+    from huggingface_hub import constants
+
+    from openelm_mlx.evaluate.harness import evaluate_tasks
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    write(folder, "far", CHOICE | {"dataset_path": "allenai/ai2_arc", "dataset_kwargs": {}})
+    with pytest.raises(EvaluationError, match="task far: its data are not on this disk, and the h"):
+        evaluate_tasks(lm, {"far": None}, include=[folder])
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_arguments_of_the_model(tiny):
+    from openelm_mlx.evaluate.harness import OpenELMLM
+
+    with pytest.raises(OptionError, match="unknown argument 'dtyp' of the model; did you mean 'd"):
+        OpenELMLM(dtyp="float32")
+    with pytest.raises(OptionError, match="the size of a batch is decided by the tokens in it"):
+        OpenELMLM(tiny, batch_size=8)
+    with pytest.raises(OptionError, match="bits is for loading a model, and this one is loaded"):
+        OpenELMLM(tiny, bits=4)
