@@ -20,6 +20,7 @@ ASKED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # of datasets from files
 PROBE_SECONDS = 5.0
 OWN_COMMAND = "python -m openelm_mlx.evaluate"
+FAIRY_TALES = Path(__file__).parents[1] / "assets" / "fairy-tale-questions"
 
 
 def load_tasks(manager: Any, tasks: Mapping[str, int | None], seed: int) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def why_not_loaded(index: Mapping[str, Any], name: str, error: Exception) -> str
 
 
 def find_tasks(names: Iterable[str], include: Iterable[str | Path] = ()) -> Any:
-    """Return lm-eval's index of its tasks and of those in the folders `include`.
+    """Return lm-eval's index of its tasks, of `FAIRY_TALES` and of those in the folders `include`.
 
     The 14,000 tasks of lm-eval, which take seconds to read, are left out if nobody asks for one.
     Raises `EvaluationError` for a name that is in neither.
@@ -89,6 +90,7 @@ def find_tasks(names: Iterable[str], include: Iterable[str | Path] = ()) -> Any:
             what = f"there is no folder {folder} of tasks to include"
             raise EvaluationError(f"{what}; give one with YAML files of lm-eval's form")
     names = list(names)
+    folders.insert(0, FAIRY_TALES)
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not all(entry for name in names for entry in below(manager.task_index, name)):
         manager = TaskManager(include_path=folders)
