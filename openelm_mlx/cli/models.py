@@ -69,11 +69,13 @@ def register(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from openelm_mlx.engine.hub import hub_cache
     from openelm_mlx.engine.model_cache import conversions_folder, limit_bytes
+    from openelm_mlx.evaluate.store import answers_folder
 
     models, limit = inventory(), limit_bytes()
     if args.json:
         places = {
             "hub_cache": hub_cache(),
+            "answers": {"path": answers_folder(), "nbytes": size_of(answers_folder())},
             "converted_cache": conversions_folder(),
             "converted_limit_bytes": int(limit),
         }
@@ -87,6 +89,7 @@ def show(models: list[Kept], limit: float) -> None:
     """Print names, sizes and meanings; checkpoints in training that are not here share a line."""
     from openelm_mlx.engine.hub import hub_cache
     from openelm_mlx.engine.model_cache import conversions_folder
+    from openelm_mlx.evaluate.store import KEPT_DAYS, answers_folder
     from openelm_mlx.files import cache_folder
 
     rows = [("MODEL", "ON DISK", "")]
@@ -105,6 +108,9 @@ def show(models: list[Kept], limit: float) -> None:
         total = size_text(sum(one.nbytes for one in kept))
         print(f"\nconverted, {total} of at most {size_text(limit)} in {conversions_folder()}:")
         print_rows([(one.name, size_text(one.nbytes), one.about) for one in kept])
+    if answers := size_of(answers_folder()):
+        what = f"answers of evaluations that were stopped, {size_text(answers)}"
+        print(f"\n{what} in {answers_folder()}: they go after {KEPT_DAYS:g} days")
     remedy = "`openelm models remove NAME` frees their space"
     print(f"\nfetched models are in {hub_cache()} and {cache_folder()}; {remedy}")
 

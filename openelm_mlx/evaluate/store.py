@@ -26,7 +26,6 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from openelm_mlx import __version__, device
 from openelm_mlx.engine.model_cache import same_file
-from openelm_mlx.engine.prompt_cache import fingerprint
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.files import cache_folder
 
@@ -52,7 +51,7 @@ class Store:
     """
 
     def __init__(self, engine: Engine, batch_tokens: int) -> None:
-        self.identity, self.folder = identity(engine, batch_tokens), folder()
+        self.identity, self.folder = identity(engine, batch_tokens), answers_folder()
         text = json.dumps(self.identity, sort_keys=True)
         self._stem, self._text = hashlib.sha256(text.encode()).hexdigest()[:16], text
         self._known: dict[str, str] = {}
@@ -162,6 +161,8 @@ class Store:
 @device_work
 def identity(engine: Engine, batch_tokens: int) -> dict[str, Any]:
     """Return what the numbers depend on, apart from what is asked."""
+    from openelm_mlx.engine.prompt_cache import fingerprint  # `openelm models` does not need it
+
     facts = device.facts()
     return {
         "format": FORMAT,
@@ -175,7 +176,7 @@ def identity(engine: Engine, batch_tokens: int) -> dict[str, Any]:
     }
 
 
-def folder() -> Path:
+def answers_folder() -> Path:
     """Return where the answers of all evaluations are kept that have not ended."""
     return cache_folder() / "answers"
 

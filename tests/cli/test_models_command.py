@@ -61,6 +61,20 @@ def listed(capsys) -> dict[str, dict]:
     return {one["name"]: one for one in json.loads(capsys.readouterr().out)["models"]}
 
 
+def test_answers_of_evaluations_that_were_stopped_are_shown(disk, capsys):
+    assert main(["models"]) == 0
+    assert "answers of" not in capsys.readouterr().out
+    folder = disk / "ours" / "answers"
+    folder.mkdir(parents=True)
+    (folder / "0123456789abcdef-0.sqlite").write_bytes(b"x" * 12345)
+    assert main(["models"]) == 0
+    said = f"answers of evaluations that were stopped, 12.3 kB in {folder}: they go after 30 days"
+    assert f"\n{said}\n" in capsys.readouterr().out
+    assert main(["models", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["answers"]
+    assert found == {"path": str(folder), "nbytes": 12345}
+
+
 def test_every_name_is_listed_with_what_is_here(disk, capsys):
     fetched(disk, "apple/OpenELM-270M")
     fetched(disk, "mlx-community/OpenELM-450M-4bit", 70)

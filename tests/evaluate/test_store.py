@@ -11,7 +11,7 @@ from full_disk import files_of_at_most
 from small import random_engine
 
 from openelm_mlx.evaluate import store as module
-from openelm_mlx.evaluate.store import KEPT_DAYS, Store, folder
+from openelm_mlx.evaluate.store import KEPT_DAYS, Store, answers_folder
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def names() -> list[str]:
-    return sorted(path.name.partition("-")[2] for path in folder().iterdir())
+    return sorted(path.name.partition("-")[2] for path in answers_folder().iterdir())
 
 
 def kept(engine, tokens: int = 64, **passes: list) -> None:
@@ -53,7 +53,7 @@ def test_what_changes_numbers_has_files_of_its_own(tiny, monkeypatch):
     monkeypatch.setenv("MLX_ENABLE_TF32", "another")
     others.append(Store(tiny, 64))
     assert [store.get("one") for store in others] == [None] * 5
-    assert len(list(folder().glob("*.sqlite"))) == 6
+    assert len(list(answers_folder().glob("*.sqlite"))) == 6
     for store in others:
         store.finish()
     assert names() == ["0.lock", "0.sqlite"]
@@ -98,7 +98,7 @@ def damaged(kind: str, path) -> None:
 )
 def test_a_damaged_file_is_set_aside(tiny, capsys, kind):
     kept(tiny, one=[12345])
-    (path,) = folder().glob("*.sqlite")
+    (path,) = answers_folder().glob("*.sqlite")
     damaged(kind, path)
     with Store(tiny, 64) as store:
         assert store.get("one") is None
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_set_aside(tiny, capsys, kind):
 
 def test_a_damaged_file_of_another_process_stays_where_it_is(tiny, capsys):
     first = Store(tiny, 64)
-    (path,) = folder().glob("*-0.sqlite")
+    (path,) = answers_folder().glob("*-0.sqlite")
     with sqlite3.connect(path) as file:
         file.execute("INSERT INTO passes VALUES ('one', '[1]', 'wrong')")
     file.close()
@@ -128,7 +128,7 @@ def test_a_damaged_file_of_another_process_stays_where_it_is(tiny, capsys):
 
 def test_an_empty_file_is_begun(tiny, capsys):
     kept(tiny)
-    (path,) = folder().glob("*.sqlite")
+    (path,) = answers_folder().glob("*.sqlite")
     path.write_bytes(b"")
     kept(tiny, one=[1])
     assert Store(tiny, 64).get("one") == [1] and capsys.readouterr().err == ""
@@ -142,7 +142,7 @@ def test_a_full_disk_is_said_once(tiny, capsys):
         for number in range(99):
             store.add(str(number), ["x" * 3000])
         said = capsys.readouterr().err
-        assert said.startswith(f"openelm: answers cannot be kept in {folder()} (")
+        assert said.startswith(f"openelm: answers cannot be kept in {answers_folder()} (")
         assert REMEDY in said and said.count("\n") == 1
         assert store.get("98") == ["x" * 3000]
     with Store(tiny, 64) as store:  # what came before is whole
@@ -164,7 +164,7 @@ def test_answers_of_runs_that_never_go_on_are_removed(tiny):
     kept(tiny, one=[1])
     kept(tiny, 65, one=[1])
     running, old = Store(tiny, 66), time.time() - KEPT_DAYS * 86400 - 60
-    for path in folder().glob("*.lock"):
+    for path in answers_folder().glob("*.lock"):
         os.utime(path, (old, old))
     kept(tiny, 67)
     assert names() == ["0.lock"] * 2 + ["0.sqlite"] * 2 + ["0.sqlite-shm", "0.sqlite-wal"]
