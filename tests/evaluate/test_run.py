@@ -6,9 +6,11 @@ import random
 import threading
 
 import pytest
+from small import random_engine
 
 from openelm_mlx import batch_generate
 from openelm_mlx.device import mx
+from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import OptionError, PromptError
 from openelm_mlx.evaluate.plan import Request, plan
 from openelm_mlx.evaluate.run import Job, Ranks, answers, dealt, launched, texts
@@ -22,7 +24,7 @@ def some_requests(count: int, seed: int = 1) -> list[Request]:
     rng = random.Random(seed)
 
     def ids(most: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(3, 4000) for _ in range(rng.randint(1, most)))
+        return tuple(rng.randrange(3, 64) for _ in range(rng.randint(1, most)))
 
     contexts = [ids(20) for _ in range(count // 2)]
     return [Request(rng.choice(contexts), ids(4)) for _ in range(count)]
@@ -34,6 +36,11 @@ REQUESTS = some_requests(24)
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def small(tiny) -> Engine:
+    return random_engine(tiny, 3)
 
 
 class Stop:
@@ -48,39 +55,39 @@ class Stop:
             raise KeyboardInterrupt
 
 
-def test_answers_are_those_of_all_passes_in_turn(tiny):
+def test_answers_are_those_of_all_passes_in_turn(small):
     report = Stop()
-    found = answers(tiny, REQUESTS, batch_tokens=TOKENS, report=report)
-    assert found == loglikelihoods(tiny, REQUESTS, batch_tokens=TOKENS)
+    found = answers(small, REQUESTS, batch_tokens=TOKENS, report=report)
+    assert found == loglikelihoods(small, REQUESTS, batch_tokens=TOKENS)
     passes = plan(REQUESTS, TOKENS)
     total = sum(one.tokens for one in passes)
     assert report.said[0] == (0, 24, 0, total) and report.said[-1] == (24, 24, total, total)
     assert len(report.said) == len(passes) + 1 > 6
-    assert answers(tiny, []) == []
+    assert answers(small, []) == []
 
 
-def test_a_run_that_is_stopped_goes_on_after_the_last_pass(tiny):
-    whole, passes = answers(tiny, REQUESTS, batch_tokens=TOKENS), 0
+def test_a_run_that_is_stopped_goes_on_after_the_last_pass(small):
+    whole, passes = answers(small, REQUESTS, batch_tokens=TOKENS), 0
     for more in (1, 0, 3):
         stop = Stop(more)
-        with Store(tiny, TOKENS) as store, pytest.raises(KeyboardInterrupt):
-            answers(tiny, REQUESTS, batch_tokens=TOKENS, store=store, report=stop)
+        with Store(small, TOKENS) as store, pytest.raises(KeyboardInterrupt):
+            answers(small, REQUESTS, batch_tokens=TOKENS, store=store, report=stop)
         # what was stored by the runs before is there at once
         assert stop.said[0][2] == sum(one.tokens for one in plan(REQUESTS, TOKENS)[:passes])
         passes += more
     report = Stop()
-    with Store(tiny, TOKENS) as store:
-        assert answers(tiny, REQUESTS, batch_tokens=TOKENS, store=store, report=report) == whole
+    with Store(small, TOKENS) as store:
+        assert answers(small, REQUESTS, batch_tokens=TOKENS, store=store, report=report) == whole
     assert len(report.said) == len(plan(REQUESTS, TOKENS)) - passes + 1
 
 
-def test_other_requests_do_not_change_what_is_found_again(tiny):
+def test_other_requests_do_not_change_what_is_found_again(small):
     """A stored pass answers the same requests in the same company only."""
     fewer = REQUESTS[:7]
-    whole = answers(tiny, REQUESTS, batch_tokens=TOKENS)
-    with Store(tiny, TOKENS) as store:
-        answers(tiny, fewer, batch_tokens=TOKENS, store=store)
-        assert answers(tiny, REQUESTS, batch_tokens=TOKENS, store=store) == whole
+    whole = answers(small, REQUESTS, batch_tokens=TOKENS)
+    with Store(small, TOKENS) as store:
+        answers(small, fewer, batch_tokens=TOKENS, store=store)
+        assert answers(small, REQUESTS, batch_tokens=TOKENS, store=store) == whole
 
 
 def prompts_of(engine) -> list[list[int]]:
@@ -147,19 +154,19 @@ def in_threads(size: int, run) -> list:
     return found
 
 
-def test_processes_share_passes_and_each_has_all_answers(tiny, tmp_path, monkeypatch):
+def test_processes_share_passes_and_each_has_all_answers(small, tmp_path, monkeypatch):
     """Three machines with a disk each; two of them have answers of earlier runs."""
-    whole, stores, reports = answers(tiny, REQUESTS, batch_tokens=TOKENS), [], []
+    whole, stores, reports = answers(small, REQUESTS, batch_tokens=TOKENS), [], []
     for rank in range(3):
         monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / f"machine {rank}"))
-        with Store(tiny, TOKENS) as store, pytest.raises(KeyboardInterrupt):
-            answers(tiny, REQUESTS, batch_tokens=TOKENS, store=store, report=Stop(rank))
-        stores.append(Store(tiny, TOKENS))
+        with Store(small, TOKENS) as store, pytest.raises(KeyboardInterrupt):
+            answers(small, REQUESTS, batch_tokens=TOKENS, store=store, report=Stop(rank))
+        stores.append(Store(small, TOKENS))
         reports.append(Stop())
 
     def run(ranks: Ranks) -> list:
         about = {"store": stores[ranks.rank], "ranks": ranks, "report": reports[ranks.rank]}
-        return answers(tiny, REQUESTS, batch_tokens=TOKENS, **about)
+        return answers(small, REQUESTS, batch_tokens=TOKENS, **about)
 
     assert in_threads(3, run) == [whole] * 3
     stored, left = reports[0].said[0][0], len(plan(REQUESTS, TOKENS)) - 2
@@ -178,9 +185,9 @@ def test_passes_are_dealt_by_their_cost():
     assert dealt(jobs, {}, Ranks()) == [0, 1, 2, 3, 4, 5]
 
 
-def test_processes_that_do_not_do_the_same_are_refused(tiny):
+def test_processes_that_do_not_do_the_same_are_refused(small):
     def run(ranks: Ranks) -> list:
-        return answers(tiny, REQUESTS[ranks.rank :], ranks=ranks)
+        return answers(small, REQUESTS[ranks.rank :], ranks=ranks)
 
     for error in in_threads(2, run):
         expected = "process 2 of mlx.launch has other requests than the first; give all the same"

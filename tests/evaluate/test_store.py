@@ -10,6 +10,7 @@ import pytest
 from full_disk import files_of_at_most
 from small import random_engine
 
+from openelm_mlx.engine.loading import Engine
 from openelm_mlx.evaluate import store as module
 from openelm_mlx.evaluate.store import KEPT_DAYS, Store, answers_folder
 
@@ -17,6 +18,11 @@ from openelm_mlx.evaluate.store import KEPT_DAYS, Store, answers_folder
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def small(tiny) -> Engine:
+    return random_engine(tiny, 3)
 
 
 def names() -> list[str]:
@@ -29,29 +35,29 @@ def kept(engine, tokens: int = 64, **passes: list) -> None:
             store.add(key, answers)
 
 
-def test_answers_are_found_again_exactly(tiny, capsys):
+def test_answers_are_found_again_exactly(small, capsys):
     answers = [[-0.1, True], [float("-inf"), False], ["text \u2028 é \n"]]
-    kept(tiny, one=answers, two=[])
-    with Store(tiny, 64) as store:
+    kept(small, one=answers, two=[])
+    with Store(small, 64) as store:
         assert store.get("one") == answers and store.get("two") == [] and store.get("no") is None
         store.add("one", [[1.0, True]])
         assert store.get("one") == [[1.0, True]]
     assert names() == ["0.lock", "0.sqlite"]
-    with Store(tiny, 64) as store:
+    with Store(small, 64) as store:
         assert store.get("one") == [[1.0, True]]
         store.finish()
     assert names() == [] and capsys.readouterr().err == ""
 
 
-def test_what_changes_numbers_has_files_of_its_own(tiny, monkeypatch):
-    kept(tiny, one=[1])
-    others = [Store(tiny, 65), Store(random_engine(tiny, 3), 64)]
+def test_what_changes_numbers_has_files_of_its_own(small, monkeypatch):
+    kept(small, one=[1])
+    others = [Store(small, 65), Store(random_engine(small, 4), 64)]
     for name, value in (("__version__", "99"), ("FORMAT", "of tomorrow")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
-            others.append(Store(tiny, 64))
+            others.append(Store(small, 64))
     monkeypatch.setenv("MLX_ENABLE_TF32", "another")
-    others.append(Store(tiny, 64))
+    others.append(Store(small, 64))
     assert [store.get("one") for store in others] == [None] * 5
     assert len(list(answers_folder().glob("*.sqlite"))) == 6
     for store in others:
@@ -59,11 +65,11 @@ def test_what_changes_numbers_has_files_of_its_own(tiny, monkeypatch):
     assert names() == ["0.lock", "0.sqlite"]
 
 
-def test_several_processes_have_a_file_each_and_read_all(tiny):
-    first, second = Store(tiny, 64), Store(tiny, 64)
+def test_several_processes_have_a_file_each_and_read_all(small):
+    first, second = Store(small, 64), Store(small, 64)
     first.add("one", [1])
     second.add("two", [2])
-    third = Store(tiny, 64)
+    third = Store(small, 64)
     assert third.get("one") == [1] and third.get("two") == [2] and first.get("two") is None
     third.add("three", [3])
     third.finish()  # the others still use theirs
@@ -96,63 +102,63 @@ def damaged(kind: str, path) -> None:
 @pytest.mark.parametrize(
     "kind", ["rubbish", "cut", "a changed answer", "foreign", "another identity"]
 )
-def test_a_damaged_file_is_set_aside(tiny, capsys, kind):
-    kept(tiny, one=[12345])
+def test_a_damaged_file_is_set_aside(small, capsys, kind):
+    kept(small, one=[12345])
     (path,) = answers_folder().glob("*.sqlite")
     damaged(kind, path)
-    with Store(tiny, 64) as store:
+    with Store(small, 64) as store:
         assert store.get("one") is None
         assert (
             capsys.readouterr().err
             == f"openelm: {path} is damaged, and it is set aside, as .damaged\n"
         )
         store.add("one", [2])
-    with Store(tiny, 64) as store:
+    with Store(small, 64) as store:
         assert store.get("one") == [2] and capsys.readouterr().err == ""
         store.finish()
     assert names() == []
 
 
-def test_a_damaged_file_of_another_process_stays_where_it_is(tiny, capsys):
-    first = Store(tiny, 64)
+def test_a_damaged_file_of_another_process_stays_where_it_is(small, capsys):
+    first = Store(small, 64)
     (path,) = answers_folder().glob("*-0.sqlite")
     with sqlite3.connect(path) as file:
         file.execute("INSERT INTO passes VALUES ('one', '[1]', 'wrong')")
     file.close()
-    with Store(tiny, 64) as store:
+    with Store(small, 64) as store:
         assert store.get("one") is None
     said = f"openelm: {path} is damaged, and another process uses it; its answers are left out\n"
     assert capsys.readouterr().err == said and path.exists()
     first.close()
 
 
-def test_an_empty_file_is_begun(tiny, capsys):
-    kept(tiny)
+def test_an_empty_file_is_begun(small, capsys):
+    kept(small)
     (path,) = answers_folder().glob("*.sqlite")
     path.write_bytes(b"")
-    kept(tiny, one=[1])
-    assert Store(tiny, 64).get("one") == [1] and capsys.readouterr().err == ""
+    kept(small, one=[1])
+    assert Store(small, 64).get("one") == [1] and capsys.readouterr().err == ""
 
 
 REMEDY = "so a run that is stopped starts anew; make room there, or set OPENELM_CACHE to another"
 
 
-def test_a_full_disk_is_said_once(tiny, capsys):
-    with Store(tiny, 64) as store, files_of_at_most(64 << 10):
+def test_a_full_disk_is_said_once(small, capsys):
+    with Store(small, 64) as store, files_of_at_most(64 << 10):
         for number in range(99):
             store.add(str(number), ["x" * 3000])
         said = capsys.readouterr().err
         assert said.startswith(f"openelm: answers cannot be kept in {answers_folder()} (")
         assert REMEDY in said and said.count("\n") == 1
         assert store.get("98") == ["x" * 3000]
-    with Store(tiny, 64) as store:  # what came before is whole
+    with Store(small, 64) as store:  # what came before is whole
         assert store.get("0") == ["x" * 3000] and store.get("98") is None
 
 
-def test_a_folder_that_cannot_be_written_is_said_once(tiny, capsys, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_said_once(small, capsys, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / "file"))
-    with Store(tiny, 64) as store:
+    with Store(small, 64) as store:
         store.add("one", [1])
         assert store.get("one") == [1]
         store.finish()
@@ -160,13 +166,13 @@ def test_a_folder_that_cannot_be_written_is_said_once(tiny, capsys, tmp_path, mo
     assert "answers (Not a directory), " in said and REMEDY in said and said.count("\n") == 1
 
 
-def test_answers_of_runs_that_never_go_on_are_removed(tiny):
-    kept(tiny, one=[1])
-    kept(tiny, 65, one=[1])
-    running, old = Store(tiny, 66), time.time() - KEPT_DAYS * 86400 - 60
+def test_answers_of_runs_that_never_go_on_are_removed(small):
+    kept(small, one=[1])
+    kept(small, 65, one=[1])
+    running, old = Store(small, 66), time.time() - KEPT_DAYS * 86400 - 60
     for path in answers_folder().glob("*.lock"):
         os.utime(path, (old, old))
-    kept(tiny, 67)
+    kept(small, 67)
     assert names() == ["0.lock"] * 2 + ["0.sqlite"] * 2 + ["0.sqlite-shm", "0.sqlite-wal"]
     running.finish()
     assert names() == ["0.lock", "0.sqlite"]

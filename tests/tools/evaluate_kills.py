@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -47,13 +48,22 @@ def some_requests(count: int, longest: int = 20, seed: int = 1) -> list[Request]
     return [Request(rng.choice(contexts), ids(8)) for _ in range(count)]
 
 
-def answer(count: int, target: Path) -> None:
-    """Do in this process what is killed: answer, write the results, and remove what was stored."""
+def answer(count: int, target: Path, most: int = 1 << 30) -> None:
+    """Do in this process what is killed: answer, write the results, and remove what was stored.
+
+    The last process kills itself after `most` passes.
+    """
     engine, ranks, requests = load("openelm-tiny"), launched(), some_requests(count)
     prompts = [request.context for request in requests[: count // 20]]
     limits = [1 + number % 9 for number in range(len(prompts))]
+    passes = itertools.count()
+
+    def report(*_: int) -> None:
+        if next(passes) == most and ranks.rank == ranks.size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     with Store(engine, TOKENS) as store:
-        shared: Any = {"batch_tokens": TOKENS, "store": store, "ranks": ranks}
+        shared: Any = {"batch_tokens": TOKENS, "store": store, "ranks": ranks, "report": report}
         found = answers(engine, requests, **shared)
         told = texts(engine, prompts, [["."]] * len(prompts), limits, **shared)
         if ranks.rank == 0:
@@ -81,11 +91,11 @@ class Runs:
         self.target, self.shared = target, processes > 1
         self.cache = target.with_name(f"{target.name}-cache")
 
-    def begin(self) -> subprocess.Popen[str]:
+    def begin(self, *more: str) -> subprocess.Popen[str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {**os.environ, "OPENELM_CACHE": str(self.cache), "PATH": path}
         how: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(self.words, env=own, **how)
+        return subprocess.Popen([*self.words, *more], env=own, **how)
 
     def whole(self) -> int:
         """Run to the end, and return how many passes were stored at most."""
@@ -168,10 +178,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--most", type=int, default=1 << 30, help=argparse.SUPPRESS)
     parser.add_argument("command", nargs="*", help="another command, as `openelm evaluate ...`")
     args = parser.parse_args()
     if args.answer:
-        answer(args.requests, args.answer)
+        answer(args.requests, args.answer, args.most)
         return
     args.folder.mkdir(parents=True, exist_ok=True)
 
