@@ -1,4 +1,4 @@
-"""OpenELM on MLX: load, chat, convert and measure Apple's OpenELM language models.
+"""OpenELM on MLX: load, chat, convert, evaluate and measure Apple's OpenELM language models.
 
 Names are resolved on first use (PEP 562), so that importing the package, or asking the command line
 for help, loads neither MLX nor the hub.
@@ -26,7 +26,8 @@ _NAMES = {
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 # modules that are public as attributes, without an import of their own
-_MODULES = {"chat": "chat", "config": "model.config", "convert": "convert", "errors": "errors"}
+_MODULES = {name: name for name in ("chat", "convert", "errors", "evaluate")}
+_MODULES |= {"config": "model.config"}
 __all__ = [  # written out: type checkers and editors read it
     "BatchEngine",
     "BatchResult",

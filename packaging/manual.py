@@ -22,7 +22,7 @@ def manual() -> str:
     """Return the page in roff. It does not depend on the date or on the width of the terminal."""
     os.environ["COLUMNS"] = "80"
     page = Manpage(build_parser(), {"date": __version__, "project_name": "openelm-mlx"})
-    page.description = "run, convert and measure Apple's OpenELM language models"
+    page.description = "run, convert, evaluate and measure Apple's OpenELM language models"
     page.manual = "User Commands"
     return str(page)
 

@@ -27,6 +27,7 @@ COMMANDS = (
     "serve",
     "batch",
     "convert",
+    "evaluate",
     "perplexity",
     "compare",
     "benchmark",
@@ -43,6 +44,7 @@ EXAMPLES = f"""examples:
   openelm generate "Once upon a time" --max-tokens 64
   openelm serve 270m-instruct                      OpenAI's API, and a page to chat in
   openelm convert checkpoint.pt -o my-model --bits 4
+  openelm evaluate 270m                            scores beside those that Apple published
   openelm perplexity 270m --text long.txt          how well a model predicts a text
   openelm compare 270m my-model                    what a quantized model has lost
   openelm benchmark                                tokens per second on this machine

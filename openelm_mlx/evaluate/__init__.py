@@ -1,5 +1,37 @@
 """Scores say how good a model's predictions are, and how far they are from another model's.
 
-Here lives what scores text and compares distributions, for anything that gives logits. What reads
-files, converts or measures time does not: those rooms call this one.
+    report = evaluate(load("openelm-tiny"), EvaluateOptions(tasks="fairy_tales"))
+
+Here lives what scores text, compares distributions and asks the questions of benchmarks, for
+anything that gives logits; `evaluation` is the map. What converts or measures time does not: those
+rooms call this one.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openelm_mlx.evaluate.differences import Differences
+    from openelm_mlx.evaluate.evaluation import evaluate
+    from openelm_mlx.evaluate.options import EvaluateOptions
+    from openelm_mlx.evaluate.report import Report
+
+_HOME = {
+    "Differences": "differences",
+    "EvaluateOptions": "options",
+    "Report": "report",
+    "evaluate": "evaluation",
+}
+__all__ = ["Differences", "EvaluateOptions", "Report", "evaluate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"openelm_mlx.evaluate.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

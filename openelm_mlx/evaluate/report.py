@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.evaluate import tables
@@ -127,6 +127,7 @@ class Report:
     average: Cell | None
     notes: tuple[str, ...]
     lm_eval: str | None
+    results: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # lm-eval's
 
     @property
     def title(self) -> str:
@@ -178,7 +179,8 @@ def report(results: Mapping[str, Any], subject: Subject, suite: str | None = Non
     if chosen is not None and not chosen.published:
         notes.append("Apple published no figures for these tasks as lm-eval asks them.")
     version = results.get("lm_eval_version")
-    return Report(subject.name, suite, subject.row, cells, average, tuple(notes), version)
+    row, name = subject.row, subject.name
+    return Report(name, suite, row, cells, average, tuple(notes), version, results)
 
 
 # --- from lm-eval's results

@@ -9,7 +9,7 @@
 class OpenelmMlx < Formula
   include Language::Python::Virtualenv
 
-  desc "Chat with, convert and measure Apple's OpenELM language models on MLX"
+  desc "Chat with, convert, evaluate and measure Apple's OpenELM language models on MLX"
   homepage "https://pypi.org/project/openelm-mlx/"
   url "https://files.pythonhosted.org/packages/source/o/openelm-mlx/openelm_mlx-VERSION.tar.gz"
   sha256 "0000000000000000000000000000000000000000000000000000000000000000"

@@ -1,0 +1,71 @@
+"""An evaluation from end to end: Python calls `evaluate`, and so does the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from openelm_mlx.engine.options import check_loaded
+from openelm_mlx.evaluate.harness import OpenELMLM, evaluate_tasks
+from openelm_mlx.evaluate.options import EvaluateOptions
+from openelm_mlx.evaluate.report import Report, Subject, report
+from openelm_mlx.evaluate.run import launched
+from openelm_mlx.evaluate.store import Store
+from openelm_mlx.evaluate.suites import SUITES
+from openelm_mlx.model.config import PUBLISHED, OpenELMConfig
+
+if TYPE_CHECKING:
+    from openelm_mlx.engine.loading import Engine
+    from openelm_mlx.evaluate.run import Report as Progress
+
+
+def evaluate(
+    engine: Engine,
+    options: EvaluateOptions | None = None,
+    *,
+    store: Store | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Ask a model the questions of a suite or of tasks, and return its scores.
+
+    >>> print(evaluate(load("openelm-tiny"), EvaluateOptions(limit=10)))
+
+    Answers are kept in the cache folder as they come, and a call that was interrupted goes on from
+    them; they go once all are there, or stay for as long as a `store` of your own. `progress` is
+    called after every pass of the model, as by `evaluate.run.answers`. Processes that `mlx.launch`
+    has started share the work, and each returns all of it. Raises `EvaluationError` for tasks that
+    cannot be had, before the model is asked anything.
+    """
+    check_loaded("engine", engine)
+    options = options or EvaluateOptions()
+    suite, tasks = chosen(engine.config, options)
+    own = store is None
+    with Store(engine, options.batch_tokens) if store is None else nullcontext(store) as kept:
+        how: Any = {"store": kept, "ranks": launched(), "report": progress}
+        lm = OpenELMLM(engine, batch_tokens=options.batch_tokens, **how)
+        results = evaluate_tasks(
+            lm,
+            tasks,
+            limit=options.limit,
+            include=() if options.include is None else (options.include,),
+            chat_template=options.chat_template,
+            system=options.system,
+        )
+        found = report(results, Subject.of(engine), suite)
+        if own:
+            kept.finish()
+    return found
+
+
+def chosen(
+    config: OpenELMConfig, options: EvaluateOptions
+) -> tuple[str | None, Mapping[str, int | None]]:
+    """Return the name of the suite, None for tasks, and each task with its number of shots."""
+    suite = options.suite
+    if suite is None and not options.tasks:
+        shape = {name: getattr(config, name) for name in PUBLISHED["270m"]}
+        if shape not in PUBLISHED.values():
+            return None, {"fairy_tales": None}
+        suite = "zero-shot"
+    return suite, SUITES[suite].shots if suite else dict.fromkeys(options.tasks, options.shots)

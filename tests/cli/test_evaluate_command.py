@@ -1,0 +1,183 @@
+"""`openelm evaluate`: what it prints and writes, how it stops and goes on, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from optional import hide
+
+from openelm_mlx.cli import evaluate, main
+from openelm_mlx.cli.evaluate import Progress
+from openelm_mlx.evaluate.options import EvaluateOptions
+from openelm_mlx.model.config import OpenELMConfig
+
+ANIMALS = ("wolf", "fox", "hen", "goat", "cat", "mouse")
+CHOICE = {
+    "task": "choice",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc"}],
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": "questions.jsonl"},
+    "test_split": "train",
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """A folder with a task of 12 questions of three choices."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = []
+    for number, animal in enumerate(ANIMALS * 2):
+        question = f"Once upon a time there was a {animal} who went into the"
+        rows.append({"question": question, "choices": ["forest", "of a", animal]})
+        rows[-1]["answer"] = number % 3
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "choice.yaml").write_text(json.dumps(CHOICE), encoding="utf-8")  # JSON is YAML
+    return folder
+
+
+@pytest.fixture
+def run(tasks, tmp_path, monkeypatch):
+    """Run the command on the task, with an empty cache."""
+    monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / "cache"))
+
+    def call(*arguments: object) -> int:
+        words = ["--include", str(tasks), "--tasks", "choice", *map(str, arguments)]
+        return main(["evaluate", "openelm-tiny", *words])
+
+    return call
+
+
+def answers(folder: Path) -> list[Path]:
+    return list((folder / "cache" / "answers").glob("*.sqlite"))
+
+
+@pytest.mark.needs("lm-eval")
+def test_a_report_is_printed_and_written_once(run, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    assert run("--json", "-o", out) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    (task,) = found["tasks"]
+    assert task["asked"] == task["of"] == 12
+    assert json.loads((out / "report.json").read_text()) == found and not answers(tmp_path)
+    assert run() == 0  # what is printed without --json is what was written
+    assert (out / "report.md").read_text(encoding="utf-8") == capsys.readouterr().out
+    (samples,) = out.glob("*/samples_choice_*.jsonl")
+    right = [json.loads(line)["acc"] for line in samples.read_text().splitlines()]
+    assert sum(right) / 12 * 100 == pytest.approx(task["scores"][0]["value"])
+    assert run("-o", out) == 2
+    refused = f"openelm: -o {out}/report.json exists already; give another name, or remove it\n"
+    assert capsys.readouterr().err == refused
+
+
+@pytest.mark.needs("lm-eval")
+def test_two_models_are_compared_question_by_question(run, capsys):
+    assert run("--json", "--bits", "2", "--against", "openelm-tiny") == 2  # it has 8 bits
+    assert "openelm-tiny is quantized already" in capsys.readouterr().err
+    assert run("--json", "--against", "openelm-tiny", "--limit", "9") == 0
+    found = json.loads(capsys.readouterr().out)
+    (change,) = found["differences"]
+    first, second = (one["tasks"][0]["scores"][0]["value"] for one in (found, found["against"]))
+    assert change["questions"] == 9 and change["better"] == change["worse"] == 0
+    assert (change["first"], change["second"]) == pytest.approx((first, second))
+    assert change["difference"] == 0
+
+
+@pytest.mark.needs("lm-eval")
+def test_ctrl_c_keeps_what_was_answered_and_the_same_command_goes_on(
+    run, tmp_path, capsys, monkeypatch
+):
+    from openelm_mlx.evaluate.score import Scorer
+
+    command = ("--json", "--batch-tokens", "24")
+    assert run(*command) == 0
+    whole, passes = capsys.readouterr().out, []
+    ask = Scorer.run
+
+    def press(self, requests, work):
+        passes.append(work)
+        if len(passes) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return ask(self, requests, work)
+
+    monkeypatch.setattr(Scorer, "run", press)
+    before = signal.getsignal(signal.SIGINT)
+    assert run(*command) == 130
+    assert signal.getsignal(signal.SIGINT) is before and len(passes) == 2
+    kept = sum(len(work.requests) for work in passes)
+    said = f"stopped: openelm-tiny: {kept} of 36 answers; the same command goes on\n"
+    assert capsys.readouterr() == ("", said) and answers(tmp_path)
+    assert run(*command) == 0
+    assert capsys.readouterr().out == whole and not answers(tmp_path)
+    assert sum(len(work.requests) for work in passes) == 36  # none was asked twice
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-o", "notes"], "-o notes is not a folder; give the name of one"),
+        (["-o", "notes/out"], "notes is not a folder; give another place"),
+        (["--suite", "glue"], "--suite is 'glue'; allowed: zero-shot, openllm, llm360, commonse"),
+        (["--shots", "5"], "shots is 5, but no task is named; give tasks too"),
+        (["none-such"], "none-such"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    Path("notes").write_text("notes", encoding="utf-8")
+    try:
+        status = main(["evaluate", *words])
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr()
+    assert status == 2 and message in said.err
+    assert said.out == "" and said.err.count("\n") == 1
+
+
+def test_without_lm_eval_the_extra_is_named_before_a_model_is_loaded(capsys, monkeypatch):
+    import sys
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("language_model", "harness", "evaluation"):
+        monkeypatch.delitem(sys.modules, f"openelm_mlx.evaluate.{name}", raising=False)
+    hide(monkeypatch, "lm_eval")
+    monkeypatch.delattr(evaluate, "load_model")
+    assert main(["evaluate"]) == 2
+    assert capsys.readouterr().err.endswith("pip install 'openelm-mlx[evaluate]'\n")
+
+
+def test_progress_is_said_without_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "NOTICE_SECONDS", 0.0)
+    with Progress("270m", quiet=False) as progress:
+        assert str(progress) == "270m: nothing is answered yet"
+        progress(10, 1000, 5000, 95000)  # answered before
+        progress.begun -= 60
+        progress(20, 1000, 15000, 95000)
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "270m: 20 of 1,000 answers; about 8 min left"
+    with Progress("270m", quiet=True) as progress:
+        progress(20, 1000, 15000, 95000)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.needs("lm-eval")
+@pytest.mark.parametrize("name", ["270m", "3b"])
+def test_a_published_size_is_asked_the_zero_shot_suite(name):
+    from openelm_mlx.evaluate.evaluation import chosen
+
+    suite, tasks = chosen(OpenELMConfig.from_name(name), EvaluateOptions())
+    assert suite == "zero-shot" and len(tasks) == 7 and set(tasks.values()) == {0}
+    small = OpenELMConfig(model_dim=64, head_dim=32, num_transformer_layers=2, vocab_size=512)
+    assert chosen(small, EvaluateOptions()) == (None, {"fairy_tales": None})
+    asked = EvaluateOptions(tasks=("mmlu", "piqa"), shots=5)
+    assert chosen(small, asked) == (None, {"mmlu": 5, "piqa": 5})
+    assert chosen(small, EvaluateOptions(suite="llm360"))[1]["arc_challenge"] == 25
