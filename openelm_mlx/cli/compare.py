@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import Any
 
-from openelm_mlx.cli.display import Waiting
 from openelm_mlx.cli.options import add_flags, add_model_flags, from_args, load_beside, load_model
-from openelm_mlx.cli.perplexity import add_text_flag, named, read_texts
+from openelm_mlx.cli.perplexity import add_text_flag, named, read_texts, reading, show
 from openelm_mlx.evaluate.options import TextOptions
 
 DESCRIPTION = """Compare a model, say a quantized one, with its original: KL divergence, agreement
@@ -49,25 +47,18 @@ def run(args: argparse.Namespace) -> int:
     options, texts = from_args(TextOptions, args), read_texts(args.text)
     reference, model = load_beside(args.reference, args), load_model(args.model, args)
     from openelm_mlx.dtypes import name_of
-    from openelm_mlx.evaluate.compare import compare_engines, losses_shown
+    from openelm_mlx.evaluate.compare import compare_engines
     from openelm_mlx.evaluate.perplexity import window
 
     context, _ = window(options, reference, model)
-    with Waiting("comparing") as waiting:
-
-        def report(done: int, total: int) -> None:
-            waiting.say(f"comparing: {done} of {total} passes")
-
-        found = asdict(compare_engines(reference, model, list(texts.values()), options, report))
+    with reading("comparing") as report:
+        read = list(texts.values())
+        found = asdict(compare_engines(reference, model, read, options, report=report))
     dtypes = [name_of(one.model.transformer.norm.weight.dtype) for one in (reference, model)]
-    if args.json:
-        how = {"reference": reference.name, "model": model.name, "texts": list(texts)}
-        how |= {"context": context, "dtype": dtypes[1], "reference_dtype": dtypes[0]}
-        print(json.dumps({**how, **found}, ensure_ascii=False))
-        return 0
     dtype = " and ".join(dict.fromkeys(dtypes))
-    both = f"{model.name} against {reference.name}"
-    print(f"{both} on {named(texts)}, in windows of {context} tokens, in {dtype}")
-    for name, value in losses_shown(found):
-        print(f"{name}: {value}")
+    how = {"reference": reference.name, "model": model.name, "texts": list(texts)}
+    how |= {"context": context, "dtype": dtypes[1], "reference_dtype": dtypes[0]}
+    both = f"{model.name} against {reference.name} on {named(texts)}"
+    title = f"{both}, in windows of {context} tokens, in {dtype}"
+    show(title, how, found, args.json)
     return 0

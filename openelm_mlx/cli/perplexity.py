@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.cli.display import Waiting, utf8_stdin
+from openelm_mlx.cli.display import StopKey, Waiting, utf8_stdin
 from openelm_mlx.cli.options import (
     MODEL_HELP,
     add_flags,
@@ -19,15 +22,20 @@ from openelm_mlx.cli.options import (
 from openelm_mlx.errors import PromptError
 from openelm_mlx.evaluate.options import TextOptions
 
+if TYPE_CHECKING:
+    from openelm_mlx.evaluate.run import Report
+
 DESCRIPTION = """Measure how well a model predicts text: perplexity, nats per token, and bits per
 byte, which compares models of different tokenizers. The model reads windows that begin with BOS, as
-it did when it was trained. The 95 % intervals speak of text like the one that was read."""
+it did when it was trained. The 95 % intervals speak of text like the one that was read. The same
+command goes on after Ctrl-C or a kill."""
 
 EXAMPLES = """examples:
   openelm perplexity 270m --text long.txt
   openelm perplexity my-model --text long.txt --text letter.txt --json
   openelm perplexity my-model --text long.txt --context 64 --stride 32
   cat long.txt | openelm perplexity --text -
+  mlx.launch -n 2 -- python -m openelm_mlx perplexity 270m --text long.txt
 
 Windows of 512 tokens are those of `openelm convert --verify` and `openelm compare`, so that figures
 can be compared. With --stride every token but the first ones has more before it, which is nearer to
@@ -56,26 +64,55 @@ def run(args: argparse.Namespace) -> int:
     options, texts = from_args(TextOptions, args), read_texts(args.text)
     engine = load_model(args.model, args)
     from openelm_mlx.dtypes import name_of
-    from openelm_mlx.evaluate.compare import losses_shown
     from openelm_mlx.evaluate.perplexity import text_perplexity, window
+    from openelm_mlx.evaluate.run import launched
+    from openelm_mlx.evaluate.store import Store
 
     context, stride = window(options, engine)
-    with Waiting("reading the text") as waiting:
-
-        def report(done: int, total: int) -> None:
-            waiting.say(f"reading the text: {done} of {total} passes")
-
-        found = asdict(text_perplexity(engine, list(texts.values()), options, report))
-    dtype = name_of(engine.model.transformer.norm.weight.dtype)
-    if args.json:
+    ranks, apart = launched(), "" if stride == context - 1 else f", {stride} apart"
+    with Store(engine, options.batch_tokens) as store:
+        try:
+            with reading("reading the text") as report:
+                how: Any = {"store": store, "ranks": ranks, "report": report}
+                found = asdict(text_perplexity(engine, list(texts.values()), options, **how))
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", file=sys.stderr)
+            return 130
+        dtype = name_of(engine.model.transformer.norm.weight.dtype)
         how = {"model": engine.name, "texts": list(texts), "context": context, "stride": stride}
-        print(json.dumps({**how, "dtype": dtype, **found}, ensure_ascii=False))
-        return 0
-    apart = "" if stride == context - 1 else f", {stride} apart"
-    print(f"{engine.name} on {named(texts)}, in windows of {context} tokens{apart}, in {dtype}")
+        title = (
+            f"{engine.name} on {named(texts)}, in windows of {context} tokens{apart}, in {dtype}"
+        )
+        if ranks.rank == 0:
+            show(title, {**how, "dtype": dtype}, found, args.json)
+        ranks.gather("")  # the first has shown it, so that nobody's answers are needed any more
+        store.finish()
+    return 0
+
+
+def show(title: str, how: dict[str, Any], found: dict[str, Any], as_json: bool) -> None:
+    """Print figures, below what they are of, or everything as one JSON object."""
+    from openelm_mlx.evaluate.compare import losses_shown
+
+    if as_json:
+        print(json.dumps({**how, **found}, ensure_ascii=False))
+        return
+    print(title)
     for name, value in losses_shown(found):
         print(f"{name}: {value}")
-    return 0
+    sys.stdout.flush()
+
+
+@contextmanager
+def reading(what: str) -> Iterator[Report]:
+    """Yield a report that shows how far the passes are; Ctrl-C ends them between two."""
+    with Waiting(what) as waiting, StopKey() as stop:
+
+        def report(done: int, of: int, tokens: int, most: int) -> None:
+            stop.check()
+            waiting.say(f"{what}: {tokens:,} of {most:,} tokens")
+
+        yield report
 
 
 def add_text_flag(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,6 @@ from openelm_mlx.engine.threads import device_work
 from openelm_mlx.errors import TokenizerError
 from openelm_mlx.evaluate.options import TextOptions
 from openelm_mlx.evaluate.perplexity import (
-    Report,
     block_starts,
     check_finite,
     encode,
@@ -22,6 +22,7 @@ from openelm_mlx.evaluate.perplexity import (
     text_batches,
     window,
 )
+from openelm_mlx.evaluate.run import Report
 from openelm_mlx.evaluate.score import POSITIONS, exponential, log_probs
 
 if TYPE_CHECKING:
@@ -117,13 +118,14 @@ def compare_engines(
     other: Engine,
     texts: Sequence[str],
     options: TextOptions | None = None,
+    *,
     report: Report | None = None,
 ) -> Comparison:
     """Compare a model, say a quantized one, with a reference, say its original, on texts.
 
-    Both are in memory, and read the same windows, which do not overlap. `report` is called with the
-    passes that are done, and with the number of all. Raises `TokenizerError` for models whose ids
-    do not stand for the same texts, and the errors of `text_perplexity`.
+    Both are in memory, and read the same windows, which do not overlap. `report` is told how many
+    windows are read, of how many, and how many tokens, of how many. Raises `TokenizerError` for
+    models whose ids do not stand for the same texts, and the errors of `text_perplexity`.
     """
     options = TextOptions() if options is None else options
     check_loaded("reference", reference)
@@ -140,10 +142,12 @@ def compare_engines(
     ]
 
     def batches() -> Iterator[mx.array]:
-        for number, batch in enumerate(known, 1):
+        rows, tokens = 0, 0
+        for batch in known:
             yield batch
+            rows, tokens = rows + len(batch), tokens + batch.size
             if report is not None:
-                report(number, len(known))
+                report(rows, sum(map(len, known)), tokens, sum(each.size for each in known))
 
     models = reference.model, other.model
     found = compare(*models, batches(), vocab=min(reference.vocab, other.vocab))
@@ -168,13 +172,14 @@ def label(name: str) -> str:
 
 
 def with_interval(figures: Mapping[str, Any], name: str) -> str:
-    """Return a figure as text, with its 95 % confidence interval if any."""
+    """Return a figure as text, with its 95 % confidence interval if any, whose ends differ."""
     value = figures[name]
     text = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
     if name not in figures["intervals_95"]:
         return text
     low, high = figures["intervals_95"][name]
-    return f"{text} (95 %: {low:.3g} to {high:.3g})"
+    digits = 3 if high == low else max(3, math.ceil(math.log10(abs(high) / (high - low))) + 1)
+    return f"{text} (95 %: {low:.{digits}g} to {high:.{digits}g})"
 
 
 def losses_shown(figures: Mapping[str, Any]) -> list[tuple[str, str]]:

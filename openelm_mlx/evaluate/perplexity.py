@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine.options import check_loaded
 from openelm_mlx.errors import CheckpointError, OptionError, PromptError
 from openelm_mlx.evaluate.options import TextOptions
-from openelm_mlx.evaluate.plan import Request, plan
-from openelm_mlx.evaluate.score import Answer, Scorer, exponential
+from openelm_mlx.evaluate.plan import Request
+from openelm_mlx.evaluate.run import Ranks, Report, answers
+from openelm_mlx.evaluate.score import Answer, exponential
 from openelm_mlx.model.config import BOS
 
 if TYPE_CHECKING:
     import numpy as np
 
     from openelm_mlx.engine.loading import Engine
+    from openelm_mlx.evaluate.store import Store
 
 TEXT = Path(__file__).parents[1] / "assets" / "verification" / "text.txt"  # if none is given
 TEXT_NAME = "eight paragraphs of Darwin's Origin of Species (1859)"
 ROW = 512  # tokens of a window, BOS included, unless asked otherwise
 BLOCK, FEWEST_BLOCKS, RESAMPLES = 128, 8, 1000  # of the intervals: see `resampled`
-Report = Callable[[int, int], None]  # what is done, of how much
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ def text_perplexity(
     engine: Engine,
     texts: Sequence[str],
     options: TextOptions | None = None,
+    *,
+    store: Store | None = None,
+    ranks: Ranks | None = None,
     report: Report | None = None,
 ) -> Perplexity:
     """Return the perplexity of texts, of which each begins a window of its own.
@@ -58,9 +62,9 @@ def text_perplexity(
     >>> text_perplexity(engine, [Path("story.txt").read_text()], TextOptions(stride=256))
     Perplexity(tokens=2806, bytes=9899, windows=10, nats_per_token=...)
 
-    `report` is called with the passes that are done, and with the number of all. Raises
-    `PromptError` for an empty text, `OptionError` for windows that the model cannot read, and
-    `CheckpointError` if its numbers overflow.
+    `store`, `ranks` and `report` are those of `answers`. Raises `PromptError` for an empty text,
+    `OptionError` for windows that the model cannot read, and `CheckpointError` if its numbers
+    overflow.
     """
     options = TextOptions() if options is None else options
     check_loaded("engine", engine)
@@ -68,8 +72,9 @@ def text_perplexity(
     encoded, bos = encode(engine, texts), engine.tokenizer.bos_id
     asked = [list(requests_of(ids, context, stride, bos)) for ids in encoded]
     flat = [request for own in asked for request in own]
-    answers = iter(answered(engine, flat, options.batch_tokens, report))
-    parts = [part for own in asked for part in blocks(engine, zip(own, answers, strict=False))]
+    how: Any = {"store": store, "ranks": ranks, "report": report}
+    found = iter(answers(engine, flat, batch_tokens=options.batch_tokens, **how))
+    parts = [part for own in asked for part in blocks(engine, zip(own, found, strict=False))]
     nats, tokens = math.fsum(part[0] for part in parts), sum(map(len, encoded))
     size = sum(len(text.encode()) for text in texts)
     check_finite(engine.name, exponential(nats / tokens))
@@ -148,19 +153,6 @@ def text_batches(ids: list[int], length: int, rows: int = 4, bos: int = BOS) -> 
     batches = [full[start : start + rows] for start in range(0, len(full), rows)]
     batches += [[row] for row in cut[len(full) :]]
     return [mx.array(batch, dtype=mx.int32) for batch in batches]
-
-
-def answered(
-    engine: Engine, requests: Sequence[Request], batch_tokens: int, report: Report | None
-) -> list[Answer]:
-    """Return the answers to requests, in their order."""
-    scorer, passes = Scorer(engine), plan(requests, batch_tokens)
-    found: dict[int, Answer] = {}
-    for number, work in enumerate(passes, 1):
-        found.update(zip(work.requests, scorer.run(requests, work), strict=True))
-        if report is not None:
-            report(number, len(passes))
-    return [found[number] for number in range(len(requests))]
 
 
 def check_finite(name: str, figure: float) -> None:

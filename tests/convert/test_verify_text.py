@@ -16,7 +16,7 @@ from openelm_mlx.convert.quantize import exact_weights
 from openelm_mlx.convert.verify import TEXT, check_bound, read_folder, verification_text, verify
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
-from openelm_mlx.evaluate.compare import compare
+from openelm_mlx.evaluate.compare import compare, with_interval
 from openelm_mlx.model.decoder import OpenELM
 
 TOKENIZER = NANO / "tokenizer.model"
@@ -41,7 +41,7 @@ def test_the_text_has_two_thousand_tokens_and_intervals(eight_bits):
     for name in ("mean_kl_divergence", "top_1_agreement", "perplexity", "perplexity_of_source"):
         low, high = losses["intervals_95"][name]
         assert low < losses[name] < high
-        assert f"| {losses[name]:.6g} (95 %: {low:.3g} to {high:.3g}) |" in card
+        assert f"| {with_interval(losses, name)} |" in card
     assert f"on {record['verification_text']}:" in card and "Darwin" in record["verification_text"]
 
 

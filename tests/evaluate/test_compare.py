@@ -18,6 +18,7 @@ from openelm_mlx.evaluate.compare import (
     kl_divergence,
     own_text,
     top_1_agreement,
+    with_interval,
 )
 from openelm_mlx.evaluate.score import POSITIONS, log_probs, perplexity
 
@@ -141,6 +142,20 @@ def test_a_short_text_has_no_intervals():
     row = np.ones((4, 512))
     assert intervals([row, row[:, :383]]) == {} != intervals([row, row])
     assert set(intervals([row, row]).values()) == {(1.0, 1.0), (math.e, math.e)}
+
+
+@pytest.mark.parametrize(
+    ("value", "ends", "text"),
+    [
+        (1.00035, (1.00012, 1.00058), "1.00035 (95 %: 1.0001 to 1.0006)"),
+        (39.6415, (37.664, 41.7245), "39.6415 (95 %: 37.7 to 41.7)"),
+        (0, (0, 0), "0 (95 %: 0 to 0)"),
+        (2806, None, "2,806"),
+    ],
+)
+def test_an_interval_is_shown_in_digits_that_tell_its_ends_apart(value, ends, text):
+    intervals = {} if ends is None else {"it": ends}
+    assert with_interval({"it": value, "intervals_95": intervals}, "it") == text
 
 
 def test_left_out_are_ids_beyond_the_vocabulary_and_positions_before_the_first():
