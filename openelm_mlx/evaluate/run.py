@@ -71,11 +71,15 @@ def launched() -> Ranks:
 
 
 class Job(NamedTuple):
-    """One pass: the key by which a store knows it, how many answers it gives, and its cost."""
+    """One pass: the key by which a store knows it, how many answers it gives, and its cost.
+
+    `follows` says that it begins with the prefix of the pass before, which then is not run again.
+    """
 
     key: str
     answers: int
     tokens: int
+    follows: bool = False
 
     def plus(self, other: Job) -> Job:
         """Return what both are together."""
@@ -106,11 +110,14 @@ def answers(
     def run(number: int) -> list[Answer]:
         return scorer.run(requests, passes[number])
 
-    jobs = []
+    jobs, before = [], tuple[int, ...]()
     for work in passes:
         asked = (part for number in work.requests for part in requests[number])
-        kind = json.dumps(["score", work.rows, work.prefix])
-        jobs.append(Job(key_of(kind, asked), len(work.requests), work.tokens))
+        key = key_of(json.dumps(["score", work.rows, work.prefix]), asked)
+        prefix = requests[work.requests[0]].fed[: work.prefix]
+        follows, before = bool(prefix) and prefix == before, prefix
+        tokens = work.tokens + (0 if follows else len(prefix))
+        jobs.append(Job(key, len(work.requests), tokens, follows))
     found: list[Answer | None] = [None] * len(requests)
     results = shared(jobs, run, store, ranks, report)
     for work, result in zip(passes, results, strict=True):
@@ -219,7 +226,7 @@ def agreed(jobs: list[Job], found: list[int], store: Store | None, ranks: Ranks)
 
     Processes on other machines have other stores. Raises `OptionError` if they do not do the same.
     """
-    about = {"version": __version__, "requests": key_of(json.dumps(jobs), ())}
+    about = {"version": __version__, "requests": key_of(json.dumps([job.key for job in jobs]), ())}
     about["weights"] = "" if store is None else store.identity["weights"]
     given = [json.loads(text) for text in ranks.gather(json.dumps([about, found]))]
     for rank, (theirs, _) in enumerate(given):
@@ -237,15 +244,27 @@ def agreed(jobs: list[Job], found: list[int], store: Store | None, ranks: Ranks)
 
 
 def dealt(jobs: list[Job], owners: dict[int, int], ranks: Ranks) -> list[int]:
-    """Return the numbers of the jobs for this process: the longest first, to the least loaded.
+    """Return the numbers of the jobs for this process, in order.
 
-    They are in order: passes that follow each other may share a prefix.
+    The longest go first, to the least loaded. Those that follow each other stay together, while
+    they are an eighth of a process's share.
     """
-    loads, mine = [0] * ranks.size, []
-    left = (number for number in range(len(jobs)) if number not in owners)
-    for number in sorted(left, key=lambda number: -jobs[number].tokens):
+    left, parts = [number for number in range(len(jobs)) if number not in owners], list[list[int]]()
+    most = sum(jobs[number].tokens for number in left) / (8 * ranks.size)
+
+    def cost(part: list[int]) -> int:
+        return sum(jobs[number].tokens for number in part)
+
+    for number in left:
+        near = parts[-1] if parts and parts[-1][-1] == number - 1 and jobs[number].follows else []
+        if near and cost([*near, number]) <= most:
+            near.append(number)
+        else:
+            parts.append([number])
+    loads, mine = [0] * ranks.size, list[int]()
+    for part in sorted(parts, key=cost, reverse=True):
         least = loads.index(min(loads))
-        loads[least] += jobs[number].tokens
+        loads[least] += cost(part)
         if least == ranks.rank:
-            mine.append(number)
+            mine += part
     return sorted(mine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from itertools import pairwise
 
 import pytest
 from small import random_engine
@@ -183,6 +184,28 @@ def test_passes_are_dealt_by_their_cost():
     mine = [dealt(jobs, {0: 0}, Ranks(rank, 2)) for rank in range(2)]
     assert mine == [[1, 4], [2, 3, 5]]
     assert dealt(jobs, {}, Ranks()) == [0, 1, 2, 3, 4, 5]
+    # of two times 32 passes with a prefix, those that stay together have it once
+    jobs = [Job("", 1, 1 + 5 * (number % 32 == 0), number % 32 > 0) for number in range(64)]
+    mine = [dealt(jobs, {}, Ranks(rank, 2)) for rank in range(2)]
+    assert sorted(mine[0] + mine[1]) == list(range(64)) and abs(len(mine[0]) - len(mine[1])) < 8
+    breaks = sum(b != a + 1 for own in mine for a, b in pairwise(own))
+    assert breaks < 16
+
+
+def test_a_prefix_is_counted_once_and_changes_no_number(small):
+    beginnings = [tuple(range(3 + n, 63)) * 2 for n in range(2)]
+    asked = [Request(beginnings[n % 2] + (5 + n,), (9 + n, 7)) for n in range(30)]
+    passes, report = plan(asked, TOKENS), Stop()
+    prefixes = [asked[one.requests[0]].fed[: one.prefix] for one in passes]
+    assert len(set(prefixes)) == 2 < len(passes)
+    whole = answers(small, asked, batch_tokens=TOKENS, report=report)
+    tokens = sum(one.tokens for one in passes) + sum(map(len, set(prefixes)))
+    assert report.said[-1] == (30, 30, tokens, tokens)
+
+    def run(ranks: Ranks) -> list:
+        return answers(small, asked, batch_tokens=TOKENS, ranks=ranks)
+
+    assert in_threads(2, run) == [whole] * 2
 
 
 def test_processes_that_do_not_do_the_same_are_refused(small):
