@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
         self.arguments = {"model": self.engine.name, **loading}
         self.batch_tokens, self.store, self.ranks, self.report = batch_tokens, store, ranks, report
         self.truncated: dict[str, set[int]] = {}  # numbers of questions, by task
+        self.encoded = lru_cache(4)(self._encoded)  # a question comes once for each of its choices
 
     @property
     def eot_token_id(self) -> int:
@@ -107,7 +109,10 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
 
         The start token comes first unless `add_special_tokens` is false.
         """
-        tokenizer, bos = self.engine.tokenizer, add_special_tokens is not False
+        return list(self.encoded(string, add_special_tokens is not False))
+
+    def _encoded(self, string: str, bos: bool) -> list[int]:
+        tokenizer = self.engine.tokenizer
         if not string.startswith(TURN):
             check_marks(string)
             return tokenizer.encode(string, bos=bos)
@@ -158,16 +163,19 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
                 before = [self.prefix_token_id]
                 after = self.tok_encode(continuation, add_special_tokens=False)
             asked.append(self.fitting(before, after, request))
-        found = self.answers(asked)
-        for request, answer in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, tuple(answer))
+
+        def keep(number: int, answer: Answer) -> None:
+            self.cache_hook.add_partial("loglikelihood", requests[number].args, tuple(answer))
+
+        found = answers(self.engine, asked, each=keep, **self.how)
         return [(answer.logprob, answer.greedy) for answer in found]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         asked = [self.fitting(before, after) for _, before, after in requests]
-        return [(answer.logprob, answer.greedy) for answer in self.answers(asked)]
+        found = answers(self.engine, asked, **self.how)
+        return [(answer.logprob, answer.greedy) for answer in found]
 
     def fitting(self, before: list[int], after: list[int], request: Any = None) -> Request:
         """Return a request of what fits into the model's context: the end, as lm-eval has it.
@@ -184,9 +192,6 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
         if beyond > 0 and request is not None:
             self.truncated.setdefault(request.task_name, set()).add(request.doc_id)
         return Request(tuple(before[max(beyond, 0) :]), tuple(after))
-
-    def answers(self, asked: Sequence[Request]) -> list[Answer]:
-        return answers(self.engine, asked, **self.how)
 
     @property
     def how(self) -> dict[str, Any]:
@@ -228,12 +233,8 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
             own = [Request(*map(tuple, make_disjoint_window(window))) for window in windows]
             asked += own
             counts.append(len(own))
-        rest = iter(self.answers(asked))
-        found = []
-        for request, count in zip(requests, counts, strict=True):
-            found.append(math.fsum(next(rest).logprob for _ in range(count)))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
-        return found
+        rest = iter(answers(self.engine, asked, **self.how))
+        return [math.fsum(next(rest).logprob for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the text that greedy decoding gives after each context, without leading space.
@@ -255,13 +256,13 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
             prompts.append(ids[-room:])
             stops.append(stop)
             limits.append(most)
-        found = []
-        for request, text in zip(
-            requests, texts(self.engine, prompts, stops, limits, **self.how), strict=True
-        ):
-            found.append(text.removeprefix(" "))
-            self.cache_hook.add_partial("generate_until", request.args, found[-1])
-        return found
+
+        def keep(number: int, text: str) -> None:
+            answer = text.removeprefix(" ")
+            self.cache_hook.add_partial("generate_until", requests[number].args, answer)
+
+        found = texts(self.engine, prompts, stops, limits, each=keep, **self.how)
+        return [text.removeprefix(" ") for text in found]
 
 
 def asked_of_generation(settings: Mapping[str, Any], where: str) -> tuple[int, tuple[str, ...]]:

@@ -94,13 +94,14 @@ def answers(
     store: Store | None = None,
     ranks: Ranks | None = None,
     report: Report | None = None,
+    each: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:
     """Return the log-likelihood of each request's continuation, in every process.
 
     `store` has the answers of earlier runs, and gets those of each pass as it ends; `ranks` are the
-    processes that share the work; `report` is told after each pass. Raises `PromptError` as
-    `loglikelihoods` does, and `OptionError` if a process has ended, or was given other requests,
-    weights or another version.
+    processes that share the work. After each pass `report` is told, and `each` what the pass has
+    found, with the number of the request. Raises `PromptError` as `loglikelihoods` does, and
+    `OptionError` if a process has ended, or was given other requests, weights or another version.
     """
     check_loaded("engine", engine)
     check_count("batch_tokens", batch_tokens, 1)
@@ -108,7 +109,7 @@ def answers(
     scorer, passes = Scorer(engine), plan(requests, batch_tokens)
 
     def run(number: int) -> list[Answer]:
-        return scorer.run(requests, passes[number])
+        return passed_on(each, passes[number].requests, scorer.run(requests, passes[number]))
 
     jobs, before = [], tuple[int, ...]()
     for work in passes:
@@ -136,6 +137,7 @@ def texts(
     store: Store | None = None,
     ranks: Ranks | None = None,
     report: Report | None = None,
+    each: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """Return the text that greedy decoding gives after each prompt, in every process.
 
@@ -163,7 +165,7 @@ def texts(
         for result in results:
             if result.error is not None:
                 raise result.error
-        return [result.text for result in results]
+        return passed_on(each, group, [result.text for result in results])
 
     jobs = []
     for group in groups:
@@ -175,6 +177,16 @@ def texts(
         for one, text in zip(group, result, strict=True):
             found[one] = text
     return found
+
+
+def passed_on(
+    each: Callable[[int, Any], None] | None, numbers: Sequence[int], results: list[Any]
+) -> list[Any]:
+    """Return results, of which `each` was told with its number."""
+    if each is not None:
+        for number, result in zip(numbers, results, strict=True):
+            each(number, result)
+    return results
 
 
 def key_of(kind: str, sequences: Iterable[Sequence[int]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import inspect
 import io
 import logging
 import os
@@ -18,6 +19,7 @@ from openelm_mlx.fields import nearest
 
 ASKED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # of datasets from files
+ALSO = ("super_glue", "siqa")  # folders that are not named for their tasks: BoolQ, Social IQa
 PROBE_SECONDS = 5.0
 OWN_COMMAND = "python -m openelm_mlx.evaluate"
 FAIRY_TALES = Path(__file__).parents[1] / "assets" / "fairy-tale-questions"
@@ -79,8 +81,8 @@ def why_not_loaded(index: Mapping[str, Any], name: str, error: Exception) -> str
 def find_tasks(names: Iterable[str], include: Iterable[str | Path] = ()) -> Any:
     """Return lm-eval's index of its tasks, of `FAIRY_TALES` and of those in the folders `include`.
 
-    The 14,000 tasks of lm-eval, which take seconds to read, are left out if nobody asks for one.
-    Raises `EvaluationError` for a name that is in neither.
+    All 14,000 tasks of lm-eval, which take seconds to read, are read only if the folders that are
+    named for the tasks do not do. Raises `EvaluationError` for a name that is nowhere.
     """
     from lm_eval.tasks import TaskManager
 
@@ -89,12 +91,14 @@ def find_tasks(names: Iterable[str], include: Iterable[str | Path] = ()) -> Any:
         if not folder.is_dir():
             what = f"there is no folder {folder} of tasks to include"
             raise EvaluationError(f"{what}; give one with YAML files of lm-eval's form")
-    names = list(names)
     folders.insert(0, FAIRY_TALES)
-    manager = TaskManager(include_path=folders, include_defaults=False)
-    if not all(entry for name in names for entry in below(manager.task_index, name)):
-        manager = TaskManager(include_path=folders)
-    index = manager.task_index
+    names, library = list(names), Path(inspect.getfile(TaskManager)).parent
+    near = [one for one in library.iterdir() if one.is_dir() and may_have(one.name, names)]
+    for places, whole in ((folders, False), ([*near, *folders], False), (folders, True)):
+        manager = TaskManager(include_path=places, include_defaults=whole)
+        index = manager.task_index
+        if all(entry for name in names for entry in below(index, name, whole)):
+            break
     for name in names:
         if name not in index:
             raise EvaluationError(unknown(name, index, folders))
@@ -102,6 +106,11 @@ def find_tasks(names: Iterable[str], include: Iterable[str | Path] = ()) -> Any:
         if entry.yaml_path is not None and any(one in entry.yaml_path.parents for one in folders):
             index[name] = anchored(entry)
     return manager
+
+
+def may_have(folder: str, names: Iterable[str]) -> bool:
+    """Return whether a folder of lm-eval's tasks may have these, by its name."""
+    return folder in ALSO or any(f"{name}_".startswith(f"{folder}_") for name in names)
 
 
 def unknown(name: str, index: Mapping[str, Any], folders: Iterable[Path]) -> str:
@@ -120,18 +129,17 @@ def unknown(name: str, index: Mapping[str, Any], folders: Iterable[Path]) -> str
     return f"there is no task {name!r}; {hint}"
 
 
-def below(index: Mapping[str, Any], name: str) -> Iterator[Any]:
+def below(index: Mapping[str, Any], name: str, whole: bool = True) -> Iterator[Any]:
     """Yield the index's entry of a task, or those of all tasks below a group or tag.
 
-    None stands for a name that is not in the index.
+    None stands for a name that is not in the index. It stands for a tag as well, unless the index
+    is the `whole` one, as tasks anywhere may have it; those that a group names are its neighbours'.
     """
-    entry = index.get(name)
-    if entry is None or entry.cfg is None:
-        members: Any = None if entry is None else sorted(entry.tags)
-    else:
-        members = entry.cfg.get("task")
-    if members is None or not isinstance(members, list):
-        yield entry
+    entry: Any = index.get(name)
+    tagged = entry is not None and entry.cfg is None
+    members = sorted(entry.tags) if tagged else entry and entry.cfg.get("task")
+    if not isinstance(members, list) or (tagged and not whole):
+        yield None if tagged else entry
         return
     for member in members:
         given = member if isinstance(member, str) else member.get("task", member.get("group"))

@@ -184,3 +184,26 @@ def test_what_is_beyond_the_context_is_left_out_and_counted(short, folder):
         logp = log_probs(lm.engine.model(whole[None, :-1])[0])  # 64 tokens are fed
         chosen = mx.take_along_axis(logp, whole[1:, None], axis=-1)[-after:]
         assert found == pytest.approx(chosen.sum().item(), abs=1e-4)
+
+
+def test_what_lm_eval_caches_is_there_as_soon_as_a_pass_ends(tiny, results, tmp_path):
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import CachingLM
+
+    from openelm_mlx.evaluate.harness import OpenELMLM
+
+    def stopping(done, *_):
+        if done:
+            raise KeyboardInterrupt
+
+    arguments = [pair for row in results["samples"]["choice"] for pair in row["arguments"]]
+    asked = [Instance("loglikelihood", {}, pair, 0) for pair in arguments]
+    lm = OpenELMLM(tiny, batch_tokens=32, report=stopping)
+    with pytest.raises(KeyboardInterrupt):
+        CachingLM(lm, str(tmp_path / "cache.db")).loglikelihood(asked)
+    lm.report = None
+    cached = CachingLM(lm, str(tmp_path / "cache.db"))
+    assert 0 < len(cached.dbdict) < len(asked)
+    found = [logprob for logprob, _ in cached.loglikelihood(asked)]
+    flat = [one for row in answered(results, "choice") for one in row]
+    assert found == pytest.approx(flat, abs=1e-4)
