@@ -208,8 +208,7 @@ def shared(
     ranks = ranks or Ranks()
     found = {}
     for number, job in enumerate(jobs):
-        stored = None if store is None else store.get(job.key)
-        if stored is not None and len(stored) == job.answers:
+        if store is not None and (stored := store.get(job.key)) is not None:
             found[number] = stored
     owners = agreed(jobs, list(found), store, ranks)
     left = dealt(jobs, owners, ranks)

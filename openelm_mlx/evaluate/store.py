@@ -115,10 +115,9 @@ class Store:
         for path in self.folder.glob(f"{self._stem}-*.sqlite"):
             try:
                 self._read(path)
-            except sqlite3.Error as error:
-                if getattr(error, "sqlite_errorcode", 1) & 0xFF not in DAMAGED:
-                    raise
-                self._set_aside(path, path == own)
+            except sqlite3.Error as error:  # or it is removed, as another process has just ended
+                if getattr(error, "sqlite_errorcode", 1) & 0xFF in DAMAGED:
+                    self._set_aside(path, path == own)
         self._file = connect(own)
         if not self._file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             self._file.executescript(f"BEGIN; {TABLES}")
@@ -127,7 +126,7 @@ class Store:
 
     def _read(self, path: Path) -> None:
         """Read the answers in a file. Raises `sqlite3.Error` if it has anything else."""
-        with contextlib.closing(connect(path)) as file:
+        with contextlib.closing(connect(path, "rw")) as file:
             if not file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 return  # it was killed before it began
             if file.execute("SELECT identity FROM about").fetchall() != [(self._text,)]:
@@ -181,11 +180,13 @@ def answers_folder() -> Path:
     return cache_folder() / "answers"
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """Open a file in the mode in which no kill or power cut damages it."""
-    file = sqlite3.connect(path, check_same_thread=False)
-    for setting in ("journal_mode=WAL", "synchronous=NORMAL", "checkpoint_fullfsync=ON"):
-        file.execute(f"PRAGMA {setting}")
+def connect(path: Path, mode: str = "rwc") -> sqlite3.Connection:
+    """Open a file; one that it makes (c) is of a kind which no kill or power cut damages."""
+    name = f"{path.absolute().as_uri()}?mode={mode}"
+    file = sqlite3.connect(name, uri=True, check_same_thread=False)
+    if "c" in mode:
+        for setting in ("journal_mode=WAL", "synchronous=NORMAL", "checkpoint_fullfsync=ON"):
+            file.execute(f"PRAGMA {setting}")
     return file
 
 
@@ -222,5 +223,5 @@ def remove(path: Path) -> None:
         if (lock := locked(path)) is not None:
             with lock:
                 file = path.with_suffix(".sqlite")
-                for name in (*journals(file), file, path.with_suffix(".damaged"), path):
+                for name in (file, *journals(file), path.with_suffix(".damaged"), path):
                     name.unlink(missing_ok=True)

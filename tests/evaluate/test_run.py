@@ -208,13 +208,19 @@ def test_a_prefix_is_counted_once_and_changes_no_number(small):
     assert in_threads(2, run) == [whole] * 2
 
 
-def test_processes_that_do_not_do_the_same_are_refused(small):
-    def run(ranks: Ranks) -> list:
+def test_processes_that_do_not_do_the_same_are_refused(small, tiny):
+    """The first has fewer requests; then it has another model, as its store knows."""
+    stores = Store(small, 4096), Store(random_engine(tiny, 4), 4096)
+
+    def fewer(ranks: Ranks) -> list:
         return answers(small, REQUESTS[ranks.rank :], ranks=ranks)
 
-    for error in in_threads(2, run):
-        expected = "process 2 of mlx.launch has other requests than the first; give all the same"
-        assert str(error) == expected
+    def another(ranks: Ranks) -> list:
+        return answers(small, REQUESTS, ranks=ranks, store=stores[ranks.rank])
+
+    for run, what in ((fewer, "requests"), (another, "weights")):
+        expected = f"process 2 of mlx.launch has other {what} than the first; give all the same"
+        assert list(map(str, in_threads(2, run))) == [expected] * 2
 
 
 def test_a_process_that_has_ended_is_said_in_one_line(monkeypatch):

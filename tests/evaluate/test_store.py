@@ -140,6 +140,17 @@ def test_an_empty_file_is_begun(small, capsys):
     assert Store(small, 64).get("one") == [1] and capsys.readouterr().err == ""
 
 
+def test_what_cannot_be_opened_of_another_process_is_left_out(small, capsys):
+    """It may go at this moment, as that process has ended; a folder stands for it."""
+    kept(small, one=[1])
+    (path,) = answers_folder().glob("*-0.sqlite")
+    path.with_name(path.name.replace("-0.", "-1.")).mkdir()
+    with Store(small, 64) as store:
+        assert store.get("one") == [1] and capsys.readouterr().err == ""
+        with Store(small, 64) as second:  # this one would write it
+            assert second.get("one") == [1] and REMEDY in capsys.readouterr().err
+
+
 REMEDY = "so a run that is stopped starts anew; make room there, or set OPENELM_CACHE to another"
 
 
