@@ -34,8 +34,8 @@ def prompt(kind, doc):
     return f"{doc['passage']}\nQuestion: {doc['question']}\nAnswer:"
 
 
-def count(engine, kind, docs):
-    """Return how many questions are answered rightly, by each metric."""
+def likelihoods(engine, kind, docs):
+    """Return the log-likelihoods of each question's choices."""
     encode, asked = engine.tokenizer.encode, []
     for doc in docs:
         before = encode(prompt(kind, doc))
@@ -44,9 +44,13 @@ def count(engine, kind, docs):
             assert whole[: len(before)] == before
             asked.append(Request(tuple(before), tuple(whole[len(before) :])))
     answers = iter(loglikelihoods(engine, asked))
-    right: Counter[str] = Counter()
-    for doc in docs:
-        likely = [next(answers).logprob for _ in doc["choices"]]
+    return [[next(answers).logprob for _ in doc["choices"]] for doc in docs]
+
+
+def count(docs, found):
+    """Return how many questions are answered rightly, by each metric."""
+    right = Counter({"acc": 0, "acc_norm": 0})
+    for doc, likely in zip(docs, found, strict=True):
         by_letter = [logp / len(c) for logp, c in zip(likely, doc["choices"], strict=True)]
         right["acc"] += likely[doc["answer"]] == max(likely)
         right["acc_norm"] += by_letter[doc["answer"]] == max(by_letter)
@@ -121,7 +125,10 @@ def test_the_tasks_score_what_a_count_by_hand_does(tiny, tmp_path, monkeypatch):
         task = f"fairy_tales_{kind}"
         assert found["n-samples"][task] == {"original": 50, "effective": LIMIT}
         assert [one["doc"] for one in found["samples"][task]] == docs[:LIMIT]
-        right = count(tiny, kind, docs[:LIMIT])
+        own = likelihoods(tiny, kind, docs[:LIMIT])
+        for one, logps in zip(found["samples"][task], own, strict=True):
+            assert [logp for logp, _ in one["filtered_resps"]] == pytest.approx(logps, abs=1e-4)
+        right = count(docs[:LIMIT], own)
         for name, number in right.items():
             assert math.isclose(found["results"][task][f"{name},none"], number / LIMIT)
         totals.update(right)
