@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from openelm_mlx.evaluate import tables
 from openelm_mlx.evaluate.suites import (
     AVERAGE,
+    LORA,
     SUITES,
     TASKS,
     Suite,
     Task,
     figures,
-    published,
     row_of,
+    source_of,
 )
 from openelm_mlx.files import read_own_json
 from openelm_mlx.model.config import RECORD, OpenELMConfig
@@ -97,23 +98,24 @@ class Subject:
     def of(cls, engine: Engine) -> Subject:
         """Find the row by the model's name, or by what the record of its conversion says it was.
 
-        A model of another shape has none, nor has one with an adapter.
+        A model of another shape has none, nor has one with an adapter, but for CoreNet's own.
         """
         record = read_own_json(engine.path / RECORD)
-        source = str(record.get("source") or engine.name)
-        if engine.adapter is not None or record.get("adapter") == MERGED:
+        row = row_of(str(record.get("source") or engine.name))
+        if row is None or not same_shape(row, engine.config):
+            return cls(engine.name)
+        merged = record.get("adapter") == MERGED and not row.endswith(LORA)
+        if merged or engine.adapter is not None:
             note = "It has an adapter, so that it is not compared with Apple's figures."
-            return cls(engine.name, None, (note,) if row_of(source) else ())
-        row = row_of(source)
-        if row is not None and shape(OpenELMConfig.from_name(row)) != shape(engine.config):
-            row = None
-        if row is None or not engine.quantization:
-            return cls(engine.name, row)
-        return cls(engine.name, row, (f"It is quantized; Apple's {row} was not.",))
+            return cls(engine.name, None, (note,))
+        quantized = (f"It is quantized; Apple's {row} was not.",) if engine.quantization else ()
+        return cls(engine.name, row, quantized)
 
 
-def shape(config: OpenELMConfig) -> tuple[int, int, int]:
-    return config.num_transformer_layers, config.model_dim, config.head_dim
+def same_shape(row: str, config: OpenELMConfig) -> bool:
+    apples = OpenELMConfig.from_name(row.removesuffix(LORA))
+    names = ("num_transformer_layers", "model_dim", "head_dim")
+    return all(getattr(apples, name) == getattr(config, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Return everything for JSON, with the source of Apple's figures."""
         found: dict[str, Any] = {"schema": SCHEMA, "model": self.model, "suite": self.suite}
-        found |= {"row": self.row, "source": published()["source"] if self.row else None}
+        found |= {"row": self.row, "source": source_of(self.row) if self.row else None}
         average = None if self.average is None else self.average.as_dict()
         found |= {"tasks": [cell.as_dict() for cell in self.cells], "average": average}
         return found | {"notes": list(self.notes), "lm_eval": self.lm_eval}
@@ -175,9 +177,7 @@ def report(results: Mapping[str, Any], subject: Subject, suite: str | None = Non
     cells = tuple(read_cell(results, name, subject.row) for name in names)
     whole = chosen is not None and set(names) == set(chosen.shots)
     average = average_cell(chosen, cells, subject.row) if chosen is not None and whole else None
-    notes += tables.notes_on(cells)
-    if chosen is not None and not chosen.published:
-        notes.append("Apple published no figures for these tasks as lm-eval asks them.")
+    notes += tables.notes_on(cells, subject.row)
     version = results.get("lm_eval_version")
     row, name = subject.row, subject.name
     return Report(name, suite, row, cells, average, tuple(notes), version, results)

@@ -14,7 +14,8 @@ from functools import cache
 from typing import Any
 
 AVERAGE = "average"  # the last column of each table
-ROW = re.compile(r"(?:openelm-)?(270m|450m|1[._]1b|3b)(-instruct)?(?:-(?:[2-8]bit|fp16|bf16))?")
+NAME = re.compile(r"(?:openelm-)?(270m|450m|1[._]1b|3b)(-instruct)?(?:-(?:[2-8]bit|fp16|bf16))?")
+LORA = "-LoRA"  # how a row ends that is of CoreNet's fine-tuned weights
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,20 @@ TASKS: Mapping[str, Task] = {
     "crows_pairs_english": Task("CrowS-Pairs", 1677, ("pct_stereotype",), STEREOTYPES),
     "hellaswag": Task("HellaSwag", 10042, EITHER),
     "mmlu": Task("MMLU", 14042),  # a group of 57 tasks, each question of which counts the same
-    "openbookqa": Task("OpenBookQA", 500, EITHER),
     "piqa": Task("PIQA", 1838, EITHER),
     "race": Task("RACE", 1045),
     "sciq": Task("SciQ", 1000, EITHER),
-    "social_iqa": Task("Social IQa", 1954),
     "truthfulqa_mc2": Task("TruthfulQA-mc2", 817, note=MC2),
     "winogrande": Task("WinoGrande", 1267),
+    # answers of one length, for which the two metrics are the same, but for BoolQ's true and false
+    "commonsense_boolq": Task("BoolQ", 3270, EITHER),
+    "commonsense_piqa": Task("PIQA", 1838),
+    "commonsense_siqa": Task("SIQA", 1954),
+    "commonsense_hellaswag": Task("HellaSwag", 10042),
+    "commonsense_winogrande": Task("WinoGrande", 1267),
+    "commonsense_arc_easy": Task("ARC-e", 2376),
+    "commonsense_arc_challenge": Task("ARC-c", 1172),
+    "commonsense_openbookqa": Task("OpenBookQA", 500),
 }
 
 
@@ -63,21 +71,12 @@ class Suite:
     name: str
     title: str
     shots: Mapping[str, int]
-    published: bool = True  # there is a table of Apple's
-
-    @property
-    def by_shots(self) -> dict[int, list[str]]:
-        """The tasks of each number of shots: lm-eval runs them together."""
-        runs: dict[int, list[str]] = {}
-        for task, shots in self.shots.items():
-            runs.setdefault(shots, []).append(task)
-        return runs
 
 
 LLM360 = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": 5}
 OPENLLM = LLM360 | {"crows_pairs_english": 25, "piqa": 0, "race": 0}
 ZERO_SHOT = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "sciq", "winogrande")
-CORENETS = ["boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"]
+COMMONSENSE = [task for task in TASKS if task.startswith("commonsense_")]
 
 SUITES: Mapping[str, Suite] = {
     suite.name: suite
@@ -85,12 +84,7 @@ SUITES: Mapping[str, Suite] = {
         Suite("zero-shot", "Zero-Shot", dict.fromkeys(ZERO_SHOT, 0)),
         Suite("openllm", "OpenLLM Leaderboard", dict(sorted(OPENLLM.items()))),
         Suite("llm360", "LLM360", LLM360),
-        Suite(
-            "commonsense",
-            "Commonsense",
-            dict.fromkeys([*CORENETS, "openbookqa"], 0),
-            published=False,
-        ),
+        Suite("commonsense", "Commonsense", dict.fromkeys(COMMONSENSE, 0)),
     )
 }
 
@@ -107,9 +101,16 @@ def published() -> dict[str, Any]:
 
 def figures(suite: str, row: str | None) -> dict[str, float]:
     """Return Apple's figures in per cent, by task and for `AVERAGE`, or none if there are none."""
-    table = published()["tables"].get(suite, {"rows": {}})
-    found: dict[str, float] = table["rows"].get(row, {})
+    found: dict[str, float] = published()["tables"][suite]["rows"].get(row, {})
     return dict(found)
+
+
+def source_of(row: str) -> dict[str, str]:
+    """Return what the figures of a row are taken from, and where that is."""
+    tables = published()["tables"].values()
+    own = [table["source"] for table in tables if row in table["rows"] and "source" in table]
+    found: dict[str, str] = own[0] if own else published()["source"]
+    return found
 
 
 def row_of(name: str) -> str | None:
@@ -119,11 +120,13 @@ def row_of(name: str) -> str | None:
 
     >>> row_of("450m-instruct"), row_of("apple/OpenELM-1_1B"), row_of("corenet-mlx:3b-4bit")
     ('OpenELM-450M-Instruct', 'OpenELM-1_1B', 'OpenELM-3B')
-    >>> row_of("corenet:270m@100k"), row_of("corenet:270m-lora"), row_of("openelm-tiny")
-    (None, None, None)
+    >>> row_of("corenet:270m-lora"), row_of("corenet:270m@100k"), row_of("openelm-tiny")
+    ('OpenELM-270M-LoRA', None, None)
     """
-    last = re.sub(r"^corenet(-mlx)?:", "", name.lower()).rsplit("/", 1)[-1]
-    if (found := ROW.fullmatch(last)) is None:
+    catalog = re.fullmatch(r"corenet(?:-mlx)?:(.*?)(-lora)?", name.lower())
+    last, tuned = catalog.groups() if catalog else (name.lower().rsplit("/", 1)[-1], None)
+    if (found := NAME.fullmatch(last)) is None:
         return None
     size = found[1].upper().replace(".", "_")
-    return f"OpenELM-{size}{'-Instruct' if found[2] else ''}"
+    row = f"OpenELM-{size}{'-Instruct' if found[2] else ''}{LORA if tuned else ''}"
+    return row if any(row in table["rows"] for table in published()["tables"].values()) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from openelm_mlx.evaluate.suites import TASKS, published
+from openelm_mlx.evaluate.suites import TASKS, source_of
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -37,7 +37,7 @@ def plain(value: float | None, before: str = "") -> str:
     return "" if value is None else f"{before}{value:.2f}"
 
 
-def notes_on(cells: Sequence[Cell]) -> Iterator[str]:
+def notes_on(cells: Sequence[Cell], row: str | None) -> Iterator[str]:
     """Say what a reader must know of the tasks, of Apple's figures and of verdicts."""
     for cell in cells:
         if cell.task in TASKS and TASKS[cell.task].note:
@@ -48,7 +48,7 @@ def notes_on(cells: Sequence[Cell]) -> Iterator[str]:
     if any(cell.asked < cell.of for cell in cells):
         yield "Only a part of the questions was asked, the first ones: there is no verdict on it."
     compared = [cell for cell in cells if cell.published is not None]
-    if not compared:
+    if row is None or not compared:
         return
     other = [
         f"{cell.title} {cell.of:,} (Apple's {TASKS[cell.task].questions:,})"
@@ -57,7 +57,7 @@ def notes_on(cells: Sequence[Cell]) -> Iterator[str]:
     ]
     if other:
         yield f"Not as many questions as Apple asked: {', '.join(other)}."
-    source = published()["source"]
+    source = source_of(row)
     yield f"Apple's figures: {source['what']}, {source['url']}."
     yield (
         "s.e.: the standard error of our score, for the choice of the questions; off: how many of "

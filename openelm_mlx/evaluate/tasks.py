@@ -22,7 +22,8 @@ BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # of datasets from files
 ALSO = ("super_glue", "siqa")  # folders that are not named for their tasks: BoolQ, Social IQa
 PROBE_SECONDS = 5.0
 OWN_COMMAND = "python -m openelm_mlx.evaluate"
-FAIRY_TALES = Path(__file__).parents[1] / "assets" / "fairy-tale-questions"
+ASSETS = Path(__file__).parents[1] / "assets"
+BUNDLED = (ASSETS / "fairy-tale-questions", ASSETS / "commonsense")
 
 
 def load_tasks(manager: Any, tasks: Mapping[str, int | None], seed: int) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def why_not_loaded(index: Mapping[str, Any], name: str, error: Exception) -> str
 
 
 def find_tasks(names: Iterable[str], include: Iterable[str | Path] = ()) -> Any:
-    """Return lm-eval's index of its tasks, of `FAIRY_TALES` and of those in the folders `include`.
+    """Return lm-eval's index of its tasks, of those in `BUNDLED`, and of those in the folders `include`.
 
     All 14,000 tasks of lm-eval, which take seconds to read, are read only if the folders that are
     named for the tasks do not do. Raises `EvaluationError` for a name that is nowhere.
@@ -91,7 +92,7 @@ def find_tasks(names: Iterable[str], include: Iterable[str | Path] = ()) -> Any:
         if not folder.is_dir():
             what = f"there is no folder {folder} of tasks to include"
             raise EvaluationError(f"{what}; give one with YAML files of lm-eval's form")
-    folders.insert(0, FAIRY_TALES)
+    folders = [*BUNDLED, *folders]
     names, library = list(names), Path(inspect.getfile(TaskManager)).parent
     near = [one for one in library.iterdir() if one.is_dir() and may_have(one.name, names)]
     for places, whole in ((folders, False), ([*near, *folders], False), (folders, True)):

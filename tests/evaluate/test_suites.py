@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+import openelm_mlx
 from openelm_mlx.engine.hub import SHORT_NAMES
-from openelm_mlx.evaluate.suites import AVERAGE, SUITES, TASKS, figures, published, row_of
+from openelm_mlx.evaluate.suites import (
+    AVERAGE,
+    SUITES,
+    TASKS,
+    figures,
+    published,
+    row_of,
+    source_of,
+)
 
 TABLES = published()["tables"]
+CARD = ("zero-shot", "openllm", "llm360")  # the tables of the model card
+COMMONSENSE = Path(openelm_mlx.__file__).parent / "assets" / "commonsense"
 CELLS = [
     (suite, row, task, figure)
     for suite, table in TABLES.items()
@@ -24,16 +36,15 @@ PRINTED = {("llm360", "OpenELM-450M"): 0.006, ("openllm", "OpenELM-3B-Instruct")
 
 def test_all_published_models_have_a_row_in_each_table_with_its_source():
     rows = {hub_id.removeprefix("apple/") for hub_id in SHORT_NAMES.values()}
-    assert len(rows) == 8
-    assert {suite: set(table["rows"]) for suite, table in TABLES.items()} == {
-        suite.name: rows for suite in SUITES.values() if suite.published
-    }
-    assert published()["source"]["url"] == "https://huggingface.co/apple/OpenELM"
+    assert len(rows) == 8 and set(TABLES) == set(SUITES)
+    assert all(set(TABLES[suite]["rows"]) == rows for suite in CARD)
+    assert {source_of(row)["url"] for row in rows} == {"https://huggingface.co/apple/OpenELM"}
+    assert source_of("OpenELM-270M-LoRA")["url"].endswith("projects/openelm/README-peft.md")
     assert figures("zero-shot", "OpenELM-270M")["sciq"] == 84.70
     assert figures("zero-shot", None) == figures("commonsense", "OpenELM-270M") == {}
 
 
-@pytest.mark.parametrize("suite", TABLES)
+@pytest.mark.parametrize("suite", CARD)
 def test_averages_are_those_of_the_figures_in_their_rows(suite: str):
     for row in TABLES[suite]["rows"]:
         line = figures(suite, row)
@@ -49,11 +60,11 @@ def test_a_table_has_a_column_for_each_task_of_its_suite_with_the_shots_of_apple
         for task in run["tasks"]
     }
     asked = set()
-    for suite in (SUITES[name] for name in TABLES):
-        assert all(
-            set(line) == {*suite.shots, AVERAGE} for line in TABLES[suite.name]["rows"].values()
-        )
-        asked |= {(shots, task) for shots, tasks in suite.by_shots.items() for task in tasks}
+    for suite in SUITES.values():
+        columns = {*suite.shots, AVERAGE} if suite.name in CARD else set(suite.shots)
+        assert all(set(line) == columns for line in TABLES[suite.name]["rows"].values())
+        if suite.name in CARD:
+            asked |= {(shots, task) for task, shots in suite.shots.items()}
     assert asked == commands
     assert set(TASKS) == {task for suite in SUITES.values() for task in suite.shots}
 
@@ -64,7 +75,7 @@ def test_a_task_of_the_same_shots_has_the_same_figure_in_all_tables():
         if task != AVERAGE:
             seen.setdefault((row, task, SUITES[suite].shots[task]), set()).add(figure)
     assert {len(found) for found in seen.values()} == {1}
-    assert len(seen) == 8 * (7 + 7)  # PIQA without shots is in two tables
+    assert len(seen) == 8 * (7 + 7) + 8  # PIQA without shots is in two tables
 
 
 def test_a_figure_is_a_whole_number_of_questions():
@@ -85,10 +96,12 @@ def test_a_published_model_is_found_by_each_of_its_names(name: str):
 def test_names_of_conversions_and_of_corenets_files():
     assert row_of("mlx-community/OpenELM-1_1B-Instruct-4bit") == "OpenELM-1_1B-Instruct"
     assert row_of("corenet:3b") == row_of("corenet-mlx:3b-4bit") == "OpenELM-3B"
+    assert row_of("corenet:270m-lora") == "OpenELM-270M-LoRA"
     others = (
+        "270m-lora",
+        "corenet:450m-lora",
         "openelm-tiny",
         "corenet:270m@100k",
-        "corenet:270m-lora",
         "OpenELM-270M-story",
         "7b",
         "",
@@ -103,18 +116,16 @@ VERSIONS = {  # of the tasks that docs/evaluating.md compares with those of Appl
     "crows_pairs_english": ("crows_pairs", 1.0),
     "hellaswag": ("hellaswag", 1.0),
     "mmlu": ("mmlu/default", 2),
-    "openbookqa": ("openbookqa", 1.0),
     "piqa": ("piqa", 1.0),
     "race": ("race", 3.0),
     "sciq": ("sciq", 1.0),
-    "social_iqa": ("siqa", 0.0),
     "truthfulqa_mc2": ("truthfulqa", 3.0),
     "winogrande": ("winogrande", 1.0),
 }
 
 
 @pytest.mark.needs("lm-eval")
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", VERSIONS)
 def test_lm_eval_has_the_task_with_these_metrics(task: str):
     folder, version = VERSIONS[task]
     spec = find_spec("lm_eval")
@@ -130,3 +141,43 @@ def test_lm_eval_has_the_task_with_these_metrics(task: str):
     assert set(TASKS[task].metrics) <= metrics
     assert metrics & {"acc", "acc_norm", "pct_stereotype"} == set(TASKS[task].metrics)
     assert float(re.findall(r"version: ([\d.]+)", text)[0]) == version
+
+
+def test_commonsense_is_asked_from_the_files_that_corenet_used():
+    files = {path.stem: path.read_text(encoding="utf-8") for path in COMMONSENSE.glob("*.yaml")}
+    assert set(files) == set(SUITES["commonsense"].shots) == set(TASKS) - set(VERSIONS)
+    commit = TABLES["commonsense"]["protocol"]["datasets"].split()[-1]
+    root = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters"
+    for name, text in files.items():
+        assert f"\ntask: {name}\n" in text and f" {root}/{commit}/dataset/" in text
+
+
+# what CoreNet's get_loglikelihood_inputs makes of a question, trailing spaces and all
+INSTRUCTION = "Who left?\n\nAnswer1: Ann Answer2: Bob Answer3: Eve\n\nAnswer format: "
+CONTEXT = (
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request.  \n\n                ### Instruction:\n                {}\n"
+    "                \n                ### Response:\n                "
+)
+
+
+@pytest.mark.needs("lm-eval")
+@pytest.mark.parametrize(
+    ("form", "answer", "place"),
+    [("true/false", "false", 1), ("answer1/answer2/answer3", "answer1", 0)],
+)
+def test_commonsense_has_corenets_prompts(tmp_path, form: str, answer: str, place: int):
+    from lm_eval.tasks import TaskManager
+
+    doc = {"instruction": INSTRUCTION + form, "input": "", "output": "", "answer": answer}
+    (tmp_path / "test.json").write_text(json.dumps([doc]))
+    data = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'test.json'}}}}}\n"
+    include = f"include: {COMMONSENSE / '_commonsense_yaml'}\n"
+    (tmp_path / "mine.yaml").write_text(f"{include}task: mine\n{data}")
+    task = TaskManager(include_path=tmp_path, include_defaults=False).load("mine")["tasks"]["mine"]
+    task.build_all_requests(rank=0, world_size=1)
+    context = CONTEXT.format(INSTRUCTION + form)
+    assert [one.args for one in task.instances] == [
+        (context, f"the correct answer is {choice}") for choice in form.split("/")
+    ]
+    assert task.doc_to_target(doc) == place
