@@ -31,6 +31,7 @@ class Task:
     questions: int
     metrics: tuple[str, ...] = ("acc",)
     note: str = ""
+    reworded: bool = False  # some prompts differ from those of lm-eval in Apple's run
 
 
 EITHER = ("acc", "acc_norm")
@@ -44,11 +45,13 @@ TASKS: Mapping[str, Task] = {
     "arc_challenge": Task("ARC-c", 1172, EITHER),
     "arc_easy": Task("ARC-e", 2376, EITHER),
     "boolq": Task("BoolQ", 3270),
-    "crows_pairs_english": Task("CrowS-Pairs", 1677, ("pct_stereotype",), STEREOTYPES),
+    "crows_pairs_english": Task("CrowS-Pairs", 1677, ("pct_stereotype",), STEREOTYPES, True),
     "hellaswag": Task("HellaSwag", 10042, EITHER),
-    "mmlu": Task("MMLU", 14042),  # a group of 57 tasks, each question of which counts the same
+    "mmlu": Task(
+        "MMLU", 14042, reworded=True
+    ),  # a group of 57 tasks, each question of which counts the same
     "piqa": Task("PIQA", 1838, EITHER),
-    "race": Task("RACE", 1045),
+    "race": Task("RACE", 1045, reworded=True),
     "sciq": Task("SciQ", 1000, EITHER),
     "truthfulqa_mc2": Task("TruthfulQA-mc2", 817, note=MC2),
     "winogrande": Task("WinoGrande", 1267),

@@ -46,10 +46,13 @@ def notes_on(cells: Sequence[Cell], row: str | None) -> Iterator[str]:
             what = f"{cell.truncated:,} of {cell.asked:,} questions"
             yield f"{cell.title}: {what} were longer than the context and lost their beginning."
     if any(cell.asked < cell.of for cell in cells):
-        yield "Only a part of the questions was asked, the first ones: there is no verdict on it."
+        yield "Only a part of the questions was asked, the first ones. There is no verdict on it."
     compared = [cell for cell in cells if cell.published is not None]
     if row is None or not compared:
         return
+    if reworded := [cell.title for cell in compared if TASKS[cell.task].reworded]:
+        what = "lm-eval does not put all of these questions as it did for Apple"
+        yield f"{', '.join(reworded)}: {what}; see docs/evaluating.md."
     other = [
         f"{cell.title} {cell.of:,} (Apple's {TASKS[cell.task].questions:,})"
         for cell in compared

@@ -69,18 +69,21 @@ def check_kind(task: Any) -> None:
 
 def why_not_loaded(index: Mapping[str, Any], name: str, error: Exception) -> str:
     """Return why a task or a group of tasks could not be loaded, and what to do."""
+    absent = "its data are not on this disk, and"
+    remedy = "Run it once with a connection: they are kept"
     if isinstance(error, ConnectionError):
-        what = f"task {name}: its data are not on this disk, and the hub cannot be reached"
-        return f"{what} ({reason(error)}). Run it once with a connection: they are kept"
+        return f"task {name}: {absent} the hub cannot be reached ({reason(error)}). {remedy}"
     for entry in filter(None, below(index, name)):
         for path in paths_in((entry.cfg.get("dataset_kwargs") or {}).get("data_files")):
+            if "://" in path and isinstance(error, FileNotFoundError):
+                return f"task {name}: {absent} {path} cannot be reached. {remedy}"
             if "://" not in path and not glob.glob(path):
                 return f"task {name}: its data file {path} is missing"
     return f"task {name} cannot be loaded: {type(error).__name__}: {reason(error)}"
 
 
 def find_tasks(names: Iterable[str], include: Iterable[str | Path] = ()) -> Any:
-    """Return lm-eval's index of its tasks, of those in `BUNDLED`, and of those in the folders `include`.
+    """Return lm-eval's index of its tasks, of the `BUNDLED` ones and of those in `include`.
 
     All 14,000 tasks of lm-eval, which take seconds to read, are read only if the folders that are
     named for the tasks do not do. Raises `EvaluationError` for a name that is nowhere.

@@ -173,6 +173,7 @@ def test_a_terminal_of_80_columns_shows_every_figure():
     text = console.file.getvalue()
     assert " pct_stereotype 66.01 ±1.16 67.44" in text
     assert [line.split()[0] for line in text.splitlines() if "0,042" in line] == ["HellaSwag"]
+    assert "CrowS-Pairs, MMLU, RACE: lm-eval does not put all of these questions" in text
 
 
 def test_the_row_of_a_model_is_that_of_its_name_or_of_what_was_converted(tiny, tmp_path):

@@ -181,3 +181,16 @@ def test_commonsense_has_corenets_prompts(tmp_path, form: str, answer: str, plac
         (context, f"the correct answer is {choice}") for choice in form.split("/")
     ]
     assert task.doc_to_target(doc) == place
+
+
+@pytest.mark.needs("lm-eval")
+def test_without_a_network_the_questions_are_missing_in_one_line():
+    from openelm_mlx.evaluate.tasks import find_tasks, why_not_loaded
+
+    task = "commonsense_siqa"
+    error = FileNotFoundError("Unable to find it")
+    assert re.fullmatch(
+        "task commonsense_siqa: its data are not on this disk, and https://raw.*/social_i_qa/"
+        "test.json cannot be reached. Run it once with a connection: they are kept",
+        why_not_loaded(find_tasks([task]).task_index, task, error),
+    )
