@@ -6,13 +6,15 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
+from openelm_mlx.cli.evaluate import Progress
 from openelm_mlx.cli.options import add_flags, add_model_flags, from_args, load_beside, load_model
-from openelm_mlx.cli.perplexity import add_text_flag, named, read_texts, reading, show
+from openelm_mlx.cli.perplexity import add_text_flag, named, read_texts, show
 from openelm_mlx.evaluate.options import TextOptions
 
 DESCRIPTION = """Compare a model, say a quantized one, with its original: KL divergence, agreement
 of the likeliest token, both perplexities and their ratio, with 95 % intervals. Both are in memory
-at once. (`openelm benchmark --compare` compares files of results, which have speed.)"""
+at once. (`openelm evaluate --against` compares two models' answers to questions, and `openelm
+benchmark --compare` two files of measured speed.)"""
 
 EXAMPLES = """examples:
   openelm compare my-model model.gguf
@@ -51,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
     from openelm_mlx.evaluate.perplexity import window
 
     context, _ = window(options, reference, model)
-    with reading("comparing") as report:
+    with Progress(model.name, quiet=False, read="the text", unit="windows") as progress:
         read = list(texts.values())
-        found = asdict(compare_engines(reference, model, read, options, report=report))
+        found = asdict(compare_engines(reference, model, read, options, report=progress))
     dtypes = [name_of(one.model.transformer.norm.weight.dtype) for one in (reference, model)]
     dtype = " and ".join(dict.fromkeys(dtypes))
     how = {"reference": reference.name, "model": model.name, "texts": list(texts)}

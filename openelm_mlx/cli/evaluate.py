@@ -113,12 +113,14 @@ def run(args: argparse.Namespace) -> int:
 class Progress:
     """Says how far a model's passes are: a bar on a terminal, else a line each minute.
 
-    `evaluate` calls it. From the first pass on Ctrl-C ends the evaluation between two passes.
+    It is the `report` that `answers` calls. From the first pass on Ctrl-C ends between two passes.
     """
 
-    def __init__(self, name: str, quiet: bool) -> None:
-        self.name, self.quiet = name, quiet
-        self.waiting = Waiting(f"reading the tasks for {name}")
+    def __init__(
+        self, name: str, quiet: bool, read: str = "the tasks", unit: str = "answers"
+    ) -> None:
+        self.name, self.quiet, self.unit = name, quiet, unit
+        self.waiting = Waiting(f"reading {read} for {name}")
         self.stack = ExitStack()
         self.stop: StopKey | None = None
         self.bar: Any = None
@@ -135,8 +137,8 @@ class Progress:
 
     def __str__(self) -> str:
         if not self.of:
-            return f"{self.name}: nothing is answered yet"
-        return f"{self.name}: {self.answered:,} of {self.of:,} answers"
+            return f"{self.name}: no {self.unit} yet"
+        return f"{self.name}: {self.answered:,} of {self.of:,} {self.unit}"
 
     def __call__(self, answered: int, of: int, tokens: int, most: int) -> None:
         now = time.monotonic()

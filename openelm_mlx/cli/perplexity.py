@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from openelm_mlx.cli.display import StopKey, Waiting, utf8_stdin
+from openelm_mlx.cli.display import utf8_stdin
+from openelm_mlx.cli.evaluate import Progress
 from openelm_mlx.cli.options import (
     MODEL_HELP,
     add_flags,
@@ -21,9 +20,6 @@ from openelm_mlx.cli.options import (
 )
 from openelm_mlx.errors import PromptError
 from openelm_mlx.evaluate.options import TextOptions
-
-if TYPE_CHECKING:
-    from openelm_mlx.evaluate.run import Report
 
 DESCRIPTION = """Measure how well a model predicts text: perplexity, nats per token, and bits per
 byte, which compares models of different tokenizers. The model reads windows that begin with BOS, as
@@ -70,13 +66,15 @@ def run(args: argparse.Namespace) -> int:
 
     context, stride = window(options, engine)
     ranks, apart = launched(), "" if stride == context - 1 else f", {stride} apart"
+    progress = Progress(engine.name, ranks.rank > 0, "the text", "parts")
     with Store(engine, options.batch_tokens) as store:
         try:
-            with reading("reading the text") as report:
-                how: Any = {"store": store, "ranks": ranks, "report": report}
+            with progress:
+                how: Any = {"store": store, "ranks": ranks, "report": progress}
                 found = asdict(text_perplexity(engine, list(texts.values()), options, **how))
         except KeyboardInterrupt:
-            print("stopped; the same command goes on", file=sys.stderr)
+            if ranks.rank == 0:
+                print(f"stopped: {progress}; the same command goes on", file=sys.stderr)
             return 130
         dtype = name_of(engine.model.transformer.norm.weight.dtype)
         how = {"model": engine.name, "texts": list(texts), "context": context, "stride": stride}
@@ -101,18 +99,6 @@ def show(title: str, how: dict[str, Any], found: dict[str, Any], as_json: bool) 
     for name, value in losses_shown(found):
         print(f"{name}: {value}")
     sys.stdout.flush()
-
-
-@contextmanager
-def reading(what: str) -> Iterator[Report]:
-    """Yield a report that shows how far the passes are; Ctrl-C ends them between two."""
-    with Waiting(what) as waiting, StopKey() as stop:
-
-        def report(done: int, of: int, tokens: int, most: int) -> None:
-            stop.check()
-            waiting.say(f"{what}: {tokens:,} of {most:,} tokens")
-
-        yield report
 
 
 def add_text_flag(parser: argparse.ArgumentParser) -> None:

@@ -158,7 +158,7 @@ def test_without_lm_eval_the_extra_is_named_before_a_model_is_loaded(capsys, mon
 def test_progress_is_said_without_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "NOTICE_SECONDS", 0.0)
     with Progress("270m", quiet=False) as progress:
-        assert str(progress) == "270m: nothing is answered yet"
+        assert str(progress) == "270m: no answers yet"
         progress(10, 1000, 5000, 95000)  # answered before
         progress.begun -= 60
         progress(20, 1000, 15000, 95000)

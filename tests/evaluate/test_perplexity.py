@@ -91,6 +91,22 @@ def test_figures_are_those_of_one_window_at_a_time(random, context, stride):
     assert told[-1][:2] == (told[0][1],) * 2 and len(told) > 1
 
 
+@pytest.mark.needs("lm-eval")
+def test_figures_are_lm_evals_of_texts_that_fit_one_window(random):
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
+
+    from openelm_mlx.evaluate.language_model import OpenELMLM
+
+    texts = [SHORT, "caf\u00e9"]
+    asked = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    scores = OpenELMLM(random).loglikelihood_rolling(asked)
+    items = [(score, len(text.encode())) for score, text in zip(scores, texts, strict=True)]
+    found = text_perplexity(random, texts)
+    assert found.bits_per_byte == pytest.approx(bits_per_byte(items), rel=1e-6)
+    assert 2**found.bits_per_byte == pytest.approx(weighted_perplexity(items), rel=1e-6)
+
+
 def test_intervals_are_those_of_a_comparison_of_the_model_with_itself(random):
     text = TEXT.read_text(encoding="utf-8")[:4200]
     found, same = text_perplexity(random, [text]), compare_engines(random, random, [text])
