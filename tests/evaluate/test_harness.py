@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
+from functools import partial
 
 import pytest
+from full_disk import files_of_at_most
 from local_tasks import CHOICE, QUESTIONS, TASKS, task_folder, write
 
 from openelm_mlx import batch_generate
 from openelm_mlx.chat import encode_messages
 from openelm_mlx.device import mx
 from openelm_mlx.engine.hub import BUNDLED
+from openelm_mlx.errors import EvaluationError
 from openelm_mlx.evaluate.score import log_probs, score
 
 pytestmark = pytest.mark.needs("lm-eval")
@@ -207,3 +212,50 @@ def test_what_lm_eval_caches_is_there_as_soon_as_a_pass_ends(tiny, results, tmp_
     found = [logprob for logprob, _ in cached.loglikelihood(asked)]
     flat = [one for row in answered(results, "choice") for one in row]
     assert found == pytest.approx(flat, abs=1e-4)
+
+
+def test_files_that_cannot_be_written(results, tmp_path):
+    from openelm_mlx.evaluate.harness import save
+
+    said = f"results cannot be written to {tmp_path}: OSError.*large"
+    with pytest.raises(EvaluationError, match=said), files_of_at_most(4096):
+        save(results, tmp_path)
+    assert [*tmp_path.iterdir()] == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvaluationError, match=f"cannot be written to {tmp_path}/file: File exists"):
+        save(results, tmp_path / "file")
+
+
+def test_nothing_is_printed_and_logs_are_as_before(lm, folder, capfd):
+    from openelm_mlx.evaluate.harness import evaluate_tasks
+
+    logger = logging.getLogger("lm_eval")
+    logger.setLevel(logging.INFO)
+    evaluate_tasks(lm, {"both": None}, include=[folder])
+    print("said")
+    assert capfd.readouterr() == ("said\n", "") and logger.level == logging.INFO
+
+
+def test_lm_evals_own_command_knows_the_model(folder, tmp_path, monkeypatch, capsys):
+    from lm_eval import tasks
+
+    from openelm_mlx.evaluate.__main__ import main
+
+    few = partial(tasks.TaskManager, include_defaults=False)  # all are read in seconds
+    monkeypatch.setattr(tasks, "TaskManager", few)
+    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)  # it would stay
+    monkeypatch.chdir(folder)  # where it looks for data files
+
+    def run(arguments):
+        asked = ["--tasks", "both", "--include_path", str(folder), "--output_path", str(tmp_path)]
+        command = ["lm_eval", "run", "--model", "openelm", "--model_args", arguments, *asked]
+        monkeypatch.setattr(sys, "argv", command)
+        main()
+
+    run("model=openelm-tiny,batch_tokens=512")
+    assert "|both" in capsys.readouterr().out
+    (path,) = tmp_path.glob("openelm-tiny/results_*.json")
+    assert json.loads(path.read_text())["config"]["batch_tokens"] == 512
+    with pytest.raises(SystemExit, match="2"):
+        run("model=nowhere")
+    assert "openelm: unknown model 'nowhere'; a model is" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from local_tasks import CHOICE, TASKS, task_folder, write
 
@@ -110,3 +112,31 @@ def test_arguments_of_the_model(tiny):
         OpenELMLM(tiny, batch_size=8)
     with pytest.raises(OptionError, match="bits is for loading a model, and this one is loaded"):
         OpenELMLM(tiny, bits=4)
+
+
+def test_a_dataset_that_was_fetched_before_needs_no_connection(lm, folder, monkeypatch):
+    from huggingface_hub import constants
+
+    from openelm_mlx.evaluate.harness import evaluate_tasks
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    evaluate_tasks(lm, {"choice": None}, include=[folder], limit=1)
+    (kept,) = folder.glob("cache/json/*/*/*/json-train.arrow")
+    there = folder / "cache" / "some___tales" / "default" / "0.0.0" / "1"
+    shutil.copytree(kept.parent, there)
+    (there / kept.name).rename(there / "tales-train.arrow")
+    write(folder, "near", CHOICE | {"dataset_path": "some/tales", "dataset_kwargs": {}})
+    results = evaluate_tasks(lm, {"near": None}, include=[folder])
+    assert results["n-samples"]["near"]["original"] == 5
+
+
+def test_a_tag_is_all_that_have_it(lm, folder):
+    from openelm_mlx.evaluate.tasks import below, find_tasks
+
+    for name in ("one", "two"):
+        write(folder, name, CHOICE | {"tag": "tagged"})
+    (folder / "over.yaml").write_text('{"group": "over", "task": ["tagged", "choice"]}')
+    index = find_tasks(["over"], [folder]).task_index
+    assert [entry.name for entry in below(index, "over")] == ["one", "two", "choice"]
+    assert list(below(index, "tagged", whole=False)) == [None]
+    assert "arc_easy" not in index and "arc_easy" in find_tasks(["arc_easy"]).task_index
