@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-PAIRS = 1024  # pairs of tokens that attend to each other, for which one token more may be fed
+PAIRS = 512  # pairs of tokens that attend to each other, for which one token more may be fed
 WIDTH = 512  # tokens of a row at which a pass has as many as it may: longer ones make it smaller
 SHORTEST = 64  # tokens of a prefix
 WORTH = 64  # tokens that are worth a pass: one with a prefix, or with less padding

@@ -12,7 +12,7 @@ from answers import fits, random_schema, time_masks
 
 from openelm_mlx import device
 from openelm_mlx.benchmarks.checks import soak
-from openelm_mlx.benchmarks.scripts import kernel_sets, pairs, waits
+from openelm_mlx.benchmarks.scripts import kernel_sets, pairs, score_speed, waits
 from openelm_mlx.benchmarks.scripts.pairs import CASES, Comparison, in_turns, measure
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.model.kernels.kernel import ALL
@@ -60,8 +60,8 @@ def test_the_tool_of_answers_tells_documents_of_a_schema_from_others() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    [pairs.main, waits.main, soak.main, kernel_sets.main],
-    ids=["pairs", "waits", "soak", "kernel_sets"],
+    [pairs.main, waits.main, soak.main, kernel_sets.main, score_speed.main],
+    ids=["pairs", "waits", "soak", "kernel_sets", "score_speed"],
 )
 def test_a_result_that_exists_is_not_replaced(script, tmp_path: Path, capsys) -> None:
     path = tmp_path / "mine.json"
@@ -90,3 +90,16 @@ def test_kernels_are_compared_with_twins_and_a_processor_has_twins_only(tmp_path
     assert said.out == ("" if on_cpu else "".join(f'{name}: ""\n' for name in ALL))
     hint = "nothing to compare: only GPUs run kernels of ours\n"
     assert said.err == (hint if on_cpu else "")
+
+
+@pytest.mark.needs("lm-eval")
+def test_log_likelihoods_are_those_of_mlx_lm_in_fewer_passes(nano: Path, tmp_path: Path, capsys):
+    path = tmp_path / "result.json"
+    words = [str(nano), "--shape", "arc", "--questions", "4", "--pairs", "2", "--json", str(path)]
+    assert score_speed.main(words) == 0
+    (found,) = json.loads(path.read_text()).values()
+    assert found["texts"] == 16 and found["difference"] < 1e-4 and found["greedy"]
+    assert found["theirs"]["passes"] == 4 + 16 and found["ours"]["passes"] < 3
+    assert re.search(
+        r"faster: [\d.]+ x \([\d.]+-[\d.]+, 2 pairs; at least 1.5\)", capsys.readouterr().out
+    )
