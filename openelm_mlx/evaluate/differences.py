@@ -7,16 +7,22 @@ shows changes that are far smaller than two separate standard errors.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from openelm_mlx.errors import EvaluationError
 from openelm_mlx.evaluate import tables
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from openelm_mlx.evaluate.report import Report
+    from openelm_mlx.evaluate.report import Cell, Report
+
+ALL = "all questions"
+ACCURACIES = ("acc", "acc_norm")
+Pair = tuple[float, float]  # the first model's score at a question, and the second's
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Difference:
     stderr: float | None  # of the difference; None for a single question
     better: int  # questions at which the first has the higher score
     worse: int
+    p: float  # of a split of these as uneven as this if either were as likely: McNemar's exact test
 
 
 @dataclass(frozen=True)
@@ -47,20 +54,23 @@ class Differences:
     def of(cls, first: Report, second: Report) -> Differences:
         """Compare two reports in every metric of every task that both have.
 
-        A group's difference is over all its questions, each of which counts the same.
+        A group's difference is over all its questions, each of which counts the same. So is that of
+        `ALL` tasks: with acc, and with acc_norm where there is one. Raises `EvaluationError` if two
+        questions of one number are not the same.
         """
-        from openelm_mlx.evaluate.report import SHARES, leaves
-
-        found = []
+        found, whole = [], {metric: list[Pair]() for metric in ACCURACIES}
         for cell in first.cells:
-            for metric in (score.metric for score in cell.scores):
-                scale = 100 if metric.split()[0] in SHARES else 1
-                pairs = []
-                for task in leaves(first.results, cell.task):
-                    one, other = answered(first, task, metric), answered(second, task, metric)
-                    pairs += [(scale * one[n], scale * other[n]) for n in one if n in other]
-                if pairs:
-                    found.append(of_pairs(cell.task, cell.title, metric, pairs))
+            pairs = {
+                score.metric: paired(first, second, cell, score.metric) for score in cell.scores
+            }
+            found += [
+                of_pairs(cell.task, cell.title, *entry) for entry in pairs.items() if entry[1]
+            ]
+            for metric in whole:
+                whole[metric] += pairs.get(metric, pairs.get(ACCURACIES[0], []))
+        if len(first.cells) > 1:
+            used = {row.metric for row in found}
+            found += [of_pairs(ALL, ALL, *one) for one in whole.items() if one[0] in used]
         return cls(first.model, second.model, tuple(found))
 
     @property
@@ -69,20 +79,21 @@ class Differences:
 
     def grid(self) -> list[list[str]]:
         """Return the table, its head first: a line for each metric of a task."""
-        names = ["first", "second"]
-        lines = [["task", "questions", "metric", *names, "difference ± s.e.", "better", "worse"]]
+        head = ["task", "metric", "first", "second", "change ±s.e.", "better", "worse", "p"]
+        lines = [head]
         for row in self.rows:
             spread = "" if row.stderr is None else f" ±{row.stderr:.2f}"
             scores = [f"{row.first:.2f}", f"{row.second:.2f}", f"{row.difference:+.2f}{spread}"]
-            line = [row.title, f"{row.questions:,}", row.metric, *scores]
-            lines.append([*line, f"{row.better:,}", f"{row.worse:,}"])
+            counts = [f"{row.better:,}", f"{row.worse:,}", f"{row.p:.2g}"]
+            lines.append([row.title, row.metric, *scores, *counts])
         return lines
 
     @property
     def notes(self) -> list[str]:
         return [
-            "better, worse: questions at which the first model scores higher or lower.",
-            "s.e.: the standard error of the difference, from the differences at each question.",
+            "better, worse: questions at which the first model scores higher or lower; p: the "
+            "chance of numbers as uneven if neither model were better (McNemar's exact test).",
+            "s.e.: the standard error of the change, from the changes at each question.",
         ]
 
     def as_dict(self) -> list[dict[str, Any]]:
@@ -95,17 +106,34 @@ class Differences:
         return tables.on_terminal(self.title, self.grid(), self.notes)
 
 
-def answered(report: Report, task: str, metric: str) -> dict[int, float]:
-    """Return the score of each question of a task, by its number."""
+def paired(first: Report, second: Report, cell: Cell, metric: str) -> list[Pair]:
+    """Return what both models score at each question of a task or group that both were asked."""
+    from openelm_mlx.evaluate.report import SHARES, leaves
+
+    pairs, scale = [], 100 if metric.split()[0] in SHARES else 1
+    for task in leaves(first.results, cell.task):
+        one, other = answered(first, task, metric), answered(second, task, metric)
+        for number in sorted(one.keys() & other.keys()):
+            (question, score), (their_question, theirs) = one[number], other[number]
+            if question != their_question:
+                what = f"question {number} of {task} is not the same for {first.model}"
+                raise EvaluationError(f"{what} and {second.model}; ask both of the same data")
+            pairs.append((scale * score, scale * theirs))
+    return pairs
+
+
+def answered(report: Report, task: str, metric: str) -> dict[int, tuple[str, float]]:
+    """Return lm-eval's hash of each question of a task and its score, by its number."""
     name, _, kind = metric.partition(" ")
     samples = report.results["samples"].get(task, ())
     kept = [sample for sample in samples if sample["filter"] == (kind or "none")]
-    scores = {sample["doc_id"]: sample.get(name) for sample in kept}
-    return {key: float(value) for key, value in scores.items() if isinstance(value, (int, float))}
+    scores = {one["doc_id"]: (one["doc_hash"], one.get(name)) for one in kept}
+    return {n: (of, float(x)) for n, (of, x) in scores.items() if isinstance(x, (int, float))}
 
 
-def of_pairs(task: str, title: str, metric: str, pairs: list[tuple[float, float]]) -> Difference:
+def of_pairs(task: str, title: str, metric: str, pairs: Sequence[Pair]) -> Difference:
     changes = [one - other for one, other in pairs]
+    better, worse = (sum(sign * change > 0 for change in changes) for sign in (1, -1))
     return Difference(
         task,
         title,
@@ -115,6 +143,16 @@ def of_pairs(task: str, title: str, metric: str, pairs: list[tuple[float, float]
         fmean(other for _, other in pairs),
         fmean(changes),
         stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None,
-        sum(change > 0 for change in changes),
-        sum(change < 0 for change in changes),
+        better,
+        worse,
+        mcnemar(better, worse),
     )
+
+
+def mcnemar(better: int, worse: int) -> float:
+    """Return the probability of a split of fair coins that is as uneven as this one or more so."""
+    tosses, term, tail = better + worse, 1, 1
+    for heads in range(min(better, worse)):
+        term = term * (tosses - heads) // (heads + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**tosses)
