@@ -177,7 +177,10 @@ def test_a_published_size_is_asked_the_zero_shot_suite(name):
     suite, tasks = chosen(OpenELMConfig.from_name(name), EvaluateOptions())
     assert suite == "zero-shot" and len(tasks) == 7 and set(tasks.values()) == {0}
     small = OpenELMConfig(model_dim=64, head_dim=32, num_transformer_layers=2, vocab_size=512)
-    assert chosen(small, EvaluateOptions()) == (None, {"fairy_tales": None})
+    assert chosen(small, EvaluateOptions()) == (
+        None,
+        {"fairy_tales_two": None, "fairy_tales_four": None},
+    )
     asked = EvaluateOptions(tasks=("mmlu", "piqa"), shots=5)
     assert chosen(small, asked) == (None, {"mmlu": 5, "piqa": 5})
     assert chosen(small, EvaluateOptions(suite="llm360"))[1]["arc_challenge"] == 25

@@ -35,6 +35,7 @@ ROOT = Path(__file__).parents[2]
 SHORT: dict[str, list[str]] = {
     "openelm benchmark": ["--trials", "5", "--processes", "1", "--prompt-tokens", "8"]
     + ["--generation-tokens", "4"],
+    "openelm evaluate": ["--limit", "1"],
     "openelm generate": ["--max-tokens", "4"],
     "openelm chat": ["--max-tokens", "4"],
     "openelm models": ["--yes"],
@@ -137,6 +138,7 @@ def stand_in(root: str, tokenizer: Path) -> None:
     from openelm_mlx.convert.quantize import calibrate, losses
     from openelm_mlx.engine import hub
     from openelm_mlx.evaluate import perplexity
+    from openelm_mlx.evaluate.suites import SUITES
     from openelm_mlx.server import run as server
 
     def made(*given: Any) -> int:
@@ -162,6 +164,8 @@ def stand_in(root: str, tokenizer: Path) -> None:
     activations.TOKENS = 16
     losses.ROWS = 16  # of a matrix, whose rounding errors are taken
     losses.NEAR = 0.5  # bits from the target that are measured
+    for name, suite in SUITES.items():
+        SUITES[name] = replace(suite, shots={"fairy_tales_two": 0})  # type: ignore[index]
     verify.TEXT = perplexity.TEXT = tokenizer.with_name("notes.txt")
     suites.Suite.trials_of_a_process = 2  # type: ignore[method-assign, assignment]
     machine.COPIED = 2**22  # bytes whose copy tells the bandwidth
