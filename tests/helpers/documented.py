@@ -57,6 +57,7 @@ def workshop(folder: Path) -> dict[str, Any]:
     assert (few := requests.replace('"max_tokens": 24', '"max_tokens": 2')) != requests
     (folder / "examples").mkdir()
     (folder / "examples" / "requests.jsonl").write_text(few, encoding="utf-8")
+    (folder / "examples" / "questions").symlink_to(ROOT / "examples" / "questions")
     (folder / "story-folder").mkdir()
     (folder / "keys.txt").write_text("a-key\n", encoding="ascii")
     (folder / "keys.txt").chmod(0o600)
