@@ -9,8 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -35,8 +34,13 @@ DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "yaml": "pyyaml", "google": "p
 DISTRIBUTIONS |= {"pydantic_core": "pydantic"}  # which requires one version of it
 
 
-def nodes(path: Path) -> Iterator[ast.AST]:
-    return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Return all nodes of a file but expressions, in which no statement stands."""
+    found: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    for node in found:
+        found += [one for one in ast.iter_child_nodes(node) if not isinstance(one, ast.expr)]
+    return found
 
 
 def imported(path: Path) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,32 +92,44 @@ def find_modules() -> dict[str, Path]:
 
 
 MODULES = find_modules()
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
 
 def home_of(module: str, name: str) -> str:
     """Return the module that `from module import name` needs: an entrance only passes it on."""
     if f"{module}.{name}" in MODULES:
         return f"{module}.{name}"
-    for node in ast.walk(TREES[module]) if module in ENTRANCES else ():
+    for node in ast.walk(tree(module)) if module in ENTRANCES else ():
         if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
             return str(node.module)
     return module
 
 
-def walk(node: ast.AST, lazy: bool, typing: bool) -> Iterator[tuple[ast.AST, bool, bool]]:
-    yield node, lazy, typing
-    lazy = lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+Import = ast.Import | ast.ImportFrom
+
+
+def imports(
+    node: ast.AST, lazy: bool = False, typing: bool = False
+) -> Iterator[tuple[Import, bool, bool]]:
+    """Give the imports below a node, with what a `Use` says of them."""
+    if isinstance(node, Import):
+        yield node, lazy, typing
+    lazy = lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     for child in ast.iter_child_nodes(node):
-        guarded = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-        yield from walk(child, lazy, typing or (guarded and child in getattr(node, "body", ())))
+        if not isinstance(child, ast.expr):  # in which no statement stands
+            guarded = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+            yield from imports(child, lazy, typing or (guarded and child in node.body))
 
 
 def uses_of(module: str) -> Iterator[Use]:
-    for node, lazy, typing in walk(TREES[module], False, False):
+    for node, lazy, typing in imports(tree(module)):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
+        elif node.module in MODULES:
             targets = [home_of(node.module, alias.name) for alias in node.names]
         else:
             continue
@@ -125,7 +138,9 @@ def uses_of(module: str) -> Iterator[Use]:
                 yield Use(module, target, node.lineno, lazy, typing)
 
 
-USES = sorted({use for module in MODULES if module not in ENTRANCES for use in uses_of(module)})
+@cache
+def uses() -> list[Use]:
+    return sorted({use for module in MODULES if module not in ENTRANCES for use in uses_of(module)})
 
 
 def short(module: str) -> str:
@@ -155,7 +170,7 @@ def arrow(use: Use) -> str:
 
 def test_arrows_between_rooms_point_one_way():
     wrong = set()
-    for use in USES:
+    for use in uses():
         here, there = room_of(use.module), room_of(use.target)
         if here is None or there is None or here == there or permitted(use):
             continue
@@ -201,7 +216,7 @@ def test_circles_are_found():
 def test_no_imports_in_circles():
     """Imports inside functions count, but for those of `LAZY`."""
     edges: dict[str, set[str]] = {module: set() for module in MODULES}
-    for use in USES:
+    for use in uses():
         of_types = use.typing and room_of(use.module) == room_of(use.target)
         if not permitted(use) and not of_types:
             edges[use.module].add(use.target)
@@ -225,8 +240,7 @@ MLX = {ROOT / "openelm_mlx" / "device.py"}
 def test_mlx_is_imported_through_the_device_only(module: str):
     names = [
         name
-        for node in ast.walk(TREES[module])
-        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for node, _, _ in imports(tree(module))
         for name in (
             [alias.name for alias in node.names]
             if isinstance(node, ast.Import)

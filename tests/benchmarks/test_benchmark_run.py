@@ -9,7 +9,7 @@ from bench_sessions import measured
 
 from openelm_mlx import device
 from openelm_mlx.benchmarks import peers
-from openelm_mlx.benchmarks.measure import harness, run, weights
+from openelm_mlx.benchmarks.measure import harness, run, suites, weights
 from openelm_mlx.benchmarks.measure.harness import NewProcess
 from openelm_mlx.benchmarks.measure.suites import BenchmarkOptions
 from openelm_mlx.benchmarks.measure.weights import groups, last_part
@@ -19,16 +19,22 @@ from openelm_mlx.cli import main
 from openelm_mlx.errors import BenchmarkError
 
 
+@pytest.fixture(autouse=True)
+def few_trials(monkeypatch):
+    """Let each process run two trials, the least: what five of them give is tested elsewhere."""
+    monkeypatch.setattr(suites.Suite, "trials_of_a_process", 2)
+
+
 def test_every_kind_of_case_runs(capsys):
     document = measured(
         prompt_tokens=(20,),
-        generation_tokens=(6,),
+        generation_tokens=(3,),
         batch_sizes=(1, 2),
         caches=("kv8",),
         speculations=("none", "prompt-lookup"),
     )
     labels = [
-        str(row.case).removeprefix("openelm-mlx openelm-tiny 8-bit 20+6 ") for row in document.rows
+        str(row.case).removeprefix("openelm-mlx openelm-tiny 8-bit 20+3 ") for row in document.rows
     ]
     assert labels == ["kv8", "kv8 prompt-lookup", "batch 2 kv8", "batch 2 kv8 prompt-lookup"]
     assert all("decode_tokens_per_second" in row.metrics for row in document.rows)
@@ -148,7 +154,7 @@ def test_the_startup_suite_takes_turns_with_peers_and_times_only_those_that_agre
     monkeypatch.setattr(peers, "why_not", lambda name: None)
     document = measured(suite="startup", peers=("mlx-lm",))
     ours, theirs = document.rows
-    assert ours.metrics["startup_seconds"].values == (0.5,) * 5 and ours.case.generation_tokens == 1
+    assert ours.metrics["startup_seconds"].values == (0.5,) * 2 and ours.case.generation_tokens == 1
     assert theirs.metrics == {} and (theirs.agrees, theirs.parts_at) == (False, 0)
     assert (
         theirs.notes == ("not timed: token 0 is 8, in openelm-mlx 7",)
