@@ -5,6 +5,7 @@ file; and what is loaded can be converted, and the other way round.
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
 from adapter_folders import mlx_lm_folder, peft_folder
@@ -147,12 +148,18 @@ SETTINGS += ["target_modules", "modules_to_save", "peft_type", "fan_in_fan_out",
 SETTINGS += ["lora_parameters", "fine_tune_type", "keys"]
 
 
+@cache
+def written(write):
+    """An adapter, and its settings as they are written."""
+    folder = write(SCRATCH / write.__name__, TINY, ("ffn.proj_2", "attn.qkv_proj"))
+    return folder, json.loads((folder / "adapter_config.json").read_text())
+
+
 @given(st.sampled_from(SETTINGS), json_values, st.sampled_from([mlx_lm_folder, peft_folder]))
 @FUZZ
 def test_any_setting_of_an_adapter(key, value, write):
-    folder = write(SCRATCH / write.__name__, TINY, ("ffn.proj_2", "attn.qkv_proj"))
+    folder, raw = written(write)
     file = folder / "adapter_config.json"
-    raw = json.loads(file.read_text())
     inner = raw.get("lora_parameters", {}) | {"scale" if key == "lora_alpha" else key: value}
     file.write_text(json.dumps(raw | {"lora_parameters": inner, key: value}))
     assert_adapter_survives(folder)

@@ -16,15 +16,20 @@ def engine(tiny):
     return random_engine(tiny, seed=1)
 
 
+@pytest.fixture(scope="module")
+def singles(engine):
+    """The events of each request alone."""
+    return [alone(engine, k) for k in range(len(PROMPTS))]
+
+
 @pytest.mark.parametrize("slots", [1, 3, 16])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_each_sequence_is_its_single_run(engine, slots, compiled):
+def test_each_sequence_is_its_single_run(engine, singles, slots, compiled):
     """Ragged lengths, own options, seeds and ends; with three slots most of them wait and join
     later.
     """
     results = batch_generate(engine, PROMPTS, SAMPLING, OPTIONS, slots=slots, compiled=compiled)
-    for k, result in enumerate(results):
-        events = alone(engine, k)
+    for k, (result, events) in enumerate(zip(results, singles, strict=True)):
         assert list(result.tokens) == [event.token for event in events]
         assert (
             result.text == "".join(event.text for event in events)
@@ -35,7 +40,7 @@ def test_each_sequence_is_its_single_run(engine, slots, compiled):
         )
 
 
-def test_a_joining_sequence_changes_nothing_and_events_are_complete(engine):
+def test_a_joining_sequence_changes_nothing_and_events_are_complete(engine, singles):
     batch = BatchEngine(engine, slots=4)
     events: dict[int, list] = {}
     numbers = {}
@@ -49,7 +54,7 @@ def test_a_joining_sequence_changes_nothing_and_events_are_complete(engine):
             break
     assert len(events) == len(PROMPTS) and batch.step() == []
     for number, k in numbers.items():
-        single = alone(engine, k)
+        single = singles[k]
         assert [event.token for event in events[number]] == [event.token for event in single]
         assert [event.logprob for event in events[number]] == pytest.approx(
             [event.logprob for event in single], abs=1e-4
