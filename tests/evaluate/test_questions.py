@@ -13,7 +13,8 @@ import pytest
 from openelm_mlx.evaluate.plan import Request
 from openelm_mlx.evaluate.score import loglikelihoods
 
-FOLDER = Path(__file__).parents[2] / "openelm_mlx" / "assets" / "fairy-tale-questions"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "openelm_mlx" / "assets" / "fairy-tale-questions"
 KINDS = {"two": 2, "four": 4}
 SHOTS = 5
 LIMIT = 10
@@ -134,3 +135,15 @@ def test_the_tasks_score_what_a_count_by_hand_does(tiny, tmp_path, monkeypatch):
         totals.update(right)
     for name, number in totals.items():
         assert math.isclose(found["groups"]["fairy_tales"][f"{name},none"], number / LIMIT / 2)
+
+
+def test_the_page_shows_the_example():
+    page = (ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")
+    task, questions = (
+        ROOT / "examples" / "questions" / f"proverbs.{end}" for end in ("yaml", "jsonl")
+    )
+    lines = questions.read_text(encoding="ascii").splitlines()
+    assert f"```yaml\n{task.read_text(encoding='ascii')}```" in page
+    assert f"```json\n{lines[0]}\n```" in page
+    rows = [json.loads(line) for line in lines]
+    assert all(0 <= row["answer"] < len(set(row["endings"])) for row in rows)
