@@ -7,12 +7,11 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forks import forks
 from formats import TINY, again, random_folder, tokenizer_file
 from golden_set import GOLDEN
 from hub_server import Hub
@@ -59,6 +58,13 @@ MODEL = {
 }
 
 
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    modules = "huggingface_hub._snapshot_download", "openelm_mlx.convert.pipeline"
+    with forks(tmp_path_factory.mktemp("forks"), *modules) as found:
+        yield found
+
+
 @pytest.fixture
 def hub():
     served = Hub({"apple/OpenELM-270M": MODEL, MIRRORS[0]: {"tokenizer.model": b"the tokenizer"}})
@@ -67,7 +73,7 @@ def hub():
     served.server.server_close()
 
 
-def resolve(url, home, name="270m", sha=SHA, **environ):
+def resolve(processes, url, home, name="270m", sha=SHA, **environ):
     """In a process of its own: huggingface_hub reads its addresses when it is imported."""
     code = (
         f"from openelm_mlx.engine import hub\nhub.TOKENIZER_SHA256 = {sha!r}\n"
@@ -82,39 +88,36 @@ def resolve(url, home, name="270m", sha=SHA, **environ):
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | settings | environ,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    result = processes.run(code, (), os.environ | settings | environ)
     return result.stdout.strip().splitlines()[-1] if result.stdout.strip() else result.stderr
 
 
 EXPECTED = "['config.json', 'model.safetensors'] b'the tokenizer' 3000000"
 
 
-def test_download_then_offline(hub, tmp_path):
-    assert resolve(hub.url, tmp_path) == EXPECTED  # and no code from the repository
-    assert resolve(hub.url, tmp_path, HF_HUB_OFFLINE="1") == EXPECTED
-    assert "HubError" in resolve(hub.url, tmp_path / "empty", HF_HUB_OFFLINE="1")
+def test_download_then_offline(processes, hub, tmp_path):
+    assert resolve(processes, hub.url, tmp_path) == EXPECTED  # and no code from the repository
+    assert resolve(processes, hub.url, tmp_path, HF_HUB_OFFLINE="1") == EXPECTED
+    assert "HubError" in resolve(processes, hub.url, tmp_path / "empty", HF_HUB_OFFLINE="1")
 
 
-def test_a_cut_download_goes_on_where_it_stopped(hub, tmp_path):
+def test_a_cut_download_goes_on_where_it_stopped(processes, hub, tmp_path):
     hub.files["apple/OpenELM-270M"] = MODEL | {
         "model.safetensors": b"w" * 30_000_000
     }  # the hub's client writes 10 MB at once
     hub.cut.add("model.safetensors")
     expected = EXPECTED.replace("3000000", "30000000")
-    first = resolve(hub.url, tmp_path)
+    first = resolve(processes, hub.url, tmp_path)
     assert first == expected or "HubError" in first
-    assert resolve(hub.url, tmp_path) == expected
+    assert resolve(processes, hub.url, tmp_path) == expected
     assert any(path.endswith("model.safetensors") and begin for _, path, begin in hub.log)
 
 
-def test_a_wrong_tokenizer_is_refused(hub, tmp_path):
-    assert "HubError" in (said := resolve(hub.url, tmp_path, sha="0" * 64)) and "tokenizer" in said
+def test_a_wrong_tokenizer_is_refused(processes, hub, tmp_path):
+    assert (
+        "HubError" in (said := resolve(processes, hub.url, tmp_path, sha="0" * 64))
+        and "tokenizer" in said
+    )
 
 
 REFUSALS = {  # repo -> HTTP status, the hub's code, what is said of it
@@ -147,7 +150,7 @@ REFUSALS = {  # repo -> HTTP status, the hub's code, what is said of it
 }
 
 
-def messages(url, home, *names, sha=SHA, largest_file=-1, **environ):
+def messages(processes, url, home, *names, sha=SHA, largest_file=-1, **environ):
     """What is said of each name, which may end with #REVISION, by one process; the last line is the
     seconds it took.
     """
@@ -168,33 +171,27 @@ def messages(url, home, *names, sha=SHA, largest_file=-1, **environ):
         "HF_HUB_DISABLE_XET": "1",
         "OPENELM_CACHE": str(home / "ours"),
     }
-    ran = subprocess.run(
-        [sys.executable, "-c", code, *names],
-        env=os.environ | settings | environ,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    ran = processes.run(code, names, os.environ | settings | environ)
     assert ran.returncode == 0, ran.stderr
     said = ran.stdout.splitlines()
     assert len(said) == len(names) + 1 and "Error" not in ran.stdout
     return said
 
 
-def test_refusals_name_their_cause(hub, tmp_path):
+def test_refusals_name_their_cause(processes, hub, tmp_path):
     hub.status.update({repo: (status, code) for repo, (status, code, _) in REFUSALS.items()})
     hub.files["x/no-weights"] = {"config.json": b"{}"}
-    said = messages(hub.url, tmp_path, *REFUSALS, "x/no-weights")
+    said = messages(processes, hub.url, tmp_path, *REFUSALS, "x/no-weights")
     for line, (_, _, wanted) in zip(said, REFUSALS.values(), strict=False):
         assert re.match(wanted, line), line
     assert said[-2].startswith("x/no-weights has no weights on the hub (safetensors, .gguf, .pt or")
 
 
-def test_a_hub_that_cannot_be_reached_is_told_at_once(hub, tmp_path):
+def test_a_hub_that_cannot_be_reached_is_told_at_once(processes, hub, tmp_path):
     closed = socket.socket()
     closed.bind(("127.0.0.1", 0))  # and does not listen
     url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    here, tokenizer, seconds = messages(url, tmp_path, "x/y", "corenet:270m")
+    here, tokenizer, seconds = messages(processes, url, tmp_path, "x/y", "corenet:270m")
     assert re.match(
         rf"x/y is not on this disk and {url} \(HF_ENDPOINT\) cannot be reached \(.*refused\);",
         here,
@@ -206,28 +203,28 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(hub, tmp_path):
     assert MIRRORS[1] not in tokenizer and float(seconds) < 10
     assert (
         "not on this disk, and HF_HUB_OFFLINE is set; unset it"
-        in messages(hub.url, tmp_path, "x/y", HF_HUB_OFFLINE="1")[0]
+        in messages(processes, hub.url, tmp_path, "x/y", HF_HUB_OFFLINE="1")[0]
     )
     assert hub.log == []
 
 
-def test_a_disk_that_is_full_and_a_cache_that_cannot_be_written(hub, tmp_path):
+def test_a_disk_that_is_full_and_a_cache_that_cannot_be_written(processes, hub, tmp_path):
     """A limit on the size of files stands in for a full disk."""
     hub.files["x/y"] = MODEL
-    said = messages(hub.url, tmp_path / "a", "x/y", largest_file=1_000_000)[0]
+    said = messages(processes, hub.url, tmp_path / "a", "x/y", largest_file=1_000_000)[0]
     assert (
         said == "the disk is full while fetching x/y; "
         "free some space and run the same command, it resumes"
     )
     (tmp_path / "file").write_text("")
-    said = messages(hub.url, tmp_path / "file", "x/y")[0]
+    said = messages(processes, hub.url, tmp_path / "file", "x/y")[0]
     assert said.endswith(
         "cannot be written, so x/y cannot be fetched; set HF_HUB_CACHE to another folder"
     )
 
 
 def test_a_checkpoint_with_llamas_vocabulary_gets_llamas_tokenizer(
-    hub, tmp_path, capsys, monkeypatch
+    processes, hub, tmp_path, capsys, monkeypatch
 ):
     """As a model and for convert; the offline switch is told where it is in the way."""
     folder, pieces = tmp_path / "m", ["<unk>", "<s>", "</s>", *(f"piece{n}" for n in range(31997))]
@@ -242,7 +239,7 @@ def test_a_checkpoint_with_llamas_vocabulary_gets_llamas_tokenizer(
         (folder / name).unlink()
     sha = hashlib.sha256(tokenizer).hexdigest()
     assert "HF_HUB_OFFLINE is set" in (
-        said := messages(hub.url, tmp_path, str(folder), HF_HUB_OFFLINE="1", sha=sha)[0]
+        said := messages(processes, hub.url, tmp_path, str(folder), HF_HUB_OFFLINE="1", sha=sha)[0]
     )
     assert said.startswith(
         f"there is no tokenizer beside {folder}, and no mirror gave the tokenizer ("
@@ -250,15 +247,17 @@ def test_a_checkpoint_with_llamas_vocabulary_gets_llamas_tokenizer(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert main(["convert", str(folder), "-o", str(tmp_path / "x")]) == 2
     assert said.split(" (")[0] in capsys.readouterr().err
-    made = Path(messages(hub.url, tmp_path, str(folder), sha=sha)[0])
+    made = Path(messages(processes, hub.url, tmp_path, str(folder), sha=sha)[0])
     assert (
         made.parent == tmp_path / "ours" / "converted"
         and (made / "tokenizer.model").read_bytes() == tokenizer
     )
-    assert messages(hub.url, tmp_path, str(folder), HF_HUB_OFFLINE="1", sha=sha)[0] == str(made)
+    assert messages(processes, hub.url, tmp_path, str(folder), HF_HUB_OFFLINE="1", sha=sha)[
+        0
+    ] == str(made)
 
 
-def test_a_repository_without_safetensors(hub, tmp_path):
+def test_a_repository_without_safetensors(processes, hub, tmp_path):
     """A GGUF file or a checkpoint is converted; of several GGUF files none is fetched."""
     small, gguf = GOLDEN / "tied-gqa4", tmp_path / "m.gguf"
     tokenizer = tokenizer_file(tmp_path).read_bytes()
@@ -270,7 +269,7 @@ def test_a_repository_without_safetensors(hub, tmp_path):
         "x/several": {"a.gguf": b"GGUF", "b.gguf": b"GGUF"},
         "x/both": MODEL | {"b.gguf": b"GGUF", "original/model.safetensors": b"w"},
     }
-    said = messages(hub.url, tmp_path, *hub.files)
+    said = messages(processes, hub.url, tmp_path, *hub.files)
     for line in said[:2]:
         assert Path(line).parent == tmp_path / "ours" / "converted"
     assert said[2] == (
@@ -283,13 +282,13 @@ def test_a_repository_without_safetensors(hub, tmp_path):
     ]
     fetched = {path for method, path, _ in hub.log if method == "GET" and "resolve" in path}
     assert not any(path.endswith(("a.gguf", "b.gguf", "m.pt")) for path in fetched)
-    assert messages(hub.url, tmp_path, "x/gguf", HF_HUB_OFFLINE="1")[0] == said[0]
+    assert messages(processes, hub.url, tmp_path, "x/gguf", HF_HUB_OFFLINE="1")[0] == said[0]
 
 
-def test_a_certificate_that_nobody_trusts(tmp_path):
+def test_a_certificate_that_nobody_trusts(processes, tmp_path):
     served = Hub({}, tls=True)
     try:
-        said = messages(served.url, tmp_path, "x/y")[0]
+        said = messages(processes, served.url, tmp_path, "x/y")[0]
     finally:
         served.server.shutdown()
         served.server.server_close()
@@ -300,33 +299,33 @@ def test_a_certificate_that_nobody_trusts(tmp_path):
     assert "SSL_CERT_FILE" in said
 
 
-def test_a_model_that_is_here_in_part(hub, tmp_path):
+def test_a_model_that_is_here_in_part(processes, hub, tmp_path):
     """The largest file is lost, as when a download was ended; what is missing for nobody's use does
     no harm.
     """
     files = hub.files["x/y"] = MODEL | {"tokenizer.model": b"the tokenizer", "LICENSE": b"free"}
-    folder = Path(messages(hub.url, tmp_path, "x/y")[0])
+    folder = Path(messages(processes, hub.url, tmp_path, "x/y")[0])
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         files.keys() - {"modeling_openelm.py"}
     )
     (folder / "LICENSE").unlink()
-    assert messages(hub.url, tmp_path, "x/y", HF_HUB_OFFLINE="1")[0] == str(folder)
+    assert messages(processes, hub.url, tmp_path, "x/y", HF_HUB_OFFLINE="1")[0] == str(folder)
     (folder / "model.safetensors").unlink()
-    said = messages(hub.url, tmp_path, "x/y", HF_HUB_OFFLINE="1")[0]
+    said = messages(processes, hub.url, tmp_path, "x/y", HF_HUB_OFFLINE="1")[0]
     assert re.match(
         r"x/y is on this disk in part only, and HF_HUB_OFFLINE is set; run the same command with",
         said,
     )
     assert said.endswith("or `openelm models remove x/y`")
     assert (
-        messages(hub.url, tmp_path, "x/y")[0] == str(folder)
+        messages(processes, hub.url, tmp_path, "x/y")[0] == str(folder)
         and (folder / "model.safetensors").is_file()
     )
 
 
-def test_names_are_checked_before_anything_is_fetched(hub, tmp_path, capsys):
+def test_names_are_checked_before_anything_is_fetched(processes, hub, tmp_path, capsys):
     names = ("corenet:270mm", "270m@last", "owner/na me", "a/..b")
-    assert all("x/" not in line for line in messages(hub.url, tmp_path, *names))
+    assert all("x/" not in line for line in messages(processes, hub.url, tmp_path, *names))
     assert hub.log == []
     assert main(["convert", "corenet:270mm", "-o", str(tmp_path / "x")]) == 2
     said = capsys.readouterr().err
@@ -337,9 +336,9 @@ def test_names_are_checked_before_anything_is_fetched(hub, tmp_path, capsys):
     )
 
 
-def test_a_folder_of_that_name_is_hinted_at(hub, tmp_path, monkeypatch):
+def test_a_folder_of_that_name_is_hinted_at(processes, hub, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert messages(hub.url, tmp_path, "models/270m")[0].endswith(
+    assert messages(processes, hub.url, tmp_path, "models/270m")[0].endswith(
         "; there is no folder models/270m here either"
     )
