@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +76,12 @@ def run(args: argparse.Namespace) -> int:
     if folder is not None:
         check_folder(folder)
     from openelm_mlx.device import mx
-    from openelm_mlx.evaluate.evaluation import evaluate
+    from openelm_mlx.evaluate.evaluation import evaluate, named_tasks
     from openelm_mlx.evaluate.run import launched
     from openelm_mlx.evaluate.store import Store
 
+    with Waiting("reading the names of the tasks"):
+        index = named_tasks(options)
     ranks = launched()
     first = ranks.rank == 0
     asked = [(load_model, args.model)]
@@ -89,11 +92,12 @@ def run(args: argparse.Namespace) -> int:
         for load, name in asked:
             engine = load(name, args)
             stores.append(stack.enter_context(Store(engine, options.batch_tokens)))
-            progress = Progress(name, quiet=not first)
+            label = name if load is load_beside else described(args)
+            progress = Progress(label, quiet=not first)
             try:
                 with progress:
-                    how: Any = {"store": stores[-1], "progress": progress}
-                    reports.append(evaluate(engine, options, **how))
+                    how: Any = {"store": stores[-1], "progress": progress, "index": index}
+                    reports.append(replace(evaluate(engine, options, **how), model=label))
             except KeyboardInterrupt:
                 if first:
                     print(f"stopped: {progress}; the same command goes on", file=sys.stderr)
@@ -108,6 +112,13 @@ def run(args: argparse.Namespace) -> int:
         for store in stores:
             store.finish()
     return 0
+
+
+def described(args: argparse.Namespace) -> str:
+    """Return the name of MODEL with what loading makes of it, as it may be compared with itself."""
+    bits, adapter = (vars(args).get(name) for name in ("bits", "adapter"))
+    quantized = "" if bits is None else f" at {bits} bits"
+    return f"{args.model}{quantized}" + ("" if adapter is None else f" with {Path(adapter).name}")
 
 
 class Progress:

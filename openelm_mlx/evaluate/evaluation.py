@@ -13,6 +13,7 @@ from openelm_mlx.evaluate.report import Report, Subject, report
 from openelm_mlx.evaluate.run import launched
 from openelm_mlx.evaluate.store import Store
 from openelm_mlx.evaluate.suites import SUITES
+from openelm_mlx.evaluate.tasks import find_tasks, quiet
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def evaluate(
     *,
     store: Store | None = None,
     progress: Progress | None = None,
+    index: Any = None,
 ) -> Report:
     """Ask a model the questions of a suite or of tasks, and return its scores.
 
@@ -35,9 +37,10 @@ def evaluate(
 
     Answers are kept in the cache folder as they come, and a call that was interrupted goes on from
     them; they go once all are there, or stay for as long as a `store` of your own. `progress` is
-    called after every pass of the model, as by `evaluate.run.answers`. Processes that `mlx.launch`
-    has started share the work, and each returns all of it. Raises `EvaluationError` for tasks that
-    cannot be had, before the model is asked anything.
+    called after every pass of the model, as by `evaluate.run.answers`; `index` is what
+    `named_tasks` has returned for these options. Processes that `mlx.launch` has started share the
+    work, and each returns all of it. Raises `EvaluationError` for tasks that cannot be had, before
+    the model is asked anything.
     """
     check_loaded("engine", engine)
     options = options or EvaluateOptions()
@@ -53,11 +56,24 @@ def evaluate(
             include=() if options.include is None else (options.include,),
             chat_template=options.chat_template,
             system=options.system,
+            index=index,
         )
         found = report(results, Subject.of(engine), suite)
         if own:
             kept.finish()
     return found
+
+
+def named_tasks(options: EvaluateOptions) -> Any:
+    """Return lm-eval's index of tasks, with those of these options; None if they name none.
+
+    Raises `EvaluationError` for a name that is not known: no model has to be loaded to find out.
+    """
+    names = options.tasks or (SUITES[options.suite].shots if options.suite else ())
+    if not names:
+        return None
+    with quiet():
+        return find_tasks(names, () if options.include is None else (options.include,))
 
 
 def chosen(

@@ -40,6 +40,7 @@ def evaluate_tasks(
     include: Iterable[str | Path] = (),
     chat_template: bool = False,
     system: str | None = None,
+    index: Any = None,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks, groups or tags of lm-eval, and return its results document.
 
@@ -50,7 +51,8 @@ def evaluate_tasks(
     task that fixes them at 0 keeps that, as in lm-eval. Only the first `limit` questions of each
     task are asked. `include` are folders with tasks of your own; their data files are found beside
     the YAML. `chat_template` puts each question as a message of a chat, the examples as exchanges
-    before it, and first of all the message `system`.
+    before it, and first of all the message `system`. `index` is what `find_tasks` has returned for
+    these names, if it was called before.
 
     The document has lm-eval's keys, and under "truncated" how many questions of each task were
     longer than the model's context and have lost their beginning. Raises `EvaluationError`.
@@ -64,7 +66,7 @@ def evaluate_tasks(
         general, date = EvaluationTracker().general_config_tracker, time.time()
         random.seed(DEFAULT_RANDOM_SEED)  # lm-eval's own, also before tasks are loaded
         np.random.seed(DEFAULT_OTHER_SEED)
-        loaded = load_tasks(find_tasks(tasks, include), tasks, DEFAULT_OTHER_SEED)
+        loaded = load_tasks(index or find_tasks(tasks, include), tasks, DEFAULT_OTHER_SEED)
         general.log_experiment_args(
             model_source="openelm",
             model_args=lm.arguments,

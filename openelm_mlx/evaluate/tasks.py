@@ -218,6 +218,7 @@ def reachable() -> bool:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the bars, logs and prints of lm-eval and datasets, of tasks, too, but for errors."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from lm_eval.api.task import tqdm  # the class that its modules and datasets draw with
 
     names = ("lm_eval", "datasets", "huggingface_hub", "evaluate")

@@ -8,10 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
+from adapter_folders import mlx_lm_folder
 from optional import hide
 
 from openelm_mlx.cli import evaluate, main
 from openelm_mlx.cli.evaluate import Progress
+from openelm_mlx.engine.hub import BUNDLED
 from openelm_mlx.evaluate.options import EvaluateOptions
 from openelm_mlx.model.config import OpenELMConfig
 
@@ -79,16 +81,21 @@ def test_a_report_is_printed_and_written_once(run, tmp_path, capsys):
 
 
 @pytest.mark.needs("lm-eval")
-def test_two_models_are_compared_question_by_question(run, capsys):
-    assert run("--json", "--bits", "2", "--against", "openelm-tiny") == 2  # it has 8 bits
-    assert "openelm-tiny is quantized already" in capsys.readouterr().err
-    assert run("--json", "--against", "openelm-tiny", "--limit", "9") == 0
+def test_a_model_with_an_adapter_is_compared_with_itself(run, tmp_path, capsys):
+    mlx_lm_folder(tmp_path / "mine", OpenELMConfig.from_file(BUNDLED / "config.json"))
+    assert run("--json", "--limit", "9", "--adapter", tmp_path / "mine") == 0
+    alone = json.loads(capsys.readouterr().out)
+    with_both = ("--limit", "9", "--adapter", tmp_path / "mine", "--against", "openelm-tiny")
+    assert run("--json", *with_both) == 0
     found = json.loads(capsys.readouterr().out)
-    (change,) = found["differences"]
-    first, second = (one["tasks"][0]["scores"][0]["value"] for one in (found, found["against"]))
-    assert change["questions"] == 9 and change["better"] == change["worse"] == 0
-    assert (change["first"], change["second"]) == pytest.approx((first, second))
-    assert change["difference"] == 0
+    (change,), second = found.pop("differences"), found.pop("against")
+    assert found == alone and found["model"] == "openelm-tiny with mine"
+    scores = [one["tasks"][0]["scores"][0]["value"] for one in (found, second)]
+    assert second["model"] == "openelm-tiny" and change["questions"] == 9
+    assert (change["first"], change["second"]) == pytest.approx(scores)
+    assert (change["better"] - change["worse"]) / 9 * 100 == pytest.approx(change["difference"])
+    assert run(*with_both, "--bits", "4") == 2  # MODEL alone has flags of its own
+    assert "openelm-tiny is quantized already; --bits needs" in capsys.readouterr().err
 
 
 @pytest.mark.needs("lm-eval")
@@ -153,6 +160,30 @@ def test_without_lm_eval_the_extra_is_named_before_a_model_is_loaded(capsys, mon
     monkeypatch.delattr(evaluate, "load_model")
     assert main(["evaluate"]) == 2
     assert capsys.readouterr().err.endswith("pip install 'openelm-mlx[evaluate]'\n")
+
+
+@pytest.mark.needs("lm-eval")
+def test_tasks_that_are_not_there_are_refused_before_a_model_is_loaded(run, capsys, monkeypatch):
+    monkeypatch.delattr(evaluate, "load_model")
+    assert run("--include", "none-such") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("openelm: there is no folder ") and said.count("\n") == 1
+
+
+def test_progress_is_a_bar_with_an_estimate_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    ours, theirs = os.openpty()
+    with open(theirs, "w", encoding="utf-8") as stream, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", stream)
+        with Progress("270m", quiet=False) as progress:
+            progress(10, 1000, 5000, 95000)
+            assert progress.bar is None  # an evaluation of less than two seconds has none
+            progress.begun -= 60
+            progress(20, 1000, 15000, 95000)
+            progress(30, 1000, 25000, 95000)
+        drawn = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "270m: 30 of 1,000 answers" in drawn and "0:0" in drawn
 
 
 def test_progress_is_said_without_a_terminal(capsys, monkeypatch):
