@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -92,6 +93,8 @@ class Runs:
         self.cache = target.with_name(f"{target.name}-cache")
 
     def begin(self, *more: str) -> subprocess.Popen[str]:
+        if (self.target / "report.json").exists():  # a run was killed when it had written all
+            shutil.rmtree(self.target)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {**os.environ, "OPENELM_CACHE": str(self.cache), "PATH": path}
         how: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -110,16 +113,20 @@ class Runs:
             raise SystemExit(f"{left} is left")
         return most
 
-    def killed(self, places: list[int], rng: random.Random) -> int:
-        """Kill at these numbers of stored passes; return how often it came to that."""
-        kills = 0
-        for place in places:
+    def killed(self, count: int, most: int, rng: random.Random) -> int:
+        """Kill so often, at random numbers of stored passes; return how many runs that took.
+
+        They rise, so that a run goes on from the one before; it begins anew after one that ended.
+        """
+        kills, places = 0, sorted((rng.randrange(most) for _ in range(count)), reverse=True)
+        for runs in itertools.count():
+            if kills == count:
+                return runs
+            place = places.pop() if places else rng.randrange(most)
             process = self.begin()
             while process.poll() is None and stored(self.cache) < place:
                 time.sleep(0.002)
-            time.sleep(
-                rng.random() / 50
-            )  # somewhere in the pass, or in what comes before the first
+            time.sleep(rng.random() / 50)  # anywhere in a pass, or before the first
             kills += process.poll() is None
             ranks = list(children(process.pid)) if self.shared else [process.pid]
             for rank in ranks if rng.random() < 0.5 else ranks[-1:]:
@@ -128,7 +135,7 @@ class Runs:
             said = process.communicate()[1]  # mlx.launch ends the others, and itself
             if "Traceback" in said:
                 raise SystemExit(said)
-        return kills
+        raise AssertionError("there is no end to counting")
 
 
 def children(parent: int) -> Iterator[int]:
@@ -142,7 +149,7 @@ def children(parent: int) -> Iterator[int]:
 
 def results(target: Path) -> dict[str, Any]:
     """Return all numbers and texts of a result by their place in it."""
-    paths = [target] if target.is_file() else sorted(target.rglob("*.json"))
+    paths = [target] if target.is_file() else sorted(target.rglob("*.json*"))
     found: dict[str, Any] = {}
 
     def walk(place: str, value: Any) -> None:
@@ -153,7 +160,9 @@ def results(target: Path) -> dict[str, Any]:
             found[place] = value
 
     for number, path in enumerate(paths):  # a name may have a time in it
-        walk(str(number), json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+        walk(str(number), list(map(json.loads, lines)))
     return found
 
 
@@ -201,10 +210,14 @@ def main() -> None:
     counts = {}
     for way, processes in (("killed", 1), ("mlx.launch -n 2, killed", 2)):
         one = runs(way.replace(" ", "-"), processes)
-        places = sorted(rng.randrange(most) for _ in range(args.kills))
-        counts[way], others[way] = one.killed(places, rng), one.target
+        counts[way], others[way] = one.killed(args.kills, most, rng), one.target
         one.whole()
-    print(json.dumps({"kills": counts, **compared(whole.target, again.target, others)}, indent=2))
+    print(
+        json.dumps(
+            {"kills": args.kills, "runs": counts, **compared(whole.target, again.target, others)},
+            indent=2,
+        )
+    )
 
 
 if __name__ == "__main__":
