@@ -188,16 +188,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--most", type=int, default=1 << 30, help=argparse.SUPPRESS)
-    parser.add_argument("command", nargs="*", help="another command, as `openelm evaluate ...`")
-    args = parser.parse_args()
+    words, command = sys.argv[1:], list[str]()
+    if "--" in words:
+        words, command = words[: words.index("--")], words[words.index("--") + 1 :]
+    args = parser.parse_args(words)
     if args.answer:
         answer(args.requests, args.answer, args.most)
         return
     args.folder.mkdir(parents=True, exist_ok=True)
 
     def runs(name: str, processes: int) -> Runs:
-        target, words = args.folder / name, [*args.command, "-o", str(args.folder / name)]
-        if not args.command:
+        target, words = args.folder / name, [*command, "-o", str(args.folder / name)]
+        if not command:
             words = [sys.executable, __file__, str(args.folder), "--answer", str(target)]
             words += ["--requests", str(args.requests)]
         return Runs(words, target, processes)
