@@ -69,7 +69,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, kind: str, transparent: bool = False) -> bytes:
-    """Return a picture in the format `png` or `svg`, the same for the same figure."""
+    """Return a picture in the format `png` or `svg`."""
     buffer = io.BytesIO()
     metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
     figure.savefig(buffer, format=kind, dpi=DPI, transparent=transparent, metadata=metadata)

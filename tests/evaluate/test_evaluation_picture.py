@@ -65,9 +65,9 @@ def test_two_models_have_two_colours_and_one_shape_for_each_metric():
     assert {"acc, one (1)", "acc, one (2)"} < {bars.get_label() for bars in twice}
 
 
-def test_files_are_what_their_names_say_and_the_same_each_time(tmp_path):
-    found = [made("a <model> of $mine$")]
-    assert write_picture(found, tmp_path / "a.svg") and write_picture(found, tmp_path / "b.svg")
+def test_files_are_what_their_names_say(tmp_path):
+    found = [made("a <model> of $mine$", suite="llm360")]
+    assert write_picture(found, tmp_path / "a.svg")
     assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
     assert write_picture(found, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
