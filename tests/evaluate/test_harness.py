@@ -124,8 +124,10 @@ def test_the_files_are_read_by_lm_eval(results, tmp_path):
 def test_a_choice_of_shots_is_the_tasks_unless_it_is_given(lm, folder):
     from openelm_mlx.evaluate.harness import evaluate_tasks
 
-    results = evaluate_tasks(lm, {"solved": 2}, include=[folder], limit=1)
-    assert results["n-shot"] == {"solved": 2} and results["n-samples"]["solved"]["effective"] == 1
+    write(folder, "fixed", CHOICE | {"num_fewshot": 0})
+    results = evaluate_tasks(lm, {"solved": 2, "fixed": 2}, include=[folder], limit=1)
+    assert results["n-shot"] == {"solved": 2, "fixed": 0}
+    assert results["n-samples"]["solved"]["effective"] == 1
     (row,) = results["samples"]["solved"]
     assert row["arguments"][0][0].count("\n\n") == 2
 
@@ -180,8 +182,10 @@ def test_what_is_beyond_the_context_is_left_out_and_counted(short, folder):
     (folder / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write(folder, "long", CHOICE, "long.jsonl")
     write(folder, "long_text", TASKS["whole"] | {"doc_to_target": "{{question * 3}}"}, "long.jsonl")
-    results = evaluate_tasks(lm, {"long": None, "long_text": None}, include=[folder])
-    assert results["truncated"] == {"long": 1, "long_text": 0}
+    write(folder, "long_answer", TASKS["written"], "long.jsonl")
+    tasks = dict.fromkeys(("long", "long_text", "long_answer"))
+    results = evaluate_tasks(lm, tasks, include=[folder])
+    assert results["truncated"] == {"long": 1, "long_answer": 1, "long_text": 0}
     encode = lm.engine.tokenizer.encode
     for found, choice in zip(answered(results, "long")[0], choices, strict=True):
         after = len(encode(f"king {choice}")) - len(encode("king"))
@@ -189,6 +193,9 @@ def test_what_is_beyond_the_context_is_left_out_and_counted(short, folder):
         logp = log_probs(lm.engine.model(whole[None, :-1])[0])  # 64 tokens are fed
         chosen = mx.take_along_axis(logp, whole[1:, None], axis=-1)[-after:]
         assert found == pytest.approx(chosen.sum().item(), abs=1e-4)
+    kept = encode(row["question"])[-58:]  # its answer has up to 6 tokens
+    (answer,) = batch_generate(lm.engine, [kept], max_tokens=6, stop=[" a", "."])
+    assert results["samples"]["long_answer"][0]["resps"] == [[answer.text.removeprefix(" ")]]
 
 
 def test_what_lm_eval_caches_is_there_as_soon_as_a_pass_ends(tiny, results, tmp_path):
