@@ -186,6 +186,7 @@ class Progress:
             columns = (progress.BarColumn(20), progress.TextColumn("{task.description}"))
             how: Any = {"console": Console(stderr=True), "transient": True}
             how |= {"refresh_per_second": 2, "speed_estimate_period": 3600}
+            how["redirect_stdout"] = False  # `quiet` has its own, which ends before the bar
             self.bar = progress.Progress(*columns, progress.TimeRemainingColumn(), **how)
             self.stack.enter_context(self.bar)
             self.task = self.bar.add_task(str(self), completed=self.before)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -150,8 +153,6 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, capsys, monkeypatc
 
 
 def test_without_lm_eval_the_extra_is_named_before_a_model_is_loaded(capsys, monkeypatch):
-    import sys
-
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("language_model", "harness", "evaluation"):
@@ -172,15 +173,17 @@ def test_tasks_that_are_not_there_are_refused_before_a_model_is_loaded(run, caps
 
 def test_progress_is_a_bar_with_an_estimate_on_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    ours, theirs = os.openpty()
+    before, (ours, theirs) = sys.stdout, os.openpty()
     with open(theirs, "w", encoding="utf-8") as stream, monkeypatch.context() as patch:
         patch.setattr("sys.stderr", stream)
-        with Progress("270m", quiet=False) as progress:
+        # as while lm-eval runs
+        with Progress("270m", quiet=False) as progress, redirect_stdout(io.StringIO()):
             progress(10, 1000, 5000, 95000)
             assert progress.bar is None  # an evaluation of less than two seconds has none
             progress.begun -= 60
             progress(20, 1000, 15000, 95000)
             progress(30, 1000, 25000, 95000)
+        assert sys.stdout is before
         drawn = os.read(ours, 1 << 16).decode()
     os.close(ours)
     assert "270m: 30 of 1,000 answers" in drawn and "0:0" in drawn
