@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from unittest.mock import patch
 
 import pytest
+from golden_set import load_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import random_engine
+from small import merged_model, random_adapter, random_engine
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import OptionError, PromptError
 from openelm_mlx.evaluate import plan as planning
+from openelm_mlx.evaluate import score as scoring
 from openelm_mlx.evaluate.plan import Request, plan
 from openelm_mlx.evaluate.score import Answer, Scorer, loglikelihoods
 
@@ -83,6 +85,9 @@ def test_questions_after_shared_examples(small):
     for batch_tokens, prefixes in ((256, {0, 91}), (4096, {0})):  # many short rows, or one long one
         assert {work.prefix for work in plan(asked, batch_tokens)} == prefixes
         assert_as_alone(small, asked, batch_tokens)
+    # as where a GPU's memory or display wants shorter work
+    with patch.multiple(scoring, chunk_for=lambda *_: 40, layers_at_once=lambda *_: 1):
+        assert_as_alone(small, asked, 256)
 
 
 def test_the_bundled_model(tiny):
@@ -93,6 +98,43 @@ def test_the_bundled_model(tiny):
         for word in words
     ]
     assert_as_alone(tiny, asked, 4096)
+
+
+@pytest.mark.parametrize("name", ["tied-gqa4", "noqknorm-gqa2", "noglu-gqa2", "openelm-nano"])
+def test_answers_follow_from_the_logits_of_the_reference(tiny, name, tmp_path):
+    model, tokens, expected = load_golden(name, tmp_path)
+    engine = Engine(model, tiny.tokenizer, model.args, name, tmp_path)
+    logits = mx.array(expected)[..., : engine.vocab]
+    logp, likeliest = logits - mx.logsumexp(logits, axis=-1, keepdims=True), logits.argmax(axis=-1)
+    cuts = ((1, 9, 40), (8, 9, 50), (8, 9, 60), (8, 20, 70), (12, 20, 80))
+
+    def assert_as_the_reference(cuts: Sequence[tuple[int, int, int]], prefixes: set[int]) -> None:
+        texts = [(row, text, cut) for row, text in enumerate(tokens.tolist()) for cut in cuts]
+        asked = [
+            Request(tuple(t[:start]), (*t[start:stop], last)) for _, t, (start, stop, last) in texts
+        ]
+        assert {work.prefix for work in plan(asked, 8)} == prefixes
+        found = loglikelihoods(engine, asked, batch_tokens=8)
+        for answer, request, (row, _, (start, stop, _)) in zip(found, asked, texts, strict=True):
+            targets = mx.array(request.continuation)
+            scores = logp[row, mx.arange(start - 1, stop), targets]
+            assert answer.logprob == pytest.approx(scores.sum().item(), abs=1e-4)
+            assert answer.greedy == (likeliest[row, start - 1 : stop] == targets).all().item()
+
+    with patch.multiple(planning, SHORTEST=4, WORTH=4):
+        assert_as_the_reference(cuts, {0})  # the first one wants the state of the first token
+        assert_as_the_reference(cuts[1:], {7})
+
+
+def test_an_adapter_answers_as_the_merged_model(small):
+    small.load_adapter(random_adapter(small.model, 2, dora=True), "one")
+    model = merged_model(small.model, small.adapters["one"].adapter)
+    merged = Engine(model, small.tokenizer, small.config, "merged", small.path)
+    asked = [Request((1, 9, *range(3, 3 + n)), (5, n + 6)) for n in (2, 2, 3, 8, 8)]
+    found = loglikelihoods(small.adapted("one"), asked)
+    for answer, request in zip(found, asked, strict=True):
+        assert answer.logprob == pytest.approx(alone(merged, request).logprob, abs=1e-3)
+        assert abs(answer.logprob - alone(small, request).logprob) > 0.1
 
 
 def test_passes_may_come_in_any_order(small):
