@@ -52,12 +52,11 @@ class Pass:
     """The requests, by their number, that one pass of the model answers.
 
     The first `rows[0]` of them are the tree of the first row, and so on. All begin with the same
-    `prefix` tokens, which are not among `tokens`: they are run before, unless an earlier pass with
-    the same ones has just done so.
+    `prefix` tokens, which are run before, unless the pass before had the same ones.
     """
 
     requests: tuple[int, ...]
-    tokens: int  # that it takes, with padding
+    tokens: int  # that it takes, with padding, and with the prefix if it is the first that has it
     rows: tuple[int, ...] = ()
     prefix: int = 0
 
@@ -80,7 +79,7 @@ class Row(NamedTuple):
 
 def plan(requests: Sequence[Request], batch_tokens: int) -> list[Pass]:
     """Return passes that answer each request once, each of at most `batch_tokens` with padding, or
-    of a single longer sequence.
+    of a single longer sequence; a prefix comes before these. Passes with the same one are together.
 
     Passes are smaller where rows are long, because attention takes memory for each pair of tokens.
     The same requests always give the same passes, so that numbers do not depend on which of them
@@ -89,12 +88,14 @@ def plan(requests: Sequence[Request], batch_tokens: int) -> list[Pass]:
     passes = []
     for prefix, items in groups(sorted_items(requests), batch_tokens):
         rows = sorted(in_rows(items, prefix, batch_tokens), key=lambda row: -row.tokens)
+        before = prefix
         while rows:
             count = rows_of_a_pass([row.tokens for row in rows], prefix, batch_tokens)
             taken, rows = rows[:count], rows[count:]
             numbers = tuple(item.number for row in taken for item in row.items)
             sizes = tuple(len(row.items) for row in taken)
-            passes.append(Pass(numbers, taken[0].tokens * count, sizes, prefix))
+            passes.append(Pass(numbers, before + taken[0].tokens * count, sizes, prefix))
+            before = 0
     return passes
 
 
@@ -151,11 +152,8 @@ def groups(items: list[Item], batch_tokens: int) -> list[tuple[int, list[Item]]]
             inside = (at for at in range(start + 1, stop) if items[at].shared == inner)
             parts += [(*ends, owner) for ends in pairwise((start, *inside, stop))]
     found: list[list[Item]] = [[] for _ in prefixes]
-    alike = [0] * len(prefixes)  # what the next item of each owner shares with its latest
     for item, owner in zip(items, owners, strict=True):
-        alike = [min(tokens, item.shared) for tokens in alike]
-        found[owner].append(item._replace(shared=alike[owner]))
-        alike[owner] = item.length
+        found[owner].append(item)  # what it shares with the one before holds without others between
     return [(prefix, own) for prefix, own in zip(prefixes, found, strict=True) if own]
 
 

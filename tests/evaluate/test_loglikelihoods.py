@@ -86,8 +86,12 @@ def test_questions_after_shared_examples(small):
         assert {work.prefix for work in plan(asked, batch_tokens)} == prefixes
         assert_as_alone(small, asked, batch_tokens)
     # as where a GPU's memory or display wants shorter work
-    with patch.multiple(scoring, chunk_for=lambda *_: 40, layers_at_once=lambda *_: 1):
+    with (
+        patch.multiple(scoring, chunk_for=lambda *_: 40, layers_at_once=lambda *_: 1),
+        patch.object(mx, "eval", wraps=mx.eval) as evaluated,
+    ):
         assert_as_alone(small, asked, 256)
+    assert evaluated.call_count >= len(plan(asked, 256)) * small.config.num_transformer_layers
 
 
 def test_the_bundled_model(tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +25,11 @@ def requests() -> Any:
     return st.lists(st.builds(Request, texts(1), texts(1)), max_size=20)
 
 
+def beginning(work: Pass, asked: list[Request]) -> tuple[int, ...]:
+    """The prefix of a pass."""
+    return asked[work.requests[0]].fed[: work.prefix]
+
+
 def words(rng: random.Random, count: int) -> tuple[int, ...]:
     return tuple(rng.randrange(3, 4000) for _ in range(count))
 
@@ -40,12 +46,14 @@ def rows(work: Pass, asked: list[Request]) -> list[list[tuple[int, ...]]]:
 def test_each_request_is_answered_once_in_passes_that_fit(asked, batch_tokens):
     passes = plan(asked, batch_tokens)
     assert sorted(n for work in passes for n in work.requests) == list(range(len(asked)))
-    for work in passes:
+    for before, work in pairwise([None, *passes]):
+        first = before is None or beginning(before, asked) != beginning(work, asked)
+        tokens = work.tokens - work.prefix * first
         trees = [Tree.of(row) for row in rows(work, asked)]
-        assert work.tokens == len(trees) * max(len(tree.tokens) for tree in trees)
-        assert work.tokens - sum(len(tree.tokens) for tree in trees) <= planning.WORTH
-        assert work.tokens <= batch_tokens or len(set(rows(work, asked)[0])) == len(trees) == 1
-        assert len({asked[n].fed[: work.prefix] for n in work.requests}) == 1
+        assert tokens == len(trees) * max(len(tree.tokens) for tree in trees)
+        assert tokens - sum(len(tree.tokens) for tree in trees) <= planning.WORTH
+        assert tokens <= batch_tokens or len(set(rows(work, asked)[0])) == len(trees) == 1
+        assert {asked[n].fed[: work.prefix] for n in work.requests} == {beginning(work, asked)}
         assert all(work.prefix < len(asked[n].context) for n in work.requests)
     assert plan(asked, batch_tokens) == passes
 
@@ -94,14 +102,18 @@ def test_examples_before_every_question_are_run_once():
     passes = plan(asked, 2048)
     assert sorted({work.prefix for work in passes}) == [620, 630, 640]
     fed = sum(len(request.context) for request in asked[::4])
-    assert sum(work.tokens for work in passes) + sum(map(len, subjects)) < fed / 8
-    prefixes = [asked[work.requests[0]].fed[: work.prefix] for work in passes]
-    changes = sum(a != b for a, b in zip(prefixes, prefixes[1:], strict=False))
+    assert sum(work.tokens for work in passes) < fed / 8
+    changes = sum(beginning(a, asked) != beginning(b, asked) for a, b in pairwise(passes))
     assert changes == len(subjects) - 1  # passes with the same prefix follow each other
 
 
-def test_a_text_too_long_for_one_row_is_a_prefix_of_its_choices():
+def test_memory_of_attention_limits_a_pass():
     rng = random.Random(5)
     context = words(rng, 2000)
     asked = [Request(context, words(rng, 8)) for _ in range(4)]
-    assert plan(asked, 1024) == [Pass((*plan(asked, 1024)[0].requests,), 29, (4,), 1999)]
+    (work,) = plan(asked, 1024)  # one row would take 2,029 * 2,029 pairs
+    assert (work.prefix, work.rows, work.tokens) == (1999, (4,), 1999 + 29)
+    assert plan([Request(context, (5,))], 1024) == [Pass((0,), 2000, (1,), 1999)]
+    rows = [Request(words(rng, 1000), (5,)) for _ in range(5)]
+    assert [len(work.rows) for work in plan(rows, 4096)] == [2, 2, 1]
+    assert [len(work.rows) for work in plan(rows, 8192)] == [4, 1]
