@@ -39,8 +39,8 @@ def test_a_turn_prefills_only_what_is_new(tiny):
     assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
 
 
-def test_the_tenth_turn_prefills_its_own_message_only(tiny):
-    talk, prefilled = Conversation(tiny, max_tokens=6, ignore_eos=True, temperature=0.0), []
+def test_the_tenth_turn_prefills_its_own_message_only(small):
+    talk, prefilled = Conversation(small, max_tokens=6, ignore_eos=True, temperature=0.0), []
     for _ in range(10):
         _, stats = ask(talk, "Hi")
         prefilled.append(stats.prompt_tokens - stats.reused_tokens)
@@ -85,7 +85,7 @@ def test_a_turn_is_fed_as_it_was_shown_with_one_end_of_text(tiny, settings):
 
 def test_what_was_not_shown_is_not_fed(small):
     """An answer stopped after any of its tokens, also amid the bytes of a character."""
-    noise = {"temperature": 100.0, "seed": 4, "max_tokens": 60, "ignore_eos": True}
+    noise = {"temperature": 100.0, "seed": 4, "max_tokens": 30, "ignore_eos": True}
     held_back = 0
     events = list(Conversation(small, **noise).send("Hi"))
     for count in range(1, len(events)):
