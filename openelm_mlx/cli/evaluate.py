@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
                     print(f"stopped: {progress}; the same command goes on", file=sys.stderr)
                 return 130
             del engine
+            gc.collect()  # lm-eval's objects refer to each other
             mx.clear_cache()  # the next model has the memory of this one
         if first:
             show(reports, args.json)

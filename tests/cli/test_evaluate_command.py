@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import weakref
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -84,7 +85,20 @@ def test_a_report_is_printed_and_written_once(run, tmp_path, capsys):
 
 
 @pytest.mark.needs("lm-eval")
-def test_a_model_with_an_adapter_is_compared_with_itself(run, tmp_path, capsys):
+def test_a_model_with_an_adapter_is_compared_with_itself(run, tmp_path, capsys, monkeypatch):
+    first, second, loaded = evaluate.load_model, evaluate.load_beside, []
+
+    def load(name, args):
+        engine = first(name, args)
+        loaded.append(weakref.ref(engine.model))
+        return engine
+
+    def load_beside(name, args):
+        assert loaded[-1]() is None  # its memory is free
+        return second(name, args)
+
+    monkeypatch.setattr(evaluate, "load_model", load)
+    monkeypatch.setattr(evaluate, "load_beside", load_beside)
     mlx_lm_folder(tmp_path / "mine", OpenELMConfig.from_file(BUNDLED / "config.json"))
     assert run("--json", "--limit", "9", "--adapter", tmp_path / "mine") == 0
     alone = json.loads(capsys.readouterr().out)
