@@ -8,28 +8,26 @@ lm-eval has no way for a package to add a model to its command; this one only ad
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 
 from openelm_mlx.errors import OpenELMError
 
 
 def main() -> None:
-    """Run `lm_eval`. A user's mistake about the model is one line, and exit status 2."""
+    """Run `lm_eval`. What it or a task raises is one line, and exit status 2."""
     try:
-        import_module("openelm_mlx.evaluate.language_model")  # registers the model
+        from openelm_mlx.evaluate.harness import explained  # registers the model
+
+        try:
+            from lm_eval.__main__ import cli_evaluate
+
+            cli_evaluate()
+        except OpenELMError:
+            raise
+        except Exception as error:  # it has no errors of its own
+            raise explained(error) from error
     except OpenELMError as error:
-        sys.exit(refused(error))
-    from lm_eval.__main__ import cli_evaluate
-
-    try:
-        cli_evaluate()
-    except OpenELMError as error:
-        sys.exit(refused(error))
-
-
-def refused(error: OpenELMError) -> int:
-    print(f"openelm: {error}", file=sys.stderr)
-    return 2
+        print(f"openelm: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import inspect
 import io
 import logging
 import os
@@ -96,8 +95,8 @@ def find_tasks(names: Iterable[str], include: Iterable[str | Path] = ()) -> Any:
             what = f"there is no folder {folder} of tasks to include"
             raise EvaluationError(f"{what}; give one with YAML files of lm-eval's form")
     folders = [*BUNDLED, *folders]
-    names, library = list(names), Path(inspect.getfile(TaskManager)).parent
-    near = [one for one in library.iterdir() if one.is_dir() and may_have(one.name, names)]
+    names = list(names)
+    near = [one for one in library().iterdir() if one.is_dir() and may_have(one.name, names)]
     for places, whole in ((folders, False), ([*near, *folders], False), (folders, True)):
         manager = TaskManager(include_path=places, include_defaults=whole)
         index = manager.task_index
@@ -110,6 +109,13 @@ def find_tasks(names: Iterable[str], include: Iterable[str | Path] = ()) -> Any:
         if entry.yaml_path is not None and any(one in entry.yaml_path.parents for one in folders):
             index[name] = anchored(entry)
     return manager
+
+
+def library() -> Path:
+    """Return the folder of lm-eval's own tasks."""
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent
 
 
 def may_have(folder: str, names: Iterable[str]) -> bool:

@@ -253,10 +253,10 @@ def test_lm_evals_own_command_knows_the_model(folder, tmp_path, monkeypatch, cap
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)  # it would stay
     monkeypatch.chdir(folder)  # where it looks for data files
 
-    def run(arguments):
+    def run(arguments, *more):
         asked = ["--tasks", "both", "--include_path", str(folder), "--output_path", str(tmp_path)]
-        command = ["lm_eval", "run", "--model", "openelm", "--model_args", arguments, *asked]
-        monkeypatch.setattr(sys, "argv", command)
+        command = ["lm_eval", "run", "--model", "openelm", "--model_args", arguments]
+        monkeypatch.setattr(sys, "argv", [*command, *asked, *more])
         main()
 
     run("model=openelm-tiny,batch_tokens=512")
@@ -266,3 +266,7 @@ def test_lm_evals_own_command_knows_the_model(folder, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit, match="2"):
         run("model=nowhere")
     assert "openelm: unknown model 'nowhere'; a model is" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run("model=openelm-tiny", "--limit", "0.5", "--samples", '{"choice": [1]}')
+    said = "openelm: lm-eval fails: ValueError: If --samples is not None, then --limit must be None"
+    assert said in capsys.readouterr().err

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+from importlib import import_module
 
 import pytest
 from local_tasks import CHOICE, TASKS, task_folder, write
+from optional import hide
 
 from openelm_mlx.errors import EvaluationError, OptionError
 
@@ -101,6 +105,38 @@ def test_a_dataset_of_the_hub_without_a_connection(lm, folder, monkeypatch):
     with pytest.raises(EvaluationError, match="task far: its data are not on this disk, and the h"):
         evaluate_tasks(lm, {"far": None}, include=[folder])
     assert not constants.HF_HUB_OFFLINE
+
+
+def test_without_lm_eval(monkeypatch):
+    for name in ("harness", "language_model"):
+        monkeypatch.delitem(sys.modules, f"openelm_mlx.evaluate.{name}", raising=False)
+    hide(monkeypatch, "lm_eval")
+    with pytest.raises(
+        EvaluationError, match=r"not installed; pip install 'openelm-mlx\[evaluate\]"
+    ):
+        import_module("openelm_mlx.evaluate.harness")
+
+
+@pytest.mark.skipif("OPENELM_LOAD" not in os.environ, reason="reads 14,000 files")
+def test_folders_named_for_tasks_have_all_of_them():
+    from lm_eval.tasks._index import TaskIndex
+
+    from openelm_mlx.evaluate.tasks import below, find_tasks, library, may_have
+
+    parts = {one: TaskIndex.build([one]) for one in library().iterdir() if one.is_dir()}
+    whole = find_tasks(["ai2_arc"]).task_index
+    found = 0
+    for name, entry in whole.items():
+        near: dict = {}
+        for folder, index in parts.items():
+            near |= index if may_have(folder.name, [name]) else {}
+        members = list(below(near, name, whole=False))
+        if all(members):
+            found += 1
+            assert [one.yaml_path for one in members] == [
+                one.yaml_path for one in below(whole, name)
+            ], entry
+    assert found > 9000
 
 
 def test_arguments_of_the_model(tiny):
