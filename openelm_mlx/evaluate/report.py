@@ -120,7 +120,7 @@ def same_shape(row: str, config: OpenELMConfig) -> bool:
 
 @dataclass(frozen=True)
 class Report:
-    """The scores of a model, and Apple's. `print` it, or a console of rich; see `docs`."""
+    """The scores of a model, and Apple's: `print` it, or give it to a console of rich."""
 
     model: str
     suite: str | None
@@ -134,12 +134,17 @@ class Report:
     @property
     def title(self) -> str:
         of = "" if self.suite is None else f", {SUITES[self.suite].title}"
-        return f"{self.model}{of}" + ("" if self.row is None else f", beside Apple's {self.row}")
+        return f"{self.model}{of}" + (f", beside Apple's {self.row}" if self.compares else "")
+
+    @property
+    def compares(self) -> bool:
+        """Whether any score has a figure of Apple's beside it."""
+        return any(cell.published is not None for cell in self.cells)
 
     def grid(self) -> list[list[str]]:
         """Return the table, its head first: a line for each metric of a task."""
         cells = self.cells if self.average is None else (*self.cells, self.average)
-        return tables.grid(cells, compares=any(cell.published is not None for cell in cells))
+        return tables.grid(cells, self.compares)
 
     def markdown(self) -> str:
         return tables.markdown(self.title, self.grid(), self.notes)
@@ -147,7 +152,10 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Return everything for JSON, with the source of Apple's figures."""
         found: dict[str, Any] = {"schema": SCHEMA, "model": self.model, "suite": self.suite}
-        found |= {"row": self.row, "source": source_of(self.row) if self.row else None}
+        found |= {
+            "row": self.row,
+            "source": source_of(self.row) if self.row and self.compares else None,
+        }
         average = None if self.average is None else self.average.as_dict()
         found |= {"tasks": [cell.as_dict() for cell in self.cells], "average": average}
         return found | {"notes": list(self.notes), "lm_eval": self.lm_eval}

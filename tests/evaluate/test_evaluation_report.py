@@ -123,7 +123,9 @@ def test_both_metrics_are_shown_whichever_is_compared():
 
 def test_other_shots_another_model_and_a_chat_template_are_not_compared():
     results = stated({"arc_challenge": replace(ARC, shots=3)})
-    assert report(results, SUBJECT).cells[0].published is None
+    of_other_shots = report(results, SUBJECT)
+    assert of_other_shots.cells[0].published is None and of_other_shots.title == "m"
+    assert of_other_shots.as_dict()["source"] is None
     results = stated({"arc_challenge": ARC})
     other = report(results, Subject("m"))
     assert other.cells[0].published is None and other.grid()[0][-1] == "score ±s.e."
