@@ -13,29 +13,26 @@ from openelm_mlx.evaluate.differences import ALL, Difference, Differences, mcnem
 from openelm_mlx.evaluate.report import Report, Subject, report
 
 
-def asked(folder, name: str, **right: tuple[float, float]) -> Report:
+def asked(folder, name: str, **right: tuple[float, ...]) -> Report:
     """Return the report of a model with these shares of acc and acc_norm in tasks of 40."""
     folder.mkdir()
-    shares = {
-        task: dict(zip(("acc", "acc_norm"), both, strict=True)) for task, both in right.items()
-    }
-    write_tasks(folder, {task: Known(0, share, 40) for task, share in shares.items()})
-    results = evaluate(folder, list(shares))
-    for samples in results[
-        "samples"
-    ].values():  # the question says its answer, and has it in its hash
-        for sample in samples:
-            sample["doc_hash"] = sample["doc"]["question"]
+    names = ("acc", "acc_norm")
+    tasks = {task: Known(0, dict(zip(names, of, strict=False)), 40) for task, of in right.items()}
+    write_tasks(folder, tasks)
+    results = evaluate(folder, list(tasks))
+    for sample in (one for samples in results["samples"].values() for one in samples):
+        sample["doc_hash"] = sample["doc"]["question"]  # without what is to be answered
     return report(results, Subject(name))
 
 
 @pytest.mark.needs("lm-eval")
 def test_changes_are_counted_question_by_question(tmp_path):
-    first = asked(tmp_path / "a", "one", quiz=(0.5, 0.25), test=(0.75, 0.75))
-    second = asked(tmp_path / "b", "two", quiz=(0.25, 0.5), test=(0.75, 0.5))
+    first = asked(tmp_path / "a", "one", quiz=(0.5, 0.25), test=(0.75, 0.75), last=(0.5,))
+    second = asked(tmp_path / "b", "two", quiz=(0.25, 0.5), test=(0.75, 0.5), last=(0.25,))
     found = Differences.of(first, second)
     rows = {(row.task, row.metric): row for row in found.rows}
-    assert list(rows) == list(product(("quiz", "test", ALL), ("acc", "acc_norm")))
+    both = list(product(("quiz", "test", ALL), ("acc", "acc_norm")))
+    assert list(rows) == [*both[:4], ("last", "acc"), *both[4:]]
     # those right are the first ones, so that ten questions of forty change, all to one side
     error = 100 * math.sqrt(10 - 10**2 / 40) / math.sqrt(40 * 39)
     expected = Difference(
@@ -44,9 +41,10 @@ def test_changes_are_counted_question_by_question(tmp_path):
     assert rows["quiz", "acc"] == expected
     same = rows["test", "acc"]
     assert (same.difference, same.stderr, same.better, same.worse, same.p) == (0, 0, 0, 0, 1)
-    both = rows[ALL, "acc_norm"]
-    assert (both.questions, both.better, both.worse, both.difference, both.p) == (80, 10, 10, 0, 1)
-    assert both.stderr == pytest.approx(100 * math.sqrt(20 / (80 * 79)))
+    whole = rows[ALL, "acc_norm"]  # of the last task it has acc
+    assert (whole.questions, whole.better, whole.worse) == (120, 20, 10)
+    assert whole.difference == pytest.approx(100 * 10 / 120)
+    assert whole.stderr == pytest.approx(100 * math.sqrt((30 - 10**2 / 120) / (120 * 119)))
     line = next(line for line in found.grid() if line[:2] == ["quiz", "acc"])
     assert line[2:] == ["50.00", "25.00", f"+25.00 ±{error:.2f}", "10", "0", "0.002"]
     first.results["samples"]["test"][3]["doc_hash"] = "another"

@@ -90,6 +90,8 @@ def test_lm_eval_itself_gives_the_row_of_a_table(tmp_path, by: int):
     write_tasks(tmp_path, known(suite, row, small=True, by=by))
     found = report(evaluate(tmp_path, list(SUITES[suite].shots)), Subject("m", row), suite)
     check_cells(found, suite, row, "beyond 2" if by else "within 2")
+    (note,) = [note for note in found.notes if note.startswith("Not as many questions as Apple")]
+    assert "HellaSwag 123 (Apple's 10,042)" in note and note.count("Apple's") == 8
 
 
 ARC = known("llm360", "OpenELM-270M")["arc_challenge"]
@@ -145,7 +147,7 @@ def test_questions_that_lost_their_beginning_are_counted_in_groups_too():
     tasks = {name: Known(5, {"acc": 0.25}, 100) for name in ("mmlu", "mmlu_a", "mmlu_b")}
     results = stated(tasks) | {"truncated": {"mmlu_a": 2, "mmlu_b": 1}}
     del results["n-samples"]["mmlu"], results["n-shot"]["mmlu"]  # as lm-eval's are
-    results["group_subtasks"] = {"mmlu": ["mmlu_a", "mmlu_b"]}
+    results["group_subtasks"] = {"mmlu": ["inner", "mmlu_b"], "inner": ["mmlu_a"]}
     found = report(results, Subject("m"))
     assert [(cell.task, cell.shots, cell.asked, cell.truncated) for cell in found.cells] == [
         ("mmlu", 5, 200, 3)
