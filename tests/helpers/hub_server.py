@@ -45,7 +45,8 @@ class Hub:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(CERTIFICATE)
             self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        settings = {"poll_interval": 0.01}  # so long it takes to end
+        threading.Thread(target=self.server.serve_forever, kwargs=settings, daemon=True).start()
 
     def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
         path = request.path.split("?")[0]

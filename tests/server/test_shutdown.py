@@ -159,7 +159,8 @@ def test_what_is_not_done_within_the_grace_is_ended_with_a_word():
         assert not server.app.state.worker.tickets
 
 
-def test_a_client_that_does_not_read_cannot_hold_up_the_end():
+def test_a_client_that_does_not_read_cannot_hold_up_the_end(monkeypatch):
+    monkeypatch.setattr("openelm_mlx.server.run.LAST_SECONDS", 0.2)
     with server_of("openelm-tiny", grace=0.1) as (server, address):
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), SECONDS) as connection:
