@@ -13,8 +13,9 @@ from openelm_mlx.evaluate.options import TextOptions
 
 DESCRIPTION = """Compare a model, say a quantized one, with its original: KL divergence, agreement
 of the likeliest token, both perplexities and their ratio, with 95 % intervals. Both are in memory
-at once. (`openelm evaluate --against` compares two models' answers to questions, and `openelm
-benchmark --compare` two files of measured speed.)"""
+at once, and compute in float32 unless --dtype says otherwise, as for convert --verify: narrower
+types round more than 8 bits lose. (`openelm evaluate --against` compares two models' answers to
+questions, and `openelm benchmark --compare` two files of measured speed.)"""
 
 EXAMPLES = """examples:
   openelm compare my-model model.gguf
@@ -42,7 +43,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_flags(parser, TextOptions, skip=("stride",))
     add_model_flags(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, dtype="float32")
 
 
 def run(args: argparse.Namespace) -> int:

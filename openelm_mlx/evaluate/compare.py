@@ -178,7 +178,9 @@ def with_interval(figures: Mapping[str, Any], name: str) -> str:
     if name not in figures["intervals_95"]:
         return text
     low, high = figures["intervals_95"][name]
-    digits = 3 if high == low else max(3, math.ceil(math.log10(abs(high) / (high - low))) + 1)
+    digits = 3
+    if low < high:  # two of the width are shown
+        digits = max(3, 2 + math.floor(math.log10(high)) - math.floor(math.log10(high - low)))
     return f"{text} (95 %: {low:.{digits}g} to {high:.{digits}g})"
 
 

@@ -9,7 +9,7 @@ import json
 import pytest
 from formats import again
 
-from openelm_mlx.cli import main
+from openelm_mlx.cli import build_parser, main
 from openelm_mlx.evaluate import perplexity
 from openelm_mlx.evaluate.perplexity import TextOptions, text_perplexity
 
@@ -67,6 +67,14 @@ def test_a_comparison_has_the_losses_of_the_conversion(nano, letter, capsys, tmp
     }
     rounded = told(capsys, "compare", nano, nano, "--bits", "3", "--text", letter)
     assert rounded["mean_kl_divergence"] == pytest.approx(losses["mean_kl_divergence"], rel=1e-3)
+
+
+def test_models_are_compared_in_float32_unless_a_type_is_asked_for(nano, letter, capsys):
+    words = ["compare", "a", "b"]
+    assert build_parser().parse_args(words).dtype == "float32"
+    same = told(capsys, "compare", nano, nano, "--text", letter, "--dtype", "bfloat16")
+    assert same["dtype"] == same["reference_dtype"] == "bfloat16"
+    assert same["mean_kl_divergence"] == 0 and same["top_1_agreement"] == 1
 
 
 def test_the_text_of_the_package_is_read_where_none_is_given(nano, letter, capsys, monkeypatch):
