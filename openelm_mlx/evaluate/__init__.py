@@ -13,18 +13,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from openelm_mlx.evaluate.compare import Comparison, compare_engines
     from openelm_mlx.evaluate.differences import Differences
     from openelm_mlx.evaluate.evaluation import evaluate
-    from openelm_mlx.evaluate.options import EvaluateOptions
+    from openelm_mlx.evaluate.options import EvaluateOptions, TextOptions
+    from openelm_mlx.evaluate.perplexity import Perplexity, text_perplexity
     from openelm_mlx.evaluate.report import Report
 
 _HOME = {
+    "Comparison": "compare",
     "Differences": "differences",
     "EvaluateOptions": "options",
+    "Perplexity": "perplexity",
     "Report": "report",
+    "TextOptions": "options",
+    "compare_engines": "compare",
     "evaluate": "evaluation",
+    "text_perplexity": "perplexity",
 }
-__all__ = ["Differences", "EvaluateOptions", "Report", "evaluate"]
+__all__ = [  # written out: type checkers and editors read it
+    "Comparison",
+    "Differences",
+    "EvaluateOptions",
+    "Perplexity",
+    "Report",
+    "TextOptions",
+    "compare_engines",
+    "evaluate",
+    "text_perplexity",
+]
 
 
 def __getattr__(name: str) -> Any:
