@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 WIDTH, LINE, MARGINS = 7.2, 0.42, 1.9  # inches: of a picture, for a task, above and below them
 APPLES = "Apple"
 SPREAD = 0.4  # of the room for a task, between the first score and the last
-CAPTION = (
-    f"Bars are {BOUND} standard errors of our score to each side, for the choice of questions."
-)
+CAPTION = f"Bars are {BOUND} standard errors of a score to each side, for the choice of questions."
 
 
 def write_picture(reports: Sequence[Report], path: str | Path) -> bool:
@@ -50,7 +48,8 @@ def figure(reports: Sequence[Report]) -> Figure:
     """Return the figure, within `drawing.style`."""
     drawn = new_figure(WIDTH, MARGINS + LINE * len(tasks_of(reports[0])))
     ax = drawn.add_subplot()
-    drawn.suptitle(reports[0].title, x=0.02, ha="left", size=10.5, weight="bold")
+    others = "".join(f"; {Path(report.model).name}" for report in reports[1:])
+    drawn.suptitle(f"{reports[0].title}{others}"[:84], x=0.02, ha="left", size=10.5, weight="bold")
     draw(ax, LIGHT, reports)
     ax.set_title(CAPTION, loc="left", size=8, color=LIGHT.muted)
     return drawn

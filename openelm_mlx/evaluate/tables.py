@@ -45,9 +45,10 @@ def notes_on(cells: Sequence[Cell], row: str | None) -> Iterator[str]:
         if cell.truncated:
             what = f"{cell.truncated:,} of {cell.asked:,} questions"
             yield f"{cell.title}: {what} were longer than the context and lost their beginning."
-    if any(cell.asked < cell.of for cell in cells):
-        yield "Only a part of the questions was asked, the first ones. There is no verdict on it."
     compared = [cell for cell in cells if cell.published is not None]
+    if any(cell.asked < cell.of for cell in cells):
+        verdict = ", so that there is no verdict" if compared else ""
+        yield f"Only a part of the questions was asked, the first ones{verdict}."
     if row is None or not compared:
         return
     if reworded := [cell.title for cell in compared if TASKS[cell.task].reworded]:

@@ -105,7 +105,9 @@ def test_a_part_of_the_questions_has_no_verdict():
     (cell,) = found.cells
     assert cell.published == 27.65 and cell.verdict is None and found.average is None
     assert found.grid()[1][:3] == ["ARC-c", "25", "20 of 1,172"]
-    assert "Only a part of the questions was asked, the first ones" in "".join(found.notes)
+    part = "Only a part of the questions was asked, the first ones"
+    assert f"{part}, so that there is no verdict." in found.notes
+    assert report(results, Subject("m")).notes == (f"{part}.",)
 
 
 def test_both_metrics_are_shown_whichever_is_compared():
