@@ -55,7 +55,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "arc": Shape(500, (15, 40), 4, (2, 12)),
-    "mmlu": Shape(60, (20, 100), 4, (1, 1), examples=700),
+    "mmlu": Shape(100, (20, 100), 4, (1, 1), examples=700),
     "winogrande": Shape(250, (20, 40), 2, (4, 12)),
 }
 

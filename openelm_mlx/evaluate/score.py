@@ -21,7 +21,7 @@ from openelm_mlx.errors import PromptError
 from openelm_mlx.evaluate.plan import Pass, Request, Tree, plan
 from openelm_mlx.fields import check_count
 from openelm_mlx.model.cache import KVCache, causal
-from openelm_mlx.model.cache_kinds import Mask, halves, sdpa
+from openelm_mlx.model.cache_kinds import CacheKind, Mask, halves, sdpa
 from openelm_mlx.model.footprint import layers_at_once
 from openelm_mlx.model.heads import Projection
 
@@ -145,11 +145,14 @@ class Scorer:
         """Return the hidden states of the tokens of trees, [trees, length, model_dim]."""
         model, layers = self.engine.model, len(self.engine.model.layers)
         before: list[Any] = self.keys_and_values(prefix) if prefix else [None] * layers
-        every = layers_at_once(model, len(trees) * length)
+        size = len(trees) * length
+        # as often as a prompt is, and so that no more is in memory than a chunk of one takes
+        fits = layers * chunk_for(self.engine, CacheKind()) // size
+        every = max(1, min(layers_at_once(model, size) or layers, fits))
         tokens = mx.array([tree.tokens + [0] * (length - len(tree.tokens)) for tree in trees])
         forest = Forest.of(trees, length, len(prefix))
         caches = [
-            TreeCache(forest, array, every is not None and number % every == 0)
+            TreeCache(forest, array, number % every == 0 and number < layers)
             for number, array in enumerate(before, 1)
         ]
         return model.hidden(tokens, caches)

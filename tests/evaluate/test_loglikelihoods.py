@@ -21,7 +21,7 @@ from openelm_mlx.evaluate import score as scoring
 from openelm_mlx.evaluate.plan import Request, plan
 from openelm_mlx.evaluate.score import Answer, Scorer, loglikelihoods
 
-FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+FEW = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
 
 def alone(engine: Engine, request: Request) -> Answer:
@@ -91,7 +91,7 @@ def test_questions_after_shared_examples(small):
         patch.object(mx, "eval", wraps=mx.eval) as evaluated,
     ):
         assert_as_alone(small, asked, 256)
-    assert evaluated.call_count >= len(plan(asked, 256)) * small.config.num_transformer_layers
+    assert evaluated.call_count >= len(plan(asked, 256)) * (small.config.num_transformer_layers - 1)
 
 
 def test_the_bundled_model(tiny):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from openelm_mlx.evaluate import plan as planning
 from openelm_mlx.evaluate.plan import Pass, Request, Tree, common, plan
 
-MANY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+MANY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
 def texts(least: int) -> Any:
