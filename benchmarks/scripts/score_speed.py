@@ -173,6 +173,7 @@ class Comparison:
     theirs: Fed
     difference: float  # the largest of two log-likelihoods
     greedy: bool  # whether the flags are equal
+    clock: str = "wall"
     seconds: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
 
     @property
@@ -203,25 +204,25 @@ class Comparison:
                 )
         if len(self.seconds[0]) > 1:
             low, middle, high = paired_ratio([self.seconds[1]], [self.seconds[0]])
-            pairs = f"{len(self.seconds[0])} pairs; at least {FASTER}"
+            pairs = f"{len(self.seconds[0])} pairs of {self.clock} time; at least {FASTER}"
             lines.append(f"    faster: {middle:.2f} x ({low:.2f}-{high:.2f}, {pairs})")
         return "\n".join(lines)
 
 
 def compare(
-    shape: str, ours: Ours, theirs: Theirs, texts: Texts, pairs: int, clock: Callable[[], float]
+    shape: str, ours: Ours, theirs: Theirs, texts: Texts, pairs: int, clock: str
 ) -> Comparison:
     """Count what both are fed, compare their answers, and time both in turns."""
     (mine, fed), (their, other) = ours.count(texts), theirs.count(texts)
     both = list(zip(mine, their, strict=True))
     difference = max(abs(a[0] - b[0]) for a, b in both)
     greedy = all(a[1] == b[1] for a, b in both)
-    result = Comparison(shape, len(texts), fed, other, difference, greedy)
+    result = Comparison(shape, len(texts), fed, other, difference, greedy, clock)
 
     def timed(side: Callable[[Texts], Answers]) -> float:
-        start = clock()
+        start = CLOCKS[clock]()
         side(texts)
-        return clock() - start
+        return CLOCKS[clock]() - start
 
     for pair in in_turns(lambda: timed(ours.answers), lambda: timed(theirs.answers), pairs):
         for seconds, taken in zip(result.seconds, pair, strict=True):
@@ -256,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in args.shape or SHAPES:
                 shape = SHAPES[name]._replace(questions=args.questions or SHAPES[name].questions)
                 texts = made(shape, ours.engine.tokenizer, text)
-                found[name] = compare(name, ours, theirs, texts, args.pairs, CLOCKS[args.clock])
+                found[name] = compare(name, ours, theirs, texts, args.pairs, args.clock)
                 print(found[name], flush=True)
     except OpenELMError as error:
         parser.exit(2, f"score_speed: {error}\n")
