@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+from pathlib import Path
 
 import pytest
 from full_disk import files_of_at_most
@@ -80,7 +81,7 @@ def test_several_processes_have_a_file_each_and_read_all(small):
     assert names() == []
 
 
-def damaged(kind: str, path) -> None:
+def damage(kind: str, path: Path, engine: Engine) -> None:
     if kind == "rubbish":
         path.write_bytes(b"what is this?" * 1000)
     elif kind == "cut":
@@ -89,23 +90,26 @@ def damaged(kind: str, path) -> None:
         data = path.read_bytes()
         assert data.count(b"[12345]") == 1
         path.write_bytes(data.replace(b"[12345]", b"[12346]"))
+    elif kind == "of another evaluation":
+        path.unlink()
+        kept(engine, 65, one=[12345])
+        (other,) = answers_folder().glob("*.sqlite")
+        other.rename(path)
+        other.with_suffix(".lock").unlink()
     else:
         path.unlink()
         with sqlite3.connect(path) as file:
-            file.execute("CREATE TABLE passes (name TEXT)")
-            if kind == "another identity":
-                file.execute("CREATE TABLE about (identity TEXT)")
-                file.execute("INSERT INTO about VALUES ('{}')")
+            file.execute("CREATE TABLE songs (name TEXT)")
         file.close()
 
 
 @pytest.mark.parametrize(
-    "kind", ["rubbish", "cut", "a changed answer", "foreign", "another identity"]
+    "kind", ["rubbish", "cut", "a changed answer", "of another evaluation", "foreign"]
 )
 def test_a_damaged_file_is_set_aside(small, capsys, kind):
     kept(small, one=[12345])
     (path,) = answers_folder().glob("*.sqlite")
-    damaged(kind, path)
+    damage(kind, path, small)
     with Store(small, 64) as store:
         assert store.get("one") is None
         assert (
