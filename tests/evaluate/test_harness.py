@@ -92,6 +92,25 @@ def test_answers_equal_mlx_lms(results):
     assert [one for _, one in found] == [bool(one) for _, one in theirs_found]
 
 
+def test_one_continuation_of_several_contexts(lm, folder):
+    from openelm_mlx.evaluate.harness import evaluate_tasks
+
+    contexts = ["The king was", "The sea was"]
+    row = {"sentence": contexts, "end": "very old.", "answer": 0}
+    (folder / "gap.jsonl").write_text(json.dumps(row))
+    how = {"doc_to_text": "answer", "doc_to_choice": "sentence", "doc_to_target": "end"}
+    write(folder, "gap", CHOICE | how, "gap.jsonl")
+    for chat in (False, True):
+        results = evaluate_tasks(lm, {"gap": None}, include=[folder], chat_template=chat)
+        found = []
+        for text in contexts:
+            if chat:
+                text = lm.apply_chat_template([{"role": "user", "content": text}])
+            before, after = lm._encode_pair(text, "very old." if chat else " very old.")
+            found.append(sum(score(lm.engine, [[*before, *after]])[0][-len(after) :]))
+        assert answered(results, "gap") == [pytest.approx(found, abs=1e-4)]
+
+
 def test_whole_texts_and_generated_ones(tiny, results):
     for row, (_, choices, _) in zip(results["samples"]["whole"], QUESTIONS, strict=True):
         assert row["resps"][0][0] == pytest.approx(expected(tiny, "", f" {choices[0]}"), abs=1e-4)

@@ -36,6 +36,7 @@ def lm(tiny):
         ("blank", "task blank cannot be loaded: UndefinedError: 'queston' is undefined"),
         ("shots", "task shots fails: ValueError: Sample larger than population"),
         ("unsafe", "task unsafe runs code that the model writes, which is not done here; in a"),
+        ("seen", "task seen asks about images or sound; OpenELM reads text only"),
         ("nothing", "task nothing, question 1: the continuation has no token of its own"),
         ("endless", "task endless, question 1: the continuation has 1500 tokens; the model's"),
         ("marked", "a text has the noncharacter U+FDD0, which marks turns of a chat here; remove"),
@@ -55,6 +56,7 @@ def test_a_task_that_cannot_be_asked_is_one_line(lm, folder, task, said):
         "odd": CHOICE | {"output_type": "translate"},
         "blank": CHOICE | {"doc_to_text": "{{queston}}"},
         "shots": TASKS["solved"] | {"num_fewshot": 9},
+        "seen": CHOICE | {"doc_to_image": "question"},
         "unsafe": CHOICE | {"unsafe_code": True},
         "nothing": CHOICE
         | {"doc_to_text": "Once upon a tim", "doc_to_choice": ["e", "x"], "target_delimiter": ""},
