@@ -24,7 +24,7 @@ def main() -> None:
         except OpenELMError:
             raise
         except Exception as error:  # it has no errors of its own
-            raise explained(error) from error
+            raise explained(error) from None
     except OpenELMError as error:
         print(f"openelm: {error}", file=sys.stderr)
         sys.exit(2)

@@ -88,7 +88,7 @@ def evaluate_tasks(
         except OpenELMError:
             raise
         except Exception as error:  # what a task's data, templates and functions raise
-            raise explained(error) from error
+            raise explained(error) from None
         general.log_end_time()
     results["config"] = {
         "model": "openelm",

@@ -13,7 +13,8 @@ never is control tokens. So `TURN` marks the ends, and `ANSWER` the place where 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,9 @@ from openelm_mlx.dtypes import name_of
 from openelm_mlx.engine.loading import Engine, load
 from openelm_mlx.engine.options import ModelOptions
 from openelm_mlx.engine.prompts import check_messages
+from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import EvaluationError, OptionError
+from openelm_mlx.evaluate.options import EvaluateOptions
 from openelm_mlx.evaluate.plan import Request
 from openelm_mlx.evaluate.run import Ranks, Report, answers, texts
 from openelm_mlx.evaluate.score import Answer
@@ -40,8 +43,8 @@ except ImportError:
     raise EvaluationError(f"{what}; pip install 'openelm-mlx[evaluate]'") from None
 
 TURN, ANSWER = "\ufdd0", "\ufdd1"  # Unicode's noncharacters: no text that is exchanged has them
-
-
+CHUNK = 400  # characters that are encoded together at least
+SEAM = re.compile(r"[\w.,:;?!]( )(?=\w)", re.ASCII)
 # settings of generation that change nothing while the choice is greedy
 IDLE = ("do_sample", "temperature", "top_k", "top_p", "min_p")
 
@@ -59,7 +62,7 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
         self,
         model: str | Path | Engine = "openelm-tiny",
         *,
-        batch_tokens: int = 4096,
+        batch_tokens: int = EvaluateOptions.batch_tokens,
         store: Store | None = None,
         ranks: Ranks | None = None,
         report: Report | None = None,
@@ -71,7 +74,7 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
         super().__init__()
         if batch_size not in (None, 1, "1", "auto") or max_batch_size is not None:
             what = "the size of a batch is decided by the tokens in it"
-            raise OptionError(f"{what}; give batch_tokens=4096 with the model's arguments")
+            raise OptionError(f"{what}; give batch_tokens with the model's arguments")
         check_count("batch_tokens", batch_tokens, 1)
         known = ["model", "batch_tokens", *(item.name for item in fields(ModelOptions))]
         for name in loading.keys() - {*known}:
@@ -84,7 +87,12 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
         self.arguments = {"model": self.engine.name, **loading}
         self.batch_tokens, self.store, self.ranks, self.report = batch_tokens, store, ranks, report
         self.truncated: dict[str, set[int]] = {}  # numbers of questions, by task
-        self.encoded = lru_cache(4)(self._encoded)  # a question comes once for each of its choices
+        # A question comes once for each of its choices, and solved examples before many questions.
+        # A suite has 25 million tokens, and each would be an object in the request of each choice.
+        self.ids_of = lru_cache(256)(self.engine.tokenizer.encode)
+        self.chunked = may_be_cut(self.engine.tokenizer)
+        self.same: Callable[[tuple[int, ...]], tuple[int, ...]] = lru_cache(4)(lambda ids: ids)
+        self.numbers = list(range(self.engine.tokenizer.vocab_size))
 
     @property
     def eot_token_id(self) -> int:
@@ -109,20 +117,23 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
 
         The start token comes first unless `add_special_tokens` is false.
         """
-        return list(self.encoded(string, add_special_tokens is not False))
-
-    def _encoded(self, string: str, bos: bool) -> list[int]:
         tokenizer = self.engine.tokenizer
-        if not string.startswith(TURN):
-            check_marks(string)
-            return tokenizer.encode(string, bos=bos)
-        ids = [tokenizer.bos_id] if bos else []
-        *turns, rest = string.removeprefix(TURN).split(TURN)
+        ids = [] if add_special_tokens is False else [tokenizer.bos_id]
+        chat = string.startswith(TURN)
+        *turns, rest = string.removeprefix(TURN).split(TURN) if chat else (string,)
         for turn in turns:
-            ids += [*tokenizer.encode(turn, bos=False), tokenizer.eos_id]
-        rest = rest.replace(ANSWER, "", 1)
+            ids += [*self.in_chunks(turn), tokenizer.eos_id]
+        if chat:
+            rest = rest.replace(ANSWER, "", 1)
         check_marks(rest)
-        return ids + tokenizer.encode(rest, bos=False)
+        return ids + self.in_chunks(rest)
+
+    def in_chunks(self, text: str) -> list[int]:
+        """Return the ids of a text without the start token, each piece of it encoded once."""
+        ids: list[int] = []
+        for number, chunk in enumerate(chunks(text) if self.chunked else (text,)):
+            ids += self.ids_of(chunk, False, number > 0)
+        return ids
 
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
@@ -191,7 +202,9 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
         beyond = len(before) + len(after) - (most + 1)  # the last token is not fed
         if beyond > 0 and request is not None:
             self.truncated.setdefault(request.task_name, set()).add(request.doc_id)
-        return Request(tuple(before[max(beyond, 0) :]), tuple(after))
+        parts = before[max(beyond, 0) :], after
+        context, continuation = (tuple(map(self.numbers.__getitem__, part)) for part in parts)
+        return Request(self.same(context), continuation)
 
     @property
     def how(self) -> dict[str, Any]:
@@ -277,6 +290,29 @@ def asked_of_generation(settings: Mapping[str, Any], where: str) -> tuple[int, t
         known = "until and max_gen_toks"
         raise EvaluationError(f"{where}{min(unknown)} is not known here; allowed are {known}")
     return given["max_gen_toks"], tuple(text for text in given["until"] if text)
+
+
+def chunks(text: str) -> Iterator[str]:
+    """Yield a text in pieces of `CHUNK` characters or some more, cut before single spaces.
+
+    Where texts begin alike, so do their pieces.
+    """
+    start = 0
+    while cut := SEAM.search(text, start + CHUNK):
+        yield text[start : cut.start(1)]
+        start = cut.start(1)
+    yield text[start:]
+
+
+def may_be_cut(tokenizer: Tokenizer) -> bool:
+    """Return whether pieces of a text have the tokens of the whole: none goes beyond a seam.
+
+    It would have a space after another character. LLaMA's tokenizer has no such token, and spaces
+    in a text stay as they are.
+    """
+    beyond = any(SEAM.search(piece.decode(errors="replace")) for piece in tokenizer.pieces)
+    whole, rest = tokenizer.encode("a, b"), tokenizer.encode(" b", bos=False, continued=True)
+    return not beyond and whole == tokenizer.encode("a,") + rest
 
 
 def check_marks(text: str) -> None:

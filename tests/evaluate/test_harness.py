@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
 from full_disk import files_of_at_most
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from local_tasks import CHOICE, QUESTIONS, TASKS, task_folder, write
 
 from openelm_mlx import batch_generate
 from openelm_mlx.chat import encode_messages
 from openelm_mlx.device import mx
 from openelm_mlx.engine.hub import BUNDLED
+from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import EvaluationError
 from openelm_mlx.evaluate.score import log_probs, score
 
@@ -31,6 +35,15 @@ def lm(tiny):
     from openelm_mlx.evaluate.harness import OpenELMLM
 
     return OpenELMLM(tiny)
+
+
+@pytest.fixture(scope="module")
+def lm_json(tiny):
+    """The same model with the other form of its tokenizer."""
+    from openelm_mlx.evaluate.harness import OpenELMLM
+
+    tokenizer = Tokenizer.from_file(BUNDLED / "tokenizer.json")
+    return OpenELMLM(replace(tiny, tokenizer=tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +162,37 @@ def test_a_choice_of_shots_is_the_tasks_unless_it_is_given(lm, folder):
     assert results["n-samples"]["solved"]["effective"] == 1
     (row,) = results["samples"]["solved"]
     assert row["arguments"][0][0].count("\n\n") == 2
+
+
+WORDS = (
+    "a",
+    "king",
+    "Once upon",
+    "é",
+    "e\u0301",
+    "😀",
+    "▁",
+    ".",
+    "?",
+    " ",
+    "  ",
+    "\n",
+    "\u00a0",
+    "\0",
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.lists(st.sampled_from(WORDS)).map("".join), size=st.integers(1, 9))
+@example(text="a king. a king, a king a king", size=1)
+def test_a_text_in_chunks_has_the_tokens_of_the_whole(lm, lm_json, text, size):
+    from openelm_mlx.evaluate import language_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_model, "CHUNK", size)
+        assert "".join(language_model.chunks(text)) == text
+        for one in (lm, lm_json):
+            assert one.chunked and one.tok_encode(text) == one.engine.tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
