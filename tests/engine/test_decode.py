@@ -102,7 +102,7 @@ def test_decoding_copies_no_buffer(tiny, rows):
     engine.config = replace(engine.config, max_context_length=8192)
     batch = BatchEngine(engine, rows, admission=1 << 30)
     for row in range(rows):
-        batch.submit([1 + row] * 3000, max_tokens=70, ignore_eos=True)
+        batch.submit([1 + row] * 1200, max_tokens=70, ignore_eos=True)
     for _ in range(10):
         batch.step()
     held = mx.get_active_memory()

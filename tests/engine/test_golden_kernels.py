@@ -18,7 +18,7 @@ from openelm_mlx.model.kernels.kernel import NAMES, running
 
 pytestmark = pytest.mark.needs("emulated kernels")
 
-TOKENS = 64
+TOKENS, FEW = 64, 32
 GREEDY = {"max_tokens": TOKENS, "ignore_eos": True, "compiled": False}
 STORY = (
     "Once upon a time there was a little girl named Lily. She loved to play outside in the park."
@@ -107,11 +107,12 @@ def test_greedy_tokens_are_those_of_the_twins(engines, name, kind):
             again, reused = alone(engine, texts[0], prompt_cache=store, **settings)
             assert again == wanted[0]
             assert reused > 0 or "window" in kind  # which has overwritten the prompt's last tokens
-            assert drawn(batch_generate(engine, texts, **settings)) == wanted
+            few, beginnings = {**settings, "max_tokens": FEW}, [row[:FEW] for row in wanted]
+            assert drawn(batch_generate(engine, texts, **few)) == beginnings
         if ways > 2:
             drafts = {"prompt_lookup": 2, "draft_tokens": 3, "adaptive_draft": False}
-            results = batch_generate(engine, texts, draft=Wrong(), **drafts, **settings)
-            assert drawn(results) == wanted
+            results = batch_generate(engine, texts, draft=Wrong(), **drafts, **few)
+            assert drawn(results) == beginnings
             stats = [result.stats for result in results]
             assert sum(one.drafted_tokens - one.accepted_tokens for one in stats) > 0
 
