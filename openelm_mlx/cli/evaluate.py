@@ -22,6 +22,7 @@ from openelm_mlx.cli.options import (
     load_beside,
     load_model,
 )
+from openelm_mlx.engine.options import ModelOptions
 from openelm_mlx.errors import OptionError
 from openelm_mlx.evaluate.options import EvaluateOptions
 
@@ -73,16 +74,19 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options = from_args(EvaluateOptions, args)
-    folder = None if args.folder is None else given_path(args.folder)
-    if folder is not None:
-        check_folder(folder)
+    if hasattr(args, "tasks") and not options.tasks:  # as of a variable of the shell that is empty
+        raise OptionError("--tasks names no task; give one, or leave it out")
+    folder = None if args.folder is None else check_folder(args.folder)
     from openelm_mlx.device import mx
+    from openelm_mlx.engine.hub import resolve_model
     from openelm_mlx.evaluate.evaluation import evaluate, named_tasks
     from openelm_mlx.evaluate.run import launched
     from openelm_mlx.evaluate.store import Store
 
     with Waiting("reading the names of the tasks"):
         index = named_tasks(options)
+    if args.against is not None:  # it is loaded last, and found before the first one is asked
+        resolve_model(args.against, tokenizer=from_args(ModelOptions, args).tokenizer)
     ranks = launched()
     first = ranks.rank == 0
     asked = [(load_model, args.model)]
@@ -197,15 +201,19 @@ class Progress:
         return None
 
 
-def check_folder(folder: Path) -> None:
-    """Raise `OptionError`, before any work, if the results could not be written into a folder."""
+def check_folder(name: str) -> Path:
+    """Return the path of -o. Raises `OptionError` if the results could not be written there."""
     from openelm_mlx.files import check_new, check_writable
 
+    if not name:
+        raise OptionError("-o is empty; give the name of a folder")
+    folder = given_path(name)
     check_writable(folder, "-o", folder=True)
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"-o {folder} is not a folder; give the name of one")
-    for name in ("report.json", "report.md", "report.png"):
-        check_new(folder / name, "-o")
+    for file in ("report.json", "report.md", "report.png"):
+        check_new(folder / file, "-o")
+    return folder
 
 
 def show(reports: list[Report], as_json: bool) -> None:
@@ -244,7 +252,7 @@ def write(reports: list[Report], folder: Path) -> None:
     from openelm_mlx.evaluate.picture import write_picture
     from openelm_mlx.files import replacing, write_json
 
-    check_folder(folder)  # somebody may have made them meanwhile
+    check_folder(str(folder))  # somebody may have made them meanwhile
     folder.mkdir(parents=True, exist_ok=True)
     for report in reports:
         save(report.results, folder)
