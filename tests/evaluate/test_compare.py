@@ -138,6 +138,15 @@ def test_intervals_are_those_of_the_means_of_blocks():
     assert alone[1] - alone[0] == pytest.approx(2 * 1.96 / 128, rel=0.2)
 
 
+def test_the_ratio_of_perplexities_is_of_the_same_blocks():
+    ours = normal(64, 256)
+    theirs = ours + 0.1 + 0.01 * normal(64, 256, seed=1)
+    found = intervals([np.stack([a, a, a, b]) for a, b in zip(ours, theirs, strict=True)])
+    low, high = found["perplexity_ratio"]
+    alone = found["perplexity"]
+    assert low < math.exp(0.1) < high and 50 * (high - low) < alone[1] - alone[0]
+
+
 def test_a_short_text_has_no_intervals():
     row = np.ones((4, 512))
     assert intervals([row, row[:, :383]]) == {} != intervals([row, row])
