@@ -113,15 +113,13 @@ def test_one_continuation_of_several_contexts(lm, folder):
     (folder / "gap.jsonl").write_text(json.dumps(row))
     how = {"doc_to_text": "answer", "doc_to_choice": "sentence", "doc_to_target": "end"}
     write(folder, "gap", CHOICE | how, "gap.jsonl")
-    for chat in (False, True):
-        results = evaluate_tasks(lm, {"gap": None}, include=[folder], chat_template=chat)
-        found = []
-        for text in contexts:
-            if chat:
-                text = lm.apply_chat_template([{"role": "user", "content": text}])
-            before, after = lm._encode_pair(text, "very old." if chat else " very old.")
-            found.append(sum(score(lm.engine, [[*before, *after]])[0][-len(after) :]))
-        assert answered(results, "gap") == [pytest.approx(found, abs=1e-4)]
+    results = evaluate_tasks(lm, {"gap": None}, include=[folder], chat_template=True)
+    found = []
+    for text in contexts:
+        text = lm.apply_chat_template([{"role": "user", "content": text}])
+        before, after = lm._encode_pair(text, "very old.")
+        found.append(sum(score(lm.engine, [[*before, *after]])[0][-len(after) :]))
+    assert answered(results, "gap") == [pytest.approx(found, abs=1e-4)]
 
 
 def test_whole_texts_and_generated_ones(tiny, results):
@@ -182,7 +180,7 @@ WORDS = (
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=st.lists(st.sampled_from(WORDS)).map("".join), size=st.integers(1, 9))
 @example(text="a king. a king, a king a king", size=1)
 def test_a_text_in_chunks_has_the_tokens_of_the_whole(lm, lm_json, text, size):
