@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from openelm_mlx.evaluate import plan as planning
@@ -40,9 +40,19 @@ def rows(work: Pass, asked: list[Request]) -> list[list[tuple[int, ...]]]:
     return [[left.pop(0) for _ in range(size)] for size in work.rows]
 
 
+BETWEEN = [  # rows of the last two have the passes of a prefix between them
+    Request((3, 2, 1, 1, 1, 2, 1, 2), (3, 1, 3, 3, 3)),
+    Request((3, 2, 1, 3, 1), (3, 3, 1, 2)),
+    Request((3, 2, 1, 1), (3, 3, 2, 1, 3, 3, 1)),
+    Request((3, 2, 2, 1), (2,)),
+    Request((2,), (3, 1)),
+]
+
+
 @patch.multiple(planning, SHORTEST=3, WORTH=2)
 @MANY
 @given(requests(), st.integers(1, 60))
+@example(BETWEEN, 11)
 def test_each_request_is_answered_once_in_passes_that_fit(asked, batch_tokens):
     passes = plan(asked, batch_tokens)
     assert sorted(n for work in passes for n in work.requests) == list(range(len(asked)))
@@ -117,3 +127,12 @@ def test_memory_of_attention_limits_a_pass():
     rows = [Request(words(rng, 1000), (5,)) for _ in range(5)]
     assert [len(work.rows) for work in plan(rows, 4096)] == [2, 2, 1]
     assert [len(work.rows) for work in plan(rows, 8192)] == [4, 1]
+
+
+def test_rows_that_stay_too_long_get_no_second_pass_with_the_same_prefix():
+    rng = random.Random(6)
+    context = words(rng, 200)
+    asked = [Request(context, words(rng, length)) for length in (9, 90)]
+    passes = plan(asked, 10)
+    assert [work.prefix for work in passes] == [199, 199]
+    assert sum(work.tokens for work in passes) == 199 + 9 + 90
