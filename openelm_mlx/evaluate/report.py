@@ -176,9 +176,11 @@ def report(results: Mapping[str, Any], subject: Subject, suite: str | None = Non
     """
     chosen = None if suite is None else SUITES[suite]
     notes = list(subject.notes)
-    if results.get("chat_template") and subject.row is not None:
+    if results.get("chat_template"):
+        notes.append("Each question was put as a message of a chat.")
+        if subject.row is not None:
+            notes.append("Apple used no chat template, so that no figure of Apple's is shown.")
         subject = replace(subject, row=None)
-        notes.append("Apple used no chat template, so that no figure of Apple's is shown.")
     names = [name for name in top_level(results) if chosen is None or name in chosen.shots]
     if chosen is not None:
         names.sort(key=list(chosen.shots).index)

@@ -135,7 +135,11 @@ def test_other_shots_another_model_and_a_chat_template_are_not_compared():
     assert other.cells[0].published is None and other.grid()[0][-1] == "score ±s.e."
     chat = report(results | {"chat_template": "{{ messages }}"}, SUBJECT)
     assert chat.row is None and chat.cells == other.cells
-    assert chat.notes == ("Apple used no chat template, so that no figure of Apple's is shown.",)
+    put = "Each question was put as a message of a chat."
+    none = "Apple used no chat template, so that no figure of Apple's is shown."
+    assert chat.notes == (put, none)
+    of_others = report(results | {"chat_template": "{{ messages }}"}, Subject("m"))
+    assert of_others.notes == (put,)
 
 
 def test_a_score_without_a_standard_error_has_no_verdict():
