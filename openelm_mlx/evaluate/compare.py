@@ -22,6 +22,7 @@ from openelm_mlx.evaluate.perplexity import (
     text_batches,
     window,
 )
+from openelm_mlx.evaluate.plan import rows_of_a_pass
 from openelm_mlx.evaluate.run import Report
 from openelm_mlx.evaluate.score import POSITIONS, exponential, log_probs
 
@@ -134,20 +135,19 @@ def compare_engines(
     both = f"{reference.name} and {other.name}"
     check_memory(both, other.config, reference.nbytes + other.nbytes, quantized=True)
     length, _ = window(options, reference, other)
-    size, bos = options.batch_tokens // length, reference.tokenizer.bos_id
+    most, bos = options.batch_tokens, reference.tokenizer.bos_id
+    rows = rows_of_a_pass([length] * max(1, most // length), 0, most)
     known = [
-        batch
-        for ids in encode(reference, texts)
-        for batch in text_batches(ids, length, max(1, size), bos)
+        batch for ids in encode(reference, texts) for batch in text_batches(ids, length, rows, bos)
     ]
 
     def batches() -> Iterator[mx.array]:
-        rows, tokens = 0, 0
+        windows, tokens = 0, 0
         for batch in known:
             yield batch
-            rows, tokens = rows + len(batch), tokens + batch.size
+            windows, tokens = windows + len(batch), tokens + batch.size
             if report is not None:
-                report(rows, sum(map(len, known)), tokens, sum(each.size for each in known))
+                report(windows, sum(map(len, known)), tokens, sum(each.size for each in known))
 
     models = reference.model, other.model
     found = compare(*models, batches(), vocab=min(reference.vocab, other.vocab))
