@@ -246,7 +246,8 @@ def agreed(jobs: list[Job], found: list[int], store: Store | None, ranks: Ranks)
             what = (
                 f"process {rank + 1} of mlx.launch has other {' and '.join(wrong)} than the first"
             )
-            raise OptionError(f"{what}; give all the same")
+            remedy = "give all the same, and each such command here its own --starting-port"
+            raise OptionError(f"{what}; {remedy}")
     owners: dict[int, int] = {}
     for rank, (_, numbers) in enumerate(given):
         for number in numbers:

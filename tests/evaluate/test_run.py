@@ -219,7 +219,8 @@ def test_processes_that_do_not_do_the_same_are_refused(small, tiny):
         return answers(small, REQUESTS, ranks=ranks, store=stores[ranks.rank])
 
     for run, what in ((fewer, "requests"), (another, "weights")):
-        expected = f"process 2 of mlx.launch has other {what} than the first; give all the same"
+        expected = f"process 2 of mlx.launch has other {what} than the first; give all the same, "
+        expected += "and each such command here its own --starting-port"
         assert list(map(str, in_threads(2, run))) == [expected] * 2
 
 

@@ -35,7 +35,7 @@ from openelm_mlx.evaluate.store import Store
 from openelm_mlx.files import write_json
 
 TOKENS = 128  # of a pass: many short ones
-LAUNCH = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--"]
+LAUNCH = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2"]
 
 
 def some_requests(count: int, longest: int = 20, seed: int = 1) -> list[Request]:
@@ -88,8 +88,7 @@ class Runs:
     """Runs of one command, whose results are in `target` and whose cache is their own."""
 
     def __init__(self, words: list[str], target: Path, processes: int = 1) -> None:
-        self.words = words if processes == 1 else [*LAUNCH, *words]
-        self.target, self.shared = target, processes > 1
+        self.words, self.target, self.shared = words, target, processes > 1
         self.cache = target.with_name(f"{target.name}-cache")
 
     def begin(self, *more: str) -> subprocess.Popen[str]:
@@ -98,7 +97,10 @@ class Runs:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {**os.environ, "OPENELM_CACHE": str(self.cache), "PATH": path}
         how: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([*self.words, *more], env=own, **how)
+        # processes of two commands would meet on mlx.launch's usual port
+        port = str(random.SystemRandom().randrange(20000, 30000, 4))
+        launch = [*LAUNCH, "--starting-port", port, "--"] if self.shared else []
+        return subprocess.Popen([*launch, *self.words, *more], env=own, **how)
 
     def whole(self) -> int:
         """Run to the end, and return how many passes were stored at most."""
