@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     context, _ = window(options, reference, model)
     with Progress(model.name, quiet=False, read="the text", unit="windows") as progress:
         read = list(texts.values())
-        found = asdict(compare_engines(reference, model, read, options, report=progress))
+        found = asdict(compare_engines(reference, model, read, options, progress=progress))
     dtypes = [name_of(one.model.transformer.norm.weight.dtype) for one in (reference, model)]
     dtype = " and ".join(dict.fromkeys(dtypes))
     how = {"reference": reference.name, "model": model.name, "texts": list(texts)}

@@ -130,7 +130,7 @@ def described(args: argparse.Namespace) -> str:
 class Progress:
     """Says how far a model's passes are: a bar on a terminal, else a line each minute.
 
-    It is the `report` that `answers` calls. From the first pass on Ctrl-C ends between two passes.
+    It is what `answers` calls. From the first pass on Ctrl-C ends between two passes.
     """
 
     def __init__(

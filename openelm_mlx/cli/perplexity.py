@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     with Store(engine, options.batch_tokens) as store:
         try:
             with progress:
-                how: Any = {"store": store, "ranks": ranks, "report": progress}
+                how: Any = {"store": store, "ranks": ranks, "progress": progress}
                 found = asdict(text_perplexity(engine, list(texts.values()), options, **how))
         except KeyboardInterrupt:
             if ranks.rank == 0:

@@ -23,7 +23,7 @@ from openelm_mlx.evaluate.perplexity import (
     window,
 )
 from openelm_mlx.evaluate.plan import rows_of_a_pass
-from openelm_mlx.evaluate.run import Report
+from openelm_mlx.evaluate.run import Progress
 from openelm_mlx.evaluate.score import POSITIONS, exponential, log_probs
 
 if TYPE_CHECKING:
@@ -120,11 +120,11 @@ def compare_engines(
     texts: Sequence[str],
     options: TextOptions | None = None,
     *,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Compare a model, say a quantized one, with a reference, say its original, on texts.
 
-    Both are in memory, and read the same windows, which do not overlap. `report` is told how many
+    Both are in memory, and read the same windows, which do not overlap. `progress` is told how many
     windows are read, of how many, and how many tokens, of how many. Raises `TokenizerError` for
     models whose ids do not stand for the same texts, and the errors of `text_perplexity`.
     """
@@ -146,8 +146,8 @@ def compare_engines(
         for batch in known:
             yield batch
             windows, tokens = windows + len(batch), tokens + batch.size
-            if report is not None:
-                report(windows, sum(map(len, known)), tokens, sum(each.size for each in known))
+            if progress is not None:
+                progress(windows, sum(map(len, known)), tokens, sum(each.size for each in known))
 
     models = reference.model, other.model
     found = compare(*models, batches(), vocab=min(reference.vocab, other.vocab))

@@ -18,7 +18,7 @@ from openelm_mlx.model.config import PUBLISHED, OpenELMConfig
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
-    from openelm_mlx.evaluate.run import Report as Progress
+    from openelm_mlx.evaluate.run import Progress
 
 FAIRY_TALES = ("fairy_tales_two", "fairy_tales_four")  # whose chances differ, so each has a score
 
@@ -47,7 +47,7 @@ def evaluate(
     suite, tasks = chosen(engine.config, options)
     own = store is None
     with Store(engine, options.batch_tokens) if store is None else nullcontext(store) as kept:
-        how: Any = {"store": kept, "ranks": launched(), "report": progress}
+        how: Any = {"store": kept, "ranks": launched(), "progress": progress}
         lm = OpenELMLM(engine, batch_tokens=options.batch_tokens, **how)
         results = evaluate_tasks(
             lm,

@@ -29,7 +29,7 @@ from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import EvaluationError, OptionError
 from openelm_mlx.evaluate.options import EvaluateOptions
 from openelm_mlx.evaluate.plan import Request
-from openelm_mlx.evaluate.run import Ranks, Report, answers, texts
+from openelm_mlx.evaluate.run import Progress, Ranks, answers, texts
 from openelm_mlx.evaluate.score import Answer
 from openelm_mlx.evaluate.store import Store, identity
 from openelm_mlx.fields import check_count, nearest
@@ -65,7 +65,7 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
         batch_tokens: int = EvaluateOptions.batch_tokens,
         store: Store | None = None,
         ranks: Ranks | None = None,
-        report: Report | None = None,
+        progress: Progress | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -85,7 +85,8 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
             raise OptionError(f"{min(loading)} is for loading a model, and this one is loaded")
         self.engine = model if isinstance(model, Engine) else load(model, **loading)
         self.arguments = {"model": self.engine.name, **loading}
-        self.batch_tokens, self.store, self.ranks, self.report = batch_tokens, store, ranks, report
+        self.batch_tokens, self.progress = batch_tokens, progress
+        self.store, self.ranks = store, ranks
         self.truncated: dict[str, set[int]] = {}  # numbers of questions, by task
         # A question comes once for each of its choices, and solved examples before many questions.
         # A suite has 25 million tokens, and each would be an object in the request of each choice.
@@ -208,7 +209,7 @@ class OpenELMLM(TemplateLM):  # type: ignore[misc]  # lm-eval's classes have no 
 
     @property
     def how(self) -> dict[str, Any]:
-        names = ("batch_tokens", "store", "ranks", "report")
+        names = ("batch_tokens", "store", "ranks", "progress")
         return {name: getattr(self, name) for name in names}
 
     def get_model_info(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from openelm_mlx.engine.options import check_loaded
 from openelm_mlx.errors import CheckpointError, OptionError, PromptError
 from openelm_mlx.evaluate.options import TextOptions
 from openelm_mlx.evaluate.plan import Request
-from openelm_mlx.evaluate.run import Ranks, Report, answers
+from openelm_mlx.evaluate.run import Progress, Ranks, answers
 from openelm_mlx.evaluate.score import Answer, exponential
 from openelm_mlx.model.config import BOS
 
@@ -55,14 +55,14 @@ def text_perplexity(
     *,
     store: Store | None = None,
     ranks: Ranks | None = None,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> Perplexity:
     """Return the perplexity of texts, of which each begins a window of its own.
 
     >>> text_perplexity(engine, [Path("story.txt").read_text()], TextOptions(stride=256))
     Perplexity(tokens=2806, bytes=9899, windows=10, nats_per_token=...)
 
-    `store`, `ranks` and `report` are those of `answers`. Raises `PromptError` for an empty text,
+    `store`, `ranks` and `progress` are those of `answers`. Raises `PromptError` for an empty text,
     `OptionError` for windows that the model cannot read, and `CheckpointError` if its numbers
     overflow.
     """
@@ -72,7 +72,7 @@ def text_perplexity(
     encoded, bos = encode(engine, texts), engine.tokenizer.bos_id
     asked = [list(requests_of(ids, context, stride, bos)) for ids in encoded]
     flat = [request for own in asked for request in own]
-    how: Any = {"store": store, "ranks": ranks, "report": report}
+    how: Any = {"store": store, "ranks": ranks, "progress": progress}
     found = iter(answers(engine, flat, batch_tokens=options.batch_tokens, **how))
     parts = [part for own in asked for part in blocks(engine, zip(own, found, strict=False))]
     nats, tokens = math.fsum(part[0] for part in parts), sum(map(len, encoded))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # what is answered, how much there is to answer; tokens of the passes that are done, of all. Those
 # of other processes are left out, the answers that were stored before are not.
-Report = Callable[[int, int, int, int], None]
+Progress = Callable[[int, int, int, int], None]
 
 ROWS = 16  # texts that are generated together
 
@@ -93,13 +93,13 @@ def answers(
     batch_tokens: int = 4096,
     store: Store | None = None,
     ranks: Ranks | None = None,
-    report: Report | None = None,
+    progress: Progress | None = None,
     each: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:
     """Return the log-likelihood of each request's continuation, in every process.
 
     `store` has the answers of earlier runs, and gets those of each pass as it ends; `ranks` are the
-    processes that share the work. After each pass `report` is told, and `each` what the pass has
+    processes that share the work. After each pass `progress` is told, and `each` what the pass has
     found, with the number of the request. Raises `PromptError` as `loglikelihoods` does, and
     `OptionError` if a process has ended, or was given other requests, weights or another version.
     """
@@ -120,7 +120,7 @@ def answers(
         tokens = work.tokens + (0 if follows else len(prefix))
         jobs.append(Job(key, len(work.requests), tokens, follows))
     found: list[Answer | None] = [None] * len(requests)
-    results = shared(jobs, run, store, ranks, report)
+    results = shared(jobs, run, store, ranks, progress)
     for work, result in zip(passes, results, strict=True):
         for number, (logprob, greedy) in zip(work.requests, result, strict=True):
             found[number] = Answer(logprob, greedy)
@@ -136,7 +136,7 @@ def texts(
     batch_tokens: int = 4096,
     store: Store | None = None,
     ranks: Ranks | None = None,
-    report: Report | None = None,
+    progress: Progress | None = None,
     each: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """Return the text that greedy decoding gives after each prompt, in every process.
@@ -173,7 +173,7 @@ def texts(
         key = key_of(kind, (prompts[one] for one in group))
         jobs.append(Job(key, len(group), sum(limits[one] for one in group)))
     found = [""] * len(prompts)
-    for group, result in zip(groups, shared(jobs, run, store, ranks, report), strict=True):
+    for group, result in zip(groups, shared(jobs, run, store, ranks, progress), strict=True):
         for one, text in zip(group, result, strict=True):
             found[one] = text
     return found
@@ -202,7 +202,7 @@ def shared(
     run: Callable[[int], list[Any]],
     store: Store | None,
     ranks: Ranks | None,
-    report: Report | None,
+    progress: Progress | None,
 ) -> list[list[Any]]:
     """Return what `run` gives for the number of each job, or another process, or the store had."""
     ranks = ranks or Ranks()
@@ -217,7 +217,7 @@ def shared(
         told = most = told.plus(jobs[number])
     for number in left:
         most = most.plus(jobs[number])
-    tell = report or (lambda *_: None)
+    tell = progress or (lambda *_: None)
     tell(told.answers, most.answers, told.tokens, most.tokens)
     for number in left:
         found[number] = run(number)

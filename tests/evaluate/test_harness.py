@@ -271,10 +271,10 @@ def test_what_lm_eval_caches_is_there_as_soon_as_a_pass_ends(tiny, results, tmp_
 
     arguments = [pair for row in results["samples"]["choice"] for pair in row["arguments"]]
     asked = [Instance("loglikelihood", {}, pair, 0) for pair in arguments]
-    lm = OpenELMLM(tiny, batch_tokens=32, report=stopping)
+    lm = OpenELMLM(tiny, batch_tokens=32, progress=stopping)
     with pytest.raises(KeyboardInterrupt):
         CachingLM(lm, str(tmp_path / "cache.db")).loglikelihood(asked)
-    lm.report = None
+    lm.progress = None
     cached = CachingLM(lm, str(tmp_path / "cache.db"))
     assert 0 < len(cached.dbdict) < len(asked)
     found = [logprob for logprob, _ in cached.loglikelihood(asked)]

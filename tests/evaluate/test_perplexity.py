@@ -80,7 +80,7 @@ def test_figures_are_those_of_one_window_at_a_time(random, context, stride):
     told = []
     options = TextOptions(context, stride, batch_tokens=40)
     report = lambda *step: told.append(step)  # noqa: E731
-    found = text_perplexity(random, texts, options, report=report)
+    found = text_perplexity(random, texts, options, progress=report)
     assert found.tokens == len(nats) == sum(map(len, ids))
     assert found.bytes == len(SHORT) + 5 and found.intervals_95 == {}
     assert found.nats_per_token == pytest.approx(np.mean(nats), abs=1e-5)

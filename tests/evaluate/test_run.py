@@ -45,7 +45,7 @@ def small(tiny) -> Engine:
 
 
 class Stop:
-    """A report that presses Ctrl-C after so many passes."""
+    """A progress that presses Ctrl-C after so many passes."""
 
     def __init__(self, passes: int = 1 << 30) -> None:
         self.passes, self.said = passes, []
@@ -58,7 +58,7 @@ class Stop:
 
 def test_answers_are_those_of_all_passes_in_turn(small):
     report = Stop()
-    found = answers(small, REQUESTS, batch_tokens=TOKENS, report=report)
+    found = answers(small, REQUESTS, batch_tokens=TOKENS, progress=report)
     assert found == loglikelihoods(small, REQUESTS, batch_tokens=TOKENS)
     passes = plan(REQUESTS, TOKENS)
     total = sum(one.tokens for one in passes)
@@ -72,13 +72,13 @@ def test_a_run_that_is_stopped_goes_on_after_the_last_pass(small):
     for more in (1, 0, 3):
         stop = Stop(more)
         with Store(small, TOKENS) as store, pytest.raises(KeyboardInterrupt):
-            answers(small, REQUESTS, batch_tokens=TOKENS, store=store, report=stop)
+            answers(small, REQUESTS, batch_tokens=TOKENS, store=store, progress=stop)
         # what was stored by the runs before is there at once
         assert stop.said[0][2] == sum(one.tokens for one in plan(REQUESTS, TOKENS)[:passes])
         passes += more
     report = Stop()
     with Store(small, TOKENS) as store:
-        assert answers(small, REQUESTS, batch_tokens=TOKENS, store=store, report=report) == whole
+        assert answers(small, REQUESTS, batch_tokens=TOKENS, store=store, progress=report) == whole
     assert len(report.said) == len(plan(REQUESTS, TOKENS)) - passes + 1
 
 
@@ -111,10 +111,10 @@ def test_texts_that_were_stopped_go_on(tiny):
     asked = prompts_of(tiny), [[]] * 4, [4] * 4
     whole = texts(tiny, *asked, batch_tokens=16)
     with Store(tiny, 16) as store, pytest.raises(KeyboardInterrupt):
-        texts(tiny, *asked, batch_tokens=16, store=store, report=Stop(1))
+        texts(tiny, *asked, batch_tokens=16, store=store, progress=Stop(1))
     report = Stop()
     with Store(tiny, 16) as store:
-        assert texts(tiny, *asked, batch_tokens=16, store=store, report=report) == whole
+        assert texts(tiny, *asked, batch_tokens=16, store=store, progress=report) == whole
         other = texts(tiny, asked[0], [["e"]] * 4, asked[2], batch_tokens=16, store=store)
     assert report.said[0][0] > 0 and len(report.said) > 1
     assert other == texts(tiny, asked[0], [["e"]] * 4, asked[2], batch_tokens=16) != whole
@@ -161,12 +161,12 @@ def test_processes_share_passes_and_each_has_all_answers(small, tmp_path, monkey
     for rank in range(3):
         monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / f"machine {rank}"))
         with Store(small, TOKENS) as store, pytest.raises(KeyboardInterrupt):
-            answers(small, REQUESTS, batch_tokens=TOKENS, store=store, report=Stop(rank))
+            answers(small, REQUESTS, batch_tokens=TOKENS, store=store, progress=Stop(rank))
         stores.append(Store(small, TOKENS))
         reports.append(Stop())
 
     def run(ranks: Ranks) -> list:
-        about = {"store": stores[ranks.rank], "ranks": ranks, "report": reports[ranks.rank]}
+        about = {"store": stores[ranks.rank], "ranks": ranks, "progress": reports[ranks.rank]}
         return answers(small, REQUESTS, batch_tokens=TOKENS, **about)
 
     assert in_threads(3, run) == [whole] * 3
@@ -198,7 +198,7 @@ def test_a_prefix_is_counted_once_and_changes_no_number(small):
     passes, report = plan(asked, TOKENS), Stop()
     prefixes = [asked[one.requests[0]].fed[: one.prefix] for one in passes]
     assert len(set(prefixes)) == 2 < len(passes)
-    whole = answers(small, asked, batch_tokens=TOKENS, report=report)
+    whole = answers(small, asked, batch_tokens=TOKENS, progress=report)
     tokens = sum(one.tokens for one in passes) + sum(map(len, set(prefixes)))
     assert report.said[-1] == (30, 30, tokens, tokens)
 

@@ -64,7 +64,7 @@ def answer(count: int, target: Path, most: int = 1 << 30) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with Store(engine, TOKENS) as store:
-        shared: Any = {"batch_tokens": TOKENS, "store": store, "ranks": ranks, "report": report}
+        shared: Any = {"batch_tokens": TOKENS, "store": store, "ranks": ranks, "progress": report}
         found = answers(engine, requests, **shared)
         told = texts(engine, prompts, [["."]] * len(prompts), limits, **shared)
         if ranks.rank == 0:
