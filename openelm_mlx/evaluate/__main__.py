@@ -16,11 +16,13 @@ def main() -> None:
     """Run `lm_eval`. What it or a task raises is one line, and exit status 2."""
     try:
         from openelm_mlx.evaluate.harness import explained  # registers the model
+        from openelm_mlx.evaluate.tasks import compiled_once
 
         try:
             from lm_eval.__main__ import cli_evaluate
 
-            cli_evaluate()
+            with compiled_once():
+                cli_evaluate()
         except OpenELMError:
             raise
         except Exception as error:  # it has no errors of its own

@@ -25,7 +25,7 @@ from typing import Any
 
 from openelm_mlx.errors import EvaluationError, OpenELMError, reason
 from openelm_mlx.evaluate.language_model import OpenELMLM
-from openelm_mlx.evaluate.tasks import find_tasks, load_tasks, quiet
+from openelm_mlx.evaluate.tasks import compiled_once, find_tasks, load_tasks, quiet
 
 __all__ = ["OpenELMLM", "evaluate_tasks", "save"]
 
@@ -57,7 +57,7 @@ def evaluate_tasks(
     The document has lm-eval's keys, and under "truncated" how many questions of each task were
     longer than the model's context and have lost their beginning. Raises `EvaluationError`.
     """
-    with quiet():
+    with quiet(), compiled_once():
         import numpy as np
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.evaluator import evaluate

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partialmethod
+from functools import lru_cache, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +237,15 @@ def quiet() -> Iterator[None]:
         tqdm.__init__ = drawn
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def compiled_once() -> Iterator[None]:
+    """Keep compiled templates: lm-eval compiles one again for each question and each example."""
+    from lm_eval.utils import env
+
+    env.from_string = lru_cache(256)(env.from_string)
+    try:
+        yield
+    finally:
+        del env.from_string  # it hid the method

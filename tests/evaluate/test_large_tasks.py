@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import Counter
 
 import pytest
+from local_tasks import task_folder
 
 from openelm_mlx.evaluate.plan import Request, plan
+
+
+@pytest.mark.needs("lm-eval")
+def test_a_template_of_a_task_is_compiled_once(tiny, tmp_path, monkeypatch):
+    from lm_eval.utils import env
+
+    from openelm_mlx.evaluate.harness import OpenELMLM, evaluate_tasks
+
+    compiled, compile_one = Counter(), env.compile
+
+    def counted(source: str) -> object:
+        compiled[source] += 1
+        return compile_one(source)
+
+    monkeypatch.setattr(env, "compile", counted)
+    for folder in task_folder(tmp_path):
+        evaluate_tasks(OpenELMLM(tiny), {"solved": None}, include=[folder], limit=3)
+    assert "{{question}}" in compiled and set(compiled.values()) == {1}
+    assert "from_string" not in vars(env)
 
 
 def work_of(asked: list[Request]) -> int:
