@@ -74,7 +74,9 @@ def text_perplexity(
     flat = [request for own in asked for request in own]
     how: Any = {"store": store, "ranks": ranks, "progress": progress}
     found = iter(answers(engine, flat, batch_tokens=options.batch_tokens, **how))
-    parts = [part for own in asked for part in blocks(engine, zip(own, found, strict=False))]
+    parts = []
+    for own, text in zip(asked, texts, strict=True):
+        parts += blocks(engine, zip(own, found, strict=False), len(text.encode()))
     nats, tokens = math.fsum(part[0] for part in parts), sum(map(len, encoded))
     size = sum(len(text.encode()) for text in texts)
     check_finite(engine.name, exponential(nats / tokens))
@@ -164,9 +166,11 @@ def check_finite(name: str, figure: float) -> None:
         )
 
 
-def blocks(engine: Engine, answered: Iterable[tuple[Request, Answer]]) -> list[np.ndarray]:
+def blocks(
+    engine: Engine, answered: Iterable[tuple[Request, Answer]], whole: int
+) -> list[np.ndarray]:
     """Return nats, bytes and tokens [3] of the blocks of a text: a request each, or several where a
-    short stride makes them short.
+    short stride makes them short. The text has `whole` bytes.
     """
     import numpy as np
 
@@ -178,6 +182,7 @@ def blocks(engine: Engine, answered: Iterable[tuple[Request, Answer]]) -> list[n
             found[-1] += part
         else:
             found.append(part)
+    found[0][1] += whole - sum(part[1] for part in found)  # the first token has a space of its own
     return found
 
 

@@ -140,6 +140,13 @@ def test_the_blocks_of_a_short_stride_are_drawn_together(random):
     assert found.intervals_95["nats_per_token"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_intervals_of_many_short_texts_are_about_their_own_bytes(random):
+    """A tokenizer begins each text with a space, which is none of its bytes."""
+    found = text_perplexity(random, ["it"] * 8)
+    assert found.bytes == 16
+    assert found.intervals_95["bits_per_byte"] == pytest.approx((found.bits_per_byte,) * 2)
+
+
 def test_blocks_of_about_128_positions():
     assert block_starts(512) == [0, 128, 256, 384] and block_starts(5) == [0]
     assert block_starts(300) == [0, 150]
