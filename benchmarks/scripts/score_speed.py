@@ -28,14 +28,14 @@ from openelm_mlx.benchmarks.scripts.pairs import in_turns
 from openelm_mlx.benchmarks.scripts.waits import CLOCKS
 from openelm_mlx.convert.options import ConvertOptions
 from openelm_mlx.convert.pipeline import convert
-from openelm_mlx.convert.verify import TEXT
 from openelm_mlx.device import blas, mx
 from openelm_mlx.engine.hub import resolve_model
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import OpenELMError
+from openelm_mlx.evaluate.perplexity import TEXT
 from openelm_mlx.evaluate.plan import Request
-from openelm_mlx.evaluate.score import loglikelihoods
+from openelm_mlx.evaluate.run import answers
 from openelm_mlx.files import check_new, read_text
 
 PASSES, TOKENS, FASTER = 1 / 8, 1.2, 1.5  # of theirs at most, and how much less time at least
@@ -145,7 +145,7 @@ class Ours:
 
     def answers(self, texts: Texts) -> Answers:
         asked = requests(self.engine.tokenizer, texts)
-        return list(loglikelihoods(self.engine, asked, batch_tokens=self.batch_tokens))
+        return list(answers(self.engine, asked, batch_tokens=self.batch_tokens))
 
     def count(self, texts: Texts) -> tuple[Answers, Fed]:
         with counted(self.engine) as fed:

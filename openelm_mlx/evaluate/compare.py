@@ -24,7 +24,7 @@ from openelm_mlx.evaluate.perplexity import (
 )
 from openelm_mlx.evaluate.plan import rows_of_a_pass
 from openelm_mlx.evaluate.run import Progress
-from openelm_mlx.evaluate.score import POSITIONS, exponential, log_probs
+from openelm_mlx.evaluate.score import POSITIONS, log_probs, perplexity_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -223,9 +223,9 @@ def compare_logits(
         mean_kl_divergence=float(kl.mean()),
         p99_kl_divergence=float(np.quantile(kl, 0.99)),
         top_1_agreement=float(same.mean()),
-        perplexity=exponential(float(theirs.mean())),
-        reference_perplexity=exponential(float(ours.mean())),
-        perplexity_ratio=exponential(float((theirs - ours).mean())),
+        perplexity=perplexity_of(float(theirs.mean())),
+        reference_perplexity=perplexity_of(float(ours.mean())),
+        perplexity_ratio=perplexity_of(float((theirs - ours).mean())),
         max_logit_difference=float(difference.max()),
         intervals_95=intervals(found),
     )
@@ -254,16 +254,16 @@ def intervals(rows: Sequence[np.ndarray]) -> dict[str, tuple[float, float]]:
         return {}
     kl, same, ours, theirs = draws.T
 
-    def exponentials(draws: np.ndarray) -> tuple[float, float]:
+    def perplexities(draws: np.ndarray) -> tuple[float, float]:
         low, high = interval(draws)
-        return exponential(low), exponential(high)
+        return perplexity_of(low), perplexity_of(high)
 
     return {
         "mean_kl_divergence": interval(kl),
         "top_1_agreement": interval(same),
-        "perplexity": exponentials(theirs),
-        "reference_perplexity": exponentials(ours),
-        "perplexity_ratio": exponentials(theirs - ours),
+        "perplexity": perplexities(theirs),
+        "reference_perplexity": perplexities(ours),
+        "perplexity_ratio": perplexities(theirs - ours),
     }
 
 

@@ -15,7 +15,7 @@ from openelm_mlx.errors import CheckpointError, OptionError, PromptError
 from openelm_mlx.evaluate.options import TextOptions
 from openelm_mlx.evaluate.plan import Request
 from openelm_mlx.evaluate.run import Progress, Ranks, answers
-from openelm_mlx.evaluate.score import Answer, exponential
+from openelm_mlx.evaluate.score import Answer, perplexity_of
 from openelm_mlx.model.config import BOS
 
 if TYPE_CHECKING:
@@ -79,13 +79,13 @@ def text_perplexity(
         parts += blocks(engine, zip(own, found, strict=False), len(text.encode()))
     nats, tokens = math.fsum(part[0] for part in parts), sum(map(len, encoded))
     size = sum(len(text.encode()) for text in texts)
-    check_finite(engine.name, exponential(nats / tokens))
+    check_finite(engine.name, perplexity_of(nats / tokens))
     return Perplexity(
         tokens=tokens,
         bytes=size,
         windows=sum(1 + math.ceil(max(0, len(ids) + 1 - context) / stride) for ids in encoded),
         nats_per_token=nats / tokens,
-        perplexity=exponential(nats / tokens),
+        perplexity=perplexity_of(nats / tokens),
         bits_per_byte=nats / math.log(2) / size,
         intervals_95=intervals_of(parts),
     )
@@ -235,6 +235,6 @@ def intervals_of(parts: Sequence[np.ndarray]) -> dict[str, tuple[float, float]]:
     low, high = interval(nats)
     return {
         "nats_per_token": (low, high),
-        "perplexity": (exponential(low), exponential(high)),
+        "perplexity": (perplexity_of(low), perplexity_of(high)),
         "bits_per_byte": interval(nats / size / math.log(2)),
     }

@@ -96,12 +96,15 @@ def answers(
     progress: Progress | None = None,
     each: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:
-    """Return the log-likelihood of each request's continuation, in every process.
+    """Return the log-likelihood of each request's continuation after its context, in nats.
 
-    `store` has the answers of earlier runs, and gets those of each pass as it ends; `ranks` are the
-    processes that share the work. After each pass `progress` is told, and `each` what the pass has
-    found, with the number of the request. Raises `PromptError` as `loglikelihoods` does, and
-    `OptionError` if a process has ended, or was given other requests, weights or another version.
+    They are those of the model itself, given all tokens before; an id that is never drawn has -inf.
+    `batch_tokens` is that of `plan`, and changes the numbers by rounding only. `store` has the
+    answers of earlier runs, and gets those of each pass as it ends; `ranks` are the processes that
+    share the work, of which each returns all of it. After each pass `progress` is told, and `each`
+    what the pass has found, with the number of the request. Raises `PromptError`, before any work,
+    for what `check_requests` refuses, and `OptionError` if a process has ended, or was given other
+    requests, weights or another version.
     """
     check_loaded("engine", engine)
     check_count("batch_tokens", batch_tokens, 1)

@@ -7,7 +7,7 @@ positions at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,13 +46,7 @@ def log_probs(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def perplexity(log_probabilities: Iterable[float]) -> float:
-    """Return the exponential of the mean negative log probability."""
-    scores = list(log_probabilities)
-    return exponential(-math.fsum(scores) / len(scores))
-
-
-def exponential(mean: float) -> float:
+def perplexity_of(mean: float) -> float:
     """Return the perplexity of a mean negative log probability: infinite beyond float64."""
     return math.inf if mean > 700 else math.exp(mean)
 
@@ -240,25 +234,6 @@ class TreeCache:
         if self.waits:
             mx.eval(out)
         return out
-
-
-def loglikelihoods(
-    engine: Engine, requests: Sequence[Request], *, batch_tokens: int = 4096
-) -> list[Answer]:
-    """Return the log-likelihood of each request's continuation after its context, in nats.
-
-    They are those of the model itself, given all tokens before. An id that is never drawn has
-    -inf. `batch_tokens` is that of `plan`; it changes the numbers by rounding only. Raises
-    `PromptError`, before any work, for what `check_requests` refuses.
-    """
-    check_loaded("engine", engine)
-    check_count("batch_tokens", batch_tokens, 1)
-    check_requests(engine, requests)
-    answers: dict[int, Answer] = {}
-    scorer = Scorer(engine)
-    for work in plan(requests, batch_tokens):
-        answers.update(zip(work.requests, scorer.run(requests, work), strict=True))
-    return [answers[number] for number in range(len(requests))]
 
 
 def check_requests(engine: Engine, requests: Sequence[Request]) -> None:

@@ -13,10 +13,11 @@ from golden_set import GOLDEN, NANO
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.convert.opening import open_model
 from openelm_mlx.convert.quantize import exact_weights
-from openelm_mlx.convert.verify import TEXT, check_bound, read_folder, verification_text, verify
+from openelm_mlx.convert.verify import check_bound, read_folder, verification_text, verify
 from openelm_mlx.device import mx
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.evaluate.compare import compare, with_interval
+from openelm_mlx.evaluate.perplexity import TEXT
 from openelm_mlx.model.decoder import OpenELM
 
 TOKENIZER = NANO / "tokenizer.model"

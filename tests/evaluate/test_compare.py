@@ -20,7 +20,7 @@ from openelm_mlx.evaluate.compare import (
     top_1_agreement,
     with_interval,
 )
-from openelm_mlx.evaluate.score import POSITIONS, log_probs, perplexity
+from openelm_mlx.evaluate.score import POSITIONS, log_probs, perplexity_of
 
 
 def normal(*shape, seed=0):
@@ -85,9 +85,9 @@ def test_more_positions_than_logits_are_kept_for():
 
 
 def test_perplexity():
-    assert perplexity([math.log(0.5), math.log(0.125)]) == pytest.approx(4)
-    assert perplexity([-1e4]) == perplexity([-math.inf]) == math.inf
-    assert math.isnan(perplexity([-1.0, math.nan]))
+    assert perplexity_of(math.log(4)) == pytest.approx(4)
+    assert perplexity_of(1e4) == perplexity_of(math.inf) == math.inf
+    assert math.isnan(perplexity_of(math.nan))
 
 
 def always(*probs):

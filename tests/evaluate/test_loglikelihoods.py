@@ -19,7 +19,8 @@ from openelm_mlx.errors import OptionError, PromptError
 from openelm_mlx.evaluate import plan as planning
 from openelm_mlx.evaluate import score as scoring
 from openelm_mlx.evaluate.plan import Request, plan
-from openelm_mlx.evaluate.score import Answer, Scorer, loglikelihoods
+from openelm_mlx.evaluate.run import answers
+from openelm_mlx.evaluate.score import Answer, Scorer
 
 FEW = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
@@ -33,7 +34,7 @@ def alone(engine: Engine, request: Request) -> Answer:
 
 
 def assert_as_alone(engine: Engine, asked: Sequence[Request], batch_tokens: int) -> None:
-    found = loglikelihoods(engine, asked, batch_tokens=batch_tokens)
+    found = answers(engine, asked, batch_tokens=batch_tokens)
     for answer, request in zip(found, asked, strict=True):
         logprob, greedy = alone(engine, request)
         assert answer.logprob == pytest.approx(logprob, abs=1e-4) and answer.greedy == greedy
@@ -118,7 +119,7 @@ def test_answers_follow_from_the_logits_of_the_reference(tiny, name, tmp_path):
             Request(tuple(t[:start]), (*t[start:stop], last)) for _, t, (start, stop, last) in texts
         ]
         assert {work.prefix for work in plan(asked, 8)} == prefixes
-        found = loglikelihoods(engine, asked, batch_tokens=8)
+        found = answers(engine, asked, batch_tokens=8)
         for answer, request, (row, _, (start, stop, _)) in zip(found, asked, texts, strict=True):
             targets = mx.array(request.continuation)
             scores = logp[row, mx.arange(start - 1, stop), targets]
@@ -135,7 +136,7 @@ def test_an_adapter_answers_as_the_merged_model(small):
     model = merged_model(small.model, small.adapters["one"].adapter)
     merged = Engine(model, small.tokenizer, small.config, "merged", small.path)
     asked = [Request((1, 9, *range(3, 3 + n)), (5, n + 6)) for n in (2, 2, 3, 8, 8)]
-    found = loglikelihoods(small.adapted("one"), asked)
+    found = answers(small.adapted("one"), asked)
     for answer, request in zip(found, asked, strict=True):
         assert answer.logprob == pytest.approx(alone(merged, request).logprob, abs=1e-3)
         assert abs(answer.logprob - alone(small, request).logprob) > 0.1
@@ -153,7 +154,7 @@ def test_passes_may_come_in_any_order(small):
 
 def test_an_id_that_is_never_drawn_has_no_probability(tiny):
     engine = random_engine(tiny, 3, vocab=tiny.tokenizer.vocab_size + 8)
-    drawn, never, later = loglikelihoods(
+    drawn, never, later = answers(
         engine,
         [Request((1, 5), (6,)), Request((1, 5), (engine.vocab,)), Request((1, engine.vocab), (6,))],
     )
@@ -174,10 +175,10 @@ def test_refused_before_any_work(small):
         ),
     ):
         with pytest.raises(PromptError, match=message):
-            loglikelihoods(small, [good, wrong])
-    assert math.isfinite(loglikelihoods(small, [Request((1,) * most, (5,))])[0].logprob)
+            answers(small, [good, wrong])
+    assert math.isfinite(answers(small, [Request((1,) * most, (5,))])[0].logprob)
     with pytest.raises(OptionError, match="batch_tokens is 0; allowed is a whole number from 1 up"):
-        loglikelihoods(small, [good], batch_tokens=0)
+        answers(small, [good], batch_tokens=0)
     with pytest.raises(OptionError, match="engine is 'openelm-tiny'; allowed is a loaded model"):
-        loglikelihoods("openelm-tiny", [good])
-    assert loglikelihoods(small, []) == []
+        answers("openelm-tiny", [good])
+    assert answers(small, []) == []

@@ -9,7 +9,7 @@ from small import random_engine
 
 from openelm_mlx.device import mx
 from openelm_mlx.evaluate.plan import Request, plan
-from openelm_mlx.evaluate.score import loglikelihoods
+from openelm_mlx.evaluate.run import answers
 
 SIZES = (256, 512, 1024)
 NEAR = 0.2  # MLX frees memory as its threads get along, which differs on a busy machine
@@ -36,7 +36,7 @@ def peak(engine, asked: list[Request], batch_tokens: int) -> int:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    loglikelihoods(engine, asked, batch_tokens=batch_tokens)
+    answers(engine, asked, batch_tokens=batch_tokens)
     return mx.get_peak_memory() - before
 
 

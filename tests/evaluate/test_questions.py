@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from openelm_mlx.evaluate.plan import Request
-from openelm_mlx.evaluate.score import loglikelihoods
+from openelm_mlx.evaluate.run import answers
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "openelm_mlx" / "assets" / "fairy-tale-questions"
@@ -44,8 +44,8 @@ def likelihoods(engine, kind, docs):
             whole = encode(f"{prompt(kind, doc)} {choice}")
             assert whole[: len(before)] == before
             asked.append(Request(tuple(before), tuple(whole[len(before) :])))
-    answers = iter(loglikelihoods(engine, asked))
-    return [[next(answers).logprob for _ in doc["choices"]] for doc in docs]
+    found = iter(answers(engine, asked))
+    return [[next(found).logprob for _ in doc["choices"]] for doc in docs]
 
 
 def count(docs, found):

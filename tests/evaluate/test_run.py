@@ -15,7 +15,7 @@ from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import OptionError, PromptError
 from openelm_mlx.evaluate.plan import Request, plan
 from openelm_mlx.evaluate.run import Job, Ranks, answers, dealt, launched, texts
-from openelm_mlx.evaluate.score import loglikelihoods
+from openelm_mlx.evaluate.score import Scorer
 from openelm_mlx.evaluate.store import Store
 
 TOKENS = 20  # of a pass: a dozen passes
@@ -59,8 +59,9 @@ class Stop:
 def test_answers_are_those_of_all_passes_in_turn(small):
     report = Stop()
     found = answers(small, REQUESTS, batch_tokens=TOKENS, progress=report)
-    assert found == loglikelihoods(small, REQUESTS, batch_tokens=TOKENS)
-    passes = plan(REQUESTS, TOKENS)
+    passes, scorer = plan(REQUESTS, TOKENS), Scorer(small)
+    for work in passes:
+        assert [found[number] for number in work.requests] == scorer.run(REQUESTS, work)
     total = sum(one.tokens for one in passes)
     assert report.said[0] == (0, 24, 0, total) and report.said[-1] == (24, 24, total, total)
     assert len(report.said) == len(passes) + 1 > 6

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from openelm_mlx import batch_generate, load
 from openelm_mlx.engine.conversation import encode_messages
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import SamplingOptions
-from openelm_mlx.evaluate.score import perplexity, score
+from openelm_mlx.evaluate.score import perplexity_of, score
 
 SUBJECTS = (
     *("a king", "a dog", "a princess who could not laugh", "a poor fisherman and his wife"),
@@ -100,7 +100,8 @@ def answer_perplexity(exact: Engine, found: Sequence[Answer]) -> float:
     """Return the perplexity of all answers' tokens, each after its prompt, at temperature 1."""
     scores = score(exact, [answer.prompt + answer.tokens for answer in found])
     starts = [len(answer.prompt) - 1 for answer in found]
-    return perplexity(p for row, start in zip(scores, starts, strict=True) for p in row[start:])
+    own = [p for row, start in zip(scores, starts, strict=True) for p in row[start:]]
+    return perplexity_of(-fmean(own))
 
 
 def label(sampling: SamplingOptions) -> str:
