@@ -120,8 +120,7 @@ def answers(
         key = key_of(json.dumps(["score", work.rows, work.prefix]), asked)
         prefix = requests[work.requests[0]].fed[: work.prefix]
         follows, before = bool(prefix) and prefix == before, prefix
-        tokens = work.tokens + (0 if follows else len(prefix))
-        jobs.append(Job(key, len(work.requests), tokens, follows))
+        jobs.append(Job(key, len(work.requests), work.tokens, follows))
     found: list[Answer | None] = [None] * len(requests)
     results = shared(jobs, run, store, ranks, progress)
     for work, result in zip(passes, results, strict=True):
@@ -267,19 +266,20 @@ def dealt(jobs: list[Job], owners: dict[int, int], ranks: Ranks) -> list[int]:
     left, parts = [number for number in range(len(jobs)) if number not in owners], list[list[int]]()
     most = sum(jobs[number].tokens for number in left) / (8 * ranks.size)
 
-    def cost(part: list[int]) -> int:
-        return sum(jobs[number].tokens for number in part)
-
+    costs = list[int]()  # of the parts
     for number in left:
-        near = parts[-1] if parts and parts[-1][-1] == number - 1 and jobs[number].follows else []
-        if near and cost([*near, number]) <= most:
-            near.append(number)
+        tokens = jobs[number].tokens
+        together = bool(parts) and parts[-1][-1] == number - 1 and jobs[number].follows
+        if together and costs[-1] + tokens <= most:
+            parts[-1].append(number)
+            costs[-1] += tokens
         else:
             parts.append([number])
+            costs.append(tokens)
     loads, mine = [0] * ranks.size, list[int]()
-    for part in sorted(parts, key=cost, reverse=True):
+    for at in sorted(range(len(parts)), key=costs.__getitem__, reverse=True):
         least = loads.index(min(loads))
-        loads[least] += cost(part)
+        loads[least] += costs[at]
         if least == ranks.rank:
-            mine += part
+            mine += parts[at]
     return sorted(mine)
