@@ -12,7 +12,7 @@ import pytest
 from full_disk import files_of_at_most
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from local_tasks import CHOICE, QUESTIONS, TASKS, task_folder, write
+from local_tasks import CHOICE, QUESTIONS, TASKS, write
 
 from openelm_mlx import batch_generate
 from openelm_mlx.chat import encode_messages
@@ -23,18 +23,6 @@ from openelm_mlx.errors import EvaluationError
 from openelm_mlx.evaluate.score import log_probs, score
 
 pytestmark = pytest.mark.needs("lm-eval")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from task_folder(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture(scope="module")
-def lm(tiny):
-    from openelm_mlx.evaluate.harness import OpenELMLM
-
-    return OpenELMLM(tiny)
 
 
 @pytest.fixture(scope="module")

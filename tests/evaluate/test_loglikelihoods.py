@@ -48,11 +48,6 @@ def greedy_continuation(engine: Engine, context: tuple[int, ...], count: int) ->
     return done[len(context) :]
 
 
-@pytest.fixture(scope="module")
-def small(tiny) -> Engine:
-    return random_engine(tiny, 3)
-
-
 def texts(least: int, most: int):
     """Few different tokens, so that many texts begin alike."""
     return st.lists(st.sampled_from((3, 4, 40)), min_size=least, max_size=most).map(tuple)

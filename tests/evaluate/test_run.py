@@ -11,13 +11,13 @@ from small import random_engine
 
 from openelm_mlx import batch_generate
 from openelm_mlx.device import mx
-from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import OptionError, PromptError
 from openelm_mlx.evaluate.plan import Request, plan
 from openelm_mlx.evaluate.run import Job, Ranks, answers, dealt, launched, texts
 from openelm_mlx.evaluate.score import Scorer
 from openelm_mlx.evaluate.store import Store
 
+pytestmark = pytest.mark.usefixtures("cache")
 TOKENS = 20  # of a pass: a dozen passes
 
 
@@ -32,16 +32,6 @@ def some_requests(count: int, seed: int = 1) -> list[Request]:
 
 
 REQUESTS = some_requests(24)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def small(tiny) -> Engine:
-    return random_engine(tiny, 3)
 
 
 class Stop:

@@ -15,15 +15,7 @@ from openelm_mlx.engine.loading import Engine
 from openelm_mlx.evaluate import store as module
 from openelm_mlx.evaluate.store import KEPT_DAYS, Store, answers_folder
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def small(tiny) -> Engine:
-    return random_engine(tiny, 3)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def names() -> list[str]:

@@ -8,24 +8,12 @@ import sys
 from importlib import import_module
 
 import pytest
-from local_tasks import CHOICE, TASKS, task_folder, write
+from local_tasks import CHOICE, TASKS, write
 from optional import hide
 
 from openelm_mlx.errors import EvaluationError, OptionError
 
 pytestmark = pytest.mark.needs("lm-eval")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from task_folder(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture(scope="module")
-def lm(tiny):
-    from openelm_mlx.evaluate.harness import OpenELMLM
-
-    return OpenELMLM(tiny)
 
 
 @pytest.mark.parametrize(
