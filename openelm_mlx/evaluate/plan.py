@@ -146,7 +146,8 @@ def groups(items: list[Item], batch_tokens: int) -> list[tuple[int, list[Item]]]
     """Return what is run with the same prefix: its length, 0 for none, and the items in order.
 
     From the shortest beginning that several items share to the longest, one becomes a prefix if
-    rows without it take at least `WORTH` tokens more, or if one of them is too long for a pass.
+    rows without it take at least `WORTH` tokens more, or if some are too long for a pass: once all
+    are, or none is any more with it.
     """
     owners, prefixes = [0] * len(items), [0]  # of each item; tokens of each owner
     parts = [(0, len(items), 0)]
@@ -176,18 +177,28 @@ def groups(items: list[Item], batch_tokens: int) -> list[tuple[int, list[Item]]]
 
 def worth(items: list[Item], prefix: int, current: int, batch_tokens: int) -> bool:
     """Return whether these items should have a longer prefix than the current one."""
-    without = list(in_rows(items, current, batch_tokens))
-    if any(row.tokens * (current + row.tokens) > batch_tokens * WIDTH for row in without):
+
+    def too_long(length: int, before: int) -> bool:
+        return (length - before) * length > batch_tokens * WIDTH
+
+    def fed(before: int) -> int:
+        return sum(row.tokens for row in in_rows(items, before, batch_tokens))
+
+    lengths = [item.length for item in items]
+    longest, shortest = max(lengths), min(lengths)
+    if too_long(longest, current) and (
+        too_long(shortest, current) or not too_long(longest, prefix)
+    ):
         return True
-    rows = sum(row.tokens for row in in_rows(items, prefix, batch_tokens))
-    return sum(row.tokens for row in without) - (prefix + rows) >= WORTH
+    return fed(current) - (prefix + fed(prefix)) >= WORTH
 
 
 def in_rows(items: Sequence[Item], prefix: int, batch_tokens: int) -> Iterator[Row]:
     """Yield the trees that neighbours make, each of at most `batch_tokens` if more than one.
 
     An item joins the row of the one before it if that saves more tokens than it costs attention:
-    in a row of n tokens n * n pairs are computed, also those of different branches.
+    in a row of n tokens n * n pairs are computed, also those of different branches. It always does
+    if it goes on from there, and would take as many tokens by itself.
     """
     row, tokens = list[Item](), 0
     for item in items:
@@ -195,7 +206,7 @@ def in_rows(items: Sequence[Item], prefix: int, batch_tokens: int) -> Iterator[R
         joined = tokens + own - shared
         pairs = joined**2 - tokens**2 - own**2
         fits = joined <= batch_tokens and joined * (prefix + joined) <= batch_tokens * WIDTH
-        if row and own > shared and not (fits and pairs <= shared * PAIRS):
+        if row and joined > own and own > shared and not (fits and pairs <= shared * PAIRS):
             yield Row(tokens, tuple(row))
             row, joined = [], own
         row.append(item)

@@ -121,8 +121,8 @@ def test_answers_follow_from_the_logits_of_the_reference(tiny, name, tmp_path):
             assert answer.logprob == pytest.approx(scores.sum().item(), abs=1e-4)
             assert answer.greedy == (likeliest[row, start - 1 : stop] == targets).all().item()
 
-    with patch.multiple(planning, SHORTEST=4, WORTH=4):
-        assert_as_the_reference(cuts, {0})  # the first one wants the state of the first token
+    with patch.multiple(planning, SHORTEST=4, WIDTH=33):  # so that 20 tokens are too long
+        assert_as_the_reference(cuts, {0, 7})  # the first one wants the state of the first token
         assert_as_the_reference(cuts[1:], {7})
 
 

@@ -62,7 +62,7 @@ def test_each_request_is_answered_once_in_passes_that_fit(asked, batch_tokens):
         trees = [Tree.of(row) for row in rows(work, asked)]
         assert tokens == len(trees) * max(len(tree.tokens) for tree in trees)
         assert tokens - sum(len(tree.tokens) for tree in trees) <= planning.WORTH
-        assert tokens <= batch_tokens or len(set(rows(work, asked)[0])) == len(trees) == 1
+        assert tokens <= batch_tokens or (len(trees) == 1 and not trees[0].branches)
         assert {asked[n].fed[: work.prefix] for n in work.requests} == {beginning(work, asked)}
         assert all(work.prefix < len(asked[n].context) for n in work.requests)
     assert plan(asked, batch_tokens) == passes
@@ -136,3 +136,18 @@ def test_rows_that_stay_too_long_get_no_second_pass_with_the_same_prefix():
     passes = plan(asked, 10)
     assert [work.prefix for work in passes] == [199, 199]
     assert sum(work.tokens for work in passes) == 199 + 9 + 90
+
+
+def test_beginnings_of_a_long_text_are_fed_with_it():
+    """A window of a perplexity is asked for in blocks, each after all those before."""
+    text = words(random.Random(7), 2048)
+    starts = [1, *range(128, 2048, 128)]
+    ends = [*starts[1:], 2048]
+    asked = [Request(text[:a], text[a:b]) for a, b in zip(starts, ends, strict=True)]
+    assert plan(asked, 8192) == [Pass(tuple(range(16)), 2047, (16,))]
+    for batch_tokens, most in ((4096, 1.51), (2048, 2.3), (1024, 4.1)):
+        passes = plan(asked, batch_tokens)
+        assert sum(work.tokens for work in passes) <= most * 2047
+        for work in passes:
+            longest = len(asked[work.requests[-1]].fed)
+            assert (longest - work.prefix) * longest <= batch_tokens * planning.WIDTH
