@@ -17,7 +17,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.engine.generation import batch_generate
 from openelm_mlx.engine.options import GenerationOptions, check_loaded
 from openelm_mlx.engine.threads import device_work
-from openelm_mlx.errors import OptionError
+from openelm_mlx.errors import OptionError, reason
 from openelm_mlx.evaluate.plan import Request, plan
 from openelm_mlx.evaluate.score import Answer, Scorer, check_requests
 from openelm_mlx.fields import check_count
@@ -65,8 +65,15 @@ def gathered(values: mx.array) -> mx.array:
 
 
 def launched() -> Ranks:
-    """Return the number of this process, and how many `mlx.launch` has started."""
-    group = mx.distributed.init()
+    """Return the number of this process, and how many `mlx.launch` has started.
+
+    Raises `OptionError` if they cannot be connected: the ring of one process, say.
+    """
+    try:
+        group = mx.distributed.init()
+    except RuntimeError as error:
+        what = f"the processes of mlx.launch cannot be connected ({reason(error)})"
+        raise OptionError(f"{what}; give it -n 2 or more, or run the command without it") from None
     return Ranks(group.rank(), group.size())
 
 

@@ -225,3 +225,15 @@ def test_a_process_that_has_ended_is_said_in_one_line(monkeypatch):
     said = "another process of mlx.launch has ended; see what it said, and run the same command"
     assert str(raised.value) == said
     assert launched() == (0, 1) and launched().gather("alone") == ["alone"]
+
+
+def test_one_process_alone_in_a_ring_is_refused_in_one_line(tmp_path, monkeypatch):
+    """As `mlx.launch -n 1` starts it: without hosts."""
+    (tmp_path / "hosts").write_text("")
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts"))
+    monkeypatch.setenv("MLX_RANK", "0")
+    with pytest.raises(OptionError) as raised:
+        launched()
+    said = str(raised.value)
+    assert said.startswith("the processes of mlx.launch cannot be connected (") and "\n" not in said
+    assert said.endswith("; give it -n 2 or more, or run the command without it")
