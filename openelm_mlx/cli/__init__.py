@@ -68,7 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="openelm",
         description="Apple's OpenELM language models on MLX.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=lambda args: parser.print_help())
     parser.add_argument("-V", "--version", action="version", version=f"openelm-mlx {__version__}")
@@ -80,7 +79,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="completion of commands and options for a shell",
         description="Print the completion script for a shell.",
         epilog=COMPLETION_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     completing.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
     completing.set_defaults(run=lambda args: print(completion(parser, args.shell)))

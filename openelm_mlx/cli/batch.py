@@ -57,7 +57,6 @@ def register(commands: Any) -> None:
         help="answer a file of requests",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     text = "requests, one JSON object a line"
     parser.add_argument("input", metavar="FILE", help=text)

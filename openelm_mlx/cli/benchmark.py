@@ -51,7 +51,6 @@ def register(commands: Any) -> None:
         help="tokens per second, memory and loss, against peers and physics",
         description="Measure a model on this machine.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", metavar="MODEL", nargs="*", help="default: openelm-tiny")
     add_flags(parser, BenchmarkOptions)

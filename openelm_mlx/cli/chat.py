@@ -54,7 +54,6 @@ def register(commands: Any) -> None:
         help="talk to a model",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.of_stray_words = "; a message is given with -p"
     named: Any = {"nargs": "?", "default": "openelm-tiny"}

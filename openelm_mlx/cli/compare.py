@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -33,7 +34,6 @@ def register(commands: Any) -> None:
         help="how far a model is from its original, on a text",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     text = "the original: a name from `openelm models`, a folder or a file"
     parser.add_argument("reference", metavar="ORIGINAL", help=text)
@@ -54,14 +54,15 @@ def run(args: argparse.Namespace) -> int:
     from openelm_mlx.evaluate.perplexity import window
 
     context, _ = window(options, reference, model)
-    with Progress(model.name, quiet=False, read="the text", unit="windows") as progress:
-        read = list(texts.values())
-        found = asdict(compare_engines(reference, model, read, options, progress=progress))
+    progress, read = Progress(model.name, False, "the text", "windows"), list(texts.values())
+    try:
+        with progress:
+            found = asdict(compare_engines(reference, model, read, options, progress=progress))
+    except KeyboardInterrupt:
+        print(f"stopped: {progress}; the same command begins again", file=sys.stderr)
+        return 130
     dtypes = [name_of(one.model.transformer.norm.weight.dtype) for one in (reference, model)]
-    dtype = " and ".join(dict.fromkeys(dtypes))
     how = {"reference": reference.name, "model": model.name, "texts": list(texts)}
     how |= {"context": context, "dtype": dtypes[1], "reference_dtype": dtypes[0]}
-    both = f"{model.name} against {reference.name} on {named(texts)}"
-    title = f"{both}, in windows of {context} tokens, in {dtype}"
-    show(title, how, found, args.json)
+    show(f"{model.name} against {reference.name} on {named(texts)}", how, found, args.json)
     return 0

@@ -34,7 +34,6 @@ def register(commands: Any) -> None:
         description="Write a model folder that this engine and mlx-lm load. A failed run leaves "
         "nothing behind.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     text = "a .pt file, GGUF file, folder of a model or adapter, hub id, or name: 270m ..."
     parser.add_argument("source", metavar="SOURCE", help=text)
@@ -155,6 +154,7 @@ def show_report(report: ConversionReport, options: ConvertOptions) -> None:
 
     from openelm_mlx.convert.record import plan_rows
     from openelm_mlx.evaluate.compare import label, losses_shown
+    from openelm_mlx.evaluate.perplexity import TEXT_NAME
 
     if len(set(report.plan.values())) > 1:
         heads, rows = plan_rows(report.plan)
@@ -179,6 +179,9 @@ def show_report(report: ConversionReport, options: ConvertOptions) -> None:
     for name in ("sum_of_losses", "loss_together"):
         if name in report.measured:
             print(f"{label(name)} on calibration text: {report.measured[name]:.6g}")
+    if report.verification is not None:
+        text = TEXT_NAME if options.verify_text is None else options.verify_text
+        print(f"{report.target} against the source on {text}")
     for name, value in losses_shown(report.verification or {}):
         print(f"{name}: {value}")
 

@@ -43,8 +43,11 @@ EXAMPLES = """examples:
 DESCRIPTION = """Ask a model the questions of benchmarks, through lm-eval, and show its scores, with
 Apple's beside them where there are any. Without --suite and --tasks a model of a published size is
 asked the zero-shot suite, and any other the questions about fairy tales that come with the package.
-The same command goes on after Ctrl-C or a kill. --dtype, --tokenizer and the questions are for both
-models of --against, --bits, --adapter and --revision for MODEL alone.
+The same command goes on after Ctrl-C or a kill.
+
+With --against, --dtype, --tokenizer and the questions are for both models, --bits, --adapter and
+--revision for MODEL alone.
+
 The exit status is 0 if everything was evaluated, whatever the scores, 2 if the command is wrong, a
 task cannot be had or a file cannot be written, and 130 after Ctrl-C."""
 
@@ -58,7 +61,6 @@ def register(commands: Any) -> None:
         help="scores on benchmarks, beside those that Apple published",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what: Any = {"metavar": "MODEL", "nargs": "?", "default": "openelm-tiny"}
     parser.add_argument("model", **what, help=MODEL_HELP)
@@ -223,7 +225,7 @@ def show(reports: list[Report], as_json: bool) -> None:
     elif sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(*parts(reports), sep="\n")
+        Console().print(*parts(noted_once(reports)), sep="\n\n")
     else:
         print(markdown(reports))
     sys.stdout.flush()
@@ -236,8 +238,18 @@ def parts(reports: list[Report]) -> list[Any]:
     return [*reports, *([Differences.of(*reports)] if len(reports) > 1 else [])]
 
 
+def noted_once(reports: list[Report]) -> list[Report]:
+    """Return the reports without the notes that the first one has already."""
+    first, *others = reports
+    new = [[note for note in other.notes if note not in first.notes] for other in others]
+    return [
+        first,
+        *(replace(one, notes=tuple(left)) for one, left in zip(others, new, strict=True)),
+    ]
+
+
 def markdown(reports: list[Report]) -> str:
-    return "\n\n".join(str(part).strip() for part in parts(reports))
+    return "\n\n".join(str(part).strip() for part in parts(noted_once(reports)))
 
 
 def as_dict(reports: list[Report]) -> dict[str, Any]:

@@ -55,7 +55,6 @@ def register(commands: Any) -> None:
         help="continue a text",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.of_stray_words = "; put a prompt of several words in quotes"
     prompt = parser.add_mutually_exclusive_group(required=True)

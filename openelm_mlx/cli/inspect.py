@@ -36,7 +36,6 @@ def register(commands: Any) -> None:
         description="Show heads and sizes of each layer, parameters, and bytes by part.\n"
         "It reads no weights, only their headers.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     named: Any = {"nargs": "?", "default": "openelm-tiny"}
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP, **named)

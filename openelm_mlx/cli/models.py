@@ -50,7 +50,6 @@ def register(commands: Any) -> None:
         description="List every name of a model with its size on this disk, "
         "or remove models from there.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)

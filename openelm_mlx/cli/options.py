@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, asdict, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -44,6 +46,18 @@ OTHER_NAMES = {
 }
 
 
+class Paragraphs(argparse.HelpFormatter):
+    """Fits paragraphs to the terminal, and leaves indented lines, such as examples, as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled: list[str] = []
+        for apart, lines in groupby(text.splitlines(), lambda line: line[:1] in ("", " ")):
+            if not apart:
+                lines = iter(textwrap.wrap(" ".join(lines), width, break_on_hyphens=False))
+            filled += lines
+        return "\n".join(indent + line for line in filled)
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, with the nearest option, command or choice if there is one.
 
@@ -52,6 +66,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     of_stray_words = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": Paragraphs, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         see = " See" if message.endswith("?") else "; see"

@@ -45,7 +45,6 @@ def register(commands: Any) -> None:
         help="how well a model predicts a text",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     named: Any = {"nargs": "?", "default": "openelm-tiny"}
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP, **named)
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from openelm_mlx.evaluate.store import Store
 
     context, stride = window(options, engine)
-    ranks, apart = launched(), "" if stride == context - 1 else f", {stride} apart"
+    ranks = launched()
     progress = Progress(engine.name, ranks.rank > 0, "the text", "parts")
     with Store(engine, options.batch_tokens) as store:
         try:
@@ -78,24 +77,25 @@ def run(args: argparse.Namespace) -> int:
             return 130
         dtype = name_of(engine.model.transformer.norm.weight.dtype)
         how = {"model": engine.name, "texts": list(texts), "context": context, "stride": stride}
-        title = (
-            f"{engine.name} on {named(texts)}, in windows of {context} tokens{apart}, in {dtype}"
-        )
         if ranks.rank == 0:
-            show(title, {**how, "dtype": dtype}, found, args.json)
+            show(f"{engine.name} on {named(texts)}", {**how, "dtype": dtype}, found, args.json)
         ranks.gather("")  # the first has shown it, so that nobody's answers are needed any more
         store.finish()
     return 0
 
 
 def show(title: str, how: dict[str, Any], found: dict[str, Any], as_json: bool) -> None:
-    """Print figures, below what they are of, or everything as one JSON object."""
+    """Print figures, below what they are of and how they came about, or all as one JSON object."""
     from openelm_mlx.evaluate.compare import losses_shown
 
     if as_json:
         print(json.dumps({**how, **found}, ensure_ascii=False))
         return
     print(title)
+    types = dict.fromkeys(how[name] for name in ("reference_dtype", "dtype") if name in how)
+    stride = how.get("stride", how["context"] - 1)
+    apart = "" if stride == how["context"] - 1 else f", {stride} apart"
+    print(f"windows of {how['context']:,} tokens{apart}, computed in {' and '.join(types)}")
     for name, value in losses_shown(found):
         print(f"{name}: {value}")
     sys.stdout.flush()

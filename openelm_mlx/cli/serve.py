@@ -30,7 +30,6 @@ def register(commands: Any) -> None:
         help="answer OpenAI's clients and browsers",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", metavar="MODEL", nargs="*", help=MODEL_HELP)
     add_flags(parser, ServerOptions)

@@ -166,22 +166,37 @@ def check_same_pieces(reference: Engine, other: Engine) -> None:
         )
 
 
+LABELS = {
+    "mean_kl_divergence": "mean KL divergence",
+    "p99_kl_divergence": "99th percentile of KL divergence",
+    "top_1_agreement": "agreement of the likeliest token",
+    "reference_perplexity": "perplexity of the original",
+    "perplexity_of_source": "perplexity of the source",
+}
+
+
 def label(name: str) -> str:
     """Return what a figure is called where it is shown."""
-    return name.replace("_", " ")
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def rounded(value: float, digits: int) -> str:
+    """Return a number with this many significant digits; a large one has commas, no exponent."""
+    text = f"{value:.{digits}g}"
+    return text if abs(value) < 1000 else f"{float(text):,.15g}"
 
 
 def with_interval(figures: Mapping[str, Any], name: str) -> str:
     """Return a figure as text, with its 95 % confidence interval if any, whose ends differ."""
     value = figures[name]
-    text = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+    text = f"{value:,}" if isinstance(value, int) else rounded(value, 6)
     if name not in figures["intervals_95"]:
         return text
     low, high = figures["intervals_95"][name]
     digits = 3
-    if low < high:  # two of the width are shown
+    if low < high < math.inf:  # two of the width are shown
         digits = max(3, 2 + math.floor(math.log10(high)) - math.floor(math.log10(high - low)))
-    return f"{text} (95 %: {low:.{digits}g} to {high:.{digits}g})"
+    return f"{text} (95 %: {rounded(low, digits)} to {rounded(high, digits)})"
 
 
 def losses_shown(figures: Mapping[str, Any]) -> list[tuple[str, str]]:

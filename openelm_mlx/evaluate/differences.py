@@ -91,9 +91,10 @@ class Differences:
     @property
     def notes(self) -> list[str]:
         return [
+            f"first: {self.first}; second: {self.second}; change: the first score less the second; "
+            "s.e.: its standard error, from the changes at each question.",
             "better, worse: questions at which the first model scores higher or lower; p: the "
             "chance of numbers as uneven if neither model were better (McNemar's exact test).",
-            "s.e.: the standard error of the change, from the changes at each question.",
         ]
 
     def as_dict(self) -> list[dict[str, Any]]:

@@ -25,7 +25,13 @@ from typing import Any
 
 from openelm_mlx.errors import EvaluationError, OpenELMError, reason
 from openelm_mlx.evaluate.language_model import OpenELMLM
-from openelm_mlx.evaluate.tasks import compiled_once, find_tasks, load_tasks, quiet
+from openelm_mlx.evaluate.tasks import (
+    OWN_COMMAND,
+    compiled_once,
+    find_tasks,
+    load_tasks,
+    quiet,
+)
 
 __all__ = ["OpenELMLM", "evaluate_tasks", "save"]
 
@@ -121,7 +127,10 @@ def explained(error: Exception) -> Exception:
     names = [frame.f_locals.get("task_name") for frame in frames]
     name = next((name for name in names if isinstance(name, str)), None)
     where = "lm-eval" if name is None else f"task {name}"
-    return EvaluationError(f"{where} fails: {type(error).__name__}: {reason(error)}")
+    said = f"{where} fails: {type(error).__name__}: {reason(error)}"
+    if "Tasks not found" in said:
+        said += f"; {OWN_COMMAND} ls tasks lists lm-eval's, and --include_path FOLDER adds others"
+    return EvaluationError(said)
 
 
 def save(results: Mapping[str, Any], folder: str | Path, samples: bool = True) -> Path:

@@ -45,8 +45,8 @@ class EvaluateOptions:
     system: str | None = option(None, "with chat_template: the system message")
     batch_tokens: int = option(
         4096,
-        "tokens of a pass of the model, with padding; a longer question has one of its own. "
-        "Memory beyond the weights follows it",
+        "tokens of a pass of the model, with padding; a longer question has one of its own; memory "
+        "beyond the weights grows with it",
         1,
     )
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from openelm_mlx.evaluate.report import Cell
 
 Grid = Sequence[Sequence[str]]  # lines of cells, the head first
+ERROR = "s.e.: the standard error of the score, for the choice of the questions."
+CHANCES = {"fairy_tales_two": "50", "fairy_tales_four": "25", "fairy_tales": "37.5"}
 
 
 def grid(cells: Iterable[Cell], compares: bool) -> list[list[str]]:
@@ -45,11 +47,16 @@ def notes_on(cells: Sequence[Cell], row: str | None) -> Iterator[str]:
         if cell.truncated:
             what = f"{cell.truncated:,} of {cell.asked:,} questions"
             yield f"{cell.title}: {what} were longer than the context and lost their beginning."
+    if chances := [
+        f"{CHANCES[cell.task]} in {cell.title}" for cell in cells if cell.task in CHANCES
+    ]:
+        yield f"Guessing would score {' and '.join(chances)}."
     compared = [cell for cell in cells if cell.published is not None]
     if any(cell.asked < cell.of for cell in cells):
         verdict = ", so that there is no verdict" if compared else ""
         yield f"Only a part of the questions was asked, the first ones{verdict}."
     if row is None or not compared:
+        yield ERROR
         return
     if reworded := [cell.title for cell in compared if TASKS[cell.task].reworded]:
         what = "lm-eval does not put all of these questions as it did for Apple"

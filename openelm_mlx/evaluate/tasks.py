@@ -65,9 +65,12 @@ def check_kind(task: Any) -> None:
 def why_not_loaded(index: Mapping[str, Any], name: str, error: Exception) -> str:
     """Return why a task or a group of tasks could not be loaded, and what to do."""
     absent = "its data are not on this disk, and"
-    remedy = "Run it once with a connection: they are kept"
+    remedy = (
+        "Check the network and any proxy; they are downloaded once. fairy_tales needs no network"
+    )
     if isinstance(error, ConnectionError):
-        return f"task {name}: {absent} the hub cannot be reached ({reason(error)}). {remedy}"
+        said = reason(error).removesuffix(" (OfflineModeIsEnabled)")  # by us
+        return f"task {name}: {absent} the hub cannot be reached ({said}). {remedy}"
     for entry in filter(None, below(index, name)):
         for path in paths_in((entry.cfg.get("dataset_kwargs") or {}).get("data_files")):
             if "://" in path and isinstance(error, FileNotFoundError):

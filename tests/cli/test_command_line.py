@@ -156,6 +156,17 @@ def test_help_of_all_and_of_one(capsys):
     )
 
 
+def test_paragraphs_of_help_fit_the_terminal_and_examples_stay(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    page = build_parser().format_help()
+    assert (
+        "\n  openelm chat                                     talk to the bundled model\n" in page
+    )
+    last = page.rstrip().rpartition("\n\n")[2].splitlines()
+    assert last[0].startswith("MODEL is a folder") and " ".join(last).endswith("lists all names.")
+    assert 50 < max(map(len, last[:-1])) <= 60  # no line is left short by a break of the source
+
+
 def test_where_a_file_is_meant_help_says_file():
     files = {
         "--tokenizer",

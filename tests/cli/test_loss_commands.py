@@ -43,8 +43,9 @@ def test_perplexity_of_files_and_of_stdin(tiny, letter, stdin, capsys):
     }
     assert main(["perplexity", "openelm-tiny", "--text", str(letter), *options]) == 0
     out, err = capsys.readouterr()
-    first, *lines = out.splitlines()
-    assert first == f"openelm-tiny on {letter}, in windows of 24 tokens, 9 apart, in float32"
+    first, second, *lines = out.splitlines()
+    assert first == f"openelm-tiny on {letter}"
+    assert second == "windows of 24 tokens, 9 apart, computed in float32"
     assert lines[0] == "tokens: 46" and lines[1] == f"bytes: {len(TEXT)}" and err == ""
     assert lines[4].startswith("perplexity: ") and len(lines) == 6
 
@@ -105,14 +106,15 @@ def test_models_are_compared_in_float32_unless_a_type_is_asked_for(nano, letter,
 def test_the_text_of_the_package_is_read_where_none_is_given(nano, letter, capsys, monkeypatch):
     monkeypatch.setattr(perplexity, "TEXT", letter)
     assert main(["compare", str(nano), str(nano), "--context", "16"]) == 0
-    first, *lines = capsys.readouterr().out.splitlines()
+    first, second, *lines = capsys.readouterr().out.splitlines()
     text = "eight paragraphs of Darwin's Origin of Species (1859)"
-    assert first == f"{nano} against {nano} on {text}, in windows of 16 tokens, in float32"
+    assert first == f"{nano} against {nano} on {text}"
+    assert second == "windows of 16 tokens, computed in float32"
     assert lines[:4] == [
         "tokens: 46",
-        "mean kl divergence: 0",
-        "p99 kl divergence: 0",
-        "top 1 agreement: 1",
+        "mean KL divergence: 0",
+        "99th percentile of KL divergence: 0",
+        "agreement of the likeliest token: 1",
     ]
     assert lines[6:] == ["perplexity ratio: 1", "max logit difference: 0"]
 

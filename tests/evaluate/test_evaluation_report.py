@@ -12,6 +12,7 @@ from known_scores import Known, evaluate, stated, write_tasks
 
 from openelm_mlx.evaluate.report import Report, Subject, report
 from openelm_mlx.evaluate.suites import AVERAGE, SUITES, TASKS, figures, published
+from openelm_mlx.evaluate.tables import ERROR
 from openelm_mlx.model.config import OpenELMConfig
 
 TABLES = [(suite, row) for suite, table in published()["tables"].items() for row in table["rows"]]
@@ -107,7 +108,7 @@ def test_a_part_of_the_questions_has_no_verdict():
     assert found.grid()[1][:3] == ["ARC-c", "25", "20 of 1,172"]
     part = "Only a part of the questions was asked, the first ones"
     assert f"{part}, so that there is no verdict." in found.notes
-    assert report(results, Subject("m")).notes == (f"{part}.",)
+    assert report(results, Subject("m")).notes == (f"{part}.", ERROR)
 
 
 def test_both_metrics_are_shown_whichever_is_compared():
@@ -137,9 +138,9 @@ def test_other_shots_another_model_and_a_chat_template_are_not_compared():
     assert chat.row is None and chat.cells == other.cells
     put = "Each question was put as a message of a chat."
     none = "Apple used no chat template, so that no figure of Apple's is shown."
-    assert chat.notes == (put, none)
+    assert chat.notes == (put, none, ERROR)
     of_others = report(results | {"chat_template": "{{ messages }}"}, Subject("m"))
-    assert of_others.notes == (put,)
+    assert of_others.notes == (put, ERROR)
 
 
 def test_a_score_without_a_standard_error_has_no_verdict():
@@ -160,6 +161,7 @@ def test_questions_that_lost_their_beginning_are_counted_in_groups_too():
     ]
     assert found.notes == (
         "MMLU: 3 of 200 questions were longer than the context and lost their beginning.",
+        ERROR,
     )
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -135,6 +136,18 @@ def test_the_tasks_score_what_a_count_by_hand_does(tiny, tmp_path, monkeypatch):
         totals.update(right)
     for name, number in totals.items():
         assert math.isclose(found["groups"]["fairy_tales"][f"{name},none"], number / LIMIT / 2)
+
+
+def test_what_guessing_would_score_is_told():
+    from openelm_mlx.evaluate.tables import CHANCES
+
+    shares = {kind: [100 / len(doc["choices"]) for doc in docs] for kind, docs in QUESTIONS.items()}
+    every = [share for some in shares.values() for share in some]
+    known = {f"fairy_tales_{kind}": fmean(some) for kind, some in shares.items()}
+    assert {task: float(told) for task, told in CHANCES.items()} == {
+        **known,
+        "fairy_tales": fmean(every),
+    }
 
 
 def test_the_page_shows_the_example():

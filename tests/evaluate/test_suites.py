@@ -191,6 +191,7 @@ def test_without_a_network_the_questions_are_missing_in_one_line():
     error = FileNotFoundError("Unable to find it")
     assert re.fullmatch(
         "task commonsense_siqa: its data are not on this disk, and https://raw.*/social_i_qa/"
-        "test.json cannot be reached. Run it once with a connection: they are kept",
+        "test.json cannot be reached. Check the network and any proxy; they are downloaded once. "
+        "fairy_tales needs no network",
         why_not_loaded(find_tasks([task]).task_index, task, error),
     )

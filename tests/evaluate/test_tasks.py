@@ -92,8 +92,11 @@ def test_a_dataset_of_the_hub_without_a_connection(lm, folder, monkeypatch):
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     write(folder, "far", CHOICE | {"dataset_path": "allenai/ai2_arc", "dataset_kwargs": {}})
-    with pytest.raises(EvaluationError, match="task far: its data are not on this disk, and the h"):
+    said = "task far: its data are not on this disk, and the hub cannot be reached"
+    with pytest.raises(EvaluationError, match=rf"{said} \(.*'allenai/ai2_arc'.*\). Check") as error:
         evaluate_tasks(lm, {"far": None}, include=[folder])
+    assert "fairy_tales needs no network" in str(error.value)
+    assert "Offline" not in str(error.value)  # which the user did not ask for
     assert not constants.HF_HUB_OFFLINE
 
 
