@@ -88,14 +88,15 @@ def plan(requests: Sequence[Request], batch_tokens: int) -> list[Pass]:
     passes = []
     for prefix, items in groups(sorted_items(requests), batch_tokens):
         rows = sorted(in_rows(items, prefix, batch_tokens), key=lambda row: -row.tokens)
-        before = prefix
-        while rows:
-            count = rows_of_a_pass([row.tokens for row in rows], prefix, batch_tokens)
-            taken, rows = rows[:count], rows[count:]
+        lengths, start, before = [row.tokens for row in rows], 0, prefix
+        while start < len(rows):
+            left = lengths[start : start + batch_tokens]  # a row has a token or more
+            count = rows_of_a_pass(left, prefix, batch_tokens)
+            taken = rows[start : start + count]
             numbers = tuple(item.number for row in taken for item in row.items)
             sizes = tuple(len(row.items) for row in taken)
             passes.append(Pass(numbers, before + taken[0].tokens * count, sizes, prefix))
-            before = 0
+            start, before = start + count, 0
     return passes
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from local_tasks import task_folder
 
+from openelm_mlx.evaluate import plan as planning
 from openelm_mlx.evaluate.plan import Request, plan
 
 
@@ -63,3 +64,15 @@ def questions(count: int, before: int, own: int) -> list[Request]:
 def test_plans_of_twice_as_many_questions_take_twice_the_work(before, own):
     few, many = (work_of(questions(count, before, own)) for count in (100, 200))
     assert few < many < 2.4 * few
+
+
+def test_a_pass_looks_at_no_more_rows_than_it_may_take(monkeypatch):
+    taken, seen = planning.rows_of_a_pass, []
+
+    def counted(lengths: list[int], prefix: int, batch_tokens: int) -> int:
+        seen.append(len(lengths))
+        return taken(lengths, prefix, batch_tokens)
+
+    monkeypatch.setattr(planning, "rows_of_a_pass", counted)
+    passes = plan([Request((n, n), (5,)) for n in range(200)], 16)
+    assert len(passes) == 200 * 2 / 16 and max(seen) == 16
