@@ -171,6 +171,7 @@ def groups(items: list[Item], batch_tokens: int) -> list[tuple[int, list[Item]]]
     for item, owner in zip(items, owners, strict=True):
         kept = ((one, min(tokens, item.shared)) for one, tokens in alike.items())
         alike = {one: tokens for one, tokens in kept if tokens >= prefixes[one]}
+        owner = next((one for one in alike if prefixes[one] == prefixes[owner]), owner)
         found[owner].append(item._replace(shared=alike.get(owner, 0)))
         alike[owner] = item.length
     return [(prefix, own) for prefix, own in zip(prefixes, found, strict=True) if own]

@@ -49,12 +49,23 @@ BETWEEN = [  # rows of the last two have the passes of a prefix between them
 ]
 
 
+LONG = [  # the last two have a prefix, each because it is long, and it is the same one
+    Request((2, 2), (1, 2)),
+    Request((2, 2, 1, 2), (1, 1)),
+    Request((2, 2, 1, 1), (2, 1)),
+    Request((2, 1, 2, 1, 2, 1, 1, 2, 1, 1, 2), (2, 1, 2, 1)),
+]
+
+
 @patch.multiple(planning, SHORTEST=3, WORTH=2)
 @MANY
-@given(requests(), st.integers(1, 60))
-@example(BETWEEN, 11)
-def test_each_request_is_answered_once_in_passes_that_fit(asked, batch_tokens):
-    passes = plan(asked, batch_tokens)
+@given(requests(), st.integers(1, 60), st.sampled_from((512, 8)))
+@example(BETWEEN, 11, 512)
+@example(LONG, 3, 8)
+def test_each_request_is_answered_once_in_passes_that_fit(asked, batch_tokens, width):
+    with patch.object(planning, "WIDTH", width):
+        passes = plan(asked, batch_tokens)
+        assert plan(asked, batch_tokens) == passes
     assert sorted(n for work in passes for n in work.requests) == list(range(len(asked)))
     for before, work in pairwise([None, *passes]):
         first = before is None or beginning(before, asked) != beginning(work, asked)
@@ -65,7 +76,6 @@ def test_each_request_is_answered_once_in_passes_that_fit(asked, batch_tokens):
         assert tokens <= batch_tokens or (len(trees) == 1 and not trees[0].branches)
         assert {asked[n].fed[: work.prefix] for n in work.requests} == {beginning(work, asked)}
         assert all(work.prefix < len(asked[n].context) for n in work.requests)
-    assert plan(asked, batch_tokens) == passes
 
 
 @MANY
