@@ -85,7 +85,7 @@ def note(
     ax.annotate(text, at, by, **style, **more)
 
 
-def legend(ax: Any, theme: Theme, last: str = "", most: int = 24) -> None:
+def legend(ax: Any, theme: Theme, last: str = "", most: int = 24, columns: int = 3) -> None:
     """Name what there is to tell apart, each once, in `most` characters, below the axes where it
     covers nothing.
     """
@@ -94,4 +94,4 @@ def legend(ax: Any, theme: Theme, last: str = "", most: int = 24) -> None:
     entries = {label[:most]: handle for label, handle in both}
     style = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
     if len(entries) > 1:
-        ax.figure.legend(entries.values(), entries, ncols=3, labelcolor=theme.ink, **style)
+        ax.figure.legend(entries.values(), entries, ncols=columns, labelcolor=theme.ink, **style)

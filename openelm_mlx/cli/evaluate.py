@@ -225,7 +225,9 @@ def show(reports: list[Report], as_json: bool) -> None:
     elif sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(*parts(noted_once(reports)), sep="\n\n")
+        console = Console()
+        for number, part in enumerate(parts(noted_once(reports))):
+            console.print(*[""] * (number > 0), part, sep="\n")
     else:
         print(markdown(reports))
     sys.stdout.flush()

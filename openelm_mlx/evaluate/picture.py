@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 WIDTH, LINE, MARGINS = 7.2, 0.42, 1.9  # inches: of a picture, for a task, above and below them
 APPLES = "Apple"
+TITLE = 72  # characters of a line of it
 SPREAD = 0.4  # of the room for a task, between the first score and the last
 CAPTION = f"Bars are {BOUND} standard errors of a score to each side, for the choice of questions."
 
@@ -48,8 +50,10 @@ def figure(reports: Sequence[Report]) -> Figure:
     """Return the figure, within `drawing.style`."""
     drawn = new_figure(WIDTH, MARGINS + LINE * len(tasks_of(reports[0])))
     ax = drawn.add_subplot()
-    others = "".join(f"; {Path(report.model).name}" for report in reports[1:])
-    drawn.suptitle(f"{reports[0].title}{others}"[:84], x=0.02, ha="left", size=10.5, weight="bold")
+    against = "".join(f", against {report.model}" for report in reports[1:])
+    title = textwrap.shorten(f"{reports[0].title}{against}", 3 * TITLE, placeholder=" ...")
+    title = textwrap.fill(title, TITLE, break_on_hyphens=False)
+    drawn.suptitle(title, x=0.02, ha="left", size=10.5, weight="bold")
     draw(ax, LIGHT, reports)
     ax.set_title(CAPTION, loc="left", size=8, color=LIGHT.muted)
     return drawn
@@ -89,4 +93,6 @@ def draw(ax: Any, theme: Theme, reports: Sequence[Report]) -> None:
     ax.set_yticks(range(len(tasks)), tasks)
     ax.set_ylim(len(tasks) - 0.4, -0.6)
     ax.set_xlabel("per cent")
-    legend(ax, theme, last=APPLES, most=36)
+    # Apple's is the first; then the metrics of each model are below each other
+    one = len(reports) == 1
+    legend(ax, theme, most=24 if one else 46, columns=len(marks) + 1 if one else len(reports))

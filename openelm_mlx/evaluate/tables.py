@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from openelm_mlx.evaluate.suites import TASKS, source_of
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
 
     from openelm_mlx.evaluate.report import Cell
 
@@ -20,7 +20,9 @@ CHANCES = {"fairy_tales_two": "50", "fairy_tales_four": "25", "fairy_tales": "37
 def grid(cells: Iterable[Cell], compares: bool) -> list[list[str]]:
     """Return a line for each metric of a task; a verdict stands at the metric it is for."""
     head = ["task", "shots", "questions", "metric", "score ±s.e."]
-    lines = [head + ["Apple", "off", "verdict"] * compares]
+    cells = tuple(cells)
+    judged = compares and any(cell.verdict for cell in cells)
+    lines = [head + ["Apple", "off"] * compares + ["verdict"] * judged]
     for cell in cells:
         shots = "" if cell.shots is None else str(cell.shots)
         asked = f"{cell.asked:,}" + (f" of {cell.of:,}" if cell.asked < cell.of else "")
@@ -29,8 +31,9 @@ def grid(cells: Iterable[Cell], compares: bool) -> list[list[str]]:
             line += [score.metric, plain(score.value) + plain(score.stderr, " ±")]
             if compares:
                 errors = "" if score.errors is None else f"{score.errors:+z.1f}"
-                verdict = cell.verdict if score is cell.compared else None
-                line += [plain(cell.published) if number == 0 else "", errors, verdict or ""]
+                line += [plain(cell.published) if number == 0 else "", errors]
+            if judged:
+                line.append((score is cell.compared and cell.verdict) or "")
             lines.append(line)
     return lines
 
@@ -92,13 +95,18 @@ def on_terminal(title: str, lines: Grid, notes: Iterable[str]) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=0)
+    table = Table(box=SIMPLE_HEAD, padding=0)
     table.show_edge = False
     for name, right in zip(lines[0], numeric(lines), strict=True):
         table.add_column(Text(name), justify="right" if right else "left", overflow="fold")
     for line in lines[1:]:
         table.add_row(*map(Text, line))
-    return Group(table, *map(Text, notes))
+    below = Table.grid(padding=(0, 1, 0, 0))
+    for note in notes:
+        below.add_row("-", Text(note))
+    parts: list[RenderableType] = [Text(title, style="bold"), table]
+    parts += ["", below] if below.row_count else []
+    return Group(*parts)
 
 
 def numeric(lines: Grid) -> list[bool]:

@@ -20,6 +20,7 @@ from openelm_mlx.cli import evaluate, main
 from openelm_mlx.cli.evaluate import Progress
 from openelm_mlx.engine.hub import BUNDLED
 from openelm_mlx.evaluate.options import EvaluateOptions
+from openelm_mlx.evaluate.report import Report
 from openelm_mlx.model.config import OpenELMConfig
 
 ANIMALS = ("wolf", "fox", "hen", "goat", "cat", "mouse")
@@ -245,3 +246,9 @@ def test_a_published_size_is_asked_the_zero_shot_suite(name):
     asked = EvaluateOptions(tasks=("mmlu", "piqa"), shots=5)
     assert chosen(small, asked) == (None, {"mmlu": 5, "piqa": 5})
     assert chosen(small, EvaluateOptions(suite="llm360"))[1]["arc_challenge"] == 25
+
+
+def test_a_note_about_both_models_stands_once():
+    notes = ("about both", "about the first"), ("about both", "about the second")
+    both = [Report("m", None, None, (), None, some, None) for some in notes]
+    assert [one.notes for one in evaluate.noted_once(both)] == [notes[0], notes[1][1:]]

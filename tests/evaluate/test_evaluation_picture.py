@@ -10,7 +10,7 @@ from optional import hide
 
 from openelm_mlx.drawing import LIGHT, new_figure, style
 from openelm_mlx.errors import OptionError
-from openelm_mlx.evaluate.picture import APPLES, draw, write_picture
+from openelm_mlx.evaluate.picture import APPLES, draw, figure, write_picture
 from openelm_mlx.evaluate.report import Subject, report
 from openelm_mlx.evaluate.suites import SUITES, TASKS, figures
 
@@ -63,6 +63,20 @@ def test_two_models_have_two_colours_and_one_shape_for_each_metric():
     assert looks["acc, one"][1] == looks["acc, two"][1] != looks["acc_norm, one"][1]
     twice = drawn(made("one", suite="zero-shot"), made("one", suite="zero-shot")).containers
     assert {"acc, one (1)", "acc, one (2)"} < {bars.get_label() for bars in twice}
+
+
+def test_titles_and_the_names_of_marks_are_whole():
+    long = "450m-instruct at 4 bits"
+    with style(LIGHT):
+        drawn = figure([made(long), made("450m-instruct")])
+    (legend,) = drawn.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    metrics = ("acc", "pct_stereotype", "acc_norm")
+    assert texts[0] == APPLES and legend._ncols == 2
+    assert {f"{metric}, {long}" for metric in metrics} == set(texts[1:4])
+    lines = drawn.get_suptitle().splitlines()
+    assert " ".join(lines).endswith(f"Apple's {ROW}, against 450m-instruct")
+    assert len(lines) == 2 and max(map(len, lines)) <= 72
 
 
 def test_files_are_what_their_names_say(tmp_path):

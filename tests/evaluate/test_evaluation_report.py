@@ -185,7 +185,15 @@ def test_a_terminal_of_80_columns_shows_every_figure():
     text = console.file.getvalue()
     assert " pct_stereotype 66.01 ±1.16 67.44" in text
     assert [line.split()[0] for line in text.splitlines() if "0,042" in line] == ["HellaSwag"]
-    assert "CrowS-Pairs, MMLU, RACE: lm-eval does not put all of these questions" in text
+    assert "\n\n- CrowS-Pairs is" in text and "\n  one: not an accuracy" in text
+    few = known("openllm", "OpenELM-270M-Instruct") | {"mmlu": Known(5, {"acc": 0.25}, 14042)}
+    results = stated(few)
+    for counts in results["n-samples"].values():
+        counts["effective"] = 100
+    console.print(report(results, Subject("m", "OpenELM-450M-Instruct"), "openllm"))
+    part = console.file.getvalue().removeprefix(text)
+    assert "MMLU               5 100 of 14,042 acc" in part and " off\n" in part
+    assert "pct_stereotype 66.01 ±1.16 67.44" in part
 
 
 def test_the_row_of_a_model_is_that_of_its_name_or_of_what_was_converted(tiny, tmp_path):
