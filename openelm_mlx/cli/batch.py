@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openelm_mlx.cli.convert import rough
 from openelm_mlx.cli.display import StopKey, Waiting
 from openelm_mlx.cli.options import (
     MODEL_HELP,
@@ -225,5 +226,5 @@ class Progress:
         """Print a line, as there is no terminal for a bar."""
         self.noticed, left = time.monotonic(), self.total - self.before - self.done
         each = (self.noticed - self.begun) / max(self.done, 1)
-        rest = f"; about {each * left / 60:.0f} min left" if self.done else ""
+        rest = f"; about {rough(each * left)} left" if self.done else ""
         print(f"{self.who}{self}{rest}", file=sys.stderr, flush=True)

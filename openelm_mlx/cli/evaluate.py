@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openelm_mlx.cli.convert import rough
 from openelm_mlx.cli.display import StopKey, Waiting, moves_cursor
 from openelm_mlx.cli.options import (
     MODEL_HELP,
@@ -45,8 +46,8 @@ Apple's beside them where there are any. Without --suite and --tasks a model of 
 asked the zero-shot suite, and any other the questions about fairy tales that come with the package.
 The same command goes on after Ctrl-C or a kill.
 
-With --against, --dtype, --tokenizer and the questions are for both models, --bits, --adapter and
---revision for MODEL alone.
+--dtype, --tokenizer and the questions are for both models of --against; --bits, --adapter and
+--revision are for MODEL alone.
 
 The exit status is 0 if everything was evaluated, whatever the scores, 2 if the command is wrong, a
 task cannot be had or a file cannot be written, and 130 after Ctrl-C."""
@@ -180,7 +181,7 @@ class Progress:
         if self.tokens == self.before:
             return ""
         each = (now - self.begun) / (self.tokens - self.before)
-        return f"; about {each * (self.most - self.tokens) / 60:.0f} min left"
+        return f"; about {rough(each * (self.most - self.tokens))} left"
 
     def draw(self, now: float) -> None:
         """Move the bar, which appears once the passes have taken `BAR_SECONDS`."""

@@ -113,7 +113,7 @@ def test_progress_is_said_without_a_terminal(capsys, monkeypatch):
     with report.shown() as show:
         report.begun -= 60
         show([Result("", True), Result("", False, 9, 4, 5)])
-    said = "process 2 of 2: 102 of 1,000 lines are answered, 2 errors; about 449 min left\n"
+    said = "process 2 of 2: 102 of 1,000 lines are answered, 2 errors; about 7 hours left\n"
     assert capsys.readouterr().err == said
 
 

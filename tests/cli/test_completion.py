@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from openelm_mlx.cli import SHELLS, actions, build_parser, main
+from openelm_mlx.cli import COMMANDS, SHELLS, actions, build_parser, main
 
 ROOT = Path(__file__).parents[2]
 PARSER = build_parser()
@@ -62,6 +62,7 @@ def test_the_manual_page_says_what_help_says() -> None:
     wrong = "run `python packaging/manual.py`"
     in_page = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", plain))
     assert in_page == {name for name in OPTIONS if name.startswith("--")} - {"--help"}, wrong
+    assert page.count("\n.nf\nusage: ") == page.count("\nusage: ") > len(COMMANDS)
     for action in actions(PARSER):
         if action.help and action.option_strings and action.dest != "help":
             assert " ".join(action.help.split()) in plain, f"{action.option_strings}: {wrong}"

@@ -225,7 +225,7 @@ def test_progress_is_said_without_a_terminal(capsys, monkeypatch):
         progress.begun -= 60
         progress(20, 1000, 15000, 95000)
     said = capsys.readouterr().err.splitlines()
-    assert said[-1] == "270m: 20 of 1,000 answers; about 8 min left"
+    assert said[-1] == "270m: 20 of 1,000 answers; about 8 minutes left"
     with Progress("270m", quiet=True) as progress:
         progress(20, 1000, 15000, 95000)
     assert capsys.readouterr().err == ""
