@@ -164,7 +164,8 @@ def check_unset(options: Any, name: str, why: str) -> None:
     """Raise `OptionError`, which says `why`, if the option `name` is not at its default."""
     value = getattr(options, name)
     if value != getattr(type(options), name):
-        raise OptionError(f"{name} is {value}, but {why}")
+        given = ", ".join(map(str, value)) if isinstance(value, tuple) else value
+        raise OptionError(f"{name} is {given}, but {why}")
 
 
 def check_count(name: str, value: Any, least: int = 0) -> None:

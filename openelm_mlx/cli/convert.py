@@ -181,7 +181,7 @@ def show_report(report: ConversionReport, options: ConvertOptions) -> None:
             print(f"{label(name)} on calibration text: {report.measured[name]:.6g}")
     if report.verification is not None:
         text = TEXT_NAME if options.verify_text is None else options.verify_text
-        print(f"{report.target} against the source on {text}")
+        print(f"against the source on {text}:")
     for name, value in losses_shown(report.verification or {}):
         print(f"{name}: {value}")
 

@@ -154,3 +154,11 @@ def test_other_mistakes_are_one_line(stdin, letter, capsys):
         assert main(["perplexity", *map(str, words)]) == 2
         err = capsys.readouterr().err
         assert text in err and err.count("\n") == 1
+
+
+def test_a_conversion_says_on_which_text_it_was_verified(nano, letter, capsys, tmp_path):
+    words = ["convert", nano, "-o", tmp_path / "m", "--bits", "3", "--verify-text", letter]
+    assert main([*map(str, words), "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert f"\nagainst the source on {letter}:\ntokens: " in out
+    assert "\nmean KL divergence: " in out and "\nperplexity of the source: " in out

@@ -20,7 +20,7 @@ from openelm_mlx.evaluate.options import EvaluateOptions
         ),
         (
             {"suite": "openllm", "tasks": ("piqa",)},
-            "tasks is ('piqa',), but the suite openllm has its own; give a suite or tasks",
+            "tasks is piqa, but the suite openllm has its own; give a suite or tasks",
         ),
         (
             {"suite": "openllm", "shots": 5},
