@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -47,6 +48,8 @@ def test_changes_are_counted_question_by_question(tmp_path):
     assert whole.stderr == pytest.approx(100 * math.sqrt((30 - 10**2 / 120) / (120 * 119)))
     line = next(line for line in found.grid() if line[:2] == ["quiz", "acc"])
     assert line[2:] == ["50.00", "25.00", f"+25.00 ±{error:.2f}", "10", "0", "0.002"]
+    alone = replace(first, cells=first.cells[:1])
+    assert {row.task for row in Differences.of(alone, second).rows} == {first.cells[0].task}
     first.results["samples"]["test"][3]["doc_hash"] = "another"
     with pytest.raises(
         EvaluationError, match="question 3 of test is not the same for one and two; "

@@ -91,6 +91,8 @@ def test_lm_eval_itself_gives_the_row_of_a_table(tmp_path, by: int):
     write_tasks(tmp_path, known(suite, row, small=True, by=by))
     found = report(evaluate(tmp_path, list(SUITES[suite].shots)), Subject("m", row), suite)
     check_cells(found, suite, row, "beyond 2" if by else "within 2")
+    versions = {cell.task: cell.version for cell in found.cells}
+    assert versions["arc_challenge"] == "Yaml" and versions["mmlu"] == "N/A"
     (note,) = [note for note in found.notes if note.startswith("Not as many questions as Apple")]
     assert "HellaSwag 123 (Apple's 10,042)" in note and note.count("Apple's") == 8
 

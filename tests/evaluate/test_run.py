@@ -96,6 +96,8 @@ def test_texts_are_greedy_and_end_before_a_stop(tiny):
     assert texts(tiny, [], [], []) == []
     with pytest.raises(PromptError, match="prompt is empty"):
         texts(tiny, [[]], [[]], [4])
+    with pytest.raises(OptionError, match="batch_tokens is 0; allowed is a whole number from 1 up"):
+        texts(tiny, prompts, stops, limits, batch_tokens=0)
 
 
 def test_texts_that_were_stopped_go_on(tiny):
