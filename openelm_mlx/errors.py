@@ -77,7 +77,7 @@ def naming(*paths: object) -> Iterator[None]:
         raise type(error)(f"{paths[0]}: {error}") from None
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return in one line what an error of Python or of a library says, without its class."""
     text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
     return text.partition("\n")[0].strip() or "it gave no reason"
