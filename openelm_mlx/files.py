@@ -307,10 +307,10 @@ def why_not_writable(path: Path, folder: bool) -> str | None:
     A file is made to find out, because the system grants root access to everything.
     """
     try:
-        found = None if folder else path.stat()
+        found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         found = None
-    if found is not None:
+    if found is not None and not folder:
         if stat.S_ISDIR(found.st_mode):
             return "it is a folder; give the name of a file"
         if not os.access(path, os.W_OK):

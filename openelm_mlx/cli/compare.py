@@ -10,6 +10,7 @@ from typing import Any
 from openelm_mlx.cli.evaluate import Progress
 from openelm_mlx.cli.options import add_flags, add_model_flags, from_args, load_beside, load_model
 from openelm_mlx.cli.perplexity import add_text_flag, named, read_texts, show
+from openelm_mlx.engine.options import ModelOptions
 from openelm_mlx.evaluate.options import TextOptions
 
 DESCRIPTION = """Compare a model, say a quantized one, with its original: KL divergence, agreement
@@ -48,6 +49,10 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options, texts = from_args(TextOptions, args), read_texts(args.text)
+    from openelm_mlx.engine.hub import resolve_model
+
+    asked = from_args(ModelOptions, args)  # MODEL is found before the first one is loaded
+    resolve_model(args.model, asked.revision, asked.tokenizer)
     reference, model = load_beside(args.reference, args), load_model(args.model, args)
     from openelm_mlx.dtypes import name_of
     from openelm_mlx.evaluate.compare import compare_engines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -114,9 +115,11 @@ def run(args: argparse.Namespace) -> int:
             gc.collect()  # lm-eval's objects refer to each other
             mx.clear_cache()  # the next model has the memory of this one
         if first:
-            show(reports, args.json)
-            if folder is not None:
-                write(reports, folder)
+            try:
+                show(reports, args.json)
+            finally:  # also if nobody reads what is printed, as `| head`
+                if folder is not None:
+                    write(reports, folder)
         ranks.gather("")  # the first has written, so that nobody's answers are needed any more
         for store in stores:
             store.finish()
@@ -208,13 +211,17 @@ def check_folder(name: str) -> Path:
     """Return the path of -o. Raises `OptionError` if the results could not be written there."""
     from openelm_mlx.files import check_new, check_writable
 
-    if not name:
-        raise OptionError("-o is empty; give the name of a folder")
+    if name in ("", "-"):
+        what = "- is no folder, and the report is printed anyway" if name else "is empty"
+        raise OptionError(f"-o {what}; give the name of a folder")
     folder = given_path(name)
-    check_writable(folder, "-o", folder=True)
-    if folder.exists() and not folder.is_dir():
-        raise OptionError(f"-o {folder} is not a folder; give the name of one")
-    for file in ("report.json", "report.md", "report.png"):
+    there = os.path.isdir(folder)
+    if not there:
+        check_writable(folder, "-o", folder=True)
+        if os.path.lexists(folder):  # a file, or a link to what is not there
+            raise OptionError(f"-o {folder} is not a folder; give the name of one")
+    for file in ("report.json", "report.md", "report.png") if there else ():
+        check_writable(folder / file, "-o")
         check_new(folder / file, "-o")
     return folder
 
@@ -268,13 +275,15 @@ def write(reports: list[Report], folder: Path) -> None:
     from openelm_mlx.files import replacing, write_json
 
     check_folder(str(folder))  # somebody may have made them meanwhile
-    folder.mkdir(parents=True, exist_ok=True)
-    for report in reports:
-        save(report.results, folder)
-    write_json(folder / "report.json", as_dict(reports))
-    with replacing(folder / "report.md") as new:
-        new.write_text(markdown(reports) + "\n", encoding="utf-8")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for report in reports:
+            save(report.results, folder)
+        write_json(folder / "report.json", as_dict(reports))
+        with replacing(folder / "report.md") as new:
+            new.write_text(markdown(reports) + "\n", encoding="utf-8")
         write_picture(reports, folder / "report.png")
+    except OSError as error:
+        raise OptionError(f"-o {folder} cannot be written: {error.strerror or error}") from None
     except OptionError as error:  # matplotlib is an extra of its own, and the rest is written
         print(f"openelm: {folder} has no picture: {error}", file=sys.stderr)

@@ -118,6 +118,8 @@ def read_texts(names: list[str] | None) -> dict[str, str]:
         return {perplexity.TEXT_NAME: read_text(perplexity.TEXT, "--text")}
     texts = {}
     for name in names:
+        if not name:
+            raise PromptError("--text is empty; give the name of a file, or - for stdin")
         if name in texts:
             raise PromptError(f"--text {name} is given twice; give it once")
         text = utf8_stdin().read() if name == "-" else read_text(given_path(name), "--text")

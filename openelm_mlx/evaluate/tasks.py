@@ -122,15 +122,15 @@ def find_tasks(names: Iterable[str], include: Iterable[str | Path] = ()) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
-    folders = [Path(folder).expanduser().resolve() for folder in include]
+    folders = [Path(os.path.realpath(os.path.expanduser(folder))) for folder in include]
     for folder in folders:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # a name may be too long for Path.is_dir
             what = f"there is no folder {folder} of tasks to include"
             raise EvaluationError(f"{what}; give one with YAML files of lm-eval's form")
     folders = [*BUNDLED, *folders]
     names = list(names)
     near = [one for one in library().iterdir() if one.is_dir() and may_have(one.name, names)]
-    index: Mapping[str, Any] = {}
+    index: dict[str, Any] = {}
     for places, whole in ((folders, False), ([*near, *folders], False), (folders, True)):
         if whole:
             named = [leaf for name in names for leaf in leaves(index, name, False)]
@@ -224,9 +224,9 @@ def leaves(
 
     A group that is in itself, with those `above` it, has none there.
     """
-    entry = index.get(name)
+    entry: Any = index.get(name)
     tagged = entry is not None and entry.cfg is None
-    members: Any = sorted(entry.tags) if tagged else entry and entry.cfg.get("task")
+    members = sorted(entry.tags) if tagged else entry and entry.cfg.get("task")
     if not isinstance(members, list) or (tagged and not whole):
         yield name
         return

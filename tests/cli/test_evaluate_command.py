@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from adapter_folders import mlx_lm_folder
+from full_disk import files_of_at_most
 from optional import hide
 
 from openelm_mlx.cli import evaluate, main
@@ -87,6 +88,29 @@ def test_a_report_is_printed_and_written_once(run, tmp_path, capsys):
 
 
 @pytest.mark.needs("lm-eval")
+def test_files_are_written_though_nobody_reads_the_report(run, tmp_path, capsys, monkeypatch):
+    def left(*_):  # as the reader of `| head` has
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluate, "show", left)
+    assert run("--limit", "2", "-o", tmp_path / "out") == 0
+    files = {"report.json", "report.md", "openelm-tiny"}
+    assert files <= {path.name for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr("openelm_mlx.evaluate.harness.save", lambda *_: None)
+    write = evaluate.write
+
+    def on_a_full_disk(*words):
+        with files_of_at_most(64):
+            write(*words)
+
+    monkeypatch.setattr(evaluate, "write", on_a_full_disk)
+    capsys.readouterr()
+    assert run("--limit", "2", "-o", tmp_path / "full") == 2
+    said = f"openelm: -o {tmp_path}/full cannot be written: File too large\n"
+    assert capsys.readouterr().err == said and [*(tmp_path / "full").iterdir()] == []
+
+
+@pytest.mark.needs("lm-eval")
 def test_a_model_with_an_adapter_is_compared_with_itself(run, tmp_path, capsys, monkeypatch):
     first, second, loaded = evaluate.load_model, evaluate.load_beside, []
 
@@ -155,11 +179,17 @@ def test_ctrl_c_keeps_what_was_answered_and_the_same_command_goes_on(
         (["--shots", "5"], "shots is 5, but no task is named; give tasks too"),
         (["--tasks", ","], "openelm: --tasks names no task; give one, or leave it out\n"),
         (["-o", ""], "openelm: -o is empty; give the name of a folder\n"),
+        (["-o", "-"], "-o - is no folder, and the report is printed anyway; give the name of a"),
+        (["-o", "x" * 300], "x cannot be written: File name too long; give another place\n"),
+        (["-o", "link"], "-o link is not a folder; give the name of one"),
+        (["-o", "."], "-o report.md cannot be written: it is a folder; give the name of a file"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     Path("notes").write_text("notes", encoding="utf-8")
+    Path("link").symlink_to("nowhere")
+    Path("report.md").mkdir()
     try:
         status = main(["evaluate", *words])
     except SystemExit as stop:
@@ -192,9 +222,10 @@ def test_both_models_are_found_before_one_is_loaded(run, capsys, monkeypatch):
 @pytest.mark.needs("lm-eval")
 def test_tasks_that_are_not_there_are_refused_before_a_model_is_loaded(run, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "load_model", lambda name, args: pytest.fail(name))
-    assert run("--include", "none-such") == 2
-    said = capsys.readouterr().err
-    assert said.startswith("openelm: there is no folder ") and said.count("\n") == 1
+    for folder in ("none-such", "~none-such/tasks", "x" * 5000):
+        assert run("--include", folder) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("openelm: there is no folder ") and said.count("\n") == 1
 
 
 def test_progress_is_a_bar_with_an_estimate_on_a_terminal(monkeypatch):

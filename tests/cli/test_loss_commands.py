@@ -9,7 +9,7 @@ import json
 import pytest
 from formats import again
 
-from openelm_mlx.cli import build_parser, main
+from openelm_mlx.cli import build_parser, compare, main
 from openelm_mlx.cli import perplexity as perplexity_command
 from openelm_mlx.evaluate import perplexity
 from openelm_mlx.evaluate.perplexity import TextOptions, text_perplexity
@@ -142,6 +142,12 @@ def test_what_is_no_text_is_one_line_before_a_model_is_sought(
     assert capsys.readouterr().err.startswith(f"openelm: --text {path} {text}")
 
 
+def test_both_models_are_found_before_one_is_loaded(letter, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "load_beside", lambda name, args: pytest.fail(name))
+    assert main(["compare", "openelm-tiny", "no-model", "--text", str(letter)]) == 2
+    assert capsys.readouterr().err.startswith("openelm: unknown model 'no-model'")
+
+
 def test_other_mistakes_are_one_line(stdin, letter, capsys):
     stdin(b"caf\xe9")
     for words, text in (
@@ -149,6 +155,7 @@ def test_other_mistakes_are_one_line(stdin, letter, capsys):
         (["--text", letter, "--text", letter], f"--text {letter} is given twice; give it once"),
         (["--text", letter, "--context", "2000"], "context is 2000, but openelm-tiny has a context "
          "of 1024 tokens; allowed is a whole number from 2 to 1024"),
+        (["--text", ""], "--text is empty; give the name of a file, or - for stdin"),
         (["--context", "1"], "context is 1; allowed is a whole number from 2 up, or None"),
     ):  # fmt: skip
         assert main(["perplexity", *map(str, words)]) == 2
