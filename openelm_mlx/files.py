@@ -306,10 +306,7 @@ def why_not_writable(path: Path, folder: bool) -> str | None:
 
     A file is made to find out, because the system grants root access to everything.
     """
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        found = None
+    found = path.stat() if path.exists() else None
     if found is not None and not folder:
         if stat.S_ISDIR(found.st_mode):
             return "it is a folder; give the name of a file"
@@ -335,9 +332,7 @@ def read_text(path: str | Path, flag: str) -> str:
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_TEXT_BYTES + 1)
-        if len(data) > MAX_TEXT_BYTES:  # /dev/zero has no end
-            most = f"{MAX_TEXT_BYTES >> 20} MiB"
-            raise OptionError(f"{flag} {path} has more than {most}; give a part of it")
+        check_text_size(len(data), path, flag)
         return data.decode("utf-8-sig")
     except OSError as error:
         problem = f"{error.strerror}; give a text file"
@@ -345,3 +340,10 @@ def read_text(path: str | Path, flag: str) -> str:
     except UnicodeDecodeError as error:
         problem = f"byte {error.start} is not UTF-8; convert it, for example with iconv"
         raise OptionError(f"{flag} {path} cannot be read as UTF-8 text: {problem}") from None
+
+
+def check_text_size(size: int, path: str | Path, flag: str) -> None:
+    """Raise `OptionError` for a text that is longer than is read: /dev/zero has no end."""
+    if size > MAX_TEXT_BYTES:
+        most = f"{MAX_TEXT_BYTES >> 20} MiB"
+        raise OptionError(f"{flag} {path} has more than {most}; give a part of it")

@@ -112,7 +112,7 @@ def read_texts(names: list[str] | None) -> dict[str, str]:
     """Return the texts that were named, or the one of this package. Raises an `OpenELMError`."""
     from openelm_mlx.engine.tokenizer import check_text
     from openelm_mlx.evaluate import perplexity
-    from openelm_mlx.files import read_text
+    from openelm_mlx.files import MAX_TEXT_BYTES, check_text_size, read_text
 
     if names is None:
         return {perplexity.TEXT_NAME: read_text(perplexity.TEXT, "--text")}
@@ -122,7 +122,11 @@ def read_texts(names: list[str] | None) -> dict[str, str]:
             raise PromptError("--text is empty; give the name of a file, or - for stdin")
         if name in texts:
             raise PromptError(f"--text {name} is given twice; give it once")
-        text = utf8_stdin().read() if name == "-" else read_text(given_path(name), "--text")
+        if name == "-":
+            text = utf8_stdin().read(MAX_TEXT_BYTES + 1)
+            check_text_size(len(text), name, "--text")
+        else:
+            text = read_text(given_path(name), "--text")
         if not text:
             raise PromptError(f"--text {name} is empty; give a text of one character or more")
         if "\0" in text:

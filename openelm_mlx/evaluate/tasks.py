@@ -71,8 +71,6 @@ def check_kind(task: Any) -> None:
 
 def why_not_loaded(index: Mapping[str, Any], name: str, error: BaseException) -> str:
     """Return why a task or a group of tasks could not be loaded, and what to do."""
-    from datasets.exceptions import DatasetGenerationError
-
     absent = "its data are not on this disk, and"
     remedy = (
         "Check the network and any proxy; they are downloaded once. fairy_tales needs no network"
@@ -92,8 +90,8 @@ def why_not_loaded(index: Mapping[str, Any], name: str, error: BaseException) ->
                 return f"task {name}: its data file {path} is missing"
     if isinstance(error, StopIteration):
         return f"task {name} has no questions: its data are empty"
-    if type(error) is DatasetGenerationError and error.__cause__ is not None:
-        error = error.__cause__  # it says only that there is one
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__  # that of datasets says only that there is one
     return f"task {name} cannot be loaded: {type(error).__name__}: {reason(error)}"
 
 
@@ -122,12 +120,12 @@ def find_tasks(names: Iterable[str], include: Iterable[str | Path] = ()) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
-    folders = [Path(os.path.realpath(os.path.expanduser(folder))) for folder in include]
-    for folder in folders:
+    given = [os.path.expanduser(folder) for folder in include]
+    for folder in given:
         if not os.path.isdir(folder):  # a name may be too long for Path.is_dir
             what = f"there is no folder {folder} of tasks to include"
             raise EvaluationError(f"{what}; give one with YAML files of lm-eval's form")
-    folders = [*BUNDLED, *folders]
+    folders = [*BUNDLED, *map(Path.resolve, map(Path, given))]
     names = list(names)
     near = [one for one in library().iterdir() if one.is_dir() and may_have(one.name, names)]
     index: dict[str, Any] = {}

@@ -9,6 +9,7 @@ import json
 import pytest
 from formats import again
 
+from openelm_mlx import files
 from openelm_mlx.cli import build_parser, compare, main
 from openelm_mlx.cli import perplexity as perplexity_command
 from openelm_mlx.evaluate import perplexity
@@ -140,6 +141,15 @@ def test_what_is_no_text_is_one_line_before_a_model_is_sought(
         path.write_bytes(content)
     assert main([*words, "--text", str(path)]) == 2
     assert capsys.readouterr().err.startswith(f"openelm: --text {path} {text}")
+
+
+def test_a_text_without_an_end_is_read_in_part(stdin, letter, capsys, monkeypatch):
+    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 1 << 20)
+    for name in ("-", "/dev/zero"):
+        stdin(b"a" * ((1 << 20) + 9))
+        assert main(["perplexity", "no-model", "--text", name]) == 2
+        said = f"openelm: --text {name} has more than 1 MiB; give a part of it\n"
+        assert capsys.readouterr().err == said
 
 
 def test_both_models_are_found_before_one_is_loaded(letter, capsys, monkeypatch):
