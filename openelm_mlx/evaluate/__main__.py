@@ -15,7 +15,7 @@ from openelm_mlx.errors import OpenELMError
 def main() -> None:
     """Run `lm_eval`. What it or a task raises is one line, and exit status 2."""
     try:
-        from openelm_mlx.evaluate.harness import explained  # registers the model
+        from openelm_mlx.evaluate.harness import task_error  # registers the model
         from openelm_mlx.evaluate.tasks import compiled_once
 
         try:
@@ -26,7 +26,7 @@ def main() -> None:
         except OpenELMError:
             raise
         except Exception as error:  # it has no errors of its own
-            raise explained(error) from None
+            raise task_error(error) from None
     except OpenELMError as error:
         print(f"openelm: {error}", file=sys.stderr)
         sys.exit(2)

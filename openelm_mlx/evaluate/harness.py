@@ -94,7 +94,7 @@ def evaluate_tasks(
         except OpenELMError:
             raise
         except (Exception, SystemExit) as error:  # of a task's data, templates and functions
-            raise explained(error) from None
+            raise task_error(error) from None
         general.log_end_time()
     results["config"] = {
         "model": "openelm",
@@ -118,7 +118,7 @@ def evaluate_tasks(
     return results | {"date": date, "lm_eval_version": version("lm_eval")} | asdict(general)
 
 
-def explained(error: BaseException) -> BaseException:
+def task_error(error: BaseException) -> BaseException:
     """Return an error that names the task which lm-eval was at, or a bug of ours as it is."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     ours = str(Path(__file__).parents[1])

@@ -296,7 +296,7 @@ def test_lm_evals_own_command_knows_the_model(folder, tmp_path, monkeypatch, cap
     from lm_eval import tasks
 
     from openelm_mlx.evaluate.__main__ import main
-    from openelm_mlx.evaluate.harness import explained
+    from openelm_mlx.evaluate.harness import task_error
 
     few = partial(tasks.TaskManager, include_defaults=False)  # all are read in seconds
     monkeypatch.setattr(tasks, "TaskManager", few)
@@ -321,4 +321,4 @@ def test_lm_evals_own_command_knows_the_model(folder, tmp_path, monkeypatch, cap
     said = "openelm: lm-eval fails: ValueError: If --samples is not None, then --limit must be None"
     assert said in capsys.readouterr().err
     said = "Tasks not found: x; python -m openelm_mlx.evaluate ls tasks lists lm-eval's, and"
-    assert said in str(explained(ValueError("Tasks not found: x")))
+    assert said in str(task_error(ValueError("Tasks not found: x")))
