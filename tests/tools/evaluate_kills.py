@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from openelm_mlx import load
+from openelm_mlx.errors import OpenELMError
 from openelm_mlx.evaluate.plan import Request
 from openelm_mlx.evaluate.run import answers, launched, texts
 from openelm_mlx.evaluate.store import Store
@@ -195,7 +196,10 @@ def main() -> None:
         words, command = words[: words.index("--")], words[words.index("--") + 1 :]
     args = parser.parse_args(words)
     if args.answer:
-        answer(args.requests, args.answer, args.most)
+        try:
+            answer(args.requests, args.answer, args.most)
+        except OpenELMError as error:  # the other process was killed
+            sys.exit(str(error))
         return
     args.folder.mkdir(parents=True, exist_ok=True)
 
