@@ -60,8 +60,9 @@ def evaluate_tasks(
     before it, and first of all the message `system`. `index` is what `find_tasks` has returned for
     these names, if it was called before.
 
-    The document has lm-eval's keys, and under "truncated" how many questions of each task were
-    longer than the model's context and have lost their beginning. Raises `EvaluationError`.
+    The document has lm-eval's keys, and two by task: under "truncated" how many questions were
+    longer than the model's context and have lost their beginning, under "without_answer" how many
+    have a right answer that is none of their choices. Raises `EvaluationError`.
     """
     with quiet(), compiled_once():
         import numpy as np
@@ -115,7 +116,28 @@ def evaluate_tasks(
     results["truncated"] = {
         name: len(lm.truncated.get(name, ())) for name in sorted(loaded["tasks"])
     }
+    results["without_answer"] = {
+        name: sum(map(lacks_answer, results["samples"][name]))
+        for name, task in sorted(loaded["tasks"].items())
+        if task.OUTPUT_TYPE == "multiple_choice"
+        and not (task.multiple_input or task.get_config("process_results"))
+    }
     return results | {"date": date, "lm_eval_version": version("lm_eval")} | asdict(general)
+
+
+def lacks_answer(sample: Mapping[str, Any]) -> bool:
+    """Return whether a question's right answer, a number or a text, is none of its choices.
+
+    lm-eval takes every answer of the model for wrong then, and only logs it.
+    """
+    choices = [continuation for _, continuation in sample["arguments"]]
+    right = sample["target"] if isinstance(sample["target"], list) else [sample["target"]]
+    return not any(
+        any(choice.endswith(one) for choice in choices)
+        if isinstance(one, str)
+        else one in range(len(choices))
+        for one in right
+    )
 
 
 def task_error(error: BaseException) -> BaseException:

@@ -68,6 +68,7 @@ class Cell:
     scores: tuple[Score, ...]
     version: str | None = None  # lm-eval's, of the task
     truncated: int = 0  # questions that lost their beginning, as they were longer than the context
+    without_answer: int = 0  # questions whose right answer is none of their choices
     published: float | None = None  # in per cent, with two decimals
     compared: Score | None = None  # the score that is nearest to it
 
@@ -170,7 +171,7 @@ class Report:
 def report(results: Mapping[str, Any], subject: Subject, suite: str | None = None) -> Report:
     """Read lm-eval's results: `results`, `n-shot`, `n-samples`, `versions`, `group_subtasks`.
 
-    Under `truncated` they may have, by task, how many questions lost their beginning. Tasks of a
+    They may also have what `evaluate_tasks` adds, `truncated` and `without_answer`. Tasks of a
     group are in the score of the group. A score is compared with Apple's of the same task and shots
     in any table, and with none if a chat template was used.
     """
@@ -223,7 +224,10 @@ def read_cell(results: Mapping[str, Any], name: str, row: str | None) -> Cell:
     found, tasks = results["results"][name], leaves(results, name)
     counts = [results["n-samples"][task] for task in tasks]
     shots = results.get("n-shot", {}).get(name, results.get("n-shot", {}).get(tasks[0]))
-    truncated = sum(results.get("truncated", {}).get(task, 0) for task in tasks)
+    truncated, without_answer = (
+        sum(results.get(key, {}).get(task, 0) for task in tasks)
+        for key in ("truncated", "without_answer")
+    )
     version = results.get("versions", {}).get(name)
     known = TASKS.get(name, Task(name, 0, ()))
     metrics = metrics_of(found)
@@ -238,6 +242,7 @@ def read_cell(results: Mapping[str, Any], name: str, row: str | None) -> Cell:
         tuple(scores),
         None if version is None else str(version),
         truncated,
+        without_answer,
     )
     return beside(cell, figure_of(row, name, shots)) if wanted else cell
 

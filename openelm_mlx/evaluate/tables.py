@@ -50,6 +50,9 @@ def notes_on(cells: Sequence[Cell], row: str | None) -> Iterator[str]:
         if cell.truncated:
             what = f"{cell.truncated:,} of {cell.asked:,} questions"
             yield f"{cell.title}: {what} were longer than the context and lost their beginning."
+        if cell.without_answer:
+            what = f"{cell.without_answer:,} of {cell.asked:,} questions"
+            yield f"{cell.title}: the answer to {what} is none of their choices, so none is right."
     if chances := [
         f"{CHANCES[cell.task]} in {cell.title}" for cell in cells if cell.task in CHANCES
     ]:

@@ -20,6 +20,7 @@ from openelm_mlx.device import mx
 from openelm_mlx.engine.hub import BUNDLED
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import EvaluationError
+from openelm_mlx.evaluate.report import Subject, report
 from openelm_mlx.evaluate.score import log_probs, score
 
 pytestmark = pytest.mark.needs("lm-eval")
@@ -245,6 +246,22 @@ def test_what_is_beyond_the_context_is_left_out_and_counted(short, folder):
     kept = encode(row["question"])[-58:]  # its answer has up to 6 tokens
     (answer,) = batch_generate(lm.engine, [kept], max_tokens=6, stop=[" a", "."])
     assert results["samples"]["long_answer"][0]["resps"] == [[answer.text.removeprefix(" ")]]
+
+
+@pytest.mark.parametrize("answers", [(0, 1, 2, -1), ("was old", "went home", "was young", "left")])
+def test_an_answer_that_is_no_choice_is_counted_and_told(lm, folder, answers):
+    from openelm_mlx.evaluate.harness import evaluate_tasks
+
+    row = {"question": "The king", "choices": ["was old", "went home"]}
+    rows = [row | {"answer": answer} for answer in answers]
+    (folder / "keys.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write(folder, "keys", CHOICE | {"doc_to_target": "answer"}, "keys.jsonl")
+    results = evaluate_tasks(lm, {"keys": None}, include=[folder])
+    assert results["without_answer"] == {"keys": 2}
+    (note,) = [note for note in report(results, Subject("tiny")).notes if "choices" in note]
+    assert (
+        note == "keys: the answer to 2 of 4 questions is none of their choices, so none is right."
+    )
 
 
 def test_what_lm_eval_caches_is_there_as_soon_as_a_pass_ends(tiny, results, tmp_path):
