@@ -10,6 +10,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openelm_mlx import __version__
@@ -78,19 +79,15 @@ def launched() -> Ranks:
 
 
 class Job(NamedTuple):
-    """One pass: the key by which a store knows it, how many answers it gives, and its cost.
+    """One pass: the key by which a store knows it, the requests it answers, and its cost.
 
     `follows` says that it begins with the prefix of the pass before, which then is not run again.
     """
 
     key: str
-    answers: int
+    requests: Sequence[int]
     tokens: int
     follows: bool = False
-
-    def plus(self, other: Job) -> Job:
-        """Return what both are together."""
-        return Job("", self.answers + other.answers, self.tokens + other.tokens)
 
 
 def answers(
@@ -119,7 +116,7 @@ def answers(
     scorer, passes = Scorer(engine), plan(requests, batch_tokens)
 
     def run(number: int) -> list[Answer]:
-        return passed_on(each, passes[number].requests, scorer.run(requests, passes[number]))
+        return scorer.run(requests, passes[number])
 
     jobs, before = [], tuple[int, ...]()
     for work in passes:
@@ -127,13 +124,8 @@ def answers(
         key = key_of(json.dumps(["score", work.rows, work.prefix]), asked)
         prefix = requests[work.requests[0]].fed[: work.prefix]
         follows, before = bool(prefix) and prefix == before, prefix
-        jobs.append(Job(key, len(work.requests), work.tokens, follows))
-    found: list[Answer | None] = [None] * len(requests)
-    results = shared(jobs, run, store, ranks, progress)
-    for work, result in zip(passes, results, strict=True):
-        for number, (logprob, greedy) in zip(work.requests, result, strict=True):
-            found[number] = Answer(logprob, greedy)
-    return [answer for answer in found if answer is not None]
+        jobs.append(Job(key, work.requests, work.tokens, follows))
+    return [Answer(*found) for found in shared(jobs, run, store, ranks, progress, each)]
 
 
 def texts(
@@ -174,28 +166,14 @@ def texts(
         for result in results:
             if result.error is not None:
                 raise result.error
-        return passed_on(each, group, [result.text for result in results])
+        return [result.text for result in results]
 
     jobs = []
     for group in groups:
         kind = json.dumps(["text", *([stops[one], max_tokens[one]] for one in group)])
         key = key_of(kind, (prompts[one] for one in group))
-        jobs.append(Job(key, len(group), sum(limits[one] for one in group)))
-    found = [""] * len(prompts)
-    for group, result in zip(groups, shared(jobs, run, store, ranks, progress), strict=True):
-        for one, text in zip(group, result, strict=True):
-            found[one] = text
-    return found
-
-
-def passed_on(
-    each: Callable[[int, Any], None] | None, numbers: Sequence[int], results: list[Any]
-) -> list[Any]:
-    """Return results, of which `each` was told with its number."""
-    if each is not None:
-        for number, result in zip(numbers, results, strict=True):
-            each(number, result)
-    return results
+        jobs.append(Job(key, group, sum(limits[one] for one in group)))
+    return shared(jobs, run, store, ranks, progress, each)
 
 
 def key_of(kind: str, sequences: Iterable[Sequence[int]]) -> str:
@@ -212,8 +190,11 @@ def shared(
     store: Store | None,
     ranks: Ranks | None,
     progress: Progress | None,
-) -> list[list[Any]]:
-    """Return what `run` gives for the number of each job, or another process, or the store had."""
+    each: Callable[[int, Any], None] | None,
+) -> list[Any]:
+    """Return the answer to each request: what `run` gives for the number of its job, here or in
+    another process, or what the store had.
+    """
     ranks = ranks or Ranks()
     found = {}
     for number, job in enumerate(jobs):
@@ -221,24 +202,33 @@ def shared(
             found[number] = stored
     owners = agreed(jobs, list(found), store, ranks)
     left = dealt(jobs, owners, ranks)
-    told, most = Job("", 0, 0), Job("", 0, 0)
-    for number in owners:
-        told = most = told.plus(jobs[number])
-    for number in left:
-        most = most.plus(jobs[number])
+
+    def amount(numbers: Iterable[int]) -> tuple[int, int]:
+        own = [jobs[number] for number in numbers]
+        return sum(len(job.requests) for job in own), sum(job.tokens for job in own)
+
+    (answered, tokens), (of, most) = amount(owners), amount([*owners, *left])
     tell = progress or (lambda *_: None)
-    tell(told.answers, most.answers, told.tokens, most.tokens)
+    tell(answered, of, tokens, most)
     for number in left:
-        found[number] = run(number)
+        job, found[number] = jobs[number], run(number)
+        if each is not None:
+            for one in zip(job.requests, found[number], strict=True):
+                each(*one)
         if store is not None:
-            store.add(jobs[number].key, found[number])
-        told = told.plus(jobs[number])
-        tell(told.answers, most.answers, told.tokens, most.tokens)
-    own = [number for number, owner in owners.items() if owner == ranks.rank]
+            store.add(job.key, found[number])
+        answered, tokens = answered + len(job.requests), tokens + job.tokens
+        tell(answered, of, tokens, most)
     if ranks.size > 1:
+        own = [number for number, owner in owners.items() if owner == ranks.rank]
         text = json.dumps([[number, found[number]] for number in [*own, *left]])
         found = dict(pair for given in ranks.gather(text) for pair in json.loads(given))
-    return [found[number] for number in range(len(jobs))]
+    whole = (
+        pair
+        for number, job in enumerate(jobs)
+        for pair in zip(job.requests, found[number], strict=True)
+    )
+    return [answer for _, answer in sorted(whole, key=itemgetter(0))]
 
 
 def agreed(jobs: list[Job], found: list[int], store: Store | None, ranks: Ranks) -> dict[int, int]:
@@ -272,7 +262,6 @@ def dealt(jobs: list[Job], owners: dict[int, int], ranks: Ranks) -> list[int]:
     """
     left, parts = [number for number in range(len(jobs)) if number not in owners], list[list[int]]()
     most = sum(jobs[number].tokens for number in left) / (8 * ranks.size)
-
     costs = list[int]()  # of the parts
     for number in left:
         tokens = jobs[number].tokens

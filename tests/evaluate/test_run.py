@@ -173,12 +173,12 @@ def test_processes_share_passes_and_each_has_all_answers(small, tmp_path, monkey
 
 
 def test_passes_are_dealt_by_their_cost():
-    jobs = [Job("", 1, tokens) for tokens in (5, 9, 1, 4, 4, 6)]
+    jobs = [Job("", [0], tokens) for tokens in (5, 9, 1, 4, 4, 6)]
     mine = [dealt(jobs, {0: 0}, Ranks(rank, 2)) for rank in range(2)]
     assert mine == [[1, 4], [2, 3, 5]]
     assert dealt(jobs, {}, Ranks()) == [0, 1, 2, 3, 4, 5]
     # of two times 32 passes with a prefix, those that stay together have it once
-    jobs = [Job("", 1, 1 + 5 * (number % 32 == 0), number % 32 > 0) for number in range(64)]
+    jobs = [Job("", [0], 1 + 5 * (number % 32 == 0), number % 32 > 0) for number in range(64)]
     mine = [dealt(jobs, {}, Ranks(rank, 2)) for rank in range(2)]
     assert sorted(mine[0] + mine[1]) == list(range(64)) and abs(len(mine[0]) - len(mine[1])) < 8
     breaks = sum(b != a + 1 for own in mine for a, b in pairwise(own))
