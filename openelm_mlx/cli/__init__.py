@@ -30,6 +30,7 @@ COMMANDS = (
     "evaluate",
     "perplexity",
     "compare",
+    "finetune",
     "benchmark",
     "inspect",
     "models",

@@ -32,7 +32,7 @@ from openelm_mlx.files import check_writable
 from openelm_mlx.server.options import ServerOptions
 
 if TYPE_CHECKING:
-    from openelm_mlx.evaluate.run import Ranks
+    from openelm_mlx.engine.ranks import Ranks
     from openelm_mlx.server.batch_file import Output
     from openelm_mlx.server.batch_run import Result
 
@@ -93,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
         answers_in(target, lines)
     engine, draft = load_model(args.model, args), load_draft(args)
     from openelm_mlx.engine.prompt_cache import PromptCache, fingerprint
+    from openelm_mlx.engine.ranks import launched
     from openelm_mlx.engine.scheduler import BatchEngine
-    from openelm_mlx.evaluate.run import launched
     from openelm_mlx.server.batch_run import AHEAD, Batch
 
     head = {

@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
     folder = None if args.folder is None else check_folder(args.folder)
     from openelm_mlx.device import mx
     from openelm_mlx.engine.hub import resolve_model
+    from openelm_mlx.engine.ranks import launched
     from openelm_mlx.evaluate.evaluation import evaluate, named_tasks
-    from openelm_mlx.evaluate.run import launched
     from openelm_mlx.evaluate.store import Store
 
     with Waiting("reading the names of the tasks"):

@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     options, texts = from_args(TextOptions, args), read_texts(args.text)
     engine = load_model(args.model, args)
     from openelm_mlx.dtypes import name_of
+    from openelm_mlx.engine.ranks import launched
     from openelm_mlx.evaluate.perplexity import text_perplexity, window
-    from openelm_mlx.evaluate.run import launched
     from openelm_mlx.evaluate.store import Store
 
     context, stride = window(options, engine)

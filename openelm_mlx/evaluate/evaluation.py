@@ -7,10 +7,10 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.engine.options import check_loaded
+from openelm_mlx.engine.ranks import launched
 from openelm_mlx.evaluate.harness import OpenELMLM, evaluate_tasks
 from openelm_mlx.evaluate.options import EvaluateOptions
 from openelm_mlx.evaluate.report import Report, Subject, report
-from openelm_mlx.evaluate.run import launched
 from openelm_mlx.evaluate.store import Store
 from openelm_mlx.evaluate.suites import SUITES
 from openelm_mlx.evaluate.tasks import find_tasks, quiet

@@ -25,11 +25,12 @@ from openelm_mlx.dtypes import name_of
 from openelm_mlx.engine.loading import Engine, load
 from openelm_mlx.engine.options import ModelOptions
 from openelm_mlx.engine.prompts import check_messages
+from openelm_mlx.engine.ranks import Ranks
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import EvaluationError, OptionError
 from openelm_mlx.evaluate.options import EvaluateOptions
 from openelm_mlx.evaluate.plan import Request
-from openelm_mlx.evaluate.run import Progress, Ranks, answers, texts
+from openelm_mlx.evaluate.run import Progress, answers, texts
 from openelm_mlx.evaluate.score import Answer
 from openelm_mlx.evaluate.store import Store, identity
 from openelm_mlx.fields import check_count, nearest

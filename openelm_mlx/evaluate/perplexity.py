@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine.options import check_loaded
+from openelm_mlx.engine.ranks import Ranks
 from openelm_mlx.errors import CheckpointError, OptionError, PromptError
 from openelm_mlx.evaluate.options import TextOptions
 from openelm_mlx.evaluate.plan import Request
-from openelm_mlx.evaluate.run import Progress, Ranks, answers
+from openelm_mlx.evaluate.run import Progress, answers
 from openelm_mlx.evaluate.score import Answer, perplexity_of
 from openelm_mlx.model.config import BOS
 

@@ -11,9 +11,10 @@ from small import random_engine
 
 from openelm_mlx import batch_generate
 from openelm_mlx.device import mx
+from openelm_mlx.engine.ranks import Ranks, launched
 from openelm_mlx.errors import OptionError, PromptError
 from openelm_mlx.evaluate.plan import Request, plan
-from openelm_mlx.evaluate.run import Job, Ranks, answers, dealt, launched, texts
+from openelm_mlx.evaluate.run import Job, answers, dealt, texts
 from openelm_mlx.evaluate.score import Scorer
 from openelm_mlx.evaluate.store import Store
 

@@ -1,0 +1,30 @@
+"""Fine-tuning: a model learns from examples, in an adapter beside its weights or in all of them.
+
+    report = finetune(load("openelm-tiny"), "pairs.jsonl", "my-adapter", FinetuneOptions(rank=8))
+
+A file of examples becomes token ids with a mark on those that are trained (`data`, `examples`),
+these become batches of packed rows (`batches`), and each step of the loop (`loop`) takes one:
+its loss and gradients (`step`), the optimizer, and now and then a checkpoint (`state`).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openelm_mlx.finetune.loop import finetune
+    from openelm_mlx.finetune.options import FinetuneOptions
+
+_HOME = {"FinetuneOptions": "options", "finetune": "loop"}
+__all__ = ["FinetuneOptions", "finetune"]  # written out: type checkers and editors read it
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"openelm_mlx.finetune.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: weights, optimizer, and where it is."""
