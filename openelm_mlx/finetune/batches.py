@@ -53,7 +53,7 @@ def packed(rows: Sequence[Sequence[Example]], count: int, length: int) -> Batch:
         parts: list[list[float]] = [[] for _ in Batch._fields]
         for segment, example in enumerate(row, 1):
             size = len(example.tokens)
-            values = (
+            values: tuple[Any, ...] = (
                 example.tokens,
                 [segment] * size,
                 range(size),
