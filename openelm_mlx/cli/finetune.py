@@ -9,11 +9,11 @@ from typing import Any
 from openelm_mlx.cli.options import (
     MODEL_HELP,
     add_flags,
-    add_model_flags,
     from_args,
     given_path,
     load_model,
 )
+from openelm_mlx.engine.options import ModelOptions
 from openelm_mlx.finetune.options import FinetuneOptions
 
 DESCRIPTION = """Train a model on examples of your own."""
@@ -34,7 +34,7 @@ def register(commands: Any) -> None:
     parser.add_argument("data", metavar="DATA", help="a file of examples")
     parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="what is written")
     add_flags(parser, FinetuneOptions)
-    add_model_flags(parser)
+    add_flags(parser, ModelOptions, skip=("adapter",))
     parser.set_defaults(run=run)
 
 

@@ -172,11 +172,17 @@ VALUES = {"int": (integer, "N"), "float": (real, "X"), "str": (str, "TEXT"), "Pa
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type, skip: tuple[str, ...] = ()) -> None:
-    """Add one `--flag` for each field of the dataclass `options` that has help in its metadata."""
-    group = parser.add_argument_group(options.__name__.removesuffix("Options").lower() + " options")
+    """Add one `--flag` for each field of the dataclass `options` that has help in its metadata.
+
+    Help shows them in one group, or in those that fields with a `group` in their metadata begin.
+    """
+    title, groups = options.__name__.removesuffix("Options").lower(), {}
     for item in fields(options):
+        title = item.metadata.get("group", title)
         if item.name not in skip and has_flag(item):
-            add_flag(group, item)
+            if title not in groups:
+                groups[title] = parser.add_argument_group(f"{title} options")
+            add_flag(groups[title], item)
 
 
 def has_flag(item: Field[Any]) -> bool:
@@ -189,7 +195,8 @@ def add_flag(group: Any, item: Field[Any]) -> None:
     known, kind = item.metadata, str(item.type)
     flag, text = known.get("flag") or "--" + item.name.replace("_", "-"), known["help"]
     if item.default is not MISSING and item.default not in (None, (), False, True):
-        text += f" (default {item.default})"
+        default = item.default
+        text += f" (default {' '.join(default) if isinstance(default, tuple) else default})"
     how: dict[str, Any]
     if kind.startswith("bool"):
         how = {"action": argparse.BooleanOptionalAction}

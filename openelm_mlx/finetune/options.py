@@ -28,6 +28,7 @@ class FinetuneOptions:
         "lora",
         "train a low-rank adapter, one with lengths of rows, or all weights",
         choices=METHODS,
+        group="method",
     )
     rank: int = option(16, "rank of the adapter", 1, 4096)
     alpha: float | None = option(
@@ -47,6 +48,7 @@ class FinetuneOptions:
         "tokens that the loss counts: of the answers, of the last one, or all; by default the "
         "answers, and all of plain text",
         choices=("answers", "last", "all"),
+        group="data",
     )
     validation: Path | None = option(
         None, "examples that are not trained, on which the model is evaluated", metavar="DATA"
@@ -64,11 +66,11 @@ class FinetuneOptions:
         choices=("split", "refuse"),
     )
     packing: bool = option(True, "put several examples into a row, each by itself")
-    batch: int = option(4, "rows that are computed at once", 1, 4096)
+    batch: int = option(4, "rows that are computed at once", 1, 4096, group="training")
     accumulate: int = option(1, "batches whose gradients make one step", 1, 65536)
     epochs: float = option(3.0, "how often each example is trained", 0.0)
     steps: int | None = option(None, "end after so many steps instead", 1)
-    optimizer: str = option("adamw", "one of MLX's", choices=OPTIMIZERS)
+    optimizer: str = option("adamw", "one of MLX's", choices=OPTIMIZERS, group="optimizer")
     learning_rate: float | None = option(
         None, "the largest; by default 3e-4 for an adapter, 2e-5 for all weights", 0.0, 10.0
     )
@@ -88,15 +90,23 @@ class FinetuneOptions:
         False, "compute each layer again for its gradients, which takes less memory and more time"
     )
     evaluate_every: int | None = option(
-        None, "steps between evaluations; by default ten of them, and one at the end", 1
+        None,
+        "steps between evaluations; by default ten of them, and one at the end",
+        1,
+        group="run",
     )
     patience: int | None = option(None, "stop after so many evaluations without a better one", 1)
     save_every: int = option(50, "steps between checkpoints", 1)
     preference: str | None = option(
-        None, "the loss on preference pairs (DPO); by default sigmoid", choices=PREFERENCES
+        None,
+        "the loss on preference pairs (DPO); by default sigmoid",
+        choices=PREFERENCES,
+        group="preference",
     )
     beta: float = option(0.1, "of DPO: how far the model may go from the one it was", 0.0, 100.0)
-    seed: int = option(0, "of the first weights, the order and the dropout", 0, 2**32 - 1)
+    seed: int = option(
+        0, "of the first weights, the order and the dropout", 0, 2**32 - 1, group="run"
+    )
     log: tuple[str, ...] = option(
         (), "report to these as well", choices=LOGS, commas=True, nargs="+", metavar="NAME"
     )
