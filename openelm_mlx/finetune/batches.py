@@ -3,13 +3,16 @@
 tokens     BOS A B C EOS  BOS D E EOS   -  -
 segments    1  1 1 1  1    2  2 2  2    0  0     who sees whom: the same number, earlier
 positions   0  1 2 3  4    0  1 2  3    0  0
+sequences   0  0 0 0  0    1  1 1  1    0  0     the next row begins with 2
+
+The two answers of a preference pair are two segments of one row, the preferred one first.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from openelm_mlx.device import mx
 from openelm_mlx.finetune.examples import Example, Pair
@@ -24,6 +27,8 @@ class Batch(NamedTuple):
     positions: mx.array  # int32, from 0 in each segment
     targets: mx.array  # int32: the token after each
     weights: mx.array  # float32: 1 where the loss counts the target
+    sequences: mx.array  # int32, from 0 in the batch; pair k is 2 k, chosen, and 2 k + 1, rejected
+    counts: mx.array  # float32 [sequences]: sums of the weights of each; zeros at the end
 
 
 def batches(
@@ -32,38 +37,50 @@ def batches(
     """Yield the batches of an epoch; they follow from the seed and the epoch alone."""
     order = list(range(len(examples)))
     random.Random(f"{options.seed} {epoch}").shuffle(order)
-    rows: list[list[Any]] = []
+    if isinstance(examples[0], Pair):
+        length *= 2
+    rows: list[list[Example | Pair]] = []
     room = 0
     for number in order:
-        example = examples[number]
-        assert isinstance(example, Example)
-        if len(example.tokens) > room:
+        size = sum(len(part.tokens) for part in sequences_of(examples[number]))
+        if size > room:
             rows.append([])
             room = length
-        rows[-1].append(example)
-        room -= len(example.tokens)
-    for start in range(0, len(rows), options.batch):
-        yield packed(rows[start : start + options.batch], options.batch, length)
+        rows[-1].append(examples[number])
+        room -= size
+    chunks = [rows[start : start + options.batch] for start in range(0, len(rows), options.batch)]
+    most = max(sum(len(sequences_of(unit)) for row in chunk for unit in row) for chunk in chunks)
+    for chunk in chunks:
+        yield packed(chunk, options.batch, length, most)
 
 
-def packed(rows: Sequence[Sequence[Example]], count: int, length: int) -> Batch:
-    """Return the rows as a batch of `count` rows."""
-    columns: list[list[list[float]]] = [[] for _ in Batch._fields]
-    for row in [*rows, *[[]] * (count - len(rows))]:
-        parts: list[list[float]] = [[] for _ in Batch._fields]
-        for segment, example in enumerate(row, 1):
+def sequences_of(unit: Example | Pair) -> tuple[Example, ...]:
+    """Return what is packed together: an example, or the two answers of a pair."""
+    return tuple(unit) if isinstance(unit, Pair) else (unit,)
+
+
+def packed(rows: Sequence[Sequence[Example | Pair]], count: int, length: int, most: int) -> Batch:
+    """Return the rows as a batch of `count` rows, with room for `most` sequences."""
+    import numpy as np
+
+    tokens, segments, positions, targets, sequences = np.zeros((5, count, length), np.int32)
+    weights = np.zeros((count, length), np.float32)
+    counts = np.zeros(most, np.float32)
+    number = 0
+    for row, units in enumerate(rows):
+        start = 0
+        parts = [part for unit in units for part in sequences_of(unit)]
+        for segment, example in enumerate(parts, 1):
             size = len(example.tokens)
-            values: tuple[Any, ...] = (
-                example.tokens,
-                [segment] * size,
-                range(size),
-                [*example.tokens[1:], 0],
-                [*map(float, example.trained[1:]), 0.0],
-            )
-            for part, value in zip(parts, values, strict=True):
-                part.extend(value)
-        for column, part in zip(columns, parts, strict=True):
-            column.append([*part, *[0] * (length - len(part))])
-    *whole, weights = columns
-    tokens, segments, positions, targets = (mx.array(column, mx.int32) for column in whole)
-    return Batch(tokens, segments, positions, targets, mx.array(weights, mx.float32))
+            place = np.s_[row, start : start + size]
+            tokens[place] = example.tokens
+            segments[place] = segment
+            positions[place] = np.arange(size)
+            targets[row, start : start + size - 1] = example.tokens[1:]
+            weights[row, start : start + size - 1] = example.trained[1:]
+            sequences[place] = number
+            counts[number] = sum(example.trained[1:])
+            number += 1
+            start += size
+    columns = (tokens, segments, positions, targets, weights, sequences, counts)
+    return Batch(*map(mx.array, columns))
