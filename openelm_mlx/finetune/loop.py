@@ -13,6 +13,7 @@ from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.finetune.batches import batches
 from openelm_mlx.finetune.data import read_examples
+from openelm_mlx.finetune.optimizer import rate_at
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.step import Step
 from openelm_mlx.finetune.trainable import adapter_of, hash_of, trainable
@@ -37,13 +38,14 @@ def finetune(
     step = Step(model, options)
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
+    steps = int(options.epochs) * sum(1 for _ in batches(examples, options, length, 0))
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics:
         for epoch in range(int(options.epochs)):
             for batch in batches(examples, options, length, epoch):
                 number += 1
                 key = mx.random.key(hash_of(options.seed, "step", number))
                 total, count, grads = step.gradients(batch, key)
-                norm = step.update(grads, count, options.learning_rate or 3e-4)
+                norm = step.update(grads, count, rate_at(options, number, steps))
                 mx.eval(total, norm, model.trainable_parameters(), step.optimizer.state)
                 row = {"step": number, "loss": (total / count).item(), "norm": norm.item()}
                 print(json.dumps(row), file=metrics, flush=True)

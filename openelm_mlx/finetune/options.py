@@ -8,12 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from openelm_mlx.fields import check_fields, explained, option
+from openelm_mlx.fields import check_fields, check_unset, explained, option
 
 METHODS = ("lora", "dora", "full")
 TARGETS = ("qkv_proj", "out_proj", "proj_1", "proj_2")  # of every layer
 EMBEDDINGS = "token_embeddings"
-OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "adafactor", "muon")
+OPTIMIZERS = {  # and those options that not all of them have
+    "adamw": ("weight_decay", "beta1", "beta2", "epsilon"),
+    "adam": ("beta1", "beta2", "epsilon"),
+    "sgd": ("weight_decay", "beta1"),
+    "lion": ("weight_decay", "beta1", "beta2"),
+    "adafactor": ("weight_decay",),
+    "muon": ("weight_decay", "beta1"),
+}
 SCHEDULES = ("cosine", "linear", "constant")
 PREFERENCES = ("sigmoid", "hinge", "ipo")
 LOGS = ("tensorboard", "wandb")
@@ -70,7 +77,7 @@ class FinetuneOptions:
     accumulate: int = option(1, "batches whose gradients make one step", 1, 65536)
     epochs: float = option(3.0, "how often each example is trained", 0.0)
     steps: int | None = option(None, "end after so many steps instead", 1)
-    optimizer: str = option("adamw", "one of MLX's", choices=OPTIMIZERS, group="optimizer")
+    optimizer: str = option("adamw", "one of MLX's", choices=tuple(OPTIMIZERS), group="optimizer")
     learning_rate: float | None = option(
         None, "the largest; by default 3e-4 for an adapter, 2e-5 for all weights", 0.0, 10.0
     )
@@ -113,3 +120,8 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in OPTIMIZERS["adamw"]:
+            if name not in OPTIMIZERS[self.optimizer]:
+                check_unset(self, name, f"{self.optimizer} has none")
+        if self.schedule == "constant":
+            check_unset(self, "final_rate", "a constant learning rate ends where it is")

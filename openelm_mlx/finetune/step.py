@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from openelm_mlx.device import mx, nn, optimizers, utils
+from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.finetune.batches import Batch
 from openelm_mlx.finetune.forward import token_losses
+from openelm_mlx.finetune.optimizer import new_optimizer
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.model.decoder import OpenELM
 
@@ -56,10 +57,3 @@ class Step:
     def evaluate(self, batch: Batch) -> tuple[mx.array, mx.array]:
         """Return the sum of the losses and the number of what they are of, without gradients."""
         return self._loss(self.model, batch)
-
-
-def new_optimizer(options: FinetuneOptions) -> Any:
-    """Return MLX's optimizer."""
-    betas = [options.beta1, options.beta2]
-    how: dict[str, Any] = {"betas": betas, "eps": options.epsilon, "bias_correction": True}
-    return optimizers.AdamW(0.0, weight_decay=options.weight_decay, **how)
