@@ -16,7 +16,8 @@ def new_optimizer(options: FinetuneOptions) -> Any:
     Momentum is that of SGD and Muon. Adafactor takes the learning rate as it is: neither relative
     to the step nor scaled by the size of the weights.
     """
-    decay, betas = {"weight_decay": options.weight_decay}, [options.beta1, options.beta2]
+    decay: Any = {"weight_decay": options.weight_decay}
+    betas = [options.beta1, options.beta2]
     match options.optimizer:
         case "adamw":
             adam: Any = {"betas": betas, "eps": options.epsilon, "bias_correction": True}
