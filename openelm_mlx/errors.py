@@ -62,6 +62,10 @@ class EvaluationError(OpenELMError):
     """A task cannot be evaluated as asked, or its data are missing or damaged."""
 
 
+class FinetuneError(OpenELMError):
+    """Data cannot be trained, or a run of fine-tuning cannot go on."""
+
+
 class BenchmarkError(OpenELMError):
     """A benchmark cannot be run as asked, or a result file is damaged or of another kind."""
 
