@@ -30,6 +30,7 @@ ORDER = (
     "mlx_wheels",
     "device",
     "model",
+    "graph",
     "engine",
     "chat",
     "evaluate",

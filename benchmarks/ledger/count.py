@@ -21,8 +21,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from openelm_mlx.benchmarks.hardware import part_of
-from openelm_mlx.benchmarks.ledger.graph import Array, Node
-from openelm_mlx.benchmarks.ledger.layout import VIEWS, Layout, after, kernels, passes
+from openelm_mlx.benchmarks.ledger.layout import kernels, passes
 from openelm_mlx.benchmarks.ledger.steps import (
     HostTime,
     Traced,
@@ -35,6 +34,8 @@ from openelm_mlx.device import mx
 from openelm_mlx.dtypes import FLOATS
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.errors import OpenELMError
+from openelm_mlx.graph.layout import VIEWS, Layout, after
+from openelm_mlx.graph.trace import Array, Node
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.quantization import MLX_GROUP_SIZE, make_spec
 

@@ -14,8 +14,6 @@ from unittest.mock import patch
 
 from openelm_mlx.benchmarks.ledger.graph import (
     Traced,
-    blank,
-    fuse,
     fused,
     mark,
     named,
@@ -28,6 +26,7 @@ from openelm_mlx.engine.decode import State, Steps, StepSpec
 from openelm_mlx.engine.options import SamplingOptions
 from openelm_mlx.engine.sampling import Controls, Filters
 from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.graph.trace import blank, fuse
 from openelm_mlx.model.cache import BLOCK
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 from openelm_mlx.model.decoder import OpenELM

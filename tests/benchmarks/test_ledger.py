@@ -18,7 +18,6 @@ from openelm_mlx.benchmarks.hardware import bytes_per_token
 from openelm_mlx.benchmarks.ledger import steps
 from openelm_mlx.benchmarks.ledger.count import ledger, main
 from openelm_mlx.benchmarks.ledger.graph import one_primitive_each
-from openelm_mlx.benchmarks.ledger.layout import VIEWS
 from openelm_mlx.benchmarks.ledger.steps import (
     WeightSpec,
     host_times,
@@ -28,6 +27,7 @@ from openelm_mlx.benchmarks.ledger.steps import (
 )
 from openelm_mlx.device import mx, nn
 from openelm_mlx.errors import BenchmarkError, ConfigError
+from openelm_mlx.graph.layout import VIEWS
 from openelm_mlx.model.adapters import adapted, prepare
 from openelm_mlx.model.config import OpenELMConfig, layer_shapes
 from openelm_mlx.model.decoder import OpenELM

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from openelm_mlx.benchmarks.ledger.graph import Array, Node, fuse, trace
-from openelm_mlx.benchmarks.ledger.layout import VIEWS, Layout, after, kernels
+from openelm_mlx.benchmarks.ledger.layout import kernels
 from openelm_mlx.device import mx
 from openelm_mlx.errors import BenchmarkError
+from openelm_mlx.graph.layout import VIEWS, Layout, after
+from openelm_mlx.graph.trace import Array, Node, fuse, trace
 
 VIEWED = [
     lambda x: x.transpose(0, 2, 1, 3),

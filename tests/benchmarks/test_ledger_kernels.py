@@ -8,8 +8,8 @@ import pytest
 from kept import KINDS
 
 from openelm_mlx.benchmarks.ledger.count import SAMPLED, ledger, main
-from openelm_mlx.benchmarks.ledger.graph import Graph, Traced, fuse, one_primitive_each, trace
-from openelm_mlx.benchmarks.ledger.layout import VIEWS, Layout, after, kernels, sorting
+from openelm_mlx.benchmarks.ledger.graph import Traced, one_primitive_each, trace
+from openelm_mlx.benchmarks.ledger.layout import kernels, sorting
 from openelm_mlx.benchmarks.ledger.steps import (
     WeightSpec,
     our_model,
@@ -21,6 +21,8 @@ from openelm_mlx.device import mx
 from openelm_mlx.engine.decode import forward
 from openelm_mlx.engine.draft_model import make_drafter
 from openelm_mlx.engine.sampling import Filters
+from openelm_mlx.graph.layout import VIEWS, Layout, after
+from openelm_mlx.graph.trace import Graph, fuse
 from openelm_mlx.model.cache_kinds import CacheKind, Plain, resized
 from openelm_mlx.model.config import OpenELMConfig
 from openelm_mlx.model.kernels.kernel import Kernel
