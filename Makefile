@@ -6,7 +6,7 @@ LOG := $(VENV)/install.log
 PIP_FLAGS := --disable-pip-version-check --no-input
 
 # every client that the tests of an ordinary machine use
-EXTRAS := dev,plot,grammar,server,evaluate
+EXTRAS := dev,plot,grammar,server,evaluate,tensorboard
 comma := ,
 # two processes, of one OpenBLAS thread each; a test file stays in one, so that the models its
 # tests share are made once
@@ -64,7 +64,7 @@ test: $(VENV)/installed-dev
 # what tests/helpers/optional.py names: no OpenBLAS, no compiler or browser on the PATH, a home below a file
 test-without: $(VENV)/installed-dev
 	OPENELM_BLAS=off PATH=$(abspath $(BIN)) HOME=/dev/null/home $(BIN)/python $(PYTEST) \
-		-m "(needs or with_or_without) and not matplotlib and not llguidance and not lm_eval"
+		-m "(needs or with_or_without) and not matplotlib and not llguidance and not lm_eval and not tensorboard"
 
 docs: $(VENV)/installed-dev
 	$(call extra,.[docs])

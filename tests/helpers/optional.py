@@ -102,6 +102,8 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
     "curl": lambda: shutil.which("curl") is not None,
     "HAProxy": lambda: find_haproxy() is not None,
     "matplotlib": lambda: find_spec("matplotlib") is not None,
+    "TensorBoard": lambda: find_spec("tensorboardX") is not None,
+    "wandb": lambda: find_spec("wandb") is not None,
     "llguidance": lambda: find_spec("llguidance") is not None,
     "lm-eval": lambda: find_spec("lm_eval") is not None,
     "llama.cpp": lambda: peer("llama.cpp"),
