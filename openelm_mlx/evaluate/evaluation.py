@@ -14,7 +14,7 @@ from openelm_mlx.evaluate.report import Report, Subject, report
 from openelm_mlx.evaluate.store import Store
 from openelm_mlx.evaluate.suites import SUITES
 from openelm_mlx.evaluate.tasks import find_tasks, quiet
-from openelm_mlx.model.config import PUBLISHED, OpenELMConfig
+from openelm_mlx.model.config import OpenELMConfig
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
@@ -82,8 +82,7 @@ def chosen(
     """Return the name of the suite, None for tasks, and each task with its number of shots."""
     suite = options.suite
     if suite is None and not options.tasks:
-        shape = {name: getattr(config, name) for name in PUBLISHED["270m"]}
-        if shape not in PUBLISHED.values():
+        if config.size is None:
             return None, dict.fromkeys(FAIRY_TALES)
         suite = "zero-shot"
     return suite, SUITES[suite].shots if suite else dict.fromkeys(options.tasks, options.shots)

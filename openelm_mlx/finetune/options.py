@@ -1,14 +1,25 @@
 """Options of a fine-tuning: Python, YAML and the command line build the same object.
 
+    options = FinetuneOptions(rank=8)
+    options = FinetuneOptions.of(engine.config, recipe="instruct-dpo", config="mine.yaml", epochs=2)
+
+Of a setting that is given twice, the keyword or flag counts, then the YAML file, then the recipe.
 Nothing here needs MLX, so that `openelm --help` can list every option.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from openelm_mlx.fields import check_fields, check_unset, explained, option
+from openelm_mlx.errors import OptionError, naming
+from openelm_mlx.fields import check_fields, check_unset, explained, nearest, option, shown
+from openelm_mlx.files import read_yaml
+from openelm_mlx.finetune.recipes import RECIPES, settings_of
+from openelm_mlx.model.config import OpenELMConfig
 
 METHODS = ("lora", "dora", "full")
 TARGETS = ("qkv_proj", "out_proj", "proj_1", "proj_2")  # of every layer
@@ -24,6 +35,8 @@ OPTIMIZERS = {  # and those options that not all of them have
 SCHEDULES = ("cosine", "linear", "constant")
 PREFERENCES = ("sigmoid", "hinge", "ipo")
 LOGS = ("tensorboard", "wandb")
+ADAPTER_ONLY = ("rank", "alpha", "dropout", "targets")
+EITHER = (("epochs", "steps"), ("validation", "validation_share"))  # one replaces the other
 
 
 @explained()
@@ -33,18 +46,24 @@ class FinetuneOptions:
 
     method: str = option(
         "lora",
-        "train a low-rank adapter, one with lengths of rows, or all weights",
+        "train an adapter (lora, or dora: with the lengths of rows), or all weights (full)",
         choices=METHODS,
         group="method",
     )
-    rank: int = option(16, "rank of the adapter", 1, 4096)
+    recipe: str | None = option(
+        None, "begin with the settings of a recipe that Apple published", choices=RECIPES
+    )
+    config: Path | None = option(
+        None, "a YAML file of these options, named as the flags are, with _ for -"
+    )
+    rank: int = option(16, "rank of the adapter", 1, 4096)  # 8 in PEFT and mlx-lm, CoreNet has 32
     alpha: float | None = option(
-        None, "strength of the adapter: its scale is alpha / rank; by default the rank", 0.0, 1e6
+        None, "strength of the adapter, whose scale is alpha / rank; by default the rank", 0.0, 1e6
     )
     dropout: float = option(0.0, "share of an adapter's inputs that a step leaves out", 0.0, 0.99)
     targets: tuple[str, ...] = option(
         TARGETS,
-        "the matrices that get an adapter",
+        f"matrices that get an adapter; {EMBEDDINGS} is one more: LoRA on the input side",
         choices=(*TARGETS, EMBEDDINGS),
         commas=True,
         nargs="+",
@@ -52,67 +71,85 @@ class FinetuneOptions:
     )
     train_on: str | None = option(
         None,
-        "tokens that the loss counts: of the answers, of the last one, or all; by default the "
-        "answers, and all of plain text",
+        "tokens that the loss counts: those of the answers, of the last one, or all; by default "
+        "the answers', and all of plain text",
         choices=("answers", "last", "all"),
         group="data",
     )
     validation: Path | None = option(
-        None, "examples that are not trained, on which the model is evaluated", metavar="DATA"
+        None, "examples to evaluate on, in place of a share of DATA", metavar="DATA"
     )
     validation_share: float = option(
-        0.05, "without validation: the share of the examples that is kept for it", 0.0, 0.9
+        0.05, "share of the examples that is held out to evaluate on", 0.0, 0.9
     )
     length: int | None = option(
         None, "tokens of a row; by default 1024, or the model's context if less", 8
     )
     overlong: str | None = option(
         None,
-        "what happens to an example that is longer than a row; by default text is split, and the "
-        "others are refused",
+        "split or refuse an example that is longer than a row; by default only plain text is split",
         choices=("split", "refuse"),
     )
-    packing: bool = option(True, "put several examples into a row, each by itself")
-    batch: int = option(4, "rows that are computed at once", 1, 4096, group="training")
-    accumulate: int = option(1, "batches whose gradients make one step", 1, 65536)
+    packing: bool = option(True, "fill rows with several examples, none of which sees another")
+    batch: int = option(
+        4,
+        "rows in one pass of the model, or as many more if rows are shorter",
+        1,
+        4096,
+        group="training",
+    )
+    accumulate: int = option(1, "passes whose gradients make one step", 1, 65536)
     epochs: float = option(3.0, "how often each example is trained", 0.0)
-    steps: int | None = option(None, "end after so many steps instead", 1)
-    optimizer: str = option("adamw", "one of MLX's", choices=tuple(OPTIMIZERS), group="optimizer")
+    steps: int | None = option(None, "end after this many steps, whatever the epochs", 1)
+    gradient_checkpointing: bool = option(
+        False, "compute each layer again for its gradients, which saves memory and takes time"
+    )
+    z_loss: float = option(  # arXiv:2204.02311, section 5; CoreNet has 1e-4
+        0.0, "weight of the square of the logarithm of the softmax's divisor in the loss", 0.0, 1.0
+    )
+    optimizer: str = option(
+        "adamw", "one of MLX's optimizers", choices=tuple(OPTIMIZERS), group="optimizer"
+    )
     learning_rate: float | None = option(
         None, "the largest; by default 3e-4 for an adapter, 2e-5 for all weights", 0.0, 10.0
     )
-    schedule: str = option("cosine", "how the learning rate falls", choices=SCHEDULES)
-    warmup: float = option(
-        0.03, "steps in which it rises, or their share of all if below 1", 0.0, 1e9
+    schedule: str = option(
+        "cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES
     )
-    warmup_rate: float = option(0.0, "where it begins to rise", 0.0, 10.0)
-    final_rate: float = option(0.0, "where it ends", 0.0, 10.0)
-    weight_decay: float = option(0.0, "of the optimizer", 0.0, 10.0)
+    warmup: float = option(
+        0.03, "steps in which the learning rate rises; below 1, their share of all", 0.0, 1e9
+    )
+    warmup_rate: float = option(0.0, "learning rate with which the warm-up begins", 0.0, 10.0)
+    final_rate: float = option(0.0, "learning rate with which the schedule ends", 0.0, 10.0)
+    weight_decay: float = option(
+        0.0, "share of the weights that is taken off, times the learning rate", 0.0, 10.0
+    )
+    # those of CoreNet, and of most pretraining since GPT-3
     beta1: float = option(0.9, "of Adam and Lion, and the momentum of SGD and Muon", 0.0, 0.9999)
     beta2: float = option(0.95, "of Adam and Lion", 0.0, 0.999999)
     epsilon: float = option(1e-8, "of Adam", 0.0, 1.0)
-    clip: float = option(1.0, "the largest norm of all gradients together; 0 for no limit", 0.0)
-    z_loss: float = option(0.0, "weight of the squared log of the softmax's sum", 0.0, 1.0)
-    gradient_checkpointing: bool = option(
-        False, "compute each layer again for its gradients, which takes less memory and more time"
-    )
+    clip: float = option(1.0, "largest norm of all gradients together; 0 sets no limit", 0.0)
     evaluate_every: int | None = option(
         None,
         "steps between evaluations; by default ten of them, and one at the end",
         1,
         group="run",
     )
-    patience: int | None = option(None, "stop after so many evaluations without a better one", 1)
+    patience: int | None = option(
+        None, "stop after this many evaluations in a row that are no better than the best", 1
+    )
     save_every: int = option(50, "steps between checkpoints", 1)
     preference: str | None = option(
         None,
-        "the loss on preference pairs (DPO); by default sigmoid",
+        "DPO's loss on pairs of answers; by default sigmoid",
         choices=PREFERENCES,
         group="preference",
     )
-    beta: float = option(0.1, "of DPO: how far the model may go from the one it was", 0.0, 100.0)
+    beta: float = option(
+        0.1, "DPO's beta: the higher, the nearer the model stays to what it was", 1e-6, 100.0
+    )
     seed: int = option(
-        0, "of the first weights, the order and the dropout", 0, 2**32 - 1, group="run"
+        0, "of an adapter's first values, the order and dropout", 0, 2**32 - 1, group="run"
     )
     log: tuple[str, ...] = option(
         (), "report to these as well", choices=LOGS, commas=True, nargs="+", metavar="NAME"
@@ -120,8 +157,156 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in OPTIMIZERS["adamw"]:
-            if name not in OPTIMIZERS[self.optimizer]:
-                check_unset(self, name, f"{self.optimizer} has none")
-        if self.schedule == "constant":
-            check_unset(self, "final_rate", "a constant learning rate ends where it is")
+        check_applied(self)
+        check_trained(self)
+        check_length(self)
+        check_rates(self)
+
+    @classmethod
+    def of(cls, model: OpenELMConfig | None, **settings: Any) -> FinetuneOptions:
+        """Return the options for a model of this configuration, with a recipe and a YAML file.
+
+        `settings` are the fields by name, `recipe` and `config` among them. Without a model the
+        recipe is that for the smallest: this checks all options before a model is loaded. Raises
+        `OptionError`, and `ConfigError` for a file that is no YAML.
+        """
+        check_names(settings)
+        path = settings.pop("config", None)
+        written = {} if path is None else read_settings(cls, Path(path))
+        recipe = settings.get("recipe", written.get("recipe"))
+        found = {}
+        if recipe is not None:
+            read_as(cls, {"recipe": recipe})
+            found = settings_of(recipe, None if model is None else model.size)
+            if model is not None:
+                found["length"] = min(found["length"], model.max_context_length)
+        for upper in (written, settings):
+            gone = {name for group in EITHER if upper.keys() & {*group} for name in group}
+            found = {name: value for name, value in found.items() if name not in gone} | upper
+        try:
+            return cls(**found)
+        except OptionError as error:
+            if path is None and recipe is None:
+                raise
+            sources = [*([f"the recipe {recipe}"] if recipe else []), *([path] if path else [])]
+            raise OptionError(f"{error} (with {' and '.join(map(str, sources))})") from None
+
+    @property
+    def scale(self) -> float:
+        """The factor of b a in an adapted matrix: 1 by default, as in CoreNet."""
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
+
+    @property
+    def largest_rate(self) -> float:
+        """The learning rate after the warm-up: by default that of Apple's recipes, of the smallest
+        model if all weights are trained.
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-5 if self.method == "full" else 3e-4
+
+    def check_data(self, pairs: bool) -> None:
+        """Raise `OptionError` for an option that examples, or preference `pairs`, do not have."""
+        if pairs:
+            check_unset(self, "z_loss", "DPO's losses on pairs have none")
+            if self.train_on == "all":
+                raise OptionError("train_on is all, but of pairs the answers are trained; leave it")
+        else:
+            for name in ("preference", "beta"):
+                check_unset(self, name, "the data has no pairs of answers; leave it out")
+
+
+def check_applied(options: FinetuneOptions) -> None:
+    """Raise `OptionError` for a recipe or a file that only `of` reads."""
+    what = "FinetuneOptions.of(engine.config, ...) reads it; give it there"
+    check_unset(options, "config", what)
+    if options.recipe is not None:
+        own = settings_of(options.recipe)
+        news = {name: value for name, value in own.items() if value != getattr(type(options), name)}
+        if not any(getattr(options, name) == value for name, value in news.items()):
+            raise OptionError(f"recipe is {options.recipe}, but {what}")
+
+
+def check_trained(options: FinetuneOptions) -> None:
+    """Raise `OptionError` for an adapter that the method has not, or that is none."""
+    if options.method == "full":
+        for name in ADAPTER_ONLY:
+            check_unset(options, name, "method full has no adapter; give lora or dora, or leave it")
+    elif not options.targets:
+        raise OptionError(f"targets is empty; allowed: {', '.join((*TARGETS, EMBEDDINGS))}")
+    elif options.method == "dora" and {*options.targets} == {EMBEDDINGS}:
+        raise OptionError(
+            f"method is dora, but {EMBEDDINGS} gets LoRA; give another of targets too"
+        )
+
+
+def check_length(options: FinetuneOptions) -> None:
+    """Raise `OptionError` for a run without an end or a beginning, or evaluations of nothing."""
+    if options.epochs == 0:
+        raise OptionError("epochs is 0.0; allowed is a number above 0")
+    if options.steps is not None:
+        check_unset(options, "epochs", "steps ends the training; give one of them")
+    if options.validation is not None:
+        check_unset(options, "validation_share", "validation names other examples; give one")
+    elif options.validation_share == 0:
+        for name in ("evaluate_every", "patience"):
+            check_unset(options, name, "validation_share is 0; give it, or validation")
+
+
+def check_rates(options: FinetuneOptions) -> None:
+    """Raise `OptionError` for an optimizer's option that it has not, or rates out of order."""
+    for name in OPTIMIZERS["adamw"]:
+        if name not in OPTIMIZERS[options.optimizer]:
+            check_unset(options, name, f"{options.optimizer} has none")
+    if options.schedule == "constant":
+        check_unset(options, "final_rate", "a constant learning rate ends where it is")
+    if options.warmup == 0:
+        check_unset(options, "warmup_rate", "there is no warm-up; give warmup")
+    if options.warmup > 1 and not options.warmup.is_integer():
+        what = "allowed is a whole number of steps, or a share below 1"
+        raise OptionError(f"warmup is {options.warmup}; {what}")
+    for name in ("warmup_rate", "final_rate"):
+        if getattr(options, name) > options.largest_rate:
+            what = f"{name} is {getattr(options, name)}, above the learning rate"
+            raise OptionError(f"{what} {options.largest_rate}; give a lower one")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise `OptionError` for the first name that is no option, with the nearest one."""
+    known = [item.name for item in fields(FinetuneOptions)]
+    for name in names:
+        if name not in known:
+            near = nearest(str(name), known)
+            hint = f"did you mean {near}?" if near else f"known: {', '.join(known)}"
+            raise OptionError(f"unknown option {shown(name)}; {hint}")
+
+
+def read_settings(options: type[FinetuneOptions], path: Path) -> dict[str, Any]:
+    """Return the settings in a YAML file, each checked by itself.
+
+    Raises `OptionError`, which names the file, or `ConfigError`.
+    """
+    raw = read_yaml(path)
+    with naming(path):
+        if not isinstance(raw, dict):
+            raise OptionError("there are no options; write each as in `rank: 8`, in its own line")
+        check_names(raw)
+        if "config" in raw:
+            raise OptionError("config is no option of a file; give its options here")
+        return read_as(options, raw)
+
+
+def read_as(options: type[FinetuneOptions], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings in the types of their fields, or raise `OptionError` for the first wrong one.
+
+    YAML has numbers without a point, such as 1e-4, as texts.
+    """
+    probe = object.__new__(options)  # without the checks of options with each other
+    for item in fields(options):
+        value = settings.get(item.name, item.default)
+        if str(item.type).startswith("float") and isinstance(value, str):
+            with suppress(ValueError):  # which the check below reports
+                value = float(value)
+        object.__setattr__(probe, item.name, value)
+    check_fields(probe)
+    return {name: getattr(probe, name) for name in settings}

@@ -98,16 +98,19 @@ class OpenELMConfig:
 
     @property
     def overflows_float16(self) -> bool:
-        """True if activations exceed the range of float16, as the 3B's do.
-
-        Source: CoreNet, mlx_examples/open_elm/README.md.
-        """
+        """True if activations leave float16's range (CoreNet, mlx_examples/open_elm/README.md)."""
         return self.model_dim >= 3072
 
     @property
     def num_parameters(self) -> int:
         """The number of parameters as published: every tensor counts once, also a tied head."""
         return sum(math.prod(shape) for shape in expected_tensors(self).values())
+
+    @property
+    def size(self) -> str | None:
+        """The published size of this shape, as `PUBLISHED` names it, None for any other shape."""
+        shape = {name: getattr(self, name) for name in PUBLISHED["270m"]}
+        return next((size for size, other in PUBLISHED.items() if other == shape), None)
 
     @classmethod
     def from_name(cls, name: str) -> OpenELMConfig:
