@@ -12,7 +12,7 @@ from openelm_mlx.engine.adapter_files import write_adapter
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.finetune.batches import batches
-from openelm_mlx.finetune.data import read_examples
+from openelm_mlx.finetune.data import read_data
 from openelm_mlx.finetune.optimizer import rate_at
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.step import Step
@@ -33,7 +33,7 @@ def finetune(
     """Train a model on the examples of `data`, and write the result into `folder`."""
     options, folder = options or FinetuneOptions(), Path(folder)
     length = options.length or min(1024, engine.config.max_context_length)
-    examples = read_examples(engine, data, options)
+    examples = read_data(engine, data, options).train
     model = trainable(engine, options)
     step = Step(model, options)
     folder.mkdir(parents=True, exist_ok=True)

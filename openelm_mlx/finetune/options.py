@@ -87,8 +87,9 @@ class FinetuneOptions:
     )
     overlong: str | None = option(
         None,
-        "split or refuse an example that is longer than a row; by default only plain text is split",
-        choices=("split", "refuse"),
+        "split, refuse or skip an example that is longer than a row, the last with a notice; by "
+        "default plain text is split and all others are refused",
+        choices=("split", "refuse", "skip"),
     )
     packing: bool = option(True, "fill rows with several examples, none of which sees another")
     batch: int = option(

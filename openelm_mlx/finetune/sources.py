@@ -1,0 +1,147 @@
+"""Sources of training data: files, folders and datasets of Hugging Face, record by record.
+
+pairs.jsonl       an object a line, or an array of objects
+story.txt         a text; where a line is <|endoftext|>, another text begins
+data.parquet      a table, as .csv, or a folder of such files, read by the library datasets
+owner/name        a dataset of the hub; owner/name:split and owner/name:subset:split name a part
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from openelm_mlx.errors import FinetuneError, reason
+from openelm_mlx.files import MAX_TEXT_BYTES, read_text
+
+Progress = Callable[[int, int], None]  # of all bytes or rows, so many are read; 0 for unknown
+
+OBJECTS = (".jsonl", ".ndjson", ".json")
+TABLES = {".parquet": "parquet", ".csv": "csv"}  # and how the library datasets calls them
+TEXTS = (".txt", ".text", ".md", ".markdown", ".rst")
+DIVIDER = "<|endoftext|>"  # between texts in a file, as in TinyStories
+MAX_LINE = 16 << 20  # bytes; the longest text of a line that is sensible has fewer
+EVERY = 256  # records between two calls of a progress
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+ALLOWED = "a JSONL or text file, a folder of tables, or a dataset of Hugging Face, as owner/name"
+
+
+def raw_records(source: str | Path, progress: Progress | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield each record of a source and its place in it: "line 3", "row 0" (the dataset's index).
+
+    A line that cannot be read comes as a `FinetuneError`, for others to be read. Raises
+    `FinetuneError`, or `OptionError` for a text file, if the source itself cannot be read.
+    """
+    path = Path(source).expanduser()
+    report = progress or (lambda done, total: None)
+    if not path.is_file():
+        yield from rows(*dataset_of(str(source), path), report)
+        return
+    suffix = path.suffix.lower()
+    if suffix in TABLES:
+        yield from rows(TABLES[suffix], {"data_files": str(path)}, "train", report)
+        return
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    except OSError as error:
+        raise FinetuneError(f"{path} cannot be read: {error.strerror}; give {ALLOWED}") from None
+    if suffix in TEXTS or (suffix not in OBJECTS and start not in (b"{", b"[")):
+        yield from texts(path)
+    else:
+        yield from elements(path) if start == b"[" else lines(path, report)
+
+
+def texts(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the texts of a file, with line breaks of one kind and none around a text."""
+    whole = read_text(path, "data").replace("\r\n", "\n")
+    if "\0" in whole:
+        raise FinetuneError(f"{path} is no text: it has zero bytes; give {ALLOWED}")
+    parts = re.split(rf"^{re.escape(DIVIDER)}[ \t]*$\n?", whole, flags=re.MULTILINE)
+    for number, part in enumerate(filter(str.strip, parts), 1):
+        yield f"text {number}", {"text": part.strip("\n")}
+
+
+def lines(path: Path, report: Progress) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a JSONL file; blank lines are passed over."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        number = done = 0
+        while line := file.readline(MAX_LINE + 1):
+            number, done = number + 1, done + len(line)
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if number % EVERY == 0:
+                report(done, size)
+            if len(line) > MAX_LINE:
+                raise FinetuneError(f"{path}, line {number} has more than {MAX_LINE >> 20} MiB")
+            if line.strip():
+                yield f"line {number}", parsed(line)
+    report(size, size)
+
+
+def parsed(line: bytes) -> Any:
+    """Return the value of a line, or the `FinetuneError` that says why there is none."""
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return FinetuneError(f"is not UTF-8 at byte {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return FinetuneError(f"is not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return FinetuneError(f"is not JSON that can be read: {reason(error)}")
+
+
+def elements(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the elements of a file that is one JSON array."""
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        what = f"{path} is an array of more than {MAX_TEXT_BYTES >> 20} MiB"
+        raise FinetuneError(f"{what}; write one object a line (JSONL), which is read line by line")
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise FinetuneError(f"{path} cannot be read as a JSON array: {reason(error)}") from None
+    for number, value in enumerate(found, 1):
+        yield f"element {number}", value
+
+
+def dataset_of(name: str, path: Path) -> tuple[str, dict[str, Any], str]:
+    """Return what the library datasets calls a folder or a dataset of the hub, and the split.
+
+    Raises `FinetuneError` for what is neither.
+    """
+    base, *parts = name.split(":")
+    folder = path if path.is_dir() else Path(base).expanduser()
+    split = parts[-1] if parts and all(parts) else "train"
+    if folder.is_dir() and len(parts) < 2:
+        return str(folder), {"streaming": True}, split  # else all would be copied into a cache
+    if path.exists():
+        raise FinetuneError(f"{name} is not a regular file; give {ALLOWED}")
+    suffix = Path(base).suffix.lower()
+    of_file = suffix in (*OBJECTS, *TABLES, *TEXTS) or Path(base).parent.is_dir()
+    if of_file or len(parts) > 2 or not all(parts) or not HUB_NAME.fullmatch(base):
+        raise FinetuneError(f"{name} does not exist; give {ALLOWED}")
+    return base, {"name": parts[0]} if len(parts) == 2 else {}, split
+
+
+def rows(name: str, how: dict[str, Any], split: str, report: Progress) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a split that the library datasets reads."""
+    shown = how.get("data_files", name)
+    try:
+        import datasets
+    except ImportError:
+        what = f"{shown} is read by the library datasets, which is not installed"
+        raise FinetuneError(f"{what}; pip install 'openelm-mlx[finetune]'") from None
+    try:
+        table = datasets.load_dataset(name, split=split, **how)
+        size = 0 if how.get("streaming") else len(table)
+        for number, row in enumerate(table):
+            if number % EVERY == 0:
+                report(number, size)
+            yield f"row {number}", row
+    except Exception as error:  # of many libraries: the hub's, Arrow's, those of formats
+        what = f"{shown} cannot be read as a dataset with a split {split!r}: {reason(error)}"
+        raise FinetuneError(f"{what}; give {ALLOWED}, owner/name:split for another split") from None
