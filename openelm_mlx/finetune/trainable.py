@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from openelm_mlx.device import mx, nn
+from dataclasses import replace
+
+from openelm_mlx.device import mx
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.model.adapters import Adapted, Adapter, LowRank, adapted, dense, lengths
+from openelm_mlx.model.config import EMBEDDINGS, OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM
 
 
@@ -24,20 +27,22 @@ def trainable(engine: Engine, options: FinetuneOptions) -> OpenELM:
 
 
 def new_adapter(engine: Engine, options: FinetuneOptions) -> Adapter:
-    """Return an adapter that changes nothing yet: `a` is uniform within 1 / sqrt(columns), as in
-    PEFT and CoreNet, and `b` is zero.
+    """Return an adapter that changes nothing yet, begun as those of PEFT and CoreNet are.
+
+    `a` is uniform within 1 / sqrt(columns), that of the embedding normal, and `b` is zero. Of the
+    embedding the input side is adapted, by LoRA in DoRA's place, too: CoreNet has no other.
     """
     parts = {}
-    scale = (options.rank if options.alpha is None else options.alpha) / options.rank
     for stem, module in engine.model.named_modules():
         if stem.rpartition(".")[2] in options.targets:
-            weight = dense(module)
+            weight, embeds = dense(module), stem == EMBEDDINGS
             rows, columns = weight.shape
-            key = mx.random.key(hash_of(options.seed, stem))
+            shape, key = (options.rank, columns), mx.random.key(hash_of(options.seed, stem))
             bound = columns**-0.5
-            a = mx.random.uniform(-bound, bound, (options.rank, columns), key=key)
-            m = lengths(weight) if options.method == "dora" else None
-            parts[stem] = LowRank(a, mx.zeros((rows, options.rank)), scale, m)
+            uniform = mx.random.uniform(-bound, bound, shape, key=key)
+            a = mx.random.normal(shape, key=key) if embeds else uniform
+            m = lengths(weight) if options.method == "dora" and not embeds else None
+            parts[stem] = LowRank(a, mx.zeros((rows, options.rank)), options.scale, m)
     return Adapter("new", parts)
 
 
@@ -49,7 +54,26 @@ def hash_of(seed: int, *words: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def adapter_of(model: nn.Module, name: str) -> Adapter:
-    """Return the adapter that a model applies, as it is now."""
-    modules = model.named_modules()
-    return Adapter(name, {stem: m.low_rank for stem, m in modules if isinstance(m, Adapted)})
+def adapter_of(model: OpenELM, name: str) -> Adapter:
+    """Return the adapter that a model applies, as it is now, in the form of `form_of`.
+
+    No form has LoRA in one matrix and DoRA in another. So beside DoRA the embedding's part gets as
+    magnitudes the lengths that it has with LoRA, which is the same.
+    """
+    modules = {stem: m for stem, m in model.named_modules() if isinstance(m, Adapted)}
+    parts = {stem: module.low_rank for stem, module in modules.items()}
+    embedding = parts.get(EMBEDDINGS)
+    if embedding is not None and any(part.magnitude is not None for part in parts.values()):
+        merged = embedding.merged(dense(modules[EMBEDDINGS].base))
+        of_columns = form_of(Adapter(name, parts), model.args) == "peft"
+        parts[EMBEDDINGS] = replace(embedding, magnitude=lengths(merged, of_columns))
+    return Adapter(name, parts)
+
+
+def form_of(adapter: Adapter, config: OpenELMConfig) -> str:
+    """Return the form of an adapter's folder: mlx-lm's, or PEFT's if only that can express it.
+
+    In mlx-lm's an adapter of a tied embedding is one of the head as well.
+    """
+    tied = config.share_input_output_layers
+    return "peft" if tied and EMBEDDINGS in adapter.parts else "mlx-lm"
