@@ -11,10 +11,10 @@ from openelm_mlx.device import mx
 from openelm_mlx.engine.adapter_files import write_adapter
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.threads import device_work
-from openelm_mlx.finetune.batches import batches
 from openelm_mlx.finetune.data import read_data
 from openelm_mlx.finetune.optimizer import rate_at
 from openelm_mlx.finetune.options import FinetuneOptions
+from openelm_mlx.finetune.plan import Plan
 from openelm_mlx.finetune.step import Step
 from openelm_mlx.finetune.trainable import adapter_of, hash_of, trainable
 
@@ -37,19 +37,17 @@ def finetune(
     model = trainable(engine, options)
     step = Step(model, options)
     folder.mkdir(parents=True, exist_ok=True)
-    number = 0
-    steps = int(options.epochs) * sum(1 for _ in batches(examples, options, length, 0))
+    plan = Plan(examples, options, length)
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics:
-        for epoch in range(int(options.epochs)):
-            for batch in batches(examples, options, length, epoch):
-                number += 1
+        for number in range(1, plan.steps + 1):
+            for batch in plan.batches(number):
                 key = mx.random.key(hash_of(options.seed, "step", number))
                 total, count, grads = step.gradients(batch, key)
-                norm = step.update(grads, count, rate_at(options, number, steps))
+                norm = step.update(grads, count, rate_at(options, number, plan.steps))
                 mx.eval(total, norm, model.trainable_parameters(), step.optimizer.state)
                 row = {"step": number, "loss": (total / count).item(), "norm": norm.item()}
                 print(json.dumps(row), file=metrics, flush=True)
                 if progress is not None:
                     progress(row)
     write_adapter(folder, adapter_of(model, folder.name), "mlx-lm", engine.config)
-    return {"steps": number}
+    return {"steps": plan.steps}
