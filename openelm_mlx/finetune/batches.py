@@ -62,7 +62,7 @@ def packed(rows: Sequence[Sequence[Example | Pair]], shape: Shape) -> Batch:
             segments[row, start:end] = segment
             positions[row, start:end] = np.arange(end - start)
             targets[row, start : end - 1] = example.tokens[1:]
-            weights[row, start : end - 1] = np.fromiter(example.trained[1:], np.float32)
+            weights[row, start : end - 1] = np.frombuffer(example.trained, np.uint8)[1:]
             sequences[row, start:end] = number
             counts[number] = weights[row, start : end - 1].sum()
             number, start = number + 1, end

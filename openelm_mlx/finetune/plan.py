@@ -68,7 +68,7 @@ class Plan:
 
         units = [sequences_of(unit) for unit in examples]
         sizes = np.array([sum([len(one.tokens) for one in unit]) for unit in units])
-        trained = np.array([sum([one.trained.count(True) for one in unit]) for unit in units])
+        trained = np.array([sum([one.trained.count(1) for one in unit]) for unit in units])
         form = form_of(sizes, options, length * len(units[0]), ranks.size)
         end = None if options.steps is None else options.steps * form.batches * form.rows
         rows = first_of(end, epochs_of(sizes, options, form))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from typing import Any
 
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 
 from openelm_mlx.engine.ranks import Ranks
 from openelm_mlx.finetune.batches import Batch
-from openelm_mlx.finetune.examples import Example, Pair
+from openelm_mlx.finetune.examples import Example
 from openelm_mlx.finetune.options import FinetuneOptions
-from openelm_mlx.finetune.plan import Plan, once
+from openelm_mlx.finetune.plan import Plan
 
 LENGTH = 64
 options_of = FinetuneOptions
@@ -23,7 +24,7 @@ sizes_of_examples = st.lists(st.integers(1, LENGTH), min_size=1, max_size=40)
 
 def example(number: int, size: int, trained: int = 1) -> Example:
     """Return an example whose tokens all are its number."""
-    return Example([number] * size, [False] * (size - trained) + [True] * trained, "")
+    return Example(array("i", [number] * size), bytes(size - trained) + b"\1" * trained, "")
 
 
 def examples_of(sizes: Any) -> list[Example]:
