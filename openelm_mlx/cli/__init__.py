@@ -31,6 +31,7 @@ COMMANDS = (
     "perplexity",
     "compare",
     "finetune",
+    "fuse",
     "benchmark",
     "inspect",
     "models",
@@ -45,6 +46,8 @@ EXAMPLES = f"""examples:
   openelm generate "Once upon a time" --max-tokens 64
   openelm serve 270m-instruct                      OpenAI's API, and a page to chat in
   openelm convert checkpoint.pt -o my-model --bits 4
+  openelm finetune 270m pairs.jsonl -o my-adapter  it learns from examples of yours
+  openelm fuse 270m --adapter my-adapter -o mine   an adapter becomes part of its model
   openelm evaluate 270m                            scores beside those that Apple published
   openelm perplexity 270m --text long.txt          how well a model predicts a text
   openelm compare 270m my-model                    what a quantized model has lost
@@ -56,6 +59,8 @@ MODEL is a folder, a .gguf file, a CoreNet checkpoint (.pt), a hub id
 -instruct; `openelm models` lists all names.
 """
 
+# metavars of what a shell completes by the names of files
+FILES = ("FILE", "FOLDER", "MODEL", "ORIGINAL", "SOURCE", "TARGET", "PATH", "DATA")
 SHELLS = ("bash", "zsh", "fish")
 COMPLETION_EXAMPLES = """examples:
   openelm completion bash > ~/.local/share/bash-completion/completions/openelm
@@ -95,7 +100,7 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     import shtab
 
     for action in actions(parser):
-        if action.metavar in ("FILE", "FOLDER", "MODEL", "ORIGINAL", "SOURCE", "TARGET", "PATH"):
+        if action.metavar in FILES:
             action.complete = shtab.FILE  # type: ignore[attr-defined]  # shtab reads it
     return str(shtab.complete(parser, shell))
 

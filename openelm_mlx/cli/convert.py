@@ -47,6 +47,13 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    report, options = converted(args)
+    show(report, options, args.json)
+    return 0
+
+
+def converted(args: argparse.Namespace) -> tuple[ConversionReport, ConvertOptions]:
+    """Convert `args.source`, with a bar on a terminal; it is fetched if it is no path."""
     from rich import progress
     from rich.console import Console
 
@@ -78,12 +85,7 @@ def run(args: argparse.Namespace) -> int:
             phase = total
             bar.update(task, completed=done, total=total, description=name)
 
-        report = convert(options, show)
-    if args.json:
-        print(json.dumps(as_dict(report, options)))
-    else:
-        show_report(report, options)
-    return 0
+        return convert(options, show), options
 
 
 def find_source(args: argparse.Namespace) -> None:
@@ -145,6 +147,14 @@ def as_dict(report: ConversionReport, options: ConvertOptions) -> dict[str, Any]
     if options.is_gguf:
         del found["quantization"]  # llama.cpp's types are not MLX's
     return found
+
+
+def show(report: ConversionReport, options: ConvertOptions, as_json: bool) -> None:
+    """Print the report: as one JSON object, or in words."""
+    if as_json:
+        print(json.dumps(as_dict(report, options)))
+    else:
+        show_report(report, options)
 
 
 def show_report(report: ConversionReport, options: ConvertOptions) -> None:
