@@ -32,7 +32,9 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("data", metavar="DATA", help="a file of examples")
-    parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="what is written")
+    text = "what is written"
+    output: Any = {"dest": "folder", "metavar": "FOLDER", "required": True}
+    parser.add_argument("-o", "--output", **output, help=text)
     add_flags(parser, FinetuneOptions)
     add_flags(parser, ModelOptions, skip=("adapter",))
     parser.set_defaults(run=run)
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     engine = load_model(args.model, args)
     from openelm_mlx.finetune.loop import finetune
 
-    folder = given_path(args.output)
+    folder = given_path(args.folder)
     finetune(engine, given_path(args.data), folder, options, progress=show)
     return 0
 
