@@ -165,6 +165,7 @@ def check_options(kind: str, options: FinetuneOptions) -> None:
     """Raise `OptionError` for options that make no sense for records of this kind."""
     if kind == PAIRS:
         check_unset(options, "train_on", "of preference pairs it is the last answers that count")
+        check_unset(options, "z_loss", "the losses of preference pairs have none")
         return
     for name in ("preference", "beta"):
         check_unset(options, name, f"the data are no preference pairs, but {kind}")

@@ -206,16 +206,6 @@ class FinetuneOptions:
             return self.learning_rate
         return 2e-5 if self.method == "full" else 3e-4
 
-    def check_data(self, pairs: bool) -> None:
-        """Raise `OptionError` for an option that examples, or preference `pairs`, do not have."""
-        if pairs:
-            check_unset(self, "z_loss", "DPO's losses on pairs have none")
-            if self.train_on == "all":
-                raise OptionError("train_on is all, but of pairs the answers are trained; leave it")
-        else:
-            for name in ("preference", "beta"):
-                check_unset(self, name, "the data has no pairs of answers; leave it out")
-
 
 def check_applied(options: FinetuneOptions) -> None:
     """Raise `OptionError` for a recipe or a file that only `of` reads."""

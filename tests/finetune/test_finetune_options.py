@@ -77,17 +77,6 @@ def test_what_contradicts_is_refused(given, text):
     assert str(caught.value).startswith(text)
 
 
-def test_data_without_pairs_has_no_preference():
-    for given in ({"preference": "ipo"}, {"beta": 0.5}):
-        with pytest.raises(OptionError, match="but the data has no pairs of answers; leave it out"):
-            FinetuneOptions(**given).check_data(pairs=False)
-        FinetuneOptions(**given).check_data(pairs=True)
-    with pytest.raises(OptionError, match=r"z_loss is 0.1, but DPO's losses on pairs have none"):
-        FinetuneOptions(z_loss=0.1).check_data(pairs=True)
-    with pytest.raises(OptionError, match="train_on is all, but of pairs the answers are trained"):
-        FinetuneOptions(train_on="all").check_data(pairs=True)
-
-
 def test_defaults_that_follow_from_others():
     assert FinetuneOptions(rank=4).scale == 1
     assert FinetuneOptions(rank=4, alpha=2).scale == 0.5
