@@ -6,7 +6,7 @@ LOG := $(VENV)/install.log
 PIP_FLAGS := --disable-pip-version-check --no-input
 
 # every client that the tests of an ordinary machine use
-EXTRAS := dev,plot,grammar,server,evaluate,tensorboard
+EXTRAS := dev,plot,grammar,server,evaluate,finetune,tensorboard
 comma := ,
 # two processes, of one OpenBLAS thread each; a test file stays in one, so that the models its
 # tests share are made once

@@ -23,6 +23,7 @@ Progress = Callable[[int, int], None]  # of all bytes or rows, so many are read;
 OBJECTS = (".jsonl", ".ndjson", ".json")
 TABLES = {".parquet": "parquet", ".csv": "csv"}  # and how the library datasets calls them
 TEXTS = (".txt", ".text", ".md", ".markdown", ".rst")
+LOCAL = {"streaming": True}  # files are read as they are; otherwise all go into a cache first
 DIVIDER = "<|endoftext|>"  # between texts in a file, as in TinyStories
 MAX_LINE = 16 << 20  # bytes; the longest text of a line that is sensible has fewer
 EVERY = 256  # records between two calls of a progress
@@ -43,7 +44,8 @@ def raw_records(source: str | Path, progress: Progress | None = None) -> Iterato
         return
     suffix = path.suffix.lower()
     if suffix in TABLES:
-        yield from rows(TABLES[suffix], {"data_files": str(path)}, "train", report)
+        how = {"data_files": str(path), **LOCAL}
+        yield from rows(TABLES[suffix], how, "train", report)
         return
     try:
         with open(path, "rb") as file:
@@ -79,7 +81,7 @@ def lines(path: Path, report: Progress) -> Iterator[tuple[str, Any]]:
             if len(line) > MAX_LINE:
                 raise FinetuneError(f"{path}, line {number} has more than {MAX_LINE >> 20} MiB")
             if line.strip():
-                yield f"line {number}", parsed(line)
+                yield f"line {number}", parsed(line.rstrip())
     report(size, size)
 
 
@@ -113,11 +115,11 @@ def dataset_of(name: str, path: Path) -> tuple[str, dict[str, Any], str]:
 
     Raises `FinetuneError` for what is neither.
     """
-    base, *parts = name.split(":")
+    base, *parts = re.split(r":(?![^[]*])", name)  # train[:9] is one part
     folder = path if path.is_dir() else Path(base).expanduser()
     split = parts[-1] if parts and all(parts) else "train"
     if folder.is_dir() and len(parts) < 2:
-        return str(folder), {"streaming": True}, split  # else all would be copied into a cache
+        return str(folder), {**LOCAL}, split
     if path.exists():
         raise FinetuneError(f"{name} is not a regular file; give {ALLOWED}")
     suffix = Path(base).suffix.lower()

@@ -105,6 +105,7 @@ OPTIONAL: dict[str, Callable[[], bool]] = {
     "TensorBoard": lambda: find_spec("tensorboardX") is not None,
     "wandb": lambda: find_spec("wandb") is not None,
     "llguidance": lambda: find_spec("llguidance") is not None,
+    "datasets": lambda: find_spec("datasets") is not None,
     "lm-eval": lambda: find_spec("lm_eval") is not None,
     "llama.cpp": lambda: peer("llama.cpp"),
     "cyllama": lambda: find_spec("cyllama") is not None,
