@@ -28,6 +28,7 @@ ORDER = (
     "quantization",
     "settings",
     "mlx_wheels",
+    "stopping",
     "device",
     "model",
     "graph",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cli.convert import rough
-from openelm_mlx.cli.display import StopKey, Waiting
+from openelm_mlx.cli.display import Waiting
 from openelm_mlx.cli.options import (
     MODEL_HELP,
     add_draft_flag,
@@ -30,6 +30,7 @@ from openelm_mlx.engine.options import EngineOptions, ModelOptions
 from openelm_mlx.errors import OptionError
 from openelm_mlx.files import check_writable
 from openelm_mlx.server.options import ServerOptions
+from openelm_mlx.stopping import StopKey
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.ranks import Ranks

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, TextIO
 
 from openelm_mlx.errors import PromptError
@@ -266,32 +264,3 @@ class Meter:
         seconds = self.last - self.first
         rate = f" at {(self.tokens - 1) / seconds:.1f} tokens/s" if seconds else ""
         return f"{self.tokens} tokens{rate}"
-
-
-class StopKey:
-    """Turns Ctrl-C into a request to end the answer at the next token or prefilled chunk.
-
-    No pass is interrupted. A second Ctrl-C before the end is a `KeyboardInterrupt`.
-    """
-
-    def __init__(self) -> None:
-        self.asked, self.over = False, False
-        self.before: Any = None
-
-    def __enter__(self) -> StopKey:
-        self.before = signal.signal(signal.SIGINT, self._pressed)
-        return self
-
-    def _pressed(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and not self.over:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def check(self) -> None:
-        """Raise `KeyboardInterrupt` if the key was pressed."""
-        if self.asked:
-            self.over = True  # what cleans up now is not to be interrupted again
-            raise KeyboardInterrupt
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self.before)

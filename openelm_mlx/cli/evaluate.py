@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.cli.convert import rough
-from openelm_mlx.cli.display import StopKey, Waiting, moves_cursor
+from openelm_mlx.cli.display import Waiting, moves_cursor
 from openelm_mlx.cli.options import (
     MODEL_HELP,
     add_flags,
@@ -27,6 +27,7 @@ from openelm_mlx.cli.options import (
 from openelm_mlx.engine.options import ModelOptions
 from openelm_mlx.errors import OptionError
 from openelm_mlx.evaluate.options import EvaluateOptions
+from openelm_mlx.stopping import StopKey
 
 if TYPE_CHECKING:
     from openelm_mlx.evaluate.report import Report

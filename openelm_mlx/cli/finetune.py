@@ -50,5 +50,5 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def show(row: dict[str, Any]) -> None:
-    print(f"step {row['step']}: loss {row['loss']:.4f}", file=sys.stderr, flush=True)
+def show(row: dict[str, Any], steps: int) -> None:
+    print(row, file=sys.stderr, flush=True)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 from openelm_mlx.cli.display import (
     Display,
     Meter,
-    StopKey,
     WordWrap,
     columns,
     moves_cursor,
@@ -20,6 +19,7 @@ from openelm_mlx.cli.display import (
 )
 from openelm_mlx.cli.generate import context_full
 from openelm_mlx.engine.options import SamplingOptions
+from openelm_mlx.stopping import StopKey
 
 if TYPE_CHECKING:
     from openelm_mlx.engine.conversation import Conversation

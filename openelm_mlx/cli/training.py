@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from openelm_mlx.cli.convert import rough
-from openelm_mlx.cli.display import StopKey, Waiting, moves_cursor
+from openelm_mlx.cli.display import Waiting, moves_cursor
 
 NOTICE_SECONDS = 60.0  # between lines in a pipe; evaluations have one of their own
 REDRAW_SECONDS = 0.25
@@ -73,7 +73,7 @@ def columns_of(points: Points, last: int, columns: int) -> Iterator[tuple[int, f
 
 
 class Progress:
-    """Shows the rows of the metrics as they come. From the first one on Ctrl-C ends between steps.
+    """Shows the rows of the metrics as they come.
 
     `quiet` shows nothing, for all but the first process of `mlx.launch`.
     """
@@ -82,7 +82,7 @@ class Progress:
         self.quiet = quiet
         self.stack = ExitStack()
         self.waiting = Waiting("reading the examples")
-        self.stop: StopKey | None = None
+        self.started = False
         self.live: Any = None
         self.training: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
@@ -105,8 +105,8 @@ class Progress:
         return int(self.row.get("step", 0))
 
     def __call__(self, row: dict[str, Any], steps: int) -> None:
-        if self.stop is None:
-            self.stop = self.stack.enter_context(StopKey())
+        if not self.started:
+            self.started = True
             self.first = row["step"] if "validation_loss" in row else row["step"] - 1
             self.begun = self.noticed = time.monotonic()
         self.steps = steps
@@ -118,7 +118,6 @@ class Progress:
             self.row = row
         if not self.quiet:
             self.show(evaluated)
-        self.stop.check()
 
     def show(self, evaluated: bool) -> None:
         now = time.monotonic()

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from openelm_mlx import __version__
 from openelm_mlx.engine.generation import batch_generate
 from openelm_mlx.engine.options import GenerationOptions, check_loaded
-from openelm_mlx.engine.ranks import Ranks
-from openelm_mlx.errors import OptionError
+from openelm_mlx.engine.ranks import Ranks, check_alike
 from openelm_mlx.evaluate.plan import Request, plan
 from openelm_mlx.evaluate.score import Answer, Scorer, check_requests
 from openelm_mlx.fields import check_count
@@ -194,14 +193,7 @@ def agreed(jobs: list[Job], found: list[int], store: Store | None, ranks: Ranks)
     about = {"version": __version__, "requests": key_of(json.dumps([job.key for job in jobs]), ())}
     about["weights"] = "" if store is None else store.identity["weights"]
     given = [json.loads(text) for text in ranks.gather(json.dumps([about, found]))]
-    for rank, (theirs, _) in enumerate(given):
-        first = given[0][0]
-        if wrong := [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]:
-            what = (
-                f"process {rank + 1} of mlx.launch has other {' and '.join(wrong)} than the first"
-            )
-            remedy = "give all the same, and each such command here its own --starting-port"
-            raise OptionError(f"{what}; {remedy}")
+    check_alike([theirs for theirs, _ in given])
     owners: dict[int, int] = {}
     for rank, (_, numbers) in enumerate(given):
         for number in numbers:

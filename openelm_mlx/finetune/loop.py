@@ -3,51 +3,300 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.device import mx
-from openelm_mlx.engine.adapter_files import write_adapter
+from openelm_mlx import __version__
+from openelm_mlx.device import mx, utils
 from openelm_mlx.engine.loading import Engine
+from openelm_mlx.engine.options import check_loaded
+from openelm_mlx.engine.ranks import Ranks, check_alike, launched
 from openelm_mlx.engine.threads import device_work
-from openelm_mlx.finetune.data import read_data
-from openelm_mlx.finetune.optimizer import rate_at
+from openelm_mlx.errors import OptionError
+from openelm_mlx.finetune import state
+from openelm_mlx.finetune.optimizer import rate_at, warmup_steps
 from openelm_mlx.finetune.options import FinetuneOptions
-from openelm_mlx.finetune.plan import Plan
+from openelm_mlx.finetune.report import FinetuneReport, settings
+from openelm_mlx.finetune.result import NotFiniteError, failed, finished
+from openelm_mlx.finetune.state import BEST, STATE, Metrics, Standing
 from openelm_mlx.finetune.step import Step
-from openelm_mlx.finetune.trainable import adapter_of, hash_of, trainable
+from openelm_mlx.finetune.temporary import Data, Plan, read_data
+from openelm_mlx.finetune.trainable import hash_of, trainable
+from openelm_mlx.model.fingerprint import fingerprint_of
+from openelm_mlx.stopping import StopKey
 
-Progress = Callable[[dict[str, Any]], None]
+Progress = Callable[[dict[str, Any], int], None]  # a row of metrics.jsonl, and how many steps
+
+FREE = ("save_every", "log", "validation")  # options that change no number; data have a hash
+EVALUATIONS = 10  # of a run, if no number of steps is given
 
 
-@device_work
 def finetune(
     engine: Engine,
     data: str | Path,
     folder: str | Path,
     options: FinetuneOptions | None = None,
     *,
+    resume: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Train a model on the examples of `data`, and write the result into `folder`."""
-    options, folder = options or FinetuneOptions(), Path(folder)
-    length = options.length or min(1024, engine.config.max_context_length)
-    examples = read_data(engine, data, options).train
-    model = trainable(engine, options)
-    step = Step(model, options)
-    folder.mkdir(parents=True, exist_ok=True)
-    plan = Plan(examples, options, length)
-    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics:
-        for number in range(1, plan.steps + 1):
-            for batch in plan.batches(number):
-                key = mx.random.key(hash_of(options.seed, "step", number))
-                total, count, grads = step.gradients(batch, key)
-                norm = step.update(grads, count, rate_at(options, number, plan.steps))
-                mx.eval(total, norm, model.trainable_parameters(), step.optimizer.state)
-                row = {"step": number, "loss": (total / count).item(), "norm": norm.item()}
-                print(json.dumps(row), file=metrics, flush=True)
-                if progress is not None:
-                    progress(row)
-    write_adapter(folder, adapter_of(model, folder.name), "mlx-lm", engine.config)
-    return {"steps": plan.steps}
+) -> FinetuneReport:
+    """Train a model on the examples of `data`, and write the result into `folder`.
+
+    The folder is a new one, or with `resume` that of a run that was stopped, which goes on with the
+    same numbers as if it had not been. Ctrl-C, or a KeyboardInterrupt that `progress` raises, saves
+    at the end of the step and is raised again. In the processes of `mlx.launch` each batch is one
+    process's, and the first one writes.
+
+    Raises `OptionError`, `FinetuneError` or `CheckpointError`, most of them before any work; after
+    a loss that is not finite the folder has the best weights before it.
+    """
+    check_loaded("engine", engine)
+    run = prepared(engine, data, Path(folder), options or FinetuneOptions(), resume)
+    with StopKey() as stop:
+        return run.whole(progress or (lambda row, steps: None), stop)
+
+
+@device_work
+def prepared(
+    engine: Engine, data: str | Path, folder: Path, options: FinetuneOptions, resume: bool
+) -> Run:
+    """Return a run that can begin, or go on. Nothing is written yet."""
+    check_engine(engine, options)
+    ranks = launched()
+    resumed = ranks.rank == 0 and state.check_folder(folder, resume)
+    read = read_data(engine, data, options)
+    return Run(engine, read, Path(data).name, folder, options, ranks, resumed)
+
+
+def check_engine(engine: Engine, options: FinetuneOptions) -> None:
+    """Raise `OptionError` for a model that cannot be trained like this."""
+    if engine.adapter is not None:
+        what = f"{engine.name} applies an adapter, which would be no part of the result"
+        raise OptionError(f"{what}; merge it with `openelm fuse`, and train what that gives")
+    if options.method == "full" and engine.quantization:
+        what = f"{engine.name} is quantized, and so are its weights no numbers to train"
+        raise OptionError(f"{what}; give --method lora or dora, or the model before it was")
+
+
+class Run:
+    """A run: what is trained, on what, and where it is."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        data: Data,
+        data_name: str,
+        folder: Path,
+        options: FinetuneOptions,
+        ranks: Ranks,
+        resumed: bool,
+    ) -> None:
+        self.engine, self.data, self.data_name, self.folder = engine, data, data_name, folder
+        self.ranks, self.resumed, self.standing = ranks, resumed, Standing()
+        self.length = options.length or min(1024, engine.config.max_context_length)
+        self.fingerprint = fingerprint_of(engine.model)
+        asked = {name: value for name, value in settings(options).items() if name not in FREE}
+        self.identity: dict[str, Any] = {
+            "version": __version__,
+            "weights": self.fingerprint,
+            "data": data.sha256,
+            "processes": ranks.size,
+            "options": {**asked, "length": self.length},
+        }
+        check_alike([json.loads(one) for one in ranks.gather(json.dumps(self.identity))])
+        arrays = self.opened()
+        self.options = options
+        self.plan = Plan(data.train, self.options, self.length, ranks)
+        self.held_out = Plan(data.validation, replace(self.options, epochs=1.0), self.length, ranks)
+        self.steps = self.plan.steps
+        warmup_steps(self.options, self.steps)  # refuses what the first step would
+        self.every = options.evaluate_every or math.ceil(self.steps / EVALUATIONS)
+        self.model = trainable(engine, self.options)
+        self.step = Step(self.model, self.options)
+        if self.resumed:
+            self.restore(arrays)
+        self.stopping, self.saved = False, self.resumed
+        self.metrics: Metrics | None = None
+
+    def opened(self) -> dict[str, mx.array]:
+        """Read the checkpoint, in the first process; the others get what it says."""
+        arrays: dict[str, mx.array] = {}
+        about = None
+        if self.resumed:
+            arrays, about = state.read_arrays(self.folder / STATE)
+            state.check_same(self.folder, about["identity"], self.identity)
+        about = json.loads(self.ranks.gather(json.dumps(about))[0])
+        if about is not None:
+            self.resumed, self.standing = True, Standing(**about["standing"])
+        return arrays
+
+    def restore(self, arrays: dict[str, mx.array]) -> None:
+        own = state.stored(self.model, self.step.optimizer)
+        if self.ranks.rank == 0:
+            state.check_tensors(own, arrays)
+            own = {name: arrays[name] for name in own}
+        found = self.ranks.firsts(list(own.values()))
+        state.restore(self.model, self.step.optimizer, dict(zip(own, found, strict=True)))
+
+    @device_work
+    def whole(self, progress: Progress, stop: StopKey) -> FinetuneReport:
+        """Run to the end. Raises what `finetune` raises."""
+        self.tell, self.stop = progress, stop
+        mx.reset_peak_memory()
+        if self.ranks.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state.remove_leftovers(self.folder)
+            self.save()
+            self.metrics = Metrics(self.folder, self.standing, self.resumed)
+        try:
+            ended = self.loop()
+        except NotFiniteError as error:
+            raise failed(self, error) from None
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+        return finished(self, ended)
+
+    def loop(self) -> str:
+        """Train and evaluate until there is a reason to end, and return it."""
+        at = self.standing
+        while True:
+            if self.is_evaluated():
+                self.evaluate()
+            patience = self.options.patience
+            if patience is not None and at.worse >= patience:
+                return f"no better validation loss in {patience} evaluations"
+            if at.step == self.steps:
+                return "all steps are done"
+            if at.step % self.options.save_every == 0:
+                self.save()
+            self.train()
+
+    def is_evaluated(self) -> bool:
+        """Return whether the step that is done is one to evaluate, and has not been."""
+        step = self.standing.step
+        due = step % self.every == 0 or step == self.steps
+        return bool(self.data.validation) and due and self.standing.evaluated < step
+
+    def train(self) -> None:
+        """Take the next step, and write its row."""
+        began, at = time.perf_counter(), self.standing
+        number = at.step + 1
+        rate = rate_at(self.options, number, self.steps)
+        (total, count, tokens, *more), names, grads = self.gradients(number)
+        count = mx.maximum(count, 1)
+        # with a norm that is not finite nothing is updated
+        norm = self.step.update(grads, mx.where(mx.isfinite(total), count, mx.nan), rate)
+        del grads
+        mx.eval(norm, self.model.trainable_parameters(), self.step.optimizer.state)
+        size, trained, share = number_in(norm), int(number_in(tokens)), 1 / number_in(count)
+        loss = number_in(total) * share
+        for name, value in (("loss", loss), ("norm of the gradients", size)):
+            if not math.isfinite(value):
+                raise NotFiniteError(f"step {number}: the {name} is {value}", number)
+        seconds = time.perf_counter() - began
+        at.step, at.last_loss, self.saved = number, loss, False
+        at.first_loss = loss if at.first_loss is None else at.first_loss
+        at.tokens, at.seconds = at.tokens + trained, at.seconds + seconds
+        at.peak_bytes = max(at.peak_bytes, mx.get_peak_memory())
+        row = {"step": number, "epoch": self.plan.epoch(number), "loss": loss}
+        row |= {"learning_rate": rate, "gradient_norm": size, "tokens": trained}
+        row |= {name: number_in(one) * share for name, one in zip(names, more, strict=True)}
+        row |= {"seconds": seconds, "tokens_per_second": trained / seconds}
+        self.write({**row, "peak_bytes": at.peak_bytes})
+
+    def gradients(self, number: int) -> tuple[list[mx.array], list[str], Any]:
+        """Return the sums over the step's batches, in all processes: of the loss, of what is
+        trained, of the tokens, and those that `names` name; then the gradients.
+        """
+        numbers, names, grads = [mx.array(0.0)] * 3, list[str](), None
+        for place, batch in enumerate(self.plan.batches(number)):
+            unique = place * self.ranks.size + self.ranks.rank
+            key = mx.random.key(hash_of(self.options.seed, "step", number, unique))
+            total, count, own = self.step.gradients(batch, key)
+            grads = own if grads is None else utils.tree_map(mx.add, grads, own)
+            del own
+            found = [total, count, batch.weights.sum()]
+            numbers = [a + b for a, b in zip(numbers, found, strict=True)]
+            mx.eval(numbers, grads)
+        if self.ranks.size > 1:
+            grads = self.shared(grads)
+            asked = mx.array(float(self.stop.asked))
+            *numbers, asked = self.ranks.sums([mx.stack([*numbers, asked])])[0]
+            self.stopping = number_in(asked) > 0
+        return numbers, names, grads
+
+    def shared(self, grads: Any) -> Any:
+        """Return the sums of the gradients of all processes."""
+        if grads is None:  # the last step of an epoch may have fewer batches than processes
+            grads = utils.tree_map(mx.zeros_like, self.model.trainable_parameters())
+        pairs: Any = utils.tree_flatten(grads)
+        names, arrays = zip(*pairs, strict=True)
+        return utils.tree_unflatten(list(zip(names, self.ranks.sums(arrays), strict=True)))
+
+    def evaluate(self) -> None:
+        """Compute the loss on the held-out data, and keep the weights if it is the best."""
+        began, at, total, count = time.perf_counter(), self.standing, 0.0, 0.0
+        for number in range(1, self.held_out.steps + 1):
+            for batch in self.held_out.batches(number):
+                sums = self.step.evaluate(batch)
+                mx.eval(sums)
+                total, count = total + number_in(sums[0]), count + number_in(sums[1])
+            if self.ranks.size == 1 and self.stop.asked:
+                self.interrupt()
+        given = self.ranks.gather(json.dumps([total, count]))
+        totals, counts = zip(*map(json.loads, given), strict=True)
+        loss = sum(totals) / max(sum(counts), 1)
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"step {at.step}: the validation loss is {loss}")
+        best = at.best_loss is None or loss < at.best_loss
+        at.evaluated, at.last_validation_loss, self.saved = at.step, loss, False
+        at.worse = 0 if best else at.worse + 1
+        if at.first_validation_loss is None:
+            at.first_validation_loss = loss
+        if best:
+            at.best_step, at.best_loss = at.step, loss
+            if self.ranks.rank == 0:
+                state.write_arrays(self.folder / BEST, self.weights, {"step": at.step})
+        at.seconds += time.perf_counter() - began
+        self.write({"step": at.step, "validation_loss": loss, "best": best})
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write a row, and tell it. Ctrl-C is met here: a step is done, or an evaluation."""
+        if self.metrics is not None:
+            self.metrics.add(row)
+        try:
+            self.tell(row, self.steps)
+        except KeyboardInterrupt:
+            self.stop.asked = True
+        if self.stopping or (self.ranks.size == 1 and self.stop.asked):
+            self.interrupt()
+
+    def interrupt(self) -> None:
+        """Save, and raise `KeyboardInterrupt`."""
+        self.stop.over = True
+        self.save()
+        self.ranks.gather("saved")  # mlx.launch kills the others when one ends
+        raise KeyboardInterrupt
+
+    def save(self) -> None:
+        """Write the checkpoint, unless it is there."""
+        if self.ranks.rank == 0 and not self.saved:
+            arrays = state.stored(self.model, self.step.optimizer)
+            about = {"standing": asdict(self.standing), "identity": self.identity}
+            state.write_arrays(self.folder / STATE, arrays, about)
+            self.saved = True
+
+    @property
+    def weights(self) -> dict[str, mx.array]:
+        """The trained weights, by their names in a checkpoint."""
+        return state.leaves(self.model.trainable_parameters(), state.WEIGHTS)
+
+
+def number_in(array: mx.array) -> float:
+    found: Any = array.item()
+    return float(found)

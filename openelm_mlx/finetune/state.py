@@ -1,1 +1,199 @@
-"""Checkpoints of a run: weights, optimizer, and where it is."""
+"""The state of a run: with it and the same data, a run goes on as if it had never been stopped.
+
+    state.safetensors   the trained weights, the optimizer, and in the metadata `Standing` and what
+                        the numbers depend on; replaced as a whole
+    best.safetensors    the weights of the best evaluation so far
+    metrics.jsonl       a row for each step and evaluation, written as they happen
+
+All randomness follows from the seed and the number of the step, so it is not stored. What happened
+after the checkpoint happens once more, and gives the same: the rows of metrics.jsonl that are later
+than it are dropped, and best.safetensors, if it is later, is found again before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from openelm_mlx.device import mx, utils
+from openelm_mlx.errors import CheckpointError, FinetuneError, OptionError, reason
+from openelm_mlx.files import name_for_mlx, replacing
+
+STATE, BEST, METRICS, REPORT = (
+    "state.safetensors",
+    "best.safetensors",
+    "metrics.jsonl",
+    "finetune.json",
+)
+FORMAT = "openelm-mlx fine-tuning 1"
+WEIGHTS, OPTIMIZER = "weights.", "optimizer."
+LEFT_BY_MACOS = ".DS_Store"
+
+
+@dataclass
+class Standing:
+    """Where a run is: all that goes from step to step beside the weights and the optimizer."""
+
+    step: int = 0  # the last one that is done
+    evaluated: int = -1  # the last one after which the validation loss was computed
+    best_step: int = 0
+    best_loss: float | None = None
+    worse: int = 0  # evaluations since the best one
+    first_loss: float | None = None
+    last_loss: float | None = None
+    first_validation_loss: float | None = None
+    last_validation_loss: float | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+def check_folder(folder: Path, resume: bool) -> bool:
+    """Return whether a run in `folder` goes on. Nothing is written yet.
+
+    Raises `OptionError` for a folder that has a result, or anything that a new run would replace,
+    and for a run that could go on but was not asked to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"{folder} is not a folder; give the name of one")
+    if (folder / REPORT).exists():
+        why = "go on with its weights as the model, or give another folder"
+        raise OptionError(f"{folder} has a run that is finished; {why}")
+    if (folder / STATE).exists():
+        if not resume:
+            what = f"{folder} has a run that is not finished"
+            raise OptionError(f"{what}; go on with --resume, or give another folder")
+        return True
+    others = [path.name for path in folder.iterdir()] if folder.exists() else []
+    mine = [name for name in others if name == LEFT_BY_MACOS or is_leftover(name)]
+    if found := sorted(set(others) - set(mine)):
+        what = f"{folder} is not empty (it has {found[0]}), and nothing in it is replaced"
+        raise OptionError(f"{what}; give another folder")
+    return False
+
+
+def is_leftover(name: str) -> bool:
+    """Return whether a file is one that `replacing` began when the process was killed."""
+    return name.startswith(tuple(f".{whole}." for whole in (STATE, BEST, REPORT)))
+
+
+def remove_leftovers(folder: Path) -> None:
+    for path in folder.iterdir():
+        if is_leftover(path.name):
+            path.unlink()
+
+
+def write_arrays(path: Path, arrays: Mapping[str, mx.array], about: Any) -> None:
+    """Write a safetensors file with `about` in its metadata: all of it or nothing."""
+    metadata = {"format": FORMAT, "about": json.dumps(about)}
+    with replacing(path, ".safetensors") as new:
+        whole = {name: mx.contiguous(array) for name, array in arrays.items()}
+        mx.save_safetensors(name_for_mlx(new), whole, metadata)
+        with open(new, "rb+") as file:
+            os.fsync(file.fileno())  # else a power cut could leave the new name with old blocks
+
+
+def read_arrays(path: Path) -> tuple[dict[str, mx.array], Any]:
+    """Return what `write_arrays` wrote, in memory. Raises `CheckpointError`."""
+    try:
+        loaded: Any = mx.load(name_for_mlx(path), format="safetensors", return_metadata=True)
+        arrays, metadata = loaded
+        mx.eval(arrays)
+        if metadata.get("format") != FORMAT:
+            raise ValueError("it is not of this version of openelm-mlx")
+        return arrays, json.loads(metadata["about"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        what = f"{path} cannot be read as a checkpoint ({reason(error)})"
+        raise CheckpointError(f"{what}; give another folder, and begin again") from None
+
+
+def leaves(tree: Any, prefix: str) -> dict[str, mx.array]:
+    """Return the arrays of a tree by their paths."""
+    return {f"{prefix}{path}": array for path, array in utils.tree_flatten(tree)}  # type: ignore
+
+
+def put_back(tree: Any, arrays: Mapping[str, mx.array], prefix: str) -> None:
+    """Replace the arrays of a tree, whose dicts stay the same objects, by stored ones."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, mx.array):
+            tree[key] = arrays[f"{prefix}{key}"]
+        else:
+            put_back(value, arrays, f"{prefix}{key}.")
+
+
+def stored(model: Any, optimizer: Any) -> dict[str, mx.array]:
+    """Return the arrays of a checkpoint."""
+    return leaves(model.trainable_parameters(), WEIGHTS) | leaves(optimizer.state, OPTIMIZER)
+
+
+def check_tensors(wanted: Mapping[str, mx.array], found: Mapping[str, mx.array]) -> None:
+    """Raise `CheckpointError` unless a checkpoint has the tensors of this run."""
+    shapes = [{name: array.shape for name, array in some.items()} for some in (wanted, found)]
+    if shapes[0] != shapes[1]:
+        what = "the checkpoint has other tensors than this run trains"
+        raise CheckpointError(f"{what}; give another folder, and begin again")
+
+
+def restore(model: Any, optimizer: Any, arrays: Mapping[str, mx.array]) -> None:
+    """Give a model and its optimizer the arrays of a checkpoint."""
+    put_back(optimizer.state, arrays, OPTIMIZER)
+    set_weights(model, arrays)
+
+
+def set_weights(model: Any, arrays: Mapping[str, mx.array]) -> None:
+    """Give a model the trained weights among the arrays."""
+    own = {n.removeprefix(WEIGHTS): a for n, a in arrays.items() if n.startswith(WEIGHTS)}
+    model.update(utils.tree_unflatten(list(own.items())))
+
+
+def check_same(folder: Path, identity: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `FinetuneError` if a checkpoint belongs to another run than the one that was asked.
+
+    Both are what the numbers of a run depend on: single entries, and its options.
+    """
+    others = [name for name in now if name != "options" and identity.get(name) != now[name]]
+    theirs, ours = identity["options"], now["options"]
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            others.append(f"{name} ({theirs.get(name)} there, {ours.get(name)} here)")
+    if others:
+        what = f"{folder} has a run with other {', '.join(others)}"
+        raise FinetuneError(f"{what}; give the same to go on, or another folder")
+
+
+class Metrics:
+    """metrics.jsonl: a row for each step and each evaluation, flushed as it is written."""
+
+    def __init__(self, folder: Path, standing: Standing, resumed: bool) -> None:
+        path = folder / METRICS
+        if resumed:
+            kept = list(rows_until(path, standing))
+            with replacing(path) as new:
+                new.write_text("".join(kept), encoding="utf-8")
+        self.file: IO[str] = open(path, "a" if resumed else "w", encoding="utf-8")
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        print(json.dumps(row), file=self.file, flush=True)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def rows_until(path: Path, standing: Standing) -> Iterator[str]:
+    """Yield the lines of metrics.jsonl that a checkpoint knows of."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                last = standing.evaluated if "validation_loss" in row else standing.step
+                known = line.endswith("\n") and row["step"] <= last
+            except (ValueError, KeyError, TypeError):
+                continue  # a kill came in the middle of it
+            if known:
+                yield line

@@ -1,0 +1,187 @@
+"""What a run leaves behind: an adapter or a model of its own, its card, its picture, its report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openelm_mlx import device
+from openelm_mlx.device import mx, utils
+from openelm_mlx.dtypes import name_of
+from openelm_mlx.engine.adapter_files import write_adapter
+from openelm_mlx.engine.loading import Engine
+from openelm_mlx.errors import FinetuneError, OptionError
+from openelm_mlx.files import TensorInfo, write_json
+from openelm_mlx.finetune.batches import packed
+from openelm_mlx.finetune.card import write_card
+from openelm_mlx.finetune.picture import write_picture
+from openelm_mlx.finetune.report import FinetuneReport
+from openelm_mlx.finetune.state import BEST, METRICS, REPORT, STATE, read_arrays, set_weights
+from openelm_mlx.finetune.trainable import adapter_of
+from openelm_mlx.model.config import GENERATION_CONFIG, expected_tensors
+from openelm_mlx.model.decoder import OpenELM, parameters
+
+if TYPE_CHECKING:
+    from openelm_mlx.finetune.loop import Run
+
+MOST_NAMED = 3  # of the examples that an error is about
+PACKAGES = {"openelm_mlx": "openelm-mlx", "mlx": "mlx"}
+
+
+class NotFiniteError(Exception):
+    """A loss is not finite, or the gradients of a step; the weights are those before it."""
+
+    def __init__(self, what: str, step: int | None = None) -> None:
+        super().__init__(what)
+        self.step = step  # None for the loss on held-out data
+
+
+def finished(run: Run, ended: str) -> FinetuneReport:
+    """Give the model the best weights, write the result, and remove the checkpoint."""
+    run.save()
+    if run.data.validation:
+        weights = run.weights
+        if run.ranks.rank == 0:
+            found, _ = read_arrays(run.folder / BEST)
+            weights = {name: found[name] for name in weights}
+        best = run.ranks.firsts(list(weights.values()))
+        set_weights(run.model, dict(zip(weights, best, strict=True)))
+    else:
+        run.standing.best_step = run.standing.step
+    report = report_of(run, ended)
+    if run.ranks.rank == 0:
+        report = write_all(run, report)
+    run.ranks.gather("written")  # mlx.launch kills the others when one ends
+    return report
+
+
+def failed(run: Run, error: NotFiniteError) -> FinetuneError:
+    """Return the error of a run with a loss that is not finite, once its result is written."""
+    what = str(error)
+    if error.step is not None:
+        what += f", in {named(run, error.step)}"
+    if run.standing.step == 0:
+        if run.ranks.rank == 0:
+            for name in (STATE, BEST, METRICS):
+                (run.folder / name).unlink(missing_ok=True)
+        return FinetuneError(f"{what}; nothing was trained")
+    report = finished(run, what)
+    kept = f"{run.folder} has the weights of step {report.best_step}"
+    remedy = "lower the learning rate, or look at the examples"
+    return FinetuneError(f"{what}; {kept}; {remedy}, and begin again in another folder")
+
+
+def named(run: Run, step: int) -> str:
+    """Return the examples of a step whose loss or gradients are not finite, as errors name them;
+    all of them if it is none by itself.
+    """
+    examples = run.plan.examples(step)
+    odd = [one for one in examples if not is_finite(run, one)] or examples
+    more = f" and {len(odd) - MOST_NAMED} more" if len(odd) > MOST_NAMED else ""
+    return ", ".join(one.where for one in odd[:MOST_NAMED]) + more
+
+
+def is_finite(run: Run, example: Any) -> bool:
+    batch = packed([[example]], 1, run.length, 1)
+    total, _, grads = run.step.gradients(batch, mx.random.key(0))
+    pairs: Any = utils.tree_flatten(grads)
+    flags = mx.stack([mx.isfinite(one).all() for one in (total, *(grad for _, grad in pairs))])
+    return bool(flags.all().item())
+
+
+def report_of(run: Run, ended: str) -> FinetuneReport:
+    """Return what a run that has ended says of itself."""
+    at, data = run.standing, run.data
+    trained = sum(array.size for array in run.weights.values())
+    versions = {name: device.installed(package) for name, package in PACKAGES.items()}
+    about = {"name": run.data_name, "sha256": data.sha256, "examples": len(data.train)}
+    return FinetuneReport(
+        folder=run.folder,
+        model=base_name(run.engine),
+        options=run.options,
+        parameters=trained,
+        base_parameters=run.engine.config.num_parameters,
+        data=about | {"validation_examples": len(data.validation)},
+        length=run.length,
+        processes=run.ranks.size,
+        steps=at.step,
+        steps_planned=run.steps,
+        epochs=run.plan.epoch(at.step) if at.step else 0.0,
+        ended=ended,
+        first_loss=at.first_loss,
+        last_loss=at.last_loss,
+        first_validation_loss=at.first_validation_loss,
+        last_validation_loss=at.last_validation_loss,
+        best_validation_loss=at.best_loss,
+        best_step=at.best_step,
+        tokens=at.tokens,
+        seconds=at.seconds,
+        peak_bytes=at.peak_bytes,
+        versions=versions,
+        notes=tuple(data.notices),
+    )
+
+
+def write_all(run: Run, report: FinetuneReport) -> FinetuneReport:
+    """Write the result of a run, with finetune.json last; then remove its checkpoint.
+
+    Return the report with what could not be written in its notes.
+    """
+    folder = run.folder
+    write_result(folder, run.engine, run.model, run.options.method, run.fingerprint)
+    try:
+        write_picture(folder)
+    except OptionError as error:  # matplotlib is an extra of its own
+        report = replace(report, notes=(*report.notes, f"there is no picture: {error}"))
+    write_card(folder, report)
+    write_json(folder / REPORT, report.as_dict())
+    for name in (STATE, BEST):
+        (folder / name).unlink(missing_ok=True)
+    return report
+
+
+def write_result(
+    folder: Path, engine: Engine, model: OpenELM, method: str, fingerprint: str
+) -> None:
+    """Write what `--adapter`, or `load`, takes: the trained weights of `model` as they are now.
+
+    `fingerprint` is that of the weights before the training.
+    """
+    if method == "full":
+        return write_model(folder, engine, model)
+    adapter = replace(adapter_of(model, folder.absolute().name), base=fingerprint)
+    return write_adapter(folder, adapter, "mlx-lm", engine.config, base_name(engine))
+
+
+def base_name(engine: Engine) -> str:
+    """Return the name of a model without the folders of this machine."""
+    return engine.path.name if os.path.exists(engine.name) else engine.name
+
+
+def write_model(folder: Path, engine: Engine, model: OpenELM) -> None:
+    """Write a model folder: the weights, and what belongs to the base. config.json comes last, so
+    nothing loads a part of it.
+    """
+    from openelm_mlx.convert.targets.folder import (
+        CHAT_TEMPLATE,
+        sampling_defaults,
+        tokenizer_files,
+        write_weights,
+    )
+    from openelm_mlx.convert.tokenizers import read_tokenizer
+
+    arrays = parameters(model)
+    names = list(expected_tensors(engine.config))
+    infos = {name: TensorInfo(name_of(arrays[name].dtype), arrays[name].shape) for name in names}
+    write_weights(folder, infos, ((name, mx.contiguous(arrays[name])) for name in names))
+    for name, content in tokenizer_files(read_tokenizer(engine.tokenizer.path)).items():
+        (folder / name).write_bytes(content)
+    if engine.instruct:
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_json(folder / GENERATION_CONFIG, sampling_defaults(engine.path, engine.config))
+    for path in engine.path.glob("LICEN[SC]E*"):
+        shutil.copyfile(path, folder / path.name)
+    write_json(folder / "config.json", engine.config.to_hf_dict())

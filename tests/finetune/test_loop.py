@@ -1,0 +1,151 @@
+"""The loop: what it writes, what it computes, when it ends, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from training import curve, options, small_engine, write_pairs
+
+from openelm_mlx import load
+from openelm_mlx.device import mx
+from openelm_mlx.errors import FinetuneError, OptionError
+from openelm_mlx.finetune import finetune
+from openelm_mlx.finetune.data import read_examples
+from openelm_mlx.finetune.step import Step
+
+IDS = mx.array([[1, 40, 90, 700, 3, 5]])
+
+
+@pytest.fixture
+def engine(tiny):
+    return small_engine(tiny)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write_pairs(tmp_path / "pairs.jsonl")
+
+
+def test_a_run_writes_a_curve_a_report_and_the_best_weights(engine, pairs, tmp_path):
+    told = []
+    report = finetune(
+        engine,
+        pairs,
+        tmp_path / "out",
+        options(evaluate_every=2),
+        progress=lambda row, steps: told.append((row, steps)),
+    )
+    rows = curve(tmp_path / "out")
+    losses = [row["validation_loss"] for row in rows if "best" in row]
+    assert [(row["step"], "best" in row) for row in rows] == [
+        (0, True),
+        *((1, False), (2, False), (2, True), (3, False), (4, False), (4, True)),
+        *((5, False), (6, False), (6, True)),
+    ]
+    assert [row for row, _ in told] == [
+        json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()
+    ]
+    assert {steps for _, steps in told} == {6} and losses[-1] < losses[0]
+    assert report.best_validation_loss == min(losses) and report.ended == "all steps are done"
+    saved = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert saved == json.loads(json.dumps(report.as_dict())) and saved["options"]["rank"] == 2
+    assert report.tokens == sum(row["tokens"] for row, _ in told if "tokens" in row)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not names & {"state.safetensors", "best.safetensors"}
+    trained = engine.load_adapter(tmp_path / "out", "out").model
+    assert mx.abs(trained(IDS) - engine.model(IDS)).max().item() > 0.01
+
+
+def test_the_result_is_the_best_and_patience_ends_a_run(engine, pairs, tmp_path):
+    """With a learning rate that ruins the model soon."""
+    asked = options(learning_rate=3.0, evaluate_every=1, patience=2, epochs=9.0, warmup=0, clip=0)
+    report = finetune(engine, pairs, tmp_path / "out", asked)
+    losses = [row["validation_loss"] for row in curve(tmp_path / "out") if "best" in row]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    assert (report.best_step, report.steps) == (best, best + 2) and report.steps_planned == 27
+    assert report.ended == "no better validation loss in 2 evaluations"
+
+
+@pytest.mark.parametrize("more", [{"batch": 1, "accumulate": 4}, {"batch": 2, "accumulate": 2}])
+def test_gradients_that_accumulate_equal_those_of_a_larger_batch(engine, pairs, tmp_path, more):
+    """Tokens weigh the same, though batches have different numbers of them."""
+    finetune(engine, pairs, tmp_path / "one", options(batch=4))
+    finetune(engine, pairs, tmp_path / "more", options(**more))
+    for one, other in zip(curve(tmp_path / "one"), curve(tmp_path / "more"), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_all_weights_become_a_model_with_equal_logits(engine, pairs, tmp_path):
+    asked = options(method="full", targets=options().targets, learning_rate=1e-3)
+    before = engine.model(IDS)
+    finetune(engine, pairs, tmp_path / "out", asked)
+    loaded = load(tmp_path / "out")
+    assert mx.array_equal(loaded.model(IDS), engine.model(IDS))
+    assert mx.abs(before - engine.model(IDS)).max().item() > 0.01
+    assert loaded.tokenizer.encode("Once upon") == engine.tokenizer.encode("Once upon")
+
+
+def examples(engine, pairs):
+    return read_examples(engine, pairs, options())
+
+
+def is_line_5(example):
+    return example.where.endswith("line 5")
+
+
+class Poison:
+    """Makes the loss infinite for one example: as NaN comes from data that overflow."""
+
+    def __init__(self, monkeypatch, token):
+        original = Step.gradients
+
+        def gradients(step, batch, key):
+            total, count, grads = original(step, batch, key)
+            bad = (batch.tokens == token).any()
+            return mx.where(bad, mx.inf, total), count, grads
+
+        monkeypatch.setattr(Step, "gradients", gradients)
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_with_step_and_example(
+    engine, pairs, tmp_path, monkeypatch
+):
+    """The folder has the best weights before it."""
+    lines = pairs.read_text().splitlines()
+    lines[4] = json.dumps({"prompt": "What?", "completion": "Zebra."})
+    pairs.write_text("\n".join(lines))
+    *others, last = (set(one.tokens) for one in sorted(examples(engine, pairs), key=is_line_5))
+    Poison(monkeypatch, min(last.difference(*others)))
+    asked = options(batch=1, seed=2, evaluate_every=1, validation_share=0.01)
+    with pytest.raises(FinetuneError) as raised:
+        finetune(engine, pairs, tmp_path / "out", asked)
+    rows = curve(tmp_path / "out")
+    step = rows[-1]["step"] + 1
+    assert 1 < step < 8
+    assert str(raised.value) == (
+        f"step {step}: the loss is inf, in {pairs}, line 5; {tmp_path / 'out'} has the weights of "
+        f"step {step - 1}; lower the learning rate, or look at the examples, and begin again in "
+        "another folder"
+    )
+    report = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert report["ended"].startswith(f"step {step}: the loss is inf, in ")
+    assert engine.load_adapter(tmp_path / "out", "out").adapter is not None
+
+
+def test_what_cannot_be_trained_is_refused(engine, tiny, pairs, tmp_path):
+    with pytest.raises(OptionError) as raised:
+        finetune(tiny, pairs, tmp_path / "out", options(method="full"))
+    assert str(raised.value) == (
+        "openelm-tiny is quantized, and so are its weights no numbers to train; give --method lora "
+        "or dora, or the model before it was"
+    )
+    finetune(engine, pairs, tmp_path / "one", options(steps=1))
+    with pytest.raises(OptionError) as raised:
+        adapted = engine.load_adapter(tmp_path / "one")
+        finetune(adapted, pairs, tmp_path / "out", options())
+    assert str(raised.value) == (
+        "random-3 with one applies an adapter, which would be no part of the result; merge it with "
+        "`openelm fuse`, and train what that gives"
+    )
+    assert not (tmp_path / "out").exists()
