@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ from openelm_mlx.engine.ranks import Ranks, check_alike, launched
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.errors import OptionError
 from openelm_mlx.finetune import state
+from openelm_mlx.finetune.data import Data, read_data
+from openelm_mlx.finetune.examples import row_length
 from openelm_mlx.finetune.optimizer import rate_at, warmup_steps
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.report import FinetuneReport, settings
 from openelm_mlx.finetune.result import NotFiniteError, failed, finished
 from openelm_mlx.finetune.state import BEST, STATE, Metrics, Standing
 from openelm_mlx.finetune.step import Step
-from openelm_mlx.finetune.temporary import Data, Plan, read_data
+from openelm_mlx.finetune.temporary import Plan
 from openelm_mlx.finetune.trainable import hash_of, trainable
 from openelm_mlx.model.fingerprint import fingerprint_of
 from openelm_mlx.stopping import StopKey
@@ -97,7 +99,7 @@ class Run:
     ) -> None:
         self.engine, self.data, self.data_name, self.folder = engine, data, data_name, folder
         self.ranks, self.resumed, self.standing = ranks, resumed, Standing()
-        self.length = options.length or min(1024, engine.config.max_context_length)
+        self.length = row_length(engine, options)
         self.fingerprint = fingerprint_of(engine.model)
         asked = {name: value for name, value in settings(options).items() if name not in FREE}
         self.identity: dict[str, Any] = {
@@ -111,7 +113,7 @@ class Run:
         arrays = self.opened()
         self.options = options
         self.plan = Plan(data.train, self.options, self.length, ranks)
-        self.held_out = Plan(data.validation, replace(self.options, epochs=1.0), self.length, ranks)
+        self.held_out = Plan(data.validation, self.options, self.length, ranks, once=True)
         self.steps = self.plan.steps
         warmup_steps(self.options, self.steps)  # refuses what the first step would
         self.every = options.evaluate_every or math.ceil(self.steps / EVALUATIONS)

@@ -17,6 +17,7 @@ from openelm_mlx.errors import FinetuneError, OptionError
 from openelm_mlx.files import TensorInfo, write_json
 from openelm_mlx.finetune.batches import packed
 from openelm_mlx.finetune.card import write_card
+from openelm_mlx.finetune.data import sequences
 from openelm_mlx.finetune.picture import write_picture
 from openelm_mlx.finetune.report import FinetuneReport
 from openelm_mlx.finetune.state import BEST, METRICS, REPORT, STATE, read_arrays, set_weights
@@ -81,7 +82,7 @@ def named(run: Run, step: int) -> str:
     examples = run.plan.examples(step)
     odd = [one for one in examples if not is_finite(run, one)] or examples
     more = f" and {len(odd) - MOST_NAMED} more" if len(odd) > MOST_NAMED else ""
-    return ", ".join(one.where for one in odd[:MOST_NAMED]) + more
+    return ", ".join(sequences(one)[0].where for one in odd[:MOST_NAMED]) + more
 
 
 def is_finite(run: Run, example: Any) -> bool:

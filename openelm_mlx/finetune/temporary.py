@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
-from typing import Any, NamedTuple
+from typing import Any
 
 from openelm_mlx.finetune.batches import packed
-from openelm_mlx.finetune.data import read_examples
-
-
-class Data(NamedTuple):
-    train: Any
-    validation: Any
-    sha256: str
-    notices: tuple[str, ...] = ()
-
-
-def read_data(engine: Any, data: Any, options: Any) -> Data:
-    found = read_examples(engine, data, options)
-    held: list[Any] = []
-    if options.validation:
-        held = read_examples(engine, options.validation, options)
-    else:
-        order = list(range(len(found)))
-        random.Random(options.seed).shuffle(order)
-        n = math.ceil(len(found) * options.validation_share)
-        held = [found[i] for i in sorted(order[:n])]
-        found = [found[i] for i in sorted(order[n:])]
-    digest = hashlib.sha256(repr((found, held)).encode()).hexdigest()
-    return Data(found, held, digest)
 
 
 class Plan:
-    def __init__(self, examples: Any, options: Any, length: int, ranks: Any) -> None:
+    def __init__(
+        self, examples: Any, options: Any, length: int, ranks: Any, once: bool = False
+    ) -> None:
         self.examples_, self.options, self.length, self.ranks = examples, options, length, ranks
         self.per = (
             math.ceil(math.ceil(len(examples) / options.batch) / (options.accumulate * ranks.size))
             if examples
             else 0
         )
-        self.steps = options.steps or math.ceil(self.per * options.epochs)
+        self.steps = self.per if once else options.steps or math.ceil(self.per * options.epochs)
 
     def groups(self, step: int) -> Any:
         epoch, number = divmod(step - 1, self.per)

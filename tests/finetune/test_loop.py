@@ -11,7 +11,7 @@ from openelm_mlx import load
 from openelm_mlx.device import mx
 from openelm_mlx.errors import FinetuneError, OptionError
 from openelm_mlx.finetune import finetune
-from openelm_mlx.finetune.data import read_examples
+from openelm_mlx.finetune.data import read_data
 from openelm_mlx.finetune.step import Step
 
 IDS = mx.array([[1, 40, 90, 700, 3, 5]])
@@ -58,12 +58,14 @@ def test_a_run_writes_a_curve_a_report_and_the_best_weights(engine, pairs, tmp_p
 
 
 def test_the_result_is_the_best_and_patience_ends_a_run(engine, pairs, tmp_path):
-    """With a learning rate that ruins the model soon."""
-    asked = options(learning_rate=3.0, evaluate_every=1, patience=2, epochs=9.0, warmup=0, clip=0)
+    """What is learned makes the loss on other words worse, sooner or later."""
+    others = tmp_path / "others.jsonl"
+    others.write_text(json.dumps({"prompt": "Whom?", "completion": "Snow White, of course!"}))
+    asked = options(learning_rate=0.3, evaluate_every=1, patience=2, epochs=9.0, validation=others)
     report = finetune(engine, pairs, tmp_path / "out", asked)
     losses = [row["validation_loss"] for row in curve(tmp_path / "out") if "best" in row]
     best = min(range(len(losses)), key=losses.__getitem__)
-    assert (report.best_step, report.steps) == (best, best + 2) and report.steps_planned == 27
+    assert (report.best_step, report.steps) == (best, best + 2) and report.steps < 36
     assert report.ended == "no better validation loss in 2 evaluations"
 
 
@@ -77,7 +79,7 @@ def test_gradients_that_accumulate_equal_those_of_a_larger_batch(engine, pairs, 
 
 
 def test_all_weights_become_a_model_with_equal_logits(engine, pairs, tmp_path):
-    asked = options(method="full", targets=options().targets, learning_rate=1e-3)
+    asked = options(method="full", learning_rate=1e-3)
     before = engine.model(IDS)
     finetune(engine, pairs, tmp_path / "out", asked)
     loaded = load(tmp_path / "out")
@@ -87,7 +89,7 @@ def test_all_weights_become_a_model_with_equal_logits(engine, pairs, tmp_path):
 
 
 def examples(engine, pairs):
-    return read_examples(engine, pairs, options())
+    return [*(data := read_data(engine, pairs, options())).train, *data.validation]
 
 
 def is_line_5(example):

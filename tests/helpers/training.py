@@ -31,8 +31,10 @@ def write_pairs(path: Path, count: int = 8) -> Path:
 
 def options(**more: Any) -> FinetuneOptions:
     """Return options with few steps of small rows."""
-    usual: dict[str, Any] = {"rank": 2, "batch": 2, "length": 48, "epochs": 2.0, "save_every": 2}
-    usual |= {"validation_share": 0.25, "learning_rate": 0.01, "packing": False}
+    usual: dict[str, Any] = {"batch": 2, "length": 48, "learning_rate": 0.01, "packing": False}
+    usual |= {"save_every": 2} | ({} if "steps" in more else {"epochs": 2.0})
+    usual |= {} if more.get("method") == "full" else {"rank": 2}
+    usual |= {} if "validation" in more else {"validation_share": 0.25}
     return FinetuneOptions(**{**usual, **more})
 
 
