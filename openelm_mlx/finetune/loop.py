@@ -22,11 +22,11 @@ from openelm_mlx.finetune.data import Data, read_data
 from openelm_mlx.finetune.examples import row_length
 from openelm_mlx.finetune.optimizer import rate_at, warmup_steps
 from openelm_mlx.finetune.options import FinetuneOptions
+from openelm_mlx.finetune.plan import Plan, once
 from openelm_mlx.finetune.report import FinetuneReport, settings
 from openelm_mlx.finetune.result import NotFiniteError, failed, finished
 from openelm_mlx.finetune.state import BEST, STATE, Metrics, Standing
 from openelm_mlx.finetune.step import Step
-from openelm_mlx.finetune.temporary import Plan
 from openelm_mlx.finetune.trainable import hash_of, trainable
 from openelm_mlx.model.fingerprint import fingerprint_of
 from openelm_mlx.stopping import StopKey
@@ -113,7 +113,9 @@ class Run:
         arrays = self.opened()
         self.options = options
         self.plan = Plan(data.train, self.options, self.length, ranks)
-        self.held_out = Plan(data.validation, self.options, self.length, ranks, once=True)
+        self.held_out = (
+            once(data.validation, self.options, self.length, ranks) if data.validation else None
+        )
         self.steps = self.plan.steps
         warmup_steps(self.options, self.steps)  # refuses what the first step would
         self.every = options.evaluate_every or math.ceil(self.steps / EVALUATIONS)
@@ -167,8 +169,8 @@ class Run:
         """Train and evaluate until there is a reason to end, and return it."""
         at = self.standing
         while True:
-            if self.is_evaluated():
-                self.evaluate()
+            if self.held_out is not None and self.is_due():
+                self.evaluate(self.held_out)
             patience = self.options.patience
             if patience is not None and at.worse >= patience:
                 return f"no better validation loss in {patience} evaluations"
@@ -178,11 +180,13 @@ class Run:
                 self.save()
             self.train()
 
-    def is_evaluated(self) -> bool:
+    def is_due(self) -> bool:
         """Return whether the step that is done is one to evaluate, and has not been."""
         step = self.standing.step
-        due = step % self.every == 0 or step == self.steps
-        return bool(self.data.validation) and due and self.standing.evaluated < step
+        return self.standing.evaluated < step and step in (
+            self.steps,
+            step // self.every * self.every,
+        )
 
     def train(self) -> None:
         """Take the next step, and write its row."""
@@ -240,11 +244,11 @@ class Run:
         names, arrays = zip(*pairs, strict=True)
         return utils.tree_unflatten(list(zip(names, self.ranks.sums(arrays), strict=True)))
 
-    def evaluate(self) -> None:
+    def evaluate(self, plan: Plan) -> None:
         """Compute the loss on the held-out data, and keep the weights if it is the best."""
         began, at, total, count = time.perf_counter(), self.standing, 0.0, 0.0
-        for number in range(1, self.held_out.steps + 1):
-            for batch in self.held_out.batches(number):
+        for number in range(1, plan.steps + 1):
+            for batch in plan.batches(number):
                 sums = self.step.evaluate(batch)
                 mx.eval(sums)
                 total, count = total + number_in(sums[0]), count + number_in(sums[1])

@@ -103,6 +103,11 @@ class Plan:
         """Return the batches of a step for this process, `accumulate` of them or fewer."""
         return [self._batch(number) for number in range(*self._range(step))]
 
+    def units(self, step: int) -> list[Example | Pair]:
+        """Return the examples, or pairs, of a step of all processes."""
+        first, end = (self._rows.starts[self._bounds[number]] for number in self._range(step))
+        return [self.examples[number] for number in self._rows.numbers[first:end].tolist()]
+
     def epoch(self, step: int) -> float:
         """Return how many epochs have passed after a step."""
         row = self._bounds[self._range(step)[1]]

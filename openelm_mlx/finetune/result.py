@@ -15,10 +15,11 @@ from openelm_mlx.engine.adapter_files import write_adapter
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import FinetuneError, OptionError
 from openelm_mlx.files import TensorInfo, write_json
-from openelm_mlx.finetune.batches import packed
+from openelm_mlx.finetune.batches import Shape, packed, sequences_of
 from openelm_mlx.finetune.card import write_card
-from openelm_mlx.finetune.data import sequences
+from openelm_mlx.finetune.examples import Example, Pair
 from openelm_mlx.finetune.picture import write_picture
+from openelm_mlx.finetune.records import MESSAGES
 from openelm_mlx.finetune.report import FinetuneReport
 from openelm_mlx.finetune.state import BEST, METRICS, REPORT, STATE, read_arrays, set_weights
 from openelm_mlx.finetune.trainable import adapter_of
@@ -79,14 +80,16 @@ def named(run: Run, step: int) -> str:
     """Return the examples of a step whose loss or gradients are not finite, as errors name them;
     all of them if it is none by itself.
     """
-    examples = run.plan.examples(step)
+    examples = run.plan.units(step)
     odd = [one for one in examples if not is_finite(run, one)] or examples
     more = f" and {len(odd) - MOST_NAMED} more" if len(odd) > MOST_NAMED else ""
-    return ", ".join(sequences(one)[0].where for one in odd[:MOST_NAMED]) + more
+    return ", ".join(sequences_of(one)[0].where for one in odd[:MOST_NAMED]) + more
 
 
-def is_finite(run: Run, example: Any) -> bool:
-    batch = packed([[example]], 1, run.length, 1)
+def is_finite(run: Run, example: Example | Pair) -> bool:
+    parts = sequences_of(example)
+    size = sum(len(part.tokens) for part in parts)
+    batch = packed([[example]], Shape(1, size, size, len(parts)))
     total, _, grads = run.step.gradients(batch, mx.random.key(0))
     pairs: Any = utils.tree_flatten(grads)
     flags = mx.stack([mx.isfinite(one).all() for one in (total, *(grad for _, grad in pairs))])
@@ -132,7 +135,7 @@ def write_all(run: Run, report: FinetuneReport) -> FinetuneReport:
     Return the report with what could not be written in its notes.
     """
     folder = run.folder
-    write_result(folder, run.engine, run.model, run.options.method, run.fingerprint)
+    write_result(run)
     try:
         write_picture(folder)
     except OptionError as error:  # matplotlib is an extra of its own
@@ -144,16 +147,13 @@ def write_all(run: Run, report: FinetuneReport) -> FinetuneReport:
     return report
 
 
-def write_result(
-    folder: Path, engine: Engine, model: OpenELM, method: str, fingerprint: str
-) -> None:
-    """Write what `--adapter`, or `load`, takes: the trained weights of `model` as they are now.
-
-    `fingerprint` is that of the weights before the training.
-    """
-    if method == "full":
-        return write_model(folder, engine, model)
-    adapter = replace(adapter_of(model, folder.absolute().name), base=fingerprint)
+def write_result(run: Run) -> None:
+    """Write what `--adapter`, or `load`, takes: the trained weights as the model has them now."""
+    folder, engine = run.folder, run.engine
+    if run.options.method == "full":
+        instruct = engine.instruct or run.data.kind == MESSAGES
+        return write_model(folder, engine, run.model, instruct)
+    adapter = replace(adapter_of(run.model, folder.absolute().name), base=run.fingerprint)
     return write_adapter(folder, adapter, "mlx-lm", engine.config, base_name(engine))
 
 
@@ -162,7 +162,7 @@ def base_name(engine: Engine) -> str:
     return engine.path.name if os.path.exists(engine.name) else engine.name
 
 
-def write_model(folder: Path, engine: Engine, model: OpenELM) -> None:
+def write_model(folder: Path, engine: Engine, model: OpenELM, instruct: bool) -> None:
     """Write a model folder: the weights, and what belongs to the base. config.json comes last, so
     nothing loads a part of it.
     """
@@ -180,7 +180,7 @@ def write_model(folder: Path, engine: Engine, model: OpenELM) -> None:
     write_weights(folder, infos, ((name, mx.contiguous(arrays[name])) for name in names))
     for name, content in tokenizer_files(read_tokenizer(engine.tokenizer.path)).items():
         (folder / name).write_bytes(content)
-    if engine.instruct:
+    if instruct:
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     write_json(folder / GENERATION_CONFIG, sampling_defaults(engine.path, engine.config))
     for path in engine.path.glob("LICEN[SC]E*"):
