@@ -264,7 +264,7 @@ def test_files_are_few_and_short():
         if path.suffix in (".py", ".j2") and not path.is_symlink()
     ]
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    assert len([path for path in files if ROOT / "tests" not in path.parents]) <= 222
+    assert len([path for path in files if ROOT / "tests" not in path.parents]) <= 236
     assert not [path for path, length in lengths.items() if length > 350]
 
 
