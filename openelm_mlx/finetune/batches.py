@@ -15,7 +15,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from openelm_mlx.device import mx
-from openelm_mlx.finetune.examples import Example, Pair
+from openelm_mlx.finetune.examples import Example, Pair, sequences_of
 
 
 class Batch(NamedTuple):
@@ -38,11 +38,6 @@ class Shape(NamedTuple):
     length: int
     trained: int  # at least the number of trained targets
     sequences: int  # at least the number of sequences
-
-
-def sequences_of(unit: Example | Pair) -> tuple[Example, ...]:
-    """Return what is packed together: an example, or the two answers of a pair."""
-    return tuple(unit) if isinstance(unit, Pair) else (unit,)
 
 
 def packed(rows: Sequence[Sequence[Example | Pair]], shape: Shape) -> Batch:

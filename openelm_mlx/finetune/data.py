@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import FinetuneError, OptionError, PromptError
 from openelm_mlx.fields import check_unset
-from openelm_mlx.finetune.examples import Encoder, Example, Overlong, Pair, Preference
+from openelm_mlx.finetune.examples import Encoder, Example, Overlong, Pair, Preference, sequences_of
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.records import (
     KEYS,
@@ -106,7 +106,7 @@ class Source:
             self._equal.add(place)
             return []
         found = encoder(record, f"{self.name}, {place}")
-        self._tokens += sum(len(one.tokens) for example in found for one in sequences(example))
+        self._tokens += sum(len(one.tokens) for example in found for one in sequences_of(example))
         if self._tokens > MAX_TOKENS:
             raise OptionError(f"{self.name} has more than {MAX_TOKENS:,} tokens; give a part of it")
         return found
@@ -173,15 +173,10 @@ def check_options(kind: str, options: FinetuneOptions) -> None:
         raise OptionError(f"train_on is {options.train_on}, but text has no answers; leave it out")
 
 
-def sequences(example: Example | Pair) -> Sequence[Example]:
-    """Return the one or two sequences of an example."""
-    return (example,) if isinstance(example, Example) else example
-
-
 def mark_of(example: Example | Pair, seed: int = 0) -> bytes:
     """Return what stands for an example's tokens and what of them is trained, by the seed."""
     found = blake2b(digest_size=16, key=str(seed).encode())
-    for one in sequences(example):
+    for one in sequences_of(example):
         for part in (len(one.tokens).to_bytes(8, "little"), one.tokens, one.trained):
             found.update(part)
     return found.digest()

@@ -59,6 +59,11 @@ class Pair(NamedTuple):
     rejected: Example
 
 
+def sequences_of(example: Example | Pair) -> tuple[Example, ...]:
+    """Return what is packed together: an example, or the two answers of a pair."""
+    return tuple(example) if isinstance(example, Pair) else (example,)
+
+
 class Overlong(FinetuneError):
     """An example does not fit into a row, and may not or cannot be split."""
 

@@ -16,8 +16,8 @@ from itertools import count, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from openelm_mlx.engine.ranks import Ranks
-from openelm_mlx.finetune.batches import Batch, Shape, packed, sequences_of
-from openelm_mlx.finetune.examples import Example, Pair
+from openelm_mlx.finetune.batches import Batch, Shape, packed
+from openelm_mlx.finetune.examples import Example, Pair, sequences_of
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.packing import (
     Rows,
