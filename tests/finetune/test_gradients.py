@@ -1,0 +1,122 @@
+"""Losses and gradients of a step, beside those of a model that NumPy computes in float64."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from float64 import Var, gradients
+from float64_model import Reference
+from golden_set import GOLDEN
+from small import small_model
+
+from openelm_mlx.device import mx, utils
+from openelm_mlx.engine.loading import Engine
+from openelm_mlx.finetune.batches import Batch, Shape, packed
+from openelm_mlx.finetune.examples import Example
+from openelm_mlx.finetune.options import EMBEDDINGS, METHODS, TARGETS, FinetuneOptions
+from openelm_mlx.finetune.step import Step
+from openelm_mlx.finetune.trainable import trainable
+from openelm_mlx.model.adapters import Adapted
+from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.decoder import OpenELM
+
+CONFIGS = ("tied-gqa4", "untied-mha", "noqknorm-gqa2", "noglu-gqa2", "gpt-test")
+TOLERANCE = 1e-5  # relative to the largest element; float32 beside float64
+
+
+def examples(vocabulary: int) -> list[Example]:
+    random = np.random.default_rng(3)
+    return [
+        Example(array("i", random.integers(3, vocabulary, size).tolist()), marks, "")
+        for size, marks in ((7, b"\0\0\1\1\0\1\1"), (4, b"\0\1\1\1"), (6, b"\0\0\0\1\0\1"))
+    ]
+
+
+def rows_of(found: list[Example]) -> Batch:
+    """Return two rows: the first and the second example, and the third with padding."""
+    return packed([found[:2], found[2:]], Shape(2, 12, 12, 4))
+
+
+def golden(name: str) -> tuple[Engine, dict[str, Any]]:
+    """Return an engine that cannot tokenize, and its weights."""
+    config, weights = small_model(name)
+    model = OpenELM(config)
+    model.load_weights(list(weights.items()))
+    return Engine(model, None, config, name, Path(name)), weights  # type: ignore[arg-type]
+
+
+def disturbed(model: OpenELM) -> dict[str, Adapted]:
+    """Give an adapter, which begins as nothing, random parts; return them by stem."""
+    found = {}
+    for number, (stem, module) in enumerate(model.named_modules()):
+        if isinstance(module, Adapted):
+            key = mx.random.key(number)
+            module.b = mx.random.normal(module.b.shape, key=key) * 0.1
+            if "m" in module:
+                module.m = module.m * mx.random.uniform(0.7, 1.4, module.m.shape, key=key)
+            found[stem] = module
+    return found
+
+
+def reference_of(
+    config: OpenELMConfig, weights: dict[str, Any], modules: dict[str, Adapted]
+) -> tuple[Reference, dict[str, Var]]:
+    """Return the model in float64, and what is trained, by the names of MLX's gradients."""
+    plain = {name: Var(np.array(weight)) for name, weight in weights.items()}
+    parts, trained = {}, {}
+    for stem, module in modules.items():
+        leaves = {leaf: Var(np.array(module[leaf])) for leaf in ("a", "b", "m") if leaf in module}
+        trained |= {f"{stem}.{leaf}": one for leaf, one in leaves.items()}
+        parts[stem] = leaves | {"scale": Var(module.scale)}
+    return Reference(config, plain, parts), trained or plain
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_losses_and_gradients_are_those_of_float64(name: str, method: str) -> None:
+    engine, weights = golden(name)
+    adapter = {"rank": 3, "alpha": 5.0, "targets": (*TARGETS, EMBEDDINGS)}
+    options = FinetuneOptions(method=method, **({} if method == "full" else adapter))
+    model = trainable(engine, options)
+    reference, trained = reference_of(engine.config, weights, disturbed(model))
+    found = examples(engine.config.vocab_size)
+    loss = Var(0.0)
+    for example in found:
+        losses = reference.losses(example.tokens.tolist())
+        loss = loss + (losses * np.frombuffer(example.trained, np.uint8)[1:]).sum()
+    expected = gradients(loss, trained)
+
+    total, count, grads = Step(model, options).gradients(rows_of(found), mx.random.key(0))
+    assert count.item() == 9
+    assert total.item() == pytest.approx(loss.value, rel=TOLERANCE)
+    flat: Any = dict(utils.tree_flatten(grads))
+    named: Any = dict(utils.tree_flatten(model.trainable_parameters()))
+    assert flat.keys() == expected.keys() == named.keys()
+    for parameter, gradient in expected.items():
+        error = np.abs(np.array(flat[parameter]) - gradient).max()
+        assert error <= TOLERANCE * np.abs(gradient).max(), parameter
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_reference_has_corenets_logits_and_the_slope_of_its_loss(name: str) -> None:
+    config, weights = small_model(name)
+    plain = {name: Var(np.array(weight)) for name, weight in weights.items()}
+    file = np.load(GOLDEN / name / "golden.npz")
+    tokens, logits = file["input_ids"][0, :8].tolist(), file["logits"][0, :8]
+    found = Reference(config, plain).logits(tokens).value
+    size = min(found.shape[1], logits.shape[1])  # CoreNet's may have rows of padding
+    assert np.abs(found - logits)[:, :size].max() <= TOLERANCE * np.abs(logits).max()
+
+    def loss(by: float) -> Var:
+        moved = {name: Var(one.value + by * along[name]) for name, one in plain.items()}
+        return Reference(config, moved).losses(tokens).sum()
+
+    random = np.random.default_rng(1)
+    along = {name: random.standard_normal(one.value.shape) for name, one in plain.items()}
+    slope = (loss(1e-6).value - loss(-1e-6).value) / 2e-6
+    found = gradients(Reference(config, plain).losses(tokens).sum(), plain)
+    assert sum((found[name] * along[name]).sum() for name in plain) == pytest.approx(slope, 1e-6)
