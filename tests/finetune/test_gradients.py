@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,16 @@ from float64 import Var, gradients
 from float64_model import Reference
 from golden_set import GOLDEN
 from small import small_model
+from trained import adapted_modules, golden_engine, method_of, trained_model
 
 from openelm_mlx.device import mx, utils
-from openelm_mlx.engine.loading import Engine
 from openelm_mlx.finetune.batches import Batch, Shape, packed
 from openelm_mlx.finetune.examples import Example
-from openelm_mlx.finetune.options import EMBEDDINGS, METHODS, TARGETS, FinetuneOptions
+from openelm_mlx.finetune.options import METHODS
 from openelm_mlx.finetune.step import Step
-from openelm_mlx.finetune.trainable import trainable
 from openelm_mlx.model.adapters import Adapted
 from openelm_mlx.model.config import OpenELMConfig
-from openelm_mlx.model.decoder import OpenELM
+from openelm_mlx.model.decoder import parameters
 
 CONFIGS = ("tied-gqa4", "untied-mha", "noqknorm-gqa2", "noglu-gqa2", "gpt-test")
 TOLERANCE = 1e-5  # relative to the largest element; float32 beside float64
@@ -41,27 +39,6 @@ def rows_of(found: list[Example]) -> Batch:
     return packed([found[:2], found[2:]], Shape(2, 12, 12, 4))
 
 
-def golden(name: str) -> tuple[Engine, dict[str, Any]]:
-    """Return an engine that cannot tokenize, and its weights."""
-    config, weights = small_model(name)
-    model = OpenELM(config)
-    model.load_weights(list(weights.items()))
-    return Engine(model, None, config, name, Path(name)), weights  # type: ignore[arg-type]
-
-
-def disturbed(model: OpenELM) -> dict[str, Adapted]:
-    """Give an adapter, which begins as nothing, random parts; return them by stem."""
-    found = {}
-    for number, (stem, module) in enumerate(model.named_modules()):
-        if isinstance(module, Adapted):
-            key = mx.random.key(number)
-            module.b = mx.random.normal(module.b.shape, key=key) * 0.1
-            if "m" in module:
-                module.m = module.m * mx.random.uniform(0.7, 1.4, module.m.shape, key=key)
-            found[stem] = module
-    return found
-
-
 def reference_of(
     config: OpenELMConfig, weights: dict[str, Any], modules: dict[str, Adapted]
 ) -> tuple[Reference, dict[str, Var]]:
@@ -78,11 +55,10 @@ def reference_of(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_losses_and_gradients_are_those_of_float64(name: str, method: str) -> None:
-    engine, weights = golden(name)
-    adapter = {"rank": 3, "alpha": 5.0, "targets": (*TARGETS, EMBEDDINGS)}
-    options = FinetuneOptions(method=method, **({} if method == "full" else adapter))
-    model = trainable(engine, options)
-    reference, trained = reference_of(engine.config, weights, disturbed(model))
+    engine, options = golden_engine(name), method_of(method)
+    weights = parameters(engine.model)
+    model = trained_model(engine, options)
+    reference, trained = reference_of(engine.config, weights, adapted_modules(model))
     found = examples(engine.config.vocab_size)
     loss = Var(0.0)
     for example in found:
