@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import FinetuneError, OptionError, PromptError
-from openelm_mlx.fields import check_unset
+from openelm_mlx.fields import check_unset, shown
 from openelm_mlx.finetune.examples import Encoder, Example, Overlong, Pair, Preference, sequences_of
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.records import (
@@ -27,7 +27,7 @@ from openelm_mlx.finetune.records import (
 )
 from openelm_mlx.finetune.sources import Progress, raw_records
 
-NAMED = 10  # of many records, so many are named
+NAMED, QUOTED = 10, 300  # of many records, so many are named, each in so many characters
 MAX_TOKENS = 1 << 29  # ids and marks of more take above 2.7 GB
 
 Examples = Sequence[Example | Pair]
@@ -36,6 +36,7 @@ Examples = Sequence[Example | Pair]
 class Data(NamedTuple):
     """What is trained, and what the model is evaluated on."""
 
+    name: str  # of the source: a file's or folder's without what it lies in
     train: Examples
     validation: Examples
     kind: str  # "messages", "prompt and completion", "text" or "preference pairs"
@@ -65,7 +66,9 @@ def read_data(
         other = Source(engine, options.validation, options, progress)
         held = others(source, other)
         notices, count = [*notices, *other.notices], count + other.count
-    return Data(train, held, source.kind, count, digest(train, held), tuple(notices))
+    path = Path(data).expanduser()
+    name = path.name if path.exists() else str(data)
+    return Data(name, train, held, source.kind, count, digest(train, held), tuple(notices))
 
 
 class Source:
@@ -136,7 +139,7 @@ class Source:
             what = f"{self._equal.count:,} pairs have equal answers and are left out"
             said.append(f"{what}: {self._equal}")
         read = (*KEYS[self.kind], *["prompt"] * (self.kind == PAIRS))
-        if unread := [str(key) for key in self._keys if key not in read]:
+        if unread := [shown(key) for key in self._keys if key not in read]:
             said.append(f"keys that are not read: {', '.join(unread):.200}")
         return [f"{self.name}: {text}" for text in said]
 
@@ -150,7 +153,8 @@ class Named:
     def add(self, text: str) -> None:
         self.count += 1
         if self.count <= NAMED:
-            self._first.append(text)
+            text = " ".join(text.split())  # what it quotes may have several lines
+            self._first.append(text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}...")
 
     def __str__(self) -> str:
         more = [f"and {self.count - NAMED:,} more"] if self.count > NAMED else []

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from openelm_mlx.engine.loading import Engine
@@ -22,6 +23,7 @@ from openelm_mlx.errors import FinetuneError, OptionError
 from openelm_mlx.finetune.options import FinetuneOptions
 
 ROW = 1024  # tokens of a row, unless asked otherwise
+PART = 1 << 20  # characters of a long text that are encoded at once, and the rest of their line
 LAST_WINDOW = 32  # the fewest tokens of a long text's last window, for EOS to follow something
 
 Turn = tuple[list[int], bytes]  # ids, and a mark for each
@@ -114,11 +116,16 @@ class Encoder:
 
     def _text(self, text: str, where: str) -> list[Example]:
         """Return a text in windows of a row, each after BOS; every token is in one of them."""
-        ids = [*self.tokenizer.encode(text, bos=False), self.tokenizer.eos_id]
+        ids = array("i")
+        for start, end in bounds(text):
+            ids.extend(self.tokenizer.encode(text[start:end], bos=False, continued=start > 0))
+        ids.append(self.tokenizer.eos_id)
         if self.overlong not in (None, "split"):
             self._check_length(1 + len(ids))
-        parts = [[self.tokenizer.bos_id, *part] for part in windows(ids, self.length - 1)]
-        return [example(part, marks(len(part), 1), where) for part in parts]
+        return [
+            example([self.tokenizer.bos_id, *part], marks(1 + len(part), 1), where)
+            for part in windows(ids, self.length - 1)
+        ]
 
     def _completion(self, record: Completion, where: str, train_on: str) -> Example:
         prompt = self.tokenizer.encode(record.prompt)
@@ -196,7 +203,19 @@ def shared(some: Sequence[int], others: Sequence[int]) -> int:
     return next((place for place, (a, b) in pairs if a != b), min(len(some), len(others)))
 
 
-def windows(ids: list[int], most: int) -> list[list[int]]:
+def bounds(text: str) -> list[tuple[int, int]]:
+    """Return where parts of a long text begin and end, each but the last after a line break.
+
+    SentencePiece takes 40 times the bytes of a text while it encodes it. No piece of LLaMA's goes
+    on after a line break, so the parts have the tokens of the whole.
+    """
+    ends = [0]
+    while ends[-1] < len(text):
+        ends.append(text.find("\n", ends[-1] + PART) + 1 or len(text))
+    return list(pairwise(ends))
+
+
+def windows(ids: Sequence[int], most: int) -> list[Sequence[int]]:
     """Return ids in parts of `most`; the last is shorter, but takes `LAST_WINDOW` if it can.
 
     >>> windows([1, 2, 3, 4, 5, 6, 7], 3)

@@ -71,7 +71,7 @@ def prepared(
     ranks = launched()
     resumed = ranks.rank == 0 and state.check_folder(folder, resume)
     read = read_data(engine, data, options)
-    return Run(engine, read, Path(data).name, folder, options, ranks, resumed)
+    return Run(engine, read, read.name, folder, options, ranks, resumed)
 
 
 def check_engine(engine: Engine, options: FinetuneOptions) -> None:

@@ -55,7 +55,7 @@ def kind_of(raw: Any) -> str:
     for kind, keys in KEYS.items():
         if all(key in raw for key in keys):
             return kind
-    has = f"the keys {', '.join(map(str, raw))}" if raw else "no keys"
+    has = f"the keys {', '.join(map(shown, raw))}" if raw else "no keys"
     absent = [key for key in KNOWN if key not in raw]
     near = {key: nearest(key, absent) for key in raw if key and key not in KNOWN}
     hints = "".join(f"; {key!r} may be meant as {name!r}" for key, name in near.items() if name)

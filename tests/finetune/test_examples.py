@@ -14,6 +14,7 @@ from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.prompts import encode_messages, prompt_tokens
 from openelm_mlx.engine.tokenizer import Tokenizer
 from openelm_mlx.errors import FinetuneError, OptionError, PromptError
+from openelm_mlx.finetune import examples
 from openelm_mlx.finetune.examples import (
     Completion,
     Encoder,
@@ -116,6 +117,14 @@ def test_a_long_text_is_trained_once_in_windows(engine: Engine, text, length):
     assert all(one.tokens[0] == tokenizer.bos_id and not one.trained[0] for one in found)
     assert all(sum(one.trained) == len(one.tokens) - 1 < length for one in found)
     assert len(found) == -(-len(ids) // (length - 1))
+
+
+def test_a_very_long_text_is_encoded_in_parts(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    text = "  One line.\n\n Two  é\n\n\n日\nthree, ▁ and no break for a while. \n\n"
+    (whole,) = encoded(engine, text)
+    for size in range(1, len(text) + 2):
+        monkeypatch.setattr(examples, "PART", size)
+        assert encoded(engine, text) == [whole], size
 
 
 @pytest.mark.parametrize("most", [7, 20, 63, 64, 65, 1023])

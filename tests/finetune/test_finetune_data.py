@@ -63,7 +63,11 @@ def tokens(examples: Any) -> list[Any]:
 def test_each_kind_is_read(read: Read, tiny: Engine, kind: str):
     found = read([GOOD[kind], "", "  ", GOOD[kind]])
     assert (found.kind, found.records, len(found.train), found.validation) == (kind, 2, 2, [])
-    assert found.notices == () and tokens(found.train[:1]) == tokens(found.train[1:])
+    assert (
+        found.name == "data.jsonl"
+        and found.notices == ()
+        and tokens(found.train[:1]) == tokens(found.train[1:])
+    )
     second = found.train[1]
     second = second.rejected if isinstance(second, Pair) else second
     assert second.where.endswith("data.jsonl, line 4")
@@ -104,8 +108,9 @@ BAD = {
     "1" * 5000: "is not JSON that can be read",
     '{"txt": "a"}': "a prompt; 'txt' may be meant as 'text'",
     '{"promt": "a", "completion": "b"}': "'promt' may be meant as 'prompt'",
-    '{"question": 1, "answer": 2}': "has the keys question, answer; give messages",
+    '{"question": 1, "answer": 2}': "has the keys 'question', 'answer'; give messages",
     "{}": "has no keys; give",
+    json.dumps({"messages": [{"role": "a\n" * 1000}]}): "message 1 has the role 'a\\na\\na",
     '{"text": 3}': "has 3 as text; give a text",
     '{"text": null}': "has None as text; give a text",
     '{"text": " \\n"}': "has an empty text",
@@ -181,7 +186,9 @@ def test_over_long_records_are_named_split_or_left_out_aloud(read: Read):
 
 def test_keys_of_other_uses_are_said_and_not_read(read: Read):
     found = read([{"id": 1, **GOOD["messages"], "score": 2.0, "tools": []}, GOOD["messages"]])
-    assert [*found.notices][0].endswith("data.jsonl: keys that are not read: id, score, tools")
+    assert [*found.notices][0].endswith(
+        "data.jsonl: keys that are not read: 'id', 'score', 'tools'"
+    )
     both = {
         **GOOD["messages"],
         "chosen": [USER, ANSWER],
