@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SHORTEST = 128  # tokens to which rows are shortened: attention to a short row costs less
-MULTIPLE = 8  # of which lengths are multiples, but for the longest
+STEPS = 128  # lengths are multiples of so many parts of the longest, but of 8 at most
 WASTE = 0.02  # share of padding that is accepted for shorter rows, and for fewer lengths
 
 
@@ -112,7 +112,7 @@ def best_part(sizes: np.ndarray, length: int) -> tuple[int, np.ndarray]:
     """Return by what rows of `length` tokens are best divided, and the tokens in each such row.
 
     It is the largest power of two with which rows fill, and the one with which they fill most if
-    they do with none.
+    they do with none. Rows may end before the last sixteenths, of which examples may fill none.
     """
     import numpy as np
 
@@ -120,25 +120,28 @@ def best_part(sizes: np.ndarray, length: int) -> tuple[int, np.ndarray]:
     order = order_of(sizes, np.random.default_rng(0), long_first=True)
     tried: list[tuple[float, int, np.ndarray]] = []
     part = 1 << (length // max(longest, min(SHORTEST, length))).bit_length() - 1
-    while part:
-        fills = np.sort(pack(order, sizes, length // part).tokens(sizes))
-        full = fills[1:] if len(fills) > 1 else fills  # the emptiest will be filled in a run
-        tried.append((1 - full.mean() / full.max(), part, fills))
-        part = 0 if tried[-1][0] <= WASTE else part // 2
+    while part and not (tried and tried[-1][0] <= WASTE):
+        for sixteenths in range(16, 8, -1):
+            end = length * sixteenths // part // 16
+            if end < longest or (tried and tried[-1][0] <= WASTE):
+                break
+            fills = np.sort(pack(order, sizes, end).tokens(sizes))
+            full = fills[1:] if len(fills) > 1 else fills  # the emptiest will be filled in a run
+            tried.append((1 - full.mean() / full.max(), part, fills))
+        part //= 2
     _, part, fills = min(tried, key=lambda found: found[0])
     return part, fills
 
 
-def rounded_up(tokens: np.ndarray, longest: int, multiple: int = MULTIPLE) -> np.ndarray:
+def rounded_up(tokens: np.ndarray, longest: int) -> np.ndarray:
     """Return the lengths of rows that hold so many tokens."""
     import numpy as np
 
+    multiple = max(1, min(8, longest // STEPS))
     return np.minimum(-(-tokens // multiple) * multiple, longest)
 
 
-def lengths_for(
-    fills: np.ndarray, longest: int, most: int, multiple: int = MULTIPLE
-) -> tuple[int, ...]:
+def lengths_for(fills: np.ndarray, longest: int, most: int) -> tuple[int, ...]:
     """Return the lengths, ascending, that leave the least padding in rows with so many tokens.
 
     There are at most `most`, and no more than `WASTE` asks for. The last is that of the fullest
@@ -146,7 +149,7 @@ def lengths_for(
     """
     import numpy as np
 
-    values, counts = np.unique(rounded_up(fills, longest, multiple), return_counts=True)
+    values, counts = np.unique(rounded_up(fills, longest), return_counts=True)
     up_to = np.cumsum(counts)
     # slots[j] is the cost of all rows up to the j-th length, if that is the last of the chosen
     slots = values * up_to

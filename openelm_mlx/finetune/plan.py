@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 ALONE = Ranks()
 MOST_LENGTHS = 12  # of the rows of a run
 MOST_SHARES = 3  # of trained targets, for each length
-BATCHES_PER_SHAPE = 16  # so that a short run does not spend its time on tracing
+BATCHES_PER_SHAPE = 8  # so that a short run does not spend its time on tracing
 EIGHTHS = 8  # room for the trained targets is so many parts of a batch
-SAMPLE = 16384  # examples by whose packing the lengths are chosen
+SAMPLE = 4096  # examples by whose packing the lengths are chosen
 
 
 class Form(NamedTuple):
@@ -249,6 +249,6 @@ def room_for(targets: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> np
     for size in np.unique(slots):
         same = slots == size
         most = max(1, min(MOST_SHARES, int(same.sum()) // BATCHES_PER_SHAPE))
-        few = lengths_for(eighths[same], EIGHTHS, most, multiple=1)
+        few = lengths_for(eighths[same], EIGHTHS, most)
         eighths[same] = np.array(few)[np.searchsorted(few, eighths[same])]
     return -(-slots * eighths // EIGHTHS)
