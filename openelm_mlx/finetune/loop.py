@@ -23,6 +23,7 @@ from openelm_mlx.finetune.examples import row_length
 from openelm_mlx.finetune.optimizer import rate_at, warmup_steps
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.plan import Plan, once
+from openelm_mlx.finetune.recipes import note
 from openelm_mlx.finetune.report import FinetuneReport, settings
 from openelm_mlx.finetune.result import NotFiniteError, failed, finished
 from openelm_mlx.finetune.state import BEST, STATE, Metrics, Standing
@@ -296,6 +297,12 @@ class Run:
             about = {"standing": asdict(self.standing), "identity": self.identity}
             state.write_arrays(self.folder / STATE, arrays, about)
             self.saved = True
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Sentences on what a user may not expect, to be said before the first step."""
+        said = [note(self.options.recipe, self.engine.config), *self.data.notices]
+        return tuple(filter(None, said))
 
     @property
     def weights(self) -> dict[str, mx.array]:

@@ -22,7 +22,7 @@ from openelm_mlx.finetune.picture import write_picture
 from openelm_mlx.finetune.records import MESSAGES
 from openelm_mlx.finetune.report import FinetuneReport
 from openelm_mlx.finetune.state import BEST, METRICS, REPORT, STATE, read_arrays, set_weights
-from openelm_mlx.finetune.trainable import adapter_of
+from openelm_mlx.finetune.trainable import adapter_of, form_of
 from openelm_mlx.model.config import GENERATION_CONFIG, expected_tensors
 from openelm_mlx.model.decoder import OpenELM, parameters
 
@@ -125,7 +125,7 @@ def report_of(run: Run, ended: str) -> FinetuneReport:
         seconds=at.seconds,
         peak_bytes=at.peak_bytes,
         versions=versions,
-        notes=tuple(data.notices),
+        notes=run.notices,
     )
 
 
@@ -154,7 +154,8 @@ def write_result(run: Run) -> None:
         instruct = engine.instruct or run.data.kind == MESSAGES
         return write_model(folder, engine, run.model, instruct)
     adapter = replace(adapter_of(run.model, folder.absolute().name), base=run.fingerprint)
-    return write_adapter(folder, adapter, "mlx-lm", engine.config, base_name(engine))
+    form = form_of(adapter, engine.config)
+    return write_adapter(folder, adapter, form, engine.config, base_name(engine))
 
 
 def base_name(engine: Engine) -> str:

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from golden_set import GOLDEN
 from small import random_tokens, small_model
+from training import write_pairs
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine.adapter_files import read_adapter, write_adapter
 from openelm_mlx.engine.loading import Engine
+from openelm_mlx.finetune import finetune
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.trainable import adapter_of, form_of, trainable
 from openelm_mlx.model.adapters import adapted
@@ -44,3 +46,18 @@ def test_a_folder_gives_the_embedding_that_was_trained(tiny, tmp_path, name, for
     write_adapter(tmp_path / "adapter", adapter, form, engine.config)
     again = adapted(engine.model, read_adapter(tmp_path / "adapter", engine.config))
     assert np.allclose(again(tokens), trained, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_of_corenets_recipe_can_be_loaded(tiny, tmp_path):
+    own = {"rank": 2, "length": 48, "batch": 1, "accumulate": 1, "steps": 1, "validation_share": 0}
+    options = FinetuneOptions.of(tiny.config, recipe="corenet-dora", **own)
+    report = finetune(tiny, write_pairs(tmp_path / "pairs.jsonl", 4), tmp_path / "out", options)
+    assert report.notes == (
+        "corenet-dora is for Apple's sizes; this model takes what it says for 270m.",
+    )
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()  # PEFT's name
+    adapter = read_adapter(tmp_path / "out", tiny.config)
+    assert len(adapter.parts) == 1 + 4 * tiny.config.num_transformer_layers
+    tokens = random_tokens(tiny.config, 1, 8)
+    away = mx.abs(adapted(tiny.model, adapter)(tokens) - tiny.model(tokens)).max().item()
+    assert 0 < away < 1
