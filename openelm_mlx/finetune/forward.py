@@ -1,32 +1,230 @@
-"""The pass of a training step over packed rows."""
+"""The pass of a training step over packed rows.
+
+It computes what `OpenELM.hidden` and `logits` do, in a form whose gradients take less time and
+memory. A pass that answers has few tokens and many kernels; this one has many tokens, and what it
+keeps for the gradients decides what fits.
+
+    attention   in blocks of queries: a block does not compute scores of what comes after it
+    rotation    real numbers, and a gradient that is the rotation backwards
+    SwiGLU      a gradient that uses the sigmoid again instead of computing it twice
+    head        a chunk of tokens at a time, and only tokens that the loss counts
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
 from openelm_mlx.device import mx, nn
 from openelm_mlx.finetune.batches import Batch
-from openelm_mlx.model.cache import NoCache
-from openelm_mlx.model.cache_kinds import Mask
-from openelm_mlx.model.decoder import OpenELM
+from openelm_mlx.model.adapters import AdaptedEmbedding
+from openelm_mlx.model.decoder import Attention, DecoderLayer, FeedForward, OpenELM
+from openelm_mlx.model.projections import project_onto
+
+BLOCKS, LEAST_BLOCK = 4, 64  # of queries in a row: so many, unless they get shorter than this
+CHUNK = 2**23  # logits that are computed at once
 
 
-class PackedRows(NoCache):
-    """A cache for one pass over packed rows: a token sees the earlier ones of its own segment."""
+class Training(NamedTuple):
+    """What a pass of training has, and one that evaluates does not."""
 
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        same = batch.segments[:, :, None] == batch.segments[:, None, :]
-        length = batch.segments.shape[1]
-        self.sees = (same & mx.tri(length, dtype=mx.bool_))[:, None]
-
-    def positions(self, length: int) -> mx.array:
-        return self.batch.positions
-
-    def mask(self, length: int) -> Mask:
-        return self.sees
+    key: mx.array | None = None  # of the dropout
+    dropout: float = 0.0
+    checkpointing: bool = False
+    z_loss: float = 0.0
 
 
-def token_losses(model: OpenELM, batch: Batch) -> mx.array:
-    """Return the negative log-likelihood of each target in nats, [rows, length] float32."""
-    hidden = model.hidden(batch.tokens, [PackedRows(batch)] * len(model.layers))
-    logits = model.logits(hidden).astype(mx.float32)
-    return nn.losses.cross_entropy(logits, batch.targets)
+class Rows(NamedTuple):
+    """What all layers share; activations are [rows * length, model_dim]."""
+
+    count: int
+    length: int
+    cosine: mx.array  # [rows, 1, length, head_dim / 2] float32
+    sine: mx.array
+    blocks: list[tuple[slice, mx.array]]  # queries, and which of the keys before their end each sees
+
+
+def token_losses(model: OpenELM, batch: Batch, training: Training | None = None) -> mx.array:
+    """Return the negative log-likelihood of each target in nats, [rows, length] float32.
+
+    It is 0 where the weight is 0. In training, `z_loss` times the squared log of the softmax's sum
+    is added (PaLM, arXiv:2204.02311, section 5).
+    """
+    rows = rows_of(model, batch)
+    x = model.transformer.token_embeddings(batch.tokens.reshape(-1))
+    for layer in model.layers:
+        compute = partial(layer_output, layer, rows)
+        if training is not None and training.checkpointing:
+            compute = recomputed(layer, compute)
+        x = compute(x)
+    x = model.transformer.norm(x)
+    losses = head_losses(model, x, batch.targets.reshape(-1), training)
+    return mx.where(batch.weights > 0, losses.reshape(batch.tokens.shape), 0)
+
+
+def rows_of(model: OpenELM, batch: Batch) -> Rows:
+    """Return what the layers need to know of a batch."""
+    config, (count, length) = model.args, batch.tokens.shape
+    half = config.head_dim // 2
+    radians = mx.exp(mx.arange(half) * (-math.log(config.rope_freq_constant) / half))
+    angles = batch.positions[:, None, :, None] * radians
+    size = max(LEAST_BLOCK, -(-length // BLOCKS))
+    blocks = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        same = batch.segments[:, start:end, None] == batch.segments[:, None, :end]
+        sees = same & mx.tri(end - start, end, start, dtype=mx.bool_)
+        blocks.append((slice(start, end), sees[:, None]))
+    return Rows(count, length, mx.cos(angles), mx.sin(angles), blocks)
+
+
+def layer_output(layer: DecoderLayer, rows: Rows, x: mx.array) -> mx.array:
+    """Return the output of a layer, [rows * length, model_dim]."""
+    heads = attention(layer.attn, rows, layer.attn_norm(x))
+    x = project_onto(x, layer.attn.out_proj, heads)
+    return project_onto(x, layer.ffn.proj_2, gated(layer.ffn, layer.ffn_norm(x)))
+
+
+def attention(attn: Attention, rows: Rows, x: mx.array) -> mx.array:
+    """Return the attention of every head, [rows * length, heads * head_dim]."""
+    raw = attn.qkv_proj(x).reshape(rows.count, rows.length, -1, attn.head_dim).swapaxes(1, 2)
+    turning = attn.q_heads + attn.kv_heads
+    heads, v = raw[:, :turning], mx.contiguous(raw[:, turning:])
+    if (norms := attn.norm_weights()) is not None:
+        shapes = [(attn.q_heads, 1, attn.head_dim), (attn.kv_heads, 1, attn.head_dim)]
+        weights = mx.concatenate([mx.broadcast_to(*one) for one in zip(norms, shapes, strict=True)])
+        heads = mx.fast.rms_norm(heads, None, attn.eps) * weights
+    heads = rotated(heads, rows.cosine, rows.sine)
+    q, k = heads[:, : attn.q_heads], heads[:, attn.q_heads :]
+    sdpa = partial(mx.fast.scaled_dot_product_attention, scale=attn.scale)
+    out = [
+        sdpa(q[:, :, at], k[:, :, : at.stop], v[:, :, : at.stop], mask=mask).swapaxes(1, 2)
+        for at, mask in rows.blocks
+    ]
+    whole = out[0] if len(out) == 1 else mx.concatenate(out, axis=1)
+    return whole.reshape(rows.count * rows.length, -1)
+
+
+@mx.custom_function
+def rotated(heads: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
+    """Return heads [rows, heads, length, head_dim] rotated by the angles of their positions."""
+    return turned(heads, cosine, sine)
+
+
+@rotated.vjp
+def _(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    _, cosine, sine = primals
+    return turned(cotangent, cosine, -sine), mx.zeros_like(cosine), mx.zeros_like(sine)
+
+
+def turned(heads: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
+    a, b = mx.split(heads.astype(mx.float32), 2, axis=-1)
+    both = [a * cosine - b * sine, b * cosine + a * sine]
+    return mx.concatenate(both, axis=-1).astype(heads.dtype)
+
+
+def gated(ffn: FeedForward, x: mx.array) -> mx.array:
+    """Return the input of `proj_2`, [rows * length, ffn_dim]."""
+    x = ffn.proj_1(x)
+    return swiglu(x)[0] if ffn.gated else nn.silu(x)
+
+
+@mx.custom_function
+def swiglu(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Return silu(gate) * up of [gate; up], and the sigmoid of the gate."""
+    gate, up = mx.split(x, 2, axis=-1)
+    sigmoid = mx.sigmoid(gate)
+    return gate * sigmoid * up, sigmoid
+
+
+@swiglu.vjp
+def _(x: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
+    gate, up = mx.split(x, 2, axis=-1)
+    sigmoid, of_out = outputs[1], cotangents[0]
+    silu = gate * sigmoid
+    of_gate = of_out * up * (sigmoid + silu * (1 - sigmoid))
+    return mx.concatenate([of_gate, of_out * silu], axis=-1)
+
+
+def head_losses(
+    model: OpenELM, hidden: mx.array, targets: mx.array, training: Training | None
+) -> mx.array:
+    """Return the losses of targets [tokens] after hidden states [tokens, model_dim]."""
+    module, head = head_of(model)
+    size = max(1, CHUNK // model.args.vocab_size)
+    z_loss = 0.0 if training is None else training.z_loss
+    losses = partial(chunk_losses, head, z_loss)
+    if training is not None:
+        frozen = not module.trainable_parameters()
+        losses = with_gradient(head, z_loss) if frozen else recomputed(module, losses)
+    found: list[mx.array] = []
+    for start in range(0, targets.size, size):
+        chunk = hidden[start : start + size]
+        if found:  # one after the other, or the logits of all would be in memory at once
+            chunk = mx.depends(chunk, found[-1])
+        found.append(losses(chunk, targets[start : start + size]))
+    return found[0] if len(found) == 1 else mx.concatenate(found)
+
+
+def head_of(model: OpenELM) -> tuple[nn.Module, Callable[[mx.array], mx.array]]:
+    """Return the module that has the head's parameters, and what makes logits of hidden states."""
+    if "lm_head" in model:
+        return model.lm_head, model.lm_head
+    embedding = model.transformer.token_embeddings
+    if isinstance(embedding, AdaptedEmbedding) and not embedding.tied:
+        embedding = embedding.base
+    return embedding, embedding.as_linear
+
+
+def chunk_losses(head: Any, z_loss: float, hidden: mx.array, targets: mx.array) -> mx.array:
+    """Return the losses of a chunk of tokens."""
+    logits = head(hidden).astype(mx.float32)
+    total = mx.logsumexp(logits, axis=-1)
+    losses = total - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return losses + z_loss * total.square() if z_loss else losses
+
+
+def with_gradient(head: Any, z_loss: float) -> Any:
+    """Return `chunk_losses` of a head that is not trained, with its gradient.
+
+    The gradient is computed with the losses, as long as there are logits, up to the factor of each
+    token. So neither logits nor softmax are kept or computed again.
+    """
+
+    @mx.custom_function
+    def losses(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        logits = head(hidden).astype(mx.float32)
+        softmax = mx.softmax(logits, axis=-1)
+        total = logits.max(axis=-1) - mx.log(softmax.max(axis=-1))  # log of the sum of exponentials
+        losses = total - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        hit = mx.arange(logits.shape[-1]) == targets[:, None]
+        if z_loss:
+            losses = losses + z_loss * total.square()
+            softmax = softmax * (1 + 2 * z_loss * total)[:, None]
+        of_logits = (softmax - hit).astype(hidden.dtype)
+        _, (of_hidden,) = mx.vjp(head, [hidden], [of_logits])
+        return losses, of_hidden
+
+    @losses.vjp
+    def _(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
+        hidden, targets = primals
+        of_hidden = (outputs[1] * cotangents[0][:, None]).astype(hidden.dtype)
+        return of_hidden, mx.zeros_like(targets)
+
+    return lambda hidden, targets: losses(hidden, targets)[0]
+
+
+def recomputed(module: nn.Module, function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Return a function of the parameters of `module` that is computed again for its gradients."""
+    kept = module.trainable_parameters()
+
+    def inner(parameters: Any, *args: mx.array) -> mx.array:
+        module.update(parameters)
+        try:
+            return function(*args)
+        finally:
+            module.update(kept)
+
+    return partial(mx.checkpoint(inner), kept)
