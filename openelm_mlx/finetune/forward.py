@@ -30,8 +30,6 @@ CHUNK = 2**23  # logits that are computed at once
 class Training(NamedTuple):
     """What a pass of training has, and one that evaluates does not."""
 
-    key: mx.array | None = None  # of the dropout
-    dropout: float = 0.0
     checkpointing: bool = False
     z_loss: float = 0.0
 
@@ -43,7 +41,9 @@ class Rows(NamedTuple):
     length: int
     cosine: mx.array  # [rows, 1, length, head_dim / 2] float32
     sine: mx.array
-    blocks: list[tuple[slice, mx.array]]  # queries, and which of the keys before their end each sees
+    blocks: list[
+        tuple[slice, mx.array]
+    ]  # queries, and which of the keys before their end each sees
 
 
 def token_losses(model: OpenELM, batch: Batch, training: Training | None = None) -> mx.array:
@@ -155,16 +155,16 @@ def head_losses(
     module, head = head_of(model)
     size = max(1, CHUNK // model.args.vocab_size)
     z_loss = 0.0 if training is None else training.z_loss
-    losses = partial(chunk_losses, head, z_loss)
-    if training is not None:
-        frozen = not module.trainable_parameters()
-        losses = with_gradient(head, z_loss) if frozen else recomputed(module, losses)
+    frozen = not module.trainable_parameters()
     found: list[mx.array] = []
     for start in range(0, targets.size, size):
+        losses = partial(chunk_losses, head, z_loss, targets[start : start + size])
+        if training is not None:
+            losses = with_gradient(head, *losses.args[1:]) if frozen else recomputed(module, losses)
         chunk = hidden[start : start + size]
         if found:  # one after the other, or the logits of all would be in memory at once
             chunk = mx.depends(chunk, found[-1])
-        found.append(losses(chunk, targets[start : start + size]))
+        found.append(losses(chunk))
     return found[0] if len(found) == 1 else mx.concatenate(found)
 
 
@@ -178,7 +178,7 @@ def head_of(model: OpenELM) -> tuple[nn.Module, Callable[[mx.array], mx.array]]:
     return embedding, embedding.as_linear
 
 
-def chunk_losses(head: Any, z_loss: float, hidden: mx.array, targets: mx.array) -> mx.array:
+def chunk_losses(head: Any, z_loss: float, targets: mx.array, hidden: mx.array) -> mx.array:
     """Return the losses of a chunk of tokens."""
     logits = head(hidden).astype(mx.float32)
     total = mx.logsumexp(logits, axis=-1)
@@ -186,15 +186,15 @@ def chunk_losses(head: Any, z_loss: float, hidden: mx.array, targets: mx.array) 
     return losses + z_loss * total.square() if z_loss else losses
 
 
-def with_gradient(head: Any, z_loss: float) -> Any:
-    """Return `chunk_losses` of a head that is not trained, with its gradient.
+def with_gradient(head: Any, z_loss: float, targets: mx.array) -> Callable[[mx.array], mx.array]:
+    """Return `chunk_losses` as a function of hidden states, for a head that is not trained.
 
     The gradient is computed with the losses, as long as there are logits, up to the factor of each
     token. So neither logits nor softmax are kept or computed again.
     """
 
     @mx.custom_function
-    def losses(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    def losses(hidden: mx.array) -> tuple[mx.array, mx.array]:
         logits = head(hidden).astype(mx.float32)
         softmax = mx.softmax(logits, axis=-1)
         total = logits.max(axis=-1) - mx.log(softmax.max(axis=-1))  # log of the sum of exponentials
@@ -208,23 +208,21 @@ def with_gradient(head: Any, z_loss: float) -> Any:
         return losses, of_hidden
 
     @losses.vjp
-    def _(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
-        hidden, targets = primals
-        of_hidden = (outputs[1] * cotangents[0][:, None]).astype(hidden.dtype)
-        return of_hidden, mx.zeros_like(targets)
+    def _(hidden: mx.array, cotangents: Any, outputs: Any) -> mx.array:
+        return (outputs[1] * cotangents[0][:, None]).astype(hidden.dtype)
 
-    return lambda hidden, targets: losses(hidden, targets)[0]
+    return lambda hidden: losses(hidden)[0]
 
 
 def recomputed(module: nn.Module, function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """Return a function of the parameters of `module` that is computed again for its gradients."""
-    kept = module.trainable_parameters()
 
     def inner(parameters: Any, *args: mx.array) -> mx.array:
+        kept = module.trainable_parameters()
         module.update(parameters)
         try:
             return function(*args)
         finally:
             module.update(kept)
 
-    return partial(mx.checkpoint(inner), kept)
+    return partial(mx.checkpoint(inner), module.trainable_parameters())

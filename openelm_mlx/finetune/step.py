@@ -1,24 +1,39 @@
-"""One step: the loss of a batch and its gradients, clipped, into the optimizer."""
+"""One step: the loss of a batch and its gradients, clipped, into the optimizer.
+
+Each part is a compiled function of all that it reads and changes: nothing hidden decides what it
+computes, and what is replaced lends its memory to what replaces it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from openelm_mlx.device import mx, nn, utils
+from openelm_mlx.device import mx, utils
 from openelm_mlx.finetune.batches import Batch
-from openelm_mlx.finetune.forward import token_losses
+from openelm_mlx.finetune.forward import Training, token_losses
 from openelm_mlx.finetune.optimizer import new_optimizer
 from openelm_mlx.finetune.options import FinetuneOptions
+from openelm_mlx.model.adapters import dropout
 from openelm_mlx.model.decoder import OpenELM
 
-Loss = Callable[[OpenELM, Batch], tuple[mx.array, mx.array]]
-"""The sum over what a batch trains (tokens, pairs), and how many these are."""
+
+class Sums(NamedTuple):
+    """Sums over what a batch trains: tokens, or pairs."""
+
+    total: mx.array  # of the losses
+    count: mx.array
+    extra: dict[str, mx.array]  # of what else is worth knowing
 
 
-def cross_entropy(model: OpenELM, batch: Batch) -> tuple[mx.array, mx.array]:
+Loss = Callable[[OpenELM, Batch, Training | None], Sums]
+"""What a loss computes; it is told what a pass of training has, and None for an evaluation."""
+
+
+def cross_entropy(model: OpenELM, batch: Batch, training: Training | None = None) -> Sums:
     """Return the sum of the losses of the trained tokens in nats, and their number."""
-    return (token_losses(model, batch) * batch.weights).sum(), batch.weights.sum()
+    losses = token_losses(model, batch, training)
+    return Sums((losses * batch.weights).sum(), batch.weights.sum(), {})
 
 
 class Step:
@@ -31,29 +46,69 @@ class Step:
     def __init__(
         self, model: OpenELM, options: FinetuneOptions, loss: Loss = cross_entropy
     ) -> None:
-        self.model, self.options = model, options
+        self.model, self.options, self.loss = model, options, loss
         self.optimizer = new_optimizer(options)
         self.optimizer.init(model.trainable_parameters())
-        self._gradients = nn.value_and_grad(model, loss)
-        self._loss = loss
+        self._gradients = mx.compile(self._traced_gradients)
+        self._update = mx.compile(self._traced_update)
+        self._evaluate = mx.compile(self._traced_sums)
 
-    def gradients(self, batch: Batch, key: mx.array) -> tuple[mx.array, mx.array, Any]:
-        """Return the sum of the losses, the number of what is trained, and summed gradients."""
-        (total, count), grads = self._gradients(self.model, batch)
-        return total, count, grads
+    def gradients(
+        self, batch: Batch, key: mx.array, before: tuple[Sums, Any] | None = None
+    ) -> tuple[Sums, Any]:
+        """Return sums over a batch and the gradients of their total.
+
+        `key` decides what dropout leaves out. `before` is what an earlier batch of the same step
+        gave, which is added.
+        """
+        sums, grads = self._gradients(self.model.trainable_parameters(), batch, key, before)
+        return Sums(*sums), grads
 
     def update(self, grads: Any, count: mx.array, rate: float) -> mx.array:
-        """Take a step along summed gradients; return the norm of their mean before clipping."""
-        grads = utils.tree_map(lambda grad: grad / count, grads)
-        every: Any = utils.tree_flatten(grads)
-        norm = mx.sqrt(mx.stack([grad.square().sum() for _, grad in every]).sum())
-        if self.options.clip:
-            by = mx.minimum(self.options.clip / (norm + 1e-6), 1.0)
-            grads = utils.tree_map(lambda grad: grad * by, grads)
-        self.optimizer.learning_rate = rate
-        self.optimizer.update(self.model, grads)
+        """Take a step along summed gradients; return the norm of their mean before clipping.
+
+        Nothing changes if the norm is not finite.
+        """
+        optimizer = self.optimizer
+        now = self.model.trainable_parameters(), optimizer.state
+        parameters, optimizer.state, norm = self._update(*now, grads, count, mx.array(rate))
+        self.model.update(parameters)
         return norm
 
-    def evaluate(self, batch: Batch) -> tuple[mx.array, mx.array]:
-        """Return the sum of the losses and the number of what they are of, without gradients."""
-        return self._loss(self.model, batch)
+    def evaluate(self, batch: Batch) -> Sums:
+        """Return sums over a batch, without gradients."""
+        return Sums(*self._evaluate(self.model.trainable_parameters(), batch, None))
+
+    def _traced_sums(self, parameters: Any, batch: Any, training: Training | None) -> Sums:
+        kept = self.model.trainable_parameters()
+        self.model.update(parameters)
+        try:
+            return self.loss(self.model, Batch(*batch), training)
+        finally:
+            self.model.update(kept)
+
+    def _traced_gradients(self, parameters: Any, batch: Any, key: mx.array, before: Any) -> Any:
+        training = Training(self.options.gradient_checkpointing, self.options.z_loss)
+        with dropout(self.model, self.options.dropout, key):
+            sums, grads = mx.value_and_grad(self._traced_sums)(parameters, batch, training)
+        found = Sums(*sums), grads
+        return found if before is None else utils.tree_map(mx.add, found, before)
+
+    def _traced_update(
+        self, parameters: Any, state: Any, grads: Any, count: mx.array, rate: mx.array
+    ) -> Any:
+        grads = utils.tree_map(lambda grad: grad / mx.maximum(count, 1), grads)
+        every: Any = utils.tree_flatten(grads)
+        norm = mx.sqrt(sum(grad.astype(mx.float32).square().sum() for _, grad in every))
+        if self.options.clip:
+            by = mx.minimum(self.options.clip / (norm + 1e-6), 1.0)
+            grads = utils.tree_map(lambda grad: grad * by.astype(grad.dtype), grads)
+        optimizer = new_optimizer(self.options)
+        optimizer.state = utils.tree_map(lambda leaf: leaf, state)  # the containers of it are new
+        optimizer.learning_rate = rate
+        found = optimizer.apply_gradients(grads, parameters), optimizer.state
+        finite = mx.isfinite(norm)
+        parameters, state = utils.tree_map(
+            lambda new, old: mx.where(finite, new, old), found, (parameters, state)
+        )
+        return parameters, state, norm

@@ -10,7 +10,8 @@ and computes W' x as W x + scale b (a x), so a quantized W stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,7 @@ class Adapted(nn.Module):
         if part.magnitude is not None:
             self.m = part.magnitude
         self._cached: tuple[mx.array, ...] = ()
+        self._dropout: tuple[float, mx.array] | None = None  # from `dropout`
 
     @property
     def low_rank(self) -> LowRank:
@@ -135,7 +137,8 @@ class Adapted(nn.Module):
 
     def beside(self, y: mx.array, x: mx.array) -> mx.array:
         """Return W' x [..., rows] where `y` is W x and `x` is [..., columns]."""
-        out = mx.addmm(y, x @ self.a.T, self.b.T, alpha=self.scale)
+        low = x if self._dropout is None else dropped(x, *self._dropout)
+        out = mx.addmm(y, low @ self.a.T, self.b.T, alpha=self.scale)
         return (out * self.gain() if "m" in self else out).astype(y.dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -183,6 +186,29 @@ class AdaptedHead(Adapted):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.beside(self.base.as_linear(x), x)
+
+
+@contextmanager
+def dropout(model: nn.Module, share: float, key: mx.array) -> Iterator[None]:
+    """Let the low-rank parts of projections leave out a share of their inputs, as PEFT does.
+
+    What a projection leaves out follows from the key and its place in the model alone, so a pass
+    that is computed again leaves out the same.
+    """
+    parts = [module for module in model.modules() if type(module) is Adapted] if share else []
+    for part, own in zip(parts, mx.random.split(key, len(parts)) if parts else [], strict=True):
+        part._dropout = share, own
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._dropout = None
+
+
+def dropped(x: mx.array, share: float, key: mx.array) -> mx.array:
+    """Return x with a share of its elements 0 and the others larger, so that means stay."""
+    kept = mx.random.bernoulli(1 - share, x.shape, key=key)
+    return mx.where(kept, x * (1 / (1 - share)), 0)
 
 
 def dense(module: Any) -> mx.array:

@@ -1,0 +1,208 @@
+"""What a step compiles, computes again, cuts into chunks or adds up is what the plain way gives."""
+
+from __future__ import annotations
+
+import pytest
+from small import random_adapter, small_model
+
+from openelm_mlx.device import mx, nn, utils
+from openelm_mlx.finetune import forward
+from openelm_mlx.finetune.batches import Batch
+from openelm_mlx.finetune.forward import Training, token_losses
+from openelm_mlx.finetune.options import FinetuneOptions
+from openelm_mlx.finetune.step import Step
+from openelm_mlx.model.adapters import Adapted, adapted, dropout
+from openelm_mlx.model.decoder import OpenELM
+
+KEY = mx.random.key(7)
+MODELS = ("tied-gqa4", "untied-mha", "noqknorm-gqa2", "noglu-gqa2")
+
+
+def plain_model(name: str = "tied-gqa4") -> OpenELM:
+    config, weights = small_model(name)
+    model = OpenELM(config)
+    model.load_weights(list(weights.items()))
+    mx.eval(model.parameters())
+    return model
+
+
+def trainee(name: str = "tied-gqa4", dora: bool = False, seed: int = 1) -> OpenELM:
+    """Return a model whose projections have parts that are trained."""
+    model = plain_model(name)
+    model = adapted(model, random_adapter(model, seed, dora, only=".layers."), mx.float32)
+    model.freeze()
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            module.unfreeze(keys=["a", "b", "m"], recurse=False)
+    mx.eval(model.parameters())
+    return model
+
+
+def batch_of(*rows: tuple[int, ...], vocab: int = 60, seed: int = 3) -> Batch:
+    """Return a batch whose rows have segments of these lengths; the first token is not trained."""
+    length = max(map(sum, rows))
+    columns: list[list[list[int]]] = [[] for _ in range(3)]
+    for row in rows:
+        rest = length - sum(row)
+        columns[0].append([n for n, size in enumerate(row, 1) for _ in range(size)] + [0] * rest)
+        columns[1].append([at for size in row for at in range(size)] + [0] * rest)
+        columns[2].append(
+            [int(0 < at < size - 1) for size in row for at in range(size)] + [0] * rest
+        )
+    segments, positions, weights = map(mx.array, columns)
+    tokens = mx.random.randint(3, vocab, segments.shape, key=mx.random.key(seed))
+    targets = mx.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
+    return Batch(
+        tokens, segments, positions, targets, weights.astype(mx.float32), segments, weights
+    )
+
+
+def leaves(tree) -> dict[str, mx.array]:
+    return dict(utils.tree_flatten(tree))
+
+
+def far(left, right) -> float:
+    """Return the largest difference, relative to the largest element of its array."""
+    one, other = leaves(left), leaves(right)
+    assert one.keys() == other.keys()
+    return max(
+        (mx.abs(one[name] - other[name]).max() / mx.abs(other[name]).max()).item() for name in one
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_are_those_of_the_inference_model(name):
+    """Each segment by itself, by the other form of the model."""
+    model, batch = trainee(name), batch_of((30, 17, 90), (70, 50))
+    found = token_losses(model, batch)
+    for row, start, end in ((0, 0, 30), (0, 30, 47), (0, 47, 137), (1, 0, 70), (1, 70, 120)):
+        logits = model(batch.tokens[row : row + 1, start:end])[0]
+        expected = nn.losses.cross_entropy(logits, batch.targets[row, start:end])
+        expected = expected * batch.weights[row, start:end]
+        assert far(found[row, start:end], expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_the_inference_model(name):
+    """The gradient of every operation, with and without one of our own, in one segment."""
+    model, batch = plain_model(name), batch_of((100,))
+
+    def plain(model: OpenELM) -> mx.array:
+        return (nn.losses.cross_entropy(model(batch.tokens), batch.targets) * batch.weights).sum()
+
+    def own(model: OpenELM) -> mx.array:
+        return (token_losses(model, batch, Training()) * batch.weights).sum()
+
+    for one in (model, trainee(name), trainee(name, dora=True)):
+        (loss, grads), (other, expected) = (nn.value_and_grad(one, f)(one) for f in (own, plain))
+        assert far(grads, expected) < 1e-5 and far([loss], [other]) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "full"}, {"dropout": 0.3}, {"clip": 0.0}])
+def test_a_compiled_step_equals_an_eager_one(options):
+    options, batch = FinetuneOptions(**options), batch_of((9, 17), (25,))
+    make = plain_model if options.method == "full" else trainee
+    one, other = (Step(make(), options) for _ in range(2))
+    for number in range(2):
+        key = mx.random.key(number)
+        sums, grads = one.gradients(batch, key)
+        parameters = other.model.trainable_parameters()
+        plain, expected = other._traced_gradients(parameters, batch, key, None)
+        assert far(grads, expected) < 1e-5 and far([sums.total], [plain.total]) < 1e-6
+        norm = one.update(grads, sums.count, 1e-3)
+        parameters, state, plain_norm = other._traced_update(
+            parameters, other.optimizer.state, expected, plain.count, mx.array(1e-3)
+        )
+        other.optimizer.state = state
+        other.model.update(parameters)
+        assert far([norm], [plain_norm]) < 1e-5
+        assert far(one.model.trainable_parameters(), parameters) < 1e-4
+        assert (
+            far([one.evaluate(batch).total], [other._traced_sums(parameters, batch, None).total])
+            < 1e-5
+        )
+
+
+def test_gradients_add_up():
+    """Over two batches as over one that has the rows of both."""
+    step, key = Step(trainee(), FinetuneOptions()), KEY
+    both = batch_of((9, 17), (26,))
+    first, second = (Batch(*(part[row : row + 1] for part in both)) for row in range(2))
+    sums, grads = step.gradients(second, key, step.gradients(first, key))
+    expected, whole = step.gradients(both, key)
+    assert far(grads, whole) < 1e-5
+    assert far([sums.total], [expected.total]) < 1e-6 and sums.count.item() == expected.count.item()
+
+
+@pytest.mark.parametrize("name", ["tied-gqa4", "untied-mha"])
+@pytest.mark.parametrize("make", [plain_model, trainee])
+def test_layers_and_chunks_are_computed_again(monkeypatch, name, make):
+    """Gradients stay as they are, with dropout too; the head of `plain_model` is trained."""
+    model, batch = make(name), batch_of((30, 17), (47,))
+    kinds = [{"gradient_checkpointing": value} for value in (False, True)]
+    steps = [Step(model, FinetuneOptions(dropout=0.2, z_loss=0.01, **kind)) for kind in kinds]
+    parameters = model.trainable_parameters()
+    sums, grads = steps[0].gradients(batch, KEY)
+    monkeypatch.setattr(forward, "CHUNK", 20 * model.args.vocab_size)
+    plain, expected = steps[1].gradients(batch, KEY)
+    assert far(grads, expected) < 1e-5 and far([sums.total], [plain.total]) < 1e-6
+    after = leaves(model.trainable_parameters())
+    assert all(after[name] is array for name, array in leaves(parameters).items())
+
+
+def test_z_loss_is_the_square_of_the_log_of_the_sum():
+    for model in (trainee(), plain_model()):
+        batch = batch_of((40,))
+
+        def plain(model: OpenELM, batch: Batch = batch) -> mx.array:
+            logits = model(batch.tokens)
+            losses = nn.losses.cross_entropy(logits, batch.targets)
+            return ((losses + 0.5 * mx.logsumexp(logits, axis=-1) ** 2) * batch.weights).sum()
+
+        step = Step(model, FinetuneOptions(z_loss=0.5))
+        sums, grads = step.gradients(batch, KEY)
+        loss, expected = nn.value_and_grad(model, plain)(model)
+        assert far(grads, expected) < 1e-5 and far([sums.total], [loss]) < 1e-6
+        assert step.evaluate(batch).total.item() < sums.total.item()  # not in an evaluation
+
+
+def test_dropout_leaves_out_inputs_of_the_low_rank_part():
+    model, share = trainee(), 0.25
+    module = model.layers[0].ffn.proj_1
+    x = mx.random.normal((5, model.args.model_dim))
+    parts = [part for part in model.modules() if type(part) is Adapted]
+    with dropout(model, share, KEY):
+        found, same, other = module(x), module(x), model.layers[1].ffn.proj_1._dropout
+    place = next(at for at, part in enumerate(parts) if part is module)
+    key = mx.random.split(KEY, len(parts))[place]
+    mask = mx.random.uniform(shape=x.shape, key=key) < 1 - share
+    low = module.scale * ((x * mask / (1 - share)) @ module.a.T) @ module.b.T
+    assert 0.1 < 1 - mask.mean().item() < 0.4 and other[1].tolist() != key.tolist()
+    assert far([found], [module.base(x) + low]) < 1e-6 and far([same], [found]) == 0
+    assert far([module(x)], [module.base(x) + module.scale * (x @ module.a.T) @ module.b.T]) < 1e-6
+
+
+def test_dropout_follows_from_the_key_and_evaluation_has_none():
+    model, batch = trainee(), batch_of((20, 10))
+    step = Step(model, FinetuneOptions(dropout=0.5))
+    totals = [step.gradients(batch, mx.random.key(n))[0].total.item() for n in (1, 2, 1)]
+    assert totals[0] == totals[2] != totals[1]
+    without = Step(model, FinetuneOptions()).evaluate(batch).total.item()
+    assert step.evaluate(batch).total.item() == without not in totals
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing(optimizer):
+    step = Step(trainee(), FinetuneOptions(optimizer=optimizer))
+    batch = batch_of((20, 10))
+    sums, grads = step.gradients(batch, KEY)
+    step.update(grads, sums.count, 1e-3)
+    sums, grads = step.gradients(batch, KEY)
+    before = leaves([step.model.trainable_parameters(), step.optimizer.state])
+    before = {name: array.tolist() for name, array in before.items()}
+    grads["transformer"]["layers"][1]["ffn"]["proj_2"]["b"] *= float("nan")
+    norm = step.update(grads, sums.count, 2e-3)
+    assert not mx.isfinite(norm).item()
+    after = leaves([step.model.trainable_parameters(), step.optimizer.state])
+    assert before == {name: array.tolist() for name, array in after.items()}
+    assert step.update(step.gradients(batch, KEY)[1], mx.array(0.0), 1e-3).item() > 0  # no division
