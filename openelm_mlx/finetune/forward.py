@@ -119,6 +119,7 @@ def _(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[
     return turned(cotangent, cosine, -sine), mx.zeros_like(cosine), mx.zeros_like(sine)
 
 
+@mx.compile
 def turned(heads: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
     a, b = mx.split(heads.astype(mx.float32), 2, axis=-1)
     both = [a * cosine - b * sine, b * cosine + a * sine]
@@ -134,15 +135,24 @@ def gated(ffn: FeedForward, x: mx.array) -> mx.array:
 @mx.custom_function
 def swiglu(x: mx.array) -> tuple[mx.array, mx.array]:
     """Return silu(gate) * up of [gate; up], and the sigmoid of the gate."""
+    return swiglu_and_sigmoid(x)
+
+
+@swiglu.vjp
+def _(x: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
+    return swiglu_gradient(x, outputs[1], cotangents[0])
+
+
+@mx.compile
+def swiglu_and_sigmoid(x: mx.array) -> tuple[mx.array, mx.array]:
     gate, up = mx.split(x, 2, axis=-1)
     sigmoid = mx.sigmoid(gate)
     return gate * sigmoid * up, sigmoid
 
 
-@swiglu.vjp
-def _(x: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
+@mx.compile
+def swiglu_gradient(x: mx.array, sigmoid: mx.array, of_out: mx.array) -> mx.array:
     gate, up = mx.split(x, 2, axis=-1)
-    sigmoid, of_out = outputs[1], cotangents[0]
     silu = gate * sigmoid
     of_gate = of_out * up * (sigmoid + silu * (1 - sigmoid))
     return mx.concatenate([of_gate, of_out * silu], axis=-1)
