@@ -7,7 +7,8 @@ keeps for the gradients decides what fits.
     attention   in blocks of queries: a block does not compute scores of what comes after it
     rotation    real numbers, and a gradient that is the rotation backwards
     SwiGLU      a gradient that uses the sigmoid again instead of computing it twice
-    head        a chunk of tokens at a time, and only tokens that the loss counts
+    head        a chunk of tokens at a time, and only tokens that the loss counts; the last layer's
+                network as well
 """
 
 from __future__ import annotations
@@ -55,13 +56,16 @@ def token_losses(model: OpenELM, batch: Batch, training: Training | None = None)
     rows = rows_of(model, batch)
     x = model.transformer.token_embeddings(batch.tokens.reshape(-1))
     for layer in model.layers:
-        compute = partial(layer_output, layer, rows)
+        read = batch.trained if layer is model.layers[-1] else None
+        compute = partial(layer_output, layer, rows, read)
         if training is not None and training.checkpointing:
             compute = recomputed(layer, compute)
         x = compute(x)
-    x = model.transformer.norm(x)
-    losses = head_losses(model, x, batch.targets.reshape(-1), training)
-    return mx.where(batch.weights > 0, losses.reshape(batch.tokens.shape), 0)
+    targets = batch.targets.reshape(-1)[batch.trained]
+    losses = head_losses(model, model.transformer.norm(x), targets, training)
+    counted = mx.where(batch.weights.reshape(-1)[batch.trained] > 0, losses, 0)
+    whole = mx.zeros(batch.tokens.size).at[batch.trained].add(counted)
+    return whole.reshape(batch.tokens.shape)
 
 
 def rows_of(model: OpenELM, batch: Batch) -> Rows:
@@ -80,9 +84,11 @@ def rows_of(model: OpenELM, batch: Batch) -> Rows:
     return Rows(count, length, mx.cos(angles), mx.sin(angles), blocks)
 
 
-def layer_output(layer: DecoderLayer, rows: Rows, x: mx.array) -> mx.array:
-    """Return the output of a layer, [rows * length, model_dim]."""
+def layer_output(layer: DecoderLayer, rows: Rows, read: mx.array | None, x: mx.array) -> mx.array:
+    """Return the output of a layer for all tokens, or for those at the places that are read."""
     heads = attention(layer.attn, rows, layer.attn_norm(x))
+    if read is not None:
+        x, heads = x[read], heads[read]
     x = project_onto(x, layer.attn.out_proj, heads)
     return project_onto(x, layer.ffn.proj_2, gated(layer.ffn, layer.ffn_norm(x)))
 

@@ -27,7 +27,7 @@ from openelm_mlx.finetune.recipes import note
 from openelm_mlx.finetune.report import FinetuneReport, settings
 from openelm_mlx.finetune.result import NotFiniteError, failed, finished
 from openelm_mlx.finetune.state import BEST, STATE, Metrics, Standing
-from openelm_mlx.finetune.step import Step
+from openelm_mlx.finetune.step import Step, Sums
 from openelm_mlx.finetune.trainable import hash_of, trainable
 from openelm_mlx.model.fingerprint import fingerprint_of
 from openelm_mlx.stopping import StopKey
@@ -220,16 +220,16 @@ class Run:
         """Return the sums over the step's batches, in all processes: of the loss, of what is
         trained, of the tokens, and those that `names` name; then the gradients.
         """
-        numbers, names, grads = [mx.array(0.0)] * 3, list[str](), None
+        tokens, found = mx.array(0.0), None
         for place, batch in enumerate(self.plan.batches(number)):
             unique = place * self.ranks.size + self.ranks.rank
             key = mx.random.key(hash_of(self.options.seed, "step", number, unique))
-            total, count, own = self.step.gradients(batch, key)
-            grads = own if grads is None else utils.tree_map(mx.add, grads, own)
-            del own
-            found = [total, count, batch.weights.sum()]
-            numbers = [a + b for a, b in zip(numbers, found, strict=True)]
-            mx.eval(numbers, grads)
+            found = self.step.gradients(batch, key, found)
+            tokens = tokens + batch.weights.sum()
+            mx.eval(found, tokens)
+        sums, grads = found or (Sums(mx.array(0.0), mx.array(0.0), {}), None)
+        numbers, names = [sums.total, sums.count, tokens, *sums.extra.values()], list(sums.extra)
+        del found
         if self.ranks.size > 1:
             grads = self.shared(grads)
             asked = mx.array(float(self.stop.asked))
@@ -252,7 +252,7 @@ class Run:
             for batch in plan.batches(number):
                 sums = self.step.evaluate(batch)
                 mx.eval(sums)
-                total, count = total + number_in(sums[0]), count + number_in(sums[1])
+                total, count = total + number_in(sums.total), count + number_in(sums.count)
             if self.ranks.size == 1 and self.stop.asked:
                 self.interrupt()
         given = self.ranks.gather(json.dumps([total, count]))

@@ -90,7 +90,7 @@ def is_finite(run: Run, example: Example | Pair) -> bool:
     parts = sequences_of(example)
     size = sum(len(part.tokens) for part in parts)
     batch = packed([[example]], Shape(1, size, size, len(parts)))
-    total, _, grads = run.step.gradients(batch, mx.random.key(0))
+    (total, *_), grads = run.step.gradients(batch, mx.random.key(0))
     pairs: Any = utils.tree_flatten(grads)
     flags = mx.stack([mx.isfinite(one).all() for one in (total, *(grad for _, grad in pairs))])
     return bool(flags.all().item())

@@ -102,10 +102,10 @@ class Poison:
     def __init__(self, monkeypatch, token):
         original = Step.gradients
 
-        def gradients(step, batch, key):
-            total, count, grads = original(step, batch, key)
+        def gradients(step, batch, *more):
+            sums, grads = original(step, batch, *more)
             bad = (batch.tokens == token).any()
-            return mx.where(bad, mx.inf, total), count, grads
+            return sums._replace(total=mx.where(bad, mx.inf, sums.total)), grads
 
         monkeypatch.setattr(Step, "gradients", gradients)
 

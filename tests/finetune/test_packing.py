@@ -54,7 +54,7 @@ def test_rows_change_neither_losses_nor_gradients(method: str) -> None:
         losses, total = {}, None
         for batch in batches:
             losses |= losses_in(batch, token_losses(model, batch))
-            _, _, grads = step.gradients(batch, mx.random.key(0))
+            _, grads = step.gradients(batch, mx.random.key(0))
             total = grads if total is None else utils.tree_map(mx.add, total, grads)
         return losses, dict(utils.tree_flatten(total))
 
