@@ -38,7 +38,7 @@ class Training(NamedTuple):
 class Rows(NamedTuple):
     """What all layers share; activations are [rows * length, model_dim]."""
 
-    count: int
+    number: int
     length: int
     cosine: mx.array  # [rows, 1, length, head_dim / 2] float32
     sine: mx.array
@@ -57,7 +57,7 @@ def token_losses(model: OpenELM, batch: Batch, training: Training | None = None)
     x = model.transformer.token_embeddings(batch.tokens.reshape(-1))
     for layer in model.layers:
         read = batch.trained if layer is model.layers[-1] else None
-        compute = partial(layer_output, layer, rows, read)
+        compute: Callable[[mx.array], mx.array] = partial(layer_output, layer, rows, read)
         if training is not None and training.checkpointing:
             compute = recomputed(layer, compute)
         x = compute(x)
@@ -70,7 +70,7 @@ def token_losses(model: OpenELM, batch: Batch, training: Training | None = None)
 
 def rows_of(model: OpenELM, batch: Batch) -> Rows:
     """Return what the layers need to know of a batch."""
-    config, (count, length) = model.args, batch.tokens.shape
+    config, (number, length) = model.args, batch.tokens.shape
     half = config.head_dim // 2
     radians = mx.exp(mx.arange(half) * (-math.log(config.rope_freq_constant) / half))
     angles = batch.positions[:, None, :, None] * radians
@@ -81,7 +81,7 @@ def rows_of(model: OpenELM, batch: Batch) -> Rows:
         same = batch.segments[:, start:end, None] == batch.segments[:, None, :end]
         sees = same & mx.tri(end - start, end, start, dtype=mx.bool_)
         blocks.append((slice(start, end), sees[:, None]))
-    return Rows(count, length, mx.cos(angles), mx.sin(angles), blocks)
+    return Rows(number, length, mx.cos(angles), mx.sin(angles), blocks)
 
 
 def layer_output(layer: DecoderLayer, rows: Rows, read: mx.array | None, x: mx.array) -> mx.array:
@@ -95,38 +95,38 @@ def layer_output(layer: DecoderLayer, rows: Rows, read: mx.array | None, x: mx.a
 
 def attention(attn: Attention, rows: Rows, x: mx.array) -> mx.array:
     """Return the attention of every head, [rows * length, heads * head_dim]."""
-    raw = attn.qkv_proj(x).reshape(rows.count, rows.length, -1, attn.head_dim).swapaxes(1, 2)
+    raw = attn.qkv_proj(x).reshape(rows.number, rows.length, -1, attn.head_dim).swapaxes(1, 2)
     turning = attn.q_heads + attn.kv_heads
     heads, v = raw[:, :turning], mx.contiguous(raw[:, turning:])
     if (norms := attn.norm_weights()) is not None:
         shapes = [(attn.q_heads, 1, attn.head_dim), (attn.kv_heads, 1, attn.head_dim)]
         weights = mx.concatenate([mx.broadcast_to(*one) for one in zip(norms, shapes, strict=True)])
         heads = mx.fast.rms_norm(heads, None, attn.eps) * weights
-    heads = rotated(heads, rows.cosine, rows.sine)
-    q, k = heads[:, : attn.q_heads], heads[:, attn.q_heads :]
+    turned: Any = rotated(heads, rows.cosine, rows.sine)
+    q, k = turned[:, : attn.q_heads], turned[:, attn.q_heads :]
     sdpa = partial(mx.fast.scaled_dot_product_attention, scale=attn.scale)
     out = [
         sdpa(q[:, :, at], k[:, :, : at.stop], v[:, :, : at.stop], mask=mask).swapaxes(1, 2)
         for at, mask in rows.blocks
     ]
     whole = out[0] if len(out) == 1 else mx.concatenate(out, axis=1)
-    return whole.reshape(rows.count * rows.length, -1)
+    return whole.reshape(rows.number * rows.length, -1)
 
 
 @mx.custom_function
 def rotated(heads: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
     """Return heads [rows, heads, length, head_dim] rotated by the angles of their positions."""
-    return turned(heads, cosine, sine)
+    return rotate(heads, cosine, sine)
 
 
 @rotated.vjp
 def _(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
     _, cosine, sine = primals
-    return turned(cotangent, cosine, -sine), mx.zeros_like(cosine), mx.zeros_like(sine)
+    return rotate(cotangent, cosine, -sine), mx.zeros_like(cosine), mx.zeros_like(sine)
 
 
 @mx.compile
-def turned(heads: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
+def rotate(heads: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
     a, b = mx.split(heads.astype(mx.float32), 2, axis=-1)
     both = [a * cosine - b * sine, b * cosine + a * sine]
     return mx.concatenate(both, axis=-1).astype(heads.dtype)
@@ -135,7 +135,10 @@ def turned(heads: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
 def gated(ffn: FeedForward, x: mx.array) -> mx.array:
     """Return the input of `proj_2`, [rows * length, ffn_dim]."""
     x = ffn.proj_1(x)
-    return swiglu(x)[0] if ffn.gated else nn.silu(x)
+    if not ffn.gated:
+        return nn.silu(x)
+    out: Any = swiglu(x)
+    return out[0]
 
 
 @mx.custom_function
@@ -174,10 +177,10 @@ def head_losses(
     frozen = not module.trainable_parameters()
     found: list[mx.array] = []
     for start in range(0, targets.size, size):
-        losses = partial(chunk_losses, head, z_loss, targets[start : start + size])
+        of, chunk = targets[start : start + size], hidden[start : start + size]
+        losses: Callable[[mx.array], mx.array] = partial(chunk_losses, head, z_loss, of)
         if training is not None:
-            losses = with_gradient(head, *losses.args[1:]) if frozen else recomputed(module, losses)
-        chunk = hidden[start : start + size]
+            losses = with_gradient(head, z_loss, of) if frozen else recomputed(module, losses)
         if found:  # one after the other, or the logits of all would be in memory at once
             chunk = mx.depends(chunk, found[-1])
         found.append(losses(chunk))
@@ -188,7 +191,7 @@ def head_of(model: OpenELM) -> tuple[nn.Module, Callable[[mx.array], mx.array]]:
     """Return the module that has the head's parameters, and what makes logits of hidden states."""
     if "lm_head" in model:
         return model.lm_head, model.lm_head
-    embedding = model.transformer.token_embeddings
+    embedding: Any = model.transformer.token_embeddings
     if isinstance(embedding, AdaptedEmbedding) and not embedding.tied:
         embedding = embedding.base
     return embedding, embedding.as_linear
@@ -227,7 +230,11 @@ def with_gradient(head: Any, z_loss: float, targets: mx.array) -> Callable[[mx.a
     def _(hidden: mx.array, cotangents: Any, outputs: Any) -> mx.array:
         return (outputs[1] * cotangents[0][:, None]).astype(hidden.dtype)
 
-    return lambda hidden: losses(hidden)[0]
+    def first(hidden: mx.array) -> mx.array:
+        found: Any = losses(hidden)
+        return found[0]
+
+    return first
 
 
 def recomputed(module: nn.Module, function: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -22,7 +22,7 @@ class Sums(NamedTuple):
     """Sums over what a batch trains: tokens, or pairs."""
 
     total: mx.array  # of the losses
-    count: mx.array
+    count: mx.array  # type: ignore[assignment]  # tuples have a method of this name
     extra: dict[str, mx.array]  # of what else is worth knowing
 
 
