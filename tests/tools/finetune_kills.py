@@ -33,7 +33,7 @@ from training import curve, options, write_pairs  # noqa: E402
 from openelm_mlx import load  # noqa: E402
 from openelm_mlx.device import mx  # noqa: E402
 from openelm_mlx.errors import OptionError  # noqa: E402
-from openelm_mlx.finetune import FinetuneOptions, finetune  # noqa: E402
+from openelm_mlx.finetune import FinetuneOptions, finetune, result  # noqa: E402
 from openelm_mlx.finetune.state import METRICS, REPORT  # noqa: E402
 
 DPO = {"preference": "sigmoid", "learning_rate": 0.01}
@@ -65,6 +65,7 @@ def data_of(folder: Path, way: str) -> Path:
 
 def train(folder: Path, target: Path, way: str, steps: int, progress: Any = None) -> None:
     """Do in this process what is killed: go on with the run in `target`, or begin it."""
+    result.write_picture = lambda folder: False  # matplotlib takes longer than all the rest
     like = load("openelm-tiny")
     engine = random_engine(like, 3, like.config.vocab_size, 32, 2)
     asked = options_of(way, steps)
@@ -91,7 +92,7 @@ def ended(process: subprocess.Popen[str]) -> None:
         raise SystemExit(said)
 
 
-def result(target: Path) -> tuple[list[dict[str, Any]], bytes]:
+def outcome(target: Path) -> tuple[list[dict[str, Any]], bytes]:
     weights = next(target / name for name in WEIGHTS if (target / name).exists())
     return curve(target), weights.read_bytes()
 
@@ -102,7 +103,7 @@ def killed(folder: Path, way: str, steps: int, kills: int, rng: random.Random) -
     for path in (target, whole):
         shutil.rmtree(path, ignore_errors=True)
     ended(begun(folder, whole, way, steps))
-    expected = result(whole)
+    expected = outcome(whole)
     rows, done, runs, differing = len(expected[0]), 0, 0, 0
     while done < kills or not (target / REPORT).exists():
         process = begun(folder, target, way, steps)
@@ -116,7 +117,7 @@ def killed(folder: Path, way: str, steps: int, kills: int, rng: random.Random) -
         ended(process)
         if (target / REPORT).exists():
             runs += 1
-            differing += result(target) != expected
+            differing += outcome(target) != expected
             if done < kills:
                 shutil.rmtree(target)
     return {"kills": done, "runs": runs, "differing": differing, "rows": rows}
