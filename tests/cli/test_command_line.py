@@ -194,7 +194,7 @@ def test_where_a_file_is_meant_help_says_file():
         for parser in commands.choices.values()
         for action in parser._actions
         for flag in action.option_strings
-        if flag in files and action.dest not in ("target", "folder") and action.metavar != "NAME"
+        if flag in files and action.dest not in ("target", "folder") and action.choices is None
     ]
     assert {flag for flag, _ in found} == files and all("FILE" in metavar for _, metavar in found)
 
