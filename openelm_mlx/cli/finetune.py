@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.cli.options import (
-    MODEL_HELP,
-    add_flags,
-    from_args,
-    given_path,
-    load_model,
-)
+from openelm_mlx.cli.convert import rough
+from openelm_mlx.cli.display import Waiting
+from openelm_mlx.cli.options import add_flags, given_fields, given_path, load_model
 from openelm_mlx.engine.options import ModelOptions
+from openelm_mlx.errors import OptionError
 from openelm_mlx.finetune.options import FinetuneOptions
+from openelm_mlx.finetune.records import PAIRS
 
-DESCRIPTION = """Train a model on examples of your own."""
+if TYPE_CHECKING:
+    from openelm_mlx.finetune.loop import Run
+    from openelm_mlx.finetune.report import FinetuneReport
+
+DESCRIPTION = """Train a model on examples of yours, in an adapter beside its weights (LoRA, DoRA)
+or in all of them (--method full). FOLDER gets the best weights by validation, a model card, the
+losses of every step, and a picture of them.
+
+DATA is a JSONL file with one example a line, a text, or a dataset of Hugging Face as owner/name:
+
+  {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+  {"prompt": "Hi", "completion": "Hello!"}
+  {"text": "Once upon a time"}
+  {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}     preference pairs: DPO
+
+Every example is trained once an epoch. Ctrl-C saves, and the same command with --resume goes on,
+also after a kill."""
 
 EXAMPLES = """examples:
-  openelm finetune openelm-tiny pairs.jsonl -o my-adapter
+  openelm finetune 270m pairs.jsonl -o my-adapter
+  openelm chat 270m --adapter my-adapter                     and talk to it
+  openelm finetune 270m pairs.jsonl --show-batch             which tokens are trained
+  openelm finetune 270m pairs.jsonl --dry-run                steps and memory, nothing trained
+  openelm finetune 270m pairs.jsonl -o my-adapter --resume   go on where it was stopped
+  openelm finetune 1.1b pairs.jsonl -o mine --bits 4 --batch 1 --accumulate 8
+  openelm finetune 270m data.jsonl -o mine --recipe corenet-dora --validation held-out.jsonl
+  openelm finetune 270m-instruct preferences.jsonl -o mine --recipe instruct-dpo
+  mlx.launch -n 2 -- python -m openelm_mlx finetune 270m pairs.jsonl -o mine
 """
 
 
@@ -30,25 +55,181 @@ def register(commands: Any) -> None:
         description=DESCRIPTION,
         epilog=EXAMPLES,
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("data", metavar="DATA", help="a file of examples")
-    text = "what is written"
-    output: Any = {"dest": "folder", "metavar": "FOLDER", "required": True}
-    parser.add_argument("-o", "--output", **output, help=text)
+    text = "what is trained: a name from `openelm models`, a folder or a file"
+    parser.add_argument("model", metavar="MODEL", help=text)
+    parser.add_argument("data", metavar="DATA", help="examples: a file, a folder, or owner/name")
+    text = "write the result into this folder, which is new"
+    parser.add_argument("-o", "--output", dest="folder", metavar="FOLDER", help=text)
+    text = "go on with the run in FOLDER that was stopped, or begin if there is none"
+    parser.add_argument("--resume", action="store_true", help=text)
+    text = "show the first batch token by token, with what is trained in it, and end"
+    parser.add_argument("--show-batch", action="store_true", help=text)
+    text = "show how many examples, tokens and steps there are, and the memory needed, and end"
+    parser.add_argument("--dry-run", action="store_true", help=text)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_flags(parser, FinetuneOptions)
     add_flags(parser, ModelOptions, skip=("adapter",))
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    options = from_args(FinetuneOptions, args)
+    given = given_fields(FinetuneOptions, args)
+    options = FinetuneOptions.of(None, **given)  # mistakes are told before a model is loaded
+    if options.method == "full" and hasattr(args, "bits"):
+        what = (
+            f"--method full trains the weights, and --bits {args.bits} makes whole numbers of them"
+        )
+        raise OptionError(f"{what}; leave out one of the two")
+    check_data(args.data, options)
+    folder = None if args.show_batch or args.dry_run else checked_folder(args)
     engine = load_model(args.model, args)
-    from openelm_mlx.finetune.loop import finetune
+    options = FinetuneOptions.of(engine.config, **given)
+    from openelm_mlx.cli.training import Progress
+    from openelm_mlx.finetune.loop import prepared
+    from openelm_mlx.stopping import StopKey
 
-    folder = given_path(args.folder)
-    finetune(engine, given_path(args.data), folder, options, progress=show)
+    with Waiting("reading the examples"):
+        run = prepared(engine, args.data, folder, options, args.resume)
+    first = run.ranks.rank == 0
+    if folder is None:
+        return print_batch(run) if args.show_batch else print_plan(run, args.json)
+    if first:
+        print(*run.data.notices, *plan_of(run), sep="\n", file=sys.stderr)
+    try:
+        with Progress(folder, quiet=not first) as progress, StopKey() as stop:
+            report = run.whole(progress, stop)
+    except KeyboardInterrupt:
+        if first:
+            what = f"stopped after {run.standing.step:,} of {run.steps:,} steps"
+            print(f"{what}; {folder} has all of it, and goes on with", file=sys.stderr)
+            print(f"  {going_on()}", file=sys.stderr)
+        return 130
+    if first:
+        show(report, args)
     return 0
 
 
-def show(row: dict[str, Any], steps: int) -> None:
-    print(row, file=sys.stderr, flush=True)
+def check_data(data: str, options: FinetuneOptions) -> None:
+    """Raise `FinetuneError` for data, or a validation, that is no file and no dataset."""
+    from openelm_mlx.finetune.sources import dataset_of
+
+    for name in (data, options.validation):
+        path = None if name is None else Path(name).expanduser()
+        if path is not None and not path.is_file():
+            dataset_of(str(name), path)
+
+
+def checked_folder(args: argparse.Namespace) -> Path:
+    """Return the path of -o. Raises `OptionError` if the result could not be written there."""
+    from openelm_mlx.files import check_writable
+    from openelm_mlx.finetune.state import check_folder
+
+    if args.folder in (None, "", "-"):
+        what = "is missing" if args.folder is None else f"is {args.folder!r}"
+        raise OptionError(f"-o {what}; give the name of a new folder for the result")
+    folder = given_path(args.folder)
+    check_folder(folder, args.resume)
+    if not folder.is_dir():
+        check_writable(folder, "-o", folder=True)
+    return folder
+
+
+def going_on() -> str:
+    """Return the command that resumes the run of this one."""
+    words = sys.argv[1:]
+    return shlex.join(["openelm", *words, *([] if "--resume" in words else ["--resume"])])
+
+
+def print_batch(run: Run) -> int:
+    """Print the first batch token by token."""
+    from rich.console import Console
+
+    from openelm_mlx.finetune.shown import show_batch
+
+    console = Console()
+    how = {"pairs": run.data.kind == PAIRS, "plain": not console.is_terminal}
+    text = show_batch(run.engine, run.plan.batches(1)[0], **how)
+    console.print(text, soft_wrap=not console.is_terminal)
+    return 0
+
+
+def print_plan(run: Run, as_json: bool) -> int:
+    """Print what would be trained: as one JSON object, or in words."""
+    if as_json:
+        print(json.dumps(facts_of(run)))
+    else:
+        print(*run.data.notices, *plan_of(run), sep="\n")
+    return 0
+
+
+def facts_of(run: Run) -> dict[str, Any]:
+    """Return what a run would do, for JSON."""
+    plan, options = run.plan, run.options
+    return {
+        "model": run.engine.name,
+        "method": options.method,
+        "parameters": sum(array.size for array in run.weights.values()),
+        "base_parameters": run.engine.config.num_parameters,
+        "data": run.data_name,
+        "examples": len(run.data.train),
+        "validation_examples": len(run.data.validation),
+        "length": run.length,
+        "batch": options.batch,
+        "accumulate": options.accumulate,
+        "processes": run.ranks.size,
+        "steps": run.steps,
+        "epochs": plan.epoch(run.steps),
+        "tokens": sum(map(plan.tokens, range(1, run.steps + 1))),
+        "padding": plan.waste,
+    }
+
+
+def plan_of(run: Run) -> list[str]:
+    """Return what a run would do, in lines for people."""
+    facts = facts_of(run)
+    several = "" if run.ranks.size == 1 else f" in {run.ranks.size} processes"
+    return [
+        f"{facts['data']}: {facts['examples']:,} examples to train on ({run.data.kind}), "
+        f"{facts['validation_examples']:,} for validation",
+        f"{facts['steps']:,} steps{several}, {facts['epochs']:.3g} epochs, {facts['tokens']:,} "
+        f"tokens in rows of at most {facts['length']:,}, {facts['padding']:.1%} padding",
+        f"{facts['method']}: {facts['parameters']:,} numbers are trained; the model has "
+        f"{facts['base_parameters']:,}",
+    ]
+
+
+def show(report: FinetuneReport, args: argparse.Namespace) -> None:
+    """Print what was trained and how it is used, or all of the report as JSON."""
+    if args.json:
+        print(json.dumps(report.as_dict(), ensure_ascii=False))
+        return
+    print(f"{report.folder}: the weights after step {report.best_step:,}; {report.ended}")
+    first, last = report.first_loss, report.last_loss
+    if first is not None and last is not None:
+        print(f"loss: {first:.4f} in the first step, {last:.4f} in the last")
+    first, best = report.first_validation_loss, report.best_validation_loss
+    if first is not None and best is not None:
+        print(
+            f"validation loss: {first:.4f} at first, {best:.4f} at its best, "
+            f"{report.last_validation_loss:.4f} at last"
+        )
+    print(
+        f"{report.steps:,} steps in {rough(report.seconds)}, {report.tokens_per_second:,.0f} "
+        f"trained tokens/s, at most {report.peak_bytes / 1e6:,.0f} MB"
+    )
+    print(f"talk to it: {chatting(report, args)}")
+
+
+def chatting(report: FinetuneReport, args: argparse.Namespace) -> str:
+    """Return the command that chats with the result."""
+    folder = str(given_path(args.folder))
+    if report.method == "full":
+        return shlex.join(["openelm", "chat", folder])
+    given = given_fields(ModelOptions, args)
+    flags = [
+        word
+        for name in ("bits", "group_size", "tokenizer", "revision")
+        if name in given
+        for word in ("--" + name.replace("_", "-"), str(given[name]))
+    ]
+    return shlex.join(["openelm", "chat", args.model, "--adapter", folder, *flags])

@@ -7,10 +7,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from openelm_mlx.cli.convert import rough
 from openelm_mlx.cli.display import Waiting, moves_cursor
+from openelm_mlx.finetune.picture import read_rows
 
 NOTICE_SECONDS = 60.0  # between lines in a pipe; evaluations have one of their own
 REDRAW_SECONDS = 0.25
@@ -48,7 +50,7 @@ def curve(training: Points, validation: Points, width: int, height: int) -> list
         for dot in range(min(row, before), max(row, before) + 1):
             cells[dot // 4][column // 2] |= DOTS[dot % 4][column % 2]
         before = row
-    drawn = [[*map(chr, cells_of_row)] for cells_of_row in cells]
+    drawn = [[chr(cell) if cell > 0x2800 else " " for cell in one] for one in cells]
     for cell, loss in marks:
         drawn[row_of(loss) // 4][cell] = MARK
     labels = [f"{high:#.4g}", *[""] * (height - 2), f"{low:#.4g}"][:height]
@@ -73,22 +75,22 @@ def columns_of(points: Points, last: int, columns: int) -> Iterator[tuple[int, f
 
 
 class Progress:
-    """Shows the rows of the metrics as they come.
+    """Shows the rows of the metrics in `folder` as they come.
 
     `quiet` shows nothing, for all but the first process of `mlx.launch`.
     """
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, folder: Path, quiet: bool) -> None:
+        self.folder, self.quiet = folder, quiet
         self.stack = ExitStack()
-        self.waiting = Waiting("reading the examples")
-        self.started = False
+        self.waiting = Waiting("evaluating the model as it is")
         self.live: Any = None
         self.training: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
         self.row: dict[str, Any] = {}  # the newest of a step
         self.steps, self.first = 0, 0  # how many there are, and where this session began
-        self.begun = self.noticed = self.drawn = time.monotonic()
+        self.begun = self.noticed = time.monotonic()
+        self.drawn = -math.inf
 
     def __enter__(self) -> Progress:
         if not self.quiet:
@@ -102,22 +104,27 @@ class Progress:
 
     @property
     def step(self) -> int:
-        return int(self.row.get("step", 0))
+        """The last step that is done."""
+        return max([0, *(points[-1][0] for points in (self.training, self.validation) if points)])
 
     def __call__(self, row: dict[str, Any], steps: int) -> None:
-        if not self.started:
-            self.started = True
-            self.first = row["step"] if "validation_loss" in row else row["step"] - 1
+        if self.quiet:
+            return
+        if not self.steps:
+            for earlier in read_rows(self.folder)[:-1]:  # of a run that is resumed
+                self.add(earlier)
+            self.first = row["step"] - ("loss" in row)
             self.begun = self.noticed = time.monotonic()
         self.steps = steps
-        evaluated = "validation_loss" in row
-        if evaluated:
+        self.add(row)
+        self.show(evaluated="validation_loss" in row)
+
+    def add(self, row: dict[str, Any]) -> None:
+        if "validation_loss" in row:
             self.validation.append((row["step"], row["validation_loss"]))
         else:
             self.training.append((row["step"], row["loss"]))
             self.row = row
-        if not self.quiet:
-            self.show(evaluated)
 
     def show(self, evaluated: bool) -> None:
         now = time.monotonic()
@@ -147,9 +154,8 @@ class Progress:
         return f"step {self.step:,} of {self.steps:,}: {', '.join(parts)}"
 
     def draw(self) -> None:
-        """Draw the curve and the line below it."""
-        from rich.console import Console, Group
-        from rich.progress_bar import ProgressBar
+        """Draw the curve, a bar, and the line of a pipe below it."""
+        from rich.console import Console
         from rich.text import Text
 
         if self.live is None:
@@ -163,10 +169,10 @@ class Progress:
         lines: list[str] = []
         if min(width, height) > 2 and "utf" in console.encoding:
             lines = curve(self.training, self.validation, width, height)
-        drawn = Text("\n".join(lines), no_wrap=True)
-        drawn.highlight_regex("[⠀-⣿]+", "cyan")
-        drawn.highlight_regex(MARK, "yellow")
-        bar = ProgressBar(max(self.steps, 1), self.step, width=width)
-        parts = [drawn] if lines else []
-        self.live.update(Group(*parts, bar, Text(str(self))), refresh=True)
+            done = width * self.step // max(self.steps, 1)
+            lines.append("━" * done + "─" * (width - done))
+        text = Text("\n".join([*lines, str(self)]))
+        text.highlight_regex("[\u2800-\u28ff]+|━+", "cyan")
+        text.highlight_regex(MARK, "yellow")
+        self.live.update(text, refresh=True)
         self.drawn = time.monotonic()

@@ -36,7 +36,7 @@ def card(report: FinetuneReport, files: Collection[str]) -> str:
         f"---\n{entries(report, base)}---\n",
         f"# {report.folder.absolute().name}\n",
         f"{what} {link(base)}: {report.parameters:,} of {report.base_parameters:,} numbers are "
-        f"trained, with openelm-mlx {report.versions.get('openelm-mlx')}.\n",
+        f"trained, with openelm-mlx {report.versions['openelm_mlx']}.\n",
         f"```\n{uses(report, base, files)}```\n",
         f"## Data\n\n{table(facts_of_data(report.data))}",
         f"## Losses\n\n{losses(report)}",
@@ -133,7 +133,7 @@ def course(report: FinetuneReport) -> str:
     several = "" if report.processes == 1 else f" in {report.processes} processes"
     return (
         f"{report.steps:,} of {report.steps_planned:,} steps ({report.ended}), which are "
-        f"{report.epochs:.4g} epochs, in {report.seconds:,.0f} seconds{several}: "
+        f"{report.epochs:.3g} epochs, in {report.seconds:,.0f} seconds{several}: "
         f"{report.tokens_per_second:,.0f} trained tokens a second, at most "
         f"{report.peak_bytes / 1e6:,.0f} MB. With {versions}.\n"
     )

@@ -65,14 +65,16 @@ def finetune(
 
 @device_work
 def prepared(
-    engine: Engine, data: str | Path, folder: Path, options: FinetuneOptions, resume: bool
+    engine: Engine, data: str | Path, folder: Path | None, options: FinetuneOptions, resume: bool
 ) -> Run:
-    """Return a run that can begin, or go on. Nothing is written yet."""
+    """Return a run that can begin, or go on; without a folder it is only to be looked at. Nothing
+    is written yet.
+    """
     check_engine(engine, options)
     ranks = launched()
-    resumed = ranks.rank == 0 and state.check_folder(folder, resume)
+    resumed = folder is not None and ranks.rank == 0 and state.check_folder(folder, resume)
     read = read_data(engine, data, options)
-    return Run(engine, read, read.name, folder, options, ranks, resumed)
+    return Run(engine, read, read.name, folder or Path(), options, ranks, resumed)
 
 
 def check_engine(engine: Engine, options: FinetuneOptions) -> None:

@@ -1,8 +1,48 @@
-"""`openelm finetune`: its options, what it shows, and how it stops."""
+"""`openelm finetune`: what it shows and writes, how it stops and goes on, and what it refuses."""
 
 from __future__ import annotations
 
-from openelm_mlx.cli import main
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from formats import TINY, again, random_folder
+
+from openelm_mlx.cli import finetune, main, training
+from openelm_mlx.engine.adapter_files import read_adapter
+from openelm_mlx.model.config import OpenELMConfig
+
+TEXTS = ("a fox", "two birds flew", "a little girl", "who lived in a forest", "upon a time")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    shape = replace(TINY, max_context_length=64)
+    return again(random_folder(folder / "random", shape), folder / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(base, data, monkeypatch):
+    """Run the command with small batches, `steps` of them, and without a picture, which takes most
+    of the time.
+    """
+    monkeypatch.setattr("openelm_mlx.finetune.result.write_picture", lambda folder: False)
+
+    def call(*words: object, steps: int = 2) -> int:
+        how = ("--steps", steps, "--length", 32, "--batch", 1, *words)
+        return main(["finetune", str(base), str(data), *map(str, how)])
+
+    return call
 
 
 def test_help_shows_options_in_groups(capsys):
@@ -11,5 +51,114 @@ def test_help_shows_options_in_groups(capsys):
     heads = [line for line in page.splitlines() if line.endswith(" options:")]
     named = [head.removesuffix(" options:") for head in heads]
     assert named == ["method", "data", "training", "optimizer", "run", "preference", "model"]
-    assert "--adapter" not in page  # that is what comes out
+    assert "apply the LoRA or DoRA adapter" not in page  # that is what comes out
     assert "(default qkv_proj out_proj proj_1 proj_2)" in " ".join(page.split())
+
+
+def test_a_run_says_what_it_trains_how_it_went_and_how_to_use_it(run, base, tmp_path, capsys):
+    assert run("-o", tmp_path / "mine", "--method", "dora") == 0
+    said = capsys.readouterr()
+    first, second, third, start, *lines = said.err.splitlines()
+    assert first == "texts.jsonl: 4 examples to train on (text), 1 for validation"
+    assert second.startswith("2 steps, ") and second.endswith(" padding")
+    assert third.startswith("dora: ") and start.startswith("step 0 of 2: validation ")
+    assert len(lines) == 2 and lines[1].startswith("step 2 of 2: loss ")
+    result, loss, validation, speed, use = said.out.splitlines()
+    report = json.loads((tmp_path / "mine" / "finetune.json").read_text())
+    best = f"{tmp_path}/mine: the weights after step {report['best_step']}; all steps are done"
+    assert result == best and speed.startswith("2 steps in a second, ")
+    assert loss == "loss: {first_loss:.4f} in the first step, {last_loss:.4f} in the last".format(
+        **report
+    )
+    assert f"{report['best_validation_loss']:.4f} at its best" in validation
+    assert use == f"talk to it: openelm chat {base} --adapter {tmp_path}/mine"
+    read_adapter(tmp_path / "mine", OpenELMConfig.from_file(base / "config.json"))
+    assert (tmp_path / "mine" / "README.md").is_file()
+
+
+def test_json_is_the_report_and_all_weights_need_no_base(run, tmp_path, capsys):
+    words = ("-o", tmp_path / "mine", "--method", "full", "--validation-share", "0")
+    assert run(*words, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == json.loads((tmp_path / "mine" / "finetune.json").read_text())
+    assert run(*words) == 2
+    assert "mine has a run that is finished; " in capsys.readouterr().err
+    words = ("-o", tmp_path / "other", "--method", "full", "--validation-share", "0")
+    assert run(*words) == 0
+    _, loss, _, use = capsys.readouterr().out.splitlines()
+    assert use == f"talk to it: openelm chat {tmp_path}/other"
+
+
+def test_ctrl_c_saves_and_the_command_that_goes_on_is_told(run, tmp_path, capsys, monkeypatch):
+    shown = training.Progress.__call__
+
+    def pressed(self, row, steps):
+        shown(self, row, steps)
+        if row.get("loss") and row["step"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Progress, "__call__", pressed)
+    words = ["finetune", "base", "my data", "-o", "mine"]
+    monkeypatch.setattr(sys, "argv", ["openelm", *words])
+    assert run("-o", tmp_path / "mine", steps=4) == 130
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"stopped after 2 of 4 steps; {tmp_path}/mine has all of it, and goes on with",
+        "  openelm finetune base 'my data' -o mine --resume",
+    ]
+    assert run("-o", tmp_path / "mine", steps=4) == 2
+    assert "go on with --resume, or give another folder" in capsys.readouterr().err
+    monkeypatch.setattr(training.Progress, "__call__", shown)
+    assert run("-o", tmp_path / "mine", "--resume", steps=4) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("step 4 of 4")]
+    assert not [line for line in lines if line.startswith("step 1 of 4")]
+
+
+def test_a_look_at_the_batch_or_the_plan_writes_nothing(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("--show-batch") == 0
+    assert "«" in capsys.readouterr().out
+    assert run("--dry-run", "--json", steps=7) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["steps"], plan["examples"], plan["validation_examples"]) == (7, 4, 1)
+    assert run("--dry-run", steps=7) == 0
+    assert (
+        f"7 steps, {plan['epochs']:.3g} epochs, {plan['tokens']:,} tokens in rows of at most"
+        in (capsys.readouterr().out)
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([], "openelm: -o is missing; give the name of a new folder for the result"),
+        (["-o", "-"], "openelm: -o is '-'; give the name of a new folder"),
+        (["-o", "full"], "openelm: full is not empty (it has file), and nothing in it is replaced"),
+        (["-o", "new", "--method", "full", "--bits", "4"], "and --bits 4 makes whole numbers of"),
+        (["-o", "new", "--patience", "0"], "openelm: patience is 0; allowed is a whole number"),
+        (["-o", "new", "--recipe", "corenet"], "--recipe is 'corenet'; did you mean corenet-"),
+        (["-o", "new", "--config", "no.yaml"], "openelm: no.yaml does not exist"),
+        (["-o", "new", "--validation", "no.jsonl"], "openelm: no.jsonl does not exist; give"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(
+    base, data, tmp_path, capsys, monkeypatch, words, text
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    monkeypatch.setattr(finetune, "load_model", None)
+    try:
+        assert main(["finetune", str(base), str(data), *words]) == 2
+    except SystemExit as stop:  # what the parser finds
+        assert stop.code == 2
+    said = capsys.readouterr().err
+    assert text in said and said.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_data_that_is_not_there_is_told_before_a_model_is_loaded(base, capsys, monkeypatch):
+    monkeypatch.setattr(finetune, "load_model", None)
+    assert main(["finetune", str(base), "/nowhere/pairs.jsonl", "-o", "new"]) == 2
+    assert capsys.readouterr().err.startswith("openelm: /nowhere/pairs.jsonl does not exist; give ")
