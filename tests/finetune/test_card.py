@@ -94,7 +94,7 @@ def test_a_base_that_is_not_on_the_hub_is_named_without_its_folders(model, name)
 
 
 def test_a_model_is_used_without_its_base():
-    full = replace(REPORT, options=replace(REPORT.options, method="full"))
+    full = replace(REPORT, options=FinetuneOptions(method="full"))
     text = card(full, ())
     assert "base_model_relation: finetune" in text and "All weights, trained further, of" in text
     assert "openelm chat PATH_OF_THIS_FOLDER\n" in text and "--adapter" not in text
