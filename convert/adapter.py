@@ -14,6 +14,7 @@ from openelm_mlx.convert.targets import staged
 from openelm_mlx.convert.targets.checks import check_apart, write_record
 from openelm_mlx.dtypes import name_of
 from openelm_mlx.engine.adapter_files import read_adapter, shortest, write_adapter
+from openelm_mlx.engine.hub import BUNDLED
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import read_header, read_json
 from openelm_mlx.model.config import PUBLISHED, OpenELMConfig, normal_name
@@ -86,14 +87,16 @@ def check_options(options: ConvertOptions) -> None:
 
 
 def base_config(options: ConvertOptions, name: str | None) -> OpenELMConfig:
-    """Return the configuration of the base `name`: `--config`, that of a folder here, or that of a
-    published size. Raises `ConversionError` if there is none.
+    """Return the configuration of the base `name`: `--config`, that of a folder here, of the
+    bundled model, or of a published size. Raises `ConversionError` if there is none.
     """
     if options.config is not None:
         return OpenELMConfig.from_file(options.config)
     if name is not None:
         if os.path.isfile(path := os.path.join(name, CONFIG)):
             return OpenELMConfig.from_file(path)
+        if name == BUNDLED.name:
+            return OpenELMConfig.from_file(BUNDLED / CONFIG)
         if normal_name(name) in PUBLISHED:
             return OpenELMConfig.from_name(name)
     called = "does not name its base" if name is None else f"names its base {name!r:.100}"

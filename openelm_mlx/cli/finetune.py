@@ -69,6 +69,9 @@ def register(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_flags(parser, FinetuneOptions)
     add_flags(parser, ModelOptions, skip=("adapter",))
+    how: Any = {"default": argparse.SUPPRESS, "metavar": "FOLDER"}
+    text = "go on with the adapter in this folder; its method, rank and targets stay"
+    parser.add_argument("--adapter", **how, help=text)
     parser.set_defaults(run=run)
 
 

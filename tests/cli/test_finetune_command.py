@@ -51,7 +51,6 @@ def test_help_shows_options_in_groups(capsys):
     heads = [line for line in page.splitlines() if line.endswith(" options:")]
     named = [head.removesuffix(" options:") for head in heads]
     assert named == ["method", "data", "training", "optimizer", "run", "preference", "model"]
-    assert "apply the LoRA or DoRA adapter" not in page  # that is what comes out
     assert "(default qkv_proj out_proj proj_1 proj_2)" in " ".join(page.split())
 
 

@@ -19,6 +19,7 @@ from openelm_mlx.cli import main
 from openelm_mlx.convert import ConvertOptions, convert
 from openelm_mlx.device import mx
 from openelm_mlx.engine.adapter_files import read_adapter
+from openelm_mlx.engine.hub import BUNDLED
 from openelm_mlx.errors import ConversionError, OpenELMError, OptionError
 from openelm_mlx.model.adapters import adapted
 from openelm_mlx.model.config import OpenELMConfig
@@ -150,6 +151,13 @@ def test_the_form_changes_without_the_base(tmp_path, base, capsys):
         again(tmp_path / "m", tmp_path / "b", target_format="hf", force=True)
     report = convert(ConvertOptions(source=folder, target=tmp_path / "d", dry_run=True))
     assert report.parameters == numbers and not (tmp_path / "d").exists()
+
+
+def test_the_base_of_an_adapter_may_be_the_bundled_model(tmp_path):
+    config = OpenELMConfig.from_file(BUNDLED / "config.json")
+    folder = peft_folder(tmp_path / "a", config, ROLES[:1], base_model_name_or_path="openelm-tiny")
+    report = convert(ConvertOptions(source=folder, target=tmp_path / "m", dry_run=True))
+    assert report.config == config
 
 
 @pytest.mark.parametrize(
