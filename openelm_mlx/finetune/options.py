@@ -46,7 +46,7 @@ class FinetuneOptions:
 
     method: str = option(
         "lora",
-        "train an adapter (lora, or dora: with the lengths of rows), or all weights (full)",
+        "train an adapter (lora, or dora with lengths of rows), or all weights (full)",
         choices=METHODS,
         group="method",
     )
@@ -101,18 +101,18 @@ class FinetuneOptions:
     )
     accumulate: int = option(1, "passes whose gradients make one step", 1, 65536)
     epochs: float = option(3.0, "how often each example is trained", 0.0)
-    steps: int | None = option(None, "end after this many steps, whatever the epochs", 1)
+    steps: int | None = option(None, "end after this many steps, in place of epochs", 1)
     gradient_checkpointing: bool = option(
         False, "compute each layer again for its gradients, which saves memory and takes time"
     )
     z_loss: float = option(  # arXiv:2204.02311, section 5; CoreNet has 1e-4
-        0.0, "weight of the square of the logarithm of the softmax's divisor in the loss", 0.0, 1.0
+        0.0, "weight of z-loss, the squared log-sum-exp of the logits, in the loss", 0.0, 1.0
     )
     optimizer: str = option(
         "adamw", "one of MLX's optimizers", choices=tuple(OPTIMIZERS), group="optimizer"
     )
     learning_rate: float | None = option(
-        None, "the largest; by default 3e-4 for an adapter, 2e-5 for all weights", 0.0, 10.0
+        None, "the largest one; by default 3e-4 for an adapter, 2e-5 for all weights", 0.0, 10.0
     )
     schedule: str = option(
         "cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES
@@ -129,10 +129,12 @@ class FinetuneOptions:
     beta1: float = option(0.9, "of Adam and Lion, and the momentum of SGD and Muon", 0.0, 0.9999)
     beta2: float = option(0.95, "of Adam and Lion", 0.0, 0.999999)
     epsilon: float = option(1e-8, "of Adam", 0.0, 1.0)
-    clip: float = option(1.0, "largest norm of all gradients together; 0 sets no limit", 0.0)
+    clip: float = option(
+        1.0, "largest norm of all gradients together, by default 1; 0 sets no limit", 0.0
+    )
     evaluate_every: int | None = option(
         None,
-        "steps between evaluations; by default ten of them, and one at the end",
+        "steps between evaluations; by default a tenth of all; the last one is evaluated, too",
         1,
         group="run",
     )
@@ -153,7 +155,12 @@ class FinetuneOptions:
         0, "of an adapter's first values, the order and dropout", 0, 2**32 - 1, group="run"
     )
     log: tuple[str, ...] = option(
-        (), "report to these as well", choices=LOGS, commas=True, nargs="+", metavar="NAME"
+        (),
+        f"report to {' or '.join(LOGS)} as well",
+        choices=LOGS,
+        commas=True,
+        nargs="+",
+        metavar="NAME",
     )
 
     def __post_init__(self) -> None:
