@@ -17,13 +17,14 @@ from openelm_mlx.engine.options import check_loaded
 from openelm_mlx.engine.ranks import Ranks, check_alike, launched
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.errors import OptionError
-from openelm_mlx.finetune import state
+from openelm_mlx.finetune import preference, recipes, state
 from openelm_mlx.finetune.data import Data, read_data
 from openelm_mlx.finetune.examples import row_length
 from openelm_mlx.finetune.optimizer import rate_at, warmup_steps
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.plan import Plan, once
-from openelm_mlx.finetune.recipes import note
+from openelm_mlx.finetune.preference import loss_of
+from openelm_mlx.finetune.records import PAIRS
 from openelm_mlx.finetune.report import FinetuneReport, settings
 from openelm_mlx.finetune.result import NotFiniteError, failed, finished
 from openelm_mlx.finetune.state import BEST, STATE, Metrics, Standing
@@ -123,7 +124,9 @@ class Run:
         warmup_steps(self.options, self.steps)  # refuses what the first step would
         self.every = options.evaluate_every or math.ceil(self.steps / EVALUATIONS)
         self.model = trainable(engine, self.options)
-        self.step = Step(self.model, self.options)
+        # before a checkpoint gives the model other weights: a reference has those of the beginning
+        loss = loss_of(engine, self.model, self.options, data.train)
+        self.step = Step(self.model, self.options, loss)
         if self.resumed:
             self.restore(arrays)
         self.stopping, self.saved = False, self.resumed
@@ -249,17 +252,20 @@ class Run:
 
     def evaluate(self, plan: Plan) -> None:
         """Compute the loss on the held-out data, and keep the weights if it is the best."""
-        began, at, total, count = time.perf_counter(), self.standing, 0.0, 0.0
+        began, at, found = time.perf_counter(), self.standing, dict[str, float]()
         for number in range(1, plan.steps + 1):
             for batch in plan.batches(number):
                 sums = self.step.evaluate(batch)
                 mx.eval(sums)
-                total, count = total + number_in(sums.total), count + number_in(sums.count)
+                named = {"loss": sums.total, "count": sums.count, **sums.extra}
+                found = {name: found.get(name, 0.0) + number_in(one) for name, one in named.items()}
             if self.ranks.size == 1 and self.stop.asked:
                 self.interrupt()
-        given = self.ranks.gather(json.dumps([total, count]))
-        totals, counts = zip(*map(json.loads, given), strict=True)
-        loss = sum(totals) / max(sum(counts), 1)
+        given = [json.loads(one) for one in self.ranks.gather(json.dumps(found))]
+        totals = {name: sum(one[name] for one in given) for name in found}
+        count = max(totals.pop("count"), 1)
+        means = {f"validation_{name}": total / count for name, total in totals.items()}
+        loss = means["validation_loss"]
         if not math.isfinite(loss):
             raise NotFiniteError(f"step {at.step}: the validation loss is {loss}")
         best = at.best_loss is None or loss < at.best_loss
@@ -272,7 +278,7 @@ class Run:
             if self.ranks.rank == 0:
                 state.write_arrays(self.folder / BEST, self.weights, {"step": at.step})
         at.seconds += time.perf_counter() - began
-        self.write({"step": at.step, "validation_loss": loss, "best": best})
+        self.write({"step": at.step, **means, "best": best})
 
     def write(self, row: dict[str, Any]) -> None:
         """Write a row, and tell it. Ctrl-C is met here: a step is done, or an evaluation."""
@@ -303,8 +309,10 @@ class Run:
     @property
     def notices(self) -> tuple[str, ...]:
         """Sentences on what a user may not expect, to be said before the first step."""
-        said = [note(self.options.recipe, self.engine.config), *self.data.notices]
-        return tuple(filter(None, said))
+        said = [recipes.note(self.options.recipe, self.engine.config)]
+        if self.data.kind == PAIRS:
+            said.append(preference.note(self.engine, self.options))
+        return tuple(filter(None, [*said, *self.data.notices]))
 
     @property
     def weights(self) -> dict[str, mx.array]:
