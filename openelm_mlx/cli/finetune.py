@@ -173,7 +173,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "method": options.method,
         "parameters": sum(array.size for array in run.weights.values()),
         "base_parameters": run.engine.config.num_parameters,
-        "data": run.data_name,
+        "data": run.data.name,
         "examples": len(run.data.train),
         "validation_examples": len(run.data.validation),
         "length": run.length,

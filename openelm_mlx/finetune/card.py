@@ -11,6 +11,7 @@ from openelm_mlx.engine.adapter_files import WEIGHTS
 from openelm_mlx.engine.hub import SHORT_NAMES, looks_like_path
 from openelm_mlx.files import replacing
 from openelm_mlx.finetune.picture import METRICS, PICTURE
+from openelm_mlx.finetune.records import PAIRS
 from openelm_mlx.finetune.report import FinetuneReport, settings
 
 CARD = "README.md"
@@ -36,7 +37,7 @@ def card(report: FinetuneReport, files: Collection[str]) -> str:
         f"---\n{entries(report, base)}---\n",
         f"# {report.folder.absolute().name}\n",
         f"{what} {link(base)}: {report.parameters:,} of {report.base_parameters:,} numbers are "
-        f"trained, with openelm-mlx {report.versions['openelm_mlx']}.\n",
+        f"trained, with openelm-mlx {report.versions['openelm-mlx']}.\n",
         f"```\n{uses(report, base, files)}```\n",
         f"## Data\n\n{table(facts_of_data(report.data))}",
         f"## Losses\n\n{losses(report)}",
@@ -123,7 +124,7 @@ def losses(report: FinetuneReport) -> str:
         for when, name in fields
         if (value := getattr(report, name)) is not None
     ]
-    unit = "preference pair" if "pairs" in report.data else "trained token"
+    unit = "preference pair" if report.data.get("kind") == PAIRS else "trained token"
     return f"In nats, the mean of a {unit}.\n\n{table(rows)}"
 
 
@@ -134,7 +135,7 @@ def course(report: FinetuneReport) -> str:
     return (
         f"{report.steps:,} of {report.steps_planned:,} steps ({report.ended}), which are "
         f"{report.epochs:.3g} epochs, in {report.seconds:,.0f} seconds{several}: "
-        f"{report.tokens_per_second:,.0f} trained tokens a second, at most "
+        f"{report.tokens_per_second:,.0f} tokens a second, at most "
         f"{report.peak_bytes / 1e6:,.0f} MB. With {versions}.\n"
     )
 

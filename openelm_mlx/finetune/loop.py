@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from openelm_mlx.engine.options import check_loaded
 from openelm_mlx.engine.ranks import Ranks, check_alike, launched
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.errors import OptionError
-from openelm_mlx.finetune import preference, recipes, state
+from openelm_mlx.finetune import logs, preference, recipes, state
 from openelm_mlx.finetune.data import Data, read_data
 from openelm_mlx.finetune.examples import row_length
 from openelm_mlx.finetune.optimizer import rate_at, warmup_steps
@@ -28,7 +29,7 @@ from openelm_mlx.finetune.records import PAIRS
 from openelm_mlx.finetune.report import FinetuneReport, settings
 from openelm_mlx.finetune.result import NotFiniteError, failed, finished
 from openelm_mlx.finetune.state import BEST, STATE, Metrics, Standing
-from openelm_mlx.finetune.step import Step, Sums
+from openelm_mlx.finetune.step import Step
 from openelm_mlx.finetune.trainable import hash_of, trainable
 from openelm_mlx.model.fingerprint import fingerprint_of
 from openelm_mlx.stopping import StopKey
@@ -72,10 +73,11 @@ def prepared(
     is written yet.
     """
     check_engine(engine, options)
+    logs.check(options.log)
     ranks = launched()
     resumed = folder is not None and ranks.rank == 0 and state.check_folder(folder, resume)
     read = read_data(engine, data, options)
-    return Run(engine, read, read.name, folder or Path(), options, ranks, resumed)
+    return Run(engine, read, folder or Path(), options, ranks, resumed)
 
 
 def check_engine(engine: Engine, options: FinetuneOptions) -> None:
@@ -95,13 +97,12 @@ class Run:
         self,
         engine: Engine,
         data: Data,
-        data_name: str,
         folder: Path,
         options: FinetuneOptions,
         ranks: Ranks,
         resumed: bool,
     ) -> None:
-        self.engine, self.data, self.data_name, self.folder = engine, data, data_name, folder
+        self.engine, self.data, self.folder = engine, data, folder
         self.ranks, self.resumed, self.standing = ranks, resumed, Standing()
         self.length = row_length(engine, options)
         self.fingerprint = fingerprint_of(engine.model)
@@ -130,7 +131,7 @@ class Run:
         if self.resumed:
             self.restore(arrays)
         self.stopping, self.saved = False, self.resumed
-        self.metrics: Metrics | None = None
+        self.takers: list[Callable[[dict[str, Any]], None]] = []  # of each row
 
     def opened(self) -> dict[str, mx.array]:
         """Read the checkpoint, in the first process; the others get what it says."""
@@ -157,19 +158,25 @@ class Run:
         """Run to the end. Raises what `finetune` raises."""
         self.tell, self.stop = progress, stop
         mx.reset_peak_memory()
-        if self.ranks.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            state.remove_leftovers(self.folder)
-            self.save()
-            self.metrics = Metrics(self.folder, self.standing, self.resumed)
         try:
-            ended = self.loop()
+            with ExitStack() as stack:
+                if self.ranks.rank == 0:
+                    self.open(stack)
+                ended = self.loop()
         except NotFiniteError as error:
             raise failed(self, error) from None
-        finally:
-            if self.metrics is not None:
-                self.metrics.close()
         return finished(self, ended)
+
+    def open(self, stack: ExitStack) -> None:
+        """Open what the run writes, in the first process: from now on a kill loses nothing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state.remove_leftovers(self.folder)
+        self.save()
+        metrics = Metrics(self.folder, self.standing, self.resumed)
+        stack.callback(metrics.close)
+        about, after = settings(self.options), self.standing.step
+        log = stack.enter_context(logs.opened(self.options.log, self.folder, about, after))
+        self.takers = [metrics.add, log]
 
     def loop(self) -> str:
         """Train and evaluate until there is a reason to end, and return it."""
@@ -199,56 +206,53 @@ class Run:
         began, at = time.perf_counter(), self.standing
         number = at.step + 1
         rate = rate_at(self.options, number, self.steps)
-        (total, count, tokens, *more), names, grads = self.gradients(number)
+        (total, count, trained, *more), names, grads = self.gradients(number)
         count = mx.maximum(count, 1)
         # with a norm that is not finite nothing is updated
         norm = self.step.update(grads, mx.where(mx.isfinite(total), count, mx.nan), rate)
         del grads
         mx.eval(norm, self.model.trainable_parameters(), self.step.optimizer.state)
-        size, trained, share = number_in(norm), int(number_in(tokens)), 1 / number_in(count)
+        share, length = 1 / number_in(count), number_in(norm)
         loss = number_in(total) * share
-        for name, value in (("loss", loss), ("norm of the gradients", size)):
+        for name, value in (("loss", loss), ("norm of the gradients", length)):
             if not math.isfinite(value):
                 raise NotFiniteError(f"step {number}: the {name} is {value}", number)
-        seconds = time.perf_counter() - began
+        seconds, tokens = time.perf_counter() - began, self.plan.tokens(number)
         at.step, at.last_loss, self.saved = number, loss, False
         at.first_loss = loss if at.first_loss is None else at.first_loss
-        at.tokens, at.seconds = at.tokens + trained, at.seconds + seconds
+        at.tokens, at.seconds = at.tokens + tokens, at.seconds + seconds
+        at.trained_tokens += int(number_in(trained))
         at.peak_bytes = max(at.peak_bytes, mx.get_peak_memory())
         row = {"step": number, "epoch": self.plan.epoch(number), "loss": loss}
-        row |= {"learning_rate": rate, "gradient_norm": size, "tokens": trained}
         row |= {name: number_in(one) * share for name, one in zip(names, more, strict=True)}
-        row |= {"seconds": seconds, "tokens_per_second": trained / seconds}
-        self.write({**row, "peak_bytes": at.peak_bytes})
+        row |= {"learning_rate": rate, "gradient_norm": length, "tokens": tokens}
+        row |= {"trained_tokens": int(number_in(trained)), "seconds": seconds}
+        self.write({**row, "tokens_per_second": tokens / seconds, "peak_bytes": at.peak_bytes})
 
     def gradients(self, number: int) -> tuple[list[mx.array], list[str], Any]:
-        """Return the sums over the step's batches, in all processes: of the loss, of what is
-        trained, of the tokens, and those that `names` name; then the gradients.
+        """Return the sums over the step's batches, in all processes: of the losses, of what they
+        are of, of the trained tokens, and those of the names; then the gradients.
         """
-        tokens, found = mx.array(0.0), None
+        trained, found = mx.array(0.0), None
         for place, batch in enumerate(self.plan.batches(number)):
             unique = place * self.ranks.size + self.ranks.rank
             key = mx.random.key(hash_of(self.options.seed, "step", number, unique))
             found = self.step.gradients(batch, key, found)
-            tokens = tokens + batch.weights.sum()
-            mx.eval(found, tokens)
-        sums, grads = found or (Sums(mx.array(0.0), mx.array(0.0), {}), None)
-        numbers, names = [sums.total, sums.count, tokens, *sums.extra.values()], list(sums.extra)
-        del found
+            trained = trained + batch.weights.sum()
+            mx.eval(found, trained)
+        assert found is not None  # a step has a batch for each process, be it empty
+        sums, grads = found
+        numbers, names = [sums.total, sums.count, trained, *sums.extra.values()], list(sums.extra)
         if self.ranks.size > 1:
-            grads = self.shared(grads)
+            pairs: Any = utils.tree_flatten(grads)
+            paths, arrays = zip(*pairs, strict=True)
+            del found, grads, pairs
+            grads = utils.tree_unflatten(list(zip(paths, self.ranks.sums(arrays), strict=True)))
+            del arrays
             asked = mx.array(float(self.stop.asked))
             *numbers, asked = self.ranks.sums([mx.stack([*numbers, asked])])[0]
             self.stopping = number_in(asked) > 0
         return numbers, names, grads
-
-    def shared(self, grads: Any) -> Any:
-        """Return the sums of the gradients of all processes."""
-        if grads is None:  # the last step of an epoch may have fewer batches than processes
-            grads = utils.tree_map(mx.zeros_like, self.model.trainable_parameters())
-        pairs: Any = utils.tree_flatten(grads)
-        names, arrays = zip(*pairs, strict=True)
-        return utils.tree_unflatten(list(zip(names, self.ranks.sums(arrays), strict=True)))
 
     def evaluate(self, plan: Plan) -> None:
         """Compute the loss on the held-out data, and keep the weights if it is the best."""
@@ -282,8 +286,8 @@ class Run:
 
     def write(self, row: dict[str, Any]) -> None:
         """Write a row, and tell it. Ctrl-C is met here: a step is done, or an evaluation."""
-        if self.metrics is not None:
-            self.metrics.add(row)
+        for take in self.takers:
+            take(row)
         try:
             self.tell(row, self.steps)
         except KeyboardInterrupt:

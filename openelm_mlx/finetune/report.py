@@ -22,8 +22,9 @@ class FinetuneReport:
     parameters: int  # numbers that were trained
     base_parameters: int
     data: Mapping[str, Any]
-    """The name of the data without its folders, the hash of its tokens (`sha256`), and how many
-    `examples`, `validation_examples`, `tokens` and `trained_tokens` it has.
+    """The `name` of the data without folders, their `kind`, how many `records`, `examples`,
+    `validation_examples`, `tokens` and `trained_tokens` they have, and a hash of the latter
+    (`sha256`).
     """
     length: int  # tokens of a row
     processes: int
@@ -37,7 +38,8 @@ class FinetuneReport:
     last_validation_loss: float | None
     best_validation_loss: float | None
     best_step: int  # whose weights are the result
-    tokens: int  # trained ones, as often as they were
+    tokens: int  # of all steps, without padding
+    trained_tokens: int  # those among them that the loss counts
     seconds: float  # of training and evaluation, those before a resume too
     peak_bytes: int  # of MLX's memory
     versions: Mapping[str, str | None]

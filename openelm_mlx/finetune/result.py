@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from openelm_mlx.finetune.loop import Run
 
 MOST_NAMED = 3  # of the examples that an error is about
-PACKAGES = {"openelm_mlx": "openelm-mlx", "mlx": "mlx"}
+PACKAGES = ("openelm-mlx", "mlx")
 
 
 class NotFiniteError(Exception):
@@ -99,16 +99,24 @@ def is_finite(run: Run, example: Example | Pair) -> bool:
 def report_of(run: Run, ended: str) -> FinetuneReport:
     """Return what a run that has ended says of itself."""
     at, data = run.standing, run.data
-    trained = sum(array.size for array in run.weights.values())
-    versions = {name: device.installed(package) for name, package in PACKAGES.items()}
-    about = {"name": run.data_name, "sha256": data.sha256, "examples": len(data.train)}
+    sequences = [one for unit in data.train for one in sequences_of(unit)]
+    about = {
+        "name": data.name,
+        "kind": data.kind,
+        "records": data.records,
+        "examples": len(data.train),
+        "validation_examples": len(data.validation),
+        "tokens": sum(len(one.tokens) for one in sequences),
+        "trained_tokens": sum(one.trained.count(1) for one in sequences),
+        "sha256": data.sha256,
+    }
     return FinetuneReport(
         folder=run.folder,
         model=base_name(run.engine),
         options=run.options,
-        parameters=trained,
+        parameters=sum(array.size for array in run.weights.values()),
         base_parameters=run.engine.config.num_parameters,
-        data=about | {"validation_examples": len(data.validation)},
+        data=about,
         length=run.length,
         processes=run.ranks.size,
         steps=at.step,
@@ -122,9 +130,10 @@ def report_of(run: Run, ended: str) -> FinetuneReport:
         best_validation_loss=at.best_loss,
         best_step=at.best_step,
         tokens=at.tokens,
+        trained_tokens=at.trained_tokens,
         seconds=at.seconds,
         peak_bytes=at.peak_bytes,
-        versions=versions,
+        versions={name: device.installed(name) for name in PACKAGES},
         notes=run.notices,
     )
 

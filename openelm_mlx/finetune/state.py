@@ -48,6 +48,7 @@ class Standing:
     first_validation_loss: float | None = None
     last_validation_loss: float | None = None
     tokens: int = 0
+    trained_tokens: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
 
