@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if first:
             what = f"stopped after {run.standing.step:,} of {run.steps:,} steps"
-            print(f"{what}; {folder} has all of it, and goes on with", file=sys.stderr)
+            print(f"{what}, which {folder} keeps; to go on:", file=sys.stderr)
             print(f"  {going_on()}", file=sys.stderr)
         return 130
     if first:

@@ -101,7 +101,7 @@ def test_ctrl_c_saves_and_the_command_that_goes_on_is_told(run, tmp_path, capsys
     monkeypatch.setattr(sys, "argv", ["openelm", *words])
     assert run("-o", tmp_path / "mine", steps=4) == 130
     assert capsys.readouterr().err.splitlines()[-2:] == [
-        f"stopped after 2 of 4 steps; {tmp_path}/mine has all of it, and goes on with",
+        f"stopped after 2 of 4 steps, which {tmp_path}/mine keeps; to go on:",
         "  openelm finetune base 'my data' -o mine --resume",
     ]
     assert run("-o", tmp_path / "mine", steps=4) == 2
