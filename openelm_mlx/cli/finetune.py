@@ -15,7 +15,6 @@ from openelm_mlx.cli.options import add_flags, given_fields, given_path, load_mo
 from openelm_mlx.engine.options import ModelOptions
 from openelm_mlx.errors import OptionError
 from openelm_mlx.finetune.options import FinetuneOptions
-from openelm_mlx.finetune.records import PAIRS
 
 if TYPE_CHECKING:
     from openelm_mlx.finetune.loop import Run
@@ -76,6 +75,8 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from openelm_mlx.finetune import logs
+
     given = given_fields(FinetuneOptions, args)
     options = FinetuneOptions.of(None, **given)  # mistakes are told before a model is loaded
     if options.method == "full" and hasattr(args, "bits"):
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         )
         raise OptionError(f"{what}; leave out one of the two")
     check_data(args.data, options)
+    logs.check(options.log)
     folder = None if args.show_batch or args.dry_run else checked_folder(args)
     engine = load_model(args.model, args)
     options = FinetuneOptions.of(engine.config, **given)
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if folder is None:
         return print_batch(run) if args.show_batch else print_plan(run, args.json)
     if first:
-        print(*run.data.notices, *plan_of(run), sep="\n", file=sys.stderr)
+        print(*run.notices, *plan_of(run), sep="\n", file=sys.stderr)
     try:
         with Progress(folder, quiet=not first) as progress, StopKey() as stop:
             report = run.whole(progress, stop)
@@ -147,6 +149,7 @@ def print_batch(run: Run) -> int:
     """Print the first batch token by token."""
     from rich.console import Console
 
+    from openelm_mlx.finetune.records import PAIRS
     from openelm_mlx.finetune.shown import show_batch
 
     console = Console()
@@ -161,7 +164,7 @@ def print_plan(run: Run, as_json: bool) -> int:
     if as_json:
         print(json.dumps(facts_of(run)))
     else:
-        print(*run.data.notices, *plan_of(run), sep="\n")
+        print(*run.notices, *plan_of(run), sep="\n")
     return 0
 
 
@@ -218,7 +221,7 @@ def show(report: FinetuneReport, args: argparse.Namespace) -> None:
         )
     print(
         f"{report.steps:,} steps in {rough(report.seconds)}, {report.tokens_per_second:,.0f} "
-        f"trained tokens/s, at most {report.peak_bytes / 1e6:,.0f} MB"
+        f"tokens/s, at most {report.peak_bytes / 1e6:,.0f} MB"
     )
     print(f"talk to it: {chatting(report, args)}")
 

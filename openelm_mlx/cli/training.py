@@ -144,6 +144,8 @@ class Progress:
             step, loss = self.validation[-1]
             best = loss <= min(other for _, other in self.validation)
             parts.append(f"validation {loss:.4f}{' (best)' if best else ''}")
+        if "reward_accuracy" in self.row:  # of preference pairs
+            parts.append(f"{self.row['reward_accuracy']:.0%} of pairs in order")
         if self.row:
             parts.append(f"learning rate {self.row['learning_rate']:.2e}")
             parts.append(f"{self.row['tokens_per_second']:,.0f} tokens/s")
