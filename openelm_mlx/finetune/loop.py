@@ -30,7 +30,7 @@ from openelm_mlx.finetune.report import FinetuneReport, settings
 from openelm_mlx.finetune.result import NotFiniteError, failed, finished
 from openelm_mlx.finetune.state import BEST, STATE, Metrics, Standing
 from openelm_mlx.finetune.step import Step
-from openelm_mlx.finetune.trainable import hash_of, trainable
+from openelm_mlx.finetune.trainable import base_of, continued, digest, hash_of, trainable
 from openelm_mlx.model.fingerprint import fingerprint_of
 from openelm_mlx.stopping import StopKey
 
@@ -72,6 +72,7 @@ def prepared(
     """Return a run that can begin, or go on; without a folder it is only to be looked at. Nothing
     is written yet.
     """
+    options = continued(engine, options)
     check_engine(engine, options)
     logs.check(options.log)
     ranks = launched()
@@ -82,9 +83,6 @@ def prepared(
 
 def check_engine(engine: Engine, options: FinetuneOptions) -> None:
     """Raise `OptionError` for a model that cannot be trained like this."""
-    if engine.adapter is not None:
-        what = f"{engine.name} applies an adapter, which would be no part of the result"
-        raise OptionError(f"{what}; merge it with `openelm fuse`, and train what that gives")
     if options.method == "full" and engine.quantization:
         what = f"{engine.name} is quantized, and so are its weights no numbers to train"
         raise OptionError(f"{what}; give --method lora or dora, or the model before it was")
@@ -102,14 +100,16 @@ class Run:
         ranks: Ranks,
         resumed: bool,
     ) -> None:
-        self.engine, self.data, self.folder = engine, data, folder
+        self.engine, self.begun = base_of(engine), engine.adapter
+        self.data, self.folder = data, folder
         self.ranks, self.resumed, self.standing = ranks, resumed, Standing()
         self.length = row_length(engine, options)
-        self.fingerprint = fingerprint_of(engine.model)
+        self.fingerprint = fingerprint_of(self.engine.model)
         asked = {name: value for name, value in settings(options).items() if name not in FREE}
         self.identity: dict[str, Any] = {
             "version": __version__,
             "weights": self.fingerprint,
+            "adapter": engine.adapter and digest(engine.adapter),
             "data": data.sha256,
             "processes": ranks.size,
             "options": {**asked, "length": self.length},
@@ -316,6 +316,8 @@ class Run:
         said = [recipes.note(self.options.recipe, self.engine.config)]
         if self.data.kind == PAIRS:
             said.append(preference.note(self.engine, self.options))
+        if self.begun is not None:
+            said.append(f"The adapter {self.begun.name} is trained further.")
         return tuple(filter(None, [*said, *self.data.notices]))
 
     @property

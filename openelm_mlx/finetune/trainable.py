@@ -1,29 +1,107 @@
-"""What is trained: a new adapter on a model's matrices, or all of its weights."""
+"""What is trained: an adapter of a model's matrices, a new one or one to go on from, or all of its
+weights.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
-from openelm_mlx.device import mx
+from openelm_mlx.device import mx, utils
 from openelm_mlx.engine.loading import Engine
+from openelm_mlx.errors import OptionError
+from openelm_mlx.fields import shown
+from openelm_mlx.finetune import options as known
 from openelm_mlx.finetune.options import FinetuneOptions
-from openelm_mlx.model.adapters import Adapted, Adapter, LowRank, adapted, dense, lengths
-from openelm_mlx.model.config import EMBEDDINGS, OpenELMConfig
+from openelm_mlx.model.adapters import (
+    Adapted,
+    AdaptedHead,
+    Adapter,
+    LowRank,
+    adapted,
+    dense,
+    lengths,
+    shells,
+)
+from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM
 
 
 def trainable(engine: Engine, options: FinetuneOptions) -> OpenELM:
-    """Return a model whose trainable parameters are those of the method; the others are frozen."""
+    """Return a model whose trainable parameters are those of the method; the others are frozen.
+
+    An adapter that the engine applies is trained further, in float32, and otherwise a new one. The
+    engine's own stays as it is.
+    """
     if options.method == "full":
         model = engine.model
         model.unfreeze()
         return model
-    model = adapted(engine.model, new_adapter(engine, options), mx.float32)
+    base = base_of(engine)
+    model = adapted(base.model, engine.adapter or new_adapter(base, options), mx.float32)
     model.freeze()
     for module in model.modules():
         if isinstance(module, Adapted):
             module.unfreeze(keys=["a", "b", "m"], recurse=False)
     return model
+
+
+def base_of(engine: Engine) -> Engine:
+    """Return the engine without the adapter that it applies."""
+    if engine.adapter is None:
+        return engine
+    model = shells(engine.model)
+    if isinstance(model.get(HEAD), AdaptedHead):
+        del model.lm_head
+    modules: Any = model.named_modules()
+    bases = [(stem, module.base) for stem, module in modules if isinstance(module, Adapted)]
+    model.update_modules(utils.tree_unflatten(bases))
+    return replace(engine, model=model, name=engine.name.rpartition(" with ")[0], adapter=None)
+
+
+def continued(engine: Engine, options: FinetuneOptions) -> FinetuneOptions:
+    """Return the options with what the adapter that the engine applies says in their place.
+
+    Raises `OptionError` for options that are not those of the adapter, and for one whose change no
+    folder of an adapter could state.
+    """
+    adapter = engine.adapter
+    if adapter is None:
+        return options
+    parts = adapter.parts
+    tied = engine.config.share_input_output_layers
+    if tied and HEAD in parts and parts[HEAD] is not parts.get(EMBEDDINGS):
+        what = f"{adapter.name} adapts the head of a tied embedding, which no folder can state"
+        raise OptionError(f"{what}; merge it with `openelm fuse`, and train what that gives")
+    (rank, scale), _ = Counter((part.rank, part.scale) for part in parts.values()).most_common(1)[0]
+    stems = {stem.rpartition(".")[2] for stem in parts}
+    targets = tuple(name for name in (*known.TARGETS, known.EMBEDDINGS) if name in stems)
+    own: dict[str, Any] = {
+        "method": "lora" if all(part.magnitude is None for part in parts.values()) else "dora",
+        "rank": rank,
+        "alpha": scale * rank,
+        "targets": options.targets if stems == {*options.targets} else targets,
+    }
+    for name, value in own.items():
+        given = getattr(options, name)
+        if given not in (value, getattr(FinetuneOptions, name)):
+            what = f"{name} is {shown(given)}, but that of the adapter {adapter.name}, which is"
+            raise OptionError(f"{what} trained further, is {shown(value)}; leave it")
+    return replace(options, **own)
+
+
+def digest(adapter: Adapter) -> str:
+    """Return a hash of what an adapter does."""
+    import hashlib
+
+    found = hashlib.sha256()
+    for stem, part in sorted(adapter.parts.items()):
+        found.update(f"{stem} {part.scale} {part.a.shape} {part.b.shape}".encode())
+        for array in (part.a, part.b, part.magnitude):
+            if array is not None:
+                found.update(memoryview(mx.contiguous(array)))  # type: ignore[arg-type]
+    return found.hexdigest()
 
 
 def new_adapter(engine: Engine, options: FinetuneOptions) -> Adapter:
@@ -63,7 +141,12 @@ def adapter_of(model: OpenELM, name: str) -> Adapter:
     modules = {stem: m for stem, m in model.named_modules() if isinstance(m, Adapted)}
     parts = {stem: module.low_rank for stem, module in modules.items()}
     embedding = parts.get(EMBEDDINGS)
-    if embedding is not None and any(part.magnitude is not None for part in parts.values()):
+    if embedding is None:
+        return Adapter(name, parts)
+    if modules[EMBEDDINGS].tied:
+        parts[HEAD] = embedding
+    lengthy = any(part.magnitude is not None for part in parts.values())
+    if lengthy and embedding.magnitude is None:
         merged = embedding.merged(dense(modules[EMBEDDINGS].base))
         of_columns = form_of(Adapter(name, parts), model.args) == "peft"
         parts[EMBEDDINGS] = replace(embedding, magnitude=lengths(merged, of_columns))
@@ -75,5 +158,7 @@ def form_of(adapter: Adapter, config: OpenELMConfig) -> str:
 
     In mlx-lm's an adapter of a tied embedding is one of the head as well.
     """
+    embedding = adapter.parts.get(EMBEDDINGS)
+    both = adapter.parts.get(HEAD) is embedding
     tied = config.share_input_output_layers
-    return "peft" if tied and EMBEDDINGS in adapter.parts else "mlx-lm"
+    return "peft" if tied and embedding is not None and not both else "mlx-lm"

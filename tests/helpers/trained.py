@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from small import small_model
 
 from openelm_mlx.device import mx
 from openelm_mlx.engine.loading import Engine
+from openelm_mlx.finetune.examples import Example
 from openelm_mlx.finetune.options import EMBEDDINGS, TARGETS, FinetuneOptions
 from openelm_mlx.finetune.trainable import trainable
 from openelm_mlx.model.adapters import Adapted
 from openelm_mlx.model.decoder import OpenELM
+
+
+def few_examples(vocabulary: int) -> list[Example]:
+    """Return three, of 7, 4 and 6 tokens, of which 9 are trained."""
+    random = np.random.default_rng(3)
+    return [
+        Example(array("i", random.integers(3, vocabulary, size).tolist()), marks, "")
+        for size, marks in ((7, b"\0\0\1\1\0\1\1"), (4, b"\0\1\1\1"), (6, b"\0\0\0\1\0\1"))
+    ]
 
 
 def golden_engine(name: str) -> Engine:
