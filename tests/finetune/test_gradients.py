@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from typing import Any
 
 import numpy as np
@@ -11,27 +10,20 @@ from float64 import Var, gradients
 from float64_model import Reference
 from golden_set import GOLDEN
 from small import small_model
-from trained import adapted_modules, golden_engine, method_of, trained_model
+from trained import adapted_modules, few_examples, golden_engine, method_of, trained_model
 
 from openelm_mlx.device import mx, utils
+from openelm_mlx.finetune import forward
 from openelm_mlx.finetune.batches import Batch, Shape, packed
 from openelm_mlx.finetune.examples import Example
-from openelm_mlx.finetune.options import METHODS
+from openelm_mlx.finetune.options import METHODS, FinetuneOptions
 from openelm_mlx.finetune.step import Step
 from openelm_mlx.model.adapters import Adapted
 from openelm_mlx.model.config import OpenELMConfig
-from openelm_mlx.model.decoder import parameters
+from openelm_mlx.model.decoder import OpenELM, parameters
 
 CONFIGS = ("tied-gqa4", "untied-mha", "noqknorm-gqa2", "noglu-gqa2", "gpt-test")
 TOLERANCE = 1e-5  # relative to the largest element; float32 beside float64
-
-
-def examples(vocabulary: int) -> list[Example]:
-    random = np.random.default_rng(3)
-    return [
-        Example(array("i", random.integers(3, vocabulary, size).tolist()), marks, "")
-        for size, marks in ((7, b"\0\0\1\1\0\1\1"), (4, b"\0\1\1\1"), (6, b"\0\0\0\1\0\1"))
-    ]
 
 
 def rows_of(found: list[Example]) -> Batch:
@@ -54,18 +46,34 @@ def reference_of(
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_losses_and_gradients_are_those_of_float64(name: str, method: str) -> None:
-    engine, options = golden_engine(name), method_of(method)
+def test_losses_and_gradients_are_those_of_float64(
+    name: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = golden_engine(name)
     weights = parameters(engine.model)
-    model = trained_model(engine, options)
+    model = trained_model(engine, method_of(method))
     reference, trained = reference_of(engine.config, weights, adapted_modules(model))
-    found = examples(engine.config.vocab_size)
+    found = few_examples(engine.config.vocab_size)
+    check(model, method_of(method), reference, trained, found)
+    # attention and head in several parts, each layer computed again for its gradients
+    monkeypatch.setattr(forward, "LEAST_BLOCK", 4)
+    monkeypatch.setattr(forward, "CHUNK", 4 * engine.config.vocab_size)
+    parts = method_of(method, z_loss=0.01, gradient_checkpointing=True)
+    check(model, parts, reference, trained, found)
+
+
+def check(
+    model: OpenELM,
+    options: FinetuneOptions,
+    reference: Reference,
+    trained: dict[str, Var],
+    found: list[Example],
+) -> None:
     loss = Var(0.0)
     for example in found:
-        losses = reference.losses(example.tokens.tolist())
+        losses = reference.losses(example.tokens.tolist(), options.z_loss)
         loss = loss + (losses * np.frombuffer(example.trained, np.uint8)[1:]).sum()
     expected = gradients(loss, trained)
-
     (total, count, _), grads = Step(model, options).gradients(rows_of(found), mx.random.key(0))
     assert count.item() == 9
     assert total.item() == pytest.approx(loss.value, rel=TOLERANCE)

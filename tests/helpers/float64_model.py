@@ -77,10 +77,15 @@ class Reference:
         out = out.swapaxes(0, 1).reshape(length, -1)
         return out @ self.matrix(f"{layer}.attn.out_proj").T
 
-    def losses(self, tokens: Sequence[int]) -> Var:
-        """Return the negative log-likelihood of each token but the first."""
-        places = np.arange(len(tokens) - 1)
-        return log_softmax(self.logits(tokens))[places, np.array(tokens[1:])] * -1.0
+    def losses(self, tokens: Sequence[int], z_loss: float = 0.0) -> Var:
+        """Return the negative log-likelihood of each token but the first, and `z_loss` times the
+        squared log of the softmax's sum (PaLM, arXiv:2204.02311, section 5).
+        """
+        places, targets = np.arange(len(tokens) - 1), np.array(tokens[1:])
+        logits = self.logits(tokens)
+        likelihoods = log_softmax(logits)[places, targets]
+        total = logits[places, targets] - likelihoods
+        return likelihoods * -1.0 + total**2.0 * z_loss
 
 
 def rotation(length: int, size: int, base: float) -> tuple[Array, Array, Array]:
