@@ -153,7 +153,6 @@ class Named:
     def add(self, text: str) -> None:
         self.count += 1
         if self.count <= NAMED:
-            text = " ".join(text.split())  # what it quotes may have several lines
             self._first.append(text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}...")
 
     def __str__(self) -> str:

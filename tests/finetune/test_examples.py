@@ -154,6 +154,13 @@ def test_a_conversation_is_split_between_exchanges(tiny: Engine):
         later = [messages[0], *messages[3:]]
         assert list(second.tokens) == encode_messages(tiny.tokenizer, later, False)
         assert trained(first) + trained(second) == trained(whole)
+    exact = len(second.tokens)
+    for length in (exact, exact - 1):
+        parts = encoded(tiny, messages, overlong="split", length=length, train_on="all")
+        assert (parts[-1] == second) == (length == exact)
+    assert len(encoded(tiny, messages, length=len(whole.tokens))) == 1
+    with pytest.raises(Overlong, match=f"has {len(whole.tokens)} tokens"):
+        encoded(tiny, messages, length=len(whole.tokens) - 1)
     (last,) = encoded(tiny, messages, overlong="split", length=110, train_on="last")
     assert spelled(tiny, last) == "3 " * 9 + "|" and last.tokens == second.tokens
 

@@ -85,6 +85,12 @@ def test_reading_reports_how_far_it_is(tmp_path: Path):
     assert told == [(768, 1800), (1536, 1800), (1800, 1800)]
 
 
+def test_a_path_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n")
+    assert places("~/a.jsonl") == ["line 1"]
+
+
 def test_names_of_datasets():
     here = Path("nowhere")
     assert dataset_of("owner/name", here) == ("owner/name", {}, "train")
