@@ -103,7 +103,7 @@ class Run:
         self.engine, self.begun = base_of(engine), engine.adapter
         self.data, self.folder = data, folder
         self.ranks, self.resumed, self.standing = ranks, resumed, Standing()
-        self.length = row_length(engine, options)
+        self.length, options = row_length(engine, options), options.settled(data.kind == PAIRS)
         self.fingerprint = fingerprint_of(self.engine.model)
         asked = {name: value for name, value in settings(options).items() if name not in FREE}
         self.identity: dict[str, Any] = {

@@ -34,13 +34,6 @@ def new_optimizer(options: FinetuneOptions) -> Any:
     return optimizers.Adafactor(0.0, **how, **decay)
 
 
-def largest_rate(options: FinetuneOptions) -> float:
-    """Return the learning rate after the warm-up."""
-    if options.learning_rate is not None:
-        return options.learning_rate
-    return 2e-5 if options.method == "full" else 3e-4
-
-
 def warmup_steps(options: FinetuneOptions, steps: int) -> int:
     """Return in how many of `steps` the learning rate rises. Raises `OptionError` for more."""
     given = options.warmup
@@ -60,7 +53,7 @@ def rate_at(options: FinetuneOptions, step: int, steps: int) -> float:
 
     So no step has the rate 0 with which a warm-up may begin, or a fall may end.
     """
-    most, warm = largest_rate(options), warmup_steps(options, steps)
+    most, warm = options.largest_rate, warmup_steps(options, steps)
     if step <= warm:
         return options.warmup_rate + (most - options.warmup_rate) * step / warm
     done = (step - 1 - warm) / (steps - warm)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,20 @@ class FinetuneOptions:
         if self.learning_rate is not None:
             return self.learning_rate
         return 2e-5 if self.method == "full" else 3e-4
+
+    @property
+    def pair_loss(self) -> str:
+        """The loss of preference pairs: by default that of the paper on DPO."""
+        return self.preference or "sigmoid"
+
+    def settled(self, pairs: bool) -> FinetuneOptions:
+        """Return the options with what follows from others, or from preference `pairs`, stated."""
+        found: dict[str, Any] = {"learning_rate": self.largest_rate}
+        if self.method != "full":
+            found["alpha"] = self.scale * self.rank
+        if pairs:
+            found["preference"] = self.pair_loss
+        return replace(self, **found)
 
 
 def check_applied(options: FinetuneOptions) -> None:

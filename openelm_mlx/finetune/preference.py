@@ -42,7 +42,7 @@ def loss_of(
     if not isinstance(examples[0], Pair):
         return cross_entropy
     reference = copied(model) if model is engine.model else engine.model
-    return preference_loss(reference, options.preference or "sigmoid", options.beta)
+    return preference_loss(reference, options.pair_loss, options.beta)
 
 
 def copied(model: OpenELM) -> OpenELM:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from yaml import safe_dump as dumped
 
 from openelm_mlx.cli.options import Parser, add_flags, given_fields
 from openelm_mlx.errors import ConfigError, OptionError
 from openelm_mlx.finetune.options import FinetuneOptions
+from openelm_mlx.finetune.report import settings
 
 NO_ADAPTER = "method full has no adapter; give lora or dora, or leave it"
 
@@ -83,6 +85,19 @@ def test_defaults_that_follow_from_others():
     assert FinetuneOptions(method="dora").largest_rate == 3e-4
     assert FinetuneOptions(method="full").largest_rate == 2e-5
     assert FinetuneOptions(method="full", learning_rate=1e-4).largest_rate == 1e-4
+    settled = FinetuneOptions(rank=4).settled(pairs=True)
+    assert (settled.alpha, settled.learning_rate, settled.preference) == (4, 3e-4, "sigmoid")
+    settled = FinetuneOptions(method="full").settled(pairs=False)
+    assert (settled.alpha, settled.learning_rate, settled.preference) == (None, 2e-5, None)
+
+
+def test_what_a_card_says_gives_the_options_again(yaml):
+    """Also where it says a default of an option that has no meaning beside the others."""
+    cases = ({"method": "full", "steps": 5}, {"recipe": "instruct-dpo", "steps": 5})
+    for given in (*cases, {"optimizer": "sgd", "validation": "a.jsonl"}):
+        options = FinetuneOptions.of(None, **given).settled(pairs="recipe" in given)
+        said = {name: one for name, one in settings(options).items() if one not in (None, [])}
+        assert FinetuneOptions.of(None, config=yaml(dumped(said))) == options
 
 
 @pytest.fixture
