@@ -12,23 +12,24 @@ where p is the probability of a whole answer, the loss of a pair is
 
 IPO is here as it is published; TRL divides the log-probability of each answer by its length first.
 
-The reference of an adapter is the model without it, whose arrays the two share. If all weights are
-trained, it is a second copy of them. It is computed in each step, beside the model, so that both
-round alike; this takes no gradients, and its memory is free again before they are computed.
+The reference of an adapter is the model without it, whose arrays the two share, or for one that is
+trained further the model with it as it was. If all weights are trained, it is a second copy of
+them. It is computed in each step, beside the model, so that both round alike; this takes no
+gradients, and its memory is free again before they are computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openelm_mlx.device import mx, nn, utils
+from openelm_mlx.device import mx, nn
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.finetune.batches import Batch
 from openelm_mlx.finetune.examples import Example, Pair
 from openelm_mlx.finetune.forward import Training, token_losses
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.step import Loss, Sums, cross_entropy
-from openelm_mlx.model.adapters import shells
+from openelm_mlx.model.adapters import Adapted, shells
 from openelm_mlx.model.decoder import OpenELM
 
 
@@ -41,20 +42,24 @@ def loss_of(
     """
     if not isinstance(examples[0], Pair):
         return cross_entropy
-    reference = copied(model) if model is engine.model else engine.model
+    reference = kept(engine.model, whole=model is engine.model)
     return preference_loss(reference, options.pair_loss, options.beta)
 
 
-def copied(model: OpenELM) -> OpenELM:
-    """Return a model that keeps the weights which `model` has now.
+def kept(model: OpenELM, whole: bool) -> OpenELM:
+    """Return a model that keeps the weights which `model` has now, for one that is trained from it:
+    the `whole` of it, or the adapter that it applies.
 
-    The memory is one until the first step gives `model` others. The arrays are not the same, as a
+    The memory is one until the first step makes other weights. The arrays are not the same, as a
     compiled function does not take one both as an input and as a constant.
     """
-    kept = shells(model)
-    kept.update(utils.tree_map(mx.stop_gradient, model.parameters()))
-    mx.eval(kept.parameters())
-    return kept
+    new = shells(model)
+    for module in new.modules():
+        if whole or isinstance(module, Adapted):
+            arrays = {name: one for name, one in module.items() if isinstance(one, mx.array)}
+            module.update({name: mx.stop_gradient(array) for name, array in arrays.items()})
+    mx.eval(new.parameters())
+    return new
 
 
 def note(engine: Engine, options: FinetuneOptions) -> str:

@@ -113,10 +113,13 @@ def parameters_of(engine: Engine) -> dict[str, mx.array]:
     return dict(utils.tree_flatten(engine.model.parameters()))
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize("method", ["lora", "dora", "full", "further"])
 def test_a_run_begins_where_the_model_was(engine, method):
     """No pair has a margin, so the losses are log 2, 1 and 1 / (4 beta^2)."""
     batch, beta = batch_of(PAIRS), 0.2
+    if method == "further":  # an adapter that has learned, as from answers alone
+        learned = random_adapter(engine.model, 1, only=".ffn.")
+        engine, method = engine.load_adapter(learned, "first"), "lora"
     for kind, expected in {"sigmoid": math.log(2), "hinge": 1, "ipo": 1 / (4 * beta**2)}.items():
         options = FinetuneOptions(method=method, preference=kind, beta=beta)
         model = trainable(engine, options)
