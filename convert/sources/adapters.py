@@ -52,7 +52,8 @@ class AdaptedSource(TensorSource):
         files: tuple[Path, ...] = (),
         form: str | None = None,
     ) -> None:
-        self.path, self.tokenizer, self.instruct = source.path, source.tokenizer, source.instruct
+        self.path, self.tokenizer = source.path, source.tokenizer
+        self.instruct = source.instruct or (form is None and adapter.instruct)
         self.licence, self.form = source.licence, form
         self._source, self._files = source, files
         self._base_config = config

@@ -18,6 +18,7 @@ import numpy as np
 from openelm_mlx.convert.sources import TensorSource, weights_by_kind
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES, itemsize
+from openelm_mlx.engine.prompts import TEMPLATE
 from openelm_mlx.errors import ConversionError
 from openelm_mlx.files import INDEX, WEIGHTS, TensorInfo, TensorPlace, read_json, read_places
 from openelm_mlx.model.checkpoint import PARTS, unpacked
@@ -32,7 +33,7 @@ class HuggingFaceFolder(TensorSource):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.instruct = (self.path / "chat_template.jinja").is_file()
+        self.instruct = (self.path / TEMPLATE).is_file()
         found = read_places(self.path, unindexed_files(self.path))
         self._places = canonical(found)
         if place := frequencies(found):

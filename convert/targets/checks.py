@@ -30,7 +30,7 @@ OWN = re.compile(
     r"config\.json(\.partial)?|conversion\.json|generation_config\.json|chat_template\.jinja"
     r"|tokenizer(_config)?\.json|tokenizer\.model|README\.md|LICEN[SC]E[^/]*"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-    r"|adapter|adapter/adapter[\w.]*"
+    r"|adapter|adapter/(adapter[\w.]*|chat_template\.jinja)"
 )
 # the first entry of a GGUF file by llama.cpp's tools and by ours
 GGUF_HEAD, ARCHITECTURE = 256, b"general.architecture\x08\0\0\0\x07\0\0\0\0\0\0\0openelm"

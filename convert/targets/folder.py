@@ -33,28 +33,12 @@ from openelm_mlx.convert.tokenizers import TokenizerModel, build_tokenizer_json,
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import DTYPES
 from openelm_mlx.engine.loading import chat_sampling, generation_config
+from openelm_mlx.engine.prompts import CHAT_TEMPLATE, TEMPLATE
 from openelm_mlx.files import INDEX, WEIGHTS, TensorInfo, write_json
 from openelm_mlx.model.config import EMBEDDINGS, GENERATION_CONFIG, OpenELMConfig
 from openelm_mlx.quantization import KEYS, Plan, config_entry, planned, stem_of
 
 SHARD_BYTES = 5 << 30
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- if not messages or messages[0]['role'] != 'system' -%}
-{{- '<|system|>\\n' + eos_token -}}
-{%- endif -%}
-{%- for message in messages -%}
-{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
-{{- raise_exception('role must be system, user or assistant, not ' + message['role']) -}}
-{%- endif -%}
-{{- ('' if loop.first and message['role'] == 'system' else '\\n') + '<|' + \
-message['role'] + '|>\\n' -}}
-{{- message['content'] + eos_token -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '\\n<|assistant|>\\n' -}}
-{%- endif -%}
-"""
 
 
 class FolderTarget(Target):
@@ -102,7 +86,7 @@ class FolderTarget(Target):
         for name, content in self.tokenizer_files.items():
             (folder / name).write_bytes(content)
         if self.options.is_instruct:
-            (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+            (folder / TEMPLATE).write_text(CHAT_TEMPLATE, encoding="utf-8")
         write_json(folder / GENERATION_CONFIG, self.sampling)
         for path in self.licence.files:
             shutil.copyfile(path, folder / path.name)

@@ -23,11 +23,11 @@ from openelm_mlx.convert.quantize.plan import Quantization
 from openelm_mlx.convert.record import ConversionReport, licence_of
 from openelm_mlx.convert.sources.gguf import LAYER_NAMES, NAMES, licence_key
 from openelm_mlx.convert.targets import Target
-from openelm_mlx.convert.targets.folder import CHAT_TEMPLATE
 from openelm_mlx.convert.targets.gguf_types import fallen_back, types_of
 from openelm_mlx.convert.tokenizers import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, TokenizerModel
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import BY_GGUF, DTYPES
+from openelm_mlx.engine.prompts import CHAT_TEMPLATE
 from openelm_mlx.errors import ConversionError, OptionError
 from openelm_mlx.files import TensorInfo
 from openelm_mlx.model.config import (

@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"  {going_on()}", file=sys.stderr)
         return 130
     if first:
+        new = [note for note in report.notes if note not in run.notices]
+        print(*new, sep="\n", end="\n" * bool(new), file=sys.stderr)
         show(report, args)
     return 0
 
@@ -194,11 +196,12 @@ def plan_of(run: Run) -> list[str]:
     """Return what a run would do, in lines for people."""
     facts = facts_of(run)
     several = "" if run.ranks.size == 1 else f" in {run.ranks.size} processes"
+    epochs = f"{facts['epochs']:.3g} epoch{'s' * (facts['epochs'] != 1)}"
     return [
         f"{facts['data']}: {facts['examples']:,} examples to train on ({run.data.kind}), "
         f"{facts['validation_examples']:,} for validation",
-        f"{facts['steps']:,} steps{several}, {facts['epochs']:.3g} epochs, {facts['tokens']:,} "
-        f"tokens in rows of at most {facts['length']:,}, {facts['padding']:.1%} padding",
+        f"{facts['steps']:,} steps{several}, {epochs}, {facts['tokens']:,} tokens in rows of "
+        f"at most {facts['length']:,}, {facts['padding']:.1%} padding",
         f"{facts['method']}: {facts['parameters']:,} numbers are trained; the model has "
         f"{facts['base_parameters']:,}",
     ]
@@ -223,19 +226,19 @@ def show(report: FinetuneReport, args: argparse.Namespace) -> None:
         f"{report.steps:,} steps in {rough(report.seconds)}, {report.tokens_per_second:,.0f} "
         f"tokens/s, at most {report.peak_bytes / 1e6:,.0f} MB"
     )
-    print(f"talk to it: {chatting(report, args)}")
+    print(f"try it: {using(report, args)}")
 
 
-def chatting(report: FinetuneReport, args: argparse.Namespace) -> str:
-    """Return the command that chats with the result."""
+def using(report: FinetuneReport, args: argparse.Namespace) -> str:
+    """Return the command that tries the result: by a chat if it was trained to converse."""
+    from openelm_mlx.engine.prompts import TEMPLATE
+
     folder = str(given_path(args.folder))
-    if report.method == "full":
-        return shlex.join(["openelm", "chat", folder])
-    given = given_fields(ModelOptions, args)
-    flags = [
-        word
-        for name in ("bits", "group_size", "tokenizer", "revision")
-        if name in given
-        for word in ("--" + name.replace("_", "-"), str(given[name]))
-    ]
-    return shlex.join(["openelm", "chat", args.model, "--adapter", folder, *flags])
+    model, flags = (folder, []) if report.method == "full" else (args.model, ["--adapter", folder])
+    if report.method != "full":
+        given = given_fields(ModelOptions, args)
+        for name in ("bits", "group_size", "tokenizer", "revision"):
+            flags += ["--" + name.replace("_", "-"), str(given[name])] if name in given else []
+    chats = (report.folder / TEMPLATE).exists()
+    words = ["chat", model] if chats else ["generate", "Once upon a time", "--model", model]
+    return shlex.join(["openelm", *words, *flags])

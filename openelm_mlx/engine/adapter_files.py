@@ -5,7 +5,8 @@ Both have an adapter_config.json beside one safetensors file. mlx-lm (mlx_lm/tun
 embedding, lora_a [rows, rank] and lora_b [rank, columns]. A head that is tied to it is adapted too.
 One rank, one scale and one kind hold for all layers. PEFT's form is in `peft`.
 
-The fingerprint of the base is in the metadata of the safetensors file, which both tools skip.
+The fingerprint of the base is in the metadata of the safetensors file, which both tools skip, and
+chat_template.jinja says that the adapter was trained to converse.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from openelm_mlx.device import mx
 from openelm_mlx.dtypes import FLOATS
+from openelm_mlx.engine.prompts import CHAT_TEMPLATE, TEMPLATE
 from openelm_mlx.errors import CheckpointError, ConversionError, naming
 from openelm_mlx.files import name_for_mlx, read_header, read_json, write_json
 from openelm_mlx.model import peft
@@ -59,7 +61,8 @@ def read_adapter(folder: Path, config: OpenELMConfig) -> Adapter:
         )
     if not parts:
         raise ConversionError(f"{folder} adapts nothing: its file has no tensors")
-    adapter = Adapter(folder.absolute().name, with_rows(parts, config.vocab_size), base)
+    instruct = (folder / TEMPLATE).is_file()
+    adapter = Adapter(folder.absolute().name, with_rows(parts, config.vocab_size), base, instruct)
     with naming(folder):
         adapter.check(config)
     return adapter
@@ -180,6 +183,8 @@ def write_adapter(
     dtype = shortest(arrays.values())
     stored = {key: mx.contiguous(array.astype(dtype)) for key, array in arrays.items()}
     mx.save_safetensors(name_for_mlx(folder / name), stored, metadata=metadata)
+    if adapter.instruct:
+        (folder / TEMPLATE).write_text(CHAT_TEMPLATE, encoding="utf-8")
     write_json(folder / SETTINGS, settings)
 
 

@@ -18,6 +18,7 @@ from openelm_mlx.engine.decode import Steps
 from openelm_mlx.engine.hub import Resolved, resolve_model
 from openelm_mlx.engine.memory import check_memory
 from openelm_mlx.engine.options import ModelOptions, SamplingOptions
+from openelm_mlx.engine.prompts import TEMPLATE
 from openelm_mlx.engine.threads import asynchronous, device_work
 from openelm_mlx.engine.tokenizer import Tokenizer, check_vocabulary
 from openelm_mlx.errors import CheckpointError, ConfigError, OptionError, naming
@@ -109,6 +110,7 @@ class Engine:
         model = adapted(self.model, chosen)
         prepare(model)
         own: Any = {"name": f"{self.name} with {name}", "adapter": chosen, "adapters": {}}
+        own["instruct"] = self.instruct or chosen.instruct
         self.adapters[name] = replace(self, model=model, **own)
         return self.adapters[name]
 
@@ -274,7 +276,7 @@ def loaded_bytes(headers: Headers, options: ModelOptions) -> int:
 
 def speaks_instruct(folder: Path, name: str) -> bool:
     """Return whether the model was trained on the Instruct format: by its template or its name."""
-    if (folder / "chat_template.jinja").exists() or "instruct" in name.rsplit("/", 1)[-1].lower():
+    if (folder / TEMPLATE).exists() or "instruct" in name.rsplit("/", 1)[-1].lower():
         return True
     settings = folder / "tokenizer_config.json"
     return settings.exists() and "chat_template" in read_json(settings)

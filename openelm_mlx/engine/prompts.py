@@ -24,6 +24,25 @@ from openelm_mlx.errors import ContextError, PromptError
 if TYPE_CHECKING:
     from openelm_mlx.engine.loading import Engine
 
+TEMPLATE = "chat_template.jinja"  # the file by which other programs know the Instruct format
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- if not messages or messages[0]['role'] != 'system' -%}
+{{- '<|system|>\\n' + eos_token -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+{{- raise_exception('role must be system, user or assistant, not ' + message['role']) -}}
+{%- endif -%}
+{{- ('' if loop.first and message['role'] == 'system' else '\\n') + '<|' + \
+message['role'] + '|>\\n' -}}
+{{- message['content'] + eos_token -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '\\n<|assistant|>\\n' -}}
+{%- endif -%}
+"""
+
 Message = Mapping[str, str]
 # text, token ids, or the messages of a conversation
 Prompt = str | Sequence[int] | Sequence[Message]

@@ -9,13 +9,14 @@ from typing import Any
 
 from openelm_mlx.engine.adapter_files import WEIGHTS
 from openelm_mlx.engine.hub import SHORT_NAMES, looks_like_path
+from openelm_mlx.engine.prompts import TEMPLATE
 from openelm_mlx.files import replacing
 from openelm_mlx.finetune.picture import METRICS, PICTURE
 from openelm_mlx.finetune.records import PAIRS
 from openelm_mlx.finetune.report import FinetuneReport, settings
 
 CARD = "README.md"
-FOLDER = "PATH_OF_THIS_FOLDER"
+FOLDER, START = "PATH_OF_THIS_FOLDER", '"Once upon a time"'
 WHAT = {
     "lora": "A LoRA adapter of rank {rank} for",
     "dora": "A DoRA adapter of rank {rank} for",
@@ -85,16 +86,19 @@ def entries(report: FinetuneReport, base: str) -> str:
 
 def uses(report: FinetuneReport, base: str, files: Collection[str]) -> str:
     """Return the commands that use the result; mlx-lm reads adapters of its own form only."""
-    name = shlex.quote(base)
-    commands = [
-        f"openelm chat {name} --adapter {FOLDER}",
-        f"openelm fuse {name} --adapter {FOLDER} -o merged",
-        f"mlx_lm.generate --model FOLDER_OF_THE_BASE --adapter-path {FOLDER} --prompt Once",
-    ]
-    if report.method == "full":
-        commands = [f"openelm chat {FOLDER}", f"mlx_lm.generate --model {FOLDER} --prompt Once"]
-    elif WEIGHTS not in files:
-        del commands[-1]
+    whole = report.method == "full"
+    model, beside = (FOLDER, "") if whole else (shlex.quote(base), f" --adapter {FOLDER}")
+    chats = (
+        f"openelm chat {model}"
+        if TEMPLATE in files
+        else f"openelm generate {START} --model {model}"
+    )
+    commands = [f"{chats}{beside}"]
+    if not whole:
+        commands.append(f"openelm fuse {model}{beside} -o merged")
+    if whole or WEIGHTS in files:
+        theirs = FOLDER if whole else f"FOLDER_OF_THE_BASE --adapter-path {FOLDER}"
+        commands.append(f"mlx_lm.generate --model {theirs} --prompt {START}")
     return "".join(f"{command}\n" for command in commands)
 
 
@@ -132,9 +136,10 @@ def course(report: FinetuneReport) -> str:
     """Return how long it took, and with what."""
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     several = "" if report.processes == 1 else f" in {report.processes} processes"
+    epochs = f"{report.epochs:.3g} epoch{'s' * (report.epochs != 1)}"
     return (
         f"{report.steps:,} of {report.steps_planned:,} steps ({report.ended}), which are "
-        f"{report.epochs:.3g} epochs, in {report.seconds:,.0f} seconds{several}: "
+        f"{epochs}, in {report.seconds:,.0f} seconds{several}: "
         f"{report.tokens_per_second:,.0f} tokens a second, at most "
         f"{report.peak_bytes / 1e6:,.0f} MB. With {versions}.\n"
     )

@@ -52,6 +52,7 @@ def figure(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     below.set_ylabel("learning rate")
     below.set_ylim(bottom=0)
     below.set_xlabel("step")
+    below.xaxis.get_major_locator().set_params(integer=True)
     legend(above, LIGHT, columns=4)
     return drawn
 

@@ -13,6 +13,7 @@ from openelm_mlx.device import mx, utils
 from openelm_mlx.dtypes import name_of
 from openelm_mlx.engine.adapter_files import write_adapter
 from openelm_mlx.engine.loading import Engine
+from openelm_mlx.engine.prompts import CHAT_TEMPLATE, TEMPLATE
 from openelm_mlx.errors import FinetuneError, OptionError
 from openelm_mlx.files import TensorInfo, write_json
 from openelm_mlx.finetune.batches import Shape, packed, sequences_of
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from openelm_mlx.finetune.loop import Run
 
 MOST_NAMED = 3  # of the examples that an error is about
+UNCHANGED = (
+    "No evaluation was better than that before the first step: the result is the model as it was. "
+    "A lower learning rate, or more examples, may help."
+)
 PACKAGES = ("openelm-mlx", "mlx")
 
 
@@ -134,7 +139,7 @@ def report_of(run: Run, ended: str) -> FinetuneReport:
         seconds=at.seconds,
         peak_bytes=at.peak_bytes,
         versions={name: device.installed(name) for name in PACKAGES},
-        notes=run.notices,
+        notes=(*run.notices, *[UNCHANGED] * (at.best_step == 0 < at.step)),
     )
 
 
@@ -159,10 +164,11 @@ def write_all(run: Run, report: FinetuneReport) -> FinetuneReport:
 def write_result(run: Run) -> None:
     """Write what `--adapter`, or `load`, takes: the trained weights as the model has them now."""
     folder, engine = run.folder, run.engine
+    instruct = engine.instruct or run.data.kind == MESSAGES
     if run.options.method == "full":
-        instruct = engine.instruct or run.data.kind == MESSAGES
         return write_model(folder, engine, run.model, instruct)
-    adapter = replace(adapter_of(run.model, folder.absolute().name), base=run.fingerprint)
+    adapter = adapter_of(run.model, folder.absolute().name)
+    adapter = replace(adapter, base=run.fingerprint, instruct=instruct)
     form = form_of(adapter, engine.config)
     return write_adapter(folder, adapter, form, engine.config, base_name(engine))
 
@@ -177,7 +183,6 @@ def write_model(folder: Path, engine: Engine, model: OpenELM, instruct: bool) ->
     nothing loads a part of it.
     """
     from openelm_mlx.convert.targets.folder import (
-        CHAT_TEMPLATE,
         sampling_defaults,
         tokenizer_files,
         write_weights,
@@ -191,7 +196,7 @@ def write_model(folder: Path, engine: Engine, model: OpenELM, instruct: bool) ->
     for name, content in tokenizer_files(read_tokenizer(engine.tokenizer.path)).items():
         (folder / name).write_bytes(content)
     if instruct:
-        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        (folder / TEMPLATE).write_text(CHAT_TEMPLATE, encoding="utf-8")
     write_json(folder / GENERATION_CONFIG, sampling_defaults(engine.path, engine.config))
     for path in engine.path.glob("LICEN[SC]E*"):
         shutil.copyfile(path, folder / path.name)

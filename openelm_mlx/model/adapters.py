@@ -66,6 +66,7 @@ class Adapter:
     name: str
     parts: Mapping[str, LowRank]
     base: str | None = None  # the fingerprint of its model, None if its files do not say
+    instruct: bool = False  # trained on the Instruct format, whatever its base was
 
     @property
     def num_parameters(self) -> int:

@@ -61,7 +61,7 @@ def test_a_run_says_what_it_trains_how_it_went_and_how_to_use_it(run, base, tmp_
     assert first == "texts.jsonl: 4 examples to train on (text), 1 for validation"
     assert second.startswith("2 steps, ") and second.endswith(" padding")
     assert third.startswith("dora: ") and start.startswith("step 0 of 2: validation ")
-    assert len(lines) == 2 and lines[1].startswith("step 2 of 2: loss ")
+    assert lines[1].startswith("step 2 of 2: loss ")
     result, loss, validation, speed, use = said.out.splitlines()
     report = json.loads((tmp_path / "mine" / "finetune.json").read_text())
     best = f"{tmp_path}/mine: the weights after step {report['best_step']}; all steps are done"
@@ -70,7 +70,8 @@ def test_a_run_says_what_it_trains_how_it_went_and_how_to_use_it(run, base, tmp_
         **report
     )
     assert f"{report['best_validation_loss']:.4f} at its best" in validation
-    assert use == f"talk to it: openelm chat {base} --adapter {tmp_path}/mine"
+    start = "try it: openelm generate 'Once upon a time' --model"
+    assert use == f"{start} {base} --adapter {tmp_path}/mine"
     read_adapter(tmp_path / "mine", OpenELMConfig.from_file(base / "config.json"))
     assert (tmp_path / "mine" / "README.md").is_file()
 
@@ -85,7 +86,32 @@ def test_json_is_the_report_and_all_weights_need_no_base(run, tmp_path, capsys):
     words = ("-o", tmp_path / "other", "--method", "full", "--validation-share", "0")
     assert run(*words) == 0
     _, loss, _, use = capsys.readouterr().out.splitlines()
-    assert use == f"talk to it: openelm chat {tmp_path}/other"
+    assert use == f"try it: openelm generate 'Once upon a time' --model {tmp_path}/other"
+
+
+def test_a_run_that_made_nothing_better_says_so(run, tmp_path, capsys):
+    assert run("-o", tmp_path / "mine", "--learning-rate", 0) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{tmp_path}/mine: the weights after step 0; ")
+    note = "No evaluation was better than that before the first step: the result is the model as it"
+    assert note in said.err and note in (tmp_path / "mine" / "README.md").read_text()
+
+
+def test_what_was_trained_to_converse_is_tried_in_a_chat(base, tmp_path, capsys):
+    turns = [{"role": role, "content": "a fox"} for role in ("user", "assistant")]
+    data = tmp_path / "talk.jsonl"
+    data.write_text(json.dumps({"messages": turns}), encoding="utf-8")
+    words = ["finetune", base, data, "-o", tmp_path / "mine", "--steps", 1, "--bits", 4]
+    assert main([*map(str, words), "--group-size", "32"]) == 0
+    *_, use = capsys.readouterr().out.splitlines()
+    flags = f"--adapter {tmp_path}/mine --bits 4 --group-size 32"
+    assert use == f"try it: openelm chat {base} {flags}"
+    assert main(["chat", str(base), "-p", "a fox", *flags.split(), "--max-tokens", "2"]) == 0
+    assert "template" not in capsys.readouterr().err
+    assert main(["fuse", str(base), *flags.split()[:2], "-o", str(tmp_path / "fused")]) == 0
+    assert (tmp_path / "fused" / "chat_template.jinja").is_file()
+    assert main(["chat", str(base), "-p", "a fox", "--max-tokens", "2"]) == 0
+    assert "has no chat template" in capsys.readouterr().err
 
 
 def test_ctrl_c_saves_and_the_command_that_goes_on_is_told(run, tmp_path, capsys, monkeypatch):

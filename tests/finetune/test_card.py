@@ -42,8 +42,8 @@ REPORT = FinetuneReport(
 
 
 def test_a_card_has_the_figures_of_the_report(tmp_path):
-    (tmp_path / "loss.png").touch()
-    (tmp_path / "adapters.safetensors").touch()
+    for name in ("loss.png", "adapters.safetensors", "chat_template.jinja"):
+        (tmp_path / name).touch()
     write_card(tmp_path, REPORT)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     _, front, body = text.split("---\n", 2)
@@ -91,11 +91,12 @@ def test_a_base_that_is_not_on_the_hub_is_named_without_its_folders(model, name)
     text = card(replace(REPORT, model=model, best_validation_loss=None), ())
     assert "base_model" not in text and f"rank 8 for `{name}`" in text and "/home" not in text
     assert "mlx_lm" not in text and "at the best" not in text  # an adapter of PEFT's form
-    assert f"openelm chat {name} --adapter" in text.replace("'", "")
+    start = 'openelm generate "Once upon a time" --model'  # what was not trained to converse
+    assert f"{start} {name} --adapter PATH_OF_THIS_FOLDER\n" in text.replace("'", "")
 
 
 def test_a_model_is_used_without_its_base():
     full = replace(REPORT, options=FinetuneOptions(method="full"))
-    text = card(full, ())
+    text = card(full, ("chat_template.jinja",))
     assert "base_model_relation: finetune" in text and "All weights, trained further, of" in text
     assert "openelm chat PATH_OF_THIS_FOLDER\n" in text and "--adapter" not in text
