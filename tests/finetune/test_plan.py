@@ -115,6 +115,14 @@ def test_packed_rows_have_at_most_3_percent_padding(mix: str) -> None:
     assert max(one.tokens.size for one in batches) <= 2 * 512
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_epochs_of_few_rows_waste_no_more(batch: int) -> None:
+    """The last row of an epoch, and its last batch, are filled by the next one."""
+    sizes = np.random.default_rng(0).integers(4, 40, 12)
+    plan = Plan(examples_of(sizes), FinetuneOptions(batch=batch, epochs=60), LENGTH)
+    assert plan.waste <= 0.03
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_examples_meet_others_in_every_epoch_and_with_every_seed(packing: bool) -> None:
     """In mlx-lm the batches of all epochs have the same examples, in another order."""
