@@ -123,7 +123,7 @@ class Source:
         if self._long.count and self.options.overlong != "skip":
             split = ", split divides conversations between exchanges" * (self.kind == MESSAGES)
             remedy = f"raise length, or set overlong: skip leaves them out{split}"
-            problems.append(f"{self._long.count:,} {too_long(length)}: {self._long}; {remedy}")
+            problems.append(f"{self._too_long(length)}: {self._long}; {remedy}")
         if problems:
             raise FinetuneError(f"{self.name}: {'. '.join(problems)}")
         if not self.examples:
@@ -134,14 +134,18 @@ class Source:
         """Return sentences on what is not trained."""
         said = []
         if self._long.count:
-            said.append(f"{self._long.count:,} {too_long(length)} and are left out: {self._long}")
+            said.append(f"{self._too_long(length)}, and are left out: {self._long}")
         if self._equal.count:
-            what = f"{self._equal.count:,} pairs have equal answers and are left out"
-            said.append(f"{what}: {self._equal}")
+            what = f"{self._equal.count:,} of {self.count:,} pairs have equal answers"
+            said.append(f"{what}, and are left out: {self._equal}")
         read = (*KEYS[self.kind], *["prompt"] * (self.kind == PAIRS))
         if unread := [shown(key) for key in self._keys if key not in read]:
             said.append(f"keys that are not read: {', '.join(unread):.200}")
         return [f"{self.name}: {text}" for text in said]
+
+    def _too_long(self, length: int) -> str:
+        count = f"{self._long.count:,} of {self.count:,} records"
+        return f"{count} are longer than a row of {length:,} tokens"
 
 
 class Named:
@@ -158,10 +162,6 @@ class Named:
     def __str__(self) -> str:
         more = [f"and {self.count - NAMED:,} more"] if self.count > NAMED else []
         return "; ".join([*self._first, *more])
-
-
-def too_long(length: int) -> str:
-    return f"records do not fit into rows of {length:,} tokens"
 
 
 def check_options(kind: str, options: FinetuneOptions) -> None:
@@ -207,7 +207,7 @@ def others(source: Source, other: Source) -> Examples:
         what = f"{other.name}: {again:,} of {len(other.examples):,} examples are trained as well"
         if not held:
             raise FinetuneError(f"{what}; give others for validation, or leave it out")
-        other.notices.append(f"{what}, and left out here")
+        other.notices.append(f"{what}, and are left out here")
     return held
 
 

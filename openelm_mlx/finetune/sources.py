@@ -146,4 +146,5 @@ def rows(name: str, how: dict[str, Any], split: str, report: Progress) -> Iterat
             yield f"row {number}", row
     except Exception as error:  # of many libraries: the hub's, Arrow's, those of formats
         what = f"{shown} cannot be read as a dataset with a split {split!r}: {reason(error)}"
-        raise FinetuneError(f"{what}; give {ALLOWED}, owner/name:split for another split") from None
+        of_hub = f"; check the name and the network, or give another split as {name}:SPLIT"
+        raise FinetuneError(what + of_hub * (not how.get("streaming"))) from None

@@ -163,13 +163,19 @@ def test_all_bad_lines_are_named_together(read: Read):
     assert "with text; give a file for each kind" in text
 
 
+@pytest.mark.parametrize("name", ["data.jsonl", "data.txt", "data.json"])
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf\r\n \n"])
+def test_an_empty_file_is_refused(read: Read, name: str, content: bytes):
+    assert refused(read, content, name) == f"{name} has no records to train: it is empty"
+
+
 def test_over_long_records_are_named_split_or_left_out_aloud(read: Read):
     long = {"messages": [USER, {"role": "assistant", "content": "word " * 90}]}
     two = {"messages": [*long["messages"], USER, ANSWER]}
     records = [GOOD["messages"], long, two]
     text = refused(read, [*records, "{"], length=64)
     assert "1 of 4 records cannot be trained: line 4 is not JSON" in text
-    assert ". 2 records do not fit into rows of 64 tokens: line 2 has " in text
+    assert ". 2 of 4 records are longer than a row of 64 tokens: line 2 has " in text
     assert text.endswith(
         "; raise length, or set overlong: skip leaves them out, split divides conversations "
         "between exchanges"
@@ -178,11 +184,14 @@ def test_over_long_records_are_named_split_or_left_out_aloud(read: Read):
     found = read(records, length=64, overlong="skip")
     assert (len(found.train), found.records) == (1, 3)
     (notice,) = found.notices
-    assert "data.jsonl: 2 records do not fit into rows of 64 tokens and are left out: " in notice
+    assert (
+        "data.jsonl: 2 of 3 records are longer than a row of 64 tokens, and are left out: "
+        in notice
+    )
     assert "all of its 2 were left out" in refused(read, records[1:], length=64, overlong="skip")
     text = {"text": "word " * 90}
     assert len(read([text], length=64).train) > 1
-    assert "1 records do not fit" in refused(read, [text], length=64, overlong="refuse")
+    assert "1 of 1 records are longer" in refused(read, [text], length=64, overlong="refuse")
 
 
 def test_keys_of_other_uses_are_said_and_not_read(read: Read):
@@ -212,7 +221,7 @@ def test_pairs_of_conversations(read: Read):
     found = read([*forms, {**text, "rejected": "So."}, equal])
     assert all(tokens([one]) == tokens(found.train[:1]) for one in found.train)
     assert (len(found.train), found.records) == (5, 7)
-    assert "2 pairs have equal answers and are left out: line 6; line 7" in found.notices[0]
+    assert "2 of 7 pairs have equal answers, and are left out: line 6; line 7" in found.notices[0]
 
 
 @pytest.mark.parametrize(
@@ -279,7 +288,7 @@ def test_validation_of_its_own_has_nothing_that_is_trained(read: Read, tmp_path:
     assert tokens(found.validation) == tokens(read([three, three]).train)
     assert tokens(found.train) == tokens(read([one, two]).train) and found.records == 5
     assert found.notices[0].endswith(
-        "other.jsonl: 1 of 3 examples are trained as well, and left out here"
+        "other.jsonl: 1 of 3 examples are trained as well, and are left out here"
     )
     with pytest.raises(FinetuneError, match="3 of 3 examples are trained as well; give others"):
         read([one, two, three], validation=other)

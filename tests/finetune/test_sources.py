@@ -131,3 +131,19 @@ def test_tables_and_folders_are_read(tmp_path: Path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 is not enough")
     with pytest.raises(FinetuneError, match="a.parquet cannot be read as a dataset with a split"):
         places(tmp_path / "a.parquet")
+
+
+@pytest.mark.needs("datasets")
+def test_a_dataset_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch):
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FinetuneError) as caught:
+        places("nobody/nothing:dev")
+    text = str(caught.value)
+    assert text.startswith("nobody/nothing cannot be read as a dataset with a split 'dev': ")
+    assert text.endswith(
+        "; check the name and the network, or give another split as nobody/nothing:SPLIT"
+    )
