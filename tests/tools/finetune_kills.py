@@ -49,8 +49,8 @@ WAYS: dict[str, dict[str, Any]] = {
 WEIGHTS = "adapters.safetensors", "model.safetensors"
 
 
-def options_of(way: str, steps: int) -> FinetuneOptions:
-    how: dict[str, Any] = {"save_every": 3, "evaluate_every": 4, **WAYS[way]}
+def options_of(way: str, steps: int, often: int = 1) -> FinetuneOptions:
+    how: dict[str, Any] = {"save_every": 3 * often, "evaluate_every": 4 * often, **WAYS[way]}
     return options(steps=steps, **how)
 
 
@@ -63,14 +63,13 @@ def data_of(folder: Path, way: str) -> Path:
     return path if path.exists() else write_pairs(path, 24)
 
 
-def train(folder: Path, target: Path, way: str, steps: int, progress: Any = None) -> None:
+def train(folder: Path, target: Path, way: str, asked: FinetuneOptions, look: Any = None) -> None:
     """Do in this process what is killed: go on with the run in `target`, or begin it."""
     result.write_picture = lambda folder: False  # matplotlib takes longer than all the rest
     like = load("openelm-tiny")
     engine = random_engine(like, 3, like.config.vocab_size, 32, 2)
-    asked = options_of(way, steps)
     with contextlib.suppress(OptionError):  # it was finished, and killed at the very end
-        finetune(engine, data_of(folder, way), target, asked, resume=True, progress=progress)
+        finetune(engine, data_of(folder, way), target, asked, resume=True, progress=look)
 
 
 def begun(folder: Path, target: Path, way: str, steps: int) -> subprocess.Popen[str]:
@@ -136,7 +135,7 @@ def watched(folder: Path, way: str, steps: int) -> list[dict[str, Any]]:
             print(json.dumps(now), file=sys.stderr, flush=True)
 
     shutil.rmtree(folder / "watched", ignore_errors=True)
-    train(folder, folder / "watched", way, steps, look)
+    train(folder, folder / "watched", way, options_of(way, steps, 100), look)
     return found
 
 
@@ -159,7 +158,8 @@ def main() -> None:
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train:
-        return train(args.folder, args.train, args.ways[0], args.steps)
+        way = args.ways[0]
+        return train(args.folder, args.train, way, options_of(way, args.steps))
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.memory:
         found: Any = {way: watched(args.folder, way, args.memory) for way in args.ways}
