@@ -54,7 +54,7 @@ def finetune(
     The folder is a new one, or with `resume` that of a run that was stopped, which goes on with the
     same numbers as if it had not been. Ctrl-C, or a KeyboardInterrupt that `progress` raises, saves
     at the end of the step and is raised again. In the processes of `mlx.launch` each batch is one
-    process's, and the first one writes.
+    process's, and the first one writes. With the method `full` the engine has the new weights then.
 
     Raises `OptionError`, `FinetuneError` or `CheckpointError`, most of them before any work; after
     a loss that is not finite the folder has the best weights before it.
@@ -158,18 +158,18 @@ class Run:
         """Run to the end. Raises what `finetune` raises."""
         self.tell, self.stop = progress, stop
         mx.reset_peak_memory()
-        try:
-            with ExitStack() as stack:
-                if self.ranks.rank == 0:
-                    self.open(stack)
-                ended = self.loop()
-        except NotFiniteError as error:
-            raise failed(self, error) from None
-        return finished(self, ended)
+        with ExitStack() as stack:
+            if self.ranks.rank == 0:
+                self.open(stack)
+            try:
+                return finished(self, self.loop())
+            except NotFiniteError as error:
+                raise failed(self, error) from None
 
     def open(self, stack: ExitStack) -> None:
         """Open what the run writes, in the first process: from now on a kill loses nothing."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(state.claimed(self.folder))
         state.remove_leftovers(self.folder)
         self.save()
         metrics = Metrics(self.folder, self.standing, self.resumed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,9 @@ def failed(run: Run, error: NotFiniteError) -> FinetuneError:
             for name in (STATE, BEST, METRICS):
                 (run.folder / name).unlink(missing_ok=True)
         return FinetuneError(f"{what}; nothing was trained")
+    if error.step is not None and run.held_out is not None:
+        with suppress(NotFiniteError):  # these weights may be the best
+            run.evaluate(run.held_out)
     report = finished(run, what)
     kept = f"{run.folder} has the weights of step {report.best_step}"
     remedy = "lower the learning rate, or look at the examples"

@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from openelm_mlx.device import mx, utils
 from openelm_mlx.errors import CheckpointError, FinetuneError, OptionError, reason
-from openelm_mlx.files import name_for_mlx, replacing
+from openelm_mlx.files import NO_LOCKS, name_for_mlx, replacing
 
 STATE, BEST, METRICS, REPORT = (
     "state.safetensors",
@@ -75,6 +76,28 @@ def check_folder(folder: Path, resume: bool) -> bool:
         what = f"{folder} is not empty (it has {found[0]}), and nothing in it is replaced"
         raise OptionError(f"{what}; give another folder")
     return False
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes from a run in the same folder. Raises `OptionError` if one has it."""
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        what = f"{folder} has a run that another process is at"
+        raise OptionError(f"{what}; wait for its end, or give another folder") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(handle)
+            raise
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def is_leftover(name: str) -> bool:

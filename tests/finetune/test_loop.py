@@ -8,7 +8,8 @@ import pytest
 from training import curve, options, small_engine, write_pairs
 
 from openelm_mlx import load
-from openelm_mlx.device import mx
+from openelm_mlx.device import mx, utils
+from openelm_mlx.engine.adapter_files import WEIGHTS
 from openelm_mlx.errors import FinetuneError, OptionError
 from openelm_mlx.finetune import finetune
 from openelm_mlx.finetune.data import read_data
@@ -88,51 +89,61 @@ def test_all_weights_become_a_model_with_equal_logits(engine, pairs, tmp_path):
     assert loaded.tokenizer.encode("Once upon") == engine.tokenizer.encode("Once upon")
 
 
-def examples(engine, pairs):
-    return [*(data := read_data(engine, pairs, options())).train, *data.validation]
-
-
-def is_line_5(example):
-    return example.where.endswith("line 5")
-
-
-class Poison:
-    """Makes the loss infinite for one example: as NaN comes from data that overflow."""
-
-    def __init__(self, monkeypatch, token):
-        original = Step.gradients
-
-        def gradients(step, batch, *more):
-            sums, grads = original(step, batch, *more)
-            bad = (batch.tokens == token).any()
-            return sums._replace(total=mx.where(bad, mx.inf, sums.total)), grads
-
-        monkeypatch.setattr(Step, "gradients", gradients)
-
-
-def test_a_loss_that_is_not_finite_ends_a_run_with_step_and_example(
-    engine, pairs, tmp_path, monkeypatch
-):
-    """The folder has the best weights before it."""
+@pytest.fixture
+def poisoned(engine, pairs, monkeypatch):
+    """The place of an example whose loss, or whose gradients, are made not finite."""
     lines = pairs.read_text().splitlines()
     lines[4] = json.dumps({"prompt": "What?", "completion": "Zebra."})
     pairs.write_text("\n".join(lines))
-    *others, last = (set(one.tokens) for one in sorted(examples(engine, pairs), key=is_line_5))
-    Poison(monkeypatch, min(last.difference(*others)))
-    asked = options(batch=1, seed=2, evaluate_every=1, validation_share=0.01)
+    data, original = read_data(engine, pairs, options()), Step.gradients
+    place = f"{pairs}, line 5"
+    tokens = {one.where: set(one.tokens) for one in (*data.train, *data.validation)}
+    (token, *_) = tokens.pop(place).difference(*tokens.values())
+
+    def poison(loss, gradient):
+        def gradients(step, batch, *more):
+            sums, grads = original(step, batch, *more)
+            bad = (batch.tokens == token).any()
+            grads = utils.tree_map(lambda grad: mx.where(bad, grad * gradient, grad), grads)
+            return sums._replace(total=mx.where(bad, loss, sums.total)), grads
+
+        monkeypatch.setattr(Step, "gradients", gradients)
+        return place
+
+    return poison
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_with_step_and_example(
+    engine, pairs, tmp_path, poisoned
+):
+    """The folder has the best weights before it: here the last ones, which are evaluated then."""
+    place, out = poisoned(mx.inf, 1.0), tmp_path / "out"
+    asked = options(batch=1, seed=2, evaluate_every=50, validation_share=0.01)
     with pytest.raises(FinetuneError) as raised:
-        finetune(engine, pairs, tmp_path / "out", asked)
-    rows = curve(tmp_path / "out")
-    step = rows[-1]["step"] + 1
+        finetune(engine, pairs, out, asked)
+    step = curve(out)[-1]["step"] + 1
     assert 1 < step < 8
     assert str(raised.value) == (
-        f"step {step}: the loss is inf, in {pairs}, line 5; {tmp_path / 'out'} has the weights of "
-        f"step {step - 1}; lower the learning rate, or look at the examples, and begin again in "
-        "another folder"
+        f"step {step}: the loss is inf, in {place}; {out} has the weights of step {step - 1}; "
+        "lower the learning rate, or look at the examples, and begin again in another folder"
     )
-    report = json.loads((tmp_path / "out" / "finetune.json").read_text())
-    assert report["ended"].startswith(f"step {step}: the loss is inf, in ")
-    assert engine.load_adapter(tmp_path / "out", "out").adapter is not None
+    report = json.loads((out / "finetune.json").read_text())
+    assert report["ended"] == f"step {step}: the loss is inf, in {place}"
+    assert report["best_validation_loss"] == curve(out)[-1]["validation_loss"]
+
+
+def test_gradients_that_are_not_finite_change_no_weight(engine, pairs, tmp_path, poisoned):
+    usual = {"batch": 1, "seed": 2, "validation_share": 0.0, "schedule": "constant", "warmup": 0}
+    place = poisoned(0.0, mx.nan)
+    with pytest.raises(FinetuneError) as raised:
+        finetune(engine, pairs, tmp_path / "out", options(**usual))
+    done = curve(tmp_path / "out")[-1]["step"]
+    what = f"step {done + 1}: the norm of the gradients is nan, in {place}; "
+    assert done > 1 and str(raised.value).startswith(what)
+    finetune(engine, pairs, tmp_path / "clean", options(**usual, steps=done))
+    out, clean = (mx.load(str(tmp_path / name / WEIGHTS)) for name in ("out", "clean"))
+    assert out.keys() == clean.keys()
+    assert all(mx.array_equal(out[name], clean[name]) for name in out)
 
 
 def test_what_cannot_be_trained_is_refused(engine, tiny, pairs, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+from itertools import count
 from pathlib import Path
 
 import finetune_kills
@@ -12,6 +14,7 @@ from training import curve, options, small_engine, write_pairs
 from openelm_mlx.device import mx
 from openelm_mlx.errors import CheckpointError, FinetuneError, OptionError
 from openelm_mlx.finetune import finetune, state
+from openelm_mlx.finetune.step import Step
 
 RESULTS = "adapters.safetensors", "model.safetensors"
 
@@ -27,15 +30,17 @@ def pairs(tmp_path):
 
 
 class Stop:
-    """A progress that presses Ctrl-C at a row, counted from 1."""
+    """A progress that presses Ctrl-C at a row, counted from 1, or raises what that does."""
 
-    def __init__(self, rows: int) -> None:
-        self.left = rows
+    def __init__(self, rows: int, raised: bool = False) -> None:
+        self.left, self.raised = rows, raised
 
     def __call__(self, row, steps):
         self.left -= 1
-        if self.left == 0:
+        if self.left == 0 and self.raised:
             raise KeyboardInterrupt
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
 
 
 class Killed(BaseException):
@@ -78,7 +83,14 @@ def test_an_interrupt_at_each_row_loses_no_step(engine, pairs, tmp_path):
     for number in range(1, len(rows)):
         with pytest.raises(KeyboardInterrupt):
             asked = options(save_every=40 + number)  # it changes no number
-            finetune(engine, pairs, tmp_path / "out", asked, resume=True, progress=Stop(1))
+            finetune(
+                engine,
+                pairs,
+                tmp_path / "out",
+                asked,
+                resume=True,
+                progress=Stop(1, number % 2 == 0),
+            )
         assert curve(tmp_path / "out") == rows[:number]
     finetune(engine, pairs, tmp_path / "out", options(), resume=True)
     assert curve(tmp_path / "out") == rows
@@ -110,6 +122,35 @@ def begun(engine, pairs, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         finetune(engine, pairs, tmp_path / "out", options(), progress=Stop(3))
     return tmp_path / "out"
+
+
+def test_two_runs_are_not_in_one_folder(engine, pairs, tmp_path):
+    def another(row, steps):
+        finetune(engine, pairs, tmp_path / "out", options(), resume=True)
+
+    with pytest.raises(OptionError) as raised:
+        finetune(engine, pairs, tmp_path / "out", options(), progress=another)
+    what = "has a run that another process is at; wait for its end, or give another folder"
+    assert str(raised.value) == f"{tmp_path / 'out'} {what}"
+
+
+def test_an_evaluation_is_left_and_begun_again(engine, pairs, tmp_path, monkeypatch):
+    """Ctrl-C while the second of its batches is computed."""
+    asked = options(batch=1, epochs=1.0)
+    finetune(engine, pairs, tmp_path / "whole", asked)
+    original, calls = Step.evaluate, count()
+
+    def evaluate(step, batch):
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(step, batch)
+
+    monkeypatch.setattr(Step, "evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(engine, pairs, tmp_path / "out", asked)
+    assert curve(tmp_path / "out") == curve(tmp_path / "whole")[:2]
+    finetune(engine, pairs, tmp_path / "out", asked, resume=True)
+    assert curve(tmp_path / "out") == curve(tmp_path / "whole")
 
 
 def test_nothing_is_replaced_unasked(engine, pairs, begun, tmp_path):
