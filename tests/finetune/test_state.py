@@ -181,8 +181,8 @@ def test_another_run_is_not_gone_on_with(tiny, engine, pairs, begun, tmp_path):
         ((small_engine(tiny, 4), pairs, options()), "weights"),
         ((engine, others, options()), "data"),
         (
-            (engine, pairs, options(rank=4, beta2=0.5)),
-            "beta2 (0.95 there, 0.5 here), rank (2 there, 4 here)",
+            (engine, pairs, options(dropout=0.5, beta2=0.5)),
+            "beta2 (0.95 there, 0.5 here), dropout (0.0 there, 0.5 here)",
         ),
     ):
         with pytest.raises(FinetuneError) as raised:
