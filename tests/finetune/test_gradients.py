@@ -9,7 +9,7 @@ import pytest
 from float64 import Var, gradients
 from float64_model import Reference
 from golden_set import GOLDEN
-from small import small_model
+from small import random_adapter, small_model
 from trained import adapted_modules, few_examples, golden_engine, method_of, trained_model
 
 from openelm_mlx.device import mx, utils
@@ -18,8 +18,9 @@ from openelm_mlx.finetune.batches import Batch, Shape, packed
 from openelm_mlx.finetune.examples import Example
 from openelm_mlx.finetune.options import METHODS, FinetuneOptions
 from openelm_mlx.finetune.step import Step
+from openelm_mlx.finetune.trainable import continued, trainable
 from openelm_mlx.model.adapters import Adapted
-from openelm_mlx.model.config import OpenELMConfig
+from openelm_mlx.model.config import HEAD, OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM, parameters
 
 CONFIGS = ("tied-gqa4", "untied-mha", "noqknorm-gqa2", "noglu-gqa2", "gpt-test")
@@ -41,6 +42,8 @@ def reference_of(
         leaves = {leaf: Var(np.array(module[leaf])) for leaf in ("a", "b", "m") if leaf in module}
         trained |= {f"{stem}.{leaf}": one for leaf, one in leaves.items()}
         parts[stem] = leaves | {"scale": Var(module.scale)}
+        if getattr(module, "tied", False):
+            parts[HEAD] = parts[stem]
     return Reference(config, plain, parts), trained or plain
 
 
@@ -60,6 +63,18 @@ def test_losses_and_gradients_are_those_of_float64(
     monkeypatch.setattr(forward, "CHUNK", 4 * engine.config.vocab_size)
     parts = method_of(method, z_loss=0.01, gradient_checkpointing=True)
     check(model, parts, reference, trained, found)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_of_a_tied_embedding_may_be_one_of_both_sides(dora: bool) -> None:
+    """As mlx-lm's are: they can be trained further."""
+    base = golden_engine("tied-gqa4")
+    engine = base.load_adapter(random_adapter(base.model, 1, dora, tied=True))
+    options = continued(engine, FinetuneOptions())
+    model = trainable(engine, options)
+    weights = parameters(base.model)
+    reference, trained = reference_of(engine.config, weights, adapted_modules(model))
+    check(model, options, reference, trained, few_examples(engine.config.vocab_size))
 
 
 def check(

@@ -27,9 +27,9 @@ class Reference:
     ) -> None:
         self.config, self.weights, self.parts = config, weights, parts or {}
 
-    def matrix(self, stem: str) -> Var:
+    def matrix(self, stem: str, base: str = "") -> Var:
         """Return an adapted matrix. The length of a row is a constant (DoRA, section 4.3)."""
-        weight = self.weights[f"{stem}.weight"]
+        weight = self.weights[f"{base or stem}.weight"]
         if stem not in self.parts:
             return weight
         part = self.parts[stem]
@@ -56,9 +56,9 @@ class Reference:
             else:
                 gate, up = inner, var(1.0)
             x = x + (gate * sigmoid(gate) * up) @ self.matrix(f"{layer}.ffn.proj_2").T
-        # the head of a tied model is the embedding without the adapter of its input side
-        head = EMBEDDINGS if self.config.share_input_output_layers else HEAD
-        weight = self.weights[f"{head}.weight"] if head == EMBEDDINGS else self.matrix(head)
+        # an adapter of a tied model's input side is none of its head
+        tied = self.config.share_input_output_layers
+        weight = self.matrix(HEAD, EMBEDDINGS if tied else HEAD)
         return self.norm(x, "transformer.norm") @ weight.T
 
     def attention(self, x: Var, layer: str, q_heads: int, kv_heads: int) -> Var:
