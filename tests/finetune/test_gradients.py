@@ -12,7 +12,11 @@ from golden_set import GOLDEN
 from small import random_adapter, small_model
 from trained import adapted_modules, few_examples, golden_engine, method_of, trained_model
 
+from openelm_mlx.convert.sources import infer_config
+from openelm_mlx.convert.sources.corenet_adapters import BaseLayers
+from openelm_mlx.convert.sources.torch_pt import TorchCheckpoint
 from openelm_mlx.device import mx, utils
+from openelm_mlx.engine.loading import Engine
 from openelm_mlx.finetune import forward
 from openelm_mlx.finetune.batches import Batch, Shape, packed
 from openelm_mlx.finetune.examples import Example
@@ -20,7 +24,7 @@ from openelm_mlx.finetune.options import METHODS, FinetuneOptions
 from openelm_mlx.finetune.step import Step
 from openelm_mlx.finetune.trainable import continued, trainable
 from openelm_mlx.model.adapters import Adapted
-from openelm_mlx.model.config import HEAD, OpenELMConfig
+from openelm_mlx.model.config import EMBEDDINGS, HEAD, OpenELMConfig
 from openelm_mlx.model.decoder import OpenELM, parameters
 
 CONFIGS = ("tied-gqa4", "untied-mha", "noqknorm-gqa2", "noglu-gqa2", "gpt-test")
@@ -75,6 +79,29 @@ def test_an_adapter_of_a_tied_embedding_may_be_one_of_both_sides(dora: bool) -> 
     weights = parameters(base.model)
     reference, trained = reference_of(engine.config, weights, adapted_modules(model))
     check(model, options, reference, trained, few_examples(engine.config.vocab_size))
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-rs", "dora"])
+def test_an_adapter_of_corenets_is_trained_further(name: str) -> None:
+    """The reference has the logits that CoreNet has with it."""
+    path = GOLDEN / name / "checkpoint.pt"
+    source = BaseLayers(TorchCheckpoint(path))
+    shapes = {name: info.shape for name, info in source.tensors.items()}
+    config = infer_config(shapes, {"vocab_size": 112, "max_context_length": 64})
+    model = OpenELM(config)
+    weights = {name: source.load(name) for name in shapes}
+    model.load_weights(list(weights.items()))
+    base = Engine(model, None, config, name, path)  # type: ignore[arg-type]
+    engine = base.load_adapter(path)
+    options = continued(engine, FinetuneOptions())
+    assert (options.method, options.rank) == (name[:4], engine.adapter.parts[EMBEDDINGS].rank)
+    trained_further = trainable(engine, options)
+    reference, trained = reference_of(config, weights, adapted_modules(trained_further))
+    file = np.load(GOLDEN / name / "golden.npz")
+    tokens, logits = file["input_ids"][0, :8].tolist(), file["logits"][0, :8]
+    found = reference.logits(tokens).value
+    assert np.abs(found - logits).max() <= TOLERANCE * np.abs(logits).max()
+    check(trained_further, options, reference, trained, few_examples(112))
 
 
 def check(
