@@ -61,10 +61,11 @@ def register(commands: Any) -> None:
     parser.add_argument("-o", "--output", dest="folder", metavar="FOLDER", help=text)
     text = "go on with the run in FOLDER that was stopped, or begin if there is none"
     parser.add_argument("--resume", action="store_true", help=text)
+    instead = parser.add_mutually_exclusive_group()
     text = "show the first batch token by token, with what is trained in it, and end"
-    parser.add_argument("--show-batch", action="store_true", help=text)
+    instead.add_argument("--show-batch", action="store_true", help=text)
     text = "show how many examples, tokens and steps there are, and the memory needed, and end"
-    parser.add_argument("--dry-run", action="store_true", help=text)
+    instead.add_argument("--dry-run", action="store_true", help=text)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_flags(parser, FinetuneOptions)
     add_flags(parser, ModelOptions, skip=("adapter",))
@@ -75,45 +76,56 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from openelm_mlx.finetune import logs
-
     given = given_fields(FinetuneOptions, args)
-    options = FinetuneOptions.of(None, **given)  # mistakes are told before a model is loaded
-    if options.method == "full" and hasattr(args, "bits"):
-        what = (
-            f"--method full trains the weights, and --bits {args.bits} makes whole numbers of them"
-        )
-        raise OptionError(f"{what}; leave out one of the two")
-    check_data(args.data, options)
-    logs.check(options.log)
-    folder = None if args.show_batch or args.dry_run else checked_folder(args)
+    check(args, FinetuneOptions.of(None, **given))  # mistakes are told before a model is loaded
+    only_look = args.show_batch or args.dry_run
+    folder = None if only_look else checked_folder(args)
     engine = load_model(args.model, args)
     options = FinetuneOptions.of(engine.config, **given)
-    from openelm_mlx.cli.training import Progress
     from openelm_mlx.finetune.loop import prepared
-    from openelm_mlx.stopping import StopKey
 
     with Waiting("reading the examples"):
         run = prepared(engine, args.data, folder, options, args.resume)
+    if folder is not None:
+        return train(run, args)
+    if run.ranks.rank == 0:
+        print_batch(run) if args.show_batch else print_plan(run, args.json)
+    return 0
+
+
+def train(run: Run, args: argparse.Namespace) -> int:
+    """Train to the end or to Ctrl-C; of several processes the first one speaks."""
+    from openelm_mlx.cli.training import Progress
+    from openelm_mlx.stopping import StopKey
+
     first = run.ranks.rank == 0
-    if folder is None:
-        return print_batch(run) if args.show_batch else print_plan(run, args.json)
     if first:
         print(*run.notices, *plan_of(run), sep="\n", file=sys.stderr)
     try:
-        with Progress(folder, quiet=not first) as progress, StopKey() as stop:
+        with Progress(run.folder, quiet=not first) as progress, StopKey() as stop:
             report = run.whole(progress, stop)
     except KeyboardInterrupt:
         if first:
             what = f"stopped after {run.standing.step:,} of {run.steps:,} steps"
-            print(f"{what}, which {folder} keeps; to go on:", file=sys.stderr)
+            print(f"{what}, which {run.folder} keeps; to go on:", file=sys.stderr)
             print(f"  {going_on()}", file=sys.stderr)
         return 130
     if first:
-        new = [note for note in report.notes if note not in run.notices]
-        print(*new, sep="\n", end="\n" * bool(new), file=sys.stderr)
+        for note in report.notes[len(run.notices) :]:
+            print(note, file=sys.stderr)
         show(report, args)
     return 0
+
+
+def check(args: argparse.Namespace, options: FinetuneOptions) -> None:
+    """Raise an error for what cannot be done together, or lacks a package or its data."""
+    from openelm_mlx.finetune import logs
+
+    if options.method == "full" and hasattr(args, "bits"):
+        what = f"--method full trains the weights, which --bits {args.bits} makes whole numbers"
+        raise OptionError(f"{what}; leave out one of the two")
+    logs.check(options.log)
+    check_data(args.data, options)
 
 
 def check_data(data: str, options: FinetuneOptions) -> None:
@@ -147,7 +159,7 @@ def going_on() -> str:
     return shlex.join(["openelm", *words, *([] if "--resume" in words else ["--resume"])])
 
 
-def print_batch(run: Run) -> int:
+def print_batch(run: Run) -> None:
     """Print the first batch token by token."""
     from rich.console import Console
 
@@ -158,16 +170,14 @@ def print_batch(run: Run) -> int:
     how = {"pairs": run.data.kind == PAIRS, "plain": not console.is_terminal}
     text = show_batch(run.engine, run.plan.batches(1)[0], **how)
     console.print(text, soft_wrap=not console.is_terminal)
-    return 0
 
 
-def print_plan(run: Run, as_json: bool) -> int:
+def print_plan(run: Run, as_json: bool) -> None:
     """Print what would be trained: as one JSON object, or in words."""
     if as_json:
         print(json.dumps(facts_of(run)))
     else:
         print(*run.notices, *plan_of(run), sep="\n")
-    return 0
 
 
 def facts_of(run: Run) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_bash_offers_the_commands_and_the_options_of_one(
     assert set(offered("openelm", "inspect", "--")) == {"--help", "--json", "--adapter"}
     assert offered("openelm", "generate", "--max-t") == ["--max-tokens"]
     # what is a file's name is completed by those that are there
-    for words in (["chat"], ["chat", "--system-file"], ["convert"], ["convert", "a", "-o"]):
+    for words in (["chat"], ["chat", "--system-file"], ["finetune", "a"], ["convert", "a", "-o"]):
         assert offered("openelm", *words, "openelm.b") == ["openelm.bash"], words
 
 

@@ -12,6 +12,7 @@ from formats import TINY, again, random_folder
 
 from openelm_mlx.cli import finetune, main, training
 from openelm_mlx.engine.adapter_files import read_adapter
+from openelm_mlx.finetune import logs
 from openelm_mlx.model.config import OpenELMConfig
 
 TEXTS = ("a fox", "two birds flew", "a little girl", "who lived in a forest", "upon a time")
@@ -160,7 +161,9 @@ def test_a_look_at_the_batch_or_the_plan_writes_nothing(run, tmp_path, capsys, m
         ([], "openelm: -o is missing; give the name of a new folder for the result"),
         (["-o", "-"], "openelm: -o is '-'; give the name of a new folder"),
         (["-o", "full"], "openelm: full is not empty (it has file), and nothing in it is replaced"),
-        (["-o", "new", "--method", "full", "--bits", "4"], "and --bits 4 makes whole numbers of"),
+        (["-o", "new", "--method", "full", "--bits", "4"], "which --bits 4 makes whole numbers"),
+        (["-o", "new", "--log", "wandb"], "openelm: log wandb needs the package wandb: `pip ins"),
+        (["--dry-run", "--show-batch"], "not allowed with argument --dry-run; see openelm finet"),
         (["-o", "new", "--patience", "0"], "openelm: patience is 0; allowed is a whole number"),
         (["-o", "new", "--recipe", "corenet"], "--recipe is 'corenet'; did you mean corenet-"),
         (["-o", "new", "--config", "no.yaml"], "openelm: no.yaml does not exist"),
@@ -174,6 +177,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     monkeypatch.setattr(finetune, "load_model", None)
+    monkeypatch.setattr(logs, "find_spec", lambda name: None)
     try:
         assert main(["finetune", str(base), str(data), *words]) == 2
     except SystemExit as stop:  # what the parser finds
