@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from openelm_mlx.errors import FinetuneError, reason
@@ -137,14 +138,17 @@ def rows(name: str, how: dict[str, Any], split: str, report: Progress) -> Iterat
     except ImportError:
         what = f"{shown} is read by the library datasets, which is not installed"
         raise FinetuneError(f"{what}; pip install 'openelm-mlx[finetune]'") from None
+    local = how.get("streaming", False)
     try:
-        table = datasets.load_dataset(name, split=split, **how)
-        size = 0 if how.get("streaming") else len(table)
-        for number, row in enumerate(table):
-            if number % EVERY == 0:
-                report(number, size)
-            yield f"row {number}", row
+        with TemporaryDirectory() as folder:  # the usual cache is for what comes from the hub
+            own = {"cache_dir": folder} if local else {}
+            table = datasets.load_dataset(name, split=split, **how, **own)
+            size = 0 if local else len(table)
+            for number, row in enumerate(table):
+                if number % EVERY == 0:
+                    report(number, size)
+                yield f"row {number}", row
     except Exception as error:  # of many libraries: the hub's, Arrow's, those of formats
         what = f"{shown} cannot be read as a dataset with a split {split!r}: {reason(error)}"
         of_hub = f"; check the name and the network, or give another split as {name}:SPLIT"
-        raise FinetuneError(what + of_hub * (not how.get("streaming"))) from None
+        raise FinetuneError(what + of_hub * (not local)) from None
