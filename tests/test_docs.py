@@ -147,7 +147,7 @@ def test_launchd_starts_a_server_and_lets_it_end():
 
 def test_files_that_a_page_names_exist():
     folders = [ROOT, ROOT / "openelm_mlx"]
-    tops = "openelm_mlx|convert|benchmarks|tests|packaging|docs|engine|model|evaluate|cli"
+    tops = "openelm_mlx|convert|benchmarks|tests|packaging|docs|engine|model|evaluate|finetune|cli"
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         text = page.read_text(encoding="utf-8")
         for path in re.findall(rf"(?<![\w./-])(?:{tops})/[\w./-]*\w", text):

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from openelm_mlx.finetune.loop import finetune
     from openelm_mlx.finetune.options import FinetuneOptions
+    from openelm_mlx.finetune.report import FinetuneReport
 
-_HOME = {"FinetuneOptions": "options", "finetune": "loop"}
-__all__ = ["FinetuneOptions", "finetune"]  # written out: type checkers and editors read it
+_HOME = {"FinetuneOptions": "options", "FinetuneReport": "report", "finetune": "loop"}
+# written out: type checkers and editors read it
+__all__ = ["FinetuneOptions", "FinetuneReport", "finetune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,6 +36,7 @@ SHORT: dict[str, list[str]] = {
     "openelm benchmark": ["--trials", "5", "--processes", "1", "--prompt-tokens", "8"]
     + ["--generation-tokens", "4"],
     "openelm evaluate": ["--limit", "1"],
+    "openelm finetune": ["--epochs", "0.1", "--batch", "1", "--length", "128"],
     "openelm generate": ["--max-tokens", "4"],
     "openelm chat": ["--max-tokens", "4"],
     "openelm models": ["--yes"],
@@ -58,6 +59,11 @@ def workshop(folder: Path) -> dict[str, Any]:
     (folder / "examples").mkdir()
     (folder / "examples" / "requests.jsonl").write_text(few, encoding="utf-8")
     (folder / "examples" / "questions").symlink_to(ROOT / "examples" / "questions")
+    shutil.copytree(ROOT / "examples" / "island", folder / "examples" / "island")
+    for path in (folder / "examples" / "island").glob("*.jsonl"):  # two examples are enough
+        path.write_text("".join(path.read_text(encoding="utf-8").splitlines(True)[:2]))
+    pair = {"prompt": "Hi", "completion": "Ho"}
+    (folder / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n", encoding="utf-8")
     (folder / "story-folder").mkdir()
     (folder / "keys.txt").write_text("a-key\n", encoding="ascii")
     (folder / "keys.txt").chmod(0o600)
