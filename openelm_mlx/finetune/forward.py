@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from openelm_mlx.device import mx, nn
 from openelm_mlx.finetune.batches import Batch
+from openelm_mlx.graph.gradients import Arrays, contiguous, recomputed, with_vjp
 from openelm_mlx.model.adapters import AdaptedEmbedding
 from openelm_mlx.model.decoder import Attention, DecoderLayer, FeedForward, OpenELM
 from openelm_mlx.model.projections import project_onto
@@ -97,7 +98,7 @@ def attention(attn: Attention, rows: Rows, x: mx.array) -> mx.array:
     """Return the attention of every head, [rows * length, heads * head_dim]."""
     raw = attn.qkv_proj(x).reshape(rows.number, rows.length, -1, attn.head_dim).swapaxes(1, 2)
     turning = attn.q_heads + attn.kv_heads
-    heads, v = raw[:, :turning], mx.contiguous(raw[:, turning:])
+    heads, v = raw[:, :turning], contiguous(raw[:, turning:])
     if (norms := attn.norm_weights()) is not None:
         shapes = [(attn.q_heads, 1, attn.head_dim), (attn.kv_heads, 1, attn.head_dim)]
         weights = mx.concatenate([mx.broadcast_to(*one) for one in zip(norms, shapes, strict=True)])
@@ -113,23 +114,21 @@ def attention(attn: Attention, rows: Rows, x: mx.array) -> mx.array:
     return whole.reshape(rows.number * rows.length, -1)
 
 
-@mx.custom_function
-def rotated(heads: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
-    """Return heads [rows, heads, length, head_dim] rotated by the angles of their positions."""
-    return rotate(heads, cosine, sine)
-
-
-@rotated.vjp
-def _(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-    _, cosine, sine = primals
-    return rotate(cotangent, cosine, -sine), mx.zeros_like(cosine), mx.zeros_like(sine)
-
-
 @mx.compile
 def rotate(heads: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
     a, b = mx.split(heads.astype(mx.float32), 2, axis=-1)
     both = [a * cosine - b * sine, b * cosine + a * sine]
     return mx.concatenate(both, axis=-1).astype(heads.dtype)
+
+
+def rotated_back(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    _, cosine, sine = primals
+    back = rotate(cotangents[0], cosine, -sine)
+    return back, mx.zeros_like(cosine), mx.zeros_like(sine)
+
+
+rotated = with_vjp(rotate, rotated_back)
+"""Returns heads [rows, heads, length, head_dim] rotated by the angles of their positions."""
 
 
 def gated(ffn: FeedForward, x: mx.array) -> mx.array:
@@ -139,17 +138,6 @@ def gated(ffn: FeedForward, x: mx.array) -> mx.array:
         return nn.silu(x)
     out: Any = swiglu(x)
     return out[0]
-
-
-@mx.custom_function
-def swiglu(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Return silu(gate) * up of [gate; up], and the sigmoid of the gate."""
-    return swiglu_and_sigmoid(x)
-
-
-@swiglu.vjp
-def _(x: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
-    return swiglu_gradient(x, outputs[1], cotangents[0])
 
 
 @mx.compile
@@ -165,6 +153,12 @@ def swiglu_gradient(x: mx.array, sigmoid: mx.array, of_out: mx.array) -> mx.arra
     silu = gate * sigmoid
     of_gate = of_out * up * (sigmoid + silu * (1 - sigmoid))
     return mx.concatenate([of_gate, of_out * silu], axis=-1)
+
+
+swiglu = with_vjp(
+    swiglu_and_sigmoid, lambda x, back, made: (swiglu_gradient(x[0], made[1], back[0]),)
+)
+"""Returns silu(gate) * up of [gate; up], and the sigmoid of the gate."""
 
 
 def head_losses(
@@ -212,7 +206,6 @@ def with_gradient(head: Any, z_loss: float, targets: mx.array) -> Callable[[mx.a
     token. So neither logits nor softmax are kept or computed again.
     """
 
-    @mx.custom_function
     def losses(hidden: mx.array) -> tuple[mx.array, mx.array]:
         logits = head(hidden).astype(mx.float32)
         softmax = mx.softmax(logits, axis=-1)
@@ -226,26 +219,8 @@ def with_gradient(head: Any, z_loss: float, targets: mx.array) -> Callable[[mx.a
         _, (of_hidden,) = mx.vjp(head, [hidden], [of_logits])
         return losses, of_hidden
 
-    @losses.vjp
-    def _(hidden: mx.array, cotangents: Any, outputs: Any) -> mx.array:
-        return (outputs[1] * cotangents[0][:, None]).astype(hidden.dtype)
+    def back(hidden: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+        return ((outputs[1] * cotangents[0][:, None]).astype(hidden[0].dtype),)
 
-    def first(hidden: mx.array) -> mx.array:
-        found: Any = losses(hidden)
-        return found[0]
-
-    return first
-
-
-def recomputed(module: nn.Module, function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Return a function of the parameters of `module` that is computed again for its gradients."""
-
-    def inner(parameters: Any, *args: mx.array) -> mx.array:
-        kept = module.trainable_parameters()
-        module.update(parameters)
-        try:
-            return function(*args)
-        finally:
-            module.update(kept)
-
-    return partial(mx.checkpoint(inner), module.trainable_parameters())
+    both = with_vjp(losses, back)
+    return lambda hidden: both(hidden)[0]

@@ -14,6 +14,7 @@ from openelm_mlx.finetune.batches import Batch
 from openelm_mlx.finetune.forward import Training, token_losses
 from openelm_mlx.finetune.optimizer import new_optimizer
 from openelm_mlx.finetune.options import FinetuneOptions
+from openelm_mlx.graph.gradients import value_and_grad
 from openelm_mlx.model.adapters import dropout
 from openelm_mlx.model.decoder import OpenELM
 
@@ -90,7 +91,7 @@ class Step:
     def _gradients(self, parameters: Any, batch: Any, key: mx.array, before: Any) -> Any:
         training = Training(self.options.gradient_checkpointing, self.options.z_loss)
         with dropout(self.model, self.options.dropout, key):
-            sums, grads = mx.value_and_grad(self._sums)(parameters, batch, training)
+            sums, grads = value_and_grad(self._sums)(parameters, batch, training)
         found = Sums(*sums), grads
         return found if before is None else utils.tree_map(mx.add, found, before)
 

@@ -12,8 +12,8 @@ from openelm_mlx.graph.trace import FUSABLE, Node
 
 Shape = tuple[int, ...]
 VIEWS = {"Broadcast", "BroadcastAxes", "Transpose", "Slice", "Split", "ExpandDims", "Squeeze"}
-VIEWS |= {"Reshape", "Flatten", "Unflatten"}  # these copy if the new shape cannot be a view
-VIEWS |= {"StopGradient", "Copy", "Depends", "NumberOfElements"}
+VIEWS |= {"Reshape", "Flatten", "Unflatten", "Contiguous"}  # these copy if there is no such view
+VIEWS |= {"StopGradient", "Copy", "Depends", "CustomTransforms", "NumberOfElements"}
 KEEPS_LAYOUT = FUSABLE | {"Compiled", "RMSNorm", "RoPE"}
 
 
@@ -108,6 +108,8 @@ def views(node: Node, x: Layout) -> list[Layout] | None:
         case "Reshape" | "Flatten" | "Unflatten":
             found = reshaped(x, shape)
             return None if found is None else [found]
+        case "Contiguous":
+            return [x] if x.row_contiguous else None
         case "Transpose":
             strides = [x.strides[axis] for axis in node.arguments[0]]
         case "ExpandDims":
@@ -129,6 +131,8 @@ def after(node: Node, inputs: list[Layout]) -> list[Layout]:
     """
     if node.name == "Depends":
         return inputs[: len(node.outputs)]
+    if node.name == "CustomTransforms":
+        return inputs[-len(node.outputs) :]
     found = views(node, inputs[0]) if node.name in VIEWS and inputs else None
     if found is not None:
         return found

@@ -12,7 +12,8 @@ MANY = 8  # rows: from there on a processor unpacks a quantized matrix
 
 def for_any_thread(array: mx.array) -> mx.array:
     """Start computing an array that a module keeps: before that, only this thread may use it."""
-    with suppress(ValueError):  # inside a transformation such as mx.compile it cannot be computed
+    # inside a transformation such as mx.compile, or while a graph is told, it cannot be computed
+    with suppress(ValueError, RuntimeError):
         mx.async_eval(array)
     return array
 
