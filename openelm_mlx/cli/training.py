@@ -16,6 +16,7 @@ from openelm_mlx.finetune.picture import read_rows
 
 NOTICE_SECONDS = 60.0  # between lines in a pipe; evaluations have one of their own
 REDRAW_SECONDS = 0.25
+PAUSES = 50  # of a drawing's time lie between two: a long run has many points
 HEIGHT, WIDTH = 8, 72  # of the curve in characters, at most
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Braille pattern, U+2800
 MARK = "●"
@@ -90,7 +91,7 @@ class Progress:
         self.row: dict[str, Any] = {}  # the newest of a step
         self.steps, self.first = 0, 0  # how many there are, and where this session began
         self.begun = self.noticed = time.monotonic()
-        self.drawn = -math.inf
+        self.drawn, self.pause = -math.inf, REDRAW_SECONDS
 
     def __enter__(self) -> Progress:
         if not self.quiet:
@@ -129,7 +130,7 @@ class Progress:
     def show(self, evaluated: bool) -> None:
         now = time.monotonic()
         if moves_cursor(sys.stderr):
-            if evaluated or now - self.drawn > REDRAW_SECONDS:
+            if evaluated or now - self.drawn > self.pause:
                 self.draw()
         elif evaluated or now - self.noticed > NOTICE_SECONDS:
             self.noticed = now
@@ -166,7 +167,7 @@ class Progress:
             self.waiting.end()
             how: Any = {"auto_refresh": False, "redirect_stdout": False}
             self.live = self.stack.enter_context(Live(console=Console(stderr=True), **how))
-        console = self.live.console
+        console, begun = self.live.console, time.monotonic()
         width, height = min(console.width - 12, WIDTH), min(console.height - 6, HEIGHT)
         lines: list[str] = []
         if min(width, height) > 2 and "utf" in console.encoding:
@@ -178,3 +179,4 @@ class Progress:
         text.highlight_regex(MARK, "yellow")
         self.live.update(text, refresh=True)
         self.drawn = time.monotonic()
+        self.pause = max(REDRAW_SECONDS, PAUSES * (self.drawn - begun))
