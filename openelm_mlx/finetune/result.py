@@ -23,7 +23,14 @@ from openelm_mlx.finetune.examples import Example, Pair
 from openelm_mlx.finetune.picture import write_picture
 from openelm_mlx.finetune.records import MESSAGES
 from openelm_mlx.finetune.report import FinetuneReport
-from openelm_mlx.finetune.state import BEST, METRICS, REPORT, STATE, read_arrays, set_weights
+from openelm_mlx.finetune.state import (
+    BEST,
+    METRICS,
+    REPORT,
+    read_arrays,
+    remove_checkpoint,
+    set_weights,
+)
 from openelm_mlx.finetune.trainable import adapter_of, form_of
 from openelm_mlx.model.config import GENERATION_CONFIG, expected_tensors
 from openelm_mlx.model.decoder import OpenELM, parameters
@@ -73,8 +80,8 @@ def failed(run: Run, error: NotFiniteError) -> FinetuneError:
         what += f", in {named(run, error.step)}"
     if run.standing.step == 0:
         if run.ranks.rank == 0:
-            for name in (STATE, BEST, METRICS):
-                (run.folder / name).unlink(missing_ok=True)
+            remove_checkpoint(run.folder)
+            (run.folder / METRICS).unlink(missing_ok=True)
         return FinetuneError(f"{what}; nothing was trained")
     if error.step is not None and run.held_out is not None:
         with suppress(NotFiniteError):  # these weights may be the best
@@ -160,8 +167,7 @@ def write_all(run: Run, report: FinetuneReport) -> FinetuneReport:
         report = replace(report, notes=(*report.notes, f"there is no picture: {error}"))
     write_card(folder, report)
     write_json(folder / REPORT, report.as_dict())
-    for name in (STATE, BEST):
-        (folder / name).unlink(missing_ok=True)
+    remove_checkpoint(folder)
     return report
 
 

@@ -32,6 +32,7 @@ STATE, BEST, METRICS, REPORT = (
 )
 FORMAT = "openelm-mlx fine-tuning 1"
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
+SHOWN = ("version", "processes")  # what errors quote beside options
 LEFT_BY_MACOS = ".DS_Store"
 
 
@@ -55,7 +56,7 @@ class Standing:
 
 
 def check_folder(folder: Path, resume: bool) -> bool:
-    """Return whether a run in `folder` goes on. Nothing is written yet.
+    """Return whether a run in `folder` goes on; nothing is made yet.
 
     Raises `OptionError` for a folder that has a result, or anything that a new run would replace,
     and for a run that could go on but was not asked to.
@@ -63,6 +64,8 @@ def check_folder(folder: Path, resume: bool) -> bool:
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"{folder} is not a folder; give the name of one")
     if (folder / REPORT).exists():
+        if resume:  # a kill may have come just before
+            remove_checkpoint(folder)
         why = "go on with its weights as the model, or give another folder"
         raise OptionError(f"{folder} has a run that is finished; {why}")
     if (folder / STATE).exists():
@@ -103,6 +106,11 @@ def claimed(folder: Path) -> Iterator[None]:
 def is_leftover(name: str) -> bool:
     """Return whether a file is one that `replacing` began when the process was killed."""
     return name.startswith(tuple(f".{whole}." for whole in (STATE, BEST, REPORT)))
+
+
+def remove_checkpoint(folder: Path) -> None:
+    for name in (STATE, BEST):
+        (folder / name).unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -179,11 +187,13 @@ def check_same(folder: Path, identity: Mapping[str, Any], now: Mapping[str, Any]
 
     Both are what the numbers of a run depend on: single entries, and its options.
     """
-    others = [name for name in now if name != "options" and identity.get(name) != now[name]]
-    theirs, ours = identity["options"], now["options"]
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            others.append(f"{name} ({theirs.get(name)} there, {ours.get(name)} here)")
+    others = []
+    theirs, ours = ({**every, **every["options"]} for every in (identity, now))
+    for name in sorted((theirs.keys() | ours.keys()) - {"options"}):
+        there, here = str(theirs.get(name)), str(ours.get(name))
+        if there != here:
+            shown = name in now["options"] or name in SHOWN
+            others.append(f"{name} ({there} there, {here} here)" if shown else name)
     if others:
         what = f"{folder} has a run with other {', '.join(others)}"
         raise FinetuneError(f"{what}; give the same to go on, or another folder")

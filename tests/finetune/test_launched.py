@@ -11,6 +11,8 @@ import launched_training
 import pytest
 from training import curve, options, small_engine
 
+from openelm_mlx.device import mx
+from openelm_mlx.engine import ranks
 from openelm_mlx.finetune import finetune
 
 
@@ -27,6 +29,15 @@ def launch(*words: str) -> str:
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout
+
+
+def test_arrays_are_sent_in_portions_of_one_type(monkeypatch):
+    monkeypatch.setattr(ranks, "SUM_BYTES", 40)
+    sizes = [(3, mx.float32), (7, mx.float32), (1, mx.float32), (20, mx.float16), (1, mx.float32)]
+    arrays = [mx.zeros(size, dtype) for size, dtype in sizes]
+    found = list(ranks.portions(arrays))
+    assert [[array.size for array in part] for part in found] == [[3, 7], [1], [20], [1]]
+    assert list(ranks.portions([])) == [] and ranks.Ranks().sums(arrays) == arrays
 
 
 def test_two_processes_stop_and_go_on_together_and_equal_one(tiny, tmp_path):

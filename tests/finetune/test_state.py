@@ -159,8 +159,10 @@ def test_nothing_is_replaced_unasked(engine, pairs, begun, tmp_path):
     what = "has a run that is not finished; go on with --resume, or give another folder"
     assert str(raised.value) == f"{begun} {what}"
     finetune(engine, pairs, begun, options(), resume=True)
+    (begun / "state.safetensors").touch()  # as a kill leaves it, after the last write
     with pytest.raises(OptionError) as raised:
         finetune(engine, pairs, begun, options(), resume=True)
+    assert not (begun / "state.safetensors").exists()
     what = "has a run that is finished; go on with its weights as the model, or give another folder"
     assert str(raised.value) == f"{begun} {what}"
     (tmp_path / "mine").mkdir()
@@ -189,6 +191,16 @@ def test_another_run_is_not_gone_on_with(tiny, engine, pairs, begun, tmp_path):
             model, data, asked = given
             finetune(model, data, begun, asked, resume=True)
         assert str(raised.value) == f"{begun} has a run with other {what}{end}"
+
+
+def test_what_errors_quote_of_another_run(tmp_path):
+    now = {"version": "2", "weights": "a" * 99, "options": {"rank": 2}}
+    state.check_same(tmp_path, now, now)
+    with pytest.raises(FinetuneError) as raised:
+        state.check_same(tmp_path, {"version": "1", "weights": "b", "options": {}}, now)
+    what = "rank (None there, 2 here), version (1 there, 2 here), weights"
+    end = "; give the same to go on, or another folder"
+    assert str(raised.value) == f"{tmp_path} has a run with other {what}{end}"
 
 
 def test_a_damaged_checkpoint_is_refused(engine, pairs, begun):
