@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from small import random_adapter, random_tokens
 from trained import adapted_modules, few_examples, golden_engine, trained_model
-from training import options, small_engine, write_pairs
+from training import curve, options, small_engine, write_pairs
 
 from openelm_mlx.device import mx, nn, utils
 from openelm_mlx.engine.adapter_files import read_adapter, write_adapter
 from openelm_mlx.engine.loading import Engine
-from openelm_mlx.errors import OptionError
+from openelm_mlx.errors import FinetuneError, OptionError
 from openelm_mlx.finetune import finetune
 from openelm_mlx.finetune.batches import Shape, packed
 from openelm_mlx.finetune.options import FinetuneOptions
@@ -123,6 +123,26 @@ def test_a_run_goes_on_from_an_adapter(tiny, tmp_path) -> None:
     assert second.notes == ("The adapter one is trained further.",)
     assert mx.array_equal(before, engine.adapter.parts["transformer.layers.0.ffn.proj_2"].b)
     base.load_adapter(tmp_path / "two")  # it says that it was made for the base
+
+
+def test_a_run_from_an_adapter_is_resumed_with_it(tiny, tmp_path) -> None:
+    base, pairs = small_engine(tiny), write_pairs(tmp_path / "pairs.jsonl")
+    own = options(steps=2)
+    finetune(base, pairs, tmp_path / "one", own)
+    engine = base.load_adapter(tmp_path / "one")
+    finetune(engine, pairs, tmp_path / "whole", own)
+
+    def stop(row, steps):
+        if row["step"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(engine, pairs, tmp_path / "stopped", own, progress=stop)
+    with pytest.raises(FinetuneError) as raised:
+        finetune(base, pairs, tmp_path / "stopped", own, resume=True)
+    assert str(raised.value).startswith(f"{tmp_path / 'stopped'} has a run with other adapter")
+    finetune(engine, pairs, tmp_path / "stopped", own, resume=True)
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
 
 
 def test_options_that_are_not_those_of_the_adapter_are_refused(tmp_path) -> None:
