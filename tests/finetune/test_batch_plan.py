@@ -40,7 +40,7 @@ def by_batch(plan: Plan) -> list[list[int]]:
     return [found_in(one) for step in range(1, plan.steps + 1) for one in plan.batches(step)]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.integers(1, LENGTH), min_size=1, max_size=40),
     batch=st.integers(1, 5),
@@ -87,17 +87,17 @@ def test_every_example_comes_once_an_epoch(
 
 RANDOM = np.random.default_rng(0)
 MIXES = {
-    "uniform": RANDOM.integers(2, 513, 1000),
-    "half uniform": RANDOM.integers(2, 257, 1000),
-    "log-normal": np.clip(RANDOM.lognormal(np.log(150), 0.8, 1000), 2, 512).astype(int),
-    "long": RANDOM.integers(256, 513, 1000),
-    "longest": RANDOM.integers(461, 513, 1000),
-    "short": RANDOM.integers(2, 33, 8000),
-    "normal": np.clip(RANDOM.normal(220, 25, 1000), 2, 512).astype(int),
+    "uniform": RANDOM.integers(2, 513, 500),
+    "half uniform": RANDOM.integers(2, 257, 500),
+    "log-normal": np.clip(RANDOM.lognormal(np.log(150), 0.8, 500), 2, 512).astype(int),
+    "long": RANDOM.integers(256, 513, 500),
+    "longest": RANDOM.integers(461, 513, 500),
+    "short": RANDOM.integers(2, 33, 4000),
+    "normal": np.clip(RANDOM.normal(220, 25, 500), 2, 512).astype(int),
     "bimodal": np.where(
-        RANDOM.random(1000) < 0.5, RANDOM.integers(2, 50, 1000), RANDOM.integers(300, 450, 1000)
+        RANDOM.random(500) < 0.5, RANDOM.integers(2, 50, 500), RANDOM.integers(300, 450, 500)
     ),
-    "equal": np.full(1000, 301),
+    "equal": np.full(500, 301),
 }
 
 
@@ -105,14 +105,14 @@ MIXES = {
 def test_packed_rows_have_at_most_3_percent_padding(mix: str) -> None:
     """That holds for runs of at least a hundred batches, with few lengths of rows."""
     sizes = MIXES[mix]
-    plan = Plan(examples_of(sizes), FinetuneOptions(batch=2, epochs=2), 512)
+    plan = Plan(examples_of(sizes), FinetuneOptions(batch=1, epochs=2), 512)
     batches = [one for step in range(1, plan.steps + 1) for one in plan.batches(step)]
     slots = sum(one.tokens.size for one in batches)
     assert plan.waste == pytest.approx(1 - 2 * sizes.sum() / slots)
     assert plan.waste <= 0.03
     assert {one.tokens.shape for one in batches} == {shape[:2] for shape in plan.shapes}
     assert len(plan.shapes) <= 13
-    assert max(one.tokens.size for one in batches) <= 2 * 512
+    assert max(one.tokens.size for one in batches) <= 512
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
