@@ -14,8 +14,8 @@ IPO is here as it is published; TRL divides the log-probability of each answer b
 
 The reference of an adapter is the model without it, whose arrays the two share, or for one that is
 trained further the model with it as it was. If all weights are trained, it is a second copy of
-them. It is computed in each step, beside the model, so that both round alike; this takes no
-gradients, and its memory is free again before they are computed.
+them. Each step computes it on the same rows, so that both round alike, and before the model, so
+that its memory is free by then.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ def preference_loss(reference: OpenELM, kind: str, beta: float) -> Loss:
     """
 
     def loss(model: OpenELM, batch: Batch, training: Training | None = None) -> Sums:
-        h = between(model, batch, training) - mx.stop_gradient(between(reference, batch))
+        was = mx.stop_gradient(between(reference, batch))
+        # first the one and then the other, so that what they compute is not in memory at once
+        batch = batch._replace(tokens=mx.depends(batch.tokens, was))
+        h = between(model, batch, training) - was
         there = (batch.counts[::2] > 0).astype(mx.float32)  # the last ones are no pairs
         losses = pair_losses(h, kind, beta)
         extra = {"reward_margin": beta * h, "reward_accuracy": (h > 0).astype(mx.float32)}

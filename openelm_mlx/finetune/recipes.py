@@ -7,6 +7,8 @@ machine, of 128 examples or pairs. What differs:
 - The data are the user's own; what is as long as Apple's is the training, in epochs.
 - Apple cut examples at the length of a row, and prompts at 512 tokens, to their end. Here they are
   refused or split by the options `overlong` and `length`.
+- Of a pair the last answer is trained; Apple counted the mark of the assistant's turn before it as
+  well, which both answers share.
 - A step of CoreNet's is the mean of the means of batches; here a token counts the same in all.
 - CoreNet trained without validation; by default a share of the examples is held out here.
 - Both computed in bfloat16 (with weights in float32): on a GPU, --dtype is that of the passes.

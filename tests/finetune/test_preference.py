@@ -174,6 +174,22 @@ def test_gradients_of_two_batches_are_those_of_one(engine):
         assert np.allclose(one[1], other[1], rtol=0, atol=1e-5 * size), one[0]
 
 
+def test_a_step_takes_hardly_more_memory_than_one_on_answers(tiny):
+    """The reference is computed before the model has any activations, and keeps none."""
+    engine, answers = small_engine(tiny), [[5 + n, 9] * 60 for n in range(4)]
+    batch = packed([[pair_of(*answers[:2])], [pair_of(*answers[2:])]], Shape(2, 256, 512, 4))
+    options, peaks = FinetuneOptions(), []
+    for loss in (cross_entropy, preference_loss(engine.model, "sigmoid", 0.1)):
+        model = trainable(engine, options)
+        step = Step(model, options, loss)
+        mx.eval(model.parameters(), batch)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(step.gradients(batch, KEY))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[0] > 0 and peaks[1] <= 1.15 * peaks[0]
+
+
 def test_other_examples_have_the_loss_of_tokens(engine):
     examples = [PAIRS[0].chosen]
     assert loss_of(engine, engine.model, FinetuneOptions(), examples) is cross_entropy
@@ -199,7 +215,10 @@ def test_a_run_reports_rewards_and_goes_on_from_where_it_began(tiny, tmp_path, m
         for n in range(6)
     ]
     data.write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
-    how = options(method=method, preference="ipo", beta=beta, steps=2, length=64, accumulate=2)
+    rates = {"lora": 1e-2, "full": 1e-3}
+    how = options(
+        method=method, preference="ipo", beta=beta, steps=2, length=64, learning_rate=rates[method]
+    )
     report = finetune(engine, data, tmp_path / "out", how)
     said = "All weights are trained, so the reference of the preferences is a second copy of "
     assert sum(note.startswith(said) for note in report.notes) == (method == "full")
