@@ -12,7 +12,7 @@ from answers import fits, random_schema, time_masks
 
 from openelm_mlx import device
 from openelm_mlx.benchmarks.checks import soak
-from openelm_mlx.benchmarks.scripts import kernel_sets, pairs, score_speed, waits
+from openelm_mlx.benchmarks.scripts import finetune_speed, kernel_sets, pairs, score_speed, waits
 from openelm_mlx.benchmarks.scripts.pairs import CASES, Comparison, in_turns, measure
 from openelm_mlx.errors import BenchmarkError
 from openelm_mlx.model.kernels.kernel import ALL
@@ -60,8 +60,8 @@ def test_the_tool_of_answers_tells_documents_of_a_schema_from_others() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    [pairs.main, waits.main, soak.main, kernel_sets.main, score_speed.main],
-    ids=["pairs", "waits", "soak", "kernel_sets", "score_speed"],
+    [pairs.main, waits.main, soak.main, kernel_sets.main, score_speed.main, finetune_speed.main],
+    ids=["pairs", "waits", "soak", "kernel_sets", "score_speed", "finetune_speed"],
 )
 def test_a_result_that_exists_is_not_replaced(script, tmp_path: Path, capsys) -> None:
     path = tmp_path / "mine.json"
