@@ -116,7 +116,7 @@ def attention(attn: Attention, rows: Rows, x: mx.array) -> mx.array:
 
 @mx.compile
 def rotate(heads: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
-    a, b = mx.split(heads.astype(mx.float32), 2, axis=-1)
+    a, b = halves(heads.astype(mx.float32))
     both = [a * cosine - b * sine, b * cosine + a * sine]
     return mx.concatenate(both, axis=-1).astype(heads.dtype)
 
@@ -131,6 +131,14 @@ rotated = with_vjp(rotate, rotated_back)
 """Returns heads [rows, heads, length, head_dim] rotated by the angles of their positions."""
 
 
+def halves(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Return both halves of the last axis. `mx.split` would do, but MLX 0.32 fails to compile it
+    after the product with DoRA's gain.
+    """
+    middle = x.shape[-1] // 2
+    return x[..., :middle], x[..., middle:]
+
+
 def gated(ffn: FeedForward, x: mx.array) -> mx.array:
     """Return the input of `proj_2`, [rows * length, ffn_dim]."""
     x = ffn.proj_1(x)
@@ -142,14 +150,14 @@ def gated(ffn: FeedForward, x: mx.array) -> mx.array:
 
 @mx.compile
 def swiglu_and_sigmoid(x: mx.array) -> tuple[mx.array, mx.array]:
-    gate, up = mx.split(x, 2, axis=-1)
+    gate, up = halves(x)
     sigmoid = mx.sigmoid(gate)
     return gate * sigmoid * up, sigmoid
 
 
 @mx.compile
 def swiglu_gradient(x: mx.array, sigmoid: mx.array, of_out: mx.array) -> mx.array:
-    gate, up = mx.split(x, 2, axis=-1)
+    gate, up = halves(x)
     silu = gate * sigmoid
     of_gate = of_out * up * (sigmoid + silu * (1 - sigmoid))
     return mx.concatenate([of_gate, of_out * silu], axis=-1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 from small import random_adapter, small_model
@@ -122,10 +124,21 @@ def test_a_compiled_step_equals_an_eager_one():
     assert done.returncode == 0, done.stderr
 
 
-def compare(options: FinetuneOptions) -> None:
+@pytest.mark.parametrize("make", [plain_model, trainee, partial(trainee, dora=True)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_graph_of_a_step_can_be_made_for_a_gpu(make, checkpointing):
+    """With its fused kernels, which are only built when they run."""
+    own = Step(make(), FinetuneOptions(gradient_checkpointing=checkpointing, dropout=0.1))
+    parameters, batch = own.model.trainable_parameters(), batch_of((9, 17), (25,))
+    sums, grads = mx.compile(own._gradients)(parameters, batch, KEY, None)
+    mx.compile(own._sums)(parameters, batch, None)
+    state = own.optimizer.state
+    mx.compile(own._update)(parameters, state, grads, sums[1], mx.array(1e-3))
+
+
+def compare(make: Callable[[], OpenELM], options: FinetuneOptions) -> None:
     """Take two steps that are compiled as a whole, and two that are not."""
     batch = batch_of((9, 17), (25,))
-    make = plain_model if options.method == "full" else trainee
     one, other = (Step(make(), options) for _ in range(2))
     one._compiled = [mx.compile(part) for part in (one._gradients, one._update, one._sums)]
     for number in range(2):
@@ -224,9 +237,6 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer):
 
 
 if __name__ == "__main__":
-    for given in (
-        {"dropout": 0.3},
-        {"method": "full"},
-        {"clip": 0.0, "gradient_checkpointing": True},
-    ):
-        compare(FinetuneOptions(**given))
+    compare(plain_model, FinetuneOptions())
+    compare(trainee, FinetuneOptions(dropout=0.3))
+    compare(partial(trainee, dora=True), FinetuneOptions(clip=0.0, gradient_checkpointing=True))
