@@ -130,7 +130,7 @@ def ours(
 
     def told(row: dict[str, Any], _: int) -> None:
         ends.append(clock() - start)
-        tokens.append(row["tokens"])
+        tokens.append(row["trained_tokens"])
 
     start = clock()
     finetune(engine, data, out, options, progress=told)

@@ -26,9 +26,8 @@ def test_both_sides_train_the_same_weights_on_the_same_tokens(nano: Path, tmp_pa
     for name, train in finetune_speed.SIDES.items():
         found = train(nano, data, tmp_path / name, None, perf_counter)
         left = 2 * (sum(sizes) - len(texts)) - sum(found.tokens)  # of two epochs
-        assert (
-            0 <= left <= (0 if name == "ours" else 2 * sum(sizes) / 2)
-        )  # texts that fill no batch
+        most = 0 if name == "ours" else sum(sizes)  # mlx-lm leaves out what does not fill a batch
+        assert 0 <= left <= most
         assert found.ends == sorted(found.ends) and found.total == found.ends[-1]
         assert held_out_loss(nano, tmp_path / name, data) < before
 
