@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,7 @@ def train(run: Run, args: argparse.Namespace) -> int:
     from openelm_mlx.cli.training import Progress
     from openelm_mlx.stopping import StopKey
 
+    signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # shows the cursor again
     first = run.ranks.rank == 0
     if first:
         print(*run.notices, *plan_of(run), sep="\n", file=sys.stderr)
