@@ -105,14 +105,14 @@ MIXES = {
 def test_packed_rows_have_at_most_3_percent_padding(mix: str) -> None:
     """That holds for runs of at least a hundred batches, with few lengths of rows."""
     sizes = MIXES[mix]
-    plan = Plan(examples_of(sizes), FinetuneOptions(batch=1, epochs=2), 512)
+    plan = Plan(examples_of(sizes), FinetuneOptions(batch=2, epochs=3), 512)
     batches = [one for step in range(1, plan.steps + 1) for one in plan.batches(step)]
     slots = sum(one.tokens.size for one in batches)
-    assert plan.waste == pytest.approx(1 - 2 * sizes.sum() / slots)
+    assert plan.waste == pytest.approx(1 - 3 * sizes.sum() / slots)
     assert plan.waste <= 0.03
     assert {one.tokens.shape for one in batches} == {shape[:2] for shape in plan.shapes}
     assert len(plan.shapes) <= 13
-    assert max(one.tokens.size for one in batches) <= 512
+    assert max(one.tokens.size for one in batches) <= 2 * 512
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
