@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     folder = None if only_look else checked_folder(args)
     engine = load_model(args.model, args)
     options = FinetuneOptions.of(engine.config, **given)
-    from openelm_mlx.finetune.loop import prepared
+    from openelm_mlx.finetune.run import prepared
 
     with Waiting("reading the examples"):
         run = prepared(engine, args.data, folder, options, args.resume)

@@ -13,11 +13,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from openelm_mlx.finetune.loop import finetune
     from openelm_mlx.finetune.options import FinetuneOptions
     from openelm_mlx.finetune.report import FinetuneReport
+    from openelm_mlx.finetune.run import finetune
 
-_HOME = {"FinetuneOptions": "options", "FinetuneReport": "report", "finetune": "loop"}
+_HOME = {"FinetuneOptions": "options", "FinetuneReport": "report", "finetune": "run"}
 # written out: type checkers and editors read it
 __all__ = ["FinetuneOptions", "FinetuneReport", "finetune"]
 

@@ -1,4 +1,4 @@
-"""The loop of a fine-tuning, from a loaded model to a folder."""
+"""The loop of a run: its steps, its evaluations, its checkpoints."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from openelm_mlx import __version__
 from openelm_mlx.device import mx, utils
 from openelm_mlx.engine.loading import Engine
-from openelm_mlx.engine.options import check_loaded
-from openelm_mlx.engine.ranks import Ranks, check_alike, launched
+from openelm_mlx.engine.ranks import Ranks, check_alike
 from openelm_mlx.engine.threads import device_work
-from openelm_mlx.errors import OptionError
 from openelm_mlx.finetune import logs, preference, recipes, state
-from openelm_mlx.finetune.data import Data, read_data
+from openelm_mlx.finetune.batches import Shape
+from openelm_mlx.finetune.data import Data
 from openelm_mlx.finetune.examples import row_length
+from openelm_mlx.finetune.memory import fitted
 from openelm_mlx.finetune.optimizer import rate_at, warmup_steps
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.plan import Plan, once
@@ -29,8 +29,8 @@ from openelm_mlx.finetune.records import PAIRS
 from openelm_mlx.finetune.report import FinetuneReport, settings
 from openelm_mlx.finetune.result import NotFiniteError, failed, finished
 from openelm_mlx.finetune.state import BEST, STATE, Metrics, Standing
-from openelm_mlx.finetune.step import Step
-from openelm_mlx.finetune.trainable import base_of, continued, digest, hash_of, trainable
+from openelm_mlx.finetune.step import Loss, Step
+from openelm_mlx.finetune.trainable import base_of, digest, hash_of, trainable
 from openelm_mlx.model.fingerprint import fingerprint_of
 from openelm_mlx.stopping import StopKey
 
@@ -38,54 +38,6 @@ Progress = Callable[[dict[str, Any], int], None]  # a row of metrics.jsonl, and 
 
 FREE = ("save_every", "log", "validation")  # options that change no number; data have a hash
 EVALUATIONS = 10  # of a run, if no number of steps is given
-
-
-def finetune(
-    engine: Engine,
-    data: str | Path,
-    folder: str | Path,
-    options: FinetuneOptions | None = None,
-    *,
-    resume: bool = False,
-    progress: Progress | None = None,
-) -> FinetuneReport:
-    """Train a model on the examples of `data`, and write the result into `folder`.
-
-    The folder is a new one, or with `resume` that of a run that was stopped, which goes on with the
-    same numbers as if it had not been. Ctrl-C, or a KeyboardInterrupt that `progress` raises, saves
-    at the end of the step and is raised again. In the processes of `mlx.launch` each batch is one
-    process's, and the first one writes. With the method `full` the engine has the new weights then.
-
-    Raises `OptionError`, `FinetuneError` or `CheckpointError`, most of them before any work; after
-    a loss that is not finite the folder has the best weights before it.
-    """
-    check_loaded("engine", engine)
-    run = prepared(engine, data, Path(folder), options or FinetuneOptions(), resume)
-    with StopKey() as stop:
-        return run.whole(progress or (lambda row, steps: None), stop)
-
-
-@device_work
-def prepared(
-    engine: Engine, data: str | Path, folder: Path | None, options: FinetuneOptions, resume: bool
-) -> Run:
-    """Return a run that can begin, or go on; without a folder it is only to be looked at. Nothing
-    is written yet.
-    """
-    options = continued(engine, options)
-    check_engine(engine, options)
-    logs.check(options.log)
-    ranks = launched()
-    resumed = folder is not None and ranks.rank == 0 and state.check_folder(folder, resume)
-    read = read_data(engine, data, options)
-    return Run(engine, read, folder or Path(), options, ranks, resumed)
-
-
-def check_engine(engine: Engine, options: FinetuneOptions) -> None:
-    """Raise `OptionError` for a model that cannot be trained like this."""
-    if options.method == "full" and engine.quantization:
-        what = f"{engine.name} is quantized, and so are its weights no numbers to train"
-        raise OptionError(f"{what}; give --method lora or dora, or the model before it was")
 
 
 class Run:
@@ -115,8 +67,12 @@ class Run:
             "options": {**asked, "length": self.length},
         }
         check_alike([json.loads(one) for one in ranks.gather(json.dumps(self.identity))])
-        arrays = self.opened()
-        self.options = options
+        arrays, self.fit = self.opened()
+        self.model = trainable(engine, options)
+        # before a checkpoint gives the model other weights: a reference has those of the beginning
+        loss = loss_of(engine, self.model, options, data.train)
+        self.fit = self.fit or self.fitting(options, loss)
+        self.options = replace(options, batch=self.fit["batch"], accumulate=self.fit["accumulate"])
         self.plan = Plan(data.train, self.options, self.length, ranks)
         self.held_out = (
             once(data.validation, self.options, self.length, ranks) if data.validation else None
@@ -124,26 +80,45 @@ class Run:
         self.steps = self.plan.steps
         warmup_steps(self.options, self.steps)  # refuses what the first step would
         self.every = options.evaluate_every or math.ceil(self.steps / EVALUATIONS)
-        self.model = trainable(engine, self.options)
-        # before a checkpoint gives the model other weights: a reference has those of the beginning
-        loss = loss_of(engine, self.model, self.options, data.train)
         self.step = Step(self.model, self.options, loss)
         if self.resumed:
             self.restore(arrays)
         self.stopping, self.saved = False, self.resumed
         self.takers: list[Callable[[dict[str, Any]], None]] = []  # of each row
 
-    def opened(self) -> dict[str, mx.array]:
-        """Read the checkpoint, in the first process; the others get what it says."""
+    def opened(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
+        """Read the checkpoint, in the first process; the others get what it says. Return its
+        arrays, and the batches that the run has had.
+        """
         arrays: dict[str, mx.array] = {}
         about = None
         if self.resumed:
             arrays, about = state.read_arrays(self.folder / STATE)
             state.check_same(self.folder, about["identity"], self.identity)
         about = json.loads(self.ranks.gather(json.dumps(about))[0])
-        if about is not None:
-            self.resumed, self.standing = True, Standing(**about["standing"])
-        return arrays
+        if about is None:
+            return arrays, {}
+        self.resumed, self.standing = True, Standing(**about["standing"])
+        return arrays, about["fit"]
+
+    def fitting(self, options: FinetuneOptions, loss: Loss) -> dict[str, Any]:
+        """Return the batches that fit into the memory of every process, and what they take.
+
+        Raises `FinetuneError` if none does.
+        """
+
+        def shapes(some: FinetuneOptions) -> list[Shape]:
+            return Plan(self.data.train, some, self.length, self.ranks).shapes
+
+        copied = options.method == "full" and self.data.kind == PAIRS  # what DPO refers to
+        kept = sum(array.nbytes for array in self.weights.values()) if copied else 0
+        found = fitted(lambda some: Step(self.model, some, loss), options, shapes, kept=kept)
+        fit: dict[str, Any] = {"batch": found.options.batch, "accumulate": found.options.accumulate}
+        fit |= {"notice": found.notice, "predicted": found.predicted.as_dict()}
+        given: list[dict[str, Any]] = [
+            json.loads(one) for one in self.ranks.gather(json.dumps(fit))
+        ]
+        return min(given, key=lambda one: one["batch"])
 
     def restore(self, arrays: dict[str, mx.array]) -> None:
         own = state.stored(self.model, self.step.optimizer)
@@ -306,7 +281,7 @@ class Run:
         """Write the checkpoint, unless it is there."""
         if self.ranks.rank == 0 and not self.saved:
             arrays = state.stored(self.model, self.step.optimizer)
-            about = {"standing": asdict(self.standing), "identity": self.identity}
+            about = {"standing": asdict(self.standing), "identity": self.identity, "fit": self.fit}
             state.write_arrays(self.folder / STATE, arrays, about)
             self.saved = True
 
@@ -318,7 +293,7 @@ class Run:
             said.append(preference.note(self.engine, self.options))
         if self.begun is not None:
             said.append(f"The adapter {self.begun.name} is trained further.")
-        return tuple(filter(None, [*said, *self.data.notices]))
+        return tuple(filter(None, [*said, self.fit["notice"], *self.data.notices]))
 
     @property
     def weights(self) -> dict[str, mx.array]:

@@ -42,6 +42,7 @@ class FinetuneReport:
     trained_tokens: int  # those among them that the loss counts
     seconds: float  # of training and evaluation, those before a resume too
     peak_bytes: int  # of MLX's memory
+    predicted_bytes: Mapping[str, Any]  # of it before the first step: `total`, and what takes it
     versions: Mapping[str, str | None]
     notes: tuple[str, ...] = ()
 

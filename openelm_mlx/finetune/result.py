@@ -149,6 +149,7 @@ def report_of(run: Run, ended: str) -> FinetuneReport:
         trained_tokens=at.trained_tokens,
         seconds=at.seconds,
         peak_bytes=at.peak_bytes,
+        predicted_bytes=run.fit["predicted"],
         versions={name: device.installed(name) for name in PACKAGES},
         notes=(*run.notices, *[UNCHANGED] * (at.best_step == 0 < at.step)),
     )

@@ -36,6 +36,7 @@ REPORT = FinetuneReport(
     trained_tokens=9000,
     seconds=20.0,
     peak_bytes=3_000_000_000,
+    predicted_bytes={},
     versions={"openelm-mlx": "1.2.3", "mlx": "0.32.2"},
     notes=("Two examples were left out.",),
 )

@@ -12,7 +12,7 @@ from openelm_mlx.device import mx, utils
 from openelm_mlx.errors import FinetuneError, OptionError
 from openelm_mlx.finetune import finetune
 from openelm_mlx.finetune.data import read_data
-from openelm_mlx.finetune.loop import prepared
+from openelm_mlx.finetune.run import prepared
 from openelm_mlx.finetune.state import stored
 from openelm_mlx.finetune.step import Step
 from openelm_mlx.stopping import StopKey
@@ -151,7 +151,7 @@ def test_what_cannot_be_trained_is_refused(engine, tiny, pairs, tmp_path):
     with pytest.raises(OptionError) as raised:
         finetune(tiny, pairs, tmp_path / "out", options(method="full"))
     assert str(raised.value) == (
-        "openelm-tiny is quantized, and so are its weights no numbers to train; give --method lora "
-        "or dora, or the model before it was"
+        "openelm-tiny is quantized, which has no gradients of its weights; give --method lora or "
+        "dora, or a model that is not quantized"
     )
     assert not (tmp_path / "out").exists()
