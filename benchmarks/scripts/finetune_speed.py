@@ -109,8 +109,8 @@ def ours(
     folder: Path, data: Path, out: Path, steps: int | None, clock: Callable[[], float]
 ) -> Trained:
     """Train by this project."""
-    from openelm_mlx.finetune.loop import finetune
     from openelm_mlx.finetune.options import FinetuneOptions
+    from openelm_mlx.finetune.run import finetune
 
     options = FinetuneOptions(
         rank=RANK,
