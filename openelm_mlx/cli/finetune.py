@@ -201,6 +201,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "epochs": plan.epoch(run.steps),
         "tokens": sum(map(plan.tokens, range(1, run.steps + 1))),
         "padding": plan.waste,
+        "memory": run.fit["predicted"],
     }
 
 
@@ -208,14 +209,19 @@ def plan_of(run: Run) -> list[str]:
     """Return what a run would do, in lines for people."""
     facts = facts_of(run)
     several = "" if run.ranks.size == 1 else f" in {run.ranks.size} processes"
+    steps = f"{facts['steps']:,} step{'s' * (facts['steps'] != 1)}"
     epochs = f"{facts['epochs']:.3g} epoch{'s' * (facts['epochs'] != 1)}"
+    memory = {name: size / 1e6 for name, size in facts["memory"].items() if name != "shape"}
+    total = memory.pop("total")
+    parts = ", ".join(f"{name} {size:,.0f}" for name, size in memory.items())
     return [
         f"{facts['data']}: {facts['examples']:,} examples to train on ({run.data.kind}), "
         f"{facts['validation_examples']:,} for validation",
-        f"{facts['steps']:,} steps{several}, {epochs}, {facts['tokens']:,} tokens in rows of "
+        f"{steps}{several}, {epochs}, {facts['tokens']:,} tokens in rows of "
         f"at most {facts['length']:,}, {facts['padding']:.1%} padding",
         f"{facts['method']}: {facts['parameters']:,} numbers are trained; the model has "
         f"{facts['base_parameters']:,}",
+        f"memory: about {total:,.0f} MB ({parts})",
     ]
 
 
@@ -236,7 +242,7 @@ def show(report: FinetuneReport, args: argparse.Namespace) -> None:
         )
     print(
         f"{report.steps:,} steps in {rough(report.seconds)}, {report.tokens_per_second:,.0f} "
-        f"tokens/s, at most {report.peak_bytes / 1e6:,.0f} MB"
+        f"tokens/s, at most {report.peak_bytes / 1e6:,.0f} MB of memory"
     )
     print(f"try it: {using(report, args)}")
 

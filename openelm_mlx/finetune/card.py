@@ -141,7 +141,7 @@ def course(report: FinetuneReport) -> str:
         f"{report.steps:,} of {report.steps_planned:,} steps ({report.ended}), which are "
         f"{epochs}, in {report.seconds:,.0f} seconds{several}: "
         f"{report.tokens_per_second:,.0f} tokens a second, at most "
-        f"{report.peak_bytes / 1e6:,.0f} MB. With {versions}.\n"
+        f"{report.peak_bytes / 1e6:,.0f} MB of memory. With {versions}.\n"
     )
 
 

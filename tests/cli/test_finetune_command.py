@@ -58,9 +58,10 @@ def test_help_shows_options_in_groups(capsys):
 def test_a_run_says_what_it_trains_how_it_went_and_how_to_use_it(run, base, tmp_path, capsys):
     assert run("-o", tmp_path / "mine", "--method", "dora") == 0
     said = capsys.readouterr()
-    first, second, third, start, *lines = said.err.splitlines()
+    first, second, third, memory, start, *lines = said.err.splitlines()
     assert first == "texts.jsonl: 4 examples to train on (text), 1 for validation"
     assert second.startswith("2 steps, ") and second.endswith(" padding")
+    assert memory.startswith("memory: about ") and ", activations " in memory
     assert third.startswith("dora: ") and start.startswith("step 0 of 2: validation ")
     assert lines[1].startswith("step 2 of 2: loss ")
     result, loss, validation, speed, use = said.out.splitlines()
@@ -147,6 +148,7 @@ def test_a_look_at_the_batch_or_the_plan_writes_nothing(run, tmp_path, capsys, m
     assert run("--dry-run", "--json", steps=7) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["steps"], plan["examples"], plan["validation_examples"]) == (7, 4, 1)
+    assert plan["memory"]["total"] > plan["memory"]["activations"] > 0
     assert run("--dry-run", steps=7) == 0
     assert (
         f"7 steps, {plan['epochs']:.3g} epochs, {plan['tokens']:,} tokens in rows of at most"

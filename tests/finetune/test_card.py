@@ -71,7 +71,7 @@ def test_a_card_has_the_figures_of_the_report(tmp_path):
     assert "A LoRA adapter of rank 8 for [apple/OpenELM-270M](https://hugg" in said
     assert "123,456 of 271,527,168 numbers are trained, with openelm-mlx 1.2.3." in said
     assert "40 of 60 steps (no better validation loss in 3 evaluations), which are 2 epochs" in said
-    assert "2,000 tokens a second, at most 3,000 MB. With openelm-mlx 1.2.3, mlx" in said
+    assert "2,000 tokens a second, at most 3,000 MB of memory. With openelm-mlx 1.2.3, mlx" in said
     assert "](loss.png)" in said and "- Two examples were left out." in said
     assert "openelm chat apple/OpenELM-270M --adapter PATH_OF_THIS_FOLDER" in said
     assert "mlx_lm.generate --model FOLDER_OF_THE_BASE --adapter-path PATH_OF" in said
