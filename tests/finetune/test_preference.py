@@ -127,6 +127,8 @@ def test_a_run_begins_where_the_model_was(engine, method):
         total, count, extra = step.evaluate(batch)
         assert total.item() / count.item() == pytest.approx(expected, rel=1e-5)
         assert abs(extra["reward_margin"].item()) < 1e-4
+    # the one graph that a GPU is given can be made; it is built only where it runs
+    mx.compile(step._gradients)(model.trainable_parameters(), batch, KEY, None)
 
 
 def test_the_reference_is_the_model_without_its_adapter(engine):
