@@ -45,8 +45,8 @@ class Prediction(NamedTuple):
         return sum(self[:5])
 
     def __str__(self) -> str:
-        parts = zip(self._fields, self[:5], strict=False)
-        named = ", ".join(f"{name} {size_of(size)}" for name, size in parts if size)
+        parts = zip(self._fields[:5], self[:5], strict=True)
+        named = ", ".join(f"{name} {size_of(size)}" for name, size in parts)
         return f"{size_of(self.total)} ({named})"
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,8 +88,8 @@ def fitted(
             smaller = replace(options, batch=batch, accumulate=times * options.accumulate)
             found = predict(step, smaller, shapes_of(smaller), kept)
         if found.total <= most:
-            what = f"a batch of {options.batch} needs about {size_of(needed)}"
-            now = f"{times} batches of {batch} are computed instead (about {size_of(found.total)})"
+            what = f"A batch of {options.batch} needs about {size_of(needed)}"
+            now = f"{times} batches of {batch} are computed instead (about {size_of(found.total)})."
             notice = f"{what}, and there are {size_of(most)}; {now}" if times > 1 else ""
             return Fit(smaller, found, notice)
     what = f"training needs about {found} for one row of {found.shape.length} tokens"

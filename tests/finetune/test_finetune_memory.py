@@ -12,9 +12,11 @@ from dataclasses import replace
 
 import pytest
 from test_step import batch_of, trainee
+from training import options, small_engine, write_pairs
 
 from openelm_mlx.device import mx
 from openelm_mlx.errors import FinetuneError
+from openelm_mlx.finetune import finetune
 from openelm_mlx.finetune.batches import Shape
 from openelm_mlx.finetune.memory import Prediction, arrays_of, fitted, largest, predict
 from openelm_mlx.finetune.options import FinetuneOptions
@@ -101,8 +103,8 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts():
     halved = fitted(step_of, LORA, shapes_of, needed[4] - 1)
     assert (halved.options.batch, halved.options.accumulate) == (2, 2)
     assert halved.predicted.total == needed[2] + trained
-    text = r"a batch of 4 needs about .* MB, and there are .* MB; "
-    text += r"2 batches of 2 are computed instead \(about .* MB\)"
+    text = r"A batch of 4 needs about .* MB, and there are .* MB; "
+    text += r"2 batches of 2 are computed instead \(about .* MB\)\."
     assert re.fullmatch(text, halved.notice)
     least = fitted(step_of, replace(LORA, accumulate=3), shapes_of, needed[1] + trained)
     assert (least.options.batch, least.options.accumulate) == (1, 12)
@@ -121,11 +123,35 @@ def test_what_fits_in_no_way_is_refused_with_the_ways_that_would():
         fitted(step_of, full, shapes_of, 1000)
 
 
+def test_a_run_takes_the_batch_that_fits_and_keeps_it_when_it_goes_on(tiny, tmp_path):
+    """MLX's own limit of memory is what there is on a processor."""
+    engine, pairs = small_engine(tiny), write_pairs(tmp_path / "pairs.jsonl")
+    whole = finetune(engine, pairs, tmp_path / "whole", options(batch=2, steps=2))
+    assert whole.predicted_bytes["total"] > 0 and whole.options.batch == 2
+
+    def interrupt(row, steps):
+        raise KeyboardInterrupt
+
+    before, folder = mx.set_memory_limit(whole.predicted_bytes["total"] - 1), tmp_path / "halved"
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            finetune(engine, pairs, folder, options(batch=2, steps=2), progress=interrupt)
+    finally:
+        mx.set_memory_limit(before)
+    halved = finetune(engine, pairs, folder, options(batch=2, steps=2), resume=True)
+    assert (halved.options.batch, halved.options.accumulate) == (1, 2)
+    assert halved.predicted_bytes["total"] < whole.predicted_bytes["total"]
+    assert halved.steps == whole.steps and halved.notes[0].startswith("A batch of 2 needs about ")
+    written = json.loads((folder / "finetune.json").read_text())
+    assert written["predicted_bytes"] == halved.predicted_bytes
+
+
 def test_a_reference_beside_the_model_counts():
     plain, beside = (predict(step_of(LORA), LORA, [shape(1, 32)], kept) for kept in (0, 1000))
     assert beside == plain._replace(weights=plain.weights + 1000)
     assert str(Prediction(1, 2, 3, 0, 10**9, shape(1, 8))) == (
-        "1.0 GB (weights 0.0 MB, trained 0.0 MB, optimizer 0.0 MB, activations 1.0 GB)"
+        "1.0 GB (weights 0.0 MB, trained 0.0 MB, optimizer 0.0 MB, gradients 0.0 MB, "
+        "activations 1.0 GB)"
     )
 
 
