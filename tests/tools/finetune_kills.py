@@ -101,7 +101,7 @@ def killed(folder: Path, way: str, steps: int, kills: int, rng: random.Random) -
     target, whole = folder / f"{way}-killed", folder / f"{way}-whole"
     for path in (target, whole):
         shutil.rmtree(path, ignore_errors=True)
-    ended(begun(folder, whole, way, steps))
+    train(folder, whole, way, options_of(way, steps))
     expected = outcome(whole)
     rows, done, runs, differing = len(expected[0]), 0, 0, 0
     while done < kills or not (target / REPORT).exists():
