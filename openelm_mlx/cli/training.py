@@ -84,7 +84,7 @@ class Progress:
     def __init__(self, folder: Path, quiet: bool) -> None:
         self.folder, self.quiet = folder, quiet
         self.stack = ExitStack()
-        self.waiting = Waiting("evaluating the model as it is")
+        self.waiting = Waiting("computing the first losses")
         self.live: Any = None
         self.training: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
