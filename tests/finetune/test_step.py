@@ -178,6 +178,18 @@ def test_layers_and_chunks_are_computed_again(monkeypatch, name, make):
     assert all(after[name] is array for name, array in leaves(parameters).items())
 
 
+def test_layers_that_are_computed_again_take_less_memory():
+    model, batch, peaks = trainee(), batch_of((100, 156), (256,)), []
+    mx.eval(batch)
+    for again in (False, True):
+        own = Step(model, FinetuneOptions(gradient_checkpointing=again))
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(own.gradients(batch, KEY))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 0.9 * peaks[0], peaks  # of few layers
+
+
 def test_z_loss_is_the_square_of_the_log_of_the_sum():
     for model in (trainee(), plain_model()):
         batch = batch_of((40,))
