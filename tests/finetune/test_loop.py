@@ -134,13 +134,19 @@ def test_a_loss_that_is_not_finite_ends_a_run_with_step_and_example(
     assert report["best_validation_loss"] == curve(out)[-1]["validation_loss"]
 
 
-def test_gradients_that_are_not_finite_change_no_weight(engine, pairs, tmp_path, poisoned):
-    place, seen = poisoned(0.0, mx.nan), list[dict[str, mx.array]]()
+@pytest.mark.parametrize(
+    ("loss", "gradient", "said"),
+    [(0.0, mx.nan, "norm of the gradients is nan"), (mx.inf, 1.0, "loss is inf")],
+)
+def test_what_is_not_finite_changes_no_weight(
+    engine, pairs, tmp_path, poisoned, loss, gradient, said
+):
+    place, seen = poisoned(loss, gradient), list[dict[str, mx.array]]()
     asked = options(batch=1, seed=2, validation_share=0.0)
     run = prepared(engine, pairs, tmp_path / "out", asked, False)
     with pytest.raises(FinetuneError) as raised:
         run.whole(lambda *_: seen.append(stored(run.model, run.step.optimizer)), StopKey())
-    what = f"step {len(seen) + 1}: the norm of the gradients is nan, in {place}; "
+    what = f"step {len(seen) + 1}: the {said}, in {place}; "
     assert len(seen) > 1 and str(raised.value).startswith(what)
     now = stored(run.model, run.step.optimizer)
     del now["optimizer.learning_rate"], seen[-1]["optimizer.learning_rate"]

@@ -116,6 +116,23 @@ def test_what_a_kill_leaves_behind_is_taken(engine, pairs, tmp_path):
     }
 
 
+def test_an_evaluation_after_the_checkpoint_is_told_once(engine, pairs, tmp_path):
+    """Ctrl-C after a step whose evaluation is due; a kill after that evaluation."""
+
+    def killed_there(row, steps):
+        if "best" in row:
+            raise Killed
+
+    asked = options(save_every=50, epochs=1.0)
+    finetune(engine, pairs, tmp_path / "whole", asked)
+    for end, kind in ((Stop(2), KeyboardInterrupt), (killed_there, Killed)):
+        with pytest.raises(kind):
+            finetune(engine, pairs, tmp_path / "out", asked, resume=True, progress=end)
+    assert curve(tmp_path / "out") == curve(tmp_path / "whole")[:3]
+    finetune(engine, pairs, tmp_path / "out", asked, resume=True)
+    assert curve(tmp_path / "out") == curve(tmp_path / "whole")
+
+
 @pytest.fixture
 def begun(engine, pairs, tmp_path):
     """The folder of a run that was stopped."""
