@@ -153,6 +153,19 @@ def test_the_form_changes_without_the_base(tmp_path, base, capsys):
     assert report.parameters == numbers and not (tmp_path / "d").exists()
 
 
+def test_that_an_adapter_converses_is_kept_in_every_form(tmp_path, base):
+    folder = peft_folder(tmp_path / "a", TWO)
+    (folder / "chat_template.jinja").touch()
+    how = {"adapter_folder": folder, "adapter": "keep"}
+    kept = again(base, tmp_path / "k", **how)
+    again(base, kept, force=True, **how)  # it knows all files as its own
+    assert not load(kept).instruct and load(kept, adapter=kept / "adapter").instruct
+    turned = again(
+        kept / "adapter", tmp_path / "t", target_format="hf", config=base / "config.json"
+    )
+    assert (turned / "chat_template.jinja").is_file()
+
+
 def test_the_base_of_an_adapter_may_be_the_bundled_model(tmp_path):
     config = OpenELMConfig.from_file(BUNDLED / "config.json")
     folder = peft_folder(tmp_path / "a", config, ROLES[:1], base_model_name_or_path="openelm-tiny")
