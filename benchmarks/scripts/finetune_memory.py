@@ -68,9 +68,7 @@ def measured(engine: Engine, options: FinetuneOptions, shape: Shape) -> dict[str
     found = predict(step, options, [shape])
     seconds = perf_counter() - start
     mx.eval(step.model.parameters(), step.optimizer.state)
-    train(
-        step, options, shape, 1
-    )  # the first also compiles, and is behind where it otherwise is not
+    train(step, options, shape, 1)  # while the first one is compiled, MLX is not ahead
     peak = train(step, options, shape, STEPS)
     parts = {part: found[place] for place, part in enumerate(found._fields[:5])}
     facts = {"shape": shape._asdict(), "predicted": found.total, "measured": peak}

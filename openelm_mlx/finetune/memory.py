@@ -208,7 +208,15 @@ def updates(step: Step) -> tuple[Graph, set[str]]:
 
 def graph_of(function: Callable[..., Any], *arrays: mx.array) -> Graph:
     """Return the graph of a part of a step; a step is compiled as step.py says."""
-    graph = trace(lambda *given: arrays_of(function(*given)), *arrays)
+
+    def arrays_made(*given: mx.array) -> list[mx.array]:
+        return arrays_of(function(*given))
+
+    try:
+        graph = trace(arrays_made, *arrays)
+    except ValueError:  # MLX does not tell of some GPU's primitive: take those of a processor
+        with mx.stream(mx.cpu):
+            graph = trace(arrays_made, *arrays)
     return graph if device.on_processor() else fuse(graph)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 from openelm_mlx.graph.trace import FUSABLE, Node
 
@@ -29,12 +30,13 @@ class Layout:
     elements: int
 
     @classmethod
+    @cache
     def rows(cls, shape: Shape) -> Layout:
         """Return the layout of an array whose rows follow each other without gaps."""
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
         return cls(shape, strides, math.prod(shape))
 
-    @property
+    @cached_property
     def row_contiguous(self) -> bool:
         plain = Layout.rows(self.shape).strides
         return all(
@@ -42,12 +44,12 @@ class Layout:
             for size, stride, expected in zip(self.shape, self.strides, plain, strict=True)
         )
 
-    @property
+    @cached_property
     def contiguous(self) -> bool:
         """True if there are no holes: the elements that differ fill the extent."""
         return self.elements == self.distinct
 
-    @property
+    @cached_property
     def distinct(self) -> int:
         return math.prod(n for n, stride in zip(self.shape, self.strides, strict=True) if stride)
 
