@@ -251,6 +251,7 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer):
 
 
 if __name__ == "__main__":
+    forward.CHUNK = 20 * 128  # several chunks
     compare(plain_model, FinetuneOptions())
     compare(trainee, FinetuneOptions(dropout=0.3))
     compare(partial(trainee, dora=True), FinetuneOptions(clip=0.0, gradient_checkpointing=True))
