@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from openelm_mlx import __version__
 from openelm_mlx.device import mx, utils
@@ -215,8 +215,7 @@ class Run:
             found = self.step.gradients(batch, key, found)
             trained = trained + batch.weights.sum()
             mx.eval(found, trained)
-        assert found is not None  # a step has a batch for each process, be it empty
-        sums, grads = found
+        sums, grads = cast(Any, found)  # a step has a batch for each process, be it empty
         numbers, names = [sums.total, sums.count, trained, *sums.extra.values()], list(sums.extra)
         if self.ranks.size > 1:
             pairs: Any = utils.tree_flatten(grads)

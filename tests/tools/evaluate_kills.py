@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from openelm_mlx import load
+from openelm_mlx.engine.ranks import launched
 from openelm_mlx.errors import OpenELMError
 from openelm_mlx.evaluate.plan import Request
-from openelm_mlx.evaluate.run import answers, launched, texts
+from openelm_mlx.evaluate.run import answers, texts
 from openelm_mlx.evaluate.store import Store
 from openelm_mlx.files import write_json
 
