@@ -44,6 +44,8 @@ def trainable(engine: Engine, options: FinetuneOptions) -> OpenELM:
     for module in model.modules():
         if isinstance(module, Adapted):
             module.unfreeze(keys=["a", "b", "m"], recurse=False)
+    # rows after rows, as those of a checkpoint: a product's rounding depends on it
+    model.update(utils.tree_map(mx.contiguous, model.trainable_parameters()))
     return model
 
 
