@@ -23,7 +23,7 @@ from openelm_mlx.finetune.examples import row_length
 from openelm_mlx.finetune.memory import fitted
 from openelm_mlx.finetune.optimizer import rate_at, warmup_steps
 from openelm_mlx.finetune.options import FinetuneOptions
-from openelm_mlx.finetune.plan import Plan, once
+from openelm_mlx.finetune.plan import Plan, once, sized
 from openelm_mlx.finetune.preference import loss_of
 from openelm_mlx.finetune.records import PAIRS
 from openelm_mlx.finetune.report import FinetuneReport, settings
@@ -55,7 +55,9 @@ class Run:
         self.engine, self.begun = base_of(engine), engine.adapter
         self.data, self.folder = data, folder
         self.ranks, self.resumed, self.standing = ranks, resumed, Standing()
-        self.length, options = row_length(engine, options), options.settled(data.kind == PAIRS)
+        options = options.settled(data.kind == PAIRS)
+        length = row_length(engine, options)
+        options, self.length = sized(data.train, data.validation, options, length)
         self.fingerprint = fingerprint_of(self.engine.model)
         asked = {name: value for name, value in settings(options).items() if name not in FREE}
         self.identity: dict[str, Any] = {

@@ -80,15 +80,15 @@ def fitted(
     step = step_of(options)
     smaller, found = options, predict(step, options, shapes_of(options), kept)
     needed = found.total
-    for batch in range(options.batch, 0, -1):
-        if options.batch % batch:
+    for batch in range(options.rows, 0, -1):
+        if options.rows % batch:
             continue
-        times = options.batch // batch
+        times = options.rows // batch
         if times > 1:
             smaller = replace(options, batch=batch, accumulate=times * options.accumulate)
             found = predict(step, smaller, shapes_of(smaller), kept)
         if found.total <= most:
-            what = f"A batch of {options.batch} needs about {size_of(needed)}"
+            what = f"A batch of {options.rows} needs about {size_of(needed)}"
             now = f"{times} batches of {batch} are computed instead (about {size_of(found.total)})."
             notice = f"{what}, and there are {size_of(most)}; {now}" if times > 1 else ""
             return Fit(smaller, found, notice)

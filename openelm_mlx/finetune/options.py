@@ -36,6 +36,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 PREFERENCES = ("sigmoid", "hinge", "ipo")
 LOGS = ("tensorboard", "wandb")
 ADAPTER_ONLY = ("rank", "alpha", "dropout", "targets")
+ROWS, STEPS = 4, 32  # of a batch; of an epoch, at least, unless the batch is given
 EITHER = (("epochs", "steps"), ("validation", "validation_share"))  # one replaces the other
 
 
@@ -83,7 +84,10 @@ class FinetuneOptions:
         0.05, "share of the examples that is held out to evaluate on", 0.0, 0.9
     )
     length: int | None = option(
-        None, "tokens of a row; by default 1024, or the model's context if less", 8
+        None,
+        "tokens of a row; by default 1024, or the model's context if less, or fewer for a small "
+        "data set (see --batch)",
+        8,
     )
     overlong: str | None = option(
         None,
@@ -92,9 +96,10 @@ class FinetuneOptions:
         choices=("split", "refuse", "skip"),
     )
     packing: bool = option(True, "fill rows with several examples, none of which sees another")
-    batch: int = option(
-        4,
-        "rows in one pass of the model, or as many more if rows are shorter",
+    batch: int | None = option(
+        None,
+        f"rows in one pass of the model, or more if rows are shorter; by default {ROWS}, or fewer "
+        f"and shorter ones for a small data set, so that an epoch has about {STEPS} steps or more",
         1,
         4096,
         group="training",
@@ -212,6 +217,11 @@ class FinetuneOptions:
         if self.learning_rate is not None:
             return self.learning_rate
         return 2e-5 if self.method == "full" else 3e-4
+
+    @property
+    def rows(self) -> int:
+        """The rows in one pass of the model: 4 unless given or, on few data, made fewer."""
+        return ROWS if self.batch is None else self.batch
 
     @property
     def pair_loss(self) -> str:

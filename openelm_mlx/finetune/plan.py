@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from openelm_mlx.engine.ranks import Ranks
 from openelm_mlx.finetune.batches import Batch, Shape, packed
 from openelm_mlx.finetune.examples import Example, Pair, sequences_of
-from openelm_mlx.finetune.options import FinetuneOptions
+from openelm_mlx.finetune.options import STEPS, FinetuneOptions
 from openelm_mlx.finetune.packing import (
     Rows,
     before,
@@ -142,6 +142,40 @@ def once(
     return Plan(examples, replace(options, epochs=1, steps=None, accumulate=1), length, ranks)
 
 
+def sized(
+    trained: Sequence[Example | Pair],
+    held_out: Sequence[Example | Pair],
+    options: FinetuneOptions,
+    length: int,
+) -> tuple[FinetuneOptions, int]:
+    """Return the options with their batch, and how long rows are.
+
+    Packed rows of the usual length hold a small data set in a few steps, from which a model learns
+    next to nothing. Unless the batch is given, rows and then batches are halved until an epoch has
+    `STEPS` steps or more, or each row has the longest example alone.
+    """
+    rows = options.rows
+    if options.batch is None:
+        sizes, others = (
+            [sum(len(one.tokens) for one in sequences_of(unit)) for unit in units]
+            for units in (trained, held_out)
+        )
+        part = len(sequences_of(trained[0]))  # a pair has a row of two lengths
+
+        def few() -> bool:
+            """Return whether an epoch has too few steps."""
+            in_epoch = sum(sizes) / (part * length) if options.packing else len(sizes)
+            return in_epoch < STEPS * rows
+
+        longest = max([*sizes, *others])
+        shortens = options.packing and options.length is None
+        while shortens and few() and part * (length // 2) >= longest:
+            length //= 2
+        while rows > 1 and few():
+            rows //= 2
+    return replace(options, batch=rows), length
+
+
 def form_of(sizes: np.ndarray, options: FinetuneOptions, length: int, processes: int) -> Form:
     """Return the form of a run on examples of so many tokens, none of them more than `length`.
 
@@ -153,7 +187,7 @@ def form_of(sizes: np.ndarray, options: FinetuneOptions, length: int, processes:
     sample = sizes[order_of(sizes, np.random.default_rng(options.seed), SAMPLE)]
     part, fills = best_part(sample, length) if options.packing else (1, sample)
     in_epoch = max(1, int(sizes.sum() // fills.max())) if options.packing else len(sizes)
-    rows = min(options.batch * processes * part, in_epoch)
+    rows = min(options.rows * processes * part, in_epoch)
     batches = min(options.accumulate, in_epoch // rows)
     epoch = len(fills) * len(sizes) / len(sample) / rows
     run = options.steps * batches if options.steps else options.epochs * epoch

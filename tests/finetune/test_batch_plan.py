@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from openelm_mlx.engine.ranks import Ranks
 from openelm_mlx.finetune.batches import Batch
 from openelm_mlx.finetune.examples import Example, Pair
-from openelm_mlx.finetune.options import FinetuneOptions
+from openelm_mlx.finetune.options import STEPS, FinetuneOptions
 from openelm_mlx.finetune.packing import pack
-from openelm_mlx.finetune.plan import Plan, once
+from openelm_mlx.finetune.plan import Plan, once, sized
 
 LENGTH = 64
 
@@ -218,3 +218,23 @@ def test_an_example_goes_where_it_leaves_the_least_room() -> None:
     parts = np.split(rows.numbers, rows.starts[1:-1])
     assert [part.tolist() for part in parts] == [[0, 1, 3], [2]]
     assert rows.tokens(sizes).tolist() == [9, 4]
+
+
+def test_few_data_have_steps_enough_unless_the_batch_is_given():
+    """In rows of the usual length, an epoch of few short examples would be a single step."""
+    few = examples_of([50] * 100)
+    options, length = sized(few, examples_of([60]), FinetuneOptions(epochs=1), 1024)
+    assert (options.batch, length) == (2, 64)  # the longest one of all, held out, still fits
+    assert Plan(few, options, length).steps >= STEPS
+    assert sized(few, [], FinetuneOptions(length=512), 512)[1] == 512
+    assert sized(few, [], FinetuneOptions(packing=False), 1024) == (
+        FinetuneOptions(packing=False, batch=2),
+        1024,
+    )
+    assert sized(few, [], FinetuneOptions(batch=4), 1024) == (FinetuneOptions(batch=4), 1024)
+    many = examples_of([50] * 4000)
+    assert sized(many, [], FinetuneOptions(), 1024) == (FinetuneOptions(batch=4), 1024)
+
+
+def test_a_single_long_example_is_not_divided_for_more_steps():
+    assert sized(examples_of([900]), [], FinetuneOptions(), 1024)[1] == 1024
