@@ -84,4 +84,6 @@ def naming(*paths: object) -> Iterator[None]:
 def reason(error: BaseException) -> str:
     """Return in one line what an error of Python or of a library says, without its class."""
     text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    if mark := getattr(error, "problem_mark", None):  # of YAML, whose first line is the context
+        text = f"line {mark.line + 1}: {getattr(error, 'problem', None)}"
     return text.partition("\n")[0].strip() or "it gave no reason"

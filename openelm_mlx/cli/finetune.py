@@ -143,15 +143,14 @@ def check_data(data: str, options: FinetuneOptions) -> None:
 def checked_folder(args: argparse.Namespace) -> Path:
     """Return the path of -o. Raises `OptionError` if the result could not be written there."""
     from openelm_mlx.files import check_writable
-    from openelm_mlx.finetune.state import check_folder
+    from openelm_mlx.finetune.state import REPORT, check_folder
 
     if args.folder in (None, "", "-"):
         what = "is missing" if args.folder is None else f"is {args.folder!r}"
         raise OptionError(f"-o {what}; give the name of a new folder for the result")
     folder = given_path(args.folder)
-    check_folder(folder, args.resume)
-    if not folder.is_dir():
-        check_writable(folder, "-o", folder=True)
+    check_folder(folder, args.resume, args.data, getattr(args, "validation", None))
+    check_writable(folder / REPORT if folder.is_dir() else folder, "-o", not folder.is_dir())
     return folder
 
 
@@ -171,7 +170,10 @@ def print_batch(run: Run) -> None:
     console = Console()
     how = {"pairs": run.data.kind == PAIRS, "plain": not console.is_terminal}
     text = show_batch(run.engine, run.plan.batches(1)[0], **how)
-    console.print(text, soft_wrap=not console.is_terminal)
+    if console.is_terminal:
+        console.print(text)
+    else:  # in lines as they are; rich would take a reader that leaves for an error
+        print(text.plain)
 
 
 def print_plan(run: Run, as_json: bool) -> None:
@@ -215,7 +217,8 @@ def plan_of(run: Run) -> list[str]:
     total = memory.pop("total")
     parts = ", ".join(f"{name} {size:,.0f}" for name, size in memory.items())
     return [
-        f"{facts['data']}: {facts['examples']:,} examples to train on ({run.data.kind}), "
+        f"{facts['data']}: {facts['examples']:,} example{'s' * (facts['examples'] != 1)} to train "
+        f"on ({run.data.kind}), "
         f"{facts['validation_examples']:,} for validation",
         f"{steps}{several}, {epochs}, {facts['tokens']:,} tokens in rows of "
         f"at most {facts['length']:,}, {facts['padding']:.1%} padding",

@@ -61,7 +61,8 @@ def read_data(
     if options.validation is None:
         train, held = divided(train, options.validation_share, options.seed)
         if options.validation_share and not held:
-            notices.append("all examples are equal, so none is held out for validation")
+            what = "there is one example" if len(train) == 1 else "all examples are equal"
+            notices.append(f"{what}, so none is held out for validation")
     else:
         other = Source(engine, options.validation, options, progress)
         held = others(source, other)
@@ -171,7 +172,7 @@ def check_options(kind: str, options: FinetuneOptions) -> None:
         check_unset(options, "z_loss", "the losses of preference pairs have none")
         return
     for name in ("preference", "beta"):
-        check_unset(options, name, f"the data are no preference pairs, but {kind}")
+        check_unset(options, name, f"the data are {kind}, not preference pairs; leave it out")
     if kind == TEXT and options.train_on not in (None, "all"):
         raise OptionError(f"train_on is {options.train_on}, but text has no answers; leave it out")
 

@@ -95,12 +95,12 @@ class Run:
         arrays: dict[str, mx.array] = {}
         about = None
         if self.resumed:
-            arrays, about = state.read_arrays(self.folder / STATE)
+            arrays, about = state.read_state(self.folder)
             state.check_same(self.folder, about["identity"], self.identity)
         about = json.loads(self.ranks.gather(json.dumps(about))[0])
         if about is None:
             return arrays, {}
-        self.resumed, self.standing = True, Standing(**about["standing"])
+        self.resumed, self.standing = True, state.standing_of(self.folder, about)
         return arrays, about["fit"]
 
     def fitting(self, options: FinetuneOptions, loss: Loss) -> dict[str, Any]:

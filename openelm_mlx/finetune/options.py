@@ -184,8 +184,8 @@ class FinetuneOptions:
         `OptionError`, and `ConfigError` for a file that is no YAML.
         """
         check_names(settings)
-        path = settings.pop("config", None)
-        written = {} if path is None else read_settings(cls, Path(path))
+        path = read_as(cls, {"config": settings.pop("config", None)})["config"]
+        written = {} if path is None else read_settings(cls, path)
         recipe = settings.get("recipe", written.get("recipe"))
         found = {}
         if recipe is not None:
@@ -256,6 +256,8 @@ def check_trained(options: FinetuneOptions) -> None:
             check_unset(options, name, "method full has no adapter; give lora or dora, or leave it")
     elif not options.targets:
         raise OptionError(f"targets is empty; allowed: {', '.join((*TARGETS, EMBEDDINGS))}")
+    elif options.alpha == 0:
+        raise OptionError("alpha is 0.0, and an adapter of no strength learns nothing; raise it")
     elif options.method == "dora" and {*options.targets} == {EMBEDDINGS}:
         raise OptionError(
             f"method is dora, but {EMBEDDINGS} gets LoRA; give another of targets too"

@@ -16,6 +16,7 @@ from itertools import count, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from openelm_mlx.engine.ranks import Ranks
+from openelm_mlx.errors import OptionError
 from openelm_mlx.finetune.batches import Batch, Shape, packed
 from openelm_mlx.finetune.examples import Example, Pair, sequences_of
 from openelm_mlx.finetune.options import STEPS, FinetuneOptions
@@ -38,6 +39,7 @@ MOST_LENGTHS = 12  # of the rows of a run
 MOST_SHARES = 3  # of trained targets, for each length
 BATCHES_PER_SHAPE = 8  # so that a short run does not spend its time on tracing
 EIGHTHS = 8  # room for the trained targets is so many parts of a batch
+MOST_ROWS = 20_000_000  # of a run
 SAMPLE = 4096  # examples by whose packing the lengths are chosen
 
 
@@ -71,6 +73,7 @@ class Plan:
         trained = np.array([sum([one.trained.count(1) for one in unit]) for unit in units])
         form = form_of(sizes, options, length * len(units[0]), ranks.size)
         end = None if options.steps is None else options.steps * form.batches * form.rows
+        check_size(options.epochs * len(units) if end is None else end, options)
         rows = first_of(end, epochs_of(sizes, options, form))
         self.examples, self.accumulate, self._rows = examples, form.batches, rows
         self._tokens = before(rows.tokens(sizes))
@@ -130,6 +133,14 @@ class Plan:
             for first, end in pairwise(starts)
         ]
         return packed(rows, self._shapes[number])
+
+
+def check_size(rows: float, options: FinetuneOptions) -> None:
+    """Raise `OptionError` for a run whose plan would not end, or not fit into memory."""
+    if rows > MOST_ROWS:
+        name = "epochs" if options.steps is None else "steps"
+        what = f"{name} is {getattr(options, name)}, which takes more than {MOST_ROWS:,} rows"
+        raise OptionError(f"{what}; give fewer")
 
 
 def once(

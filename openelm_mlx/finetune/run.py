@@ -54,7 +54,9 @@ def prepared(
     check_engine(engine, options)
     logs.check(options.log)
     ranks = launched()
-    resumed = folder is not None and ranks.rank == 0 and state.check_folder(folder, resume)
+    resumed = False
+    if folder is not None and ranks.rank == 0:
+        resumed = state.check_folder(folder, resume, data, options.validation)
     read = read_data(engine, data, options)
     return Run(engine, read, folder or Path(), options, ranks, resumed)
 

@@ -26,6 +26,13 @@ TABLES = {".parquet": "parquet", ".csv": "csv"}  # and how the library datasets 
 TEXTS = (".txt", ".text", ".md", ".markdown", ".rst")
 LOCAL = {"streaming": True}  # files are read as they are; otherwise all go into a cache first
 DIVIDER = "<|endoftext|>"  # between texts in a file, as in TinyStories
+OTHERWISE = {  # what a file begins with that is no text as it is
+    codecs.BOM_UTF16_LE: "is UTF-16; convert it to UTF-8, for example with iconv",
+    codecs.BOM_UTF16_BE: "is UTF-16; convert it to UTF-8, for example with iconv",
+    b"\x1f\x8b": "is compressed; unpack it with gunzip",
+    b"\x28\xb5\x2f\xfd": "is compressed; unpack it with unzstd",
+    b"PK\3\4": "is a ZIP archive; unpack it",
+}
 MAX_LINE = 16 << 20  # bytes; the longest text of a line that is sensible has fewer
 EVERY = 256  # records between two calls of a progress
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -50,9 +57,13 @@ def raw_records(source: str | Path, progress: Progress | None = None) -> Iterato
         return
     try:
         with open(path, "rb") as file:
-            start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+            start = file.read(4096)
     except OSError as error:
         raise FinetuneError(f"{path} cannot be read: {error.strerror}; give {ALLOWED}") from None
+    for mark, what in OTHERWISE.items():
+        if start.startswith(mark):
+            raise FinetuneError(f"{path} {what}")
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if suffix in TEXTS or (suffix not in OBJECTS and start not in (b"{", b"[")):
         yield from texts(path)
     else:
@@ -116,6 +127,8 @@ def dataset_of(name: str, path: Path) -> tuple[str, dict[str, Any], str]:
 
     Raises `FinetuneError` for what is neither.
     """
+    if not name:
+        raise FinetuneError(f"the name of the data is empty; give {ALLOWED}")
     base, *parts = re.split(r":(?![^[]*])", name)  # train[:9] is one part
     folder = path if path.is_dir() else Path(base).expanduser()
     split = parts[-1] if parts and all(parts) else "train"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from openelm_mlx.device import mx, utils
 from openelm_mlx.errors import CheckpointError, FinetuneError, OptionError, reason
+from openelm_mlx.fields import fit_path
 from openelm_mlx.files import NO_LOCKS, name_for_mlx, replacing
 
 STATE, BEST, METRICS, REPORT = (
@@ -32,6 +33,7 @@ STATE, BEST, METRICS, REPORT = (
 )
 FORMAT = "openelm-mlx fine-tuning 1"
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
+ABOUT = {"standing", "identity", "fit"}
 SHOWN = ("version", "processes")  # what errors quote beside options
 LEFT_BY_MACOS = ".DS_Store"
 
@@ -55,18 +57,43 @@ class Standing:
     peak_bytes: int = 0
 
 
-def check_folder(folder: Path, resume: bool) -> bool:
+def check_folder(folder: Path, resume: bool, *sources: str | Path | None) -> bool:
     """Return whether a run in `folder` goes on; nothing is made yet.
 
     Raises `OptionError` for a folder that has a result, or anything that a new run would replace,
-    and for a run that could go on but was not asked to.
+    for a run that could go on but was not asked to, and for a folder in one of the `sources`.
     """
+    try:
+        check_place(folder, sources)
+        return goes_on(folder, resume)
+    except OSError as error:
+        what = f"{folder} cannot be written: {error.strerror}"
+        raise OptionError(f"{what}; give another folder") from None
+
+
+def check_place(folder: Path, sources: Iterable[str | Path | None]) -> None:
+    """Raise `OptionError` for a folder that could not be made, or is read as data."""
+    if not fit_path(place := os.path.realpath(folder)):
+        what = f"{place!r} is not a name in UTF-8, and MLX writes no other"
+        raise OptionError(f"{what}; give another folder")
+    if folder.is_symlink() and not folder.exists():
+        what = f"{folder} is a symbolic link to {os.readlink(folder)}, which does not exist"
+        raise OptionError(f"{what}; make that folder, or give another")
+    for source in sources:
+        data = Path(source or "").expanduser()
+        if source and data.is_dir() and data.resolve() in (Path(place), *Path(place).parents):
+            what = f"{folder} lies in {data}, all of which is read as data"
+            raise OptionError(f"{what}; give a folder outside it")
+
+
+def goes_on(folder: Path, resume: bool) -> bool:
+    """Return whether `folder` has a run that is to go on. Raises `OptionError`."""
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"{folder} is not a folder; give the name of one")
     if (folder / REPORT).exists():
         if resume:  # a kill may have come just before
             remove_checkpoint(folder)
-        why = "go on with its weights as the model, or give another folder"
+        why = "give another folder; to go on from its result, give it as --adapter, or as the model"
         raise OptionError(f"{folder} has a run that is finished; {why}")
     if (folder / STATE).exists():
         if not resume:
@@ -139,8 +166,30 @@ def read_arrays(path: Path) -> tuple[dict[str, mx.array], Any]:
             raise ValueError("it is not of this version of openelm-mlx")
         return arrays, json.loads(metadata["about"])
     except (RuntimeError, ValueError, KeyError) as error:
-        what = f"{path} cannot be read as a checkpoint ({reason(error)})"
-        raise CheckpointError(f"{what}; give another folder, and begin again") from None
+        raise unreadable(path, reason(error)) from None
+
+
+def unreadable(path: Path, why: str) -> CheckpointError:
+    what = f"{path} cannot be read as a checkpoint ({why})"
+    return CheckpointError(f"{what}; give another folder, and begin again")
+
+
+def read_state(folder: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Return the arrays of a run, and what is said of it. Raises `CheckpointError`."""
+    arrays, about = read_arrays(folder / STATE)
+    parts = about.values() if isinstance(about, dict) and about.keys() == ABOUT else [None]
+    if not all(isinstance(part, dict) for part in parts) or "options" not in about["identity"]:
+        raise unreadable(folder / STATE, "what it says of the run is damaged")
+    return arrays, about
+
+
+def standing_of(folder: Path, about: Mapping[str, Any]) -> Standing:
+    """Return where a run is that has been read. Raises `CheckpointError`."""
+    try:
+        standing = Standing(**about["standing"])
+    except TypeError:
+        raise unreadable(folder / STATE, "where the run was is damaged") from None
+    return standing
 
 
 def leaves(tree: Any, prefix: str) -> dict[str, mx.array]:
@@ -221,7 +270,7 @@ def rows_until(path: Path, standing: Standing) -> Iterator[str]:
     """Yield the lines of metrics.jsonl that a checkpoint knows of."""
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)

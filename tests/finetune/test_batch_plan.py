@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openelm_mlx.engine.ranks import Ranks
+from openelm_mlx.errors import OptionError
 from openelm_mlx.finetune.batches import Batch
 from openelm_mlx.finetune.examples import Example, Pair
 from openelm_mlx.finetune.options import STEPS, FinetuneOptions
@@ -238,3 +239,14 @@ def test_few_data_have_steps_enough_unless_the_batch_is_given():
 
 def test_a_single_long_example_is_not_divided_for_more_steps():
     assert sized(examples_of([900]), [], FinetuneOptions(), 1024)[1] == 1024
+
+
+def test_a_run_of_more_rows_than_can_be_planned_is_refused():
+    for asked, said in (
+        ({"epochs": 1e12}, "epochs is 1000000000000.0"),
+        ({"steps": 10**20}, f"steps is {10**20}"),
+    ):
+        with pytest.raises(OptionError) as raised:
+            Plan(examples_of([5, 6]), FinetuneOptions(batch=1, **asked), 8)
+        what = "which takes more than 20,000,000 rows; give fewer"
+        assert str(raised.value) == f"{said}, {what}"

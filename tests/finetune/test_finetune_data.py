@@ -228,6 +228,11 @@ def test_pairs_of_conversations(read: Read):
     ("kind", "options", "said"),
     [
         ("text", {"train_on": "answers"}, "train_on is answers, but text has no answers"),
+        (
+            "text",
+            {"beta": 0.2},
+            "beta is 0.2, but the data are text, not preference pairs; leave it",
+        ),
         ("preference pairs", {"train_on": "all"}, "train_on is all, but of preference pairs"),
     ],
 )
@@ -270,6 +275,8 @@ def test_the_share_follows_from_the_seed(read: Read):
     alone = read(records[:1] * 3, validation_share=0.5)
     assert (len(alone.train), len(alone.validation)) == (3, 0)
     assert alone.notices == ("all examples are equal, so none is held out for validation",)
+    single = read(records[:1], validation_share=0.5)
+    assert single.notices == ("there is one example, so none is held out for validation",)
 
 
 def test_the_hash_is_of_all_tokens_marks_and_sides():

@@ -166,6 +166,13 @@ def test_a_contradiction_names_the_sources(yaml, tmp_path):
         FinetuneOptions.of(None, ranks=8)
     with pytest.raises(OptionError, match="recipe is 'lora'; allowed: corenet-lora"):
         FinetuneOptions.of(None, recipe="lora")
+    with pytest.raises(OptionError, match="config is ''; allowed is a path in UTF-8"):
+        FinetuneOptions.of(None, config="")
+    path.write_text("rank: 8\nbatch:\t8\n")
+    with pytest.raises(ConfigError, match=r"as YAML: line 2: found character '\\t' that cannot"):
+        FinetuneOptions.of(None, config=path)
+    with pytest.raises(OptionError, match="alpha is 0.0, and an adapter of no strength learns"):
+        FinetuneOptions(alpha=0)
     with pytest.raises(ConfigError, match=r"none\.yaml does not exist"):
         FinetuneOptions.of(None, config=tmp_path / "none.yaml")
 

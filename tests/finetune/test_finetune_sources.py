@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -42,12 +43,26 @@ def test_a_file_that_is_no_source_is_refused(tmp_path: Path, name: str, content:
         places(tmp_path / name)
 
 
+def test_what_is_not_written_in_utf8_is_told_with_what_to_do(tmp_path: Path):
+    path = tmp_path / "pairs.jsonl"
+    text = '{"text": "Once"}\n'
+    for content, said in {
+        text.encode("utf-16"): "is UTF-16; convert it to UTF-8, for example with iconv",
+        gzip.compress(text.encode()): "is compressed; unpack it with gunzip",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(FinetuneError) as caught:
+            places(path)
+        assert str(caught.value) == f"{path} {said}"
+
+
 def test_what_is_no_file_is_refused(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     for name, said in {
         str(tmp_path / "pipe"): "is not a regular file",
         f"{tmp_path}/pipe:a:b": "does not exist",
         "no-such-file": "no-such-file does not exist; give .* as owner/name",
+        "": "the name of the data is empty; give a JSONL or text file",
         "owner/name:": "does not exist",
         "owner/name:a:b:c": "does not exist",
         "owner/pairs.jsonl": "does not exist",

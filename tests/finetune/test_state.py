@@ -180,8 +180,8 @@ def test_nothing_is_replaced_unasked(engine, pairs, begun, tmp_path):
     with pytest.raises(OptionError) as raised:
         finetune(engine, pairs, begun, options(), resume=True)
     assert not (begun / "state.safetensors").exists()
-    what = "has a run that is finished; go on with its weights as the model, or give another folder"
-    assert str(raised.value) == f"{begun} {what}"
+    what = "has a run that is finished; give another folder; to go on from its result, give it as"
+    assert str(raised.value) == f"{begun} {what} --adapter, or as the model"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(OptionError) as raised:
