@@ -21,26 +21,27 @@ if TYPE_CHECKING:
     from openelm_mlx.finetune.loop import Run
     from openelm_mlx.finetune.report import FinetuneReport
 
-DESCRIPTION = """Train a model on examples of yours, in an adapter beside its weights (LoRA, DoRA)
-or in all of them (--method full). FOLDER gets the best weights by validation, a model card, the
-losses of every step, and a picture of them.
+DESCRIPTION = """Fine-tune a model on your own examples: train a LoRA or DoRA adapter, which leaves
+the weights as they are, or train all weights (--method full). FOLDER gets the weights with the
+lowest validation loss, a model card, the metrics of every step, and a plot of the losses.
 
-DATA is a JSONL file with one example a line, a text, or a dataset of Hugging Face as owner/name:
+DATA is a JSONL file with one example per line, a text file, or a dataset on Hugging Face, as
+owner/name:
 
   {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
   {"prompt": "Hi", "completion": "Hello!"}
   {"text": "Once upon a time"}
   {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}     preference pairs: DPO
 
-Every example is trained once an epoch. Ctrl-C saves, and the same command with --resume goes on,
-also after a kill."""
+Every example is seen once per epoch. Ctrl-C saves a checkpoint, and the same command with --resume
+continues the run; it also continues a run that was killed."""
 
 EXAMPLES = """examples:
   openelm finetune 270m pairs.jsonl -o my-adapter
-  openelm chat 270m --adapter my-adapter                     and talk to it
-  openelm finetune 270m pairs.jsonl --show-batch             which tokens are trained
-  openelm finetune 270m pairs.jsonl --dry-run                steps and memory, nothing trained
-  openelm finetune 270m pairs.jsonl -o my-adapter --resume   go on where it was stopped
+  openelm chat 270m --adapter my-adapter                     talk to the result
+  openelm finetune 270m pairs.jsonl --show-batch             see which tokens are trained
+  openelm finetune 270m pairs.jsonl --dry-run                see steps and memory, train nothing
+  openelm finetune 270m pairs.jsonl -o my-adapter --resume   continue a run that was stopped
   openelm finetune 1.1b pairs.jsonl -o mine --bits 4 --batch 1 --accumulate 8
   openelm finetune 270m data.jsonl -o mine --recipe corenet-dora --validation held-out.jsonl
   openelm finetune 270m-instruct preferences.jsonl -o mine --recipe instruct-dpo
@@ -51,27 +52,29 @@ EXAMPLES = """examples:
 def register(commands: Any) -> None:
     parser = commands.add_parser(
         "finetune",
-        help="train a model on examples of yours",
+        help="fine-tune a model on your own examples",
         description=DESCRIPTION,
         epilog=EXAMPLES,
     )
-    text = "what is trained: a name from `openelm models`, a folder or a file"
+    text = "the model to fine-tune: a name from `openelm models`, a folder or a file"
     parser.add_argument("model", metavar="MODEL", help=text)
-    parser.add_argument("data", metavar="DATA", help="examples: a file, a folder, or owner/name")
-    text = "write the result into this folder, which is new"
+    parser.add_argument(
+        "data", metavar="DATA", help="the examples: a file, a folder, or owner/name"
+    )
+    text = "write the result to this folder, which must be new"
     parser.add_argument("-o", "--output", dest="folder", metavar="FOLDER", help=text)
-    text = "go on with the run in FOLDER that was stopped, or begin if there is none"
+    text = "continue the stopped run in FOLDER, or start it if there is none"
     parser.add_argument("--resume", action="store_true", help=text)
     instead = parser.add_mutually_exclusive_group()
-    text = "show the first batch token by token, with what is trained in it, and end"
+    text = "print the first batch token by token, with the trained ones marked, and exit"
     instead.add_argument("--show-batch", action="store_true", help=text)
-    text = "show how many examples, tokens and steps there are, and the memory needed, and end"
+    text = "print the numbers of examples, steps and tokens, and the memory needed, and exit"
     instead.add_argument("--dry-run", action="store_true", help=text)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_flags(parser, FinetuneOptions)
     add_flags(parser, ModelOptions, skip=("adapter",))
     how: Any = {"default": argparse.SUPPRESS, "metavar": "FOLDER"}
-    text = "go on with the adapter in this folder; its method, rank and targets stay"
+    text = "train the adapter in this folder further; its method, rank, alpha and targets stay"
     parser.add_argument("--adapter", **how, help=text)
     parser.set_defaults(run=run)
 
@@ -109,7 +112,7 @@ def train(run: Run, args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if first:
             what = f"stopped after {run.standing.step:,} of {run.steps:,} steps"
-            print(f"{what}, which {run.folder} keeps; to go on:", file=sys.stderr)
+            print(f"{what}; {run.folder} has the checkpoint. To continue:", file=sys.stderr)
             print(f"  {going_on()}", file=sys.stderr)
         return 130
     if first:
@@ -124,7 +127,7 @@ def check(args: argparse.Namespace, options: FinetuneOptions) -> None:
     from openelm_mlx.finetune import logs
 
     if options.method == "full" and hasattr(args, "bits"):
-        what = f"--method full trains the weights, which --bits {args.bits} makes whole numbers"
+        what = f"--method full trains the weights, which --bits {args.bits} would quantize"
         raise OptionError(f"{what}; leave out one of the two")
     logs.check(options.log)
     check_data(args.data, options)
@@ -222,7 +225,7 @@ def plan_of(run: Run) -> list[str]:
         f"{facts['validation_examples']:,} for validation",
         f"{steps}{several}, {epochs}, {facts['tokens']:,} tokens in rows of "
         f"at most {facts['length']:,}, {facts['padding']:.1%} padding",
-        f"{facts['method']}: {facts['parameters']:,} numbers are trained; the model has "
+        f"{facts['method']}: {facts['parameters']:,} trainable parameters; the model has "
         f"{facts['base_parameters']:,}",
         f"memory: about {total:,.0f} MB ({parts})",
     ]
@@ -233,7 +236,7 @@ def show(report: FinetuneReport, args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(report.as_dict(), ensure_ascii=False))
         return
-    print(f"{report.folder}: the weights after step {report.best_step:,}; {report.ended}")
+    print(f"{report.folder}: the weights of step {report.best_step:,}; {report.ended}")
     first, last = report.first_loss, report.last_loss
     if first is not None and last is not None:
         print(f"loss: {first:.4f} in the first step, {last:.4f} in the last")
@@ -244,8 +247,9 @@ def show(report: FinetuneReport, args: argparse.Namespace) -> None:
             f"{report.last_validation_loss:.4f} at last"
         )
     print(
-        f"{report.steps:,} steps in {rough(report.seconds)}, {report.tokens_per_second:,.0f} "
-        f"tokens/s, at most {report.peak_bytes / 1e6:,.0f} MB of memory"
+        f"{report.steps:,} step{'s' * (report.steps != 1)} in {rough(report.seconds)}, "
+        f"{report.tokens_per_second:,.0f} tokens/s, "
+        f"at most {report.peak_bytes / 1e6:,.0f} MB of memory"
     )
     print(f"try it: {using(report, args)}")
 

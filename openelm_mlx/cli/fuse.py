@@ -11,13 +11,13 @@ from openelm_mlx.cli import convert
 from openelm_mlx.cli.options import add_flags, given_path
 from openelm_mlx.errors import OptionError
 
-DESCRIPTION = """Merge a LoRA or DoRA adapter into its base, and write a model folder that needs no
-adapter: for this engine and mlx-lm, for Hugging Face (--to hf) or llama.cpp (--to gguf). The sum is
-taken in float32 and rounded once, to the type of the base, or to --bits.
+DESCRIPTION = """Merge a LoRA or DoRA adapter into its base model, and write a model folder that
+needs no adapter: for openelm-mlx and mlx-lm, for Hugging Face (--to hf) or llama.cpp (--to gguf).
+The merge is computed in float32 and rounded once, to the type of the base or to --bits.
 
-Where the adapter changes a matrix of a quantized base, it becomes one in full precision, unless
---bits quantizes it again, which costs accuracy. An adapter that was trained with --bits goes into
-the full-precision MODEL in the same way. `openelm convert MODEL --adapter-folder FOLDER` does this
+Matrices of a quantized base that the adapter changes are written in full precision, unless --bits
+quantizes them again, which costs accuracy. An adapter that was trained with --bits can be merged
+into the full-precision MODEL too. `openelm convert MODEL --adapter-folder FOLDER` does the same
 with more options."""
 
 EXAMPLES = """examples:
@@ -48,7 +48,7 @@ def register(commands: Any) -> None:
     )
     text = "the base: a folder, a .pt or GGUF file, a hub id, or a name: 270m ..."
     parser.add_argument("source", metavar="MODEL", help=text)
-    text = "the adapter, as `openelm finetune`, mlx-lm and PEFT write it"
+    text = "the adapter, written by `openelm finetune`, mlx-lm or PEFT"
     adapter: Any = {"dest": "adapter_folder", "metavar": "FOLDER", "required": True, "help": text}
     parser.add_argument("--adapter", **adapter)
     text = "folder to write, or a GGUF file if it ends in .gguf"
@@ -69,6 +69,6 @@ def run(args: argparse.Namespace) -> int:
     report, options = convert.converted(args)
     convert.show(report, options, args.json)
     if report.dequantized and options.format == "mlx" and not args.json:
-        what = f"{report.dequantized} matrices, which were quantized, are in full precision"
+        what = f"{report.dequantized} matrices that were quantized are now in full precision"
         print(f"{what}; --bits quantizes them again")
     return 0

@@ -18,9 +18,11 @@ from openelm_mlx.finetune.report import FinetuneReport, settings
 CARD = "README.md"
 FOLDER, START = "PATH_OF_THIS_FOLDER", '"Once upon a time"'
 WHAT = {
-    "lora": "A LoRA adapter of rank {rank} for",
-    "dora": "A DoRA adapter of rank {rank} for",
-    "full": "All weights, trained further, of",
+    "lora": "A LoRA adapter of rank {rank} for {base}: {own} trainable parameters, beside the "
+    "{all} of the model",
+    "dora": "A DoRA adapter of rank {rank} for {base}: {own} trainable parameters, beside the "
+    "{all} of the model",
+    "full": "{base}, with all of its {all} parameters fine-tuned",
 }
 
 
@@ -33,25 +35,25 @@ def write_card(folder: Path, report: FinetuneReport) -> None:
 def card(report: FinetuneReport, files: Collection[str]) -> str:
     """Return the text of a card in a folder with these files."""
     base = base_of(report.model)
-    what = WHAT[report.method].format(rank=report.options.rank)
+    numbers = {"own": f"{report.parameters:,}", "all": f"{report.base_parameters:,}"}
+    what = WHAT[report.method].format(rank=report.options.rank, base=link(base), **numbers)
     parts = [
         f"---\n{entries(report, base)}---\n",
         f"# {report.folder.absolute().name}\n",
-        f"{what} {link(base)}: {report.parameters:,} of {report.base_parameters:,} numbers are "
-        f"trained, with openelm-mlx {report.versions['openelm-mlx']}.\n",
+        f"{what}. Trained with openelm-mlx {report.versions['openelm-mlx']}.\n",
         f"```\n{uses(report, base, files)}```\n",
         f"## Data\n\n{table(facts_of_data(report.data))}",
         f"## Losses\n\n{losses(report)}",
     ]
     if PICTURE in files:
-        parts.append(f"![the losses of every step]({PICTURE})\n")
+        parts.append(f"![training and validation loss by step]({PICTURE})\n")
     parts += [
-        f"Those of every step are in `{METRICS}`.\n",
+        f"The losses of every step are in `{METRICS}`.\n",
         f"## How it was made\n\n{course(report)}",
         f"```yaml\n{recipe(report)}```\n",
     ]
     parts += [f"- {note}\n" for note in report.notes]
-    parts.append("The weights of the base stay under its licence; that of the data is theirs.\n")
+    parts.append("The licences of the base model and of the data apply.\n")
     return "\n".join(parts)
 
 
@@ -129,7 +131,7 @@ def losses(report: FinetuneReport) -> str:
         if (value := getattr(report, name)) is not None
     ]
     unit = "preference pair" if report.data.get("kind") == PAIRS else "trained token"
-    return f"In nats, the mean of a {unit}.\n\n{table(rows)}"
+    return f"In nats, the mean per {unit}.\n\n{table(rows)}"
 
 
 def course(report: FinetuneReport) -> str:
@@ -138,7 +140,7 @@ def course(report: FinetuneReport) -> str:
     several = "" if report.processes == 1 else f" in {report.processes} processes"
     epochs = f"{report.epochs:.3g} epoch{'s' * (report.epochs != 1)}"
     return (
-        f"{report.steps:,} of {report.steps_planned:,} steps ({report.ended}), which are "
+        f"{report.steps:,} of {report.steps_planned:,} steps ({report.ended}), or "
         f"{epochs}, in {report.seconds:,.0f} seconds{several}: "
         f"{report.tokens_per_second:,.0f} tokens a second, at most "
         f"{report.peak_bytes / 1e6:,.0f} MB of memory. With {versions}.\n"

@@ -47,24 +47,25 @@ class FinetuneOptions:
 
     method: str = option(
         "lora",
-        "train an adapter (lora, or dora with lengths of rows), or all weights (full)",
+        "train an adapter (dora is lora that also learns the magnitude of each row), or all "
+        "weights (full)",
         choices=METHODS,
         group="method",
     )
     recipe: str | None = option(
-        None, "begin with the settings of a recipe that Apple published", choices=RECIPES
+        None, "start from the settings of a recipe that Apple published", choices=RECIPES
     )
     config: Path | None = option(
-        None, "a YAML file of these options, named as the flags are, with _ for -"
+        None, "a YAML file of these options, named like the flags but with _ instead of -"
     )
     rank: int = option(16, "rank of the adapter", 1, 4096)  # 8 in PEFT and mlx-lm, CoreNet has 32
     alpha: float | None = option(
-        None, "strength of the adapter, whose scale is alpha / rank; by default the rank", 0.0, 1e6
+        None, "the adapter is scaled by alpha / rank; by default the rank", 0.0, 1e6
     )
-    dropout: float = option(0.0, "share of an adapter's inputs that a step leaves out", 0.0, 0.99)
+    dropout: float = option(0.0, "dropout on the inputs of the adapter", 0.0, 0.99)
     targets: tuple[str, ...] = option(
         TARGETS,
-        f"matrices that get an adapter; {EMBEDDINGS} is one more: LoRA on the input side",
+        f"matrices that get an adapter; {EMBEDDINGS} can be added (LoRA on the input side only)",
         choices=(*TARGETS, EMBEDDINGS),
         commas=True,
         nargs="+",
@@ -72,30 +73,30 @@ class FinetuneOptions:
     )
     train_on: str | None = option(
         None,
-        "tokens that the loss counts: those of the answers, of the last one, or all; by default "
-        "the answers', and all of plain text",
+        "tokens that count in the loss: those of all answers, of the last one, or all tokens; by "
+        "default the answers, and all of plain text",
         choices=("answers", "last", "all"),
         group="data",
     )
     validation: Path | None = option(
-        None, "examples to evaluate on, in place of a share of DATA", metavar="DATA"
+        None, "examples for validation, instead of a share of DATA", metavar="DATA"
     )
     validation_share: float = option(
-        0.05, "share of the examples that is held out to evaluate on", 0.0, 0.9
+        0.05, "share of the examples that is held out for validation", 0.0, 0.9
     )
     length: int | None = option(
         None,
-        "tokens of a row; by default 1024, or the model's context if less, or fewer for a small "
-        "data set (see --batch)",
+        "maximum length of a row in tokens; by default 1024, or the model's context if less, or "
+        "fewer for a small data set (see --batch)",
         8,
     )
     overlong: str | None = option(
         None,
-        "split, refuse or skip an example that is longer than a row, the last with a notice; by "
-        "default plain text is split and all others are refused",
+        "what to do with an example that is longer than a row: split it, refuse the data, or skip "
+        "it with a notice; by default plain text is split and all else is refused",
         choices=("split", "refuse", "skip"),
     )
-    packing: bool = option(True, "fill rows with several examples, none of which sees another")
+    packing: bool = option(True, "pack several examples into a row; none attends to another")
     batch: int | None = option(
         None,
         f"rows in one pass of the model, or more if rows are shorter; by default {ROWS}, or fewer "
@@ -104,64 +105,68 @@ class FinetuneOptions:
         4096,
         group="training",
     )
-    accumulate: int = option(1, "passes whose gradients make one step", 1, 65536)
-    epochs: float = option(3.0, "how often each example is trained", 0.0)
-    steps: int | None = option(None, "end after this many steps, in place of epochs", 1)
+    accumulate: int = option(1, "batches whose gradients are accumulated for one step", 1, 65536)
+    epochs: float = option(3.0, "passes over the examples", 0.0)
+    steps: int | None = option(None, "stop after this many steps, instead of after epochs", 1)
     gradient_checkpointing: bool = option(
-        False, "compute each layer again for its gradients, which saves memory and takes time"
+        False, "recompute each layer in the backward pass, which saves memory and takes time"
     )
     z_loss: float = option(  # arXiv:2204.02311, section 5; CoreNet has 1e-4
-        0.0, "weight of z-loss, the squared log-sum-exp of the logits, in the loss", 0.0, 1.0
+        0.0, "weight of the z-loss, the squared log-sum-exp of the logits", 0.0, 1.0
     )
     optimizer: str = option(
-        "adamw", "one of MLX's optimizers", choices=tuple(OPTIMIZERS), group="optimizer"
+        "adamw", "optimizer, one of MLX's", choices=tuple(OPTIMIZERS), group="optimizer"
     )
     learning_rate: float | None = option(
-        None, "the largest one; by default 3e-4 for an adapter, 2e-5 for all weights", 0.0, 10.0
+        None, "peak learning rate; by default 3e-4 for an adapter, 2e-5 for all weights", 0.0, 10.0
     )
     schedule: str = option(
-        "cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES
+        "cosine", "how the learning rate decays after the warm-up", choices=SCHEDULES
     )
-    warmup: float = option(
-        0.03, "steps in which the learning rate rises; below 1, their share of all", 0.0, 1e9
-    )
-    warmup_rate: float = option(0.0, "learning rate with which the warm-up begins", 0.0, 10.0)
-    final_rate: float = option(0.0, "learning rate with which the schedule ends", 0.0, 10.0)
+    warmup: float = option(0.03, "warm-up steps; below 1, a share of all steps", 0.0, 1e9)
+    warmup_rate: float = option(0.0, "learning rate at the start of the warm-up", 0.0, 10.0)
+    final_rate: float = option(0.0, "learning rate at the end of the schedule", 0.0, 10.0)
     weight_decay: float = option(
         0.0, "share of the weights that is taken off, times the learning rate", 0.0, 10.0
     )
     # those of CoreNet, and of most pretraining since GPT-3
-    beta1: float = option(0.9, "of Adam and Lion, and the momentum of SGD and Muon", 0.0, 0.9999)
-    beta2: float = option(0.95, "of Adam and Lion", 0.0, 0.999999)
-    epsilon: float = option(1e-8, "of Adam", 0.0, 1.0)
+    beta1: float = option(0.9, "beta1 of Adam and Lion, momentum of SGD and Muon", 0.0, 0.9999)
+    beta2: float = option(0.95, "beta2 of Adam and Lion", 0.0, 0.999999)
+    epsilon: float = option(1e-8, "epsilon of Adam", 0.0, 1.0)
     clip: float = option(
-        1.0, "largest norm of all gradients together, by default 1; 0 sets no limit", 0.0
+        1.0,
+        "largest global norm of the gradients, by default 1; 0 turns clipping off",
+        0.0,
     )
     evaluate_every: int | None = option(
         None,
-        "steps between evaluations; by default a tenth of all; the last one is evaluated, too",
+        "steps between evaluations; by default a tenth of all; the last step is always evaluated",
         1,
         group="run",
     )
     patience: int | None = option(
-        None, "stop after this many evaluations in a row that are no better than the best", 1
+        None, "stop after this many evaluations in a row without a better validation loss", 1
     )
     save_every: int = option(50, "steps between checkpoints", 1)
     preference: str | None = option(
         None,
-        "DPO's loss on pairs of answers; by default sigmoid",
+        "DPO loss on preference pairs; by default sigmoid",
         choices=PREFERENCES,
         group="preference",
     )
     beta: float = option(
-        0.1, "DPO's beta: the higher, the nearer the model stays to what it was", 1e-6, 100.0
+        0.1, "beta of DPO: the higher, the closer the model stays to the reference", 1e-6, 100.0
     )
     seed: int = option(
-        0, "of an adapter's first values, the order and dropout", 0, 2**32 - 1, group="run"
+        0,
+        "seed of the initial adapter, the order of the examples, and dropout",
+        0,
+        2**32 - 1,
+        group="run",
     )
     log: tuple[str, ...] = option(
         (),
-        f"report to {' or '.join(LOGS)} as well",
+        f"also report to {' or '.join(LOGS)}",
         choices=LOGS,
         commas=True,
         nargs="+",

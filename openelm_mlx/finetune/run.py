@@ -64,5 +64,5 @@ def prepared(
 def check_engine(engine: Engine, options: FinetuneOptions) -> None:
     """Raise `OptionError` for a model that cannot be trained like this."""
     if options.method == "full" and engine.quantization:
-        what = f"{engine.name} is quantized, which has no gradients of its weights"
+        what = f"{engine.name} is quantized, and quantized weights cannot be trained"
         raise OptionError(f"{what}; give --method lora or dora, or a model that is not quantized")

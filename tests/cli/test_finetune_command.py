@@ -66,7 +66,7 @@ def test_a_run_says_what_it_trains_how_it_went_and_how_to_use_it(run, base, tmp_
     assert lines[1].startswith("step 2 of 2: loss ")
     result, loss, validation, speed, use = said.out.splitlines()
     report = json.loads((tmp_path / "mine" / "finetune.json").read_text())
-    best = f"{tmp_path}/mine: the weights after step {report['best_step']}; all steps are done"
+    best = f"{tmp_path}/mine: the weights of step {report['best_step']}; all steps are done"
     assert result == best and speed.startswith("2 steps in a second, ")
     assert loss == "loss: {first_loss:.4f} in the first step, {last_loss:.4f} in the last".format(
         **report
@@ -94,7 +94,7 @@ def test_json_is_the_report_and_all_weights_need_no_base(run, tmp_path, capsys):
 def test_a_run_that_made_nothing_better_says_so(run, tmp_path, capsys):
     assert run("-o", tmp_path / "mine", "--learning-rate", 0) == 0
     said = capsys.readouterr()
-    assert said.out.startswith(f"{tmp_path}/mine: the weights after step 0; ")
+    assert said.out.startswith(f"{tmp_path}/mine: the weights of step 0; ")
     note = "No evaluation was better than that before the first step: the result is the model as it"
     assert note in said.err and note in (tmp_path / "mine" / "README.md").read_text()
 
@@ -129,7 +129,7 @@ def test_ctrl_c_saves_and_the_command_that_goes_on_is_told(run, tmp_path, capsys
     monkeypatch.setattr(sys, "argv", ["openelm", *words])
     assert run("-o", tmp_path / "mine", steps=4) == 130
     assert capsys.readouterr().err.splitlines()[-2:] == [
-        f"stopped after 2 of 4 steps, which {tmp_path}/mine keeps; to go on:",
+        f"stopped after 2 of 4 steps; {tmp_path}/mine has the checkpoint. To continue:",
         "  openelm finetune base 'my data' -o mine --resume",
     ]
     assert run("-o", tmp_path / "mine", steps=4) == 2
@@ -163,7 +163,7 @@ def test_a_look_at_the_batch_or_the_plan_writes_nothing(run, tmp_path, capsys, m
         ([], "openelm: -o is missing; give the name of a new folder for the result"),
         (["-o", "-"], "openelm: -o is '-'; give the name of a new folder"),
         (["-o", "full"], "openelm: full is not empty (it has file), and nothing in it is replaced"),
-        (["-o", "new", "--method", "full", "--bits", "4"], "which --bits 4 makes whole numbers"),
+        (["-o", "new", "--method", "full", "--bits", "4"], "which --bits 4 would quantize"),
         (["-o", "new", "--log", "wandb"], "openelm: log wandb needs the package wandb: `pip ins"),
         (["--dry-run", "--show-batch"], "not allowed with argument --dry-run; see openelm finet"),
         (["-o", "new", "--patience", "0"], "openelm: patience is 0; allowed is a whole number"),

@@ -45,7 +45,7 @@ def test_what_happens_to_a_quantized_base_is_said(tmp_path, capsys):
     mlx_lm_folder(tmp_path / "mine", OpenELMConfig.from_file(BUNDLED / "config.json"))
     words = ("openelm-tiny", "--adapter", tmp_path / "mine", "-o", tmp_path / "out", "--dry-run")
     assert fuse(*words) == 0
-    last = "32 matrices, which were quantized, are in full precision; --bits quantizes them again"
+    last = "32 matrices that were quantized are now in full precision; --bits quantizes them again"
     assert capsys.readouterr().out.splitlines()[-1] == last
     assert fuse(*words, "--bits", "8") == 0
     said = capsys.readouterr().out

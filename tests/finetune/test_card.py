@@ -69,8 +69,8 @@ def test_a_card_has_the_figures_of_the_report(tmp_path):
     }
     said = " ".join(body.split())
     assert "A LoRA adapter of rank 8 for [apple/OpenELM-270M](https://hugg" in said
-    assert "123,456 of 271,527,168 numbers are trained, with openelm-mlx 1.2.3." in said
-    assert "40 of 60 steps (no better validation loss in 3 evaluations), which are 2 epochs" in said
+    assert "123,456 trainable parameters, beside the 271,527,168 of the model." in said
+    assert "40 of 60 steps (no better validation loss in 3 evaluations), or 2 epochs" in said
     assert "2,000 tokens a second, at most 3,000 MB of memory. With openelm-mlx 1.2.3, mlx" in said
     assert "](loss.png)" in said and "- Two examples were left out." in said
     assert "openelm chat apple/OpenELM-270M --adapter PATH_OF_THIS_FOLDER" in said
@@ -99,5 +99,8 @@ def test_a_base_that_is_not_on_the_hub_is_named_without_its_folders(model, name)
 def test_a_model_is_used_without_its_base():
     full = replace(REPORT, options=FinetuneOptions(method="full"))
     text = card(full, ("chat_template.jinja",))
-    assert "base_model_relation: finetune" in text and "All weights, trained further, of" in text
+    assert (
+        "base_model_relation: finetune" in text
+        and "parameters fine-tuned. Trained with openelm-mlx" in text
+    )
     assert "openelm chat PATH_OF_THIS_FOLDER\n" in text and "--adapter" not in text

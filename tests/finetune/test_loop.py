@@ -157,7 +157,7 @@ def test_what_cannot_be_trained_is_refused(engine, tiny, pairs, tmp_path):
     with pytest.raises(OptionError) as raised:
         finetune(tiny, pairs, tmp_path / "out", options(method="full"))
     assert str(raised.value) == (
-        "openelm-tiny is quantized, which has no gradients of its weights; give --method lora or "
+        "openelm-tiny is quantized, and quantized weights cannot be trained; give --method lora or "
         "dora, or a model that is not quantized"
     )
     assert not (tmp_path / "out").exists()
