@@ -81,7 +81,10 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     given = given_fields(FinetuneOptions, args)
-    check(args, FinetuneOptions.of(None, **given))  # mistakes are told before a model is loaded
+    asked = FinetuneOptions.of(None, **given)  # mistakes are told before a model is loaded
+    check(args, asked)
+    if asked.method == "full" and not hasattr(args, "dtype"):
+        args.dtype = "float32"  # in narrower types small updates are rounded away
     only_look = args.show_batch or args.dry_run
     folder = None if only_look else checked_folder(args)
     engine = load_model(args.model, args)

@@ -127,12 +127,15 @@ class FinetuneOptions:
     warmup_rate: float = option(0.0, "learning rate at the start of the warm-up", 0.0, 10.0)
     final_rate: float = option(0.0, "learning rate at the end of the schedule", 0.0, 10.0)
     weight_decay: float = option(
-        0.0, "share of the weights that is taken off, times the learning rate", 0.0, 10.0
+        0.0,
+        "decoupled weight decay, times the learning rate; SGD and Muon add it to the gradients",
+        0.0,
+        10.0,
     )
     # those of CoreNet, and of most pretraining since GPT-3
     beta1: float = option(0.9, "beta1 of Adam and Lion, momentum of SGD and Muon", 0.0, 0.9999)
     beta2: float = option(0.95, "beta2 of Adam and Lion", 0.0, 0.999999)
-    epsilon: float = option(1e-8, "epsilon of Adam", 0.0, 1.0)
+    epsilon: float = option(1e-8, "epsilon of Adam", 1e-15, 1.0)
     clip: float = option(
         1.0,
         "largest global norm of the gradients, by default 1; 0 turns clipping off",

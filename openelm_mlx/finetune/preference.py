@@ -57,7 +57,7 @@ def kept(model: OpenELM, whole: bool) -> OpenELM:
     for module in new.modules():
         if whole or isinstance(module, Adapted):
             arrays = {name: one for name, one in module.items() if isinstance(one, mx.array)}
-            module.update({name: mx.stop_gradient(array) for name, array in arrays.items()})
+            module.update({name: mx.contiguous(array) for name, array in arrays.items()})
     mx.eval(new.parameters())
     return new
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from openelm_mlx.device import mx
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.options import check_loaded
 from openelm_mlx.engine.ranks import launched
@@ -63,6 +64,11 @@ def prepared(
 
 def check_engine(engine: Engine, options: FinetuneOptions) -> None:
     """Raise `OptionError` for a model that cannot be trained like this."""
-    if options.method == "full" and engine.quantization:
+    if options.method != "full":
+        return
+    if engine.quantization:
         what = f"{engine.name} is quantized, and quantized weights cannot be trained"
         raise OptionError(f"{what}; give --method lora or dora, or a model that is not quantized")
+    if engine.model.transformer.norm.weight.dtype == mx.float16:
+        what = f"{engine.name} is in float16, in which the squares of gradients underflow"
+        raise OptionError(f"{what}; load it in float32 or bfloat16, or give --method lora or dora")

@@ -35,6 +35,7 @@ FORMAT = "openelm-mlx fine-tuning 1"
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
 ABOUT = {"standing", "identity", "fit"}
 SHOWN = ("version", "processes")  # what errors quote beside options
+OTHERS = ("README.md", "adapter_config.json", "config.json", "generation_config.json", "loss.png")
 LEFT_BY_MACOS = ".DS_Store"
 
 
@@ -132,7 +133,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def is_leftover(name: str) -> bool:
     """Return whether a file is one that `replacing` began when the process was killed."""
-    return name.startswith(tuple(f".{whole}." for whole in (STATE, BEST, REPORT)))
+    return name.startswith(tuple(f".{whole}." for whole in (STATE, BEST, METRICS, REPORT, *OTHERS)))
 
 
 def remove_checkpoint(folder: Path) -> None:

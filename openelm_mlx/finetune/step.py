@@ -98,7 +98,9 @@ class Step:
     def _update(
         self, parameters: Any, state: Any, grads: Any, count: mx.array, rate: mx.array
     ) -> Any:
-        grads = utils.tree_map(lambda grad: grad / mx.maximum(count, 1), grads)
+        # in the type of the weights, which would become float32 with their gradients
+        share = 1 / mx.maximum(count, 1)
+        grads = utils.tree_map(lambda grad: (grad * share).astype(grad.dtype), grads)
         every: Any = utils.tree_flatten(grads)
         norm = mx.sqrt(sum(grad.astype(mx.float32).square().sum() for _, grad in every))
         if self.options.clip:

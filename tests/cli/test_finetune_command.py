@@ -12,6 +12,7 @@ from formats import TINY, again, random_folder
 
 from openelm_mlx.cli import finetune, main, training
 from openelm_mlx.engine.adapter_files import read_adapter
+from openelm_mlx.errors import OptionError
 from openelm_mlx.finetune import logs
 from openelm_mlx.model.config import OpenELMConfig
 
@@ -187,6 +188,23 @@ def test_mistakes_are_told_before_a_model_is_loaded(
     said = capsys.readouterr().err
     assert text in said and said.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_all_weights_are_trained_in_float32_unless_told_otherwise(
+    base, data, tmp_path, monkeypatch
+):
+    """Also where a model is loaded in a narrower type otherwise, as on a GPU."""
+    seen = []
+
+    def looked_at(name, args):
+        seen.append(getattr(args, "dtype", None))
+        raise OptionError("it was looked at")
+
+    monkeypatch.setattr(finetune, "load_model", looked_at)
+    words = ["finetune", str(base), str(data), "-o", str(tmp_path / "out")]
+    for more in ([], ["--method", "full"], ["--method", "full", "--dtype", "bfloat16"]):
+        assert main([*words, *more]) == 2
+    assert seen == [None, "float32", "bfloat16"]
 
 
 def test_data_that_is_not_there_is_told_before_a_model_is_loaded(base, capsys, monkeypatch):

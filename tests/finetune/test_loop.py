@@ -160,4 +160,24 @@ def test_what_cannot_be_trained_is_refused(engine, tiny, pairs, tmp_path):
         "openelm-tiny is quantized, and quantized weights cannot be trained; give --method lora or "
         "dora, or a model that is not quantized"
     )
+    half = small_engine(tiny)
+    half.model.set_dtype(mx.float16)
+    with pytest.raises(OptionError) as raised:
+        finetune(half, pairs, tmp_path / "out", options(method="full"))
+    assert str(raised.value) == (
+        f"{half.name} is in float16, in which the squares of gradients underflow; load it in "
+        "float32 or bfloat16, or give --method lora or dora"
+    )
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_trained_keep_their_type(engine, pairs, tmp_path):
+    """With the optimizer's they are what the memory of a run is predicted from."""
+    engine.model.set_dtype(mx.bfloat16)
+    asked = options(method="full", steps=2, learning_rate=0.01)
+    run = prepared(engine, pairs, tmp_path / "out", asked, False)
+    report = run.whole(lambda *_: None, StopKey())
+    found = stored(run.model, run.step.optimizer)
+    del found["optimizer.learning_rate"], found["optimizer.step"]
+    assert {array.dtype for array in found.values()} == {mx.bfloat16}
+    assert report.best_step == 2 and report.last_loss < report.first_loss

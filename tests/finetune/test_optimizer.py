@@ -44,6 +44,17 @@ def test_a_first_step_is_that_of_the_published_formula(name):
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
+def test_adam_leaves_a_weight_without_gradient_as_it_is():
+    """As those of a new adapter's `a` are, and of tokens that no example has."""
+    optimizer = new_optimizer(FinetuneOptions(epsilon=1e-15))
+    weights = {"w": mx.array([2.0])}
+    optimizer.init(weights)
+    optimizer.learning_rate = RATE
+    assert optimizer.apply_gradients({"w": mx.array([0.0])}, weights)["w"].item() == 2
+    with pytest.raises(OptionError, match=r"^epsilon is 0\.0; allowed is a number from 1e-15"):
+        FinetuneOptions(epsilon=0.0)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_options_that_an_optimizer_lacks_are_refused(name):
     for key in OTHERS.keys() - OPTIMIZERS[name]:

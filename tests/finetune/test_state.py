@@ -108,6 +108,8 @@ def test_what_a_kill_leaves_behind_is_taken(engine, pairs, tmp_path):
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
     (out / ".best.safetensors.x7.safetensors").write_bytes(b"half")
+    for name in ("metrics.jsonl", "adapter_config.json", "README.md", "loss.png", "finetune.json"):
+        (out / f".{name}.x7").write_bytes(b"half")
     (out / "adapters.safetensors").write_bytes(b"half")
     finetune(engine, pairs, out, asked, resume=True)
     assert curve(out) == curve(tmp_path / "whole") and result(out) == result(tmp_path / "whole")
