@@ -138,14 +138,14 @@ def test_one_works_at_a_time() -> None:
 
 def test_a_compiled_function_never_runs_the_trace_of_an_earlier_one() -> None:
     """MLX finds traces by the address of the function, and functions that are made anew get the
-    same one.
+    same one. A number alone would be part of the kernel, and each a kernel of its own.
     """
-    one = mx.array(1.0)
+    ones = mx.ones(2)
     for number in range(50):
-        weight = mx.array(float(number))
+        weight = mx.array([float(number)] * 2)
         add = compiled(lambda x, weight=weight: x * 2 + weight)
-        work = device_work(partial(lambda add: add(one).item(), add))
-        assert [work(), elsewhere(work)] == [2.0 + number] * 2
+        work = device_work(partial(lambda add: add(ones).tolist(), add))
+        assert [work(), elsewhere(work)] == [[2.0 + number] * 2] * 2
 
 
 def test_an_idle_worker_refers_to_nothing() -> None:
