@@ -137,7 +137,8 @@ class Run:
         mx.reset_peak_memory()
         with ExitStack() as stack:
             if self.ranks.rank == 0:
-                self.open(stack)
+                with state.writing(self.folder):
+                    self.open(stack)
             try:
                 return finished(self, self.loop())
             except NotFiniteError as error:
@@ -262,8 +263,9 @@ class Run:
 
     def write(self, row: dict[str, Any]) -> None:
         """Write a row, and tell it. Ctrl-C is met here: a step is done, or an evaluation."""
-        for take in self.takers:
-            take(row)
+        with state.writing(self.folder):
+            for take in self.takers:
+                take(row)
         try:
             self.tell(row, self.steps)
         except KeyboardInterrupt:

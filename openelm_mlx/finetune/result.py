@@ -30,6 +30,7 @@ from openelm_mlx.finetune.state import (
     read_arrays,
     remove_checkpoint,
     set_weights,
+    writing,
 )
 from openelm_mlx.finetune.trainable import adapter_of, form_of
 from openelm_mlx.model.config import GENERATION_CONFIG, expected_tensors
@@ -68,7 +69,8 @@ def finished(run: Run, ended: str) -> FinetuneReport:
         run.standing.best_step = run.standing.step
     report = report_of(run, ended)
     if run.ranks.rank == 0:
-        report = write_all(run, report)
+        with writing(run.folder):
+            report = write_all(run, report)
     run.ranks.gather("written")  # mlx.launch kills the others when one ends
     return report
 

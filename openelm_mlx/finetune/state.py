@@ -36,6 +36,7 @@ WEIGHTS, OPTIMIZER = "weights.", "optimizer."
 ABOUT = {"standing", "identity", "fit"}
 SHOWN = ("version", "processes")  # what errors quote beside options
 OTHERS = ("README.md", "adapter_config.json", "config.json", "generation_config.json", "loss.png")
+OF_WRITING = ("[write]", "[save_safetensors]")  # how MLX begins to say that it cannot
 LEFT_BY_MACOS = ".DS_Store"
 
 
@@ -131,6 +132,23 @@ def claimed(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Name the folder if it cannot be written: it is full, or gone. Raises `FinetuneError`."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or reason(error)
+    except RuntimeError as error:
+        why = reason(error)
+        if not why.startswith(OF_WRITING):
+            raise
+    else:
+        return
+    remedy = "mend that, and --resume goes on from what it has"
+    raise FinetuneError(f"{folder} cannot be written: {why}; {remedy}")
+
+
 def is_leftover(name: str) -> bool:
     """Return whether a file is one that `replacing` began when the process was killed."""
     return name.startswith(tuple(f".{whole}." for whole in (STATE, BEST, METRICS, REPORT, *OTHERS)))
@@ -150,7 +168,7 @@ def remove_leftovers(folder: Path) -> None:
 def write_arrays(path: Path, arrays: Mapping[str, mx.array], about: Any) -> None:
     """Write a safetensors file with `about` in its metadata: all of it or nothing."""
     metadata = {"format": FORMAT, "about": json.dumps(about)}
-    with replacing(path, ".safetensors") as new:
+    with writing(path.parent), replacing(path, ".safetensors") as new:
         whole = {name: mx.contiguous(array) for name, array in arrays.items()}
         mx.save_safetensors(name_for_mlx(new), whole, metadata)
         with open(new, "rb+") as file:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+from full_disk import files_of_at_most
+from training import options, small_engine, write_pairs
 
 from openelm_mlx.device import mx
-from openelm_mlx.errors import CheckpointError, OptionError
-from openelm_mlx.finetune import state
+from openelm_mlx.errors import CheckpointError, FinetuneError, OptionError
+from openelm_mlx.finetune import finetune, state
 
 
 def refused(folder: Path, *sources: object) -> str:
@@ -62,3 +66,29 @@ def test_rows_that_are_no_text_are_dropped_from_the_metrics(tmp_path):
     path = tmp_path / state.METRICS
     path.write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\xfe\x00\n')
     assert [*state.rows_until(path, state.Standing(step=1))] == ['{"step": 1, "loss": 2.0}\n']
+
+
+def test_a_full_disk_and_a_folder_that_is_gone_are_told_with_what_to_do(tiny, tmp_path):
+    pairs, end = write_pairs(tmp_path / "pairs.jsonl"), "and --resume goes on from what it has"
+    full = tmp_path / "full"
+    with files_of_at_most(1000), pytest.raises(FinetuneError) as raised:
+        finetune(small_engine(tiny), pairs, full, options())
+    assert re.fullmatch(
+        rf"{full} cannot be written: \[write\] .*; mend that, {end}", str(raised.value)
+    )
+    assert [*full.iterdir()] == []
+    written = finetune(small_engine(tiny), pairs, full, options(), resume=True)
+    assert written.ended == "all steps are done"
+    gone = tmp_path / "gone"
+    with pytest.raises(FinetuneError) as raised:
+        finetune(
+            small_engine(tiny),
+            pairs,
+            gone,
+            options(save_every=1),
+            progress=lambda row, steps: shutil.rmtree(gone),
+        )
+    said = f"{gone} cannot be written: No such file or directory; mend that, {end}"
+    assert str(raised.value) == said
+    with pytest.raises(RuntimeError, match="another"), state.writing(gone):
+        raise RuntimeError("another")
