@@ -30,7 +30,7 @@ from openelm_mlx.finetune.report import FinetuneReport, settings
 from openelm_mlx.finetune.result import NotFiniteError, failed, finished
 from openelm_mlx.finetune.state import BEST, STATE, Metrics, Standing
 from openelm_mlx.finetune.step import Loss, Step
-from openelm_mlx.finetune.trainable import base_of, digest, hash_of, trainable
+from openelm_mlx.finetune.trainable import base_of, digest, hash_of, rounding, trainable
 from openelm_mlx.model.fingerprint import fingerprint_of
 from openelm_mlx.stopping import StopKey
 
@@ -296,7 +296,8 @@ class Run:
             said.append(preference.note(self.engine, self.options))
         if self.begun is not None:
             said.append(f"The adapter {self.begun.name} is trained further.")
-        return tuple(filter(None, [*said, self.fit["notice"], *self.data.notices]))
+        said += [rounding(self.model), self.fit["notice"], *self.data.notices]
+        return tuple(filter(None, said))
 
     @property
     def weights(self) -> dict[str, mx.array]:

@@ -11,7 +11,8 @@ machine, of 128 examples or pairs. What differs:
   well, which both answers share.
 - A step of CoreNet's is the mean of the means of batches; here a token counts the same in all.
 - CoreNet trained without validation; by default a share of the examples is held out here.
-- Both computed in bfloat16 (with weights in float32): on a GPU, --dtype is that of the passes.
+- Both computed in bfloat16, with weights in float32. On a GPU, --dtype is the type of the passes,
+  and with the method full that of the weights as well.
 
 Nothing here needs MLX.
 """

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from openelm_mlx.device import mx, utils
+from openelm_mlx.dtypes import name_of
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import OptionError
 from openelm_mlx.fields import shown
@@ -47,6 +48,18 @@ def trainable(engine: Engine, options: FinetuneOptions) -> OpenELM:
     # rows after rows, as those of a checkpoint: a product's rounding depends on it
     model.update(utils.tree_map(mx.contiguous, model.trainable_parameters()))
     return model
+
+
+def rounding(model: OpenELM) -> str:
+    """Return what is to be said of weights that are trained in 16 bits, or "".
+
+    bfloat16 has 8 significant bits: an update below a 512th of a weight is rounded away.
+    """
+    arrays: Any = utils.tree_flatten(model.trainable_parameters())
+    dtype = next((name_of(array.dtype) for _, array in arrays if array.dtype != mx.float32), None)
+    if dtype is None:
+        return ""
+    return f"The weights are trained in {dtype}, which rounds small updates away; float32 does not."
 
 
 def base_of(engine: Engine) -> Engine:

@@ -16,7 +16,14 @@ from openelm_mlx.finetune import finetune
 from openelm_mlx.finetune.batches import Shape, packed
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.step import Step
-from openelm_mlx.finetune.trainable import adapter_of, base_of, continued, form_of, trainable
+from openelm_mlx.finetune.trainable import (
+    adapter_of,
+    base_of,
+    continued,
+    form_of,
+    rounding,
+    trainable,
+)
 from openelm_mlx.model.adapters import Adapter, dense
 from openelm_mlx.model.config import EMBEDDINGS, HEAD
 
@@ -58,6 +65,16 @@ def test_a_new_adapter_begins_as_peft_does_and_changes_nothing(method) -> None:
     assert {array.dtype for _, array in utils.tree_flatten(again.trainable_parameters())} == {
         mx.float32
     }
+    assert rounding(again) == ""
+
+
+def test_weights_that_are_trained_in_16_bits_are_told() -> None:
+    engine = golden_engine("tied-gqa4")
+    full = FinetuneOptions(method="full")
+    assert rounding(trainable(engine, full)) == ""
+    engine.model.set_dtype(mx.bfloat16)
+    said = "The weights are trained in bfloat16, which rounds small updates away; float32 does not."
+    assert rounding(trainable(engine, full)) == said
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
