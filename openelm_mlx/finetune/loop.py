@@ -296,6 +296,10 @@ class Run:
             said.append(preference.note(self.engine, self.options))
         if self.begun is not None:
             said.append(f"The adapter {self.begun.name} is trained further.")
+        asked, done = self.options.accumulate, self.plan.accumulate
+        if done < asked:
+            what = f"An epoch has fewer batches than the {asked} of accumulate"
+            said.append(f"{what}, so a step takes {done}.")
         said += [rounding(self.model), self.fit["notice"], *self.data.notices]
         return tuple(filter(None, said))
 

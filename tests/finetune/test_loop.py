@@ -81,6 +81,16 @@ def test_gradients_that_accumulate_equal_those_of_a_larger_batch(engine, pairs, 
         assert one == pytest.approx(other, rel=1e-5)
 
 
+def test_a_step_of_more_than_an_epoch_is_told(engine, pairs, tmp_path):
+    for accumulate, told in (
+        (3, ()),
+        (4, ("An epoch has fewer batches than the 4 of accumulate, so a step takes 3.",)),
+    ):
+        asked = options(batch=2, accumulate=accumulate)  # 6 examples are trained
+        run = prepared(engine, pairs, tmp_path / "out", asked, False)
+        assert run.notices == told and len(run.plan.batches(1)) == 3
+
+
 def test_all_weights_become_a_model_with_equal_logits(engine, pairs, tmp_path):
     asked = options(method="full", learning_rate=1e-3)
     before = engine.model(IDS)
