@@ -11,9 +11,10 @@ from openelm_mlx.engine.adapter_files import WEIGHTS
 from openelm_mlx.engine.hub import SHORT_NAMES, looks_like_path
 from openelm_mlx.engine.prompts import TEMPLATE
 from openelm_mlx.files import replacing
-from openelm_mlx.finetune.picture import METRICS, PICTURE
+from openelm_mlx.finetune.picture import PICTURE
 from openelm_mlx.finetune.records import PAIRS
 from openelm_mlx.finetune.report import FinetuneReport, settings
+from openelm_mlx.finetune.state import METRICS
 
 CARD = "README.md"
 FOLDER, START = "PATH_OF_THIS_FOLDER", '"Once upon a time"'

@@ -14,18 +14,19 @@ from typing import Any, NamedTuple
 from openelm_mlx.engine.loading import Engine
 from openelm_mlx.errors import FinetuneError, OptionError, PromptError
 from openelm_mlx.fields import check_unset, shown
-from openelm_mlx.finetune.examples import Encoder, Example, Overlong, Pair, Preference, sequences_of
+from openelm_mlx.finetune.examples import Encoder, Example, Overlong, Pair, sequences_of
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.records import (
     KEYS,
     MESSAGES,
     PAIRS,
     TEXT,
+    Preference,
     checked,
     equal_answers,
     kind_of,
 )
-from openelm_mlx.finetune.sources import Progress, raw_records
+from openelm_mlx.finetune.sources import raw_records
 
 NAMED, QUOTED = 10, 300  # of many records, so many are named, each in so many characters
 MAX_TOKENS = 1 << 29  # ids and marks of more take above 2.7 GB
@@ -45,9 +46,7 @@ class Data(NamedTuple):
     notices: tuple[str, ...]  # sentences on what was left out
 
 
-def read_data(
-    engine: Engine, data: str | Path, options: FinetuneOptions, progress: Progress | None = None
-) -> Data:
+def read_data(engine: Engine, data: str | Path, options: FinetuneOptions) -> Data:
     """Return the examples of `data`, and those of `options.validation` or a share of the former.
 
     Nothing that is trained is in the validation as well, however often it is written down. Which
@@ -55,7 +54,7 @@ def read_data(
     order; there is at least one on each side, and a single one is trained. Raises `FinetuneError`
     that names all bad records by their places, and `OptionError` for options that do not fit them.
     """
-    source = Source(engine, data, options, progress)
+    source = Source(engine, data, options)
     train: Examples = source.examples
     notices, count = source.notices, source.count
     if options.validation is None:
@@ -64,7 +63,7 @@ def read_data(
             what = "there is one example" if len(train) == 1 else "all examples are equal"
             notices.append(f"{what}, so none is held out for validation")
     else:
-        other = Source(engine, options.validation, options, progress)
+        other = Source(engine, options.validation, options)
         held = others(source, other)
         notices, count = [*notices, *other.notices], count + other.count
     path = Path(data).expanduser()
@@ -75,16 +74,14 @@ def read_data(
 class Source:
     """The examples of one source, all checked. Raises as `read_data` does."""
 
-    def __init__(
-        self, engine: Engine, data: str | Path, options: FinetuneOptions, progress: Progress | None
-    ) -> None:
+    def __init__(self, engine: Engine, data: str | Path, options: FinetuneOptions) -> None:
         self.name, self.options, self.kind = str(data), options, ""
         self.examples: list[Example | Pair] = []
         self.count = self._tokens = 0
         self._bad, self._long, self._equal = Named(), Named(), Named()
         self._keys: dict[str, None] = {}  # in their order
         encoder = Encoder(engine, options)
-        for place, raw in raw_records(data, progress):
+        for place, raw in raw_records(data):
             self.count += 1
             try:
                 self.examples += self._examples(encoder, place, raw)

@@ -21,29 +21,13 @@ from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.prompts import Message, answer_prefix, turn_tokens
 from openelm_mlx.errors import FinetuneError, OptionError
 from openelm_mlx.finetune.options import FinetuneOptions
+from openelm_mlx.finetune.records import Completion, Preference, Record
 
 ROW = 1024  # tokens of a row, unless asked otherwise
 PART = 1 << 20  # characters of a long text that are encoded at once, and the rest of their line
 LAST_WINDOW = 32  # the fewest tokens of a long text's last window, for EOS to follow something
 
 Turn = tuple[list[int], bytes]  # ids, and a mark for each
-
-
-class Completion(NamedTuple):
-    """A prompt and the text that is to follow it."""
-
-    prompt: str
-    completion: str
-
-
-class Preference(NamedTuple):
-    """Two conversations that differ in the last answer, or two completions of one prompt."""
-
-    chosen: Sequence[Message] | Completion
-    rejected: Sequence[Message] | Completion
-
-
-Record = str | Sequence[Message] | Completion | Preference  # a text, a conversation, ...
 
 
 class Example(NamedTuple):

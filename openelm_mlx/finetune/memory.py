@@ -21,7 +21,7 @@ from openelm_mlx.errors import FinetuneError
 from openelm_mlx.finetune.batches import Batch, Shape, packed
 from openelm_mlx.finetune.options import FinetuneOptions
 from openelm_mlx.finetune.step import Step
-from openelm_mlx.graph.gradients import trace
+from openelm_mlx.graph.gradients import floating, trace
 from openelm_mlx.graph.memory import Pace, peak
 from openelm_mlx.graph.trace import Graph, blank, fuse
 from openelm_mlx.model.decoder import OpenELM
@@ -245,10 +245,6 @@ def arrays_of(tree: Any) -> list[mx.array]:
 
 def bytes_of(tree: Any) -> int:
     return sum({id(array): array.nbytes for array in arrays_of(tree)}.values())
-
-
-def floating(array: mx.array) -> bool:
-    return mx.issubdtype(array.dtype, mx.floating)
 
 
 def size_of(count: int) -> str:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from openelm_mlx.drawing import LIGHT, Theme, legend, new_figure, note, save, style
 from openelm_mlx.files import replacing
+from openelm_mlx.finetune.state import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METRICS, PICTURE = "metrics.jsonl", "loss.png"
+PICTURE = "loss.png"
 WIDTH, HEIGHT = 7.2, 4.4  # inches
 SMOOTHED = 0.02  # of the steps: how far the mean reaches to each side
 

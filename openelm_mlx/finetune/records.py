@@ -13,12 +13,11 @@ those whose meaning would be lost are refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from openelm_mlx.engine.prompts import Message, check_messages
 from openelm_mlx.errors import FinetuneError, PromptError
 from openelm_mlx.fields import nearest, shown
-from openelm_mlx.finetune.examples import Completion, Preference, Record
 
 PAIRS, MESSAGES, COMPLETION, TEXT = (
     "preference pairs",
@@ -44,6 +43,23 @@ LOST: dict[str, tuple[Any, ...]] = {
     "function_call": NOTHING,
     "weight": (None, 1),
 }
+
+
+class Completion(NamedTuple):
+    """A prompt and the text that is to follow it."""
+
+    prompt: str
+    completion: str
+
+
+class Preference(NamedTuple):
+    """Two conversations that differ in the last answer, or two completions of one prompt."""
+
+    chosen: Sequence[Message] | Completion
+    rejected: Sequence[Message] | Completion
+
+
+Record = str | Sequence[Message] | Completion | Preference  # a text, a conversation, ...
 
 
 def kind_of(raw: Any) -> str:

@@ -9,8 +9,6 @@ from typing import Any
 
 from openelm_mlx.finetune.options import FinetuneOptions
 
-FILE = "finetune.json"
-
 
 @dataclass(frozen=True)
 class FinetuneReport:

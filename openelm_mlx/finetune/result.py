@@ -17,9 +17,9 @@ from openelm_mlx.engine.loading import Engine
 from openelm_mlx.engine.prompts import CHAT_TEMPLATE, TEMPLATE
 from openelm_mlx.errors import FinetuneError, OptionError
 from openelm_mlx.files import TensorInfo, write_json
-from openelm_mlx.finetune.batches import Shape, packed, sequences_of
+from openelm_mlx.finetune.batches import Shape, packed
 from openelm_mlx.finetune.card import write_card
-from openelm_mlx.finetune.examples import Example, Pair
+from openelm_mlx.finetune.examples import Example, Pair, sequences_of
 from openelm_mlx.finetune.picture import write_picture
 from openelm_mlx.finetune.records import MESSAGES
 from openelm_mlx.finetune.report import FinetuneReport

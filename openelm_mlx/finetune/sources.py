@@ -11,15 +11,13 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from openelm_mlx.errors import FinetuneError, reason
 from openelm_mlx.files import MAX_TEXT_BYTES, read_text
-
-Progress = Callable[[int, int], None]  # of all bytes or rows, so many are read; 0 for unknown
 
 OBJECTS = (".jsonl", ".ndjson", ".json")
 TABLES = {".parquet": "parquet", ".csv": "csv"}  # and how the library datasets calls them
@@ -34,26 +32,24 @@ OTHERWISE = {  # what a file begins with that is no text as it is
     b"PK\3\4": "is a ZIP archive; unpack it",
 }
 MAX_LINE = 16 << 20  # bytes; the longest text of a line that is sensible has fewer
-EVERY = 256  # records between two calls of a progress
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ALLOWED = "a JSONL or text file, a folder of tables, or a dataset of Hugging Face, as owner/name"
 
 
-def raw_records(source: str | Path, progress: Progress | None = None) -> Iterator[tuple[str, Any]]:
+def raw_records(source: str | Path) -> Iterator[tuple[str, Any]]:
     """Yield each record of a source and its place in it: "line 3", "row 0" (the dataset's index).
 
     A line that cannot be read comes as a `FinetuneError`, for others to be read. Raises
     `FinetuneError`, or `OptionError` for a text file, if the source itself cannot be read.
     """
     path = Path(source).expanduser()
-    report = progress or (lambda done, total: None)
     if not path.is_file():
-        yield from rows(*dataset_of(str(source), path), report)
+        yield from rows(*dataset_of(str(source), path))
         return
     suffix = path.suffix.lower()
     if suffix in TABLES:
         how = {"data_files": str(path), **LOCAL}
-        yield from rows(TABLES[suffix], how, "train", report)
+        yield from rows(TABLES[suffix], how, "train")
         return
     try:
         with open(path, "rb") as file:
@@ -67,7 +63,7 @@ def raw_records(source: str | Path, progress: Progress | None = None) -> Iterato
     if suffix in TEXTS or (suffix not in OBJECTS and start not in (b"{", b"[")):
         yield from texts(path)
     else:
-        yield from elements(path) if start == b"[" else lines(path, report)
+        yield from elements(path) if start == b"[" else lines(path)
 
 
 def texts(path: Path) -> Iterator[tuple[str, Any]]:
@@ -80,21 +76,17 @@ def texts(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"text {number}", {"text": part.strip("\n")}
 
 
-def lines(path: Path, report: Progress) -> Iterator[tuple[str, Any]]:
+def lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the values of a JSONL file; blank lines are passed over."""
-    size = path.stat().st_size
     with open(path, "rb") as file:
-        number = done = 0
+        number = 0
         while line := file.readline(MAX_LINE + 1):
-            number, done = number + 1, done + len(line)
+            number += 1
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if number % EVERY == 0:
-                report(done, size)
             if len(line) > MAX_LINE:
                 raise FinetuneError(f"{path}, line {number} has more than {MAX_LINE >> 20} MiB")
             if line.strip():
                 yield f"line {number}", parsed(line.rstrip())
-    report(size, size)
 
 
 def parsed(line: bytes) -> Any:
@@ -143,7 +135,7 @@ def dataset_of(name: str, path: Path) -> tuple[str, dict[str, Any], str]:
     return base, {"name": parts[0]} if len(parts) == 2 else {}, split
 
 
-def rows(name: str, how: dict[str, Any], split: str, report: Progress) -> Iterator[tuple[str, Any]]:
+def rows(name: str, how: dict[str, Any], split: str) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a split that the library datasets reads."""
     shown = how.get("data_files", name)
     try:
@@ -156,10 +148,7 @@ def rows(name: str, how: dict[str, Any], split: str, report: Progress) -> Iterat
         with TemporaryDirectory() as folder:  # the usual cache is for what comes from the hub
             own = {"cache_dir": folder} if local else {}
             table = datasets.load_dataset(name, split=split, **how, **own)
-            size = 0 if local else len(table)
             for number, row in enumerate(table):
-                if number % EVERY == 0:
-                    report(number, size)
                 yield f"row {number}", row
     except Exception as error:  # of many libraries: the hub's, Arrow's, those of formats
         what = f"{shown} cannot be read as a dataset with a split {split!r}: {reason(error)}"
