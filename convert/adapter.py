@@ -72,6 +72,9 @@ def convert_adapter(options: ConvertOptions) -> AdapterReport:
 
 def check_options(options: ConvertOptions) -> None:
     """Raise `OptionError` for options that say how a model is written."""
+    if options.adapter_folder is not None:
+        what = f"{options.source} is an adapter, and so is {options.adapter_folder}"
+        raise OptionError(f"{what}; give the model that the second is for in place of the first")
     if options.is_gguf:
         raise OptionError(
             f"{options.source} is an adapter, which becomes no GGUF file; give --to mlx or --to "

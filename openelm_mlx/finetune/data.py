@@ -87,8 +87,10 @@ class Source:
                 self.examples += self._examples(encoder, place, raw)
             except Overlong as error:
                 self._long.add(f"{place} {error}")
-            except (FinetuneError, PromptError) as error:
+            except FinetuneError as error:
                 self._bad.add(f"{place} {error}")
+            except PromptError as error:
+                self._bad.add(f"{place} cannot be encoded: {error}")
         self._check(encoder.length)
         self.notices = self._notices(encoder.length)
 

@@ -152,5 +152,6 @@ def rows(name: str, how: dict[str, Any], split: str) -> Iterator[tuple[str, Any]
                 yield f"row {number}", row
     except Exception as error:  # of many libraries: the hub's, Arrow's, those of formats
         what = f"{shown} cannot be read as a dataset with a split {split!r}: {reason(error)}"
-        of_hub = f"; check the name and the network, or give another split as {name}:SPLIT"
-        raise FinetuneError(what + of_hub * (not local)) from None
+        what += "; check what is in it" if local else "; check the name and the network"
+        of_split = f", or give another split as {name}:SPLIT"
+        raise FinetuneError(what + of_split * ("data_files" not in how)) from None

@@ -199,6 +199,8 @@ def read_state(folder: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     parts = about.values() if isinstance(about, dict) and about.keys() == ABOUT else [None]
     if not all(isinstance(part, dict) for part in parts) or "options" not in about["identity"]:
         raise unreadable(folder / STATE, "what it says of the run is damaged")
+    if about["standing"].get("best_loss") is not None and not (folder / BEST).exists():
+        raise unreadable(folder / BEST, "it is missing")  # else this would be told at the end
     return arrays, about
 
 

@@ -177,7 +177,7 @@ def test_the_base_of_an_adapter_may_be_the_bundled_model(tmp_path):
     ("settings", "fields", "message"),
     [
         ({}, {"bits": 4}, "is an adapter, and --bits is for a model; leave it out"),
-        ({}, {"adapter_folder": Path("x")}, "is an adapter, and --adapter-folder is for a model"),
+        ({}, {"adapter_folder": Path("x")}, "is an adapter, and so is x; give the model that the"),
         ({}, {"target_format": "gguf"}, "is an adapter, which becomes no GGUF file; give --to mlx"),
         ({"base_model_name_or_path": None}, {}, "does not name its base, which is no folder"),
         ({"base_model_name_or_path": "me/mine"}, {}, "names its base 'me/mine', which is no folde"),

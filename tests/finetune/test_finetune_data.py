@@ -115,7 +115,7 @@ BAD = {
     '{"text": 3}': "has 3 as text; give a text",
     '{"text": null}': "has None as text; give a text",
     '{"text": " \\n"}': "has an empty text",
-    '{"text": "a\\ud800"}': "the text is not valid UTF-8: character 2 is the lone surrogate",
+    '{"text": "a\\ud800"}': "cannot be encoded: the text is not valid UTF-8: character 2",
     '{"prompt": "", "completion": "b"}': "has an empty prompt",
     '{"prompt": "a", "completion": "b", "system": "c"}': "has 'system', which is not trained here; "
     "write it as the first message",

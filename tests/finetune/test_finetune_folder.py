@@ -56,6 +56,12 @@ def test_a_checkpoint_that_says_nothing_of_its_run_is_refused(tmp_path):
             state.read_state(tmp_path)
         what = "cannot be read as a checkpoint (what it says of the run is damaged)"
         assert str(raised.value) == f"{tmp_path / state.STATE} {what}; {end}"
+    best = {**whole, "standing": {"best_loss": 1.0}}
+    state.write_arrays(tmp_path / state.STATE, {"a": mx.zeros(1)}, best)
+    with pytest.raises(CheckpointError) as raised:
+        state.read_state(tmp_path)
+    said = f"{tmp_path / state.BEST} cannot be read as a checkpoint (it is missing); {end}"
+    assert str(raised.value) == said
     assert state.standing_of(tmp_path, whole).step == 1
     with pytest.raises(CheckpointError) as raised:
         state.standing_of(tmp_path, {"standing": {"steps": 1}})

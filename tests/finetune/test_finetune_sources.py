@@ -132,10 +132,12 @@ def test_tables_and_folders_are_read(tmp_path: Path):
         assert list(raw_records(source)) == expected
     assert list(raw_records(f"{folder}:test")) == [("row 0", ROWS[1])]
     said = "tables cannot be read as a dataset with a split 'dev': Bad split: dev. Available"
-    with pytest.raises(FinetuneError, match=said):
+    with pytest.raises(FinetuneError, match=said) as caught:
         places(f"{folder}:dev")
+    end = f"; check what is in it, or give another split as {folder}:SPLIT"
+    assert str(caught.value).endswith(end)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 is not enough")
-    with pytest.raises(FinetuneError, match="a.parquet cannot be read as a dataset with a split"):
+    with pytest.raises(FinetuneError, match="a.parquet cannot be read as a dataset .*; check w"):
         places(tmp_path / "a.parquet")
 
 
