@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from formats import again
 from golden_set import NANO
+from kernel_header import precompile
 from optional import OPTIONAL, mark_each, marker, skip_without, skipped_line
 
 from openelm_mlx import device, load
@@ -38,6 +39,8 @@ if gpu != "cpu":  # the types that a processor computes in: tests ask for equal 
 def pytest_configure(config: pytest.Config) -> None:
     # a shell ignores Ctrl-C for what it starts in the background, and so would all that tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if gpu == "cpu" and not hasattr(config, "workerinput"):
+        precompile()
     config.addinivalue_line(
         "markers",
         "needs(*names): skipped where one of these is missing; see tests/helpers/optional.py",
