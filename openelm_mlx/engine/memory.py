@@ -2,8 +2,8 @@
 
 What a model needs, the chunk of a prompt that fits, and whether a model can be loaded are pure
 functions of shapes and of the bytes that Metal recommends at most. None of it was measured on
-Metal. Two things change the process: memory is kept wired only while something generates, and
-freed memory goes back to the system where MLX has kept much of it.
+Metal. Two things change the process: memory is kept wired only while something generates or
+trains, and freed memory goes back to the system where MLX has kept much of it.
 """
 
 from __future__ import annotations
@@ -123,11 +123,11 @@ def check_memory(name: str, config: OpenELMConfig, weights: int, quantized: bool
 
 
 class Wired:
-    """Memory that macOS does not page out while anything generates.
+    """Memory that macOS does not page out while anything generates or trains.
 
-    Each generator holds what it needs. The limit is the sum, in which shared weights count once,
-    and at most what Metal recommends; a limit that was higher stays. When the last holder has
-    released its memory, the limit is what it was before. Not tested on Metal.
+    Each generator, and each training, holds what it needs. The limit is the sum, in which shared
+    weights count once, and at most what Metal recommends; a limit that was higher stays. When the
+    last holder has released its memory, the limit is what it was before. Not tested on Metal.
     """
 
     def __init__(self) -> None:
@@ -141,8 +141,13 @@ class Wired:
             return
         held = {id(engine.model): engine.nbytes for engine in engines}
         each = (needs(e.config, 0, kind, 0, itemsize_of(e)).cache for e in engines)
-        self._held[owner] = held | {id(owner): rows * sum(each)}
-        self._set()
+        self.hold_bytes(owner, held | {id(owner): rows * sum(each)})
+
+    def hold_bytes(self, owner: object, parts: dict[int, int]) -> None:
+        """Keep wired so many bytes, by the ids of what has them, until `owner` releases them."""
+        if device.most_wired() is not None:
+            self._held[owner] = parts
+            self._set()
 
     def release(self, owner: object) -> None:
         """Give back what `owner` holds, if anything."""
@@ -168,10 +173,10 @@ class Wired:
 wired = Wired()
 
 
-def give_back() -> None:
-    """Return memory to the system if MLX keeps much that is not in use."""
+def give_back(most: int = KEPT) -> None:
+    """Return memory to the system if MLX keeps more than `most`, and much, that is not in use."""
     kept = mx.get_cache_memory()
-    if kept > KEPT and kept > device.recommended_bytes() // SHARE:
+    if kept > most and kept > device.recommended_bytes() // SHARE:
         mx.clear_cache()
 
 

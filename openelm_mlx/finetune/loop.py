@@ -14,6 +14,7 @@ from typing import Any, cast
 from openelm_mlx import __version__
 from openelm_mlx.device import mx, utils
 from openelm_mlx.engine.loading import Engine
+from openelm_mlx.engine.memory import give_back, wired
 from openelm_mlx.engine.ranks import Ranks, check_alike
 from openelm_mlx.engine.threads import device_work
 from openelm_mlx.finetune import logs, preference, recipes, state
@@ -136,6 +137,8 @@ class Run:
         self.tell, self.stop = progress, stop
         mx.reset_peak_memory()
         with ExitStack() as stack:
+            stack.callback(wired.release, self)
+            wired.hold_bytes(self, {id(self): self.fit["predicted"]["total"]})
             if self.ranks.rank == 0:
                 with state.writing(self.folder):
                     self.open(stack)
@@ -190,6 +193,7 @@ class Run:
         norm = self.step.update(grads, mx.where(mx.isfinite(total), count, mx.nan), rate)
         del grads
         mx.eval(norm, self.model.trainable_parameters(), self.step.optimizer.state)
+        give_back(self.fit["predicted"]["total"])  # what batches of other lengths have left
         share, length = 1 / number_in(count), number_in(norm)
         loss = number_in(total) * share
         for name, value in (("loss", loss), ("norm of the gradients", length)):

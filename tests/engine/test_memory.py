@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from helpers.formats import WIDE, random_folder
 from helpers.small import random_engine
+from helpers.training import options, small_engine, write_pairs
 
 from openelm_mlx import batch_generate, device, generate, load
 from openelm_mlx.device import mx
@@ -35,6 +36,7 @@ from openelm_mlx.engine.memory import (
 from openelm_mlx.engine.options import EngineOptions
 from openelm_mlx.engine.scheduler import BatchEngine
 from openelm_mlx.errors import OptionError
+from openelm_mlx.finetune import finetune
 from openelm_mlx.model.cache import KVCache
 from openelm_mlx.model.cache_kinds import CacheKind
 from openelm_mlx.model.config import OpenELMConfig, expected_tensors
@@ -286,3 +288,18 @@ def test_rows_that_are_read_together_share_eight_chunks(
     prompts = [[1, *range(5 + k, 36 + k)] for k in range(16)]
     batch_generate(tiny, prompts, max_tokens=1, prefill_chunk=16)
     assert passes == [128] * 4
+
+
+def test_a_training_keeps_wired_what_it_was_predicted_to_take(
+    tiny: Engine, limits: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What MLX keeps goes back when it is more than that, and a tenth of what is recommended."""
+    kept = iter([GB // 10, GB // 10 + 1, 0])
+    cleared: list[int] = []
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: next(kept))
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(len(limits)))
+    engine, pairs = small_engine(tiny), write_pairs(tmp_path / "pairs.jsonl")
+    report = finetune(engine, pairs, tmp_path / "out", options(steps=3))
+    total = report.predicted_bytes["total"]
+    assert limits == [7, 0, total + KEPT, 7] and total < GB // 10
+    assert cleared == [3]  # once, while it was held
