@@ -95,12 +95,12 @@ def goes_on(folder: Path, resume: bool) -> bool:
     if (folder / REPORT).exists():
         if resume:  # a kill may have come just before
             remove_checkpoint(folder)
-        why = "give another folder; to go on from its result, give it as --adapter, or as the model"
+        why = "give another folder; to train its result further, give it as --adapter or as MODEL"
         raise OptionError(f"{folder} has a run that is finished; {why}")
     if (folder / STATE).exists():
         if not resume:
             what = f"{folder} has a run that is not finished"
-            raise OptionError(f"{what}; go on with --resume, or give another folder")
+            raise OptionError(f"{what}; continue it with --resume, or give another folder")
         return True
     others = [path.name for path in folder.iterdir()] if folder.exists() else []
     mine = [name for name in others if name == LEFT_BY_MACOS or is_leftover(name)]

@@ -134,7 +134,7 @@ def test_ctrl_c_saves_and_the_command_that_goes_on_is_told(run, tmp_path, capsys
         "  openelm finetune base 'my data' -o mine --resume",
     ]
     assert run("-o", tmp_path / "mine", steps=4) == 2
-    assert "go on with --resume, or give another folder" in capsys.readouterr().err
+    assert "continue it with --resume, or give another folder" in capsys.readouterr().err
     monkeypatch.setattr(training.Progress, "__call__", shown)
     assert run("-o", tmp_path / "mine", "--resume", steps=4) == 0
     lines = capsys.readouterr().err.splitlines()

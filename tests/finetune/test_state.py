@@ -175,15 +175,15 @@ def test_an_evaluation_is_left_and_begun_again(engine, pairs, tmp_path, monkeypa
 def test_nothing_is_replaced_unasked(engine, pairs, begun, tmp_path):
     with pytest.raises(OptionError) as raised:
         finetune(engine, pairs, begun, options())
-    what = "has a run that is not finished; go on with --resume, or give another folder"
+    what = "has a run that is not finished; continue it with --resume, or give another folder"
     assert str(raised.value) == f"{begun} {what}"
     finetune(engine, pairs, begun, options(), resume=True)
     (begun / "state.safetensors").touch()  # as a kill leaves it, after the last write
     with pytest.raises(OptionError) as raised:
         finetune(engine, pairs, begun, options(), resume=True)
     assert not (begun / "state.safetensors").exists()
-    what = "has a run that is finished; give another folder; to go on from its result, give it as"
-    assert str(raised.value) == f"{begun} {what} --adapter, or as the model"
+    what = "has a run that is finished; give another folder; to train its result further, give"
+    assert str(raised.value) == f"{begun} {what} it as --adapter or as MODEL"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(OptionError) as raised:
