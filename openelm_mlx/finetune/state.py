@@ -140,7 +140,7 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or reason(error)
     except RuntimeError as error:
-        why = reason(error)
+        why = reason(error).rstrip(".")
         if not why.startswith(OF_WRITING):
             raise
     else:

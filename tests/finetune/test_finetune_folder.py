@@ -80,7 +80,7 @@ def test_a_full_disk_and_a_folder_that_is_gone_are_told_with_what_to_do(tiny, tm
     with files_of_at_most(1000), pytest.raises(FinetuneError) as raised:
         finetune(small_engine(tiny), pairs, full, options())
     assert re.fullmatch(
-        rf"{full} cannot be written: \[write\] .*; mend that, {end}", str(raised.value)
+        rf"{full} cannot be written: \[write\] .* to file; mend that, {end}", str(raised.value)
     )
     assert [*full.iterdir()] == []
     written = finetune(small_engine(tiny), pairs, full, options(), resume=True)
