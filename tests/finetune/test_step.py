@@ -34,9 +34,12 @@ def plain_model(name: str = "tied-gqa4") -> OpenELM:
     return model
 
 
-def trainee(name: str = "tied-gqa4", dora: bool = False, seed: int = 1) -> OpenELM:
+def trainee(
+    name: str = "tied-gqa4", dora: bool = False, seed: int = 1, dtype: mx.Dtype = mx.float32
+) -> OpenELM:
     """Return a model whose projections have parts that are trained."""
     model = plain_model(name)
+    model.set_dtype(dtype)
     model = adapted(model, random_adapter(model, seed, dora, only=".layers."), mx.float32)
     model.freeze()
     for module in model.modules():
@@ -267,3 +270,20 @@ def test_the_norm_of_large_gradients_is_that_of_float64() -> None:
     options = FinetuneOptions(method="full", optimizer="sgd", clip=0.0)
     norm = Step(layer, options).update({"weight": grad}, mx.array(1.0), 0.0)  # type: ignore[arg-type]
     assert norm.item() == pytest.approx(np.linalg.norm(np.array(grad, np.float64)), rel=2e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_base_in_16_bits_keeps_its_type_and_gives_losses_in_float32(dora, monkeypatch):
+    model, batch, seen = trainee(dora=dora, dtype=mx.bfloat16), batch_of((7, 5), (9,)), []
+    compute = forward.layer_output
+
+    def looked_at(*arguments):
+        seen.append(compute(*arguments).dtype)
+        return compute(*arguments)
+
+    monkeypatch.setattr(forward, "layer_output", looked_at)
+    sums, grads = Step(model, FinetuneOptions()).gradients(batch, KEY)
+    assert {*seen} == {mx.bfloat16} and sums.total.dtype == mx.float32
+    assert {grad.dtype for _, grad in utils.tree_flatten(grads)} == {mx.float32}
+    same = Step(trainee(dora=dora), FinetuneOptions()).gradients(batch, KEY)[0]
+    assert sums.total.item() == pytest.approx(same.total.item(), rel=0.01)
