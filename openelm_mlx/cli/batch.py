@@ -13,8 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.cli.convert import rough
-from openelm_mlx.cli.display import Waiting
+from openelm_mlx.cli.display import Waiting, rough
 from openelm_mlx.cli.options import (
     MODEL_HELP,
     add_draft_flag,

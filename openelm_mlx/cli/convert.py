@@ -9,6 +9,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+from openelm_mlx.cli.display import rough
 from openelm_mlx.cli.options import add_flags, from_args
 
 if TYPE_CHECKING:
@@ -194,11 +195,3 @@ def show_report(report: ConversionReport, options: ConvertOptions) -> None:
         print(f"against the source on {text}:")
     for name, value in losses_shown(report.verification or {}):
         print(f"{name}: {value}")
-
-
-def rough(seconds: float) -> str:
-    """Return a time in the largest unit that leaves two or more, else in seconds."""
-    for unit, name in ((3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{round(seconds)} seconds" if seconds >= 1.5 else "a second"

@@ -264,3 +264,11 @@ class Meter:
         seconds = self.last - self.first
         rate = f" at {(self.tokens - 1) / seconds:.1f} tokens/s" if seconds else ""
         return f"{self.tokens} tokens{rate}"
+
+
+def rough(seconds: float) -> str:
+    """Return a time in the largest unit that leaves two or more, else in seconds."""
+    for unit, name in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{round(seconds)} seconds" if seconds >= 1.5 else "a second"

@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.cli.convert import rough
-from openelm_mlx.cli.display import Waiting, moves_cursor
+from openelm_mlx.cli.display import Waiting, moves_cursor, rough
 from openelm_mlx.cli.options import (
     MODEL_HELP,
     add_flags,

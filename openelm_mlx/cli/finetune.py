@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openelm_mlx.cli.convert import rough
-from openelm_mlx.cli.display import Waiting
+from openelm_mlx.cli.display import Waiting, rough
 from openelm_mlx.cli.options import add_flags, given_fields, given_path, load_model
 from openelm_mlx.engine.options import ModelOptions
 from openelm_mlx.errors import OptionError

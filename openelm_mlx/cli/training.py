@@ -10,8 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.cli.convert import rough
-from openelm_mlx.cli.display import Waiting, moves_cursor
+from openelm_mlx.cli.display import Waiting, moves_cursor, rough
 from openelm_mlx.finetune.picture import read_rows
 
 NOTICE_SECONDS = 60.0  # between lines in a pipe; evaluations have one of their own

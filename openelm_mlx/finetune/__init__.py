@@ -2,9 +2,10 @@
 
     report = finetune(load("openelm-tiny"), "pairs.jsonl", "my-adapter", FinetuneOptions(rank=8))
 
-A file of examples becomes token ids with a mark on those that are trained (`data`, `examples`),
-these become batches of packed rows (`batches`), and each step of the loop (`loop`) takes one:
-its loss and gradients (`step`), the optimizer, and now and then a checkpoint (`state`).
+A file's records (`sources`, `records`) become token ids with a mark on those that are trained
+(`examples`, `data`), these become batches of packed rows (`packing`, `plan`, `batches`), and each
+step of the loop (`loop`) takes some: their loss and gradients (`forward`, `step`), the optimizer,
+and now and then a checkpoint (`state`). `run` begins it all, and `result` writes what it leaves.
 """
 
 from __future__ import annotations

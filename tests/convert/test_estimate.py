@@ -9,7 +9,7 @@ from typing import Any
 from conversion_memory import write_model
 from formats import TINY
 
-from openelm_mlx.cli.convert import rough
+from openelm_mlx.cli.display import rough
 from openelm_mlx.convert import ConvertOptions, activations, convert, estimate
 from openelm_mlx.convert.activations import activation_text
 from openelm_mlx.convert.estimate import FREED, memory_needed, memory_steps
