@@ -151,6 +151,7 @@ class Run:
         """Open what the run writes, in the first process: from now on a kill loses nothing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(state.claimed(self.folder))
+        state.goes_on(self.folder, self.resumed)  # another process may have ended a run meanwhile
         state.remove_leftovers(self.folder)
         self.save()
         metrics = Metrics(self.folder, self.standing, self.resumed)

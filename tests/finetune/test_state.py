@@ -14,7 +14,9 @@ from training import curve, options, small_engine, write_pairs
 from openelm_mlx.device import mx
 from openelm_mlx.errors import CheckpointError, FinetuneError, OptionError
 from openelm_mlx.finetune import finetune, state
+from openelm_mlx.finetune.run import prepared
 from openelm_mlx.finetune.step import Step
+from openelm_mlx.stopping import StopKey
 
 RESULTS = "adapters.safetensors", "model.safetensors"
 
@@ -151,6 +153,13 @@ def test_two_runs_are_not_in_one_folder(engine, pairs, tmp_path):
         finetune(engine, pairs, tmp_path / "out", options(), progress=another)
     what = "has a run that another process is at; wait for its end, or give another folder"
     assert str(raised.value) == f"{tmp_path / 'out'} {what}"
+
+
+def test_a_run_that_another_process_has_ended_is_not_taken_up(engine, pairs, begun):
+    late = prepared(engine, pairs, begun, options(), resume=True)
+    finetune(engine, pairs, begun, options(), resume=True)
+    with pytest.raises(OptionError, match="has a run that is finished"), StopKey() as stop:
+        late.whole(lambda row, steps: None, stop)
 
 
 def test_an_evaluation_is_left_and_begun_again(engine, pairs, tmp_path, monkeypatch):
