@@ -3,14 +3,16 @@
     python -m openelm_mlx.benchmarks.scripts.finetune_memory 270m --corners 1x128 4x256 1x1024
     python -m openelm_mlx.benchmarks.scripts.finetune_memory openelm-tiny --method dora
 
-A corner is ROWSxLENGTH. A published size has random weights; anything else is a name or a folder.
-Each corner is predicted, then two steps are taken on random tokens, and the peak is that of
-`mx.get_peak_memory`. The corner 4x1024 of the 270M takes about 11 GB and several minutes.
+A corner is ROWSxLENGTH, or ROWSxLENGTHxTRAINED if only so many tokens of each row are trained, as
+in long prompts with short answers. A published size has random weights; anything else is a name or
+a folder. Each corner is predicted, then two steps are taken on random tokens, and the peak is that
+of `mx.get_peak_memory`. The corner 4x1024 of the 270M takes about 11 GB and several minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from array import array
 from time import perf_counter
@@ -36,7 +38,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("model", help="a published size, or the name or folder of a model")
-    parser.add_argument("--corners", nargs="+", default=CORNERS, metavar="ROWSxLENGTH")
+    parser.add_argument("--corners", nargs="+", default=CORNERS, metavar="ROWSxLENGTH[xTRAINED]")
     parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--accumulate", type=int, default=1)
@@ -47,8 +49,9 @@ def main() -> None:
     engine = random_engine(name) if normal_name(name) in PUBLISHED else load(name)
     options = FinetuneOptions(**given)
     for corner in corners:
-        rows, length = map(int, corner.split("x"))
-        row = measured(engine, options, Shape(rows, length, rows * length, rows))
+        rows, length, *trained = map(int, corner.split("x"))
+        every = rows * (trained or [length])[0]
+        row = measured(engine, options, Shape(rows, length, every, rows))
         if as_json:
             print(json.dumps(row), flush=True)
             continue
@@ -62,7 +65,8 @@ def main() -> None:
 
 
 def measured(engine: Engine, options: FinetuneOptions, shape: Shape) -> dict[str, Any]:
-    """Return the predicted and the measured peak of steps on full batches of a shape."""
+    """Return the predicted and the measured peak of steps on batches that fill a shape."""
+    gc.collect()  # the arrays of the corner before
     step = Step(trainable(engine, options), options)
     start = perf_counter()
     found = predict(step, options, [shape])
@@ -95,10 +99,11 @@ def train(step: Step, options: FinetuneOptions, shape: Shape, steps: int) -> int
 
 
 def random_batch(step: Step, shape: Shape, seed: int) -> Batch:
-    """Return a batch of rows that are one example each, all of it trained."""
+    """Return a batch of rows that are one example each, of which the last tokens are trained."""
     size = (shape.rows, shape.length)
     tokens = mx.random.randint(0, step.model.args.vocab_size, size, key=mx.random.key(seed))
-    trained = array("b", [0] + [1] * (shape.length - 1))
+    answer = min(shape.trained // shape.rows, shape.length - 1)
+    trained = array("b", [0] * (shape.length - answer) + [1] * answer)
     lists: Any = tokens.tolist()
     rows = [[Example(array("i", row), trained, "")] for row in lists]
     return packed(rows, shape)

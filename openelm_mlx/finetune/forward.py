@@ -202,9 +202,26 @@ def head_of(model: OpenELM) -> tuple[nn.Module, Callable[[mx.array], mx.array]]:
 def chunk_losses(head: Any, z_loss: float, targets: mx.array, hidden: mx.array) -> mx.array:
     """Return the losses of a chunk of tokens."""
     logits = head(hidden).astype(mx.float32)
-    total = mx.logsumexp(logits, axis=-1)
+    return losses_of(logits, log_sum(logits), targets, z_loss)
+
+
+def losses_of(logits: mx.array, total: mx.array, targets: mx.array, z_loss: float) -> mx.array:
+    """Return the losses of targets; `total` is the log of the softmax's sum."""
     losses = total - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return losses + z_loss * total.square() if z_loss else losses
+
+
+def log_sum_and_softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
+    softmax = mx.softmax(logits, axis=-1)
+    return logits.max(axis=-1) - mx.log(softmax.max(axis=-1)), softmax
+
+
+log_sum = with_vjp(
+    lambda logits: log_sum_and_softmax(logits)[0],
+    lambda logits, back, _: (mx.softmax(logits[0], axis=-1) * back[0][:, None],),
+)
+"""Returns the log of the softmax's sum, which rounds as in `with_gradient`; `mx.logsumexp` does
+not."""
 
 
 def with_gradient(head: Any, z_loss: float, targets: mx.array) -> Callable[[mx.array], mx.array]:
@@ -214,17 +231,20 @@ def with_gradient(head: Any, z_loss: float, targets: mx.array) -> Callable[[mx.a
     token. So neither logits nor softmax are kept or computed again.
     """
 
-    def losses(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        logits = head(hidden).astype(mx.float32)
-        softmax = mx.softmax(logits, axis=-1)
-        total = logits.max(axis=-1) - mx.log(softmax.max(axis=-1))  # log of the sum of exponentials
-        losses = total - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    def product(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        """Return a sum whose gradient is that of the losses, and the losses."""
+        made = head(hidden)
+        logits = mx.stop_gradient(made).astype(mx.float32)
+        total, softmax = log_sum_and_softmax(logits)
         hit = mx.arange(logits.shape[-1]) == targets[:, None]
         if z_loss:
-            losses = losses + z_loss * total.square()
             softmax = softmax * (1 + 2 * z_loss * total)[:, None]
-        of_logits = (softmax - hit).astype(hidden.dtype)
-        _, (of_hidden,) = mx.vjp(head, [hidden], [of_logits])
+        of_logits = (softmax - hit).astype(made.dtype)
+        return (made * of_logits).sum(), losses_of(logits, total, targets, z_loss)
+
+    def losses(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        # the head is called once for both: a processor unpacks a quantized one at every call
+        (_, losses), of_hidden = mx.value_and_grad(product)(hidden)
         return losses, of_hidden
 
     def back(hidden: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
