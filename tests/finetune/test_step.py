@@ -196,6 +196,17 @@ def test_layers_that_are_computed_again_take_less_memory():
     assert peaks[1] < 0.9 * peaks[0], peaks  # of few layers
 
 
+def test_losses_round_as_in_an_evaluation():
+    """So preferences have no margin before anything is learned."""
+    model, targets = plain_model(), mx.arange(2000) % 60
+    hidden = mx.random.normal((2000, model.args.model_dim), scale=3, key=KEY)
+    evaluated = forward.head_losses(model, hidden, targets, None)
+    for frozen in (False, True):  # the head: computed again for its gradients, or with them
+        if frozen:
+            model.freeze()
+        assert mx.array_equal(forward.head_losses(model, hidden, targets, Training()), evaluated)
+
+
 def test_z_loss_is_the_square_of_the_log_of_the_sum():
     for model in (trainee(), plain_model()):
         batch = batch_of((40,))
