@@ -6,7 +6,8 @@ Both train the same float32 weights on the same texts, from the same files, thro
 trainer: this project's `finetune`, and mlx-lm's `TextDataset` and `train`. Rank, matrices, scale,
 optimizer, learning rate, epochs and all tokens of a text are the same. This project packs texts
 into rows of the longest text's length; mlx-lm pads the texts of a batch, which are of similar
-length, to multiples of 32. Both have about as many tokens in a step.
+length, to multiples of 32. Both have about as many tokens in a step, and take as many steps, of
+which the held-out loss depends. Each pair has another seed.
 
 Each run is a process of its own, with OpenBLAS, and the sides take turns. A first, short run of
 each is not counted: it builds the kernels that MLX keeps on the disk. Speeds are trained tokens
@@ -51,6 +52,7 @@ from openelm_mlx.files import check_new
 FASTER = 1.2  # at least, in total and compiled
 RANK, SCALE, RATE, EPOCHS = 16, 1.0, 1e-3, 2
 SHORTEST, LONGEST, ROWS = 16, 512, 2  # tokens of a text, and rows of the longest in a step
+TEXTS_SEED = 45  # 96 texts of 12,163 tokens: 12 steps an epoch of rows, and of 8 texts
 TARGETS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
 WORDS = {
     "who": "baker sailor miller weaver painter doctor teacher hunter fisher tailor",
@@ -106,7 +108,7 @@ class Trained:
 
 
 def ours(
-    folder: Path, data: Path, out: Path, steps: int | None, clock: Callable[[], float]
+    folder: Path, data: Path, out: Path, steps: int | None, clock: Callable[[], float], seed: int
 ) -> Trained:
     """Train by this project."""
     from openelm_mlx.finetune.options import FinetuneOptions
@@ -124,6 +126,7 @@ def ours(
         **({"epochs": float(EPOCHS)} if steps is None else {"steps": steps}),
         validation_share=0.0,
         save_every=10**6,
+        seed=seed,
     )
     engine = load(folder, "float32")
     ends, tokens = list[float](), list[int]()
@@ -138,9 +141,10 @@ def ours(
 
 
 def theirs(
-    folder: Path, data: Path, out: Path, steps: int | None, clock: Callable[[], float]
+    folder: Path, data: Path, out: Path, steps: int | None, clock: Callable[[], float], seed: int
 ) -> Trained:
     """Train by mlx-lm."""
+    import numpy as np
     from mlx_lm import load as load_theirs
     from mlx_lm.tuner.callbacks import TrainingCallback
     from mlx_lm.tuner.datasets import CacheDataset, TextDataset
@@ -149,6 +153,8 @@ def theirs(
 
     from openelm_mlx.device import optimizers
 
+    mx.random.seed(seed)
+    np.random.seed(seed)  # by which its batches are shuffled
     model, tokenizer, *_ = load_theirs(str(folder))
     how = {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": list(TARGETS)}
     model.freeze()
@@ -176,7 +182,6 @@ def theirs(
         adapter_file=str(out / "adapters.safetensors"),
     )
     adam: Any = {"betas": [0.9, 0.95], "eps": 1e-8, "bias_correction": True, "weight_decay": 0.0}
-    mx.random.seed(0)
     start = clock()
     texts = CacheDataset(TextDataset(records, tokenizer))
     with redirect_stdout(StringIO()):
@@ -189,11 +194,15 @@ SIDES = {"ours": ours, "theirs": theirs}
 
 
 def run(side: str, folder: Path, scratch: Path, clock: str, steps: int | None = None) -> Trained:
-    """Train in a process of its own, and return what it did. Raises `BenchmarkError`."""
-    out = scratch / f"{side}-{len(list(scratch.iterdir()))}"
+    """Train in a process of its own, with a new seed, and return what it did.
+
+    Raises `BenchmarkError`.
+    """
+    seed = len(list(scratch.glob(f"{side}-*")))
+    out = scratch / f"{side}-{seed}"
     command = [sys.executable, "-m", "openelm_mlx.benchmarks.scripts.finetune_speed", str(folder)]
     command += ["--side", side, "--data", str(scratch / "train.jsonl"), "--out", str(out)]
-    command += ["--clock", clock]
+    command += ["--clock", clock, "--seed", str(seed)]
     command += [] if steps is None else ["--steps", str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -262,7 +271,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 def compare(folder: Path, scratch: Path, texts: int, pairs: int, clock: str) -> Comparison:
     """Write the texts, and train on them in turns."""
     tokenizer = load(folder, "float32").tokenizer
-    for name, count, seed in (("train", texts, 1), ("test", texts // 4, 2)):
+    for name, count, seed in (("train", texts, TEXTS_SEED), ("test", texts // 4, 2)):
         lines = [json.dumps({"text": text}) for text in made(tokenizer, count, seed)]
         (scratch / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     result = Comparison(held_out_loss(folder, None, scratch / "test.jsonl"), clock)
@@ -288,12 +297,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     busy = "cpu: for a machine that is busy otherwise"
     add("--clock", choices=sorted(CLOCKS), default="wall", help=busy)
     add("--json", type=Path, metavar="FILE", help="write the result here")
-    for name, kind in (("--side", str), ("--data", Path), ("--out", Path), ("--steps", int)):
+    for name, kind in (
+        ("--side", str),
+        ("--data", Path),
+        ("--out", Path),
+        ("--steps", int),
+        ("--seed", int),
+    ):
         add(name, type=kind, help=argparse.SUPPRESS)  # of the process of one run
     args = parser.parse_args(argv)
     if args.side:
         clock = CLOCKS[args.clock]
-        done = SIDES[args.side](args.folder, args.data, args.out, args.steps, clock)
+        done = SIDES[args.side](args.folder, args.data, args.out, args.steps, clock, args.seed)
         print(json.dumps(asdict(done)))
         return 0
     try:
