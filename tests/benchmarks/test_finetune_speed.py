@@ -24,7 +24,7 @@ def test_both_sides_train_the_same_weights_on_the_same_tokens(nano: Path, tmp_pa
     data.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     before = held_out_loss(nano, None, data)
     for name, train in finetune_speed.SIDES.items():
-        found = train(nano, data, tmp_path / name, None, perf_counter)
+        found = train(nano, data, tmp_path / name, None, perf_counter, 0)
         left = 2 * (sum(sizes) - len(texts)) - sum(found.tokens)  # of two epochs
         most = 0 if name == "ours" else sum(sizes)  # mlx-lm leaves out what does not fill a batch
         assert 0 <= left <= most
