@@ -125,17 +125,19 @@ def licence_of(source: TensorSource, options: ConvertOptions) -> Licence:
     Where neither names any, names under which Apple published get Apple's terms.
     """
     folder = options.source if options.source.is_dir() else options.source.parent
-    files = tuple(
-        path
-        for path in sorted(folder.glob("LICEN[SC]E*"))
-        if path.is_file() and encodable(path.name)
-    )
+    files = licence_files(folder)
     entries = dict(source.licence) or front_matter(folder / "README.md")
     entries = entries or licence_of_name(options.source_name or "")
     link = entries.get("license_link", "")
     if "://" not in link and link not in [path.name for path in files]:
         entries.pop("license_link", None)  # it would lead nowhere
     return Licence(entries, files)
+
+
+def licence_files(folder: Path) -> tuple[Path, ...]:
+    """Return the files of a folder that have the text of a licence."""
+    found = sorted(folder.glob("LICEN[SC]E*"))
+    return tuple(path for path in found if path.is_file() and encodable(path.name))
 
 
 def front_matter(card: Path) -> dict[str, str]:

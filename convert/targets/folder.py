@@ -83,13 +83,8 @@ class FolderTarget(Target):
     def write(self, folder: Path, plan: Plan, arrays: Iterable[tuple[str, mx.array]]) -> Path:
         made_for = "pt" if self.options.target_format == "hf" else "mlx"
         write_weights(folder, self._layout(plan), arrays, made_for)
-        for name, content in self.tokenizer_files.items():
-            (folder / name).write_bytes(content)
-        if self.options.is_instruct:
-            (folder / TEMPLATE).write_text(CHAT_TEMPLATE, encoding="utf-8")
-        write_json(folder / GENERATION_CONFIG, self.sampling)
-        for path in self.licence.files:
-            shutil.copyfile(path, folder / path.name)
+        instruct, licences = self.options.is_instruct, self.licence.files
+        write_beside(folder, self.tokenizer_files, instruct, self.sampling, licences)
         config = self.opened.trimmed
         raw = config.to_hf_dict()
         if (quantization := config_entry(plan)) is not None:
@@ -128,6 +123,25 @@ def sampling_defaults(source: Path, config: OpenELMConfig) -> dict[str, Any]:
     eos = config.with_eos_of(folder).written_eos
     _, stated = generation_config(folder)
     return {**stated, "bos_token_id": config.bos_token_id, "eos_token_id": eos}
+
+
+def write_beside(
+    folder: Path,
+    tokenizer: Mapping[str, bytes],
+    instruct: bool,
+    sampling: Mapping[str, Any],
+    licences: Iterable[Path],
+) -> None:
+    """Write what stands beside the weights: the files of `tokenizer_files`, the chat template of an
+    Instruct model, `sampling_defaults`, and copies of licences.
+    """
+    for name, content in tokenizer.items():
+        (folder / name).write_bytes(content)
+    if instruct:
+        (folder / TEMPLATE).write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_json(folder / GENERATION_CONFIG, dict(sampling))
+    for path in licences:
+        shutil.copyfile(path, folder / path.name)
 
 
 def tokenizer_files(tokenizer: TokenizerModel) -> dict[str, bytes]:

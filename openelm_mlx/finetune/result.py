@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from openelm_mlx.device import mx, utils
 from openelm_mlx.dtypes import name_of
 from openelm_mlx.engine.adapter_files import write_adapter
 from openelm_mlx.engine.loading import Engine
-from openelm_mlx.engine.prompts import CHAT_TEMPLATE, TEMPLATE
 from openelm_mlx.errors import FinetuneError, OptionError
 from openelm_mlx.files import TensorInfo, write_json
 from openelm_mlx.finetune.batches import Shape, packed
@@ -33,7 +31,7 @@ from openelm_mlx.finetune.state import (
     writing,
 )
 from openelm_mlx.finetune.trainable import adapter_of, form_of
-from openelm_mlx.model.config import GENERATION_CONFIG, expected_tensors
+from openelm_mlx.model.config import expected_tensors
 from openelm_mlx.model.decoder import OpenELM, parameters
 
 if TYPE_CHECKING:
@@ -195,9 +193,11 @@ def write_model(folder: Path, engine: Engine, model: OpenELM, instruct: bool) ->
     """Write a model folder: the weights, and what belongs to the base. config.json comes last, so
     nothing loads a part of it.
     """
+    from openelm_mlx.convert.record import licence_files
     from openelm_mlx.convert.targets.folder import (
         sampling_defaults,
         tokenizer_files,
+        write_beside,
         write_weights,
     )
     from openelm_mlx.convert.tokenizers import read_tokenizer
@@ -206,11 +206,7 @@ def write_model(folder: Path, engine: Engine, model: OpenELM, instruct: bool) ->
     names = list(expected_tensors(engine.config))
     infos = {name: TensorInfo(name_of(arrays[name].dtype), arrays[name].shape) for name in names}
     write_weights(folder, infos, ((name, mx.contiguous(arrays[name])) for name in names))
-    for name, content in tokenizer_files(read_tokenizer(engine.tokenizer.path)).items():
-        (folder / name).write_bytes(content)
-    if instruct:
-        (folder / TEMPLATE).write_text(CHAT_TEMPLATE, encoding="utf-8")
-    write_json(folder / GENERATION_CONFIG, sampling_defaults(engine.path, engine.config))
-    for path in engine.path.glob("LICEN[SC]E*"):
-        shutil.copyfile(path, folder / path.name)
+    tokenizer = tokenizer_files(read_tokenizer(engine.tokenizer.path))
+    sampling = sampling_defaults(engine.path, engine.config)
+    write_beside(folder, tokenizer, instruct, sampling, licence_files(engine.path))
     write_json(folder / "config.json", engine.config.to_hf_dict())

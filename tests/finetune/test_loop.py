@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from training import curve, options, small_engine, write_pairs
+from training import curve, options, small_engine
 
 from openelm_mlx import load
 from openelm_mlx.device import mx, utils
@@ -18,16 +18,6 @@ from openelm_mlx.finetune.step import Step
 from openelm_mlx.stopping import StopKey
 
 IDS = mx.array([[1, 40, 90, 700, 3, 5]])
-
-
-@pytest.fixture
-def engine(tiny):
-    return small_engine(tiny)
-
-
-@pytest.fixture
-def pairs(tmp_path):
-    return write_pairs(tmp_path / "pairs.jsonl")
 
 
 def test_a_run_writes_a_curve_a_report_and_the_best_weights(engine, pairs, tmp_path):

@@ -21,16 +21,6 @@ from openelm_mlx.stopping import StopKey
 RESULTS = "adapters.safetensors", "model.safetensors"
 
 
-@pytest.fixture
-def engine(tiny):
-    return small_engine(tiny)
-
-
-@pytest.fixture
-def pairs(tmp_path):
-    return write_pairs(tmp_path / "pairs.jsonl")
-
-
 class Stop:
     """A progress that presses Ctrl-C at a row, counted from 1, or raises what that does."""
 

@@ -136,9 +136,14 @@ def test_the_graph_of_a_step_can_be_made_for_a_gpu(make, checkpointing):
     own = Step(make(), FinetuneOptions(gradient_checkpointing=checkpointing, dropout=0.1))
     parameters, batch = own.model.trainable_parameters(), batch_of((9, 17), (25,))
     sums, grads = mx.compile(own._gradients)(parameters, batch, KEY, None)
-    mx.compile(own._sums)(parameters, batch, None)
+    assert mx.compile(own._sums)(parameters, batch, None)[0].shape == ()
     state = own.optimizer.state
-    mx.compile(own._update)(parameters, state, grads, sums[1], mx.array(1e-3))
+    updated, _, norm = mx.compile(own._update)(parameters, state, grads, sums[1], mx.array(1e-3))
+    shapes = [
+        {name: array.shape for name, array in utils.tree_flatten(tree)}
+        for tree in (parameters, grads, updated)
+    ]
+    assert shapes[0] == shapes[1] == shapes[2] and norm.shape == ()
 
 
 def compare(make: Callable[[], OpenELM], options: FinetuneOptions) -> None:
